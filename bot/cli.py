@@ -1,0 +1,189 @@
+"""The command line: shared options, progress bars, the error boundary, and the commands that need only the bot.
+
+Commands that train, simulate or connect are added by `bot.__main__`; each command is a few lines over a function elsewhere.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from bot import config as configuration
+from bot.config import Config
+from bot.conversations import ConversationStore
+from bot.data_directory import is_held, prepare
+from bot.database import Database
+from bot.errors import KibitzError
+from bot.registry import BASE, PolicyRegistry
+from bot.types import PolicyState
+
+Report = Callable[[str, int, int], None]
+
+BAD_INPUT = 2  # the exit code of every error that the person at the keyboard can put right
+
+app = typer.Typer(
+    name="kibitz",
+    help="A chatbot that learns from its users' reactions.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True, soft_wrap=True, highlight=False)
+
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="The config file; ./config.toml if there is one.")]
+DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Everything that kibitz writes is under it.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="The seed of everything that is drawn.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
+PlotFile = Annotated[Path | None, typer.Option("--plot", help="Draw the result into this PNG file.")]
+
+
+def configured(config: Path | None, data_dir: Path | None, seed: int | None) -> Config:
+    """The config of a command, with its options on top and a data directory that can be written."""
+    if config is None and Path("config.toml").exists():
+        config = Path("config.toml")
+    found = configuration.load(config, data_dir=None if data_dir is None else str(data_dir), seed=seed)
+    prepare(found.data)
+    return found
+
+
+def opened(config: Config) -> tuple[Database, ConversationStore, PolicyRegistry]:
+    """The database at this program's schema, with the stores on it."""
+    database = Database(config.database_url)
+    database.upgrade()
+    return database, ConversationStore(database), PolicyRegistry(database)
+
+
+def write_json(path: Path | None, name: str, figures: dict[str, Any], setup: dict[str, Any]) -> None:
+    """Write `{"name", "figures", "setup"}`, whole or not at all."""
+    if path is None:
+        return
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(json.dumps({"name": name, "figures": figures, "setup": setup}, indent=1, sort_keys=True))
+    unfinished.rename(path)
+    console.print(f"figures: {path}")
+
+
+def check_writable(*paths: Path | None) -> None:
+    """Refuse an output file that could not be written, before the work and not after it."""
+    for path in paths:
+        if path is not None and not path.absolute().parent.is_dir():
+            raise configuration.ConfigError(f"output file '{path}': there is no directory {path.absolute().parent}")
+
+
+@contextmanager
+def progress_bar() -> Iterator[Report]:
+    """A rich progress bar, fed by (stage, done, total); on something that is no terminal it is silent."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("starting", total=None)
+        current = ""
+
+        def report(stage: str, done: int, total: int) -> None:
+            nonlocal current
+            if stage != current:
+                current = stage
+                progress.reset(task, description=stage, total=total)
+            progress.update(task, completed=done, total=total, description=stage)
+
+        yield report
+
+
+@app.command()
+def policies(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
+    """List every policy version."""
+    _, _, registry = opened(configured(config, data_dir, seed))
+    table = Table("version", "state", "parent", "KL", "margin gain", "made", "why not")
+    for version in registry.all():
+        figures = version.metrics
+        table.add_row(
+            version.name,
+            f"[bold green]{version.state}" if version.state == PolicyState.LIVE else version.state,
+            version.parent or "",
+            _number(figures.get("kl")),
+            _number(figures.get("margin_gain")),
+            f"{version.created_at:%Y-%m-%d %H:%M}",
+            "; ".join(figures.get("reasons", [])) or figures.get("outcome", ""),
+        )
+    console.print(table)
+
+
+@app.command()
+def rollback(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
+    """Take the live version back; the one that it replaced answers again."""
+    found = configured(config, data_dir, seed)
+    _, _, registry = opened(found)
+    taken_back, live = registry.rollback()
+    running = "; the running kibitz follows at once" if is_held(found.data, "serve") else ""
+    console.print(f"{taken_back.name} was taken back, {live.name} is live{running}")
+
+
+@app.command()
+def status(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
+    """What is live, what was said, what was learned."""
+    found = configured(config, data_dir, seed)
+    _, store, registry = opened(found)
+    console.print(status_text(store, registry))
+    console.print(f"running: {'yes' if is_held(found.data, 'serve') else 'no'}")
+
+
+def status_text(store: ConversationStore, registry: PolicyRegistry) -> str:
+    """The lines of `kibitz status` and of `/status`."""
+    counts = store.counts()
+    versions = registry.all()
+    live = next((version.name for version in versions if version.state == PolicyState.LIVE), f"{BASE} (not started yet)")
+    lines = [
+        f"live: {live}",
+        f"versions: {max(len(versions), 1)}",
+        ", ".join(f"{name}: {count}" for name, count in counts.items()),
+    ]
+    runs = registry.runs()
+    if runs:
+        last = runs[-1]
+        lines.append(f"last run: {last['policy']}, taught by {last['n']} reactions: {last['outcome']}")
+    return "\n".join(lines)
+
+
+def main(application: typer.Typer = app) -> None:
+    """Run a command; an error for people is one line and exit code 2, anything else a traceback."""
+    try:
+        application(standalone_mode=False)
+    except BaseException as error:
+        cause = _leaf(error)
+        if isinstance(cause, typer.Exit):
+            sys.exit(cause.exit_code)
+        line = _line(cause)
+        if line is None:
+            raise
+        errors.print(f"kibitz: {line}", markup=False)
+        sys.exit(BAD_INPUT)
+
+
+def _line(error: BaseException) -> str | None:
+    """What to tell a person, or None for a bug."""
+    import click
+
+    if isinstance(error, KibitzError):
+        return " ".join(str(error).split())
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        return "interrupted; what was said and stored is kept, an unfinished training run left nothing behind"
+    if isinstance(error, click.ClickException):
+        return f"{error.format_message()} (kibitz --help shows what there is)"
+    return None
+
+
+def _leaf(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _number(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, int | float) else ""

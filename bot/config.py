@@ -1,0 +1,193 @@
+"""The configuration: what `config.toml` may say, its defaults, and its errors.
+
+It knows nothing about what the values are used for. Unknown keys are refused with the nearest known one. Secrets are
+given by the name of an environment variable, never by value.
+
+Use: ``config = load(Path("config.toml"))``; `config.example.toml` shows every key.
+"""
+
+import difflib
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bot.errors import ConfigError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of the config: immutable, and without unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PolicyConfig(Section):
+    """The model that answers, and how its answers are sampled."""
+
+    model: str = "demo"
+    context_tokens: Annotated[int, Field(ge=64)] = 1024
+    max_tokens: Positive = 128
+    temperature: Annotated[float, Field(gt=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+
+
+class ServingConfig(Section):
+    """The vLLM server."""
+
+    url: str = ""
+    api_key_env: str = ""
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_loras: Annotated[int, Field(ge=3)] = 4
+    max_lora_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] = 16
+    startup_seconds: Positive = 300
+    reply_seconds: Positive = 120
+    extra_args: list[str] = []
+
+
+class DialogueConfig(Section):
+    """What the policy is shown."""
+
+    persona: str = ""
+    embedder: str = "all-MiniLM-L6-v2"
+    remembered: Annotated[int, Field(ge=0)] = 4
+    recent: Positive = 32
+
+
+class RewardsConfig(Section):
+    """How feedback becomes a reward in [-1, 1]."""
+
+    approval: Annotated[float, Field(ge=-1, le=1)] = 1.0
+    disapproval: Annotated[float, Field(ge=-1, le=1)] = -1.0
+    regenerate: Annotated[float, Field(ge=-1, le=1)] = -0.5
+    correction: Annotated[float, Field(ge=-1, le=1)] = -0.5
+    asker_weight: Annotated[float, Field(gt=0)] = 2.0
+    bystander_weight: Annotated[float, Field(gt=0)] = 1.0
+
+
+class LearningConfig(Section):
+    """When to train, and on what."""
+
+    enabled: bool = True
+    min_reactions: Positive = 24
+    check_seconds: Annotated[float, Field(gt=0)] = 5.0
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    max_turns: Positive = 512
+
+
+class TrainingConfig(Section):
+    """One training run."""
+
+    objective: Literal["kto"] = "kto"
+    lora_rank: Literal[1, 8, 16, 32, 64, 128, 256] = 16
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    batch_size: Annotated[int, Field(ge=4)] = 16
+    epochs: Positive = 4
+    max_length: Annotated[int, Field(ge=16)] = 2048
+
+
+class GateConfig(Section):
+    """What a candidate must show before it may go live."""
+
+    min_held_out: Annotated[int, Field(ge=2)] = 4
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.9
+    kl_budget: Annotated[float, Field(gt=0)] = 0.5
+    well_formed: Share = 0.95
+    samples: Positive = 64
+    probe_tolerance: Annotated[float, Field(gt=0)] = 0.05
+
+
+class DatabaseConfig(Section):
+    """Where conversations and feedback are kept."""
+
+    url: str = ""
+
+
+class Config(Section):
+    """Everything that an operator may set. Relative paths are relative to the working directory."""
+
+    data_dir: str = "kibitz-data"
+    seed: Annotated[int, Field(ge=0)] = 0
+    policy: PolicyConfig = PolicyConfig()
+    serving: ServingConfig = ServingConfig()
+    dialogue: DialogueConfig = DialogueConfig()
+    rewards: RewardsConfig = RewardsConfig()
+    learning: LearningConfig = LearningConfig()
+    training: TrainingConfig = TrainingConfig()
+    gate: GateConfig = GateConfig()
+    database: DatabaseConfig = DatabaseConfig()
+
+    @property
+    def data(self) -> Path:
+        """The data directory: everything that kibitz writes is under it."""
+        return Path(self.data_dir)
+
+    @property
+    def database_url(self) -> str:
+        """The SQLAlchemy URL of the database."""
+        return self.database.url or f"sqlite:///{self.data / 'kibitz.db'}"
+
+    def save(self, path: Path) -> None:
+        """Write the resolved config as JSON; `load` reads it back."""
+        path.write_text(json.dumps(self.model_dump(), indent=1, sort_keys=True))
+
+
+def load(path: Path | None = None, **overrides: Any) -> Config:
+    """Read a TOML (or resolved JSON) file, or the defaults, with command-line values on top.
+
+    Raises ConfigError with one line that names the key, the value and the fix.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            text = path.read_text(encoding="utf-8")
+            values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        except OSError as error:
+            raise ConfigError(f"--config {path}: cannot be read ({error.strerror}); name an existing file") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"--config {path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+        except ValueError as error:
+            raise ConfigError(f"--config {path}: is not valid TOML: {error}") from error
+    values.update({key: value for key, value in overrides.items() if value is not None})
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_first_line(error)) from error
+    if config.training.lora_rank > config.serving.max_lora_rank:
+        raise ConfigError(
+            f"config key training.lora_rank has value {config.training.lora_rank}, above serving.max_lora_rank "
+            f"({config.serving.max_lora_rank}); raise serving.max_lora_rank or lower training.lora_rank"
+        )
+    return config
+
+
+def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
+    """Every dotted key of the config with its default."""
+    keys: dict[str, Any] = {}
+    for name, info in model.model_fields.items():
+        if isinstance(info.default, Section):
+            keys.update(known_keys(type(info.default), f"{prefix}{name}."))
+        else:
+            keys[prefix + name] = info.default
+    return keys
+
+
+def _first_line(error: ValidationError) -> str:
+    detail = error.errors()[0]
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        known = [*known_keys(), *{name.split(".")[0] for name in known_keys()}]
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        tail = key.split(".")[-1]
+        near = near or [name for name in known if name.split(".")[-1] == tail][:1]
+        hint = f"did you mean '{near[0]}'?" if near else "config.example.toml shows every key"
+        return f"config key '{key}' is not known; {hint}"
+    wanted = detail["msg"][0].lower() + detail["msg"][1:]
+    return f"config key '{key}' has value {detail['input']!r}; {wanted}"

@@ -1,0 +1,317 @@
+"""ConversationStore: messages, turns and raw feedback, and the tables that hold them.
+
+Synchronous, called through `Database.call` from the event loop. It keeps facts only: what a reaction is worth is
+derived in `learning.rewards`, what the policy is shown is decided in `bot.tracker`.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
+
+from bot.database import Database, conversations, feedback, messages, runs, turns
+from bot.feedback import standing
+from bot.types import Conversation, Feedback, FeedbackKind, Message, Role, Turn
+
+Dialogue = tuple[Conversation, list[Message], list[Turn], list[Feedback]]
+
+CHUNK = 500  # ids in one IN (...): below every engine's limit on parameters
+
+
+class ConversationStore:
+    """What was said, what answered it, and what people thought of the answer."""
+
+    def __init__(self, database: Database):
+        self.database = database
+
+    def open(self, conversation: Conversation) -> Conversation:
+        """The stored conversation at this place, made now if it is new."""
+        place = sa.and_(
+            conversations.c.platform == conversation.platform,
+            conversations.c.space == conversation.space,
+            conversations.c.channel == conversation.channel,
+            conversations.c.thread == conversation.thread,
+        )
+        with self.database.begin() as connection:
+            row = connection.execute(sa.select(conversations).where(place)).one_or_none()
+            if row is not None:
+                return Conversation(**row._mapping)
+            connection.execute(conversations.insert().values(asdict(conversation)))
+        return conversation
+
+    def add_message(self, message: Message) -> bool:
+        """Commit a message; False where its event was claimed before."""
+        return self._insert(messages, asdict(message))
+
+    def add_turn(self, turn: Turn) -> None:
+        """Commit an answer and the message that it was sent as, in one transaction."""
+        with self.database.begin() as connection:
+            _insert_turn(connection, turn)
+
+    def add_feedback(self, given: Feedback) -> bool:
+        """Append one act of feedback; False where its event was claimed before."""
+        return self._insert(feedback, asdict(given))
+
+    def add_dialogues(self, dialogues: Iterable[Dialogue]) -> None:
+        """Commit imported conversations, all or none; what is there already is left as it is."""
+        with self.database.begin() as connection:
+            for conversation, said, answers, given in dialogues:
+                for table, rows in (
+                    (conversations, [conversation]),
+                    (messages, said),
+                    (turns, answers),
+                    (feedback, given),
+                ):
+                    there = _existing(connection, table, [row.id for row in rows])
+                    fresh = [_columns(table, row) for row in rows if row.id not in there]
+                    if fresh:
+                        connection.execute(table.insert(), fresh)
+
+    def turn(self, turn_id: str) -> Turn | None:
+        """One answer by its id."""
+        found = self._turns(turns.c.id == turn_id)
+        return found[0] if found else None
+
+    def turn_answering(self, message_id: str) -> Turn | None:
+        """The newest answer to a message."""
+        found = self._turns(turns.c.message_id == message_id)
+        return found[-1] if found else None
+
+    def last_turn(self, conversation_id: str) -> Turn | None:
+        """The newest answer in a conversation."""
+        found = self._turns(turns.c.conversation_id == conversation_id, newest=1)
+        return found[0] if found else None
+
+    def message_of_event(self, event_id: str) -> Message | None:
+        """The message that a platform's event brought."""
+        with self.database.read() as connection:
+            row = connection.execute(sa.select(*_MESSAGE).where(messages.c.event_id == event_id)).one_or_none()
+        return _message(row) if row is not None else None
+
+    def message(self, message_id: str) -> Message:
+        """One message by its id."""
+        with self.database.read() as connection:
+            return _message(connection.execute(sa.select(*_MESSAGE).where(messages.c.id == message_id)).one())
+
+    def recent(self, conversation_id: str, before: Message, limit: int) -> list[Message]:
+        """The last `limit` messages before one, oldest first: without answers that were regenerated, and with the
+        asker's own corrections in place of what was said."""
+        with self.database.read() as connection:
+            rows = connection.execute(
+                sa.select(*_MESSAGE)
+                .where(
+                    messages.c.conversation_id == conversation_id,
+                    sa.tuple_(messages.c.at, messages.c.id) < sa.tuple_(sa.literal(before.at), before.id),
+                    messages.c.id.not_in(_superseded(conversation_id)),
+                )
+                .order_by(messages.c.at.desc(), messages.c.id.desc())
+                .limit(limit)
+            ).all()
+        return self._corrected([_message(row) for row in reversed(rows)])
+
+    def older(self, conversation_id: str, before: Message) -> list[tuple[Message, np.ndarray | None, str | None]]:
+        """All messages before one, oldest first, with the embedding (1-D float32) and its model where there is one."""
+        with self.database.read() as connection:
+            rows = connection.execute(
+                sa.select(*_MESSAGE, messages.c.embedding, messages.c.embedding_model)
+                .where(
+                    messages.c.conversation_id == conversation_id,
+                    sa.tuple_(messages.c.at, messages.c.id) < sa.tuple_(sa.literal(before.at), before.id),
+                    messages.c.id.not_in(_superseded(conversation_id)),
+                )
+                .order_by(messages.c.at, messages.c.id)
+            ).all()
+        return [
+            (
+                _message(row),
+                None if row.embedding is None else np.frombuffer(row.embedding, np.float32),
+                row.embedding_model,
+            )
+            for row in rows
+        ]
+
+    def set_embeddings(self, ids: Sequence[str], vectors: np.ndarray, model: str) -> None:
+        """Keep the embeddings (n × dimensions, float32) of messages."""
+        update = messages.update().where(messages.c.id == sa.bindparam("message"))
+        update = update.values(embedding=sa.bindparam("vector"), embedding_model=model)
+        rows = [
+            {"message": key, "vector": vector.astype(np.float32).tobytes()}
+            for key, vector in zip(ids, vectors, strict=True)
+        ]
+        if rows:
+            with self.database.begin() as connection:
+                connection.execute(update, rows)
+
+    def feedback_of(self, turn_ids: Iterable[str]) -> dict[str, list[Feedback]]:
+        """Every act of feedback on these turns, by turn."""
+        found: dict[str, list[Feedback]] = defaultdict(list)
+        with self.database.read() as connection:
+            for ids in _chunks(list(turn_ids)):
+                query = sa.select(feedback).where(feedback.c.turn_id.in_(ids)).order_by(feedback.c.at, feedback.c.id)
+                for row in connection.execute(query):
+                    found[row.turn_id].append(_feedback(row))
+        return found
+
+    def turns_with_feedback(self, space: str | None = None) -> list[Turn]:
+        """All turns that anyone ever said something about, oldest first; of one imported `space` only, if given."""
+        condition = turns.c.id.in_(sa.select(feedback.c.turn_id))
+        if space is not None:
+            inside = sa.select(conversations.c.id).where(conversations.c.space == space)
+            condition = sa.and_(condition, turns.c.conversation_id.in_(inside))
+        return self._turns(condition)
+
+    def counts(self) -> dict[str, int]:
+        """How much there is of everything."""
+        with self.database.read() as connection:
+            return {
+                table.name: connection.execute(sa.select(sa.func.count()).select_from(table)).scalar_one()
+                for table in (conversations, messages, turns, feedback)
+            }
+
+    def reactions(self) -> int:
+        """How many acts of feedback there are that could teach (given, not taken back, not ranks)."""
+        with self.database.read() as connection:
+            return connection.execute(_REACTIONS).scalar_one()
+
+    def reactions_at_last_run(self) -> int:
+        """How many of them there were when the last training run began."""
+        last = sa.select(sa.func.max(runs.c.started_at)).scalar_subquery()
+        with self.database.read() as connection:
+            return connection.execute(_REACTIONS.where(feedback.c.at <= last)).scalar_one()
+
+    def dialogues(self) -> Iterator[Dialogue]:
+        """Every conversation with all that belongs to it, one at a time."""
+        with self.database.read() as connection:
+            found = connection.execute(sa.select(conversations).order_by(conversations.c.id)).all()
+        for row in found:
+            conversation = Conversation(**row._mapping)
+            answers = self._turns(turns.c.conversation_id == conversation.id)
+            given = self.feedback_of(turn.id for turn in answers)
+            yield conversation, self.messages(conversation.id), answers, [one for all_ in given.values() for one in all_]
+
+    def messages(self, conversation_id: str) -> list[Message]:
+        """Every message of a conversation, oldest first."""
+        query = sa.select(*_MESSAGE).where(messages.c.conversation_id == conversation_id)
+        with self.database.read() as connection:
+            return [_message(row) for row in connection.execute(query.order_by(messages.c.at, messages.c.id))]
+
+    def platforms(self, conversation_ids: Iterable[str]) -> dict[str, str]:
+        """The platform of each conversation."""
+        found = {}
+        with self.database.read() as connection:
+            for ids in _chunks(list(conversation_ids)):
+                query = sa.select(conversations.c.id, conversations.c.platform).where(conversations.c.id.in_(ids))
+                found.update({row.id: row.platform for row in connection.execute(query)})
+        return found
+
+    def _insert(self, table: sa.Table, values: dict[str, Any]) -> bool:
+        try:
+            with self.database.begin() as connection:
+                connection.execute(table.insert().values(values))
+        except IntegrityError:
+            claimed = values["event_id"] is not None and self._claimed(table, values["event_id"])
+            if not claimed:
+                raise
+            return False
+        return True
+
+    def _claimed(self, table: sa.Table, event_id: str) -> bool:
+        with self.database.read() as connection:
+            return connection.execute(sa.select(table.c.id).where(table.c.event_id == event_id)).first() is not None
+
+    def _turns(self, condition: sa.ColumnElement[bool], newest: int | None = None) -> list[Turn]:
+        query = sa.select(turns, messages.c.text).join(messages, messages.c.id == turns.c.reply_id).where(condition)
+        query = query.order_by(turns.c.at.desc(), turns.c.id.desc())
+        with self.database.read() as connection:
+            rows = connection.execute(query if newest is None else query.limit(newest)).all()
+        return [_turn(row) for row in reversed(rows)]
+
+    def _corrected(self, said: list[Message]) -> list[Message]:
+        replies = [message.id for message in said if message.role == Role.ASSISTANT]
+        if not replies:
+            return said
+        query = (
+            sa.select(turns.c.reply_id, feedback)
+            .join(feedback, feedback.c.turn_id == turns.c.id)
+            .where(
+                turns.c.reply_id.in_(replies),
+                feedback.c.kind == FeedbackKind.CORRECTION,
+                feedback.c.user_id == turns.c.asker_id,
+            )
+        )
+        with self.database.read() as connection:
+            rows = connection.execute(query).all()
+        reply_of = {row.id: row.reply_id for row in rows}
+        wanted = {reply_of[row.id]: row.text for row in standing(_feedback(row) for row in rows)}
+        return [
+            Message(**{**asdict(message), "text": wanted[message.id]}) if message.id in wanted else message
+            for message in said
+        ]
+
+
+_REACTIONS = (
+    sa.select(sa.func.count())
+    .select_from(feedback)
+    .where(~feedback.c.retracts, feedback.c.kind != FeedbackKind.RANK)
+)
+_MESSAGE = [messages.c[name] for name in Message.__dataclass_fields__]
+
+
+def _superseded(conversation_id: str) -> sa.Select:
+    later = turns.alias()
+    return (
+        sa.select(turns.c.reply_id)
+        .join(later, later.c.replaces == turns.c.id)
+        .where(turns.c.conversation_id == conversation_id)
+    )
+
+
+def _insert_turn(connection: sa.Connection, turn: Turn) -> None:
+    reply = Message(
+        id=turn.reply_id,
+        conversation_id=turn.conversation_id,
+        author_id="kibitz",
+        role=Role.ASSISTANT,
+        text=turn.text,
+        reply_to=turn.message_id,
+        at=turn.at,
+    )
+    connection.execute(messages.insert().values(asdict(reply)))
+    connection.execute(turns.insert().values(_columns(turns, turn)))
+
+
+def _columns(table: sa.Table, row: Any) -> dict[str, Any]:
+    return {name: value for name, value in asdict(row).items() if name in table.c}
+
+
+def _existing(connection: sa.Connection, table: sa.Table, ids: list[str]) -> set[str]:
+    found: set[str] = set()
+    for chunk in _chunks(ids):
+        found.update(connection.execute(sa.select(table.c.id).where(table.c.id.in_(chunk))).scalars())
+    return found
+
+
+def _chunks(ids: list[str]) -> Iterator[list[str]]:
+    for start in range(0, len(ids), CHUNK):
+        yield ids[start : start + CHUNK]
+
+
+def _message(row: Any) -> Message:
+    values = {name: getattr(row, name) for name in Message.__dataclass_fields__}
+    return Message(**{**values, "role": Role(values["role"])})
+
+
+def _feedback(row: Any) -> Feedback:
+    values = {name: getattr(row, name) for name in Feedback.__dataclass_fields__}
+    return Feedback(**{**values, "kind": FeedbackKind(values["kind"])})
+
+
+def _turn(row: Any) -> Turn:
+    values = {name: getattr(row, name) for name in Turn.__dataclass_fields__}
+    for name in ("prompt_ids", "completion_ids", "logprobs"):
+        values[name] = None if values[name] is None else tuple(values[name])
+    return Turn(**values)

@@ -1,0 +1,212 @@
+"""The tables, and the one place that takes database work off the event loop.
+
+SQLite by default, PostgreSQL by URL, through SQLAlchemy Core; Alembic migrations stand beside this module. It knows the
+shape of what is stored, not what it means: `bot.conversations` and `bot.registry` own their tables.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config as AlembicConfig
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+from bot.errors import DataError
+
+Result = TypeVar("Result")
+
+metadata = sa.MetaData()
+
+
+class UTCDateTime(sa.TypeDecorator):
+    """A time in UTC: stored without a zone (SQLite has none), read back with one."""
+
+    impl = sa.DateTime
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Any) -> datetime | None:
+        return None if value is None else value.astimezone(UTC).replace(tzinfo=None)
+
+    def process_result_value(self, value: datetime | None, dialect: Any) -> datetime | None:
+        return None if value is None else value.replace(tzinfo=UTC)
+
+
+def _id() -> sa.Column:
+    return sa.Column("id", sa.String(64), primary_key=True)
+
+
+conversations = sa.Table(
+    "conversations",
+    metadata,
+    _id(),
+    sa.Column("platform", sa.String(32), nullable=False),
+    sa.Column("space", sa.String(128), nullable=False),
+    sa.Column("channel", sa.String(128), nullable=False),
+    sa.Column("thread", sa.String(128), nullable=False),
+    sa.UniqueConstraint("platform", "space", "channel", "thread"),
+)
+
+messages = sa.Table(
+    "messages",
+    metadata,
+    _id(),
+    sa.Column("conversation_id", sa.ForeignKey("conversations.id"), nullable=False),
+    sa.Column("author_id", sa.String(128), nullable=False),
+    sa.Column("role", sa.String(16), nullable=False),
+    sa.Column("text", sa.Text, nullable=False),
+    sa.Column("reply_to", sa.String(64)),
+    sa.Column("event_id", sa.String(128), unique=True),
+    sa.Column("at", UTCDateTime, nullable=False),
+    sa.Column("embedding", sa.LargeBinary),
+    sa.Column("embedding_model", sa.String(128)),
+    sa.Index("messages_in_order", "conversation_id", "at", "id"),
+)
+
+turns = sa.Table(
+    "turns",
+    metadata,
+    _id(),
+    sa.Column("conversation_id", sa.ForeignKey("conversations.id"), nullable=False, index=True),
+    sa.Column("message_id", sa.ForeignKey("messages.id"), nullable=False, index=True),
+    sa.Column("reply_id", sa.ForeignKey("messages.id"), nullable=False, unique=True),
+    sa.Column("asker_id", sa.String(128), nullable=False),
+    sa.Column("policy_version", sa.String(64), nullable=False),
+    sa.Column("prompt_ids", sa.JSON),
+    sa.Column("completion_ids", sa.JSON),
+    sa.Column("logprobs", sa.JSON),
+    sa.Column("finish_reason", sa.String(32), nullable=False),
+    sa.Column("sampling", sa.JSON, nullable=False),
+    sa.Column("latency_ms", sa.Float, nullable=False),
+    sa.Column("replaces", sa.String(64), index=True),
+    sa.Column("at", UTCDateTime, nullable=False),
+)
+
+feedback = sa.Table(
+    "feedback",
+    metadata,
+    _id(),
+    sa.Column("turn_id", sa.ForeignKey("turns.id"), nullable=False, index=True),
+    sa.Column("user_id", sa.String(128), nullable=False),
+    sa.Column("kind", sa.String(32), nullable=False),
+    sa.Column("signal", sa.String(64), nullable=False),
+    sa.Column("retracts", sa.Boolean, nullable=False),
+    sa.Column("value", sa.Float),
+    sa.Column("text", sa.Text),
+    sa.Column("event_id", sa.String(128), unique=True),
+    sa.Column("at", UTCDateTime, nullable=False),
+)
+
+policies = sa.Table(
+    "policies",
+    metadata,
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("name", sa.String(64), nullable=False, unique=True),
+    sa.Column("parent", sa.String(64)),
+    sa.Column("base_model", sa.Text, nullable=False),
+    sa.Column("path", sa.Text, nullable=False),
+    sa.Column("sha256", sa.String(64), nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("replaced", sa.String(64)),
+    sa.Column("metrics", sa.JSON, nullable=False),
+    sa.Column("created_at", UTCDateTime, nullable=False),
+    sa.Index(
+        "only_one_live",
+        "state",
+        unique=True,
+        sqlite_where=sa.text("state = 'live'"),
+        postgresql_where=sa.text("state = 'live'"),
+    ),
+)
+
+runs = sa.Table(
+    "runs",
+    metadata,
+    _id(),
+    sa.Column("policy", sa.String(64), nullable=False),
+    sa.Column("config", sa.JSON, nullable=False),
+    sa.Column("manifest_sha256", sa.String(64), nullable=False),
+    sa.Column("outcome", sa.Text, nullable=False),
+    sa.Column("started_at", UTCDateTime, nullable=False),
+    sa.Column("ended_at", UTCDateTime),
+)
+
+run_feedback = sa.Table(
+    "run_feedback",
+    metadata,
+    sa.Column("run_id", sa.ForeignKey("runs.id"), primary_key=True),
+    sa.Column("feedback_id", sa.ForeignKey("feedback.id"), primary_key=True),
+)
+
+
+class Database:
+    """One engine, and one thread for it, so that callers on the event loop never wait for a disk."""
+
+    def __init__(self, url: str):
+        self.url = url
+        try:
+            self.engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+        except (sa.exc.ArgumentError, ImportError) as error:
+            raise DataError(f"config key database.url has value '{url}', which cannot be used: {error}") from error
+        if self.engine.dialect.name == "sqlite":
+            sa.event.listen(self.engine, "connect", _configure_sqlite)
+            sa.event.listen(self.engine, "begin", _begin_immediate)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="database")
+
+    def upgrade(self) -> None:
+        """Bring the schema to this program's version; refuse a database from the future or a broken file."""
+        config = AlembicConfig()
+        config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+        known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+        try:
+            with self.engine.begin() as connection:
+                found = MigrationContext.configure(connection).get_current_revision()
+                if found is not None and found not in known:
+                    raise DataError(
+                        f"the database {self.url} has schema {found}, which this kibitz does not know; "
+                        "install the kibitz that wrote it, or newer"
+                    )
+                config.attributes["connection"] = connection
+                command.upgrade(config, "head")
+        except sa.exc.DatabaseError as error:
+            raise DataError(
+                f"the database {self.url} cannot be opened ({error.orig}); restore it from a backup, or move it away"
+            ) from error
+
+    @contextmanager
+    def begin(self) -> Iterator[sa.Connection]:
+        """A transaction: committed at the end, rolled back on an error."""
+        with self.engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def read(self) -> Iterator[sa.Connection]:
+        """A connection to read with; it never takes the write lock."""
+        with self.engine.connect().execution_options(read_only=True) as connection:
+            yield connection
+
+    async def call(self, function: Callable[..., Result], *args: Any) -> Result:
+        """Run a synchronous store function in the database's thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+
+    def close(self) -> None:
+        """Finish what is queued and close all connections."""
+        self._thread.shutdown()
+        self.engine.dispose()
+
+
+def _configure_sqlite(connection: Any, _: Any) -> None:
+    connection.isolation_level = None  # transactions are begun by us, below, not by the driver
+    for pragma in ("journal_mode = WAL", "synchronous = FULL", "busy_timeout = 10000", "foreign_keys = ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_immediate(connection: sa.Connection) -> None:
+    if not connection.get_execution_options().get("read_only"):
+        connection.exec_driver_sql("BEGIN IMMEDIATE")

@@ -1,0 +1,49 @@
+"""The errors that kibitz raises for people.
+
+    KibitzError                one line that names the key, the value and the fix
+    |-- ConfigError            a config key or a command-line value cannot be used
+    |-- DataError              a file or a database that kibitz was given cannot be read
+    |-- ServingError           vLLM cannot be started, reached or used
+    |   '-- ReplyInterrupted   an answer broke off; what was said so far is kept
+    |-- TrainingError          a run has nothing to train on, or did not train
+    |   '-- NothingToLearn     no usable reward: not a fault, only nothing to do
+    '-- RegistryError          a policy version cannot make the transition that was asked for
+
+The command line shows the message and exits with code 2; everything else is a bug and keeps its traceback.
+"""
+
+
+class KibitzError(Exception):
+    """Something that the person at the keyboard can put right; its text is one line."""
+
+
+class ConfigError(KibitzError):
+    """A config key or a command-line value cannot be used."""
+
+
+class DataError(KibitzError):
+    """A file or a database that kibitz was given cannot be read."""
+
+
+class ServingError(KibitzError):
+    """vLLM cannot be started, reached or used."""
+
+
+class ReplyInterrupted(ServingError):
+    """An answer broke off after its first token; `text` is what had been said."""
+
+    def __init__(self, text: str, cause: str):
+        super().__init__(f"the answer broke off: {cause}")
+        self.text = text
+
+
+class TrainingError(KibitzError):
+    """A run has nothing to train on, or did not train."""
+
+
+class NothingToLearn(TrainingError):
+    """There is no usable reward: not a fault, only nothing to do yet."""
+
+
+class RegistryError(KibitzError):
+    """A policy version cannot make the transition that was asked for."""

@@ -1,0 +1,204 @@
+"""Policy: the async client of vLLM's OpenAI API. It asks for a version by name and returns a Reply with all that made it.
+
+`version` is the one pointer that a swap flips; requests in flight are counted for each version, so that a swap can wait
+for the last of them. It knows no conversation, no database and no registry.
+"""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import httpx
+import openai
+
+from bot.config import PolicyConfig
+from bot.errors import ReplyInterrupted, ServingError
+from bot.registry import BASE
+from bot.types import Reply
+
+OnText = Callable[[str], Awaitable[None] | None]
+
+
+class Policy:
+    """One vLLM server, seen as something that answers chat messages."""
+
+    def __init__(self, url: str, config: PolicyConfig, reply_seconds: float = 120, api_key: str = "none"):
+        self.url = url.rstrip("/")
+        self.config = config
+        self.version = BASE
+        self.base_name = BASE
+        # A reply that fails is tried again here, before its first token only; never behind our back.
+        self._openai = openai.AsyncOpenAI(
+            base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=reply_seconds
+        )
+        headers = {"Authorization": f"Bearer {api_key}"}
+        self._http = httpx.AsyncClient(base_url=self.url, headers=headers, timeout=reply_seconds)
+        self._in_flight: Counter[str] = Counter()
+        self._done = asyncio.Condition()
+
+    async def reply(
+        self,
+        messages: Sequence[dict[str, str]],
+        *,
+        version: str | None = None,
+        seed: int | None = None,
+        temperature: float | None = None,
+        cache_salt: str | None = None,
+        on_text: OnText | None = None,
+    ) -> Reply:
+        """Stream one answer, handing each piece of text to `on_text`.
+
+        Raises ServingError before the first token (after one more try) and ReplyInterrupted after it.
+        """
+        version = version or self.version
+        self._in_flight[version] += 1
+        try:
+            try:
+                return await self._stream(messages, version, seed, temperature, cache_salt, on_text)
+            except ReplyInterrupted:
+                raise
+            except ServingError:
+                return await self._stream(messages, version, seed, temperature, cache_salt, on_text)
+        finally:
+            self._in_flight[version] -= 1
+            async with self._done:
+                self._done.notify_all()
+
+    async def _stream(
+        self,
+        messages: Sequence[dict[str, str]],
+        version: str,
+        seed: int | None,
+        temperature: float | None,
+        cache_salt: str | None,
+        on_text: OnText | None,
+    ) -> Reply:
+        sampling: dict[str, Any] = {
+            "temperature": self.config.temperature if temperature is None else temperature,
+            "top_p": self.config.top_p,
+            "max_tokens": self.config.max_tokens,
+        }
+        if seed is not None:
+            sampling["seed"] = seed
+        extra: dict[str, Any] = {"return_token_ids": True, "top_k": self.config.top_k}
+        if cache_salt:
+            extra["cache_salt"] = cache_salt
+        text, finish_reason = "", ""
+        prompt_ids: list[int] = []
+        completion_ids: list[int] = []
+        logprobs: list[float] = []
+        started = time.monotonic()
+        try:
+            stream = await self._openai.chat.completions.create(
+                model=self._served_name(version),
+                messages=list(messages),  # type: ignore[arg-type]
+                stream=True,
+                logprobs=True,
+                extra_body=extra,
+                **sampling,
+            )
+            async for chunk in stream:
+                prompt_ids = prompt_ids or getattr(chunk, "prompt_token_ids", None) or []
+                for choice in chunk.choices:
+                    completion_ids += getattr(choice, "token_ids", None) or []
+                    if choice.logprobs and choice.logprobs.content:
+                        logprobs += [token.logprob for token in choice.logprobs.content]
+                    finish_reason = choice.finish_reason or finish_reason
+                    if choice.delta.content:
+                        text += choice.delta.content
+                        if on_text is not None:
+                            pending = on_text(choice.delta.content)
+                            if pending is not None:
+                                await pending
+        except (openai.OpenAIError, httpx.HTTPError) as error:
+            raise _translated(error, text, version) from error
+        if not finish_reason:
+            raise _translated(None, text, version)
+        return Reply(
+            text=text,
+            policy_version=version,
+            prompt_ids=tuple(prompt_ids),
+            completion_ids=tuple(completion_ids),
+            logprobs=tuple(logprobs),
+            finish_reason=finish_reason,
+            sampling={**sampling, "top_k": self.config.top_k},
+            latency_ms=1000 * (time.monotonic() - started),
+        )
+
+    async def drain(self, version: str, seconds: float = 60) -> bool:
+        """Wait until no request for `version` is in flight; False if some still are after `seconds`."""
+        try:
+            async with asyncio.timeout(seconds), self._done:
+                await self._done.wait_for(lambda: self._in_flight[version] <= 0)
+        except TimeoutError:
+            return False
+        return True
+
+    async def connect(self) -> None:
+        """Learn the name under which the server knows the base model."""
+        listed = (await self._admin("GET", "/v1/models")).json()["data"]
+        bases = [model["id"] for model in listed if not model.get("parent")]
+        if not bases:
+            raise ServingError(f"the server at {self.url} lists no base model; check serving.url")
+        self.base_name = bases[0]
+
+    async def ready(self, seconds: float = 10) -> bool:
+        """Whether the server generates one token within `seconds`: /health may say 200 while the engine is dead."""
+        body = {"model": self.base_name, "prompt": [1], "max_tokens": 1}
+        try:
+            response = await self._http.post("/v1/completions", json=body, timeout=seconds)
+        except httpx.HTTPError:
+            return False
+        return response.status_code == 200
+
+    async def load(self, name: str, path: str) -> None:
+        """Load an adapter under its own name."""
+        await self._admin("POST", "/v1/load_lora_adapter", json={"lora_name": name, "lora_path": path})
+
+    async def unload(self, name: str) -> None:
+        """Forget an adapter."""
+        await self._admin("POST", "/v1/unload_lora_adapter", json={"lora_name": name})
+
+    async def loaded(self) -> set[str]:
+        """The names of the adapters that the server holds."""
+        listed = (await self._admin("GET", "/v1/models")).json()["data"]
+        return {model["id"] for model in listed if model.get("parent")}
+
+    async def logprobs(self, version: str, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> list[float]:
+        """The server's log-probability (nats, temperature 1) of each of `completion_ids` after `prompt_ids`."""
+        body = {
+            "model": self._served_name(version),
+            "prompt": [*prompt_ids, *completion_ids],
+            "max_tokens": 1,
+            "prompt_logprobs": 0,
+            "temperature": 1.0,
+        }
+        answer = (await self._admin("POST", "/v1/completions", json=body)).json()
+        found = answer["choices"][0]["prompt_logprobs"][len(prompt_ids) :]
+        return [at[str(token)]["logprob"] for at, token in zip(found, completion_ids, strict=True)]
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._openai.close()
+        await self._http.aclose()
+
+    async def _admin(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+        try:
+            response = await self._http.request(method, path, **arguments)
+        except httpx.HTTPError as error:
+            raise ServingError(f"vLLM at {self.url} does not answer ({type(error).__name__}); see vllm.log") from error
+        if response.status_code != 200:
+            raise ServingError(f"vLLM refused {path} ({response.status_code}): {response.text[:300]}")
+        return response
+
+    def _served_name(self, version: str) -> str:
+        return self.base_name if version == BASE else version
+
+
+def _translated(error: Exception | None, text: str, version: str) -> ServingError:
+    cause = "the stream ended early" if error is None else str(error).splitlines()[0][:300] or type(error).__name__
+    if text:
+        return ReplyInterrupted(text, cause)
+    return ServingError(f"{version} did not answer: {cause}")

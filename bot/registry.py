@@ -1,0 +1,182 @@
+"""PolicyRegistry: the policy versions and their life cycle, and the tables that hold them.
+
+A version is immutable: its name and its directory are never used again (vLLM keys its prefix cache by adapter name). The
+live version is the one row in state LIVE; promoting is one transaction. It knows no torch and no server, so that a
+rollback works while training is broken.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from bot.database import Database, policies, run_feedback, runs
+from bot.errors import RegistryError
+from bot.types import PolicyState, PolicyVersion, new_id, now
+
+S = PolicyState
+TRANSITIONS: dict[PolicyState, set[PolicyState]] = {
+    S.TRAINING: {S.CANDIDATE, S.REJECTED},
+    S.CANDIDATE: {S.CANARY, S.LIVE, S.REJECTED},
+    S.CANARY: {S.LIVE, S.REJECTED},
+    S.LIVE: {S.RETIRED},
+    S.RETIRED: {S.LIVE},
+    S.REJECTED: set(),
+}
+
+BASE = "policy-0"
+
+
+class PolicyRegistry:
+    """All versions of the policy, the live one, and the runs that made them."""
+
+    def __init__(self, database: Database):
+        self.database = database
+
+    def ensure_base(self, base_model: str) -> PolicyVersion:
+        """Version 0, the base model itself; live from the start. A data directory keeps to one base model."""
+        with self.database.begin() as connection:
+            row = connection.execute(sa.select(policies).where(policies.c.number == 0)).one_or_none()
+            if row is None:
+                version = PolicyVersion(BASE, None, base_model, base_model, S.LIVE)
+                connection.execute(policies.insert().values(number=0, **asdict(version)))
+                return version
+        found = _version(row)
+        if Path(found.base_model).name != Path(base_model).name:
+            raise RegistryError(
+                f"config key policy.model leads to '{base_model}', but this data directory's versions are adapters on "
+                f"'{found.base_model}'; set policy.model back, or use another --data-dir"
+            )
+        return found
+
+    def reserve(self, parent: PolicyVersion, policies_dir: Path) -> PolicyVersion:
+        """A new version in state TRAINING, with a name and a directory that were never used before."""
+        with self.database.begin() as connection:
+            number = connection.execute(sa.select(sa.func.max(policies.c.number))).scalar_one() + 1
+            name = f"policy-{number}"
+            path = str((policies_dir / name).absolute())
+            version = PolicyVersion(name, parent.name, parent.base_model, path, S.TRAINING)
+            connection.execute(policies.insert().values(number=number, **asdict(version)))
+        return version
+
+    def complete(self, name: str, sha256: str, metrics: dict[str, Any]) -> PolicyVersion:
+        """The version's files are whole: it is a candidate from now on."""
+        return self.move(name, S.CANDIDATE, sha256=sha256, metrics=metrics)
+
+    def reject(self, name: str, metrics: dict[str, Any] | None = None) -> PolicyVersion:
+        """The version will never serve."""
+        return self.move(name, S.REJECTED, **({} if metrics is None else {"metrics": metrics}))
+
+    def promote(self, name: str) -> PolicyVersion:
+        """Make a version live and retire the one that was, in one transaction."""
+        with self.database.begin() as connection:
+            before = _version(connection.execute(sa.select(policies).where(policies.c.state == S.LIVE)).one())
+            _move(connection, before.name, S.RETIRED)
+            return _move(connection, name, S.LIVE, replaced=before.name)
+
+    def rollback(self) -> tuple[PolicyVersion, PolicyVersion]:
+        """Take the live version back; returns it and the one that serves again."""
+        with self.database.begin() as connection:
+            live = _version(connection.execute(sa.select(policies).where(policies.c.state == S.LIVE)).one())
+            if live.replaced is None:
+                raise RegistryError(f"{live.name} is live and has replaced nothing: there is no version to go back to")
+            _move(connection, live.name, S.RETIRED)
+            return replace(live, state=S.RETIRED), _move(connection, live.replaced, S.LIVE)
+
+    def move(self, name: str, state: PolicyState, **changes: Any) -> PolicyVersion:
+        """One transition of the table above, with other columns changed along."""
+        with self.database.begin() as connection:
+            return _move(connection, name, state, **changes)
+
+    def live(self) -> PolicyVersion:
+        """The version that answers."""
+        return self._one(policies.c.state == S.LIVE)
+
+    def get(self, name: str) -> PolicyVersion:
+        """One version by its name."""
+        return self._one(policies.c.name == name)
+
+    def all(self) -> list[PolicyVersion]:
+        """Every version there ever was, oldest first."""
+        with self.database.read() as connection:
+            rows = connection.execute(sa.select(policies).order_by(policies.c.number)).all()
+        return [_version(row) for row in rows]
+
+    def abandon_unfinished(self) -> list[str]:
+        """Reject what a dead process left in training; returns the names."""
+        stale = [version.name for version in self.all() if version.state == S.TRAINING]
+        for name in stale:
+            self.reject(name, {"outcome": "the run did not end"})
+        return stale
+
+    def begin_run(self, policy: str, config: dict[str, Any], manifest_sha256: str, feedback: Sequence[str]) -> str:
+        """Record a run and the feedback that it learns from; returns its id."""
+        run_id = new_id()
+        with self.database.begin() as connection:
+            connection.execute(
+                runs.insert().values(
+                    id=run_id,
+                    policy=policy,
+                    config=config,
+                    manifest_sha256=manifest_sha256,
+                    outcome="training",
+                    started_at=now(),
+                )
+            )
+            if feedback:
+                connection.execute(
+                    run_feedback.insert(), [{"run_id": run_id, "feedback_id": one} for one in sorted(set(feedback))]
+                )
+        return run_id
+
+    def end_run(self, run_id: str, outcome: str) -> None:
+        """Record how a run ended."""
+        with self.database.begin() as connection:
+            connection.execute(runs.update().where(runs.c.id == run_id).values(outcome=outcome, ended_at=now()))
+
+    def runs(self) -> list[dict[str, Any]]:
+        """Every run with its policy, outcome, times and how much feedback taught it, oldest first."""
+        taught = sa.select(sa.func.count()).where(run_feedback.c.run_id == runs.c.id).scalar_subquery()
+        query = sa.select(
+            runs.c.policy, runs.c.outcome, runs.c.manifest_sha256, runs.c.started_at, runs.c.ended_at, taught.label("n")
+        ).order_by(runs.c.started_at, runs.c.id)
+        with self.database.read() as connection:
+            return [dict(row._mapping) for row in connection.execute(query)]
+
+    def runs_that_used(self, feedback_ids: Sequence[str]) -> list[str]:
+        """The names of the versions that this feedback taught."""
+        query = (
+            sa.select(runs.c.policy)
+            .join(run_feedback, run_feedback.c.run_id == runs.c.id)
+            .where(run_feedback.c.feedback_id.in_(feedback_ids))
+            .distinct()
+            .order_by(runs.c.policy)
+        )
+        with self.database.read() as connection:
+            return list(connection.execute(query).scalars())
+
+    def _one(self, condition: sa.ColumnElement[bool]) -> PolicyVersion:
+        with self.database.read() as connection:
+            row = connection.execute(sa.select(policies).where(condition)).one_or_none()
+        if row is None:
+            raise RegistryError("there is no such policy version; `kibitz policies` lists them all")
+        return _version(row)
+
+
+def _move(connection: sa.Connection, name: str, state: PolicyState, **changes: Any) -> PolicyVersion:
+    row = connection.execute(sa.select(policies).where(policies.c.name == name)).one_or_none()
+    if row is None:
+        raise RegistryError(f"there is no policy version '{name}'; `kibitz policies` lists them all")
+    found = _version(row)
+    if state not in TRANSITIONS[found.state]:
+        allowed = ", ".join(sorted(TRANSITIONS[found.state])) or "nothing"
+        raise RegistryError(f"{name} is {found.state} and cannot become {state}; from there it may become {allowed}")
+    connection.execute(policies.update().where(policies.c.name == name).values(state=state, **changes))
+    return replace(found, state=state, **changes)
+
+
+def _version(row: Any) -> PolicyVersion:
+    values = {name: getattr(row, name) for name in PolicyVersion.__dataclass_fields__}
+    return PolicyVersion(**{**values, "state": PolicyState(values["state"])})

@@ -1,0 +1,135 @@
+"""StateTracker: a conversation and a new message become the chat messages to send, within a token budget.
+
+The budget is counted with the policy's own tokenizer and chat template. The newest message is never dropped; the recent
+turns come next; what is remembered from before them is found by dense retrieval within the conversation. Nothing is
+embedded before a conversation has outgrown the recent window. It knows no server and no feedback.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from bot.config import DialogueConfig
+from bot.conversations import ConversationStore
+from bot.embeddings import Embedder
+from bot.errors import ConfigError
+from bot.tokenizer import ChatTokenizer
+from bot.types import Message, Role
+
+CUT = " […]"
+CHARACTERS_PER_TOKEN = 32  # more than any tokenizer packs into one, on average
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """An earlier message that bears on the new one, and its cosine similarity to it."""
+
+    message: Message
+    score: float
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the policy is shown, and why."""
+
+    messages: list[dict[str, str]]
+    remembered: list[Remembered]
+    tokens: int
+
+
+class StateTracker:
+    """Decides what of a conversation the policy sees."""
+
+    def __init__(
+        self,
+        store: ConversationStore,
+        tokenizer: ChatTokenizer,
+        embedder: Embedder | None,
+        config: DialogueConfig,
+        budget: int,
+    ):
+        self.store = store
+        self.tokenizer = tokenizer
+        self.embedder = embedder
+        self.config = config
+        self.budget = budget
+        if tokenizer.count([{"role": "system", "content": config.persona}]) > budget // 2:
+            raise ConfigError(
+                f"config key dialogue.persona is longer than half of policy.context_tokens ({budget}); shorten it"
+            )
+
+    async def context(self, message: Message) -> Context:
+        """The messages to send for `message`, which is stored already. Never over the budget (tokens)."""
+        newest = self._clipped(message)
+        recent = await self.store.database.call(
+            self.store.recent, message.conversation_id, message, self.config.recent
+        )
+        window = self._newest_that_fit(recent, newest, notes="")
+        remembered: list[Remembered] = []
+        outgrown = len(window) < len(recent) or len(recent) == self.config.recent
+        if outgrown and self.embedder is not None and self.config.remembered:
+            found = await self._retrieve(message, {said.id for said in window})
+            remembered = self._affordable(found, newest)
+            window = self._newest_that_fit(recent, newest, self._notes(remembered))
+        sent = self._chat(window, newest, self._notes(remembered))
+        return Context(sent, remembered, self.tokenizer.count(sent))
+
+    def _newest_that_fit(self, recent: list[Message], newest: str, notes: str) -> list[Message]:
+        """The longest run of newest messages that fits beside the new one and the notes."""
+        start, left = len(recent), self.budget - self.tokenizer.count(self._chat([], newest, notes))
+        while start and (left := left - self.tokenizer.length(self._shown(recent[start - 1]))) >= 0:
+            start -= 1
+        window = recent[start:]
+        while window and self.tokenizer.count(self._chat(window, newest, notes)) > self.budget:
+            window = window[1:]  # each message also costs what the template puts around it
+        return window
+
+    def _affordable(self, found: list[Remembered], newest: str) -> list[Remembered]:
+        """The best of what was found that fits in half of what the new message leaves."""
+        alone = self.tokenizer.count(self._chat([], newest, ""))
+        limit = alone + (self.budget - alone) // 2
+        while found and self.tokenizer.count(self._chat([], newest, self._notes(found))) > limit:
+            found = found[:-1]
+        return found
+
+    async def _retrieve(self, message: Message, shown: set[str]) -> list[Remembered]:
+        assert self.embedder is not None
+        call = self.store.database.call
+        older = [
+            entry
+            for entry in await call(self.store.older, message.conversation_id, message)
+            if entry[0].id not in shown and entry[0].text.strip()
+        ]
+        if not older:
+            return []
+        stale = [said for said, vector, model in older if vector is None or model != self.embedder.name]
+        fresh = await self.embedder.embed([message.text, *(said.text for said in stale)])
+        await call(self.store.set_embeddings, [said.id for said in stale], fresh[1:], self.embedder.name)
+        new = dict(zip((said.id for said in stale), fresh[1:], strict=True))
+        vectors = np.stack([new.get(said.id, vector) for said, vector, _ in older])
+        scores = vectors @ fresh[0]
+        best = np.argsort(-scores, kind="stable")[: self.config.remembered]
+        return [Remembered(older[index][0], float(scores[index])) for index in best]
+
+    def _notes(self, remembered: list[Remembered]) -> str:
+        in_order = sorted((found.message for found in remembered), key=lambda said: (said.at, said.id))
+        return "\n".join(f"Said earlier: {self._shown(said)}" for said in in_order)
+
+    def _chat(self, window: list[Message], newest: str, notes: str) -> list[dict[str, str]]:
+        system = "\n".join(part for part in (self.config.persona, notes) if part)
+        sent = [{"role": "system", "content": system}] if system else []
+        sent += [{"role": said.role.value, "content": self._shown(said)} for said in window]
+        return [*sent, {"role": Role.USER.value, "content": newest}]
+
+    def _shown(self, message: Message) -> str:
+        """A message's text, made harmless, and bounded before anything counts its tokens."""
+        return self.tokenizer.neutralise(message.text[: self.budget * CHARACTERS_PER_TOKEN])
+
+    def _clipped(self, message: Message) -> str:
+        """The new message; where it alone is over the budget, its beginning and a mark."""
+        text = clipped = self._shown(message)
+        keep = self.tokenizer.length(text)
+        while (over := self.tokenizer.count(self._chat([], clipped, "")) - self.budget) > 0 and keep > 0:
+            keep -= over
+            clipped = self.tokenizer.clip(text, keep) + CUT
+        return clipped

@@ -1,0 +1,156 @@
+"""The small frozen records that the parts of kibitz hand to each other.
+
+They know no database, no platform and no model. Ids are text; times are timezone-aware and in UTC.
+"""
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+import uuid_utils
+
+
+def new_id() -> str:
+    """A UUIDv7 as text: ids made later sort later."""
+    return str(uuid_utils.uuid7())
+
+
+def now() -> datetime:
+    """The current time in UTC."""
+    return datetime.now(UTC)
+
+
+class Role(StrEnum):
+    """Who wrote a message."""
+
+    SYSTEM = "system"
+    USER = "user"
+    ASSISTANT = "assistant"
+
+
+class FeedbackKind(StrEnum):
+    """What a person said about an answer."""
+
+    APPROVAL = "approval"
+    DISAPPROVAL = "disapproval"
+    REGENERATE = "regenerate"
+    CORRECTION = "correction"
+    RANK = "rank"
+
+
+class PolicyState(StrEnum):
+    """Where a policy version is in its life; `bot.registry` holds the transitions."""
+
+    TRAINING = "training"
+    CANDIDATE = "candidate"
+    CANARY = "canary"
+    LIVE = "live"
+    RETIRED = "retired"
+    REJECTED = "rejected"
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A place where people talk: a terminal, a channel, a thread, or an imported file's dialogue."""
+
+    platform: str
+    channel: str
+    space: str = ""
+    thread: str = ""
+    id: str = field(default_factory=new_id)
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of a conversation. `event_id` is the platform's id of the event that brought it, claimed once."""
+
+    conversation_id: str
+    author_id: str
+    text: str
+    role: Role = Role.USER
+    reply_to: str | None = None
+    event_id: str | None = None
+    at: datetime = field(default_factory=now)
+    id: str = field(default_factory=new_id)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the policy said, and all that made it.
+
+    `prompt_ids` and `completion_ids` are the exact token ids; `logprobs` holds the log-probability (nats) under the
+    sampling distribution of each of the `completion_ids`.
+    """
+
+    text: str
+    policy_version: str
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str
+    sampling: dict[str, Any]
+    latency_ms: float
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One answer in a conversation: the message that it answers, and what made it.
+
+    An imported turn was not sampled by us: its `policy_version` is "imported" and its ids and log-probabilities are
+    None. `replaces` names the turn that was regenerated.
+    """
+
+    conversation_id: str
+    message_id: str
+    reply_id: str
+    text: str
+    asker_id: str
+    policy_version: str
+    prompt_ids: tuple[int, ...] | None
+    completion_ids: tuple[int, ...] | None
+    logprobs: tuple[float, ...] | None
+    finish_reason: str
+    sampling: dict[str, Any]
+    latency_ms: float
+    replaces: str | None = None
+    at: datetime = field(default_factory=now)
+    id: str = field(default_factory=new_id)
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """One act of one person about one turn: given, or taken back (`retracts`).
+
+    `signal` is what was used to say it (an emoji, a button, a command), so that taking back ❤️ leaves 👍 standing.
+    `value` is the rank for RANK; `text` is the wanted answer for CORRECTION.
+    """
+
+    turn_id: str
+    user_id: str
+    kind: FeedbackKind
+    signal: str = ""
+    retracts: bool = False
+    value: float | None = None
+    text: str | None = None
+    event_id: str | None = None
+    at: datetime = field(default_factory=now)
+    id: str = field(default_factory=new_id)
+
+
+@dataclass(frozen=True)
+class PolicyVersion:
+    """One immutable version of the policy: version 0 is the base model, every other one an adapter on it.
+
+    `parent` is the version that its training continued, `replaced` the one that was live when it was promoted.
+    """
+
+    name: str
+    parent: str | None
+    base_model: str
+    path: str
+    state: PolicyState
+    sha256: str = ""
+    replaced: str | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    created_at: datetime = field(default_factory=now)

@@ -1,0 +1,1 @@
+"""Connectors: each turns one platform's events into bot types and back."""

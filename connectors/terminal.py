@@ -1,0 +1,125 @@
+"""The terminal: one person talks with kibitz, reacts, and watches it learn.
+
+On a terminal it streams answers and keeps a prompt at the bottom (prompt_toolkit); otherwise it reads lines and prints
+lines, so that it can be scripted. It knows no model and no training: questions about them go to the functions it is given.
+"""
+
+import asyncio
+import contextlib
+import getpass
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.patch_stdout import patch_stdout
+
+from bot.dialogue import DialogueManager
+from bot.errors import ServingError
+from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn
+
+HELP = """say something, or:
+  /good               👍 the last answer
+  /bad                👎 the last answer
+  /undo               take back what you said about the last answer
+  /regenerate         have it answered again
+  /correct TEXT       say what the answer should have been
+  /why                what made the last answer
+  /status             what is live, what was learned
+  /quit"""
+
+
+class Terminal:
+    """A chat on standard input and output."""
+
+    def __init__(
+        self,
+        dialogue: DialogueManager,
+        why: Callable[[str], Awaitable[str]],
+        status: Callable[[], Awaitable[str]],
+    ):
+        self.dialogue = dialogue
+        self.why = why
+        self.status = status
+        self.user = getpass.getuser()
+        self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
+
+    async def run(self) -> None:
+        """Talk until the end of input or /quit."""
+        place = await self.dialogue.open(Conversation("terminal", channel=self.user))
+        turn = await self.dialogue.store.database.call(self.dialogue.store.last_turn, place.id)
+        print("Talk to kibitz. /help lists the commands." if self.interactive else "", end="\n" * self.interactive)
+        async with contextlib.aclosing(self._lines()) as lines:
+            async for line in lines:
+                text = line.strip()
+                if text == "/quit":
+                    break
+                if text:
+                    turn = await self._handle(text, place, turn)
+
+    def announce(self, text: str) -> None:
+        """Tell of something that happened meanwhile."""
+        print(f"* {text}", flush=True)
+
+    async def _lines(self) -> AsyncIterator[str]:
+        if not self.interactive:
+            while line := await asyncio.to_thread(sys.stdin.readline):
+                yield line
+            return
+        session: PromptSession[str] = PromptSession()
+        with patch_stdout(raw=True):
+            while True:
+                try:
+                    yield await session.prompt_async("you: ")
+                except (EOFError, KeyboardInterrupt):
+                    return
+
+    async def _handle(self, text: str, place: Conversation, turn: Turn | None) -> Turn | None:
+        command, _, rest = text.partition(" ")
+        try:
+            if not command.startswith("/"):
+                return await self._stream(lambda: self.dialogue.respond(Message(place.id, self.user, text), self._print))
+            if command == "/help":
+                print(HELP)
+            elif command == "/status":
+                print(await self.status())
+            elif turn is None:
+                print("there is no answer yet")
+            elif command == "/regenerate":
+                return await self._stream(lambda: self.dialogue.regenerate(turn.id, self.user, self._print))
+            elif command == "/why":
+                print(await self.why(turn.id))
+            elif command == "/correct" and not rest.strip():
+                print("say what the answer should have been: /correct TEXT")
+            else:
+                print(await self._react(command, rest.strip(), turn))
+        except ServingError as error:
+            print(f"sorry, I cannot answer now: {error}", flush=True)
+        return turn
+
+    async def _react(self, command: str, text: str, turn: Turn) -> str:
+        signal = {"signal": "terminal"}
+        if command == "/correct":
+            given = [Feedback(turn.id, self.user, FeedbackKind.CORRECTION, text=text, **signal)]
+        elif command == "/good":
+            given = [Feedback(turn.id, self.user, FeedbackKind.APPROVAL, **signal)]
+        elif command == "/bad":
+            given = [Feedback(turn.id, self.user, FeedbackKind.DISAPPROVAL, **signal)]
+        elif command == "/undo":
+            kinds = (FeedbackKind.APPROVAL, FeedbackKind.DISAPPROVAL, FeedbackKind.CORRECTION)
+            given = [Feedback(turn.id, self.user, kind, retracts=True, **signal) for kind in kinds]
+        else:
+            return f"there is no command {command}; /help lists them all"
+        for one in given:
+            await self.dialogue.record_feedback(one)
+        return "taken back" if command == "/undo" else f"noted ({turn.policy_version})"
+
+    async def _stream(self, answer: Callable[[], Awaitable[Turn]]) -> Turn:
+        print("kibitz: ", end="", flush=True)
+        turn = await answer()
+        if turn.finish_reason not in ("stop", ""):
+            print(f" […] ({turn.finish_reason})", end="")
+        print(flush=True)
+        return turn
+
+    def _print(self, text: str) -> None:
+        print(text, end="", flush=True)

@@ -1,0 +1,1 @@
+"""Learning: feedback becomes a better policy."""

@@ -1,0 +1,147 @@
+"""Deployment: a candidate goes live, and what is live is what the server serves.
+
+The order is load -> probe -> promote -> drain -> unload (law 5). The probe asks the server for its log-probabilities of
+fixed token ids and compares them with the trainer's. It knows no training; it needs a Policy and the registry.
+"""
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from bot.config import Config
+from bot.errors import KibitzError, ServingError
+from bot.policy import Policy
+from bot.registry import BASE, PolicyRegistry
+from bot.types import PolicyVersion
+from learning.evaluation import check_files
+from learning.trainer import fingerprint
+
+Announce = Callable[[str], None]
+
+
+class Deployment:
+    """Keeps one vLLM server at the version that the registry calls live."""
+
+    def __init__(self, policy: Policy, registry: PolicyRegistry, config: Config, announce: Announce = lambda text: None):
+        self.policy = policy
+        self.registry = registry
+        self.config = config
+        self.announce = announce
+        self._swapping = asyncio.Lock()  # one swap at a time: both the learner and the watcher of rollbacks swap
+
+    async def deploy(self, name: str) -> PolicyVersion:
+        """Prove a candidate on the server, then make it live. On any doubt it is rejected and the live one stays."""
+        call = self.registry.database.call
+        async with self._swapping:
+            version = await call(self.registry.get, name)
+            try:
+                await self._load_and_probe(version)
+            except ServingError as error:
+                await self._unload(name)
+                await call(self.registry.reject, name, {**version.metrics, "reasons": [str(error)]})
+                raise
+            before = self.policy.version
+            promoted = await call(self.registry.promote, name)
+            self.policy.version = name
+            await self._retire(before)
+        self.announce(f"{name} is live")
+        return promoted
+
+    async def follow(self) -> bool:
+        """Bring the server to the registry's live version, if another process changed it; True if something changed."""
+        async with self._swapping:
+            live = await self.registry.database.call(self.registry.live)
+            before = self.policy.version
+            if live.name == before:
+                return False
+            await self._load_and_probe(live)
+            self.policy.version = live.name
+            await self._retire(before)
+        self.announce(f"{live.name} is live")
+        return True
+
+    async def watch(self, seconds: float = 1.0) -> None:
+        """Follow the registry for ever: a rollback may come from another process. A failure is announced once."""
+        failed = ""
+        while True:
+            await asyncio.sleep(seconds)
+            try:
+                await self.follow()
+                failed = ""
+            except KibitzError as error:
+                if str(error) != failed:
+                    failed = str(error)
+                    self.announce(f"the live version cannot be served, {self.policy.version} goes on: {error}")
+
+    async def restore(self) -> None:
+        """After a (re)start of the server: serve the live version again, or the base model where it cannot be proven."""
+        async with self._swapping:
+            await self.policy.connect()
+            self.policy.version = BASE
+            live = await self.registry.database.call(self.registry.live)
+            try:
+                await self._load_and_probe(live)
+                self.policy.version = live.name
+            except ServingError as error:
+                self.announce(f"{live.name} cannot be served ({error}); {BASE} answers until it can")
+
+    async def rollback(self) -> PolicyVersion:
+        """Take the live version back and serve the one before it."""
+        _, live = await self.registry.database.call(self.registry.rollback)
+        await self.follow()
+        return live
+
+    async def _load_and_probe(self, version: PolicyVersion) -> None:
+        if version.name == BASE:
+            return
+        faults = await asyncio.to_thread(self._faults, version)
+        if faults:
+            raise ServingError(f"{version.name} is not sound: {faults[0]}")
+        if version.name not in await self.policy.loaded():
+            await self.policy.load(version.name, str(Path(version.path).absolute()))
+        await self._probe(version)
+
+    def _faults(self, version: PolicyVersion) -> list[str]:
+        directory = Path(version.path)
+        if not (directory / "manifest.json").is_file():
+            return ["its manifest is missing: it was never finished"]
+        faults = check_files(directory, version.base_model, self.config.serving.max_lora_rank)
+        if not faults and fingerprint(directory) != version.sha256:
+            faults = ["its weights are not those that were registered"]
+        return faults
+
+    async def _probe(self, version: PolicyVersion) -> None:
+        """Raise unless the server computes the trainer's log-probabilities, and not those of the parent."""
+        rows = json.loads((Path(version.path) / "probe.json").read_text())
+        if not rows:
+            raise ServingError(f"{version.name} carries no probe; train it again with longer training.max_length")
+        served, candidate, parent = [], [], []
+        for row in rows:
+            served += await self.policy.logprobs(version.name, row["prompt_ids"], row["completion_ids"])
+            candidate += row["candidate"]
+            parent += row["parent"]
+        distance = mean_distance(served, candidate)
+        from_parent = mean_distance(served, parent)
+        if not distance <= self.config.gate.probe_tolerance or not distance <= from_parent / 2:
+            raise ServingError(
+                f"{version.name} failed its probe: the server's log-probabilities are {distance:.4f} nats from the "
+                f"trainer's (tolerance {self.config.gate.probe_tolerance:g}) and {from_parent:.4f} from its parent's"
+            )
+
+    async def _retire(self, name: str) -> None:
+        """Wait for the last answer of a version that is no longer live, then let the server forget it."""
+        if name != BASE and await self.policy.drain(name):
+            await self._unload(name)
+
+    async def _unload(self, name: str) -> None:
+        if name in await self.policy.loaded():
+            await self.policy.unload(name)
+
+
+def mean_distance(one: list[float], other: list[float]) -> float:
+    """The mean absolute difference of two equally long lists of log-probabilities (nats)."""
+    return float(np.abs(np.array(one) - np.array(other)).mean())
+

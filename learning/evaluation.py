@@ -1,0 +1,240 @@
+"""The gate: is a candidate sound, safe and better than the live version? A Verdict with its reasons.
+
+It measures with transformers in the training process (held-out log-probabilities, KL to the base, sampled answers) and
+judges by pure functions of what was measured. It knows no database and no server: whether vLLM serves the same policy
+is the probe's question, in `learning.deployment`.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bot.config import GateConfig
+from bot.tokenizer import ChatTokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+Rows = Sequence[tuple[Sequence[int], Sequence[int]]]
+ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer that a model gave to a prompt, as token ids and as text."""
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    text: str
+    finished: bool
+
+    @property
+    def well_formed(self) -> bool:
+        """Whether the answer ended by itself and reads as text."""
+        return self.finished and is_well_formed(self.text)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was measured of a candidate against the live version, on the same held-out answers.
+
+    `signs` is +1 for an answer that was liked and -1 for one that was not; `live` and `candidate` are its mean
+    log-probability for each token (nats). `kl` is nats for each sampled token of the candidate, against the base.
+    """
+
+    conversations: list[str]
+    signs: list[int]
+    live: list[float]
+    candidate: list[float]
+    kl: float
+    well_formed: float
+    base_well_formed: float
+    file_faults: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a candidate may go live, why not, and the figures behind it."""
+
+    passed: bool
+    reasons: list[str]
+    figures: dict[str, Any]
+
+
+def judge(evidence: Evidence, gate: GateConfig, seed: int) -> Verdict:
+    """Weigh the evidence: no evidence, no promotion."""
+    reasons = list(evidence.file_faults)
+    signs = np.array(evidence.signs)
+    liked, disliked = int((signs > 0).sum()), int((signs < 0).sum())
+    figures: dict[str, Any] = {"held_out_liked": liked, "held_out_disliked": disliked, "kl": evidence.kl}
+    figures |= {"well_formed": evidence.well_formed, "base_well_formed": evidence.base_well_formed}
+    if liked + disliked < gate.min_held_out or min(liked, disliked) < 2:
+        reasons.append(
+            f"too little evidence: {liked} liked and {disliked} disliked answers are held out; "
+            f"{gate.min_held_out} are needed, two at least of each kind"
+        )
+    else:
+        live, candidate = np.array(evidence.live), np.array(evidence.candidate)
+        gain, low, high = bootstrap(
+            lambda pick: margin(candidate[pick] - live[pick], signs[pick]), signs, gate.confidence, seed
+        )
+        figures |= {"margin_before": margin(live, signs), "margin_after": margin(candidate, signs)}
+        figures |= {"margin_gain": gain, "margin_gain_low": low, "margin_gain_high": high}
+        if not low > 0:
+            reasons.append(
+                f"not shown to be better: liked over disliked gains {gain:+.4f} nats a token, "
+                f"{gate.confidence:.0%} interval {low:+.4f} to {high:+.4f}"
+            )
+    if not evidence.kl <= gate.kl_budget:
+        reasons.append(f"too far from the base: KL {evidence.kl:.3f} nats a token, budget {gate.kl_budget:g}")
+    wanted = min(gate.well_formed, evidence.base_well_formed)
+    if not evidence.well_formed >= wanted:
+        reasons.append(f"answers break: {evidence.well_formed:.0%} well-formed, {wanted:.0%} wanted")
+    return Verdict(passed=not reasons, reasons=reasons, figures=figures)
+
+
+def margin(values: np.ndarray, signs: np.ndarray) -> float:
+    """Mean of `values` over liked answers less that over disliked ones."""
+    return float(values[signs > 0].mean() - values[signs < 0].mean())
+
+
+def accuracy(values: np.ndarray, signs: np.ndarray) -> float:
+    """How often a liked answer has a higher value than a disliked one, ties half (the area under the ROC curve)."""
+    differences = values[signs > 0][:, None] - values[signs < 0][None, :]
+    return float((differences > 0).mean() + 0.5 * (differences == 0).mean())
+
+
+def bootstrap(
+    statistic: Callable[[np.ndarray], float], signs: np.ndarray, confidence: float, seed: int, draws: int = 2000
+) -> tuple[float, float, float]:
+    """`statistic` over all rows, with a percentile interval over resampled rows (stratified by sign)."""
+    rng = np.random.default_rng(seed)
+    groups = [np.flatnonzero(signs == sign) for sign in np.unique(signs)]
+    drawn = [
+        statistic(np.concatenate([rng.choice(group, len(group)) for group in groups])) for _ in range(draws)
+    ]
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(drawn, [tail, 1 - tail])
+    return statistic(np.arange(len(signs))), float(low), float(high)
+
+
+def mean_interval(values: Sequence[float], seed: int, confidence: float = 0.95) -> tuple[float, float, float]:
+    """The mean of `values` with its bootstrap interval."""
+    array = np.asarray(values, dtype=float)
+    return bootstrap(lambda pick: float(array[pick].mean()), np.ones(len(array)), confidence, seed)
+
+
+def is_well_formed(text: str) -> bool:
+    """Whether `text` reads as text: not empty, no broken characters, no loop of the same four words."""
+    if not text.strip() or "\ufffd" in text or "<|" in text:
+        return False
+    words = re.findall(r"\S+", text)
+    grams = Counter(zip(words, words[1:], words[2:], words[3:], strict=False))
+    return not grams or max(grams.values()) < 3
+
+
+def check_files(adapter: Path, base_model: str, max_rank: int) -> list[str]:
+    """What is wrong with an adapter's directory; empty where vLLM may load it. Needs no torch."""
+    from safetensors import SafetensorError, safe_open
+
+    faults = [f"{path.name}: is a link" for path in adapter.iterdir() if path.is_symlink()]
+    extra = [path.name for path in adapter.iterdir() if path.suffix in {".bin", ".pt", ".pkl", ".pickle"}]
+    faults += [f"{name}: a pickle file; adapters are safetensors only" for name in extra]
+    missing = [name for name in sorted(ADAPTER_FILES) if not (adapter / name).is_file()]
+    if missing:
+        return [*faults, *(f"{name}: is missing" for name in missing)]
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    if settings.get("r", 0) > max_rank:
+        faults.append(f"rank {settings['r']} is above serving.max_lora_rank {max_rank}")
+    for key, allowed in {"bias": "none", "use_dora": False, "modules_to_save": None}.items():
+        if settings.get(key, allowed) not in (allowed, None, []):
+            faults.append(f"adapter_config.json: {key} is {settings[key]!r}, which vLLM does not serve")
+    if Path(settings.get("base_model_name_or_path", "")).name != Path(base_model).name:
+        faults.append(f"made for another base model ({settings.get('base_model_name_or_path')})")
+    try:
+        with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        return [*faults, f"adapter_model.safetensors: cannot be read ({error})"]
+    faults += [f"{name}: not finite" for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
+    pairs = Counter(name.rsplit(".lora_", 1)[0] for name in tensors)
+    faults += [f"{name}: half of a LoRA pair is missing" for name, parts in pairs.items() if parts != 2]
+    layers = {int(found) for name in tensors for found in re.findall(r"\.layers\.(\d+)\.", name)}
+    if layers != set(range(max(layers, default=-1) + 1)) or not layers:
+        faults.append("some layers are missing")
+    if not any(tensor.any() for name, tensor in tensors.items() if ".lora_B" in name):
+        faults.append("all weights are zero: it changes nothing")
+    return faults
+
+
+def answer_logprobs(model: Any, rows: Rows) -> list["torch.Tensor"]:
+    """The log-probability (nats) of each completion token of each (prompt ids, completion ids) row, one row at a time.
+
+    Temperature 1. One row at a time, so that padding cannot change a figure.
+    """
+    import torch
+
+    found = []
+    model.eval()
+    with torch.no_grad():
+        for prompt, completion in rows:
+            ids = torch.tensor([[*prompt, *completion]], device=model.device)
+            logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
+            logprobs = logits.log_softmax(-1)
+            found.append(logprobs.gather(-1, ids[0, len(prompt) :, None])[:, 0].cpu())
+    return found
+
+
+def perplexity(model: Any, rows: Rows) -> float:
+    """exp of the mean negative log-probability of the labelled tokens; rows are (input ids, labels) with -100 prompts."""
+    split = []
+    for ids, labels in rows:
+        start = next(index for index, label in enumerate(labels) if label != -100)
+        split.append((ids[:start], ids[start:]))
+    tokens = np.concatenate([row.numpy() for row in answer_logprobs(model, split)])
+    return float(np.exp(-tokens.mean()))
+
+
+def generate(
+    model: Any,
+    tokenizer: ChatTokenizer,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    seed: int,
+    temperature: float = 1.0,
+    batch_size: int = 32,
+) -> list[Sample]:
+    """Sample one answer to each prompt (greedily at temperature 0), in batches padded on the left."""
+    import torch
+
+    torch.manual_seed(seed)
+    eos, pad = tokenizer.hf.eos_token_id, tokenizer.hf.pad_token_id
+    pad = eos if pad is None else pad
+    samples = []
+    model.eval()
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        width = max(map(len, batch))
+        ids = torch.tensor([[pad] * (width - len(row)) + [*row] for row in batch], device=model.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=model.device)
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        with torch.no_grad():
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_tokens,
+                pad_token_id=pad,
+                eos_token_id=eos,
+                **(sampling if temperature else {"do_sample": False}),
+            )
+        for row, said in zip(batch, out[:, width:].tolist(), strict=True):
+            end = said.index(eos) + 1 if eos in said else len(said)
+            text = tokenizer.hf.decode(said[:end], skip_special_tokens=True)
+            samples.append(Sample(tuple(row), tuple(said[:end]), text, finished=eos in said))
+    return samples

@@ -1,0 +1,116 @@
+"""OnlineLearner: collect -> train -> evaluate -> deploy, whenever enough has been said.
+
+Training runs in a child process (`kibitz train`): its memory comes back when it ends, and a crash is an exit code. The
+chat goes on whatever happens here (law 9).
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from bot.config import Config
+from bot.conversations import ConversationStore
+from bot.errors import KibitzError, NothingToLearn, TrainingError
+from learning.deployment import Deployment
+
+Announce = Callable[[str], None]
+Progress = Callable[[str, int, int], None]
+
+class OnlineLearner:
+    """Turns feedback into deployed versions, one run at a time."""
+
+    def __init__(
+        self,
+        store: ConversationStore,
+        deployment: Deployment,
+        config: Config,
+        announce: Announce = lambda text: None,
+        progress: Progress = lambda stage, done, total: None,
+    ):
+        self.store = store
+        self.deployment = deployment
+        self.config = config
+        self.announce = announce
+        self.progress = progress
+        self._learned = 0
+
+    async def run(self) -> None:
+        """Learn for ever: look every `learning.check_seconds` whether enough is new. A failed run is announced."""
+        self._learned = await self._taught()
+        while True:
+            await asyncio.sleep(self.config.learning.check_seconds)
+            try:
+                said = await self.store.database.call(self.store.reactions)
+                if said - self._learned >= self.config.learning.min_reactions:
+                    self._learned = said
+                    self.announce(f"training on {said} reactions")
+                    await self.step()
+            except NothingToLearn as error:
+                self.announce(f"nothing learned: {error}")
+            except KibitzError as error:
+                self.announce(f"learning failed, the chat goes on: {error}")
+
+    async def step(self) -> dict[str, Any]:
+        """One round; returns the run's outcome. A candidate that did not pass the gate is not deployed."""
+        outcome = await train_in_child(self.config, self.progress)
+        if outcome["passed"]:
+            await self.deployment.deploy(outcome["policy"])
+        else:
+            self.announce(f"{outcome['policy']} rejected: {'; '.join(outcome['reasons'])}")
+        return outcome
+
+    async def _taught(self) -> int:
+        """How many reactions there were when the last run began, so that a restart does not train again on them."""
+        return await self.store.database.call(self.store.reactions_at_last_run)
+
+
+async def train_in_child(config: Config, progress: Progress) -> dict[str, Any]:
+    """Run `kibitz train` as a child process and return its outcome. Raises TrainingError with the child's own line."""
+    resolved = config.data / "train-config.json"
+    config.save(resolved)
+    child = await asyncio.create_subprocess_exec(
+        *[sys.executable, "-m", "bot", "train", "--config", str(resolved), "--progress", "json"],
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1"},
+        start_new_session=True,  # Ctrl-C in the terminal is ours to pass on
+        limit=2**24,
+    )
+    assert child.stdout is not None and child.stderr is not None
+    errors = asyncio.create_task(child.stderr.read())
+    outcome: dict[str, Any] = {}
+    try:
+        async for line in child.stdout:
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                if "outcome" in row:
+                    outcome = row["outcome"]
+                elif "nothing_to_learn" in row:
+                    raise NothingToLearn(row["nothing_to_learn"])
+                else:
+                    progress(row["stage"], row["done"], row["total"])
+        code = await child.wait()
+    finally:
+        await _stop(child)
+    said = (await errors).decode(errors="replace").strip().splitlines()
+    last = said[-1].removeprefix("kibitz: ") if said else f"the training process ended with code {code}"
+    if code != 0 or not outcome:
+        raise TrainingError(last)
+    return outcome
+
+
+async def _stop(child: asyncio.subprocess.Process) -> None:
+    for sign in (signal.SIGINT, signal.SIGKILL):
+        if child.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            child.send_signal(sign)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(child.wait(), 10)
+            return

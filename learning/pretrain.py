@@ -1,0 +1,216 @@
+"""The supervised warm start: prompt-response pairs become a policy to start from.
+
+`make_demo` builds the embedded demo policy (a small Qwen3 with its own byte-level tokenizer, trained from random weights
+on `learning.demo`); `warm_start` tunes any other base model on the operator's own pairs. Both go through TRL's
+SFTTrainer. It knows no feedback, no registry and no server.
+
+Run: ``kibitz pretrain`` for the demo policy, ``kibitz pretrain PAIRS`` for one's own.
+"""
+
+import hashlib
+import json
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bot.tokenizer import ChatTokenizer
+from learning import demo
+
+Dialogue = list[dict[str, str]]
+Progress = Callable[[str, int, int], None]
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+SPECIAL_TOKENS = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
+
+
+@dataclass(frozen=True)
+class DemoRecipe:
+    """All that the demo policy depends on; its hash names the directory that the policy is cached in."""
+
+    seed: int = 0
+    dialogues: int = 10_000
+    hidden: int = 128
+    layers: int = 3
+    heads: int = 4
+    vocabulary: int = 1536
+    batch_size: int = 16
+    learning_rate: float = 3e-3
+    initializer_range: float = 0.1  # of 0.02, the default, a minute of training makes a much worse policy
+
+    def directory(self, data: Path) -> Path:
+        """Where this recipe's policy is kept under the data directory."""
+        recipe = json.dumps(asdict(self), sort_keys=True) + demo._TABLE
+        return data / "models" / f"demo-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+
+
+def make_demo(recipe: DemoRecipe, data: Path, progress: Progress) -> Path:
+    """Build the demo policy unless it is there already, and return its directory.
+
+    About a minute on two cores. The directory appears whole or not at all; the same recipe gives the same bytes.
+    """
+    directory = recipe.directory(data)
+    if (directory / "config.json").exists():
+        return directory
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM, set_seed
+
+    unfinished = directory.with_name(directory.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    dialogues = demo.dialogues(recipe.dialogues, recipe.seed)
+    _train_tokenizer([message["content"] for dialogue in dialogues for message in dialogue], recipe, unfinished)
+    tokenizer = ChatTokenizer(str(unfinished))
+    set_seed(recipe.seed)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=recipe.vocabulary,
+            hidden_size=recipe.hidden,
+            intermediate_size=3 * recipe.hidden,
+            num_hidden_layers=recipe.layers,
+            num_attention_heads=recipe.heads,
+            num_key_value_heads=recipe.heads,
+            head_dim=recipe.hidden // recipe.heads,
+            max_position_embeddings=4096,
+            initializer_range=recipe.initializer_range,
+            tie_word_embeddings=True,
+            dtype=torch.float32,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=2,
+        )
+    )
+    fine_tune(
+        model, tokenizer, dialogues, recipe.seed, recipe.learning_rate, recipe.batch_size, 1, unfinished, progress
+    )
+    model.save_pretrained(unfinished)
+    unfinished.rename(directory)
+    return directory
+
+
+def warm_start(
+    model_path: str,
+    dialogues: list[Dialogue],
+    directory: Path,
+    seed: int,
+    epochs: int,
+    learning_rate: float,
+    progress: Progress,
+) -> dict[str, float]:
+    """Tune all weights of a model on `dialogues`, save it to `directory`, and return held-out measures of its answers.
+
+    A tenth of the dialogues (at least one) is held out. Returns `bleu`, `rouge_l` (0-100), `perplexity` and
+    `perplexity_before`, and the two counts.
+    """
+    from transformers import AutoModelForCausalLM, set_seed
+
+    from learning.evaluation import generate, perplexity
+
+    shuffled = list(dialogues)
+    random.Random(seed).shuffle(shuffled)
+    cut = max(1, len(shuffled) // 10)
+    held_out, training = shuffled[:cut], shuffled[cut:]
+    set_seed(seed)
+    tokenizer = ChatTokenizer(model_path)
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto")
+    rows = [(row["input_ids"], row["labels"]) for row in map(lambda d: _row(tokenizer, d), held_out)]
+    before = perplexity(model, rows)
+    unfinished = directory.with_name(directory.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    fine_tune(model, tokenizer, training, seed, learning_rate, 16, epochs, unfinished, progress)
+    prompts = [tokenizer.prompt_ids(dialogue[:-1]) for dialogue in held_out[:200]]
+    said = generate(model, tokenizer, prompts, max_tokens=64, seed=seed, temperature=0.0)
+    measures = text_overlap([reply.text for reply in said], [dialogue[-1]["content"] for dialogue in held_out[:200]])
+    measures |= {"perplexity_before": before, "perplexity": perplexity(model, rows)}
+    model.save_pretrained(unfinished)
+    tokenizer.hf.save_pretrained(unfinished)
+    shutil.rmtree(directory, ignore_errors=True)
+    unfinished.rename(directory)
+    return measures | {"pairs": len(training), "held_out": len(held_out)}
+
+
+def text_overlap(said: list[str], wanted: list[str]) -> dict[str, float]:
+    """Corpus BLEU (sacrebleu) and mean ROUGE-L F1 (rouge-score) of answers against the wanted ones, both 0-100."""
+    import sacrebleu
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    rouge = [scorer.score(target, text)["rougeL"].fmeasure for text, target in zip(said, wanted, strict=True)]
+    return {"bleu": sacrebleu.corpus_bleu(said, [wanted]).score, "rouge_l": 100 * sum(rouge) / len(rouge)}
+
+
+def fine_tune(
+    model: object,
+    tokenizer: ChatTokenizer,
+    dialogues: list[Dialogue],
+    seed: int,
+    learning_rate: float,
+    batch_size: int,
+    epochs: int,
+    workspace: Path,
+    progress: Progress,
+) -> None:
+    """One supervised run through TRL's SFTTrainer over the last answer of each dialogue, in place."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from learning.objectives import cpu_arguments, report_progress
+
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            output_dir=str(workspace),
+            per_device_train_batch_size=batch_size,
+            num_train_epochs=epochs,
+            learning_rate=learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.05,
+            adam_beta2=0.98,
+            max_length=1024,
+            seed=seed,
+            **cpu_arguments(),
+        ),
+        train_dataset=Dataset.from_list([_row(tokenizer, dialogue) for dialogue in dialogues]),
+        processing_class=tokenizer.hf,
+    )
+    report_progress(trainer, "pretrain", progress)
+    trainer.train()
+
+
+def _row(tokenizer: ChatTokenizer, dialogue: Dialogue) -> dict[str, list[int]]:
+    """The ids of a dialogue, with every answer of the assistant's as a label and the rest masked."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for index, message in enumerate(dialogue):
+        if message["role"] == "assistant":
+            prompt = tokenizer.prompt_ids(dialogue[:index])
+            answer = tokenizer.completion_ids(message["content"])
+            labels += [-100] * (len(prompt) - len(ids)) + answer
+            ids = prompt + answer
+    return {"input_ids": ids, "labels": labels}
+
+
+def _train_tokenizer(texts: list[str], recipe: DemoRecipe, directory: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=recipe.vocabulary,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|im_end|>", model_max_length=4096
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(directory)

@@ -1,0 +1,269 @@
+"""One training run, top to bottom: snapshot -> dataset -> train -> measure -> save -> register a candidate -> verdict.
+
+Meant to run in a process of its own (`kibitz train`), so that memory comes back when it ends and a crash is an exit code.
+It reads the database and writes one directory under `policies/`, whose manifest is written last. It knows no server.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bot.config import Config
+from bot.conversations import ConversationStore
+from bot.data_directory import held
+from bot.database import Database
+from bot.errors import NothingToLearn, TrainingError
+from bot.registry import BASE, PolicyRegistry
+from bot.tokenizer import ChatTokenizer
+from bot.types import PolicyVersion
+from learning.evaluation import Evidence, Sample, Verdict, answer_logprobs, check_files, generate, judge
+from learning.replay_buffer import Experience, ReplayBuffer, Snapshot
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+Progress = Callable[[str, int, int], None]
+PROBES = 4
+PROBE_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left behind: the version, the verdict on it, and figures for a report."""
+
+    policy: str
+    passed: bool
+    reasons: list[str]
+    figures: dict[str, Any]
+    manifest_sha256: str
+    adapter_sha256: str
+    turns: int
+    training: int
+    held_out: int
+    dropped: dict[str, int]
+    without_logprobs: int
+
+
+def run(config: Config, progress: Progress, space: str | None = None, from_base: bool = False) -> Outcome:
+    """Train a new version on all feedback (or on one imported `space`), continuing the live version unless `from_base`.
+
+    Raises NothingToLearn where there is no usable reward; nothing is registered then.
+    """
+    with held(config.data, "train"):
+        return _run(config, progress, space, from_base)
+
+
+def _run(config: Config, progress: Progress, space: str | None, from_base: bool) -> Outcome:
+    database = Database(config.database_url)
+    registry, store = PolicyRegistry(database), ConversationStore(database)
+    _clear_up(registry, config.data / "policies")
+    live = registry.live()
+    parent = registry.get(BASE) if from_base else live
+    tokenizer = ChatTokenizer(parent.base_model)
+    progress("reading feedback", 0, 1)
+    snapshot = ReplayBuffer(store, tokenizer, config).snapshot(space)
+    _refuse_empty(snapshot)
+    manifest = _manifest(config, parent, snapshot)
+    sha256 = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    version = registry.reserve(parent, config.data / "policies")
+    run_id = registry.begin_run(version.name, config.model_dump(), sha256, snapshot.feedback_ids)
+    directory = Path(version.path)
+    unfinished = directory.with_name(directory.name + ".unfinished")
+    try:
+        unfinished.mkdir(parents=True)
+        verdict, metrics = _train(config, parent, live, snapshot, tokenizer, unfinished, progress)
+        config.save(unfinished / "config.json")
+        (unfinished / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True))
+        (unfinished / "manifest.json").write_text(json.dumps(manifest | {"sha256": sha256}, indent=1, sort_keys=True))
+        unfinished.rename(directory)
+        adapter_sha256 = fingerprint(directory)
+        registry.complete(version.name, adapter_sha256, metrics)
+        if not verdict.passed:
+            registry.reject(version.name)
+        registry.end_run(run_id, "passed" if verdict.passed else "; ".join(verdict.reasons))
+    except BaseException as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        why = "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {error}"
+        if not directory.exists():
+            registry.reject(version.name, {"outcome": why})
+        registry.end_run(run_id, why)
+        raise
+    finally:
+        database.close()
+    return Outcome(
+        policy=version.name,
+        passed=verdict.passed,
+        reasons=verdict.reasons,
+        figures=metrics,
+        manifest_sha256=sha256,
+        adapter_sha256=adapter_sha256,
+        turns=snapshot.turns,
+        training=len(snapshot.training),
+        held_out=len(snapshot.held_out),
+        dropped=dict(snapshot.dropped),
+        without_logprobs=snapshot.without_logprobs,
+    )
+
+
+def _clear_up(registry: PolicyRegistry, policies: Path) -> None:
+    """Reject and remove what a killed run left behind; we hold the lock, so nobody is at work on it."""
+    registry.abandon_unfinished()
+    for leftover in policies.glob("*.unfinished"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def fingerprint(directory: Path) -> str:
+    """The sha256 of an adapter's weights file."""
+    return hashlib.sha256((directory / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def _refuse_empty(snapshot: Snapshot) -> None:
+    if snapshot.training:
+        return
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(snapshot.dropped.items()))
+    raise NothingToLearn(
+        f"no usable reward: {snapshot.turns} turns with feedback were read, {len(snapshot.held_out)} are held out"
+        f"{', left out: ' + reasons if reasons else ''}; collect more reactions first, or raise the limit that is named"
+    )
+
+
+def _manifest(config: Config, parent: PolicyVersion, snapshot: Snapshot) -> dict[str, Any]:
+    """All that the adapter depends on, and nothing else: no time, no path, no version number."""
+    return {
+        "base_sha256": _base_fingerprint(parent.base_model),
+        "parent_sha256": parent.sha256,
+        "training": config.training.model_dump(),
+        "rewards": config.rewards.model_dump(),
+        "seed": config.seed,
+        "rows": [experience.digest() for experience in snapshot.training],
+        "held_out": [experience.digest() for experience in snapshot.held_out],
+        "dropped": dict(sorted(snapshot.dropped.items())),
+    }
+
+
+def _base_fingerprint(base_model: str) -> str:
+    digest = hashlib.sha256()
+    files = sorted(Path(base_model).glob("*.safetensors")) if Path(base_model).is_dir() else []
+    for file in files:
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest() if files else base_model
+
+
+def _train(
+    config: Config,
+    parent: PolicyVersion,
+    live: PolicyVersion,
+    snapshot: Snapshot,
+    tokenizer: ChatTokenizer,
+    directory: Path,
+    progress: Progress,
+) -> tuple[Verdict, dict[str, Any]]:
+    from transformers import set_seed
+
+    from learning.objectives import Row, train_kto
+
+    set_seed(config.seed)
+    progress("loading the model", 0, 1)
+    held_out = [(row.prompt_ids, row.completion_ids) for row in snapshot.held_out]
+    before = _means(answer_logprobs(_load(config, live), held_out)) if live != parent else None
+    model = _load(config, parent)
+    before = _means(answer_logprobs(model, held_out)) if before is None else before
+    prompts = _sample_prompts(snapshot, config.gate.samples)
+    with model.disable_adapter():
+        base_samples = generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed)
+    probes = [
+        (sample.prompt_ids, sample.completion_ids)
+        for sample in base_samples
+        if len(sample.prompt_ids) + len(sample.completion_ids) <= PROBE_TOKENS
+    ][:PROBES]
+    from_parent = answer_logprobs(model, probes)
+    rows = [Row(row.prompt_ids, row.completion_ids, row.reward > 0) for row in snapshot.training]
+    trained = train_kto(model, tokenizer.hf, rows, config.training, config.seed, progress)
+    progress("measuring", 0, 1)
+    after = _means(answer_logprobs(model, held_out))
+    samples = generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed)
+    kl = _kl_to_base(model, samples)
+    model.save_pretrained(directory)
+    (directory / "README.md").unlink(missing_ok=True)
+    _write_probe(directory, probes, answer_logprobs(model, probes), from_parent)
+    if not trained["train_loss"] == trained["train_loss"]:  # NaN
+        raise TrainingError("the loss became NaN; lower training.learning_rate")
+    evidence = Evidence(
+        conversations=[row.unit for row in snapshot.held_out],
+        signs=[1 if row.reward > 0 else -1 for row in snapshot.held_out],
+        live=before,
+        candidate=after,
+        kl=kl,
+        well_formed=_well_formed(samples),
+        base_well_formed=_well_formed(base_samples),
+        file_faults=check_files(directory, parent.base_model, config.serving.max_lora_rank),
+    )
+    verdict = judge(evidence, config.gate, config.seed)
+    metrics = {**verdict.figures, **trained, "reasons": verdict.reasons, "evidence": asdict(evidence)}
+    return verdict, metrics
+
+
+def _load(config: Config, version: PolicyVersion) -> "PeftModel":
+    """The base model with the version's adapter, or with a fresh one where the version is the base."""
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    try:
+        base = AutoModelForCausalLM.from_pretrained(
+            version.base_model, dtype="auto" if config.serving.dtype == "auto" else config.serving.dtype
+        )
+    except (OSError, ValueError) as error:
+        raise TrainingError(
+            f"the base model '{version.base_model}' cannot be loaded ({str(error).splitlines()[0]}); put it back"
+        ) from error
+    if torch.cuda.is_available():
+        base = base.to("cuda")
+    if version.name != BASE:
+        return PeftModel.from_pretrained(base, version.path, is_trainable=True)
+    rank = config.training.lora_rank
+    settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM", bias="none")
+    model = get_peft_model(base, settings)
+    model.peft_config["default"].base_model_name_or_path = version.base_model
+    return model
+
+
+def _sample_prompts(snapshot: Snapshot, count: int) -> list[tuple[int, ...]]:
+    """Different prompts to sample answers to, the held-out ones first."""
+    rows: Sequence[Experience] = [*snapshot.held_out, *snapshot.training]
+    return list(dict.fromkeys(row.prompt_ids for row in rows))[:count]
+
+
+def _kl_to_base(model: "PeftModel", samples: list[Sample]) -> float:
+    """KL(candidate || base) for each token (nats), estimated on the candidate's own samples."""
+    rows = [(sample.prompt_ids, sample.completion_ids) for sample in samples]
+    own = answer_logprobs(model, rows)
+    with model.disable_adapter():
+        base = answer_logprobs(model, rows)
+    tokens = sum(len(row) for row in own)
+    return float(sum((a - b).sum() for a, b in zip(own, base, strict=True)) / max(tokens, 1))
+
+
+def _well_formed(samples: list[Sample]) -> float:
+    return sum(sample.well_formed for sample in samples) / max(len(samples), 1)
+
+
+def _write_probe(directory: Path, probes: list, candidate: list, parent: list) -> None:
+    rows = [
+        {
+            "prompt_ids": list(prompt),
+            "completion_ids": list(completion),
+            "candidate": own.tolist(),
+            "parent": other.tolist(),
+        }
+        for (prompt, completion), own, other in zip(probes, candidate, parent, strict=True)
+    ]
+    (directory / "probe.json").write_text(json.dumps(rows))
+
+
+def _means(rows: list) -> list[float]:
+    return [float(row.mean()) for row in rows]
