@@ -27,7 +27,7 @@ from bot.dialogue import DialogueManager
 from bot.embeddings import Embedder
 from bot.errors import ConfigError, NothingToLearn
 from bot.policy import Policy
-from bot.registry import PolicyRegistry
+from bot.registry import BASE, PolicyRegistry
 from bot.tokenizer import ChatTokenizer
 from bot.tracker import StateTracker
 from bot.vllm_server import VllmServer
@@ -321,6 +321,62 @@ def simulate(
         simulation.plot(rows, plot, f"users: {users}, {noise:.0%} noise, {reaction_rate:.0%} react")
         console.print(f"learning curve: {plot}")
     cli.write_json(json_file, "simulate", simulation.figures(rows), setup)
+
+
+@app.command()
+def replay(
+    file: Annotated[Path, typer.Argument(help="Recorded conversations with reactions, one a line.")],
+    format: Annotated[str, typer.Option(help="auto, kibitz, openai or oasst.")] = "auto",
+    json_file: JsonFile = None,
+    plot: PlotFile = None,
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+) -> None:
+    """Offline replay training: import recorded conversations, train on them, gate, and report."""
+    from learning import importers
+    from learning import replay as offline
+
+    found = configured(config, data_dir, seed)
+    cli.check_writable(json_file, plot)
+    recording = importers.read(file, format)
+    _quiet()
+    model = base_model(found, console.print)
+    database, store, registry = cli.opened(found)
+    registry.ensure_base(model)
+    with cli.progress_bar() as progress:
+        figures = offline.replay(recording, store, model, found, progress)
+    database.close()
+    _print_figures(figures)
+    if plot is not None:
+        offline.plot(figures, plot)
+        console.print(f"plot: {plot}")
+    setup = {"file": file.name, "format": recording.format, "seed": found.seed, "model": found.policy.model}
+    cli.write_json(json_file, "replay", figures, setup | {"training": found.training.model_dump()})
+
+
+@app.command()
+def export(file: Path, config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
+    """Write every conversation with its feedback to FILE, in the form that `kibitz replay` reads."""
+    from learning import importers
+    from learning.replay import tokenizer_fingerprint
+
+    found = configured(config, data_dir, seed)
+    cli.check_writable(file)
+    database, store, registry = cli.opened(found)
+    base = registry.get(BASE).base_model
+    written = importers.export(store, file, tokenizer_fingerprint(base))
+    database.close()
+    console.print(", ".join(f"{name}: {count}" for name, count in written.items()) or "nothing was said yet")
+
+
+def _print_figures(figures: dict[str, Any]) -> None:
+    table = Table("figure", "value")
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            value = "\n".join(f"{count} {reason}" for reason, count in value.items()) or "nothing"
+        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    console.print(table)
 
 
 def _show_row(row: Any) -> None:

@@ -86,11 +86,12 @@ class TrainingConfig(Section):
 
     objective: Literal["kto"] = "kto"
     lora_rank: Literal[1, 8, 16, 32, 64, 128, 256] = 16
-    learning_rate: Annotated[float, Field(gt=0)] = 5e-4
-    beta: Annotated[float, Field(gt=0)] = 0.1
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    beta: Annotated[float, Field(gt=0)] = 0.5
     batch_size: Annotated[int, Field(ge=4)] = 16
-    epochs: Positive = 4
-    max_length: Annotated[int, Field(ge=16)] = 2048
+    epochs: Positive = 8
+    max_steps: Positive = 30
+    max_length: Annotated[int, Field(ge=16)] = 1024
 
 
 class GateConfig(Section):

@@ -57,7 +57,7 @@ def train_kto(
     stream: list[Row] = []
     for _ in range(config.epochs):
         stream += order.sample(list(rows), len(rows))
-    stream = stream[: len(stream) // batch_size * batch_size]
+    stream = stream[: min(len(stream) // batch_size, config.max_steps) * batch_size]
     liked = sum(row.desirable for row in rows)
     desirable, undesirable = class_weights(liked, len(rows) - liked)
     trainer = TokenKTOTrainer(
@@ -89,12 +89,11 @@ def train_kto(
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     tail = logged[-max(1, len(logged) // 4) :]
     measures = {key: _mean([entry[key] for entry in tail if key in entry]) for key in ("loss", "rewards/margins", "kl")}
-    first = logged[0] if logged else {}
     return {
-        **measures,
+        **{f"trl/{key}": value for key, value in measures.items()},
+        "trl/first_reward": logged[0].get("rewards/chosen", 0.0) if logged else 0.0,
         "steps": outcome.global_step,
         "train_loss": outcome.training_loss,
-        "first_reward": first.get("rewards/chosen", 0.0),
     }
 
 

@@ -1,0 +1,139 @@
+"""Replay: offline training on recorded conversations, with a report of what was read, learned and left out.
+
+Imports a file, trains a new version from the base model on that file alone, and measures held-out answers before and
+after. The same file, config and seed give the same manifest and the same adapter bytes. It needs no server.
+
+Run: ``kibitz replay FILE``.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bot.config import Config
+from bot.conversations import ConversationStore
+from bot.errors import NothingToLearn
+from bot.types import FeedbackKind
+from learning import trainer
+from learning.evaluation import accuracy, margin
+from learning.importers import Recording
+
+Progress = Callable[[str, int, int], None]
+CONFIDENCE = 0.95
+DRAWS = 2000
+
+
+def tokenizer_fingerprint(model: str) -> str:
+    """What names a tokenizer: the hash of its file, or the hub name of its model."""
+    file = Path(model) / "tokenizer.json"
+    return hashlib.sha256(file.read_bytes() if file.is_file() else model.encode()).hexdigest()
+
+
+def replay(
+    recording: Recording, store: ConversationStore, base_model: str, config: Config, progress: Progress
+) -> dict[str, Any]:
+    """Store a recording, train on it, and return the figures of the report. Raises NothingToLearn."""
+    if recording.tokenizer_sha256 and recording.tokenizer_sha256 != tokenizer_fingerprint(base_model):
+        recording.forget_ids()
+        recording.dropped["recorded token ids of another tokenizer (tokenized anew)"] = recording.assistant_messages
+    store.add_dialogues(recording.dialogues)
+    read = {
+        "conversations": len(recording.dialogues),
+        "assistant_messages": recording.assistant_messages,
+        "approvals": recording.count(FeedbackKind.APPROVAL),
+        "disapprovals": recording.count(FeedbackKind.DISAPPROVAL),
+        "ranks": recording.count(FeedbackKind.RANK),
+    }
+    try:
+        outcome = trainer.run(config, progress, space=recording.space, from_base=True)
+    except NothingToLearn as error:
+        raise NothingToLearn(f"{error} ({_listed(read)})") from error
+    dropped = {reason: count for reason, count in recording.dropped.items() if count} | outcome.dropped
+    silent = recording.assistant_messages - outcome.turns
+    if silent:
+        dropped["answer without any feedback"] = silent
+    evidence = outcome.figures["evidence"]
+    return {
+        **read,
+        "dropped": dropped,
+        "trained_on": outcome.training,
+        "held_out": outcome.held_out,
+        "without_logprobs": outcome.without_logprobs,
+        **_held_out(evidence, config.seed),
+        "kl": outcome.figures["kl"],
+        "well_formed": outcome.figures["well_formed"],
+        "policy": outcome.policy,
+        "passed": outcome.passed,
+        "reasons": outcome.reasons,
+        "manifest_sha256": outcome.manifest_sha256,
+        "adapter_sha256": outcome.adapter_sha256,
+    }
+
+
+def _held_out(evidence: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Liked-over-disliked accuracy and margin (nats a token) before and after, with 95% intervals over conversations."""
+    signs = np.array(evidence["signs"])
+    units = evidence["conversations"]
+    found: dict[str, Any] = {"held_out_liked": int((signs > 0).sum()), "held_out_disliked": int((signs < 0).sum())}
+    for name, statistic in (("accuracy", accuracy), ("margin", margin)):
+        for when, key in (("before", "live"), ("after", "candidate")):
+            value, low, high = _interval(statistic, np.array(evidence[key]), signs, units, seed)
+            label = f"held_out_{name}_{when}"
+            found |= {label: value, f"{label}_low": low, f"{label}_high": high}
+    return found
+
+
+def _interval(
+    statistic: Callable[[np.ndarray, np.ndarray], float],
+    values: np.ndarray,
+    signs: np.ndarray,
+    units: Sequence[str],
+    seed: int,
+) -> tuple[float | None, float | None, float | None]:
+    """A statistic with its interval, resampling whole conversations; None where one kind of answer is missing."""
+    if len(np.unique(signs)) < 2:
+        return None, None, None
+    of_unit: dict[str, list[int]] = defaultdict(list)
+    for index, unit in enumerate(units):
+        of_unit[unit].append(index)
+    groups = [np.array(indices) for indices in of_unit.values()]
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(DRAWS):
+        pick = np.concatenate([groups[index] for index in rng.integers(len(groups), size=len(groups))])
+        if len(np.unique(signs[pick])) == 2:
+            drawn.append(statistic(values[pick], signs[pick]))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(drawn, [tail, 1 - tail]) if drawn else (None, None)
+    return statistic(values, signs), low if low is None else float(low), high if high is None else float(high)
+
+
+def plot(figures: dict[str, Any], path: Path) -> None:
+    """Held-out accuracy and margin before and after, with their intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(7.5, 3.6), layout="constrained")
+    for axes, name, chance in zip(panels, ("accuracy", "margin"), (0.5, 0.0), strict=True):
+        labels = [f"held_out_{name}_{when}" for when in ("before", "after")]
+        if figures[labels[0]] is None:
+            axes.text(0.5, 0.5, "held-out answers are all of one kind", ha="center", transform=axes.transAxes)
+            continue
+        values = [figures[label] for label in labels]
+        below = [value - (figures[f"{label}_low"]) for value, label in zip(values, labels, strict=True)]
+        above = [figures[f"{label}_high"] - value for value, label in zip(values, labels, strict=True)]
+        axes.errorbar(["before", "after"], values, yerr=[below, above], fmt="o", capsize=6)
+        axes.axhline(chance, color="tab:gray", linestyle=":")
+        axes.set(title=f"liked over disliked: {name}", xlim=(-0.5, 1.5))
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in counts.items())
