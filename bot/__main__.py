@@ -9,13 +9,13 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from bot import cli
 from bot.cli import ConfigFile, DataDir, JsonFile, PlotFile, Seed, app, configured, console, errors
@@ -31,11 +31,11 @@ from bot.registry import BASE, PolicyRegistry
 from bot.tokenizer import ChatTokenizer
 from bot.tracker import StateTracker
 from bot.vllm_server import VllmServer
+from learning import pretrain as pretraining
 from learning.deployment import Deployment
 from learning.loop import OnlineLearner
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 Announce = Callable[[str], None]
 bench = typer.Typer(no_args_is_help=True, help="Measure what the project claims.")
@@ -55,23 +55,28 @@ class Kibitz:
     deployment: Deployment
 
 
+def announce(text: str) -> None:
+    """Tell the person at the console what happens."""
+    console.print(f"* {text}", markup=False, highlight=False)
+
+
 @contextlib.asynccontextmanager
-async def running(config: Config, announce: Announce) -> AsyncIterator[Kibitz]:
+async def running(config: Config, model: str, tell: Announce) -> AsyncIterator[Kibitz]:
     """A kibitz that serves: database, vLLM at the live version, dialogue. Everything is stopped at the end."""
     with held(config.data, "serve"):
-        model = base_model(config, announce)
         database, store, registry = cli.opened(config)
         registry.ensure_base(model)
         embedder = None if config.dialogue.embedder == "none" else Embedder(config.dialogue.embedder)
         tracker = StateTracker(store, ChatTokenizer(model), embedder, config.dialogue, config.policy.context_tokens)
         key = os.environ.get(config.serving.api_key_env, "none") if config.serving.api_key_env else "none"
         server = None if config.serving.url else VllmServer(config, model)
-        policy = Policy(config.serving.url or server.url, config.policy, config.serving.reply_seconds, key)
-        deployment = Deployment(policy, registry, config, announce)
+        url = config.serving.url if server is None else server.url
+        policy = Policy(url, config.policy, config.serving.reply_seconds, key)
+        deployment = Deployment(policy, registry, config, tell)
         watchers: list[asyncio.Task[None]] = []
         try:
             if server is not None:
-                announce(f"starting vLLM (its log: {server.log})")
+                tell(f"starting vLLM (its log: {server.log})")
                 await server.start(policy)
                 watchers.append(asyncio.create_task(server.watch(policy, deployment.restore)))
             await deployment.restore()
@@ -90,37 +95,10 @@ async def running(config: Config, announce: Announce) -> AsyncIterator[Kibitz]:
             database.close()
 
 
-def base_model(config: Config, announce: Announce) -> str:
+def base_model(config: Config, tell: Announce = announce) -> str:
     """The base model that the config names, as something that transformers and vLLM load; the demo is made on first use."""
-    name = config.policy.model
-    if name == "demo":
-        from learning.pretrain import DemoRecipe, make_demo
-
-        recipe = DemoRecipe(seed=config.seed)
-        if not (recipe.directory(config.data) / "config.json").exists():
-            announce("making the demo policy (once, about a minute)")
-            _quiet()
-            with cli.progress_bar() as progress:
-                make_demo(recipe, config.data, progress)
-        return str(recipe.directory(config.data).absolute())
-    path = Path(name).expanduser()
-    if path.is_dir() and (path / "config.json").exists():
-        return str(path.absolute())
-    if path.is_absolute() or name.startswith(".") or path.exists() or name.count("/") > 1:
-        raise ConfigError(
-            f"config key policy.model has value '{name}', where there is no model (no config.json); "
-            "name a model's directory, a hub model (owner/name), or 'demo'"
-        )
-    from transformers import AutoConfig
-
-    try:
-        AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"config key policy.model has value '{name}', which is neither a directory nor a hub model that can be "
-            "reached; check the name and the network, download it first, or use 'demo'"
-        ) from error
-    return name
+    with cli.progress_bar() as progress:
+        return pretraining.base_model(config, tell, progress)
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
@@ -138,33 +116,20 @@ def run(main: Coroutine[Any, Any, None]) -> None:
         raise KeyboardInterrupt from None
 
 
-def _quiet() -> None:
-    """Keep the libraries' own progress bars and warnings out of ours."""
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-def _learner(kibitz: Kibitz, announce: Announce, progress: cli.Report | None = None) -> OnlineLearner:
-    arguments = {} if progress is None else {"progress": progress}
-    return OnlineLearner(kibitz.store, kibitz.deployment, kibitz.config, announce, **arguments)
-
-
 @app.command()
 def chat(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
     """Talk in the terminal; learning goes on in the background."""
     from connectors.terminal import Terminal
 
     found = configured(config, data_dir, seed)
+    model = base_model(found)
 
     async def main() -> None:
-        async with running(found, lambda text: console.print(f"* {text}")) as kibitz:
+        async with running(found, model, announce) as kibitz:
             terminal = Terminal(kibitz.dialogue, lambda turn: _why(kibitz, turn), lambda: _status(kibitz))
             kibitz.deployment.announce = terminal.announce
-            learning = asyncio.create_task(_learner(kibitz, terminal.announce).run()) if found.learning.enabled else None
+            learner = OnlineLearner(kibitz.store, kibitz.deployment, found, terminal.announce)
+            learning = asyncio.create_task(learner.run()) if found.learning.enabled else None
             try:
                 await terminal.run()
             finally:
@@ -179,15 +144,13 @@ def chat(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None)
 def serve(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
     """Serve and learn until stopped (Ctrl-C or SIGTERM)."""
     found = configured(config, data_dir, seed)
-
-    def announce(text: str) -> None:
-        console.print(f"* {text}")
+    model = base_model(found)
 
     async def main() -> None:
-        async with running(found, announce) as kibitz:
+        async with running(found, model, announce) as kibitz:
             announce(f"serving {kibitz.policy.version}; vLLM answers at {kibitz.policy.url}")
             if found.learning.enabled:
-                await _learner(kibitz, announce).run()
+                await OnlineLearner(kibitz.store, kibitz.deployment, found, announce).run()
             await asyncio.Event().wait()
 
     run(main())
@@ -216,7 +179,7 @@ async def _why(kibitz: Kibitz, turn_id: str) -> str:
 @app.command()
 def pretrain(
     pairs: Annotated[Path | None, typer.Argument(help="JSON lines of messages, or the Cornell corpus's folder.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the new model goes; under the data directory if not given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the model goes; under the data directory if not given.")] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 1,
     learning_rate: Annotated[float, typer.Option(min=0.0)] = 5e-4,
     json_file: JsonFile = None,
@@ -226,27 +189,22 @@ def pretrain(
 ) -> None:
     """Make the demo policy, or tune the configured model on your own prompt-response pairs."""
     from learning import importers
-    from learning.pretrain import warm_start
 
     found = configured(config, data_dir, seed)
     cli.check_writable(json_file, out)
-    _quiet()
     if pairs is None:
-        console.print(f"model: {base_model(found, console.print)}")
+        console.print(f"model: {base_model(found)}")
         return
     dialogues = list(importers.pairs(pairs))
     if len(dialogues) < 2:
         raise ConfigError(f"{pairs}: holds {len(dialogues)} pairs; at least 2 are needed, one is held out")
-    model = base_model(found, console.print)
+    model = base_model(found)
     directory = out or found.data / "models" / f"pretrained-{pairs.stem}"
     with cli.progress_bar() as progress:
-        measures = warm_start(model, dialogues, directory, found.seed, epochs, learning_rate, progress)
-    table = Table("measure on held-out pairs", "value")
-    for name, value in measures.items():
-        table.add_row(name, f"{value:.2f}")
-    console.print(table)
-    console.print(f"model: {directory}\nuse it with [policy] model = \"{directory}\" and a new data directory", markup=False)
-    cli.write_json(json_file, "pretrain", measures, {"pairs": str(pairs), "base": model, "epochs": epochs})
+        measures = pretraining.warm_start(model, dialogues, directory, found.seed, epochs, learning_rate, progress)
+    cli.print_figures(measures)
+    console.print(f'model: {directory}\nuse it: [policy] model = "{directory}", with a new data directory', markup=False)
+    cli.write_json(json_file, "pretrain", measures, {"pairs": pairs.name, "epochs": epochs, "seed": found.seed})
 
 
 @app.command()
@@ -260,7 +218,6 @@ def train(
     from learning import trainer
 
     found = configured(config, data_dir, seed)
-    _quiet()
     database, _, registry = cli.opened(found)
     registry.ensure_base(base_model(found, errors.print))
     database.close()
@@ -277,6 +234,7 @@ def train(
 
 
 def _tell(**values: Any) -> None:
+    """One line for the parent process."""
     sys.stdout.write(json.dumps(values) + "\n")
     sys.stdout.flush()
 
@@ -301,25 +259,25 @@ def simulate(
     found = configured(config, data_dir, seed)
     cli.check_writable(json_file, plot)
     utility = simulation.users(users)
-    setup = {"users": users, "rounds": rounds, "messages": messages, "reaction_rate": reaction_rate, "noise": noise}
-    setup |= {"samples": samples, "seed": found.seed, "model": found.policy.model}
-    setup |= {"training": found.training.model_dump(), "gate": found.gate.model_dump()}
+    model = base_model(found)
     rows: list[simulation.Row] = []
 
     async def main() -> None:
-        async with running(found, console.print) as kibitz:
+        async with running(found, model, announce) as kibitz:
             with cli.progress_bar() as progress:
-                learner = _learner(kibitz, console.print, progress)
-                play = simulation.Simulation(
-                    kibitz.dialogue, kibitz.policy, learner, utility, found.seed, reaction_rate, noise, progress
-                )
-                rows.extend(await play.run(rounds, messages, samples, _show_row))
+                learner = OnlineLearner(kibitz.store, kibitz.deployment, found, announce, progress)
+                people = simulation.People(utility, reaction_rate, noise, found.seed)
+                play = simulation.Simulation(kibitz.dialogue, kibitz.policy, learner, people, progress)
+                rows.extend(await play.run(rounds, messages, samples, lambda row: announce(row.line())))
 
     run(main())
-    console.print(_versions_table(rows))
+    console.print(simulation.table(rows))
     if plot is not None:
         simulation.plot(rows, plot, f"users: {users}, {noise:.0%} noise, {reaction_rate:.0%} react")
         console.print(f"learning curve: {plot}")
+    setup = {"users": users, "rounds": rounds, "messages": messages, "reaction_rate": reaction_rate, "noise": noise}
+    setup |= {"samples": samples, "seed": found.seed, "model": found.policy.model}
+    setup |= {"training": found.training.model_dump(), "gate": found.gate.model_dump()}
     cli.write_json(json_file, "simulate", simulation.figures(rows), setup)
 
 
@@ -340,14 +298,13 @@ def replay(
     found = configured(config, data_dir, seed)
     cli.check_writable(json_file, plot)
     recording = importers.read(file, format)
-    _quiet()
-    model = base_model(found, console.print)
+    model = base_model(found)
     database, store, registry = cli.opened(found)
     registry.ensure_base(model)
     with cli.progress_bar() as progress:
         figures = offline.replay(recording, store, model, found, progress)
     database.close()
-    _print_figures(figures)
+    cli.print_figures(figures)
     if plot is not None:
         offline.plot(figures, plot)
         console.print(f"plot: {plot}")
@@ -364,45 +321,69 @@ def export(file: Path, config: ConfigFile = None, data_dir: DataDir = None, seed
     found = configured(config, data_dir, seed)
     cli.check_writable(file)
     database, store, registry = cli.opened(found)
-    base = registry.get(BASE).base_model
-    written = importers.export(store, file, tokenizer_fingerprint(base))
+    written = importers.export(store, file, tokenizer_fingerprint(registry.get(BASE).base_model))
     database.close()
     console.print(", ".join(f"{name}: {count}" for name, count in written.items()) or "nothing was said yet")
 
 
-def _print_figures(figures: dict[str, Any]) -> None:
-    table = Table("figure", "value")
-    for name, value in figures.items():
-        if isinstance(value, dict):
-            value = "\n".join(f"{count} {reason}" for reason, count in value.items()) or "nothing"
-        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
-    console.print(table)
+@bench.command("swap")
+def bench_swap(
+    swaps: Annotated[int, typer.Option(min=1)] = 6,
+    requests: Annotated[int, typer.Option(min=16, help="Requests without swaps; twice as many with them.")] = 300,
+    concurrent: Annotated[int, typer.Option(min=1)] = 16,
+    json_file: JsonFile = None,
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+) -> None:
+    """Swap versions under streaming load: failed, mixed and stalled answers, and what it costs."""
+    from learning import benchmark
+
+    found = configured(config, data_dir, seed)
+    cli.check_writable(json_file)
+    model = base_model(found)
+    figures: dict[str, Any] = {}
+
+    async def main() -> None:
+        async with running(found, model, announce) as kibitz:
+            with tempfile.TemporaryDirectory(dir=found.data) as scratch, cli.progress_bar() as progress:
+                sources = [Path(scratch) / f"weights-{number}" for number in range(2)]
+                for number, source in enumerate(sources):
+                    benchmark.random_adapter(model, source, found.training.lora_rank, found.seed + number)
+                stage = benchmark.Stage(kibitz.policy, kibitz.registry, kibitz.deployment, found.data / "policies")
+                figures.update(await benchmark.swap(stage, sources, swaps, requests, concurrent, progress))
+
+    run(main())
+    cli.print_figures(figures)
+    cli.write_json(json_file, "bench swap", figures, {"concurrent": concurrent, "seed": found.seed})
 
 
-def _show_row(row: Any) -> None:
-    console.print(
-        f"{row.version}: utility {row.utility:+.2f} ({row.low:+.2f} to {row.high:+.2f}), frozen {row.frozen:+.2f}, "
-        f"{row.reactions} reactions {row.note}",
-        markup=False,
-        highlight=False,
-    )
+@bench.command("overhead")
+def bench_overhead(
+    messages: Annotated[int, typer.Option(min=16, help="Messages in one block.")] = 128,
+    blocks: Annotated[int, typer.Option(min=1)] = 3,
+    json_file: JsonFile = None,
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+) -> None:
+    """What DialogueManager adds to the same prompts straight to vLLM."""
+    from learning import benchmark
 
+    found = configured(config, data_dir, seed)
+    cli.check_writable(json_file)
+    model = base_model(found)
+    figures: dict[str, float] = {}
 
-def _versions_table(rows: list[Any]) -> Table:
-    table = Table(
-        "version", "reactions", "true utility (95%)", "frozen control (95%)", "approval", "KL", "well-formed", title="held-out prompts"
-    )
-    for row in rows:
-        table.add_row(
-            row.version,
-            str(row.reactions),
-            f"{row.utility:+.2f} ({row.low:+.2f} to {row.high:+.2f})",
-            f"{row.frozen:+.2f} ({row.frozen_low:+.2f} to {row.frozen_high:+.2f})",
-            "" if row.approval is None else f"{row.approval:.0%}",
-            f"{row.kl:.3f}",
-            f"{row.well_formed:.0%}",
-        )
-    return table
+    async def main() -> None:
+        async with running(found, model, announce) as kibitz:
+            with cli.progress_bar() as progress:
+                parts = (kibitz.dialogue, kibitz.policy)
+                figures.update(await benchmark.overhead(*parts, messages, blocks, found.seed, progress))
+
+    run(main())
+    cli.print_figures(figures)
+    cli.write_json(json_file, "bench overhead", figures, {"messages": messages, "blocks": blocks, "seed": found.seed})
 
 
 def main() -> None:

@@ -71,6 +71,16 @@ def write_json(path: Path | None, name: str, figures: dict[str, Any], setup: dic
     console.print(f"figures: {path}")
 
 
+def print_figures(figures: dict[str, Any]) -> None:
+    """Show figures as a table."""
+    table = Table("figure", "value")
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            value = "\n".join(f"{count} {reason}" for reason, count in value.items()) or "nothing"
+        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    console.print(table)
+
+
 def check_writable(*paths: Path | None) -> None:
     """Refuse an output file that could not be written, before the work and not after it."""
     for path in paths:

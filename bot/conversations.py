@@ -86,11 +86,10 @@ class ConversationStore:
         found = self._turns(turns.c.conversation_id == conversation_id, newest=1)
         return found[0] if found else None
 
-    def message_of_event(self, event_id: str) -> Message | None:
+    def message_of_event(self, event_id: str | None) -> Message:
         """The message that a platform's event brought."""
         with self.database.read() as connection:
-            row = connection.execute(sa.select(*_MESSAGE).where(messages.c.event_id == event_id)).one_or_none()
-        return _message(row) if row is not None else None
+            return _message(connection.execute(sa.select(*_MESSAGE).where(messages.c.event_id == event_id)).one())
 
     def message(self, message_id: str) -> Message:
         """One message by its id."""
@@ -139,8 +138,7 @@ class ConversationStore:
         update = messages.update().where(messages.c.id == sa.bindparam("message"))
         update = update.values(embedding=sa.bindparam("vector"), embedding_model=model)
         rows = [
-            {"message": key, "vector": vector.astype(np.float32).tobytes()}
-            for key, vector in zip(ids, vectors, strict=True)
+            {"message": key, "vector": vector.astype(np.float32).tobytes()} for key, vector in zip(ids, vectors, strict=True)
         ]
         if rows:
             with self.database.begin() as connection:
@@ -158,7 +156,7 @@ class ConversationStore:
 
     def turns_with_feedback(self, space: str | None = None) -> list[Turn]:
         """All turns that anyone ever said something about, oldest first; of one imported `space` only, if given."""
-        condition = turns.c.id.in_(sa.select(feedback.c.turn_id))
+        condition: sa.ColumnElement[bool] = turns.c.id.in_(sa.select(feedback.c.turn_id))
         if space is not None:
             inside = sa.select(conversations.c.id).where(conversations.c.space == space)
             condition = sa.and_(condition, turns.c.conversation_id.in_(inside))
@@ -191,7 +189,12 @@ class ConversationStore:
             conversation = Conversation(**row._mapping)
             answers = self._turns(turns.c.conversation_id == conversation.id)
             given = self.feedback_of(turn.id for turn in answers)
-            yield conversation, self.messages(conversation.id), answers, [one for all_ in given.values() for one in all_]
+            yield (
+                conversation,
+                self.messages(conversation.id),
+                answers,
+                [one for all_ in given.values() for one in all_],
+            )
 
     def messages(self, conversation_id: str) -> list[Message]:
         """Every message of a conversation, oldest first."""
@@ -254,9 +257,7 @@ class ConversationStore:
 
 
 _REACTIONS = (
-    sa.select(sa.func.count())
-    .select_from(feedback)
-    .where(~feedback.c.retracts, feedback.c.kind != FeedbackKind.RANK)
+    sa.select(sa.func.count()).select_from(feedback).where(~feedback.c.retracts, feedback.c.kind != FeedbackKind.RANK)
 )
 _MESSAGE = [messages.c[name] for name in Message.__dataclass_fields__]
 

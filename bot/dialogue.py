@@ -42,16 +42,13 @@ class DialogueManager:
         """Commit a message, have it answered, commit the answer. A message that came before gets its first answer."""
         call = self.store.database.call
         if not await call(self.store.add_message, message):
-            first = await call(self.store.message_of_event, message.event_id)
-            answered = await call(self.store.turn_answering, first.id)
+            message = await call(self.store.message_of_event, message.event_id)
+            answered = await call(self.store.turn_answering, message.id)
             if answered is not None:
                 return answered
-            message = first
         return await self._answer(message, message.author_id, None, on_text, seed)
 
-    async def regenerate(
-        self, turn_id: str, user_id: str, on_text: OnText | None = None, seed: int | None = None
-    ) -> Turn:
+    async def regenerate(self, turn_id: str, user_id: str, on_text: OnText | None = None, seed: int | None = None) -> Turn:
         """Another answer to the same message; that the first was not wanted is recorded as feedback on it."""
         turn = await self._turn(turn_id)
         await self.record_feedback(Feedback(turn.id, user_id, FeedbackKind.REGENERATE, signal="regenerate"))
@@ -97,9 +94,7 @@ class DialogueManager:
         # Nobody can learn from the prefix cache's timing what was said in another conversation (CVE-2025-46570).
         salt = hashlib.blake2b(conversation_id.encode(), key=self._secret).hexdigest()
         try:
-            return await self.policy.reply(
-                context.messages, version=version, seed=seed, cache_salt=salt, on_text=on_text
-            )
+            return await self.policy.reply(context.messages, version=version, seed=seed, cache_salt=salt, on_text=on_text)
         except ReplyInterrupted as broken:
             return Reply(broken.text, version, (), (), (), INTERRUPTED, {}, 0.0)
 

@@ -58,4 +58,3 @@ class Embedder:
                 f"config key dialogue.embedder has value '{self.name}', which cannot be loaded "
                 f"({str(error).splitlines()[0]}); give a model's directory, '{BUNDLED}', or 'none'"
             ) from error
-

@@ -30,9 +30,7 @@ class Policy:
         self.version = BASE
         self.base_name = BASE
         # A reply that fails is tried again here, before its first token only; never behind our back.
-        self._openai = openai.AsyncOpenAI(
-            base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=reply_seconds
-        )
+        self._openai = openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=reply_seconds)
         headers = {"Authorization": f"Bearer {api_key}"}
         self._http = httpx.AsyncClient(base_url=self.url, headers=headers, timeout=reply_seconds)
         self._in_flight: Counter[str] = Counter()
@@ -47,8 +45,9 @@ class Policy:
         temperature: float | None = None,
         cache_salt: str | None = None,
         on_text: OnText | None = None,
+        logged: bool = True,
     ) -> Reply:
-        """Stream one answer, handing each piece of text to `on_text`.
+        """Stream one answer, handing each piece of text to `on_text`; without `logged`, no token is recorded.
 
         Raises ServingError before the first token (after one more try) and ReplyInterrupted after it.
         """
@@ -56,11 +55,11 @@ class Policy:
         self._in_flight[version] += 1
         try:
             try:
-                return await self._stream(messages, version, seed, temperature, cache_salt, on_text)
+                return await self._stream(messages, version, seed, temperature, cache_salt, on_text, logged)
             except ReplyInterrupted:
                 raise
             except ServingError:
-                return await self._stream(messages, version, seed, temperature, cache_salt, on_text)
+                return await self._stream(messages, version, seed, temperature, cache_salt, on_text, logged)
         finally:
             self._in_flight[version] -= 1
             async with self._done:
@@ -74,6 +73,7 @@ class Policy:
         temperature: float | None,
         cache_salt: str | None,
         on_text: OnText | None,
+        logged: bool,
     ) -> Reply:
         sampling: dict[str, Any] = {
             "temperature": self.config.temperature if temperature is None else temperature,
@@ -82,7 +82,7 @@ class Policy:
         }
         if seed is not None:
             sampling["seed"] = seed
-        extra: dict[str, Any] = {"return_token_ids": True, "top_k": self.config.top_k}
+        extra: dict[str, Any] = {"return_token_ids": logged, "top_k": self.config.top_k}
         if cache_salt:
             extra["cache_salt"] = cache_salt
         text, finish_reason = "", ""
@@ -91,11 +91,11 @@ class Policy:
         logprobs: list[float] = []
         started = time.monotonic()
         try:
-            stream = await self._openai.chat.completions.create(
+            stream: Any = await self._openai.chat.completions.create(
                 model=self._served_name(version),
                 messages=list(messages),  # type: ignore[arg-type]
                 stream=True,
-                logprobs=True,
+                logprobs=logged,
                 extra_body=extra,
                 **sampling,
             )

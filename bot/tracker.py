@@ -61,9 +61,7 @@ class StateTracker:
     async def context(self, message: Message) -> Context:
         """The messages to send for `message`, which is stored already. Never over the budget (tokens)."""
         newest = self._clipped(message)
-        recent = await self.store.database.call(
-            self.store.recent, message.conversation_id, message, self.config.recent
-        )
+        recent = await self.store.database.call(self.store.recent, message.conversation_id, message, self.config.recent)
         window = self._newest_that_fit(recent, newest, notes="")
         remembered: list[Remembered] = []
         outgrown = len(window) < len(recent) or len(recent) == self.config.recent
@@ -102,11 +100,12 @@ class StateTracker:
         ]
         if not older:
             return []
-        stale = [said for said, vector, model in older if vector is None or model != self.embedder.name]
+        known = {said.id: vector for said, vector, model in older if vector is not None and model == self.embedder.name}
+        stale = [said for said, *_ in older if said.id not in known]
         fresh = await self.embedder.embed([message.text, *(said.text for said in stale)])
         await call(self.store.set_embeddings, [said.id for said in stale], fresh[1:], self.embedder.name)
-        new = dict(zip((said.id for said in stale), fresh[1:], strict=True))
-        vectors = np.stack([new.get(said.id, vector) for said, vector, _ in older])
+        known.update(zip((said.id for said in stale), fresh[1:], strict=True))
+        vectors = np.stack([known[said.id] for said, *_ in older])
         scores = vectors @ fresh[0]
         best = np.argsort(-scores, kind="stable")[: self.config.remembered]
         return [Remembered(older[index][0], float(scores[index])) for index in best]

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import getpass
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.patch_stdout import patch_stdout
@@ -17,6 +17,7 @@ from bot.dialogue import DialogueManager
 from bot.errors import ServingError
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn
 
+SIGNAL = "terminal"
 HELP = """say something, or:
   /good               👍 the last answer
   /bad                👎 the last answer
@@ -60,7 +61,7 @@ class Terminal:
         """Tell of something that happened meanwhile."""
         print(f"* {text}", flush=True)
 
-    async def _lines(self) -> AsyncIterator[str]:
+    async def _lines(self) -> AsyncGenerator[str, None]:
         if not self.interactive:
             while line := await asyncio.to_thread(sys.stdin.readline):
                 yield line
@@ -97,16 +98,15 @@ class Terminal:
         return turn
 
     async def _react(self, command: str, text: str, turn: Turn) -> str:
-        signal = {"signal": "terminal"}
         if command == "/correct":
-            given = [Feedback(turn.id, self.user, FeedbackKind.CORRECTION, text=text, **signal)]
+            given = [Feedback(turn.id, self.user, FeedbackKind.CORRECTION, SIGNAL, text=text)]
         elif command == "/good":
-            given = [Feedback(turn.id, self.user, FeedbackKind.APPROVAL, **signal)]
+            given = [Feedback(turn.id, self.user, FeedbackKind.APPROVAL, SIGNAL)]
         elif command == "/bad":
-            given = [Feedback(turn.id, self.user, FeedbackKind.DISAPPROVAL, **signal)]
+            given = [Feedback(turn.id, self.user, FeedbackKind.DISAPPROVAL, SIGNAL)]
         elif command == "/undo":
             kinds = (FeedbackKind.APPROVAL, FeedbackKind.DISAPPROVAL, FeedbackKind.CORRECTION)
-            given = [Feedback(turn.id, self.user, kind, retracts=True, **signal) for kind in kinds]
+            given = [Feedback(turn.id, self.user, kind, SIGNAL, retracts=True) for kind in kinds]
         else:
             return f"there is no command {command}; /help lists them all"
         for one in given:

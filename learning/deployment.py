@@ -101,7 +101,7 @@ class Deployment:
         if faults:
             raise ServingError(f"{version.name} is not sound: {faults[0]}")
         if version.name not in await self.policy.loaded():
-            await self.policy.load(version.name, str(Path(version.path).absolute()))
+            await self.policy.load(version.name, version.path)
         await self._probe(version)
 
     def _faults(self, version: PolicyVersion) -> list[str]:
@@ -144,4 +144,3 @@ class Deployment:
 def mean_distance(one: list[float], other: list[float]) -> float:
     """The mean absolute difference of two equally long lists of log-probabilities (nats)."""
     return float(np.abs(np.array(one) - np.array(other)).mean())
-

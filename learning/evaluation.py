@@ -116,9 +116,7 @@ def bootstrap(
     """`statistic` over all rows, with a percentile interval over resampled rows (stratified by sign)."""
     rng = np.random.default_rng(seed)
     groups = [np.flatnonzero(signs == sign) for sign in np.unique(signs)]
-    drawn = [
-        statistic(np.concatenate([rng.choice(group, len(group)) for group in groups])) for _ in range(draws)
-    ]
+    drawn = [statistic(np.concatenate([rng.choice(group, len(group)) for group in groups])) for _ in range(draws)]
     tail = (1 - confidence) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail])
     return statistic(np.arange(len(signs))), float(low), float(high)

@@ -6,6 +6,7 @@ from the file, so that the same file gives the same rows. It knows no tokenizer 
 """
 
 import hashlib
+import itertools
 import json
 import uuid
 from collections import Counter
@@ -38,9 +39,13 @@ class Recording:
 
     def forget_ids(self) -> None:
         """Drop recorded token ids, which are another tokenizer's; the texts stay and are tokenized anew."""
-        blank = {"prompt_ids": None, "completion_ids": None, "logprobs": None}
         self.dialogues = [
-            (conversation, said, [replace(turn, **blank) for turn in turns], given)
+            (
+                conversation,
+                said,
+                [replace(turn, prompt_ids=None, completion_ids=None, logprobs=None) for turn in turns],
+                given,
+            )
             for conversation, said, turns, given in self.dialogues
         ]
 
@@ -52,6 +57,10 @@ class Recording:
     def assistant_messages(self) -> int:
         """How many answers were read."""
         return sum(len(turns) for _, _, turns, _ in self.dialogues)
+
+
+def _without_ids(turn: Turn) -> Turn:
+    return replace(turn, prompt_ids=None, completion_ids=None, logprobs=None)
 
 
 class _Builder:
@@ -284,7 +293,7 @@ def _cornell(folder: Path) -> Iterator[list[dict[str, str]]]:
     said = {row[0]: row[-1].strip() for row in fields("movie_lines.txt")}
     for row in fields("movie_conversations.txt"):
         ids = [part.strip(" '[]") for part in row[-1].split(",")]
-        for question, answer in zip(ids, ids[1:], strict=False):
+        for question, answer in itertools.pairwise(ids):
             if said.get(question) and said.get(answer):
                 yield [
                     {"role": "user", "content": said[question]},

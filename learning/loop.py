@@ -21,6 +21,7 @@ from learning.deployment import Deployment
 Announce = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
 
+
 class OnlineLearner:
     """Turns feedback into deployed versions, one run at a time."""
 
@@ -82,7 +83,8 @@ async def train_in_child(config: Config, progress: Progress) -> dict[str, Any]:
         start_new_session=True,  # Ctrl-C in the terminal is ours to pass on
         limit=2**24,
     )
-    assert child.stdout is not None and child.stderr is not None
+    assert child.stdout is not None
+    assert child.stderr is not None
     errors = asyncio.create_task(child.stderr.read())
     outcome: dict[str, Any] = {}
     try:

@@ -15,6 +15,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from bot.config import Config
+from bot.data_directory import held
+from bot.errors import ConfigError
 from bot.tokenizer import ChatTokenizer
 from learning import demo
 
@@ -44,8 +47,52 @@ class DemoRecipe:
 
     def directory(self, data: Path) -> Path:
         """Where this recipe's policy is kept under the data directory."""
-        recipe = json.dumps(asdict(self), sort_keys=True) + demo._TABLE
+        recipe = json.dumps(asdict(self), sort_keys=True) + demo.TEXTS
         return data / "models" / f"demo-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+
+
+def base_model(config: Config, tell: Callable[[str], None], progress: Progress) -> str:
+    """The base model that the config names, as something that transformers and vLLM load; the demo is made on first use.
+
+    Raises ConfigError where there is no such model.
+    """
+    name = config.policy.model
+    if name == "demo":
+        recipe = DemoRecipe(seed=config.seed)
+        directory = recipe.directory(config.data).absolute()
+        if not (directory / "config.json").exists():
+            tell("making the demo policy (once, about a minute)")
+            with held(config.data, "train"):
+                make_demo(recipe, config.data, progress)
+        return str(directory)
+    path = Path(name).expanduser()
+    if (path / "config.json").exists():
+        return str(path.absolute())
+    if path.is_absolute() or name.startswith(".") or path.exists() or name.count("/") > 1:
+        raise ConfigError(
+            f"config key policy.model has value '{name}', where there is no model (no config.json); "
+            "name a model's directory, a hub model (owner/name), or 'demo'"
+        )
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"config key policy.model has value '{name}', which is neither a directory nor a hub model that can be "
+            "reached; check the name and the network, download it first, or use 'demo'"
+        ) from error
+    return name
+
+
+def quiet() -> None:
+    """Keep the libraries' own progress bars and warnings out of ours."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 def make_demo(recipe: DemoRecipe, data: Path, progress: Progress) -> Path:
@@ -56,6 +103,7 @@ def make_demo(recipe: DemoRecipe, data: Path, progress: Progress) -> Path:
     directory = recipe.directory(data)
     if (directory / "config.json").exists():
         return directory
+    quiet()
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM, set_seed
 
@@ -84,9 +132,7 @@ def make_demo(recipe: DemoRecipe, data: Path, progress: Progress) -> Path:
             eos_token_id=2,
         )
     )
-    fine_tune(
-        model, tokenizer, dialogues, recipe.seed, recipe.learning_rate, recipe.batch_size, 1, unfinished, progress
-    )
+    fine_tune(model, tokenizer, dialogues, recipe.seed, recipe.learning_rate, recipe.batch_size, 1, unfinished, progress)
     model.save_pretrained(unfinished)
     unfinished.rename(directory)
     return directory
@@ -106,6 +152,7 @@ def warm_start(
     A tenth of the dialogues (at least one) is held out. Returns `bleu`, `rouge_l` (0-100), `perplexity` and
     `perplexity_before`, and the two counts.
     """
+    quiet()
     from transformers import AutoModelForCausalLM, set_seed
 
     from learning.evaluation import generate, perplexity
@@ -117,7 +164,7 @@ def warm_start(
     set_seed(seed)
     tokenizer = ChatTokenizer(model_path)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto")
-    rows = [(row["input_ids"], row["labels"]) for row in map(lambda d: _row(tokenizer, d), held_out)]
+    rows = [(row["input_ids"], row["labels"]) for row in (_row(tokenizer, dialogue) for dialogue in held_out)]
     before = perplexity(model, rows)
     unfinished = directory.with_name(directory.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -130,8 +130,7 @@ class ReplayBuffer:
             chain.append(said[at])
             at = said[at].reply_to
         return [
-            {"role": message.role.value, "content": self.tokenizer.neutralise(message.text)}
-            for message in reversed(chain)
+            {"role": message.role.value, "content": self.tokenizer.neutralise(message.text)} for message in reversed(chain)
         ]
 
     def _is_held_out(self, unit: str) -> bool:

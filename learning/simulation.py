@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from bot.dialogue import DialogueManager
 from bot.errors import ConfigError, NothingToLearn
 from bot.policy import Policy
@@ -91,6 +93,13 @@ class Row:
     well_formed: float
     note: str
 
+    def line(self) -> str:
+        """The row in one line, as it is told while the simulation runs."""
+        return (
+            f"{self.version}: utility {self.utility:+.2f} ({self.low:+.2f} to {self.high:+.2f}), "
+            f"frozen {self.frozen:+.2f}, {self.reactions} reactions {self.note}"
+        )
+
 
 def users(name: str) -> Utility:
     """The utility of built-in users, or the `utility(prompt, reply)` of a Python file."""
@@ -110,6 +119,16 @@ def users(name: str) -> Utility:
     return found
 
 
+@dataclass(frozen=True)
+class People:
+    """Who talks: what they like, how often they react, and how often by mistake the other way."""
+
+    utility: Utility
+    reaction_rate: float
+    noise: float
+    seed: int
+
+
 class Simulation:
     """Rounds of talk -> train -> gate -> swap, with a judgement of every version."""
 
@@ -118,20 +137,14 @@ class Simulation:
         dialogue: DialogueManager,
         policy: Policy,
         learner: OnlineLearner,
-        utility: Utility,
-        seed: int,
-        reaction_rate: float,
-        noise: float,
+        people: People,
         progress: Progress,
     ):
         self.dialogue = dialogue
         self.policy = policy
         self.learner = learner
-        self.utility = utility
-        self.rng = random.Random(seed)
-        self.seed = seed
-        self.reaction_rate = reaction_rate
-        self.noise = noise
+        self.people = people
+        self.rng = random.Random(people.seed)
         self.progress = progress
         self.rows: list[Row] = []
 
@@ -156,9 +169,9 @@ class Simulation:
             user = f"user-{seed % 40}"
             place = await self.dialogue.open(Conversation("simulation", channel=new_id()))
             turn = await self.dialogue.respond(Message(place.id, user, text), seed=seed)
-            if attention < self.reaction_rate:
+            if attention < self.people.reaction_rate:
                 approves = taste < 1 / (1 + math.exp(-DECISIVENESS * self._utility(text, turn.text)))
-                approves ^= slip < self.noise
+                approves ^= slip < self.people.noise
                 await self._react(turn, user, approves)
                 given.append(approves)
 
@@ -177,14 +190,12 @@ class Simulation:
         kl = outcome["figures"]["kl"] if outcome["passed"] else (self.rows[-1].kl if self.rows else 0.0)
         return kl, "" if outcome["passed"] else f"{outcome['policy']} rejected: {'; '.join(outcome['reasons'])}"
 
-    async def _judge(
-        self, samples: int, approval: float | None, kl: float, note: str, show: Callable[[Row], None]
-    ) -> None:
+    async def _judge(self, samples: int, approval: float | None, kl: float, note: str, show: Callable[[Row], None]) -> None:
         """True utility of the live version and of the frozen one on the held-out prompts."""
         live, well_formed = await self._utilities(self.policy.version, samples)
         frozen, _ = await self._utilities(BASE, samples)
-        mean, low, high = mean_interval(live, self.seed)
-        frozen_mean, frozen_low, frozen_high = mean_interval(frozen, self.seed)
+        mean, low, high = mean_interval(live, self.people.seed)
+        frozen_mean, frozen_low, frozen_high = mean_interval(frozen, self.people.seed)
         row = Row(
             version=self.policy.version,
             reactions=await self.dialogue.store.database.call(self.dialogue.store.reactions),
@@ -234,7 +245,7 @@ class Simulation:
                 group.create_task(one(job))
 
     def _utility(self, prompt: str, reply: str) -> float:
-        value = self.utility(prompt, reply)
+        value = self.people.utility(prompt, reply)
         if not isinstance(value, int | float) or not -1 <= value <= 1:
             raise ConfigError(f"--users: utility({prompt!r}, …) returned {value!r}; it must return a number in [-1, 1]")
         return float(value)
@@ -261,6 +272,23 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
+def table(rows: Sequence[Row]) -> Table:
+    """The rows of a simulation, by policy version."""
+    names = ("version", "reactions", "true utility (95%)", "frozen (95%)", "approval", "KL", "well-formed")
+    found = Table(*names, title="true utility on held-out prompts")
+    for row in rows:
+        found.add_row(
+            row.version,
+            str(row.reactions),
+            f"{row.utility:+.2f} ({row.low:+.2f} to {row.high:+.2f})",
+            f"{row.frozen:+.2f} ({row.frozen_low:+.2f} to {row.frozen_high:+.2f})",
+            "" if row.approval is None else f"{row.approval:.0%}",
+            f"{row.kl:.3f}",
+            f"{row.well_formed:.0%}",
+        )
+    return found
+
+
 def plot(rows: Sequence[Row], path: Path, title: str) -> None:
     """The learning curve: true utility on held-out prompts against reactions, beside the frozen control."""
     import matplotlib
@@ -272,14 +300,27 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
     reactions = [row.reactions for row in rows]
     for name, colour, line, low, high in (
         ("kibitz", "tab:blue", [r.utility for r in rows], [r.low for r in rows], [r.high for r in rows]),
-        ("frozen control", "tab:gray", [r.frozen for r in rows], [r.frozen_low for r in rows], [r.frozen_high for r in rows]),
+        (
+            "frozen control",
+            "tab:gray",
+            [r.frozen for r in rows],
+            [r.frozen_low for r in rows],
+            [r.frozen_high for r in rows],
+        ),
     ):
         axes.plot(reactions, line, marker="o", color=colour, label=name)
         axes.fill_between(reactions, low, high, color=colour, alpha=0.2, linewidth=0)
     seen: set[str] = set()
     for row in rows:
         if row.version not in seen:
-            axes.annotate(row.version, (row.reactions, row.high), xytext=(0, 4), textcoords="offset points", ha="center", fontsize=8)
+            axes.annotate(
+                row.version,
+                (row.reactions, row.high),
+                xytext=(0, 4),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+            )
             seen.add(row.version)
     axes.set(xlabel="reactions so far", ylabel="true utility on held-out prompts", ylim=(-1.05, 1.05), title=title)
     axes.legend(loc="lower right", frameon=False)

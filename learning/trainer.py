@@ -21,6 +21,7 @@ from bot.registry import BASE, PolicyRegistry
 from bot.tokenizer import ChatTokenizer
 from bot.types import PolicyVersion
 from learning.evaluation import Evidence, Sample, Verdict, answer_logprobs, check_files, generate, judge
+from learning.pretrain import quiet
 from learning.replay_buffer import Experience, ReplayBuffer, Snapshot
 
 if TYPE_CHECKING:
@@ -162,6 +163,7 @@ def _train(
     directory: Path,
     progress: Progress,
 ) -> tuple[Verdict, dict[str, Any]]:
+    quiet()
     from transformers import set_seed
 
     from learning.objectives import Row, train_kto

