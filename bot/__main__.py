@@ -329,7 +329,7 @@ def export(file: Path, config: ConfigFile = None, data_dir: DataDir = None, seed
 @bench.command("swap")
 def bench_swap(
     swaps: Annotated[int, typer.Option(min=1)] = 6,
-    requests: Annotated[int, typer.Option(min=16, help="Requests without swaps; twice as many with them.")] = 300,
+    requests: Annotated[int, typer.Option(min=16, help="Requests without swaps; at least as many with them.")] = 600,
     concurrent: Annotated[int, typer.Option(min=1)] = 16,
     json_file: JsonFile = None,
     config: ConfigFile = None,

@@ -7,14 +7,14 @@ Run: ``kibitz bench swap``, ``kibitz bench overhead``.
 """
 
 import asyncio
-import json
 import random
 import shutil
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle, islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ def random_adapter(base_model: str, directory: Path, rank: int, seed: int) -> No
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from learning.evaluation import answer_logprobs
+    from learning.evaluation import next_logprobs
+    from learning.trainer import write_probe
 
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(base_model, dtype="auto")
@@ -53,12 +54,10 @@ def random_adapter(base_model: str, directory: Path, rank: int, seed: int) -> No
     directory.mkdir(parents=True)
     model.save_pretrained(directory)
     ids = torch.randint(3, base.config.vocab_size, (24,), generator=torch.Generator().manual_seed(seed)).tolist()
-    row = (ids[:8], ids[8:])
-    own = answer_logprobs(model, [row])[0].tolist()
+    prefixes = [ids[:end] for end in range(8, len(ids))]
+    own = next_logprobs(model, prefixes)
     with model.disable_adapter():
-        parent = answer_logprobs(model, [row])[0].tolist()
-    probe = [{"prompt_ids": row[0], "completion_ids": row[1], "candidate": own, "parent": parent}]
-    (directory / "probe.json").write_text(json.dumps(probe))
+        write_probe(directory, prefixes, own, next_logprobs(model, prefixes))
     (directory / "manifest.json").write_text("{}")
 
 
@@ -81,16 +80,15 @@ class Answer:
 
 
 async def load(
-    policy: Policy, prompts: Sequence[str], requests: int, concurrent: int, done: Callable[[], None]
+    policy: Policy, prompts: Iterator[str], concurrent: int, done: Callable[[], None]
 ) -> tuple[list[Answer], int, float]:
-    """`requests` greedy answers from the pointer's version, `concurrent` at a time: answers, failures, seconds."""
+    """A greedy answer to each prompt from the pointer's version, `concurrent` at a time: answers, failures, seconds."""
     answers: list[Answer] = []
     failed = 0
-    queue = iter([prompts[index % len(prompts)] for index in range(requests)])
 
     async def worker() -> None:
         nonlocal failed
-        for prompt in queue:
+        for prompt in prompts:
             began = time.monotonic()
             try:
                 reply = await policy.reply(_asked(prompt), temperature=0.0)
@@ -154,7 +152,7 @@ async def swap(
         nonlocal finished
         finished += 1
         reached[finished].set()
-        progress("streaming load", finished, 3 * requests)
+        progress("streaming load", finished, 2 * requests)
 
     expected: dict[str, dict[str, str]] = {}
     said_by: list[dict[str, str]] = []
@@ -162,14 +160,18 @@ async def swap(
         version = await stage.go_live(source)
         said_by.append(await references(policy, version.name, prompts))
         expected[version.name] = said_by[-1]
-    quiet = [await load(policy, prompts, requests // 2, concurrent, done)]
-    busy = asyncio.create_task(load(policy, prompts, 2 * requests, concurrent, done))
+    quiet = [await load(policy, islice(cycle(prompts), requests // 2), concurrent, done)]
+    swapped = asyncio.Event()
+    until_swapped = takewhile(lambda _: not swapped.is_set(), cycle(prompts))
+    busy = asyncio.create_task(load(policy, until_swapped, concurrent, done))
     for number in range(swaps):
-        await reached[requests // 2 + (number + 1) * 2 * requests // (swaps + 1)].wait()
+        await reached[finished + requests // swaps].wait()
         version = await stage.go_live(sources[number % len(sources)])
         expected[version.name] = said_by[number % len(sources)]
+    await reached[finished + requests // swaps].wait()
+    swapped.set()
     answers, failed, seconds = await busy
-    quiet.append(await load(policy, prompts, requests // 2, concurrent, done))
+    quiet.append(await load(policy, islice(cycle(prompts), requests // 2), concurrent, done))
     still = [answer for part, _, _ in quiet for answer in part]
     usual = statistics.median(answer.seconds for answer in still)
     quiet_seconds = sum(part[2] for part in quiet)

@@ -115,14 +115,18 @@ class Deployment:
 
     async def _probe(self, version: PolicyVersion) -> None:
         """Raise unless the server computes the trainer's log-probabilities, and not those of the parent."""
-        rows = json.loads((Path(version.path) / "probe.json").read_text())
-        if not rows:
-            raise ServingError(f"{version.name} carries no probe; train it again with longer training.max_length")
         served, candidate, parent = [], [], []
-        for row in rows:
-            served += await self.policy.logprobs(version.name, row["prompt_ids"], row["completion_ids"])
-            candidate += row["candidate"]
-            parent += row["parent"]
+        try:
+            for row in json.loads((Path(version.path) / "probe.json").read_text()):
+                listed = await self.policy.next_logprobs(version.name, row["prompt_ids"])
+                floor = min(listed.values())  # a token that the server does not list is at most as likely as the last
+                served += [listed.get(token, floor) for token in row["tokens"]]
+                candidate += row["candidate"]
+                parent += row["parent"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ServingError(f"{version.name} has no readable probe ({error!r}); train it again") from error
+        if not served:
+            raise ServingError(f"{version.name} carries an empty probe; train it again")
         distance = mean_distance(served, candidate)
         from_parent = mean_distance(served, parent)
         if not distance <= self.config.gate.probe_tolerance or not distance <= from_parent / 2:

@@ -189,6 +189,16 @@ def answer_logprobs(model: Any, rows: Rows) -> list["torch.Tensor"]:
     return found
 
 
+def next_logprobs(model: Any, prefixes: Sequence[Sequence[int]]) -> list["torch.Tensor"]:
+    """The log-probabilities (vocabulary,) of the token after each prefix, at temperature 1, one prefix at a time."""
+    import torch
+
+    model.eval()
+    with torch.no_grad():
+        ids = [torch.tensor([[*prefix]], device=model.device) for prefix in prefixes]
+        return [model(input_ids=row).logits[0, -1].float().log_softmax(-1).cpu() for row in ids]
+
+
 def perplexity(model: Any, rows: Rows) -> float:
     """exp of the mean negative log-probability of the labelled tokens; rows are (input ids, labels) with -100 prompts."""
     split = []

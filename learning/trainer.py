@@ -20,16 +20,18 @@ from bot.errors import NothingToLearn, TrainingError
 from bot.registry import BASE, PolicyRegistry
 from bot.tokenizer import ChatTokenizer
 from bot.types import PolicyVersion
-from learning.evaluation import Evidence, Sample, Verdict, answer_logprobs, check_files, generate, judge
+from learning.evaluation import Evidence, Sample, Verdict, answer_logprobs, check_files, generate, judge, next_logprobs
 from learning.pretrain import quiet
 from learning.replay_buffer import Experience, ReplayBuffer, Snapshot
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
 
 Progress = Callable[[str, int, int], None]
 PROBES = 4
 PROBE_TOKENS = 512
+PROBE_TOP = 8
 
 
 @dataclass(frozen=True)
@@ -177,12 +179,8 @@ def _train(
     prompts = _sample_prompts(snapshot, config.gate.samples)
     with model.disable_adapter():
         base_samples = generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed)
-    probes = [
-        (sample.prompt_ids, sample.completion_ids)
-        for sample in base_samples
-        if len(sample.prompt_ids) + len(sample.completion_ids) <= PROBE_TOKENS
-    ][:PROBES]
-    from_parent = answer_logprobs(model, probes)
+    prefixes = probe_prefixes(base_samples)
+    from_parent = next_logprobs(model, prefixes)
     rows = [Row(row.prompt_ids, row.completion_ids, row.reward > 0) for row in snapshot.training]
     trained = train_kto(model, tokenizer.hf, rows, config.training, config.seed, progress)
     progress("measuring", 0, 1)
@@ -191,7 +189,7 @@ def _train(
     kl = _kl_to_base(model, samples)
     model.save_pretrained(directory)
     (directory / "README.md").unlink(missing_ok=True)
-    _write_probe(directory, probes, answer_logprobs(model, probes), from_parent)
+    write_probe(directory, prefixes, next_logprobs(model, prefixes), from_parent)
     if not trained["train_loss"] == trained["train_loss"]:  # NaN
         raise TrainingError("the loss became NaN; lower training.learning_rate")
     evidence = Evidence(
@@ -254,16 +252,25 @@ def _well_formed(samples: list[Sample]) -> float:
     return sum(sample.well_formed for sample in samples) / max(len(samples), 1)
 
 
-def _write_probe(directory: Path, probes: list, candidate: list, parent: list) -> None:
-    rows = [
-        {
-            "prompt_ids": list(prompt),
-            "completion_ids": list(completion),
-            "candidate": own.tolist(),
-            "parent": other.tolist(),
-        }
-        for (prompt, completion), own, other in zip(probes, candidate, parent, strict=True)
+def probe_prefixes(samples: Sequence[Sample]) -> list[list[int]]:
+    """Places inside answers at which server and trainer must agree on what comes next."""
+    short = [sample for sample in samples if len(sample.prompt_ids) + len(sample.completion_ids) <= PROBE_TOKENS]
+    return [
+        [*sample.prompt_ids, *sample.completion_ids[:cut]]
+        for sample in short[:PROBES]
+        for cut in range(0, min(len(sample.completion_ids), 4 * PROBES), 4)
     ]
+
+
+def write_probe(
+    directory: Path, prefixes: list[list[int]], candidate: list["torch.Tensor"], parent: list["torch.Tensor"]
+) -> None:
+    """Save what a candidate, and its parent, hold the likeliest next tokens of each prefix to be (nats)."""
+    rows = []
+    for prefix, own, other in zip(prefixes, candidate, parent, strict=True):
+        tokens = own.topk(PROBE_TOP).indices
+        values = {"candidate": own[tokens].tolist(), "parent": other[tokens].tolist()}
+        rows.append({"prompt_ids": prefix, "tokens": tokens.tolist(), **values})
     (directory / "probe.json").write_text(json.dumps(rows))
 
 
