@@ -160,7 +160,11 @@ async def swap(
         version = await stage.go_live(source)
         said_by.append(await references(policy, version.name, prompts))
         expected[version.name] = said_by[-1]
-    quiet = [await load(policy, islice(cycle(prompts), requests // 2), concurrent, done)]
+    await load(policy, islice(cycle(prompts), 64), concurrent, lambda: None)  # warms up, not counted
+    quiet = []
+    for source in sources:  # answers of other weights have other lengths: the baseline holds all of them
+        expected[(await stage.go_live(source)).name] = said_by[sources.index(source)]
+        quiet.append(await load(policy, islice(cycle(prompts), requests // len(sources)), concurrent, done))
     swapped = asyncio.Event()
     until_swapped = takewhile(lambda _: not swapped.is_set(), cycle(prompts))
     busy = asyncio.create_task(load(policy, until_swapped, concurrent, done))
@@ -171,7 +175,6 @@ async def swap(
     await reached[finished + requests // swaps].wait()
     swapped.set()
     answers, failed, seconds = await busy
-    quiet.append(await load(policy, islice(cycle(prompts), requests // 2), concurrent, done))
     still = [answer for part, _, _ in quiet for answer in part]
     usual = statistics.median(answer.seconds for answer in still)
     quiet_seconds = sum(part[2] for part in quiet)
@@ -205,7 +208,7 @@ async def overhead(
     for concurrent in (1, 16):
         took: dict[str, list[float]] = {"dialogue": [], "straight": [], "logged": []}
         spent = dict.fromkeys(took, 0.0)
-        for block in range(blocks):
+        for block in range(-1, blocks):  # the first is for warming up and not counted
             rng = random.Random(f"{seed} {concurrent} {block}")
             heard: list[list[tuple[Message, int]]] = []
             for _ in range(messages // LINES):
@@ -222,10 +225,13 @@ async def overhead(
             async def logged(sent: list[dict[str, str]], number: int, salt: str) -> None:
                 await policy.reply(sent, seed=number, cache_salt=salt)
 
-            async def timed(name: str, job: Callable[..., Any], work: list, concurrent: int = concurrent) -> None:
+            async def timed(name: str, job: Callable[..., Any], work: list) -> None:
                 nonlocal total
-                progress(f"{concurrent} at a time", total, 6 * blocks)
-                spent[name] += await _at_a_time(concurrent, job, work, took[name])  # noqa: B023 (awaited in the loop)
+                progress("talking", total, 6 * (blocks + 1))
+                seconds, times = await _at_a_time(concurrent, job, work)  # noqa: B023 (awaited in the loop)
+                if block >= 0:  # noqa: B023
+                    spent[name] += seconds  # noqa: B023
+                    took[name] += times  # noqa: B023
                 total += 1
 
             await timed("dialogue", through, heard)
@@ -249,9 +255,10 @@ async def _shown(dialogue: DialogueManager, message: Message) -> list[dict[str, 
     return (await dialogue.tracker.context(stored)).messages
 
 
-async def _at_a_time(concurrent: int, job: Callable[..., Any], work: Sequence[Any], took: list[float]) -> float:
-    """Run conversations line by line, `concurrent` conversations at a time; returns the seconds in all."""
+async def _at_a_time(concurrent: int, job: Callable[..., Any], work: Sequence[Any]) -> tuple[float, list[float]]:
+    """Run conversations line by line, `concurrent` of them at a time; returns the seconds in all and for each line."""
     queue = iter(work)
+    took: list[float] = []
 
     async def worker() -> None:
         for lines in queue:
@@ -265,7 +272,7 @@ async def _at_a_time(concurrent: int, job: Callable[..., Any], work: Sequence[An
     async with asyncio.TaskGroup() as group:
         for _ in range(concurrent):
             group.create_task(worker())
-    return time.monotonic() - started
+    return time.monotonic() - started, took
 
 
 def _asked(prompt: str) -> list[dict[str, str]]:
