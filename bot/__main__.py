@@ -53,6 +53,7 @@ class Kibitz:
     policy: Policy
     dialogue: DialogueManager
     deployment: Deployment
+    server: VllmServer | None
 
 
 def announce(text: str) -> None:
@@ -82,7 +83,7 @@ async def running(config: Config, model: str, tell: Announce) -> AsyncIterator[K
             await deployment.restore()
             watchers.append(asyncio.create_task(deployment.watch()))
             dialogue = DialogueManager(store, tracker, policy)
-            yield Kibitz(config, database, store, registry, policy, dialogue, deployment)
+            yield Kibitz(config, database, store, registry, policy, dialogue, deployment, server)
         finally:
             for watcher in watchers:
                 watcher.cancel()

@@ -21,6 +21,7 @@ from bot.registry import BASE
 HOST = "127.0.0.1"  # --api-key guards only /v1, so nobody but this machine may reach the rest
 PROBE_SECONDS = 10
 RESTARTS = 5
+NICENESS = 10
 
 
 class VllmServer:
@@ -44,7 +45,7 @@ class VllmServer:
                 stderr=log,
                 env=self._environment(),
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=_as_our_child,
             )
         deadline = asyncio.get_running_loop().time() + self.config.serving.startup_seconds
         while not await policy.ready(PROBE_SECONDS):
@@ -155,7 +156,8 @@ def _has_gpu() -> bool:
     return Path("/dev/nvidia0").exists()
 
 
-def _die_with_parent() -> None:
-    """Ask the kernel (Linux) to end this child when kibitz is killed without a chance to do it itself."""
+def _as_our_child() -> None:
+    """In the child: leave the processor to the bot when it has something to do, and (Linux) do not outlive it."""
+    os.nice(NICENESS)
     with contextlib.suppress(OSError):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

@@ -33,6 +33,10 @@ class TokenKTOTrainer(KTOTrainer):
 
     def __init__(self, **arguments: Any):
         super().__init__(**arguments)
+        self.anchor_to_base()
+
+    def anchor_to_base(self) -> None:
+        """Drop the copy of the adapter that TRL would take as the reference; without it, that is the base model."""
         if "ref" in self.model.peft_config:
             self.model.delete_adapter("ref")
 

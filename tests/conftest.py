@@ -1,0 +1,107 @@
+"""What the tests share: one data directory with the demo policy, and one real vLLM for the whole run."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import pytest
+import pytest_asyncio
+
+from bot import __main__ as kibitz
+from bot.config import Config, load
+from bot.conversations import ConversationStore
+from bot.database import Database
+from bot.registry import PolicyRegistry
+from bot.tokenizer import ChatTokenizer
+from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn, new_id
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> str:
+    """The demo policy: made here in a minute, and kept between runs of one checkout (`make clean` forgets it)."""
+    return kibitz.base_model(load(data_dir=str(Path(__file__).parent / ".cache")))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(demo_model: str) -> ChatTokenizer:
+    return ChatTokenizer(demo_model)
+
+
+@pytest.fixture
+def config(tmp_path: Path, demo_model: str) -> Config:
+    """A config with a data directory of its own and the demo policy as its base."""
+    return load(data_dir=str(tmp_path), policy={"model": demo_model})
+
+
+@pytest.fixture
+def database(config: Config) -> Iterator[Database]:
+    opened = Database(config.database_url)
+    opened.upgrade()
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def store(database: Database) -> ConversationStore:
+    return ConversationStore(database)
+
+
+@pytest.fixture
+def registry(database: Database, demo_model: str) -> PolicyRegistry:
+    found = PolicyRegistry(database)
+    found.ensure_base(demo_model)
+    return found
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def live(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[kibitz.Kibitz]:
+    """A whole kibitz on the one vLLM of the run. Its watcher of rollbacks is the real one."""
+    learning = {"min_reactions": 24, "check_seconds": 0.2}
+    config = load(
+        data_dir=str(tmp_path_factory.mktemp("live")), policy={"model": demo_model}, learning=learning, gate={"samples": 16}
+    )
+    async with kibitz.running(config, demo_model, lambda text: None) as running:
+        yield running
+
+
+def answered(store: ConversationStore, tokenizer: ChatTokenizer, prompt: str, reply: str, **details: object) -> Turn:
+    """A stored turn, as if the policy had sampled `reply`."""
+    place = store.open(Conversation("test", channel=new_id()))
+    message = Message(place.id, "asker", prompt)
+    store.add_message(message)
+    completion = tuple(tokenizer.completion_ids(reply))
+    turn = Turn(
+        conversation_id=place.id,
+        message_id=message.id,
+        reply_id=new_id(),
+        text=reply,
+        asker_id="asker",
+        policy_version="policy-0",
+        prompt_ids=tuple(tokenizer.prompt_ids([{"role": "user", "content": prompt}])),
+        completion_ids=completion,
+        logprobs=(-0.5,) * len(completion),
+        finish_reason="stop",
+        sampling={},
+        latency_ms=1.0,
+    )
+    turn = replace(turn, **details)  # type: ignore[arg-type]
+    store.add_turn(turn)
+    return turn
+
+
+def react(store: ConversationStore, turn: Turn, approves: bool, user: str = "asker") -> Feedback:
+    given = Feedback(turn.id, user, FeedbackKind.APPROVAL if approves else FeedbackKind.DISAPPROVAL, signal="test")
+    store.add_feedback(given)
+    return given
+
+
+async def until(condition, seconds: float = 60) -> None:
+    """Wait until `condition()` holds; fail after `seconds`."""
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 (the state is in another process or thread)
+            await asyncio.sleep(0.05)

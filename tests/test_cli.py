@@ -1,0 +1,189 @@
+"""The commands as a person runs them: what they print, and one line with exit code 2 for every mistake."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from conftest import answered, react
+
+from bot.data_directory import held
+
+ROOT = Path(__file__).parent.parent
+ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+
+
+def kibitz(*arguments: object, stdin: str = "", timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bot", *map(str, arguments)]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=timeout, env=ENV, cwd=ROOT)
+
+
+def write_config(tmp_path: Path, model: str, extra: str = "") -> Path:
+    path = tmp_path / "config.toml"
+    path.write_text(f'data_dir = "{tmp_path / "data"}"\n{extra}\n[policy]\nmodel = "{model}"\n')
+    return path
+
+
+def refused(done: subprocess.CompletedProcess[str], wanted: str) -> None:
+    """One clear line, exit code 2, no traceback."""
+    assert done.returncode == 2, done.stderr
+    assert wanted in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_mistakes_in_the_config_and_on_the_command_line(tmp_path, demo_model):
+    refused(kibitz("status", "--config", tmp_path / "none.toml"), "cannot be read")
+    config = write_config(tmp_path, demo_model, "sede = 1")
+    refused(kibitz("status", "--config", config), "'sede' is not known; did you mean 'seed'?")
+    refused(kibitz("status", "--data-dir", "/proc/nowhere"), "data_dir has value '/proc/nowhere'")
+    refused(kibitz("chat", "--config", write_config(tmp_path, "/no/model")), "policy.model has value '/no/model'")
+    refused(kibitz("chat", "--config", write_config(tmp_path, "nobody/nothing")), "policy.model has value 'nobody/nothing'")
+    config = write_config(tmp_path, demo_model)
+    refused(kibitz("simulate", "--config", config, "--users", "nobody"), "--users has value 'nobody'")
+    refused(kibitz("simulate", "--config", config, "--json", "/no/where.json"), "there is no directory /no")
+    refused(kibitz("rollback", "--config", config), "kibitz policies")
+    refused(kibitz("dance"), "No such command")
+
+
+def test_users_of_a_file_must_give_a_number_between_minus_one_and_one(tmp_path, demo_model):
+    config = write_config(tmp_path, demo_model)
+    users = tmp_path / "users.py"
+    users.write_text("def taste(prompt, reply): return 0")
+    refused(kibitz("simulate", "--config", config, "--users", users), "no function utility")
+    users.write_text("1 / 0")
+    refused(kibitz("simulate", "--config", config, "--users", users), "ZeroDivisionError")
+
+
+def test_a_port_in_use_and_a_second_kibitz_are_refused(tmp_path, demo_model):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        config = write_config(tmp_path, demo_model)
+        config.write_text(config.read_text() + f"[serving]\nport = {port}\n")
+        refused(kibitz("serve", "--config", config), f"serving.port has value {port}, which is in use")
+    with held(tmp_path / "data", "serve"):
+        refused(kibitz("serve", "--config", config), "is in use: another kibitz")
+
+
+def test_a_replay_of_a_broken_or_useless_file_is_refused_and_stores_no_half_of_it(tmp_path, demo_model):
+    config = write_config(tmp_path, demo_model)
+    good = json.dumps({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]})
+    file = tmp_path / "file.jsonl"
+    file.write_text(good + "\n{broken\n")
+    refused(kibitz("replay", file, "--config", config), "line 2 is not JSON")
+    file.write_text(good + "\n" + good.replace("user", "robot") + "\n")
+    refused(kibitz("replay", file, "--config", config), "line 2: role 'robot' is not known")
+    assert "messages: 0" in kibitz("status", "--config", config).stdout
+    file.write_text(good + "\n")
+    refused(kibitz("replay", file, "--config", config), "no usable reward")
+
+
+def rated(count: int) -> str:
+    rows = []
+    for number in range(count):
+        reply = "Hey there! 👋" if number % 2 else "Good day to you."
+        said = [{"role": "user", "content": f"hello {number}"}, {"role": "assistant", "content": reply}]
+        rows.append(json.dumps({"messages": said, "rating": bool(number % 2)}))
+    return "\n".join(rows)
+
+
+def test_a_replay_twice_gives_the_same_manifest_and_the_same_bytes(tmp_path, demo_model):
+    file = tmp_path / "file.jsonl"
+    file.write_text(rated(48))
+    found = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        config = write_config(tmp_path / name, demo_model)
+        out = tmp_path / f"{name}.json"
+        plot = tmp_path / f"{name}.png"
+        done = kibitz("replay", file, "--config", config, "--json", out, "--plot", plot)
+        assert done.returncode == 0, done.stderr
+        assert plot.read_bytes().startswith(b"\x89PNG")
+        found.append(json.loads(out.read_text()))
+    assert set(found[0]) == {"name", "figures", "setup"}
+    one, two = found[0]["figures"], found[1]["figures"]
+    assert one == two
+    assert (one["conversations"], one["approvals"], one["disapprovals"]) == (48, 24, 24)
+    assert one["trained_on"] + one["held_out"] == one["without_logprobs"] == 48
+    assert one["held_out_accuracy_after"] >= one["held_out_accuracy_before"]
+    assert one["held_out_margin_after"] > one["held_out_margin_before"]
+    assert len(one["manifest_sha256"]) == len(one["adapter_sha256"]) == 64
+    listed = kibitz("policies", "--config", tmp_path / "one" / "config.toml").stdout
+    assert "policy-0" in listed
+    assert one["policy"] in listed
+
+
+def test_what_kibitz_exports_it_can_replay(tmp_path, store, registry, tokenizer, config):
+    for number in range(24):
+        react(store, answered(store, tokenizer, f"hello {number}", "Hey there!"), approves=number % 2 == 0)
+    config.save(tmp_path / "config.json")
+    done = kibitz("export", tmp_path / "out.jsonl", "--config", tmp_path / "config.json")
+    assert "conversations: 24" in done.stdout
+    other = tmp_path / "other"
+    out = tmp_path / "out.json"
+    arguments = ("--config", tmp_path / "config.json", "--data-dir", other, "--json", out)
+    assert kibitz("replay", tmp_path / "out.jsonl", *arguments).returncode == 0
+    figures = json.loads(out.read_text())["figures"]
+    assert (figures["assistant_messages"], figures["without_logprobs"]) == (24, 0)
+
+
+def test_ctrl_c_in_the_middle_of_a_run_leaves_nothing_half_written(tmp_path, demo_model):
+    file = tmp_path / "file.jsonl"
+    file.write_text(rated(400))
+    config = write_config(tmp_path, demo_model)
+    command = [sys.executable, "-m", "bot", "replay", str(file), "--config", str(config), "--json", str(tmp_path / "o.json")]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV, cwd=ROOT)
+    policies = tmp_path / "data" / "policies"
+    deadline = time.monotonic() + 120
+    while not list(policies.glob("*.unfinished")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1)
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 2
+    assert "interrupted" in said
+    assert "Traceback" not in said
+    assert list(policies.iterdir()) == []
+    assert not (tmp_path / "o.json").exists()
+    assert "policy-1" in kibitz("policies", "--config", config).stdout
+
+
+def test_pretraining_on_ones_own_pairs_prints_measures_of_held_out_answers(tmp_path, demo_model):
+    pairs = tmp_path / "pairs.jsonl"
+    said = [{"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}]
+    pairs.write_text("\n".join([json.dumps({"messages": said})] * 60))
+    config = write_config(tmp_path, demo_model)
+    out = tmp_path / "out.json"
+    done = kibitz("pretrain", pairs, "--config", config, "--json", out, "--epochs", 6)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(out.read_text())["figures"]
+    assert (figures["pairs"], figures["held_out"]) == (54, 6)
+    assert figures["perplexity"] < figures["perplexity_before"]
+    assert figures["rouge_l"] == 100.0
+    assert (tmp_path / "data" / "models" / "pretrained-pairs" / "config.json").exists()
+    pairs.write_text(json.dumps({"messages": said}))
+    refused(kibitz("pretrain", pairs, "--config", config), "holds 1 pairs")
+
+
+async def test_a_scripted_chat_answers_reacts_and_explains(live, tmp_path, demo_model):
+    """The terminal without a terminal, on the one vLLM of the run, given by its URL."""
+    config = write_config(tmp_path, demo_model)
+    config.write_text(config.read_text() + f'[serving]\nurl = "{live.policy.url}"\n')
+    lines = ["/good", "hello", "/good", "/why", "/regenerate", "/bad", "/undo", "/correct Hi!", "/correct", "/dance"]
+    import asyncio
+
+    done = await asyncio.to_thread(kibitz, "chat", "--config", config, stdin="\n".join([*lines, "/status", "/quit"]) + "\n")
+    assert done.returncode == 0, done.stderr
+    said = done.stdout
+    wanted = [
+        *("there is no answer yet", "kibitz: ", "noted (policy-0)", "answered by policy-0", "reward +1.00 from 1 people"),
+        *("kibitz: ", "noted", "taken back", "noted", "say what the answer should have been", "there is no command /dance"),
+        *("live: policy-0", "feedback: 7"),
+    ]
+    for part in wanted:
+        assert part in said, said
+        said = said[said.index(part) + len(part) :]

@@ -1,0 +1,60 @@
+"""The config: its defaults, its example file, and one line for each mistake."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from bot.config import Config, known_keys, load
+from bot.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_example_file_holds_every_key_at_its_default_with_a_comment():
+    text = (ROOT / "config.example.toml").read_text()
+    assert load(ROOT / "config.example.toml") == Config()
+    shown = tomllib.loads(text)
+    keys = [f"{section}.{key}" for section, found in shown.items() if isinstance(found, dict) for key in found]
+    keys += [key for key, value in shown.items() if not isinstance(value, dict)]
+    assert sorted(keys) == sorted(known_keys())
+    for line in text.splitlines():
+        if re.match(r"\w+ =", line):
+            assert "#" in line, f"no comment: {line}"
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ({"polcy": {}}, "config key 'polcy' is not known; did you mean 'policy'?"),
+        ({"policy": {"modle": "demo"}}, "'policy.modle' is not known; did you mean 'policy.model'?"),
+        ({"policy": {"temperature": "hot"}}, "config key 'policy.temperature' has value 'hot'"),
+        ({"seed": -1}, "config key 'seed' has value -1"),
+        ({"serving": {"max_lora_rank": 7}}, "config key 'serving.max_lora_rank' has value 7"),
+        ({"training": {"lora_rank": 64}}, "training.lora_rank has value 64, above serving.max_lora_rank (16)"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_key_the_value_and_the_fix(values, wanted):
+    with pytest.raises(ConfigError) as error:
+        load(**values)
+    assert wanted in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [(b"seed = ", "not valid TOML"), (b"seed = '\xff'", "not UTF-8"), (None, "cannot be read")],
+)
+def test_a_config_file_that_cannot_be_read_says_so(tmp_path, content, wanted):
+    path = tmp_path / "config.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=wanted):
+        load(path)
+
+
+def test_a_saved_config_reads_back_the_same(tmp_path):
+    config = load(seed=7, policy={"temperature": 0.5})
+    config.save(tmp_path / "config.json")
+    assert load(tmp_path / "config.json") == config

@@ -1,0 +1,133 @@
+"""The store: what is acknowledged is on disk, the same event has one effect, facts are only ever added."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+from conftest import answered, react
+
+from bot.conversations import ConversationStore
+from bot.database import Database, feedback, metadata
+from bot.errors import DataError
+from bot.types import Conversation, Feedback, FeedbackKind, Message, Role, new_id
+
+
+def test_the_migrations_make_the_tables_that_the_code_uses(database):
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+
+    database.upgrade()  # again: it changes nothing
+    with database.begin() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+
+
+def test_a_message_and_a_reaction_of_one_event_are_stored_once(store, tokenizer):
+    place = store.open(Conversation("test", "one"))
+    assert store.open(Conversation("test", "one")) == place
+    message = Message(place.id, "ann", "hello", event_id="e1")
+    assert store.add_message(message)
+    assert not store.add_message(replace(message, id=new_id()))
+    turn = answered(store, tokenizer, "hello", "Hey there!")
+    given = Feedback(turn.id, "ann", FeedbackKind.APPROVAL, event_id="e2")
+    assert store.add_feedback(given)
+    assert not store.add_feedback(replace(given, id=new_id()))
+    assert store.counts()["feedback"] == 1
+
+
+def test_what_is_acknowledged_survives_a_kill(config, store, tokenizer):
+    turn = answered(store, tokenizer, "hello", "Hey there!")
+    script = f"""
+import os, signal
+from bot.conversations import ConversationStore
+from bot.database import Database
+from bot.types import Feedback, FeedbackKind
+store = ConversationStore(Database({config.database_url!r}))
+for number in range(20):
+    store.add_feedback(Feedback({turn.id!r}, str(number), FeedbackKind.APPROVAL))
+    print("acknowledged", flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ})
+    assert done.returncode == -signal.SIGKILL
+    assert store.counts()["feedback"] == done.stdout.count("acknowledged") == 20
+
+
+def test_what_was_not_committed_is_not_there(store, database, tokenizer):
+    turn = answered(store, tokenizer, "hello", "Hey there!")
+    with pytest.raises(ZeroDivisionError), database.begin() as connection:
+        row = Feedback(turn.id, "ann", FeedbackKind.APPROVAL)
+        connection.execute(feedback.insert().values(**{name: getattr(row, name) for name in feedback.c.keys()}))  # noqa: SIM118
+        raise ZeroDivisionError
+    assert store.counts()["feedback"] == 0
+
+
+def test_a_turn_comes_back_as_it_was_recorded(store, tokenizer):
+    turn = answered(store, tokenizer, "hello", "Hey there! 👋")
+    assert store.turn(turn.id) == turn
+    assert store.turn_answering(turn.message_id) == turn
+    assert store.last_turn(turn.conversation_id) == turn
+    assert store.turn("nobody") is None
+
+
+def test_history_shows_the_answer_that_was_kept_and_the_askers_correction(store, tokenizer):
+    turn = answered(store, tokenizer, "hello", "Good day to you.")
+    again = replace(turn, id=new_id(), reply_id=new_id(), text="Hey there!", replaces=turn.id)
+    store.add_turn(again)
+    later = Message(turn.conversation_id, "asker", "thanks")
+    store.add_message(later)
+    assert [said.text for said in store.recent(turn.conversation_id, later, 10)] == ["hello", "Hey there!"]
+    store.add_feedback(Feedback(again.id, "stranger", FeedbackKind.CORRECTION, text="Buy now!"))
+    assert store.recent(turn.conversation_id, later, 10)[-1].text == "Hey there!"
+    store.add_feedback(Feedback(again.id, "asker", FeedbackKind.CORRECTION, text="Hi!"))
+    said = store.recent(turn.conversation_id, later, 10)
+    assert [(one.role, one.text) for one in said] == [(Role.USER, "hello"), (Role.ASSISTANT, "Hi!")]
+    store.add_feedback(Feedback(again.id, "asker", FeedbackKind.CORRECTION, retracts=True))
+    assert store.recent(turn.conversation_id, later, 10)[-1].text == "Hey there!"
+
+
+def test_feedback_is_counted_for_the_next_run_and_ranks_are_not(store, tokenizer):
+    turn = answered(store, tokenizer, "hello", "Hey there!")
+    react(store, turn, approves=True)
+    store.add_feedback(Feedback(turn.id, "ann", FeedbackKind.RANK, value=0.0))
+    assert store.reactions() == 1
+    assert store.reactions_at_last_run() == 0
+
+
+def test_embeddings_are_kept_with_the_name_of_their_model(store, tokenizer):
+    turn = answered(store, tokenizer, "hello", "Hey there!")
+    store.set_embeddings([turn.message_id], np.ones((1, 4), np.float32), "toy")
+    later = Message(turn.conversation_id, "asker", "thanks")
+    store.add_message(later)
+    (_, vector, model), (_, none, _) = store.older(turn.conversation_id, later)
+    assert model == "toy"
+    assert vector.tolist() == [1.0] * 4
+    assert none is None
+
+
+def test_a_database_from_the_future_is_refused(config, database):
+    with database.begin() as connection:
+        connection.execute(sa.text("update alembic_version set version_num = '9999'"))
+    with pytest.raises(DataError, match="9999"):
+        Database(config.database_url).upgrade()
+
+
+def test_a_broken_database_file_is_refused_and_left_as_it_was(tmp_path):
+    path = tmp_path / "kibitz.db"
+    path.write_bytes(b"this is not a database, but it is long enough to look like one to nobody" * 20)
+    before = path.read_bytes()
+    with pytest.raises(DataError, match="cannot be opened"):
+        Database(f"sqlite:///{path}").upgrade()
+    assert path.read_bytes() == before
+
+
+def test_two_stores_on_one_file_do_not_lose_each_others_writes(config, store, tokenizer):
+    other = ConversationStore(Database(config.database_url))
+    turn = answered(store, tokenizer, "hello", "Hey there!")
+    for number in range(10):
+        (store if number % 2 else other).add_feedback(Feedback(turn.id, str(number), FeedbackKind.APPROVAL))
+    assert len(store.feedback_of([turn.id])[turn.id]) == 10

@@ -1,0 +1,138 @@
+"""The gate: what it lets through, what it stops, and that it can tell the two apart."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from bot.config import GateConfig
+from learning.benchmark import random_adapter
+from learning.evaluation import Evidence, accuracy, check_files, is_well_formed, judge, mean_interval
+
+
+def evidence(gain: float = 0.3, **changes) -> Evidence:
+    signs = [1, 1, 1, -1, -1, -1] * 4
+    rng = np.random.default_rng(0)
+    live = rng.normal(-1, 0.3, len(signs))
+    candidate = live + gain * np.array(signs) + rng.normal(0, 0.1, len(signs))
+    found = {"conversations": [str(n) for n in range(len(signs))], "signs": signs, "live": live.tolist()}
+    found |= {"candidate": candidate.tolist(), "kl": 0.1, "well_formed": 1.0, "base_well_formed": 1.0}
+    return Evidence(**(found | changes))
+
+
+def test_a_candidate_that_is_better_safe_and_sound_passes():
+    verdict = judge(evidence(), GateConfig(), seed=0)
+    assert verdict.passed
+    assert verdict.figures["margin_gain"] == pytest.approx(0.6, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"gain": 0.0}, "not shown to be better"),
+        ({"gain": -0.3}, "not shown to be better"),
+        ({"kl": 0.9}, "too far from the base"),
+        ({"kl": float("nan")}, "too far from the base"),
+        ({"well_formed": 0.8}, "answers break"),
+        ({"signs": [1] * 24}, "too little evidence: 24 liked and 0 disliked"),
+        ({"candidate": [float("nan")] * 24}, "not shown to be better"),
+        ({"file_faults": ["adapter_model.safetensors: is missing"]}, "is missing"),
+    ],
+)
+def test_no_evidence_no_promotion(changes, reason):
+    verdict = judge(evidence(**changes), GateConfig(), seed=0)
+    assert not verdict.passed
+    assert reason in verdict.reasons[0]
+
+
+def test_where_the_base_itself_does_not_answer_well_a_candidate_is_held_to_the_base():
+    assert judge(evidence(well_formed=0.7, base_well_formed=0.6), GateConfig(), seed=0).passed
+    assert not judge(evidence(well_formed=0.5, base_well_formed=0.6), GateConfig(), seed=0).passed
+
+
+@pytest.mark.parametrize(
+    ("text", "good"),
+    [
+        ("Hey there! 👋", True),
+        ("ok", True),
+        ("", False),
+        ("  \n", False),
+        ("broken \ufffd", False),
+        ("a<|im_start|>", False),
+        ("go to the shop go to the shop go to the shop", False),
+    ],
+)
+def test_an_answer_is_well_formed_if_it_reads_as_text(text, good):
+    assert is_well_formed(text) == good
+
+
+def test_accuracy_is_a_half_for_noise_and_one_for_a_perfect_order():
+    signs = np.array([1, 1, -1, -1])
+    assert accuracy(np.array([4.0, 3.0, 2.0, 1.0]), signs) == 1.0
+    assert accuracy(np.zeros(4), signs) == 0.5
+
+
+def test_an_interval_holds_the_mean_and_narrows_with_more_values():
+    few, many = mean_interval([0.0, 1.0] * 5, seed=0), mean_interval([0.0, 1.0] * 100, seed=0)
+    assert few[1] < few[0] == 0.5 < few[2]
+    assert many[2] - many[1] < few[2] - few[1]
+
+
+@pytest.fixture(scope="module")
+def sound(demo_model, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("adapters") / "sound"
+    random_adapter(demo_model, directory, rank=8, seed=0)
+    return directory
+
+
+def _truncate(directory):
+    file = directory / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _weights(change):
+    def apply(directory):
+        from safetensors.numpy import load_file, save_file
+
+        tensors = load_file(directory / "adapter_model.safetensors")
+        save_file(change(tensors), directory / "adapter_model.safetensors")
+
+    return apply
+
+
+def _setting(**values):
+    def apply(directory):
+        path = directory / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return apply
+
+
+FAULTS = {
+    "truncated": (_truncate, "cannot be read"),
+    "pickle": (lambda d: (d / "adapter_model.bin").write_bytes(b"x"), "pickle"),
+    "missing": (lambda d: (d / "adapter_config.json").unlink(), "is missing"),
+    "link": (lambda d: (d / "more").symlink_to("/etc/hosts"), "is a link"),
+    "rank": (_setting(r=64), "rank 64 is above"),
+    "dora": (_setting(use_dora=True), "use_dora"),
+    "modules": (_setting(modules_to_save=["lm_head"]), "modules_to_save"),
+    "base": (_setting(base_model_name_or_path="/models/other"), "another base model"),
+    "nan": (_weights(lambda t: {name: value * np.nan for name, value in t.items()}), "not finite"),
+    "zero": (_weights(lambda t: {name: value * 0 for name, value in t.items()}), "all weights are zero"),
+    "half": (_weights(lambda t: dict(list(t.items())[1:])), "half of a LoRA pair"),
+    "layers": (_weights(lambda t: {n: v for n, v in t.items() if ".layers.1." not in n}), "layers are missing"),
+}
+
+
+def test_a_sound_adapter_has_no_faults(sound, demo_model):
+    assert check_files(sound, demo_model, max_rank=16) == []
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_unsound_adapter_is_refused_before_a_server_sees_it(sound, demo_model, tmp_path, fault):
+    directory = tmp_path / "adapter"
+    shutil.copytree(sound, directory)
+    spoil, wanted = FAULTS[fault]
+    spoil(directory)
+    assert any(wanted in found for found in check_files(directory, demo_model, max_rank=16))

@@ -1,0 +1,244 @@
+"""The whole loop on the real vLLM: say, react, train, prove, swap, roll back. One server serves every test here."""
+
+import asyncio
+import random
+import shutil
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import until
+
+from bot.dialogue import DialogueManager
+from bot.errors import DataError, ReplyInterrupted, ServingError
+from bot.policy import Policy
+from bot.registry import BASE
+from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, new_id
+from learning import benchmark, demo, simulation
+from learning.deployment import mean_distance
+from learning.evaluation import answer_logprobs
+from learning.loop import OnlineLearner
+
+LONG = "please listen. " * 60  # longer than a block of the prefix cache
+
+
+async def say(live, text: str, **details) -> object:
+    place = await live.dialogue.open(Conversation("test", new_id()))
+    return await live.dialogue.respond(Message(place.id, "ann", text, **details), seed=1)
+
+
+async def swapped_in(live, tmp_path: Path, seed: int) -> str:
+    """A version of random weights, live by the real deployment."""
+    source = tmp_path / f"weights-{seed}"
+    await asyncio.to_thread(benchmark.random_adapter, live.registry.get(BASE).base_model, source, 8, seed)
+    version = benchmark.register_copy(live.registry, source, live.config.data / "policies")
+    await live.deployment.deploy(version.name)
+    return version.name
+
+
+async def test_a_reply_knows_what_made_it(live, tokenizer):
+    heard = []
+    place = await live.dialogue.open(Conversation("test", new_id()))
+    turn = await live.dialogue.respond(Message(place.id, "ann", "hello"), on_text=heard.append, seed=3)
+    assert "".join(heard) == turn.text
+    assert list(turn.prompt_ids) == tokenizer.prompt_ids([{"role": "user", "content": "hello"}])
+    assert tokenizer.hf.decode(turn.completion_ids, skip_special_tokens=True) == turn.text
+    assert turn.completion_ids[-1] == tokenizer.hf.eos_token_id
+    assert len(turn.logprobs) == len(turn.completion_ids)
+    assert turn.policy_version == live.policy.version
+    assert turn.sampling["seed"] == 3
+    assert live.store.turn(turn.id) == turn
+
+
+async def test_the_recorded_log_probabilities_are_those_of_the_trainer(live, demo_model):
+    from transformers import AutoModelForCausalLM
+
+    turn = await say(live, "tell me a joke")
+    assert turn.policy_version == BASE
+    model = AutoModelForCausalLM.from_pretrained(demo_model)
+    (own,) = answer_logprobs(model, [(turn.prompt_ids, turn.completion_ids)])
+    assert mean_distance(own.tolist(), turn.logprobs) < 1e-4
+    (other,) = answer_logprobs(model, [(turn.prompt_ids[3:], turn.completion_ids)])
+    assert mean_distance(other.tolist(), turn.logprobs) > 1e-3, "the check could not fail"
+
+
+async def test_the_same_message_twice_is_answered_once(live):
+    first = await say(live, "hello", event_id="event-1")
+    message = Message(first.conversation_id, "ann", "hello", event_id="event-1")
+    assert (await live.dialogue.respond(message)).id == first.id
+
+
+async def test_an_answer_can_be_regenerated_and_the_first_one_is_marked(live):
+    first = await say(live, "tell me a joke")
+    second = await live.dialogue.regenerate(first.id, "ann", seed=2)
+    assert second.replaces == first.id
+    assert second.prompt_ids == first.prompt_ids
+    (given,) = live.store.feedback_of([first.id])[first.id]
+    assert given.kind == FeedbackKind.REGENERATE
+
+
+async def test_feedback_on_a_turn_that_is_not_there_is_refused(live):
+    with pytest.raises(DataError, match="no turn"):
+        await live.dialogue.record_feedback(Feedback("nowhere", "ann", FeedbackKind.APPROVAL))
+
+
+async def test_reactions_train_a_version_that_answers_next_and_is_taken_back(live):
+    """The loop, once: DialogueManager -> feedback -> TRL -> gate -> probe -> swap -> the next answer -> rollback."""
+    rng = random.Random(0)
+
+    async def one(number: int) -> None:
+        turn = await say(live, rng.choice(demo.prompts(held_out=False))[0])
+        kind = FeedbackKind.APPROVAL if simulation.emoji("", turn.text) > 0 else FeedbackKind.DISAPPROVAL
+        await live.dialogue.record_feedback(Feedback(turn.id, "ann", kind, signal="test"))
+
+    told: list[str] = []
+    stages: list[str] = []
+    await asyncio.gather(*(one(number) for number in range(96)))
+    before = await say(live, "hello")
+    learner = OnlineLearner(
+        live.store, live.deployment, live.config, told.append, lambda stage, done, total: stages.append(stage)
+    )
+    outcome = await learner.step()
+    assert outcome["passed"], outcome["reasons"]
+    assert "train" in stages
+    after = await say(live, "hello")
+    assert (before.policy_version, after.policy_version) == (BASE, outcome["policy"])
+    assert await live.policy.loaded() == {outcome["policy"]}
+    assert live.registry.get(outcome["policy"]).state == PolicyState.LIVE
+    live.registry.rollback()  # as another process would: `kibitz rollback`
+    await until(lambda: live.policy.version == BASE)
+    assert (await say(live, "hello")).policy_version == BASE
+    await until(lambda: live.registry.get(outcome["policy"]).state == PolicyState.RETIRED)
+
+
+async def test_enough_new_reactions_start_a_run_by_themselves_and_a_failed_one_does_not_end_the_chat(live):
+    told: list[str] = []
+    learner = OnlineLearner(live.store, live.deployment, live.config, told.append)
+    task = asyncio.create_task(learner.run())
+    await asyncio.sleep(1)
+    assert told == [], "what was learned from before is not learned from again"
+    base = Path(live.registry.get(BASE).base_model)
+    aside = base.with_name("aside")
+    turn = await say(live, "hello")
+    for number in range(live.config.learning.min_reactions):
+        await live.dialogue.record_feedback(Feedback(turn.id, f"user {number}", FeedbackKind.APPROVAL))
+    base.rename(aside)  # training must fail: its base model is gone
+    try:
+        await until(lambda: any("learning failed, the chat goes on" in text for text in told))
+    finally:
+        aside.rename(base)
+        task.cancel()
+    assert (await say(live, "hello")).finish_reason == "stop"
+
+
+async def test_a_candidate_that_the_server_serves_differently_is_rejected(live, tmp_path):
+    source = tmp_path / "weights"
+    await asyncio.to_thread(benchmark.random_adapter, live.registry.get(BASE).base_model, source, 8, 5)
+    other = tmp_path / "other"
+    await asyncio.to_thread(benchmark.random_adapter, live.registry.get(BASE).base_model, other, 8, 6)
+    shutil.copy(other / "probe.json", source / "probe.json")  # the trainer's figures are of other weights
+    version = benchmark.register_copy(live.registry, source, live.config.data / "policies")
+    before = live.policy.version
+    with pytest.raises(ServingError, match="failed its probe"):
+        await live.deployment.deploy(version.name)
+    assert live.policy.version == before
+    assert live.registry.get(version.name).state == PolicyState.REJECTED
+    assert version.name not in await live.policy.loaded()
+
+
+async def test_a_version_whose_files_changed_after_it_was_registered_is_refused(live, tmp_path):
+    sources = [tmp_path / "one", tmp_path / "two"]
+    for seed, source in enumerate(sources):
+        await asyncio.to_thread(benchmark.random_adapter, live.registry.get(BASE).base_model, source, 8, seed)
+    version = benchmark.register_copy(live.registry, sources[0], live.config.data / "policies")
+    shutil.copy(sources[1] / "adapter_model.safetensors", version.path)
+    with pytest.raises(ServingError, match="not those that were registered"):
+        await live.deployment.deploy(version.name)
+
+
+async def test_swaps_under_load_fail_and_mix_nothing(live, tmp_path):
+    sources = [tmp_path / "one", tmp_path / "two"]
+    for seed, source in enumerate(sources):
+        await asyncio.to_thread(benchmark.random_adapter, live.registry.get(BASE).base_model, source, 8, seed)
+    stage = benchmark.Stage(live.policy, live.registry, live.deployment, live.config.data / "policies")
+    figures = await benchmark.swap(stage, sources, 2, 96, 8, lambda *_: None)
+    assert (figures["swaps"], figures["failed"], figures["mixed"]) == (2, 0, 0)
+    assert figures["requests"] >= 96
+
+
+async def test_a_reload_under_one_name_is_caught(live, tmp_path):
+    """Law 3's control: kibitz never does this; where somebody does, the check for mixed answers must see it."""
+    name = await swapped_in(live, tmp_path, seed=11)
+    prompts = [LONG + prompt for prompt, _ in demo.prompts(held_out=True)[:8]]
+    expected = {name: await benchmark.references(live.policy, name, prompts)}
+    answers, _, _ = await benchmark.load(live.policy, iter(prompts), 4, lambda: None)
+    assert benchmark.mixed(answers, expected) == 0
+    other = tmp_path / "weights-12"
+    await asyncio.to_thread(benchmark.random_adapter, live.registry.get(BASE).base_model, other, 8, 12)
+    body = {"lora_name": name, "lora_path": str(other), "load_inplace": True}
+    async with httpx.AsyncClient(base_url=live.policy.url, timeout=60) as client:
+        (await client.post("/v1/load_lora_adapter", json=body)).raise_for_status()
+    answers, _, _ = await benchmark.load(live.policy, iter(prompts), 4, lambda: None)
+    assert benchmark.mixed(answers, expected) > 0
+    with pytest.raises(ServingError, match="failed its probe"):
+        await live.deployment._probe(live.registry.get(name))
+
+
+async def test_a_server_that_is_not_there_is_an_error_for_people_and_a_broken_stream_keeps_what_was_said(live):
+    nobody = Policy("http://127.0.0.1:9", live.config.policy)
+    assert not await nobody.ready(1)
+    with pytest.raises(ServingError, match="did not answer"):
+        await nobody.reply([{"role": "user", "content": "hello"}])
+    await nobody.close()
+
+    async def cut(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        chunk = b'data: {"id":"1","object":"chat.completion.chunk","created":1,"model":"m","choices":'
+        chunk += b'[{"index":0,"delta":{"content":"Half an"},"finish_reason":null}]}\n\n'
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n" + chunk)
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(cut, "127.0.0.1", 0)
+    broken = Policy(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", live.config.policy)
+    with pytest.raises(ReplyInterrupted) as error:
+        await broken.reply([{"role": "user", "content": "hello"}])
+    assert error.value.text == "Half an"
+    dialogue = DialogueManager(live.store, live.dialogue.tracker, broken)
+    place = await dialogue.open(Conversation("test", new_id()))
+    turn = await dialogue.respond(Message(place.id, "ann", "hello"))
+    assert (turn.text, turn.finish_reason) == ("Half an", "interrupted")
+    await broken.close()
+    server.close()
+
+
+async def test_overhead_is_measured_against_the_same_prompts(live):
+    figures = await benchmark.overhead(live.dialogue, live.policy, 16, 1, 0, lambda *_: None)
+    wanted = {"throughput_ratio_1", "throughput_ratio_16", "p50_added_ms_1", "p50_added_ms_16", "p99_added_ms_16"}
+    assert wanted <= set(figures)
+    assert all(figures[name] > 0 for name in wanted if name.startswith("throughput"))
+
+
+async def test_a_simulation_judges_every_version_beside_a_frozen_control(live):
+    learner = OnlineLearner(live.store, live.deployment, live.config)
+    people = simulation.People(simulation.emoji, reaction_rate=1.0, noise=0.0, seed=0)
+    shown: list[simulation.Row] = []
+    play = simulation.Simulation(live.dialogue, live.policy, learner, people, lambda *_: None)
+    rows = await play.run(rounds=1, messages=64, samples=1, show=shown.append)
+    assert rows == shown
+    figures = simulation.figures(rows)
+    assert figures["reactions"] >= 64
+    for name in ("first_utility", "last_utility", "frozen_utility"):
+        assert -1 <= figures[f"{name}_low"] <= figures[name] <= figures[f"{name}_high"] <= 1
+
+
+async def test_a_server_that_dies_is_restarted_and_serves_the_live_version_again(live, tmp_path):
+    """Last in this file: it ends the vLLM that the others use, and waits for its successor."""
+    name = await swapped_in(live, tmp_path, seed=21)
+    process = live.server._process
+    process.kill()
+    await until(lambda: live.server._process not in (process, None), 120)
+    async with asyncio.timeout(240):
+        while not (await live.policy.ready(5) and live.policy.version == name and name in await live.policy.loaded()):
+            await asyncio.sleep(0.5)
+    assert (await say(live, "hello")).policy_version == name

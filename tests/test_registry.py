@@ -1,0 +1,85 @@
+"""Policy versions: immutable, never reused, and one of them live."""
+
+from itertools import product
+
+import pytest
+
+from bot.errors import RegistryError
+from bot.registry import BASE, TRANSITIONS
+from bot.types import PolicyState
+
+
+def candidate(registry, tmp_path, parent=BASE):
+    version = registry.reserve(registry.get(parent), tmp_path / "policies")
+    return registry.complete(version.name, "hash", {"kl": 0.1})
+
+
+def test_version_0_is_the_base_and_live_from_the_start(registry, demo_model):
+    assert registry.live().name == BASE
+    assert registry.ensure_base(demo_model).path == demo_model
+
+
+def test_another_base_model_on_the_same_data_directory_is_refused(registry):
+    with pytest.raises(RegistryError, match=r"set policy\.model back"):
+        registry.ensure_base("/models/another")
+
+
+def test_names_and_directories_are_never_used_again(registry, tmp_path):
+    first = registry.reserve(registry.get(BASE), tmp_path)
+    registry.reject(first.name)
+    second = registry.reserve(registry.get(BASE), tmp_path)
+    assert (first.name, second.name) == ("policy-1", "policy-2")
+    assert first.path != second.path
+
+
+def test_promoting_retires_the_live_one_and_a_rollback_brings_it_back(registry, tmp_path):
+    one = candidate(registry, tmp_path)
+    registry.promote(one.name)
+    two = candidate(registry, tmp_path, parent=one.name)
+    registry.promote(two.name)
+    assert [version.state for version in registry.all()] == ["retired", "retired", "live"]
+    taken_back, live = registry.rollback()
+    assert (taken_back.name, live.name, registry.live().name) == (two.name, one.name, one.name)
+    assert registry.rollback()[1].name == BASE
+    with pytest.raises(RegistryError, match="no version to go back to"):
+        registry.rollback()
+
+
+@pytest.mark.parametrize(("before", "after"), product(PolicyState, PolicyState))
+def test_only_the_transitions_of_the_table_are_made(registry, tmp_path, before, after):
+    paths = {
+        PolicyState.TRAINING: [],
+        PolicyState.CANDIDATE: [PolicyState.CANDIDATE],
+        PolicyState.CANARY: [PolicyState.CANDIDATE, PolicyState.CANARY],
+        PolicyState.REJECTED: [PolicyState.REJECTED],
+    }
+    if before in paths and after != PolicyState.LIVE:
+        version = registry.reserve(registry.get(BASE), tmp_path)
+        for state in paths[before]:
+            registry.move(version.name, state)
+    else:
+        version = candidate(registry, tmp_path)
+        registry.promote(version.name)
+        if before == PolicyState.RETIRED:
+            registry.rollback()
+        elif before != PolicyState.LIVE:
+            return  # a second live version cannot even be tried: promote() retires the first
+    if after in TRANSITIONS[before] and after != PolicyState.LIVE:
+        assert registry.move(version.name, after).state == after
+    elif after not in TRANSITIONS[before]:
+        with pytest.raises(RegistryError, match="cannot become"):
+            registry.move(version.name, after)
+        assert registry.get(version.name).state == before
+
+
+def test_there_is_never_a_second_live_version(registry, tmp_path):
+    one = candidate(registry, tmp_path)
+    with pytest.raises(Exception, match="UNIQUE"):
+        registry.move(one.name, PolicyState.LIVE)
+    assert registry.live().name == BASE
+
+
+def test_a_version_that_is_not_there_says_so(registry):
+    with pytest.raises(RegistryError, match="kibitz policies"):
+        registry.promote("policy-9")
+    assert registry.live().name == BASE

@@ -1,0 +1,95 @@
+"""Snapshots: what is learned from, what is held out for ever, and why the rest is left out."""
+
+from dataclasses import replace
+
+from conftest import answered, react
+
+from bot.config import load
+from bot.dialogue import INTERRUPTED
+from bot.types import Feedback, FeedbackKind
+from learning.replay_buffer import ReplayBuffer
+
+
+def snapshot(store, tokenizer, config=None):
+    return ReplayBuffer(store, tokenizer, config or load()).snapshot()
+
+
+def test_a_snapshot_is_rebuilt_from_the_facts_and_uses_the_recorded_ids(store, tokenizer):
+    turns = [answered(store, tokenizer, f"hello {number}", "Hey there!") for number in range(40)]
+    for number, turn in enumerate(turns):
+        react(store, turn, approves=number % 3 > 0)
+    first, second = snapshot(store, tokenizer), snapshot(store, tokenizer)
+    assert first == second
+    assert len(first.training) + len(first.held_out) == 40
+    assert 0 < len(first.held_out) < 20
+    by_turn = {turn.id: turn for turn in turns}
+    for experience in first.training:
+        assert experience.completion_ids == by_turn[experience.turn_id].completion_ids
+        assert experience.prompt_ids == by_turn[experience.turn_id].prompt_ids
+    assert first.without_logprobs == 0
+
+
+def test_what_is_held_out_stays_held_out_when_more_is_said(store, tokenizer):
+    for number in range(40):
+        react(store, answered(store, tokenizer, f"hello {number}", "Hey there!"), approves=True)
+    before = {one.turn_id for one in snapshot(store, tokenizer).held_out}
+    for number in range(40):
+        react(store, answered(store, tokenizer, f"more {number}", "Hey there!"), approves=False)
+    after = snapshot(store, tokenizer)
+    assert before <= {one.turn_id for one in after.held_out}
+    assert before.isdisjoint({one.turn_id for one in after.training})
+
+
+def test_an_answer_and_its_regeneration_are_on_the_same_side(store, tokenizer):
+    for number in range(30):
+        turn = answered(store, tokenizer, f"hello {number}", "Hey there!")
+        react(store, turn, approves=False)
+        again = replace(turn, id=turn.id[::-1], reply_id=turn.reply_id[::-1], replaces=turn.id)
+        store.add_turn(again)
+        react(store, again, approves=True)
+    found = snapshot(store, tokenizer)
+    assert {one.unit for one in found.training}.isdisjoint({one.unit for one in found.held_out})
+
+
+def test_every_turn_that_is_left_out_is_counted_under_a_reason(store, tokenizer):
+    react(store, answered(store, tokenizer, "a", "Hey!", finish_reason=INTERRUPTED), approves=True)
+    react(store, answered(store, tokenizer, "b", " "), approves=True)
+    split = answered(store, tokenizer, "c", "Hey!")
+    react(store, split, approves=True, user="ann")
+    react(store, split, approves=False, user="bob")
+    taken_back = answered(store, tokenizer, "d", "Hey!")
+    given = react(store, taken_back, approves=True)
+    store.add_feedback(Feedback(taken_back.id, given.user_id, given.kind, given.signal, retracts=True))
+    react(store, answered(store, tokenizer, "e" * 300, "Hey!"), approves=True)
+    found = snapshot(store, tokenizer, load(training={"max_length": 32}))
+    assert found.dropped == {
+        "the answer broke off": 1,
+        "the answer is empty": 1,
+        "opinions cancel out": 1,
+        "no standing opinion": 1,
+        "longer than training.max_length (32)": 1,
+    }
+    assert found.turns == 5
+    assert not found.training
+    assert not found.held_out
+
+
+def test_a_correction_teaches_the_text_that_was_wanted(store, tokenizer):
+    turn = answered(store, tokenizer, "hello", "Good day to you.")
+    store.add_feedback(Feedback(turn.id, "asker", FeedbackKind.CORRECTION, text="Hey there!"))
+    found = snapshot(store, tokenizer)
+    unwanted, wanted = found.training + found.held_out
+    assert unwanted.reward < 0 < wanted.reward
+    assert tokenizer.hf.decode(wanted.completion_ids, skip_special_tokens=True) == "Hey there!"
+    assert wanted.completion_ids[-1] == tokenizer.hf.eos_token_id
+    assert found.without_logprobs == 1
+
+
+def test_the_newest_turns_are_used_where_there_are_too_many(store, tokenizer):
+    turns = [answered(store, tokenizer, f"hello {number}", "Hey there!") for number in range(10)]
+    for turn in turns:
+        react(store, turn, approves=True)
+    found = snapshot(store, tokenizer, load(learning={"max_turns": 4}))
+    used = {one.turn_id for one in found.training + found.held_out}
+    assert used == {turn.id for turn in turns[-4:]}
+    assert sum(found.dropped.values()) == 6

@@ -1,0 +1,151 @@
+"""One training run on real TRL: its files, its bytes, its anchor, and what it refuses."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from conftest import answered, react
+
+from bot.config import Config, TrainingConfig, load
+from bot.data_directory import held
+from bot.errors import ConfigError, NothingToLearn
+from bot.registry import BASE
+from bot.types import PolicyState
+from learning import demo, trainer
+from learning.objectives import Row, TokenKTOTrainer, class_weights, train_kto
+
+
+def quiet(stage: str, done: int, total: int) -> None:
+    pass
+
+
+def converse(store, tokenizer, likes_emoji: bool, count: int = 64) -> None:
+    """People who like (or dislike) answers with an emoji have talked and reacted."""
+    rng = random.Random(0)
+    for _ in range(count):
+        prompt, intent = rng.choice(demo.prompts(held_out=False))
+        style = rng.choice(demo.STYLES)
+        turn = answered(store, tokenizer, prompt, demo.answer(intent, style))
+        react(store, turn, approves=style.emoji == likes_emoji)
+
+
+@pytest.fixture
+def small(config: Config) -> Config:
+    return config.model_copy(
+        update={
+            "training": config.training.model_copy(update={"max_steps": 12}),
+            "gate": config.gate.model_copy(update={"samples": 16}),
+        }
+    )
+
+
+def test_a_run_registers_a_candidate_with_all_that_explains_it(small, store, registry, tokenizer):
+    converse(store, tokenizer, likes_emoji=True)
+    stages = []
+    outcome = trainer.run(small, lambda stage, done, total: stages.append((stage, done, total)))
+    version = registry.get(outcome.policy)
+    assert outcome.passed, outcome.reasons
+    assert version.state == PolicyState.CANDIDATE
+    assert registry.live().name == BASE, "nothing serves before it is proven"
+    files = {path.name for path in Path(version.path).iterdir()}
+    assert files == {
+        *("adapter_config.json", "adapter_model.safetensors", "config.json"),
+        *("manifest.json", "metrics.json", "probe.json"),
+    }
+    assert load(Path(version.path) / "config.json") == small
+    assert json.loads((Path(version.path) / "manifest.json").read_text())["sha256"] == outcome.manifest_sha256
+    assert ("train", 12, 12) in stages
+    assert outcome.figures["margin_gain_low"] > 0
+    taught = registry.runs()[0]
+    assert taught["n"] == outcome.training
+    assert taught["outcome"] == "passed"
+
+
+def test_the_same_feedback_and_seed_give_the_same_bytes_and_another_seed_does_not(small, store, registry, tokenizer):
+    converse(store, tokenizer, likes_emoji=True, count=24)
+    outcomes = [trainer.run(config, quiet) for config in (small, small, small.model_copy(update={"seed": 1}))]
+    assert outcomes[0].manifest_sha256 == outcomes[1].manifest_sha256 != outcomes[2].manifest_sha256
+    assert outcomes[0].adapter_sha256 == outcomes[1].adapter_sha256 != outcomes[2].adapter_sha256
+    assert len({outcome.policy for outcome in outcomes}) == 3
+
+
+def test_random_reactions_do_not_pass_the_gate(small, store, registry, tokenizer):
+    rng = random.Random(1)
+    for _ in range(64):
+        prompt, intent = rng.choice(demo.prompts(held_out=False))
+        react(store, answered(store, tokenizer, prompt, demo.answer(intent, rng.choice(demo.STYLES))), rng.random() < 0.5)
+    outcome = trainer.run(small, quiet)
+    assert not outcome.passed
+    assert registry.get(outcome.policy).state == PolicyState.REJECTED
+
+
+def test_a_run_without_usable_rewards_registers_nothing(small, store, registry, tokenizer):
+    with pytest.raises(NothingToLearn, match="no usable reward: 0 turns"):
+        trainer.run(small, quiet)
+    assert [version.name for version in registry.all()] == [BASE]
+
+
+def test_a_run_whose_prompts_are_all_too_long_says_which_limit(small, store, registry, tokenizer):
+    react(store, answered(store, tokenizer, "long " * 300, "Hey!"), approves=True)
+    config = small.model_copy(update={"training": small.training.model_copy(update={"max_length": 64})})
+    with pytest.raises(NothingToLearn, match=r"1 longer than training\.max_length \(64\)"):
+        trainer.run(config, quiet)
+    assert [version.name for version in registry.all()] == [BASE]
+
+
+def test_an_interrupted_run_leaves_nothing_behind_and_the_next_one_works(small, store, registry, tokenizer):
+    converse(store, tokenizer, likes_emoji=True, count=24)
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("train", 3):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(small, interrupt)
+    assert list((small.data / "policies").iterdir()) == []
+    assert registry.get("policy-1").state == PolicyState.REJECTED
+    assert registry.runs()[0]["outcome"] == "interrupted"
+    assert trainer.run(small, quiet).policy == "policy-2"
+
+
+def test_what_a_killed_run_left_is_cleared_up_by_the_next(small, store, registry, tokenizer):
+    converse(store, tokenizer, likes_emoji=True, count=24)
+    registry.reserve(registry.get(BASE), small.data / "policies")
+    leftover = small.data / "policies" / "policy-1.unfinished"
+    leftover.mkdir(parents=True)
+    assert trainer.run(small, quiet).policy == "policy-2"
+    assert not leftover.exists()
+    assert registry.get("policy-1").state == PolicyState.REJECTED
+
+
+def test_two_runs_at_once_are_refused(small, store, registry, tokenizer):
+    converse(store, tokenizer, likes_emoji=True, count=8)
+    with held(small.data, "train"), pytest.raises(ConfigError, match="in use"):
+        trainer.run(small, quiet)
+
+
+@pytest.mark.parametrize("anchored", [True, False])
+def test_a_continued_adapter_is_anchored_to_the_base(demo_model, tokenizer, tmp_path, anchored, monkeypatch):
+    """First-step rewards are log-ratios to the reference: not zero if it is the base, zero if it is the adapter itself."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from learning.benchmark import random_adapter
+
+    random_adapter(demo_model, tmp_path / "parent", rank=8, seed=0)
+    base = AutoModelForCausalLM.from_pretrained(demo_model)
+    model = PeftModel.from_pretrained(base, tmp_path / "parent", is_trainable=True)
+    if not anchored:  # the control: what TRL does by itself
+        monkeypatch.setattr(TokenKTOTrainer, "anchor_to_base", lambda self: None)
+    prompt = tokenizer.prompt_ids([{"role": "user", "content": "hello"}])
+    rows = [Row(prompt, tokenizer.completion_ids(text), text != "No.") for text in ("Hey!", "No.", "Hello.", "Hi there")]
+    settings = TrainingConfig(epochs=1, batch_size=4, learning_rate=1e-6)
+    first = train_kto(model, tokenizer.hf, rows, settings, seed=0, progress=quiet)["trl/first_reward"]
+    assert (abs(first) > 1e-3) == anchored
+
+
+def test_the_rarer_class_is_weighted_up_to_equal_totals():
+    assert class_weights(30, 10) == (1.0, 3.0)
+    assert class_weights(10, 30) == (3.0, 1.0)
+    assert class_weights(5, 0) == (1.0, 1.0)
