@@ -26,6 +26,7 @@ from bot.types import PolicyState
 
 Report = Callable[[str, int, int], None]
 
+INTERRUPTED = 130
 BAD_INPUT = 2  # the exit code of every error that the person at the keyboard can put right
 
 app = typer.Typer(
@@ -164,28 +165,28 @@ def status_text(store: ConversationStore, registry: PolicyRegistry) -> str:
 def main(application: typer.Typer = app) -> None:
     """Run a command; an error for people is one line and exit code 2, anything else a traceback."""
     try:
-        application(standalone_mode=False)
+        code = application(standalone_mode=False)
+        if code == INTERRUPTED:  # typer turns Ctrl-C into this return value
+            raise KeyboardInterrupt
     except BaseException as error:
-        cause = _leaf(error)
-        if isinstance(cause, typer.Exit):
-            sys.exit(cause.exit_code)
-        line = _line(cause)
+        line = _line(_leaf(error))
         if line is None:
             raise
-        errors.print(f"kibitz: {line}", markup=False)
+        if line:
+            errors.print(f"kibitz: {line}", markup=False)
         sys.exit(BAD_INPUT)
+    sys.exit(code or 0)
 
 
 def _line(error: BaseException) -> str | None:
     """What to tell a person, or None for a bug."""
-    import click
-
     if isinstance(error, KibitzError):
         return " ".join(str(error).split())
-    if isinstance(error, KeyboardInterrupt | click.Abort):
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
         return "interrupted; what was said and stored is kept, an unfinished training run left nothing behind"
-    if isinstance(error, click.ClickException):
-        return f"{error.format_message()} (kibitz --help shows what there is)"
+    if hasattr(error, "format_message"):  # a usage error of typer's, which keeps its own copy of click
+        said = error.format_message()  # empty where the help was shown instead
+        return said and f"{said} (kibitz --help shows what there is)"
     return None
 
 

@@ -72,14 +72,14 @@ class PolicyRegistry:
     def promote(self, name: str) -> PolicyVersion:
         """Make a version live and retire the one that was, in one transaction."""
         with self.database.begin() as connection:
-            before = _version(connection.execute(sa.select(policies).where(policies.c.state == S.LIVE)).one())
+            before = _live(connection)
             _move(connection, before.name, S.RETIRED)
             return _move(connection, name, S.LIVE, replaced=before.name)
 
     def rollback(self) -> tuple[PolicyVersion, PolicyVersion]:
         """Take the live version back; returns it and the one that serves again."""
         with self.database.begin() as connection:
-            live = _version(connection.execute(sa.select(policies).where(policies.c.state == S.LIVE)).one())
+            live = _live(connection)
             if live.replaced is None:
                 raise RegistryError(f"{live.name} is live and has replaced nothing: there is no version to go back to")
             _move(connection, live.name, S.RETIRED)
@@ -163,6 +163,13 @@ class PolicyRegistry:
         if row is None:
             raise RegistryError("there is no such policy version; `kibitz policies` lists them all")
         return _version(row)
+
+
+def _live(connection: sa.Connection) -> PolicyVersion:
+    row = connection.execute(sa.select(policies).where(policies.c.state == S.LIVE)).one_or_none()
+    if row is None:
+        raise RegistryError("no version is live yet: this data directory was never served; `kibitz policies` lists them all")
+    return _version(row)
 
 
 def _move(connection: sa.Connection, name: str, state: PolicyState, **changes: Any) -> PolicyVersion:

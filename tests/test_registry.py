@@ -45,7 +45,7 @@ def test_promoting_retires_the_live_one_and_a_rollback_brings_it_back(registry, 
         registry.rollback()
 
 
-@pytest.mark.parametrize(("before", "after"), product(PolicyState, PolicyState))
+@pytest.mark.parametrize(("before", "after"), list(product(PolicyState, PolicyState)))
 def test_only_the_transitions_of_the_table_are_made(registry, tmp_path, before, after):
     paths = {
         PolicyState.TRAINING: [],
