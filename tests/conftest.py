@@ -103,5 +103,5 @@ def react(store: ConversationStore, turn: Turn, approves: bool, user: str = "ask
 async def until(condition, seconds: float = 60) -> None:
     """Wait until `condition()` holds; fail after `seconds`."""
     async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 (the state is in another process or thread)
+        while not condition():
             await asyncio.sleep(0.05)
