@@ -6,14 +6,14 @@ derived in `learning.rewards`, what the policy is shown is decided in `bot.track
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
-from bot.database import Database, conversations, feedback, messages, runs, turns
+from bot.database import Database, UTCDateTime, conversations, feedback, messages, runs, turns
 from bot.feedback import standing
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Role, Turn
 
@@ -40,12 +40,12 @@ class ConversationStore:
             row = connection.execute(sa.select(conversations).where(place)).one_or_none()
             if row is not None:
                 return Conversation(**row._mapping)
-            connection.execute(conversations.insert().values(asdict(conversation)))
+            connection.execute(conversations.insert(), _columns(conversations, conversation))
         return conversation
 
     def add_message(self, message: Message) -> bool:
         """Commit a message; False where its event was claimed before."""
-        return self._insert(messages, asdict(message))
+        return self._insert(messages, _columns(messages, message))
 
     def add_turn(self, turn: Turn) -> None:
         """Commit an answer and the message that it was sent as, in one transaction."""
@@ -54,7 +54,7 @@ class ConversationStore:
 
     def add_feedback(self, given: Feedback) -> bool:
         """Append one act of feedback; False where its event was claimed before."""
-        return self._insert(feedback, asdict(given))
+        return self._insert(feedback, _columns(feedback, given))
 
     def add_dialogues(self, dialogues: Iterable[Dialogue]) -> None:
         """Commit imported conversations, all or none; what is there already is left as it is."""
@@ -100,30 +100,15 @@ class ConversationStore:
         """The last `limit` messages before one, oldest first: without answers that were regenerated, and with the
         asker's own corrections in place of what was said."""
         with self.database.read() as connection:
-            rows = connection.execute(
-                sa.select(*_MESSAGE)
-                .where(
-                    messages.c.conversation_id == conversation_id,
-                    sa.tuple_(messages.c.at, messages.c.id) < sa.tuple_(sa.literal(before.at), before.id),
-                    messages.c.id.not_in(_superseded(conversation_id)),
-                )
-                .order_by(messages.c.at.desc(), messages.c.id.desc())
-                .limit(limit)
-            ).all()
+            values = {"place": conversation_id, "at": before.at, "before": before.id, "most": limit}
+            rows = connection.execute(_RECENT, values).all()
         return self._corrected([_message(row) for row in reversed(rows)])
 
     def older(self, conversation_id: str, before: Message) -> list[tuple[Message, np.ndarray | None, str | None]]:
         """All messages before one, oldest first, with the embedding (1-D float32) and its model where there is one."""
         with self.database.read() as connection:
-            rows = connection.execute(
-                sa.select(*_MESSAGE, messages.c.embedding, messages.c.embedding_model)
-                .where(
-                    messages.c.conversation_id == conversation_id,
-                    sa.tuple_(messages.c.at, messages.c.id) < sa.tuple_(sa.literal(before.at), before.id),
-                    messages.c.id.not_in(_superseded(conversation_id)),
-                )
-                .order_by(messages.c.at, messages.c.id)
-            ).all()
+            values = {"place": conversation_id, "at": before.at, "before": before.id}
+            rows = connection.execute(_OLDER, values).all()
         return [
             (
                 _message(row),
@@ -214,7 +199,7 @@ class ConversationStore:
     def _insert(self, table: sa.Table, values: dict[str, Any]) -> bool:
         try:
             with self.database.begin() as connection:
-                connection.execute(table.insert().values(values))
+                connection.execute(_INSERT[table], values)
         except IntegrityError:
             claimed = values["event_id"] is not None and self._claimed(table, values["event_id"])
             if not claimed:
@@ -237,23 +222,11 @@ class ConversationStore:
         replies = [message.id for message in said if message.role == Role.ASSISTANT]
         if not replies:
             return said
-        query = (
-            sa.select(turns.c.reply_id, feedback)
-            .join(feedback, feedback.c.turn_id == turns.c.id)
-            .where(
-                turns.c.reply_id.in_(replies),
-                feedback.c.kind == FeedbackKind.CORRECTION,
-                feedback.c.user_id == turns.c.asker_id,
-            )
-        )
         with self.database.read() as connection:
-            rows = connection.execute(query).all()
+            rows = connection.execute(_CORRECTIONS, {"replies": replies}).all()
         reply_of = {row.id: row.reply_id for row in rows}
-        wanted = {reply_of[row.id]: row.text for row in standing(_feedback(row) for row in rows)}
-        return [
-            Message(**{**asdict(message), "text": wanted[message.id]}) if message.id in wanted else message
-            for message in said
-        ]
+        wanted = {reply_of[row.id]: row.text or "" for row in standing(_feedback(row) for row in rows)}
+        return [replace(message, text=wanted[message.id]) if message.id in wanted else message for message in said]
 
 
 _REACTIONS = (
@@ -262,13 +235,39 @@ _REACTIONS = (
 _MESSAGE = [messages.c[name] for name in Message.__dataclass_fields__]
 
 
-def _superseded(conversation_id: str) -> sa.Select:
-    later = turns.alias()
-    return (
-        sa.select(turns.c.reply_id)
-        .join(later, later.c.replaces == turns.c.id)
-        .where(turns.c.conversation_id == conversation_id)
+# Statements of the hot path are built once: building one costs more than running it.
+_later = turns.alias()
+_superseded = (
+    sa.select(turns.c.reply_id)
+    .join(_later, _later.c.replaces == turns.c.id)
+    .where(turns.c.conversation_id == sa.bindparam("place"))
+)
+_shown_before = sa.and_(
+    messages.c.conversation_id == sa.bindparam("place"),
+    sa.tuple_(messages.c.at, messages.c.id) < sa.tuple_(sa.bindparam("at", type_=UTCDateTime()), sa.bindparam("before")),
+    messages.c.id.not_in(_superseded),
+)
+_RECENT = (
+    sa.select(*_MESSAGE)
+    .where(_shown_before)
+    .order_by(messages.c.at.desc(), messages.c.id.desc())
+    .limit(sa.bindparam("most"))
+)
+_OLDER = (
+    sa.select(*_MESSAGE, messages.c.embedding, messages.c.embedding_model)
+    .where(_shown_before)
+    .order_by(messages.c.at, messages.c.id)
+)
+_CORRECTIONS = (
+    sa.select(turns.c.reply_id, feedback)
+    .join(feedback, feedback.c.turn_id == turns.c.id)
+    .where(
+        turns.c.reply_id.in_(sa.bindparam("replies", expanding=True)),
+        feedback.c.kind == FeedbackKind.CORRECTION,
+        feedback.c.user_id == turns.c.asker_id,
     )
+)
+_INSERT = {table: table.insert() for table in (messages, turns, feedback)}
 
 
 def _insert_turn(connection: sa.Connection, turn: Turn) -> None:
@@ -281,12 +280,12 @@ def _insert_turn(connection: sa.Connection, turn: Turn) -> None:
         reply_to=turn.message_id,
         at=turn.at,
     )
-    connection.execute(messages.insert().values(asdict(reply)))
-    connection.execute(turns.insert().values(_columns(turns, turn)))
+    connection.execute(_INSERT[messages], _columns(messages, reply))
+    connection.execute(_INSERT[turns], _columns(turns, turn))
 
 
 def _columns(table: sa.Table, row: Any) -> dict[str, Any]:
-    return {name: value for name, value in asdict(row).items() if name in table.c}
+    return {name: value for name, value in vars(row).items() if name in table.c}
 
 
 def _existing(connection: sa.Connection, table: sa.Table, ids: list[str]) -> set[str]:

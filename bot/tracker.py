@@ -62,25 +62,28 @@ class StateTracker:
         """The messages to send for `message`, which is stored already. Never over the budget (tokens)."""
         newest = self._clipped(message)
         recent = await self.store.database.call(self.store.recent, message.conversation_id, message, self.config.recent)
-        window = self._newest_that_fit(recent, newest, notes="")
+        window, sent, tokens = self._newest_that_fit(recent, newest, notes="")
         remembered: list[Remembered] = []
         outgrown = len(window) < len(recent) or len(recent) == self.config.recent
         if outgrown and self.embedder is not None and self.config.remembered:
             found = await self._retrieve(message, {said.id for said in window})
             remembered = self._affordable(found, newest)
-            window = self._newest_that_fit(recent, newest, self._notes(remembered))
-        sent = self._chat(window, newest, self._notes(remembered))
-        return Context(sent, remembered, self.tokenizer.count(sent))
+            _, sent, tokens = self._newest_that_fit(recent, newest, self._notes(remembered))
+        return Context(sent, remembered, tokens)
 
-    def _newest_that_fit(self, recent: list[Message], newest: str, notes: str) -> list[Message]:
-        """The longest run of newest messages that fits beside the new one and the notes."""
-        start, left = len(recent), self.budget - self.tokenizer.count(self._chat([], newest, notes))
+    def _newest_that_fit(
+        self, recent: list[Message], newest: str, notes: str
+    ) -> tuple[list[Message], list[dict[str, str]], int]:
+        """The longest run of newest messages that fits beside the new one and the notes; the chat with it; its tokens."""
+        start, left = len(recent), self.budget - self.tokenizer.length(notes) - self.tokenizer.length(newest)
         while start and (left := left - self.tokenizer.length(self._shown(recent[start - 1]))) >= 0:
             start -= 1
         window = recent[start:]
-        while window and self.tokenizer.count(self._chat(window, newest, notes)) > self.budget:
+        sent = self._chat(window, newest, notes)
+        while (tokens := self.tokenizer.count(sent)) > self.budget and window:
             window = window[1:]  # each message also costs what the template puts around it
-        return window
+            sent = self._chat(window, newest, notes)
+        return window, sent, tokens
 
     def _affordable(self, found: list[Remembered], newest: str) -> list[Remembered]:
         """The best of what was found that fits in half of what the new message leaves."""
