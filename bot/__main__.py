@@ -79,7 +79,7 @@ async def running(config: Config, model: str, tell: Announce) -> AsyncIterator[K
             if server is not None:
                 tell(f"starting vLLM (its log: {server.log})")
                 await server.start(policy)
-                watchers.append(asyncio.create_task(server.watch(policy, deployment.restore)))
+                watchers.append(asyncio.create_task(server.watch(policy, deployment.restore, tell)))
             await deployment.restore()
             watchers.append(asyncio.create_task(deployment.watch()))
             dialogue = DialogueManager(store, tracker, policy)

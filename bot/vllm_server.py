@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from bot.config import Config
-from bot.errors import ConfigError, ServingError
+from bot.errors import ConfigError, KibitzError, ServingError
 from bot.policy import Policy
 from bot.registry import BASE
 
@@ -59,20 +59,24 @@ class VllmServer:
                 )
             await asyncio.sleep(0.5)
 
-    async def watch(self, policy: Policy, restarted: Callable[[], Awaitable[None]]) -> None:
-        """Restart the server whenever it dies or stops generating, and call `restarted` each time. Runs for ever."""
+    async def watch(self, policy: Policy, restarted: Callable[[], Awaitable[None]], tell: Callable[[str], None]) -> None:
+        """Restart the server whenever it dies or stops generating, and call `restarted` each time.
+
+        Runs for ever; gives up, and tells so, when it fails too often in a row.
+        """
         failures = 0
         while failures < RESTARTS:
             await self._wait_for_death(policy)
+            tell("vLLM does not answer any more; restarting it")
             await self.stop()
             await asyncio.sleep(min(60, 2**failures))
             try:
                 await self.start(policy)
                 await restarted()
                 failures = 0
-            except ServingError:
+            except KibitzError:
                 failures += 1
-        raise ServingError(f"vLLM could not be restarted {RESTARTS} times in a row; {self._why()}")
+        tell(f"vLLM could not be restarted {RESTARTS} times in a row, nothing can be answered; {self._why()}")
 
     async def stop(self) -> None:
         """End the process and its children: politely first, then by force."""
@@ -90,8 +94,9 @@ class VllmServer:
         self._process = None
 
     async def _wait_for_death(self, policy: Policy) -> None:
-        assert self._process is not None
         silent = 0
+        if self._process is None:  # the last restart failed
+            return
         while silent < 3:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), PROBE_SECONDS)
