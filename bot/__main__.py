@@ -5,39 +5,37 @@ Run: ``kibitz COMMAND`` or ``python -m bot COMMAND``.
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
-import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import asdict, dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from bot import cli
-from bot.cli import ConfigFile, DataDir, JsonFile, PlotFile, Seed, app, configured, console, errors
+from bot.cli import ConfigFile, DataDir, JsonFile, PlotFile, Seed, announce, app, configured, console
 from bot.config import Config
 from bot.conversations import ConversationStore
 from bot.data_directory import held
 from bot.database import Database
 from bot.dialogue import DialogueManager
 from bot.embeddings import Embedder
-from bot.errors import ConfigError, NothingToLearn
 from bot.policy import Policy
 from bot.registry import BASE, PolicyRegistry
 from bot.tokenizer import ChatTokenizer
 from bot.tracker import StateTracker
 from bot.vllm_server import VllmServer
-from learning import pretrain as pretraining
+from learning.commands import base_model
 from learning.deployment import Deployment
 from learning.loop import OnlineLearner
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 Announce = Callable[[str], None]
+Progress = Callable[[str, int, int], None]
 bench = typer.Typer(no_args_is_help=True, help="Measure what the project claims.")
 app.add_typer(bench, name="bench")
 
@@ -54,11 +52,6 @@ class Kibitz:
     dialogue: DialogueManager
     deployment: Deployment
     server: VllmServer | None
-
-
-def announce(text: str) -> None:
-    """Tell the person at the console what happens."""
-    console.print(f"* {text}", markup=False, highlight=False)
 
 
 @contextlib.asynccontextmanager
@@ -94,12 +87,6 @@ async def running(config: Config, model: str, tell: Announce) -> AsyncIterator[K
             if embedder is not None:
                 embedder.close()
             database.close()
-
-
-def base_model(config: Config, tell: Announce = announce) -> str:
-    """The base model that the config names, as something that transformers and vLLM load; the demo is made on first use."""
-    with cli.progress_bar() as progress:
-        return pretraining.base_model(config, tell, progress)
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
@@ -178,69 +165,6 @@ async def _why(kibitz: Kibitz, turn_id: str) -> str:
 
 
 @app.command()
-def pretrain(
-    pairs: Annotated[Path | None, typer.Argument(help="JSON lines of messages, or the Cornell corpus's folder.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the model goes; under the data directory if not given.")] = None,
-    epochs: Annotated[int, typer.Option(min=1)] = 1,
-    learning_rate: Annotated[float, typer.Option(min=0.0)] = 5e-4,
-    json_file: JsonFile = None,
-    config: ConfigFile = None,
-    data_dir: DataDir = None,
-    seed: Seed = None,
-) -> None:
-    """Make the demo policy, or tune the configured model on your own prompt-response pairs."""
-    from learning import importers
-
-    found = configured(config, data_dir, seed)
-    cli.check_writable(json_file, out)
-    if pairs is None:
-        console.print(f"model: {base_model(found)}")
-        return
-    dialogues = list(importers.pairs(pairs))
-    if len(dialogues) < 2:
-        raise ConfigError(f"{pairs}: holds {len(dialogues)} pairs; at least 2 are needed, one is held out")
-    model = base_model(found)
-    directory = out or found.data / "models" / f"pretrained-{pairs.stem}"
-    with cli.progress_bar() as progress:
-        measures = pretraining.warm_start(model, dialogues, directory, found.seed, epochs, learning_rate, progress)
-    cli.print_figures(measures)
-    console.print(f'model: {directory}\nuse it: [policy] model = "{directory}", with a new data directory', markup=False)
-    cli.write_json(json_file, "pretrain", measures, {"pairs": pairs.name, "epochs": epochs, "seed": found.seed})
-
-
-@app.command()
-def train(
-    progress: Annotated[str, typer.Option(help="How to report: bar, or json for a parent process.")] = "bar",
-    config: ConfigFile = None,
-    data_dir: DataDir = None,
-    seed: Seed = None,
-) -> None:
-    """One training run now; registers a candidate with its verdict, and deploys nothing."""
-    from learning import trainer
-
-    found = configured(config, data_dir, seed)
-    database, _, registry = cli.opened(found)
-    registry.ensure_base(base_model(found, errors.print))
-    database.close()
-    if progress != "json":
-        with cli.progress_bar() as report:
-            outcome = trainer.run(found, report)
-        console.print(f"{outcome.policy}: {'passed the gate' if outcome.passed else '; '.join(outcome.reasons)}")
-        return
-    try:
-        outcome = trainer.run(found, lambda stage, done, total: _tell(stage=stage, done=done, total=total))
-        _tell(outcome=asdict(outcome))
-    except NothingToLearn as error:
-        _tell(nothing_to_learn=str(error))
-
-
-def _tell(**values: Any) -> None:
-    """One line for the parent process."""
-    sys.stdout.write(json.dumps(values) + "\n")
-    sys.stdout.flush()
-
-
-@app.command()
 def simulate(
     users: Annotated[str, typer.Option(help="Built-in users, or a file with utility(prompt, reply).")] = "lively",
     rounds: Annotated[int, typer.Option(min=1)] = 6,
@@ -282,49 +206,26 @@ def simulate(
     cli.write_json(json_file, "simulate", simulation.figures(rows), setup)
 
 
-@app.command()
-def replay(
-    file: Annotated[Path, typer.Argument(help="Recorded conversations with reactions, one a line.")],
-    format: Annotated[str, typer.Option(help="auto, kibitz, openai or oasst.")] = "auto",
-    json_file: JsonFile = None,
-    plot: PlotFile = None,
-    config: ConfigFile = None,
-    data_dir: DataDir = None,
-    seed: Seed = None,
+def measure(
+    name: str,
+    config: Config,
+    job: Callable[[Kibitz, Progress], Awaitable[dict[str, Any]]],
+    json_file: Path | None,
+    setup: dict[str, Any],
 ) -> None:
-    """Offline replay training: import recorded conversations, train on them, gate, and report."""
-    from learning import importers
-    from learning import replay as offline
+    """Run a benchmark on a kibitz that serves; print its figures and write them."""
+    cli.check_writable(json_file)
+    model = base_model(config)
+    figures: dict[str, Any] = {}
 
-    found = configured(config, data_dir, seed)
-    cli.check_writable(json_file, plot)
-    recording = importers.read(file, format)
-    model = base_model(found)
-    database, store, registry = cli.opened(found)
-    registry.ensure_base(model)
-    with cli.progress_bar() as progress:
-        figures = offline.replay(recording, store, model, found, progress)
-    database.close()
+    async def main() -> None:
+        async with running(config, model, announce) as kibitz:
+            with cli.progress_bar() as progress:
+                figures.update(await job(kibitz, progress))
+
+    run(main())
     cli.print_figures(figures)
-    if plot is not None:
-        offline.plot(figures, plot)
-        console.print(f"plot: {plot}")
-    setup = {"file": file.name, "format": recording.format, "seed": found.seed, "model": found.policy.model}
-    cli.write_json(json_file, "replay", figures, setup | {"training": found.training.model_dump()})
-
-
-@app.command()
-def export(file: Path, config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
-    """Write every conversation with its feedback to FILE, in the form that `kibitz replay` reads."""
-    from learning import importers
-    from learning.replay import tokenizer_fingerprint
-
-    found = configured(config, data_dir, seed)
-    cli.check_writable(file)
-    database, store, registry = cli.opened(found)
-    written = importers.export(store, file, tokenizer_fingerprint(registry.get(BASE).base_model))
-    database.close()
-    console.print(", ".join(f"{name}: {count}" for name, count in written.items()) or "nothing was said yet")
+    cli.write_json(json_file, name, figures, setup | {"seed": config.seed})
 
 
 @bench.command("swap")
@@ -341,22 +242,17 @@ def bench_swap(
     from learning import benchmark
 
     found = configured(config, data_dir, seed)
-    cli.check_writable(json_file)
-    model = base_model(found)
-    figures: dict[str, Any] = {}
 
-    async def main() -> None:
-        async with running(found, model, announce) as kibitz:
-            with tempfile.TemporaryDirectory(dir=found.data) as scratch, cli.progress_bar() as progress:
-                sources = [Path(scratch) / f"weights-{number}" for number in range(2)]
-                for number, source in enumerate(sources):
-                    benchmark.random_adapter(model, source, found.training.lora_rank, found.seed + number)
-                stage = benchmark.Stage(kibitz.policy, kibitz.registry, kibitz.deployment, found.data / "policies")
-                figures.update(await benchmark.swap(stage, sources, swaps, requests, concurrent, progress))
+    async def job(kibitz: Kibitz, progress: Progress) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory(dir=found.data) as scratch:
+            sources = [Path(scratch) / f"weights-{number}" for number in range(2)]
+            base = kibitz.registry.get(BASE).base_model
+            for number, source in enumerate(sources):
+                benchmark.random_adapter(base, source, found.training.lora_rank, found.seed + number)
+            tokenizer = kibitz.dialogue.tracker.tokenizer
+            return await benchmark.swap(kibitz.deployment, tokenizer, sources, swaps, requests, concurrent, progress)
 
-    run(main())
-    cli.print_figures(figures)
-    cli.write_json(json_file, "bench swap", figures, {"concurrent": concurrent, "seed": found.seed})
+    measure("bench swap", found, job, json_file, {"concurrent": concurrent})
 
 
 @bench.command("overhead")
@@ -372,19 +268,11 @@ def bench_overhead(
     from learning import benchmark
 
     found = configured(config, data_dir, seed)
-    cli.check_writable(json_file)
-    model = base_model(found)
-    figures: dict[str, float] = {}
 
-    async def main() -> None:
-        async with running(found, model, announce) as kibitz:
-            with cli.progress_bar() as progress:
-                parts = (kibitz.dialogue, kibitz.policy)
-                figures.update(await benchmark.overhead(*parts, messages, blocks, found.seed, progress))
+    async def job(kibitz: Kibitz, progress: Progress) -> dict[str, Any]:
+        return await benchmark.overhead(kibitz.dialogue, kibitz.policy, messages, blocks, found.seed, progress)
 
-    run(main())
-    cli.print_figures(figures)
-    cli.write_json(json_file, "bench overhead", figures, {"messages": messages, "blocks": blocks, "seed": found.seed})
+    measure("bench overhead", found, job, json_file, {"messages": messages, "blocks": blocks})
 
 
 def main() -> None:

@@ -55,6 +55,11 @@ def configured(config: Path | None, data_dir: Path | None, seed: int | None) -> 
     return found
 
 
+def announce(text: str) -> None:
+    """Tell the person at the console what happens."""
+    console.print(f"* {text}", markup=False, highlight=False)
+
+
 def opened(config: Config) -> tuple[Database, ConversationStore, PolicyRegistry]:
     """The database at this program's schema, with the stores on it."""
     database = Database(config.database_url)

@@ -1,5 +1,8 @@
 """Policy: the async client of vLLM's OpenAI API. It asks for a version by name and returns a Reply with all that made it.
 
+Prompts are token ids, made with the chat template by `bot.tokenizer`: what the policy saw is then known exactly, the budget
+is exact, and vLLM answers sooner than through its chat endpoint (docs/experiments.md).
+
 `version` is the one pointer that a swap flips; requests in flight are counted for each version, so that a swap can wait
 for the last of them. It knows no conversation, no database and no registry.
 """
@@ -32,7 +35,7 @@ class Policy:
         self.version = BASE
         self.base_name = BASE
         # A reply that fails is tried again here, before its first token only; never behind our back.
-        self._openai = openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=reply_seconds)
+        self.openai = openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=reply_seconds)
         headers = {"Authorization": f"Bearer {api_key}"}
         self._http = httpx.AsyncClient(base_url=self.url, headers=headers, timeout=reply_seconds)
         self._in_flight: Counter[str] = Counter()
@@ -40,16 +43,15 @@ class Policy:
 
     async def reply(
         self,
-        messages: Sequence[dict[str, str]],
+        prompt_ids: Sequence[int],
         *,
         version: str | None = None,
         seed: int | None = None,
         temperature: float | None = None,
         cache_salt: str | None = None,
         on_text: OnText | None = None,
-        logged: bool = True,
     ) -> Reply:
-        """Stream one answer, handing each piece of text to `on_text`; without `logged`, no token is recorded.
+        """Stream one answer to the prompt, handing each piece of text to `on_text`.
 
         Raises ServingError before the first token (after one more try) and ReplyInterrupted after it.
         """
@@ -57,11 +59,11 @@ class Policy:
         self._in_flight[version] += 1
         try:
             try:
-                return await self._stream(messages, version, seed, temperature, cache_salt, on_text, logged)
+                return await self._stream(prompt_ids, version, seed, temperature, cache_salt, on_text)
             except ReplyInterrupted:
                 raise
             except ServingError:
-                return await self._stream(messages, version, seed, temperature, cache_salt, on_text, logged)
+                return await self._stream(prompt_ids, version, seed, temperature, cache_salt, on_text)
         finally:
             self._in_flight[version] -= 1
             async with self._done:
@@ -69,13 +71,12 @@ class Policy:
 
     async def _stream(
         self,
-        messages: Sequence[dict[str, str]],
+        prompt_ids: Sequence[int],
         version: str,
         seed: int | None,
         temperature: float | None,
         cache_salt: str | None,
         on_text: OnText | None,
-        logged: bool,
     ) -> Reply:
         sampling: dict[str, Any] = {
             "temperature": self.config.temperature if temperature is None else temperature,
@@ -84,34 +85,32 @@ class Policy:
         }
         if seed is not None:
             sampling["seed"] = seed
-        extra: dict[str, Any] = {"return_token_ids": logged, "top_k": self.config.top_k}
+        extra: dict[str, Any] = {"return_token_ids": True, "top_k": self.config.top_k}
         if cache_salt:
             extra["cache_salt"] = cache_salt
         text, finish_reason = "", ""
-        prompt_ids: list[int] = []
         completion_ids: list[int] = []
         logprobs: list[float] = []
         started = time.monotonic()
         try:
-            stream: Any = await self._openai.chat.completions.create(
-                model=self._served_name(version),
-                messages=list(messages),  # type: ignore[arg-type]
+            stream: Any = await self.openai.completions.create(
+                model=self.served_name(version),
+                prompt=list(prompt_ids),
                 stream=True,
-                logprobs=logged,
+                logprobs=0,  # of the sampled token alone
                 extra_body=extra,
                 **sampling,
             )
             async for chunk in stream:
-                prompt_ids = prompt_ids or getattr(chunk, "prompt_token_ids", None) or []
                 for choice in chunk.choices:
                     completion_ids += getattr(choice, "token_ids", None) or []
-                    if choice.logprobs and choice.logprobs.content:
-                        logprobs += [token.logprob for token in choice.logprobs.content]
+                    if choice.logprobs is not None:
+                        logprobs += choice.logprobs.token_logprobs or []
                     finish_reason = choice.finish_reason or finish_reason
-                    if choice.delta.content:
-                        text += choice.delta.content
+                    if choice.text:
+                        text += choice.text
                         if on_text is not None:
-                            pending = on_text(choice.delta.content)
+                            pending = on_text(choice.text)
                             if pending is not None:
                                 await pending
         except (openai.OpenAIError, httpx.HTTPError) as error:
@@ -175,7 +174,7 @@ class Policy:
         ends vLLM's CPU engine (0.32), and would pass by the prefix cache.
         """
         body = {
-            "model": self._served_name(version),
+            "model": self.served_name(version),
             "prompt": list(prompt_ids),
             "max_tokens": 1,
             "logprobs": TOP_LOGPROBS,
@@ -188,7 +187,7 @@ class Policy:
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._openai.close()
+        await self.openai.close()
         await self._http.aclose()
 
     async def _admin(self, method: str, path: str, **arguments: Any) -> httpx.Response:
@@ -200,7 +199,8 @@ class Policy:
             raise ServingError(f"vLLM refused {path} ({response.status_code}): {response.text[:300]}")
         return response
 
-    def _served_name(self, version: str) -> str:
+    def served_name(self, version: str) -> str:
+        """The name under which the server knows a version."""
         return self.base_name if version == BASE else version
 
 

@@ -33,8 +33,8 @@ class Context:
     """What the policy is shown, and why."""
 
     messages: list[dict[str, str]]
+    prompt_ids: list[int]
     remembered: list[Remembered]
-    tokens: int
 
 
 class StateTracker:
@@ -59,31 +59,31 @@ class StateTracker:
             )
 
     async def context(self, message: Message) -> Context:
-        """The messages to send for `message`, which is stored already. Never over the budget (tokens)."""
+        """What to show the policy for `message`, which need not be stored yet. Never over the budget (tokens)."""
         newest = self._clipped(message)
         recent = await self.store.database.call(self.store.recent, message.conversation_id, message, self.config.recent)
-        window, sent, tokens = self._newest_that_fit(recent, newest, notes="")
+        window, sent, prompt_ids = self._newest_that_fit(recent, newest, notes="")
         remembered: list[Remembered] = []
         outgrown = len(window) < len(recent) or len(recent) == self.config.recent
         if outgrown and self.embedder is not None and self.config.remembered:
             found = await self._retrieve(message, {said.id for said in window})
             remembered = self._affordable(found, newest)
-            _, sent, tokens = self._newest_that_fit(recent, newest, self._notes(remembered))
-        return Context(sent, remembered, tokens)
+            _, sent, prompt_ids = self._newest_that_fit(recent, newest, self._notes(remembered))
+        return Context(sent, prompt_ids, remembered)
 
     def _newest_that_fit(
         self, recent: list[Message], newest: str, notes: str
-    ) -> tuple[list[Message], list[dict[str, str]], int]:
-        """The longest run of newest messages that fits beside the new one and the notes; the chat with it; its tokens."""
+    ) -> tuple[list[Message], list[dict[str, str]], list[int]]:
+        """The longest run of newest messages that fits beside the new one and the notes; the chat with it; its token ids."""
         start, left = len(recent), self.budget - self.tokenizer.length(notes) - self.tokenizer.length(newest)
         while start and (left := left - self.tokenizer.length(self._shown(recent[start - 1]))) >= 0:
             start -= 1
         window = recent[start:]
         sent = self._chat(window, newest, notes)
-        while (tokens := self.tokenizer.count(sent)) > self.budget and window:
+        while len(prompt_ids := self.tokenizer.prompt_ids(sent)) > self.budget and window:
             window = window[1:]  # each message also costs what the template puts around it
             sent = self._chat(window, newest, notes)
-        return window, sent, tokens
+        return window, sent, prompt_ids
 
     def _affordable(self, found: list[Remembered], newest: str) -> list[Remembered]:
         """The best of what was found that fits in half of what the new message leaves."""

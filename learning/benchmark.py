@@ -12,8 +12,8 @@ import shutil
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import cycle, islice, takewhile
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,15 @@ import numpy as np
 from bot.dialogue import DialogueManager
 from bot.policy import Policy
 from bot.registry import BASE, PolicyRegistry
+from bot.tokenizer import ChatTokenizer
+from bot.tracker import Context
 from bot.types import Conversation, Message, PolicyVersion, new_id, now
 from learning import demo
 from learning.deployment import Deployment
 from learning.trainer import fingerprint
 
 Progress = Callable[[str, int, int], None]
+Prompt = tuple[int, ...]
 
 LINES = 4  # messages in one conversation
 STALL = 5.0  # an answer is stalled if it takes this many times the median without swaps
@@ -72,7 +75,7 @@ def register_copy(registry: PolicyRegistry, source: Path, policies: Path) -> Pol
 class Answer:
     """One answer under load: what was asked of which version, what came, and how long it took."""
 
-    prompt: str
+    prompt: Prompt
     version: str
     text: str
     seconds: float
@@ -80,7 +83,7 @@ class Answer:
 
 
 async def load(
-    policy: Policy, prompts: Iterator[str], concurrent: int, done: Callable[[], None]
+    policy: Policy, prompts: Iterator[Prompt], concurrent: int, done: Callable[[], None]
 ) -> tuple[list[Answer], int, float]:
     """A greedy answer to each prompt from the pointer's version, `concurrent` at a time: answers, failures, seconds."""
     answers: list[Answer] = []
@@ -91,7 +94,7 @@ async def load(
         for prompt in prompts:
             began = time.monotonic()
             try:
-                reply = await policy.reply(_asked(prompt), temperature=0.0)
+                reply = await policy.reply(prompt, temperature=0.0)
                 seconds = time.monotonic() - began
                 answers.append(Answer(prompt, reply.policy_version, reply.text, seconds, len(reply.completion_ids)))
             except Exception:  # a benchmark counts every failure, whatever it is
@@ -105,37 +108,29 @@ async def load(
     return answers, failed, time.monotonic() - began
 
 
-async def references(policy: Policy, version: str, prompts: Sequence[str]) -> dict[str, str]:
+async def references(policy: Policy, version: str, prompts: Sequence[Prompt]) -> dict[Prompt, str]:
     """What `version` says greedily to each prompt, asked on a quiet server and past its prefix cache."""
     said = {}
     for prompt in prompts:
-        reply = await policy.reply(_asked(prompt), version=version, temperature=0.0, cache_salt=new_id())
+        reply = await policy.reply(prompt, version=version, temperature=0.0, cache_salt=new_id())
         said[prompt] = reply.text
     return said
 
 
-def mixed(answers: Sequence[Answer], expected: dict[str, dict[str, str]]) -> int:
+def mixed(answers: Sequence[Answer], expected: dict[str, dict[Prompt, str]]) -> int:
     """How many answers are not word for word what their version says."""
     return sum(answer.text != expected[answer.version][answer.prompt] for answer in answers)
 
 
-@dataclass(frozen=True)
-class Stage:
-    """What a swap is benchmarked on: a running server, its versions, and where they are kept."""
-
-    policy: Policy
-    registry: PolicyRegistry
-    deployment: Deployment
-    policies: Path
-
-    async def go_live(self, source: Path) -> PolicyVersion:
-        """Take a copy of `source` live under a name of its own, by the real deployment."""
-        version = register_copy(self.registry, source, self.policies)
-        return await self.deployment.deploy(version.name)
+async def go_live(deployment: Deployment, source: Path) -> PolicyVersion:
+    """Take a copy of the adapter in `source` live under a name of its own, by the real deployment."""
+    version = register_copy(deployment.registry, source, deployment.config.data / "policies")
+    return await deployment.deploy(version.name)
 
 
 async def swap(
-    stage: Stage,
+    deployment: Deployment,
+    tokenizer: ChatTokenizer,
     sources: Sequence[Path],
     swaps: int,
     requests: int,
@@ -143,8 +138,8 @@ async def swap(
     progress: Progress,
 ) -> dict[str, Any]:
     """Streaming load, first without and then with `swaps` swaps through the real deployment."""
-    policy = stage.policy
-    prompts = [LONG + prompt for prompt, _ in demo.prompts(held_out=True)[:24]]
+    policy = deployment.policy
+    prompts = long_prompts(tokenizer, 24)
     reached: defaultdict[int, asyncio.Event] = defaultdict(asyncio.Event)  # how many requests are finished
     finished = 0
 
@@ -154,23 +149,23 @@ async def swap(
         reached[finished].set()
         progress("streaming load", finished, 2 * requests)
 
-    expected: dict[str, dict[str, str]] = {}
-    said_by: list[dict[str, str]] = []
+    expected: dict[str, dict[Prompt, str]] = {}
+    said_by: list[dict[Prompt, str]] = []
     for source in sources:  # what each set of weights says, from a version of its own on a quiet server
-        version = await stage.go_live(source)
+        version = await go_live(deployment, source)
         said_by.append(await references(policy, version.name, prompts))
         expected[version.name] = said_by[-1]
     await load(policy, islice(cycle(prompts), 64), concurrent, lambda: None)  # warms up, not counted
     quiet = []
     for source in sources:  # answers of other weights have other lengths: the baseline holds all of them
-        expected[(await stage.go_live(source)).name] = said_by[sources.index(source)]
+        expected[(await go_live(deployment, source)).name] = said_by[sources.index(source)]
         quiet.append(await load(policy, islice(cycle(prompts), requests // len(sources)), concurrent, done))
     swapped = asyncio.Event()
     until_swapped = takewhile(lambda _: not swapped.is_set(), cycle(prompts))
     busy = asyncio.create_task(load(policy, until_swapped, concurrent, done))
     for number in range(swaps):
         await reached[finished + requests // swaps].wait()
-        version = await stage.go_live(sources[number % len(sources)])
+        version = await go_live(deployment, sources[number % len(sources)])
         expected[version.name] = said_by[number % len(sources)]
     await reached[finished + requests // swaps].wait()
     swapped.set()
@@ -191,8 +186,21 @@ async def swap(
     }
 
 
-# Longer than one block of vLLM's prefix cache (128 tokens on a CPU), so that a stale cache would show.
-LONG = "please listen. " * 60
+def long_prompts(tokenizer: ChatTokenizer, count: int) -> list[Prompt]:
+    """Different prompts that are longer than one block of vLLM's prefix cache (128 tokens on a CPU): a stale one shows."""
+    texts = ["please listen. " * 60 + text for text, _ in demo.prompts(held_out=True)[:count]]
+    return [tuple(tokenizer.prompt_ids([{"role": "user", "content": text}])) for text in texts]
+
+
+@dataclass
+class Timing:
+    """How long one way of answering took: each message (s), and all of them side by side (s)."""
+
+    messages: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+Job = Callable[[Any, int, str], Awaitable[Any]]  # one line of a conversation, its sampling seed, a cache salt
 
 
 async def overhead(
@@ -200,83 +208,99 @@ async def overhead(
 ) -> dict[str, float]:
     """DialogueManager against the same prompts with the same sampling seeds straight to vLLM, in alternating blocks.
 
-    "Straight" is a plain streamed completion; "same request" also asks for the log-probabilities and token ids that law 4
-    records, which are a cost of vLLM's.
+    "Straight" is the plain streamed chat completion that any client would send; "same request" is the one that kibitz sends:
+    token ids in, token ids and their log-probabilities out.
     """
+
+    async def through(message: Message, number: int, _: str) -> None:
+        await dialogue.respond(replace(message, at=now()), seed=number)
+
+    async def straight(context: Context, number: int, salt: str) -> None:
+        await chat_completion(policy, context.messages, number, salt)
+
+    async def same(context: Context, number: int, salt: str) -> None:
+        await policy.reply(context.prompt_ids, seed=number, cache_salt=salt)
+
     figures: dict[str, float] = {}
-    total = 0
+    done = 0
     for concurrent in (1, 16):
-        took: dict[str, list[float]] = {"dialogue": [], "straight": [], "logged": []}
-        spent = dict.fromkeys(took, 0.0)
+        timings = {"dialogue": Timing(), "straight": Timing(), "same_request": Timing()}
         for block in range(-1, blocks):  # the first is for warming up and not counted
             rng = random.Random(f"{seed} {concurrent} {block}")
-            heard: list[list[tuple[Message, int]]] = []
-            for _ in range(messages // LINES):
-                place = await dialogue.open(Conversation("benchmark", channel=new_id()))
-                texts = [rng.choice(demo.prompts(held_out=False))[0] for _ in range(LINES)]
-                heard.append([(Message(place.id, "user", text), rng.randrange(2**31)) for text in texts])
-
-            async def through(message: Message, number: int, salt: str) -> None:
-                await dialogue.respond(replace(message, at=now()), seed=number)
-
-            async def straight(sent: list[dict[str, str]], number: int, salt: str) -> None:
-                await policy.reply(sent, seed=number, cache_salt=salt, logged=False)
-
-            async def logged(sent: list[dict[str, str]], number: int, salt: str) -> None:
-                await policy.reply(sent, seed=number, cache_salt=salt)
-
-            async def timed(name: str, job: Callable[..., Any], work: list) -> None:
-                nonlocal total
-                progress("talking", total, 6 * (blocks + 1))
-                seconds, times = await _at_a_time(concurrent, job, work)  # noqa: B023 (awaited in the loop)
-                if block >= 0:  # noqa: B023
-                    spent[name] += seconds  # noqa: B023
-                    took[name] += times  # noqa: B023
-                total += 1
-
-            await timed("dialogue", through, heard)
-            sent = [[(await _shown(dialogue, message), number) for message, number in lines] for lines in heard]
-            for name, job in rng.sample([("straight", straight), ("logged", logged)], 2):
-                await timed(name, job, sent)
-        for name in ("straight", "logged"):
-            suffix = f"_{concurrent}" if name == "straight" else f"_{concurrent}_same_request"
-            figures[f"throughput_ratio{suffix}"] = spent[name] / spent["dialogue"]
-            for percent in (50, 99):
-                added = np.percentile(took["dialogue"], percent) - np.percentile(took[name], percent)
-                figures[f"p{percent}_added_ms{suffix}"] = 1000 * float(added)
-        figures[f"messages_per_s_{concurrent}"] = len(took["dialogue"]) / spent["dialogue"]
-        figures[f"straight_p50_ms_{concurrent}"] = 1000 * float(np.percentile(took["straight"], 50))
+            heard = [await _lines(dialogue, rng) for _ in range(messages // LINES)]
+            jobs: list[tuple[str, Job]] = [("straight", straight), ("same_request", same)]
+            for name, job in [("dialogue", through), *rng.sample(jobs, 2)]:
+                progress("talking", done, 6 * (blocks + 1))
+                timing = await _at_a_time(concurrent, job, heard)
+                if name == "dialogue":  # what it was shown is what the others ask
+                    heard = [[(await _context(dialogue, line), number) for line, number in lines] for lines in heard]
+                if block >= 0:
+                    timings[name].seconds += timing.seconds
+                    timings[name].messages += timing.messages
+                done += 1
+        for name, suffix in (("straight", f"_{concurrent}"), ("same_request", f"_{concurrent}_same_request")):
+            figures |= {f"{key}{suffix}": value for key, value in _added(timings["dialogue"], timings[name]).items()}
+        figures[f"messages_per_s_{concurrent}"] = len(timings["dialogue"].messages) / timings["dialogue"].seconds
+        figures[f"straight_p50_ms_{concurrent}"] = 1000 * float(np.percentile(timings["straight"].messages, 50))
     return figures
 
 
-async def _shown(dialogue: DialogueManager, message: Message) -> list[dict[str, str]]:
+async def chat_completion(policy: Policy, messages: list[dict[str, str]], seed: int, salt: str) -> str:
+    """A streamed answer as a client without kibitz would ask for it."""
+    stream: Any = await policy.openai.chat.completions.create(
+        model=policy.served_name(policy.version),
+        messages=messages,  # type: ignore[arg-type]
+        stream=True,
+        seed=seed,
+        temperature=policy.config.temperature,
+        top_p=policy.config.top_p,
+        max_tokens=policy.config.max_tokens,
+        extra_body={"top_k": policy.config.top_k, "cache_salt": salt},
+    )
+    return "".join([choice.delta.content or "" async for chunk in stream for choice in chunk.choices])
+
+
+def _added(dialogue: Timing, baseline: Timing) -> dict[str, float]:
+    added = {
+        f"p{percent}_added_ms": 1000
+        * float(np.percentile(dialogue.messages, percent) - np.percentile(baseline.messages, percent))
+        for percent in (50, 99)
+    }
+    return {"throughput_ratio": baseline.seconds / dialogue.seconds, **added}
+
+
+async def _lines(dialogue: DialogueManager, rng: random.Random) -> list[tuple[Any, int]]:
+    """What is said in one new conversation, with the sampling seeds of its answers."""
+    place = await dialogue.open(Conversation("benchmark", channel=new_id()))
+    texts = [rng.choice(demo.prompts(held_out=False))[0] for _ in range(LINES)]
+    return [(Message(place.id, "user", text), rng.randrange(2**31)) for text in texts]
+
+
+async def _context(dialogue: DialogueManager, message: Message) -> Context:
     """What the policy was shown for a message that was answered already."""
     stored = await dialogue.store.database.call(dialogue.store.message, message.id)
-    return (await dialogue.tracker.context(stored)).messages
+    return await dialogue.tracker.context(stored)
 
 
-async def _at_a_time(concurrent: int, job: Callable[..., Any], work: Sequence[Any]) -> tuple[float, list[float]]:
-    """Run conversations line by line, `concurrent` of them at a time; returns the seconds in all and for each line."""
-    queue = iter(work)
-    took: list[float] = []
+async def _at_a_time(concurrent: int, job: Job, conversations: Sequence[Sequence[tuple[Any, int]]]) -> Timing:
+    """Run conversations line by line, `concurrent` of them at a time."""
+    queue = iter(conversations)
+    timing = Timing()
 
     async def worker() -> None:
         for lines in queue:
             salt = new_id()
-            for item, number in lines:
+            for line, number in lines:
                 began = time.monotonic()
-                await job(item, number, salt)
-                took.append(time.monotonic() - began)
+                await job(line, number, salt)
+                timing.messages.append(time.monotonic() - began)
 
     started = time.monotonic()
     async with asyncio.TaskGroup() as group:
         for _ in range(concurrent):
             group.create_task(worker())
-    return time.monotonic() - started, took
-
-
-def _asked(prompt: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": prompt}]
+    timing.seconds = time.monotonic() - started
+    return timing
 
 
 def _tokens(answers: Sequence[Answer]) -> int:

@@ -220,7 +220,8 @@ class Simulation:
         well_formed: list[bool] = []
 
         async def one(prompt: str, seed: int) -> None:
-            reply = await self.policy.reply([{"role": "user", "content": prompt}], version=version, seed=seed)
+            prompt_ids = self.dialogue.tracker.tokenizer.prompt_ids([{"role": "user", "content": prompt}])
+            reply = await self.policy.reply(prompt_ids, version=version, seed=seed)
             found[prompt].append(self._utility(prompt, reply.text))
             well_formed.append(reply.finish_reason == "stop" and is_well_formed(reply.text))
 

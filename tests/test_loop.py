@@ -19,8 +19,6 @@ from learning.deployment import mean_distance
 from learning.evaluation import answer_logprobs
 from learning.loop import OnlineLearner
 
-LONG = "please listen. " * 60  # longer than a block of the prefix cache
-
 
 async def say(live, text: str, **details) -> object:
     place = await live.dialogue.open(Conversation("test", new_id()))
@@ -156,20 +154,19 @@ async def test_a_version_whose_files_changed_after_it_was_registered_is_refused(
         await live.deployment.deploy(version.name)
 
 
-async def test_swaps_under_load_fail_and_mix_nothing(live, tmp_path):
+async def test_swaps_under_load_fail_and_mix_nothing(live, tokenizer, tmp_path):
     sources = [tmp_path / "one", tmp_path / "two"]
     for seed, source in enumerate(sources):
         await asyncio.to_thread(benchmark.random_adapter, live.registry.get(BASE).base_model, source, 8, seed)
-    stage = benchmark.Stage(live.policy, live.registry, live.deployment, live.config.data / "policies")
-    figures = await benchmark.swap(stage, sources, 2, 96, 8, lambda *_: None)
+    figures = await benchmark.swap(live.deployment, tokenizer, sources, 2, 96, 8, lambda *_: None)
     assert (figures["swaps"], figures["failed"], figures["mixed"]) == (2, 0, 0)
     assert figures["requests"] >= 96
 
 
-async def test_a_reload_under_one_name_is_caught(live, tmp_path):
+async def test_a_reload_under_one_name_is_caught(live, tokenizer, tmp_path):
     """Law 3's control: kibitz never does this; where somebody does, the check for mixed answers must see it."""
     name = await swapped_in(live, tmp_path, seed=11)
-    prompts = [LONG + prompt for prompt, _ in demo.prompts(held_out=True)[:8]]
+    prompts = benchmark.long_prompts(tokenizer, 8)
     expected = {name: await benchmark.references(live.policy, name, prompts)}
     answers, _, _ = await benchmark.load(live.policy, iter(prompts), 4, lambda: None)
     assert benchmark.mixed(answers, expected) == 0
@@ -188,13 +185,13 @@ async def test_a_server_that_is_not_there_is_an_error_for_people_and_a_broken_st
     nobody = Policy("http://127.0.0.1:9", live.config.policy)
     assert not await nobody.ready(1)
     with pytest.raises(ServingError, match="did not answer"):
-        await nobody.reply([{"role": "user", "content": "hello"}])
+        await nobody.reply([1, 2, 3])
     await nobody.close()
 
     async def cut(reader, writer):
         await reader.readuntil(b"\r\n\r\n")
-        chunk = b'data: {"id":"1","object":"chat.completion.chunk","created":1,"model":"m","choices":'
-        chunk += b'[{"index":0,"delta":{"content":"Half an"},"finish_reason":null}]}\n\n'
+        chunk = b'data: {"id":"1","object":"text_completion","created":1,"model":"m","choices":'
+        chunk += b'[{"index":0,"text":"Half an","logprobs":null,"finish_reason":null}]}\n\n'
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n" + chunk)
         await writer.drain()
         writer.close()
@@ -202,7 +199,7 @@ async def test_a_server_that_is_not_there_is_an_error_for_people_and_a_broken_st
     server = await asyncio.start_server(cut, "127.0.0.1", 0)
     broken = Policy(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", live.config.policy)
     with pytest.raises(ReplyInterrupted) as error:
-        await broken.reply([{"role": "user", "content": "hello"}])
+        await broken.reply([1, 2, 3])
     assert error.value.text == "Half an"
     dialogue = DialogueManager(live.store, live.dialogue.tracker, broken)
     place = await dialogue.open(Conversation("test", new_id()))

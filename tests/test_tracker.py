@@ -39,7 +39,7 @@ async def test_a_short_conversation_is_shown_whole_and_nothing_is_embedded(store
         {"role": "assistant", "content": "Hey there!"},
         {"role": "user", "content": "thanks"},
     ]
-    assert context.tokens == tokenizer.count(context.messages)
+    assert context.prompt_ids == tokenizer.prompt_ids(context.messages)
     assert context.remembered == []
     assert all(vector is None for _, vector, _ in store.older(turn.conversation_id, newest))
 
@@ -55,7 +55,7 @@ async def test_what_was_said_long_ago_is_found_by_the_embedding_and_not_without(
     context = await tracker.context(newest)
     found = any(FACT in message["content"] for message in context.messages)
     assert found == with_embedder  # the control: recency alone does not find it
-    assert context.tokens <= 512
+    assert len(context.prompt_ids) <= 512
     if with_embedder:
         assert context.remembered[0].message.text == FACT
         assert (await tracker.context(newest)).messages == context.messages
@@ -86,7 +86,7 @@ async def test_the_budget_is_never_exceeded_and_the_newest_message_never_dropped
     message = tell(store, place, newest)
     tracker = StateTracker(store, tokenizer, None, DialogueConfig(persona=persona), 128)
     context = await tracker.context(message)
-    assert tokenizer.count(context.messages) == context.tokens <= 128
+    assert tokenizer.count(context.messages) == len(context.prompt_ids) <= 128
     last = context.messages[-1]["content"]
     assert context.messages[-1]["role"] == "user"
     assert last == tokenizer.neutralise(newest) or last.endswith(CUT)
