@@ -5,8 +5,10 @@ shape of what is stored, not what it means: `bot.conversations` and `bot.registr
 """
 
 import asyncio
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +23,7 @@ from alembic.script import ScriptDirectory
 from bot.errors import DataError
 
 Result = TypeVar("Result")
+Job = tuple[Callable[..., Any], tuple[Any, ...], Future[Any]]
 
 metadata = sa.MetaData()
 
@@ -145,6 +148,10 @@ run_feedback = sa.Table(
 )
 
 
+class _Local(threading.local):
+    group: sa.Connection | None = None  # the transaction of the batch that this thread is at work on
+
+
 class Database:
     """One engine, and one thread for it, so that callers on the event loop never wait for a disk."""
 
@@ -158,6 +165,8 @@ class Database:
             sa.event.listen(self.engine, "connect", _configure_sqlite)
             sa.event.listen(self.engine, "begin", _begin_immediate)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="database")
+        self._waiting: deque[Job] = deque()
+        self._local = _Local()
 
     def upgrade(self) -> None:
         """Bring the schema to this program's version; refuse a database from the future or a broken file."""
@@ -182,18 +191,73 @@ class Database:
     @contextmanager
     def begin(self) -> Iterator[sa.Connection]:
         """A transaction: committed at the end, rolled back on an error."""
+        group = self._local.group
+        if group is not None:
+            if not group.in_transaction():
+                group.begin()
+            with group.begin_nested():
+                yield group
+            return
         with self.engine.begin() as connection:
             yield connection
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
         """A connection to read with; it never takes the write lock."""
+        group = self._local.group
+        if group is not None and group.in_transaction():
+            yield group  # what the batch wrote before is seen
+            return
         with self.engine.connect().execution_options(read_only=True) as connection:
             yield connection
 
     async def call(self, function: Callable[..., Result], *args: Any) -> Result:
-        """Run a synchronous store function in the database's thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+        """Run a synchronous store function in the database's thread; when it returns, what it wrote is committed.
+
+        Functions that wait for the thread together are committed together (group commit): under load a commit, which waits
+        for the disk, costs more than all else. Each keeps a savepoint of its own, so that one that fails harms no other.
+        """
+        future: Future[Result] = Future()
+        self._waiting.append((function, args, future))
+        self._thread.submit(self._work)
+        return await asyncio.wrap_future(future)
+
+    def _work(self) -> None:
+        batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        batch = [job for job in batch if job[-1].set_running_or_notify_cancel()]
+        if len(batch) == 1:
+            function, args, future = batch[0]
+            try:
+                future.set_result(function(*args))
+            except BaseException as error:
+                future.set_exception(error)
+        elif batch:
+            self._work_together(batch)
+
+    def _work_together(self, batch: Sequence[Job]) -> None:
+        settled: list[tuple[Future[Any], Any, BaseException | None]] = []
+        try:
+            with self.engine.connect() as group:
+                self._local.group = group
+                for function, args, future in batch:
+                    try:
+                        settled.append((future, function(*args), None))
+                    except BaseException as error:
+                        settled.append((future, None, error))
+                try:
+                    group.commit()
+                except BaseException:
+                    group.invalidate()  # or it would go back to the pool with its transaction open
+                    raise
+        except BaseException as error:  # nothing of the batch is on disk
+            settled = [(future, None, error) for *_, future in batch]
+        finally:
+            self._local.group = None
+        for future, result, failure in settled:
+            if failure is None:
+                future.set_result(result)
+            else:
+                future.set_exception(failure)
 
     def close(self) -> None:
         """Finish what is queued and close all connections."""

@@ -17,6 +17,7 @@ from bot.tokenizer import ChatTokenizer
 from bot.types import Message, Role
 
 CUT = " […]"
+MARGIN = 16  # tokens: pieces that meet in a chat are not always tokenized as they are alone
 CHARACTERS_PER_TOKEN = 32  # more than any tokenizer packs into one, on average
 
 
@@ -53,6 +54,7 @@ class StateTracker:
         self.embedder = embedder
         self.config = config
         self.budget = budget
+        self._frame = tokenizer.count(self._chat([], "", "")) + MARGIN  # what is around a new message
         if tokenizer.count([{"role": "system", "content": config.persona}]) > budget // 2:
             raise ConfigError(
                 f"config key dialogue.persona is longer than half of policy.context_tokens ({budget}); shorten it"
@@ -131,6 +133,8 @@ class StateTracker:
         """The new message; where it alone is over the budget, its beginning and a mark."""
         text = clipped = self._shown(message)
         keep = self.tokenizer.length(text)
+        if self._frame + keep <= self.budget:
+            return text
         while (over := self.tokenizer.count(self._chat([], clipped, "")) - self.budget) > 0 and keep > 0:
             keep -= over
             clipped = self.tokenizer.clip(text, keep) + CUT

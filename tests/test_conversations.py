@@ -1,15 +1,18 @@
 """The store: what is acknowledged is on disk, the same event has one effect, facts are only ever added."""
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import sqlalchemy as sa
 from conftest import answered, react
+from sqlalchemy.exc import IntegrityError
 
 from bot.conversations import ConversationStore
 from bot.database import Database, feedback, metadata
@@ -55,6 +58,36 @@ os.kill(os.getpid(), signal.SIGKILL)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ})
     assert done.returncode == -signal.SIGKILL
     assert store.counts()["feedback"] == done.stdout.count("acknowledged") == 20
+
+
+async def test_calls_that_wait_together_are_committed_together_and_one_that_fails_harms_no_other(store, database, tokenizer):
+    turn = answered(store, tokenizer, "hello", "Hey there!")
+    commits = []
+    sa.event.listen(database.engine, "commit", commits.append)
+    seen = [Feedback(turn.id, str(number), FeedbackKind.APPROVAL, event_id=f"e{number // 2}") for number in range(10)]
+    unknown = Feedback("no such turn", "ann", FeedbackKind.APPROVAL)
+    waits = [database.call(time.sleep, 0.05)]  # the thread is busy while the others are asked for
+    waits += [database.call(store.add_feedback, given) for given in [*seen, unknown]]
+    _, *stored, failed = await asyncio.gather(*waits, return_exceptions=True)
+    assert stored == [True, False] * 5  # the second of each event sees the first, which is in the same transaction
+    assert isinstance(failed, IntegrityError)
+    assert len(commits) == 1
+    assert {given.user_id for given in store.feedback_of([turn.id])[turn.id]} == {"0", "2", "4", "6", "8"}
+
+
+async def test_where_the_commit_fails_nobody_is_told_that_it_is_stored(store, database, tokenizer):
+    turn = answered(store, tokenizer, "hello", "Hey there!")
+
+    def full(connection):
+        raise OSError("disk full")
+
+    sa.event.listen(database.engine, "commit", full)
+    waits = [database.call(time.sleep, 0.05)]
+    waits += [database.call(store.add_feedback, Feedback(turn.id, "ann", FeedbackKind.APPROVAL)) for _ in range(3)]
+    _, *told = await asyncio.gather(*waits, return_exceptions=True)
+    sa.event.remove(database.engine, "commit", full)
+    assert all(isinstance(error, OSError) for error in told)
+    assert store.counts()["feedback"] == 0
 
 
 def test_what_was_not_committed_is_not_there(store, database, tokenizer):
