@@ -60,6 +60,13 @@ class DialogueConfig(Section):
     recent: Positive = 32
 
 
+class ReactionsConfig(Section):
+    """Which emoji are an opinion; all others are neutral."""
+
+    approval: list[str] = ["👍", "❤️", "🎉", "😂", "🔥", "💯", "🙏", "🥰", "😍", "👏", "✅"]
+    disapproval: list[str] = ["👎", "😡", "🤮", "💩", "😠", "❌"]
+
+
 class RewardsConfig(Section):
     """How feedback becomes a reward in [-1, 1]."""
 
@@ -119,6 +126,7 @@ class Config(Section):
     policy: PolicyConfig = PolicyConfig()
     serving: ServingConfig = ServingConfig()
     dialogue: DialogueConfig = DialogueConfig()
+    reactions: ReactionsConfig = ReactionsConfig()
     rewards: RewardsConfig = RewardsConfig()
     learning: LearningConfig = LearningConfig()
     training: TrainingConfig = TrainingConfig()

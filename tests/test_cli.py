@@ -136,7 +136,15 @@ def test_ctrl_c_in_the_middle_of_a_run_leaves_nothing_half_written(tmp_path, dem
     file.write_text(rated(400))
     config = write_config(tmp_path, demo_model)
     command = [sys.executable, "-m", "bot", "replay", str(file), "--config", str(config), "--json", str(tmp_path / "o.json")]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV, cwd=ROOT)
+    child = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENV,
+        cwd=ROOT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
+    )
     policies = tmp_path / "data" / "policies"
     deadline = time.monotonic() + 120
     while not list(policies.glob("*.unfinished")) and time.monotonic() < deadline:

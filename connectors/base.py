@@ -1,0 +1,77 @@
+"""What all connectors share: the protocol that they keep, and the lanes in which their events are worked off.
+
+It knows no platform, no policy and no database.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+log = logging.getLogger(__name__)
+
+Work = Callable[[], Awaitable[None]]
+
+
+class Connector(Protocol):
+    """One platform: its events become messages and feedback, answers go back."""
+
+    name: str
+
+    async def run(self) -> None:
+        """Serve until cancelled; reconnects by itself. Raises ConnectorError where only the operator can help."""
+
+    async def stop(self) -> None:
+        """Take nothing new in, finish or mark what is in flight, and close."""
+
+
+class Lanes:
+    """One queue and one worker for each conversation, so that what arrived first is done first.
+
+    `put` never waits: it is called before the first await of an event's handler, while events are still in order. A lane
+    holds at most `depth` pieces of work, all lanes together `total`; what does not fit is refused.
+    """
+
+    def __init__(self, depth: int = 8, total: int = 1024):
+        self.depth, self.total = depth, total
+        self._queues: dict[str, asyncio.Queue[Work]] = {}
+        self._workers: dict[str, asyncio.Task[None]] = {}
+        self._waiting = 0
+        self._open = True
+
+    def put(self, key: str, work: Work) -> bool:
+        """Queue a piece of work in the lane `key`; False where the lane, or everything, is full or closed."""
+        queue = self._queues.get(key) or asyncio.Queue(self.depth)
+        if not self._open or self._waiting >= self.total or queue.full():
+            return False
+        self._waiting += 1
+        queue.put_nowait(work)
+        if key not in self._workers:
+            self._queues[key] = queue
+            self._workers[key] = asyncio.create_task(self._serve(key, queue))
+        return True
+
+    async def close(self, seconds: float) -> None:
+        """Refuse new work, give what is under way `seconds` to end, and cancel the rest."""
+        self._open = False
+        workers = list(self._workers.values())
+        if workers:
+            _, late = await asyncio.wait(workers, timeout=seconds)
+            for worker in late:
+                worker.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+
+    async def _serve(self, key: str, queue: asyncio.Queue[Work]) -> None:
+        try:
+            with contextlib.suppress(asyncio.QueueEmpty):
+                while True:
+                    work = queue.get_nowait()
+                    self._waiting -= 1
+                    try:
+                        await work()
+                    except Exception:  # one event that fails must not end its conversation
+                        log.exception("an event in %s failed", key)
+        finally:  # no await since the queue was found empty: nothing can have been put in between
+            self._waiting -= queue.qsize()
+            del self._queues[key], self._workers[key]

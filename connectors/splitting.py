@@ -1,0 +1,113 @@
+"""Splitting: a long answer becomes several messages, each within a platform's limit and whole in its Markdown.
+
+A cut is made at the end of a paragraph, else of a line, a sentence, a word, else anywhere. A code fence that is open at a
+cut is closed there and opened again, with its language, in the next part. It knows no platform: the limit and the unit in
+which it is counted are given.
+"""
+
+import re
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Units = Callable[[str], int]
+
+FENCE = re.compile(r"^ {0,3}(`{3,16}|~{3,16})([^`\n]{0,40})$")
+LONGEST_MARKER = 16
+CUTS = (re.compile(r"\n\s*\n"), re.compile(r"\n"), re.compile(r"[.!?…。！？]['\")\]]*(?:\s+|$)"), re.compile(r"\s+"))
+JOINERS = "\u200d\ufe0e\ufe0f"
+
+
+def utf16_units(text: str) -> int:
+    """The length of `text` in UTF-16 code units, never less than in code points."""
+    return len(text) + sum(character > "\uffff" for character in text)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One message: a stretch of the answer (`body`), and the fences opened before it and closed after it."""
+
+    opening: str
+    body: str
+    closing: str
+
+    @property
+    def text(self) -> str:
+        """What is sent."""
+        return self.opening + self.body + self.closing
+
+
+def split(text: str, limit: int, units: Units = utf16_units) -> list[Part]:
+    """Parts of at most `limit` units whose bodies, joined, are `text`. Raises ValueError for a limit below 200."""
+    if limit < 200:
+        raise ValueError(f"limit is {limit}; parts of less than 200 units have no room for a fence")
+    parts: list[Part] = []
+    start, fence = 0, ""
+    while start < len(text) or not parts:
+        opening = fence + "\n" if fence else ""
+        room = limit - units(opening)
+        rest = text[start : start + limit]
+        whole = start + len(rest) == len(text) and units(rest) <= room
+        body = rest if whole else ""
+        fence = open_fence(opening + body) if whole else ""
+        if not whole or units(body) + units(_closing(body, fence)) > room:
+            body = rest[: _cut(rest, room - LONGEST_MARKER - 1, units)]
+            fence = open_fence(opening + body)
+        parts.append(Part(opening, body, _closing(body, fence)))
+        start += len(body)
+    return parts
+
+
+def open_fence(text: str) -> str:
+    """The line that opened the code fence which `text` leaves open, or "" where all are closed."""
+    opened, marker = "", ""
+    for line in text.split("\n"):
+        match = FENCE.match(line.rstrip("\r"))
+        if match is None:
+            continue
+        if not opened:
+            opened, marker = match[0].strip(), match[1]
+        elif match[1].startswith(marker) and not match[2].strip():
+            opened, marker = "", ""
+    return opened
+
+
+def _closing(body: str, fence: str) -> str:
+    if not fence:
+        return ""
+    marker = fence[: len(fence) - len(fence.lstrip(fence[0]))]
+    return marker if body.endswith("\n") or not body else "\n" + marker
+
+
+def _cut(text: str, room: int, units: Units) -> int:
+    """How much of `text` goes into `room` units, up to the best place to cut in the second half of it."""
+    end = _fitting(text, room, units)
+    for pattern in CUTS:
+        places = [match.end() for match in pattern.finditer(text, 0, end) if match.end() > end // 2]
+        if places:
+            return places[-1]
+    best = end
+    while best > end // 2 and _joins(text, best):
+        best -= 1
+    return best if best > end // 2 else end
+
+
+def _fitting(text: str, room: int, units: Units) -> int:
+    """The longest beginning of `text` (in code points) that is at most `room` units; at least 1."""
+    low, high = 1, min(len(text), room)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if units(text[:middle]) <= room:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _joins(text: str, place: int) -> bool:
+    """Whether what stands before and after `place` is seen as one character."""
+    if place >= len(text):
+        return False
+    after = text[place]
+    tone = "\U0001f3fb" <= after <= "\U0001f3ff"
+    return tone or after in JOINERS or text[place - 1] == JOINERS[0] or bool(unicodedata.combining(after))

@@ -1,0 +1,75 @@
+"""Streaming: a growing answer is shown by edits, never more often than its channel may be edited.
+
+Only the newest text is ever sent, one edit is in flight at a time, and the final text is always sent. It knows no platform:
+what shows a text is given.
+"""
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+
+from aiolimiter import AsyncLimiter
+
+log = logging.getLogger(__name__)
+
+
+class Budgets:
+    """How often each channel may be edited: `edits` in `seconds`, shared by all answers in it."""
+
+    def __init__(self, edits: float, seconds: float, channels: int = 4096):
+        self.edits, self.seconds, self.channels = edits, seconds, channels
+        self._limiters: OrderedDict[str, AsyncLimiter] = OrderedDict()
+
+    def of(self, channel: str) -> AsyncLimiter:
+        """The limiter of a channel; those that were used least lately are forgotten."""
+        limiter = self._limiters.pop(channel, None) or AsyncLimiter(self.edits, self.seconds)
+        self._limiters[channel] = limiter
+        while len(self._limiters) > self.channels:
+            self._limiters.popitem(last=False)
+        return limiter
+
+
+class GrowingText:
+    """A text that grows while `show` puts its newest state before people.
+
+    A failed edit in between is logged and made good by the next one; a failed final one is raised.
+    """
+
+    def __init__(self, show: Callable[[str], Awaitable[None]], budget: AsyncLimiter):
+        self.text = ""
+        self.edits = 0
+        self._show = show
+        self._budget = budget
+        self._grown = asyncio.Event()
+        self._in_flight = asyncio.Lock()
+        self._task = asyncio.create_task(self._run())
+
+    def add(self, piece: str) -> None:
+        """Append a piece; it is shown when the budget allows. Never waits."""
+        self.text += piece
+        self._grown.set()
+
+    async def finish(self, text: str) -> None:
+        """Show the final text, after the edit that is in flight and without waiting for the budget."""
+        await self.abandon()
+        await self._show(text)
+        self.edits += 1
+
+    async def abandon(self) -> None:
+        """Show no more; returns when no edit is in flight."""
+        async with self._in_flight:
+            self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while True:
+            await self._grown.wait()
+            await self._budget.acquire()
+            async with self._in_flight:
+                self._grown.clear()
+                try:
+                    await self._show(self.text)
+                    self.edits += 1
+                except Exception as error:  # whatever a platform's client raises: the next edit holds this text too
+                    log.warning("an edit of a growing answer failed (%s); the next one makes it good", error)
