@@ -23,11 +23,13 @@ from bot.data_directory import held
 from bot.database import Database
 from bot.dialogue import DialogueManager
 from bot.embeddings import Embedder
+from bot.errors import KibitzError
 from bot.policy import Policy
 from bot.registry import BASE, PolicyRegistry
 from bot.tokenizer import ChatTokenizer
 from bot.tracker import StateTracker
 from bot.vllm_server import VllmServer
+from connectors.base import Connector
 from learning.commands import base_model
 from learning.deployment import Deployment
 from learning.loop import OnlineLearner
@@ -131,17 +133,39 @@ def chat(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None)
 @app.command()
 def serve(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
     """Serve and learn until stopped (Ctrl-C or SIGTERM)."""
+    from connectors.web import Door, Web
+
     found = configured(config, data_dir, seed)
+    door = Door.open(found.web) if found.web.enabled else None
     model = base_model(found)
 
     async def main() -> None:
         async with running(found, model, announce) as kibitz:
             announce(f"serving {kibitz.policy.version}; vLLM answers at {kibitz.policy.url}")
+            connectors: list[Connector] = []
+            if door is not None:
+                connectors.append(Web(kibitz.dialogue, door))
+                announce(f"chat and API: {door.url}")
+            jobs = [asyncio.create_task(_kept(connector)) for connector in connectors]
             if found.learning.enabled:
-                await OnlineLearner(kibitz.store, kibitz.deployment, found, announce).run()
-            await asyncio.Event().wait()
+                jobs.append(asyncio.create_task(OnlineLearner(kibitz.store, kibitz.deployment, found, announce).run()))
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await asyncio.gather(*(connector.stop() for connector in connectors), return_exceptions=True)
+                for job in jobs:
+                    job.cancel()
+                await asyncio.gather(*jobs, return_exceptions=True)
 
     run(main())
+
+
+async def _kept(connector: Connector) -> None:
+    """Run a connector; what ends it ends no other, and is told."""
+    try:
+        await connector.run()
+    except KibitzError as error:
+        announce(f"{connector.name}: {error}")
 
 
 async def _status(kibitz: Kibitz) -> str:

@@ -112,6 +112,15 @@ class GateConfig(Section):
     probe_tolerance: Annotated[float, Field(gt=0)] = 0.05
 
 
+class WebConfig(Section):
+    """The OpenAI-compatible API and the chat page."""
+
+    enabled: bool = True
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8080
+    tokens_env: str = ""
+
+
 class DatabaseConfig(Section):
     """Where conversations and feedback are kept."""
 
@@ -132,6 +141,7 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
     gate: GateConfig = GateConfig()
     database: DatabaseConfig = DatabaseConfig()
+    web: WebConfig = WebConfig()
 
     @property
     def data(self) -> Path:

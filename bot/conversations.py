@@ -43,6 +43,12 @@ class ConversationStore:
             connection.execute(conversations.insert(), _columns(conversations, conversation))
         return conversation
 
+    def conversation(self, conversation_id: str) -> Conversation:
+        """One conversation by its id."""
+        with self.database.read() as connection:
+            row = connection.execute(sa.select(conversations).where(conversations.c.id == conversation_id)).one()
+        return Conversation(**row._mapping)
+
     def add_message(self, message: Message) -> bool:
         """Commit a message; False where its event was claimed before."""
         return self._insert(messages, _columns(messages, message))
@@ -139,6 +145,12 @@ class ConversationStore:
                     found[row.turn_id].append(_feedback(row))
         return found
 
+    def feedback(self, feedback_id: str) -> Feedback | None:
+        """One act of feedback by its id."""
+        with self.database.read() as connection:
+            row = connection.execute(sa.select(feedback).where(feedback.c.id == feedback_id)).one_or_none()
+        return None if row is None else _feedback(row)
+
     def turns_with_feedback(self, space: str | None = None) -> list[Turn]:
         """All turns that anyone ever said something about, oldest first; of one imported `space` only, if given."""
         condition: sa.ColumnElement[bool] = turns.c.id.in_(sa.select(feedback.c.turn_id))
@@ -156,7 +168,7 @@ class ConversationStore:
             }
 
     def reactions(self) -> int:
-        """How many acts of feedback there are that could teach (given, not taken back, not ranks)."""
+        """How many acts of feedback there are that could teach (given, not taken back; no ranks or comments)."""
         with self.database.read() as connection:
             return connection.execute(_REACTIONS).scalar_one()
 
@@ -230,7 +242,9 @@ class ConversationStore:
 
 
 _REACTIONS = (
-    sa.select(sa.func.count()).select_from(feedback).where(~feedback.c.retracts, feedback.c.kind != FeedbackKind.RANK)
+    sa.select(sa.func.count())
+    .select_from(feedback)
+    .where(~feedback.c.retracts, feedback.c.kind.not_in([FeedbackKind.RANK, FeedbackKind.COMMENT]))
 )
 _MESSAGE = [messages.c[name] for name in Message.__dataclass_fields__]
 

@@ -7,15 +7,30 @@ stored. A message and a reaction are committed before the caller is told that we
 import asyncio
 import hashlib
 import secrets
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from bot.conversations import ConversationStore
 from bot.errors import DataError, ReplyInterrupted
 from bot.policy import OnText, Policy
 from bot.tracker import Context, StateTracker
-from bot.types import Conversation, Feedback, FeedbackKind, Message, Reply, Turn, new_id
+from bot.types import Conversation, Feedback, FeedbackKind, Message, Reply, Turn, new_id, now
 
+LONGEST = 100_000  # characters of one message; what the policy sees of it is bounded by tokens, far below
 INTERRUPTED = "interrupted"  # a finish reason of ours: such a turn is never trained on
+
+
+@dataclass(frozen=True)
+class ReplyOptions:
+    """How an answer is wanted: who hears its pieces, what stops it, the id that its turn gets, the sampling seed."""
+
+    on_text: OnText | None = None
+    stop: asyncio.Event | None = None
+    turn_id: str | None = None
+    seed: int | None = None
+
+
+PLAIN = ReplyOptions()
 
 
 @dataclass(frozen=True)
@@ -24,6 +39,11 @@ class Explanation:
 
     turn: Turn
     feedback: list[Feedback]
+
+
+def cleaned(text: str) -> str:
+    """`text` as every database can keep it: no lone surrogate, no NUL, no more than LONGEST characters."""
+    return text[:LONGEST].encode("utf-8", "replace").decode().replace("\0", "\ufffd")
 
 
 class DialogueManager:
@@ -39,31 +59,46 @@ class DialogueManager:
         """The stored conversation at this place."""
         return await self.store.database.call(self.store.open, conversation)
 
-    async def respond(self, message: Message, on_text: OnText | None = None, seed: int | None = None) -> Turn:
-        """Commit a message, have it answered, commit the answer. A message that came before gets its first answer."""
+    async def respond(
+        self, message: Message, options: ReplyOptions = PLAIN, shown: Sequence[dict[str, str]] | None = None
+    ) -> Turn:
+        """Commit a message, have it answered, commit the answer. A message that came before gets its first answer.
+
+        The policy is shown what the tracker finds, or `shown`: chat messages of a client that keeps the history itself,
+        the new message last.
+        """
+        message = replace(message, text=cleaned(message.text))
         call = self.store.database.call
         # Asked for together: under load each trip to the database's thread costs more in waiting than in work.
-        fresh, context = await asyncio.gather(call(self.store.add_message, message), self.tracker.context(message))
+        fresh, context = await asyncio.gather(call(self.store.add_message, message), self._context(message, shown))
         if not fresh:
             message = await call(self.store.message_of_event, message.event_id)
             answered = await call(self.store.turn_answering, message.id)
             if answered is not None:
                 return answered
-            context = await self.tracker.context(message)
-        return await self._answer(message, context, message.author_id, None, on_text, seed)
+            context = await self._context(message, shown)
+        return await self._answer(message, context, message.author_id, None, options)
 
-    async def regenerate(self, turn_id: str, user_id: str, on_text: OnText | None = None, seed: int | None = None) -> Turn:
+    async def regenerate(self, turn_id: str, user_id: str, options: ReplyOptions = PLAIN) -> Turn:
         """Another answer to the same message; that the first was not wanted is recorded as feedback on it."""
         turn = await self._turn(turn_id)
         await self.record_feedback(Feedback(turn.id, user_id, FeedbackKind.REGENERATE, signal="regenerate"))
         message = await self.store.database.call(self.store.message, turn.message_id)
-        context = await self.tracker.context(message)
-        return await self._answer(message, context, turn.asker_id, turn.id, on_text, seed)
+        return await self._answer(message, await self.tracker.context(message), turn.asker_id, turn.id, options)
 
     async def record_feedback(self, given: Feedback) -> bool:
         """Commit one act of feedback; False where its event was recorded before."""
         await self._turn(given.turn_id)
+        given = replace(given, text=None if given.text is None else cleaned(given.text))
         return await self.store.database.call(self.store.add_feedback, given)
+
+    async def retract(self, feedback_id: str, user_id: str) -> bool:
+        """Take back one act of feedback of one's own; False where there is none."""
+        given = await self.store.database.call(self.store.feedback, feedback_id)
+        if given is None or given.user_id != user_id:
+            return False
+        taken_back = replace(given, id=new_id(), at=now(), event_id=None, retracts=True)
+        return await self.store.database.call(self.store.add_feedback, taken_back)
 
     async def explain(self, turn_id: str) -> Explanation:
         """A turn with all that was said about it."""
@@ -71,16 +106,13 @@ class DialogueManager:
         said = await self.store.database.call(self.store.feedback_of, [turn_id])
         return Explanation(turn, said.get(turn_id, []))
 
+    async def _context(self, message: Message, shown: Sequence[dict[str, str]] | None) -> Context:
+        return await self.tracker.context(message) if shown is None else self.tracker.fitted(shown)
+
     async def _answer(
-        self,
-        message: Message,
-        context: Context,
-        asker_id: str,
-        replaces: str | None,
-        on_text: OnText | None,
-        seed: int | None,
+        self, message: Message, context: Context, asker_id: str, replaces: str | None, options: ReplyOptions
     ) -> Turn:
-        reply = await self._reply(message.conversation_id, context, on_text, seed)
+        reply = await self._reply(message.conversation_id, context, options)
         turn = Turn(
             conversation_id=message.conversation_id,
             message_id=message.id,
@@ -95,16 +127,24 @@ class DialogueManager:
             sampling=reply.sampling,
             latency_ms=reply.latency_ms,
             replaces=replaces,
+            id=options.turn_id or new_id(),
         )
         await self.store.database.call(self.store.add_turn, turn)
         return turn
 
-    async def _reply(self, conversation_id: str, context: Context, on_text: OnText | None, seed: int | None) -> Reply:
+    async def _reply(self, conversation_id: str, context: Context, options: ReplyOptions) -> Reply:
         version = self.policy.version
         # Nobody can learn from the prefix cache's timing what was said in another conversation (CVE-2025-46570).
         salt = hashlib.blake2b(conversation_id.encode(), key=self._secret).hexdigest()
         try:
-            return await self.policy.reply(context.prompt_ids, version=version, seed=seed, cache_salt=salt, on_text=on_text)
+            return await self.policy.reply(
+                context.prompt_ids,
+                version=version,
+                seed=options.seed,
+                cache_salt=salt,
+                on_text=options.on_text,
+                stop=options.stop,
+            )
         except ReplyInterrupted as broken:
             return Reply(broken.text, version, (), (), (), INTERRUPTED, {}, 0.0)
 

@@ -5,6 +5,7 @@
     |-- DataError              a file or a database that kibitz was given cannot be read
     |-- ServingError           vLLM cannot be started, reached or used
     |   '-- ReplyInterrupted   an answer broke off; what was said so far is kept
+    |-- ConnectorError         a platform cannot be served until the operator does something
     |-- TrainingError          a run has nothing to train on, or did not train
     |   '-- NothingToLearn     no usable reward: not a fault, only nothing to do
     '-- RegistryError          a policy version cannot make the transition that was asked for
@@ -35,6 +36,10 @@ class ReplyInterrupted(ServingError):
     def __init__(self, text: str, cause: str):
         super().__init__(f"the answer broke off: {cause}")
         self.text = text
+
+
+class ConnectorError(KibitzError):
+    """A platform cannot be served until the operator does something."""
 
 
 class TrainingError(KibitzError):

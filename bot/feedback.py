@@ -8,14 +8,14 @@ from collections.abc import Iterable
 
 from bot.types import Feedback, FeedbackKind
 
-OPINIONS = {FeedbackKind.APPROVAL, FeedbackKind.DISAPPROVAL}
+OPINIONS = {FeedbackKind.APPROVAL, FeedbackKind.DISAPPROVAL, FeedbackKind.RATING}
 
 
 def standing(feedback: Iterable[Feedback]) -> list[Feedback]:
     """The rows that still hold, oldest first, whatever order they came in.
 
-    A retraction takes back what the same person said with the same signal before it. Of a person's approvals and
-    disapprovals of one turn only the last one counts. The same event twice has one effect.
+    A retraction takes back what the same person said with the same signal before it. Of a person's approvals,
+    disapprovals and ratings of one turn only the last one counts. The same event twice has one effect.
     """
     latest: dict[tuple[str, str, str, str], Feedback] = {}
     for row in sorted(feedback, key=_when):

@@ -21,6 +21,7 @@ from bot.errors import ReplyInterrupted, ServingError
 from bot.registry import BASE
 from bot.types import Reply
 
+STOPPED = "stopped"  # a finish reason of ours: somebody asked for the end
 TOP_LOGPROBS = 20  # as many as vLLM gives unless it is told otherwise
 
 OnText = Callable[[str], Awaitable[None] | None]
@@ -50,8 +51,9 @@ class Policy:
         temperature: float | None = None,
         cache_salt: str | None = None,
         on_text: OnText | None = None,
+        stop: asyncio.Event | None = None,
     ) -> Reply:
-        """Stream one answer to the prompt, handing each piece of text to `on_text`.
+        """Stream one answer to the prompt, handing each piece of text to `on_text`, until it ends or `stop` is set.
 
         Raises ServingError before the first token (after one more try) and ReplyInterrupted after it.
         """
@@ -59,11 +61,11 @@ class Policy:
         self._in_flight[version] += 1
         try:
             try:
-                return await self._stream(prompt_ids, version, seed, temperature, cache_salt, on_text)
+                return await self._stream(prompt_ids, version, seed, temperature, cache_salt, on_text, stop)
             except ReplyInterrupted:
                 raise
             except ServingError:
-                return await self._stream(prompt_ids, version, seed, temperature, cache_salt, on_text)
+                return await self._stream(prompt_ids, version, seed, temperature, cache_salt, on_text, stop)
         finally:
             self._in_flight[version] -= 1
             async with self._done:
@@ -77,6 +79,7 @@ class Policy:
         temperature: float | None,
         cache_salt: str | None,
         on_text: OnText | None,
+        stop: asyncio.Event | None,
     ) -> Reply:
         sampling: dict[str, Any] = {
             "temperature": self.config.temperature if temperature is None else temperature,
@@ -102,6 +105,10 @@ class Policy:
                 **sampling,
             )
             async for chunk in stream:
+                if stop is not None and stop.is_set():
+                    finish_reason = STOPPED
+                    await stream.close()  # vLLM ends the request when nobody listens
+                    break
                 for choice in chunk.choices:
                     completion_ids += getattr(choice, "token_ids", None) or []
                     if choice.logprobs is not None:

@@ -5,6 +5,7 @@ turns come next; what is remembered from before them is found by dense retrieval
 embedded before a conversation has outgrown the recent window. It knows no server and no feedback.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,6 +74,15 @@ class StateTracker:
             _, sent, prompt_ids = self._newest_that_fit(recent, newest, self._notes(remembered))
         return Context(sent, prompt_ids, remembered)
 
+    def fitted(self, shown: Sequence[dict[str, str]]) -> Context:
+        """What to show of chat messages whose history somebody else keeps, the new one last. Never over the budget."""
+        *before, newest = [Message("", "", said["content"], Role(said["role"])) for said in shown]
+        system = "\n".join(said.text for said in before if said.role == Role.SYSTEM)
+        notes = self.tokenizer.clip(self.tokenizer.neutralise(system), self.budget // 4)
+        window = [said for said in before if said.role != Role.SYSTEM]
+        _, sent, prompt_ids = self._newest_that_fit(window, self._clipped(newest, notes), notes)
+        return Context(sent, prompt_ids, [])
+
     def _newest_that_fit(
         self, recent: list[Message], newest: str, notes: str
     ) -> tuple[list[Message], list[dict[str, str]], list[int]]:
@@ -129,13 +139,13 @@ class StateTracker:
         """A message's text, made harmless, and bounded before anything counts its tokens."""
         return self.tokenizer.neutralise(message.text[: self.budget * CHARACTERS_PER_TOKEN])
 
-    def _clipped(self, message: Message) -> str:
-        """The new message; where it alone is over the budget, its beginning and a mark."""
+    def _clipped(self, message: Message, notes: str = "") -> str:
+        """The new message; where it is over the budget beside the notes, its beginning and a mark."""
         text = clipped = self._shown(message)
         keep = self.tokenizer.length(text)
-        if self._frame + keep <= self.budget:
+        if self._frame + keep + self.tokenizer.length(notes) <= self.budget:
             return text
-        while (over := self.tokenizer.count(self._chat([], clipped, "")) - self.budget) > 0 and keep > 0:
+        while (over := self.tokenizer.count(self._chat([], clipped, notes)) - self.budget) > 0 and keep > 0:
             keep -= over
             clipped = self.tokenizer.clip(text, keep) + CUT
         return clipped

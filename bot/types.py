@@ -36,6 +36,8 @@ class FeedbackKind(StrEnum):
     DISAPPROVAL = "disapproval"
     REGENERATE = "regenerate"
     CORRECTION = "correction"
+    RATING = "rating"
+    COMMENT = "comment"
     RANK = "rank"
 
 
@@ -123,7 +125,8 @@ class Feedback:
     """One act of one person about one turn: given, or taken back (`retracts`).
 
     `signal` is what was used to say it (an emoji, a button, a command), so that taking back ❤️ leaves 👍 standing.
-    `value` is the rank for RANK; `text` is the wanted answer for CORRECTION.
+    `value` is the rank for RANK and a number in [-1, 1] for RATING; `text` is the wanted answer for CORRECTION and what
+    was said for COMMENT.
     """
 
     turn_id: str

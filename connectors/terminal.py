@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from prompt_toolkit import PromptSession
 from prompt_toolkit.patch_stdout import patch_stdout
 
-from bot.dialogue import DialogueManager
+from bot.dialogue import DialogueManager, ReplyOptions
 from bot.errors import ServingError
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn
 
@@ -42,6 +42,7 @@ class Terminal:
         self.why = why
         self.status = status
         self.user = getpass.getuser()
+        self._aloud = ReplyOptions(on_text=self._print)
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
 
     async def run(self) -> None:
@@ -78,7 +79,7 @@ class Terminal:
         command, _, rest = text.partition(" ")
         try:
             if not command.startswith("/"):
-                return await self._stream(lambda: self.dialogue.respond(Message(place.id, self.user, text), self._print))
+                return await self._stream(lambda: self.dialogue.respond(Message(place.id, self.user, text), self._aloud))
             if command == "/help":
                 print(HELP)
             elif command == "/status":
@@ -86,7 +87,7 @@ class Terminal:
             elif turn is None:
                 print("there is no answer yet")
             elif command == "/regenerate":
-                return await self._stream(lambda: self.dialogue.regenerate(turn.id, self.user, self._print))
+                return await self._stream(lambda: self.dialogue.regenerate(turn.id, self.user, self._aloud))
             elif command == "/why":
                 print(await self.why(turn.id))
             elif command == "/correct" and not rest.strip():

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from bot.dialogue import DialogueManager
+from bot.dialogue import DialogueManager, ReplyOptions
 from bot.policy import Policy
 from bot.registry import BASE, PolicyRegistry
 from bot.tokenizer import ChatTokenizer
@@ -213,7 +213,7 @@ async def overhead(
     """
 
     async def through(message: Message, number: int, _: str) -> None:
-        await dialogue.respond(replace(message, at=now()), seed=number)
+        await dialogue.respond(replace(message, at=now()), ReplyOptions(seed=number))
 
     async def straight(context: Context, number: int, salt: str) -> None:
         await chat_completion(policy, context.messages, number, salt)

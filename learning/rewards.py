@@ -33,12 +33,12 @@ def reward(feedback: Iterable[Feedback], asker_id: str, config: RewardsConfig) -
         FeedbackKind.REGENERATE: config.regenerate,
         FeedbackKind.CORRECTION: config.correction,
     }
-    counted = [row for row in standing(feedback) if row.kind in worth]
+    counted = [row for row in standing(feedback) if row.kind in worth or row.kind == FeedbackKind.RATING]
     if not counted:
         return None
     sums: dict[str, float] = defaultdict(float)
     for row in counted:
-        sums[row.user_id] += worth[row.kind]
+        sums[row.user_id] += worth.get(row.kind, row.value or 0.0)
     opinions = {user: max(-1.0, min(1.0, total)) for user, total in sorted(sums.items())}
     weights = {user: config.asker_weight if user == asker_id else config.bystander_weight for user in opinions}
     value = sum(weights[user] * opinion for user, opinion in opinions.items()) / sum(weights.values())

@@ -19,7 +19,7 @@ from typing import Any
 
 from rich.table import Table
 
-from bot.dialogue import DialogueManager
+from bot.dialogue import DialogueManager, ReplyOptions
 from bot.errors import ConfigError, NothingToLearn
 from bot.policy import Policy
 from bot.registry import BASE
@@ -168,7 +168,7 @@ class Simulation:
             attention, taste, slip, seed = mood
             user = f"user-{seed % 40}"
             place = await self.dialogue.open(Conversation("simulation", channel=new_id()))
-            turn = await self.dialogue.respond(Message(place.id, user, text), seed=seed)
+            turn = await self.dialogue.respond(Message(place.id, user, text), ReplyOptions(seed=seed))
             if attention < self.people.reaction_rate:
                 approves = taste < 1 / (1 + math.exp(-DECISIVENESS * self._utility(text, turn.text)))
                 approves ^= slip < self.people.noise

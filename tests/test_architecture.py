@@ -61,7 +61,7 @@ def test_no_module_of_bot_or_connectors_imports_anything_heavy():
 
 
 def test_the_tree_in_the_readme_is_the_tree():
-    shown = set(re.findall(r"^\s+(\w+\.(?:py|txt)) ", (ROOT / "README.md").read_text(), flags=re.M))
+    shown = set(re.findall(r"^\s+(\w+\.(?:py|txt|html)) ", (ROOT / "README.md").read_text(), flags=re.M))
     real = {path.name for path in modules() if path.name != "__init__.py" and "migrations" not in path.parts}
-    real |= {path.name for path in (ROOT / "learning").glob("*.txt")}
+    real |= {path.name for package in PACKAGES for path in (ROOT / package).glob("*.[th][xt]*")}
     assert shown == real

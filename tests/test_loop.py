@@ -9,7 +9,7 @@ import httpx
 import pytest
 from conftest import until
 
-from bot.dialogue import DialogueManager
+from bot.dialogue import DialogueManager, ReplyOptions
 from bot.errors import DataError, ReplyInterrupted, ServingError
 from bot.policy import Policy
 from bot.registry import BASE
@@ -22,7 +22,7 @@ from learning.loop import OnlineLearner
 
 async def say(live, text: str, **details) -> object:
     place = await live.dialogue.open(Conversation("test", new_id()))
-    return await live.dialogue.respond(Message(place.id, "ann", text, **details), seed=1)
+    return await live.dialogue.respond(Message(place.id, "ann", text, **details), ReplyOptions(seed=1))
 
 
 async def swapped_in(live, tmp_path: Path, seed: int) -> str:
@@ -37,7 +37,7 @@ async def swapped_in(live, tmp_path: Path, seed: int) -> str:
 async def test_a_reply_knows_what_made_it(live, tokenizer):
     heard = []
     place = await live.dialogue.open(Conversation("test", new_id()))
-    turn = await live.dialogue.respond(Message(place.id, "ann", "hello"), on_text=heard.append, seed=3)
+    turn = await live.dialogue.respond(Message(place.id, "ann", "hello"), ReplyOptions(heard.append, seed=3))
     assert "".join(heard) == turn.text
     assert list(turn.prompt_ids) == tokenizer.prompt_ids([{"role": "user", "content": "hello"}])
     assert tokenizer.hf.decode(turn.completion_ids, skip_special_tokens=True) == turn.text
@@ -68,7 +68,7 @@ async def test_the_same_message_twice_is_answered_once(live):
 
 async def test_an_answer_can_be_regenerated_and_the_first_one_is_marked(live):
     first = await say(live, "tell me a joke")
-    second = await live.dialogue.regenerate(first.id, "ann", seed=2)
+    second = await live.dialogue.regenerate(first.id, "ann", ReplyOptions(seed=2))
     assert second.replaces == first.id
     assert second.prompt_ids == first.prompt_ids
     (given,) = live.store.feedback_of([first.id])[first.id]

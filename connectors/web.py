@@ -1,0 +1,302 @@
+"""The web: an OpenAI-compatible API, feedback on its completions, a chat page, and what operators scrape.
+
+`POST /v1/chat/completions` shows the policy the messages that the client sends, as any OpenAI server does; with
+`conversation` in the body kibitz keeps the history itself and takes the last message only. A completion's id is the
+turn's, so `POST /v1/feedback` may come days later. It knows no model and no training.
+
+Run: ``kibitz serve``, then http://127.0.0.1:8080/.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import socket
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from bot.config import WebConfig
+from bot.dialogue import DialogueManager, ReplyOptions
+from bot.errors import ConfigError, DataError, KibitzError, ServingError
+from bot.types import Conversation, Message, Turn, new_id
+from connectors.openai_api import Completion, FeedbackRequest, chunk, completion, parsed
+
+LARGEST_BODY = 2_000_000  # bytes
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+PAGE = Path(__file__).with_name("page.html")
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+
+
+@dataclass(frozen=True)
+class Door:
+    """Where the server listens, and the names of its users by token: opened before anything else starts."""
+
+    users: dict[str, str]
+    socket: socket.socket
+
+    @classmethod
+    def open(cls, config: WebConfig) -> "Door":
+        """Raises ConfigError where the address cannot be had, or others could come in without a token."""
+        return cls(users(config), listening(config))
+
+    @property
+    def url(self) -> str:
+        """Where the server listens."""
+        host, port = self.socket.getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+class Web:
+    """One HTTP server in the event loop of kibitz."""
+
+    name = "web"
+
+    def __init__(self, dialogue: DialogueManager, door: Door):
+        self.dialogue = dialogue
+        self._users, self._socket = door.users, door.socket
+        self._answering: set[asyncio.Task[Turn]] = set()
+        self._server = _Server(
+            uvicorn.Config(self._app(), log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=10)
+        )
+
+    async def run(self) -> None:
+        """Serve until `stop`."""
+        await self._server.serve(sockets=[self._socket])
+
+    async def stop(self) -> None:
+        """Take nothing new in, let what is under way end, and close."""
+        self._server.should_exit = True
+        if self._answering:
+            await asyncio.wait(self._answering, timeout=10)
+
+    def _app(self) -> Starlette:
+        routes = [
+            Route("/", self._page),
+            Route("/v1/models", self._models),
+            Route("/v1/chat/completions", self._complete, methods=["POST"]),
+            Route("/v1/feedback", self._feedback, methods=["POST"]),
+            Route("/v1/feedback/{feedback_id}", self._retract, methods=["DELETE"]),
+            Route("/healthz", self._health),
+            Route("/readyz", self._ready),
+            Route("/metrics", self._metrics),
+        ]
+        # Without tokens, a page of another site could reach us under a name of its own (DNS rebinding).
+        hosts = ["*"] if self._users else [*LOOPBACK, "[::1]"]
+        middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]
+        handlers: Any = {HTTPException: _refused, KibitzError: _failed}
+        return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
+
+    async def _page(self, request: Request) -> Response:
+        return FileResponse(PAGE, headers={"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer"})
+
+    async def _models(self, request: Request) -> Response:
+        self._user(request)
+        model = {"id": "kibitz", "object": "model", "created": 0, "owned_by": "kibitz"}
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def _complete(self, request: Request) -> Response:
+        user = self._user(request)
+        asked = parsed(Completion, await _body(request))
+        author = f"{user}/{asked.user}" if asked.user else user
+        pieces: asyncio.Queue[str | None] = asyncio.Queue()
+        options = ReplyOptions(pieces.put_nowait, asyncio.Event(), new_id(), asked.seed)
+        answering = asyncio.create_task(self._answer(asked, user, author, options))
+        answering.add_done_callback(lambda _: pieces.put_nowait(None))
+        self._keep(answering)
+        if asked.stream:
+            events = self._events(asked, options, pieces, answering)
+            first = await anext(events)  # what goes wrong before the first token is told by the status
+            return StreamingResponse(_with_first(first, events), media_type="text/event-stream")
+        return JSONResponse(completion(await asyncio.shield(answering)))
+
+    async def _answer(self, asked: Completion, user: str, author: str, options: ReplyOptions) -> Turn:
+        if asked.regenerates:
+            turn_id = asked.regenerates.removeprefix("chatcmpl-")
+            await self._own(turn_id, user)
+            return await self.dialogue.regenerate(turn_id, author, options)
+        place = await self.dialogue.open(Conversation("web", asked.conversation or new_id(), space=user))
+        message = Message(place.id, author, asked.messages[-1].text)
+        shown = None if asked.conversation else [{"role": said.role, "content": said.text} for said in asked.messages]
+        return await self.dialogue.respond(message, options, shown)
+
+    async def _events(
+        self, asked: Completion, options: ReplyOptions, pieces: asyncio.Queue[str | None], answering: asyncio.Task[Turn]
+    ) -> AsyncIterator[str]:
+        """Server-sent events of one answer; whoever goes away before its end has stopped it."""
+        assert options.turn_id is not None
+        assert options.stop is not None
+        said = False
+        try:
+            while (piece := await pieces.get()) is not None:
+                yield chunk(options.turn_id, {"content": piece} if said else {"role": "assistant", "content": piece})
+                said = True
+            try:
+                turn = await asyncio.shield(answering)
+            except KibitzError as error:
+                if not said:
+                    raise
+                yield f"data: {json.dumps(_error(str(error), 'server_error'))}\n\n"
+                return
+            yield chunk(options.turn_id, {} if said else {"role": "assistant", "content": ""}, turn)
+            if asked.stream_options.include_usage:
+                yield f"data: {json.dumps({**completion(turn), 'object': 'chat.completion.chunk', 'choices': []})}\n\n"
+            yield "data: [DONE]\n\n"
+        finally:
+            options.stop.set()
+
+    async def _feedback(self, request: Request) -> Response:
+        user = self._user(request)
+        given = parsed(FeedbackRequest, await _body(request))
+        turn_id = given.inference_id.removeprefix("chatcmpl-")
+        await self._own(turn_id, user)
+        feedback = given.feedback(turn_id, f"{user}/{given.user}" if given.user else user)
+        await self.dialogue.record_feedback(feedback)
+        return JSONResponse({"feedback_id": feedback.id})
+
+    async def _retract(self, request: Request) -> Response:
+        user = self._user(request)
+        author = request.query_params.get("user")
+        feedback_id = request.path_params["feedback_id"]
+        if not await self.dialogue.retract(feedback_id, f"{user}/{author}" if author else user):
+            raise HTTPException(404, f"you gave no feedback with the id '{feedback_id}'")
+        return JSONResponse({"feedback_id": feedback_id, "retracted": True})
+
+    async def _own(self, turn_id: str, user: str) -> None:
+        """That a turn was answered to this user; who cannot see a turn does not learn whether it is there."""
+        call, store = self.dialogue.store.database.call, self.dialogue.store
+        turn = await call(store.turn, turn_id)
+        place = None if turn is None else await call(store.conversation, turn.conversation_id)
+        if place is None or (place.platform, place.space) != ("web", user):
+            raise HTTPException(404, f"you have no completion with the id '{turn_id}'")
+
+    async def _health(self, request: Request) -> Response:
+        return PlainTextResponse("ok")
+
+    async def _ready(self, request: Request) -> Response:
+        ready = await self.dialogue.policy.ready()
+        return PlainTextResponse("ready" if ready else "vLLM generates nothing", 200 if ready else 503)
+
+    async def _metrics(self, request: Request) -> Response:
+        store = self.dialogue.store
+        counts = await store.database.call(store.counts)
+        registry = CollectorRegistry()
+        registry.register(_Counts(counts, self.dialogue.policy.version))
+        return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
+
+    def _user(self, request: Request) -> str:
+        """Who asks, by bearer token."""
+        if not self._users:
+            return "local"
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        for known, name in self._users.items():
+            if scheme.lower() == "bearer" and secrets.compare_digest(known.encode(), token.strip().encode()):
+                return name
+        raise HTTPException(401, "give a token of this kibitz: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
+
+    def _keep(self, task: asyncio.Task[Turn]) -> None:
+        self._answering.add(task)
+        task.add_done_callback(self._answering.discard)
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: kibitz has its own."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Counts:
+    """What there is in the database, as Prometheus reads it."""
+
+    def __init__(self, counts: dict[str, int], live: str):
+        self.counts, self.live = counts, live
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        for table, count in self.counts.items():
+            yield GaugeMetricFamily(f"kibitz_{table}", f"Rows of {table}.", value=count)
+        live = GaugeMetricFamily("kibitz_live", "The version that answers.", labels=["version"])
+        live.add_metric([self.live], 1)
+        yield live
+
+
+def users(config: WebConfig) -> dict[str, str]:
+    """The names of users by token. Raises ConfigError where others than this machine could come in without one."""
+    found: dict[str, str] = {}
+    listed = os.environ.get(config.tokens_env, "") if config.tokens_env else ""
+    for entry in filter(None, (part.strip() for part in listed.split(","))):
+        name, colon, token = entry.partition(":")
+        if not (name and colon and token):
+            raise ConfigError(f"config key web.tokens_env: ${config.tokens_env} holds no NAME:TOKEN,NAME:TOKEN; mend it")
+        found[token] = name
+    if config.tokens_env and not found:
+        raise ConfigError(
+            f"config key web.tokens_env has value '{config.tokens_env}', a variable that is not set; set it to NAME:TOKEN"
+        )
+    if not found and config.host not in LOOPBACK:
+        raise ConfigError(
+            f"config key web.host has value '{config.host}', which others can reach without a token; "
+            "set web.tokens_env, or use 127.0.0.1"
+        )
+    return found
+
+
+def listening(config: WebConfig) -> socket.socket:
+    """The socket of the server. Raises ConfigError where the address cannot be had."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        return socket.create_server((config.host, config.port), family=family, backlog=512)
+    except OSError as error:
+        raise ConfigError(
+            f"config key web.port has value {config.port}, which cannot be used on {config.host} ({error.strerror}); "
+            "choose another, or set web.enabled = false"
+        ) from error
+
+
+async def _body(request: Request) -> bytes:
+    """The body of a JSON request, of bounded size."""
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        raise HTTPException(415, "send Content-Type: application/json")  # which a page of another site cannot
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > LARGEST_BODY:
+            raise HTTPException(413, f"the body is larger than {LARGEST_BODY} bytes; send less")
+    return bytes(body)
+
+
+async def _with_first(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
+    yield first
+    async for event in rest:
+        yield event
+
+
+def _error(message: str, kind: str) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    kind = "authentication_error" if error.status_code == 401 else "invalid_request_error"
+    return JSONResponse(_error(error.detail, kind), error.status_code, headers=error.headers)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    if isinstance(error, DataError):
+        return JSONResponse(_error(str(error), "invalid_request_error"), 400)
+    return JSONResponse(_error(str(error), "server_error"), 503 if isinstance(error, ServingError) else 500)
