@@ -21,6 +21,7 @@ from bot.config import Config
 from bot.conversations import ConversationStore
 from bot.data_directory import held
 from bot.database import Database
+from bot.deliveries import Deliveries
 from bot.dialogue import DialogueManager
 from bot.embeddings import Embedder
 from bot.errors import KibitzError
@@ -29,7 +30,7 @@ from bot.registry import BASE, PolicyRegistry
 from bot.tokenizer import ChatTokenizer
 from bot.tracker import StateTracker
 from bot.vllm_server import VllmServer
-from connectors.base import Connector
+from connectors.base import Connector, Desk
 from learning.commands import base_model
 from learning.deployment import Deployment
 from learning.loop import OnlineLearner
@@ -116,7 +117,7 @@ def chat(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None)
 
     async def main() -> None:
         async with running(found, model, announce) as kibitz:
-            terminal = Terminal(kibitz.dialogue, lambda turn: _why(kibitz, turn), lambda: _status(kibitz))
+            terminal = Terminal(kibitz.dialogue, desk(kibitz))
             kibitz.deployment.announce = terminal.announce
             learner = OnlineLearner(kibitz.store, kibitz.deployment, found, terminal.announce)
             learning = asyncio.create_task(learner.run()) if found.learning.enabled else None
@@ -133,9 +134,12 @@ def chat(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None)
 @app.command()
 def serve(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
     """Serve and learn until stopped (Ctrl-C or SIGTERM)."""
+    from connectors.discord import Discord, token
+    from connectors.reactions import Reactions
     from connectors.web import Door, Web
 
     found = configured(config, data_dir, seed)
+    discord_token = token(found.discord) if found.discord.token_env else None
     door = Door.open(found.web) if found.web.enabled else None
     model = base_model(found)
 
@@ -146,6 +150,9 @@ def serve(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None
             if door is not None:
                 connectors.append(Web(kibitz.dialogue, door))
                 announce(f"chat and API: {door.url}")
+            if discord_token is not None:
+                parts = (kibitz.dialogue, Deliveries(kibitz.database), Reactions(found.reactions), desk(kibitz))
+                connectors.append(Discord(*parts, found.discord, discord_token))
             jobs = [asyncio.create_task(_kept(connector)) for connector in connectors]
             if found.learning.enabled:
                 jobs.append(asyncio.create_task(OnlineLearner(kibitz.store, kibitz.deployment, found, announce).run()))
@@ -168,8 +175,17 @@ async def _kept(connector: Connector) -> None:
         announce(f"{connector.name}: {error}")
 
 
-async def _status(kibitz: Kibitz) -> str:
-    return await kibitz.database.call(cli.status_text, kibitz.store, kibitz.registry)
+def desk(kibitz: Kibitz) -> Desk:
+    """What people may ask about this kibitz."""
+
+    async def status() -> str:
+        return await kibitz.database.call(cli.status_text, kibitz.store, kibitz.registry)
+
+    async def rollback() -> str:
+        before, after = await kibitz.database.call(kibitz.registry.rollback)
+        return f"{before.name} is taken back; {after.name} answers again in a moment"
+
+    return Desk(lambda turn_id: _why(kibitz, turn_id), status, rollback)
 
 
 async def _why(kibitz: Kibitz, turn_id: str) -> str:

@@ -121,6 +121,17 @@ class WebConfig(Section):
     tokens_env: str = ""
 
 
+class DiscordConfig(Section):
+    """The Discord bot; off without a token."""
+
+    token_env: str = ""
+    operators: list[str] = []
+    message_content: bool = False
+    edits: Positive = 4
+    edit_seconds: Annotated[float, Field(gt=0)] = 5.0
+    waiting: Positive = 8
+
+
 class DatabaseConfig(Section):
     """Where conversations and feedback are kept."""
 
@@ -142,6 +153,7 @@ class Config(Section):
     gate: GateConfig = GateConfig()
     database: DatabaseConfig = DatabaseConfig()
     web: WebConfig = WebConfig()
+    discord: DiscordConfig = DiscordConfig()
 
     @property
     def data(self) -> Path:

@@ -106,6 +106,16 @@ feedback = sa.Table(
     sa.Column("at", UTCDateTime, nullable=False),
 )
 
+deliveries = sa.Table(
+    "deliveries",
+    metadata,
+    sa.Column("platform", sa.String(32), primary_key=True),
+    sa.Column("message_id", sa.String(64), primary_key=True),
+    sa.Column("channel", sa.String(128), nullable=False),
+    sa.Column("turn_id", sa.String(64), nullable=False, index=True),  # may be recorded before its turn is
+    sa.Column("part", sa.Integer, nullable=False),
+)
+
 policies = sa.Table(
     "policies",
     metadata,

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,15 @@ class Connector(Protocol):
 
     async def stop(self) -> None:
         """Take nothing new in, finish or mark what is in flight, and close."""
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Where people ask about kibitz itself; each answer is a text to show."""
+
+    why: Callable[[str], Awaitable[str]]  # what made a turn, by its id, and what came of what was said about it
+    status: Callable[[], Awaitable[str]]
+    rollback: Callable[[], Awaitable[str]]
 
 
 class Lanes:

@@ -16,6 +16,7 @@ from prompt_toolkit.patch_stdout import patch_stdout
 from bot.dialogue import DialogueManager, ReplyOptions
 from bot.errors import ServingError
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn
+from connectors.base import Desk
 
 SIGNAL = "terminal"
 HELP = """say something, or:
@@ -32,15 +33,9 @@ HELP = """say something, or:
 class Terminal:
     """A chat on standard input and output."""
 
-    def __init__(
-        self,
-        dialogue: DialogueManager,
-        why: Callable[[str], Awaitable[str]],
-        status: Callable[[], Awaitable[str]],
-    ):
+    def __init__(self, dialogue: DialogueManager, desk: Desk):
         self.dialogue = dialogue
-        self.why = why
-        self.status = status
+        self.desk = desk
         self.user = getpass.getuser()
         self._aloud = ReplyOptions(on_text=self._print)
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
@@ -83,13 +78,13 @@ class Terminal:
             if command == "/help":
                 print(HELP)
             elif command == "/status":
-                print(await self.status())
+                print(await self.desk.status())
             elif turn is None:
                 print("there is no answer yet")
             elif command == "/regenerate":
                 return await self._stream(lambda: self.dialogue.regenerate(turn.id, self.user, self._aloud))
             elif command == "/why":
-                print(await self.why(turn.id))
+                print(await self.desk.why(turn.id))
             elif command == "/correct" and not rest.strip():
                 print("say what the answer should have been: /correct TEXT")
             else:

@@ -1,0 +1,368 @@
+"""Discord: mentions, replies, direct messages and threads are answered; reactions and buttons become feedback.
+
+Answers grow by edits, long ones go on in further messages, and buttons stand under the last part. A thread or a direct
+message is one conversation; in a channel a mention begins one, and replies to its answers go on with it. It knows no model
+and no training.
+
+Run: ``kibitz serve`` with `[discord] token_env` set.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+import re
+from typing import Any
+
+import discord
+
+from bot.config import DiscordConfig
+from bot.deliveries import Deliveries
+from bot.dialogue import DialogueManager, ReplyOptions
+from bot.errors import ConfigError, ConnectorError, KibitzError, ServingError
+from bot.feedback import standing
+from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn, new_id, now
+from connectors.base import Desk, Lanes
+from connectors.reactions import Reactions
+from connectors.splitting import split
+from connectors.streaming import Budgets, GrowingText
+
+log = logging.getLogger(__name__)
+
+LIMIT = 2000  # characters of one message
+BUSY = "I am still busy with what was said here before; please say that again in a moment."
+SORRY = "Sorry, I cannot answer now."
+BUTTONS = {"up": "👍", "down": "👎", "again": "🔄", "stop": "⏹️"}
+RECONNECT = 5.0  # seconds, doubled up to a minute
+
+
+def token(config: DiscordConfig) -> str:
+    """The bot's token. Raises ConfigError where the variable is not set or holds something else."""
+    found = os.environ.get(config.token_env, "").strip()
+    key = f"config key discord.token_env has value '{config.token_env}'"
+    if not found:
+        raise ConfigError(f"{key}, a variable that is not set; set it to the bot's token")
+    if found.startswith(("xox", "xapp")):
+        raise ConfigError(f"{key}, a variable that holds a Slack token; put the Discord bot's there")
+    return found
+
+
+class Discord:
+    """One bot user."""
+
+    name = "discord"
+
+    def __init__(
+        self,
+        dialogue: DialogueManager,
+        deliveries: Deliveries,
+        reactions: Reactions,
+        desk: Desk,
+        config: DiscordConfig,
+        bot_token: str,
+    ):
+        self.dialogue = dialogue
+        self.desk = desk
+        self.deliveries = deliveries
+        self.reactions = reactions
+        self.config = config
+        self.lanes = Lanes(config.waiting)
+        self.budgets = Budgets(config.edits, config.edit_seconds)
+        self.growing: dict[str, asyncio.Event] = {}  # what stops the answers that are being streamed, by turn
+        self._stored: dict[str, asyncio.Event] = {}  # set when such a turn is in the database
+        self._token = bot_token
+        self._client: discord.Client | None = None
+        self._stopping = asyncio.Event()
+
+    async def run(self) -> None:
+        """Serve until `stop`. Raises ConnectorError where Discord refuses the token or an intent."""
+        wait = RECONNECT
+        while not self._stopping.is_set():
+            self._client = _Client(self)
+            try:
+                await self._client.start(self._token)
+                wait = RECONNECT
+            except discord.LoginFailure as error:
+                raise ConnectorError(
+                    f"Discord rejects the token in ${self.config.token_env} (config key discord.token_env); make a new one"
+                ) from error
+            except discord.PrivilegedIntentsRequired as error:
+                raise ConnectorError(
+                    "Discord refuses the message content intent (config key discord.message_content); "
+                    "turn it on in the developer portal, or set the key to false"
+                ) from error
+            except Exception as error:  # any malformed payload ends discord.py's loop; ours goes on
+                if not self._stopping.is_set():
+                    log.warning("the connection to Discord ended (%r); again in %.0f s", error, wait)
+            finally:
+                if not self._client.is_closed():
+                    await self._client.close()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), wait)
+            wait = min(60, 2 * wait)
+
+    async def stop(self) -> None:
+        """Take nothing new in, let answers end, close the connection."""
+        self._stopping.set()
+        await self.lanes.close(10)
+        if self._client is not None:
+            await self._client.close()
+
+    def heard(self, message: discord.Message, me: discord.ClientUser) -> None:
+        """Queue a message that is for us. Called in the order of events; never waits."""
+        if message.author.bot or not message.content:
+            return
+        direct = message.guild is None
+        mentioned = any(user.id == me.id for user in message.mentions)
+        followed = self.config.message_content and isinstance(message.channel, discord.Thread)
+        if not (direct or mentioned or followed):
+            return
+        text = re.sub(rf"<@!?{me.id}>\s*", "", message.content).strip()
+        if text and not self.lanes.put(str(message.channel.id), lambda: self._answer(message, text)):
+            self._soon(message.reply(BUSY, mention_author=False))
+
+    async def opinion(self, event: discord.RawReactionActionEvent, added: bool) -> None:
+        """A reaction that came or went becomes feedback; neutral emoji and messages that are not ours do not."""
+        at, symbol = now(), event.emoji.name or ""
+        kind = self.reactions.kind(symbol)
+        bot = event.member is not None and event.member.bot
+        if kind is None or bot:
+            return
+        turn_id = await self._turn_of(str(event.message_id))
+        if turn_id is not None:
+            await self._record(Feedback(turn_id, str(event.user_id), kind, signal=symbol, retracts=not added, at=at))
+
+    async def cleared(self, message_id: int, symbol: str | None) -> None:
+        """All reactions on a message are gone, or all with one emoji: every one of them is taken back."""
+        turn_id = await self._turn_of(str(message_id))
+        if turn_id is None:
+            return
+        for given in (await self.dialogue.explain(turn_id)).feedback:
+            by_emoji = self.reactions.kind(given.signal) == given.kind
+            if by_emoji and not given.retracts and symbol in (None, given.signal):
+                await self._record(Feedback(turn_id, given.user_id, given.kind, given.signal, retracts=True))
+
+    async def pressed(self, act: str, turn_id: str, interaction: discord.Interaction) -> None:
+        """A button under an answer. What it says is committed before Discord is told."""
+        user = str(interaction.user.id)
+        event = f"discord:{interaction.id}"
+        if act == "stop":
+            if turn_id in self.growing:
+                self.growing[turn_id].set()
+            await interaction.response.defer()
+        elif act == "again":
+            await interaction.response.defer()
+            if not self.lanes.put(str(interaction.channel_id), lambda: self._again(turn_id, user, interaction)):
+                await interaction.followup.send(BUSY, ephemeral=True)
+        else:
+            kind = FeedbackKind.APPROVAL if act == "up" else FeedbackKind.DISAPPROVAL
+            given = standing((await self.dialogue.explain(turn_id)).feedback)
+            again = any((row.user_id, row.kind, row.signal) == (user, kind, "button") for row in given)
+            await self._record(Feedback(turn_id, user, kind, signal="button", retracts=again, event_id=event))
+            if act == "down" and not again:
+                await interaction.response.send_modal(Reason(self, turn_id))
+            else:
+                await interaction.response.send_message("Taken back." if again else "Noted, thank you.", ephemeral=True)
+
+    async def commented(self, turn_id: str, user: str, text: str, event: str) -> None:
+        """Why somebody did not like an answer."""
+        await self._record(Feedback(turn_id, user, FeedbackKind.COMMENT, signal="reason", text=text, event_id=event))
+
+    async def _answer(self, message: discord.Message, text: str) -> None:
+        place = await self.dialogue.open(await self._place(message))
+        heard = Message(place.id, str(message.author.id), text, event_id=f"discord:{message.id}")
+        await self._post(message, lambda options: self.dialogue.respond(heard, options))
+
+    async def _again(self, turn_id: str, user: str, interaction: discord.Interaction) -> None:
+        message = interaction.message
+        if message is not None:
+            await self._post(message, lambda options: self.dialogue.regenerate(turn_id, user, options))
+
+    async def _post(self, message: discord.Message, ask: Any) -> None:
+        """Show an answer while it grows, then whole, under `message`."""
+        shown = _Shown(self, message, new_id())
+        growing = GrowingText(shown.grow, self.budgets.of(str(message.channel.id)))
+        stop = self.growing[shown.turn_id] = asyncio.Event()
+        options = ReplyOptions(growing.add, stop, shown.turn_id)
+        self._stored[shown.turn_id] = asyncio.Event()
+        try:
+            async with message.channel.typing():
+                turn: Turn = await ask(options)
+            self._stored[shown.turn_id].set()
+            await growing.abandon()
+            if turn.id == shown.turn_id:  # else it was answered before
+                await shown.whole(turn.text)
+        except ServingError as error:
+            log.warning("no answer in %s: %s", message.channel.id, error)
+            await growing.abandon()
+            await message.reply(SORRY, mention_author=False)
+        finally:
+            self._stored.pop(shown.turn_id).set()
+            del self.growing[shown.turn_id]
+            await growing.abandon()
+
+    async def _place(self, message: discord.Message) -> Conversation:
+        """The conversation that a message belongs to."""
+        space = "" if message.guild is None else str(message.guild.id)
+        if message.guild is None or isinstance(message.channel, discord.Thread):
+            return Conversation("discord", str(message.channel.id), space)
+        if message.reference is not None and message.reference.message_id is not None:
+            turn_id = await self._turn_of(str(message.reference.message_id))
+            if turn_id is not None:
+                turn = (await self.dialogue.explain(turn_id)).turn
+                return await self.dialogue.store.database.call(self.dialogue.store.conversation, turn.conversation_id)
+        return Conversation("discord", str(message.channel.id), space, thread=str(message.id))
+
+    async def _turn_of(self, message_id: str) -> str | None:
+        return await self.dialogue.store.database.call(self.deliveries.turn_of, "discord", message_id)
+
+    async def _record(self, given: Feedback) -> None:
+        if given.turn_id in self._stored:  # an opinion on an answer that is still growing
+            await self._stored[given.turn_id].wait()
+        try:
+            await self.dialogue.record_feedback(given)
+        except KibitzError as error:
+            log.warning("an opinion was dropped: %s", error)
+
+    def _soon(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+
+class _Shown:
+    """The messages that show one answer."""
+
+    def __init__(self, connector: Discord, to: discord.Message, turn_id: str):
+        self.connector, self.to, self.turn_id = connector, to, turn_id
+        self.messages: list[discord.Message] = []
+
+    async def grow(self, text: str) -> None:
+        """Show the beginning of a growing answer."""
+        if text.strip():
+            await self._show(0, split(text, LIMIT)[0].text, ["stop"])
+
+    async def whole(self, text: str) -> None:
+        """Show the final answer: every part of it, and the buttons under the last."""
+        parts = [part.text for part in split(text or "…", LIMIT) if part.text.strip()] or ["…"]
+        for number, part in enumerate(parts):
+            await self._show(number, part, ["up", "down", "again"] if number == len(parts) - 1 else [])
+
+    async def _show(self, number: int, text: str, buttons: list[str]) -> None:
+        view = discord.ui.View(timeout=None)
+        for act in buttons:
+            view.add_item(Button(act, self.turn_id))
+        view.stop()  # its buttons are found by their ids, also after a restart
+        if number < len(self.messages):
+            await self.messages[number].edit(content=text, view=view)
+            return
+        nonce = hashlib.blake2b(f"{self.turn_id}:{number}".encode(), digest_size=12).hexdigest()
+        if number == 0:
+            sent = await self.to.reply(text, view=view, nonce=nonce, mention_author=True)
+        else:
+            sent = await self.to.channel.send(text, view=view, nonce=nonce)
+        self.messages.append(sent)
+        ledger = self.connector.deliveries
+        call = self.connector.dialogue.store.database.call
+        await call(ledger.add, "discord", str(sent.channel.id), [str(sent.id)], self.turn_id, number)
+
+
+class Button(
+    discord.ui.DynamicItem[discord.ui.Button[Any]], template=r"kibitz:(?P<act>up|down|again|stop):(?P<turn>[0-9a-f-]{36})"
+):
+    """A button that says in its id what it is about, so that it works after a restart."""
+
+    def __init__(self, act: str, turn_id: str):
+        super().__init__(discord.ui.Button(emoji=BUTTONS[act], custom_id=f"kibitz:{act}:{turn_id}"))
+        self.act, self.turn_id = act, turn_id
+
+    @classmethod
+    async def from_custom_id(
+        cls, interaction: discord.Interaction, item: discord.ui.Item[Any], match: re.Match[str], /
+    ) -> "Button":
+        """The button that was pressed."""
+        return cls(match["act"], match["turn"])
+
+    async def callback(self, interaction: discord.Interaction[Any]) -> None:
+        """Hand it to the connector."""
+        await interaction.client.connector.pressed(self.act, self.turn_id, interaction)
+
+
+class Reason(discord.ui.Modal, title="What was wrong with it?"):
+    """A short reason for 👎; the opinion is recorded already."""
+
+    text: discord.ui.TextInput[Any] = discord.ui.TextInput(label="In a few words", required=False, max_length=300)
+
+    def __init__(self, connector: Discord, turn_id: str):
+        super().__init__()
+        self.connector, self.turn_id = connector, turn_id
+
+    async def on_submit(self, interaction: discord.Interaction[Any]) -> None:
+        """Keep what was said."""
+        if self.text.value.strip():
+            user, event = str(interaction.user.id), f"discord:{interaction.id}"
+            await self.connector.commented(self.turn_id, user, self.text.value, event)
+        await interaction.response.send_message("Noted, thank you.", ephemeral=True)
+
+
+class _Client(discord.Client):
+    """discord.py's client; every event goes to the connector."""
+
+    def __init__(self, connector: Discord):
+        intents = discord.Intents.default()
+        intents.message_content = connector.config.message_content
+        mentions = discord.AllowedMentions(everyone=False, users=False, roles=False, replied_user=True)
+        super().__init__(intents=intents, allowed_mentions=mentions)
+        self.connector = connector
+
+    async def setup_hook(self) -> None:
+        self.add_dynamic_items(Button)
+        tree = discord.app_commands.CommandTree(self)
+        tree.command(name="status", description="What is live, what was said, what was learned.")(self._status)
+        tree.command(name="why", description="What made the last answer here, and what came of reactions to it.")(self._why)
+        tree.command(name="rollback", description="Take the live version back (operators).")(self._rollback)
+        try:
+            await tree.sync()
+        except discord.HTTPException as error:
+            log.warning("the slash commands could not be registered: %s", error)
+
+    async def _status(self, interaction: discord.Interaction[Any]) -> None:
+        await _tell(interaction, await self.connector.desk.status())
+
+    async def _why(self, interaction: discord.Interaction[Any]) -> None:
+        call = self.connector.dialogue.store.database.call
+        turn_id = await call(self.connector.deliveries.last_turn, "discord", str(interaction.channel_id))
+        await _tell(
+            interaction, "There is no answer here yet." if turn_id is None else await self.connector.desk.why(turn_id)
+        )
+
+    async def _rollback(self, interaction: discord.Interaction[Any]) -> None:
+        if str(interaction.user.id) not in self.connector.config.operators:
+            await _tell(interaction, "Only an operator may do that (config key discord.operators).")
+            return
+        try:
+            await _tell(interaction, await self.connector.desk.rollback())
+        except KibitzError as error:
+            await _tell(interaction, str(error))
+
+    async def on_message(self, message: discord.Message) -> None:
+        if self.user is not None:
+            self.connector.heard(message, self.user)
+
+    async def on_raw_reaction_add(self, event: discord.RawReactionActionEvent) -> None:
+        if self.user is not None and event.user_id != self.user.id:
+            await self.connector.opinion(event, added=True)
+
+    async def on_raw_reaction_remove(self, event: discord.RawReactionActionEvent) -> None:
+        await self.connector.opinion(event, added=False)
+
+    async def on_raw_reaction_clear(self, event: discord.RawReactionClearEvent) -> None:
+        await self.connector.cleared(event.message_id, None)
+
+    async def on_raw_reaction_clear_emoji(self, event: discord.RawReactionClearEmojiEvent) -> None:
+        await self.connector.cleared(event.message_id, event.emoji.name)
+
+
+async def _tell(interaction: discord.Interaction[Any], text: str) -> None:
+    """Answer the one who asked, and nobody else."""
+    await interaction.response.send_message(split(text, LIMIT)[0].text, ephemeral=True)

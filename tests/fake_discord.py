@@ -1,0 +1,350 @@
+"""A Discord of our own on loopback: gateway and REST as discord.py speaks them, and what the platform refuses.
+
+It keeps channels, messages and reactions, hides contents that need the privileged intent, dedupes nonces, counts rate
+limits and answers 429, replays events on RESUME, and checks interaction deadlines. Tests drive it as people would.
+"""
+
+import asyncio
+import itertools
+import json
+import time
+from collections import defaultdict
+from typing import Any
+
+import discord
+import yarl
+from aiohttp import WSMsgType, web
+
+TOKEN = "fake.discord.token"
+BOT = 1001
+GUILD = 2001
+MESSAGE_CONTENT = 1 << 15
+VIA = {"Via": "1.1 fake"}
+
+
+class FakeDiscord:
+    """One server, one guild, one bot."""
+
+    def __init__(self) -> None:
+        self.channels: dict[int, dict[str, Any]] = {}
+        self.messages: dict[int, dict[str, Any]] = {}
+        self.reactions: dict[int, set[tuple[int, str]]] = defaultdict(set)
+        self.callbacks: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self.commands: list[str] = []
+        self.refused: list[str] = []
+        self.limit, self.window = 1000, 1.0  # of posts and edits in one channel
+        self.met_429 = 0
+        self.allowed_intents = ~MESSAGE_CONTENT
+        self.identified = asyncio.Event()
+        self.resumed = asyncio.Event()
+        self._ids = itertools.count((int(time.time() * 1000) - 1420070400000) << 22)
+        self._nonces: dict[tuple[int, str], int] = {}
+        self._used: dict[int, list[float]] = defaultdict(list)
+        self._events: list[dict[str, Any]] = []
+        self._socket: web.WebSocketResponse | None = None
+        self._intents = 0
+        self._deadlines: dict[str, float] = {}
+
+    async def start(self) -> None:
+        """Listen, and point discord.py here."""
+        app = web.Application()
+        app.router.add_get("/gw", self._gateway)
+        app.router.add_route("*", "/api/v10/{path:.*}", self._rest)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.2)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        self.port = self._runner.addresses[0][1]
+        discord.http.Route.BASE = f"http://127.0.0.1:{self.port}/api/v10"
+        discord.gateway.DiscordWebSocket.DEFAULT_GATEWAY = yarl.URL(f"ws://127.0.0.1:{self.port}/gw")
+
+    async def stop(self) -> None:
+        """Close everything."""
+        await self._runner.cleanup()
+
+    def channel(self, kind: int = 0) -> int:
+        """A new channel: 0 text, 1 direct message, 11 public thread."""
+        number = next(self._ids)
+        made: dict[str, Any] = {"id": str(number), "type": kind, "last_message_id": None}
+        if kind == 1:
+            made["recipients"] = [self._user(1)]
+        else:
+            made |= {"name": "somewhere", "position": 0, "permission_overwrites": [], "nsfw": False, "guild_id": str(GUILD)}
+        self.channels[number] = made
+        return number
+
+    async def say(self, channel: int, user: int, content: str, mention: bool = True, reply_to: int | None = None) -> int:
+        """A person writes a message; in a channel it mentions the bot unless told otherwise."""
+        direct = self.channels[channel]["type"] == 1
+        mention = mention and not direct
+        text = f"<@{BOT}> {content}" if mention else content
+        message = self._message(channel, user, text)
+        message["mentions"] = [self._user(BOT)] if mention or reply_to else []
+        if reply_to:
+            message |= {"type": 19, "message_reference": {"message_id": str(reply_to), "channel_id": str(channel)}}
+            message["referenced_message"] = self.messages[reply_to]
+        shown = dict(message)
+        if not (direct or message["mentions"] or self._intents & MESSAGE_CONTENT):
+            shown["content"] = ""
+        await self.dispatch("MESSAGE_CREATE", shown | self._in_guild(channel, user))
+        return int(message["id"])
+
+    async def react(self, user: int, message: int, emoji: str, remove: bool = False) -> None:
+        """A person adds or removes a reaction."""
+        (self.reactions[message].discard if remove else self.reactions[message].add)((user, emoji))
+        channel = int(self.messages[message]["channel_id"]) if message in self.messages else next(iter(self.channels))
+        event = {
+            "user_id": str(user),
+            "channel_id": str(channel),
+            "message_id": str(message),
+            "emoji": {"id": None, "name": emoji},
+            "burst": False,
+            "type": 0,
+        }
+        if not remove:
+            event |= self._in_guild(channel, user)
+        await self.dispatch("MESSAGE_REACTION_REMOVE" if remove else "MESSAGE_REACTION_ADD", event)
+
+    async def clear(self, message: int, emoji: str | None = None) -> None:
+        """A moderator clears all reactions, or those with one emoji."""
+        self.reactions[message] = {one for one in self.reactions[message] if emoji not in (None, one[1])}
+        event = {"channel_id": self.messages[message]["channel_id"], "message_id": str(message)}
+        if emoji:
+            event["emoji"] = {"id": None, "name": emoji}
+        await self.dispatch("MESSAGE_REACTION_REMOVE_EMOJI" if emoji else "MESSAGE_REACTION_REMOVE_ALL", event)
+
+    async def press(self, user: int, message: int, act: str) -> dict[str, Any]:
+        """A person presses the button whose id holds `act`; returns the bot's first response."""
+        rows = self.messages[message]["components"]
+        button = next(one for row in rows for one in row["components"] if f":{act}:" in one["custom_id"])
+        data = {"custom_id": button["custom_id"], "component_type": 2}
+        return await self._interact(user, 3, data, message)
+
+    async def submit(self, user: int, message: int, modal: dict[str, Any], text: str) -> dict[str, Any]:
+        """A person sends a modal that they were shown."""
+        field = modal["components"][0]["components"][0]
+        rows = [{"type": 1, "components": [{"type": 4, "custom_id": field["custom_id"], "value": text}]}]
+        return await self._interact(user, 5, {"custom_id": modal["custom_id"], "components": rows}, message)
+
+    async def command(self, user: int, channel: int, name: str) -> str:
+        """A person uses a slash command; returns what they are told."""
+        data = {"id": "1", "name": name, "type": 1, "options": []}
+        return (await self._interact(user, 2, data, channel=channel))["data"]["content"]
+
+    def buttons(self, message: int) -> list[str]:
+        """What the buttons under a message do."""
+        return [one["custom_id"].split(":")[1] for row in self.messages[message]["components"] for one in row["components"]]
+
+    def answers(self, channel: int) -> list[dict[str, Any]]:
+        """The bot's messages in a channel, oldest first."""
+        found = [one for one in self.messages.values() if one["channel_id"] == str(channel)]
+        return sorted((one for one in found if one["author"]["id"] == str(BOT)), key=lambda one: int(one["id"]))
+
+    async def dispatch(self, name: str, data: dict[str, Any]) -> None:
+        """Send an event, or keep it for RESUME."""
+        event = {"op": 0, "t": name, "s": len(self._events) + 1, "d": data}
+        self._events.append(event)
+        if self._socket is not None and not self._socket.closed:
+            await self._socket.send_json(event)
+
+    async def drop(self, code: int = 4000) -> None:
+        """Cut the gateway connection."""
+        assert self._socket is not None
+        socket, self._socket = self._socket, None
+        await socket.close(code=code)
+
+    async def _interact(
+        self, user: int, kind: int, data: dict[str, Any], message: int | None = None, channel: int | None = None
+    ) -> dict[str, Any]:
+        number, token = next(self._ids), f"token-{next(self._ids)}"
+        channel = channel or int(self.messages[message or 0]["channel_id"])
+        event = {
+            "id": str(number),
+            "application_id": str(BOT),
+            "type": kind,
+            "data": data,
+            "token": token,
+            "version": 1,
+            "channel_id": str(channel),
+            "channel": self.channels[channel],
+            "entitlements": [],
+            "authorizing_integration_owners": {},
+            "attachment_size_limit": 10_000_000,
+        }
+        if message is not None:
+            event["message"] = self.messages[message]
+        who = self._in_guild(channel, user)
+        event |= {**who, "member": {**who["member"], "user": self._user(user)}} if who else {"user": self._user(user)}
+        self._deadlines[token] = time.monotonic() + 3
+        await self.dispatch("INTERACTION_CREATE", event)
+        return await asyncio.wait_for(self.callbacks.get(), 5)
+
+    def _user(self, number: int) -> dict[str, Any]:
+        bot = number == BOT
+        return {"id": str(number), "username": f"user{number}", "discriminator": "0", "avatar": None, "bot": bot}
+
+    def _in_guild(self, channel: int, user: int) -> dict[str, Any]:
+        if self.channels[channel]["type"] == 1:
+            return {}
+        member = {"roles": [], "joined_at": "2026-01-01T00:00:00+00:00", "deaf": False, "mute": False, "flags": 0}
+        return {"guild_id": str(GUILD), "member": {**member, "user": self._user(user)}}
+
+    def _message(self, channel: int, author: int, content: str) -> dict[str, Any]:
+        number = next(self._ids)
+        message = {
+            "id": str(number),
+            "channel_id": str(channel),
+            "author": self._user(author),
+            "content": content,
+            "timestamp": "2026-01-01T00:00:00+00:00",
+            "edited_timestamp": None,
+            "tts": False,
+            "mention_everyone": False,
+            "mentions": [],
+            "mention_roles": [],
+            "attachments": [],
+            "embeds": [],
+            "components": [],
+            "pinned": False,
+            "type": 0,
+            "flags": 0,
+        }
+        self.messages[number] = message
+        return message
+
+    async def _gateway(self, request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse(max_msg_size=1 << 22)
+        await socket.prepare(request)
+        await socket.send_json({"op": 10, "d": {"heartbeat_interval": 41250}})
+        async for frame in socket:
+            if frame.type != WSMsgType.TEXT:
+                break
+            said = json.loads(frame.data)
+            if said["op"] == 1:
+                await socket.send_json({"op": 11})
+            elif said["op"] == 2:
+                await self._identify(socket, said["d"])
+            elif said["op"] == 6:
+                await self._resume(socket, said["d"]["seq"])
+        return socket
+
+    async def _identify(self, socket: web.WebSocketResponse, said: dict[str, Any]) -> None:
+        if said["token"] != TOKEN:
+            await socket.close(code=4004)
+            return
+        if said["intents"] & ~self.allowed_intents:
+            await socket.close(code=4014)
+            return
+        self._socket, self._intents = socket, said["intents"]
+        self._events.clear()
+        ready = {
+            "v": 10,
+            "user": self._user(BOT),
+            "guilds": [{"id": str(GUILD), "unavailable": True}],
+            "session_id": "session",
+            "resume_gateway_url": f"ws://127.0.0.1:{self.port}/gw",
+            "application": {"id": str(BOT), "flags": 0},
+        }
+        await self.dispatch("READY", ready)
+        shown = [one for one in self.channels.values() if one["type"] == 0]
+        guild = {
+            "id": str(GUILD),
+            "name": "guild",
+            "roles": [],
+            "channels": shown,
+            "members": [],
+            "threads": [],
+            "emojis": [],
+        }
+        await self.dispatch("GUILD_CREATE", guild | {"owner_id": "1", "stickers": [], "member_count": 3, "features": []})
+        self.identified.set()
+
+    async def _resume(self, socket: web.WebSocketResponse, seen: int) -> None:
+        self._socket = socket
+        for event in self._events[seen:]:
+            await socket.send_json(event)
+        await self.dispatch("RESUMED", {})
+        self.resumed.set()
+
+    async def _rest(self, request: web.Request) -> web.Response:
+        path, method = request.match_info["path"], request.method
+        body: Any = {}
+        if request.can_read_body:
+            if request.content_type == "multipart/form-data":
+                body = json.loads((await request.post())["payload_json"])
+            else:
+                body = await request.json()
+        parts = path.split("/")
+        if path == "users/@me":
+            known = request.headers.get("Authorization") == f"Bot {TOKEN}"
+            return self._json(self._user(BOT)) if known else self._json({"message": "401: Unauthorized", "code": 0}, 401)
+        if path == "oauth2/applications/@me":
+            application = {"id": str(BOT), "name": "kibitz", "description": "", "icon": None, "verify_key": "", "flags": 0}
+            return self._json({**application, "bot_public": True, "bot_require_code_grant": False, "owner": self._user(1)})
+        if parts[0] == "applications":
+            self.commands = [one["name"] for one in body]
+            listed = [{**one, "id": str(next(self._ids)), "application_id": str(BOT), "version": "1"} for one in body]
+            return self._json(listed)
+        if parts[0] == "channels" and parts[2] == "typing":
+            return web.Response(status=204)
+        if parts[0] == "channels" and parts[2] == "messages" and method in ("POST", "PATCH"):
+            return self._write(int(parts[1]), int(parts[3]) if method == "PATCH" else None, body)
+        if parts[0] == "interactions":
+            return self._callback(parts[2], body)
+        if parts[0] == "webhooks":
+            return self._json(self._message(next(iter(self.channels)), BOT, body.get("content", "")))
+        return self._json({"message": "404: Not Found", "code": 0}, 404)
+
+    def _write(self, channel: int, message: int | None, body: dict[str, Any]) -> web.Response:
+        now, used = time.monotonic(), self._used[channel]
+        used[:] = [one for one in used if one > now - self.window]
+        if len(used) >= self.limit:
+            self.met_429 += 1
+            wait = used[0] + self.window - now
+            return self._json(
+                {"message": "slow down", "retry_after": wait, "global": False}, 429, {**VIA, "Retry-After": str(wait)}
+            )
+        used.append(now)
+        content = body.get("content") or ""
+        bad = None
+        if len(content) > 2000 or (message is None and not content.strip()):
+            bad = "content"
+        elif len(str(body.get("nonce", ""))) > 25:
+            bad = "nonce"
+        elif "everyone" in body.get("allowed_mentions", {"parse": ["everyone"]}).get("parse", []):
+            bad = "allowed_mentions"
+        if bad:
+            self.refused.append(bad)
+            return self._json({"code": 50035, "message": "Invalid Form Body", "errors": {bad: {}}}, 400)
+        if message is not None:
+            found = self.messages[message]
+            found |= {key: body[key] for key in ("content", "components") if key in body}
+            found["edited_timestamp"] = "2026-01-01T00:00:01+00:00"
+            return self._json(found)
+        key = (channel, str(body.get("nonce")))
+        if body.get("enforce_nonce") and key in self._nonces:
+            return self._json(self.messages[self._nonces[key]])
+        made = self._message(channel, BOT, content)
+        made["components"] = body.get("components", [])
+        self._nonces[key] = int(made["id"])
+        if "message_reference" in body:
+            answered = str(body["message_reference"]["message_id"])
+            made |= {"type": 19, "message_reference": {"message_id": answered, "channel_id": str(channel)}}
+        return self._json(made)
+
+    def _callback(self, token: str, body: dict[str, Any]) -> web.Response:
+        if token not in self._deadlines:
+            return self._json({"code": 40060, "message": "Interaction has already been acknowledged."}, 400)
+        if time.monotonic() > self._deadlines.pop(token):
+            return self._json({"code": 10062, "message": "Unknown interaction"}, 404)
+        self.callbacks.put_nowait(body)
+        return self._json(
+            {"interaction": {"id": "1", "type": 3, "response_message_id": None}, "resource": {"type": body["type"]}}
+        )
+
+    @staticmethod
+    def _json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+        # discord.py compares the content type with ==; a charset would break everything.
+        response = web.Response(body=json.dumps(body).encode(), status=status, headers=headers)
+        response.headers["Content-Type"] = "application/json"
+        return response

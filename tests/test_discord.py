@@ -1,0 +1,287 @@
+"""The Discord connector: the unmodified discord.py against a Discord of our own, the real vLLM behind it."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+from conftest import until
+from fake_discord import BOT, TOKEN, FakeDiscord
+
+from bot import __main__ as kibitz
+from bot.config import DiscordConfig, ReactionsConfig
+from bot.deliveries import Deliveries
+from bot.errors import ConfigError, ConnectorError
+from bot.types import FeedbackKind
+from connectors.discord import BUSY, LIMIT, Discord, token
+from connectors.reactions import Reactions
+from learning.rewards import reward
+
+ANN, BOB = 11, 12
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def platform() -> AsyncIterator[FakeDiscord]:
+    fake = FakeDiscord()
+    await fake.start()
+    yield fake
+    await fake.stop()
+
+
+async def connected(live, platform: FakeDiscord, config: DiscordConfig | None = None) -> tuple[Discord, asyncio.Task[None]]:
+    platform.identified.clear()
+    deliveries, reactions = Deliveries(live.database), Reactions(ReactionsConfig())
+    config = config or DiscordConfig(edits=50, edit_seconds=1, operators=[str(ANN)])
+    bot = Discord(live.dialogue, deliveries, reactions, kibitz.desk(live), config, TOKEN)
+    running = asyncio.create_task(bot.run())
+    await asyncio.wait_for(platform.identified.wait(), 20)
+    return bot, running
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def bot(live, platform) -> AsyncIterator[Discord]:
+    found, running = await connected(live, platform)
+    yield found
+    await found.stop()
+    await asyncio.wait_for(running, 10)
+
+
+async def answered(platform: FakeDiscord, channel: int, count: int = 1) -> dict:
+    """The newest of `count` answers in a channel, when all of them stand whole, with their buttons."""
+
+    def whole() -> bool:
+        return len([one for one in platform.answers(channel) if "up" in platform.buttons(int(one["id"]))]) >= count
+
+    await until(whole)
+    return platform.answers(channel)[-1]
+
+
+async def turn_of(live, bot: Discord, answer: dict):
+    turn_id = await live.database.call(bot.deliveries.turn_of, "discord", answer["id"])
+    return await live.dialogue.explain(turn_id)
+
+
+async def opinions(live, bot: Discord, answer: dict) -> dict[str, float]:
+    told = await turn_of(live, bot, answer)
+    earned = reward(told.feedback, told.turn.asker_id, live.config.rewards)
+    return {} if earned is None else earned.opinions
+
+
+async def eventually(live, bot: Discord, answer: dict, wanted: dict[str, float]) -> None:
+    for _ in range(100):
+        if await opinions(live, bot, answer) == wanted:
+            return
+        await asyncio.sleep(0.05)
+    assert await opinions(live, bot, answer) == wanted
+
+
+async def test_a_mention_is_answered_in_a_reply_that_grows_and_ends_with_buttons(live, platform, bot):
+    channel = platform.channel()
+    asked = await platform.say(channel, ANN, "hello")
+    answer = await answered(platform, channel)
+    told = await turn_of(live, bot, answer)
+    assert answer["content"] == told.turn.text
+    assert answer["message_reference"]["message_id"] == str(asked)
+    assert platform.buttons(int(answer["id"])) == ["up", "down", "again"]
+    assert told.turn.asker_id == str(ANN)
+    assert (await live.database.call(live.store.message, told.turn.message_id)).text == "hello"  # without the mention
+    assert platform.refused == []
+
+
+async def test_who_is_not_addressed_is_not_answered(platform, bot):
+    channel, direct = platform.channel(), platform.channel(1)
+    await platform.say(channel, ANN, "hello everybody", mention=False)
+    await platform.say(channel, BOT, "hello me")
+    await platform.say(direct, ANN, "hello you")
+    await answered(platform, direct)
+    assert platform.answers(channel)[1:] == []  # the bot's own words are no question
+
+
+async def test_replies_go_on_with_a_conversation_and_mentions_begin_one(live, platform, bot):
+    channel = platform.channel()
+    await platform.say(channel, ANN, "hello")
+    first = await answered(platform, channel)
+    await platform.say(channel, ANN, "i can't sleep", mention=False, reply_to=int(first["id"]))
+    second = await answered(platform, channel, 2)
+    await platform.say(channel, BOB, "hello")
+    third = await answered(platform, channel, 3)
+    turns = [(await turn_of(live, bot, one)).turn for one in (first, second, third)]
+    assert turns[0].conversation_id == turns[1].conversation_id != turns[2].conversation_id
+
+
+async def test_a_long_answer_is_whole_and_its_last_part_carries_the_turn(live, platform, bot, monkeypatch):
+    channel = platform.channel()
+    monkeypatch.setattr("connectors.discord.LIMIT", 200)
+    text = "\n".join(f"{number}. this is a line of a long answer" for number in range(40))
+    respond = live.dialogue.respond
+
+    async def long(message, options):
+        options.on_text(text)
+        turn = await respond(message, type(options)(None, options.stop, options.turn_id))
+        object.__setattr__(turn, "text", text)
+        return turn
+
+    monkeypatch.setattr(live.dialogue, "respond", long)
+    await platform.say(channel, ANN, "tell me all")
+    last = await answered(platform, channel)
+    parts = platform.answers(channel)
+    assert "".join(part["content"] + "\n" for part in parts).split() == text.split()
+    assert all(len(part["content"]) <= 200 < LIMIT for part in parts)
+    assert [platform.buttons(int(part["id"])) for part in parts[:-1]] == [[]] * (len(parts) - 1)
+    assert {(await turn_of(live, bot, part)).turn.id for part in parts} == {(await turn_of(live, bot, last)).turn.id}
+
+
+async def test_reactions_come_and_go_whatever_their_skin_and_only_peoples_count(live, platform, bot):
+    channel = platform.channel()
+    await platform.say(channel, ANN, "hello")
+    answer = await answered(platform, channel)
+    number = int(answer["id"])
+    await platform.react(ANN, number, "👍🏽")
+    await platform.react(BOB, number, "👎")
+    await platform.react(BOT, number, "👍")
+    await platform.react(BOB, number, "🤔")
+    await platform.react(ANN, 4711, "👍")  # a message that nobody knows
+    await eventually(live, bot, answer, {str(ANN): 1.0, str(BOB): -1.0})
+    await platform.react(BOB, number, "👎", remove=True)
+    await eventually(live, bot, answer, {str(ANN): 1.0})
+    await platform.react(BOB, number, "❤️")
+    await eventually(live, bot, answer, {str(ANN): 1.0, str(BOB): 1.0})
+    await platform.clear(number, "❤️")
+    await eventually(live, bot, answer, {str(ANN): 1.0})
+    await platform.clear(number)
+    await eventually(live, bot, answer, {})
+
+
+async def test_buttons_say_what_people_think_and_ask_why(live, platform, bot):
+    channel = platform.channel()
+    await platform.say(channel, ANN, "hello")
+    answer = await answered(platform, channel)
+    number = int(answer["id"])
+    assert (await platform.press(BOB, number, "up"))["data"]["content"] == "Noted, thank you."
+    await eventually(live, bot, answer, {str(BOB): 1.0})
+    assert (await platform.press(BOB, number, "up"))["data"]["content"] == "Taken back."
+    await eventually(live, bot, answer, {})
+    modal = await platform.press(BOB, number, "down")
+    await eventually(live, bot, answer, {str(BOB): -1.0})
+    assert modal["type"] == 9
+    await platform.submit(BOB, number, modal["data"], "It was rude.")
+    said = (await turn_of(live, bot, answer)).feedback
+    assert [row.text for row in said if row.kind == FeedbackKind.COMMENT] == ["It was rude."]
+
+
+async def test_an_answer_that_grows_can_be_stopped_and_liked_meanwhile(live, platform, bot, monkeypatch):
+    channel = platform.channel()
+    respond = live.dialogue.respond
+
+    async def endless(message, options):
+        options.on_text("Once upon a time")
+        await options.stop.wait()
+        return await respond(message, options)  # vLLM is asked, and stopped at its first token
+
+    monkeypatch.setattr(live.dialogue, "respond", endless)
+    await platform.say(channel, ANN, "tell me a story")
+    await until(lambda: platform.answers(channel) and platform.buttons(int(platform.answers(channel)[0]["id"])) == ["stop"])
+    growing = platform.answers(channel)[0]
+    await platform.react(ANN, int(growing["id"]), "👍")
+    assert growing["content"] == "Once upon a time"
+    await platform.press(BOB, int(growing["id"]), "stop")
+    answer = await answered(platform, channel)
+    assert (await turn_of(live, bot, answer)).turn.finish_reason == "stopped"
+    await eventually(live, bot, answer, {str(ANN): 1.0})
+
+
+async def test_slash_commands_tell_what_is_live_and_only_operators_take_it_back(live, platform, bot):
+    channel = platform.channel()
+    assert sorted(platform.commands) == ["rollback", "status", "why"]
+    assert await platform.command(BOB, channel, "why") == "There is no answer here yet."
+    await platform.say(channel, ANN, "hello")
+    answer = await answered(platform, channel)
+    assert (await turn_of(live, bot, answer)).turn.policy_version in await platform.command(BOB, channel, "why")
+    assert live.policy.version in await platform.command(BOB, channel, "status")
+    before = live.registry.live()
+    assert "Only an operator" in await platform.command(BOB, channel, "rollback")
+    assert live.registry.live() == before
+
+
+async def test_an_answer_is_regenerated_by_its_button(live, platform, bot):
+    channel = platform.channel()
+    await platform.say(channel, ANN, "hello")
+    first = await answered(platform, channel)
+    await platform.press(ANN, int(first["id"]), "again")
+    second = await answered(platform, channel, 2)
+    before, after = await turn_of(live, bot, first), await turn_of(live, bot, second)
+    assert after.turn.replaces == before.turn.id
+    assert [row.kind for row in before.feedback] == [FeedbackKind.REGENERATE]
+
+
+async def test_a_button_of_an_answer_that_another_process_gave_works(live, platform):
+    bot, running = await connected(live, platform)
+    channel = platform.channel()
+    await platform.say(channel, ANN, "hello")
+    answer = await answered(platform, channel)
+    await bot.stop()
+    await running
+    bot, running = await connected(live, platform)
+    await platform.press(ANN, int(answer["id"]), "up")
+    await platform.react(BOB, int(answer["id"]), "👎")
+    await eventually(live, bot, answer, {str(ANN): 1.0, str(BOB): -1.0})
+    await bot.stop()
+    await running
+
+
+async def test_what_happened_while_the_connection_was_gone_arrives_with_resume(live, platform, bot):
+    channel = platform.channel()
+    await platform.say(channel, ANN, "hello")
+    answer = await answered(platform, channel)
+    await platform.drop(4000)
+    await platform.react(ANN, int(answer["id"]), "👍")
+    await platform.say(channel, BOB, "hello")
+    await asyncio.wait_for(platform.resumed.wait(), 30)
+    await eventually(live, bot, answer, {str(ANN): 1.0})
+    await answered(platform, channel, 2)
+
+
+async def test_one_event_twice_gives_one_answer(live, platform, bot):
+    channel = platform.channel()
+    await platform.say(channel, ANN, "hello")
+    await answered(platform, channel)
+    event = next(one for one in reversed(platform._events) if one["t"] == "MESSAGE_CREATE")
+    await platform.dispatch("MESSAGE_CREATE", event["d"])
+    await platform.say(channel, BOB, "hello")
+    await answered(platform, channel, 2)
+    assert len(platform.answers(channel)) == 2
+
+
+async def test_forty_conversations_at_once_lose_and_double_nothing(live, platform, bot):
+    channels = [platform.channel(1) for _ in range(40)]
+    await asyncio.gather(*(platform.say(channel, 100 + number, "hello") for number, channel in enumerate(channels)))
+    for channel in channels:
+        await answered(platform, channel)
+    assert [len(platform.answers(channel)) for channel in channels] == [1] * 40
+
+
+async def test_a_busy_conversation_refuses_politely_and_a_limited_one_is_whole_in_the_end(live, platform):
+    bot, running = await connected(live, platform, DiscordConfig(edits=4, edit_seconds=1, waiting=2))
+    platform.limit, platform.window = 5, 0.5
+    channel = platform.channel()
+    for number in range(6):
+        await platform.say(channel, ANN, f"hello {number}")
+    await until(lambda: any(one["content"] == BUSY for one in platform.answers(channel)))
+    answer = await answered(platform, channel, 2)
+    assert platform.refused == []
+    assert answer["content"]
+    await bot.stop()
+    await running
+
+
+async def test_what_discord_refuses_is_an_error_for_people(live, platform, monkeypatch):
+    parts = live.dialogue, Deliveries(live.database), Reactions(ReactionsConfig()), kibitz.desk(live)
+    with pytest.raises(ConnectorError, match=r"rejects the token .*discord\.token_env"):
+        await Discord(*parts, DiscordConfig(token_env="T"), "wrong").run()
+    with pytest.raises(ConnectorError, match=r"discord\.message_content"):
+        await Discord(*parts, DiscordConfig(message_content=True), TOKEN).run()
+    with pytest.raises(ConfigError, match="a variable that is not set"):
+        token(DiscordConfig(token_env="KIBITZ_NO_SUCH"))
+    monkeypatch.setenv("T", "xoxb-1")
+    with pytest.raises(ConfigError, match="a Slack token"):
+        token(DiscordConfig(token_env="T"))
