@@ -130,6 +130,7 @@ class DiscordConfig(Section):
     edits: Positive = 4
     edit_seconds: Annotated[float, Field(gt=0)] = 5.0
     waiting: Positive = 8
+    reconcile_hours: Annotated[float, Field(ge=0)] = 24.0
 
 
 class DatabaseConfig(Section):

@@ -114,6 +114,7 @@ deliveries = sa.Table(
     sa.Column("channel", sa.String(128), nullable=False),
     sa.Column("turn_id", sa.String(64), nullable=False, index=True),  # may be recorded before its turn is
     sa.Column("part", sa.Integer, nullable=False),
+    sa.Column("at", UTCDateTime, nullable=False, index=True),
 )
 
 policies = sa.Table(

@@ -24,6 +24,7 @@ from bot.errors import ConfigError, ConnectorError, KibitzError, ServingError
 from bot.feedback import standing
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn, new_id, now
 from connectors.base import Desk, Lanes
+from connectors.discord_reconciliation import reconcile
 from connectors.reactions import Reactions
 from connectors.splitting import split
 from connectors.streaming import Budgets, GrowingText
@@ -185,21 +186,24 @@ class Discord:
         growing = GrowingText(shown.grow, self.budgets.of(str(message.channel.id)))
         stop = self.growing[shown.turn_id] = asyncio.Event()
         options = ReplyOptions(growing.add, stop, shown.turn_id)
-        self._stored[shown.turn_id] = asyncio.Event()
+        stored = self._stored[shown.turn_id] = asyncio.Event()
         try:
             async with message.channel.typing():
                 turn: Turn = await ask(options)
-            self._stored[shown.turn_id].set()
+            stored.set()
             await growing.abandon()
-            if turn.id == shown.turn_id:  # else it was answered before
-                await shown.whole(turn.text)
+            if turn.id != shown.turn_id:  # it was answered before; was that ever shown?
+                shown.turn_id, told = turn.id, await self._shown(turn.id)
+                if told:
+                    return
+            await shown.whole(turn.text)
         except ServingError as error:
             log.warning("no answer in %s: %s", message.channel.id, error)
             await growing.abandon()
             await message.reply(SORRY, mention_author=False)
         finally:
-            self._stored.pop(shown.turn_id).set()
-            del self.growing[shown.turn_id]
+            stored.set()
+            del self._stored[str(options.turn_id)], self.growing[str(options.turn_id)]
             await growing.abandon()
 
     async def _place(self, message: discord.Message) -> Conversation:
@@ -213,6 +217,9 @@ class Discord:
                 turn = (await self.dialogue.explain(turn_id)).turn
                 return await self.dialogue.store.database.call(self.dialogue.store.conversation, turn.conversation_id)
         return Conversation("discord", str(message.channel.id), space, thread=str(message.id))
+
+    async def _shown(self, turn_id: str) -> list[str]:
+        return await self.dialogue.store.database.call(self.deliveries.messages_of, "discord", turn_id)
 
     async def _turn_of(self, message_id: str) -> str | None:
         return await self.dialogue.store.database.call(self.deliveries.turn_of, "discord", message_id)
@@ -344,6 +351,10 @@ class _Client(discord.Client):
             await _tell(interaction, await self.connector.desk.rollback())
         except KibitzError as error:
             await _tell(interaction, str(error))
+
+    async def on_ready(self) -> None:
+        # A new session: nothing is replayed. (A resumed one is, and does not come here.)
+        await reconcile(self.connector, self)
 
     async def on_message(self, message: discord.Message) -> None:
         if self.user is not None:

@@ -210,6 +210,7 @@ class FakeDiscord:
             "flags": 0,
         }
         self.messages[number] = message
+        self.channels[channel]["last_message_id"] = str(number)
         return message
 
     async def _gateway(self, request: web.Request) -> web.WebSocketResponse:
@@ -287,6 +288,8 @@ class FakeDiscord:
             return self._json(listed)
         if parts[0] == "channels" and parts[2] == "typing":
             return web.Response(status=204)
+        if parts[0] == "channels" and parts[2] == "messages" and method == "GET":
+            return self._read(int(parts[1]), parts[3:], dict(request.query))
         if parts[0] == "channels" and parts[2] == "messages" and method in ("POST", "PATCH"):
             return self._write(int(parts[1]), int(parts[3]) if method == "PATCH" else None, body)
         if parts[0] == "interactions":
@@ -331,6 +334,32 @@ class FakeDiscord:
             answered = str(body["message_reference"]["message_id"])
             made |= {"type": 19, "message_reference": {"message_id": answered, "channel_id": str(channel)}}
         return self._json(made)
+
+    def _read(self, channel: int, rest: list[str], query: dict[str, str]) -> web.Response:
+        if len(rest) == 3:  # who reacted with an emoji
+            people = sorted(user for user, symbol in self.reactions[int(rest[0])] if symbol == rest[2])
+            after = int(query.get("after", 0))
+            return self._json([self._user(one) for one in people if one > after])
+        if rest:
+            if int(rest[0]) not in self.messages:
+                return self._json({"message": "Unknown Message", "code": 10008}, 404)
+            symbols = sorted({symbol for _, symbol in self.reactions[int(rest[0])]})
+            counts = [sum(symbol == one for _, symbol in self.reactions[int(rest[0])]) for one in symbols]
+            listed = [
+                {
+                    "emoji": {"id": None, "name": symbol},
+                    "count": count,
+                    "count_details": {"burst": 0, "normal": count},
+                    "me": False,
+                    "me_burst": False,
+                    "burst_colors": [],
+                }
+                for symbol, count in zip(symbols, counts, strict=True)
+            ]
+            return self._json({**self.messages[int(rest[0])], "reactions": listed})
+        after = int(query.get("after", 0))
+        found = [one for key, one in sorted(self.messages.items()) if key > after and one["channel_id"] == str(channel)]
+        return self._json(found[: int(query.get("limit", 50))][::-1])
 
     def _callback(self, token: str, body: dict[str, Any]) -> web.Response:
         if token not in self._deadlines:

@@ -229,6 +229,60 @@ async def test_a_button_of_an_answer_that_another_process_gave_works(live, platf
     await running
 
 
+async def test_what_happened_while_nobody_listened_is_read_from_the_api(live, platform):
+    bot, running = await connected(live, platform)
+    channel, direct = platform.channel(), platform.channel(1)
+    for place in (channel, direct):
+        await platform.say(place, ANN, "hello")
+        await answered(platform, place)
+    first = platform.answers(channel)[0]
+    await platform.react(ANN, int(first["id"]), "👍")
+    await platform.react(BOB, int(first["id"]), "🎉")
+    await platform.react(BOB, int(first["id"]), "🤔")
+    await eventually(live, bot, first, {str(ANN): 1.0, str(BOB): 1.0})
+    await bot.stop()
+    await running
+    await platform.react(ANN, int(first["id"]), "👍", remove=True)
+    await platform.react(ANN, int(first["id"]), "👎")
+    await platform.react(BOB, int(first["id"]), "🎉", remove=True)
+    await platform.react(BOT, int(first["id"]), "👍")
+    await platform.say(channel, BOB, "hello again")
+    await platform.say(channel, BOB, "not for you", mention=False)
+    await platform.say(direct, ANN, "hello again")
+    bot, running = await connected(live, platform)
+    await eventually(live, bot, first, {str(ANN): -1.0})
+    for place in (channel, direct):
+        await answered(platform, place, 2)
+    for _ in range(2):  # again and again: nothing is doubled
+        await bot.stop()
+        await running
+        bot, running = await connected(live, platform)
+        await asyncio.sleep(1)
+    assert [len(platform.answers(place)) for place in (channel, direct)] == [2, 2]
+    assert len((await turn_of(live, bot, first)).feedback) == 5
+    await bot.stop()
+    await running
+
+
+async def test_an_answer_that_was_given_but_never_shown_is_shown_after_a_restart(live, platform, monkeypatch):
+    bot, running = await connected(live, platform)
+    channel = platform.channel()
+    platform.limit = 0  # Discord takes nothing: the answer is stored, and cannot be posted
+    await platform.say(channel, ANN, "hello")
+    turns = live.store.counts()["turns"]
+    await until(lambda: live.store.counts()["turns"] > turns)
+    monkeypatch.setattr(bot.lanes, "close", lambda seconds: asyncio.sleep(0))
+    await bot.stop()
+    await running
+    platform.limit = 1000
+    bot, running = await connected(live, platform)
+    await answered(platform, channel)
+    assert live.store.counts()["turns"] == turns + 1
+    assert len(platform.answers(channel)) == 1
+    await bot.stop()
+    await running
+
+
 async def test_what_happened_while_the_connection_was_gone_arrives_with_resume(live, platform, bot):
     channel = platform.channel()
     await platform.say(channel, ANN, "hello")

@@ -15,9 +15,11 @@ def upgrade() -> None:
         sa.Column("channel", sa.String(length=128), nullable=False),
         sa.Column("turn_id", sa.String(length=64), nullable=False),
         sa.Column("part", sa.Integer(), nullable=False),
+        sa.Column("at", sa.DateTime(), nullable=False),
         sa.PrimaryKeyConstraint("platform", "message_id"),
     )
     with op.batch_alter_table("deliveries", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_deliveries_at"), ["at"], unique=False)
         batch_op.create_index(batch_op.f("ix_deliveries_turn_id"), ["turn_id"], unique=False)
 
 
