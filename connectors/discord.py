@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import re
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import discord
@@ -20,20 +21,19 @@ import discord
 from bot.config import DiscordConfig
 from bot.deliveries import Deliveries
 from bot.dialogue import DialogueManager, ReplyOptions
-from bot.errors import ConfigError, ConnectorError, KibitzError, ServingError
+from bot.errors import ConfigError, ConnectorError, KibitzError
 from bot.feedback import standing
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn, new_id, now
+from connectors.answers import BUSY, SORRY, Answers
 from connectors.base import Desk, Lanes
 from connectors.discord_reconciliation import reconcile
 from connectors.reactions import Reactions
 from connectors.splitting import split
-from connectors.streaming import Budgets, GrowingText
+from connectors.streaming import Budgets
 
 log = logging.getLogger(__name__)
 
 LIMIT = 2000  # characters of one message
-BUSY = "I am still busy with what was said here before; please say that again in a moment."
-SORRY = "Sorry, I cannot answer now."
 BUTTONS = {"up": "👍", "down": "👎", "again": "🔄", "stop": "⏹️"}
 RECONNECT = 5.0  # seconds, doubled up to a minute
 
@@ -70,8 +70,7 @@ class Discord:
         self.config = config
         self.lanes = Lanes(config.waiting)
         self.budgets = Budgets(config.edits, config.edit_seconds)
-        self.growing: dict[str, asyncio.Event] = {}  # what stops the answers that are being streamed, by turn
-        self._stored: dict[str, asyncio.Event] = {}  # set when such a turn is in the database
+        self.answers = Answers(dialogue)
         self._token = bot_token
         self._client: discord.Client | None = None
         self._stopping = asyncio.Event()
@@ -132,7 +131,7 @@ class Discord:
             return
         turn_id = await self._turn_of(str(event.message_id))
         if turn_id is not None:
-            await self._record(Feedback(turn_id, str(event.user_id), kind, signal=symbol, retracts=not added, at=at))
+            await self.answers.record(Feedback(turn_id, str(event.user_id), kind, signal=symbol, retracts=not added, at=at))
 
     async def cleared(self, message_id: int, symbol: str | None) -> None:
         """All reactions on a message are gone, or all with one emoji: every one of them is taken back."""
@@ -142,15 +141,14 @@ class Discord:
         for given in (await self.dialogue.explain(turn_id)).feedback:
             by_emoji = self.reactions.kind(given.signal) == given.kind
             if by_emoji and not given.retracts and symbol in (None, given.signal):
-                await self._record(Feedback(turn_id, given.user_id, given.kind, given.signal, retracts=True))
+                await self.answers.record(Feedback(turn_id, given.user_id, given.kind, given.signal, retracts=True))
 
     async def pressed(self, act: str, turn_id: str, interaction: discord.Interaction) -> None:
         """A button under an answer. What it says is committed before Discord is told."""
         user = str(interaction.user.id)
         event = f"discord:{interaction.id}"
         if act == "stop":
-            if turn_id in self.growing:
-                self.growing[turn_id].set()
+            self.answers.stop(turn_id)
             await interaction.response.defer()
         elif act == "again":
             await interaction.response.defer()
@@ -160,7 +158,7 @@ class Discord:
             kind = FeedbackKind.APPROVAL if act == "up" else FeedbackKind.DISAPPROVAL
             given = standing((await self.dialogue.explain(turn_id)).feedback)
             again = any((row.user_id, row.kind, row.signal) == (user, kind, "button") for row in given)
-            await self._record(Feedback(turn_id, user, kind, signal="button", retracts=again, event_id=event))
+            await self.answers.record(Feedback(turn_id, user, kind, signal="button", retracts=again, event_id=event))
             if act == "down" and not again:
                 await interaction.response.send_modal(Reason(self, turn_id))
             else:
@@ -168,7 +166,7 @@ class Discord:
 
     async def commented(self, turn_id: str, user: str, text: str, event: str) -> None:
         """Why somebody did not like an answer."""
-        await self._record(Feedback(turn_id, user, FeedbackKind.COMMENT, signal="reason", text=text, event_id=event))
+        await self.answers.record(Feedback(turn_id, user, FeedbackKind.COMMENT, signal="reason", text=text, event_id=event))
 
     async def _answer(self, message: discord.Message, text: str) -> None:
         place = await self.dialogue.open(await self._place(message))
@@ -180,31 +178,10 @@ class Discord:
         if message is not None:
             await self._post(message, lambda options: self.dialogue.regenerate(turn_id, user, options))
 
-    async def _post(self, message: discord.Message, ask: Any) -> None:
+    async def _post(self, message: discord.Message, ask: Callable[[ReplyOptions], Awaitable[Turn]]) -> None:
         """Show an answer while it grows, then whole, under `message`."""
-        shown = _Shown(self, message, new_id())
-        growing = GrowingText(shown.grow, self.budgets.of(str(message.channel.id)))
-        stop = self.growing[shown.turn_id] = asyncio.Event()
-        options = ReplyOptions(growing.add, stop, shown.turn_id)
-        stored = self._stored[shown.turn_id] = asyncio.Event()
-        try:
-            async with message.channel.typing():
-                turn: Turn = await ask(options)
-            stored.set()
-            await growing.abandon()
-            if turn.id != shown.turn_id:  # it was answered before; was that ever shown?
-                shown.turn_id, told = turn.id, await self._shown(turn.id)
-                if told:
-                    return
-            await shown.whole(turn.text)
-        except ServingError as error:
-            log.warning("no answer in %s: %s", message.channel.id, error)
-            await growing.abandon()
-            await message.reply(SORRY, mention_author=False)
-        finally:
-            stored.set()
-            del self._stored[str(options.turn_id)], self.growing[str(options.turn_id)]
-            await growing.abandon()
+        async with message.channel.typing():
+            await self.answers.give(ask, _Shown(self, message, new_id()), self.budgets.of(str(message.channel.id)))
 
     async def _place(self, message: discord.Message) -> Conversation:
         """The conversation that a message belongs to."""
@@ -218,19 +195,8 @@ class Discord:
                 return await self.dialogue.store.database.call(self.dialogue.store.conversation, turn.conversation_id)
         return Conversation("discord", str(message.channel.id), space, thread=str(message.id))
 
-    async def _shown(self, turn_id: str) -> list[str]:
-        return await self.dialogue.store.database.call(self.deliveries.messages_of, "discord", turn_id)
-
     async def _turn_of(self, message_id: str) -> str | None:
         return await self.dialogue.store.database.call(self.deliveries.turn_of, "discord", message_id)
-
-    async def _record(self, given: Feedback) -> None:
-        if given.turn_id in self._stored:  # an opinion on an answer that is still growing
-            await self._stored[given.turn_id].wait()
-        try:
-            await self.dialogue.record_feedback(given)
-        except KibitzError as error:
-            log.warning("an opinion was dropped: %s", error)
 
     def _soon(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
@@ -254,6 +220,15 @@ class _Shown:
         parts = [part.text for part in split(text or "…", LIMIT) if part.text.strip()] or ["…"]
         for number, part in enumerate(parts):
             await self._show(number, part, ["up", "down", "again"] if number == len(parts) - 1 else [])
+
+    async def sorry(self) -> None:
+        """Say that there will be no answer."""
+        await self.to.reply(SORRY, mention_author=False)
+
+    async def before(self) -> bool:
+        """Whether the turn was shown before."""
+        call = self.connector.dialogue.store.database.call
+        return bool(await call(self.connector.deliveries.messages_of, "discord", self.turn_id))
 
     async def _show(self, number: int, text: str, buttons: list[str]) -> None:
         view = discord.ui.View(timeout=None)

@@ -13,7 +13,8 @@ from bot.config import DiscordConfig, ReactionsConfig
 from bot.deliveries import Deliveries
 from bot.errors import ConfigError, ConnectorError
 from bot.types import FeedbackKind
-from connectors.discord import BUSY, LIMIT, Discord, token
+from connectors.answers import BUSY
+from connectors.discord import LIMIT, Discord, token
 from connectors.reactions import Reactions
 from learning.rewards import reward
 
