@@ -134,25 +134,14 @@ def chat(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None)
 @app.command()
 def serve(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
     """Serve and learn until stopped (Ctrl-C or SIGTERM)."""
-    from connectors.discord import Discord, token
-    from connectors.reactions import Reactions
-    from connectors.web import Door, Web
-
     found = configured(config, data_dir, seed)
-    discord_token = token(found.discord) if found.discord.token_env else None
-    door = Door.open(found.web) if found.web.enabled else None
+    made = _connectors(found)
     model = base_model(found)
 
     async def main() -> None:
         async with running(found, model, announce) as kibitz:
             announce(f"serving {kibitz.policy.version}; vLLM answers at {kibitz.policy.url}")
-            connectors: list[Connector] = []
-            if door is not None:
-                connectors.append(Web(kibitz.dialogue, door))
-                announce(f"chat and API: {door.url}")
-            if discord_token is not None:
-                parts = (kibitz.dialogue, Deliveries(kibitz.database), Reactions(found.reactions), desk(kibitz))
-                connectors.append(Discord(*parts, found.discord, discord_token))
+            connectors = [make(kibitz) for make in made]
             jobs = [asyncio.create_task(_kept(connector)) for connector in connectors]
             if found.learning.enabled:
                 jobs.append(asyncio.create_task(OnlineLearner(kibitz.store, kibitz.deployment, found, announce).run()))
@@ -165,6 +154,36 @@ def serve(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None
                 await asyncio.gather(*jobs, return_exceptions=True)
 
     run(main())
+
+
+def _connectors(config: Config) -> list[Callable[[Kibitz], Connector]]:
+    """What makes each connector that the config turns on. Tokens and addresses are looked at now, before anything starts."""
+    from connectors.discord import Discord, token
+    from connectors.reactions import Reactions
+    from connectors.slack import Slack, tokens
+    from connectors.web import Door, Web
+
+    reactions = Reactions(config.reactions)
+    made: list[Callable[[Kibitz], Connector]] = []
+    if config.discord.token_env:
+        bot_token = token(config.discord)
+        made.append(
+            lambda kibitz: Discord(
+                kibitz.dialogue, Deliveries(kibitz.database), reactions, desk(kibitz), config.discord, bot_token
+            )
+        )
+    if config.slack.bot_token_env or config.slack.app_token_env:
+        secrets = tokens(config.slack)
+        made.append(
+            lambda kibitz: Slack(
+                kibitz.dialogue, Deliveries(kibitz.database), reactions, desk(kibitz), config.slack, secrets
+            )
+        )
+    if config.web.enabled:
+        door = Door.open(config.web)
+        announce(f"chat and API: {door.url}")
+        made.append(lambda kibitz: Web(kibitz.dialogue, door))
+    return made
 
 
 async def _kept(connector: Connector) -> None:

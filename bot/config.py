@@ -133,6 +133,17 @@ class DiscordConfig(Section):
     reconcile_hours: Annotated[float, Field(ge=0)] = 24.0
 
 
+class SlackConfig(Section):
+    """The Slack app, in Socket Mode; off without tokens."""
+
+    bot_token_env: str = ""
+    app_token_env: str = ""
+    operators: list[str] = []
+    streams: Positive = 18
+    edits: Positive = 40
+    waiting: Positive = 8
+
+
 class DatabaseConfig(Section):
     """Where conversations and feedback are kept."""
 
@@ -155,6 +166,7 @@ class Config(Section):
     database: DatabaseConfig = DatabaseConfig()
     web: WebConfig = WebConfig()
     discord: DiscordConfig = DiscordConfig()
+    slack: SlackConfig = SlackConfig()
 
     @property
     def data(self) -> Path:

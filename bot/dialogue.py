@@ -72,12 +72,18 @@ class DialogueManager:
         # Asked for together: under load each trip to the database's thread costs more in waiting than in work.
         fresh, context = await asyncio.gather(call(self.store.add_message, message), self._context(message, shown))
         if not fresh:
-            message = await call(self.store.message_of_event, message.event_id)
-            answered = await call(self.store.turn_answering, message.id)
+            first = await call(self.store.message_of_event, message.event_id)
+            answered = await call(self.store.turn_answering, first.id)
             if answered is not None:
                 return answered
-            context = await self._context(message, shown)
+            if first.id != message.id:
+                message, context = first, await self._context(first, shown)
         return await self._answer(message, context, message.author_id, None, options)
+
+    async def hear(self, message: Message) -> bool:
+        """Commit a message that is answered later, by `respond`; False where its event came before."""
+        message = replace(message, text=cleaned(message.text))
+        return await self.store.database.call(self.store.add_message, message)
 
     async def regenerate(self, turn_id: str, user_id: str, options: ReplyOptions = PLAIN) -> Turn:
         """Another answer to the same message; that the first was not wanted is recorded as feedback on it."""

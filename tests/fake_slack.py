@@ -1,0 +1,241 @@
+"""A Slack of our own on loopback: Web API and Socket Mode as slack-bolt speaks them, and what the platform refuses.
+
+It redelivers what is not acked in time, sends `app_mention` and `message` for one post, keeps streams as a state machine,
+counts rate limits, and keeps messages and their blocks. Tests drive it as people would.
+"""
+
+import asyncio
+import itertools
+import json
+import time
+from typing import Any
+
+from aiohttp import WSMsgType, web
+
+BOT_TOKEN, APP_TOKEN = "xoxb-fake", "xapp-fake"
+TEAM, BOT = "T1", "UBOT"
+NUMBERS = itertools.count(1)  # ids are never used again, also where one test run makes several workspaces
+
+
+class FakeSlack:
+    """One workspace, one app."""
+
+    def __init__(self) -> None:
+        self.messages: dict[str, dict[str, Any]] = {}
+        self.refused: list[str] = []
+        self.calls: list[str] = []
+        self.acked: dict[str, dict[str, Any]] = {}
+        self.deliveries = 0
+        self.ack_seconds = 3.0
+        self.rate_limited = 0  # so many of the next calls that write are answered 429
+        self.no_streams = False
+        self.connected = asyncio.Event()
+        self._numbers = NUMBERS
+        self._sockets: list[web.WebSocketResponse] = []
+        self._waiting: dict[str, asyncio.Future[dict[str, Any]]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Listen."""
+        app = web.Application()
+        app.router.add_post("/api/{method}", self._api)
+        app.router.add_get("/link", self._socket)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.2)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        self.port = self._runner.addresses[0][1]
+        self.api = f"http://127.0.0.1:{self.port}/api/"
+
+    async def stop(self) -> None:
+        """Close everything."""
+        for task in self._tasks:
+            task.cancel()
+        await self._runner.cleanup()
+
+    def ts(self) -> str:
+        """A new message id: the time, and a number that makes it unique."""
+        return f"{int(time.time())}.{next(self._numbers):06d}"
+
+    async def say(self, channel: str, user: str, text: str, thread: str | None = None, repeat: int = 1) -> str:
+        """A person writes a message; in a channel (C…) it mentions the bot. `repeat`: Slack delivers each event so often."""
+        ts = self.ts()
+        event = {"user": user, "text": text, "ts": ts, "channel": channel, "event_ts": ts, "client_msg_id": ts}
+        if thread:
+            event["thread_ts"] = thread
+        if channel.startswith("D"):
+            kinds = [{**event, "type": "message", "channel_type": "im"}]
+        else:
+            event["text"] = f"<@{BOT}> {text}"
+            kinds = [{**event, "type": "app_mention"}, {**event, "type": "message", "channel_type": "channel"}]
+        for kind in kinds:
+            event_id = f"Ev{next(self._numbers)}"
+            await asyncio.gather(*(self.event(kind, event_id) for _ in range(repeat)))
+        return ts
+
+    async def react(self, user: str, message: dict[str, Any], name: str, remove: bool = False, at: str = "") -> None:
+        """A person adds or removes a reaction."""
+        item = {"type": "message", "channel": message["channel"], "ts": message["ts"]}
+        kind = "reaction_removed" if remove else "reaction_added"
+        event = {"type": kind, "user": user, "reaction": name, "item": item, "event_ts": at or self.ts(), "item_user": BOT}
+        await self.event(event, f"Ev{next(self._numbers)}")
+
+    async def event(self, event: dict[str, Any], event_id: str) -> None:
+        """Deliver an event until it is acked, four times at most."""
+        payload = {"type": "event_callback", "team_id": TEAM, "event": event, "event_id": event_id, "event_time": 1}
+        payload |= {"api_app_id": "A1", "authorizations": [{"team_id": TEAM, "user_id": BOT, "is_bot": True}]}
+        await self._deliver("events_api", payload)
+
+    async def click(self, user: str, message: dict[str, Any], act: str) -> None:
+        """A person presses `up`, `down`, `again` or `stop` under a message."""
+        action = self._action(message, act) | {"action_ts": self.ts(), "block_id": "b"}
+        container = {"type": "message", "message_ts": message["ts"], "channel_id": message["channel"]}
+        if message.get("thread_ts"):
+            container["thread_ts"] = message["thread_ts"]
+        await self._deliver(
+            "interactive",
+            {
+                "type": "block_actions",
+                "user": {"id": user, "team_id": TEAM},
+                "team": {"id": TEAM},
+                "api_app_id": "A1",
+                "container": container,
+                "channel": {"id": message["channel"]},
+                "message": {"ts": message["ts"]},
+                "trigger_id": f"t{next(self._numbers)}",
+                "actions": [action],
+            },
+        )
+
+    async def command(self, user: str, channel: str, name: str) -> str:
+        """A person uses a slash command; returns what they are told."""
+        body = {"command": name, "text": "", "user_id": user, "channel_id": channel, "team_id": TEAM}
+        acked = await self._deliver("slash_commands", body)
+        return acked["payload"]["text"]
+
+    def answers(self, channel: str, thread: str | None = None) -> list[dict[str, Any]]:
+        """The bot's messages in a channel, or in one thread of it, oldest first."""
+        found = [one for one in self.messages.values() if one["channel"] == channel]
+        return [one for one in found if thread is None or one.get("thread_ts") == thread]
+
+    def done(self, message: dict[str, Any]) -> bool:
+        """Whether a message is final, with its feedback buttons."""
+        return not message["streaming"] and any(block["type"] == "context_actions" for block in message["blocks"])
+
+    async def disconnect(self) -> None:
+        """Close the sockets, as Slack does from time to time."""
+        self.connected.clear()
+        sockets, self._sockets = self._sockets, []
+        for socket in sockets:
+            await socket.send_json({"type": "disconnect", "reason": "refresh_requested"})
+
+    @staticmethod
+    def _action(message: dict[str, Any], act: str) -> dict[str, Any]:
+        for block in message["blocks"]:
+            for element in block.get("elements", []):
+                if element["type"] == "feedback_buttons" and act in ("up", "down"):
+                    side = "positive_button" if act == "up" else "negative_button"
+                    return {"type": "feedback_buttons", "action_id": element["action_id"], "value": element[side]["value"]}
+                if element.get("action_id") == act:
+                    return {"type": "button", "action_id": act, "value": element["value"]}
+        raise AssertionError(f"there is no button {act}: {message['blocks']}")
+
+    async def _deliver(self, kind: str, payload: dict[str, Any]) -> dict[str, Any]:
+        for attempt in range(4):
+            self.deliveries += 1
+            envelope = f"env{next(self._numbers)}"
+            self._waiting[envelope] = asyncio.get_running_loop().create_future()
+            body = {"envelope_id": envelope, "type": kind, "payload": payload, "accepts_response_payload": True}
+            if attempt:
+                body |= {"retry_attempt": attempt, "retry_reason": "timeout"}
+            await asyncio.wait_for(self.connected.wait(), 20)
+            try:
+                await self._sockets[-1].send_json(body)
+                return await asyncio.wait_for(self._waiting[envelope], self.ack_seconds)
+            except (TimeoutError, ConnectionError):
+                continue
+        raise AssertionError(f"never acked: {payload}")
+
+    async def _socket(self, request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        await socket.send_json({"type": "hello", "num_connections": 1, "debug_info": {"approximate_connection_time": 3600}})
+        self._sockets.append(socket)
+        self.connected.set()
+        async for frame in socket:
+            if frame.type != WSMsgType.TEXT:
+                break
+            said = json.loads(frame.data)
+            waiting = self._waiting.pop(said.get("envelope_id", ""), None)
+            if waiting is not None and not waiting.done():
+                waiting.set_result(said)
+        if socket in self._sockets:
+            self._sockets.remove(socket)
+        return socket
+
+    async def _api(self, request: web.Request) -> web.Response:
+        method = request.match_info["method"]
+        body = await request.json() if request.content_type == "application/json" else dict(await request.post())
+        self.calls.append(method)
+        token = request.headers.get("Authorization", "").removeprefix("Bearer ") or body.get("token", "")
+        if token != (APP_TOKEN if method == "apps.connections.open" else BOT_TOKEN):
+            return web.json_response({"ok": False, "error": "invalid_auth"})
+        if method.startswith("chat.") and self.rate_limited > 0:
+            self.rate_limited -= 1
+            return web.json_response({"ok": False, "error": "ratelimited"}, status=429, headers={"Retry-After": "1"})
+        for key in ("blocks", "chunks"):
+            if isinstance(body.get(key), str):
+                body[key] = json.loads(body[key])
+        answer = self._call(method, body)
+        if "error" in answer:
+            self.refused.append(answer["error"])
+        return web.json_response({"ok": "error" not in answer, **answer})
+
+    def _call(self, method: str, body: dict[str, Any]) -> dict[str, Any]:
+        if method == "auth.test":
+            return {"user_id": BOT, "bot_id": "B1", "team_id": TEAM, "user": "kibitz", "team": "team", "url": self.api}
+        if method == "apps.connections.open":
+            return {"url": f"ws://127.0.0.1:{self.port}/link?ticket=1"}
+        if method == "chat.postMessage":
+            return self._refuse(body) or self._new(body, streaming=False, text=self._text(body))
+        if method == "chat.startStream":
+            if self.no_streams:
+                return {"error": "not_allowed"}
+            if not body.get("thread_ts"):
+                return {"error": "missing_thread_ts"}
+            if not (body.get("recipient_team_id") and body.get("recipient_user_id")):
+                return {"error": "missing_recipient"}
+            return self._new(body, streaming=True, text=body.get("markdown_text") or "")
+        message = self.messages.get(body.get("ts", ""))
+        if message is None:
+            return {"error": "message_not_found"}
+        if method == "chat.update":
+            if message["streaming"]:
+                return {"error": "streaming_state_conflict"}
+            message |= {"text": self._text(body), "blocks": body.get("blocks") or []}
+            return self._refuse(body) or {"ts": message["ts"], "channel": message["channel"]}
+        if not message["streaming"]:
+            return {"error": "message_not_in_streaming_state"}
+        if message.get("stopped") and method == "chat.appendStream":
+            return {"error": "stopped_by_user"}
+        message["text"] += body.get("markdown_text") or ""
+        if method == "chat.stopStream":
+            message |= {"streaming": False, "blocks": body.get("blocks") or []}
+        return {"ts": message["ts"], "channel": message["channel"]}
+
+    def _new(self, body: dict[str, Any], streaming: bool, text: str) -> dict[str, Any]:
+        ts = self.ts()
+        kept = {key: body[key] for key in ("channel", "thread_ts") if body.get(key)}
+        self.messages[ts] = {**kept, "ts": ts, "text": text, "streaming": streaming, "blocks": body.get("blocks") or []}
+        return {"ts": ts, "channel": body["channel"]}
+
+    @staticmethod
+    def _text(body: dict[str, Any]) -> str:
+        return "".join(one["text"] for one in body.get("blocks") or [] if one["type"] == "markdown") or body["text"]
+
+    @staticmethod
+    def _refuse(body: dict[str, Any]) -> dict[str, Any] | None:
+        if len(body.get("text", "")) > 4000:
+            return {"error": "msg_too_long"}
+        if any(len(one["text"]) > 12_000 for one in body.get("blocks") or [] if one["type"] == "markdown"):
+            return {"error": "msg_blocks_too_long"}
+        return None

@@ -1,0 +1,279 @@
+"""The Slack connector: the unmodified slack-bolt against a Slack of our own, the real vLLM behind it."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+from conftest import until
+from fake_slack import APP_TOKEN, BOT, BOT_TOKEN, FakeSlack
+
+from bot import __main__ as kibitz
+from bot.config import ReactionsConfig, SlackConfig
+from bot.deliveries import Deliveries
+from bot.errors import ConfigError, ConnectorError
+from bot.types import FeedbackKind
+from connectors.answers import BUSY
+from connectors.reactions import Reactions
+from connectors.slack import Slack, harmless, tokens
+from learning.rewards import reward
+
+ANN, BOB = "UANN", "UBOB"
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def platform() -> AsyncIterator[FakeSlack]:
+    fake = FakeSlack()
+    await fake.start()
+    yield fake
+    await fake.stop()
+
+
+async def connected(live, platform: FakeSlack, **settings: object) -> tuple[Slack, asyncio.Task[None]]:
+    platform.connected.clear()
+    config = SlackConfig(**{"edits": 1000, "streams": 1000, "operators": [ANN], **settings})
+    parts = live.dialogue, Deliveries(live.database), Reactions(ReactionsConfig()), kibitz.desk(live)
+    bot = Slack(*parts, config, (BOT_TOKEN, APP_TOKEN), platform.api)
+    running = asyncio.create_task(bot.run())
+    await asyncio.wait_for(platform.connected.wait(), 20)
+    return bot, running
+
+
+async def closed(bot: Slack, running: asyncio.Task[None]) -> None:
+    await bot.stop()
+    await asyncio.wait_for(running, 10)
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def bot(live, platform) -> AsyncIterator[Slack]:
+    found, running = await connected(live, platform)
+    yield found
+    await closed(found, running)
+
+
+channels = iter(range(1, 1000))
+
+
+def channel(kind: str = "C") -> str:
+    """A new channel (C) or direct message (D)."""
+    return f"{kind}{next(channels)}"
+
+
+async def answered(platform: FakeSlack, place: str, count: int = 1) -> dict:
+    """The newest of `count` answers in a channel, when all of them stand whole, with their buttons."""
+    await until(lambda: sum(platform.done(one) for one in platform.answers(place)) >= count, 20)
+    return platform.answers(place)[-1]
+
+
+async def told(live, bot: Slack, answer: dict):
+    turn_id = await bot._turn_of(answer["channel"], answer["ts"])
+    return await live.dialogue.explain(turn_id)
+
+
+async def opinions(live, bot: Slack, answer: dict) -> dict[str, float]:
+    found = await told(live, bot, answer)
+    earned = reward(found.feedback, found.turn.asker_id, live.config.rewards)
+    return {} if earned is None else earned.opinions
+
+
+async def test_a_mention_is_answered_once_in_a_thread_by_a_native_stream(live, platform, bot):
+    place = channel()
+    asked = await platform.say(place, ANN, "hello")
+    answer = await answered(platform, place)
+    found = await told(live, bot, answer)
+    assert answer["text"] == found.turn.text
+    assert answer["thread_ts"] == asked
+    assert (await live.database.call(live.store.message, found.turn.message_id)).text == "hello"
+    assert "chat.startStream" in platform.calls
+    assert platform.refused == []
+    await asyncio.sleep(0.3)
+    assert len(platform.answers(place)) == 1  # app_mention and message are one post
+
+
+async def test_one_event_four_times_at_once_gives_one_answer(platform, bot):
+    place = channel("D")
+    await platform.say(place, ANN, "hello", repeat=4)
+    await answered(platform, place)
+    await asyncio.sleep(0.3)
+    assert len(platform.answers(place)) == 1
+
+
+async def test_a_direct_message_is_answered_flat_and_remembered(live, platform, bot, tokenizer):
+    place = channel("D")
+    await platform.say(place, ANN, "hello")
+    first = await answered(platform, place)
+    await platform.say(place, ANN, "1 &lt; 2 &amp;&amp; 3 &gt; 2")
+    second = await answered(platform, place, 2)
+    assert "thread_ts" not in first
+    turn = (await told(live, bot, second)).turn
+    chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": (await told(live, bot, first)).turn.text}]
+    assert list(turn.prompt_ids) == tokenizer.prompt_ids([*chat, {"role": "user", "content": "1 < 2 && 3 > 2"}])
+
+
+async def test_threads_are_conversations(live, platform, bot):
+    place = channel()
+    root = await platform.say(place, ANN, "hello")
+    first = await answered(platform, place)
+    await platform.say(place, BOB, "i can't sleep", thread=root)
+    second = await answered(platform, place, 2)
+    await platform.say(place, BOB, "hello")
+    third = await answered(platform, place, 3)
+    turns = [(await told(live, bot, one)).turn for one in (first, second, third)]
+    assert turns[0].conversation_id == turns[1].conversation_id != turns[2].conversation_id
+
+
+async def test_where_streams_are_refused_or_used_up_answers_are_posted_and_edited(live, platform):
+    bot, running = await connected(live, platform, streams=1)
+    for place in (channel(), channel()):
+        await platform.say(place, ANN, "hello")
+        answer = await answered(platform, place)
+        assert answer["text"] == (await told(live, bot, answer)).turn.text
+    assert platform.calls.count("chat.startStream") == 1
+    await closed(bot, running)
+    platform.no_streams = True
+    bot, running = await connected(live, platform)
+    place = channel()
+    await platform.say(place, ANN, "hello")
+    answer = await answered(platform, place)
+    assert answer["text"] == (await told(live, bot, answer)).turn.text
+    await closed(bot, running)
+
+
+async def test_reactions_arrive_in_any_order_and_last_ones_hold(live, platform, bot):
+    place = channel()
+    await platform.say(place, ANN, "hello")
+    answer = await answered(platform, place)
+    await platform.react(ANN, answer, "+1::skin-tone-4")
+    await platform.react(BOB, answer, "-1")
+    await platform.react(BOB, answer, "thinking_face")
+    await platform.react(BOT, answer, "+1")
+    assert await opinions(live, bot, answer) == {ANN: 1.0, BOB: -1.0}
+    early, late = platform.ts(), platform.ts()
+    await platform.react(BOB, answer, "heart", remove=True, at=late)
+    await platform.react(BOB, answer, "heart", at=early)  # arrives after its removal
+    await platform.react(BOB, answer, "-1", remove=True)
+    assert await opinions(live, bot, answer) == {ANN: 1.0}
+    unknown = {"channel": place, "ts": "1.000001"}
+    await platform.react(ANN, unknown, "+1")  # acked, and nothing else
+
+
+async def test_buttons_count_once_and_the_last_click_holds(live, platform, bot):
+    place = channel()
+    await platform.say(place, ANN, "hello")
+    answer = await answered(platform, place)
+    for act, worth in (("up", 1.0), ("up", 1.0), ("down", -1.0)):
+        await platform.click(BOB, answer, act)
+        assert await opinions(live, bot, answer) == {BOB: worth}
+
+
+async def test_an_answer_is_regenerated_in_its_thread(live, platform, bot):
+    place = channel()
+    await platform.say(place, ANN, "hello")
+    first = await answered(platform, place)
+    await platform.click(ANN, first, "again")
+    second = await answered(platform, place, 2)
+    before, after = await told(live, bot, first), await told(live, bot, second)
+    assert after.turn.replaces == before.turn.id
+    assert second["thread_ts"] == first["thread_ts"]
+    assert [row.kind for row in before.feedback] == [FeedbackKind.REGENERATE]
+
+
+async def test_a_growing_answer_is_stopped_by_its_button_and_by_slack_itself(live, platform, bot, monkeypatch):
+    respond = live.dialogue.respond
+
+    async def endless(message, options):
+        options.on_text("Once upon a time")
+        while not options.stop.is_set():
+            await asyncio.sleep(0.05)
+            options.on_text(".")
+        return await respond(message, options)
+
+    monkeypatch.setattr(live.dialogue, "respond", endless)
+    direct, place = channel("D"), channel()
+    await platform.say(direct, ANN, "tell me a story")
+    await until(lambda: platform.answers(direct))
+    await platform.click(BOB, platform.answers(direct)[0], "stop")
+    await platform.say(place, ANN, "tell me a story")
+    await until(lambda: platform.answers(place))
+    platform.answers(place)[0]["stopped"] = True
+    for where in (direct, place):
+        answer = await answered(platform, where)
+        assert (await told(live, bot, answer)).turn.finish_reason == "stopped"
+
+
+async def test_buttons_of_another_process_work_and_a_new_socket_is_made(live, platform):
+    bot, running = await connected(live, platform)
+    place = channel()
+    await platform.say(place, ANN, "hello")
+    answer = await answered(platform, place)
+    await closed(bot, running)
+    bot, running = await connected(live, platform)
+    await platform.click(ANN, answer, "up")
+    await platform.disconnect()
+    await asyncio.wait_for(platform.connected.wait(), 20)
+    await platform.react(BOB, answer, "-1")
+    assert await opinions(live, bot, answer) == {ANN: 1.0, BOB: -1.0}
+    await closed(bot, running)
+
+
+async def test_what_cannot_be_committed_is_not_acked_and_comes_again(live, platform, bot, monkeypatch):
+    place = channel("D")
+    add, failures = live.store.add_message, iter([True, False])
+
+    def failing(message):
+        if next(failures, False):
+            raise OSError("disk full")
+        return add(message)
+
+    monkeypatch.setattr(live.store, "add_message", failing)
+    platform.ack_seconds = 0.5
+    before = platform.deliveries
+    await platform.say(place, ANN, "hello")
+    assert platform.deliveries == before + 2  # refused once, then taken
+    await answered(platform, place)
+    assert len(platform.answers(place)) == 1
+
+
+async def test_a_storm_of_429_loses_nothing_and_a_busy_conversation_refuses_politely(live, platform):
+    bot, running = await connected(live, platform, waiting=2)
+    place = channel("D")
+    platform.rate_limited = 3
+    for number in range(6):
+        await platform.say(place, ANN, f"hello {number}")
+    await until(lambda: any(one["text"] == BUSY for one in platform.answers(place)), 30)
+    await until(lambda: sum(platform.done(one) for one in platform.answers(place)) >= 2, 30)
+    assert platform.refused == []
+    await closed(bot, running)
+
+
+async def test_forty_conversations_at_once_lose_and_double_nothing(platform, bot):
+    places = [channel("D") for _ in range(40)]
+    await asyncio.gather(*(platform.say(place, f"U{number}", "hello") for number, place in enumerate(places)))
+    for place in places:
+        await answered(platform, place)
+    assert [len(platform.answers(place)) for place in places] == [1] * 40
+
+
+async def test_slash_commands_tell_what_is_live_and_only_operators_take_it_back(live, platform, bot):
+    place = channel()
+    assert await platform.command(BOB, place, "/kibitz-why") == "There is no answer here yet."
+    assert live.policy.version in await platform.command(BOB, place, "/kibitz-status")
+    assert "Only an operator" in await platform.command(BOB, place, "/kibitz-rollback")
+
+
+def test_nobody_is_rung_by_what_the_model_says():
+    assert harmless("<!channel> <@U1> <#C1> a < b <https://x.example>") == (
+        "<\u200b!channel> <\u200b@U1> <\u200b#C1> a < b <https://x.example>"
+    )
+
+
+async def test_what_slack_refuses_and_wrong_tokens_are_errors_for_people(live, platform, monkeypatch):
+    parts = live.dialogue, Deliveries(live.database), Reactions(ReactionsConfig()), kibitz.desk(live)
+    with pytest.raises(ConnectorError, match=r"invalid_auth.*slack\.bot_token_env"):
+        await Slack(*parts, SlackConfig(), ("xoxb-wrong", APP_TOKEN), platform.api).run()
+    with pytest.raises(ConfigError, match=r"slack\.bot_token_env has value 'NONE', which is not set"):
+        tokens(SlackConfig(bot_token_env="NONE"))
+    monkeypatch.setenv("BOT", "xoxb-1")
+    monkeypatch.setenv("APP", "xoxb-2")
+    with pytest.raises(ConfigError, match=r"slack\.app_token_env: \$APP does not begin with xapp-"):
+        tokens(SlackConfig(bot_token_env="BOT", app_token_env="APP"))
