@@ -30,7 +30,7 @@ from bot.registry import BASE, PolicyRegistry
 from bot.tokenizer import ChatTokenizer
 from bot.tracker import StateTracker
 from bot.vllm_server import VllmServer
-from connectors.base import Connector, Desk
+from connectors.base import Connector, Desk, Shared
 from learning.commands import base_model
 from learning.deployment import Deployment
 from learning.loop import OnlineLearner
@@ -158,31 +158,28 @@ def serve(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None
 
 def _connectors(config: Config) -> list[Callable[[Kibitz], Connector]]:
     """What makes each connector that the config turns on. Tokens and addresses are looked at now, before anything starts."""
+    from connectors.access import Access
     from connectors.discord import Discord, token
     from connectors.reactions import Reactions
     from connectors.slack import Slack, tokens
     from connectors.web import Door, Web
 
-    reactions = Reactions(config.reactions)
+    reactions, access = Reactions(config.reactions), Access(config.access)
+
+    def shared(kibitz: Kibitz) -> Shared:
+        return Shared(kibitz.dialogue, Deliveries(kibitz.database), reactions, access, desk(kibitz))
+
     made: list[Callable[[Kibitz], Connector]] = []
     if config.discord.token_env:
         bot_token = token(config.discord)
-        made.append(
-            lambda kibitz: Discord(
-                kibitz.dialogue, Deliveries(kibitz.database), reactions, desk(kibitz), config.discord, bot_token
-            )
-        )
+        made.append(lambda kibitz: Discord(shared(kibitz), config.discord, bot_token))
     if config.slack.bot_token_env or config.slack.app_token_env:
         secrets = tokens(config.slack)
-        made.append(
-            lambda kibitz: Slack(
-                kibitz.dialogue, Deliveries(kibitz.database), reactions, desk(kibitz), config.slack, secrets
-            )
-        )
+        made.append(lambda kibitz: Slack(shared(kibitz), config.slack, secrets))
     if config.web.enabled:
         door = Door.open(config.web)
         announce(f"chat and API: {door.url}")
-        made.append(lambda kibitz: Web(kibitz.dialogue, door))
+        made.append(lambda kibitz: Web(kibitz.dialogue, access, door))
     return made
 
 

@@ -112,6 +112,18 @@ class GateConfig(Section):
     probe_tolerance: Annotated[float, Field(gt=0)] = 0.05
 
 
+class AccessConfig(Section):
+    """Who may talk to kibitz and teach it."""
+
+    allow_users: list[str] = []
+    deny_users: list[str] = []
+    allow_channels: list[str] = []
+    deny_channels: list[str] = []
+    allow_roles: list[str] = []
+    deny_roles: list[str] = []
+    messages_per_minute: Positive = 20
+
+
 class WebConfig(Section):
     """The OpenAI-compatible API and the chat page."""
 
@@ -164,6 +176,7 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
     gate: GateConfig = GateConfig()
     database: DatabaseConfig = DatabaseConfig()
+    access: AccessConfig = AccessConfig()
     web: WebConfig = WebConfig()
     discord: DiscordConfig = DiscordConfig()
     slack: SlackConfig = SlackConfig()

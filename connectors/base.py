@@ -1,6 +1,6 @@
 """What all connectors share: the protocol that they keep, and the lanes in which their events are worked off.
 
-It knows no platform, no policy and no database.
+It knows no platform and no policy.
 """
 
 import asyncio
@@ -9,6 +9,11 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
+
+from bot.deliveries import Deliveries
+from bot.dialogue import DialogueManager
+from connectors.access import Access
+from connectors.reactions import Reactions
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +39,17 @@ class Desk:
     why: Callable[[str], Awaitable[str]]  # what made a turn, by its id, and what came of what was said about it
     status: Callable[[], Awaitable[str]]
     rollback: Callable[[], Awaitable[str]]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What the chat platforms share: made once, by the composition root."""
+
+    dialogue: DialogueManager
+    deliveries: Deliveries
+    reactions: Reactions
+    access: Access
+    desk: Desk
 
 
 class Lanes:

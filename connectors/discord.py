@@ -19,15 +19,14 @@ from typing import Any
 import discord
 
 from bot.config import DiscordConfig
-from bot.deliveries import Deliveries
-from bot.dialogue import DialogueManager, ReplyOptions
+from bot.dialogue import ReplyOptions
 from bot.errors import ConfigError, ConnectorError, KibitzError
 from bot.feedback import standing
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn, new_id, now
+from connectors.access import TOO_FAST
 from connectors.answers import BUSY, SORRY, Answers
-from connectors.base import Desk, Lanes
+from connectors.base import Lanes, Shared
 from connectors.discord_reconciliation import reconcile
-from connectors.reactions import Reactions
 from connectors.splitting import split
 from connectors.streaming import Budgets
 
@@ -54,23 +53,16 @@ class Discord:
 
     name = "discord"
 
-    def __init__(
-        self,
-        dialogue: DialogueManager,
-        deliveries: Deliveries,
-        reactions: Reactions,
-        desk: Desk,
-        config: DiscordConfig,
-        bot_token: str,
-    ):
-        self.dialogue = dialogue
-        self.desk = desk
-        self.deliveries = deliveries
-        self.reactions = reactions
+    def __init__(self, shared: Shared, config: DiscordConfig, bot_token: str):
+        self.dialogue = shared.dialogue
+        self.deliveries = shared.deliveries
+        self.reactions = shared.reactions
+        self.access = shared.access
+        self.desk = shared.desk
         self.config = config
         self.lanes = Lanes(config.waiting)
         self.budgets = Budgets(config.edits, config.edit_seconds)
-        self.answers = Answers(dialogue)
+        self.answers = Answers(shared.dialogue)
         self._token = bot_token
         self._client: discord.Client | None = None
         self._stopping = asyncio.Event()
@@ -119,7 +111,12 @@ class Discord:
         if not (direct or mentioned or followed):
             return
         text = re.sub(rf"<@!?{me.id}>\s*", "", message.content).strip()
-        if text and not self.lanes.put(str(message.channel.id), lambda: self._answer(message, text)):
+        user, channel = str(message.author.id), str(message.channel.id)
+        if not text or not self.access.admits(user, channel, _roles(message.author)):
+            return
+        if not self.access.in_time("discord", user):
+            self._soon(message.reply(TOO_FAST, mention_author=False))
+        elif not self.lanes.put(channel, lambda: self._answer(message, text)):
             self._soon(message.reply(BUSY, mention_author=False))
 
     async def opinion(self, event: discord.RawReactionActionEvent, added: bool) -> None:
@@ -127,7 +124,7 @@ class Discord:
         at, symbol = now(), event.emoji.name or ""
         kind = self.reactions.kind(symbol)
         bot = event.member is not None and event.member.bot
-        if kind is None or bot:
+        if kind is None or bot or not self.access.admits(str(event.user_id), str(event.channel_id), _roles(event.member)):
             return
         turn_id = await self._turn_of(str(event.message_id))
         if turn_id is not None:
@@ -147,7 +144,9 @@ class Discord:
         """A button under an answer. What it says is committed before Discord is told."""
         user = str(interaction.user.id)
         event = f"discord:{interaction.id}"
-        if act == "stop":
+        if not self.access.admits(user, str(interaction.channel_id), _roles(interaction.user)):
+            await interaction.response.send_message("You may not do that here.", ephemeral=True)
+        elif act == "stop":
             self.answers.stop(turn_id)
             await interaction.response.defer()
         elif act == "again":
@@ -347,6 +346,10 @@ class _Client(discord.Client):
 
     async def on_raw_reaction_clear_emoji(self, event: discord.RawReactionClearEmojiEvent) -> None:
         await self.connector.cleared(event.message_id, event.emoji.name)
+
+
+def _roles(user: object) -> list[str]:
+    return [str(role.id) for role in user.roles] if isinstance(user, discord.Member) else []
 
 
 async def _tell(interaction: discord.Interaction[Any], text: str) -> None:

@@ -22,13 +22,12 @@ from slack_sdk.http_retry.builtin_async_handlers import AsyncRateLimitErrorRetry
 from slack_sdk.web.async_client import AsyncWebClient
 
 from bot.config import SlackConfig
-from bot.deliveries import Deliveries
-from bot.dialogue import DialogueManager, ReplyOptions
+from bot.dialogue import ReplyOptions
 from bot.errors import ConfigError, ConnectorError, KibitzError
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn, new_id
+from connectors.access import TOO_FAST
 from connectors.answers import BUSY, SORRY, Answers
-from connectors.base import Desk, Lanes
-from connectors.reactions import Reactions
+from connectors.base import Lanes, Shared
 from connectors.splitting import split
 from connectors.streaming import Budgets
 
@@ -66,25 +65,17 @@ class Slack:
 
     name = "slack"
 
-    def __init__(
-        self,
-        dialogue: DialogueManager,
-        deliveries: Deliveries,
-        reactions: Reactions,
-        desk: Desk,
-        config: SlackConfig,
-        secrets: tuple[str, str],
-        api: str = API,
-    ):
-        self.dialogue = dialogue
-        self.deliveries = deliveries
-        self.reactions = reactions
-        self.desk = desk
+    def __init__(self, shared: Shared, config: SlackConfig, secrets: tuple[str, str], api: str = API):
+        self.dialogue = shared.dialogue
+        self.deliveries = shared.deliveries
+        self.reactions = shared.reactions
+        self.access = shared.access
+        self.desk = shared.desk
         self.config = config
         self.lanes = Lanes(config.waiting)
         self.budgets = Budgets(config.edits, 60)
         self.streams = AsyncLimiter(config.streams, 60)
-        self.answers = Answers(dialogue)
+        self.answers = Answers(shared.dialogue)
         self.web = AsyncWebClient(token=secrets[0], base_url=api)
         self.web.retry_handlers.append(AsyncRateLimitErrorRetryHandler(max_retry_count=5))
         self._app = AsyncApp(client=self.web, process_before_response=True)  # acked when the handler has committed
@@ -160,7 +151,7 @@ class Slack:
     async def _heard(self, event: dict[str, Any], conversation: Conversation, thread: str) -> None:
         """Commit a message, then queue its answer. `app_mention` and `message` for one post have one effect."""
         text = re.sub(r"^\s*<@[A-Z0-9]+>\s*", "", event.get("text", "")).strip()
-        if event.get("bot_id") or not text:
+        if event.get("bot_id") or not text or not self.access.admits(event["user"], event["channel"]):
             return
         text = text.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
         place = await self.dialogue.open(conversation)
@@ -168,13 +159,17 @@ class Slack:
         if not await self.dialogue.hear(message):
             return
         shown = _Shown(self, event["channel"], thread, event["user"], conversation.space)
-        if not self.lanes.put(place.id, lambda: self._give(shown, lambda options: self.dialogue.respond(message, options))):
+        if not self.access.in_time("slack", event["user"]):
+            await self._say(event["channel"], thread, TOO_FAST)
+        elif not self.lanes.put(
+            place.id, lambda: self._give(shown, lambda options: self.dialogue.respond(message, options))
+        ):
             await self._say(event["channel"], thread, BUSY)
 
     async def _reacted(self, event: dict[str, Any], body: dict[str, Any]) -> None:
         kind = self.reactions.kind(event["reaction"])
         item = event["item"]
-        if kind is None or item.get("type") != "message":
+        if kind is None or item.get("type") != "message" or not self.access.admits(event["user"], item["channel"]):
             return
         turn_id = await self._turn_of(item["channel"], item["ts"])
         if turn_id is not None:
@@ -188,6 +183,9 @@ class Slack:
         act, _, turn_id = action["value"].partition(":")
         kind = FeedbackKind.APPROVAL if act == "up" else FeedbackKind.DISAPPROVAL
         user = body["user"]["id"]
+        if not self.access.admits(user, body["container"]["channel_id"]):
+            await ack()
+            return
         event = f"slack:{turn_id}:{user}:{action['action_ts']}"
         await self.answers.record(Feedback(turn_id, user, kind, signal="button", event_id=event))
         await ack()

@@ -33,6 +33,7 @@ from bot.config import WebConfig
 from bot.dialogue import DialogueManager, ReplyOptions
 from bot.errors import ConfigError, DataError, KibitzError, ServingError
 from bot.types import Conversation, Message, Turn, new_id
+from connectors.access import TOO_FAST, Access
 from connectors.openai_api import Completion, FeedbackRequest, chunk, completion, parsed
 
 LARGEST_BODY = 2_000_000  # bytes
@@ -65,8 +66,9 @@ class Web:
 
     name = "web"
 
-    def __init__(self, dialogue: DialogueManager, door: Door):
+    def __init__(self, dialogue: DialogueManager, access: Access, door: Door):
         self.dialogue = dialogue
+        self.access = access
         self._users, self._socket = door.users, door.socket
         self._answering: set[asyncio.Task[Turn]] = set()
         self._server = _Server(
@@ -112,6 +114,8 @@ class Web:
         user = self._user(request)
         asked = parsed(Completion, await _body(request))
         author = f"{user}/{asked.user}" if asked.user else user
+        if not self.access.in_time("web", author):
+            raise HTTPException(429, TOO_FAST, {"Retry-After": "60"})
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
         options = ReplyOptions(pieces.put_nowait, asyncio.Event(), new_id(), asked.seed)
         answering = asyncio.create_task(self._answer(asked, user, author, options))
@@ -199,6 +203,12 @@ class Web:
 
     def _user(self, request: Request) -> str:
         """Who asks, by bearer token."""
+        user = self._named(request)
+        if not self.access.admits(user):
+            raise HTTPException(403, f"{user} may not talk to this kibitz")
+        return user
+
+    def _named(self, request: Request) -> str:
         if not self._users:
             return "local"
         scheme, _, token = request.headers.get("authorization", "").partition(" ")

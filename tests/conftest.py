@@ -13,12 +13,16 @@ import pytest
 import pytest_asyncio
 
 from bot import __main__ as kibitz
-from bot.config import Config, load
+from bot.config import AccessConfig, Config, ReactionsConfig, load
 from bot.conversations import ConversationStore
 from bot.database import Database
+from bot.deliveries import Deliveries
 from bot.registry import PolicyRegistry
 from bot.tokenizer import ChatTokenizer
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn, new_id
+from connectors.access import Access
+from connectors.base import Shared
+from connectors.reactions import Reactions
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +71,12 @@ async def live(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> Asy
     )
     async with kibitz.running(config, demo_model, lambda text: None) as running:
         yield running
+
+
+def shared(running: kibitz.Kibitz, access: AccessConfig | None = None) -> Shared:
+    """What a connector is given, by default without a limit that tests would run into."""
+    found = Access(access or AccessConfig(messages_per_minute=100_000))
+    return Shared(running.dialogue, Deliveries(running.database), Reactions(ReactionsConfig()), found, kibitz.desk(running))
 
 
 def answered(store: ConversationStore, tokenizer: ChatTokenizer, prompt: str, reply: str, **details: object) -> Turn:

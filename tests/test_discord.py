@@ -5,17 +5,15 @@ from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
-from conftest import until
+from conftest import shared, until
 from fake_discord import BOT, TOKEN, FakeDiscord
 
-from bot import __main__ as kibitz
-from bot.config import DiscordConfig, ReactionsConfig
-from bot.deliveries import Deliveries
+from bot.config import AccessConfig, DiscordConfig
 from bot.errors import ConfigError, ConnectorError
 from bot.types import FeedbackKind
+from connectors.access import TOO_FAST
 from connectors.answers import BUSY
 from connectors.discord import LIMIT, Discord, token
-from connectors.reactions import Reactions
 from learning.rewards import reward
 
 ANN, BOB = 11, 12
@@ -29,11 +27,12 @@ async def platform() -> AsyncIterator[FakeDiscord]:
     await fake.stop()
 
 
-async def connected(live, platform: FakeDiscord, config: DiscordConfig | None = None) -> tuple[Discord, asyncio.Task[None]]:
+async def connected(
+    live, platform: FakeDiscord, config: DiscordConfig | None = None, access: AccessConfig | None = None
+) -> tuple[Discord, asyncio.Task[None]]:
     platform.identified.clear()
-    deliveries, reactions = Deliveries(live.database), Reactions(ReactionsConfig())
     config = config or DiscordConfig(edits=50, edit_seconds=1, operators=[str(ANN)])
-    bot = Discord(live.dialogue, deliveries, reactions, kibitz.desk(live), config, TOKEN)
+    bot = Discord(shared(live, access), config, TOKEN)
     running = asyncio.create_task(bot.run())
     await asyncio.wait_for(platform.identified.wait(), 20)
     return bot, running
@@ -329,12 +328,31 @@ async def test_a_busy_conversation_refuses_politely_and_a_limited_one_is_whole_i
     await running
 
 
+async def test_who_is_denied_is_neither_answered_nor_counted_and_who_is_too_fast_is_told(live, platform):
+    access = AccessConfig(deny_users=[str(BOB)], messages_per_minute=2)
+    bot, running = await connected(live, platform, access=access)
+    channel = platform.channel()
+    await platform.say(channel, BOB, "hello")
+    await platform.say(channel, ANN, "hello")
+    answer = await answered(platform, channel)
+    assert len(platform.answers(channel)) == 1
+    await platform.react(BOB, int(answer["id"]), "👎")
+    await platform.react(ANN, int(answer["id"]), "👍")
+    await eventually(live, bot, answer, {str(ANN): 1.0})
+    assert (await platform.press(BOB, int(answer["id"]), "down"))["data"]["content"] == "You may not do that here."
+    for _ in range(2):
+        await platform.say(channel, ANN, "hello")
+    await until(lambda: any(one["content"] == TOO_FAST for one in platform.answers(channel)))
+    assert await opinions(live, bot, answer) == {str(ANN): 1.0}
+    await bot.stop()
+    await running
+
+
 async def test_what_discord_refuses_is_an_error_for_people(live, platform, monkeypatch):
-    parts = live.dialogue, Deliveries(live.database), Reactions(ReactionsConfig()), kibitz.desk(live)
     with pytest.raises(ConnectorError, match=r"rejects the token .*discord\.token_env"):
-        await Discord(*parts, DiscordConfig(token_env="T"), "wrong").run()
+        await Discord(shared(live), DiscordConfig(token_env="T"), "wrong").run()
     with pytest.raises(ConnectorError, match=r"discord\.message_content"):
-        await Discord(*parts, DiscordConfig(message_content=True), TOKEN).run()
+        await Discord(shared(live), DiscordConfig(message_content=True), TOKEN).run()
     with pytest.raises(ConfigError, match="a variable that is not set"):
         token(DiscordConfig(token_env="KIBITZ_NO_SUCH"))
     monkeypatch.setenv("T", "xoxb-1")

@@ -5,16 +5,13 @@ from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
-from conftest import until
+from conftest import shared, until
 from fake_slack import APP_TOKEN, BOT, BOT_TOKEN, FakeSlack
 
-from bot import __main__ as kibitz
-from bot.config import ReactionsConfig, SlackConfig
-from bot.deliveries import Deliveries
+from bot.config import SlackConfig
 from bot.errors import ConfigError, ConnectorError
 from bot.types import FeedbackKind
 from connectors.answers import BUSY
-from connectors.reactions import Reactions
 from connectors.slack import Slack, harmless, tokens
 from learning.rewards import reward
 
@@ -32,8 +29,7 @@ async def platform() -> AsyncIterator[FakeSlack]:
 async def connected(live, platform: FakeSlack, **settings: object) -> tuple[Slack, asyncio.Task[None]]:
     platform.connected.clear()
     config = SlackConfig(**{"edits": 1000, "streams": 1000, "operators": [ANN], **settings})
-    parts = live.dialogue, Deliveries(live.database), Reactions(ReactionsConfig()), kibitz.desk(live)
-    bot = Slack(*parts, config, (BOT_TOKEN, APP_TOKEN), platform.api)
+    bot = Slack(shared(live), config, (BOT_TOKEN, APP_TOKEN), platform.api)
     running = asyncio.create_task(bot.run())
     await asyncio.wait_for(platform.connected.wait(), 20)
     return bot, running
@@ -268,9 +264,8 @@ def test_nobody_is_rung_by_what_the_model_says():
 
 
 async def test_what_slack_refuses_and_wrong_tokens_are_errors_for_people(live, platform, monkeypatch):
-    parts = live.dialogue, Deliveries(live.database), Reactions(ReactionsConfig()), kibitz.desk(live)
     with pytest.raises(ConnectorError, match=r"invalid_auth.*slack\.bot_token_env"):
-        await Slack(*parts, SlackConfig(), ("xoxb-wrong", APP_TOKEN), platform.api).run()
+        await Slack(shared(live), SlackConfig(), ("xoxb-wrong", APP_TOKEN), platform.api).run()
     with pytest.raises(ConfigError, match=r"slack\.bot_token_env has value 'NONE', which is not set"):
         tokens(SlackConfig(bot_token_env="NONE"))
     monkeypatch.setenv("BOT", "xoxb-1")

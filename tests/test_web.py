@@ -11,9 +11,10 @@ import openai
 import pytest
 import pytest_asyncio
 
-from bot.config import WebConfig
+from bot.config import AccessConfig, WebConfig
 from bot.errors import ConfigError
 from bot.types import FeedbackKind
+from connectors.access import Access
 from connectors.web import Door, Web
 from learning.rewards import reward
 
@@ -21,9 +22,9 @@ HELLO = [{"role": "user", "content": "hello"}]
 ROOT = Path(__file__).parent.parent
 
 
-async def served(live, config: WebConfig) -> AsyncIterator[tuple[str, Web]]:
+async def served(live, config: WebConfig, access: AccessConfig | None = None) -> AsyncIterator[tuple[str, Web]]:
     door = Door.open(config)
-    web = Web(live.dialogue, door)
+    web = Web(live.dialogue, Access(access or AccessConfig(messages_per_minute=100_000)), door)
     running = asyncio.create_task(web.run())
     yield door.url, web
     await web.stop()
@@ -202,6 +203,19 @@ async def test_tokens_name_their_users_who_see_only_what_is_theirs(live, monkeyp
             assert (await http.delete(stolen, headers={"Authorization": "Bearer two"})).status_code == 404
         for one in (ann, bob, nobody):
             await one.close()
+
+
+async def test_who_is_denied_or_too_fast_is_told_so(live, monkeypatch):
+    monkeypatch.setenv("KIBITZ_TOKENS", "ann:one, bob:two")
+    access = AccessConfig(deny_users=["bob"], messages_per_minute=2)
+    async for url, _ in served(live, WebConfig(port=0, tokens_env="KIBITZ_TOKENS"), access):
+        async with httpx.AsyncClient(base_url=url, timeout=60) as http:
+            statuses = []
+            for token in ("two", "one", "one", "one"):
+                headers = {"Authorization": f"Bearer {token}"}
+                answer = await http.post("/v1/chat/completions", json={"messages": HELLO}, headers=headers)
+                statuses.append(answer.status_code)
+            assert statuses == [403, 200, 200, 429]
 
 
 async def test_what_operators_scrape(live, http):

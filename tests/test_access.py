@@ -1,0 +1,33 @@
+"""Who may talk, where, and how fast."""
+
+import pytest
+
+from bot.config import AccessConfig
+from connectors.access import Access
+
+
+@pytest.mark.parametrize(
+    ("lists", "admitted"),
+    [
+        ({}, True),
+        ({"deny_users": ["ann"]}, False),
+        ({"deny_users": ["bob"]}, True),
+        ({"allow_users": ["bob"]}, False),
+        ({"allow_users": ["bob", "ann"]}, True),
+        ({"allow_users": ["bob"], "allow_roles": ["friends"]}, True),
+        ({"allow_roles": ["staff"]}, False),
+        ({"deny_roles": ["friends"], "allow_users": ["ann"]}, False),
+        ({"allow_channels": ["lobby"]}, True),
+        ({"allow_channels": ["attic"]}, False),
+        ({"deny_channels": ["lobby"], "allow_channels": ["lobby"]}, False),
+    ],
+)
+def test_a_denial_beats_an_allowance_and_an_empty_list_allows_all(lists, admitted):
+    assert Access(AccessConfig(**lists)).admits("ann", "lobby", ["friends"]) == admitted
+
+
+def test_each_user_has_a_limit_of_their_own_on_each_platform():
+    access = Access(AccessConfig(messages_per_minute=3))
+    assert [access.in_time("discord", "ann") for _ in range(5)] == [True, True, True, False, False]
+    assert access.in_time("discord", "bob")
+    assert access.in_time("slack", "ann")
