@@ -92,10 +92,11 @@ class ConversationStore:
         found = self._turns(turns.c.conversation_id == conversation_id, newest=1)
         return found[0] if found else None
 
-    def message_of_event(self, event_id: str | None) -> Message:
+    def message_of_event(self, event_id: str | None) -> Message | None:
         """The message that a platform's event brought."""
         with self.database.read() as connection:
-            return _message(connection.execute(sa.select(*_MESSAGE).where(messages.c.event_id == event_id)).one())
+            row = connection.execute(sa.select(*_MESSAGE).where(messages.c.event_id == event_id)).one_or_none()
+        return None if row is None else _message(row)
 
     def message(self, message_id: str) -> Message:
         """One message by its id."""

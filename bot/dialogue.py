@@ -73,6 +73,7 @@ class DialogueManager:
         fresh, context = await asyncio.gather(call(self.store.add_message, message), self._context(message, shown))
         if not fresh:
             first = await call(self.store.message_of_event, message.event_id)
+            assert first is not None
             answered = await call(self.store.turn_answering, first.id)
             if answered is not None:
                 return answered

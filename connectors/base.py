@@ -65,6 +65,7 @@ class Lanes:
         self._workers: dict[str, asyncio.Task[None]] = {}
         self._waiting = 0
         self._open = True
+        self._freed = asyncio.Event()
 
     def put(self, key: str, work: Work) -> bool:
         """Queue a piece of work in the lane `key`; False where the lane, or everything, is full or closed."""
@@ -78,9 +79,19 @@ class Lanes:
             self._workers[key] = asyncio.create_task(self._serve(key, queue))
         return True
 
+    async def put_patiently(self, key: str, work: Work) -> bool:
+        """Queue a piece of work as soon as it fits; False where the lanes are closed."""
+        while self._open:
+            if self.put(key, work):
+                return True
+            self._freed.clear()
+            await self._freed.wait()
+        return False
+
     async def close(self, seconds: float) -> None:
         """Refuse new work, give what is under way `seconds` to end, and cancel the rest."""
         self._open = False
+        self._freed.set()
         workers = list(self._workers.values())
         if workers:
             _, late = await asyncio.wait(workers, timeout=seconds)
@@ -98,6 +109,8 @@ class Lanes:
                         await work()
                     except Exception:  # one event that fails must not end its conversation
                         log.exception("an event in %s failed", key)
+                    finally:
+                        self._freed.set()
         finally:  # no await since the queue was found empty: nothing can have been put in between
             self._waiting -= queue.qsize()
             del self._queues[key], self._workers[key]

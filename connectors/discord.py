@@ -103,21 +103,26 @@ class Discord:
 
     def heard(self, message: discord.Message, me: discord.ClientUser) -> None:
         """Queue a message that is for us. Called in the order of events; never waits."""
-        if message.author.bot or not message.content:
-            return
-        direct = message.guild is None
-        mentioned = any(user.id == me.id for user in message.mentions)
-        followed = self.config.message_content and isinstance(message.channel, discord.Thread)
-        if not (direct or mentioned or followed):
-            return
-        text = re.sub(rf"<@!?{me.id}>\s*", "", message.content).strip()
+        text = self._for_us(message, me)
         user, channel = str(message.author.id), str(message.channel.id)
-        if not text or not self.access.admits(user, channel, _roles(message.author)):
+        if not text:
             return
         if not self.access.in_time("discord", user):
             self._soon(message.reply(TOO_FAST, mention_author=False))
         elif not self.lanes.put(channel, lambda: self._answer(message, text)):
             self._soon(message.reply(BUSY, mention_author=False))
+
+    async def missed(self, message: discord.Message, me: discord.ClientUser) -> None:
+        """Have a message answered that may have been missed; one that has its answer is left alone."""
+        text = self._for_us(message, me)
+        store = self.dialogue.store
+        call = store.database.call
+        if not text:
+            return
+        first = await call(store.message_of_event, _event(message))
+        turn = None if first is None else await call(store.turn_answering, first.id)
+        if turn is None or not await store.database.call(self.deliveries.messages_of, "discord", turn.id):
+            await self.lanes.put_patiently(str(message.channel.id), lambda: self._answer(message, text))
 
     async def opinion(self, event: discord.RawReactionActionEvent, added: bool) -> None:
         """A reaction that came or went becomes feedback; neutral emoji and messages that are not ours do not."""
@@ -167,9 +172,20 @@ class Discord:
         """Why somebody did not like an answer."""
         await self.answers.record(Feedback(turn_id, user, FeedbackKind.COMMENT, signal="reason", text=text, event_id=event))
 
+    def _for_us(self, message: discord.Message, me: discord.ClientUser) -> str:
+        """What a message says to us; "" where it is not for us, or its author may not talk to us here."""
+        direct = message.guild is None
+        mentioned = any(user.id == me.id for user in message.mentions)
+        followed = self.config.message_content and isinstance(message.channel, discord.Thread)
+        user, channel = str(message.author.id), str(message.channel.id)
+        if message.author.bot or not (direct or mentioned or followed):
+            return ""
+        admitted = self.access.admits(user, channel, _roles(message.author))
+        return re.sub(rf"<@!?{me.id}>\s*", "", message.content).strip() if admitted else ""
+
     async def _answer(self, message: discord.Message, text: str) -> None:
         place = await self.dialogue.open(await self._place(message))
-        heard = Message(place.id, str(message.author.id), text, event_id=f"discord:{message.id}")
+        heard = Message(place.id, str(message.author.id), text, event_id=_event(message))
         await self._post(message, lambda options: self.dialogue.respond(heard, options))
 
     async def _again(self, turn_id: str, user: str, interaction: discord.Interaction) -> None:
@@ -346,6 +362,10 @@ class _Client(discord.Client):
 
     async def on_raw_reaction_clear_emoji(self, event: discord.RawReactionClearEmojiEvent) -> None:
         await self.connector.cleared(event.message_id, event.emoji.name)
+
+
+def _event(message: discord.Message) -> str:
+    return f"discord:{message.id}"
 
 
 def _roles(user: object) -> list[str]:

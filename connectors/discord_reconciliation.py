@@ -41,7 +41,7 @@ async def reconcile(connector: "Discord", client: discord.Client) -> None:
         try:
             async for message in channel.history(after=since, limit=MOST_MESSAGES, oldest_first=True):
                 if client.user is not None:
-                    connector.heard(message, client.user)
+                    await connector.missed(message, client.user)
         except discord.HTTPException as error:
             log.info("channel %s cannot be read: %s", channel.id, error)
 

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 from aiolimiter import AsyncLimiter
+from conftest import until
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -191,6 +192,28 @@ async def test_a_full_lane_refuses_and_an_event_that_fails_does_not_end_it():
     blocked.set()
     await lanes.close(1)
     assert not lanes.put("a", fails)  # closed
+
+
+async def test_who_can_wait_gets_a_place_in_a_full_lane_and_none_in_a_closed_one():
+    lanes = Lanes(depth=1)
+    done: list[int] = []
+
+    def work(number: int):
+        async def job() -> None:
+            await asyncio.sleep(0.01)
+            done.append(number)
+
+        return job
+
+    assert await asyncio.gather(*(lanes.put_patiently("a", work(number)) for number in range(6))) == [True] * 6
+    await until(lambda: sorted(done) == list(range(6)))
+    assert lanes.put("a", asyncio.Event().wait)
+    waiting = asyncio.create_task(lanes.put_patiently("a", work(6)))
+    await asyncio.sleep(0.01)
+    waiting_too = asyncio.create_task(lanes.put_patiently("a", work(7)))
+    await asyncio.sleep(0.01)
+    await lanes.close(0.01)
+    assert await asyncio.gather(waiting, waiting_too) == [True, False]
 
 
 async def test_what_does_not_end_in_time_is_cancelled():

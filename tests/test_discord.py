@@ -264,6 +264,26 @@ async def test_what_happened_while_nobody_listened_is_read_from_the_api(live, pl
     await running
 
 
+async def test_a_restart_in_a_busy_channel_says_nothing_new(live, platform):
+    config = DiscordConfig(edits=50, edit_seconds=1, waiting=2)
+    bot, running = await connected(live, platform, config)
+    channel = platform.channel()
+    for count in range(1, 7):  # more than may wait
+        await platform.say(channel, ANN, "hello")
+        await answered(platform, channel, count)
+    await bot.stop()
+    await running
+    for _ in range(5):
+        await platform.say(channel, BOB, "hello")
+    bot, running = await connected(live, platform, config)
+    await answered(platform, channel, 11)
+    await asyncio.sleep(1)
+    assert len(platform.answers(channel)) == 11
+    assert all(one["content"] not in (BUSY, TOO_FAST) for one in platform.answers(channel))
+    await bot.stop()
+    await running
+
+
 async def test_an_answer_that_was_given_but_never_shown_is_shown_after_a_restart(live, platform, monkeypatch):
     bot, running = await connected(live, platform)
     channel = platform.channel()
