@@ -52,6 +52,12 @@ class Shared:
     desk: Desk
 
 
+async def pause(stopping: asyncio.Event, seconds: float) -> None:
+    """Wait `seconds`, or until `stopping` is set."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(stopping.wait(), seconds)
+
+
 class Lanes:
     """One queue and one worker for each conversation, so that what arrived first is done first.
 

@@ -8,7 +8,6 @@ Run: ``kibitz serve`` with `[discord] token_env` set.
 """
 
 import asyncio
-import contextlib
 import hashlib
 import logging
 import os
@@ -25,7 +24,7 @@ from bot.feedback import standing
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn, new_id, now
 from connectors.access import TOO_FAST
 from connectors.answers import BUSY, SORRY, Answers
-from connectors.base import Lanes, Shared
+from connectors.base import Lanes, Shared, pause
 from connectors.discord_reconciliation import reconcile
 from connectors.splitting import split
 from connectors.streaming import Budgets
@@ -90,8 +89,7 @@ class Discord:
             finally:
                 if not self._client.is_closed():
                     await self._client.close()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), wait)
+            await pause(self._stopping, wait)
             wait = min(60, 2 * wait)
 
     async def stop(self) -> None:

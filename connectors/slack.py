@@ -27,7 +27,7 @@ from bot.errors import ConfigError, ConnectorError, KibitzError
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn, new_id
 from connectors.access import TOO_FAST
 from connectors.answers import BUSY, SORRY, Answers
-from connectors.base import Lanes, Shared
+from connectors.base import Lanes, Shared, pause
 from connectors.splitting import split
 from connectors.streaming import Budgets
 
@@ -101,7 +101,7 @@ class Slack:
                 log.warning("Slack cannot be reached (%s); again in %.0f s", reason, wait)
             except Exception as error:  # whatever a broken network raises
                 log.warning("Slack cannot be reached (%r); again in %.0f s", error, wait)
-            await self._pause(wait)
+            await pause(self._stopping, wait)
             wait = min(60.0, 2 * wait)
 
     async def stop(self) -> None:
@@ -116,14 +116,11 @@ class Slack:
         """Make the socket anew when it is silent: a dead one tells nobody."""
         client = self._handler.client
         while not self._stopping.is_set():
-            await self._pause(DEAD / 4)
+            await pause(self._stopping, DEAD / 4)
             last = client.last_ping_pong_time
             if last is not None and datetime.now(UTC).timestamp() - last > DEAD and not self._stopping.is_set():
                 log.warning("the socket to Slack is silent; connecting anew")
                 await client.connect_to_new_endpoint(force=True)
-
-    async def _pause(self, seconds: float) -> None:
-        await asyncio.wait([asyncio.ensure_future(self._stopping.wait())], timeout=seconds)
 
     def _listen(self) -> None:
         app = self._app
@@ -263,15 +260,8 @@ class _Shown:
             buttons = self._opinions() if number == len(parts) - 1 else []
             if number or not self._ts:
                 await self._post(part, buttons, number)
-            elif self._streaming and part.startswith(self._sent):
-                rest = part[len(self._sent) :] or None
-                await self.connector.web.chat_stopStream(
-                    channel=self.channel, ts=self._ts, markdown_text=rest, blocks=buttons
-                )
             else:
-                if self._streaming:
-                    await self.connector.web.chat_stopStream(channel=self.channel, ts=self._ts)
-                await self._edit(part, buttons)
+                await self._finish(part, buttons)
 
     async def sorry(self) -> None:
         """Say that there will be no answer."""
@@ -313,6 +303,24 @@ class _Shown:
                 raise
             self._halted = True
             self.connector.answers.stop(self.turn_id)
+
+    async def _finish(self, text: str, buttons: list[dict[str, Any]]) -> None:
+        """End the stream with the rest of the text; where that cannot be, edit what is there."""
+        if self._streaming:
+            follows = text.startswith(self._sent)
+            try:
+                await self.connector.web.chat_stopStream(
+                    channel=self.channel,
+                    ts=self._ts,
+                    markdown_text=(text[len(self._sent) :] or None) if follows else None,
+                    blocks=buttons,
+                )
+            except SlackApiError as error:
+                log.info("a stream could not be ended (%s); its message is edited", error.response.get("error"))
+            else:
+                if follows:
+                    return
+        await self._edit(text, buttons)
 
     async def _post(self, text: str, buttons: list[dict[str, Any]], part: int) -> None:
         blocks = [{"type": "markdown", "text": text}, *buttons]
