@@ -4,7 +4,6 @@ A reaction names a message; what it is about is the turn. The ledger is durable,
 its turn. It knows no platform's client.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -21,7 +20,6 @@ class Delivery:
     channel: str
     message_id: str
     turn_id: str
-    part: int
 
 
 class Deliveries:
@@ -30,15 +28,11 @@ class Deliveries:
     def __init__(self, database: Database):
         self.database = database
 
-    def add(self, platform: str, channel: str, message_ids: Sequence[str], turn_id: str, first_part: int = 0) -> None:
-        """Record that these messages show consecutive parts of a turn, which may still be growing."""
-        rows = [
-            {"platform": platform, "message_id": one, "channel": channel, "turn_id": turn_id, "part": part, "at": now()}
-            for part, one in enumerate(message_ids, start=first_part)
-        ]
-        if rows:
-            with self.database.begin() as connection:
-                connection.execute(deliveries.insert(), rows)
+    def add(self, platform: str, channel: str, message_id: str, turn_id: str, part: int) -> None:
+        """Record that a message shows a part of a turn, which may still be growing."""
+        row = {"platform": platform, "message_id": message_id, "channel": channel, "turn_id": turn_id, "part": part}
+        with self.database.begin() as connection:
+            connection.execute(deliveries.insert(), row | {"at": now()})
 
     def turn_of(self, platform: str, message_id: str) -> str | None:
         """The turn that a message shows a part of; None where the message is not ours."""
@@ -61,12 +55,8 @@ class Deliveries:
         with self.database.read() as connection:
             return [Delivery(**row._mapping) for row in connection.execute(query)]
 
-    def messages_of(self, platform: str, turn_id: str) -> list[str]:
-        """The messages that show a turn, in order."""
-        query = (
-            sa.select(deliveries.c.message_id)
-            .where(deliveries.c.platform == platform, deliveries.c.turn_id == turn_id)
-            .order_by(deliveries.c.part)
-        )
+    def is_shown(self, platform: str, turn_id: str) -> bool:
+        """Whether any message shows a turn."""
+        of_turn = (deliveries.c.platform == platform) & (deliveries.c.turn_id == turn_id)
         with self.database.read() as connection:
-            return list(connection.execute(query).scalars())
+            return connection.execute(sa.select(deliveries.c.message_id).where(of_turn).limit(1)).first() is not None

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from aiolimiter import AsyncLimiter
 
+from bot.deliveries import Deliveries
 from bot.dialogue import DialogueManager, ReplyOptions
 from bot.errors import KibitzError, ServingError
 from bot.types import Feedback, Turn
@@ -35,17 +36,33 @@ class Shown(Protocol):
     async def sorry(self) -> None:
         """Say that there will be no answer."""
 
-    async def before(self) -> bool:
-        """Whether the turn `turn_id` was shown before."""
-
 
 class Answers:
-    """The answers that are growing now."""
+    """The answers of one platform: those that are growing now, and where each is shown."""
 
-    def __init__(self, dialogue: DialogueManager):
+    def __init__(self, dialogue: DialogueManager, deliveries: Deliveries, platform: str):
         self.dialogue = dialogue
+        self.deliveries = deliveries
+        self.platform = platform
+        self._call = dialogue.store.database.call
         self._stops: dict[str, asyncio.Event] = {}
         self._stored: dict[str, asyncio.Event] = {}
+
+    async def turn_of(self, message_id: str) -> str | None:
+        """The turn that a message shows; None where the message is not ours."""
+        return await self._call(self.deliveries.turn_of, self.platform, message_id)
+
+    async def last_turn(self, channel: str) -> str | None:
+        """The newest turn that was shown in a channel."""
+        return await self._call(self.deliveries.last_turn, self.platform, channel)
+
+    async def is_shown(self, turn_id: str) -> bool:
+        """Whether any message shows a turn."""
+        return await self._call(self.deliveries.is_shown, self.platform, turn_id)
+
+    async def deliver(self, channel: str, message_id: str, turn_id: str, part: int) -> None:
+        """Record that a message shows a part of a turn."""
+        await self._call(self.deliveries.add, self.platform, channel, message_id, turn_id, part)
 
     def stop(self, turn_id: str) -> None:
         """End an answer where it is, if it still grows."""
@@ -59,20 +76,19 @@ class Answers:
         stop = self._stops[turn_id] = asyncio.Event()
         stored = self._stored[turn_id] = asyncio.Event()
         try:
-            turn = await ask(ReplyOptions(growing.add, stop, turn_id))
-            stored.set()
-            await growing.abandon()
+            try:
+                turn = await ask(ReplyOptions(growing.add, stop, turn_id))
+            finally:
+                stored.set()
+                await growing.abandon()
             shown.turn_id = turn.id
-            if turn.id == turn_id or not await shown.before():
+            if turn.id == turn_id or not await self.is_shown(turn.id):
                 await shown.whole(turn.text)
         except ServingError as error:
             log.warning("no answer: %s", error)
-            await growing.abandon()
             await shown.sorry()
         finally:
-            stored.set()
             del self._stops[turn_id], self._stored[turn_id]
-            await growing.abandon()
 
     async def record(self, given: Feedback) -> None:
         """Commit an opinion; one on an answer that still grows waits for its turn."""

@@ -54,14 +54,13 @@ class Discord:
 
     def __init__(self, shared: Shared, config: DiscordConfig, bot_token: str):
         self.dialogue = shared.dialogue
-        self.deliveries = shared.deliveries
         self.reactions = shared.reactions
         self.access = shared.access
         self.desk = shared.desk
         self.config = config
         self.lanes = Lanes(config.waiting)
         self.budgets = Budgets(config.edits, config.edit_seconds)
-        self.answers = Answers(shared.dialogue)
+        self.answers = Answers(shared.dialogue, shared.deliveries, self.name)
         self._token = bot_token
         self._client: discord.Client | None = None
         self._stopping = asyncio.Event()
@@ -119,7 +118,7 @@ class Discord:
             return
         first = await call(store.message_of_event, _event(message))
         turn = None if first is None else await call(store.turn_answering, first.id)
-        if turn is None or not await store.database.call(self.deliveries.messages_of, "discord", turn.id):
+        if turn is None or not await self.answers.is_shown(turn.id):
             await self.lanes.put_patiently(str(message.channel.id), lambda: self._answer(message, text))
 
     async def opinion(self, event: discord.RawReactionActionEvent, added: bool) -> None:
@@ -129,13 +128,13 @@ class Discord:
         bot = event.member is not None and event.member.bot
         if kind is None or bot or not self.access.admits(str(event.user_id), str(event.channel_id), _roles(event.member)):
             return
-        turn_id = await self._turn_of(str(event.message_id))
+        turn_id = await self.answers.turn_of(str(event.message_id))
         if turn_id is not None:
             await self.answers.record(Feedback(turn_id, str(event.user_id), kind, signal=symbol, retracts=not added, at=at))
 
     async def cleared(self, message_id: int, symbol: str | None) -> None:
         """All reactions on a message are gone, or all with one emoji: every one of them is taken back."""
-        turn_id = await self._turn_of(str(message_id))
+        turn_id = await self.answers.turn_of(str(message_id))
         if turn_id is None:
             return
         for given in (await self.dialogue.explain(turn_id)).feedback:
@@ -202,14 +201,11 @@ class Discord:
         if message.guild is None or isinstance(message.channel, discord.Thread):
             return Conversation("discord", str(message.channel.id), space)
         if message.reference is not None and message.reference.message_id is not None:
-            turn_id = await self._turn_of(str(message.reference.message_id))
+            turn_id = await self.answers.turn_of(str(message.reference.message_id))
             if turn_id is not None:
                 turn = (await self.dialogue.explain(turn_id)).turn
                 return await self.dialogue.store.database.call(self.dialogue.store.conversation, turn.conversation_id)
         return Conversation("discord", str(message.channel.id), space, thread=str(message.id))
-
-    async def _turn_of(self, message_id: str) -> str | None:
-        return await self.dialogue.store.database.call(self.deliveries.turn_of, "discord", message_id)
 
     def _soon(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
@@ -238,11 +234,6 @@ class _Shown:
         """Say that there will be no answer."""
         await self.to.reply(SORRY, mention_author=False)
 
-    async def before(self) -> bool:
-        """Whether the turn was shown before."""
-        call = self.connector.dialogue.store.database.call
-        return bool(await call(self.connector.deliveries.messages_of, "discord", self.turn_id))
-
     async def _show(self, number: int, text: str, buttons: list[str]) -> None:
         view = discord.ui.View(timeout=None)
         for act in buttons:
@@ -257,9 +248,7 @@ class _Shown:
         else:
             sent = await self.to.channel.send(text, view=view, nonce=nonce)
         self.messages.append(sent)
-        ledger = self.connector.deliveries
-        call = self.connector.dialogue.store.database.call
-        await call(ledger.add, "discord", str(sent.channel.id), [str(sent.id)], self.turn_id, number)
+        await self.connector.answers.deliver(str(sent.channel.id), str(sent.id), self.turn_id, number)
 
 
 class Button(
@@ -325,8 +314,7 @@ class _Client(discord.Client):
         await _tell(interaction, await self.connector.desk.status())
 
     async def _why(self, interaction: discord.Interaction[Any]) -> None:
-        call = self.connector.dialogue.store.database.call
-        turn_id = await call(self.connector.deliveries.last_turn, "discord", str(interaction.channel_id))
+        turn_id = await self.connector.answers.last_turn(str(interaction.channel_id))
         await _tell(
             interaction, "There is no answer here yet." if turn_id is None else await self.connector.desk.why(turn_id)
         )

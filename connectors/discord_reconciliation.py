@@ -30,7 +30,7 @@ async def reconcile(connector: "Discord", client: discord.Client) -> None:
     """Bring messages and reactions of the last `discord.reconcile_hours` up to date; what cannot be read is logged."""
     since = now() - timedelta(hours=connector.config.reconcile_hours)
     call = connector.dialogue.store.database.call
-    shown = await call(connector.deliveries.since, "discord", since, MOST_ANSWERS)
+    shown = await call(connector.answers.deliveries.since, "discord", since, MOST_ANSWERS)
     for answer in shown:
         try:
             await _reactions(connector, client, answer.channel, answer.message_id, answer.turn_id)

@@ -67,7 +67,6 @@ class Slack:
 
     def __init__(self, shared: Shared, config: SlackConfig, secrets: tuple[str, str], api: str = API):
         self.dialogue = shared.dialogue
-        self.deliveries = shared.deliveries
         self.reactions = shared.reactions
         self.access = shared.access
         self.desk = shared.desk
@@ -75,7 +74,7 @@ class Slack:
         self.lanes = Lanes(config.waiting)
         self.budgets = Budgets(config.edits, 60)
         self.streams = AsyncLimiter(config.streams, 60)
-        self.answers = Answers(shared.dialogue)
+        self.answers = Answers(shared.dialogue, shared.deliveries, self.name)
         self.web = AsyncWebClient(token=secrets[0], base_url=api)
         self.web.retry_handlers.append(AsyncRateLimitErrorRetryHandler(max_retry_count=5))
         self._app = AsyncApp(client=self.web, process_before_response=True)  # acked when the handler has committed
@@ -129,9 +128,7 @@ class Slack:
         app.event("reaction_added")(self._reacted)
         app.event("reaction_removed")(self._reacted)
         app.event(re.compile(".*"))(_ignored)  # what has no listener is not acked, and comes again
-        app.action("opinion")(self._judged)
-        app.action("again")(self._again)
-        app.action("stop")(self._stop)
+        app.action(re.compile("opinion|again|stop"))(self._pressed)
         app.command("/kibitz-status")(self._status)
         app.command("/kibitz-why")(self._why)
         app.command("/kibitz-rollback")(self._rollback)
@@ -168,47 +165,48 @@ class Slack:
         item = event["item"]
         if kind is None or item.get("type") != "message" or not self.access.admits(event["user"], item["channel"]):
             return
-        turn_id = await self._turn_of(item["channel"], item["ts"])
+        turn_id = await self.answers.turn_of(f"{item['channel']}:{item['ts']}")
         if turn_id is not None:
             at = datetime.fromtimestamp(float(event["event_ts"]), UTC)
             removed, name = event["type"] == "reaction_removed", event["reaction"]
             given = Feedback(turn_id, event["user"], kind, name, removed, event_id=f"slack:{body['event_id']}", at=at)
             await self.answers.record(given)
 
-    async def _judged(self, ack: Any, body: dict[str, Any], action: dict[str, Any]) -> None:
+    async def _pressed(self, ack: Any, body: dict[str, Any], action: dict[str, Any]) -> None:
+        """A button under an answer. What it says is committed before Slack is told."""
+        user, place = body["user"]["id"], body["container"]
+        if self.access.admits(user, place["channel_id"]):
+            if action["action_id"] == "opinion":
+                await self._judged(user, action)
+            elif action["action_id"] == "again":
+                await self._again(user, place, body["team"]["id"], action["value"])
+            else:
+                self.answers.stop(action["value"])
+        await ack()
+
+    async def _judged(self, user: str, action: dict[str, Any]) -> None:
         """A click on 👍 or 👎. Slack does not say when one is taken back: the last click counts."""
         act, _, turn_id = action["value"].partition(":")
         kind = FeedbackKind.APPROVAL if act == "up" else FeedbackKind.DISAPPROVAL
-        user = body["user"]["id"]
-        if not self.access.admits(user, body["container"]["channel_id"]):
-            await ack()
-            return
         event = f"slack:{turn_id}:{user}:{action['action_ts']}"
         await self.answers.record(Feedback(turn_id, user, kind, signal="button", event_id=event))
-        await ack()
 
-    async def _again(self, ack: Any, body: dict[str, Any], action: dict[str, Any]) -> None:
-        turn_id, user = action["value"], body["user"]["id"]
-        place = body["container"]
+    async def _again(self, user: str, place: dict[str, Any], team: str, turn_id: str) -> None:
         thread = place.get("thread_ts", "")
-        shown = _Shown(self, place["channel_id"], thread, user, body["team"]["id"])
+        shown = _Shown(self, place["channel_id"], thread, user, team)
         lane = (await self.dialogue.explain(turn_id)).turn.conversation_id
-        await ack()
-        if not self.lanes.put(
-            lane, lambda: self._give(shown, lambda options: self.dialogue.regenerate(turn_id, user, options))
-        ):
-            await self._say(place["channel_id"], thread, BUSY)
 
-    async def _stop(self, ack: Any, action: dict[str, Any]) -> None:
-        self.answers.stop(action["value"])
-        await ack()
+        async def regenerate(options: ReplyOptions) -> Turn:
+            return await self.dialogue.regenerate(turn_id, user, options)
+
+        if not self.lanes.put(lane, lambda: self._give(shown, regenerate)):
+            await self._say(place["channel_id"], thread, BUSY)
 
     async def _status(self, ack: Any) -> None:
         await ack(text=await self.desk.status())
 
     async def _why(self, ack: Any, command: dict[str, Any]) -> None:
-        call = self.dialogue.store.database.call
-        turn_id = await call(self.deliveries.last_turn, "slack", command["channel_id"])
+        turn_id = await self.answers.last_turn(command["channel_id"])
         await ack(text="There is no answer here yet." if turn_id is None else await self.desk.why(turn_id))
 
     async def _rollback(self, ack: Any, command: dict[str, Any]) -> None:
@@ -225,9 +223,6 @@ class Slack:
 
     async def _say(self, channel: str, thread: str, text: str) -> None:
         await self.web.chat_postMessage(channel=channel, text=text, thread_ts=thread or None)
-
-    async def _turn_of(self, channel: str, ts: str) -> str | None:
-        return await self.dialogue.store.database.call(self.deliveries.turn_of, "slack", f"{channel}:{ts}")
 
 
 class _Shown:
@@ -266,11 +261,6 @@ class _Shown:
     async def sorry(self) -> None:
         """Say that there will be no answer."""
         await self.connector._say(self.channel, self.thread, SORRY)
-
-    async def before(self) -> bool:
-        """Whether the turn was shown before."""
-        call = self.connector.dialogue.store.database.call
-        return bool(await call(self.connector.deliveries.messages_of, "slack", self.turn_id))
 
     async def _begin(self, text: str) -> None:
         if self.thread and self.connector.streams.has_capacity():
@@ -336,9 +326,7 @@ class _Shown:
     async def _deliver(self, ts: str, part: int) -> None:
         if part == 0:
             self._ts = ts
-        ledger = self.connector.deliveries
-        call = self.connector.dialogue.store.database.call
-        await call(ledger.add, "slack", self.channel, [f"{self.channel}:{ts}"], self.turn_id, part)
+        await self.connector.answers.deliver(self.channel, f"{self.channel}:{ts}", self.turn_id, part)
 
     def _opinions(self) -> list[dict[str, Any]]:
         """The native feedback buttons, and one to answer again (Slack has no icon for that: `trash` is the only one)."""

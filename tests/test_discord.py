@@ -57,7 +57,7 @@ async def answered(platform: FakeDiscord, channel: int, count: int = 1) -> dict:
 
 
 async def turn_of(live, bot: Discord, answer: dict):
-    turn_id = await live.database.call(bot.deliveries.turn_of, "discord", answer["id"])
+    turn_id = await bot.answers.turn_of(answer["id"])
     return await live.dialogue.explain(turn_id)
 
 

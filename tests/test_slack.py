@@ -8,7 +8,7 @@ import pytest_asyncio
 from conftest import shared, until
 from fake_slack import APP_TOKEN, BOT, BOT_TOKEN, FakeSlack
 
-from bot.config import SlackConfig
+from bot.config import AccessConfig, SlackConfig
 from bot.errors import ConfigError, ConnectorError
 from bot.types import FeedbackKind
 from connectors.answers import BUSY
@@ -26,10 +26,12 @@ async def platform() -> AsyncIterator[FakeSlack]:
     await fake.stop()
 
 
-async def connected(live, platform: FakeSlack, **settings: object) -> tuple[Slack, asyncio.Task[None]]:
+async def connected(
+    live, platform: FakeSlack, access: AccessConfig | None = None, **settings: object
+) -> tuple[Slack, asyncio.Task[None]]:
     platform.connected.clear()
     config = SlackConfig(**{"edits": 1000, "streams": 1000, "operators": [ANN], **settings})
-    bot = Slack(shared(live), config, (BOT_TOKEN, APP_TOKEN), platform.api)
+    bot = Slack(shared(live, access), config, (BOT_TOKEN, APP_TOKEN), platform.api)
     running = asyncio.create_task(bot.run())
     await asyncio.wait_for(platform.connected.wait(), 20)
     return bot, running
@@ -62,7 +64,7 @@ async def answered(platform: FakeSlack, place: str, count: int = 1) -> dict:
 
 
 async def told(live, bot: Slack, answer: dict):
-    turn_id = await bot._turn_of(answer["channel"], answer["ts"])
+    turn_id = await bot.answers.turn_of(f"{answer['channel']}:{answer['ts']}")
     return await live.dialogue.explain(turn_id)
 
 
@@ -248,6 +250,23 @@ async def test_forty_conversations_at_once_lose_and_double_nothing(platform, bot
     for place in places:
         await answered(platform, place)
     assert [len(platform.answers(place)) for place in places] == [1] * 40
+
+
+async def test_who_is_denied_is_neither_answered_nor_counted_by_any_button(live, platform):
+    bot, running = await connected(live, platform, AccessConfig(deny_users=[BOB], messages_per_minute=100_000))
+    place = channel()
+    await platform.say(place, BOB, "hello")
+    await platform.say(place, ANN, "hello")
+    answer = await answered(platform, place)
+    await platform.react(BOB, answer, "-1")
+    for act in ("up", "down", "again"):
+        await platform.click(BOB, answer, act)
+    await asyncio.sleep(0.5)
+    assert (await told(live, bot, answer)).feedback == []
+    assert len(platform.answers(place)) == 1
+    await platform.click(ANN, answer, "again")  # the control: who is not denied may
+    await answered(platform, place, 2)
+    await closed(bot, running)
 
 
 async def test_slash_commands_tell_what_is_live_and_only_operators_take_it_back(live, platform, bot):
