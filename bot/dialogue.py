@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 
 from bot.conversations import ConversationStore
 from bot.errors import DataError, ReplyInterrupted
-from bot.policy import OnText, Policy
+from bot.policy import STOPPED, OnText, Policy
 from bot.tracker import Context, StateTracker
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Reply, Turn, new_id, now
 
 LONGEST = 100_000  # characters of one message; what the policy sees of it is bounded by tokens, far below
-INTERRUPTED = "interrupted"  # a finish reason of ours: such a turn is never trained on
+INTERRUPTED = "interrupted"  # a finish reason of ours
+UNFINISHED = {INTERRUPTED, STOPPED}  # such a turn is never trained on: it would teach to stop in the middle
 
 
 @dataclass(frozen=True)

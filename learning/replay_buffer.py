@@ -12,7 +12,7 @@ from typing import Any
 
 from bot.config import Config
 from bot.conversations import ConversationStore
-from bot.dialogue import INTERRUPTED
+from bot.dialogue import UNFINISHED
 from bot.feedback import standing
 from bot.tokenizer import ChatTokenizer
 from bot.types import FeedbackKind, Message, Turn
@@ -103,7 +103,7 @@ class ReplayBuffer:
             return "no standing opinion"
         if earned.value == 0:
             return "opinions cancel out"
-        if turn.finish_reason == INTERRUPTED:
+        if turn.finish_reason in UNFINISHED:
             return "the answer broke off"
         if not turn.text.strip():
             return "the answer is empty"

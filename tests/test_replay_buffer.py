@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 
+import pytest
 from conftest import answered, react
 
 from bot.config import load
 from bot.dialogue import INTERRUPTED
+from bot.policy import STOPPED
 from bot.types import Feedback, FeedbackKind
 from learning.replay_buffer import ReplayBuffer
 
@@ -49,6 +51,17 @@ def test_an_answer_and_its_regeneration_are_on_the_same_side(store, tokenizer):
         react(store, again, approves=True)
     found = snapshot(store, tokenizer)
     assert {one.unit for one in found.training}.isdisjoint({one.unit for one in found.held_out})
+
+
+@pytest.mark.parametrize("reason", [INTERRUPTED, STOPPED])
+def test_half_an_answer_is_not_learned_from_and_a_whole_one_is(store, tokenizer, reason):
+    half = answered(store, tokenizer, "a", "Hey!", finish_reason=reason)
+    whole = answered(store, tokenizer, "b", "Hey!")
+    for turn in (half, whole):
+        react(store, turn, approves=True)
+    found = snapshot(store, tokenizer)
+    assert [one.turn_id for one in [*found.training, *found.held_out]] == [whole.id]
+    assert found.dropped == {"the answer broke off": 1}
 
 
 def test_every_turn_that_is_left_out_is_counted_under_a_reason(store, tokenizer):

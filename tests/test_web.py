@@ -13,9 +13,10 @@ import pytest_asyncio
 
 from bot.config import AccessConfig, WebConfig
 from bot.errors import ConfigError
-from bot.types import FeedbackKind
+from bot.types import Feedback, FeedbackKind
 from connectors.access import Access
 from connectors.web import Door, Web
+from learning.replay_buffer import ReplayBuffer
 from learning.rewards import reward
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -100,6 +101,12 @@ async def test_who_goes_away_has_stopped_the_answer_and_the_half_of_it_is_not_tr
     halves = [turn for turn in stopped if turn.finish_reason == "stopped"]
     assert halves
     assert all(turn.completion_ids[-1:] != (tokenizer.hf.eos_token_id,) for turn in halves)
+    for turn in stopped:
+        await live.dialogue.record_feedback(Feedback(turn.id, "local", FeedbackKind.APPROVAL))
+    learned = ReplayBuffer(live.store, tokenizer, live.config).snapshot()
+    used = {row.turn_id for row in [*learned.training, *learned.held_out]}
+    assert used.isdisjoint(turn.id for turn in halves)
+    assert {turn.id for turn in stopped} - used == {turn.id for turn in halves}  # the whole ones are learned from
 
 
 @pytest.mark.parametrize(
