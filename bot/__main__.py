@@ -25,12 +25,16 @@ from bot.deliveries import Deliveries
 from bot.dialogue import DialogueManager
 from bot.embeddings import Embedder
 from bot.errors import KibitzError
+from bot.forgetting import forget_person, remove_purged
 from bot.policy import Policy
 from bot.registry import BASE, PolicyRegistry
 from bot.tokenizer import ChatTokenizer
 from bot.tracker import StateTracker
+from bot.users import Users
 from bot.vllm_server import VllmServer
+from connectors.access import Access
 from connectors.base import Connector, Desk, Shared
+from connectors.reactions import Reactions
 from learning.commands import base_model
 from learning.deployment import Deployment
 from learning.loop import OnlineLearner
@@ -63,6 +67,7 @@ async def running(config: Config, model: str, tell: Announce) -> AsyncIterator[K
     with held(config.data, "serve"):
         database, store, registry = cli.opened(config)
         registry.ensure_base(model)
+        remove_purged(registry)
         embedder = None if config.dialogue.embedder == "none" else Embedder(config.dialogue.embedder)
         tracker = StateTracker(store, ChatTokenizer(model), embedder, config.dialogue, config.policy.context_tokens)
         key = os.environ.get(config.serving.api_key_env, "none") if config.serving.api_key_env else "none"
@@ -158,29 +163,29 @@ def serve(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None
 
 def _connectors(config: Config) -> list[Callable[[Kibitz], Connector]]:
     """What makes each connector that the config turns on. Tokens and addresses are looked at now, before anything starts."""
-    from connectors.access import Access
     from connectors.discord import Discord, token
-    from connectors.reactions import Reactions
-    from connectors.slack import Slack, tokens
+    from connectors.slack import Secrets, Slack
     from connectors.web import Door, Web
 
-    reactions, access = Reactions(config.reactions), Access(config.access)
-
-    def shared(kibitz: Kibitz) -> Shared:
-        return Shared(kibitz.dialogue, Deliveries(kibitz.database), reactions, access, desk(kibitz))
-
+    access = Access(config.access)
     made: list[Callable[[Kibitz], Connector]] = []
     if config.discord.token_env:
         bot_token = token(config.discord)
-        made.append(lambda kibitz: Discord(shared(kibitz), config.discord, bot_token))
-    if config.slack.bot_token_env or config.slack.app_token_env:
-        secrets = tokens(config.slack)
-        made.append(lambda kibitz: Slack(shared(kibitz), config.slack, secrets))
+        made.append(lambda kibitz: Discord(shared(kibitz, access), config.discord, bot_token))
+    if config.slack.bot_token_env or config.slack.app_token_env or config.slack.signing_secret_env:
+        secrets = Secrets.of(config.slack)
+        made.append(lambda kibitz: Slack(shared(kibitz, access), config.slack, secrets))
     if config.web.enabled:
         door = Door.open(config.web)
         announce(f"chat and API: {door.url}")
-        made.append(lambda kibitz: Web(kibitz.dialogue, access, door))
+        made.append(lambda kibitz: Web(shared(kibitz, access), door))
     return made
+
+
+def shared(kibitz: Kibitz, access: Access) -> Shared:
+    """What the chat platforms of one kibitz share."""
+    reactions, users = Reactions(kibitz.config.reactions), Users(kibitz.database, kibitz.config.privacy)
+    return Shared(kibitz.dialogue, Deliveries(kibitz.database), reactions, access, users, desk(kibitz))
 
 
 async def _kept(connector: Connector) -> None:
@@ -192,16 +197,36 @@ async def _kept(connector: Connector) -> None:
 
 
 def desk(kibitz: Kibitz) -> Desk:
-    """What people may ask about this kibitz."""
+    """What people may ask about this kibitz, and for themselves."""
+    call, users = kibitz.database.call, Users(kibitz.database, kibitz.config.privacy)
 
     async def status() -> str:
-        return await kibitz.database.call(cli.status_text, kibitz.store, kibitz.registry)
+        return await call(cli.status_text, kibitz.store, kibitz.registry)
 
     async def rollback() -> str:
-        before, after = await kibitz.database.call(kibitz.registry.rollback)
+        before, after = await call(kibitz.registry.rollback)
         return f"{before.name} is taken back; {after.name} answers again in a moment"
 
-    return Desk(lambda turn_id: _why(kibitz, turn_id), status, rollback)
+    async def pause_learning() -> str:
+        return cli.pause_text(await call(kibitz.registry.pause_learning))
+
+    async def privacy(platform: str, user: str, choice: str) -> str:
+        if choice != "status":
+            await call(users.decide, platform, user, choice == "on")
+        return privacy_text(await call(users.consents, platform, user))
+
+    async def forget(platform: str, user: str) -> str:
+        erased = await call(forget_person, kibitz.database, kibitz.registry, platform, user)
+        return f"{erased}. {privacy_text(False)} What stands in the channels of this platform is yours to delete."
+
+    return Desk(lambda turn_id: _why(kibitz, turn_id), status, rollback, pause_learning, privacy, forget)
+
+
+def privacy_text(consents: bool) -> str:
+    """What somebody's consent means."""
+    if consents:
+        return "kibitz may learn from what you write and how you react (/privacy off ends that, /forget-me erases all)."
+    return "kibitz learns nothing from you and reminds nobody of what you wrote (/privacy on changes that)."
 
 
 async def _why(kibitz: Kibitz, turn_id: str) -> str:
@@ -217,6 +242,7 @@ async def _why(kibitz: Kibitz, turn_id: str) -> str:
         f"log-probability {sum(turn.logprobs or ()):.2f}, sampled with {turn.sampling}",
         f"reward {earned.value:+.2f} from {len(earned.opinions)} people" if earned else "no reward yet",
     ]
+    lines += [f"reminded of: {message.text[:200]}" for message in told.remembered]
     return "\n".join([*lines, f"taught {', '.join(used)}" if used else "has taught nothing yet"])
 
 

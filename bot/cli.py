@@ -21,6 +21,7 @@ from bot.conversations import ConversationStore
 from bot.data_directory import is_held, prepare
 from bot.database import Database
 from bot.errors import KibitzError
+from bot.forgetting import forget_person
 from bot.registry import BASE, PolicyRegistry
 from bot.types import PolicyState
 
@@ -141,6 +142,31 @@ def rollback(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = N
     console.print(f"{taken_back.name} was taken back, {live.name} is live{running}")
 
 
+@app.command("pause-learning")
+def pause_learning(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
+    """Train no new versions; used again, go on. A running kibitz follows."""
+    _, _, registry = opened(configured(config, data_dir, seed))
+    console.print(pause_text(registry.pause_learning()))
+
+
+def pause_text(paused: bool) -> str:
+    """What pausing came to."""
+    return "learning is paused; the same command again ends that" if paused else "learning goes on"
+
+
+@app.command()
+def forget(
+    platform: Annotated[str, typer.Argument(help="discord, slack, web or terminal.")],
+    user: Annotated[str, typer.Argument(help="The platform's id of the person.")],
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+) -> None:
+    """Erase what a person wrote and reacted to, and every version that learned from it; also while kibitz runs."""
+    database, _, registry = opened(configured(config, data_dir, seed))
+    console.print(f"{forget_person(database, registry, platform, user)}; they teach no more until they consent")
+
+
 @app.command()
 def status(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
     """What is live, what was said, what was learned."""
@@ -160,6 +186,8 @@ def status_text(store: ConversationStore, registry: PolicyRegistry) -> str:
         f"versions: {max(len(versions), 1)}",
         ", ".join(f"{name}: {count}" for name, count in counts.items()),
     ]
+    if registry.learning_is_paused():
+        lines.append("learning: paused")
     runs = registry.runs()
     if runs:
         last = runs[-1]

@@ -78,6 +78,12 @@ class RewardsConfig(Section):
     bystander_weight: Annotated[float, Field(gt=0)] = 1.0
 
 
+class PrivacyConfig(Section):
+    """Who may be learned from."""
+
+    consent: Literal["assumed", "asked"] = "assumed"
+
+
 class LearningConfig(Section):
     """When to train, and on what."""
 
@@ -121,7 +127,10 @@ class AccessConfig(Section):
     deny_channels: list[str] = []
     allow_roles: list[str] = []
     deny_roles: list[str] = []
+    operators: list[str] = []
+    operator_roles: list[str] = []
     messages_per_minute: Positive = 20
+    opinions_per_minute: Positive = 60
 
 
 class WebConfig(Section):
@@ -137,7 +146,6 @@ class DiscordConfig(Section):
     """The Discord bot; off without a token."""
 
     token_env: str = ""
-    operators: list[str] = []
     message_content: bool = False
     edits: Positive = 4
     edit_seconds: Annotated[float, Field(gt=0)] = 5.0
@@ -146,14 +154,17 @@ class DiscordConfig(Section):
 
 
 class SlackConfig(Section):
-    """The Slack app, in Socket Mode; off without tokens."""
+    """The Slack app, in Socket Mode or by HTTP; off without tokens."""
 
     bot_token_env: str = ""
     app_token_env: str = ""
-    operators: list[str] = []
+    signing_secret_env: str = ""
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8081
     streams: Positive = 18
     edits: Positive = 40
     waiting: Positive = 8
+    reconcile_hours: Annotated[float, Field(ge=0)] = 24.0
 
 
 class DatabaseConfig(Section):
@@ -177,6 +188,7 @@ class Config(Section):
     gate: GateConfig = GateConfig()
     database: DatabaseConfig = DatabaseConfig()
     access: AccessConfig = AccessConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     web: WebConfig = WebConfig()
     discord: DiscordConfig = DiscordConfig()
     slack: SlackConfig = SlackConfig()

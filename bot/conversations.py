@@ -7,19 +7,19 @@ derived in `learning.rewards`, what the policy is shown is decided in `bot.track
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
-from bot.database import Database, UTCDateTime, conversations, feedback, messages, runs, turns
+from bot.database import Database, UTCDateTime, chunks, conversations, feedback, messages, runs, turns, users
+from bot.errors import DataError
 from bot.feedback import standing
-from bot.types import Conversation, Feedback, FeedbackKind, Message, Role, Turn
+from bot.types import ASSISTANT, FORGOTTEN, Conversation, Feedback, FeedbackKind, Message, Role, Turn
 
 Dialogue = tuple[Conversation, list[Message], list[Turn], list[Feedback]]
-
-CHUNK = 500  # ids in one IN (...): below every engine's limit on parameters
 
 
 class ConversationStore:
@@ -53,14 +53,29 @@ class ConversationStore:
         """Commit a message; False where its event was claimed before."""
         return self._insert(messages, _columns(messages, message))
 
-    def add_turn(self, turn: Turn) -> None:
-        """Commit an answer and the message that it was sent as, in one transaction."""
+    def edit_message(self, message_id: str, text: str, at: datetime) -> None:
+        """Put what its author changed a message to in its place; the last edit holds, whatever order they come in."""
+        late = sa.or_(messages.c.edited_at.is_(None), messages.c.edited_at < at)
+        change = messages.update().where(messages.c.id == message_id, messages.c.author_id != FORGOTTEN, late)
         with self.database.begin() as connection:
+            connection.execute(change.values(text=text, edited_at=at, embedding=None, embedding_model=None))
+
+    def add_turn(self, turn: Turn) -> None:
+        """Commit an answer and the message that it was sent as, in one transaction.
+
+        Raises DataError where anything that the answer was made from has been forgotten meanwhile: then nothing is stored.
+        """
+        with self.database.begin() as connection:
+            if connection.execute(_FORGOTTEN_OF, {"sources": [turn.message_id, *turn.shown]}).first() is not None:
+                raise DataError("what this answers was forgotten meanwhile; the answer is not kept")
             _insert_turn(connection, turn)
 
     def add_feedback(self, given: Feedback) -> bool:
-        """Append one act of feedback; False where its event was claimed before."""
-        return self._insert(feedback, _columns(feedback, given))
+        """Append one act of feedback; False where its event was claimed before. Raises DataError where there is no turn."""
+        try:
+            return self._insert(feedback, _columns(feedback, given))
+        except IntegrityError as error:
+            raise DataError(f"there is no turn '{given.turn_id}'") from error
 
     def add_dialogues(self, dialogues: Iterable[Dialogue]) -> None:
         """Commit imported conversations, all or none; what is there already is left as it is."""
@@ -112,7 +127,11 @@ class ConversationStore:
         return self._corrected([_message(row) for row in reversed(rows)])
 
     def older(self, conversation_id: str, before: Message) -> list[tuple[Message, np.ndarray | None, str | None]]:
-        """All messages before one, oldest first, with the embedding (1-D float32) and its model where there is one."""
+        """All messages before one that may be remembered, oldest first: not what people said who
+        withheld their consent, nor the answers to it.
+
+        With the embedding (1-D float32) and its model where there is one.
+        """
         with self.database.read() as connection:
             values = {"place": conversation_id, "at": before.at, "before": before.id}
             rows = connection.execute(_OLDER, values).all()
@@ -140,7 +159,7 @@ class ConversationStore:
         """Every act of feedback on these turns, by turn."""
         found: dict[str, list[Feedback]] = defaultdict(list)
         with self.database.read() as connection:
-            for ids in _chunks(list(turn_ids)):
+            for ids in chunks(turn_ids):
                 query = sa.select(feedback).where(feedback.c.turn_id.in_(ids)).order_by(feedback.c.at, feedback.c.id)
                 for row in connection.execute(query):
                     found[row.turn_id].append(_feedback(row))
@@ -200,11 +219,20 @@ class ConversationStore:
         with self.database.read() as connection:
             return [_message(row) for row in connection.execute(query.order_by(messages.c.at, messages.c.id))]
 
+    def authors(self, message_ids: Iterable[str]) -> dict[str, str]:
+        """The author of each message that there is."""
+        found = {}
+        with self.database.read() as connection:
+            for ids in chunks(message_ids):
+                query = sa.select(messages.c.id, messages.c.author_id).where(messages.c.id.in_(ids))
+                found.update({row.id: row.author_id for row in connection.execute(query)})
+        return found
+
     def platforms(self, conversation_ids: Iterable[str]) -> dict[str, str]:
         """The platform of each conversation."""
         found = {}
         with self.database.read() as connection:
-            for ids in _chunks(list(conversation_ids)):
+            for ids in chunks(conversation_ids):
                 query = sa.select(conversations.c.id, conversations.c.platform).where(conversations.c.id.in_(ids))
                 found.update({row.id: row.platform for row in connection.execute(query)})
         return found
@@ -261,6 +289,17 @@ _shown_before = sa.and_(
     messages.c.conversation_id == sa.bindparam("place"),
     sa.tuple_(messages.c.at, messages.c.id) < sa.tuple_(sa.bindparam("at", type_=UTCDateTime()), sa.bindparam("before")),
     messages.c.id.not_in(_superseded),
+    messages.c.author_id != FORGOTTEN,
+)
+_FORGOTTEN_OF = (
+    sa.select(messages.c.id)
+    .where(messages.c.id.in_(sa.bindparam("sources", expanding=True)), messages.c.author_id == FORGOTTEN)
+    .limit(1)
+)
+_unwilling = sa.select(users.c.user_id).where(
+    ~users.c.consent,
+    users.c.platform
+    == sa.select(conversations.c.platform).where(conversations.c.id == sa.bindparam("place")).scalar_subquery(),
 )
 _RECENT = (
     sa.select(*_MESSAGE)
@@ -268,9 +307,11 @@ _RECENT = (
     .order_by(messages.c.at.desc(), messages.c.id.desc())
     .limit(sa.bindparam("most"))
 )
+_asked = messages.alias()
+_answers_unwilling = sa.exists().where(_asked.c.id == messages.c.reply_to, _asked.c.author_id.in_(_unwilling))
 _OLDER = (
     sa.select(*_MESSAGE, messages.c.embedding, messages.c.embedding_model)
-    .where(_shown_before)
+    .where(_shown_before, messages.c.author_id.not_in(_unwilling), ~_answers_unwilling)
     .order_by(messages.c.at, messages.c.id)
 )
 _CORRECTIONS = (
@@ -289,7 +330,7 @@ def _insert_turn(connection: sa.Connection, turn: Turn) -> None:
     reply = Message(
         id=turn.reply_id,
         conversation_id=turn.conversation_id,
-        author_id="kibitz",
+        author_id=ASSISTANT,
         role=Role.ASSISTANT,
         text=turn.text,
         reply_to=turn.message_id,
@@ -305,14 +346,9 @@ def _columns(table: sa.Table, row: Any) -> dict[str, Any]:
 
 def _existing(connection: sa.Connection, table: sa.Table, ids: list[str]) -> set[str]:
     found: set[str] = set()
-    for chunk in _chunks(ids):
+    for chunk in chunks(ids):
         found.update(connection.execute(sa.select(table.c.id).where(table.c.id.in_(chunk))).scalars())
     return found
-
-
-def _chunks(ids: list[str]) -> Iterator[list[str]]:
-    for start in range(0, len(ids), CHUNK):
-        yield ids[start : start + CHUNK]
 
 
 def _message(row: Any) -> Message:

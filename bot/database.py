@@ -7,10 +7,11 @@ shape of what is stored, not what it means: `bot.conversations` and `bot.registr
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,6 +68,7 @@ messages = sa.Table(
     sa.Column("reply_to", sa.String(64)),
     sa.Column("event_id", sa.String(128), unique=True),
     sa.Column("at", UTCDateTime, nullable=False),
+    sa.Column("edited_at", UTCDateTime),
     sa.Column("embedding", sa.LargeBinary),
     sa.Column("embedding_model", sa.String(128)),
     sa.Index("messages_in_order", "conversation_id", "at", "id"),
@@ -88,6 +90,7 @@ turns = sa.Table(
     sa.Column("sampling", sa.JSON, nullable=False),
     sa.Column("latency_ms", sa.Float, nullable=False),
     sa.Column("replaces", sa.String(64), index=True),
+    sa.Column("shown", sa.JSON, nullable=False, server_default="{}"),
     sa.Column("at", UTCDateTime, nullable=False),
 )
 
@@ -158,9 +161,36 @@ run_feedback = sa.Table(
     sa.Column("feedback_id", sa.ForeignKey("feedback.id"), primary_key=True),
 )
 
+users = sa.Table(
+    "users",
+    metadata,
+    sa.Column("platform", sa.String(32), primary_key=True),
+    sa.Column("user_id", sa.String(128), primary_key=True),
+    sa.Column("consent", sa.Boolean, nullable=False),
+    sa.Column("at", UTCDateTime, nullable=False),
+    sa.Column("forgotten_at", UTCDateTime),
+)
+
+switches = sa.Table(
+    "switches",
+    metadata,
+    sa.Column("name", sa.String(32), primary_key=True),
+    sa.Column("since", UTCDateTime, nullable=False),
+)
+
+CHUNK = 500  # ids in one IN (...): below every engine's limit on parameters
+
+
+def chunks(ids: Iterable[str]) -> Iterator[list[str]]:
+    """The ids in lists that one statement can hold."""
+    left = iter(ids)
+    while chunk := list(islice(left, CHUNK)):
+        yield chunk
+
 
 class _Local(threading.local):
     group: sa.Connection | None = None  # the transaction of the batch that this thread is at work on
+    scrub = False  # whether to scrub after it
 
 
 class Database:
@@ -264,11 +294,22 @@ class Database:
             settled = [(future, None, error) for *_, future in batch]
         finally:
             self._local.group = None
+        if self._local.scrub:
+            self._local.scrub = False
+            self.scrub()
         for future, result, failure in settled:
             if failure is None:
                 future.set_result(result)
             else:
                 future.set_exception(failure)
+
+    def scrub(self) -> None:
+        """Leave nothing of what was deleted in the files: SQLite's log is emptied; free pages are zeroed as they come."""
+        if self._local.group is not None:
+            self._local.scrub = True  # when the batch is committed
+        elif self.engine.dialect.name == "sqlite":
+            with self.engine.connect().execution_options(read_only=True) as connection:
+                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def close(self) -> None:
         """Finish what is queued and close all connections."""
@@ -278,7 +319,13 @@ class Database:
 
 def _configure_sqlite(connection: Any, _: Any) -> None:
     connection.isolation_level = None  # transactions are begun by us, below, not by the driver
-    for pragma in ("journal_mode = WAL", "synchronous = FULL", "busy_timeout = 10000", "foreign_keys = ON"):
+    for pragma in (
+        "journal_mode = WAL",
+        "synchronous = FULL",
+        "busy_timeout = 10000",
+        "foreign_keys = ON",
+        "secure_delete = ON",  # what is forgotten is gone from the file too (law 10)
+    ):
         connection.execute(f"PRAGMA {pragma}")
 
 

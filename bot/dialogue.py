@@ -9,9 +9,11 @@ import hashlib
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 
 from bot.conversations import ConversationStore
 from bot.errors import DataError, ReplyInterrupted
+from bot.forgetting import forget_message
 from bot.policy import STOPPED, OnText, Policy
 from bot.tracker import Context, StateTracker
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Reply, Turn, new_id, now
@@ -36,10 +38,11 @@ PLAIN = ReplyOptions()
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why a turn is what it is."""
+    """Why a turn is what it is: what was said about it, and the older messages that the policy was reminded of."""
 
     turn: Turn
     feedback: list[Feedback]
+    remembered: list[Message]
 
 
 def cleaned(text: str) -> str:
@@ -78,7 +81,9 @@ class DialogueManager:
             answered = await call(self.store.turn_answering, first.id)
             if answered is not None:
                 return answered
-            if first.id != message.id:
+            if first.is_forgotten:
+                raise DataError("this message was forgotten; it gets no answer")
+            if (first.id, first.text) != (message.id, message.text):  # told otherwise, or edited while it waited
                 message, context = first, await self._context(first, shown)
         return await self._answer(message, context, message.author_id, None, options)
 
@@ -88,15 +93,35 @@ class DialogueManager:
         return await self.store.database.call(self.store.add_message, message)
 
     async def regenerate(self, turn_id: str, user_id: str, options: ReplyOptions = PLAIN) -> Turn:
-        """Another answer to the same message; that the first was not wanted is recorded as feedback on it."""
+        """Another answer to the same message; that the first was not wanted is recorded as feedback on it.
+
+        Where the question was edited since, the first answered another one, and nothing is held against it.
+        """
         turn = await self._turn(turn_id)
-        await self.record_feedback(Feedback(turn.id, user_id, FeedbackKind.REGENERATE, signal="regenerate"))
         message = await self.store.database.call(self.store.message, turn.message_id)
+        if message.edited_at is None or message.edited_at < turn.at:
+            await self.record_feedback(Feedback(turn.id, user_id, FeedbackKind.REGENERATE, signal="regenerate"))
         return await self._answer(message, await self.tracker.context(message), turn.asker_id, turn.id, options)
+
+    async def edit(self, event_id: str, text: str, at: datetime) -> None:
+        """The author of a message changed it: from now on it is shown as it is now. Answers stay as they were given."""
+        call = self.store.database.call
+        message = await call(self.store.message_of_event, event_id)
+        if message is not None:
+            await call(self.store.edit_message, message.id, cleaned(text), at)
+
+    async def delete(self, event_id: str) -> None:
+        """The author of a message deleted it: it and what was made from it is forgotten."""
+        message = await self.store.database.call(self.store.message_of_event, event_id)
+        if message is not None:
+            await self.forget(message.id)
+
+    async def forget(self, message_id: str) -> None:
+        """Forget a message and what was made from it."""
+        await self.store.database.call(forget_message, self.store.database, message_id)
 
     async def record_feedback(self, given: Feedback) -> bool:
         """Commit one act of feedback; False where its event was recorded before."""
-        await self._turn(given.turn_id)
         given = replace(given, text=None if given.text is None else cleaned(given.text))
         return await self.store.database.call(self.store.add_feedback, given)
 
@@ -109,10 +134,12 @@ class DialogueManager:
         return await self.store.database.call(self.store.add_feedback, taken_back)
 
     async def explain(self, turn_id: str) -> Explanation:
-        """A turn with all that was said about it."""
+        """A turn with all that bears on it."""
         turn = await self._turn(turn_id)
         said = await self.store.database.call(self.store.feedback_of, [turn_id])
-        return Explanation(turn, said.get(turn_id, []))
+        reminders = [message for message, score in turn.shown.items() if score is not None]
+        remembered = [await self.store.database.call(self.store.message, message) for message in reminders]
+        return Explanation(turn, said.get(turn_id, []), remembered)
 
     async def _context(self, message: Message, shown: Sequence[dict[str, str]] | None) -> Context:
         return await self.tracker.context(message) if shown is None else self.tracker.fitted(shown)
@@ -135,6 +162,7 @@ class DialogueManager:
             sampling=reply.sampling,
             latency_ms=reply.latency_ms,
             replaces=replaces,
+            shown=context.shown,
             id=options.turn_id or new_id(),
         )
         await self.store.database.call(self.store.add_turn, turn)

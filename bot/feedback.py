@@ -11,18 +11,22 @@ from bot.types import Feedback, FeedbackKind
 OPINIONS = {FeedbackKind.APPROVAL, FeedbackKind.DISAPPROVAL, FeedbackKind.RATING}
 
 
-def standing(feedback: Iterable[Feedback]) -> list[Feedback]:
-    """The rows that still hold, oldest first, whatever order they came in.
+def held(feedback: Iterable[Feedback]) -> list[Feedback]:
+    """The rows that nobody took back, oldest first, whatever order they came in.
 
-    A retraction takes back what the same person said with the same signal before it. Of a person's approvals,
-    disapprovals and ratings of one turn only the last one counts. The same event twice has one effect.
+    A retraction takes back what the same person said with the same signal before it. The same event twice has one effect.
     """
     latest: dict[tuple[str, str, str, str], Feedback] = {}
     for row in sorted(feedback, key=_when):
         latest[row.turn_id, row.user_id, row.kind, row.signal] = row
-    held = sorted((row for row in latest.values() if not row.retracts), key=_when)
-    opinion = {(row.turn_id, row.user_id): row.id for row in held if row.kind in OPINIONS}
-    return [row for row in held if row.kind not in OPINIONS or opinion[row.turn_id, row.user_id] == row.id]
+    return sorted((row for row in latest.values() if not row.retracts), key=_when)
+
+
+def standing(feedback: Iterable[Feedback]) -> list[Feedback]:
+    """The rows that count: of a person's approvals, disapprovals and ratings of one turn only the last that is held."""
+    rows = held(feedback)
+    opinion = {(row.turn_id, row.user_id): row.id for row in rows if row.kind in OPINIONS}
+    return [row for row in rows if row.kind not in OPINIONS or opinion[row.turn_id, row.user_id] == row.id]
 
 
 def _when(row: Feedback) -> tuple:

@@ -5,28 +5,30 @@ live version is the one row in state LIVE; promoting is one transaction. It know
 rollback works while training is broken.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
-from bot.database import Database, policies, run_feedback, runs
+from bot.database import Database, chunks, policies, run_feedback, runs, switches
 from bot.errors import RegistryError
 from bot.types import PolicyState, PolicyVersion, new_id, now
 
 S = PolicyState
 TRANSITIONS: dict[PolicyState, set[PolicyState]] = {
-    S.TRAINING: {S.CANDIDATE, S.REJECTED},
-    S.CANDIDATE: {S.CANARY, S.LIVE, S.REJECTED},
-    S.CANARY: {S.LIVE, S.REJECTED},
+    S.TRAINING: {S.CANDIDATE, S.REJECTED, S.PURGED},
+    S.CANDIDATE: {S.CANARY, S.LIVE, S.REJECTED, S.PURGED},
+    S.CANARY: {S.LIVE, S.REJECTED, S.PURGED},
     S.LIVE: {S.RETIRED},
-    S.RETIRED: {S.LIVE},
-    S.REJECTED: set(),
+    S.RETIRED: {S.LIVE, S.PURGED},
+    S.REJECTED: {S.PURGED},
+    S.PURGED: set(),
 }
 
 BASE = "policy-0"
+LEARNING_PAUSED = "learning paused"  # the name of a switch
 
 
 class PolicyRegistry:
@@ -84,6 +86,45 @@ class PolicyRegistry:
                 raise RegistryError(f"{live.name} is live and has replaced nothing: there is no version to go back to")
             _move(connection, live.name, S.RETIRED)
             return replace(live, state=S.RETIRED), _move(connection, live.replaced, S.LIVE)
+
+    def purge(self, connection: sa.Connection, feedback_ids: Iterable[str]) -> list[PolicyVersion]:
+        """Withdraw every version that this feedback taught, and all that were trained on from those; returns them.
+
+        Where the live one is among them, the newest version before it that is clean answers again. In the transaction of
+        `connection`; their files are for the caller to remove.
+        """
+        taught: set[str] = set()
+        for ids in chunks(feedback_ids):
+            query = sa.select(runs.c.policy).join(run_feedback, run_feedback.c.run_id == runs.c.id)
+            taught.update(connection.execute(query.where(run_feedback.c.feedback_id.in_(ids))).scalars())
+        versions = [_version(row) for row in connection.execute(sa.select(policies).order_by(policies.c.number))]
+        for version in versions:  # parents come before their children
+            if version.parent in taught:
+                taught.add(version.name)
+        by_name = {version.name: version for version in versions}
+        clean = live = _live(connection)
+        while clean.name in taught:
+            clean = by_name[clean.replaced or BASE]
+        if clean is not live:
+            _move(connection, live.name, S.RETIRED)
+            _move(connection, clean.name, S.LIVE)
+        gone = [by_name[name] for name in sorted(taught) if by_name[name].state != S.PURGED]
+        return [_move(connection, version.name, S.PURGED) for version in gone]
+
+    def pause_learning(self) -> bool:
+        """Pause the training of new versions, or go on with it where it was paused; True if it is paused now."""
+        switch = switches.c.name == LEARNING_PAUSED
+        with self.database.begin() as connection:
+            if connection.execute(switches.delete().where(switch)).rowcount:
+                return False
+            connection.execute(switches.insert().values(name=LEARNING_PAUSED, since=now()))
+        return True
+
+    def learning_is_paused(self) -> bool:
+        """Whether an operator paused the training of new versions."""
+        with self.database.read() as connection:
+            query = sa.select(switches.c.name).where(switches.c.name == LEARNING_PAUSED)
+            return connection.execute(query).first() is not None
 
     def move(self, name: str, state: PolicyState, **changes: Any) -> PolicyVersion:
         """One transition of the table above, with other columns changed along."""

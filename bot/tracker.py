@@ -36,7 +36,15 @@ class Context:
 
     messages: list[dict[str, str]]
     prompt_ids: list[int]
+    recent: list[Message]
     remembered: list[Remembered]
+
+    @property
+    def shown(self) -> dict[str, float | None]:
+        """The ids of the earlier messages in it, as a Turn records them."""
+        shown: dict[str, float | None] = dict.fromkeys((said.id for said in self.recent), None)
+        shown.update((found.message.id, found.score) for found in self.remembered)
+        return shown
 
 
 class StateTracker:
@@ -71,8 +79,8 @@ class StateTracker:
         if outgrown and self.embedder is not None and self.config.remembered:
             found = await self._retrieve(message, {said.id for said in window})
             remembered = self._affordable(found, newest)
-            _, sent, prompt_ids = self._newest_that_fit(recent, newest, self._notes(remembered))
-        return Context(sent, prompt_ids, remembered)
+            window, sent, prompt_ids = self._newest_that_fit(recent, newest, self._notes(remembered))
+        return Context(sent, prompt_ids, window, remembered)
 
     def fitted(self, shown: Sequence[dict[str, str]]) -> Context:
         """What to show of chat messages whose history somebody else keeps, the new one last. Never over the budget."""
@@ -81,7 +89,7 @@ class StateTracker:
         notes = self.tokenizer.clip(self.tokenizer.neutralise(system), self.budget // 4)
         window = [said for said in before if said.role != Role.SYSTEM]
         _, sent, prompt_ids = self._newest_that_fit(window, self._clipped(newest, notes), notes)
-        return Context(sent, prompt_ids, [])
+        return Context(sent, prompt_ids, [], [])
 
     def _newest_that_fit(
         self, recent: list[Message], newest: str, notes: str

@@ -21,6 +21,10 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
+ASSISTANT = "kibitz"  # stands for the author of every answer
+FORGOTTEN = "forgotten"  # stands for the author of an erased message
+
+
 class Role(StrEnum):
     """Who wrote a message."""
 
@@ -50,6 +54,7 @@ class PolicyState(StrEnum):
     LIVE = "live"
     RETIRED = "retired"
     REJECTED = "rejected"
+    PURGED = "purged"
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,10 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Message:
-    """One message of a conversation. `event_id` is the platform's id of the event that brought it, claimed once."""
+    """One message of a conversation. `event_id` is the platform's id of the event that brought it, claimed once.
+
+    Of a message that was erased (`bot.forgetting`) only its place is left: its author is FORGOTTEN, its text empty.
+    """
 
     conversation_id: str
     author_id: str
@@ -74,7 +82,13 @@ class Message:
     reply_to: str | None = None
     event_id: str | None = None
     at: datetime = field(default_factory=now)
+    edited_at: datetime | None = None
     id: str = field(default_factory=new_id)
+
+    @property
+    def is_forgotten(self) -> bool:
+        """Whether only the message's place is left."""
+        return self.author_id == FORGOTTEN
 
 
 @dataclass(frozen=True)
@@ -100,7 +114,8 @@ class Turn:
     """One answer in a conversation: the message that it answers, and what made it.
 
     An imported turn was not sampled by us: its `policy_version` is "imported" and its ids and log-probabilities are
-    None. `replaces` names the turn that was regenerated.
+    None. `replaces` names the turn that was regenerated. `shown` holds the ids of the earlier messages that the policy was
+    shown: those of the recent window with None, those that were remembered with their similarity to the question.
     """
 
     conversation_id: str
@@ -116,6 +131,7 @@ class Turn:
     sampling: dict[str, Any]
     latency_ms: float
     replaces: str | None = None
+    shown: dict[str, float | None] = field(default_factory=dict)
     at: datetime = field(default_factory=now)
     id: str = field(default_factory=new_id)
 

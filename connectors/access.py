@@ -19,7 +19,9 @@ class Access:
 
     def __init__(self, config: AccessConfig):
         self.config = config
-        self._limit = RateLimitItemPerMinute(config.messages_per_minute)
+        self.shed = 0  # opinions that were too many to be counted
+        self._messages = RateLimitItemPerMinute(config.messages_per_minute, namespace="messages")
+        self._opinions = RateLimitItemPerMinute(config.opinions_per_minute, namespace="opinions")
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
 
     def admits(self, user: str, channel: str = "", roles: Iterable[str] = ()) -> bool:
@@ -32,6 +34,14 @@ class Access:
         named = config.allow_users or config.allow_roles
         return not named or user in config.allow_users or bool(known & set(config.allow_roles))
 
+    def operates(self, user: str, roles: Iterable[str] = ()) -> bool:
+        """Whether a user may take versions back and pause learning."""
+        return user in self.config.operators or bool(set(roles) & set(self.config.operator_roles))
+
     def in_time(self, platform: str, user: str) -> bool:
         """Whether a user may write one more message now; counts it."""
-        return self._limiter.hit(self._limit, platform, user)
+        return self._limiter.hit(self._messages, platform, user)
+
+    def may_judge(self, platform: str, user: str) -> bool:
+        """Whether one more opinion of a user is taken now; counts it."""
+        return self._limiter.hit(self._opinions, platform, user)

@@ -1,25 +1,29 @@
-"""Answers: one answer from the question to its last edit, and the opinions that arrive while it grows.
+"""Answers: one answer from the question to its last edit, and the opinions that arrive while it grows and later.
 
 What is the same on every platform that edits messages. It knows no platform: what shows an answer is given.
 """
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Protocol
 
 from aiolimiter import AsyncLimiter
 
-from bot.deliveries import Deliveries
-from bot.dialogue import DialogueManager, ReplyOptions
-from bot.errors import KibitzError, ServingError
+from bot.dialogue import ReplyOptions
+from bot.errors import KibitzError
+from bot.feedback import held
 from bot.types import Feedback, Turn
+from connectors.base import Shared
 from connectors.streaming import GrowingText
 
 log = logging.getLogger(__name__)
 
 BUSY = "I am still busy with what was said here before; please say that again in a moment."
 SORRY = "Sorry, I cannot answer now."
+WAITING = 256  # opinions that may wait to be written; the rest of a flood is not counted, and answers do not wait for it
 
 
 class Shown(Protocol):
@@ -40,29 +44,62 @@ class Shown(Protocol):
 class Answers:
     """The answers of one platform: those that are growing now, and where each is shown."""
 
-    def __init__(self, dialogue: DialogueManager, deliveries: Deliveries, platform: str):
-        self.dialogue = dialogue
-        self.deliveries = deliveries
+    def __init__(self, shared: Shared, platform: str):
+        self.dialogue = shared.dialogue
+        self.deliveries = shared.deliveries
+        self.reactions = shared.reactions
+        self.access = shared.access
+        self.users = shared.users
         self.platform = platform
-        self._call = dialogue.store.database.call
+        self._call = shared.dialogue.store.database.call
         self._stops: dict[str, asyncio.Event] = {}
         self._stored: dict[str, asyncio.Event] = {}
+        self._posting: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
+        self._waiting = 0
 
-    async def turn_of(self, message_id: str) -> str | None:
-        """The turn that a message shows; None where the message is not ours."""
-        return await self._call(self.deliveries.turn_of, self.platform, message_id)
+    async def turn_of(self, message_id: str, channel: str = "") -> str | None:
+        """The turn that a message shows; None where the message is not ours.
+
+        People are quick: what is being posted in the `channel` at this moment is in the ledger before this returns.
+        """
+        found = await self._call(self.deliveries.turn_of, self.platform, message_id)
+        if found is None and channel in self._posting:
+            for posted in list(self._posting[channel]):
+                await posted.wait()
+            found = await self._call(self.deliveries.turn_of, self.platform, message_id)
+        return found
+
+    @contextlib.asynccontextmanager
+    async def posting(self, channel: str) -> AsyncIterator[None]:
+        """Around the sending of a message and its `deliver`: opinions on it wait until the ledger has it."""
+        posted = asyncio.Event()
+        self._posting[channel].add(posted)
+        try:
+            yield
+        finally:
+            posted.set()
+            self._posting[channel].discard(posted)
+            if not self._posting[channel]:
+                del self._posting[channel]
+
+    async def deliver(self, channel: str, message_id: str, turn_id: str, part: int) -> None:
+        """Record that a message shows a part of a turn."""
+        await self._call(self.deliveries.add, self.platform, channel, message_id, turn_id, part)
 
     async def last_turn(self, channel: str) -> str | None:
         """The newest turn that was shown in a channel."""
         return await self._call(self.deliveries.last_turn, self.platform, channel)
 
-    async def is_shown(self, turn_id: str) -> bool:
-        """Whether any message shows a turn."""
-        return await self._call(self.deliveries.is_shown, self.platform, turn_id)
-
-    async def deliver(self, channel: str, message_id: str, turn_id: str, part: int) -> None:
-        """Record that a message shows a part of a turn."""
-        await self._call(self.deliveries.add, self.platform, channel, message_id, turn_id, part)
+    async def needs_answer(self, event_id: str) -> bool:
+        """Whether the message of an event was never heard, or its answer never shown. A forgotten one needs none."""
+        store = self.dialogue.store
+        message = await self._call(store.message_of_event, event_id)
+        if message is None:
+            return True
+        turn = await self._call(store.turn_answering, message.id)
+        if turn is None:
+            return not message.is_forgotten
+        return not await self._call(self.deliveries.is_shown, self.platform, turn.id)
 
     def stop(self, turn_id: str) -> None:
         """End an answer where it is, if it still grows."""
@@ -82,19 +119,43 @@ class Answers:
                 stored.set()
                 await growing.abandon()
             shown.turn_id = turn.id
-            if turn.id == turn_id or not await self.is_shown(turn.id):
+            if turn.id == turn_id or not await self._call(self.deliveries.is_shown, self.platform, turn.id):
                 await shown.whole(turn.text)
-        except ServingError as error:
+        except KibitzError as error:
             log.warning("no answer: %s", error)
             await shown.sorry()
         finally:
             del self._stops[turn_id], self._stored[turn_id]
 
     async def record(self, given: Feedback) -> None:
-        """Commit an opinion; one on an answer that still grows waits for its turn."""
-        if given.turn_id in self._stored:
-            await self._stored[given.turn_id].wait()
+        """Commit an opinion; one on an answer that still grows waits for its turn. What is too much is counted as shed."""
+        if self._waiting >= WAITING or not self.access.may_judge(self.platform, given.user_id):
+            self.access.shed += 1
+            return
+        self._waiting += 1
         try:
+            if given.turn_id in self._stored:
+                await self._stored[given.turn_id].wait()
             await self.dialogue.record_feedback(given)
         except KibitzError as error:
             log.warning("an opinion was dropped: %s", error)
+        finally:
+            self._waiting -= 1
+
+    async def reconcile(self, turn_id: str, there: set[tuple[str, str]]) -> None:
+        """Bring the reactions on a turn to those that the platform shows: of each, the user and the emoji.
+
+        What is missing is added, what is gone is taken back. Whoever was forgotten is not heard again by this way.
+        """
+        recorded = {
+            (row.user_id, row.signal): row.kind
+            for row in held((await self.dialogue.explain(turn_id)).feedback)
+            if self.reactions.kind(row.signal) == row.kind
+        }
+        forgotten = await self._call(self.users.forgotten, self.platform)
+        for user, symbol in sorted(there - recorded.keys()):
+            kind = self.reactions.kind(symbol)
+            if kind is not None and user not in forgotten:
+                await self.dialogue.record_feedback(Feedback(turn_id, user, kind, symbol))
+        for user, symbol in sorted(recorded.keys() - there):
+            await self.dialogue.record_feedback(Feedback(turn_id, user, recorded[user, symbol], symbol, retracts=True))

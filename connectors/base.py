@@ -6,12 +6,15 @@ It knows no platform and no policy.
 import asyncio
 import contextlib
 import logging
+import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from bot.deliveries import Deliveries
 from bot.dialogue import DialogueManager
+from bot.errors import ConfigError
+from bot.users import Users
 from connectors.access import Access
 from connectors.reactions import Reactions
 
@@ -39,6 +42,9 @@ class Desk:
     why: Callable[[str], Awaitable[str]]  # what made a turn, by its id, and what came of what was said about it
     status: Callable[[], Awaitable[str]]
     rollback: Callable[[], Awaitable[str]]
+    pause_learning: Callable[[], Awaitable[str]]
+    privacy: Callable[[str, str, str], Awaitable[str]]  # platform, user, and status, on or off
+    forget: Callable[[str, str], Awaitable[str]]  # platform, user
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,7 @@ class Shared:
     deliveries: Deliveries
     reactions: Reactions
     access: Access
+    users: Users
     desk: Desk
 
 
@@ -56,6 +63,18 @@ async def pause(stopping: asyncio.Event, seconds: float) -> None:
     """Wait `seconds`, or until `stopping` is set."""
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(stopping.wait(), seconds)
+
+
+def listening(section: str, host: str, port: int) -> socket.socket:
+    """The socket of a server. Raises ConfigError that names the keys of `section` where the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=512)
+    except OSError as error:
+        raise ConfigError(
+            f"config key {section}.port has value {port}, which cannot be used on {host} ({error.strerror}); "
+            f"choose another, or turn [{section}] off"
+        ) from error
 
 
 class Lanes:

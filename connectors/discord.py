@@ -19,12 +19,13 @@ import discord
 
 from bot.config import DiscordConfig
 from bot.dialogue import ReplyOptions
-from bot.errors import ConfigError, ConnectorError, KibitzError
+from bot.errors import ConfigError, ConnectorError
 from bot.feedback import standing
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn, new_id, now
 from connectors.access import TOO_FAST
 from connectors.answers import BUSY, SORRY, Answers
 from connectors.base import Lanes, Shared, pause
+from connectors.commands import COMMANDS, Asker, Command, Commands
 from connectors.discord_reconciliation import reconcile
 from connectors.splitting import split
 from connectors.streaming import Budgets
@@ -56,11 +57,11 @@ class Discord:
         self.dialogue = shared.dialogue
         self.reactions = shared.reactions
         self.access = shared.access
-        self.desk = shared.desk
         self.config = config
         self.lanes = Lanes(config.waiting)
         self.budgets = Budgets(config.edits, config.edit_seconds)
-        self.answers = Answers(shared.dialogue, shared.deliveries, self.name)
+        self.answers = Answers(shared, self.name)
+        self.commands = Commands(shared.desk, shared.access, self.answers)
         self._token = bot_token
         self._client: discord.Client | None = None
         self._stopping = asyncio.Event()
@@ -112,14 +113,18 @@ class Discord:
     async def missed(self, message: discord.Message, me: discord.ClientUser) -> None:
         """Have a message answered that may have been missed; one that has its answer is left alone."""
         text = self._for_us(message, me)
-        store = self.dialogue.store
-        call = store.database.call
-        if not text:
-            return
-        first = await call(store.message_of_event, _event(message))
-        turn = None if first is None else await call(store.turn_answering, first.id)
-        if turn is None or not await self.answers.is_shown(turn.id):
+        if text and await self.answers.needs_answer(_event(message.id)):
             await self.lanes.put_patiently(str(message.channel.id), lambda: self._answer(message, text))
+
+    async def edited(self, message: discord.Message, me: discord.ClientUser) -> None:
+        """The author of a message changed it: what we heard of it is changed too, after what is under way there."""
+        text, at, event = _without_mention(message, me), message.edited_at, _event(message.id)
+        if text and at is not None and not message.author.bot:
+            await self.lanes.put_patiently(str(message.channel.id), lambda: self.dialogue.edit(event, text, at))
+
+    async def deleted(self, channel_id: int, message_id: int) -> None:
+        """A message is gone: if we heard it, it is forgotten, after what is under way there."""
+        await self.lanes.put_patiently(str(channel_id), lambda: self.dialogue.delete(_event(message_id)))
 
     async def opinion(self, event: discord.RawReactionActionEvent, added: bool) -> None:
         """A reaction that came or went becomes feedback; neutral emoji and messages that are not ours do not."""
@@ -128,7 +133,7 @@ class Discord:
         bot = event.member is not None and event.member.bot
         if kind is None or bot or not self.access.admits(str(event.user_id), str(event.channel_id), _roles(event.member)):
             return
-        turn_id = await self.answers.turn_of(str(event.message_id))
+        turn_id = await self.answers.turn_of(str(event.message_id), str(event.channel_id))
         if turn_id is not None:
             await self.answers.record(Feedback(turn_id, str(event.user_id), kind, signal=symbol, retracts=not added, at=at))
 
@@ -178,11 +183,11 @@ class Discord:
         if message.author.bot or not (direct or mentioned or followed):
             return ""
         admitted = self.access.admits(user, channel, _roles(message.author))
-        return re.sub(rf"<@!?{me.id}>\s*", "", message.content).strip() if admitted else ""
+        return _without_mention(message, me) if admitted else ""
 
     async def _answer(self, message: discord.Message, text: str) -> None:
         place = await self.dialogue.open(await self._place(message))
-        heard = Message(place.id, str(message.author.id), text, event_id=_event(message))
+        heard = Message(place.id, str(message.author.id), text, event_id=_event(message.id))
         await self._post(message, lambda options: self.dialogue.respond(heard, options))
 
     async def _again(self, turn_id: str, user: str, interaction: discord.Interaction) -> None:
@@ -242,13 +247,16 @@ class _Shown:
         if number < len(self.messages):
             await self.messages[number].edit(content=text, view=view)
             return
+        async with self.connector.answers.posting(str(self.to.channel.id)):
+            sent = await self._send(number, text, view)
+            await self.connector.answers.deliver(str(sent.channel.id), str(sent.id), self.turn_id, number)
+        self.messages.append(sent)
+
+    async def _send(self, number: int, text: str, view: discord.ui.View) -> discord.Message:
         nonce = hashlib.blake2b(f"{self.turn_id}:{number}".encode(), digest_size=12).hexdigest()
         if number == 0:
-            sent = await self.to.reply(text, view=view, nonce=nonce, mention_author=True)
-        else:
-            sent = await self.to.channel.send(text, view=view, nonce=nonce)
-        self.messages.append(sent)
-        await self.connector.answers.deliver(str(sent.channel.id), str(sent.id), self.turn_id, number)
+            return await self.to.reply(text, view=view, nonce=nonce, mention_author=True)
+        return await self.to.channel.send(text, view=view, nonce=nonce)
 
 
 class Button(
@@ -302,31 +310,31 @@ class _Client(discord.Client):
     async def setup_hook(self) -> None:
         self.add_dynamic_items(Button)
         tree = discord.app_commands.CommandTree(self)
-        tree.command(name="status", description="What is live, what was said, what was learned.")(self._status)
-        tree.command(name="why", description="What made the last answer here, and what came of reactions to it.")(self._why)
-        tree.command(name="rollback", description="Take the live version back (operators).")(self._rollback)
+        for command in COMMANDS:
+            tree.add_command(self._slash(command))
         try:
             await tree.sync()
         except discord.HTTPException as error:
             log.warning("the slash commands could not be registered: %s", error)
 
-    async def _status(self, interaction: discord.Interaction[Any]) -> None:
-        await _tell(interaction, await self.connector.desk.status())
+    def _slash(self, command: Command) -> discord.app_commands.Command[Any, Any, None]:
+        async def run(interaction: discord.Interaction[Any], choice: str = "") -> None:
+            asker = Asker(str(interaction.user.id), str(interaction.channel_id), _roles(interaction.user))
+            await interaction.response.defer(ephemeral=True)  # forgetting may take longer than Discord waits
+            told = await self.connector.commands.run(command, asker, choice)
+            await interaction.followup.send(split(told, LIMIT)[0].text, ephemeral=True)
 
-    async def _why(self, interaction: discord.Interaction[Any]) -> None:
-        turn_id = await self.connector.answers.last_turn(str(interaction.channel_id))
-        await _tell(
-            interaction, "There is no answer here yet." if turn_id is None else await self.connector.desk.why(turn_id)
+        async def plain(interaction: discord.Interaction[Any]) -> None:
+            await run(interaction)
+
+        made: Any = discord.app_commands.Command(
+            name=command.name, description=command.description, callback=run if command.choices else plain
         )
-
-    async def _rollback(self, interaction: discord.Interaction[Any]) -> None:
-        if str(interaction.user.id) not in self.connector.config.operators:
-            await _tell(interaction, "Only an operator may do that (config key discord.operators).")
-            return
-        try:
-            await _tell(interaction, await self.connector.desk.rollback())
-        except KibitzError as error:
-            await _tell(interaction, str(error))
+        if command.choices:
+            discord.app_commands.choices(
+                choice=[discord.app_commands.Choice(name=one, value=one) for one in command.choices]
+            )(made)
+        return made
 
     async def on_ready(self) -> None:
         # A new session: nothing is replayed. (A resumed one is, and does not come here.)
@@ -335,6 +343,17 @@ class _Client(discord.Client):
     async def on_message(self, message: discord.Message) -> None:
         if self.user is not None:
             self.connector.heard(message, self.user)
+
+    async def on_raw_message_edit(self, event: discord.RawMessageUpdateEvent) -> None:
+        if self.user is not None:
+            await self.connector.edited(event.message, self.user)
+
+    async def on_raw_message_delete(self, event: discord.RawMessageDeleteEvent) -> None:
+        await self.connector.deleted(event.channel_id, event.message_id)
+
+    async def on_raw_bulk_message_delete(self, event: discord.RawBulkMessageDeleteEvent) -> None:
+        for message_id in sorted(event.message_ids):
+            await self.connector.deleted(event.channel_id, message_id)
 
     async def on_raw_reaction_add(self, event: discord.RawReactionActionEvent) -> None:
         if self.user is not None and event.user_id != self.user.id:
@@ -350,14 +369,13 @@ class _Client(discord.Client):
         await self.connector.cleared(event.message_id, event.emoji.name)
 
 
-def _event(message: discord.Message) -> str:
-    return f"discord:{message.id}"
+def _event(message_id: int) -> str:
+    return f"discord:{message_id}"
+
+
+def _without_mention(message: discord.Message, me: discord.ClientUser) -> str:
+    return re.sub(rf"<@!?{me.id}>\s*", "", message.content).strip()
 
 
 def _roles(user: object) -> list[str]:
     return [str(role.id) for role in user.roles] if isinstance(user, discord.Member) else []
-
-
-async def _tell(interaction: discord.Interaction[Any], text: str) -> None:
-    """Answer the one who asked, and nobody else."""
-    await interaction.response.send_message(split(text, LIMIT)[0].text, ephemeral=True)

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 import discord
 
-from bot.feedback import standing
-from bot.types import Feedback, now
+from bot.types import now
 
 if TYPE_CHECKING:
     from connectors.discord import Discord
@@ -66,14 +65,4 @@ async def _reactions(connector: "Discord", client: discord.Client, channel: str,
         symbol = reaction.emoji if isinstance(reaction.emoji, str) else reaction.emoji.name
         if connector.reactions.kind(symbol) is not None:
             there |= {(str(user.id), symbol) async for user in reaction.users() if not user.bot}
-    held = {
-        (row.user_id, row.signal): row.kind
-        for row in standing((await connector.dialogue.explain(turn_id)).feedback)
-        if connector.reactions.kind(row.signal) == row.kind
-    }
-    for user, symbol in sorted(there - held.keys()):
-        kind = connector.reactions.kind(symbol)
-        assert kind is not None
-        await connector.dialogue.record_feedback(Feedback(turn_id, user, kind, symbol))
-    for user, symbol in sorted(held.keys() - there):
-        await connector.dialogue.record_feedback(Feedback(turn_id, user, held[user, symbol], symbol, retracts=True))
+    await connector.answers.reconcile(turn_id, there)

@@ -90,6 +90,12 @@ class FeedbackRequest(BaseModel):
         return Feedback(turn_id, user, FeedbackKind.RATING, signal=self.metric_name, value=self.value)
 
 
+class Privacy(BaseModel):
+    """Whether somebody may be learned from."""
+
+    consent: bool
+
+
 Shape = TypeVar("Shape", bound=BaseModel)
 
 

@@ -18,7 +18,7 @@ from bot.errors import ServingError
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn
 from connectors.base import Desk
 
-SIGNAL = "terminal"
+PLATFORM = SIGNAL = "terminal"
 HELP = """say something, or:
   /good               👍 the last answer
   /bad                👎 the last answer
@@ -27,6 +27,8 @@ HELP = """say something, or:
   /correct TEXT       say what the answer should have been
   /why                what made the last answer
   /status             what is live, what was learned
+  /privacy on|off     whether kibitz may learn from you
+  /forget-me          erase what you wrote and reacted to, and every version that learned from it
   /quit"""
 
 
@@ -42,7 +44,7 @@ class Terminal:
 
     async def run(self) -> None:
         """Talk until the end of input or /quit."""
-        place = await self.dialogue.open(Conversation("terminal", channel=self.user))
+        place = await self.dialogue.open(Conversation(PLATFORM, channel=self.user))
         turn = await self.dialogue.store.database.call(self.dialogue.store.last_turn, place.id)
         print("Talk to kibitz. /help lists the commands." if self.interactive else "", end="\n" * self.interactive)
         async with contextlib.aclosing(self._lines()) as lines:
@@ -79,6 +81,12 @@ class Terminal:
                 print(HELP)
             elif command == "/status":
                 print(await self.desk.status())
+            elif command == "/privacy":
+                choice = rest.strip() if rest.strip() in ("on", "off") else "status"
+                print(await self.desk.privacy(PLATFORM, self.user, choice))
+            elif command == "/forget-me":
+                print(await self.desk.forget(PLATFORM, self.user))
+                return None
             elif turn is None:
                 print("there is no answer yet")
             elif command == "/regenerate":

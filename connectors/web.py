@@ -30,11 +30,12 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from bot.config import WebConfig
-from bot.dialogue import DialogueManager, ReplyOptions
+from bot.dialogue import ReplyOptions
 from bot.errors import ConfigError, DataError, KibitzError, ServingError
 from bot.types import Conversation, Message, Turn, new_id
-from connectors.access import TOO_FAST, Access
-from connectors.openai_api import Completion, FeedbackRequest, chunk, completion, parsed
+from connectors.access import TOO_FAST
+from connectors.base import Shared, listening
+from connectors.openai_api import Completion, FeedbackRequest, Privacy, chunk, completion, parsed
 
 LARGEST_BODY = 2_000_000  # bytes
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -52,7 +53,7 @@ class Door:
     @classmethod
     def open(cls, config: WebConfig) -> "Door":
         """Raises ConfigError where the address cannot be had, or others could come in without a token."""
-        return cls(users(config), listening(config))
+        return cls(users(config), listening("web", config.host, config.port))
 
     @property
     def url(self) -> str:
@@ -66,9 +67,11 @@ class Web:
 
     name = "web"
 
-    def __init__(self, dialogue: DialogueManager, access: Access, door: Door):
-        self.dialogue = dialogue
-        self.access = access
+    def __init__(self, shared: Shared, door: Door):
+        self.dialogue = shared.dialogue
+        self.access = shared.access
+        self.desk = shared.desk
+        self.users = shared.users
         self._users, self._socket = door.users, door.socket
         self._answering: set[asyncio.Task[Turn]] = set()
         self._server = _Server(
@@ -90,6 +93,8 @@ class Web:
             Route("/", self._page),
             Route("/v1/models", self._models),
             Route("/v1/chat/completions", self._complete, methods=["POST"]),
+            Route("/v1/chat/completions/{completion_id}", self._delete, methods=["DELETE"]),
+            Route("/v1/privacy", self._privacy, methods=["GET", "PUT", "DELETE"]),
             Route("/v1/feedback", self._feedback, methods=["POST"]),
             Route("/v1/feedback/{feedback_id}", self._retract, methods=["DELETE"]),
             Route("/healthz", self._health),
@@ -113,7 +118,7 @@ class Web:
     async def _complete(self, request: Request) -> Response:
         user = self._user(request)
         asked = parsed(Completion, await _body(request))
-        author = f"{user}/{asked.user}" if asked.user else user
+        author = _author(user, asked.user)
         if not self.access.in_time("web", author):
             raise HTTPException(429, TOO_FAST, {"Retry-After": "60"})
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
@@ -167,25 +172,45 @@ class Web:
         given = parsed(FeedbackRequest, await _body(request))
         turn_id = given.inference_id.removeprefix("chatcmpl-")
         await self._own(turn_id, user)
-        feedback = given.feedback(turn_id, f"{user}/{given.user}" if given.user else user)
+        feedback = given.feedback(turn_id, _author(user, given.user))
+        if not self.access.may_judge(self.name, feedback.user_id):
+            raise HTTPException(429, TOO_FAST, {"Retry-After": "60"})
         await self.dialogue.record_feedback(feedback)
         return JSONResponse({"feedback_id": feedback.id})
 
     async def _retract(self, request: Request) -> Response:
         user = self._user(request)
-        author = request.query_params.get("user")
+        author = _author(user, request.query_params.get("user", ""))
         feedback_id = request.path_params["feedback_id"]
-        if not await self.dialogue.retract(feedback_id, f"{user}/{author}" if author else user):
+        if not await self.dialogue.retract(feedback_id, author):
             raise HTTPException(404, f"you gave no feedback with the id '{feedback_id}'")
         return JSONResponse({"feedback_id": feedback_id, "retracted": True})
 
-    async def _own(self, turn_id: str, user: str) -> None:
+    async def _delete(self, request: Request) -> Response:
+        """A completion and the question to it are forgotten."""
+        user, completion_id = self._user(request), request.path_params["completion_id"]
+        turn = await self._own(completion_id.removeprefix("chatcmpl-"), user)
+        await self.dialogue.forget(turn.message_id)
+        return JSONResponse({"object": "chat.completion.deleted", "id": completion_id, "deleted": True})
+
+    async def _privacy(self, request: Request) -> Response:
+        """Whether we may learn from who asks (GET), their decision (PUT), and forgetting them (DELETE)."""
+        user = _author(self._user(request), request.query_params.get("user", ""))
+        if request.method == "DELETE":
+            return JSONResponse({"consent": False, "told": await self.desk.forget(self.name, user)})
+        call = self.dialogue.store.database.call
+        if request.method == "PUT":
+            await call(self.users.decide, self.name, user, parsed(Privacy, await _body(request)).consent)
+        return JSONResponse({"consent": await call(self.users.consents, self.name, user)})
+
+    async def _own(self, turn_id: str, user: str) -> Turn:
         """That a turn was answered to this user; who cannot see a turn does not learn whether it is there."""
         call, store = self.dialogue.store.database.call, self.dialogue.store
         turn = await call(store.turn, turn_id)
         place = None if turn is None else await call(store.conversation, turn.conversation_id)
-        if place is None or (place.platform, place.space) != ("web", user):
+        if turn is None or place is None or (place.platform, place.space) != ("web", user):
             raise HTTPException(404, f"you have no completion with the id '{turn_id}'")
+        return turn
 
     async def _health(self, request: Request) -> Response:
         return PlainTextResponse("ok")
@@ -198,7 +223,7 @@ class Web:
         store = self.dialogue.store
         counts = await store.database.call(store.counts)
         registry = CollectorRegistry()
-        registry.register(_Counts(counts, self.dialogue.policy.version))
+        registry.register(_Counts(counts | {"shed_opinions": self.access.shed}, self.dialogue.policy.version))
         return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
 
     def _user(self, request: Request) -> str:
@@ -239,7 +264,7 @@ class _Counts:
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         for table, count in self.counts.items():
-            yield GaugeMetricFamily(f"kibitz_{table}", f"Rows of {table}.", value=count)
+            yield GaugeMetricFamily(f"kibitz_{table}", f"How many {table.replace('_', ' ')} there are.", value=count)
         live = GaugeMetricFamily("kibitz_live", "The version that answers.", labels=["version"])
         live.add_metric([self.live], 1)
         yield live
@@ -266,16 +291,9 @@ def users(config: WebConfig) -> dict[str, str]:
     return found
 
 
-def listening(config: WebConfig) -> socket.socket:
-    """The socket of the server. Raises ConfigError where the address cannot be had."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    try:
-        return socket.create_server((config.host, config.port), family=family, backlog=512)
-    except OSError as error:
-        raise ConfigError(
-            f"config key web.port has value {config.port}, which cannot be used on {config.host} ({error.strerror}); "
-            "choose another, or set web.enabled = false"
-        ) from error
+def _author(user: str, person: str) -> str:
+    """Who speaks: the holder of a token, or one of the people that its client tells apart."""
+    return f"{user}/{person}" if person else user
 
 
 async def _body(request: Request) -> bytes:

@@ -78,7 +78,7 @@ class _Builder:
 
     def say(self, name: str, role: Role, text: str, reply_to: str | None) -> str:
         at = EPOCH + timedelta(seconds=len(self.messages))
-        message = Message(self.conversation.id, role.value, text, role, reply_to, None, at, self.id(name))
+        message = Message(self.conversation.id, role.value, text, role, reply_to, at=at, id=self.id(name))
         self.messages.append(message)
         return message.id
 

@@ -16,6 +16,7 @@ from typing import Any
 from bot.config import Config
 from bot.conversations import ConversationStore
 from bot.errors import KibitzError, NothingToLearn, TrainingError
+from bot.types import PolicyState
 from learning.deployment import Deployment
 
 Announce = Callable[[str], None]
@@ -39,15 +40,20 @@ class OnlineLearner:
         self.announce = announce
         self.progress = progress
         self._learned = 0
+        self._purged = 0
 
     async def run(self) -> None:
         """Learn for ever: look every `learning.check_seconds` whether enough is new. A failed run is announced."""
         self._learned = await self._taught()
+        _, self._purged, _ = await self.store.database.call(self._look)
         while True:
             await asyncio.sleep(self.config.learning.check_seconds)
             try:
-                said = await self.store.database.call(self.store.reactions)
-                if said - self._learned >= self.config.learning.min_reactions:
+                said, purged, paused = await self.store.database.call(self._look)
+                # Where versions were withdrawn because somebody was forgotten, the rest is learned anew.
+                self._learned = min(said, self._learned) if purged == self._purged else 0
+                self._purged = purged
+                if not paused and said - self._learned >= self.config.learning.min_reactions:
                     self._learned = said
                     self.announce(f"training on {said} reactions")
                     await self.step()
@@ -64,6 +70,12 @@ class OnlineLearner:
         else:
             self.announce(f"{outcome['policy']} rejected: {'; '.join(outcome['reasons'])}")
         return outcome
+
+    def _look(self) -> tuple[int, int, bool]:
+        """How many reactions there are, how many versions were purged, and whether learning is paused."""
+        registry = self.deployment.registry
+        purged = sum(version.state == PolicyState.PURGED for version in registry.all())
+        return self.store.reactions(), purged, registry.learning_is_paused()
 
     async def _taught(self) -> int:
         """How many reactions there were when the last run began, so that a restart does not train again on them."""

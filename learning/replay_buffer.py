@@ -15,7 +15,8 @@ from bot.conversations import ConversationStore
 from bot.dialogue import UNFINISHED
 from bot.feedback import standing
 from bot.tokenizer import ChatTokenizer
-from bot.types import FeedbackKind, Message, Turn
+from bot.types import ASSISTANT, FeedbackKind, Message, Turn
+from bot.users import Users
 from learning.rewards import Reward, reward
 
 IMPORTED = "import"  # the platform of conversations that were read from a file
@@ -59,6 +60,24 @@ class Snapshot:
         return sorted({one for experience in self.training for one in experience.feedback_ids})
 
 
+class Consent:
+    """Who may be learned from, as it stands now. Imported conversations are the operator's to answer for."""
+
+    def __init__(self, users: Users, platforms: dict[str, str], authors: dict[str, str]):
+        self._platforms, self._authors = platforms, authors
+        self._decided, self._assumed = users.decided(), users.assumed
+
+    def of(self, turn: Turn, user_id: str) -> bool:
+        """Whether a person in the conversation of `turn` consents."""
+        platform = self._platforms[turn.conversation_id]
+        return platform == IMPORTED or self._decided.get((platform, user_id), self._assumed)
+
+    def to(self, turn: Turn) -> bool:
+        """Whether everybody whose words the policy was shown for a turn consents."""
+        people = {turn.asker_id, *(self._authors.get(message, ASSISTANT) for message in turn.shown)} - {ASSISTANT}
+        return all(self.of(turn, person) for person in people)
+
+
 class ReplayBuffer:
     """Draws snapshots from what the ConversationStore holds."""
 
@@ -66,24 +85,28 @@ class ReplayBuffer:
         self.store = store
         self.tokenizer = tokenizer
         self.config = config
+        self.users = Users(store.database, config.privacy)
 
     def snapshot(self, space: str | None = None) -> Snapshot:
         """All that can be learned from now; only from one imported `space` if given."""
         turns = self.store.turns_with_feedback(space)
         given = self.store.feedback_of(turn.id for turn in turns)
         platforms = self.store.platforms({turn.conversation_id for turn in turns})
+        authors = self.store.authors({message for turn in turns for message in turn.shown})
+        consent = Consent(self.users, platforms, authors)
         found = Snapshot(turns=len(turns))
         kept: list[Experience] = []
         for turn in turns:
             imported = platforms[turn.conversation_id] == IMPORTED
-            earned = reward(given[turn.id], turn.asker_id, self.config.rewards)
-            reason = self._why_not(turn, earned)
+            said = [row for row in given[turn.id] if consent.of(turn, row.user_id)]
+            earned = reward(said, turn.asker_id, self.config.rewards)
+            reason = self._why_not(turn, earned) if consent.to(turn) else "somebody in it does not consent"
             if reason is not None or earned is None:
                 found.dropped[reason or ""] += 1
                 continue
             # A live conversation never ends, so there the unit is the question; an imported one is held out whole.
             unit = turn.conversation_id if imported else turn.message_id
-            wanted = [row for row in standing(given[turn.id]) if row.kind == FeedbackKind.CORRECTION and row.text]
+            wanted = [row for row in standing(said) if row.kind == FeedbackKind.CORRECTION and row.text]
             for experience in self._experiences(turn, unit, earned, wanted[-1].text if wanted else None):
                 if len(experience.prompt_ids) + len(experience.completion_ids) > self.config.training.max_length:
                     found.dropped[f"longer than training.max_length ({self.config.training.max_length})"] += 1

@@ -19,7 +19,7 @@ from bot.database import Database
 from bot.errors import NothingToLearn, TrainingError
 from bot.registry import BASE, PolicyRegistry
 from bot.tokenizer import ChatTokenizer
-from bot.types import PolicyVersion
+from bot.types import PolicyState, PolicyVersion
 from learning.evaluation import Evidence, Sample, Verdict, answer_logprobs, check_files, generate, judge, next_logprobs
 from learning.pretrain import quiet
 from learning.replay_buffer import Experience, ReplayBuffer, Snapshot
@@ -91,7 +91,10 @@ def _run(config: Config, progress: Progress, space: str | None, from_base: bool)
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         why = "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {error}"
-        if not directory.exists():
+        if registry.get(version.name).state == PolicyState.PURGED:  # somebody who taught it was forgotten meanwhile
+            shutil.rmtree(directory, ignore_errors=True)
+            why = "purged: what it was learning from was forgotten"
+        elif not directory.exists():
             registry.reject(version.name, {"outcome": why})
         registry.end_run(run_id, why)
         raise

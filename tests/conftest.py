@@ -13,16 +13,16 @@ import pytest
 import pytest_asyncio
 
 from bot import __main__ as kibitz
-from bot.config import AccessConfig, Config, ReactionsConfig, load
+from bot.config import AccessConfig, Config, load
 from bot.conversations import ConversationStore
 from bot.database import Database
-from bot.deliveries import Deliveries
 from bot.registry import PolicyRegistry
 from bot.tokenizer import ChatTokenizer
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn, new_id
 from connectors.access import Access
 from connectors.base import Shared
-from connectors.reactions import Reactions
+
+PATIENT = AccessConfig(messages_per_minute=100_000, opinions_per_minute=100_000)
 
 
 @pytest.fixture(scope="session")
@@ -73,16 +73,23 @@ async def live(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> Asy
         yield running
 
 
-def shared(running: kibitz.Kibitz, access: AccessConfig | None = None) -> Shared:
+def shared(running: kibitz.Kibitz, access: AccessConfig = PATIENT) -> Shared:
     """What a connector is given, by default without a limit that tests would run into."""
-    found = Access(access or AccessConfig(messages_per_minute=100_000))
-    return Shared(running.dialogue, Deliveries(running.database), Reactions(ReactionsConfig()), found, kibitz.desk(running))
+    return kibitz.shared(running, Access(access))
 
 
-def answered(store: ConversationStore, tokenizer: ChatTokenizer, prompt: str, reply: str, **details: object) -> Turn:
+def answered(
+    store: ConversationStore,
+    tokenizer: ChatTokenizer,
+    prompt: str,
+    reply: str,
+    author: str = "asker",
+    place: Conversation | None = None,
+    **details: object,
+) -> Turn:
     """A stored turn, as if the policy had sampled `reply`."""
-    place = store.open(Conversation("test", channel=new_id()))
-    message = Message(place.id, "asker", prompt)
+    place = place or store.open(Conversation("test", channel=new_id()))
+    message = Message(place.id, author, prompt)
     store.add_message(message)
     completion = tuple(tokenizer.completion_ids(reply))
     turn = Turn(
@@ -90,7 +97,7 @@ def answered(store: ConversationStore, tokenizer: ChatTokenizer, prompt: str, re
         message_id=message.id,
         reply_id=new_id(),
         text=reply,
-        asker_id="asker",
+        asker_id=author,
         policy_version="policy-0",
         prompt_ids=tuple(tokenizer.prompt_ids([{"role": "user", "content": prompt}])),
         completion_ids=completion,

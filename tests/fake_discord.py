@@ -9,6 +9,7 @@ import itertools
 import json
 import time
 from collections import defaultdict
+from datetime import UTC, datetime
 from typing import Any
 
 import discord
@@ -30,10 +31,13 @@ class FakeDiscord:
         self.messages: dict[int, dict[str, Any]] = {}
         self.reactions: dict[int, set[tuple[int, str]]] = defaultdict(set)
         self.callbacks: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self.told: asyncio.Queue[dict[str, Any]] = asyncio.Queue()  # what followed a deferred answer
         self.commands: list[str] = []
         self.refused: list[str] = []
         self.limit, self.window = 1000, 1.0  # of posts and edits in one channel
         self.met_429 = 0
+        self.written: dict[str, list[float]] = defaultdict(list)  # when the bot wrote or changed each of its messages
+        self.changed = asyncio.Event()
         self.allowed_intents = ~MESSAGE_CONTENT
         self.identified = asyncio.Event()
         self.resumed = asyncio.Event()
@@ -89,6 +93,19 @@ class FakeDiscord:
         await self.dispatch("MESSAGE_CREATE", shown | self._in_guild(channel, user))
         return int(message["id"])
 
+    async def edit(self, message: int, content: str) -> None:
+        """The author of a message changes it."""
+        found = self.messages[message]
+        mention = f"<@{BOT}> " if found["content"].startswith(f"<@{BOT}>") else ""
+        edited = datetime.fromtimestamp(time.time(), UTC).isoformat()
+        found |= {"content": mention + content, "edited_timestamp": edited}
+        await self.dispatch("MESSAGE_UPDATE", found | self._in_guild(int(found["channel_id"]), int(found["author"]["id"])))
+
+    async def delete(self, message: int) -> None:
+        """The author of a message deletes it."""
+        found = self.messages.pop(message)
+        await self.dispatch("MESSAGE_DELETE", {"id": str(message), "channel_id": found["channel_id"]})
+
     async def react(self, user: int, message: int, emoji: str, remove: bool = False) -> None:
         """A person adds or removes a reaction."""
         (self.reactions[message].discard if remove else self.reactions[message].add)((user, emoji))
@@ -126,10 +143,12 @@ class FakeDiscord:
         rows = [{"type": 1, "components": [{"type": 4, "custom_id": field["custom_id"], "value": text}]}]
         return await self._interact(user, 5, {"custom_id": modal["custom_id"], "components": rows}, message)
 
-    async def command(self, user: int, channel: int, name: str) -> str:
-        """A person uses a slash command; returns what they are told."""
-        data = {"id": "1", "name": name, "type": 1, "options": []}
-        return (await self._interact(user, 2, data, channel=channel))["data"]["content"]
+    async def command(self, user: int, channel: int, name: str, choice: str = "") -> str:
+        """A person uses a slash command; returns what they, and nobody else, are told."""
+        options = [{"name": "choice", "type": 3, "value": choice}] if choice else []
+        first = await self._interact(user, 2, {"id": "1", "name": name, "type": 1, "options": options}, channel=channel)
+        assert (first["type"], first["data"]["flags"]) == (5, 64)  # deferred, for the user only
+        return (await asyncio.wait_for(self.told.get(), 20))["content"]
 
     def buttons(self, message: int) -> list[str]:
         """What the buttons under a message do."""
@@ -295,6 +314,7 @@ class FakeDiscord:
         if parts[0] == "interactions":
             return self._callback(parts[2], body)
         if parts[0] == "webhooks":
+            self.told.put_nowait(body)
             return self._json(self._message(next(iter(self.channels)), BOT, body.get("content", "")))
         return self._json({"message": "404: Not Found", "code": 0}, 404)
 
@@ -323,6 +343,7 @@ class FakeDiscord:
             found = self.messages[message]
             found |= {key: body[key] for key in ("content", "components") if key in body}
             found["edited_timestamp"] = "2026-01-01T00:00:01+00:00"
+            self._wrote(found)
             return self._json(found)
         key = (channel, str(body.get("nonce")))
         if body.get("enforce_nonce") and key in self._nonces:
@@ -333,7 +354,13 @@ class FakeDiscord:
         if "message_reference" in body:
             answered = str(body["message_reference"]["message_id"])
             made |= {"type": 19, "message_reference": {"message_id": answered, "channel_id": str(channel)}}
+        self._wrote(made)
         return self._json(made)
+
+    def _wrote(self, message: dict[str, Any]) -> None:
+        self.written[message["id"]].append(time.monotonic())
+        self.changed.set()
+        self.changed.clear()
 
     def _read(self, channel: int, rest: list[str], query: dict[str, str]) -> web.Response:
         if len(rest) == 3:  # who reacted with an emoji

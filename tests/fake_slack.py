@@ -8,6 +8,7 @@ import asyncio
 import itertools
 import json
 import time
+from collections import defaultdict
 from typing import Any
 
 from aiohttp import WSMsgType, web
@@ -15,6 +16,8 @@ from aiohttp import WSMsgType, web
 BOT_TOKEN, APP_TOKEN = "xoxb-fake", "xapp-fake"
 TEAM, BOT = "T1", "UBOT"
 NUMBERS = itertools.count(1)  # ids are never used again, also where one test run makes several workspaces
+
+LAST = 0  # microseconds of the last id
 
 
 class FakeSlack:
@@ -29,8 +32,18 @@ class FakeSlack:
         self.ack_seconds = 3.0
         self.rate_limited = 0  # so many of the next calls that write are answered 429
         self.no_streams = False
+        self.gives_up = False  # events are delivered to nobody
+        self.met_429 = 0
+        self.written: dict[str, list[float]] = defaultdict(list)  # when the bot wrote or changed each of its messages
+        self.changed = asyncio.Event()
+        self.said: dict[str, dict[str, Any]] = {}  # what people wrote
+        self.reactions: set[tuple[str, str, str]] = set()  # message, user, name
+        self.views: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self.assistants: set[str] = set()  # the threads that are an assistant's
+        self.statuses: list[str] = []
+        self.http_url = ""  # events are posted there, signed, where it is set; else they go through the socket
         self.connected = asyncio.Event()
-        self._numbers = NUMBERS
+        self.numbers = NUMBERS
         self._sockets: list[web.WebSocketResponse] = []
         self._waiting: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -38,7 +51,7 @@ class FakeSlack:
     async def start(self) -> None:
         """Listen."""
         app = web.Application()
-        app.router.add_post("/api/{method}", self._api)
+        app.router.add_route("*", "/api/{method}", self._api)
         app.router.add_get("/link", self._socket)
         self._runner = web.AppRunner(app, shutdown_timeout=0.2)
         await self._runner.setup()
@@ -53,10 +66,14 @@ class FakeSlack:
         await self._runner.cleanup()
 
     def ts(self) -> str:
-        """A new message id: the time, and a number that makes it unique."""
-        return f"{int(time.time())}.{next(self._numbers):06d}"
+        """A new message id: the time, in microseconds that were never used before."""
+        global LAST
+        LAST = max(LAST + 1, int(time.time() * 1e6))
+        return f"{LAST // 10**6}.{LAST % 10**6:06d}"
 
-    async def say(self, channel: str, user: str, text: str, thread: str | None = None, repeat: int = 1) -> str:
+    async def say(
+        self, channel: str, user: str, text: str, thread: str | None = None, repeat: int = 1, mention: bool = True
+    ) -> str:
         """A person writes a message; in a channel (C…) it mentions the bot. `repeat`: Slack delivers each event so often."""
         ts = self.ts()
         event = {"user": user, "text": text, "ts": ts, "channel": channel, "event_ts": ts, "client_msg_id": ts}
@@ -65,19 +82,51 @@ class FakeSlack:
         if channel.startswith("D"):
             kinds = [{**event, "type": "message", "channel_type": "im"}]
         else:
-            event["text"] = f"<@{BOT}> {text}"
+            event["text"] = f"<@{BOT}> {text}" if mention else text
             kinds = [{**event, "type": "app_mention"}, {**event, "type": "message", "channel_type": "channel"}]
-        for kind in kinds:
-            event_id = f"Ev{next(self._numbers)}"
+        self.said[ts] = event
+        for kind in kinds[0 if mention else 1 :] or kinds:
+            event_id = f"Ev{next(self.numbers)}"
             await asyncio.gather(*(self.event(kind, event_id) for _ in range(repeat)))
         return ts
+
+    async def edit(self, channel: str, ts: str, text: str) -> None:
+        """The author of a message changes it."""
+        before = dict(self.said[ts])
+        mention = f"<@{BOT}> " if before["text"].startswith(f"<@{BOT}>") else ""
+        self.said[ts] |= {"text": mention + text, "edited": {"user": before["user"], "ts": self.ts()}}
+        event = {"type": "message", "subtype": "message_changed", "channel": channel, "hidden": True, "event_ts": self.ts()}
+        await self.event({**event, "message": self.said[ts], "previous_message": before}, f"Ev{next(self.numbers)}")
+
+    async def delete(self, channel: str, ts: str) -> None:
+        """The author of a message deletes it."""
+        event = {"type": "message", "subtype": "message_deleted", "channel": channel, "hidden": True, "event_ts": self.ts()}
+        await self.event({**event, "deleted_ts": ts, "previous_message": self.said.pop(ts)}, f"Ev{next(self.numbers)}")
+
+    async def open_assistant(self, channel: str, user: str) -> str:
+        """A person opens an assistant thread; returns its id."""
+        ts = self.ts()
+        self.assistants.add(ts)
+        thread = {"user_id": user, "channel_id": channel, "thread_ts": ts, "context": {}}
+        await self.event(
+            {"type": "assistant_thread_started", "assistant_thread": thread, "event_ts": ts}, f"Ev{next(self.numbers)}"
+        )
+        return ts
+
+    async def submit(self, user: str, view: dict[str, Any], text: str) -> None:
+        """A person sends a modal that they were shown."""
+        state = {"values": {"reason": {"text": {"type": "plain_text_input", "value": text}}}}
+        shown = {**view, "id": f"V{next(self.numbers)}", "state": state}
+        body = {"type": "view_submission", "user": {"id": user}, "team": {"id": TEAM}, "api_app_id": "A1", "view": shown}
+        await self._deliver("interactive", body)
 
     async def react(self, user: str, message: dict[str, Any], name: str, remove: bool = False, at: str = "") -> None:
         """A person adds or removes a reaction."""
         item = {"type": "message", "channel": message["channel"], "ts": message["ts"]}
         kind = "reaction_removed" if remove else "reaction_added"
+        (self.reactions.discard if remove else self.reactions.add)((message["ts"], user, name))
         event = {"type": kind, "user": user, "reaction": name, "item": item, "event_ts": at or self.ts(), "item_user": BOT}
-        await self.event(event, f"Ev{next(self._numbers)}")
+        await self.event(event, f"Ev{next(self.numbers)}")
 
     async def event(self, event: dict[str, Any], event_id: str) -> None:
         """Deliver an event until it is acked, four times at most."""
@@ -101,14 +150,14 @@ class FakeSlack:
                 "container": container,
                 "channel": {"id": message["channel"]},
                 "message": {"ts": message["ts"]},
-                "trigger_id": f"t{next(self._numbers)}",
+                "trigger_id": f"t{next(self.numbers)}",
                 "actions": [action],
             },
         )
 
-    async def command(self, user: str, channel: str, name: str) -> str:
+    async def command(self, user: str, channel: str, name: str, text: str = "") -> str:
         """A person uses a slash command; returns what they are told."""
-        body = {"command": name, "text": "", "user_id": user, "channel_id": channel, "team_id": TEAM}
+        body = {"command": name, "text": text, "user_id": user, "channel_id": channel, "team_id": TEAM}
         acked = await self._deliver("slash_commands", body)
         return acked["payload"]["text"]
 
@@ -140,9 +189,9 @@ class FakeSlack:
         raise AssertionError(f"there is no button {act}: {message['blocks']}")
 
     async def _deliver(self, kind: str, payload: dict[str, Any]) -> dict[str, Any]:
-        for attempt in range(4):
+        for attempt in range(0 if self.gives_up else 4):
             self.deliveries += 1
-            envelope = f"env{next(self._numbers)}"
+            envelope = f"env{next(self.numbers)}"
             self._waiting[envelope] = asyncio.get_running_loop().create_future()
             body = {"envelope_id": envelope, "type": kind, "payload": payload, "accepts_response_payload": True}
             if attempt:
@@ -153,7 +202,8 @@ class FakeSlack:
                 return await asyncio.wait_for(self._waiting[envelope], self.ack_seconds)
             except (TimeoutError, ConnectionError):
                 continue
-        raise AssertionError(f"never acked: {payload}")
+        assert self.gives_up, f"never acked: {payload}"
+        return {}
 
     async def _socket(self, request: web.Request) -> web.WebSocketResponse:
         socket = web.WebSocketResponse()
@@ -175,18 +225,24 @@ class FakeSlack:
     async def _api(self, request: web.Request) -> web.Response:
         method = request.match_info["method"]
         body = await request.json() if request.content_type == "application/json" else dict(await request.post())
+        body = {**request.query, **body}
         self.calls.append(method)
         token = request.headers.get("Authorization", "").removeprefix("Bearer ") or body.get("token", "")
         if token != (APP_TOKEN if method == "apps.connections.open" else BOT_TOKEN):
             return web.json_response({"ok": False, "error": "invalid_auth"})
         if method.startswith("chat.") and self.rate_limited > 0:
             self.rate_limited -= 1
+            self.met_429 += 1
             return web.json_response({"ok": False, "error": "ratelimited"}, status=429, headers={"Retry-After": "1"})
         for key in ("blocks", "chunks"):
             if isinstance(body.get(key), str):
                 body[key] = json.loads(body[key])
         answer = self._call(method, body)
-        if "error" in answer:
+        if method.startswith("chat.") and answer.get("ts") in self.messages:
+            self.written[answer["ts"]].append(time.monotonic())
+            self.changed.set()
+            self.changed.clear()
+        if "error" in answer and method.startswith("chat."):
             self.refused.append(answer["error"])
         return web.json_response({"ok": "error" not in answer, **answer})
 
@@ -195,6 +251,20 @@ class FakeSlack:
             return {"user_id": BOT, "bot_id": "B1", "team_id": TEAM, "user": "kibitz", "team": "team", "url": self.api}
         if method == "apps.connections.open":
             return {"url": f"ws://127.0.0.1:{self.port}/link?ticket=1"}
+        if method == "views.open":
+            self.views.put_nowait(body["view"] if isinstance(body["view"], dict) else json.loads(body["view"]))
+            return {"view": {"id": "V1"}}
+        if method == "assistant.threads.setStatus":
+            if body["thread_ts"] not in self.assistants:
+                return {"error": "invalid_thread_ts"}
+            self.statuses.append(body["status"])
+            return {}
+        if method == "users.conversations":
+            return {"channels": [{"id": one} for one in sorted({said["channel"] for said in self.said.values()})]}
+        if method in ("conversations.history", "conversations.replies"):
+            return self._read(body, threads=method.endswith("replies"))
+        if method == "reactions.get":
+            return self._reactions(body)
         if method == "chat.postMessage":
             return self._refuse(body) or self._new(body, streaming=False, text=self._text(body))
         if method == "chat.startStream":
@@ -227,6 +297,25 @@ class FakeSlack:
         kept = {key: body[key] for key in ("channel", "thread_ts") if body.get(key)}
         self.messages[ts] = {**kept, "ts": ts, "text": text, "streaming": streaming, "blocks": body.get("blocks") or []}
         return {"ts": ts, "channel": body["channel"]}
+
+    def _read(self, body: dict[str, Any], threads: bool) -> dict[str, Any]:
+        everything = [*self.said.values(), *({**one, "user": BOT, "bot_id": "B1"} for one in self.messages.values())]
+        here = [one for one in everything if one["channel"] == body["channel"]]
+        if threads:
+            here = [one for one in here if body["ts"] in (one["ts"], one.get("thread_ts"))]
+        else:
+            here = [one for one in here if one.get("thread_ts") in (None, one["ts"])]
+        oldest, latest = float(body.get("oldest", 0)), float(body.get("latest", "inf"))
+        newest = sorted((one for one in here if oldest < float(one["ts"]) <= latest), key=lambda one: one["ts"])
+        return {"messages": [{**one, "type": "message"} for one in newest[::-1][: int(body.get("limit", 100))]]}
+
+    def _reactions(self, body: dict[str, Any]) -> dict[str, Any]:
+        if body["timestamp"] not in self.messages:
+            return {"error": "message_not_found"}
+        found = [(user, name) for ts, user, name in self.reactions if ts == body["timestamp"]]
+        names = sorted({name for _, name in found})
+        listed = [{"name": name, "users": sorted(user for user, other in found if other == name)} for name in names]
+        return {"type": "message", "message": {"ts": body["timestamp"], "reactions": listed}}
 
     @staticmethod
     def _text(body: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
-from conftest import shared, until
+from conftest import PATIENT, shared, until
 from fake_discord import BOT, TOKEN, FakeDiscord
 
 from bot.config import AccessConfig, DiscordConfig
@@ -13,6 +13,7 @@ from bot.errors import ConfigError, ConnectorError
 from bot.types import FeedbackKind
 from connectors.access import TOO_FAST
 from connectors.answers import BUSY
+from connectors.commands import COMMANDS
 from connectors.discord import LIMIT, Discord, token
 from learning.rewards import reward
 
@@ -28,10 +29,10 @@ async def platform() -> AsyncIterator[FakeDiscord]:
 
 
 async def connected(
-    live, platform: FakeDiscord, config: DiscordConfig | None = None, access: AccessConfig | None = None
+    live, platform: FakeDiscord, config: DiscordConfig | None = None, access: AccessConfig = PATIENT
 ) -> tuple[Discord, asyncio.Task[None]]:
     platform.identified.clear()
-    config = config or DiscordConfig(edits=50, edit_seconds=1, operators=[str(ANN)])
+    config = config or DiscordConfig(edits=50, edit_seconds=1)
     bot = Discord(shared(live, access), config, TOKEN)
     running = asyncio.create_task(bot.run())
     await asyncio.wait_for(platform.identified.wait(), 20)
@@ -192,7 +193,7 @@ async def test_an_answer_that_grows_can_be_stopped_and_liked_meanwhile(live, pla
 
 async def test_slash_commands_tell_what_is_live_and_only_operators_take_it_back(live, platform, bot):
     channel = platform.channel()
-    assert sorted(platform.commands) == ["rollback", "status", "why"]
+    assert sorted(platform.commands) == sorted(command.name for command in COMMANDS)
     assert await platform.command(BOB, channel, "why") == "There is no answer here yet."
     await platform.say(channel, ANN, "hello")
     answer = await answered(platform, channel)

@@ -1,18 +1,24 @@
 """The Slack connector: the unmodified slack-bolt against a Slack of our own, the real vLLM behind it."""
 
 import asyncio
+import json
+import socket
+import time
 from collections.abc import AsyncIterator
 
+import httpx
 import pytest
 import pytest_asyncio
-from conftest import shared, until
+from conftest import PATIENT, shared, until
 from fake_slack import APP_TOKEN, BOT, BOT_TOKEN, FakeSlack
+from slack_sdk.signature import SignatureVerifier
 
 from bot.config import AccessConfig, SlackConfig
 from bot.errors import ConfigError, ConnectorError
 from bot.types import FeedbackKind
 from connectors.answers import BUSY
-from connectors.slack import Slack, harmless, tokens
+from connectors.slack import GREETING, Secrets, Slack
+from connectors.slack_messages import harmless
 from learning.rewards import reward
 
 ANN, BOB = "UANN", "UBOB"
@@ -27,11 +33,11 @@ async def platform() -> AsyncIterator[FakeSlack]:
 
 
 async def connected(
-    live, platform: FakeSlack, access: AccessConfig | None = None, **settings: object
+    live, platform: FakeSlack, access: AccessConfig = PATIENT, **settings: object
 ) -> tuple[Slack, asyncio.Task[None]]:
     platform.connected.clear()
-    config = SlackConfig(**{"edits": 1000, "streams": 1000, "operators": [ANN], **settings})
-    bot = Slack(shared(live, access), config, (BOT_TOKEN, APP_TOKEN), platform.api)
+    config = SlackConfig(**{"edits": 1000, "streams": 1000, **settings})
+    bot = Slack(shared(live, access), config, Secrets(BOT_TOKEN, APP_TOKEN), platform.api)
     running = asyncio.create_task(bot.run())
     await asyncio.wait_for(platform.connected.wait(), 20)
     return bot, running
@@ -269,11 +275,98 @@ async def test_who_is_denied_is_neither_answered_nor_counted_by_any_button(live,
     await closed(bot, running)
 
 
+async def test_after_a_thumb_down_people_may_say_why(live, platform, bot):
+    place = channel()
+    await platform.say(place, ANN, "hello")
+    answer = await answered(platform, place)
+    await platform.click(BOB, answer, "down")
+    view = await asyncio.wait_for(platform.views.get(), 10)
+    await platform.submit(BOB, view, "It was rude.")
+    await platform.submit(BOB, view, "  ")  # skipped
+    said = (await told(live, bot, answer)).feedback
+    kinds = [(row.kind, row.text) for row in said]
+    assert kinds == [(FeedbackKind.DISAPPROVAL, None), (FeedbackKind.COMMENT, "It was rude.")]
+
+
+async def test_an_assistant_thread_is_greeted_and_shows_that_an_answer_is_made(live, platform, bot):
+    place = channel("D")
+    thread = await platform.open_assistant(place, ANN)
+    await until(lambda: [one["text"] for one in platform.answers(place)] == [GREETING])
+    await platform.say(place, ANN, "hello", thread=thread)
+    answer = await answered(platform, place)
+    assert answer["thread_ts"] == thread
+    assert platform.statuses == ["is thinking…"]
+    await platform.say(channel("D"), BOB, "hello")  # the control: a plain direct message is no assistant thread
+    assert len(platform.statuses) == 1
+
+
+async def test_what_happened_while_nobody_listened_is_read_from_the_api(live, platform):
+    bot, running = await connected(live, platform)
+    place, direct = channel(), channel("D")
+    root = await platform.say(place, ANN, "hello")
+    first = await answered(platform, place)
+    await platform.react(ANN, first, "+1")
+    await platform.react(BOB, first, "heart")
+    await closed(bot, running)
+    platform.gives_up = True
+    await platform.react(ANN, first, "+1", remove=True)
+    await platform.react(BOB, first, "tada")
+    await platform.react(BOB, first, "eyes")
+    await platform.say(place, BOB, "hello again", thread=root)
+    await platform.say(place, BOB, "not for you", mention=False)
+    await platform.say(direct, ANN, "hello")
+    platform.gives_up = False
+    for _ in range(3):  # again and again: nothing is doubled
+        bot, running = await connected(live, platform)
+        await answered(platform, place, 2)
+        await answered(platform, direct)
+        await asyncio.sleep(0.5)
+        await closed(bot, running)
+    assert [len(platform.answers(one)) for one in (place, direct)] == [2, 1]
+    assert await opinions(live, bot, first) == {BOB: 1.0}
+    assert len((await told(live, bot, first)).feedback) == 4
+
+
+async def test_by_http_only_what_slack_signed_lately_is_heard(live, platform):
+    listening = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}/slack/events"
+    settings = SlackConfig(edits=1000, streams=1000)
+    bot = Slack(shared(live), settings, Secrets(BOT_TOKEN, "", "secret", listening), platform.api)
+    running = asyncio.create_task(bot.run())
+    place = channel("D")
+    event = {"type": "message", "channel_type": "im", "user": ANN, "text": "hello", "channel": place, "ts": platform.ts()}
+    body = json.dumps({"type": "event_callback", "team_id": "T1", "event": event, "event_id": "EvHttp"})
+    now = int(time.time())
+
+    async def send(http: httpx.AsyncClient, secret: str, timestamp: object, signature: str = "") -> int:
+        signed = SignatureVerifier(secret).generate_signature(timestamp=str(timestamp), body=body) or ""
+        headers = {"X-Slack-Request-Timestamp": str(timestamp), "X-Slack-Signature": signature or signed}
+        return (await http.post(url, content=body, headers=headers | {"Content-Type": "application/json"})).status_code
+
+    async with httpx.AsyncClient() as http:  # a request waits in the socket's queue until the server is there
+        for secret, timestamp, signature in (
+            ("wrong", now, ""),
+            ("secret", now - 600, ""),
+            ("secret", now, "v0=0"),
+            ("secret", "yesterday", ""),
+        ):
+            assert await send(http, secret, timestamp, signature) == 401
+        assert platform.answers(place) == []
+        for _ in range(3):  # the same request again, as in a replay: one answer
+            assert await send(http, "secret", now) == 200
+        await answered(platform, place)
+        await asyncio.sleep(0.3)
+        assert len(platform.answers(place)) == 1
+    await closed(bot, running)
+
+
 async def test_slash_commands_tell_what_is_live_and_only_operators_take_it_back(live, platform, bot):
     place = channel()
     assert await platform.command(BOB, place, "/kibitz-why") == "There is no answer here yet."
     assert live.policy.version in await platform.command(BOB, place, "/kibitz-status")
-    assert "Only an operator" in await platform.command(BOB, place, "/kibitz-rollback")
+    for name in ("rollback", "pause-learning"):
+        assert "Only an operator" in await platform.command(BOB, place, f"/kibitz-{name}")
+    assert "Say one of" in await platform.command(BOB, place, "/kibitz-privacy", "perhaps")
 
 
 def test_nobody_is_rung_by_what_the_model_says():
@@ -284,10 +377,10 @@ def test_nobody_is_rung_by_what_the_model_says():
 
 async def test_what_slack_refuses_and_wrong_tokens_are_errors_for_people(live, platform, monkeypatch):
     with pytest.raises(ConnectorError, match=r"invalid_auth.*slack\.bot_token_env"):
-        await Slack(shared(live), SlackConfig(), ("xoxb-wrong", APP_TOKEN), platform.api).run()
+        await Slack(shared(live), SlackConfig(), Secrets("xoxb-wrong", APP_TOKEN), platform.api).run()
     with pytest.raises(ConfigError, match=r"slack\.bot_token_env has value 'NONE', which is not set"):
-        tokens(SlackConfig(bot_token_env="NONE"))
+        Secrets.of(SlackConfig(bot_token_env="NONE"))
     monkeypatch.setenv("BOT", "xoxb-1")
     monkeypatch.setenv("APP", "xoxb-2")
     with pytest.raises(ConfigError, match=r"slack\.app_token_env: \$APP does not begin with xapp-"):
-        tokens(SlackConfig(bot_token_env="BOT", app_token_env="APP"))
+        Secrets.of(SlackConfig(bot_token_env="BOT", app_token_env="APP"))

@@ -10,11 +10,11 @@ import httpx
 import openai
 import pytest
 import pytest_asyncio
+from conftest import PATIENT, shared
 
 from bot.config import AccessConfig, WebConfig
 from bot.errors import ConfigError
 from bot.types import Feedback, FeedbackKind
-from connectors.access import Access
 from connectors.web import Door, Web
 from learning.replay_buffer import ReplayBuffer
 from learning.rewards import reward
@@ -23,9 +23,9 @@ HELLO = [{"role": "user", "content": "hello"}]
 ROOT = Path(__file__).parent.parent
 
 
-async def served(live, config: WebConfig, access: AccessConfig | None = None) -> AsyncIterator[tuple[str, Web]]:
+async def served(live, config: WebConfig, access: AccessConfig = PATIENT) -> AsyncIterator[tuple[str, Web]]:
     door = Door.open(config)
-    web = Web(live.dialogue, Access(access or AccessConfig(messages_per_minute=100_000)), door)
+    web = Web(shared(live, access), door)
     running = asyncio.create_task(web.run())
     yield door.url, web
     await web.stop()

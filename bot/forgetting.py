@@ -1,0 +1,117 @@
+"""Forgetting: a person or a message is erased, with all that was made from their words (law 10).
+
+Of a message only its place is left, so that its event, delivered again, is still known. Every answer that was made from
+it goes (its policy was shown the text and may repeat it), every answer that was made from such an answer, and what
+people said about them. With a person also the policy versions go that were trained on any of it. What stands in the
+platform's own channels is not ours to delete. It knows no platform and no server: a running kibitz follows the registry.
+"""
+
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from bot.database import Database, chunks, conversations, deliveries, feedback, messages, run_feedback, turns
+from bot.registry import PolicyRegistry
+from bot.types import FORGOTTEN, PolicyState, now
+from bot.users import decide
+
+
+@dataclass(frozen=True)
+class Erased:
+    """How much is gone."""
+
+    messages: int
+    answers: int
+    opinions: int
+    policies: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.messages} messages, {self.answers} answers, {self.opinions} opinions "
+            f"and {self.policies} policy versions are gone"
+        )
+
+
+def forget_person(database: Database, registry: PolicyRegistry, platform: str, user_id: str) -> Erased:
+    """Erase all that a person wrote, all that they said about answers, and all that was made from either.
+
+    Their consent is withheld from now on. Nothing is half erased: it is one transaction.
+    """
+    with database.begin() as connection:
+        theirs = sa.select(conversations.c.id).where(conversations.c.platform == platform)
+        written = messages.c.author_id == user_id, messages.c.conversation_id.in_(theirs)
+        own = list(connection.execute(sa.select(messages.c.id).where(*written)).scalars())
+        answers, replies = _made_from(connection, own)
+        said = sa.select(feedback.c.id).join(turns, turns.c.id == feedback.c.turn_id)
+        said = said.where(feedback.c.user_id == user_id, turns.c.conversation_id.in_(theirs))
+        opinions = set(connection.execute(said).scalars()) | _opinions_on(connection, answers)
+        purged = registry.purge(connection, opinions)
+        _erase(connection, own, answers, replies, opinions)
+        decide(connection, (platform, user_id), consent=False, forgotten_at=now())
+    remove_purged(registry)
+    database.scrub()
+    return Erased(len(own), len(answers), len(opinions), len(purged))
+
+
+def forget_message(database: Database, message_id: str) -> Erased:
+    """Erase one message, as its author deleted it. Versions that learned from it stay: one deletion must not move them."""
+    with database.begin() as connection:
+        answers, replies = _made_from(connection, [message_id])
+        opinions = _opinions_on(connection, answers)
+        _erase(connection, [message_id], answers, replies, opinions)
+    database.scrub()
+    return Erased(1, len(answers), len(opinions), 0)
+
+
+def remove_purged(registry: PolicyRegistry) -> None:
+    """Remove the files of purged versions; also what a crash left behind."""
+    for version in registry.all():
+        if version.state == PolicyState.PURGED and Path(version.path).is_dir():
+            shutil.rmtree(version.path)
+
+
+def _made_from(connection: sa.Connection, message_ids: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The turns that were made from these messages, directly or through other answers, and their reply messages."""
+    places: set[str] = set()
+    for ids in chunks(message_ids):
+        query = sa.select(messages.c.conversation_id).where(messages.c.id.in_(ids))
+        places.update(connection.execute(query).scalars())
+    sources = set(message_ids)
+    made: list[str] = []
+    replies: list[str] = []
+    for ids in chunks(sorted(places)):
+        answers = sa.select(turns.c.id, turns.c.message_id, turns.c.reply_id, turns.c.shown)
+        answers = answers.where(turns.c.conversation_id.in_(ids)).order_by(turns.c.at, turns.c.id)
+        for row in connection.execute(answers):  # what an answer was shown came before it: one pass finds all
+            if row.message_id in sources or not sources.isdisjoint(row.shown):
+                sources.add(row.reply_id)
+                made.append(row.id)
+                replies.append(row.reply_id)
+    return made, replies
+
+
+def _opinions_on(connection: sa.Connection, answers: Iterable[str]) -> set[str]:
+    found: set[str] = set()
+    for ids in chunks(answers):
+        found.update(connection.execute(sa.select(feedback.c.id).where(feedback.c.turn_id.in_(ids))).scalars())
+    return found
+
+
+def _erase(
+    connection: sa.Connection, own: Sequence[str], answers: Sequence[str], replies: Sequence[str], opinions: Iterable[str]
+) -> None:
+    for column, values in (
+        (run_feedback.c.feedback_id, opinions),
+        (feedback.c.id, opinions),
+        (deliveries.c.turn_id, answers),
+        (turns.c.id, answers),
+        (messages.c.id, replies),
+    ):
+        for ids in chunks(values):
+            connection.execute(column.table.delete().where(column.in_(ids)))
+    blank = {"text": "", "author_id": FORGOTTEN, "embedding": None, "embedding_model": None}
+    for ids in chunks(own):
+        connection.execute(messages.update().where(messages.c.id.in_(ids)).values(**blank))

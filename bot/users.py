@@ -1,0 +1,49 @@
+"""Users: what people decided about themselves, and the table that holds it.
+
+Only those may teach who consent (law 7). Whoever has decided nothing is taken as `privacy.consent` says. It knows no
+platform's client: people are known by their platform and its id for them.
+"""
+
+import sqlalchemy as sa
+
+from bot.config import PrivacyConfig
+from bot.database import Database, users
+from bot.types import now
+
+Person = tuple[str, str]  # platform, and its id for the person
+
+
+class Users:
+    """Everybody who decided something."""
+
+    def __init__(self, database: Database, config: PrivacyConfig):
+        self.database = database
+        self.assumed = config.consent == "assumed"
+
+    def consents(self, platform: str, user_id: str) -> bool:
+        """Whether a person may be learned from."""
+        return self.decided().get((platform, user_id), self.assumed)
+
+    def decide(self, platform: str, user_id: str, consent: bool) -> None:
+        """Give or withhold consent; the last decision holds."""
+        with self.database.begin() as connection:
+            decide(connection, (platform, user_id), consent=consent)
+
+    def decided(self) -> dict[Person, bool]:
+        """The consent of everybody who said something about it."""
+        with self.database.read() as connection:
+            rows = connection.execute(sa.select(users.c.platform, users.c.user_id, users.c.consent))
+            return {(row.platform, row.user_id): row.consent for row in rows}
+
+    def forgotten(self, platform: str) -> set[str]:
+        """Everybody on a platform who asked to be forgotten."""
+        gone = (users.c.platform == platform) & users.c.forgotten_at.is_not(None)
+        with self.database.read() as connection:
+            return set(connection.execute(sa.select(users.c.user_id).where(gone)).scalars())
+
+
+def decide(connection: sa.Connection, person: Person, **values: object) -> None:
+    """Write a person's decision in the transaction of `connection`."""
+    key = (users.c.platform == person[0]) & (users.c.user_id == person[1])
+    if not connection.execute(users.update().where(key).values(at=now(), **values)).rowcount:
+        connection.execute(users.insert().values(platform=person[0], user_id=person[1], at=now(), **values))

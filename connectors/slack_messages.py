@@ -1,0 +1,195 @@
+"""SlackMessages: the messages that show one answer on Slack.
+
+A native stream in a thread while Slack's limits allow it, else a post that is edited; feedback buttons under the last
+part. It knows no event and no conversation.
+"""
+
+import logging
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from slack_sdk.errors import SlackApiError
+
+from bot.types import new_id
+from connectors.answers import SORRY
+from connectors.splitting import split
+
+if TYPE_CHECKING:
+    from connectors.slack import Slack
+
+log = logging.getLogger(__name__)
+
+LIMIT = 11_000  # characters of one markdown block: 12,000, and some for what is put between
+Blocks = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an answer goes: a channel, the thread in it ("" for none), the workspace."""
+
+    channel: str
+    thread: str
+    team: str
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether it is a direct message."""
+        return self.channel.startswith("D")
+
+
+def harmless(text: str) -> str:
+    """What the model says, with no mention in it that would ring anybody: <!channel>, <@U…>, <#C…>."""
+    return re.sub(r"<(?=[!@#])", "<\u200b", text)
+
+
+def reason(turn_id: str) -> dict[str, Any]:
+    """The modal that asks why somebody did not like an answer."""
+
+    def plain(text: str) -> dict[str, str]:
+        return {"type": "plain_text", "text": text}
+
+    field = {"type": "plain_text_input", "action_id": "text", "max_length": 300}
+    question = {"type": "input", "block_id": "reason", "optional": True, "label": plain("In a few words"), "element": field}
+    frame = {"title": plain("What was wrong?"), "submit": plain("Send"), "close": plain("Skip")}
+    return {"type": "modal", "callback_id": "reason", "private_metadata": turn_id, **frame, "blocks": [question]}
+
+
+def refusal(error: BaseException) -> str:
+    """Slack's code for what it refuses; "" where something else went wrong."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if not isinstance(error, SlackApiError):
+        return ""
+    said = error.response.data  # a page instead of JSON where something between us and Slack answered
+    return str(said.get("error", "")) if isinstance(said, dict) else f"status {error.response.status_code}"
+
+
+class SlackMessages:
+    """One answer, from its first words to its buttons."""
+
+    def __init__(self, connector: "Slack", place: Place, user: str):
+        self.connector, self.place, self.user = connector, place, user
+        self.turn_id = new_id()
+        self._ts = ""
+        self._streaming = False
+        self._sent = ""  # what the stream holds
+        self._halted = False  # somebody used Slack's own stop
+
+    async def grow(self, text: str) -> None:
+        """Show the beginning of a growing answer."""
+        text = harmless(split(text, LIMIT)[0].body)
+        if not text.strip():
+            return
+        if not self._ts:
+            await self._begin(text)
+        elif self._streaming:
+            await self._append(text)
+        else:
+            await self._edit(text, [self._button("stop", "⏹ Stop")])
+
+    async def whole(self, text: str) -> None:
+        """Show the final answer: every part of it, and the buttons under the last."""
+        parts = [harmless(part.text) for part in split(text or "…", LIMIT) if part.text.strip()] or ["…"]
+        for number, part in enumerate(parts):
+            buttons = self._opinions() if number == len(parts) - 1 else []
+            if number or not self._ts:
+                await self._post(part, buttons, number)
+            else:
+                await self._finish(part, buttons)
+
+    async def sorry(self) -> None:
+        """Say that there will be no answer."""
+        if self._streaming:
+            await self._finish(f"{self._sent}\n\n{SORRY}", [])
+        else:
+            await self.connector.say(self.place, SORRY)
+
+    async def _begin(self, text: str) -> None:
+        if self.place.thread and self.connector.streams.has_capacity():
+            await self.connector.streams.acquire()
+            async with self.connector.answers.posting(self.place.channel):
+                try:
+                    sent = await self.connector.web.chat_startStream(
+                        channel=self.place.channel,
+                        thread_ts=self.place.thread,
+                        markdown_text=text,
+                        recipient_team_id=self.place.team,
+                        recipient_user_id=self.user,
+                    )
+                except SlackApiError as error:
+                    log.info("no stream (%s); the answer is posted and edited", refusal(error))
+                else:
+                    self._streaming, self._sent = True, text
+                    await self._deliver(sent["ts"], 0)
+                    return
+        await self._post(text, [self._button("stop", "⏹ Stop")], 0)
+
+    async def _append(self, text: str) -> None:
+        more = text[len(self._sent) :]
+        if not more or self._halted:
+            return
+        try:
+            await self.connector.web.chat_appendStream(channel=self.place.channel, ts=self._ts, markdown_text=more)
+            self._sent = text
+        except SlackApiError as error:
+            if refusal(error) != "stopped_by_user":
+                raise
+            self._halted = True
+            self.connector.answers.stop(self.turn_id)
+
+    async def _finish(self, text: str, buttons: Blocks) -> None:
+        """End the stream with the rest of the text; where that cannot be, edit what is there."""
+        if self._streaming:
+            follows = text.startswith(self._sent)
+            try:
+                await self.connector.web.chat_stopStream(
+                    channel=self.place.channel,
+                    ts=self._ts,
+                    markdown_text=(text[len(self._sent) :] or None) if follows else None,
+                    blocks=buttons,
+                )
+            except SlackApiError as error:
+                log.info("a stream could not be ended (%s); its message is edited", refusal(error))
+            else:
+                if follows:
+                    return
+        await self._edit(text, buttons)
+
+    async def _post(self, text: str, buttons: Blocks, part: int) -> None:
+        blocks = [{"type": "markdown", "text": text}, *buttons]
+        async with self.connector.answers.posting(self.place.channel):
+            sent = await self.connector.web.chat_postMessage(
+                channel=self.place.channel, text=text[:3000], blocks=blocks, thread_ts=self.place.thread or None
+            )
+            await self._deliver(sent["ts"], part)
+
+    async def _edit(self, text: str, buttons: Blocks) -> None:
+        blocks = [{"type": "markdown", "text": text}, *buttons]
+        await self.connector.web.chat_update(channel=self.place.channel, ts=self._ts, text=text[:3000], blocks=blocks)
+
+    async def _deliver(self, ts: str, part: int) -> None:
+        if part == 0:
+            self._ts = ts
+        channel = self.place.channel
+        await self.connector.answers.deliver(channel, f"{channel}:{ts}", self.turn_id, part)
+
+    def _opinions(self) -> Blocks:
+        """The native feedback buttons, and one to answer again (Slack has no icon for that: `trash` is the only one)."""
+
+        def thumb(symbol: str, act: str, label: str) -> dict[str, Any]:
+            text = {"type": "plain_text", "text": symbol}
+            return {"text": text, "value": f"{act}:{self.turn_id}", "accessibility_label": label}
+
+        feedback = {
+            "type": "feedback_buttons",
+            "action_id": "opinion",
+            "positive_button": thumb("👍", "up", "Good answer"),
+            "negative_button": thumb("👎", "down", "Bad answer"),
+        }
+        return [{"type": "context_actions", "elements": [feedback]}, self._button("again", "🔄 Answer again")]
+
+    def _button(self, act: str, label: str) -> dict[str, Any]:
+        text = {"type": "plain_text", "text": label, "emoji": True}
+        button = {"type": "button", "action_id": act, "text": text, "value": self.turn_id}
+        return {"type": "actions", "elements": [button]}

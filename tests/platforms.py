@@ -1,0 +1,358 @@
+"""Every platform, driven in one way: people say, react, take back, ask again, edit and delete on a server of our own.
+
+The connector on the other side is the real one, with the platform's unmodified client library. The scenarios of the tests
+and `kibitz bench connectors` use these. They know no database.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import httpx
+from fake_discord import TOKEN, FakeDiscord
+from fake_slack import APP_TOKEN, BOT_TOKEN, FakeSlack
+
+from bot.config import DiscordConfig, SlackConfig, WebConfig
+from connectors.base import Connector, Shared
+from connectors.discord import Discord
+from connectors.slack import Secrets, Slack
+from connectors.web import Door, Web
+
+PEOPLE = {"ann": 11, "bob": 12, "cleo": 13}
+
+
+@dataclass
+class Shown:
+    """An answer as people see it. `first` and `final` are when its first and its last words appeared (monotonic, s)."""
+
+    id: str
+    question: str
+    text: str
+    first: float
+    final: float
+    whole: bool
+    edits: int
+
+
+class Platform(Protocol):
+    """One platform with the connector to it."""
+
+    name: str
+    met_429: int
+
+    async def start(self) -> None:
+        """Start the platform, and the connector on it."""
+
+    async def stop(self) -> None:
+        """Stop both."""
+
+    async def restart(self, meanwhile: Callable[[], Awaitable[None]]) -> None:
+        """Stop the connector and start a new one, as another process would be; people go on in between where they can."""
+
+    def place(self, direct: bool = False) -> str:
+        """A new channel, or a new direct message."""
+
+    async def say(self, place: str, user: str, text: str) -> str:
+        """A person writes to the bot; returns the question's id. Does not wait for the answer."""
+
+    def answers(self, place: str) -> list[Shown]:
+        """The bot's answers in a place, oldest first; of a long one the first part."""
+
+    async def changed(self) -> None:
+        """Wait until something that is shown changes."""
+
+    async def turn_of(self, answer: Shown) -> str:
+        """The turn that an answer shows."""
+
+    async def react(self, user: str, answer: Shown, likes: bool) -> None:
+        """A person adds 👍 or 👎."""
+
+    async def take_back(self, user: str, answer: Shown, likes: bool) -> None:
+        """A person removes 👍 or 👎."""
+
+    async def again(self, user: str, answer: Shown) -> None:
+        """A person wants another answer."""
+
+    async def edit(self, place: str, question: str, text: str) -> None:
+        """The author of a question changes it."""
+
+    async def delete(self, place: str, question: str) -> None:
+        """The author of a question deletes it."""
+
+
+class _Connected:
+    """Starting and stopping a connector is the same everywhere."""
+
+    def __init__(self, make: Callable[[], Connector], ready: Callable[[], Any]):
+        self._make, self._ready = make, ready
+
+    async def start(self) -> None:
+        self.connector = self._make()
+        self._running = asyncio.create_task(self.connector.run())
+        await asyncio.wait_for(self._ready(), 20)
+
+    async def stop(self) -> None:
+        await self.connector.stop()
+        await asyncio.wait_for(self._running, 20)
+
+
+class DiscordPlatform:
+    """Discord."""
+
+    name = "discord"
+
+    def __init__(self, shared: Shared, config: DiscordConfig | None = None):
+        self.fake = FakeDiscord()
+        settings = config or DiscordConfig(edits=1000, edit_seconds=1)
+        self._bot = _Connected(lambda: Discord(shared, settings, TOKEN), self.fake.identified.wait)
+        self._answers = lambda: self._bot.connector.answers
+
+    @property
+    def met_429(self) -> int:
+        return self.fake.met_429
+
+    async def start(self) -> None:
+        await self.fake.start()
+        await self._bot.start()
+
+    async def stop(self) -> None:
+        await self._bot.stop()
+        await self.fake.stop()
+
+    async def restart(self, meanwhile: Callable[[], Awaitable[None]]) -> None:
+        await self._bot.stop()
+        self.fake.identified.clear()
+        await meanwhile()  # what the gateway sends now is lost
+        await self._bot.start()
+
+    def place(self, direct: bool = False) -> str:
+        return str(self.fake.channel(1 if direct else 0))
+
+    async def say(self, place: str, user: str, text: str) -> str:
+        return str(await self.fake.say(int(place), number(user), text))
+
+    def answers(self, place: str) -> list[Shown]:
+        return [
+            Shown(
+                one["id"],
+                one["message_reference"]["message_id"],
+                one["content"],
+                self.fake.written[one["id"]][0],
+                self.fake.written[one["id"]][-1],
+                "up" in self.fake.buttons(int(one["id"])),
+                len(self.fake.written[one["id"]]) - 1,
+            )
+            for one in self.fake.answers(int(place))
+            if "message_reference" in one
+        ]
+
+    async def changed(self) -> None:
+        await self.fake.changed.wait()
+
+    async def turn_of(self, answer: Shown) -> str:
+        return await self._answers().turn_of(answer.id) or ""
+
+    async def react(self, user: str, answer: Shown, likes: bool) -> None:
+        await self.fake.react(number(user), int(answer.id), "👍" if likes else "👎")
+
+    async def take_back(self, user: str, answer: Shown, likes: bool) -> None:
+        await self.fake.react(number(user), int(answer.id), "👍" if likes else "👎", remove=True)
+
+    async def again(self, user: str, answer: Shown) -> None:
+        await self.fake.press(number(user), int(answer.id), "again")
+
+    async def edit(self, place: str, question: str, text: str) -> None:
+        await self.fake.edit(int(question), text)
+
+    async def delete(self, place: str, question: str) -> None:
+        await self.fake.delete(int(question))
+
+
+class SlackPlatform:
+    """Slack, in Socket Mode."""
+
+    name = "slack"
+
+    def __init__(self, shared: Shared, config: SlackConfig | None = None):
+        self.fake = FakeSlack()
+        settings = config or SlackConfig(edits=60_000, streams=60_000)
+        secrets = Secrets(BOT_TOKEN, APP_TOKEN)
+        self._bot = _Connected(lambda: Slack(shared, settings, secrets, self.fake.api), self.fake.connected.wait)
+        self._answers = lambda: self._bot.connector.answers
+
+    @property
+    def met_429(self) -> int:
+        return self.fake.met_429
+
+    async def start(self) -> None:
+        await self.fake.start()
+        await self._bot.start()
+
+    async def stop(self) -> None:
+        await self._bot.stop()
+        await self.fake.stop()
+
+    async def restart(self, meanwhile: Callable[[], Awaitable[None]]) -> None:
+        await self._bot.stop()
+        self.fake.connected.clear()
+        self.fake.gives_up = True  # so long away that Slack no longer tries
+        await meanwhile()
+        self.fake.gives_up = False
+        await self._bot.start()
+
+    def place(self, direct: bool = False) -> str:
+        return f"{'D' if direct else 'C'}{next(self.fake.numbers)}"
+
+    async def say(self, place: str, user: str, text: str) -> str:
+        return await self.fake.say(place, user.upper(), text)
+
+    def answers(self, place: str) -> list[Shown]:
+        return [
+            Shown(
+                one["ts"],
+                one.get("thread_ts", ""),
+                one["text"],
+                self.fake.written[one["ts"]][0],
+                self.fake.written[one["ts"]][-1],
+                self.fake.done(one),
+                len(self.fake.written[one["ts"]]) - 1,
+            )
+            for one in self.fake.answers(place)
+        ]
+
+    async def changed(self) -> None:
+        await self.fake.changed.wait()
+
+    async def turn_of(self, answer: Shown) -> str:
+        return await self._answers().turn_of(f"{self.fake.messages[answer.id]['channel']}:{answer.id}") or ""
+
+    async def react(self, user: str, answer: Shown, likes: bool) -> None:
+        await self.fake.react(user.upper(), self.fake.messages[answer.id], "+1" if likes else "-1")
+
+    async def take_back(self, user: str, answer: Shown, likes: bool) -> None:
+        await self.fake.react(user.upper(), self.fake.messages[answer.id], "+1" if likes else "-1", remove=True)
+
+    async def again(self, user: str, answer: Shown) -> None:
+        await self.fake.click(user.upper(), self.fake.messages[answer.id], "again")
+
+    async def edit(self, place: str, question: str, text: str) -> None:
+        await self.fake.edit(place, question, text)
+
+    async def delete(self, place: str, question: str) -> None:
+        await self.fake.delete(place, question)
+
+
+class WebPlatform:
+    """The HTTP API, with a client that keeps what it was sent."""
+
+    name = "web"
+    met_429 = 0
+
+    def __init__(self, shared: Shared, config: WebConfig | None = None):
+        self._config = config or WebConfig(port=0)
+        self._bot = _Connected(lambda: Web(shared, self._door), self._ready)
+        self._shown: dict[str, list[Shown]] = {}
+        self._given: dict[tuple[str, str, bool], str] = {}
+        self._asking: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+        self._count = 0
+
+    async def start(self) -> None:
+        self._door = Door.open(self._config)
+        self._http = httpx.AsyncClient(base_url=self._door.url, timeout=120, limits=httpx.Limits(max_connections=None))
+        await self._bot.start()
+
+    async def stop(self) -> None:
+        await asyncio.gather(*self._asking)
+        await self._http.aclose()
+        await self._bot.stop()
+
+    async def restart(self, meanwhile: Callable[[], Awaitable[None]]) -> None:
+        await self.stop()
+        await self.start()
+        await meanwhile()
+
+    def place(self, direct: bool = False) -> str:
+        self._count += 1
+        return f"{self.name}-{id(self)}-{self._count}"
+
+    async def say(self, place: str, user: str, text: str) -> str:
+        self._count += 1
+        asked = {"conversation": place, "messages": [{"role": "user", "content": text}]}
+        return self._ask(place, user, str(self._count), asked)
+
+    def answers(self, place: str) -> list[Shown]:
+        return self._shown.get(place, [])
+
+    async def changed(self) -> None:
+        await self._changed.wait()
+
+    async def turn_of(self, answer: Shown) -> str:
+        return answer.id.removeprefix("chatcmpl-")
+
+    async def react(self, user: str, answer: Shown, likes: bool) -> None:
+        body = {"inference_id": answer.id, "metric_name": "thumb", "value": likes, "user": user}
+        given = (await self._http.post("/v1/feedback", json=body)).raise_for_status().json()
+        self._given[user, answer.id, likes] = given["feedback_id"]
+
+    async def take_back(self, user: str, answer: Shown, likes: bool) -> None:
+        given = self._given[user, answer.id, likes]
+        (await self._http.delete(f"/v1/feedback/{given}", params={"user": user})).raise_for_status()
+
+    async def again(self, user: str, answer: Shown) -> None:
+        place = next(place for place, all_ in self._shown.items() if answer in all_)
+        last = {"messages": [{"role": "user", "content": "again"}], "regenerates": answer.id}
+        self._ask(place, user, answer.question, last)
+
+    async def edit(self, place: str, question: str, text: str) -> None:
+        raise NotImplementedError("clients of the API keep the history themselves")
+
+    async def delete(self, place: str, question: str) -> None:
+        answer = next(one for one in self.answers(place) if one.question == question)
+        (await self._http.delete(f"/v1/chat/completions/{answer.id}")).raise_for_status()
+
+    def _ask(self, place: str, user: str, question: str, body: dict[str, Any]) -> str:
+        asking = asyncio.create_task(self._stream(place, question, {"stream": True, "user": user, **body}))
+        self._asking.add(asking)
+        asking.add_done_callback(self._asking.discard)
+        return question
+
+    async def _stream(self, place: str, question: str, body: dict[str, Any]) -> None:
+        shown = Shown("", question, "", 0.0, 0.0, whole=False, edits=0)
+        async with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
+            response.raise_for_status()
+            async for line in response.aiter_lines():
+                if line == "data: [DONE]":
+                    shown.final, shown.whole = time.monotonic(), True
+                elif line.startswith("data: "):
+                    event = json.loads(line.removeprefix("data: "))
+                    shown.id = event["id"]
+                    shown.text += event["choices"][0]["delta"].get("content", "")
+                    if shown.text and not shown.first:
+                        shown.first = time.monotonic()
+                        self._shown.setdefault(place, []).append(shown)
+        self._changed.set()
+        self._changed.clear()
+
+    async def _ready(self) -> None:
+        while not (await self._http.get("/healthz")).is_success:
+            await asyncio.sleep(0.05)
+
+
+PLATFORMS = {platform.name: platform for platform in (DiscordPlatform, SlackPlatform, WebPlatform)}
+
+
+def number(user: str) -> int:
+    """A person's id on Discord."""
+    return PEOPLE.get(user) or 100_000 + int(user.removeprefix("user"))
+
+
+async def whole(platform: Platform, place: str, count: int) -> list[Shown]:
+    """The answers in a place, as soon as `count` of them are whole."""
+    async with asyncio.timeout(60):
+        while sum(one.whole for one in platform.answers(place)) < count:
+            await platform.changed()
+    return platform.answers(place)

@@ -1,0 +1,223 @@
+"""The same life on every platform: what people did is what the database says in the end.
+
+A random walk of people who write, react, take back, ask again, edit and delete, on several places at once, with the
+process restarted in the middle while they go on; beside it a model of what that must come to.
+"""
+
+import asyncio
+import contextlib
+import random
+from collections import defaultdict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import pytest
+from conftest import shared, until
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from platforms import PEOPLE, PLATFORMS, DiscordPlatform, Platform, Shown, SlackPlatform, WebPlatform, whole
+
+from bot.feedback import standing
+from bot.types import FeedbackKind
+
+OPINION = {FeedbackKind.APPROVAL: True, FeedbackKind.DISAPPROVAL: False}
+WORDS = ["hello", "i can't sleep", "good night", "tell me a joke", "what should i eat"]
+
+
+@dataclass
+class Answer:
+    """What must be so of an answer."""
+
+    id: str
+    opinions: dict[str, bool] = field(default_factory=dict)  # person -> likes
+    unwanted: set[str] = field(default_factory=set)  # who asked again
+
+
+@dataclass
+class Question:
+    """What a person wrote, as it stands now, and what became of it."""
+
+    id: str
+    user: str
+    text: str
+    answers: list[Answer] = field(default_factory=list)
+    deleted: bool = False
+
+
+class Life:
+    """What happens in one place: draws what is next, does it on the platform, and notes what it must come to."""
+
+    def __init__(self, platform: Platform, direct: bool, seed: str):
+        self.platform, self.place, self.rng = platform, platform.place(direct), random.Random(seed)
+        self.questions: list[Question] = []
+        self.seen: set[str] = set()
+
+    def alive(self) -> list[Question]:
+        return [one for one in self.questions if not one.deleted]
+
+    def anybody(self) -> str:
+        return self.rng.choice(sorted(PEOPLE))
+
+    def shown(self, answer: Answer) -> Shown:
+        return next(one for one in self.platform.answers(self.place) if one.id == answer.id)
+
+    async def step(self) -> None:
+        await self.rng.choice([self.say, self.react, self.react, self.react, self.again, self.edit, self.delete])()
+
+    async def say(self) -> None:
+        await self.ask()
+        await self.answered()
+
+    async def ask(self) -> None:
+        user, text = self.anybody(), self.rng.choice(WORDS)
+        self.questions.append(Question(await self.platform.say(self.place, user, text), user, text))
+
+    async def answered(self) -> None:
+        """The last question has one more answer."""
+        for one in await whole(self.platform, self.place, len(self.seen) + 1):
+            if one.id not in self.seen:
+                self.questions[-1].answers.append(Answer(one.id))
+                self.seen.add(one.id)
+
+    async def react(self) -> None:
+        answers = [answer for question in self.alive() for answer in question.answers]
+        if not answers:
+            return
+        answer, user = self.rng.choice(answers), self.anybody()
+        if user in answer.opinions:
+            await self.platform.take_back(user, self.shown(answer), answer.opinions.pop(user))
+        if self.rng.random() < 0.8:
+            answer.opinions[user] = self.rng.random() < 0.5
+            await self.platform.react(user, self.shown(answer), answer.opinions[user])
+
+    async def again(self) -> None:
+        if self.questions and not self.questions[-1].deleted:
+            user, last = self.anybody(), self.questions[-1].answers[-1]
+            last.unwanted.add(user)
+            await self.platform.again(user, self.shown(last))
+            await self.answered()
+
+    async def edit(self) -> None:
+        if self.platform.name != "web" and self.questions and not self.questions[-1].deleted:
+            question = self.questions[-1]
+            if (
+                len(question.answers) == 1
+            ):  # later answers are to the edited question, and the first one is not held against it
+                question.text = f"{self.rng.choice(WORDS)} {self.rng.random():.6f}"
+                await self.platform.edit(self.place, question.id, question.text)
+                await self.say()
+
+    async def delete(self) -> None:
+        if self.questions and not self.questions[-1].deleted:  # what came after it would go with it: it was shown
+            self.questions[-1].deleted = True
+            await self.platform.delete(self.place, self.questions[-1].id)
+
+    async def fits(self, live) -> None:
+        """The database says what people did."""
+        call, store = live.database.call, live.store
+        assert len(self.platform.answers(self.place)) == len(self.seen)
+        for question in self.questions:
+            for answer in question.answers:
+                turn_id = await self.platform.turn_of(self.shown(answer))
+                turn = await call(store.turn, turn_id)
+                if question.deleted:
+                    assert turn is None
+                    continue
+                assert turn.text.strip() == self.shown(answer).text.strip()
+                assert (await call(store.message, turn.message_id)).text == question.text
+                assert name_of(self.platform, turn.asker_id) == question.user
+                said = standing((await call(store.feedback_of, [turn_id])).get(turn_id, []))
+                rows = [(name_of(self.platform, row.user_id), row.kind) for row in said]
+                assert {user: OPINION[kind] for user, kind in rows if kind in OPINION} == answer.opinions
+                assert {user for user, kind in rows if kind == FeedbackKind.REGENERATE} == answer.unwanted
+
+    async def eventually_fits(self, live) -> None:
+        for _ in range(60):
+            with contextlib.suppress(AssertionError):
+                return await self.fits(live)
+            await asyncio.sleep(0.1)
+        return await self.fits(live)
+
+
+def name_of(platform: Platform, user_id: str) -> str:
+    """Who somebody is in the model."""
+    if platform.name == "discord":
+        return next(name for name, number in PEOPLE.items() if str(number) == user_id)
+    return user_id.rpartition("/")[2].lower()
+
+
+@pytest.mark.parametrize("name", sorted(PLATFORMS))
+async def test_what_people_did_is_what_the_database_says_also_after_a_restart(live, name):
+    platform = PLATFORMS[name](shared(live))
+    await platform.start()
+    lives = [Life(platform, direct, f"{name} {direct}") for direct in (True, False, False)]
+
+    async def everywhere(act: Callable[[Life], Awaitable[None]]) -> None:
+        await asyncio.gather(*(act(life) for life in lives))
+
+    async def go_on(life: Life) -> None:
+        for _ in range(12):
+            await life.step()
+
+    async def meanwhile() -> None:
+        for act in (Life.react, Life.react, Life.ask):
+            await everywhere(act)
+
+    await everywhere(Life.say)
+    for _ in range(2):
+        await everywhere(go_on)
+        await everywhere(lambda life: life.eventually_fits(live))
+        await platform.restart(meanwhile)
+        await everywhere(Life.answered)
+        await everywhere(lambda life: life.eventually_fits(live))
+    last = lives[0].questions[-1].answers[-1]
+    last.opinions["ann"] = not last.opinions.get("ann", False)
+    with pytest.raises(AssertionError):
+        await lives[0].fits(live)  # the control: one opinion that nobody gave is noticed
+    await platform.stop()
+
+
+MOVES = st.lists(st.tuples(st.sampled_from(["ann", "bob"]), st.sampled_from([True, False])), max_size=8)
+
+
+@pytest.mark.parametrize("make", [DiscordPlatform, SlackPlatform, WebPlatform])
+async def test_any_sequence_of_reactions_ends_in_what_the_platform_shows(live, make):
+    platform = make(shared(live))
+    await platform.start()
+
+    @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(moves=MOVES)
+    async def holds(moves: list[tuple[str, bool]]) -> None:
+        place = platform.place(direct=True)
+        await platform.say(place, "ann", "hello")
+        [answer] = await whole(platform, place, 1)
+        shown: dict[str, list[bool]] = defaultdict(list)
+        for user, likes in moves:  # a person clicks: what is there goes, what is not there comes
+            if likes in shown[user]:
+                shown[user].remove(likes)
+                await platform.take_back(user, answer, likes)
+            else:
+                shown[user].append(likes)
+                await platform.react(user, answer, likes)
+        turn_id = await platform.turn_of(answer)
+        expected = {user: opinions[-1] for user, opinions in shown.items() if opinions}
+        found: dict[str, bool] = {}
+
+        def as_shown() -> bool:
+            rows = standing(live.store.feedback_of([turn_id]).get(turn_id, []))
+            found.clear()
+            found.update({name_of(platform, row.user_id): OPINION[row.kind] for row in rows})
+            return found == expected
+
+        await until(as_shown, 10)
+
+    await run_hypothesis(holds)
+    await platform.stop()
+
+
+async def run_hypothesis(test) -> None:
+    """Hypothesis calls a function; ours is a coroutine in the loop that runs already."""
+    loop = asyncio.get_running_loop()
+    inner = test.hypothesis.inner_test
+    test.hypothesis.inner_test = lambda **drawn: asyncio.run_coroutine_threadsafe(inner(**drawn), loop).result(60)
+    await asyncio.to_thread(test)
