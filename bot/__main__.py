@@ -17,7 +17,7 @@ import typer
 
 from bot import cli
 from bot.cli import ConfigFile, DataDir, JsonFile, PlotFile, Seed, announce, app, configured, console
-from bot.config import Config
+from bot.config import AccessConfig, Config
 from bot.conversations import ConversationStore
 from bot.data_directory import held
 from bot.database import Database
@@ -213,20 +213,13 @@ def desk(kibitz: Kibitz) -> Desk:
     async def privacy(platform: str, user: str, choice: str) -> str:
         if choice != "status":
             await call(users.decide, platform, user, choice == "on")
-        return privacy_text(await call(users.consents, platform, user))
+        return cli.privacy_text(await call(users.consents, platform, user))
 
     async def forget(platform: str, user: str) -> str:
         erased = await call(forget_person, kibitz.database, kibitz.registry, platform, user)
-        return f"{erased}. {privacy_text(False)} What stands in the channels of this platform is yours to delete."
+        return f"{erased}. {cli.privacy_text(False)} What stands in the channels of this platform is yours to delete."
 
     return Desk(lambda turn_id: _why(kibitz, turn_id), status, rollback, pause_learning, privacy, forget)
-
-
-def privacy_text(consents: bool) -> str:
-    """What somebody's consent means."""
-    if consents:
-        return "kibitz may learn from what you write and how you react (/privacy off ends that, /forget-me erases all)."
-    return "kibitz learns nothing from you and reminds nobody of what you wrote (/privacy on changes that)."
 
 
 async def _why(kibitz: Kibitz, turn_id: str) -> str:
@@ -355,6 +348,32 @@ def bench_overhead(
         return await benchmark.overhead(kibitz.dialogue, kibitz.policy, messages, blocks, found.seed, progress)
 
     measure("bench overhead", found, job, json_file, {"messages": messages, "blocks": blocks})
+
+
+@bench.command("connectors")
+def bench_connectors(
+    messages: Annotated[int, typer.Option(min=64, help="Messages for each number of conversations.")] = 256,
+    think: Annotated[float, typer.Option(min=0, help="Seconds that people think before they write again.")] = 0.0,
+    json_file: JsonFile = None,
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+) -> None:
+    """What Discord, Slack and the web add to vLLM's own time, over local servers of each (in a checkout)."""
+    from connectors import benchmark
+
+    found = configured(config, data_dir, seed)
+    platforms = benchmark.local_platforms()
+    unlimited = Access(AccessConfig(messages_per_minute=10**6, opinions_per_minute=10**6))
+
+    async def job(kibitz: Kibitz, progress: Progress) -> dict[str, Any]:
+        figures: dict[str, Any] = {}
+        for make in platforms:
+            platform = make(shared(kibitz, unlimited))
+            figures |= await benchmark.measure(kibitz.dialogue, platform, messages, think, found.seed, progress)
+        return figures
+
+    measure("bench connectors", found, job, json_file, {"messages": messages, "think": think})
 
 
 def main() -> None:

@@ -154,6 +154,13 @@ def pause_text(paused: bool) -> str:
     return "learning is paused; the same command again ends that" if paused else "learning goes on"
 
 
+def privacy_text(consents: bool) -> str:
+    """What somebody's consent means."""
+    if consents:
+        return "kibitz may learn from what you write and how you react (/privacy off ends that, /forget-me erases all)."
+    return "kibitz learns nothing from you and reminds nobody of what you wrote (/privacy on changes that)."
+
+
 @app.command()
 def forget(
     platform: Annotated[str, typer.Argument(help="discord, slack, web or terminal.")],

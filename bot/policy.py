@@ -8,13 +8,14 @@ for the last of them. It knows no conversation, no database and no registry.
 """
 
 import asyncio
+import contextlib
+import json
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any
 
-import httpx
-import openai
+import aiohttp
 
 from bot.config import PolicyConfig
 from bot.errors import ReplyInterrupted, ServingError
@@ -22,6 +23,7 @@ from bot.registry import BASE
 from bot.types import Reply
 
 STOPPED = "stopped"  # a finish reason of ours: somebody asked for the end
+LONGEST_EVENT = 2**23  # bytes: the first one repeats the prompt's token ids
 TOP_LOGPROBS = 20  # as many as vLLM gives unless it is told otherwise
 
 OnText = Callable[[str], Awaitable[None] | None]
@@ -36,9 +38,12 @@ class Policy:
         self.version = BASE
         self.base_name = BASE
         # A reply that fails is tried again here, before its first token only; never behind our back.
-        self.openai = openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=reply_seconds)
-        headers = {"Authorization": f"Bearer {api_key}"}
-        self._http = httpx.AsyncClient(base_url=self.url, headers=headers, timeout=reply_seconds)
+        self._http = aiohttp.ClientSession(
+            headers={"Authorization": f"Bearer {api_key}"},
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=reply_seconds, sock_read=reply_seconds),
+            connector=aiohttp.TCPConnector(limit=0),
+            read_bufsize=LONGEST_EVENT // 2,
+        )
         self._in_flight: Counter[str] = Counter()
         self._done = asyncio.Condition()
 
@@ -84,46 +89,41 @@ class Policy:
         sampling: dict[str, Any] = {
             "temperature": self.config.temperature if temperature is None else temperature,
             "top_p": self.config.top_p,
+            "top_k": self.config.top_k,
             "max_tokens": self.config.max_tokens,
         }
         if seed is not None:
             sampling["seed"] = seed
-        extra: dict[str, Any] = {"return_token_ids": True, "top_k": self.config.top_k}
+        body = {"model": self.served_name(version), "prompt": list(prompt_ids), "return_token_ids": True, **sampling}
+        body["logprobs"] = 0  # of the sampled token alone
         if cache_salt:
-            extra["cache_salt"] = cache_salt
+            body["cache_salt"] = cache_salt
         text, finish_reason = "", ""
         completion_ids: list[int] = []
         logprobs: list[float] = []
         started = time.monotonic()
         try:
-            stream: Any = await self.openai.completions.create(
-                model=self.served_name(version),
-                prompt=list(prompt_ids),
-                stream=True,
-                logprobs=0,  # of the sampled token alone
-                extra_body=extra,
-                **sampling,
-            )
-            async for chunk in stream:
-                if stop is not None and stop.is_set():
-                    finish_reason = STOPPED
-                    await stream.close()  # vLLM ends the request when nobody listens
-                    break
-                for choice in chunk.choices:
-                    completion_ids += getattr(choice, "token_ids", None) or []
-                    if choice.logprobs is not None:
-                        logprobs += choice.logprobs.token_logprobs or []
-                    finish_reason = choice.finish_reason or finish_reason
-                    if choice.text:
-                        text += choice.text
-                        if on_text is not None:
-                            pending = on_text(choice.text)
-                            if pending is not None:
-                                await pending
-        except (openai.OpenAIError, httpx.HTTPError) as error:
-            raise _translated(error, text, version) from error
+            async with contextlib.aclosing(self.stream("/v1/completions", body)) as events:
+                async for event in events:
+                    if stop is not None and stop.is_set():
+                        finish_reason = STOPPED
+                        break  # vLLM ends the request when nobody listens
+                    for choice in event["choices"]:
+                        completion_ids += choice.get("token_ids") or []
+                        logprobs += (choice["logprobs"] or {}).get("token_logprobs") or []
+                        finish_reason = choice["finish_reason"] or finish_reason
+                        if choice["text"]:
+                            text += choice["text"]
+                            if on_text is not None:
+                                pending = on_text(choice["text"])
+                                if pending is not None:
+                                    await pending
+        except ServingError as error:
+            raise _translated(str(error), text, version) from error
+        except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError) as error:
+            raise _translated(str(error) or type(error).__name__, text, version) from error
         if not finish_reason:
-            raise _translated(None, text, version)
+            raise _translated("the stream ended early", text, version)
         return Reply(
             text=text,
             policy_version=version,
@@ -131,9 +131,21 @@ class Policy:
             completion_ids=tuple(completion_ids),
             logprobs=tuple(logprobs),
             finish_reason=finish_reason,
-            sampling={**sampling, "top_k": self.config.top_k},
+            sampling=sampling,
             latency_ms=1000 * (time.monotonic() - started),
         )
+
+    async def stream(self, path: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        """The server-sent events of one streamed request. Raises ServingError where the server refuses or fails."""
+        async with self._http.post(f"{self.url}{path}", json={**body, "stream": True}) as response:
+            if response.status != 200:
+                raise ServingError(f"vLLM refused {path} ({response.status}): {(await response.text())[:300]}")
+            async for line in response.content:
+                if line.startswith(b"data: {"):
+                    event = json.loads(line.removeprefix(b"data: "))
+                    if "error" in event:
+                        raise ServingError(f"vLLM failed: {event['error']}")
+                    yield event
 
     async def drain(self, version: str, seconds: float = 60) -> bool:
         """Wait until no request for `version` is in flight; False if some still are after `seconds`."""
@@ -146,7 +158,7 @@ class Policy:
 
     async def connect(self) -> None:
         """Learn the name under which the server knows the base model."""
-        listed = (await self._admin("GET", "/v1/models")).json()["data"]
+        listed = (await self._admin("GET", "/v1/models"))["data"]
         bases = [model["id"] for model in listed if not model.get("parent")]
         if not bases:
             raise ServingError(f"the server at {self.url} lists no base model; check serving.url")
@@ -156,22 +168,23 @@ class Policy:
         """Whether the server generates one token within `seconds`: /health may say 200 while the engine is dead."""
         body = {"model": self.base_name, "prompt": [1], "max_tokens": 1}
         try:
-            response = await self._http.post("/v1/completions", json=body, timeout=seconds)
-        except httpx.HTTPError:
+            async with asyncio.timeout(seconds):
+                await self._admin("POST", "/v1/completions", body)
+        except (ServingError, TimeoutError):
             return False
-        return response.status_code == 200
+        return True
 
     async def load(self, name: str, path: str) -> None:
         """Load an adapter under its own name."""
-        await self._admin("POST", "/v1/load_lora_adapter", json={"lora_name": name, "lora_path": path})
+        await self._admin("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
 
     async def unload(self, name: str) -> None:
         """Forget an adapter."""
-        await self._admin("POST", "/v1/unload_lora_adapter", json={"lora_name": name})
+        await self._admin("POST", "/v1/unload_lora_adapter", {"lora_name": name})
 
     async def loaded(self) -> set[str]:
         """The names of the adapters that the server holds."""
-        listed = (await self._admin("GET", "/v1/models")).json()["data"]
+        listed = (await self._admin("GET", "/v1/models"))["data"]
         return {model["id"] for model in listed if model.get("parent")}
 
     async def next_logprobs(self, version: str, prompt_ids: Sequence[int]) -> dict[int, float]:
@@ -188,31 +201,30 @@ class Policy:
             "temperature": 1.0,
             "return_tokens_as_token_ids": True,
         }
-        answer = (await self._admin("POST", "/v1/completions", json=body)).json()
+        answer = await self._admin("POST", "/v1/completions", body)
         listed = answer["choices"][0]["logprobs"]["top_logprobs"][0]
         return {int(token.removeprefix("token_id:")): logprob for token, logprob in listed.items()}
 
     async def close(self) -> None:
         """Close the connections."""
-        await self.openai.close()
-        await self._http.aclose()
+        await self._http.close()
 
-    async def _admin(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+    async def _admin(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """What the server answers: JSON, or None where it is not."""
         try:
-            response = await self._http.request(method, path, **arguments)
-        except httpx.HTTPError as error:
+            async with self._http.request(method, f"{self.url}{path}", json=body) as response:
+                said = await response.text()
+                if response.status != 200:
+                    raise ServingError(f"vLLM refused {path} ({response.status}): {said[:300]}")
+                return json.loads(said) if response.content_type == "application/json" else None
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             raise ServingError(f"vLLM at {self.url} does not answer ({type(error).__name__}); see vllm.log") from error
-        if response.status_code != 200:
-            raise ServingError(f"vLLM refused {path} ({response.status_code}): {response.text[:300]}")
-        return response
 
     def served_name(self, version: str) -> str:
         """The name under which the server knows a version."""
         return self.base_name if version == BASE else version
 
 
-def _translated(error: Exception | None, text: str, version: str) -> ServingError:
-    cause = "the stream ended early" if error is None else str(error).splitlines()[0][:300] or type(error).__name__
-    if text:
-        return ReplyInterrupted(text, cause)
-    return ServingError(f"{version} did not answer: {cause}")
+def _translated(cause: str, text: str, version: str) -> ServingError:
+    cause = cause.splitlines()[0][:300]
+    return ReplyInterrupted(text, cause) if text else ServingError(f"{version} did not answer: {cause}")

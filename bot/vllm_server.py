@@ -127,6 +127,8 @@ class VllmServer:
 
     def _environment(self) -> dict[str, str]:
         defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        # One core is left to everybody else, and no thread is tied to a core that somebody else may be using.
+        defaults |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) - 1))}
         return {**defaults, **os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
 
     def _why(self) -> str:
@@ -164,5 +166,7 @@ def _has_gpu() -> bool:
 def _as_our_child() -> None:
     """In the child: leave the processor to the bot when it has something to do, and (Linux) do not outlive it."""
     os.nice(NICENESS)
+    with contextlib.suppress(OSError):  # where the kernel shares time between sessions first, the session's niceness counts
+        Path("/proc/self/autogroup").write_text(str(NICENESS))
     with contextlib.suppress(OSError):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

@@ -3,11 +3,9 @@
 Lists hold the platforms' own ids. It knows no platform and no database; limits are kept in memory.
 """
 
+import time
+from collections import OrderedDict, deque
 from collections.abc import Iterable
-
-from limits import RateLimitItemPerMinute
-from limits.storage import MemoryStorage
-from limits.strategies import MovingWindowRateLimiter
 
 from bot.config import AccessConfig
 
@@ -20,9 +18,8 @@ class Access:
     def __init__(self, config: AccessConfig):
         self.config = config
         self.shed = 0  # opinions that were too many to be counted
-        self._messages = RateLimitItemPerMinute(config.messages_per_minute, namespace="messages")
-        self._opinions = RateLimitItemPerMinute(config.opinions_per_minute, namespace="opinions")
-        self._limiter = MovingWindowRateLimiter(MemoryStorage())
+        self._messages = MovingWindow(config.messages_per_minute)
+        self._opinions = MovingWindow(config.opinions_per_minute)
 
     def admits(self, user: str, channel: str = "", roles: Iterable[str] = ()) -> bool:
         """Whether a user may talk and react here. A denial beats an allowance; an empty list of the allowed allows all."""
@@ -40,8 +37,28 @@ class Access:
 
     def in_time(self, platform: str, user: str) -> bool:
         """Whether a user may write one more message now; counts it."""
-        return self._limiter.hit(self._messages, platform, user)
+        return self._messages.admits(f"{platform}:{user}")
 
     def may_judge(self, platform: str, user: str) -> bool:
         """Whether one more opinion of a user is taken now; counts it."""
-        return self._limiter.hit(self._opinions, platform, user)
+        return self._opinions.admits(f"{platform}:{user}")
+
+
+class MovingWindow:
+    """At most `limit` acts of each key in any `seconds`. Of very many keys those are forgotten that acted least lately."""
+
+    def __init__(self, limit: int, seconds: float = 60.0, keys: int = 100_000):
+        self.limit, self.seconds, self.keys = limit, seconds, keys
+        self._acts: OrderedDict[str, deque[float]] = OrderedDict()
+
+    def admits(self, key: str) -> bool:
+        """Whether one more act of `key` is within the limit now; counts it if so."""
+        now = time.monotonic()
+        acts = self._acts.pop(key, None) or deque(maxlen=self.limit)
+        self._acts[key] = acts
+        if len(self._acts) > self.keys:
+            self._acts.popitem(last=False)
+        if len(acts) == self.limit and now - acts[0] < self.seconds:
+            return False
+        acts.append(now)  # the oldest goes where there are `limit` of them
+        return True

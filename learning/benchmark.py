@@ -247,17 +247,11 @@ async def overhead(
 
 async def chat_completion(policy: Policy, messages: list[dict[str, str]], seed: int, salt: str) -> str:
     """A streamed answer as a client without kibitz would ask for it."""
-    stream: Any = await policy.openai.chat.completions.create(
-        model=policy.served_name(policy.version),
-        messages=messages,  # type: ignore[arg-type]
-        stream=True,
-        seed=seed,
-        temperature=policy.config.temperature,
-        top_p=policy.config.top_p,
-        max_tokens=policy.config.max_tokens,
-        extra_body={"top_k": policy.config.top_k, "cache_salt": salt},
-    )
-    return "".join([choice.delta.content or "" async for chunk in stream for choice in chunk.choices])
+    config = policy.config
+    sampling = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k, "seed": seed}
+    body = {"model": policy.served_name(policy.version), "messages": messages, "max_tokens": config.max_tokens, **sampling}
+    events = policy.stream("/v1/chat/completions", body | {"cache_salt": salt})
+    return "".join([choice["delta"].get("content") or "" async for event in events for choice in event["choices"]])
 
 
 def _added(dialogue: Timing, baseline: Timing) -> dict[str, float]:

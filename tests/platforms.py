@@ -104,10 +104,9 @@ class DiscordPlatform:
 
     name = "discord"
 
-    def __init__(self, shared: Shared, config: DiscordConfig | None = None):
+    def __init__(self, shared: Shared):
         self.fake = FakeDiscord()
-        settings = config or DiscordConfig(edits=1000, edit_seconds=1)
-        self._bot = _Connected(lambda: Discord(shared, settings, TOKEN), self.fake.identified.wait)
+        self._bot = _Connected(lambda: Discord(shared, DiscordConfig(), TOKEN), self.fake.identified.wait)
         self._answers = lambda: self._bot.connector.answers
 
     @property
@@ -176,11 +175,10 @@ class SlackPlatform:
 
     name = "slack"
 
-    def __init__(self, shared: Shared, config: SlackConfig | None = None):
+    def __init__(self, shared: Shared):
         self.fake = FakeSlack()
-        settings = config or SlackConfig(edits=60_000, streams=60_000)
         secrets = Secrets(BOT_TOKEN, APP_TOKEN)
-        self._bot = _Connected(lambda: Slack(shared, settings, secrets, self.fake.api), self.fake.connected.wait)
+        self._bot = _Connected(lambda: Slack(shared, SlackConfig(), secrets, self.fake.api), self.fake.connected.wait)
         self._answers = lambda: self._bot.connector.answers
 
     @property
@@ -251,8 +249,7 @@ class WebPlatform:
     name = "web"
     met_429 = 0
 
-    def __init__(self, shared: Shared, config: WebConfig | None = None):
-        self._config = config or WebConfig(port=0)
+    def __init__(self, shared: Shared):
         self._bot = _Connected(lambda: Web(shared, self._door), self._ready)
         self._shown: dict[str, list[Shown]] = {}
         self._given: dict[tuple[str, str, bool], str] = {}
@@ -261,7 +258,7 @@ class WebPlatform:
         self._count = 0
 
     async def start(self) -> None:
-        self._door = Door.open(self._config)
+        self._door = Door.open(WebConfig(port=0))
         self._http = httpx.AsyncClient(base_url=self._door.url, timeout=120, limits=httpx.Limits(max_connections=None))
         await self._bot.start()
 

@@ -3,7 +3,7 @@
 import pytest
 
 from bot.config import AccessConfig
-from connectors.access import Access
+from connectors.access import Access, MovingWindow
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,15 @@ def test_each_user_has_a_limit_of_their_own_on_each_platform():
     assert [access.in_time("discord", "ann") for _ in range(5)] == [True, True, True, False, False]
     assert access.in_time("discord", "bob")
     assert access.in_time("slack", "ann")
+
+
+def test_a_window_moves_and_forgets_who_acted_least_lately(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("connectors.access.time.monotonic", lambda: clock[0])
+    window = MovingWindow(2, seconds=10, keys=2)
+    found = []
+    for clock[0] in (0, 6, 9, 11, 15, 17):
+        found.append(window.admits("ann"))
+    assert found == [True, True, False, True, False, True]
+    assert [window.admits(name) for name in ("bob", "cleo")] == [True, True]
+    assert window.admits("ann")  # forgotten meanwhile: memory is bounded
