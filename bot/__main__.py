@@ -5,6 +5,7 @@ Run: ``kibitz COMMAND`` or ``python -m bot COMMAND``.
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import tempfile
@@ -84,6 +85,8 @@ async def running(config: Config, model: str, tell: Announce) -> AsyncIterator[K
             await deployment.restore()
             watchers.append(asyncio.create_task(deployment.watch()))
             dialogue = DialogueManager(store, tracker, policy)
+            gc.collect()
+            gc.freeze()  # what was loaded stays: to look through it again would stop every answer for 0.3 s
             yield Kibitz(config, database, store, registry, policy, dialogue, deployment, server)
         finally:
             for watcher in watchers:

@@ -53,6 +53,14 @@ class ConversationStore:
         """Commit a message; False where its event was claimed before."""
         return self._insert(messages, _columns(messages, message))
 
+    def claim(self, message: Message) -> tuple[Message, Turn | None]:
+        """Commit a message; where its event came before, the message that it brought then, with the answer to it if any."""
+        if self.add_message(message):
+            return message, None
+        first = self.message_of_event(message.event_id)
+        assert first is not None
+        return first, self.turn_answering(first.id)
+
     def edit_message(self, message_id: str, text: str, at: datetime) -> None:
         """Put what its author changed a message to in its place; the last edit holds, whatever order they come in."""
         late = sa.or_(messages.c.edited_at.is_(None), messages.c.edited_at < at)

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
+from cachetools import LRUCache
+
 from bot.conversations import ConversationStore
 from bot.errors import DataError, ReplyInterrupted
 from bot.forgetting import forget_message
@@ -57,11 +59,15 @@ class DialogueManager:
         self.store = store
         self.tracker = tracker
         self.policy = policy
+        self._places: LRUCache[tuple[str, ...], Conversation] = LRUCache(10_000)
         self._secret = secrets.token_bytes(32)
 
     async def open(self, conversation: Conversation) -> Conversation:
-        """The stored conversation at this place."""
-        return await self.store.database.call(self.store.open, conversation)
+        """The stored conversation at this place, which never changes."""
+        place = (conversation.platform, conversation.space, conversation.channel, conversation.thread)
+        if place not in self._places:
+            self._places[place] = await self.store.database.call(self.store.open, conversation)
+        return self._places[place]
 
     async def respond(
         self, message: Message, options: ReplyOptions = PLAIN, shown: Sequence[dict[str, str]] | None = None
@@ -72,19 +78,15 @@ class DialogueManager:
         the new message last.
         """
         message = replace(message, text=cleaned(message.text))
-        call = self.store.database.call
+        claim = self.store.database.call(self.store.claim, message)
         # Asked for together: under load each trip to the database's thread costs more in waiting than in work.
-        fresh, context = await asyncio.gather(call(self.store.add_message, message), self._context(message, shown))
-        if not fresh:
-            first = await call(self.store.message_of_event, message.event_id)
-            assert first is not None
-            answered = await call(self.store.turn_answering, first.id)
-            if answered is not None:
-                return answered
-            if first.is_forgotten:
-                raise DataError("this message was forgotten; it gets no answer")
-            if (first.id, first.text) != (message.id, message.text):  # told otherwise, or edited while it waited
-                message, context = first, await self._context(first, shown)
+        (first, answered), context = await asyncio.gather(claim, self._context(message, shown))
+        if answered is not None:
+            return answered
+        if first.is_forgotten:
+            raise DataError("this message was forgotten; it gets no answer")
+        if (first.id, first.text) != (message.id, message.text):  # told otherwise, or edited while it waited
+            message, context = first, await self._context(first, shown)
         return await self._answer(message, context, message.author_id, None, options)
 
     async def hear(self, message: Message) -> bool:

@@ -7,7 +7,8 @@ import asyncio
 import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
 from typing import Protocol
 
 from aiolimiter import AsyncLimiter
@@ -127,20 +128,39 @@ class Answers:
         finally:
             del self._stops[turn_id], self._stored[turn_id]
 
+    async def reacted(self, channel: str, message_id: str, reaction: Feedback) -> None:
+        """Commit a reaction on a message, if it shows a turn of ours (which `reaction` does not name yet)."""
+        with self._taken(reaction.user_id) as taken:
+            turn_id = await self.turn_of(message_id, channel) if taken else None
+            if turn_id is not None:
+                await self._commit(replace(reaction, turn_id=turn_id))
+
     async def record(self, given: Feedback) -> None:
-        """Commit an opinion; one on an answer that still grows waits for its turn. What is too much is counted as shed."""
-        if self._waiting >= WAITING or not self.access.may_judge(self.platform, given.user_id):
+        """Commit an opinion; one on an answer that still grows waits for its turn."""
+        with self._taken(given.user_id) as taken:
+            if taken:
+                await self._commit(given)
+
+    @contextlib.contextmanager
+    def _taken(self, user: str) -> Iterator[bool]:
+        """Whether one more opinion of a user is taken now; what is too much is counted as shed, and costs nothing else."""
+        if self._waiting >= WAITING or not self.access.may_judge(self.platform, user):
             self.access.shed += 1
+            yield False
             return
         self._waiting += 1
         try:
-            if given.turn_id in self._stored:
-                await self._stored[given.turn_id].wait()
+            yield True
+        finally:
+            self._waiting -= 1
+
+    async def _commit(self, given: Feedback) -> None:
+        if given.turn_id in self._stored:
+            await self._stored[given.turn_id].wait()
+        try:
             await self.dialogue.record_feedback(given)
         except KibitzError as error:
             log.warning("an opinion was dropped: %s", error)
-        finally:
-            self._waiting -= 1
 
     async def reconcile(self, turn_id: str, there: set[tuple[str, str]]) -> None:
         """Bring the reactions on a turn to those that the platform shows: of each, the user and the emoji.

@@ -133,9 +133,8 @@ class Discord:
         bot = event.member is not None and event.member.bot
         if kind is None or bot or not self.access.admits(str(event.user_id), str(event.channel_id), _roles(event.member)):
             return
-        turn_id = await self.answers.turn_of(str(event.message_id), str(event.channel_id))
-        if turn_id is not None:
-            await self.answers.record(Feedback(turn_id, str(event.user_id), kind, signal=symbol, retracts=not added, at=at))
+        given = Feedback("", str(event.user_id), kind, signal=symbol, retracts=not added, at=at)
+        await self.answers.reacted(str(event.channel_id), str(event.message_id), given)
 
     async def cleared(self, message_id: int, symbol: str | None) -> None:
         """All reactions on a message are gone, or all with one emoji: every one of them is taken back."""

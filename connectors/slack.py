@@ -238,12 +238,10 @@ class Slack:
         item = event["item"]
         if kind is None or item.get("type") != "message" or not self.access.admits(event["user"], item["channel"]):
             return
-        turn_id = await self.answers.turn_of(f"{item['channel']}:{item['ts']}", item["channel"])
-        if turn_id is not None:
-            at = datetime.fromtimestamp(float(event["event_ts"]), UTC)
-            removed, name = event["type"] == "reaction_removed", event["reaction"]
-            given = Feedback(turn_id, event["user"], kind, name, removed, event_id=f"slack:{body['event_id']}", at=at)
-            await self.answers.record(given)
+        at = datetime.fromtimestamp(float(event["event_ts"]), UTC)
+        removed, name = event["type"] == "reaction_removed", event["reaction"]
+        given = Feedback("", event["user"], kind, name, removed, event_id=f"slack:{body['event_id']}", at=at)
+        await self.answers.reacted(item["channel"], f"{item['channel']}:{item['ts']}", given)
 
     async def _pressed(self, ack: Any, body: dict[str, Any], action: dict[str, Any]) -> None:
         """A button under an answer. What it says is committed before Slack is told."""

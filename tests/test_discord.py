@@ -369,6 +369,62 @@ async def test_who_is_denied_is_neither_answered_nor_counted_and_who_is_too_fast
     await running
 
 
+async def test_a_person_decides_and_is_forgotten_by_command(live, platform, bot):
+    channel, person = platform.channel(), 77  # who says nothing elsewhere: to forget somebody moves versions
+    assert "may learn from what you write" in await platform.command(person, channel, "privacy")
+    assert "learns nothing from you" in await platform.command(person, channel, "privacy", "off")
+    assert not await live.database.call(bot.answers.users.consents, "discord", str(person))
+    assert "may learn from what you write" in await platform.command(person, channel, "privacy", "on")
+    await platform.say(channel, person, "hello")
+    answer = await answered(platform, channel)
+    await platform.react(person, int(answer["id"]), "👍")
+    await eventually(live, bot, answer, {str(person): 1.0})
+    told = await platform.command(person, channel, "forget-me")
+    assert told.startswith("1 messages, 1 answers, 1 opinions and 0 policy versions are gone")
+    assert await bot.answers.turn_of(answer["id"]) is None
+    assert not await live.database.call(bot.answers.users.consents, "discord", str(person))
+    assert await platform.command(person, channel, "why") == "There is no answer here yet."
+
+
+async def test_operators_pause_learning_and_others_do_not(live, platform):
+    bot, running = await connected(live, platform, access=AccessConfig(operators=[str(ANN)]))
+    channel = platform.channel()
+    assert "Only an operator" in await platform.command(BOB, channel, "pause-learning")
+    assert "paused" in await platform.command(ANN, channel, "pause-learning")
+    assert "learning: paused" in await platform.command(BOB, channel, "status")
+    assert "goes on" in await platform.command(ANN, channel, "pause-learning")
+    assert "paused" not in await platform.command(BOB, channel, "status")
+    await bot.stop()
+    await running
+
+
+async def test_a_raid_is_stored_or_counted_as_shed_and_the_chat_goes_on(live, platform):
+    config, access = DiscordConfig(waiting=20), AccessConfig(messages_per_minute=1000)
+    bot, running = await connected(live, platform, config, access)
+    channel, elsewhere = platform.channel(), platform.channel(1)
+    await platform.say(channel, ANN, "hello")
+    answer = await answered(platform, channel)
+    turn_id = await bot.answers.turn_of(answer["id"])
+    accounts, each = 500, 10
+    for _ in range(each):
+        for account in range(accounts):
+            await platform.react(10_000 + account, int(answer["id"]), "👎")
+        await platform.say(elsewhere, ANN, "hello")
+    await answered(platform, elsewhere, each)  # nobody was refused
+
+    stored = 0
+    for _ in range(100):
+        stored = len((await live.database.call(live.store.feedback_of, [turn_id]))[turn_id])
+        if stored + bot.access.shed >= accounts * each:
+            break
+        await asyncio.sleep(0.3)
+    assert stored + bot.access.shed == accounts * each
+    assert stored > 0
+    assert bot.access.shed > 0  # the control: it was more than is taken at once
+    await bot.stop()
+    await running
+
+
 async def test_what_discord_refuses_is_an_error_for_people(live, platform, monkeypatch):
     with pytest.raises(ConnectorError, match=r"rejects the token .*discord\.token_env"):
         await Discord(shared(live), DiscordConfig(token_env="T"), "wrong").run()

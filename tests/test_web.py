@@ -1,8 +1,12 @@
 """The web connector: the unmodified OpenAI client, feedback, and a real browser, over a real server on loopback."""
 
 import asyncio
+import contextlib
 import json
 import shutil
+import signal
+import socket
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -10,9 +14,11 @@ import httpx
 import openai
 import pytest
 import pytest_asyncio
-from conftest import PATIENT, shared
+from conftest import PATIENT, shared, until
 
 from bot.config import AccessConfig, WebConfig
+from bot.conversations import ConversationStore
+from bot.database import Database
 from bot.errors import ConfigError
 from bot.types import Feedback, FeedbackKind
 from connectors.web import Door, Web
@@ -223,6 +229,57 @@ async def test_who_is_denied_or_too_fast_is_told_so(live, monkeypatch):
                 answer = await http.post("/v1/chat/completions", json={"messages": HELLO}, headers=headers)
                 statuses.append(answer.status_code)
             assert statuses == [403, 200, 200, 429]
+
+
+async def test_people_decide_whether_they_teach_and_can_be_forgotten(live, client, http):
+    me = {"user": "privacy-test"}
+    assert (await http.get("/v1/privacy", params=me)).json() == {"consent": True}
+    assert (await http.put("/v1/privacy", params=me, json={"consent": False})).json() == {"consent": False}
+    assert (await http.get("/v1/privacy", params=me)).json() == {"consent": False}
+    assert (await http.get("/v1/privacy", params={"user": "somebody else"})).json() == {"consent": True}
+    assert (await http.put("/v1/privacy", params=me, json={"consent": "perhaps"})).status_code == 400
+    said = [await client.chat.completions.create(model="kibitz", messages=HELLO, user="privacy-test") for _ in range(2)]
+    turns = [one.id.removeprefix("chatcmpl-") for one in said]
+    deleted = (await http.delete(f"/v1/chat/completions/{said[0].id}")).json()
+    assert deleted == {"id": said[0].id, "object": "chat.completion.deleted", "deleted": True}
+    assert [live.store.turn(one) is None for one in turns] == [True, False]
+    assert (await http.delete(f"/v1/chat/completions/{said[0].id}")).status_code == 404
+    assert (await http.delete("/v1/privacy", params=me)).json()["consent"] is False
+    assert [live.store.turn(one) is None for one in turns] == [True, True]
+
+
+async def test_sigterm_ends_answers_whole_and_then_the_process(live, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    config = tmp_path / "config.toml"
+    config.write_text(
+        f'data_dir = "{tmp_path / "data"}"\n[policy]\nmodel = "{live.config.policy.model}"\n'
+        f'[serving]\nurl = "{live.policy.url}"\n[web]\nport = {port}\n[learning]\nenabled = false\n'
+    )
+    command = [sys.executable, "-m", "bot", "serve", "--config", str(config)]
+    process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=asyncio.subprocess.DEVNULL)
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+        for _ in range(600):
+            with contextlib.suppress(httpx.HTTPError):
+                if (await http.get("/readyz")).is_success:
+                    break
+            await asyncio.sleep(0.1)
+        begun: list[int] = []
+
+        async def ask(number: int) -> str:
+            asked = {"messages": [{"role": "user", "content": "tell me a joke"}], "stream": True, "user": f"user{number}"}
+            async with http.stream("POST", "/v1/chat/completions", json=asked) as response:
+                begun.append(number)
+                return [line async for line in response.aiter_lines() if line][-1]
+
+        asking = [asyncio.create_task(ask(number)) for number in range(8)]
+        await until(lambda: len(begun) == 8)
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.gather(*asking) == ["data: [DONE]"] * 8
+    assert await asyncio.wait_for(process.wait(), 20) == 2
+    database = Database(f"sqlite:///{tmp_path / 'data' / 'kibitz.db'}")
+    assert ConversationStore(database).counts()["turns"] == 8
+    database.close()
 
 
 async def test_what_operators_scrape(live, http):
