@@ -17,7 +17,7 @@ from sqlalchemy.exc import IntegrityError
 from bot.database import Database, UTCDateTime, chunks, conversations, feedback, messages, runs, turns, users
 from bot.errors import DataError
 from bot.feedback import standing
-from bot.types import ASSISTANT, FORGOTTEN, Conversation, Feedback, FeedbackKind, Message, Role, Turn
+from bot.types import FORGOTTEN, Conversation, Feedback, FeedbackKind, Message, Role, Turn
 
 Dialogue = tuple[Conversation, list[Message], list[Turn], list[Feedback]]
 
@@ -228,11 +228,13 @@ class ConversationStore:
             return [_message(row) for row in connection.execute(query.order_by(messages.c.at, messages.c.id))]
 
     def authors(self, message_ids: Iterable[str]) -> dict[str, str]:
-        """The author of each message that there is."""
+        """The author of each message that a person wrote."""
         found = {}
         with self.database.read() as connection:
             for ids in chunks(message_ids):
-                query = sa.select(messages.c.id, messages.c.author_id).where(messages.c.id.in_(ids))
+                query = sa.select(messages.c.id, messages.c.author_id).where(
+                    messages.c.id.in_(ids), messages.c.role == Role.USER
+                )
                 found.update({row.id: row.author_id for row in connection.execute(query)})
         return found
 
@@ -338,7 +340,7 @@ def _insert_turn(connection: sa.Connection, turn: Turn) -> None:
     reply = Message(
         id=turn.reply_id,
         conversation_id=turn.conversation_id,
-        author_id=ASSISTANT,
+        author_id="kibitz",
         role=Role.ASSISTANT,
         text=turn.text,
         reply_to=turn.message_id,

@@ -189,8 +189,10 @@ def chunks(ids: Iterable[str]) -> Iterator[list[str]]:
 
 
 class _Local(threading.local):
+    def __init__(self) -> None:
+        self.afterwards: list[Callable[[], None]] = []  # what is to be done when that transaction is committed
+
     group: sa.Connection | None = None  # the transaction of the batch that this thread is at work on
-    scrub = False  # whether to scrub after it
 
 
 class Database:
@@ -292,22 +294,27 @@ class Database:
                     raise
         except BaseException as error:  # nothing of the batch is on disk
             settled = [(future, None, error) for *_, future in batch]
+            self._local.afterwards.clear()
         finally:
             self._local.group = None
-        if self._local.scrub:
-            self._local.scrub = False
-            self.scrub()
+        while self._local.afterwards:
+            self._local.afterwards.pop(0)()
         for future, result, failure in settled:
             if failure is None:
                 future.set_result(result)
             else:
                 future.set_exception(failure)
 
+    def afterwards(self, work: Callable[[], None]) -> None:
+        """Do something that must not happen unless what was written is committed: now, or when its batch is."""
+        if self._local.group is None:
+            work()
+        else:
+            self._local.afterwards.append(work)
+
     def scrub(self) -> None:
         """Leave nothing of what was deleted in the files: SQLite's log is emptied; free pages are zeroed as they come."""
-        if self._local.group is not None:
-            self._local.scrub = True  # when the batch is committed
-        elif self.engine.dialect.name == "sqlite":
+        if self.engine.dialect.name == "sqlite":
             with self.engine.connect().execution_options(read_only=True) as connection:
                 connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
 

@@ -9,6 +9,7 @@ platform's own channels is not ours to delete. It knows no platform and no serve
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -51,8 +52,8 @@ def forget_person(database: Database, registry: PolicyRegistry, platform: str, u
         purged = registry.purge(connection, opinions)
         _erase(connection, own, answers, replies, opinions)
         decide(connection, (platform, user_id), consent=False, forgotten_at=now())
-    remove_purged(registry)
-    database.scrub()
+    database.afterwards(partial(remove_purged, registry))
+    database.afterwards(database.scrub)
     return Erased(len(own), len(answers), len(opinions), len(purged))
 
 
@@ -62,7 +63,7 @@ def forget_message(database: Database, message_id: str) -> Erased:
         answers, replies = _made_from(connection, [message_id])
         opinions = _opinions_on(connection, answers)
         _erase(connection, [message_id], answers, replies, opinions)
-    database.scrub()
+    database.afterwards(database.scrub)
     return Erased(1, len(answers), len(opinions), 0)
 
 

@@ -21,8 +21,7 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-ASSISTANT = "kibitz"  # stands for the author of every answer
-FORGOTTEN = "forgotten"  # stands for the author of an erased message
+FORGOTTEN = ""  # stands for the author of an erased message; nobody is called so
 
 
 class Role(StrEnum):

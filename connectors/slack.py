@@ -71,9 +71,13 @@ class Secrets:
 def _secret(key: str, variable: str, prefix: str) -> str:
     value = os.environ.get(variable, "").strip() if variable else ""
     if not value:
-        raise ConfigError(f"config key slack.{key} has value '{variable}', which is not set; set it ({prefix}…)")
-    if not value.startswith(prefix) or (not prefix and value.startswith("xo")):
+        raise ConfigError(
+            f"config key slack.{key} has value '{variable}', which is not set; set it ({prefix or 'a secret'}…)"
+        )
+    if not value.startswith(prefix):
         raise ConfigError(f"config key slack.{key}: ${variable} does not begin with {prefix}; put the right token there")
+    if not prefix and value.startswith(("xoxb-", "xapp-")):
+        raise ConfigError(f"config key slack.{key}: ${variable} holds a token; put the app's signing secret there")
     return value
 
 

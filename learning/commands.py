@@ -131,6 +131,6 @@ def export(file: Path, config: ConfigFile = None, data_dir: DataDir = None, seed
     found = configured(config, data_dir, seed)
     cli.check_writable(file)
     database, store, registry = cli.opened(found)
-    written = importers.export(store, file, tokenizer_fingerprint(registry.get(BASE).base_model))
+    written = importers.export(store, file, tokenizer_fingerprint(registry.get(BASE).base_model), found.privacy)
     database.close()
     console.print(", ".join(f"{name}: {count}" for name, count in written.items()) or "nothing was said yet")

@@ -16,10 +16,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from bot.config import PrivacyConfig
 from bot.conversations import ConversationStore, Dialogue
 from bot.errors import DataError
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Role, Turn
-from learning.replay_buffer import IMPORTED
+from bot.users import Users
+from learning.replay_buffer import IMPORTED, Consent
 
 EPOCH = datetime(2000, 1, 1, tzinfo=UTC)  # imported things have an order but no time of their own
 EXPORT = "kibitz-export"
@@ -142,13 +144,20 @@ def read(path: Path, format: str = "auto") -> Recording:
     return recording
 
 
-def export(store: ConversationStore, path: Path, tokenizer_sha256: str) -> Counter[str]:
-    """Write every conversation to a file that `read` reads; returns what was written."""
+def export(store: ConversationStore, path: Path, tokenizer_sha256: str, privacy: PrivacyConfig) -> Counter[str]:
+    """Write every conversation to a file that `read` reads, with the feedback that may teach; returns what was written."""
     written: Counter[str] = Counter()
+    users = Users(store.database, privacy)
     unfinished = path.with_name(path.name + ".unfinished")
     with unfinished.open("w", encoding="utf-8") as file:
         file.write(json.dumps({EXPORT: 1, "tokenizer_sha256": tokenizer_sha256}) + "\n")
         for conversation, messages, turns, feedback in store.dialogues():
+            authors = {message.id: message.author_id for message in messages if message.role == Role.USER}
+            consent = Consent(users, {conversation.id: conversation.platform}, authors)
+            teaching = {turn.id: turn for turn in turns if consent.to(turn)}
+            feedback = [
+                one for one in feedback if one.turn_id in teaching and consent.of(teaching[one.turn_id], one.user_id)
+            ]
             row = {
                 "conversation": asdict(conversation),
                 "messages": [asdict(one) for one in messages],

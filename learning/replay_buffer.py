@@ -15,7 +15,7 @@ from bot.conversations import ConversationStore
 from bot.dialogue import UNFINISHED
 from bot.feedback import standing
 from bot.tokenizer import ChatTokenizer
-from bot.types import ASSISTANT, FeedbackKind, Message, Turn
+from bot.types import FeedbackKind, Message, Turn
 from bot.users import Users
 from learning.rewards import Reward, reward
 
@@ -74,8 +74,8 @@ class Consent:
 
     def to(self, turn: Turn) -> bool:
         """Whether everybody whose words the policy was shown for a turn consents."""
-        people = {turn.asker_id, *(self._authors.get(message, ASSISTANT) for message in turn.shown)} - {ASSISTANT}
-        return all(self.of(turn, person) for person in people)
+        shown = {self._authors[message] for message in turn.shown if message in self._authors}
+        return all(self.of(turn, person) for person in shown | {turn.asker_id})
 
 
 class ReplayBuffer:

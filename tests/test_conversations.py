@@ -83,9 +83,19 @@ async def test_where_the_commit_fails_nobody_is_told_that_it_is_stored(store, da
     sa.event.listen(database.engine, "commit", full)
     waits = [database.call(time.sleep, 0.05)]
     waits += [database.call(store.add_feedback, Feedback(turn.id, "ann", FeedbackKind.APPROVAL)) for _ in range(3)]
+    done: list[str] = []
+    waits += [database.call(database.afterwards, lambda: done.append("files of the purged are removed"))]
     _, *told = await asyncio.gather(*waits, return_exceptions=True)
     sa.event.remove(database.engine, "commit", full)
     assert all(isinstance(error, OSError) for error in told)
+    assert done == []
+    work = [
+        (time.sleep, 0.05),
+        (store.open, Conversation("test", "x")),
+        (database.afterwards, lambda: done.append("removed")),
+    ]
+    await asyncio.gather(*(database.call(*one) for one in work))  # the control: what is committed is followed by it
+    assert done == ["removed"]
     assert store.counts()["feedback"] == 0
 
 

@@ -13,6 +13,7 @@ from bot.forgetting import forget_message, forget_person
 from bot.registry import BASE
 from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, new_id
 from bot.users import Users
+from learning.importers import export
 from learning.replay_buffer import ReplayBuffer
 
 SECRET = "xyzzy-4711"  # what Ann says, and nobody else
@@ -134,7 +135,7 @@ def test_a_run_whose_teacher_is_forgotten_meanwhile_leaves_no_version(database, 
 
 
 @pytest.mark.parametrize("assumed", ["assumed", "asked"])
-def test_only_those_teach_who_consent(config, database, store, tokenizer, assumed):
+def test_only_those_teach_who_consent(config, database, store, tokenizer, tmp_path, assumed):
     privacy = PrivacyConfig(consent=assumed)
     users = Users(database, privacy)
     buffer = ReplayBuffer(store, tokenizer, config.model_copy(update={"privacy": privacy}))
@@ -155,8 +156,10 @@ def test_only_those_teach_who_consent(config, database, store, tokenizer, assume
     users.decide("test", "ann", False)
     assert used() == {bobs.id: 1.0}  # not her question, not what was shown her words, not her opinion
     assert buffer.snapshot().dropped["somebody in it does not consent"] == 2
+    assert export(store, tmp_path / "out", "", privacy)["feedback"] == 1  # nor by way of a file
     users.decide("test", "ann", True)
     assert len(used()) == 3
+    assert export(store, tmp_path / "out", "", privacy)["feedback"] == 4
 
 
 def test_what_the_unwilling_wrote_is_not_remembered(database, store, tokenizer):

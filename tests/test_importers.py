@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import answered, react
 
+from bot.config import PrivacyConfig
 from bot.errors import DataError
 from bot.types import Feedback, FeedbackKind
 from learning.importers import export, pairs, read
@@ -117,7 +118,8 @@ def test_an_export_reads_back_with_ids_and_feedback(tmp_path, store, tokenizer):
     given = react(store, turn, approves=True)
     store.add_feedback(Feedback(turn.id, given.user_id, given.kind, given.signal, retracts=True))
     store.add_feedback(Feedback(turn.id, "ann", FeedbackKind.CORRECTION, text="Hi!"))
-    assert export(store, tmp_path / "out", "hash") == {"conversations": 1, "messages": 2, "turns": 1, "feedback": 3}
+    written = export(store, tmp_path / "out", "hash", PrivacyConfig())
+    assert written == {"conversations": 1, "messages": 2, "turns": 1, "feedback": 3}
     found = read(tmp_path / "out")
     ((_, messages, (again,), feedback),) = found.dialogues
     assert found.tokenizer_sha256 == "hash"

@@ -382,5 +382,9 @@ async def test_what_slack_refuses_and_wrong_tokens_are_errors_for_people(live, p
         Secrets.of(SlackConfig(bot_token_env="NONE"))
     monkeypatch.setenv("BOT", "xoxb-1")
     monkeypatch.setenv("APP", "xoxb-2")
+    with pytest.raises(ConfigError, match=r"signing_secret_env: \$APP holds a token"):
+        Secrets.of(SlackConfig(bot_token_env="BOT", signing_secret_env="APP"))
+    with pytest.raises(ConfigError, match=r"signing_secret_env has value 'BOT' beside slack\.app_token_env"):
+        Secrets.of(SlackConfig(bot_token_env="BOT", app_token_env="APP", signing_secret_env="BOT"))
     with pytest.raises(ConfigError, match=r"slack\.app_token_env: \$APP does not begin with xapp-"):
         Secrets.of(SlackConfig(bot_token_env="BOT", app_token_env="APP"))
