@@ -36,6 +36,7 @@ class FakeDiscord:
         self.refused: list[str] = []
         self.limit, self.window = 1000, 1.0  # of posts and edits in one channel
         self.met_429 = 0
+        self.gives_up = False  # events are delivered to nobody
         self.written: dict[str, list[float]] = defaultdict(list)  # when the bot wrote or changed each of its messages
         self.changed = asyncio.Event()
         self.allowed_intents = ~MESSAGE_CONTENT
@@ -163,7 +164,7 @@ class FakeDiscord:
         """Send an event, or keep it for RESUME."""
         event = {"op": 0, "t": name, "s": len(self._events) + 1, "d": data}
         self._events.append(event)
-        if self._socket is not None and not self._socket.closed:
+        if self._socket is not None and not self._socket.closed and not self.gives_up:
             await self._socket.send_json(event)
 
     async def drop(self, code: int = 4000) -> None:

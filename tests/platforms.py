@@ -16,6 +16,7 @@ from fake_discord import TOKEN, FakeDiscord
 from fake_slack import APP_TOKEN, BOT_TOKEN, FakeSlack
 
 from bot.config import DiscordConfig, SlackConfig, WebConfig
+from connectors import benchmark
 from connectors.base import Connector, Shared
 from connectors.discord import Discord
 from connectors.slack import Secrets, Slack
@@ -37,38 +38,11 @@ class Shown:
     edits: int
 
 
-class Platform(Protocol):
-    """One platform with the connector to it."""
-
-    name: str
-    met_429: int
-
-    async def start(self) -> None:
-        """Start the platform, and the connector on it."""
-
-    async def stop(self) -> None:
-        """Stop both."""
+class Platform(benchmark.Platform, Protocol):
+    """One platform with the connector to it: what the benchmark needs, and what else people do."""
 
     async def restart(self, meanwhile: Callable[[], Awaitable[None]]) -> None:
         """Stop the connector and start a new one, as another process would be; people go on in between where they can."""
-
-    def place(self, direct: bool = False) -> str:
-        """A new channel, or a new direct message."""
-
-    async def say(self, place: str, user: str, text: str) -> str:
-        """A person writes to the bot; returns the question's id. Does not wait for the answer."""
-
-    def answers(self, place: str) -> list[Shown]:
-        """The bot's answers in a place, oldest first; of a long one the first part."""
-
-    async def changed(self) -> None:
-        """Wait until something that is shown changes."""
-
-    async def turn_of(self, answer: Shown) -> str:
-        """The turn that an answer shows."""
-
-    async def react(self, user: str, answer: Shown, likes: bool) -> None:
-        """A person adds 👍 or 👎."""
 
     async def take_back(self, user: str, answer: Shown, likes: bool) -> None:
         """A person removes 👍 or 👎."""
@@ -86,6 +60,8 @@ class Platform(Protocol):
 class _Connected:
     """Starting and stopping a connector is the same everywhere."""
 
+    connector: Any
+
     def __init__(self, make: Callable[[], Connector], ready: Callable[[], Any]):
         self._make, self._ready = make, ready
 
@@ -99,15 +75,13 @@ class _Connected:
         await asyncio.wait_for(self._running, 20)
 
 
-class DiscordPlatform:
-    """Discord."""
+class _OnServer:
+    """A platform with a server of our own, and the connector to it."""
 
-    name = "discord"
-
-    def __init__(self, shared: Shared):
-        self.fake = FakeDiscord()
-        self._bot = _Connected(lambda: Discord(shared, DiscordConfig(), TOKEN), self.fake.identified.wait)
-        self._answers = lambda: self._bot.connector.answers
+    def __init__(self, fake: FakeDiscord | FakeSlack, online: asyncio.Event, make: Callable[[], Connector]):
+        self.fake: Any = fake
+        self._online = online
+        self._bot = _Connected(make, online.wait)
 
     @property
     def met_429(self) -> int:
@@ -123,9 +97,24 @@ class DiscordPlatform:
 
     async def restart(self, meanwhile: Callable[[], Awaitable[None]]) -> None:
         await self._bot.stop()
-        self.fake.identified.clear()
-        await meanwhile()  # what the gateway sends now is lost
+        self._online.clear()
+        self.fake.gives_up = True  # so long away that nothing is delivered later
+        await meanwhile()
+        self.fake.gives_up = False
         await self._bot.start()
+
+    async def changed(self) -> None:
+        await self.fake.changed.wait()
+
+
+class DiscordPlatform(_OnServer):
+    """Discord."""
+
+    name = "discord"
+
+    def __init__(self, shared: Shared):
+        fake = FakeDiscord()
+        super().__init__(fake, fake.identified, lambda: Discord(shared, DiscordConfig(), TOKEN))
 
     def place(self, direct: bool = False) -> str:
         return str(self.fake.channel(1 if direct else 0))
@@ -148,11 +137,8 @@ class DiscordPlatform:
             if "message_reference" in one
         ]
 
-    async def changed(self) -> None:
-        await self.fake.changed.wait()
-
     async def turn_of(self, answer: Shown) -> str:
-        return await self._answers().turn_of(answer.id) or ""
+        return await self._bot.connector.answers.turn_of(answer.id) or ""
 
     async def react(self, user: str, answer: Shown, likes: bool) -> None:
         await self.fake.react(number(user), int(answer.id), "👍" if likes else "👎")
@@ -170,36 +156,15 @@ class DiscordPlatform:
         await self.fake.delete(int(question))
 
 
-class SlackPlatform:
+class SlackPlatform(_OnServer):
     """Slack, in Socket Mode."""
 
     name = "slack"
 
     def __init__(self, shared: Shared):
-        self.fake = FakeSlack()
+        fake = FakeSlack()
         secrets = Secrets(BOT_TOKEN, APP_TOKEN)
-        self._bot = _Connected(lambda: Slack(shared, SlackConfig(), secrets, self.fake.api), self.fake.connected.wait)
-        self._answers = lambda: self._bot.connector.answers
-
-    @property
-    def met_429(self) -> int:
-        return self.fake.met_429
-
-    async def start(self) -> None:
-        await self.fake.start()
-        await self._bot.start()
-
-    async def stop(self) -> None:
-        await self._bot.stop()
-        await self.fake.stop()
-
-    async def restart(self, meanwhile: Callable[[], Awaitable[None]]) -> None:
-        await self._bot.stop()
-        self.fake.connected.clear()
-        self.fake.gives_up = True  # so long away that Slack no longer tries
-        await meanwhile()
-        self.fake.gives_up = False
-        await self._bot.start()
+        super().__init__(fake, fake.connected, lambda: Slack(shared, SlackConfig(), secrets, fake.api))
 
     def place(self, direct: bool = False) -> str:
         return f"{'D' if direct else 'C'}{next(self.fake.numbers)}"
@@ -221,11 +186,8 @@ class SlackPlatform:
             for one in self.fake.answers(place)
         ]
 
-    async def changed(self) -> None:
-        await self.fake.changed.wait()
-
     async def turn_of(self, answer: Shown) -> str:
-        return await self._answers().turn_of(f"{self.fake.messages[answer.id]['channel']}:{answer.id}") or ""
+        return await self._bot.connector.answers.turn_of(f"{self.fake.messages[answer.id]['channel']}:{answer.id}") or ""
 
     async def react(self, user: str, answer: Shown, likes: bool) -> None:
         await self.fake.react(user.upper(), self.fake.messages[answer.id], "+1" if likes else "-1")

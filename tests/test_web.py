@@ -72,6 +72,16 @@ async def test_an_openai_client_is_answered_and_the_completion_is_the_turn(live,
     assert said.usage.completion_tokens == len(turn.completion_ids)
 
 
+async def test_small_pieces_of_a_stream_are_sent_at_once(url):
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as plain:
+        assert not plain.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)  # the control: it is nobody's default
+    door = Door.open(WebConfig(port=0))
+    with socket.create_connection(door.socket.getsockname()[:2]):
+        accepted, _ = door.socket.accept()
+        with accepted, door.socket:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 async def test_a_stream_gives_the_text_that_is_stored_and_its_usage(live, client):
     stream = await client.chat.completions.create(
         model="kibitz", messages=HELLO, stream=True, stream_options={"include_usage": True}, seed=2
