@@ -47,13 +47,13 @@ async def bot(live, platform) -> AsyncIterator[Discord]:
     await asyncio.wait_for(running, 10)
 
 
-async def answered(platform: FakeDiscord, channel: int, count: int = 1) -> dict:
+async def answered(platform: FakeDiscord, channel: int, count: int = 1, seconds: float = 60) -> dict:
     """The newest of `count` answers in a channel, when all of them stand whole, with their buttons."""
 
     def whole() -> bool:
         return len([one for one in platform.answers(channel) if "up" in platform.buttons(int(one["id"]))]) >= count
 
-    await until(whole)
+    await until(whole, seconds)
     return platform.answers(channel)[-1]
 
 
@@ -410,10 +410,10 @@ async def test_a_raid_is_stored_or_counted_as_shed_and_the_chat_goes_on(live, pl
         for account in range(accounts):
             await platform.react(10_000 + account, int(answer["id"]), "👎")
         await platform.say(elsewhere, ANN, "hello")
-    await answered(platform, elsewhere, each)  # nobody was refused
+    await answered(platform, elsewhere, each, 300)  # nobody was refused
 
     stored = 0
-    for _ in range(100):
+    for _ in range(1000):
         stored = len((await live.database.call(live.store.feedback_of, [turn_id]))[turn_id])
         if stored + bot.access.shed >= accounts * each:
             break
