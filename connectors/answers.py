@@ -16,7 +16,7 @@ from aiolimiter import AsyncLimiter
 from bot.dialogue import ReplyOptions
 from bot.errors import KibitzError
 from bot.feedback import held
-from bot.types import Feedback, Turn
+from bot.types import Feedback, FeedbackKind, Turn
 from connectors.base import Shared
 from connectors.streaming import GrowingText
 
@@ -167,11 +167,7 @@ class Answers:
 
         What is missing is added, what is gone is taken back. Whoever was forgotten is not heard again by this way.
         """
-        recorded = {
-            (row.user_id, row.signal): row.kind
-            for row in held((await self.dialogue.explain(turn_id)).feedback)
-            if self.reactions.kind(row.signal) == row.kind
-        }
+        recorded = await self._reactions_on(turn_id)
         forgotten = await self._call(self.users.forgotten, self.platform)
         for user, symbol in sorted(there - recorded.keys()):
             kind = self.reactions.kind(symbol)
@@ -179,3 +175,13 @@ class Answers:
                 await self.dialogue.record_feedback(Feedback(turn_id, user, kind, symbol))
         for user, symbol in sorted(recorded.keys() - there):
             await self.dialogue.record_feedback(Feedback(turn_id, user, recorded[user, symbol], symbol, retracts=True))
+
+    async def cleared(self, turn_id: str, symbol: str | None) -> None:
+        """All reactions on a turn are gone, or all with one emoji: every one of them is taken back."""
+        recorded = await self._reactions_on(turn_id)
+        await self.reconcile(turn_id, {one for one in recorded if symbol not in (None, one[1])})
+
+    async def _reactions_on(self, turn_id: str) -> dict[tuple[str, str], FeedbackKind]:
+        """The reactions that are recorded and were not taken back: who gave which emoji, and the opinion that it is."""
+        said = (await self._call(self.dialogue.store.feedback_of, [turn_id])).get(turn_id, [])
+        return {(row.user_id, row.signal): row.kind for row in held(said) if self.reactions.kind(row.signal) == row.kind}

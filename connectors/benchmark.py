@@ -172,6 +172,14 @@ async def measure(
     return figures | totals
 
 
+async def whole(platform: Platform, place: str, count: int) -> Sequence[Any]:
+    """The answers in a place, as soon as `count` of them are whole. Raises TimeoutError after a minute."""
+    async with asyncio.timeout(60):
+        while sum(one.whole for one in platform.answers(place)) < count:
+            await platform.changed()
+    return platform.answers(place)
+
+
 async def _converse(
     platform: Platform, count: int, messages: int, rng: random.Random, progress: Progress, think: float = 0.0
 ) -> Round:
@@ -190,13 +198,10 @@ async def _converse(
             said = time.monotonic()
             await platform.say(place, user, text)
             try:
-                async with asyncio.timeout(60):
-                    while sum(one.whole for one in platform.answers(place)) < position:
-                        await platform.changed()
+                answer = (await whole(platform, place, position))[-1]
             except TimeoutError:
                 found.lost += len(lines) - index
                 return
-            answer = platform.answers(place)[-1]
             found.exchanges.append(Exchange(place, said, answer))
             if likes is not None:
                 found.reactions += 1

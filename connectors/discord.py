@@ -139,12 +139,8 @@ class Discord:
     async def cleared(self, message_id: int, symbol: str | None) -> None:
         """All reactions on a message are gone, or all with one emoji: every one of them is taken back."""
         turn_id = await self.answers.turn_of(str(message_id))
-        if turn_id is None:
-            return
-        for given in (await self.dialogue.explain(turn_id)).feedback:
-            by_emoji = self.reactions.kind(given.signal) == given.kind
-            if by_emoji and not given.retracts and symbol in (None, given.signal):
-                await self.answers.record(Feedback(turn_id, given.user_id, given.kind, given.signal, retracts=True))
+        if turn_id is not None:
+            await self.answers.cleared(turn_id, symbol)
 
     async def pressed(self, act: str, turn_id: str, interaction: discord.Interaction) -> None:
         """A button under an answer. What it says is committed before Discord is told."""

@@ -307,11 +307,3 @@ PLATFORMS = {platform.name: platform for platform in (DiscordPlatform, SlackPlat
 def number(user: str) -> int:
     """A person's id on Discord."""
     return PEOPLE.get(user) or 100_000 + int(user.removeprefix("user"))
-
-
-async def whole(platform: Platform, place: str, count: int) -> list[Shown]:
-    """The answers in a place, as soon as `count` of them are whole."""
-    async with asyncio.timeout(60):
-        while sum(one.whole for one in platform.answers(place)) < count:
-            await platform.changed()
-    return platform.answers(place)

@@ -15,10 +15,11 @@ import pytest
 from conftest import shared, until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from platforms import PEOPLE, PLATFORMS, DiscordPlatform, Platform, Shown, SlackPlatform, WebPlatform, whole
+from platforms import PEOPLE, PLATFORMS, DiscordPlatform, Platform, Shown, SlackPlatform, WebPlatform
 
 from bot.feedback import standing
 from bot.types import FeedbackKind
+from connectors.benchmark import whole
 
 OPINION = {FeedbackKind.APPROVAL: True, FeedbackKind.DISAPPROVAL: False}
 WORDS = ["hello", "i can't sleep", "good night", "tell me a joke", "what should i eat"]
@@ -100,9 +101,7 @@ class Life:
     async def edit(self) -> None:
         if self.platform.name != "web" and self.questions and not self.questions[-1].deleted:
             question = self.questions[-1]
-            if (
-                len(question.answers) == 1
-            ):  # later answers are to the edited question, and the first one is not held against it
+            if len(question.answers) == 1:  # all later ones are to the edited question
                 question.text = f"{self.rng.choice(WORDS)} {self.rng.random():.6f}"
                 await self.platform.edit(self.place, question.id, question.text)
                 await self.say()
