@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
 from bot.database import Database, UTCDateTime, chunks, conversations, feedback, messages, runs, turns, users
@@ -50,15 +51,23 @@ class ConversationStore:
         return Conversation(**row._mapping)
 
     def add_message(self, message: Message) -> bool:
-        """Commit a message; False where its event was claimed before."""
+        """Commit a message; False where it, or its event, was committed before."""
         return self._insert(messages, _columns(messages, message))
 
+    def hear(self, place: Conversation, message: Message) -> tuple[Message, bool]:
+        """Commit a message at a place, in one transaction with the place; and whether its event is new."""
+        with self.database.begin():
+            message = replace(message, conversation_id=self.open(place).id)
+            return message, self.add_message(message)
+
     def claim(self, message: Message) -> tuple[Message, Turn | None]:
-        """Commit a message; where its event came before, the message that it brought then, with the answer to it if any."""
-        if self.add_message(message):
+        """Commit a message; where it or its event came before, the message as it is stored, with the answer to it if any."""
+        with self.database.read() as connection:
+            row = connection.execute(_FIRST, {"id": message.id, "event_id": message.event_id}).one_or_none()
+        if row is None:
+            self.add_message(message)
             return message, None
-        first = self.message_of_event(message.event_id)
-        assert first is not None
+        first = _message(row)
         return first, self.turn_answering(first.id)
 
     def edit_message(self, message_id: str, text: str, at: datetime) -> None:
@@ -248,19 +257,9 @@ class ConversationStore:
         return found
 
     def _insert(self, table: sa.Table, values: dict[str, Any]) -> bool:
-        try:
-            with self.database.begin() as connection:
-                connection.execute(_INSERT[table], values)
-        except IntegrityError:
-            claimed = values["event_id"] is not None and self._claimed(table, values["event_id"])
-            if not claimed:
-                raise
-            return False
-        return True
-
-    def _claimed(self, table: sa.Table, event_id: str) -> bool:
-        with self.database.read() as connection:
-            return connection.execute(sa.select(table.c.id).where(table.c.event_id == event_id)).first() is not None
+        with self.database.begin() as connection:
+            added = connection.execute(_INSERT_ONCE[self.database.dialect, table], values)
+        return added.rowcount == 1
 
     def _turns(self, condition: sa.ColumnElement[bool], newest: int | None = None) -> list[Turn]:
         query = sa.select(turns, messages.c.text).join(messages, messages.c.id == turns.c.reply_id).where(condition)
@@ -289,6 +288,9 @@ _MESSAGE = [messages.c[name] for name in Message.__dataclass_fields__]
 
 
 # Statements of the hot path are built once: building one costs more than running it.
+_FIRST = sa.select(*_MESSAGE).where(
+    sa.or_(messages.c.id == sa.bindparam("id"), messages.c.event_id == sa.bindparam("event_id"))
+)
 _later = turns.alias()
 _superseded = (
     sa.select(turns.c.reply_id)
@@ -333,7 +335,12 @@ _CORRECTIONS = (
         feedback.c.user_id == turns.c.asker_id,
     )
 )
-_INSERT = {table: table.insert() for table in (messages, turns, feedback)}
+_INSERT = {table: table.insert() for table in (messages, turns)}
+_INSERT_ONCE = {  # what came before leaves its row as it is
+    (dialect, table): insert(table).on_conflict_do_nothing()
+    for dialect, insert in (("sqlite", sqlite.insert), ("postgresql", postgresql.insert))
+    for table in (messages, feedback)
+}
 
 
 def _insert_turn(connection: sa.Connection, turn: Turn) -> None:

@@ -7,7 +7,7 @@ shape of what is stored, not what it means: `bot.conversations` and `bot.registr
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -204,7 +204,8 @@ class Database:
             self.engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
         except (sa.exc.ArgumentError, ImportError) as error:
             raise DataError(f"config key database.url has value '{url}', which cannot be used: {error}") from error
-        if self.engine.dialect.name == "sqlite":
+        self.dialect = self.engine.dialect.name
+        if self.dialect == "sqlite":
             sa.event.listen(self.engine, "connect", _configure_sqlite)
             sa.event.listen(self.engine, "begin", _begin_immediate)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="database")
@@ -233,16 +234,17 @@ class Database:
 
     @contextmanager
     def begin(self) -> Iterator[sa.Connection]:
-        """A transaction: committed at the end, rolled back on an error."""
+        """A transaction: committed at the end, rolled back on an error. One inside another is a part of it."""
         group = self._local.group
-        if group is not None:
-            if not group.in_transaction():
+        if group is None:
+            with self._together() as group:
                 group.begin()
-            with group.begin_nested():
                 yield group
             return
-        with self.engine.begin() as connection:
-            yield connection
+        if not group.in_transaction():
+            group.begin()
+        with group.begin_nested():
+            yield group
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
@@ -268,42 +270,43 @@ class Database:
     def _work(self) -> None:
         batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
         batch = [job for job in batch if job[-1].set_running_or_notify_cancel()]
-        if len(batch) == 1:
-            function, args, future = batch[0]
-            try:
-                future.set_result(function(*args))
-            except BaseException as error:
-                future.set_exception(error)
-        elif batch:
-            self._work_together(batch)
-
-    def _work_together(self, batch: Sequence[Job]) -> None:
+        if not batch:
+            return
         settled: list[tuple[Future[Any], Any, BaseException | None]] = []
         try:
-            with self.engine.connect() as group:
-                self._local.group = group
+            with self._together():
                 for function, args, future in batch:
                     try:
                         settled.append((future, function(*args), None))
                     except BaseException as error:
                         settled.append((future, None, error))
-                try:
-                    group.commit()
-                except BaseException:
-                    group.invalidate()  # or it would go back to the pool with its transaction open
-                    raise
         except BaseException as error:  # nothing of the batch is on disk
             settled = [(future, None, error) for *_, future in batch]
-            self._local.afterwards.clear()
-        finally:
-            self._local.group = None
-        while self._local.afterwards:
-            self._local.afterwards.pop(0)()
         for future, result, failure in settled:
             if failure is None:
                 future.set_result(result)
             else:
                 future.set_exception(failure)
+
+    @contextmanager
+    def _together(self) -> Iterator[sa.Connection]:
+        """A connection for all that is begun inside: committed together at the end, or not at all."""
+        with self.engine.connect() as group:
+            self._local.group = group
+            try:
+                yield group
+                try:
+                    group.commit()
+                except BaseException:
+                    group.invalidate()  # or it would go back to the pool with its transaction open
+                    raise
+            except BaseException:
+                self._local.afterwards.clear()
+                raise
+            finally:
+                self._local.group = None
+        while self._local.afterwards:
+            self._local.afterwards.pop(0)()
 
     def afterwards(self, work: Callable[[], None]) -> None:
         """Do something that must not happen unless what was written is committed: now, or when its batch is."""
@@ -314,7 +317,7 @@ class Database:
 
     def scrub(self) -> None:
         """Leave nothing of what was deleted in the files: SQLite's log is emptied; free pages are zeroed as they come."""
-        if self.engine.dialect.name == "sqlite":
+        if self.dialect == "sqlite":
             with self.engine.connect().execution_options(read_only=True) as connection:
                 connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
 

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from cachetools import LRUCache
-
 from bot.conversations import ConversationStore
 from bot.errors import DataError, ReplyInterrupted
 from bot.forgetting import forget_message
@@ -59,15 +57,11 @@ class DialogueManager:
         self.store = store
         self.tracker = tracker
         self.policy = policy
-        self._places: LRUCache[tuple[str, ...], Conversation] = LRUCache(10_000)
         self._secret = secrets.token_bytes(32)
 
     async def open(self, conversation: Conversation) -> Conversation:
-        """The stored conversation at this place, which never changes."""
-        place = (conversation.platform, conversation.space, conversation.channel, conversation.thread)
-        if place not in self._places:
-            self._places[place] = await self.store.database.call(self.store.open, conversation)
-        return self._places[place]
+        """The stored conversation at this place, made now if it is new."""
+        return await self.store.database.call(self.store.open, conversation)
 
     async def respond(
         self, message: Message, options: ReplyOptions = PLAIN, shown: Sequence[dict[str, str]] | None = None
@@ -89,10 +83,13 @@ class DialogueManager:
             message, context = first, await self._context(first, shown)
         return await self._answer(message, context, message.author_id, None, options)
 
-    async def hear(self, message: Message) -> bool:
-        """Commit a message that is answered later, by `respond`; False where its event came before."""
+    async def hear(self, place: Conversation, message: Message) -> tuple[Message, bool]:
+        """Commit a message at a place, which `respond` may answer later, and say whether its event is new.
+
+        The message comes back with the conversation that is stored for the place.
+        """
         message = replace(message, text=cleaned(message.text))
-        return await self.store.database.call(self.store.add_message, message)
+        return await self.store.database.call(self.store.hear, place, message)
 
     async def regenerate(self, turn_id: str, user_id: str, options: ReplyOptions = PLAIN) -> Turn:
         """Another answer to the same message; that the first was not wanted is recorded as feedback on it.

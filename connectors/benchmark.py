@@ -67,8 +67,8 @@ class Platform(Protocol):
     def answers(self, place: str) -> Sequence[Any]:
         """What is `Shown` in a place."""
 
-    async def changed(self) -> None:
-        """Wait until something that is shown changes."""
+    async def changed(self, place: str) -> None:
+        """Wait until something that is shown in a place changes."""
 
     async def turn_of(self, answer: Any) -> str:
         """The turn that an answer shows."""
@@ -176,7 +176,7 @@ async def whole(platform: Platform, place: str, count: int) -> Sequence[Any]:
     """The answers in a place, as soon as `count` of them are whole. Raises TimeoutError after a minute."""
     async with asyncio.timeout(60):
         while sum(one.whole for one in platform.answers(place)) < count:
-            await platform.changed()
+            await platform.changed(place)
     return platform.answers(place)
 
 

@@ -181,8 +181,8 @@ class Discord:
         return _without_mention(message, me) if admitted else ""
 
     async def _answer(self, message: discord.Message, text: str) -> None:
-        place = await self.dialogue.open(await self._place(message))
-        heard = Message(place.id, str(message.author.id), text, event_id=_event(message.id))
+        said = Message("", str(message.author.id), text, event_id=_event(message.id))
+        heard, _ = await self.dialogue.hear(await self._place(message), said)
         await self._post(message, lambda options: self.dialogue.respond(heard, options))
 
     async def _again(self, turn_id: str, user: str, interaction: discord.Interaction) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import aiohttp
 from aiohttp import web as http
 from aiolimiter import AsyncLimiter
 from slack_bolt.adapter.socket_mode.async_handler import AsyncSocketModeHandler
@@ -108,6 +109,8 @@ class Slack:
     async def run(self) -> None:
         """Serve until `stop`. Raises ConnectorError where Slack refuses a token or a scope is missing."""
         wait = 5.0
+        # One for all: the client would else make a session, and a connection, for each request.
+        self.web.session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=self.web.timeout))
         while not self._stopping.is_set():
             try:
                 who = await self.web.auth_test()
@@ -134,6 +137,8 @@ class Slack:
         await self.lanes.close(10)
         if self._handler is not None:
             await self._handler.close_async()
+        if self.web.session is not None:
+            await self.web.session.close()
 
     async def _watch(self, handler: AsyncSocketModeHandler) -> None:
         """Serve in Socket Mode; make the socket anew when it is silent: a dead one tells nobody."""
@@ -185,8 +190,8 @@ class Slack:
         """Commit a message, then queue its answer. `app_mention` and `message` for one post have one effect."""
         if not self._for_us(event):
             return
-        message = await self._message(place, event)
-        if not await self.dialogue.hear(message):
+        message, is_new = await self._hear(place, event)
+        if not is_new:
             return
         if not self.access.in_time("slack", event["user"]):
             await self.say(place, TOO_FAST)
@@ -196,16 +201,17 @@ class Slack:
     async def missed(self, place: Place, event: dict[str, Any]) -> None:
         """Have a message answered that may have been missed; one that has its answer is left alone."""
         if self._for_us(event) and await self.answers.needs_answer(_event(place.channel, event["ts"])):
-            message = await self._message(place, event)
+            message, _ = await self._hear(place, event)
             await self.lanes.put_patiently(message.conversation_id, lambda: self._answer(place, message))
 
     def _for_us(self, event: dict[str, Any]) -> bool:
         own = event.get("bot_id") or "user" not in event
         return not own and bool(_plain(event)) and self.access.admits(event["user"], event["channel"])
 
-    async def _message(self, place: Place, event: dict[str, Any]) -> Message:
-        here = await self.dialogue.open(Conversation("slack", place.channel, place.team, place.thread))
-        return Message(here.id, event["user"], _plain(event), event_id=_event(place.channel, event["ts"]))
+    async def _hear(self, place: Place, event: dict[str, Any]) -> tuple[Message, bool]:
+        here = Conversation("slack", place.channel, place.team, place.thread)
+        said = Message("", event["user"], _plain(event), event_id=_event(place.channel, event["ts"]))
+        return await self.dialogue.hear(here, said)
 
     async def _answer(self, place: Place, message: Message) -> None:
         if place.is_direct and place.thread:

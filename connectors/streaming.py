@@ -1,7 +1,8 @@
 """Streaming: a growing answer is shown by edits, never more often than its channel may be edited.
 
-Only the newest text is ever sent, one edit is in flight at a time, and the final text is always sent. It knows no platform:
-what shows a text is given.
+The first text is shown at once, what follows at even steps: a burst of edits at the beginning would only make people wait
+for the rest. Only the newest text is ever sent, one edit is in flight at a time, and the final text is always sent. It
+knows no platform: what shows a text is given.
 """
 
 import asyncio
@@ -73,3 +74,4 @@ class GrowingText:
                     self.edits += 1
                 except Exception as error:  # whatever a platform's client raises: the next edit holds this text too
                     log.warning("an edit of a growing answer failed (%s); the next one makes it good", error)
+            await asyncio.sleep(self._budget.time_period / self._budget.max_rate)

@@ -137,8 +137,8 @@ class Web:
             turn_id = asked.regenerates.removeprefix("chatcmpl-")
             await self._own(turn_id, user)
             return await self.dialogue.regenerate(turn_id, author, options)
-        place = await self.dialogue.open(Conversation("web", asked.conversation or new_id(), space=user))
-        message = Message(place.id, author, asked.messages[-1].text)
+        place = Conversation("web", asked.conversation or new_id(), space=user)
+        message, _ = await self.dialogue.hear(place, Message("", author, asked.messages[-1].text))
         shown = None if asked.conversation else [{"role": said.role, "content": said.text} for said in asked.messages]
         return await self.dialogue.respond(message, options, shown)
 

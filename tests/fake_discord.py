@@ -38,7 +38,7 @@ class FakeDiscord:
         self.met_429 = 0
         self.gives_up = False  # events are delivered to nobody
         self.written: dict[str, list[float]] = defaultdict(list)  # when the bot wrote or changed each of its messages
-        self.changed = asyncio.Event()
+        self.changed: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)  # by channel
         self.allowed_intents = ~MESSAGE_CONTENT
         self.identified = asyncio.Event()
         self.resumed = asyncio.Event()
@@ -360,8 +360,8 @@ class FakeDiscord:
 
     def _wrote(self, message: dict[str, Any]) -> None:
         self.written[message["id"]].append(time.monotonic())
-        self.changed.set()
-        self.changed.clear()
+        self.changed[message["channel_id"]].set()
+        self.changed[message["channel_id"]].clear()
 
     def _read(self, channel: int, rest: list[str], query: dict[str, str]) -> web.Response:
         if len(rest) == 3:  # who reacted with an emoji

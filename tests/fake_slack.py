@@ -35,7 +35,7 @@ class FakeSlack:
         self.gives_up = False  # events are delivered to nobody
         self.met_429 = 0
         self.written: dict[str, list[float]] = defaultdict(list)  # when the bot wrote or changed each of its messages
-        self.changed = asyncio.Event()
+        self.changed: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)  # by channel
         self.said: dict[str, dict[str, Any]] = {}  # what people wrote
         self.reactions: set[tuple[str, str, str]] = set()  # message, user, name
         self.views: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
@@ -240,8 +240,9 @@ class FakeSlack:
         answer = self._call(method, body)
         if method.startswith("chat.") and answer.get("ts") in self.messages:
             self.written[answer["ts"]].append(time.monotonic())
-            self.changed.set()
-            self.changed.clear()
+            changed = self.changed[self.messages[answer["ts"]]["channel"]]
+            changed.set()
+            changed.clear()
         if "error" in answer and method.startswith("chat."):
             self.refused.append(answer["error"])
         return web.json_response({"ok": "error" not in answer, **answer})

@@ -7,6 +7,7 @@ and `kibitz bench connectors` use these. They know no database.
 import asyncio
 import json
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -103,8 +104,8 @@ class _OnServer:
         self.fake.gives_up = False
         await self._bot.start()
 
-    async def changed(self) -> None:
-        await self.fake.changed.wait()
+    async def changed(self, place: str) -> None:
+        await self.fake.changed[place].wait()
 
 
 class DiscordPlatform(_OnServer):
@@ -216,7 +217,7 @@ class WebPlatform:
         self._shown: dict[str, list[Shown]] = {}
         self._given: dict[tuple[str, str, bool], str] = {}
         self._asking: set[asyncio.Task[None]] = set()
-        self._changed = asyncio.Event()
+        self._changed: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
         self._count = 0
 
     async def start(self) -> None:
@@ -246,8 +247,8 @@ class WebPlatform:
     def answers(self, place: str) -> list[Shown]:
         return self._shown.get(place, [])
 
-    async def changed(self) -> None:
-        await self._changed.wait()
+    async def changed(self, place: str) -> None:
+        await self._changed[place].wait()
 
     async def turn_of(self, answer: Shown) -> str:
         return answer.id.removeprefix("chatcmpl-")
@@ -293,8 +294,8 @@ class WebPlatform:
                     if shown.text and not shown.first:
                         shown.first = time.monotonic()
                         self._shown.setdefault(place, []).append(shown)
-        self._changed.set()
-        self._changed.clear()
+        self._changed[place].set()
+        self._changed[place].clear()
 
     async def _ready(self) -> None:
         while not (await self._http.get("/healthz")).is_success:
