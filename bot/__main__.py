@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import shutil
 import signal
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -18,9 +19,9 @@ import typer
 
 from bot import cli
 from bot.cli import ConfigFile, DataDir, JsonFile, PlotFile, Seed, announce, app, configured, console
-from bot.config import AccessConfig, Config
+from bot.config import AccessConfig, Config, DatabaseConfig
 from bot.conversations import ConversationStore
-from bot.data_directory import held
+from bot.data_directory import held, is_held
 from bot.database import Database
 from bot.deliveries import Deliveries
 from bot.dialogue import DialogueManager
@@ -291,13 +292,17 @@ def measure(
     json_file: Path | None,
     setup: dict[str, Any],
 ) -> None:
-    """Run a benchmark on a kibitz that serves; print its figures and write them."""
+    """Run a benchmark on a kibitz that serves, with a database and versions of its own; print its figures and write them."""
     cli.check_writable(json_file)
     model = base_model(config)
     figures: dict[str, Any] = {}
+    scratch = config.data / "bench"
+    if not is_held(scratch, "serve"):
+        shutil.rmtree(scratch, ignore_errors=True)
+    apart = config.model_copy(update={"data_dir": scratch, "database": DatabaseConfig()})
 
     async def main() -> None:
-        async with running(config, model, announce) as kibitz:
+        async with running(apart, model, announce) as kibitz:
             with cli.progress_bar() as progress:
                 figures.update(await job(kibitz, progress))
 

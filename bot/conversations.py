@@ -258,8 +258,7 @@ class ConversationStore:
 
     def _insert(self, table: sa.Table, values: dict[str, Any]) -> bool:
         with self.database.begin() as connection:
-            added = connection.execute(_INSERT_ONCE[self.database.dialect, table], values)
-        return added.rowcount == 1
+            return connection.execute(_INSERT_ONCE[self.database.dialect, table], values).first() is not None
 
     def _turns(self, condition: sa.ColumnElement[bool], newest: int | None = None) -> list[Turn]:
         query = sa.select(turns, messages.c.text).join(messages, messages.c.id == turns.c.reply_id).where(condition)
@@ -337,7 +336,7 @@ _CORRECTIONS = (
 )
 _INSERT = {table: table.insert() for table in (messages, turns)}
 _INSERT_ONCE = {  # what came before leaves its row as it is
-    (dialect, table): insert(table).on_conflict_do_nothing()
+    (dialect, table): insert(table).on_conflict_do_nothing().returning(table.c.id)
     for dialect, insert in (("sqlite", sqlite.insert), ("postgresql", postgresql.insert))
     for table in (messages, feedback)
 }

@@ -188,6 +188,13 @@ def chunks(ids: Iterable[str]) -> Iterator[list[str]]:
         yield chunk
 
 
+_POSTGRESQL = "postgresql+psycopg://USER:PASSWORD@HOST/DATABASE"
+_MEND = {
+    "sqlite": "restore it from a backup, or move it away",
+    "postgresql": "check the config key database.url, and that the server runs",
+}
+
+
 class _Local(threading.local):
     def __init__(self) -> None:
         self.afterwards: list[Callable[[], None]] = []  # what is to be done when that transaction is committed
@@ -199,12 +206,18 @@ class Database:
     """One engine, and one thread for it, so that callers on the event loop never wait for a disk."""
 
     def __init__(self, url: str):
-        self.url = url
         try:
             self.engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
-        except (sa.exc.ArgumentError, ImportError) as error:
-            raise DataError(f"config key database.url has value '{url}', which cannot be used: {error}") from error
+        except ImportError as error:
+            raise DataError(f"config key database.url needs a driver: {error}; pip install 'kibitz[postgresql]'") from error
+        except sa.exc.ArgumentError as error:
+            raise DataError(
+                "config key database.url has a value that is no URL; write sqlite:///FILE, or " + _POSTGRESQL
+            ) from error
+        self.url = self.engine.url.render_as_string(hide_password=True)
         self.dialect = self.engine.dialect.name
+        if self.dialect not in ("sqlite", "postgresql"):
+            raise DataError(f"config key database.url has value '{self.url}'; write sqlite:///FILE, or " + _POSTGRESQL)
         if self.dialect == "sqlite":
             sa.event.listen(self.engine, "connect", _configure_sqlite)
             sa.event.listen(self.engine, "begin", _begin_immediate)
@@ -229,7 +242,7 @@ class Database:
                 command.upgrade(config, "head")
         except sa.exc.DatabaseError as error:
             raise DataError(
-                f"the database {self.url} cannot be opened ({error.orig}); restore it from a backup, or move it away"
+                f"the database {self.url} cannot be opened ({str(error.orig).splitlines()[0]}); {_MEND[self.dialect]}"
             ) from error
 
     @contextmanager

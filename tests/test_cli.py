@@ -1,5 +1,6 @@
 """The commands as a person runs them: what they print, and one line with exit code 2 for every mistake."""
 
+import asyncio
 import json
 import os
 import signal
@@ -9,9 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from conftest import answered, react
 
+from bot.conversations import ConversationStore
 from bot.data_directory import held
+from bot.database import Database
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
@@ -177,13 +181,54 @@ def test_pretraining_on_ones_own_pairs_prints_measures_of_held_out_answers(tmp_p
     refused(kibitz("pretrain", pairs, "--config", config), "holds 1 pairs")
 
 
+async def test_a_benchmark_leaves_the_operators_data_alone(live, tmp_path, demo_model):
+    config = write_config(tmp_path, demo_model)
+    config.write_text(config.read_text() + f'[serving]\nurl = "{live.policy.url}"\n')
+    command = ["bench", "overhead", "--messages", 16, "--blocks", 1, "--config", config, "--json", tmp_path / "out.json"]
+    done = await asyncio.to_thread(kibitz, *command)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out.json").read_text())["figures"]
+    assert "messages: 0" in kibitz("status", "--config", config).stdout
+    apart = Database(f"sqlite:///{tmp_path / 'data' / 'bench' / 'kibitz.db'}")
+    assert ConversationStore(apart).counts()["turns"] > 0
+    apart.close()
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_sigterm_drains_and_a_second_one_ends_at_once(signals):
+    script = """
+import asyncio
+from bot.__main__ import run
+async def main():
+    try:
+        await asyncio.Event().wait()
+    finally:
+        print("draining", flush=True)
+        await asyncio.sleep(2)
+        print("drained", flush=True)
+try:
+    print("ready", flush=True)
+    run(main())
+except KeyboardInterrupt:
+    print("ended", flush=True)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=ENV, cwd=ROOT)
+    said = [process.stdout.readline()]
+    time.sleep(0.5)
+    for _ in range(signals):
+        process.send_signal(signal.SIGTERM)
+        said.append(process.stdout.readline())
+    said += process.stdout.readlines()
+    assert process.wait(10) == 0
+    drained = ["drained\n"] if signals == 1 else []
+    assert said == ["ready\n", "draining\n", *drained, "ended\n"]
+
+
 async def test_a_scripted_chat_answers_reacts_and_explains(live, tmp_path, demo_model):
     """The terminal without a terminal, on the one vLLM of the run, given by its URL."""
     config = write_config(tmp_path, demo_model)
     config.write_text(config.read_text() + f'[serving]\nurl = "{live.policy.url}"\n')
     lines = ["/good", "hello", "/good", "/why", "/regenerate", "/bad", "/undo", "/correct Hi!", "/correct", "/dance"]
-    import asyncio
-
     done = await asyncio.to_thread(kibitz, "chat", "--config", config, stdin="\n".join([*lines, "/status", "/quit"]) + "\n")
     assert done.returncode == 0, done.stderr
     said = done.stdout

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from platforms import PEOPLE, PLATFORMS, DiscordPlatform, Platform, Shown, SlackPlatform, WebPlatform
 
+from bot.dialogue import LONGEST
 from bot.feedback import standing
 from bot.types import FeedbackKind
 from connectors.benchmark import whole
@@ -173,6 +174,33 @@ async def test_what_people_did_is_what_the_database_says_also_after_a_restart(li
     last.opinions["ann"] = not last.opinions.get("ann", False)
     with pytest.raises(AssertionError):
         await lives[0].fits(live)  # the control: one opinion that nobody gave is noticed
+    await platform.stop()
+
+
+STRANGE = {
+    "a lone surrogate": "\ud800 lone",
+    "NUL": "nul \0 byte",
+    "right to left": "\u202eright to left",
+    "zalgo": "z" + "\u0301" * 5000,
+    "300 emoji": "👍" * 300,
+    "Markdown": "[" * 20_000,
+    "1 MB": "x" * 1_000_000,
+}
+
+
+@pytest.mark.parametrize("make", [DiscordPlatform, SlackPlatform])
+async def test_texts_of_every_kind_are_answered_at_bounded_cost(live, make):
+    platform = make(shared(live))
+    await platform.start()
+    places = {name: platform.place(direct=True) for name in STRANGE}
+    for name, text in STRANGE.items():
+        await platform.say(places[name], "ann", text)
+    for name, place in places.items():
+        [answer] = await whole(platform, place, 1)
+        turn = live.store.turn(await platform.turn_of(answer))
+        assert 0 < len(turn.prompt_ids) <= live.config.policy.context_tokens, name
+        assert len(live.store.message(turn.message_id).text) <= LONGEST
+    assert platform.fake.refused == []  # what came back was fit for the platform too
     await platform.stop()
 
 

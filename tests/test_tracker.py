@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bot.config import DialogueConfig
+from bot.dialogue import cleaned
 from bot.embeddings import Embedder
 from bot.errors import ConfigError
 from bot.tracker import CUT, StateTracker
@@ -82,7 +83,8 @@ texts = st.one_of(
 async def test_the_budget_is_never_exceeded_and_the_newest_message_never_dropped(store, tokenizer, said, newest, persona):
     place = store.open(Conversation("test", new_id()))
     for index, text in enumerate(said):
-        tell(store, place, text, Role.USER if index % 2 == 0 else Role.ASSISTANT)
+        tell(store, place, cleaned(text), Role.USER if index % 2 == 0 else Role.ASSISTANT)
+    newest = cleaned(newest)
     message = tell(store, place, newest)
     tracker = StateTracker(store, tokenizer, None, DialogueConfig(persona=persona), 128)
     context = await tracker.context(message)
