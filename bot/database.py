@@ -200,6 +200,7 @@ class _Local(threading.local):
         self.afterwards: list[Callable[[], None]] = []  # what is to be done when that transaction is committed
 
     group: sa.Connection | None = None  # the transaction of the batch that this thread is at work on
+    writing = False  # whether a part of it, with a savepoint of its own, is open
 
 
 class Database:
@@ -250,14 +251,19 @@ class Database:
         """A transaction: committed at the end, rolled back on an error. One inside another is a part of it."""
         group = self._local.group
         if group is None:
-            with self._together() as group:
-                group.begin()
+            with self._together(), self.begin() as group:
                 yield group
-            return
-        if not group.in_transaction():
-            group.begin()
-        with group.begin_nested():
+        elif self._local.writing:
             yield group
+        else:
+            if not group.in_transaction():
+                group.begin()
+            self._local.writing = True
+            try:
+                with group.begin_nested():
+                    yield group
+            finally:
+                self._local.writing = False
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import httpx
+import aiohttp
 from fake_discord import TOKEN, FakeDiscord
 from fake_slack import APP_TOKEN, BOT_TOKEN, FakeSlack
 
@@ -222,12 +222,12 @@ class WebPlatform:
 
     async def start(self) -> None:
         self._door = Door.open(WebConfig(port=0))
-        self._http = httpx.AsyncClient(base_url=self._door.url, timeout=120, limits=httpx.Limits(max_connections=None))
+        self._http = aiohttp.ClientSession(self._door.url, connector=aiohttp.TCPConnector(limit=0), raise_for_status=True)
         await self._bot.start()
 
     async def stop(self) -> None:
         await asyncio.gather(*self._asking)
-        await self._http.aclose()
+        await self._http.close()
         await self._bot.stop()
 
     async def restart(self, meanwhile: Callable[[], Awaitable[None]]) -> None:
@@ -255,12 +255,12 @@ class WebPlatform:
 
     async def react(self, user: str, answer: Shown, likes: bool) -> None:
         body = {"inference_id": answer.id, "metric_name": "thumb", "value": likes, "user": user}
-        given = (await self._http.post("/v1/feedback", json=body)).raise_for_status().json()
-        self._given[user, answer.id, likes] = given["feedback_id"]
+        async with self._http.post("/v1/feedback", json=body) as response:
+            self._given[user, answer.id, likes] = (await response.json())["feedback_id"]
 
     async def take_back(self, user: str, answer: Shown, likes: bool) -> None:
         given = self._given[user, answer.id, likes]
-        (await self._http.delete(f"/v1/feedback/{given}", params={"user": user})).raise_for_status()
+        await self._http.delete(f"/v1/feedback/{given}", params={"user": user})
 
     async def again(self, user: str, answer: Shown) -> None:
         place = next(place for place, all_ in self._shown.items() if answer in all_)
@@ -272,7 +272,7 @@ class WebPlatform:
 
     async def delete(self, place: str, question: str) -> None:
         answer = next(one for one in self.answers(place) if one.question == question)
-        (await self._http.delete(f"/v1/chat/completions/{answer.id}")).raise_for_status()
+        await self._http.delete(f"/v1/chat/completions/{answer.id}")
 
     def _ask(self, place: str, user: str, question: str, body: dict[str, Any]) -> str:
         asking = asyncio.create_task(self._stream(place, question, {"stream": True, "user": user, **body}))
@@ -282,9 +282,9 @@ class WebPlatform:
 
     async def _stream(self, place: str, question: str, body: dict[str, Any]) -> None:
         shown = Shown("", question, "", 0.0, 0.0, whole=False, edits=0)
-        async with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
-            response.raise_for_status()
-            async for line in response.aiter_lines():
+        async with self._http.post("/v1/chat/completions", json=body) as response:
+            async for raw in response.content:
+                line = raw.decode().rstrip("\n")
                 if line == "data: [DONE]":
                     shown.final, shown.whole = time.monotonic(), True
                 elif line.startswith("data: "):
@@ -298,8 +298,7 @@ class WebPlatform:
         self._changed[place].clear()
 
     async def _ready(self) -> None:
-        while not (await self._http.get("/healthz")).is_success:
-            await asyncio.sleep(0.05)
+        await self._http.get("/healthz")  # the socket listens already: whoever connects waits
 
 
 PLATFORMS = {platform.name: platform for platform in (DiscordPlatform, SlackPlatform, WebPlatform)}
