@@ -18,17 +18,18 @@ from typing import Annotated, Any
 import typer
 
 from bot import cli
-from bot.cli import ConfigFile, DataDir, JsonFile, PlotFile, Seed, announce, app, configured, console
+from bot.cli import ConfigFile, DataDir, JsonFile, PlotFile, Seed, announce, app, bench, configured, console
 from bot.config import AccessConfig, Config, DatabaseConfig
 from bot.conversations import ConversationStore
 from bot.data_directory import held, is_held
 from bot.database import Database
 from bot.deliveries import Deliveries
 from bot.dialogue import DialogueManager
-from bot.embeddings import Embedder
 from bot.errors import KibitzError
 from bot.forgetting import forget_person, remove_purged
+from bot.memory import Memory
 from bot.policy import Policy
+from bot.recall import Recall, weights
 from bot.registry import BASE, PolicyRegistry
 from bot.tokenizer import ChatTokenizer
 from bot.tracker import StateTracker
@@ -45,8 +46,6 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 Announce = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
-bench = typer.Typer(no_args_is_help=True, help="Measure what the project claims.")
-app.add_typer(bench, name="bench")
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,8 @@ async def running(config: Config, model: str, tell: Announce) -> AsyncIterator[K
         database, store, registry = cli.opened(config)
         registry.ensure_base(model)
         remove_purged(registry)
-        embedder = None if config.dialogue.embedder == "none" else Embedder(config.dialogue.embedder)
-        tracker = StateTracker(store, ChatTokenizer(model), embedder, config.dialogue, config.policy.context_tokens)
+        recall = Recall(Memory(database, config.dialogue.across_channels), cli.embedder(config), weights())
+        tracker = StateTracker(store, ChatTokenizer(model), recall, config.dialogue, config.policy.context_tokens)
         key = os.environ.get(config.serving.api_key_env, "none") if config.serving.api_key_env else "none"
         server = None if config.serving.url else VllmServer(config, model)
         url = config.serving.url if server is None else server.url
@@ -85,6 +84,7 @@ async def running(config: Config, model: str, tell: Announce) -> AsyncIterator[K
                 watchers.append(asyncio.create_task(server.watch(policy, deployment.restore, tell)))
             await deployment.restore()
             watchers.append(asyncio.create_task(deployment.watch()))
+            watchers.append(asyncio.create_task(_catch_up(recall, tell)))
             dialogue = DialogueManager(store, tracker, policy)
             gc.collect()
             gc.freeze()  # what was loaded stays: to look through it again would stop every answer for 0.3 s
@@ -96,9 +96,24 @@ async def running(config: Config, model: str, tell: Announce) -> AsyncIterator[K
             await policy.close()
             if server is not None:
                 await server.stop()
-            if embedder is not None:
-                embedder.close()
+            recall.close()
             database.close()
+
+
+async def _catch_up(recall: Recall, tell: Announce) -> None:
+    """Embed what was imported, or said under another embedding model, while the chat goes on; tell of each tenth."""
+    told = 0
+
+    def report(stage: str, done: int, total: int) -> None:
+        nonlocal told
+        if done * 10 // total > told:
+            told = done * 10 // total
+            tell(f"{stage}: {done:,} of {total:,} messages")
+
+    try:
+        await recall.catch_up(report)
+    except KibitzError as error:
+        tell(f"nothing can be embedded, older messages are found by their words alone: {error}")
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:

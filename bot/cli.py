@@ -20,6 +20,7 @@ from bot.config import Config
 from bot.conversations import ConversationStore
 from bot.data_directory import is_held, prepare
 from bot.database import Database
+from bot.embeddings import Embedder
 from bot.errors import KibitzError
 from bot.forgetting import forget_person
 from bot.registry import BASE, PolicyRegistry
@@ -39,6 +40,8 @@ app = typer.Typer(
 )
 console = Console()
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
+bench = typer.Typer(no_args_is_help=True, help="Measure what the project claims.")
+app.add_typer(bench, name="bench")
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="The config file; ./config.toml if there is one.")]
 DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Everything that kibitz writes is under it.")]
@@ -59,6 +62,11 @@ def configured(config: Path | None, data_dir: Path | None, seed: int | None) -> 
 def announce(text: str) -> None:
     """Tell the person at the console what happens."""
     console.print(f"* {text}", markup=False, highlight=False)
+
+
+def embedder(config: Config) -> Embedder | None:
+    """The embedding model that the config names, kept under the data directory; None for "none"."""
+    return None if config.dialogue.embedder == "none" else Embedder(config.dialogue.embedder, config.data)
 
 
 def opened(config: Config) -> tuple[Database, ConversationStore, PolicyRegistry]:

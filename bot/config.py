@@ -56,7 +56,8 @@ class DialogueConfig(Section):
 
     persona: str = ""
     embedder: str = "all-MiniLM-L6-v2"
-    remembered: Annotated[int, Field(ge=0)] = 4
+    remembered: Annotated[int, Field(ge=0)] = 8
+    across_channels: bool = False
     recent: Positive = 32
 
 

@@ -5,17 +5,16 @@ derived in `learning.rewards`, what the policy is shown is decided in `bot.track
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
-import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
-from bot.database import Database, UTCDateTime, chunks, conversations, feedback, messages, runs, turns, users
+from bot.database import Database, UTCDateTime, chunks, conversations, embeddings, feedback, messages, runs, turns
 from bot.errors import DataError
 from bot.feedback import standing
 from bot.types import FORGOTTEN, Conversation, Feedback, FeedbackKind, Message, Role, Turn
@@ -39,10 +38,14 @@ class ConversationStore:
         )
         with self.database.begin() as connection:
             row = connection.execute(sa.select(conversations).where(place)).one_or_none()
-            if row is not None:
-                return Conversation(**row._mapping)
-            connection.execute(conversations.insert(), _columns(conversations, conversation))
-        return conversation
+            if row is None:
+                connection.execute(conversations.insert(), _columns(conversations, conversation))
+                return conversation
+            found = Conversation(**row._mapping)
+            if found.is_public != conversation.is_public:  # what was public may have been closed since
+                change = conversations.update().where(conversations.c.id == found.id)
+                connection.execute(change.values(is_public=conversation.is_public))
+            return replace(found, is_public=conversation.is_public)
 
     def conversation(self, conversation_id: str) -> Conversation:
         """One conversation by its id."""
@@ -75,7 +78,8 @@ class ConversationStore:
         late = sa.or_(messages.c.edited_at.is_(None), messages.c.edited_at < at)
         change = messages.update().where(messages.c.id == message_id, messages.c.author_id != FORGOTTEN, late)
         with self.database.begin() as connection:
-            connection.execute(change.values(text=text, edited_at=at, embedding=None, embedding_model=None))
+            if connection.execute(change.values(text=text, edited_at=at)).rowcount:
+                connection.execute(embeddings.delete().where(embeddings.c.message_id == message_id))
 
     def add_turn(self, turn: Turn) -> None:
         """Commit an answer and the message that it was sent as, in one transaction.
@@ -142,35 +146,6 @@ class ConversationStore:
             values = {"place": conversation_id, "at": before.at, "before": before.id, "most": limit}
             rows = connection.execute(_RECENT, values).all()
         return self._corrected([_message(row) for row in reversed(rows)])
-
-    def older(self, conversation_id: str, before: Message) -> list[tuple[Message, np.ndarray | None, str | None]]:
-        """All messages before one that may be remembered, oldest first: not what people said who
-        withheld their consent, nor the answers to it.
-
-        With the embedding (1-D float32) and its model where there is one.
-        """
-        with self.database.read() as connection:
-            values = {"place": conversation_id, "at": before.at, "before": before.id}
-            rows = connection.execute(_OLDER, values).all()
-        return [
-            (
-                _message(row),
-                None if row.embedding is None else np.frombuffer(row.embedding, np.float32),
-                row.embedding_model,
-            )
-            for row in rows
-        ]
-
-    def set_embeddings(self, ids: Sequence[str], vectors: np.ndarray, model: str) -> None:
-        """Keep the embeddings (n × dimensions, float32) of messages."""
-        update = messages.update().where(messages.c.id == sa.bindparam("message"))
-        update = update.values(embedding=sa.bindparam("vector"), embedding_model=model)
-        rows = [
-            {"message": key, "vector": vector.astype(np.float32).tobytes()} for key, vector in zip(ids, vectors, strict=True)
-        ]
-        if rows:
-            with self.database.begin() as connection:
-                connection.execute(update, rows)
 
     def feedback_of(self, turn_ids: Iterable[str]) -> dict[str, list[Feedback]]:
         """Every act of feedback on these turns, by turn."""
@@ -307,23 +282,11 @@ _FORGOTTEN_OF = (
     .where(messages.c.id.in_(sa.bindparam("sources", expanding=True)), messages.c.author_id == FORGOTTEN)
     .limit(1)
 )
-_unwilling = sa.select(users.c.user_id).where(
-    ~users.c.consent,
-    users.c.platform
-    == sa.select(conversations.c.platform).where(conversations.c.id == sa.bindparam("place")).scalar_subquery(),
-)
 _RECENT = (
     sa.select(*_MESSAGE)
     .where(_shown_before)
     .order_by(messages.c.at.desc(), messages.c.id.desc())
     .limit(sa.bindparam("most"))
-)
-_asked = messages.alias()
-_answers_unwilling = sa.exists().where(_asked.c.id == messages.c.reply_to, _asked.c.author_id.in_(_unwilling))
-_OLDER = (
-    sa.select(*_MESSAGE, messages.c.embedding, messages.c.embedding_model)
-    .where(_shown_before, messages.c.author_id.not_in(_unwilling), ~_answers_unwilling)
-    .order_by(messages.c.at, messages.c.id)
 )
 _CORRECTIONS = (
     sa.select(turns.c.reply_id, feedback)

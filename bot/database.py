@@ -54,6 +54,7 @@ conversations = sa.Table(
     sa.Column("space", sa.String(128), nullable=False),
     sa.Column("channel", sa.String(128), nullable=False),
     sa.Column("thread", sa.String(128), nullable=False),
+    sa.Column("is_public", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.UniqueConstraint("platform", "space", "channel", "thread"),
 )
 
@@ -69,9 +70,19 @@ messages = sa.Table(
     sa.Column("event_id", sa.String(128), unique=True),
     sa.Column("at", UTCDateTime, nullable=False),
     sa.Column("edited_at", UTCDateTime),
-    sa.Column("embedding", sa.LargeBinary),
-    sa.Column("embedding_model", sa.String(128)),
     sa.Index("messages_in_order", "conversation_id", "at", "id"),
+    sa.Index("messages_of_conversations", "conversation_id", "id"),
+)
+
+embeddings = sa.Table(
+    "embeddings",
+    metadata,
+    sa.Column("conversation_id", sa.ForeignKey("conversations.id"), primary_key=True),
+    sa.Column("message_id", sa.ForeignKey("messages.id"), primary_key=True),
+    sa.Column("space", sa.String(128), nullable=False),
+    sa.Column("vector", sa.LargeBinary, nullable=False),
+    sa.Index("embeddings_of_messages", "message_id"),
+    sqlite_with_rowid=False,  # the vectors of a conversation lie beside each other
 )
 
 turns = sa.Table(

@@ -16,7 +16,7 @@ from bot.errors import DataError, ReplyInterrupted
 from bot.forgetting import forget_message
 from bot.policy import STOPPED, OnText, Policy
 from bot.tracker import Context, StateTracker
-from bot.types import Conversation, Feedback, FeedbackKind, Message, Reply, Turn, new_id, now
+from bot.types import Conversation, Feedback, FeedbackKind, Message, Reply, Role, Turn, new_id, now
 
 LONGEST = 100_000  # characters of one message; what the policy sees of it is bounded by tokens, far below
 INTERRUPTED = "interrupted"  # a finish reason of ours
@@ -108,6 +108,8 @@ class DialogueManager:
         message = await call(self.store.message_of_event, event_id)
         if message is not None:
             await call(self.store.edit_message, message.id, cleaned(text), at)
+            await self.tracker.recall.forget(message.conversation_id)
+            self.tracker.recall.learn([replace(message, text=cleaned(text))])
 
     async def delete(self, event_id: str) -> None:
         """The author of a message deleted it: it and what was made from it is forgotten."""
@@ -165,6 +167,8 @@ class DialogueManager:
             id=options.turn_id or new_id(),
         )
         await self.store.database.call(self.store.add_turn, turn)
+        answer = Message(turn.conversation_id, "", turn.text, Role.ASSISTANT, id=turn.reply_id)
+        self.tracker.recall.learn([message, answer])
         return turn
 
     async def _reply(self, conversation_id: str, context: Context, options: ReplyOptions) -> Reply:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from bot.database import Database, chunks, conversations, deliveries, feedback, messages, run_feedback, turns
+from bot.database import Database, chunks, conversations, deliveries, embeddings, feedback, messages, run_feedback, turns
 from bot.registry import PolicyRegistry
 from bot.types import FORGOTTEN, PolicyState, now
 from bot.users import decide
@@ -75,11 +75,17 @@ def remove_purged(registry: PolicyRegistry) -> None:
 
 
 def _made_from(connection: sa.Connection, message_ids: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The turns that were made from these messages, directly or through other answers, and their reply messages."""
+    """The turns that were made from these messages, directly or through other answers, and their reply messages.
+
+    They may be anywhere in the space where something was said: what is said in one place may be remembered in another.
+    """
     places: set[str] = set()
+    there = conversations.alias()
+    same = sa.and_(there.c.platform == conversations.c.platform, there.c.space == conversations.c.space)
     for ids in chunks(message_ids):
-        query = sa.select(messages.c.conversation_id).where(messages.c.id.in_(ids))
-        places.update(connection.execute(query).scalars())
+        query = sa.select(there.c.id).distinct().select_from(messages)
+        query = query.join(conversations, conversations.c.id == messages.c.conversation_id).join(there, same)
+        places.update(connection.execute(query.where(messages.c.id.in_(ids))).scalars())
     sources = set(message_ids)
     made: list[str] = []
     replies: list[str] = []
@@ -109,10 +115,11 @@ def _erase(
         (feedback.c.id, opinions),
         (deliveries.c.turn_id, answers),
         (turns.c.id, answers),
+        (embeddings.c.message_id, [*own, *replies]),
         (messages.c.id, replies),
     ):
         for ids in chunks(values):
             connection.execute(column.table.delete().where(column.in_(ids)))
-    blank = {"text": "", "author_id": FORGOTTEN, "embedding": None, "embedding_model": None}
+    blank = {"text": "", "author_id": FORGOTTEN}
     for ids in chunks(own):
         connection.execute(messages.update().where(messages.c.id.in_(ids)).values(**blank))

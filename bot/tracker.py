@@ -1,33 +1,23 @@
 """StateTracker: a conversation and a new message become the chat messages to send, within a token budget.
 
 The budget is counted with the policy's own tokenizer and chat template. The newest message is never dropped; the recent
-turns come next; what is remembered from before them is found by dense retrieval within the conversation. Nothing is
-embedded before a conversation has outgrown the recent window. It knows no server and no feedback.
+turns come next; what is remembered from before them, or from elsewhere in the scope, is found by `bot.recall`. It knows no
+server and no feedback.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from bot.config import DialogueConfig
 from bot.conversations import ConversationStore
-from bot.embeddings import Embedder
 from bot.errors import ConfigError
+from bot.recall import Recall, Remembered
 from bot.tokenizer import ChatTokenizer
 from bot.types import Message, Role
 
 CUT = " […]"
 MARGIN = 16  # tokens: pieces that meet in a chat are not always tokenized as they are alone
 CHARACTERS_PER_TOKEN = 32  # more than any tokenizer packs into one, on average
-
-
-@dataclass(frozen=True)
-class Remembered:
-    """An earlier message that bears on the new one, and its cosine similarity to it."""
-
-    message: Message
-    score: float
 
 
 @dataclass(frozen=True)
@@ -54,16 +44,18 @@ class StateTracker:
         self,
         store: ConversationStore,
         tokenizer: ChatTokenizer,
-        embedder: Embedder | None,
+        recall: Recall,
         config: DialogueConfig,
         budget: int,
     ):
         self.store = store
         self.tokenizer = tokenizer
-        self.embedder = embedder
+        self.recall = recall
         self.config = config
         self.budget = budget
         self._frame = tokenizer.count(self._chat([], "", "")) + MARGIN  # what is around a new message
+        pair = [Message("", "", "", Role.USER), Message("", "", "", Role.ASSISTANT)]
+        self._around = (tokenizer.count(self._chat(pair, "", "")) + MARGIN - self._frame) // 2  # what is around an older one
         if tokenizer.count([{"role": "system", "content": config.persona}]) > budget // 2:
             raise ConfigError(
                 f"config key dialogue.persona is longer than half of policy.context_tokens ({budget}); shorten it"
@@ -73,13 +65,12 @@ class StateTracker:
         """What to show the policy for `message`, which need not be stored yet. Never over the budget (tokens)."""
         newest = self._clipped(message)
         recent = await self.store.database.call(self.store.recent, message.conversation_id, message, self.config.recent)
-        window, sent, prompt_ids = self._newest_that_fit(recent, newest, notes="")
         remembered: list[Remembered] = []
-        outgrown = len(window) < len(recent) or len(recent) == self.config.recent
-        if outgrown and self.embedder is not None and self.config.remembered:
-            found = await self._retrieve(message, {said.id for said in window})
+        if self.config.remembered:
+            shown = {said.id for said in recent[self._start(recent, newest, notes="") :]}
+            found = await self.recall.find(message, self.config.remembered, shown)
             remembered = self._affordable(found, newest)
-            window, sent, prompt_ids = self._newest_that_fit(recent, newest, self._notes(remembered))
+        window, sent, prompt_ids = self._newest_that_fit(recent, newest, self._notes(remembered))
         return Context(sent, prompt_ids, window, remembered)
 
     def fitted(self, shown: Sequence[dict[str, str]]) -> Context:
@@ -95,15 +86,19 @@ class StateTracker:
         self, recent: list[Message], newest: str, notes: str
     ) -> tuple[list[Message], list[dict[str, str]], list[int]]:
         """The longest run of newest messages that fits beside the new one and the notes; the chat with it; its token ids."""
-        start, left = len(recent), self.budget - self.tokenizer.length(notes) - self.tokenizer.length(newest)
-        while start and (left := left - self.tokenizer.length(self._shown(recent[start - 1]))) >= 0:
-            start -= 1
-        window = recent[start:]
+        window = recent[self._start(recent, newest, notes) :]
         sent = self._chat(window, newest, notes)
         while len(prompt_ids := self.tokenizer.prompt_ids(sent)) > self.budget and window:
             window = window[1:]  # each message also costs what the template puts around it
             sent = self._chat(window, newest, notes)
         return window, sent, prompt_ids
+
+    def _start(self, recent: list[Message], newest: str, notes: str) -> int:
+        """Where the run of newest messages begins that fits, as the lengths of its parts say."""
+        start, left = len(recent), self.budget - self._frame + MARGIN - sum(map(self.tokenizer.length, (notes, newest)))
+        while start and (left := left - self._around - self.tokenizer.length(self._shown(recent[start - 1]))) >= 0:
+            start -= 1
+        return start
 
     def _affordable(self, found: list[Remembered], newest: str) -> list[Remembered]:
         """The best of what was found that fits in half of what the new message leaves."""
@@ -113,29 +108,12 @@ class StateTracker:
             found = found[:-1]
         return found
 
-    async def _retrieve(self, message: Message, shown: set[str]) -> list[Remembered]:
-        assert self.embedder is not None
-        call = self.store.database.call
-        older = [
-            entry
-            for entry in await call(self.store.older, message.conversation_id, message)
-            if entry[0].id not in shown and entry[0].text.strip()
-        ]
-        if not older:
-            return []
-        known = {said.id: vector for said, vector, model in older if vector is not None and model == self.embedder.name}
-        stale = [said for said, *_ in older if said.id not in known]
-        fresh = await self.embedder.embed([message.text, *(said.text for said in stale)])
-        await call(self.store.set_embeddings, [said.id for said in stale], fresh[1:], self.embedder.name)
-        known.update(zip((said.id for said in stale), fresh[1:], strict=True))
-        vectors = np.stack([known[said.id] for said, *_ in older])
-        scores = vectors @ fresh[0]
-        best = np.argsort(-scores, kind="stable")[: self.config.remembered]
-        return [Remembered(older[index][0], float(scores[index])) for index in best]
-
     def _notes(self, remembered: list[Remembered]) -> str:
         in_order = sorted((found.message for found in remembered), key=lambda said: (said.at, said.id))
-        return "\n".join(f"Said earlier: {self._shown(said)}" for said in in_order)
+        lines = (
+            f"{self.tokenizer.neutralise(said.author_id)}, {said.at:%Y-%m-%d}: {self._shown(said)}" for said in in_order
+        )
+        return "\n".join(("Said earlier:", *lines)) if remembered else ""
 
     def _chat(self, window: list[Message], newest: str, notes: str) -> list[dict[str, str]]:
         system = "\n".join(part for part in (self.config.persona, notes) if part)

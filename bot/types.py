@@ -58,12 +58,16 @@ class PolicyState(StrEnum):
 
 @dataclass(frozen=True)
 class Conversation:
-    """A place where people talk: a terminal, a channel, a thread, or an imported file's dialogue."""
+    """A place where people talk: a terminal, a channel, a thread, or an imported file's dialogue.
+
+    `is_public`: everybody in its space may read it.
+    """
 
     platform: str
     channel: str
     space: str = ""
     thread: str = ""
+    is_public: bool = False
     id: str = field(default_factory=new_id)
 
 

@@ -3,6 +3,7 @@
 Each is a few lines over a function elsewhere. The commands that serve are in `bot.__main__`.
 """
 
+import asyncio
 import json
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from bot import cli
-from bot.cli import ConfigFile, DataDir, JsonFile, PlotFile, Seed, announce, app, configured, console, errors
+from bot.cli import ConfigFile, DataDir, JsonFile, PlotFile, Seed, announce, app, bench, configured, console, errors
 from bot.config import Config
 from bot.errors import ConfigError, NothingToLearn
 from bot.registry import BASE
@@ -134,3 +135,77 @@ def export(file: Path, config: ConfigFile = None, data_dir: DataDir = None, seed
     written = importers.export(store, file, tokenizer_fingerprint(registry.get(BASE).base_model), found.privacy)
     database.close()
     console.print(", ".join(f"{name}: {count}" for name, count in written.items()) or "nothing was said yet")
+
+
+@bench.command("recall")
+def bench_recall(
+    file: Annotated[Path, typer.Argument(help="Conversations with questions and their evidence, one a line.")],
+    json_file: JsonFile = None,
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+) -> None:
+    """Whether the tracker finds the turns that answer a question, beside recency, dense vectors alone and BM25 alone."""
+    from bot.recall import weights
+    from learning import recall_benchmark
+
+    found = configured(config, data_dir, seed)
+    cli.check_writable(json_file)
+    asked = recall_benchmark.read(file)
+    with cli.progress_bar() as progress:
+        figures = asyncio.run(recall_benchmark.measure(asked, cli.embedder(found), weights(), progress))
+    cli.print_figures(figures)
+    cli.write_json(json_file, "bench recall", figures, {"file": file.name, "embedder": found.dialogue.embedder})
+
+
+@app.command("fit-retrieval")
+def fit_retrieval(
+    out: Annotated[Path | None, typer.Option(help="Where the weights go.")] = None,
+    dialogues: Annotated[int, typer.Option(min=1, help="How many dialogues to make and learn from.")] = 24,
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+) -> None:
+    """Learn what each signal of retrieval counts, from dialogues that are made here."""
+    from learning import retrieval_training
+    from learning.dialogues import dialogue
+
+    found = configured(config, data_dir, seed)
+    cli.check_writable(out)
+    embedder = cli.embedder(found)
+    if embedder is None:
+        raise ConfigError("config key dialogue.embedder has value 'none'; name a model to learn how much it counts")
+    made = (dialogue(1000 * found.seed + number, people=(2, 6, 12)[number % 3]) for number in range(dialogues))
+    with cli.progress_bar() as progress:
+        learned = retrieval_training.fit(made, embedder, progress)
+    cli.print_figures(learned)
+    if out is not None:
+        setup = {"dialogues": dialogues, "seed": found.seed, "embedder": found.dialogue.embedder}
+        out.write_text(json.dumps({"weights": learned, "setup": setup}, indent=2) + "\n", encoding="utf-8")
+
+
+@bench.command("tracker")
+def bench_tracker(
+    sizes: Annotated[str, typer.Option(help="How many stored turns: 1e3, 1e5, 1e6, with commas between.")] = "1e3,1e5,1e6",
+    json_file: JsonFile = None,
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+) -> None:
+    """What remembering adds to a message, with a thousand to a million stored turns."""
+    from bot.recall import weights
+    from bot.tokenizer import ChatTokenizer
+    from learning import tracker_benchmark
+
+    found = configured(config, data_dir, seed)
+    cli.check_writable(json_file)
+    wanted = [size.strip() for size in sizes.split(",")]
+    unknown = [size for size in wanted if size not in tracker_benchmark.SIZES]
+    if unknown:
+        raise ConfigError(f"--sizes has value '{unknown[0]}'; choose from {', '.join(tracker_benchmark.SIZES)}")
+    tokenizer = ChatTokenizer(base_model(found))
+    with cli.progress_bar() as progress:
+        job = tracker_benchmark.measure(cli.embedder(found), tokenizer, weights(), wanted, progress)
+        figures = asyncio.run(job)
+    cli.print_figures(figures)
+    cli.write_json(json_file, "bench tracker", figures, {"embedder": found.dialogue.embedder, "sizes": wanted})

@@ -8,7 +8,6 @@ import sys
 import time
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import sqlalchemy as sa
 from conftest import answered, react
@@ -138,17 +137,6 @@ def test_feedback_is_counted_for_the_next_run_and_ranks_are_not(store, tokenizer
     store.add_feedback(Feedback(turn.id, "ann", FeedbackKind.RANK, value=0.0))
     assert store.reactions() == 1
     assert store.reactions_at_last_run() == 0
-
-
-def test_embeddings_are_kept_with_the_name_of_their_model(store, tokenizer):
-    turn = answered(store, tokenizer, "hello", "Hey there!")
-    store.set_embeddings([turn.message_id], np.ones((1, 4), np.float32), "toy")
-    later = Message(turn.conversation_id, "asker", "thanks")
-    store.add_message(later)
-    (_, vector, model), (_, none, _) = store.older(turn.conversation_id, later)
-    assert model == "toy"
-    assert vector.tolist() == [1.0] * 4
-    assert none is None
 
 
 def test_a_database_from_the_future_is_refused(config, database):

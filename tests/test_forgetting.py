@@ -10,6 +10,7 @@ from conftest import answered, react
 
 from bot.config import PrivacyConfig
 from bot.forgetting import forget_message, forget_person
+from bot.memory import Memory
 from bot.registry import BASE
 from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, new_id
 from bot.users import Users
@@ -51,7 +52,7 @@ def taught(registry, tmp_path: Path, feedback: list[str], parent: str = BASE, pr
 def test_a_forgotten_person_leaves_nothing_anywhere(config, database, store, registry, tokenizer, tmp_path):
     anns, bobs = dialogue(store, tokenizer, ("ann", SECRET), ("bob", "hello"))
     [apart] = dialogue(store, tokenizer, ("bob", "good night"))
-    store.set_embeddings([anns.message_id], np.ones((1, 4), np.float32), "m")
+    Memory(database).keep([(anns.message_id, SECRET)], np.ones((1, 4), np.float32), "m")
     kept = react(store, apart, True, "bob")
     seen = [react(store, anns, True, "bob"), react(store, bobs, True, "bob"), react(store, apart, False, "ann")]
     store.add_feedback(Feedback(apart.id, "ann", FeedbackKind.COMMENT, text=SECRET))
@@ -160,17 +161,6 @@ def test_only_those_teach_who_consent(config, database, store, tokenizer, tmp_pa
     users.decide("test", "ann", True)
     assert len(used()) == 3
     assert export(store, tmp_path / "out", "", privacy)["feedback"] == 4
-
-
-def test_what_the_unwilling_wrote_is_not_remembered(database, store, tokenizer):
-    _, bobs = dialogue(store, tokenizer, ("ann", SECRET), ("bob", "hello"))
-    newest = Message(bobs.conversation_id, "bob", "and now?")
-    authors = [said.author_id for said, *_ in store.older(newest.conversation_id, newest)]
-    assert authors == ["ann", "kibitz", "bob", "kibitz"]
-    Users(database, PrivacyConfig()).decide("test", "ann", False)
-    assert [said.author_id for said, *_ in store.older(newest.conversation_id, newest)] == ["bob", "kibitz"]
-    Users(database, PrivacyConfig()).decide("other", "bob", False)
-    assert len(store.older(newest.conversation_id, newest)) == 2
 
 
 def test_an_edit_replaces_what_was_said_whatever_order_edits_come_in(store, tokenizer):

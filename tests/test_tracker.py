@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from bot.config import DialogueConfig
 from bot.dialogue import cleaned
-from bot.embeddings import Embedder
 from bot.errors import ConfigError
+from bot.memory import Memory
+from bot.recall import Recall, weights
 from bot.tracker import CUT, StateTracker
 from bot.types import Conversation, Message, Role, new_id
 
@@ -21,15 +22,15 @@ def tell(store, place, text: str, role: Role = Role.USER) -> Message:
     return message
 
 
-@pytest.fixture(scope="module")
-def embedder():
-    found = Embedder("all-MiniLM-L6-v2")
+@pytest.fixture
+def recall(database):
+    found = Recall(Memory(database), None, weights())
     yield found
     found.close()
 
 
-async def test_a_short_conversation_is_shown_whole_and_nothing_is_embedded(store, tokenizer, embedder):
-    tracker = StateTracker(store, tokenizer, embedder, DialogueConfig(persona="You are kind."), 512)
+async def test_a_short_conversation_is_shown_whole(store, tokenizer, recall):
+    tracker = StateTracker(store, tokenizer, recall, DialogueConfig(persona="You are kind."), 512)
     turn = answered(store, tokenizer, "hello", "Hey there!")
     newest = Message(turn.conversation_id, "ann", "thanks")
     store.add_message(newest)
@@ -42,34 +43,20 @@ async def test_a_short_conversation_is_shown_whole_and_nothing_is_embedded(store
     ]
     assert context.prompt_ids == tokenizer.prompt_ids(context.messages)
     assert context.remembered == []
-    assert all(vector is None for _, vector, _ in store.older(turn.conversation_id, newest))
 
 
-@pytest.mark.parametrize("with_embedder", [True, False])
-async def test_what_was_said_long_ago_is_found_by_the_embedding_and_not_without(store, tokenizer, embedder, with_embedder):
+@pytest.mark.parametrize("remembered", [4, 0])
+async def test_what_was_said_long_ago_is_shown_and_by_recency_alone_it_is_not(store, tokenizer, recall, remembered):
     place = store.open(Conversation("test", new_id()))
     tell(store, place, FACT)
     for number in range(60):
         tell(store, place, f"today i did some work on part {number}", Role.USER if number % 2 else Role.ASSISTANT)
     newest = tell(store, place, "how many parrots does my sister have?")
-    tracker = StateTracker(store, tokenizer, embedder if with_embedder else None, DialogueConfig(recent=16), 512)
+    tracker = StateTracker(store, tokenizer, recall, DialogueConfig(recent=16, remembered=remembered), 512)
     context = await tracker.context(newest)
-    found = any(FACT in message["content"] for message in context.messages)
-    assert found == with_embedder  # the control: recency alone does not find it
+    assert any(FACT in message["content"] for message in context.messages) == bool(remembered)
     assert len(context.prompt_ids) <= 512
-    if with_embedder:
-        assert context.remembered[0].message.text == FACT
-        assert (await tracker.context(newest)).messages == context.messages
-
-
-async def test_nothing_is_remembered_from_another_conversation(store, tokenizer, embedder):
-    tell(store, store.open(Conversation("test", new_id())), FACT)
-    place = store.open(Conversation("test", new_id()))
-    for number in range(20):
-        tell(store, place, f"part {number}")
-    newest = tell(store, place, "how many parrots does my sister have?")
-    tracker = StateTracker(store, tokenizer, embedder, DialogueConfig(recent=4), 512)
-    assert FACT not in str((await tracker.context(newest)).messages)
+    assert (await tracker.context(newest)).messages == context.messages
 
 
 texts = st.one_of(
@@ -80,13 +67,15 @@ texts = st.one_of(
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(said=st.lists(texts, max_size=12), newest=texts, persona=st.sampled_from(["", "You are kind."]))
-async def test_the_budget_is_never_exceeded_and_the_newest_message_never_dropped(store, tokenizer, said, newest, persona):
+async def test_the_budget_is_never_exceeded_and_the_newest_message_never_dropped(
+    store, tokenizer, recall, said, newest, persona
+):
     place = store.open(Conversation("test", new_id()))
     for index, text in enumerate(said):
         tell(store, place, cleaned(text), Role.USER if index % 2 == 0 else Role.ASSISTANT)
     newest = cleaned(newest)
     message = tell(store, place, newest)
-    tracker = StateTracker(store, tokenizer, None, DialogueConfig(persona=persona), 128)
+    tracker = StateTracker(store, tokenizer, recall, DialogueConfig(persona=persona, recent=4), 128)
     context = await tracker.context(message)
     assert tokenizer.count(context.messages) == len(context.prompt_ids) <= 128
     last = context.messages[-1]["content"]
@@ -102,13 +91,6 @@ def test_a_typed_special_token_is_a_special_token_before_it_is_neutralised(token
     assert tokenizer.hf.eos_token_id not in tokenizer.hf.encode(tokenizer.neutralise(forged))
 
 
-def test_a_persona_that_fills_the_prompt_is_refused(store, tokenizer):
+def test_a_persona_that_fills_the_prompt_is_refused(store, tokenizer, recall):
     with pytest.raises(ConfigError, match=r"dialogue\.persona"):
-        StateTracker(store, tokenizer, None, DialogueConfig(persona="kind " * 200), 128)
-
-
-async def test_an_embedder_that_is_not_there_names_the_key_and_the_fix():
-    missing = Embedder("/nowhere/model")
-    with pytest.raises(ConfigError, match=r"dialogue\.embedder.*'none'"):
-        await missing.embed(["hello"])
-    missing.close()
+        StateTracker(store, tokenizer, recall, DialogueConfig(persona="kind " * 200), 128)

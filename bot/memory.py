@@ -1,0 +1,138 @@
+"""Memory: what was said in a scope, with its vectors, and who may be shown it.
+
+The scope is a part of each query: a direct message is seen by its two parties, a channel by that channel with its threads,
+and, where the operator allows it, a public channel by its whole space (law 8). Vectors are kept in eight bits, beside each
+other for each conversation. Synchronous, called through `Database.call`; it knows no model and no ranking.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import sqlalchemy as sa
+
+from bot.database import Database, chunks, conversations, embeddings, messages, turns, users
+from bot.retrieval import Entry
+from bot.types import FORGOTTEN, Message, Role
+
+Text = tuple[str, str]  # a message's id and its text
+
+
+class Memory:
+    """What may be remembered where."""
+
+    def __init__(self, database: Database, across_channels: bool = False):
+        self.database = database
+        self.across_channels = across_channels
+
+    def scope(self, conversation_id: str) -> str:
+        """What names the scope of a conversation: conversations of one scope may see the same."""
+        with self.database.read() as connection:
+            here = connection.execute(_HERE, {"place": conversation_id}).one()
+        wide = self.across_channels and here.is_public
+        return "\0".join((here.platform, here.space, *(() if wide else (here.channel,)), str(wide)))
+
+    def since(self, conversation_id: str, after: str, space: str) -> list[Entry]:
+        """The messages of a scope that came after one (or "" for all), oldest first, with their vectors in `space`."""
+        values = {"place": conversation_id, "across": self.across_channels, "after": after, "vectors": space}
+        with self.database.read() as connection:
+            rows = connection.execute(_SINCE, values).all()
+        return [Entry(row.id, row.conversation_id, row.author_id, row.text, _vector(row.vector)) for row in rows]
+
+    def visible(self, conversation_id: str, ids: Sequence[str]) -> dict[str, Message]:
+        """Those of these messages that may be shown in a conversation now: in its scope, not forgotten, not answered anew,
+        and by nobody (nor made for anybody) who withholds consent."""
+        found: dict[str, Message] = {}
+        with self.database.read() as connection:
+            for chunk in chunks(ids):
+                values = {"place": conversation_id, "across": self.across_channels, "ids": chunk}
+                found.update((row.id, _message(row)) for row in connection.execute(_VISIBLE, values))
+        return found
+
+    def keep(self, texts: Sequence[Text], vectors: np.ndarray, space: str) -> None:
+        """Keep the unit vectors (n × dimensions, float32) of messages, unless their text is another by now, or gone."""
+        with self.database.begin() as connection:
+            for (message_id, text), vector in zip(texts, vectors, strict=True):
+                row = connection.execute(_TEXT, {"id": message_id}).one_or_none()
+                if row is not None and row.text == text:
+                    connection.execute(_FORGET, {"id": message_id})
+                    place = {"conversation_id": row.conversation_id, "message_id": message_id}
+                    connection.execute(embeddings.insert(), place | {"space": space, "vector": _packed(vector)})
+
+    def missing(self, space: str, after: str, limit: int) -> list[Text]:
+        """Messages without a vector in `space`, by id, after one of them ("" for the first)."""
+        with self.database.read() as connection:
+            rows = connection.execute(_MISSING, {"vectors": space, "after": after, "most": limit})
+            return [(row.id, row.text) for row in rows]
+
+    def count_missing(self, space: str) -> int:
+        """How many messages have no vector in `space`."""
+        query = sa.select(sa.func.count()).select_from(_MISSING.order_by(None).limit(None).subquery())
+        with self.database.read() as connection:
+            return connection.execute(query, {"vectors": space, "after": ""}).scalar_one()
+
+
+def _packed(vector: np.ndarray) -> bytes:
+    """A vector's direction in eight bits a dimension."""
+    return np.round(vector * (127 / max(float(np.abs(vector).max()), 1e-9))).astype(np.int8).tobytes()
+
+
+def _vector(packed: bytes | None) -> np.ndarray | None:
+    if packed is None:
+        return None
+    vector = np.frombuffer(packed, np.int8).astype(np.float32)
+    return vector / (np.linalg.norm(vector) or 1.0)
+
+
+def _message(row: Any) -> Message:
+    values = {name: getattr(row, name) for name in Message.__dataclass_fields__}
+    return Message(**{**values, "role": Role(values["role"])})
+
+
+def _columns(names: Iterable[str]) -> list[sa.Column]:
+    return [messages.c[name] for name in names]
+
+
+_HERE = sa.select(conversations).where(conversations.c.id == sa.bindparam("place"))
+_here = conversations.alias()
+_both_public = sa.and_(sa.bindparam("across", type_=sa.Boolean), conversations.c.is_public, _here.c.is_public)
+_in_scope = (
+    sa.select(conversations.c.id)
+    .join(_here, sa.and_(conversations.c.platform == _here.c.platform, conversations.c.space == _here.c.space))
+    .where(_here.c.id == sa.bindparam("place"), sa.or_(conversations.c.channel == _here.c.channel, _both_public))
+)
+_vectors = sa.and_(embeddings.c.message_id == messages.c.id, embeddings.c.conversation_id == messages.c.conversation_id)
+_vectors = sa.and_(_vectors, embeddings.c.space == sa.bindparam("vectors"))
+_said = sa.and_(messages.c.author_id != FORGOTTEN, messages.c.text != "")
+_SINCE = (
+    sa.select(messages.c.id, messages.c.conversation_id, messages.c.author_id, messages.c.text, embeddings.c.vector)
+    .outerjoin(embeddings, _vectors)
+    .where(messages.c.conversation_id.in_(_in_scope), messages.c.id > sa.bindparam("after"), _said)
+    .order_by(messages.c.id)
+)
+_later = turns.alias()
+_superseded = sa.select(turns.c.reply_id).join(_later, _later.c.replaces == turns.c.id)
+_superseded = _superseded.where(turns.c.reply_id == messages.c.id).correlate(messages)
+_platform = sa.select(_here.c.platform).where(_here.c.id == sa.bindparam("place")).scalar_subquery()
+_unwilling = sa.select(users.c.user_id).where(~users.c.consent, users.c.platform == _platform)
+_asked = messages.alias()
+_answers_unwilling = sa.exists().where(_asked.c.id == messages.c.reply_to, _asked.c.author_id.in_(_unwilling))
+_VISIBLE = sa.select(*_columns(Message.__dataclass_fields__)).where(
+    messages.c.id.in_(sa.bindparam("ids", expanding=True)),
+    messages.c.conversation_id.in_(_in_scope),
+    _said,
+    messages.c.author_id.not_in(_unwilling),
+    ~_answers_unwilling,
+    ~_superseded.exists(),
+)
+_TEXT = sa.select(messages.c.conversation_id, messages.c.text).where(
+    messages.c.id == sa.bindparam("id"), messages.c.author_id != FORGOTTEN
+)
+_FORGET = embeddings.delete().where(embeddings.c.message_id == sa.bindparam("id"))
+_MISSING = (
+    sa.select(messages.c.id, messages.c.text)
+    .outerjoin(embeddings, _vectors)
+    .where(embeddings.c.message_id.is_(None), messages.c.id > sa.bindparam("after"), _said)
+    .order_by(messages.c.id)
+    .limit(sa.bindparam("most"))
+)

@@ -1,0 +1,141 @@
+"""Recall: finds the earlier messages that bear on a new one, in all that its conversation may see.
+
+The messages of a scope are kept in memory while they are asked for (the scopes that were asked least lately go first);
+each time what is new is read from the database, and what is found is looked up there again, so that nothing is shown that
+was forgotten or withheld a moment ago. Embeddings of what was said are made after the answer was sent. It knows no prompt
+and no policy.
+"""
+
+import asyncio
+import json
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bot.embeddings import BATCH, Embedder
+from bot.memory import Memory, Text
+from bot.retrieval import ScopeIndex, Weights
+from bot.types import Message
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = Path(__file__).parent / "retrieval_weights.json"
+LEXICAL = ("bm25", "bm25_window", "bm25_next")
+ROWS = 100_000  # messages in memory, of all scopes together
+OVERLAP = 64  # messages that are read again: what was said at the same moment may have been written in another order
+SPARE = 4  # times as many are looked up as are wanted: some may not be shown
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """An earlier message that bears on the new one, and its score."""
+
+    message: Message
+    score: float
+
+
+def weights(path: Path = WEIGHTS) -> dict[str, float]:
+    """What each signal counts, as `kibitz fit-retrieval` learned it."""
+    return json.loads(path.read_text())["weights"]
+
+
+class Recall:
+    """What may be remembered, found."""
+
+    def __init__(self, memory: Memory, embedder: Embedder | None, learned: Weights):
+        self.memory = memory
+        self.embedder = embedder
+        self.weights = learned
+        self.space = "" if embedder is None else embedder.space
+        self._call = memory.database.call
+        self._scopes: OrderedDict[str, ScopeIndex] = OrderedDict()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recall")
+        self._waiting: deque[Text] = deque()
+        self._learning: asyncio.Task[None] | None = None
+
+    async def find(self, message: Message, limit: int, without: Collection[str] = ()) -> list[Remembered]:
+        """The `limit` messages that bear most on this one, best first; none of `without`, nor the message itself."""
+        index = await self._index(message.conversation_id)
+        hidden = {message.id, *without}
+        if not any(one not in hidden for one in index.ids):
+            return []
+        loop = asyncio.get_running_loop()
+        ranked = await loop.run_in_executor(self._thread, self._ranked, index, message, limit * SPARE, hidden)
+        there = await self._call(self.memory.visible, message.conversation_id, [one for one, _ in ranked])
+        return [Remembered(there[one], score) for one, score in ranked if one in there][:limit]
+
+    def learn(self, said: Sequence[Message]) -> None:
+        """Have messages embedded soon. Never waits."""
+        if self.embedder is not None:
+            self._waiting.extend((message.id, message.text) for message in said if message.text.strip())
+            if self._waiting and (self._learning is None or self._learning.done()):
+                self._learning = asyncio.create_task(self._learn())
+
+    async def learned(self) -> None:
+        """Wait until what was to be embedded is."""
+        while self._learning is not None and not self._learning.done():
+            await asyncio.wait([self._learning])
+
+    async def catch_up(self, progress: Progress) -> None:
+        """Embed all that has no vector of this model: what was imported, or was said under another one."""
+        if self.embedder is None:
+            return
+        total, done, after = await self._call(self.memory.count_missing, self.space), 0, ""
+        while texts := await self._call(self.memory.missing, self.space, after, BATCH):
+            await self._embed(texts)
+            done, after = done + len(texts), texts[-1][0]
+            progress(f"embedding with {self.embedder.name}", done, total)
+        if done:
+            self._scopes.clear()
+
+    async def forget(self, conversation_id: str) -> None:
+        """Something in a conversation changed other than by being added: its scope is read anew when it is asked for."""
+        self._scopes.pop(await self._call(self.memory.scope, conversation_id), None)
+
+    def close(self) -> None:
+        """End the threads; what still waits to be embedded is at the next start."""
+        if self._learning is not None:
+            self._learning.cancel()
+        self._thread.shutdown()
+        if self.embedder is not None:
+            self.embedder.close()
+
+    async def _index(self, conversation_id: str) -> ScopeIndex:
+        """The index of a conversation's scope, with all that is committed by now."""
+        scope = await self._call(self.memory.scope, conversation_id)
+        index = self._scopes.pop(scope, None) or ScopeIndex()
+        after = index.ids[-OVERLAP] if len(index) >= OVERLAP else ""
+        found = await self._call(self.memory.since, conversation_id, after, self.space)
+        await asyncio.get_running_loop().run_in_executor(self._thread, index.add, found)
+        self._scopes[scope] = index
+        while len(self._scopes) > 1 and sum(map(len, self._scopes.values())) > ROWS:
+            self._scopes.popitem(last=False)
+        return index
+
+    def _ranked(self, index: ScopeIndex, message: Message, limit: int, hidden: Collection[str]) -> list[tuple[str, float]]:
+        vector = None
+        if self.embedder is not None:
+            vector = self.embedder.encode([index.addressed(message.text, message.author_id)[1]])[0]
+        order, scores = index.rank(message.text, vector, message.author_id, self.weights)
+        wanted = (row for row in order if index.ids[row] not in hidden)
+        return [(index.ids[row], float(scores[row])) for row, _ in zip(wanted, range(limit), strict=False)]
+
+    async def _learn(self) -> None:
+        while self._waiting:
+            texts = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
+            try:
+                await self._embed(texts)
+            except Exception:  # the chat goes on; what has no vector is found by its words, and embedded at the next start
+                log.exception("%d messages could not be embedded", len(texts))
+
+    async def _embed(self, texts: Sequence[Text]) -> None:
+        assert self.embedder is not None
+        vectors: np.ndarray = await self.embedder.embed([text for _, text in texts])
+        await self._call(self.memory.keep, texts, vectors, self.space)

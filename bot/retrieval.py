@@ -1,0 +1,235 @@
+"""Retrieval: which earlier messages of a scope bear on a new one.
+
+A scope's messages are kept in memory, in order: their vectors, their words, who said them. Dense similarity, BM25 over turns
+and over windows of three turns, the speaker whom the question names, and what kind of turn it is are each brought to zero
+mean and unit variance over the scope and added with learned weights. It knows no database, no model, and no consent: whoever
+asks looks up what it names, and shows only what may be shown.
+
+BM25 is that of Robertson and Zaragoza (2009), "The Probabilistic Relevance Framework: BM25 and Beyond".
+"""
+
+import re
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import Stemmer
+
+K1, B = 1.2, 0.75  # BM25
+POOL = (1.0, 0.5, 0.25)  # how much a turn and the two before it count in its pooled vector
+ALIKE = 0.25  # the cosine similarity of turns that follow each other, on average
+CHARACTERS = 4000  # of one message, at most, that are looked at
+WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
+UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
+ENGLISH_FUNCTION_WORDS = """
+a about after all also am an and any are as at be been before being but by can could did do does doing for from get had has
+have he her hers him his how i if in into is it its just like me my of on or our out she should so some than that the their
+them then there these they this those to too up us was we were what when where which who whom whose why will with would you
+your yours
+"""
+FUNCTION_WORDS = frozenset(ENGLISH_FUNCTION_WORDS.split())
+TIMES = re.compile(
+    r"\b(yesterday|today|tonight|tomorrow|ago|last|next|week\w*|month\w*|year\w*|weekend|morning|evening"
+    r"|(?:mon|tues|wednes|thurs|fri|satur|sun)day|january|february|march|april|may|june|july|august|september|october"
+    r"|november|december|\d{4}|\d{1,2}(?:st|nd|rd|th|:\d\d|am|pm))\b",
+    re.IGNORECASE,
+)
+NUMBERS = re.compile(
+    r"\b(\d+|one|two|three|four|five|six|seven|eight|nine|ten|dozen|couple|twice|once|several)\b", re.IGNORECASE
+)
+WHEN = re.compile(r"\b(when|what (?:time|date|day|year|month)|how long)\b", re.IGNORECASE)
+HOW_MANY = re.compile(r"\b(how (?:many|much|old|often)|what number)\b", re.IGNORECASE)
+
+_stem = Stemmer.Stemmer("english").stemWord
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One message as retrieval sees it; `vector` (1-D float32, unit length) is None until it is embedded."""
+
+    id: str
+    conversation: str
+    speaker: str
+    text: str
+    vector: np.ndarray | None = None
+
+
+Weights = Mapping[str, float]
+
+
+def words(text: str) -> list[str]:
+    """The words of a text for matching: case folded, English endings cut; pairs of characters where no spaces are."""
+    text = text[:CHARACTERS].casefold()
+    found = []
+    for word in WORD.findall(text):
+        if UNSPACED.fullmatch(word):
+            found += [word[start : start + 2] for start in range(max(1, len(word) - 1))]
+        else:
+            found.append(_stem(re.sub(r"['’]s?$", "", word)))
+    return found
+
+
+class ScopeIndex:
+    """The messages that one scope may see, oldest first."""
+
+    def __init__(self) -> None:
+        self.ids: list[str] = []
+        self.rows: dict[str, int] = {}
+        self.speakers: dict[str, int] = {}
+        self._speaker = array("i")
+        self._before = (array("i"), array("i"))  # the one and two turns before, in the same conversation; -1 for none
+        self._last: dict[str, tuple[int, int]] = {}
+        self._postings: defaultdict[str, tuple[array[int], array[int]]] = defaultdict(lambda: (array("i"), array("i")))
+        self._length = array("i")
+        self._kind = array("d")  # pairs: whether it asks, and what it holds
+        self._vectors = np.zeros((0, 0), np.float32)
+        self._has_vector = np.zeros(0, bool)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def add(self, entries: Iterable[Entry]) -> None:
+        """Append messages that are newer than all that is there; one that is there only gets its vector."""
+        for entry in entries:
+            if entry.id not in self.rows:
+                self._append(entry)
+            if entry.vector is not None:
+                self._set_vector(self.rows[entry.id], entry.vector)
+
+    def unembedded(self) -> list[str]:
+        """The ids of the messages without a vector."""
+        missing = np.ones(len(self.ids), bool)
+        missing[: len(self._has_vector)] &= ~self._has_vector[: len(self.ids)]
+        return [self.ids[row] for row in np.flatnonzero(missing)]
+
+    def rank(self, question: str, vector: np.ndarray | None, asker: str, weights: Weights) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of the scope, best first, and the score of each."""
+        signals = self.signals(question, vector, asker)
+        total = sum(weights.get(name, 0.0) * values for name, values in signals.items())
+        scores = np.asarray(total, np.float64) + np.zeros(len(self))
+        return np.argsort(-scores, kind="stable"), scores
+
+    def signals(self, question: str, vector: np.ndarray | None, asker: str = "") -> dict[str, np.ndarray]:
+        """Every signal for every message (n), each with zero mean and unit variance over the scope.
+
+        `vector` is that of the question without the names of participants: a name finds the turns that greet somebody.
+        """
+        named, rest = self.addressed(question, asker)
+        terms = [word for word in words(rest) if word not in FUNCTION_WORDS] or words(rest)
+        turn, window, after = self._bm25(terms)
+        found = {"bm25": turn, "bm25_window": window, "bm25_next": after}
+        if vector is not None and self._vectors.size:
+            found |= self._dense(vector)
+        kind = np.frombuffer(self._kind, np.float64).reshape(-1, 4) if self.ids else np.zeros((0, 4))
+        found["speaker"] = np.isin(np.frombuffer(self._speaker, np.int32), list(named)).astype(float)
+        found["asks"], found["length"] = kind[:, 0], kind[:, 1]
+        found["time"] = kind[:, 2] * bool(WHEN.search(question))
+        found["number"] = kind[:, 3] * bool(HOW_MANY.search(question))
+        return {name: _standardised(values) for name, values in found.items()}
+
+    def addressed(self, question: str, asker: str = "") -> tuple[set[int], str]:
+        """The speakers whom a question is about (their numbers), and the question without their names."""
+        about: set[int] = set()
+        rest = question[:CHARACTERS]
+        folded = rest.casefold()
+        for name, number in self.speakers.items():
+            for form in _forms(name):
+                if form.casefold() in folded:
+                    pattern = rf"(?<!\w)@?{re.escape(form)}(?:['’]s)?(?!\w)"
+                    rest, times = re.subn(pattern, " ", rest, flags=re.IGNORECASE)
+                    if times:
+                        about.add(number)
+        if asker in self.speakers and re.search(r"\b(i|my|me|mine)\b", folded):
+            about.add(self.speakers[asker])
+        return about, rest if WORD.search(rest) else question
+
+    def _append(self, entry: Entry) -> None:
+        row = len(self.ids)
+        self.ids.append(entry.id)
+        self.rows[entry.id] = row
+        self._speaker.append(self.speakers.setdefault(entry.speaker, len(self.speakers)))
+        one, two = self._last.get(entry.conversation, (-1, -1))
+        self._before[0].append(one)
+        self._before[1].append(two)
+        self._last[entry.conversation] = (row, one)
+        counts = Counter(words(entry.text))
+        for word, count in counts.items():
+            rows, times = self._postings[word]
+            rows.append(row)
+            times.append(count)
+        length = sum(counts.values())
+        self._length.append(length)
+        text = entry.text[:CHARACTERS]
+        asks = 1.0 if text.rstrip().endswith(("?", "？")) else 0.0
+        kinds = (asks, float(np.log1p(length)), float(bool(TIMES.search(text))), float(bool(NUMBERS.search(text))))
+        self._kind.extend(kinds)
+
+    def _set_vector(self, row: int, vector: np.ndarray) -> None:
+        if row >= len(self._vectors) or not self._vectors.size:
+            grown = np.zeros((max(64, 2 * row + 2), len(vector)), np.float32)
+            has = np.zeros(len(grown), bool)
+            if self._vectors.size:
+                grown[: len(self._vectors)], has[: len(self._has_vector)] = self._vectors, self._has_vector
+            self._vectors, self._has_vector = grown, has
+        self._vectors[row], self._has_vector[row] = vector, True
+
+    def _shifted(self, values: np.ndarray, steps: int) -> np.ndarray:
+        """The values of the turns that stand `steps` before each, in its conversation; 0 where there is none."""
+        before = np.frombuffer(self._before[steps - 1], np.int32)
+        return np.where(before >= 0, values[before], 0.0)
+
+    def _bm25(self, terms: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The scores of each turn, of each turn with the two before it, and of the turn after each."""
+        count = len(self)
+        length = np.frombuffer(self._length, np.int32).astype(float) if count else np.zeros(0)
+        wide = length + self._shifted(length, 1) + self._shifted(length, 2) if count else length
+        turn, window = np.zeros(count), np.zeros(count)
+        for term, weight in Counter(terms).items():
+            if term not in self._postings:
+                continue
+            rows, times = self._postings[term]
+            frequency = np.zeros(count)
+            frequency[np.frombuffer(rows, np.int32)] = np.frombuffer(times, np.int32)
+            turn += weight * _term(frequency, length)
+            window += weight * _term(frequency + self._shifted(frequency, 1) + self._shifted(frequency, 2), wide)
+        after = np.zeros(count)
+        if count:
+            before = np.frombuffer(self._before[0], np.int32)
+            after[before[before >= 0]] = turn[before >= 0]
+        return turn, window, after
+
+    def _dense(self, question: np.ndarray) -> dict[str, np.ndarray]:
+        """Cosine similarity of each turn, and of each turn pooled with the two before it. Unknown is the mean."""
+        count = len(self)
+        known = min(count, len(self._vectors))
+        similar, has = np.zeros(count), np.zeros(count, bool)
+        similar[:known], has[:known] = self._vectors[:known] @ question, self._has_vector[:known]
+        similar = np.where(has, similar, similar[has].mean() if has.any() else 0.0)
+        weights = [np.full(count, POOL[0])]
+        weights += [POOL[step] * (np.frombuffer(self._before[step - 1], np.int32) >= 0) for step in (1, 2)]
+        pooled = POOL[0] * similar + sum(POOL[step] * self._shifted(similar, step) for step in (1, 2))
+        # The length of the pooled vector, if turns that follow each other are as alike as they are on average.
+        square = sum(weight**2 for weight in weights)
+        square = square + 2 * ALIKE * (weights[0] * weights[1] + weights[0] * weights[2] + weights[1] * weights[2])
+        return {"dense": similar, "pooled": pooled / np.sqrt(square)}
+
+
+def _term(frequency: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """What one word adds to BM25 of each document."""
+    count, holding = len(frequency), np.count_nonzero(frequency)
+    rarity = np.log1p((count - holding + 0.5) / (holding + 0.5))
+    mean = length.mean() or 1.0
+    return rarity * frequency * (K1 + 1) / (frequency + K1 * (1 - B + B * length / mean))
+
+
+def _standardised(values: np.ndarray) -> np.ndarray:
+    spread = values.std() if len(values) else 0.0
+    return (values - values.mean()) / spread if spread > 1e-9 else np.zeros(len(values))
+
+
+def _forms(name: str) -> list[str]:
+    """How a participant may be named: the whole handle, and the parts of a name that is written with spaces."""
+    parts = [part for part in name.split() if len(part) > 2]
+    return [name, *parts] if len(parts) > 1 else [name]
