@@ -78,13 +78,14 @@ async def running(config: Config, model: str, tell: Announce) -> AsyncIterator[K
         deployment = Deployment(policy, registry, config, tell)
         watchers: list[asyncio.Task[None]] = []
         try:
+            await recall.ready()
             if server is not None:
                 tell(f"starting vLLM (its log: {server.log})")
                 await server.start(policy)
                 watchers.append(asyncio.create_task(server.watch(policy, deployment.restore, tell)))
             await deployment.restore()
             watchers.append(asyncio.create_task(deployment.watch()))
-            watchers.append(asyncio.create_task(_catch_up(recall, tell)))
+            watchers.append(asyncio.create_task(recall.catch_up(cli.tenths(tell))))
             dialogue = DialogueManager(store, tracker, policy)
             gc.collect()
             gc.freeze()  # what was loaded stays: to look through it again would stop every answer for 0.3 s
@@ -98,22 +99,6 @@ async def running(config: Config, model: str, tell: Announce) -> AsyncIterator[K
                 await server.stop()
             recall.close()
             database.close()
-
-
-async def _catch_up(recall: Recall, tell: Announce) -> None:
-    """Embed what was imported, or said under another embedding model, while the chat goes on; tell of each tenth."""
-    told = 0
-
-    def report(stage: str, done: int, total: int) -> None:
-        nonlocal told
-        if done * 10 // total > told:
-            told = done * 10 // total
-            tell(f"{stage}: {done:,} of {total:,} messages")
-
-    try:
-        await recall.catch_up(report)
-    except KibitzError as error:
-        tell(f"nothing can be embedded, older messages are found by their words alone: {error}")
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:

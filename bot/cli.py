@@ -64,6 +64,18 @@ def announce(text: str) -> None:
     console.print(f"* {text}", markup=False, highlight=False)
 
 
+def tenths(tell: Callable[[str], None]) -> Report:
+    """A report of progress for a log: a line for each tenth."""
+    told: dict[str, int] = {}
+
+    def report(stage: str, done: int, total: int) -> None:
+        if done * 10 // total > told.get(stage, 0):
+            told[stage] = done * 10 // total
+            tell(f"{stage}: {done:,} of {total:,}")
+
+    return report
+
+
 def embedder(config: Config) -> Embedder | None:
     """The embedding model that the config names, kept under the data directory; None for "none"."""
     return None if config.dialogue.embedder == "none" else Embedder(config.dialogue.embedder, config.data)

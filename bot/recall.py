@@ -60,6 +60,11 @@ class Recall:
         self._waiting: deque[Text] = deque()
         self._learning: asyncio.Task[None] | None = None
 
+    async def ready(self) -> None:
+        """Load the embedder. Raises ConfigError where it cannot be."""
+        if self.embedder is not None:
+            await self.embedder.embed(["ready"])
+
     async def find(self, message: Message, limit: int, without: Collection[str] = ()) -> list[Remembered]:
         """The `limit` messages that bear most on this one, best first; none of `without`, nor the message itself."""
         index = await self._index(message.conversation_id)
