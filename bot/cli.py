@@ -24,6 +24,7 @@ from bot.embeddings import Embedder
 from bot.errors import KibitzError
 from bot.forgetting import forget_person
 from bot.registry import BASE, PolicyRegistry
+from bot.state import State, derived
 from bot.types import PolicyState
 
 Report = Callable[[str, int, int], None]
@@ -131,6 +132,46 @@ def progress_bar() -> Iterator[Report]:
             progress.update(task, completed=done, total=total, description=stage)
 
         yield report
+
+
+@app.command()
+def state(
+    conversation: Annotated[str, typer.Argument(help="A conversation's id; without one the latest are listed.")] = "",
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+) -> None:
+    """What a conversation is about, who takes part, what is open, what people said of themselves."""
+    found = configured(config, data_dir, seed)
+    database, store, _ = opened(found)
+    if conversation:
+        console.print(
+            state_text(derived(store.messages(store.conversation(conversation).id), embedder(found))), markup=False
+        )
+    else:
+        table = Table("conversation", "platform", "channel", "thread", "messages", "last")
+        for one, messages, last in store.latest(20):
+            table.add_row(one.id, one.platform, one.channel, one.thread, str(messages), f"{last:%Y-%m-%d %H:%M}")
+        console.print(table)
+    database.close()
+
+
+def state_text(found: State) -> str:
+    """A conversation's state, for people."""
+    lines = (
+        [f"topic since {found.topic[0].at:%Y-%m-%d %H:%M}: {_short(found.topic[0].text)}"]
+        if found.topic
+        else ["nothing was said"]
+    )
+    lines += [f"takes part: {name} ({count} messages)" for name, count in found.participants.items()]
+    lines += [f"open: {message.author_id}: {_short(message.text)}" for message in found.open]
+    lines += [f"fact: {fact} ({fact.message.at:%Y-%m-%d})" for fact in found.facts]
+    lines += [f"once: {fact} ({fact.message.at:%Y-%m-%d})" for fact in found.former_facts]
+    return "\n".join(lines)
+
+
+def _short(text: str) -> str:
+    return " ".join(text[:200].split())[:100]
 
 
 @app.command()

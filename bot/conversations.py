@@ -50,8 +50,20 @@ class ConversationStore:
     def conversation(self, conversation_id: str) -> Conversation:
         """One conversation by its id."""
         with self.database.read() as connection:
-            row = connection.execute(sa.select(conversations).where(conversations.c.id == conversation_id)).one()
+            row = connection.execute(sa.select(conversations).where(conversations.c.id == conversation_id)).one_or_none()
+        if row is None:
+            raise DataError(f"there is no conversation '{conversation_id}'; `kibitz state` lists the latest")
         return Conversation(**row._mapping)
+
+    def latest(self, limit: int) -> list[tuple[Conversation, int, datetime]]:
+        """The conversations in which something was said last, with how many messages each has and when the last came."""
+        last = sa.func.max(messages.c.at)
+        query = sa.select(conversations, sa.func.count().label("messages"), last.label("last"))
+        query = query.join(messages).group_by(conversations.c.id).order_by(last.desc()).limit(limit)
+        with self.database.read() as connection:
+            rows = connection.execute(query).all()
+        names = Conversation.__dataclass_fields__
+        return [(Conversation(**{name: getattr(row, name) for name in names}), row.messages, row.last) for row in rows]
 
     def add_message(self, message: Message) -> bool:
         """Commit a message; False where it, or its event, was committed before."""

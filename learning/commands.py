@@ -209,3 +209,30 @@ def bench_tracker(
         figures = asyncio.run(job)
     cli.print_figures(figures)
     cli.write_json(json_file, "bench tracker", figures, {"embedder": found.dialogue.embedder, "sizes": wanted})
+
+
+@app.command("fit-topics")
+def fit_topics(
+    train: Annotated[Path, typer.Argument(help="Dialogues with marked topics, in TIAGE's form.")],
+    test: Annotated[Path, typer.Option(help="Others, to judge by.")],
+    out: Annotated[Path | None, typer.Option(help="Where the weights go.")] = None,
+    json_file: JsonFile = None,
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+) -> None:
+    """Learn where conversations turn to another topic, from dialogues in which people marked it."""
+    from learning import topic_training as topics
+
+    found = configured(config, data_dir, seed)
+    cli.check_writable(out, json_file)
+    embedder = cli.embedder(found)
+    if embedder is None:
+        raise ConfigError("config key dialogue.embedder has value 'none'; name a model to tell topics apart with")
+    known, unknown = topics.read(train), topics.read(test)
+    with cli.progress_bar() as progress:
+        learned, figures = topics.judged(known, unknown, embedder, progress)
+    cli.print_figures(figures)
+    cli.write_json(json_file, "fit-topics", figures, {"train": train.name, "test": test.name})
+    if out is not None:
+        out.write_text(json.dumps(learned, indent=2) + "\n", encoding="utf-8")

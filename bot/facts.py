@@ -1,0 +1,94 @@
+"""Facts: what people state about themselves, read from what they say; of each thing the newest statement holds.
+
+Patterns of English sentences in the first person, so that nothing is guessed: what they do not match is no fact, and still
+found by retrieval. The record is never changed: an older statement stays in it, and is shown as what it was. It knows no
+database and no policy.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from bot.types import Message, Role
+
+LONGEST = 80  # characters of a value
+READ = 2000  # characters of a message that are read
+
+# What follows the pattern, up to the end of the clause, is the value. `{}` in a name is what the first group matched.
+# Where `many` is set, one may have several at once.
+_PATTERNS: list[tuple[str, str, bool]] = [
+    (r"my name(?:'s| is)", "name", False),
+    (r"(?:please )?call me", "name", False),
+    (r"i(?:'m| am)(?: actually| now| only)? allergic to", "is allergic to", False),
+    (r"i(?:'m| am) not allergic to", "is not allergic to", False),
+    (r"i(?: now)? live in|i(?:'ve| have)? moved to|i(?:'m| am) (?:now )?living in", "lives in", False),
+    (r"i(?: now)? work (?:as|at|for)|i(?:'m| am) (?:now )?working (?:as|at|for)", "works as", False),
+    (r"i(?: come|'m| am) from", "is from", False),
+    (r"i speak", "speaks", True),
+    (r"i(?:'m| am) (?:a|an)", "is a", True),
+    (r"i (?:can't|cannot|can not|don't|do not) (eat|drink|drive|smoke)", "does not {}", True),
+    (r"i (love|like|enjoy|hate|prefer)", "{}s", True),
+    (r"i(?:'ve got| have| own) (?:a|an|one|two|three|four|\d+)", "has", True),
+    (r"my birthday(?:'s| is)(?: on)?", "birthday", False),
+    (r"my favou?rite (\w+)(?:'s| is| are)", "favourite {}", False),
+    (r"my (\w+)'s name is", "{}'s name", False),
+    (r"my (\w+)(?:'s| is| are) (?:called|named)", "{}'s name", False),
+]
+_FACTS = [(re.compile(rf"(?:^|[\s,.;!(])(?:{pattern})\s+", re.IGNORECASE), name, many) for pattern, name, many in _PATTERNS]
+_CLAUSE = re.compile(r"[.!;,\n?()]|\s(?:and|but|because|so|since|which|not|though|i|we)\s", re.IGNORECASE)
+_FILLER = re.compile(
+    r"^(?:now|actually|really|still|just|only|also|to)\s+|\s+(?:now|actually|btw|lol|too|anymore|though)$", re.I
+)
+_OPPOSITE = {"is not allergic to": "is allergic to", "hates": "loves", "loves": "hates", "likes": "hates"}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something that somebody stated about themselves in a message."""
+
+    person: str
+    about: str
+    value: str
+    message: Message
+    may_be_many: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.person} {self.about} {self.value}"
+
+
+def stated(message: Message) -> list[Fact]:
+    """The facts in one message; none in a question, and none in what the policy says."""
+    if message.role != Role.USER:
+        return []
+    text, found = message.text[:READ], []
+    for pattern, name, many in _FACTS:
+        for match in pattern.finditer(text):
+            rest = text[match.end() :]
+            end = _CLAUSE.search(rest)
+            value = rest[: end.start() if end else None].strip()[:LONGEST]
+            value = _FILLER.sub("", value).strip(" '\"")
+            if value and not (end and end.group() == "?"):
+                about = name.format(next((group.lower() for group in match.groups() if group), ""))
+                found.append(Fact(message.author_id, about, value, message, many))
+    return found
+
+
+def sorted_out(said: Iterable[Message]) -> tuple[list[Fact], list[Fact]]:
+    """What holds, and what held once: of each thing the newest statement wins. Both in the order in which they were said."""
+    holding: dict[tuple[str, ...], Fact] = {}
+    former: list[Fact] = []
+    for message in sorted(said, key=lambda one: (one.at, one.id)):
+        for fact in stated(message):
+            gone = {_key(fact), *_contradicted(fact)} & holding.keys()
+            former += [holding.pop(key) for key in sorted(gone)]
+            holding[_key(fact)] = fact
+    return list(holding.values()), former
+
+
+def _key(fact: Fact, about: str = "") -> tuple[str, ...]:
+    thing = (fact.value.casefold(),) if fact.may_be_many else ()
+    return (fact.person, about or fact.about, *thing)
+
+
+def _contradicted(fact: Fact) -> list[tuple[str, ...]]:
+    return [_key(fact, _OPPOSITE[fact.about])] if fact.about in _OPPOSITE else []
