@@ -31,6 +31,7 @@ from bot.memory import Memory
 from bot.policy import Policy
 from bot.recall import Recall, weights
 from bot.registry import BASE, PolicyRegistry
+from bot.state import derived
 from bot.tokenizer import ChatTokenizer
 from bot.tracker import StateTracker
 from bot.users import Users
@@ -240,6 +241,9 @@ async def _why(kibitz: Kibitz, turn_id: str) -> str:
         f"reward {earned.value:+.2f} from {len(earned.opinions)} people" if earned else "no reward yet",
     ]
     lines += [f"reminded of: {message.text[:200]}" for message in told.remembered]
+    said = await kibitz.database.call(kibitz.store.messages, turn.conversation_id)
+    known = await asyncio.to_thread(derived, said, kibitz.dialogue.tracker.recall.embedder)
+    lines += cli.state_text(known).splitlines()[:12]
     return "\n".join([*lines, f"taught {', '.join(used)}" if used else "has taught nothing yet"])
 
 

@@ -66,10 +66,10 @@ class Recall:
             await self.embedder.embed(["ready"])
 
     async def find(self, message: Message, limit: int, without: Collection[str] = ()) -> list[Remembered]:
-        """The `limit` messages that bear most on this one, best first; none of `without`, nor the message itself."""
+        """The `limit` messages before this one that bear most on it, best first; none of `without`."""
         index = await self._index(message.conversation_id)
-        hidden = {message.id, *without}
-        if not any(one not in hidden for one in index.ids):
+        hidden = {*without, *(one for one in reversed(index.ids) if one >= message.id)}
+        if len(hidden) >= len(index):
             return []
         loop = asyncio.get_running_loop()
         ranked = await loop.run_in_executor(self._thread, self._ranked, index, message, limit * SPARE, hidden)
