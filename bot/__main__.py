@@ -241,6 +241,8 @@ async def _why(kibitz: Kibitz, turn_id: str) -> str:
         f"reward {earned.value:+.2f} from {len(earned.opinions)} people" if earned else "no reward yet",
     ]
     lines += [f"reminded of: {message.text[:200]}" for message in told.remembered]
+    after = await kibitz.database.call(kibitz.dialogue.followups.of, turn_id)
+    lines += [f"what was said next: {one.kind} ({one.chances[one.kind]:.2f})" for one in after]
     said = await kibitz.database.call(kibitz.store.messages, turn.conversation_id)
     known = await asyncio.to_thread(derived, said, kibitz.dialogue.tracker.recall.embedder)
     lines += cli.state_text(known).splitlines()[:12]

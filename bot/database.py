@@ -189,6 +189,15 @@ switches = sa.Table(
     sa.Column("since", UTCDateTime, nullable=False),
 )
 
+followups = sa.Table(
+    "followups",
+    metadata,
+    sa.Column("message_id", sa.ForeignKey("messages.id"), primary_key=True),
+    sa.Column("turn_id", sa.ForeignKey("turns.id"), nullable=False),
+    sa.Column("chances", sa.JSON, nullable=False),
+    sa.Index("followups_of_turns", "turn_id"),
+)
+
 CHUNK = 500  # ids in one IN (...): below every engine's limit on parameters
 
 

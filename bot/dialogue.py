@@ -6,6 +6,7 @@ stored. A message and a reaction are committed before the caller is told that we
 
 import asyncio
 import hashlib
+import logging
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +14,13 @@ from datetime import datetime
 
 from bot.conversations import ConversationStore
 from bot.errors import DataError, ReplyInterrupted
+from bot.followups import FollowUps
 from bot.forgetting import forget_message
 from bot.policy import STOPPED, OnText, Policy
 from bot.tracker import Context, StateTracker
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Reply, Role, Turn, new_id, now
+
+log = logging.getLogger(__name__)
 
 LONGEST = 100_000  # characters of one message; what the policy sees of it is bounded by tokens, far below
 INTERRUPTED = "interrupted"  # a finish reason of ours
@@ -57,6 +61,8 @@ class DialogueManager:
         self.store = store
         self.tracker = tracker
         self.policy = policy
+        self.followups = FollowUps(tracker.recall)
+        self._noting: set[asyncio.Task[None]] = set()
         self._secret = secrets.token_bytes(32)
 
     async def open(self, conversation: Conversation) -> Conversation:
@@ -169,7 +175,17 @@ class DialogueManager:
         await self.store.database.call(self.store.add_turn, turn)
         answer = Message(turn.conversation_id, "", turn.text, Role.ASSISTANT, id=turn.reply_id)
         self.tracker.recall.learn([message, answer])
+        if replaces is None:
+            self._noting.add(task := asyncio.create_task(self._note(message)))
+            task.add_done_callback(self._noting.discard)
         return turn
+
+    async def _note(self, message: Message) -> None:
+        """Record what a message says about the answer before it. The chat goes on where that fails."""
+        try:
+            await self.followups.note(message)
+        except Exception:
+            log.exception("a follow-up could not be noted")
 
     async def _reply(self, conversation_id: str, context: Context, options: ReplyOptions) -> Reply:
         version = self.policy.version

@@ -14,7 +14,18 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from bot.database import Database, chunks, conversations, deliveries, embeddings, feedback, messages, run_feedback, turns
+from bot.database import (
+    Database,
+    chunks,
+    conversations,
+    deliveries,
+    embeddings,
+    feedback,
+    followups,
+    messages,
+    run_feedback,
+    turns,
+)
 from bot.registry import PolicyRegistry
 from bot.types import FORGOTTEN, PolicyState, now
 from bot.users import decide
@@ -114,6 +125,8 @@ def _erase(
         (run_feedback.c.feedback_id, opinions),
         (feedback.c.id, opinions),
         (deliveries.c.turn_id, answers),
+        (followups.c.turn_id, answers),
+        (followups.c.message_id, own),
         (turns.c.id, answers),
         (embeddings.c.message_id, [*own, *replies]),
         (messages.c.id, replies),

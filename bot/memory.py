@@ -37,7 +37,9 @@ class Memory:
         values = {"place": conversation_id, "across": self.across_channels, "after": after, "vectors": space}
         with self.database.read() as connection:
             rows = connection.execute(_SINCE, values).all()
-        return [Entry(row.id, row.conversation_id, row.author_id, row.text, _vector(row.vector)) for row in rows]
+        return [
+            Entry(row.id, row.conversation_id, row.author_id, row.text, row.vector and _unpacked(row.vector)) for row in rows
+        ]
 
     def visible(self, conversation_id: str, ids: Sequence[str]) -> dict[str, Message]:
         """Those of these messages that may be shown in a conversation now: in its scope, not forgotten, not answered anew,
@@ -48,6 +50,13 @@ class Memory:
                 values = {"place": conversation_id, "across": self.across_channels, "ids": chunk}
                 found.update((row.id, _message(row)) for row in connection.execute(_VISIBLE, values))
         return found
+
+    def vectors(self, ids: Sequence[str], space: str) -> dict[str, np.ndarray]:
+        """The unit vectors (1-D float32) in `space` of those of these messages that have one."""
+        query = sa.select(embeddings.c.message_id, embeddings.c.vector)
+        query = query.where(embeddings.c.message_id.in_(ids), embeddings.c.space == space)
+        with self.database.read() as connection:
+            return {row.message_id: _unpacked(row.vector) for row in connection.execute(query)}
 
     def keep(self, texts: Sequence[Text], vectors: np.ndarray, space: str) -> None:
         """Keep the unit vectors (n × dimensions, float32) of messages, unless their text is another by now, or gone."""
@@ -77,9 +86,7 @@ def _packed(vector: np.ndarray) -> bytes:
     return np.round(vector * (127 / max(float(np.abs(vector).max()), 1e-9))).astype(np.int8).tobytes()
 
 
-def _vector(packed: bytes | None) -> np.ndarray | None:
-    if packed is None:
-        return None
+def _unpacked(packed: bytes) -> np.ndarray:
     vector = np.frombuffer(packed, np.int8).astype(np.float32)
     return vector / (np.linalg.norm(vector) or 1.0)
 

@@ -56,6 +56,7 @@ class Recall:
         self.space = "" if embedder is None else embedder.space
         self._call = memory.database.call
         self._scopes: OrderedDict[str, ScopeIndex] = OrderedDict()
+        self._scope_of: dict[str, str] = {}  # a conversation's; where it changed, what it may see is still read anew
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recall")
         self._waiting: deque[Text] = deque()
         self._learning: asyncio.Task[None] | None = None
@@ -65,9 +66,14 @@ class Recall:
         if self.embedder is not None:
             await self.embedder.embed(["ready"])
 
-    async def find(self, message: Message, limit: int, without: Collection[str] = ()) -> list[Remembered]:
-        """The `limit` messages before this one that bear most on it, best first; none of `without`."""
-        index = await self._index(message.conversation_id)
+    async def find(
+        self, message: Message, limit: int, without: Collection[str] = (), index: ScopeIndex | None = None
+    ) -> list[Remembered]:
+        """The `limit` messages before this one that bear most on it, best first; none of `without`.
+
+        `index` is what `index` gave, where that was asked for in time.
+        """
+        index = index or await self.index(message.conversation_id)
         hidden = {*without, *(one for one in reversed(index.ids) if one >= message.id)}
         if len(hidden) >= len(index):
             return []
@@ -112,14 +118,19 @@ class Recall:
         if self.embedder is not None:
             self.embedder.close()
 
-    async def _index(self, conversation_id: str) -> ScopeIndex:
+    async def index(self, conversation_id: str) -> ScopeIndex:
         """The index of a conversation's scope, with all that is committed by now."""
-        scope = await self._call(self.memory.scope, conversation_id)
+        if conversation_id not in self._scope_of:
+            if len(self._scope_of) > ROWS:
+                self._scope_of.clear()
+            self._scope_of[conversation_id] = await self._call(self.memory.scope, conversation_id)
+        scope = self._scope_of[conversation_id]
         index = self._scopes.pop(scope, None) or ScopeIndex()
         after = index.ids[-OVERLAP] if len(index) >= OVERLAP else ""
-        found = await self._call(self.memory.since, conversation_id, after, self.space)
-        await asyncio.get_running_loop().run_in_executor(self._thread, index.add, found)
         self._scopes[scope] = index
+        found = await self._call(self.memory.since, conversation_id, after, self.space)
+        if found:
+            await asyncio.get_running_loop().run_in_executor(self._thread, index.add, found)
         while len(self._scopes) > 1 and sum(map(len, self._scopes.values())) > ROWS:
             self._scopes.popitem(last=False)
         return index

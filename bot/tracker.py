@@ -5,6 +5,7 @@ turns come next; what is remembered from before them, or from elsewhere in the s
 server and no feedback.
 """
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -64,11 +65,16 @@ class StateTracker:
     async def context(self, message: Message) -> Context:
         """What to show the policy for `message`, which need not be stored yet. Never over the budget (tokens)."""
         newest = self._clipped(message)
-        recent = await self.store.database.call(self.store.recent, message.conversation_id, message, self.config.recent)
+        place = message.conversation_id
+        reading = self.store.database.call(self.store.recent, place, message, self.config.recent)
+        if self.config.remembered:
+            recent, index = await asyncio.gather(reading, self.recall.index(place))
+        else:
+            recent = await reading
         remembered: list[Remembered] = []
         if self.config.remembered:
             shown = {said.id for said in recent[self._start(recent, newest, notes="") :]}
-            found = await self.recall.find(message, self.config.remembered, shown)
+            found = await self.recall.find(message, self.config.remembered, shown, index)
             remembered = self._affordable(found, newest)
         window, sent, prompt_ids = self._newest_that_fit(recent, newest, self._notes(remembered))
         return Context(sent, prompt_ids, window, remembered)

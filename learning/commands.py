@@ -236,3 +236,27 @@ def fit_topics(
     cli.write_json(json_file, "fit-topics", figures, {"train": train.name, "test": test.name})
     if out is not None:
         out.write_text(json.dumps(learned, indent=2) + "\n", encoding="utf-8")
+
+
+@app.command("fit-followups")
+def fit_followups(
+    out: Annotated[Path | None, typer.Option(help="Where the weights go.")] = None,
+    json_file: JsonFile = None,
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+) -> None:
+    """Learn what people mean by what they say after an answer, from phrases that come with kibitz."""
+    from learning import followup_training
+
+    found = configured(config, data_dir, seed)
+    cli.check_writable(out, json_file)
+    embedder = cli.embedder(found)
+    if embedder is None:
+        raise ConfigError("config key dialogue.embedder has value 'none'; name a model to tell follow-ups apart with")
+    with cli.progress_bar() as progress:
+        learned, figures = followup_training.fit(found.seed, embedder, progress)
+    cli.print_figures(figures)
+    cli.write_json(json_file, "fit-followups", figures, {"seed": found.seed, "embedder": found.dialogue.embedder})
+    if out is not None:
+        out.write_text(json.dumps(learned) + "\n", encoding="utf-8")

@@ -24,7 +24,14 @@ from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn, new_i
 from connectors.access import Access
 from connectors.base import Shared
 
-ON_BOTH_ENGINES = {"test_conversations", "test_forgetting", "test_registry", "test_replay_buffer", "test_tracker"}
+ON_BOTH_ENGINES = {
+    "test_conversations",
+    "test_forgetting",
+    "test_registry",
+    "test_recall",
+    "test_replay_buffer",
+    "test_tracker",
+}
 PATIENT = AccessConfig(messages_per_minute=100_000, opinions_per_minute=100_000)
 
 

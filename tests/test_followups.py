@@ -1,0 +1,107 @@
+"""Follow-ups: what people say next is recorded as what it says about the answer before it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bot.dialogue import DialogueManager
+from bot.embeddings import Embedder
+from bot.followups import KINDS, FollowUps, chances, features
+from bot.forgetting import forget_message
+from bot.memory import Memory
+from bot.recall import Recall, weights
+from bot.types import Conversation, Message, Turn, new_id
+from learning import followup_training
+
+
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory):
+    found = Embedder("all-MiniLM-L6-v2", tmp_path_factory.getbasetemp())
+    yield found
+    found.close()
+
+
+QUESTION, ANSWER = "how do i cook rice?", "Boil it in milk for an hour."
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("thanks a lot, that was very helpful!", "approval"),
+        ("no, that's completely wrong", "disapproval"),
+        ("actually, it should be water", "correction"),
+        ("how do i cook rice??", "repetition"),
+        ("we went to the beach with my cousins on saturday", "other"),
+    ],
+)
+def test_what_a_follow_up_says(embedder, text, kind):
+    found = chances(features(text, QUESTION, ANSWER, embedder.encode([text, QUESTION, ANSWER])))
+    assert max(found, key=found.get) == kind
+    assert sum(found.values()) == pytest.approx(1)
+
+
+def test_the_same_words_after_another_question_are_no_repetition(embedder):
+    """The control: it is the comparison with the question that tells."""
+    text, other = QUESTION, "who won the game last night?"
+    again = chances(features(text, QUESTION, ANSWER, embedder.encode([text, QUESTION, ANSWER])))
+    fresh = chances(features(text, other, ANSWER, embedder.encode([text, other, ANSWER])))
+    assert again["repetition"] > 0.5 > fresh["repetition"]
+
+
+def test_what_is_shipped_is_what_the_script_learns_and_it_is_calibrated(embedder):
+    learned, figures = followup_training.fit(0, embedder, lambda *_: None)
+    shipped = json.loads(Path(__file__).parent.parent.joinpath("bot/followup_weights.json").read_text())
+    assert np.allclose(learned["weights"], shipped["weights"], atol=0.02)
+    assert figures["accuracy"] > 0.7
+    assert figures["calibration_error"] < 0.15
+    inputs, kinds = followup_training.examples("judge", 0, embedder, lambda *_: None)
+    shuffled = np.random.default_rng(0).permutation(kinds)
+    guessed = np.array([KINDS.index(max(found, key=found.get)) for found in map(chances, inputs)])
+    assert (
+        (guessed == kinds).mean() > 0.7 > 0.5 > (guessed == shuffled).mean()
+    )  # the control: against shuffled truth it fails
+
+
+async def test_it_is_recorded_for_the_answer_before_it_and_forgotten_with_it(store, database, embedder):
+    recall = Recall(Memory(database), embedder, weights())
+    noted = FollowUps(recall)
+    place = store.open(Conversation("test", new_id()))
+
+    def say(text: str, author: str = "ann") -> Message:
+        message = Message(place.id, author, text)
+        store.add_message(message)
+        return message
+
+    asked = say(QUESTION)
+    turn = Turn(place.id, asked.id, new_id(), ANSWER, "ann", "policy-0", (1,), (2,), (-0.1,), "stop", {}, 1.0)
+    store.add_turn(turn)
+    thanks, other = say("thanks, that's perfect"), say("thanks, that's perfect", "bob")
+    assert await noted.note(thanks) is None  # nothing has a vector yet
+    await recall.catch_up(lambda *_: None)
+    found = await noted.note(thanks)
+    assert (found.turn_id, found.kind) == (turn.id, "approval")
+    assert await noted.note(other) is None  # Bob did not ask
+    assert await noted.note(asked) is None  # nothing was answered before it
+    assert [one.kind for one in noted.of(turn.id)] == ["approval"]
+    forget_message(database, thanks.id)
+    assert noted.of(turn.id) == []
+    again = say("no, that's completely wrong")
+    await recall.catch_up(lambda *_: None)
+    assert (await noted.note(again)).kind == "disapproval"
+    forget_message(database, asked.id)
+    assert noted.of(turn.id) == []
+    recall._thread.shutdown()
+
+
+async def test_a_running_kibitz_notes_them_and_they_are_no_reward(live):
+    dialogue: DialogueManager = live.dialogue
+    place = await dialogue.open(Conversation("test", new_id()))
+    first = await dialogue.respond(Message(place.id, "ann", "tell me a joke"))
+    await dialogue.respond(Message(place.id, "ann", "no, that's completely wrong"))
+    while dialogue._noting:
+        await next(iter(dialogue._noting))
+    [found] = dialogue.followups.of(first.id)
+    assert set(found.chances) == set(KINDS)
+    assert (await dialogue.explain(first.id)).feedback == []
