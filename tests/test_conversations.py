@@ -7,11 +7,15 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config as AlembicConfig
 from conftest import answered, react
 
+from bot import migrations
 from bot.conversations import ConversationStore
 from bot.database import Database, feedback, metadata
 from bot.errors import DataError
@@ -137,6 +141,19 @@ def test_feedback_is_counted_for_the_next_run_and_ranks_are_not(store, tokenizer
     store.add_feedback(Feedback(turn.id, "ann", FeedbackKind.RANK, value=0.0))
     assert store.reactions() == 1
     assert store.reactions_at_last_run() == 0
+
+
+def test_a_database_with_something_in_it_is_brought_back_and_forth(database, store, tokenizer):
+    turn = answered(store, tokenizer, "hello", "Hey there!")
+    given = react(store, turn, approves=True)
+    config = AlembicConfig()
+    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    for revision in ("0001", "head"):
+        with database.engine.begin() as connection:
+            config.attributes["connection"] = connection
+            (command.downgrade if revision == "0001" else command.upgrade)(config, revision)
+    assert store.turn(turn.id) == turn
+    assert store.feedback(given.id) == given
 
 
 def test_a_database_from_the_future_is_refused(config, database):

@@ -22,9 +22,8 @@ def upgrade() -> None:
     op.create_index("embeddings_of_messages", "embeddings", ["message_id"])
     op.create_index("messages_of_conversations", "messages", ["conversation_id", "id"])
     op.add_column("conversations", sa.Column("is_public", sa.Boolean(), server_default=sa.false(), nullable=False))
-    with op.batch_alter_table("messages") as table:  # made anew from the texts: the model is another, and so are the vectors
-        table.drop_column("embedding")
-        table.drop_column("embedding_model")
+    op.drop_column("messages", "embedding")  # made anew from the texts: the model is another, and so are the vectors
+    op.drop_column("messages", "embedding_model")
 
 
 def downgrade() -> None:
