@@ -103,6 +103,7 @@ turns = sa.Table(
     sa.Column("replaces", sa.String(64), index=True),
     sa.Column("shown", sa.JSON, nullable=False, server_default="{}"),
     sa.Column("at", UTCDateTime, nullable=False),
+    sa.Index("turns_in_order", "conversation_id", "at", "id"),
 )
 
 feedback = sa.Table(

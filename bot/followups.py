@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import sqlalchemy as sa
 
-from bot.database import followups, messages, turns
+from bot.database import UTCDateTime, followups, messages, turns
 from bot.recall import Recall
 from bot.retrieval import words
 from bot.types import Message
@@ -77,20 +77,31 @@ class FollowUps:
         return [FollowUp(row.turn_id, row.message_id, row.chances) for row in rows]
 
     def _note(self, message: Message) -> FollowUp | None:
-        asked, replied = messages.alias(), messages.alias()
-        query = sa.select(turns, asked.c.text.label("question"), replied.c.text.label("answer"))
-        query = query.join(asked, asked.c.id == turns.c.message_id).join(replied, replied.c.id == turns.c.reply_id)
-        query = query.where(turns.c.conversation_id == message.conversation_id, turns.c.at < message.at)
-        with self.database.begin() as connection:
-            turn = connection.execute(query.order_by(turns.c.at.desc(), turns.c.id.desc()).limit(1)).one_or_none()
+        with self.database.read() as connection:
+            turn = connection.execute(_BEFORE, {"place": message.conversation_id, "at": message.at}).one_or_none()
             if turn is None or turn.asker_id != message.author_id:
                 return None
-            ids = [message.id, turn.message_id, turn.reply_id]
-            known = self.recall.memory.vectors(ids, self.recall.space)
-            if len(known) < len(ids):  # no embedder, or something was forgotten meanwhile
-                return None
-            vectors = np.stack([known[one] for one in ids])
-            found = FollowUp(turn.id, message.id, chances(features(message.text, turn.question, turn.answer, vectors)))
+        ids = [message.id, turn.message_id, turn.reply_id]
+        known = self.recall.memory.vectors(ids, self.recall.space)
+        if len(known) < len(ids):  # no embedder, or something was forgotten meanwhile
+            return None
+        vectors = np.stack([known[one] for one in ids])
+        found = FollowUp(turn.id, message.id, chances(features(message.text, turn.question, turn.answer, vectors)))
+        with self.database.begin() as connection:
             connection.execute(followups.delete().where(followups.c.message_id == message.id))
             connection.execute(followups.insert(), vars(found))
         return found
+
+
+_asked, _replied = messages.alias(), messages.alias()
+_BEFORE = (
+    sa.select(
+        *(turns.c[name] for name in ("id", "asker_id", "message_id", "reply_id")),
+        *(_asked.c.text.label("question"), _replied.c.text.label("answer")),
+    )
+    .join(_asked, _asked.c.id == turns.c.message_id)
+    .join(_replied, _replied.c.id == turns.c.reply_id)
+    .where(turns.c.conversation_id == sa.bindparam("place"), turns.c.at < sa.bindparam("at", type_=UTCDateTime()))
+    .order_by(turns.c.at.desc(), turns.c.id.desc())
+    .limit(1)
+)

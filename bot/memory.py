@@ -37,9 +37,7 @@ class Memory:
         values = {"place": conversation_id, "across": self.across_channels, "after": after, "vectors": space}
         with self.database.read() as connection:
             rows = connection.execute(_SINCE, values).all()
-        return [
-            Entry(row.id, row.conversation_id, row.author_id, row.text, row.vector and _unpacked(row.vector)) for row in rows
-        ]
+        return [Entry(*row[:4], row.vector and _unpacked(row.vector), row.role == Role.ASSISTANT) for row in rows]
 
     def visible(self, conversation_id: str, ids: Sequence[str]) -> dict[str, Message]:
         """Those of these messages that may be shown in a conversation now: in its scope, not forgotten, not answered anew,
@@ -112,7 +110,7 @@ _vectors = sa.and_(embeddings.c.message_id == messages.c.id, embeddings.c.conver
 _vectors = sa.and_(_vectors, embeddings.c.space == sa.bindparam("vectors"))
 _said = sa.and_(messages.c.author_id != FORGOTTEN, messages.c.text != "")
 _SINCE = (
-    sa.select(messages.c.id, messages.c.conversation_id, messages.c.author_id, messages.c.text, embeddings.c.vector)
+    sa.select(*_columns(("id", "conversation_id", "author_id", "text")), embeddings.c.vector, messages.c.role)
     .outerjoin(embeddings, _vectors)
     .where(messages.c.conversation_id.in_(_in_scope), messages.c.id > sa.bindparam("after"), _said)
     .order_by(messages.c.id)

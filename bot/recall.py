@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 WEIGHTS = Path(__file__).parent / "retrieval_weights.json"
 LEXICAL = ("bm25", "bm25_window", "bm25_next")
 ROWS = 100_000  # messages in memory, of all scopes together
+TOGETHER = 0.5  # seconds in which what is said is gathered, to be embedded together
 OVERLAP = 64  # messages that are read again: what was said at the same moment may have been written in another order
 SPARE = 4  # times as many are looked up as are wanted: some may not be shown
 
@@ -35,10 +36,11 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Remembered:
-    """An earlier message that bears on the new one, and its score."""
+    """An earlier message, how well it ranks for the new one, and whether it is near enough to be shown."""
 
     message: Message
     score: float
+    is_near: bool
 
 
 def weights(path: Path = WEIGHTS) -> dict[str, float]:
@@ -79,8 +81,8 @@ class Recall:
             return []
         loop = asyncio.get_running_loop()
         ranked = await loop.run_in_executor(self._thread, self._ranked, index, message, limit * SPARE, hidden)
-        there = await self._call(self.memory.visible, message.conversation_id, [one for one, _ in ranked])
-        return [Remembered(there[one], score) for one, score in ranked if one in there][:limit]
+        there = await self._call(self.memory.visible, message.conversation_id, [one for one, *_ in ranked])
+        return [Remembered(there[one], score, near) for one, score, near in ranked if one in there][:limit]
 
     def learn(self, said: Sequence[Message]) -> None:
         """Have messages embedded soon. Never waits."""
@@ -135,15 +137,19 @@ class Recall:
             self._scopes.popitem(last=False)
         return index
 
-    def _ranked(self, index: ScopeIndex, message: Message, limit: int, hidden: Collection[str]) -> list[tuple[str, float]]:
+    def _ranked(
+        self, index: ScopeIndex, message: Message, limit: int, hidden: Collection[str]
+    ) -> list[tuple[str, float, bool]]:
         vector = None
         if self.embedder is not None:
             vector = self.embedder.encode([index.addressed(message.text, message.author_id)[1]])[0]
         order, scores = index.rank(message.text, vector, message.author_id, self.weights)
+        near = index.near(message.text, vector, message.author_id)
         wanted = (row for row in order if index.ids[row] not in hidden)
-        return [(index.ids[row], float(scores[row])) for row, _ in zip(wanted, range(limit), strict=False)]
+        return [(index.ids[row], float(scores[row]), bool(near[row])) for row, _ in zip(wanted, range(limit), strict=False)]
 
     async def _learn(self) -> None:
+        await asyncio.sleep(TOGETHER)
         while self._waiting:
             texts = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
             try:

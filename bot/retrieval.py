@@ -8,10 +8,11 @@ asks looks up what it names, and shows only what may be shown.
 BM25 is that of Robertson and Zaragoza (2009), "The Probabilistic Relevance Framework: BM25 and Beyond".
 """
 
+import math
 import re
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,8 @@ import Stemmer
 
 K1, B = 1.2, 0.75  # BM25
 POOL = (1.0, 0.5, 0.25)  # how much a turn and the two before it count in its pooled vector
+NEAR = 0.3  # the cosine, or the share of the question's words by their rarity, from which a message bears on it
+SAYS_SOMETHING = 3  # words that are no function words
 ALIKE = 0.25  # the cosine similarity of turns that follow each other, on average
 CHARACTERS = 4000  # of one message, at most, that are looked at
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
@@ -54,6 +57,7 @@ class Entry:
     speaker: str
     text: str
     vector: np.ndarray | None = None
+    is_ours: bool = False  # the bot said it
 
 
 Weights = Mapping[str, float]
@@ -83,6 +87,8 @@ class ScopeIndex:
         self._last: dict[str, tuple[int, int]] = {}
         self._postings: defaultdict[str, tuple[array[int], array[int]]] = defaultdict(lambda: (array("i"), array("i")))
         self._length = array("i")
+        self._content = array("i")  # how many words of its own each says
+        self._telling: dict[str, set[str]] = {}  # what says something: people's under "", ours by conversation
         self._kind = array("d")  # pairs: whether it asks, and what it holds
         self._vectors = np.zeros((0, 0), np.float32)
         self._has_vector = np.zeros(0, bool)
@@ -98,6 +104,13 @@ class ScopeIndex:
             if entry.vector is not None:
                 self._set_vector(self.rows[entry.id], entry.vector)
 
+    def tells(self, conversation: str, but: Collection[str]) -> bool:
+        """Whether anything but these messages says something that may be shown in a conversation.
+
+        What the bot said itself counts only where it said it.
+        """
+        return any(self._telling.get(place, set()).difference(but) for place in ("", conversation))
+
     def unembedded(self) -> list[str]:
         """The ids of the messages without a vector."""
         missing = np.ones(len(self.ids), bool)
@@ -110,6 +123,25 @@ class ScopeIndex:
         total = sum(weights.get(name, 0.0) * values for name, values in signals.items())
         scores = np.asarray(total, np.float64) + np.zeros(len(self))
         return np.argsort(-scores, kind="stable"), scores
+
+    def near(self, question: str, vector: np.ndarray | None, asker: str = "") -> np.ndarray:
+        """Whether each message (n, bool) says something that bears on the question at all, however it ranks.
+
+        It says a few words of its own, and is like the question, shares its rarer words, or is by somebody whom it names.
+        """
+        named, rest = self.addressed(question, asker)
+        shared, all_of_it = np.zeros(len(self)), 0.0
+        for term in {word for word in words(rest) if word not in FUNCTION_WORDS}:
+            rows = np.frombuffer(self._postings[term][0], np.int32) if term in self._postings else np.zeros(0, np.int32)
+            rarity = _rarity(len(self), len(rows))
+            shared[rows] += rarity
+            all_of_it += rarity
+        near = shared >= NEAR * max(all_of_it, 1e-9)
+        near |= np.isin(np.frombuffer(self._speaker, np.int32), list(named))
+        if vector is not None and self._vectors.size:
+            known = min(len(self), len(self._vectors))
+            near[:known] |= self._vectors[:known] @ vector >= NEAR
+        return near & (np.frombuffer(self._content, np.int32) >= SAYS_SOMETHING)
 
     def signals(self, question: str, vector: np.ndarray | None, asker: str = "") -> dict[str, np.ndarray]:
         """Every signal for every message (n), each with zero mean and unit variance over the scope.
@@ -159,6 +191,10 @@ class ScopeIndex:
             rows, times = self._postings[word]
             rows.append(row)
             times.append(count)
+        content = len(counts.keys() - FUNCTION_WORDS)
+        self._content.append(content)
+        if content >= SAYS_SOMETHING:
+            self._telling.setdefault(entry.conversation if entry.is_ours else "", set()).add(entry.id)
         length = sum(counts.values())
         self._length.append(length)
         text = entry.text[:CHARACTERS]
@@ -218,10 +254,15 @@ class ScopeIndex:
 
 def _term(frequency: np.ndarray, length: np.ndarray) -> np.ndarray:
     """What one word adds to BM25 of each document."""
-    count, holding = len(frequency), np.count_nonzero(frequency)
-    rarity = np.log1p((count - holding + 0.5) / (holding + 0.5))
+    count, holding = len(frequency), int(np.count_nonzero(frequency))
+    rarity = _rarity(count, holding)
     mean = length.mean() or 1.0
     return rarity * frequency * (K1 + 1) / (frequency + K1 * (1 - B + B * length / mean))
+
+
+def _rarity(count: int, holding: int) -> float:
+    """The inverse document frequency of a word that so many of `count` documents hold."""
+    return math.log1p((count - holding + 0.5) / (holding + 0.5))
 
 
 def _standardised(values: np.ndarray) -> np.ndarray:

@@ -74,8 +74,9 @@ class StateTracker:
         remembered: list[Remembered] = []
         if self.config.remembered:
             shown = {said.id for said in recent[self._start(recent, newest, notes="") :]}
-            found = await self.recall.find(message, self.config.remembered, shown, index)
-            remembered = self._affordable(found, newest)
+            telling = index.tells(place, {message.id, *shown})
+            found = await self.recall.find(message, self.config.remembered, shown, index) if telling else []
+            remembered = self._affordable([one for one in found if _worth_showing(one, message)], newest)
         window, sent, prompt_ids = self._newest_that_fit(recent, newest, self._notes(remembered))
         return Context(sent, prompt_ids, window, remembered)
 
@@ -141,3 +142,10 @@ class StateTracker:
             keep -= over
             clipped = self.tokenizer.clip(text, keep) + CUT
         return clipped
+
+
+def _worth_showing(found: Remembered, message: Message) -> bool:
+    """Near enough, not the same words again, and not what the bot itself said to others."""
+    said = found.message
+    own = said.role == Role.ASSISTANT and said.conversation_id != message.conversation_id
+    return found.is_near and not own and said.text.strip().casefold() != message.text.strip().casefold()

@@ -15,7 +15,7 @@ from alembic import command
 from alembic.config import Config as AlembicConfig
 from conftest import answered, react
 
-from bot import migrations
+from bot import database as database_module
 from bot.conversations import ConversationStore
 from bot.database import Database, feedback, metadata
 from bot.errors import DataError
@@ -147,7 +147,7 @@ def test_a_database_with_something_in_it_is_brought_back_and_forth(database, sto
     turn = answered(store, tokenizer, "hello", "Hey there!")
     given = react(store, turn, approves=True)
     config = AlembicConfig()
-    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    config.set_main_option("script_location", str(Path(database_module.__file__).parent / "migrations"))
     for revision in ("0001", "head"):
         with database.engine.begin() as connection:
             config.attributes["connection"] = connection

@@ -18,7 +18,9 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("message_id"),
     )
     op.create_index("followups_of_turns", "followups", ["turn_id"])
+    op.create_index("turns_in_order", "turns", ["conversation_id", "at", "id"])
 
 
 def downgrade() -> None:
+    op.drop_index("turns_in_order", "turns")
     op.drop_table("followups")
