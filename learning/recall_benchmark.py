@@ -45,7 +45,7 @@ class Question(BaseModel):
     """A question about a conversation, and the turns that answer it."""
 
     text: str
-    evidence: Annotated[list[str | int], Field(min_length=1)]
+    evidence: list[str | int]
     category: str | int = "all"
 
 
@@ -54,6 +54,12 @@ class Asked(BaseModel):
 
     conversation: Annotated[list[Said], Field(min_length=1)]
     questions: list[Question]
+
+    def answerable(self) -> list[tuple[Question, list[str]]]:
+        """The questions whose evidence is in the conversation, with it; what is named but not there is left out."""
+        ids = {str(said.id) for said in self.conversation}
+        known = [(question, [str(one) for one in question.evidence if str(one) in ids]) for question in self.questions]
+        return [(question, evidence) for question, evidence in known if evidence]
 
 
 def read(path: Path) -> list[Asked]:
@@ -72,13 +78,9 @@ def read(path: Path) -> list[Asked]:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the line"
             raise DataError(f"{path}, line {number}: {where}: {first['msg']}") from error
-        ids = {str(said.id) for said in asked.conversation}
-        unknown = [str(one) for question in asked.questions for one in question.evidence if str(one) not in ids]
-        if unknown:
-            raise DataError(f"{path}, line {number}: evidence '{unknown[0]}' is no id of a turn in its conversation")
         found.append(asked)
-    if not any(asked.questions for asked in found):
-        raise DataError(f"{path} holds no questions")
+    if not any(asked.answerable() for asked in found):
+        raise DataError(f"{path} holds no question whose evidence is the id of a turn in its conversation")
     return found
 
 
@@ -96,8 +98,8 @@ async def measure(
             for number, asked in enumerate(conversations):
                 ids, place = await _stored(database, asked)
                 await recall.catch_up(lambda *_: None)
-                for question in asked.questions:
-                    wanted = {ids[str(one)] for one in question.evidence}
+                for question, evidence in asked.answerable():
+                    wanted = {ids[one] for one in evidence}
                     message = Message(place, f"asker {new_id()}", question.text)
                     for name, only in {"tracker": weights, **ALONE}.items():
                         recall.weights = only
@@ -112,7 +114,8 @@ async def measure(
         finally:
             recall.close()
             database.close()
-    return _figures(places, took)
+    asked_in_all = sum(len(asked.questions) for asked in conversations)
+    return _figures(places, took) | {"left_out": asked_in_all - len(took)}
 
 
 async def _stored(database: Database, asked: Asked) -> tuple[dict[str, str], str]:

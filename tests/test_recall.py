@@ -1,5 +1,6 @@
 """Recall: what bears on a message is found, in its scope and nowhere else, and what is forgotten never again."""
 
+import json
 import random
 from dataclasses import replace
 from datetime import timedelta
@@ -13,7 +14,7 @@ from bot.config import DialogueConfig, PrivacyConfig
 from bot.database import embeddings
 from bot.dialogue import cleaned
 from bot.embeddings import Embedder
-from bot.errors import ConfigError
+from bot.errors import ConfigError, DataError
 from bot.forgetting import forget_message, forget_person
 from bot.memory import Memory
 from bot.recall import Recall, weights
@@ -21,6 +22,7 @@ from bot.retrieval import Entry, ScopeIndex
 from bot.tracker import StateTracker
 from bot.types import Conversation, Message, Turn, new_id, now
 from bot.users import Users
+from learning import recall_benchmark
 from learning.dialogues import dialogue
 
 FACT = "my sister keeps eleven green parrots in the attic"
@@ -270,3 +272,23 @@ def test_the_small_model_means_what_the_whole_one_means(embedder):
     assert near > far + 0.2
     assert np.allclose(np.linalg.norm(embedder.encode(["", "x" * 100_000]), axis=1), 1, atol=1e-5)
     assert embedder.encode([]).shape[0] == 0
+
+
+async def test_the_benchmark_of_recall_counts_what_is_found_and_says_what_it_cannot_use(embedder, tmp_path):
+    file = tmp_path / "asked.jsonl"
+    made = dialogue(3, turns=120)
+    made.questions += [{"text": "what?", "evidence": []}, {"text": "who?", "evidence": ["nowhere"]}]
+    file.write_text(recall_benchmark.as_lines([made]))
+    told: list[int] = []
+    asked = recall_benchmark.read(file)
+    figures = await recall_benchmark.measure(asked, embedder, weights(), lambda *progress: told.append(progress[1]))
+    assert figures["questions"] == len(made.questions) - 2
+    assert figures["left_out"] == 2
+    assert figures["recall_at_10"] > 70 > 30 > figures["recency_recall_at_10"]
+    blind = await recall_benchmark.measure(asked, embedder, {"length": -1.0}, lambda *_: None)
+    assert blind["recall_at_10"] < 30  # the control: with a signal that knows nothing it finds nothing
+    assert told == [1]
+    for bad in ("", "{}", '{"conversation": [], "questions": []}', json.dumps(vars(dialogue(3)) | {"questions": []})):
+        file.write_text(bad)
+        with pytest.raises(DataError, match=r"asked\.jsonl"):
+            recall_benchmark.read(file)
