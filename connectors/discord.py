@@ -199,13 +199,14 @@ class Discord:
         """The conversation that a message belongs to."""
         space = "" if message.guild is None else str(message.guild.id)
         if message.guild is None or isinstance(message.channel, discord.Thread):
-            return Conversation("discord", str(message.channel.id), space)
+            return Conversation("discord", str(message.channel.id), space, is_public=_is_public(message))
         if message.reference is not None and message.reference.message_id is not None:
             turn_id = await self.answers.turn_of(str(message.reference.message_id))
             if turn_id is not None:
                 turn = (await self.dialogue.explain(turn_id)).turn
                 return await self.dialogue.store.database.call(self.dialogue.store.conversation, turn.conversation_id)
-        return Conversation("discord", str(message.channel.id), space, thread=str(message.id))
+        thread = str(message.id)
+        return Conversation("discord", str(message.channel.id), space, thread, is_public=_is_public(message))
 
     def _soon(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
@@ -362,6 +363,19 @@ class _Client(discord.Client):
 
     async def on_raw_reaction_clear_emoji(self, event: discord.RawReactionClearEmojiEvent) -> None:
         await self.connector.cleared(event.message_id, event.emoji.name)
+
+
+def _is_public(message: discord.Message) -> bool:
+    """Whether everybody on the server may read the channel of a message."""
+    channel, guild = message.channel, message.guild
+    if guild is None or guild.default_role is None or isinstance(channel, (discord.DMChannel, discord.GroupChannel)):
+        return False
+    if isinstance(channel, discord.PartialMessageable) or (isinstance(channel, discord.Thread) and channel.is_private()):
+        return False
+    try:
+        return channel.permissions_for(guild.default_role).view_channel
+    except discord.ClientException:  # a thread whose channel is not known
+        return False
 
 
 def _event(message_id: int) -> str:

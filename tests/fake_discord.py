@@ -22,6 +22,9 @@ GUILD = 2001
 MESSAGE_CONTENT = 1 << 15
 VIA = {"Via": "1.1 fake"}
 
+SEE = 1 << 10  # the permission to view a channel
+ROLE = {"color": 0, "colors": {"primary_color": 0}, "hoist": False, "managed": False, "mentionable": False, "flags": 0}
+
 
 class FakeDiscord:
     """One server, one guild, one bot."""
@@ -271,7 +274,7 @@ class FakeDiscord:
         guild = {
             "id": str(GUILD),
             "name": "guild",
-            "roles": [],
+            "roles": [{"id": str(GUILD), "name": "@everyone", "permissions": str(SEE), "position": 0, **ROLE}],
             "channels": shown,
             "members": [],
             "threads": [],

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 from conftest import PATIENT, shared, until
-from fake_discord import BOT, TOKEN, FakeDiscord
+from fake_discord import BOT, GUILD, SEE, TOKEN, FakeDiscord
 
 from bot.config import AccessConfig, DiscordConfig
 from bot.errors import ConfigError, ConnectorError
@@ -87,6 +87,21 @@ async def test_a_mention_is_answered_in_a_reply_that_grows_and_ends_with_buttons
     assert told.turn.asker_id == str(ANN)
     assert (await live.database.call(live.store.message, told.turn.message_id)).text == "hello"  # without the mention
     assert platform.refused == []
+
+
+async def test_what_everybody_on_the_server_may_read_is_public_and_nothing_else(live, platform):
+    opened, closed, direct = platform.channel(), platform.channel(), platform.channel(1)
+    hidden = {"id": str(GUILD), "type": 0, "allow": "0", "deny": str(SEE)}
+    platform.channels[closed]["permission_overwrites"] = [hidden]
+    bot, running = await connected(live, platform)
+    public = {}
+    for channel in (opened, closed, direct):
+        await platform.say(channel, ANN, "hello")
+        told = await turn_of(live, bot, await answered(platform, channel))
+        public[channel] = live.store.conversation(told.turn.conversation_id).is_public
+    assert public == {opened: True, closed: False, direct: False}
+    await bot.stop()
+    await running
 
 
 async def test_who_is_not_addressed_is_not_answered(platform, bot):
