@@ -60,7 +60,7 @@ class Recall:
         self._scopes: OrderedDict[str, ScopeIndex] = OrderedDict()
         self._scope_of: dict[str, str] = {}  # a conversation's; where it changed, what it may see is still read anew
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recall")
-        self._waiting: deque[Text] = deque()
+        self._waiting: deque[Text] = deque(maxlen=ROWS)  # of a flood the oldest is embedded at the next start
         self._learning: asyncio.Task[None] | None = None
 
     async def ready(self) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from bot.config import DialogueConfig
 from bot.conversations import ConversationStore
 from bot.errors import ConfigError
+from bot.facts import sorted_out
 from bot.recall import Recall, Remembered
 from bot.tokenizer import ChatTokenizer
 from bot.types import Message, Role
@@ -76,7 +77,8 @@ class StateTracker:
             shown = {said.id for said in recent[self._start(recent, newest, notes="") :]}
             telling = index.tells(place, {message.id, *shown})
             found = await self.recall.find(message, self.config.remembered, shown, index) if telling else []
-            remembered = self._affordable([one for one in found if _worth_showing(one, message)], newest)
+            near = [one for one in found if _worth_showing(one, message)]
+            remembered = self._affordable(_still_true(near), newest)
         window, sent, prompt_ids = self._newest_that_fit(recent, newest, self._notes(remembered))
         return Context(sent, prompt_ids, window, remembered)
 
@@ -142,6 +144,13 @@ class StateTracker:
             keep -= over
             clipped = self.tokenizer.clip(text, keep) + CUT
         return clipped
+
+
+def _still_true(found: list[Remembered]) -> list[Remembered]:
+    """Without what people stated about themselves and stated otherwise since, in a message that was found too."""
+    holding, former = sorted_out(one.message for one in found)
+    gone = {fact.message.id for fact in former} - {fact.message.id for fact in holding}
+    return [one for one in found if one.message.id not in gone]
 
 
 def _worth_showing(found: Remembered, message: Message) -> bool:
