@@ -5,6 +5,7 @@ calibrated on phrases that it did not learn from. They are recorded beside the t
 says so. It knows no platform and no reward.
 """
 
+import asyncio
 import json
 from dataclasses import dataclass
 from functools import cache
@@ -64,11 +65,13 @@ class FollowUps:
     def __init__(self, recall: Recall):
         self.recall = recall
         self.database = recall.memory.database
+        self._one_by_one = asyncio.Lock()
 
     async def note(self, message: Message) -> FollowUp | None:
         """Record what a message says about the answer before it, where its author had asked for that one."""
         await self.recall.learned()
-        return await self.database.call(self._note, message)
+        async with self._one_by_one:  # whoever waits for an answer comes in between
+            return await self.database.call(self._note, message)
 
     def of(self, turn_id: str) -> list[FollowUp]:
         """What was said after a turn."""

@@ -28,6 +28,7 @@ WEIGHTS = Path(__file__).parent / "retrieval_weights.json"
 LEXICAL = ("bm25", "bm25_window", "bm25_next")
 ROWS = 100_000  # messages in memory, of all scopes together
 TOGETHER = 0.5  # seconds in which what is said is gathered, to be embedded together
+WRITTEN = 4  # vectors written at once: whoever waits for an answer comes in between
 OVERLAP = 64  # messages that are read again: what was said at the same moment may have been written in another order
 SPARE = 4  # times as many are looked up as are wanted: some may not be shown
 
@@ -160,4 +161,6 @@ class Recall:
     async def _embed(self, texts: Sequence[Text]) -> None:
         assert self.embedder is not None
         vectors: np.ndarray = await self.embedder.embed([text for _, text in texts])
-        await self._call(self.memory.keep, texts, vectors, self.space)
+        for start in range(0, len(texts), WRITTEN):
+            part = slice(start, start + WRITTEN)
+            await self._call(self.memory.keep, texts[part], vectors[part], self.space)
