@@ -93,10 +93,15 @@ def write_json(path: Path | None, name: str, figures: dict[str, Any], setup: dic
     """Write `{"name", "figures", "setup"}`, whole or not at all."""
     if path is None:
         return
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps({"name": name, "figures": figures, "setup": setup}, indent=1, sort_keys=True))
-    unfinished.rename(path)
+    write_whole(path, json.dumps({"name": name, "figures": figures, "setup": setup}, indent=1, sort_keys=True))
     console.print(f"figures: {path}")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.rename(path)
 
 
 def print_figures(figures: dict[str, Any]) -> None:

@@ -82,7 +82,7 @@ class ConversationStore:
         if row is None:
             self.add_message(message)
             return message, None
-        first = _message(row)
+        first = as_message(row)
         return first, self.turn_answering(first.id)
 
     def edit_message(self, message_id: str, text: str, at: datetime) -> None:
@@ -143,13 +143,13 @@ class ConversationStore:
     def message_of_event(self, event_id: str | None) -> Message | None:
         """The message that a platform's event brought."""
         with self.database.read() as connection:
-            row = connection.execute(sa.select(*_MESSAGE).where(messages.c.event_id == event_id)).one_or_none()
-        return None if row is None else _message(row)
+            row = connection.execute(sa.select(*MESSAGE).where(messages.c.event_id == event_id)).one_or_none()
+        return None if row is None else as_message(row)
 
     def message(self, message_id: str) -> Message:
         """One message by its id."""
         with self.database.read() as connection:
-            return _message(connection.execute(sa.select(*_MESSAGE).where(messages.c.id == message_id)).one())
+            return as_message(connection.execute(sa.select(*MESSAGE).where(messages.c.id == message_id)).one())
 
     def recent(self, conversation_id: str, before: Message, limit: int) -> list[Message]:
         """The last `limit` messages before one, oldest first: without answers that were regenerated, and with the
@@ -157,7 +157,7 @@ class ConversationStore:
         with self.database.read() as connection:
             values = {"place": conversation_id, "at": before.at, "before": before.id, "most": limit}
             rows = connection.execute(_RECENT, values).all()
-        return self._corrected([_message(row) for row in reversed(rows)])
+        return self._corrected([as_message(row) for row in reversed(rows)])
 
     def feedback_of(self, turn_ids: Iterable[str]) -> dict[str, list[Feedback]]:
         """Every act of feedback on these turns, by turn."""
@@ -219,9 +219,9 @@ class ConversationStore:
 
     def messages(self, conversation_id: str) -> list[Message]:
         """Every message of a conversation, oldest first."""
-        query = sa.select(*_MESSAGE).where(messages.c.conversation_id == conversation_id)
+        query = sa.select(*MESSAGE).where(messages.c.conversation_id == conversation_id)
         with self.database.read() as connection:
-            return [_message(row) for row in connection.execute(query.order_by(messages.c.at, messages.c.id))]
+            return [as_message(row) for row in connection.execute(query.order_by(messages.c.at, messages.c.id))]
 
     def authors(self, message_ids: Iterable[str]) -> dict[str, str]:
         """The author of each message that a person wrote."""
@@ -270,11 +270,11 @@ _REACTIONS = (
     .select_from(feedback)
     .where(~feedback.c.retracts, feedback.c.kind.not_in([FeedbackKind.RANK, FeedbackKind.COMMENT]))
 )
-_MESSAGE = [messages.c[name] for name in Message.__dataclass_fields__]
+MESSAGE = [messages.c[name] for name in Message.__dataclass_fields__]
 
 
 # Statements of the hot path are built once: building one costs more than running it.
-_FIRST = sa.select(*_MESSAGE).where(
+_FIRST = sa.select(*MESSAGE).where(
     sa.or_(messages.c.id == sa.bindparam("id"), messages.c.event_id == sa.bindparam("event_id"))
 )
 _later = turns.alias()
@@ -295,10 +295,7 @@ _FORGOTTEN_OF = (
     .limit(1)
 )
 _RECENT = (
-    sa.select(*_MESSAGE)
-    .where(_shown_before)
-    .order_by(messages.c.at.desc(), messages.c.id.desc())
-    .limit(sa.bindparam("most"))
+    sa.select(*MESSAGE).where(_shown_before).order_by(messages.c.at.desc(), messages.c.id.desc()).limit(sa.bindparam("most"))
 )
 _CORRECTIONS = (
     sa.select(turns.c.reply_id, feedback)
@@ -342,7 +339,8 @@ def _existing(connection: sa.Connection, table: sa.Table, ids: list[str]) -> set
     return found
 
 
-def _message(row: Any) -> Message:
+def as_message(row: Any) -> Message:
+    """The message in a row that was read by the columns MESSAGE."""
     values = {name: getattr(row, name) for name in Message.__dataclass_fields__}
     return Message(**{**values, "role": Role(values["role"])})
 

@@ -14,7 +14,7 @@ import re
 import tempfile
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -120,7 +120,7 @@ def _export(name: str, file: Path, words: Path) -> None:
     axes = {one: {0: "texts", 1: "tokens"} for one in names} | {"vectors": {0: "texts"}}
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch, warnings.catch_warnings(), _quiet():
-        warnings.simplefilter("ignore")  # of tracing, and of the exporter's age: the result is checked below
+        warnings.simplefilter("ignore")  # of tracing, and of the exporter's age; the tests compare meanings
         whole, small = Path(scratch) / "whole.onnx", Path(scratch) / "small.onnx"
         inputs = tuple(example[one] for one in names)
         torch.onnx.export(
@@ -140,7 +140,7 @@ def _export(name: str, file: Path, words: Path) -> None:
 
 
 @contextlib.contextmanager
-def _quiet():  # type: ignore[no-untyped-def]
+def _quiet() -> Iterator[None]:
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)

@@ -5,12 +5,12 @@ and, where the operator allows it, a public channel by its whole space (law 8). 
 other for each conversation. Synchronous, called through `Database.call`; it knows no model and no ranking.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import sqlalchemy as sa
 
+from bot.conversations import MESSAGE, as_message
 from bot.database import Database, chunks, conversations, embeddings, messages, turns, users
 from bot.retrieval import Entry
 from bot.types import FORGOTTEN, Message, Role
@@ -37,7 +37,10 @@ class Memory:
         values = {"place": conversation_id, "across": self.across_channels, "after": after, "vectors": space}
         with self.database.read() as connection:
             rows = connection.execute(_SINCE, values).all()
-        return [Entry(*row[:4], row.vector and _unpacked(row.vector), row.role == Role.ASSISTANT) for row in rows]
+        return [
+            Entry(row.id, row.conversation_id, row.author_id, row.text, row.vector and _unpacked(row.vector), _is_ours(row))
+            for row in rows
+        ]
 
     def visible(self, conversation_id: str, ids: Sequence[str]) -> dict[str, Message]:
         """Those of these messages that may be shown in a conversation now: in its scope, not forgotten, not answered anew,
@@ -46,15 +49,14 @@ class Memory:
         with self.database.read() as connection:
             for chunk in chunks(ids):
                 values = {"place": conversation_id, "across": self.across_channels, "ids": chunk}
-                found.update((row.id, _message(row)) for row in connection.execute(_VISIBLE, values))
+                found.update((row.id, as_message(row)) for row in connection.execute(_VISIBLE, values))
         return found
 
     def vectors(self, ids: Sequence[str], space: str) -> dict[str, np.ndarray]:
         """The unit vectors (1-D float32) in `space` of those of these messages that have one."""
-        query = sa.select(embeddings.c.message_id, embeddings.c.vector)
-        query = query.where(embeddings.c.message_id.in_(ids), embeddings.c.space == space)
         with self.database.read() as connection:
-            return {row.message_id: _unpacked(row.vector) for row in connection.execute(query)}
+            rows = connection.execute(_VECTORS, {"ids": list(ids), "vectors": space})
+            return {row.message_id: _unpacked(row.vector) for row in rows}
 
     def keep(self, texts: Sequence[Text], vectors: np.ndarray, space: str) -> None:
         """Keep the unit vectors (n × dimensions, float32) of messages, unless their text is another by now, or gone."""
@@ -64,7 +66,7 @@ class Memory:
                 if row is not None and row.text == text:
                     connection.execute(_FORGET, {"id": message_id})
                     place = {"conversation_id": row.conversation_id, "message_id": message_id}
-                    connection.execute(embeddings.insert(), place | {"space": space, "vector": _packed(vector)})
+                    connection.execute(_KEEP, place | {"space": space, "vector": _packed(vector)})
 
     def missing(self, space: str, after: str, limit: int) -> list[Text]:
         """Messages without a vector in `space`, by id, after one of them ("" for the first)."""
@@ -79,6 +81,10 @@ class Memory:
             return connection.execute(query, {"vectors": space, "after": ""}).scalar_one()
 
 
+def _is_ours(row: sa.Row) -> bool:
+    return row.role == Role.ASSISTANT
+
+
 def _packed(vector: np.ndarray) -> bytes:
     """A vector's direction in eight bits a dimension."""
     return np.round(vector * (127 / max(float(np.abs(vector).max()), 1e-9))).astype(np.int8).tobytes()
@@ -87,15 +93,6 @@ def _packed(vector: np.ndarray) -> bytes:
 def _unpacked(packed: bytes) -> np.ndarray:
     vector = np.frombuffer(packed, np.int8).astype(np.float32)
     return vector / (np.linalg.norm(vector) or 1.0)
-
-
-def _message(row: Any) -> Message:
-    values = {name: getattr(row, name) for name in Message.__dataclass_fields__}
-    return Message(**{**values, "role": Role(values["role"])})
-
-
-def _columns(names: Iterable[str]) -> list[sa.Column]:
-    return [messages.c[name] for name in names]
 
 
 _HERE = sa.select(conversations).where(conversations.c.id == sa.bindparam("place"))
@@ -110,7 +107,8 @@ _vectors = sa.and_(embeddings.c.message_id == messages.c.id, embeddings.c.conver
 _vectors = sa.and_(_vectors, embeddings.c.space == sa.bindparam("vectors"))
 _said = sa.and_(messages.c.author_id != FORGOTTEN, messages.c.text != "")
 _SINCE = (
-    sa.select(*_columns(("id", "conversation_id", "author_id", "text")), embeddings.c.vector, messages.c.role)
+    sa.select(messages.c.id, messages.c.conversation_id, messages.c.author_id, messages.c.text)
+    .add_columns(embeddings.c.vector, messages.c.role)
     .outerjoin(embeddings, _vectors)
     .where(messages.c.conversation_id.in_(_in_scope), messages.c.id > sa.bindparam("after"), _said)
     .order_by(messages.c.id)
@@ -122,7 +120,7 @@ _platform = sa.select(_here.c.platform).where(_here.c.id == sa.bindparam("place"
 _unwilling = sa.select(users.c.user_id).where(~users.c.consent, users.c.platform == _platform)
 _asked = messages.alias()
 _answers_unwilling = sa.exists().where(_asked.c.id == messages.c.reply_to, _asked.c.author_id.in_(_unwilling))
-_VISIBLE = sa.select(*_columns(Message.__dataclass_fields__)).where(
+_VISIBLE = sa.select(*MESSAGE).where(
     messages.c.id.in_(sa.bindparam("ids", expanding=True)),
     messages.c.conversation_id.in_(_in_scope),
     _said,
@@ -133,6 +131,10 @@ _VISIBLE = sa.select(*_columns(Message.__dataclass_fields__)).where(
 _TEXT = sa.select(messages.c.conversation_id, messages.c.text).where(
     messages.c.id == sa.bindparam("id"), messages.c.author_id != FORGOTTEN
 )
+_VECTORS = sa.select(embeddings.c.message_id, embeddings.c.vector).where(
+    embeddings.c.message_id.in_(sa.bindparam("ids", expanding=True)), embeddings.c.space == sa.bindparam("vectors")
+)
+_KEEP = embeddings.insert()
 _FORGET = embeddings.delete().where(embeddings.c.message_id == sa.bindparam("id"))
 _MISSING = (
     sa.select(messages.c.id, messages.c.text)

@@ -25,7 +25,6 @@ from bot.types import Message
 log = logging.getLogger(__name__)
 
 WEIGHTS = Path(__file__).parent / "retrieval_weights.json"
-LEXICAL = ("bm25", "bm25_window", "bm25_next")
 ROWS = 100_000  # messages in memory, of all scopes together
 TOGETHER = 0.5  # seconds in which what is said is gathered, to be embedded together
 WRITTEN = 4  # vectors written at once: whoever waits for an answer comes in between
@@ -77,11 +76,10 @@ class Recall:
         `index` is what `index` gave, where that was asked for in time.
         """
         index = index or await self.index(message.conversation_id)
-        hidden = {*without, *(one for one in reversed(index.ids) if one >= message.id)}
-        if len(hidden) >= len(index):
+        if not len(index):
             return []
         loop = asyncio.get_running_loop()
-        ranked = await loop.run_in_executor(self._thread, self._ranked, index, message, limit * SPARE, hidden)
+        ranked = await loop.run_in_executor(self._thread, self._ranked, index, message, limit * SPARE, without)
         there = await self._call(self.memory.visible, message.conversation_id, [one for one, *_ in ranked])
         return [Remembered(there[one], score, near) for one, score, near in ranked if one in there][:limit]
 
@@ -139,14 +137,14 @@ class Recall:
         return index
 
     def _ranked(
-        self, index: ScopeIndex, message: Message, limit: int, hidden: Collection[str]
+        self, index: ScopeIndex, message: Message, limit: int, without: Collection[str]
     ) -> list[tuple[str, float, bool]]:
         vector = None
         if self.embedder is not None:
             vector = self.embedder.encode([index.addressed(message.text, message.author_id)[1]])[0]
         order, scores = index.rank(message.text, vector, message.author_id, self.weights)
         near = index.near(message.text, vector, message.author_id)
-        wanted = (row for row in order if index.ids[row] not in hidden)
+        wanted = (row for row in order if index.ids[row] < message.id and index.ids[row] not in without)
         return [(index.ids[row], float(scores[row]), bool(near[row])) for row, _ in zip(wanted, range(limit), strict=False)]
 
     async def _learn(self) -> None:

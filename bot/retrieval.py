@@ -89,7 +89,7 @@ class ScopeIndex:
         self._length = array("i")
         self._content = array("i")  # how many words of its own each says
         self._telling: dict[str, set[str]] = {}  # what says something: people's under "", ours by conversation
-        self._kind = array("d")  # pairs: whether it asks, and what it holds
+        self._kind = array("d")  # four of each: whether it asks, how long it is, whether it tells a time, whether a number
         self._vectors = np.zeros((0, 0), np.float32)
         self._has_vector = np.zeros(0, bool)
 
@@ -109,7 +109,7 @@ class ScopeIndex:
 
         What the bot said itself counts only where it said it.
         """
-        return any(self._telling.get(place, set()).difference(but) for place in ("", conversation))
+        return any(one not in but for place in ("", conversation) for one in self._telling.get(place, ()))
 
     def unembedded(self) -> list[str]:
         """The ids of the messages without a vector."""

@@ -16,6 +16,7 @@ import typer
 from bot import cli
 from bot.cli import ConfigFile, DataDir, JsonFile, PlotFile, Seed, announce, app, bench, configured, console, errors
 from bot.config import Config
+from bot.embeddings import Embedder
 from bot.errors import ConfigError, NothingToLearn
 from bot.registry import BASE
 from learning import pretrain as pretraining
@@ -158,6 +159,14 @@ def bench_recall(
     cli.write_json(json_file, "bench recall", figures, {"file": file.name, "embedder": found.dialogue.embedder})
 
 
+def _embedder(config: Config) -> Embedder:
+    """The embedding model, for what cannot be learned without one."""
+    found = cli.embedder(config)
+    if found is None:
+        raise ConfigError("config key dialogue.embedder has value 'none'; name a model to learn with")
+    return found
+
+
 @app.command("fit-retrieval")
 def fit_retrieval(
     out: Annotated[Path | None, typer.Option(help="Where the weights go.")] = None,
@@ -172,16 +181,14 @@ def fit_retrieval(
 
     found = configured(config, data_dir, seed)
     cli.check_writable(out)
-    embedder = cli.embedder(found)
-    if embedder is None:
-        raise ConfigError("config key dialogue.embedder has value 'none'; name a model to learn how much it counts")
+    embedder = _embedder(found)
     made = (dialogue(1000 * found.seed + number, people=(2, 6, 12)[number % 3]) for number in range(dialogues))
     with cli.progress_bar() as progress:
         learned = retrieval_training.fit(made, embedder, progress)
     cli.print_figures(learned)
     if out is not None:
         setup = {"dialogues": dialogues, "seed": found.seed, "embedder": found.dialogue.embedder}
-        out.write_text(json.dumps({"weights": learned, "setup": setup}, indent=2) + "\n", encoding="utf-8")
+        cli.write_whole(out, json.dumps({"weights": learned, "setup": setup}, indent=2) + "\n")
 
 
 @bench.command("tracker")
@@ -226,16 +233,14 @@ def fit_topics(
 
     found = configured(config, data_dir, seed)
     cli.check_writable(out, json_file)
-    embedder = cli.embedder(found)
-    if embedder is None:
-        raise ConfigError("config key dialogue.embedder has value 'none'; name a model to tell topics apart with")
+    embedder = _embedder(found)
     known, unknown = topics.read(train), topics.read(test)
     with cli.progress_bar() as progress:
         learned, figures = topics.judged(known, unknown, embedder, progress)
     cli.print_figures(figures)
     cli.write_json(json_file, "fit-topics", figures, {"train": train.name, "test": test.name})
     if out is not None:
-        out.write_text(json.dumps(learned, indent=2) + "\n", encoding="utf-8")
+        cli.write_whole(out, json.dumps(learned, indent=2) + "\n")
 
 
 @app.command("fit-followups")
@@ -251,12 +256,10 @@ def fit_followups(
 
     found = configured(config, data_dir, seed)
     cli.check_writable(out, json_file)
-    embedder = cli.embedder(found)
-    if embedder is None:
-        raise ConfigError("config key dialogue.embedder has value 'none'; name a model to tell follow-ups apart with")
+    embedder = _embedder(found)
     with cli.progress_bar() as progress:
         learned, figures = followup_training.fit(found.seed, embedder, progress)
     cli.print_figures(figures)
     cli.write_json(json_file, "fit-followups", figures, {"seed": found.seed, "embedder": found.dialogue.embedder})
     if out is not None:
-        out.write_text(json.dumps(learned) + "\n", encoding="utf-8")
+        cli.write_whole(out, json.dumps(learned) + "\n")
