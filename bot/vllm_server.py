@@ -5,7 +5,6 @@ It knows no adapter and no version: whoever starts it is told of each (re)start 
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -13,6 +12,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+from bot import children
 from bot.config import Config
 from bot.errors import ConfigError, KibitzError, ServingError
 from bot.policy import Policy
@@ -21,7 +21,6 @@ from bot.registry import BASE
 HOST = "127.0.0.1"  # --api-key guards only /v1, so nobody but this machine may reach the rest
 PROBE_SECONDS = 10
 RESTARTS = 5
-NICENESS = 10
 
 
 class VllmServer:
@@ -38,14 +37,8 @@ class VllmServer:
     async def start(self, policy: Policy) -> None:
         """Start the process and wait until it generates a token."""
         with self.log.open("ab") as log:
-            self._process = await asyncio.create_subprocess_exec(
-                *self._command(),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=self._environment(),
-                start_new_session=True,
-                preexec_fn=_as_our_child,
+            self._process = await children.start(
+                *self._command(), niceness=children.SERVING, stdout=log, stderr=log, env=self._environment()
             )
         deadline = asyncio.get_running_loop().time() + self.config.serving.startup_seconds
         while not await policy.ready(PROBE_SECONDS):
@@ -161,12 +154,3 @@ def _free_port(wanted: int) -> int:
 
 def _has_gpu() -> bool:
     return Path("/dev/nvidia0").exists()
-
-
-def _as_our_child() -> None:
-    """In the child: leave the processor to the bot when it has something to do, and (Linux) do not outlive it."""
-    os.nice(NICENESS)
-    with contextlib.suppress(OSError):  # where the kernel shares time between sessions first, the session's niceness counts
-        Path("/proc/self/autogroup").write_text(str(NICENESS))
-    with contextlib.suppress(OSError):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

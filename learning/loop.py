@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from bot import children
 from bot.config import Config
 from bot.conversations import ConversationStore
 from bot.errors import KibitzError, NothingToLearn, TrainingError
@@ -86,13 +87,12 @@ async def train_in_child(config: Config, progress: Progress) -> dict[str, Any]:
     """Run `kibitz train` as a child process and return its outcome. Raises TrainingError with the child's own line."""
     resolved = config.data / "train-config.json"
     config.save(resolved)
-    child = await asyncio.create_subprocess_exec(
+    child = await children.start(
         *[sys.executable, "-m", "bot", "train", "--config", str(resolved), "--progress", "json"],
-        stdin=asyncio.subprocess.DEVNULL,
+        niceness=children.TRAINING,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         env={**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1"},
-        start_new_session=True,  # Ctrl-C in the terminal is ours to pass on
         limit=2**24,
     )
     assert child.stdout is not None

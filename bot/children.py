@@ -1,0 +1,32 @@
+"""Child processes: what works for the bot gives way to it, and does not outlive it.
+
+It knows no command: whoever starts a child says what it is, and how nice.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+from typing import Any
+
+SERVING, TRAINING = 10, 19  # niceness: the bot itself first, then answers, then learning
+
+
+async def start(*command: str, niceness: int, **options: Any) -> asyncio.subprocess.Process:
+    """Start a child in a process group of its own: Ctrl-C in the terminal is ours to pass on.
+
+    It stays in our session: where the kernel shares time between sessions first (`sched_autogroup_enabled`), niceness counts
+    only inside one.
+    """
+
+    def as_our_child() -> None:
+        os.nice(niceness)
+        if hasattr(os, "SCHED_BATCH"):
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # what wakes of it does not push the bot aside
+            with contextlib.suppress(OSError):
+                ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+    return await asyncio.create_subprocess_exec(
+        *command, stdin=asyncio.subprocess.DEVNULL, process_group=0, preexec_fn=as_our_child, **options
+    )
