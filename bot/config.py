@@ -77,6 +77,8 @@ class RewardsConfig(Section):
     correction: Annotated[float, Field(ge=-1, le=1)] = -0.5
     asker_weight: Annotated[float, Field(gt=0)] = 2.0
     bystander_weight: Annotated[float, Field(gt=0)] = 1.0
+    person_cap: Annotated[float, Field(gt=0, le=1)] = 0.25
+    prior: Annotated[float, Field(ge=0)] = 8.0
 
 
 class PrivacyConfig(Section):
@@ -93,12 +95,16 @@ class LearningConfig(Section):
     check_seconds: Annotated[float, Field(gt=0)] = 5.0
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.25
     max_turns: Positive = 512
+    fresh: Share = 0.5
+    max_age: Positive = 8
 
 
 class TrainingConfig(Section):
     """One training run."""
 
-    objective: Literal["kto"] = "kto"
+    objective: Literal["kto", "dpo", "sft", "pg", "hindsight", "mixed"] = "kto"
+    importance: Literal["token", "sequence"] = "token"
+    anchor: Annotated[float, Field(ge=0)] = 0.1
     lora_rank: Literal[1, 8, 16, 32, 64, 128, 256] = 16
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     beta: Annotated[float, Field(gt=0)] = 0.5

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
-from bot.database import Database, UTCDateTime, chunks, conversations, embeddings, feedback, messages, runs, turns
+from bot.database import Database, UTCDateTime, chunks, conversations, embeddings, feedback, followups, messages, runs, turns
 from bot.errors import DataError
 from bot.feedback import standing
 from bot.types import FORGOTTEN, Conversation, Feedback, FeedbackKind, Message, Role, Turn
@@ -241,6 +241,37 @@ class ConversationStore:
             for ids in chunks(conversation_ids):
                 query = sa.select(conversations.c.id, conversations.c.platform).where(conversations.c.id.in_(ids))
                 found.update({row.id: row.platform for row in connection.execute(query)})
+        return found
+
+    def speakers(self, conversation_ids: Iterable[str]) -> dict[str, set[str]]:
+        """Who wrote anything in each conversation."""
+        found: dict[str, set[str]] = defaultdict(set)
+        with self.database.read() as connection:
+            for ids in chunks(conversation_ids):
+                query = sa.select(messages.c.conversation_id, messages.c.author_id).distinct()
+                for row in connection.execute(
+                    query.where(messages.c.conversation_id.in_(ids), messages.c.role == Role.USER)
+                ):
+                    found[row.conversation_id].add(row.author_id)
+        return found
+
+    def texts(self, message_ids: Iterable[str]) -> dict[str, str]:
+        """The text of each message."""
+        found = {}
+        with self.database.read() as connection:
+            for ids in chunks(message_ids):
+                rows = connection.execute(sa.select(messages.c.id, messages.c.text).where(messages.c.id.in_(ids)))
+                found.update({row.id: row.text for row in rows})
+        return found
+
+    def said_next(self, turn_ids: Iterable[str]) -> dict[str, tuple[str, str]]:
+        """By turn, the author and the text of the message that was noted as following up on it."""
+        found = {}
+        with self.database.read() as connection:
+            for ids in chunks(turn_ids):
+                query = sa.select(followups.c.turn_id, messages.c.author_id, messages.c.text).join(messages)
+                query = query.where(followups.c.turn_id.in_(ids), messages.c.text != "").order_by(messages.c.id.desc())
+                found.update({row.turn_id: (row.author_id, row.text) for row in connection.execute(query)})
         return found
 
     def _insert(self, table: sa.Table, values: dict[str, Any]) -> bool:

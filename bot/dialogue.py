@@ -154,7 +154,8 @@ class DialogueManager:
     async def _answer(
         self, message: Message, context: Context, asker_id: str, replaces: str | None, options: ReplyOptions
     ) -> Turn:
-        reply = await self._reply(message.conversation_id, context, options)
+        with self.tracker.recall.answering():
+            reply = await self._reply(message.conversation_id, context, options)
         turn = Turn(
             conversation_id=message.conversation_id,
             message_id=message.id,

@@ -25,6 +25,7 @@ from bot.types import Reply
 STOPPED = "stopped"  # a finish reason of ours: somebody asked for the end
 LONGEST_EVENT = 2**23  # bytes: the first one repeats the prompt's token ids
 TOP_LOGPROBS = 20  # as many as vLLM gives unless it is told otherwise
+IDLE_SECONDS = 2.0  # after which a connection is closed: vLLM closes its own after 5, and a request may meet that moment
 
 OnText = Callable[[str], Awaitable[None] | None]
 
@@ -41,7 +42,7 @@ class Policy:
         self._http = aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {api_key}"},
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=reply_seconds, sock_read=reply_seconds),
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS),
             read_bufsize=LONGEST_EVENT // 2,
         )
         self._in_flight: Counter[str] = Counter()

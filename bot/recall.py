@@ -7,10 +7,11 @@ and no policy.
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 WEIGHTS = Path(__file__).parent / "retrieval_weights.json"
 ROWS = 100_000  # messages in memory, of all scopes together
 TOGETHER = 0.5  # seconds in which what is said is gathered, to be embedded together
+PATIENCE = 5.0  # seconds that it waits for a moment in which nobody waits for an answer
 WRITTEN = 4  # vectors written at once: whoever waits for an answer comes in between
 OVERLAP = 64  # messages that are read again: what was said at the same moment may have been written in another order
 SPARE = 4  # times as many are looked up as are wanted: some may not be shown
@@ -62,6 +64,9 @@ class Recall:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recall")
         self._waiting: deque[Text] = deque(maxlen=ROWS)  # of a flood the oldest is embedded at the next start
         self._learning: asyncio.Task[None] | None = None
+        self._answers = 0  # that somebody waits for
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     async def ready(self) -> None:
         """Load the embedder. Raises ConfigError where it cannot be."""
@@ -147,8 +152,22 @@ class Recall:
         wanted = (row for row in order if index.ids[row] < message.id and index.ids[row] not in without)
         return [(index.ids[row], float(scores[row]), bool(near[row])) for row, _ in zip(wanted, range(limit), strict=False)]
 
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """While somebody waits for an answer, what was said is not yet embedded."""
+        self._answers += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._answers -= 1
+            if not self._answers:
+                self._idle.set()
+
     async def _learn(self) -> None:
         await asyncio.sleep(TOGETHER)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), PATIENCE)
         while self._waiting:
             texts = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
             try:

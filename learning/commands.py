@@ -191,6 +191,38 @@ def fit_retrieval(
         cli.write_whole(out, json.dumps({"weights": learned, "setup": setup}, indent=2) + "\n")
 
 
+@bench.command("learning")
+def bench_learning(
+    part: Annotated[str, typer.Option("--slice", help="ci: ten minutes on two cores; full: hours.")] = "full",
+    users: Annotated[str | None, typer.Option(help="Built-in users, or a Python file with utility(prompt, reply).")] = None,
+    json_file: JsonFile = None,
+    plot: PlotFile = None,
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+) -> None:
+    """What each objective learns from simulated people's reactions, beside a frozen and a placebo control."""
+    from learning import learning_grid, simulation
+
+    found = configured(config, data_dir, seed)
+    cli.check_writable(json_file, plot)
+    if part not in ("ci", "full"):
+        raise ConfigError(f"--slice has value '{part}'; choose ci or full")
+    if users is not None:
+        simulation.users(users)  # refused here, before anything runs
+    model = base_model(found)
+    wanted = learning_grid.cells(part, users)
+    with cli.progress_bar() as progress:
+        points = learning_grid.run(found, model, wanted, found.data / "bench" / f"learning-{part}.jsonl", progress)
+    figures = learning_grid.figures(points, found.training.objective)
+    cli.print_figures(figures)
+    if plot is not None:
+        learning_grid.plot(points, plot)
+        console.print(f"plot: {plot}")
+    setup = {"slice": part, "users": users, "seeds": learning_grid.SEEDS, "training": found.training.model_dump()}
+    cli.write_json(json_file, "bench learning", figures, setup)
+
+
 @bench.command("tracker")
 def bench_tracker(
     sizes: Annotated[str, typer.Option(help="How many stored turns: 1e3, 1e5, 1e6, with commas between.")] = "1e3,1e5,1e6",

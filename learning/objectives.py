@@ -1,44 +1,55 @@
-"""Objectives: what a training run minimises. The only module that knows TRL's preference trainers.
+"""Objectives: what a training run minimises. The only module that knows TRL's trainers.
 
-KTO (Ethayarajh et al., 2024, arXiv:2402.01306) learns from unpaired approval and disapproval. TRL's trainer is used with
-two changes: rows are the recorded token ids (no text is tokenized again), and the reference is the base model also where
-an adapter is continued (TRL would keep a copy of the adapter as it was, and the policy walks away from its base).
+Every objective learns from the same rows: exact recorded token ids, an advantage (the reward less what such a prompt earns
+on average) and a weight. What an objective cannot learn from a row it leaves out, and says how many. The reference is always
+the base model, also where an adapter is continued: TRL would keep a copy of the adapter as it was, and the policy walks away
+from its base.
+
+- `kto`: Ethayarajh et al. (2024), "KTO: Model Alignment as Prospect Theoretic Optimization", arXiv:2402.01306. Approval
+  and disapproval, unpaired.
+- `dpo`: Rafailov et al. (2023), "Direct Preference Optimization", arXiv:2305.18290. Pairs, with an SFT term, without which
+  the likelihood of both answers falls.
+- `sft`, `pg`, `hindsight`, `mixed`: the terms of `learning.weighted_trainer`.
 """
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
-from trl import KTOConfig, KTOTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
 from bot.config import TrainingConfig
+from bot.errors import NothingToLearn, TrainingError
+from learning.replay_buffer import Experience
+from learning.weighted_trainer import weighted_trainer
 
 Progress = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True)
-class Row:
-    """One answer to learn from: its exact token ids, and whether it was wanted."""
-
-    prompt_ids: Sequence[int]
-    completion_ids: Sequence[int]
-    desirable: bool
-
-
-class TokenKTOTrainer(KTOTrainer):
-    """KTOTrainer on rows of `prompt_ids`, `completion_ids` and `label`, anchored to the base model."""
-
-    def __init__(self, **arguments: Any):
-        super().__init__(**arguments)
-        self.anchor_to_base()
+class AnchoredTrainer(Trainer):
+    """A TRL trainer whose reference is the base model, not a copy of the adapter that is continued."""
 
     def anchor_to_base(self) -> None:
         """Drop the copy of the adapter that TRL would take as the reference; without it, that is the base model."""
         if "ref" in self.model.peft_config:
             self.model.delete_adapter("ref")
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        self.anchor_to_base()
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+
+class _WeightedCollator(DataCollatorForUnpairedPreference):
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        return super().torch_call(examples) | {"weight": torch.tensor([example["weight"] for example in examples])}
+
+
+class TokenKTOTrainer(AnchoredTrainer, KTOTrainer):
+    """KTOTrainer on rows of `prompt_ids`, `completion_ids`, `label` and `weight`."""
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: KTOConfig, name: str) -> Dataset:
         def rotated(batch: dict[str, list]) -> dict[str, list]:
@@ -47,50 +58,56 @@ class TokenKTOTrainer(KTOTrainer):
 
         return dataset.map(rotated, batched=True, batch_size=args.per_device_train_batch_size)
 
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        weight, liked = inputs.pop("weight"), inputs["label"].bool()
+        self.desirable_weight, self.undesirable_weight = weight[liked], weight[~liked]
+        return super()._compute_loss(model, inputs, return_outputs)
 
-def train_kto(
-    model: Any, tokenizer: Any, rows: Sequence[Row], config: TrainingConfig, seed: int, progress: Progress
+
+class TokenDPOTrainer(AnchoredTrainer, DPOTrainer):
+    """DPOTrainer on rows of `prompt_ids`, `chosen_ids` and `rejected_ids`."""
+
+    def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: DPOConfig, name: str) -> Dataset:
+        return dataset
+
+
+def train(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Experience],
+    config: TrainingConfig,
+    seed: int,
+    progress: Progress,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, float]:
-    """Train a PeftModel in place on `rows` and return the averages of the last steps' metrics.
+    """Train a PeftModel in place with the objective that `config` names; the averages of the last steps' metrics.
 
-    The KL term of KTO is one batch mean over neighbours in a fixed order, so the rows are shuffled here, once an epoch,
-    and a batch is never smaller than the others.
+    Raises NothingToLearn where the objective can use none of the rows, and TrainingError where the loss is not finite. Out
+    of memory, the batch is halved, and the run goes on from where the weights are.
     """
-    order = random.Random(seed)
-    batch_size = min(config.batch_size, len(rows))
-    stream: list[Row] = []
-    for _ in range(config.epochs):
-        stream += order.sample(list(rows), len(rows))
-    stream = stream[: min(len(stream) // batch_size, config.max_steps) * batch_size]
-    liked = sum(row.desirable for row in rows)
-    desirable, undesirable = class_weights(liked, len(rows) - liked)
-    trainer = TokenKTOTrainer(
-        model=model,
-        args=KTOConfig(
-            output_dir="unused",
-            per_device_train_batch_size=batch_size,
-            num_train_epochs=1,
-            learning_rate=config.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.1,
-            beta=config.beta,
-            desirable_weight=desirable,
-            undesirable_weight=undesirable,
-            max_length=config.max_length,
-            seed=seed,
-            **cpu_arguments(),
-        ),
-        train_dataset=Dataset.from_list(
-            [
-                {"prompt_ids": [*row.prompt_ids], "completion_ids": [*row.completion_ids], "label": row.desirable}
-                for row in stream
-            ]
-        ),
-        processing_class=tokenizer,
-    )
-    report_progress(trainer, "train", progress)
-    outcome = trainer.train()
+    make = {"kto": _kto, "dpo": _dpo}.get(config.objective, weighted_trainer)
+    usable = usable_rows(rows, config.objective)
+    usable = random.Random(seed).sample(usable, len(usable))  # KTO compares each answer with its neighbour's: so it stays
+    if not usable:
+        raise NothingToLearn(f"none of {len(rows)} answers is of use to training.objective '{config.objective}'")
+    batch_size = min(config.batch_size, len(usable))
+    while True:
+        trainer = make(model, tokenizer, usable, config, arguments(config, batch_size, len(usable), seed))
+        trainer.anchor_to_base()
+        report_progress(trainer, "train", progress)
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        try:
+            outcome = trainer.train()
+            break
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            if batch_size <= 4:
+                raise TrainingError("out of memory with 4 answers at a time; lower training.max_length") from error
+            batch_size = max(4, batch_size // 2)
+            progress(f"out of memory; going on with {batch_size} answers at a time", 0, 1)
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    if not all(entry["loss"] == entry["loss"] for entry in logged) or not outcome.training_loss == outcome.training_loss:
+        raise TrainingError("the loss became NaN; lower training.learning_rate")
     tail = logged[-max(1, len(logged) // 4) :]
     measures = {key: _mean([entry[key] for entry in tail if key in entry]) for key in ("loss", "rewards/margins", "kl")}
     return {
@@ -98,20 +115,89 @@ def train_kto(
         "trl/first_reward": logged[0].get("rewards/chosen", 0.0) if logged else 0.0,
         "steps": outcome.global_step,
         "train_loss": outcome.training_loss,
+        "rows": len(usable),
     }
 
 
-def class_weights(desirable: int, undesirable: int) -> tuple[float, float]:
-    """The weights of the two classes: equal in total, by raising the rarer one alone (KTO paper, Eq. 8)."""
-    if not desirable or not undesirable:
-        return 1.0, 1.0
-    return max(1.0, undesirable / desirable), max(1.0, desirable / undesirable)
+def usable_rows(rows: Sequence[Experience], objective: str) -> list[Experience]:
+    """The rows that an objective can learn from."""
+    match objective:
+        case "dpo":
+            return [row for row in rows if row.rejected_ids is not None]
+        case "sft":
+            return [row for row in rows if row.advantage > 0]
+        case "pg":
+            return [row for row in rows if row.advantage and (row.logprobs is not None or row.advantage > 0)]
+        case "hindsight":
+            return [row for row in rows if row.hindsight_ids is not None]
+        case _:
+            return [row for row in rows if row.advantage]
 
 
-def cpu_arguments() -> dict[str, Any]:
+def _kto(
+    model: Any, tokenizer: Any, rows: Sequence[Experience], config: TrainingConfig, common: dict[str, Any]
+) -> KTOTrainer:
+    """The weight of an answer is how much it is above or below what is usual: so the two classes have equal weight."""
+    data = [
+        {
+            "prompt_ids": [*row.prompt_ids],
+            "completion_ids": [*row.completion_ids],
+            "label": row.advantage > 0,
+            "weight": row.weight * abs(row.advantage),
+        }
+        for row in rows
+    ]
+    settings = KTOConfig(
+        **common, beta=config.beta, max_length=None, precompute_ref_log_probs=True, remove_unused_columns=False
+    )
+    collator = _WeightedCollator(pad_token_id=_pad_id(tokenizer))
+    dataset = Dataset.from_list(data)
+    return TokenKTOTrainer(
+        model=model, args=settings, train_dataset=dataset, processing_class=tokenizer, data_collator=collator
+    )
+
+
+def _dpo(
+    model: Any, tokenizer: Any, rows: Sequence[Experience], config: TrainingConfig, common: dict[str, Any]
+) -> DPOTrainer:
+    data = [
+        {"prompt_ids": [*row.prompt_ids], "chosen_ids": [*row.completion_ids], "rejected_ids": [*(row.rejected_ids or ())]}
+        for row in rows
+    ]
+    settings = DPOConfig(
+        **common,
+        beta=config.beta,
+        max_length=None,
+        loss_type=["sigmoid", "sft"],
+        loss_weights=[1.0, 1.0],
+        precompute_ref_log_probs=True,
+    )
+    return TokenDPOTrainer(model=model, args=settings, train_dataset=Dataset.from_list(data), processing_class=tokenizer)
+
+
+def arguments(config: TrainingConfig, batch_size: int, rows: int, seed: int) -> dict[str, Any]:
+    """What all objectives have in common. Little evidence is learned from in few steps."""
+    steps = max(1, min(config.max_steps, config.epochs * rows // batch_size))
+    return {
+        "output_dir": "unused",
+        "per_device_train_batch_size": batch_size,
+        "max_steps": steps,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "train_sampling_strategy": "sequential",
+        "dataloader_drop_last": rows >= batch_size,
+        "seed": seed,
+        **machine_arguments(),
+    }
+
+
+def _pad_id(tokenizer: Any) -> int:
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def machine_arguments() -> dict[str, Any]:
     """The training arguments that depend on the machine, and those that keep a run quiet and without side files."""
-    import torch
-
     on_gpu = torch.cuda.is_available()
     return {
         "use_cpu": not on_gpu,
@@ -119,6 +205,7 @@ def cpu_arguments() -> dict[str, Any]:
         "gradient_checkpointing": on_gpu,
         "save_strategy": "no",
         "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # or a loss that is no number would be logged as the one before it
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": on_gpu,

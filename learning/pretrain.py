@@ -9,6 +9,7 @@ Run: ``kibitz pretrain`` for the demo policy, ``kibitz pretrain PAIRS`` for one'
 
 import hashlib
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -90,6 +91,7 @@ def quiet() -> None:
     import datasets
     import transformers
 
+    os.environ["TQDM_DISABLE"] = "1"
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -206,7 +208,7 @@ def fine_tune(
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from learning.objectives import cpu_arguments, report_progress
+    from learning.objectives import machine_arguments, report_progress
 
     trainer = SFTTrainer(
         model=model,
@@ -220,7 +222,7 @@ def fine_tune(
             adam_beta2=0.98,
             max_length=1024,
             seed=seed,
-            **cpu_arguments(),
+            **machine_arguments(),
         ),
         train_dataset=Dataset.from_list([_row(tokenizer, dialogue) for dialogue in dialogues]),
         processing_class=tokenizer.hf,

@@ -14,13 +14,18 @@ from typing import Any
 
 import numpy as np
 
+from bot.cli import embedder
 from bot.config import Config
 from bot.conversations import ConversationStore
 from bot.errors import NothingToLearn
+from bot.tokenizer import ChatTokenizer
 from bot.types import FeedbackKind
 from learning import trainer
 from learning.evaluation import accuracy, margin
 from learning.importers import Recording
+from learning.replay_buffer import ReplayBuffer, Snapshot
+from learning.reward_model import RewardModel
+from learning.reward_model import figures as reward_model_figures
 
 Progress = Callable[[str, int, int], None]
 CONFIDENCE = 0.95
@@ -69,9 +74,17 @@ def replay(
         "policy": outcome.policy,
         "passed": outcome.passed,
         "reasons": outcome.reasons,
+        **_reward_model(ReplayBuffer(store, ChatTokenizer(base_model), config).snapshot(recording.space), config),
         "manifest_sha256": outcome.manifest_sha256,
         "adapter_sha256": outcome.adapter_sha256,
     }
+
+
+def _reward_model(snapshot: Snapshot, config: Config) -> dict[str, Any]:
+    """What an embedding reward model makes of rated answers in conversations that it did not see."""
+    embedding = embedder(config)
+    judged = None if embedding is None else RewardModel(embedding, config.seed).fit(snapshot.rated)
+    return {"reward_model_auc": None} if judged is None else reward_model_figures(judged, config.seed)
 
 
 def _held_out(evidence: dict[str, Any], seed: int) -> dict[str, Any]:

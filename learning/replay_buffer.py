@@ -6,28 +6,37 @@ knows no objective and no model weights.
 
 import hashlib
 import json
-from collections import Counter
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import numpy as np
 
 from bot.config import Config
 from bot.conversations import ConversationStore
 from bot.dialogue import UNFINISHED
+from bot.embeddings import Embedder
 from bot.feedback import standing
+from bot.registry import PolicyRegistry
 from bot.tokenizer import ChatTokenizer
-from bot.types import FeedbackKind, Message, Turn
+from bot.types import Feedback, FeedbackKind, Message, Turn
 from bot.users import Users
 from learning.rewards import Reward, reward
+from learning.selection import fresh_and_old, is_held_out, kinds, thinned, weighed
 
 IMPORTED = "import"  # the platform of conversations that were read from a file
 
 
 @dataclass(frozen=True)
 class Experience:
-    """One answer with its reward, as exact token ids.
+    """One answer to learn from, as exact token ids.
 
-    `unit` is what the held-out part is drawn by. `logprobs` are those of the sampling, or None for a text that we did
-    not sample (imported, or a person's correction).
+    `unit` is what the held-out part is drawn by; `opinions` names those whose opinions the reward is made of. `logprobs`
+    (nats, one for each of `completion_ids`) are those of its sampling at temperature 1, or None for a text that was not
+    sampled so (imported, a person's correction). `rejected_ids` is an answer to the same prompt that people liked less;
+    `hindsight_ids` is the prompt as somebody would have it who knows what the asker said next. `advantage` (in [-2, 2]) is
+    the reward less what is usual; `weight` (in (0, 1]) is less for those who say more than their share.
     """
 
     turn_id: str
@@ -37,19 +46,39 @@ class Experience:
     logprobs: tuple[float, ...] | None
     reward: float
     feedback_ids: tuple[str, ...]
+    asker: str = ""
+    opinions: tuple[str, ...] = ()
+    question: str = ""
+    answer: str = ""
+    rejected_ids: tuple[int, ...] | None = None
+    hindsight_ids: tuple[int, ...] | None = None
+    advantage: float = 0.0
+    weight: float = 1.0
+
+    @property
+    def length(self) -> int:
+        """How many tokens its longest sequence has."""
+        asked = max(len(self.prompt_ids), len(self.hindsight_ids or ()))
+        return asked + max(len(self.completion_ids), len(self.rejected_ids or ()))
 
     def digest(self) -> list[Any]:
         """What a manifest records of it."""
-        ids = hashlib.sha256(json.dumps([self.prompt_ids, self.completion_ids]).encode()).hexdigest()[:16]
-        return [self.turn_id, ids, round(self.reward, 6), list(self.feedback_ids)]
+        texts = [self.prompt_ids, self.completion_ids, self.rejected_ids, self.hindsight_ids]
+        ids = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+        worth = [round(value, 6) for value in (self.reward, self.advantage, self.weight)]
+        return [self.turn_id, ids, *worth, list(self.feedback_ids)]
 
 
 @dataclass
 class Snapshot:
-    """The experiences of one run, in a fixed order, and what was left out under which reason."""
+    """The experiences of one run, in a fixed order, and what was left out under which reason.
+
+    `rated` are all answers with a reward, also those that are too long or too many to train on.
+    """
 
     training: list[Experience] = field(default_factory=list)
     held_out: list[Experience] = field(default_factory=list)
+    rated: list[Experience] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     without_logprobs: int = 0
     turns: int = 0
@@ -79,70 +108,128 @@ class Consent:
 
 
 class ReplayBuffer:
-    """Draws snapshots from what the ConversationStore holds."""
+    """Draws snapshots from what the ConversationStore holds.
 
-    def __init__(self, store: ConversationStore, tokenizer: ChatTokenizer, config: Config):
+    With an embedder, answers are compared with what is usual for their kind of prompt, and what somebody says again and
+    again counts once.
+    """
+
+    def __init__(self, store: ConversationStore, tokenizer: ChatTokenizer, config: Config, embedder: Embedder | None = None):
         self.store = store
         self.tokenizer = tokenizer
         self.config = config
+        self.embedder = embedder
         self.users = Users(store.database, config.privacy)
 
     def snapshot(self, space: str | None = None) -> Snapshot:
         """All that can be learned from now; only from one imported `space` if given."""
+        learning, rewards = self.config.learning, self.config.rewards
+        found = self._experiences(space)
+        drawn, dropped = fresh_and_old(found.training, learning.max_turns, learning.fresh)
+        found.dropped += dropped
+        found.held_out = [one for one in drawn if is_held_out(one.unit, learning.held_out)]
+        training = [one for one in drawn if not is_held_out(one.unit, learning.held_out)]
+        kind_of = np.zeros(len(training), int)
+        if self.embedder is not None and training:
+            training, dropped = thinned(
+                training, self.embedder.encode([f"{one.question}\n{one.answer}" for one in training])
+            )
+            found.dropped += dropped
+            kind_of = kinds(self.embedder.encode([one.question for one in training]), self.config.seed)
+        found.training = weighed(training, kind_of, rewards.prior, rewards.person_cap)
+        found.without_logprobs = sum(one.logprobs is None for one in drawn)
+        return found
+
+    def _experiences(self, space: str | None) -> Snapshot:
+        """All experiences, as if all were for training, and why the other turns are none."""
         turns = self.store.turns_with_feedback(space)
-        given = self.store.feedback_of(turn.id for turn in turns)
-        platforms = self.store.platforms({turn.conversation_id for turn in turns})
-        authors = self.store.authors({message for turn in turns for message in turn.shown})
-        consent = Consent(self.users, platforms, authors)
+        facts = _Facts(self.store, self.users, turns)
         found = Snapshot(turns=len(turns))
-        kept: list[Experience] = []
+        age = self._ages()
+        answers: dict[str, list[tuple[float, Experience]]] = defaultdict(list)
         for turn in turns:
-            imported = platforms[turn.conversation_id] == IMPORTED
-            said = [row for row in given[turn.id] if consent.of(turn, row.user_id)]
+            said = facts.of(turn)
             earned = reward(said, turn.asker_id, self.config.rewards)
-            reason = self._why_not(turn, earned) if consent.to(turn) else "somebody in it does not consent"
+            reason = self._why_not(turn, earned, facts)
             if reason is not None or earned is None:
                 found.dropped[reason or ""] += 1
                 continue
-            # A live conversation never ends, so there the unit is the question; an imported one is held out whole.
-            unit = turn.conversation_id if imported else turn.message_id
-            wanted = [row for row in standing(said) if row.kind == FeedbackKind.CORRECTION and row.text]
-            for experience in self._experiences(turn, unit, earned, wanted[-1].text if wanted else None):
-                if len(experience.prompt_ids) + len(experience.completion_ids) > self.config.training.max_length:
+            wanted = [row.text for row in standing(said) if row.kind == FeedbackKind.CORRECTION and row.text]
+            for one in self._of_turn(turn, facts, earned, wanted[-1] if wanted else None, age.get(turn.policy_version, 0)):
+                found.rated.append(one)
+                if one.length > self.config.training.max_length:
                     found.dropped[f"longer than training.max_length ({self.config.training.max_length})"] += 1
                 else:
-                    kept.append(experience)
-        surplus = max(0, len(kept) - self.config.learning.max_turns)
-        if surplus:
-            found.dropped[f"older than the newest {self.config.learning.max_turns} (learning.max_turns)"] = surplus
-        for experience in kept[surplus:]:
-            part = found.held_out if self._is_held_out(experience.unit) else found.training
-            part.append(experience)
-            found.without_logprobs += experience.logprobs is None
+                    answers[turn.message_id].append((facts.rank(turn), one))
+        for ranked in answers.values():
+            found.training += paired(ranked)
+        found.training.sort(key=lambda one: one.turn_id)
         return found
 
-    def _why_not(self, turn: Turn, earned: Reward | None) -> str | None:
+    def _ages(self) -> dict[str, int]:
+        """How many versions ago each version answered."""
+        names = [version.name for version in PolicyRegistry(self.store.database).all()]
+        return {name: age for age, name in enumerate(reversed(names))}
+
+    def _why_not(self, turn: Turn, earned: Reward | None, facts: "_Facts") -> str | None:
+        if not facts.consent.to(turn):
+            return "somebody in it does not consent"
         if earned is None:
-            return "no standing opinion"
+            return "no standing opinion of anybody who took part"
         if earned.value == 0:
             return "opinions cancel out"
         if turn.finish_reason in UNFINISHED:
             return "the answer broke off"
         if not turn.text.strip():
             return "the answer is empty"
+        if turn.completion_ids is not None and not self._are_ours(turn.completion_ids, turn.text):
+            return "its token ids are those of another tokenizer"
         return None
 
-    def _experiences(self, turn: Turn, unit: str, earned: Reward, correction: str | None) -> list[Experience]:
+    def _are_ours(self, ids: Sequence[int], text: str) -> bool:
+        return (
+            max(ids, default=0) < len(self.tokenizer.hf)
+            and self.tokenizer.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+            == text.strip()
+        )
+
+    def _of_turn(
+        self, turn: Turn, facts: "_Facts", earned: Reward, correction: str | None, age: int
+    ) -> Iterator[Experience]:
         if turn.prompt_ids is None or turn.completion_ids is None:
             prompt = tuple(self.tokenizer.prompt_ids(self._asked(turn)))
             completion = tuple(self.tokenizer.completion_ids(self.tokenizer.neutralise(turn.text)))
         else:
             prompt, completion = turn.prompt_ids, turn.completion_ids
-        made = [Experience(turn.id, unit, prompt, completion, turn.logprobs, earned.value, earned.feedback_ids)]
+        comment = facts.comments.get(turn.id)
+        is_sampled = _is_plain(turn.sampling) and age <= self.config.learning.max_age
+        first = Experience(
+            turn_id=turn.id,
+            # A live conversation never ends, so there the unit is the question; an imported one is held out whole.
+            unit=turn.conversation_id if facts.is_imported(turn) else turn.message_id,
+            prompt_ids=prompt,
+            completion_ids=completion,
+            logprobs=turn.logprobs if is_sampled else None,
+            reward=earned.value,
+            feedback_ids=earned.feedback_ids,
+            asker=turn.asker_id,
+            opinions=tuple(earned.opinions),
+            question=facts.questions[turn.message_id],
+            answer=turn.text,
+            hindsight_ids=None if comment is None else told(self.tokenizer, prompt, comment),
+        )
+        yield first
         if correction is not None:
             wanted = tuple(self.tokenizer.completion_ids(self.tokenizer.neutralise(correction)))
-            made.append(Experience(turn.id, unit, prompt, wanted, None, 1.0, earned.feedback_ids))
-        return made
+            yield replace(
+                first,
+                completion_ids=wanted,
+                logprobs=None,
+                reward=1.0,
+                answer=correction,
+                rejected_ids=completion,
+                hindsight_ids=None,
+            )
 
     def _asked(self, turn: Turn) -> list[dict[str, str]]:
         """The chat messages that led to an imported turn: the chain of replies up to it."""
@@ -156,6 +243,67 @@ class ReplayBuffer:
             {"role": message.role.value, "content": self.tokenizer.neutralise(message.text)} for message in reversed(chain)
         ]
 
-    def _is_held_out(self, unit: str) -> bool:
-        drawn = int.from_bytes(hashlib.sha256(unit.encode()).digest()[:8]) / 2**64
-        return drawn < self.config.learning.held_out
+
+class _Facts:
+    """What the store says about some turns, read once."""
+
+    def __init__(self, store: ConversationStore, users: Users, turns: Sequence[Turn]):
+        places = {turn.conversation_id for turn in turns}
+        self._given = store.feedback_of(turn.id for turn in turns)
+        self._platforms = store.platforms(places)
+        self._speakers = store.speakers(places)
+        self.consent = Consent(users, self._platforms, store.authors({one for turn in turns for one in turn.shown}))
+        self.questions = store.texts({turn.message_id for turn in turns})
+        said_next = store.said_next(turn.id for turn in turns)
+        askers = {turn.id: turn for turn in turns}
+        self.comments = {
+            turn_id: text
+            for turn_id, (author, text) in said_next.items()
+            if author == askers[turn_id].asker_id and self.consent.of(askers[turn_id], author)
+        }
+
+    def is_imported(self, turn: Turn) -> bool:
+        """Whether a turn was read from a file."""
+        return self._platforms[turn.conversation_id] == IMPORTED
+
+    def of(self, turn: Turn) -> list[Feedback]:
+        """What those said about a turn who consent, and who took part where it was said (law 7)."""
+        there = self._speakers[turn.conversation_id] | {turn.asker_id}
+        return [
+            row
+            for row in self._given[turn.id]
+            if self.consent.of(turn, row.user_id) and (self.is_imported(turn) or row.user_id in there)
+        ]
+
+    def rank(self, turn: Turn) -> float:
+        """How people ranked a turn among its siblings, higher is better; 0 where nobody did."""
+        ranks = [
+            row.value for row in standing(self._given[turn.id]) if row.kind == FeedbackKind.RANK and row.value is not None
+        ]
+        return -sum(ranks) / len(ranks) if ranks else 0.0
+
+
+def paired(answers: Sequence[tuple[float, Experience]]) -> list[Experience]:
+    """Answers to one question (with their ranks): the best with the worst as the one that it is preferred to."""
+    ones = [one for _, one in answers]
+    if len(ones) < 2 or any(one.rejected_ids is not None for one in ones):
+        return ones
+    order = sorted(range(len(ones)), key=lambda row: (ones[row].reward, answers[row][0]))
+    worst, best = order[0], order[-1]
+    is_better = (ones[worst].reward, answers[worst][0]) < (ones[best].reward, answers[best][0])
+    is_other = ones[best].completion_ids != ones[worst].completion_ids
+    if is_better and is_other and ones[worst].prompt_ids == ones[best].prompt_ids:
+        ones[best] = replace(ones[best], rejected_ids=ones[worst].completion_ids)
+    return ones
+
+
+def told(tokenizer: ChatTokenizer, prompt_ids: Sequence[int], comment: str) -> tuple[int, ...]:
+    """A prompt as somebody would have it who knows what the asker said next."""
+    line = [{"role": "system", "content": f"What the user will say to the answer: {tokenizer.neutralise(comment)}"}]
+    before = tokenizer.hf.apply_chat_template(line, add_generation_prompt=False, return_dict=False)
+    return (*before, *prompt_ids)
+
+
+def _is_plain(sampling: dict[str, Any]) -> bool:
+    """Whether an answer was drawn from the policy as it is, whose log-probabilities a trainer can reproduce."""
+    return sampling.get("temperature", 1.0) == 1.0 and sampling.get("top_p", 1.0) == 1.0 and not sampling.get("top_k", 0)

@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
 from bot.config import RewardsConfig
 from bot.feedback import standing
 from bot.types import Feedback, FeedbackKind
@@ -43,3 +45,16 @@ def reward(feedback: Iterable[Feedback], asker_id: str, config: RewardsConfig) -
     weights = {user: config.asker_weight if user == asker_id else config.bystander_weight for user in opinions}
     value = sum(weights[user] * opinion for user, opinion in opinions.items()) / sum(weights.values())
     return Reward(value, opinions, tuple(sorted(row.id for row in counted)))
+
+
+def advantages(rewards: np.ndarray, kinds: np.ndarray, prior: float) -> np.ndarray:
+    """Rewards (n,) less what prompts of their kind (n,) usually earn: so an easy prompt's 👍 is no credit.
+
+    A kind's mean is drawn to the overall one, and that to zero, as if `prior` more rewards of that size had been seen.
+    """
+    usual = rewards.sum() / (len(rewards) + prior) if len(rewards) else 0.0
+    found = np.empty(len(rewards))
+    for kind in np.unique(kinds):
+        same = kinds == kind
+        found[same] = rewards[same] - (rewards[same].sum() + prior * usual) / (same.sum() + prior)
+    return found

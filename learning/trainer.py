@@ -7,11 +7,13 @@ It reads the database and writes one directory under `policies/`, whose manifest
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bot.cli import embedder
 from bot.config import Config
 from bot.conversations import ConversationStore
 from bot.data_directory import held
@@ -20,7 +22,17 @@ from bot.errors import NothingToLearn, TrainingError
 from bot.registry import BASE, PolicyRegistry
 from bot.tokenizer import ChatTokenizer
 from bot.types import PolicyState, PolicyVersion
-from learning.evaluation import Evidence, Sample, Verdict, answer_logprobs, check_files, generate, judge, next_logprobs
+from learning.evaluation import (
+    Evidence,
+    Sample,
+    Verdict,
+    answer_logprobs,
+    batched_logprobs,
+    check_files,
+    generate,
+    judge,
+    next_logprobs,
+)
 from learning.pretrain import quiet
 from learning.replay_buffer import Experience, ReplayBuffer, Snapshot
 
@@ -30,6 +42,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 PROBES = 4
+WATCHED = 16  # samples, and held-out liked answers, that are looked at while training
 PROBE_TOKENS = 512
 PROBE_TOP = 8
 
@@ -68,7 +81,7 @@ def _run(config: Config, progress: Progress, space: str | None, from_base: bool)
     parent = registry.get(BASE) if from_base else live
     tokenizer = ChatTokenizer(parent.base_model)
     progress("reading feedback", 0, 1)
-    snapshot = ReplayBuffer(store, tokenizer, config).snapshot(space)
+    snapshot = ReplayBuffer(store, tokenizer, config, embedder(config)).snapshot(space)
     _refuse_empty(snapshot)
     manifest = _manifest(config, parent, snapshot)
     sha256 = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
@@ -129,6 +142,12 @@ def fingerprint(directory: Path) -> str:
 
 def _refuse_empty(snapshot: Snapshot) -> None:
     if snapshot.training:
+        rewards = {one.reward for one in snapshot.training}
+        if len(rewards) == 1 and not any(one.rejected_ids for one in snapshot.training):
+            raise NothingToLearn(
+                f"all {len(snapshot.training)} rewards are {rewards.pop():+.2f}: nothing says what people like less, or "
+                "more; collect more reactions first"
+            )
         return
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(snapshot.dropped.items()))
     raise NothingToLearn(
@@ -144,6 +163,7 @@ def _manifest(config: Config, parent: PolicyVersion, snapshot: Snapshot) -> dict
         "parent_sha256": parent.sha256,
         "training": config.training.model_dump(),
         "rewards": config.rewards.model_dump(),
+        "embedder": config.dialogue.embedder,
         "seed": config.seed,
         "rows": [experience.digest() for experience in snapshot.training],
         "held_out": [experience.digest() for experience in snapshot.held_out],
@@ -171,9 +191,7 @@ def _train(
     quiet()
     from transformers import set_seed
 
-    from learning.objectives import Row, train_kto
-
-    set_seed(config.seed)
+    set_seed(config.seed)  # of a fresh adapter
     progress("loading the model", 0, 1)
     held_out = [(row.prompt_ids, row.completion_ids) for row in snapshot.held_out]
     before = _means(answer_logprobs(_load(config, live), held_out)) if live != parent else None
@@ -184,8 +202,7 @@ def _train(
         base_samples = generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed)
     prefixes = probe_prefixes(base_samples)
     from_parent = next_logprobs(model, prefixes)
-    rows = [Row(row.prompt_ids, row.completion_ids, row.reward > 0) for row in snapshot.training]
-    trained = train_kto(model, tokenizer.hf, rows, config.training, config.seed, progress)
+    trained = teach(config, model, tokenizer, snapshot.training, snapshot.held_out, prompts, progress)
     progress("measuring", 0, 1)
     after = _means(answer_logprobs(model, held_out))
     samples = generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed)
@@ -193,8 +210,6 @@ def _train(
     model.save_pretrained(directory)
     (directory / "README.md").unlink(missing_ok=True)
     write_probe(directory, prefixes, next_logprobs(model, prefixes), from_parent)
-    if not trained["train_loss"] == trained["train_loss"]:  # NaN
-        raise TrainingError("the loss became NaN; lower training.learning_rate")
     evidence = Evidence(
         conversations=[row.unit for row in snapshot.held_out],
         signs=[1 if row.reward > 0 else -1 for row in snapshot.held_out],
@@ -210,28 +225,65 @@ def _train(
     return verdict, metrics
 
 
+def teach(
+    config: Config,
+    model: "PeftModel",
+    tokenizer: ChatTokenizer,
+    training: Sequence[Experience],
+    held_out: Sequence[Experience],
+    prompts: Sequence[Sequence[int]],
+    progress: Progress,
+) -> dict[str, Any]:
+    """Train a model in place, watched by a Guard on held-out answers and on samples to the first of `prompts`."""
+    from transformers import set_seed
+
+    from learning.guard import Guard, Health, Limits
+    from learning.objectives import train
+
+    liked = [(one.prompt_ids, one.completion_ids) for one in held_out if one.reward > 0][:WATCHED]
+
+    def health() -> Health:
+        with _torch_as_it_was():
+            samples = generate(model, tokenizer, prompts[:WATCHED], config.policy.max_tokens, config.seed)
+            means = _means(batched_logprobs(model, liked))
+            return Health(
+                liked=sum(means) / len(means) if means else None,
+                kl=_kl_to_base(model, samples),
+                well_formed=_well_formed(samples),
+            )
+
+    set_seed(config.seed)
+    guard = Guard(health, Limits(config.gate.kl_budget, config.gate.well_formed))
+    trained = train(model, tokenizer.hf, training, config.training, config.seed, progress, [guard])
+    return {**trained, "stopped": guard.stopped}
+
+
 def _load(config: Config, version: PolicyVersion) -> "PeftModel":
-    """The base model with the version's adapter, or with a fresh one where the version is the base."""
+    return load(config, version.base_model, None if version.name == BASE else version.path)
+
+
+def load(config: Config, base_model: str, adapter: str | None = None) -> "PeftModel":
+    """The base model with the adapter in a directory, or with a fresh one."""
     import torch
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM
 
     try:
         base = AutoModelForCausalLM.from_pretrained(
-            version.base_model, dtype="auto" if config.serving.dtype == "auto" else config.serving.dtype
+            base_model, dtype="auto" if config.serving.dtype == "auto" else config.serving.dtype
         )
     except (OSError, ValueError) as error:
         raise TrainingError(
-            f"the base model '{version.base_model}' cannot be loaded ({str(error).splitlines()[0]}); put it back"
+            f"the base model '{base_model}' cannot be loaded ({str(error).splitlines()[0]}); put it back"
         ) from error
     if torch.cuda.is_available():
         base = base.to("cuda")
-    if version.name != BASE:
-        return PeftModel.from_pretrained(base, version.path, is_trainable=True)
+    if adapter is not None:
+        return PeftModel.from_pretrained(base, adapter, is_trainable=True)
     rank = config.training.lora_rank
     settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM", bias="none")
     model = get_peft_model(base, settings)
-    model.peft_config["default"].base_model_name_or_path = version.base_model
+    model.peft_config["default"].base_model_name_or_path = base_model
     return model
 
 
@@ -244,9 +296,9 @@ def _sample_prompts(snapshot: Snapshot, count: int) -> list[tuple[int, ...]]:
 def _kl_to_base(model: "PeftModel", samples: list[Sample]) -> float:
     """KL(candidate || base) for each token (nats), estimated on the candidate's own samples."""
     rows = [(sample.prompt_ids, sample.completion_ids) for sample in samples]
-    own = answer_logprobs(model, rows)
+    own = batched_logprobs(model, rows)
     with model.disable_adapter():
-        base = answer_logprobs(model, rows)
+        base = batched_logprobs(model, rows)
     tokens = sum(len(row) for row in own)
     return float(sum((a - b).sum() for a, b in zip(own, base, strict=True)) / max(tokens, 1))
 
@@ -275,6 +327,18 @@ def write_probe(
         values = {"candidate": own[tokens].tolist(), "parent": other[tokens].tolist()}
         rows.append({"prompt_ids": prefix, "tokens": tokens.tolist(), **values})
     (directory / "probe.json").write_text(json.dumps(rows))
+
+
+@contextmanager
+def _torch_as_it_was() -> Iterator[None]:
+    """What is sampled inside does not change what is drawn after it."""
+    import torch
+
+    state = torch.random.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(state)
 
 
 def _means(rows: list) -> list[float]:

@@ -1,7 +1,9 @@
 """The whole loop on the real vLLM: say, react, train, prove, swap, roll back. One server serves every test here."""
 
 import asyncio
+import contextlib
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -239,3 +241,30 @@ async def test_a_server_that_dies_is_restarted_and_serves_the_live_version_again
         while not (await live.policy.ready(5) and live.policy.version == name and name in await live.policy.loaded()):
             await asyncio.sleep(0.5)
     assert (await say(live, "hello")).policy_version == name
+
+
+async def test_a_connection_that_the_server_may_be_closing_is_not_used_again(live, monkeypatch):
+    """vLLM closes what is idle for 5 s; a request that meets that moment fails, and with several such the next try too."""
+    monkeypatch.setattr("bot.policy.IDLE_SECONDS", 0.3)
+    connections = 0
+
+    async def serve(reader, writer):
+        nonlocal connections
+        connections += 1
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                await reader.readexactly(int(re.search(rb"(?i)content-length: (\d+)", head).group(1)))
+                event = b'data: {"choices":[{"text":"Hi","logprobs":null,"finish_reason":"stop"}]}\n\n'
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(event) + event)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    policy = Policy(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", live.config.policy)
+    for _ in range(2):
+        assert (await policy.reply([1, 2, 3])).text == "Hi"
+    assert connections == 1, "the control: at once it is used again"
+    await asyncio.sleep(0.5)
+    assert (await policy.reply([1, 2, 3])).text == "Hi"
+    assert connections == 2
+    await policy.close()
+    server.close()

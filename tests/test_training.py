@@ -13,7 +13,8 @@ from bot.errors import ConfigError, NothingToLearn
 from bot.registry import BASE
 from bot.types import PolicyState
 from learning import demo, trainer
-from learning.objectives import Row, TokenKTOTrainer, class_weights, train_kto
+from learning.objectives import TokenKTOTrainer, train
+from learning.replay_buffer import Experience
 
 
 def quiet(stage: str, done: int, total: int) -> None:
@@ -139,13 +140,10 @@ def test_a_continued_adapter_is_anchored_to_the_base(demo_model, tokenizer, tmp_
     if not anchored:  # the control: what TRL does by itself
         monkeypatch.setattr(TokenKTOTrainer, "anchor_to_base", lambda self: None)
     prompt = tokenizer.prompt_ids([{"role": "user", "content": "hello"}])
-    rows = [Row(prompt, tokenizer.completion_ids(text), text != "No.") for text in ("Hey!", "No.", "Hello.", "Hi there")]
-    settings = TrainingConfig(epochs=1, batch_size=4, learning_rate=1e-6)
-    first = train_kto(model, tokenizer.hf, rows, settings, seed=0, progress=quiet)["trl/first_reward"]
+    rows = [
+        Experience(text, text, tuple(prompt), tuple(tokenizer.completion_ids(text)), None, worth, (), advantage=worth)
+        for text, worth in (("Hey!", 1.0), ("No.", -1.0), ("Hello.", 1.0), ("Hi there", 1.0))
+    ]
+    settings = TrainingConfig(objective="kto", epochs=1, batch_size=4, learning_rate=1e-6)
+    first = train(model, tokenizer.hf, rows, settings, seed=0, progress=quiet)["trl/first_reward"]
     assert (abs(first) > 1e-3) == anchored
-
-
-def test_the_rarer_class_is_weighted_up_to_equal_totals():
-    assert class_weights(30, 10) == (1.0, 3.0)
-    assert class_weights(10, 30) == (3.0, 1.0)
-    assert class_weights(5, 0) == (1.0, 1.0)

@@ -1,0 +1,77 @@
+"""Guard: stops a training run that harms the policy, and takes the weights back to where it was last well.
+
+Margins look perfect while a policy collapses, so other things are watched: how likely the held-out answers are that people
+liked, how far the policy is from the base, and whether its samples still read as text. It knows no objective.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainerCallback
+
+CHECKS = 3  # in a run
+LIKED_LOSS = 0.15  # nats a token that held-out answers that people liked may lose, against the start of the run
+
+
+@dataclass(frozen=True)
+class Health:
+    """How a policy is: nats a token of held-out liked answers (None without any), KL to the base, share of well-formed."""
+
+    liked: float | None
+    kl: float
+    well_formed: float
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest KL to the base (nats a token), and the smallest share of well-formed samples."""
+
+    kl: float
+    well_formed: float
+
+
+class Guard(TrainerCallback):
+    """Checks a PeftModel at the start of a run and CHECKS times in it; `stopped` says why it was stopped, if it was."""
+
+    def __init__(self, measure: Callable[[], Health], limits: Limits):
+        self.measure = measure
+        self.limits = limits
+        self.first: Health | None = None
+        self.stopped: str | None = None
+        self._good: dict[str, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Remember how the policy was."""
+        self.first = self.first or self.measure()
+        self._good = _weights(model)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Check at every third of the run; where something is wrong, go back and stop."""
+        if state.global_step % max(1, state.max_steps // CHECKS):
+            return
+        assert self.first is not None
+        self.stopped = self.fault(self.first, self.measure())
+        model.train()
+        if self.stopped is None:
+            self._good = _weights(model)
+            return
+        for name, parameter in model.named_parameters():
+            if name in self._good:
+                parameter.data.copy_(self._good[name])
+        self.stopped += f"; stopped after {state.global_step} of {state.max_steps} steps"
+        control.should_training_stop = True
+
+    def fault(self, first: Health, now: Health) -> str | None:
+        """What is wrong, if anything."""
+        if not now.kl <= max(self.limits.kl, first.kl):
+            return f"KL to the base came to {now.kl:.3f} nats a token (gate.kl_budget {self.limits.kl:g})"
+        if first.liked is not None and now.liked is not None and not now.liked >= first.liked - LIKED_LOSS:
+            return f"held-out liked answers lost {first.liked - now.liked:.2f} nats a token"
+        if not now.well_formed >= min(self.limits.well_formed, first.well_formed):
+            return f"only {now.well_formed:.0%} of the samples were well-formed"
+        return None
+
+
+def _weights(model: Any) -> dict[str, Any]:
+    return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}

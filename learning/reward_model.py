@@ -1,0 +1,115 @@
+"""RewardModel: how likely people are to like an answer, from frozen sentence embeddings of it and of what was asked.
+
+A logistic regression on the two embeddings, on what they have in common, and on how long the answer is; how strongly it is
+held back is chosen on questions that it did not see, and its probabilities are those of such questions too (Platt, 1999,
+"Probabilistic Outputs for Support Vector Machines"). It judges, for the
+report; it does not teach.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bot.embeddings import Embedder
+from learning.replay_buffer import Experience
+
+FOLDS = 5
+STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)  # inverse weights of the penalty that are tried
+TYPICAL = 4.0  # the logarithm of an answer's words
+ENOUGH = 20  # answers of each kind, from which on it is worth asking
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Answers with the probability that they are liked (n,), by a model that saw nothing of their units."""
+
+    chances: np.ndarray
+    liked: np.ndarray
+    units: list[str]
+
+
+class RewardModel:
+    """Fitted to rated answers; `chances` judges others."""
+
+    def __init__(self, embedder: Embedder, seed: int):
+        self.embedder = embedder
+        self.seed = seed
+        self._fitted: Any = None
+
+    def fit(self, rated: Sequence[Experience]) -> Judged | None:
+        """Learn from rated answers; what it makes of each when it has not seen its unit. None where there are too few."""
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.model_selection import GroupKFold, cross_val_predict
+
+        liked = np.array([one.reward > 0 for one in rated])
+        units = [one.unit for one in rated]
+        if min(liked.sum(), (~liked).sum()) < ENOUGH or len(set(units)) < 2 * FOLDS:
+            return None
+        inputs = self._features(rated)
+        folds = GroupKFold(FOLDS, shuffle=True, random_state=self.seed)
+        scored = []
+        for strength in STRENGTHS:
+            model = LogisticRegression(C=strength, class_weight="balanced", max_iter=2000)
+            scores = cross_val_predict(model, inputs, liked, groups=units, cv=folds, method="decision_function")
+            scored.append((_log_loss(scores, liked), strength, scores))
+        _, strength, scores = min(scored, key=lambda row: row[0])
+        self._fitted = LogisticRegression(C=strength, class_weight="balanced", max_iter=2000).fit(inputs, liked)
+        self._platt = LogisticRegression(C=1e6).fit(scores[:, None], liked)
+        held_out = cross_val_predict(
+            LogisticRegression(C=1e6), scores[:, None], liked, groups=units, cv=folds, method="predict_proba"
+        )
+        return Judged(held_out[:, 1], liked, units)
+
+    def chances(self, answers: Sequence[Experience]) -> np.ndarray:
+        """The probability (n,) that each answer is liked."""
+        scores = self._fitted.decision_function(self._features(answers))
+        return self._platt.predict_proba(scores[:, None])[:, 1]
+
+    def _features(self, answers: Sequence[Experience]) -> np.ndarray:
+        asked = self.embedder.encode([one.question for one in answers])
+        said = self.embedder.encode([one.answer for one in answers])
+        near = (asked * said).sum(1, keepdims=True)
+        # All dimensions of an embedding together weigh as much as how long the answer is: it is what people go by first.
+        length = (np.log1p([[len(one.answer.split())] for one in answers]) - TYPICAL) / 2
+        return np.hstack([said, asked * said, near, length, length**2])
+
+
+def figures(judged: Judged, seed: int, draws: int = 2000) -> dict[str, float]:
+    """The area under the ROC curve with its 95% interval over units, and the calibration error in ten bins."""
+    from sklearn.metrics import roc_auc_score
+
+    rng = np.random.default_rng(seed)
+    units = np.array(judged.units)
+    rows = {unit: np.flatnonzero(units == unit) for unit in dict.fromkeys(judged.units)}
+    drawn = []
+    for _ in range(draws):
+        pick = np.concatenate([rows[unit] for unit in rng.choice(list(rows), len(rows))])
+        if 0 < judged.liked[pick].sum() < len(pick):
+            drawn.append(roc_auc_score(judged.liked[pick], judged.chances[pick]))
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    curve = calibration(judged)
+    return {
+        "reward_model_auc": float(roc_auc_score(judged.liked, judged.chances)),
+        "reward_model_auc_low": float(low),
+        "reward_model_auc_high": float(high),
+        "reward_model_calibration_error": sum(abs(said - true) * count for said, true, count in curve) / len(units),
+    }
+
+
+def calibration(judged: Judged, bins: int = 10) -> list[tuple[float, float, int]]:
+    """For each bin of the chances that is not empty: the mean chance, the share that is liked, how many there are."""
+    bin_of = np.minimum((judged.chances * bins).astype(int), bins - 1)
+    return [
+        (float(judged.chances[bin_of == one].mean()), float(judged.liked[bin_of == one].mean()), int((bin_of == one).sum()))
+        for one in np.unique(bin_of)
+    ]
+
+
+def _log_loss(scores: np.ndarray, liked: np.ndarray) -> float:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import log_loss
+
+    chances = LogisticRegression(C=1e6).fit(scores[:, None], liked).predict_proba(scores[:, None])
+    return float(log_loss(liked, chances[:, 1]))

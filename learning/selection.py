@@ -1,0 +1,110 @@
+"""Selection: which experiences one run learns from, and how much each counts. Pure functions.
+
+Whatever is left out is left out under a reason. It knows no database and no model; vectors of meanings are given.
+"""
+
+import hashlib
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from learning.rewards import advantages
+
+if TYPE_CHECKING:
+    from learning.replay_buffer import Experience
+
+ALIKE = 0.97  # cosine similarity of question and answer from which two turns are the same thing said twice
+IN_A_KIND = 24  # turns, on average, in one kind of prompt
+KINDS = 16  # at most
+
+Kept = tuple[list["Experience"], Counter[str]]
+
+
+def is_held_out(unit: str, share: float) -> bool:
+    """Whether all of a unit is kept for the gate: decided by its id alone, so for ever."""
+    return int.from_bytes(hashlib.sha256(unit.encode()).digest()[:8]) / 2**64 < share
+
+
+def fresh_and_old(found: Sequence["Experience"], limit: int, fresh: float) -> Kept:
+    """At most `limit` experiences (oldest first): a share of them the newest, the rest drawn from all that is older.
+
+    The draw goes by id, so that a run that follows draws the same ones again, as far as there is room.
+    """
+    if len(found) <= limit:
+        return list(found), Counter()
+    newest = max(1, round(limit * fresh))
+    older = sorted(range(len(found) - newest), key=lambda row: hashlib.sha256(found[row].turn_id.encode()).digest())
+    rows = sorted(older[: limit - newest]) + list(range(len(found) - newest, len(found)))
+    return [found[row] for row in rows], Counter(
+        {f"more than {limit} turns (learning.max_turns): not drawn from the older ones": len(found) - limit}
+    )
+
+
+def thinned(found: Sequence["Experience"], vectors: np.ndarray) -> Kept:
+    """Of what one person asked and was answered again and again, with the same reward, only the newest.
+
+    `vectors` (n × dimensions, unit length) are those of each question with its answer.
+    """
+    kept: list[int] = []
+    of_person: dict[tuple, list[int]] = defaultdict(list)
+    for row in reversed(range(len(found))):
+        one = found[row]
+        same = of_person[one.asker, one.reward > 0, one.logprobs is None, one.rejected_ids is None]
+        if not same or float((vectors[same] @ vectors[row]).max()) < ALIKE:
+            same.append(row)
+            kept.append(row)
+    reason = "said before by the same person, with the same outcome"
+    return [found[row] for row in reversed(kept)], Counter(
+        {reason: len(found) - len(kept)} if len(kept) < len(found) else {}
+    )
+
+
+def kinds(vectors: np.ndarray, seed: int) -> np.ndarray:
+    """The kind of each prompt (n,), from the unit vectors of the questions (n × dimensions): clusters by k-means."""
+    from sklearn.cluster import KMeans
+
+    count = min(KINDS, len(vectors) // IN_A_KIND)
+    if count < 2:
+        return np.zeros(len(vectors), int)
+    return KMeans(count, n_init=1, random_state=seed).fit_predict(vectors)
+
+
+def weighed(found: Sequence["Experience"], kind_of: np.ndarray, prior: float, cap: float) -> list["Experience"]:
+    """The experiences with their advantages, and with less weight for those of somebody who says more than their share."""
+    worth = advantages(np.array([one.reward for one in found]), kind_of, prior)
+    limits = limited([one.opinions for one in found], np.abs(worth), cap)
+    return [
+        replace(one, advantage=float(value), weight=float(limit))
+        for one, value, limit in zip(found, worth, limits, strict=True)
+    ]
+
+
+def limited(opinions: Sequence[tuple[str, ...]], worth: np.ndarray, cap: float) -> np.ndarray:
+    """A weight in (0, 1] for each turn (n,), so that nobody's opinions make up more than a share `cap` of all that counts.
+
+    `opinions` names whose opinions each turn's reward is made of, who share it evenly. Where there are fewer than 1/cap
+    people nobody is limited: there is nobody to be outvoted.
+    """
+    weights = np.ones(len(worth))
+    people = sorted({person for those in opinions for person in those})
+    if len(people) < math.ceil(1 / cap):
+        return weights
+    shares = np.zeros((len(people), len(worth)))
+    rows = {person: row for row, person in enumerate(people)}
+    for turn, those in enumerate(opinions):
+        for person in those:
+            shares[rows[person], turn] += worth[turn] / len(those)
+    for _ in range(100):  # who is limited makes the others' share larger, and some of them come to be limited too
+        given = shares @ weights
+        over = given > cap * given.sum() * (1 + 1e-6)
+        if not over.any():
+            break
+        most = int(np.argmax(given))
+        rest = given.sum() - given[most]
+        factor = max(rest * cap / (1 - cap) / given[most], 1e-6)
+        weights[shares[most] > 0] *= min(factor, 1.0)
+    return weights

@@ -1,0 +1,199 @@
+"""Every objective on real TRL: it learns what its feedback supports, stops where it harms, and says what it cannot use."""
+
+import math
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bot.config import Config, TrainingConfig
+from bot.errors import NothingToLearn, TrainingError
+from learning import demo, objectives
+from learning.evaluation import batched_logprobs
+from learning.guard import Guard, Health, Limits
+from learning.objectives import train, usable_rows
+from learning.replay_buffer import Experience, told
+from learning.trainer import load
+from learning.weighted_trainer import CUT, TERMS, row_losses
+
+OBJECTIVES = ("kto", "dpo", "sft", "pg", "hindsight", "mixed")
+
+
+def quiet(stage: str, done: int, total: int) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def model(demo_model):
+    return load(Config(), demo_model)
+
+
+@pytest.fixture
+def fresh(model):
+    """The demo policy with an adapter that changes nothing yet."""
+    start = {name: value.detach().clone() for name, value in model.named_parameters()}
+    yield model
+    for name, value in model.named_parameters():
+        value.data.copy_(start[name])
+
+
+def lessons(model, tokenizer, count: int = 32) -> list[Experience]:
+    """Answers with an emoji are liked, others are not; each is a pair with its opposite, and commented on."""
+    rng = random.Random(0)
+    found = []
+    for number in range(count):
+        prompt, intent = rng.choice(demo.prompts(held_out=False))
+        style = rng.choice(demo.STYLES)
+        ids = tuple(tokenizer.prompt_ids([{"role": "user", "content": prompt}]))
+        said, other = (
+            tuple(tokenizer.completion_ids(demo.answer(intent, replace(style, emoji=emoji)))) for emoji in (True, False)
+        )
+        likes = number % 2 == 0
+        found.append(
+            Experience(
+                *(str(number), str(number), ids, said if likes else other, None, 1.0 if likes else -1.0, ()),
+                advantage=1.0 if likes else -1.0,
+                rejected_ids=other if likes else None,
+                hindsight_ids=told(tokenizer, ids, "love it" if likes else "that was bad"),
+            )
+        )
+    logprobs = batched_logprobs(model, [(one.prompt_ids, one.completion_ids) for one in found])
+    return [replace(one, logprobs=tuple(row.tolist())) for one, row in zip(found, logprobs, strict=True)]
+
+
+def margin(model, rows) -> float:
+    """Liked over disliked, in nats an answer."""
+    means = [float(row.sum()) for row in batched_logprobs(model, [(one.prompt_ids, one.completion_ids) for one in rows])]
+    liked, disliked = ([m for m, one in zip(means, rows, strict=True) if (one.reward > 0) == sign] for sign in (True, False))
+    return sum(liked) / len(liked) - sum(disliked) / len(disliked)
+
+
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "hindsight"])
+def test_an_objective_makes_liked_answers_likelier_than_disliked_ones(fresh, tokenizer, objective):
+    rows = lessons(fresh, tokenizer)
+    before = margin(fresh, rows)
+    figures = train(fresh, tokenizer.hf, rows, TrainingConfig(objective=objective, max_steps=8), 0, quiet)
+    assert margin(fresh, rows) > before + 0.5
+    assert 0 < figures["steps"] <= 8
+    assert math.isfinite(figures["train_loss"])
+
+
+def test_without_an_advantage_nothing_is_learned(fresh, tokenizer):
+    rows = [replace(one, advantage=0.0, rejected_ids=None, hindsight_ids=None) for one in lessons(fresh, tokenizer, 8)]
+    for objective in OBJECTIVES:
+        with pytest.raises(NothingToLearn, match="none of 8 answers"):
+            train(fresh, tokenizer.hf, rows, TrainingConfig(objective=objective), 0, quiet)
+
+
+def test_hindsight_moves_to_what_somebody_who_knows_the_comment_would_have_said(fresh, tokenizer):
+    rows = lessons(fresh, tokenizer)
+    told_of = [(one.hindsight_ids, one.completion_ids) for one in rows]
+    asked = [(one.prompt_ids, one.completion_ids) for one in rows]
+    wanted = torch.cat(batched_logprobs(fresh, told_of)) - torch.cat(batched_logprobs(fresh, asked))
+    before = torch.cat(batched_logprobs(fresh, asked))
+    train(fresh, tokenizer.hf, rows, TrainingConfig(objective="hindsight", max_steps=8, anchor=0.0), 0, quiet)
+    moved = torch.cat(batched_logprobs(fresh, asked)) - before
+    assert float((wanted.clamp(-1, 1) * moved).mean()) > 0
+
+
+def test_each_objective_uses_what_it_can(model, tokenizer):
+    pair, liked, disliked = lessons(model, tokenizer, 2)[0], *lessons(model, tokenizer, 2)
+    liked = replace(liked, rejected_ids=None, logprobs=None, hindsight_ids=None)
+    rows = [pair, liked, disliked, replace(disliked, logprobs=None, hindsight_ids=None)]
+    used = {name: [rows.index(one) for one in usable_rows(rows, name)] for name in OBJECTIVES}
+    assert used["kto"] == used["mixed"] == [0, 1, 2, 3]
+    assert used["dpo"] == [0]
+    assert used["sft"] == [0, 1]
+    assert used["pg"] == [0, 1, 2], "how likely a disliked answer was when it was sampled must be known"
+    assert used["hindsight"] == [0, 2]
+
+
+def losses(term: str, shift: float, advantage: float = 1.0, anchor: float = 0.0, importance: str = "token") -> torch.Tensor:
+    """The losses of a term for two answers of three tokens, whose log-probabilities are `shift` above the base's."""
+    reference = torch.full((2, 3), -1.0)
+    inputs = {"reference": reference, "behaviour": reference, "hindsight": torch.ones(2, 3)}
+    inputs |= {"advantage": torch.tensor([advantage] * 2), "weight": torch.tensor([1.0, 0.5])}
+    inputs["term"] = torch.tensor([TERMS.index(term)] * 2)
+    settings = TrainingConfig(anchor=anchor, importance=importance)
+    return row_losses(reference + torch.tensor([[shift], [0.0]]), torch.ones(2, 3), inputs, settings, 3.0)
+
+
+def test_the_terms_are_what_they_are_called():
+    assert losses("imitate", 0.0).tolist() == pytest.approx([1.0, 0.5])
+    assert losses("reinforce", 0.0, advantage=-2.0).tolist() == pytest.approx([-2.0, -1.0])
+    assert losses("reinforce", 5.0)[0] == pytest.approx(-CUT * 4.0), "importance weights are cut"
+    assert losses("reinforce", 0.2, importance="sequence")[0] == pytest.approx(math.exp(0.6) * 0.8)
+    assert losses("prospect", -100.0, advantage=-1.0)[0] == pytest.approx(-1.0), "a disliked answer is pushed only so far"
+    assert losses("prefer", 0.0)[0] == pytest.approx(math.log(2) + 1.0)
+    assert losses("prefer", 1.0)[0] < math.log(2), "and less where the preferred one is ahead"
+    assert losses("hindsight", 0.0)[0] == pytest.approx(1.0)
+
+
+def test_the_anchor_pulls_back_from_both_sides():
+    for term in TERMS:
+        for shift in (-0.5, 0.5):
+            assert losses(term, shift, anchor=1.0)[0] > losses(term, shift)[0]
+        assert losses(term, 0.0, anchor=1.0)[0] == losses(term, 0.0)[0]
+
+
+def test_a_run_that_does_harm_is_stopped_where_the_policy_was_last_well(fresh, tokenizer):
+    rows = lessons(fresh, tokenizer, 16)
+    health = iter([Health(-1.0, 0.0, 1.0), Health(-0.9, 0.1, 1.0), Health(-3.0, 0.1, 1.0)])
+    seen = []
+
+    def measure() -> Health:
+        seen.append(margin(fresh, rows))
+        return next(health)
+
+    guard = Guard(measure, Limits(kl=0.5, well_formed=0.95))
+    figures = train(fresh, tokenizer.hf, rows, TrainingConfig(objective="pg", max_steps=6, epochs=50), 0, quiet, [guard])
+    assert figures["steps"] == 4
+    assert "lost 2.00 nats" in str(guard.stopped)
+    assert margin(fresh, rows) == pytest.approx(seen[1], abs=1e-4), "as it was at the last good check"
+    assert seen[2] != pytest.approx(seen[1], abs=1e-3), "the control: it had gone on from there"
+
+
+@pytest.mark.parametrize(
+    ("now", "word"),
+    [
+        (Health(-1.0, 0.6, 1.0), "KL"),
+        (Health(-1.2, 0.1, 1.0), "liked"),
+        (Health(-1.0, 0.1, 0.5), "well-formed"),
+        (Health(float("nan"), 0.1, 1.0), "liked"),
+        (Health(-1.1, 0.4, 0.96), None),
+        (Health(None, 0.4, 0.96), None),
+    ],
+)
+def test_the_guard_names_what_is_wrong(now, word):
+    guard = Guard(lambda: now, Limits(kl=0.5, well_formed=0.95))
+    fault = guard.fault(Health(-1.0, 0.0, 1.0), now)
+    assert fault is None if word is None else word in fault
+
+
+def test_a_loss_that_is_no_number_is_an_error_for_people(fresh, tokenizer):
+    parameter = next(parameter for name, parameter in fresh.named_parameters() if "lora_B" in name)
+    parameter.data.fill_(float("nan"))
+    with pytest.raises(TrainingError, match=r"NaN; lower training\.learning_rate"):
+        train(fresh, tokenizer.hf, lessons(fresh, tokenizer, 8), TrainingConfig(objective="sft"), 0, quiet)
+
+
+def test_out_of_memory_the_batch_is_halved_and_the_run_goes_on(fresh, tokenizer, monkeypatch):
+    real, said, sizes = objectives.weighted_trainer, [], []
+
+    def short_of_memory(*arguments):
+        trainer = real(*arguments)
+        sizes.append(trainer.args.per_device_train_batch_size)
+        if sizes[-1] > 4:
+            monkeypatch.setattr(trainer, "training_step", out_of_memory)
+        return trainer
+
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(objectives, "weighted_trainer", short_of_memory)
+    settings = TrainingConfig(objective="pg", max_steps=2)
+    figures = train(fresh, tokenizer.hf, lessons(fresh, tokenizer, 16), settings, 0, lambda *row: said.append(row[0]))
+    assert sizes == [16, 8, 4]
+    assert figures["steps"] == 2
+    assert "out of memory; going on with 8 answers at a time" in said

@@ -1,0 +1,125 @@
+"""What one run learns from: rewards against what is usual, nobody above their share, a reason for all that is left out."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from learning.replay_buffer import Experience, paired
+from learning.rewards import advantages
+from learning.selection import fresh_and_old, is_held_out, kinds, limited, thinned, weighed
+
+REWARDS = st.lists(st.floats(-1, 1), min_size=1, max_size=40)
+
+
+def experience(name: str, reward: float = 1.0, **changes) -> Experience:
+    made = Experience(
+        name, name, (1, 2), (3, 4), None, reward, (), asker="ann", opinions=("ann",), question=name, answer="hey"
+    )
+    return replace(made, **changes)
+
+
+@given(REWARDS, st.floats(0, 20))
+def test_an_advantage_is_bounded_and_does_not_depend_on_the_order(rewards, prior):
+    values = np.array(rewards)
+    worth = advantages(values, np.zeros(len(values)), prior)
+    assert np.abs(worth).max() <= 2
+    assert advantages(values[::-1], np.zeros(len(values)), prior)[::-1] == pytest.approx(worth)
+
+
+def test_an_easy_prompts_approval_is_no_credit_and_a_hard_ones_is():
+    rewards = np.array([1.0] * 20 + [-1.0] * 19 + [1.0])
+    easy, hard = np.zeros(20, int), np.ones(20, int)
+    worth = advantages(rewards, np.concatenate([easy, hard]), prior=2)
+    assert 0 < worth[0] < 0.3, "liked, like all answers to such prompts"
+    assert worth[-1] > 1.5, "liked, where nothing else is"
+    together = advantages(rewards, np.zeros(40, int), prior=2)
+    assert together[0] == together[-1], "the control: without kinds both count the same"
+
+
+def test_a_kind_of_which_little_was_seen_is_drawn_to_what_is_usual():
+    rewards = np.array([1.0, *[-1.0] * 50, *[1.0] * 50])
+    kind_of = np.array([1, *[0] * 100])
+    assert advantages(rewards, kind_of, prior=8)[0] > 0.8, "one approval says nothing yet about its kind"
+    assert advantages(rewards, kind_of, prior=0)[0] == 0, "the control"
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcdef"), st.floats(0.05, 2)), min_size=1, max_size=60), st.floats(0.2, 0.5))
+def test_nobody_counts_more_than_the_cap(given_, cap):
+    opinions, worth = [(person,) for person, _ in given_], np.array([value for _, value in given_])
+    weights = limited(opinions, worth, cap)
+    assert ((weights > 0) & (weights <= 1)).all()
+    people = {person for (person,) in opinions}
+    total = float((weights * worth).sum())
+    shares = [sum(w * v for w, v, (who,) in zip(weights, worth, opinions, strict=True) if who == one) for one in people]
+    if len(people) >= 1 / cap:
+        assert max(shares) <= cap * total * 1.01
+    else:
+        assert (weights == 1).all(), "there is nobody to be outvoted"
+
+
+def test_one_voice_is_held_back_and_the_others_are_not():
+    crowd = [("raider",)] * 500 + [(f"person{number}",) for number in range(12)]
+    weights = limited(crowd, np.ones(len(crowd)), cap=0.25)
+    assert weights[:500].sum() == pytest.approx(4, rel=0.01), (
+        "a quarter of all, where twelve others have said one thing each"
+    )
+    assert (weights[500:] == 1).all()
+
+
+def test_of_what_one_person_says_again_and_again_the_newest_counts():
+    said = [experience(f"turn{number}") for number in range(5)]
+    said += [experience("turn5", asker="bob"), experience("turn6", reward=-1.0)]
+    alike = np.tile([1.0, 0.0], (7, 1))
+    kept, dropped = thinned(said, alike)
+    assert [one.turn_id for one in kept] == ["turn4", "turn5", "turn6"]
+    assert sum(dropped.values()) == 4
+    apart = np.eye(7)
+    assert thinned(said, apart)[0] == said, "the control: other texts are all kept"
+
+
+def test_old_experiences_are_drawn_beside_the_newest_and_stay_drawn():
+    said = [experience(f"{number:04}") for number in range(100)]
+    kept, dropped = fresh_and_old(said, limit=20, fresh=0.5)
+    names = [one.turn_id for one in kept]
+    assert names == sorted(names)
+    assert names[-10:] == [f"{number:04}" for number in range(90, 100)]
+    assert sum(dropped.values()) == 80
+    more = [one.turn_id for one in fresh_and_old([*said, experience("0100")], 20, 0.5)[0]]
+    assert len(set(names[:10]) & set(more[:10])) >= 9
+    assert fresh_and_old(said, 100, 0.5) == (said, {})
+
+
+def test_prompts_of_one_kind_are_found():
+    rng = np.random.default_rng(0)
+    centres = np.eye(3)[rng.integers(3, size=120)]
+    vectors = centres + rng.normal(0, 0.05, centres.shape)
+    found = kinds(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), seed=0)
+    assert len(set(found)) == 5
+    assert all(len({int(np.argmax(row)) for row in centres[found == kind]}) == 1 for kind in set(found))
+    assert (kinds(vectors[:30], seed=0) == 0).all(), "too few to tell kinds apart"
+
+
+def test_the_share_that_is_held_out_is_about_what_was_asked_for():
+    share = sum(is_held_out(str(number), 0.25) for number in range(4000)) / 4000
+    assert share == pytest.approx(0.25, abs=0.02)
+
+
+def test_the_best_answer_to_a_question_is_preferred_to_the_worst():
+    bad, good = experience("a", -1.0, completion_ids=(5,)), experience("b", 1.0, completion_ids=(6,))
+    first, second = paired([(0.0, bad), (0.0, good)])
+    assert (first.rejected_ids, second.rejected_ids) == (None, (5,))
+    ranked = paired([(-1.0, replace(bad, reward=1.0)), (-2.0, good)])
+    assert ranked[0].rejected_ids == (6,), "where rewards are equal people's ranks tell"
+    assert all(one.rejected_ids is None for one in paired([(0.0, good), (0.0, replace(good, turn_id="c"))]))
+    assert all(one.rejected_ids is None for one in paired([(0.0, bad), (0.0, replace(good, prompt_ids=(9,)))]))
+
+
+def test_what_is_weighed_has_equal_weight_on_both_sides():
+    said = [experience(str(number), 1.0 if number < 30 else -1.0) for number in range(40)]
+    worth = [one.advantage for one in weighed(said, np.zeros(40, int), prior=0.0, cap=1.0)]
+    assert sum(worth) == pytest.approx(0)
+    assert worth[0] == pytest.approx(0.5)
+    assert worth[-1] == pytest.approx(-1.5)
