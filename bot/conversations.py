@@ -175,13 +175,13 @@ class ConversationStore:
             row = connection.execute(sa.select(feedback).where(feedback.c.id == feedback_id)).one_or_none()
         return None if row is None else _feedback(row)
 
-    def turns_with_feedback(self, space: str | None = None) -> list[Turn]:
-        """All turns that anyone ever said something about, oldest first; of one imported `space` only, if given."""
+    def turns_with_feedback(self, space: str | None = None, newest: int | None = None) -> list[Turn]:
+        """All turns (or the newest) that anyone said something about, oldest first; of one imported `space` if given."""
         condition: sa.ColumnElement[bool] = turns.c.id.in_(sa.select(feedback.c.turn_id))
         if space is not None:
             inside = sa.select(conversations.c.id).where(conversations.c.space == space)
             condition = sa.and_(condition, turns.c.conversation_id.in_(inside))
-        return self._turns(condition)
+        return self._turns(condition, newest)
 
     def counts(self) -> dict[str, int]:
         """How much there is of everything."""

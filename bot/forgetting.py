@@ -30,6 +30,8 @@ from bot.registry import PolicyRegistry
 from bot.types import FORGOTTEN, PolicyState, now
 from bot.users import decide
 
+SAMPLES = "samples.json"  # beside a version's weights: what was answered before and after its training
+
 
 @dataclass(frozen=True)
 class Erased:
@@ -64,6 +66,7 @@ def forget_person(database: Database, registry: PolicyRegistry, platform: str, u
         _erase(connection, own, answers, replies, opinions)
         decide(connection, (platform, user_id), consent=False, forgotten_at=now())
     database.afterwards(partial(remove_purged, registry))
+    database.afterwards(partial(remove_samples, registry))
     database.afterwards(database.scrub)
     return Erased(len(own), len(answers), len(opinions), len(purged))
 
@@ -74,6 +77,7 @@ def forget_message(database: Database, message_id: str) -> Erased:
         answers, replies = _made_from(connection, [message_id])
         opinions = _opinions_on(connection, answers)
         _erase(connection, [message_id], answers, replies, opinions)
+    database.afterwards(partial(remove_samples, PolicyRegistry(database)))
     database.afterwards(database.scrub)
     return Erased(1, len(answers), len(opinions), 0)
 
@@ -83,6 +87,13 @@ def remove_purged(registry: PolicyRegistry) -> None:
     for version in registry.all():
         if version.state == PolicyState.PURGED and Path(version.path).is_dir():
             shutil.rmtree(version.path)
+
+
+def remove_samples(registry: PolicyRegistry) -> None:
+    """Remove the samples that reports show: questions that were held out stand in them, and whose they are is not said."""
+    for version in registry.all():
+        if version.path:
+            (Path(version.path) / SAMPLES).unlink(missing_ok=True)
 
 
 def _made_from(connection: sa.Connection, message_ids: Sequence[str]) -> tuple[list[str], list[str]]:

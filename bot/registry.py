@@ -186,6 +186,11 @@ class PolicyRegistry:
         with self.database.read() as connection:
             return [dict(row._mapping) for row in connection.execute(query)]
 
+    def taught(self) -> set[str]:
+        """The feedback that ever taught a version."""
+        with self.database.read() as connection:
+            return set(connection.execute(sa.select(run_feedback.c.feedback_id).distinct()).scalars())
+
     def runs_that_used(self, feedback_ids: Sequence[str]) -> list[str]:
         """The names of the versions that this feedback taught."""
         query = (

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
+from rich.text import Text
 
 from bot import cli
 from bot.cli import ConfigFile, DataDir, JsonFile, PlotFile, Seed, announce, app, bench, configured, console, errors
@@ -122,6 +124,59 @@ def replay(
         console.print(f"plot: {plot}")
     setup = {"file": file.name, "format": recording.format, "seed": found.seed, "model": found.policy.model}
     cli.write_json(json_file, "replay", figures, setup | {"training": found.training.model_dump()})
+
+
+@app.command()
+def why(
+    turn: Annotated[str, typer.Argument(help="A turn's id; without one the latest that people spoke of are listed.")] = "",
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+) -> None:
+    """Why an answer is what it is, what people said of it, and which versions learned from that."""
+    from learning.explanation import explained
+
+    found = configured(config, data_dir, seed)
+    database, store, registry = cli.opened(found)
+    if turn:
+        for line in explained(turn, store, registry, found.rewards).lines():
+            console.print(line, markup=False, highlight=False)
+    else:
+        table = Table("turn", "version", "answer")
+        for one in store.turns_with_feedback(newest=20):
+            table.add_row(one.id, one.policy_version, Text(" ".join(one.text[:200].split())[:60]))
+        console.print(table)
+    database.close()
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(help="The version that the run made; without one the newest that left files.")] = "",
+    out: Annotated[Path | None, typer.Option(help="Where the page goes; RUN.html if not given.")] = None,
+    json_file: JsonFile = None,
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+) -> None:
+    """What a training run read, learned and left out, and what the policy said before and after, as a page with plots."""
+    from learning import report as reports
+
+    found = configured(config, data_dir, seed)
+    database, _, registry = cli.opened(found)
+    ran = {row["policy"]: row["outcome"] for row in registry.runs()}
+    if not ran:
+        raise ConfigError("kibitz report: there was no training run yet; `kibitz train` makes one")
+    whole = [one for one in ran if (Path(registry.get(one).path) / "manifest.json").is_file()]
+    name = run or (whole or list(ran))[-1]
+    version = registry.get(name)
+    page = out or Path(f"{name}.html")
+    cli.check_writable(page, json_file)
+    collected = reports.collected(version, ran.get(name, "was not made by a run"))
+    database.close()
+    cli.write_whole(page, reports.html(collected))
+    console.print(f"report: {page}")
+    if json_file is not None:
+        cli.write_json(json_file, "report", collected, {"run": name})
 
 
 @app.command()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 Rows = Sequence[tuple[Sequence[int], Sequence[int]]]
+EMOJI = re.compile("[\U0001f300-\U0001faff\u2600-\u27bf]")
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
 
 

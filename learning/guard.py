@@ -5,7 +5,7 @@ liked, how far the policy is from the base, and whether its samples still read a
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers import TrainerCallback
@@ -39,11 +39,13 @@ class Guard(TrainerCallback):
         self.limits = limits
         self.first: Health | None = None
         self.stopped: str | None = None
+        self.checks: list[dict[str, Any]] = []
         self._good: dict[str, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Remember how the policy was."""
-        self.first = self.first or self.measure()
+        if self.first is None:
+            self.first = self._check(0)
         self._good = _weights(model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -51,7 +53,7 @@ class Guard(TrainerCallback):
         if state.global_step % max(1, state.max_steps // CHECKS):
             return
         assert self.first is not None
-        self.stopped = self.fault(self.first, self.measure())
+        self.stopped = self.fault(self.first, self._check(state.global_step))
         model.train()
         if self.stopped is None:
             self._good = _weights(model)
@@ -61,6 +63,11 @@ class Guard(TrainerCallback):
                 parameter.data.copy_(self._good[name])
         self.stopped += f"; stopped after {state.global_step} of {state.max_steps} steps"
         control.should_training_stop = True
+
+    def _check(self, step: int) -> Health:
+        found = self.measure()
+        self.checks.append({"step": step, **asdict(found)})
+        return found
 
     def fault(self, first: Health, now: Health) -> str | None:
         """What is wrong, if anything."""

@@ -116,6 +116,7 @@ def train(
         "steps": outcome.global_step,
         "train_loss": outcome.training_loss,
         "rows": len(usable),
+        "loss": [entry["loss"] for entry in logged],
     }
 
 

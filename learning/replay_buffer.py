@@ -73,7 +73,8 @@ class Experience:
 class Snapshot:
     """The experiences of one run, in a fixed order, and what was left out under which reason.
 
-    `rated` are all answers with a reward, also those that are too long or too many to train on.
+    `rated` are all answers with a reward, also those that are too long or too many to train on. `taken_back` counts what
+    taught an earlier version and no longer stands.
     """
 
     training: list[Experience] = field(default_factory=list)
@@ -81,6 +82,7 @@ class Snapshot:
     rated: list[Experience] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     without_logprobs: int = 0
+    taken_back: int = 0
     turns: int = 0
 
     @property
@@ -144,8 +146,9 @@ class ReplayBuffer:
         """All experiences, as if all were for training, and why the other turns are none."""
         turns = self.store.turns_with_feedback(space)
         facts = _Facts(self.store, self.users, turns)
-        found = Snapshot(turns=len(turns))
-        age = self._ages()
+        registry = PolicyRegistry(self.store.database)
+        found = Snapshot(turns=len(turns), taken_back=len(registry.taught() & facts.no_longer_stands))
+        age = {version.name: age for age, version in enumerate(reversed(registry.all()))}
         answers: dict[str, list[tuple[float, Experience]]] = defaultdict(list)
         for turn in turns:
             said = facts.of(turn)
@@ -165,11 +168,6 @@ class ReplayBuffer:
             found.training += paired(ranked)
         found.training.sort(key=lambda one: one.turn_id)
         return found
-
-    def _ages(self) -> dict[str, int]:
-        """How many versions ago each version answered."""
-        names = [version.name for version in PolicyRegistry(self.store.database).all()]
-        return {name: age for age, name in enumerate(reversed(names))}
 
     def _why_not(self, turn: Turn, earned: Reward | None, facts: "_Facts") -> str | None:
         if not facts.consent.to(turn):
@@ -250,6 +248,8 @@ class _Facts:
     def __init__(self, store: ConversationStore, users: Users, turns: Sequence[Turn]):
         places = {turn.conversation_id for turn in turns}
         self._given = store.feedback_of(turn.id for turn in turns)
+        given = [row for rows in self._given.values() for row in rows]
+        self.no_longer_stands = {row.id for row in given} - {row.id for row in standing(given)}
         self._platforms = store.platforms(places)
         self._speakers = store.speakers(places)
         self.consent = Consent(users, self._platforms, store.authors({one for turn in turns for one in turn.shown}))

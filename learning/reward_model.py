@@ -23,11 +23,12 @@ ENOUGH = 20  # answers of each kind, from which on it is worth asking
 
 @dataclass(frozen=True)
 class Judged:
-    """Answers with the probability that they are liked (n,), by a model that saw nothing of their units."""
+    """Answers with their length and the probability that they are liked (n,), by a model that saw nothing of their units."""
 
     chances: np.ndarray
     liked: np.ndarray
     units: list[str]
+    words: np.ndarray
 
 
 class RewardModel:
@@ -60,7 +61,7 @@ class RewardModel:
         held_out = cross_val_predict(
             LogisticRegression(C=1e6), scores[:, None], liked, groups=units, cv=folds, method="predict_proba"
         )
-        return Judged(held_out[:, 1], liked, units)
+        return Judged(held_out[:, 1], liked, units, np.array([len(one.answer.split()) for one in rated]))
 
     def chances(self, answers: Sequence[Experience]) -> np.ndarray:
         """The probability (n,) that each answer is liked."""
@@ -77,7 +78,7 @@ class RewardModel:
 
 
 def figures(judged: Judged, seed: int, draws: int = 2000) -> dict[str, float]:
-    """The area under the ROC curve with its 95% interval over units, and the calibration error in ten bins."""
+    """The area under the ROC curve with its 95% interval over units, that of length alone, the error in ten bins."""
     from sklearn.metrics import roc_auc_score
 
     rng = np.random.default_rng(seed)
@@ -94,6 +95,7 @@ def figures(judged: Judged, seed: int, draws: int = 2000) -> dict[str, float]:
         "reward_model_auc": float(roc_auc_score(judged.liked, judged.chances)),
         "reward_model_auc_low": float(low),
         "reward_model_auc_high": float(high),
+        "length_alone_auc": float(roc_auc_score(judged.liked, judged.words)),
         "reward_model_calibration_error": sum(abs(said - true) * count for said, true, count in curve) / len(units),
     }
 

@@ -25,7 +25,7 @@ from bot.policy import Policy
 from bot.registry import BASE
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn, new_id
 from learning import demo
-from learning.evaluation import is_well_formed, mean_interval
+from learning.evaluation import EMOJI, is_well_formed, mean_interval
 from learning.loop import OnlineLearner
 
 Utility = Callable[[str, str], float]
@@ -33,7 +33,6 @@ Progress = Callable[[str, int, int], None]
 
 CONCURRENT = 16
 DECISIVENESS = 4.0  # a user who finds an answer's utility u gives 👍 with probability sigmoid(4u), else 👎
-EMOJI = re.compile("[\U0001f300-\U0001faff\u2600-\u27bf]")
 
 
 def brief(prompt: str, reply: str) -> float:

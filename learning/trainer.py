@@ -35,16 +35,18 @@ from learning.evaluation import (
 )
 from learning.pretrain import quiet
 from learning.replay_buffer import Experience, ReplayBuffer, Snapshot
+from learning.report import write_samples
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
 
 Progress = Callable[[str, int, int], None]
-PROBES = 4
+PROBES = ("hello", "good night", "what should i eat?", "tell me something about yourself")
 WATCHED = 16  # samples, and held-out liked answers, that are looked at while training
 PROBE_TOKENS = 512
 PROBE_TOP = 8
+PROBED = 16  # tokens of an answer, in steps of four
 
 
 @dataclass(frozen=True)
@@ -197,10 +199,13 @@ def _train(
     before = _means(answer_logprobs(_load(config, live), held_out)) if live != parent else None
     model = _load(config, parent)
     before = _means(answer_logprobs(model, held_out)) if before is None else before
-    prompts = _sample_prompts(snapshot, config.gate.samples)
+    asked = _asked(snapshot, config.gate.samples)
+    prompts = list(asked)
     with model.disable_adapter():
         base_samples = generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed)
-    prefixes = probe_prefixes(base_samples)
+        probed = generate(model, tokenizer, _probe_prompts(tokenizer), config.policy.max_tokens, config.seed)
+    prefixes = probe_prefixes(probed)
+    earlier = generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed)
     from_parent = next_logprobs(model, prefixes)
     trained = teach(config, model, tokenizer, snapshot.training, snapshot.held_out, prompts, progress)
     progress("measuring", 0, 1)
@@ -209,6 +214,7 @@ def _train(
     kl = _kl_to_base(model, samples)
     model.save_pretrained(directory)
     (directory / "README.md").unlink(missing_ok=True)
+    write_samples(directory, list(asked.values()), earlier, samples)
     write_probe(directory, prefixes, next_logprobs(model, prefixes), from_parent)
     evidence = Evidence(
         conversations=[row.unit for row in snapshot.held_out],
@@ -221,7 +227,8 @@ def _train(
         file_faults=check_files(directory, parent.base_model, config.serving.max_lora_rank),
     )
     verdict = judge(evidence, config.gate, config.seed)
-    metrics = {**verdict.figures, **trained, "reasons": verdict.reasons, "evidence": asdict(evidence)}
+    metrics = {**verdict.figures, **trained, "taken_back": snapshot.taken_back}
+    metrics |= {"reasons": verdict.reasons, "evidence": asdict(evidence)}
     return verdict, metrics
 
 
@@ -255,7 +262,7 @@ def teach(
     set_seed(config.seed)
     guard = Guard(health, Limits(config.gate.kl_budget, config.gate.well_formed))
     trained = train(model, tokenizer.hf, training, config.training, config.seed, progress, [guard])
-    return {**trained, "stopped": guard.stopped}
+    return {**trained, "stopped": guard.stopped, "checks": guard.checks}
 
 
 def _load(config: Config, version: PolicyVersion) -> "PeftModel":
@@ -287,10 +294,15 @@ def load(config: Config, base_model: str, adapter: str | None = None) -> "PeftMo
     return model
 
 
-def _sample_prompts(snapshot: Snapshot, count: int) -> list[tuple[int, ...]]:
-    """Different prompts to sample answers to, the held-out ones first."""
+def _asked(snapshot: Snapshot, count: int) -> dict[tuple[int, ...], str]:
+    """Different prompts to sample answers to, the held-out ones first, with the question that each ends with."""
     rows: Sequence[Experience] = [*snapshot.held_out, *snapshot.training]
-    return list(dict.fromkeys(row.prompt_ids for row in rows))[:count]
+    return dict(list({row.prompt_ids: row.question for row in rows}.items())[:count])
+
+
+def _probe_prompts(tokenizer: ChatTokenizer) -> list[list[int]]:
+    """Prompts that are nobody's words: those of a probe are kept with the version, whoever is forgotten."""
+    return [tokenizer.prompt_ids([{"role": "user", "content": text}]) for text in PROBES]
 
 
 def _kl_to_base(model: "PeftModel", samples: list[Sample]) -> float:
@@ -312,8 +324,8 @@ def probe_prefixes(samples: Sequence[Sample]) -> list[list[int]]:
     short = [sample for sample in samples if len(sample.prompt_ids) + len(sample.completion_ids) <= PROBE_TOKENS]
     return [
         [*sample.prompt_ids, *sample.completion_ids[:cut]]
-        for sample in short[:PROBES]
-        for cut in range(0, min(len(sample.completion_ids), 4 * PROBES), 4)
+        for sample in short
+        for cut in range(0, min(len(sample.completion_ids), PROBED), 4)
     ]
 
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import answered, react
 
 from bot.config import PrivacyConfig
-from bot.forgetting import forget_message, forget_person
+from bot.forgetting import SAMPLES, forget_message, forget_person
 from bot.memory import Memory
 from bot.registry import BASE
 from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, new_id
@@ -57,6 +57,7 @@ def test_a_forgotten_person_leaves_nothing_anywhere(config, database, store, reg
     seen = [react(store, anns, True, "bob"), react(store, bobs, True, "bob"), react(store, apart, False, "ann")]
     store.add_feedback(Feedback(apart.id, "ann", FeedbackKind.COMMENT, text=SECRET))
     clean = taught(registry, tmp_path, [kept.id], probe="")
+    (Path(clean.path) / SAMPLES).write_text(SECRET)  # it was held out there
     first = taught(registry, tmp_path, [seen[0].id], parent=clean.name)
     child = taught(registry, tmp_path, [kept.id], parent=first.name)
     assert SECRET.encode() in everything_on_disk(config.data)  # the control: it was there
@@ -70,6 +71,7 @@ def test_a_forgotten_person_leaves_nothing_anywhere(config, database, store, reg
     assert registry.live().name == clean.name
     assert [registry.get(one.name).state for one in (first, child)] == [PolicyState.PURGED] * 2
     assert [Path(one.path).exists() for one in (clean, first, child)] == [True, False, False]
+    assert (Path(clean.path) / "probe.json").is_file()
 
 
 def test_nobody_else_is_touched_and_forgetting_twice_is_forgetting_once(database, store, registry, tokenizer, tmp_path):

@@ -1,0 +1,99 @@
+"""What a run leaves to be read: its report, and of each turn why it is what it is."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import answered, react
+from test_training import converse, quiet
+
+from bot.errors import DataError
+from bot.forgetting import forget_message
+from bot.types import Feedback, FeedbackKind, PolicyState
+from learning import report, trainer
+from learning.explanation import explained
+from learning.replay_buffer import ReplayBuffer
+
+
+@pytest.fixture
+def ran(config, store, registry, tokenizer):
+    """A run on people who like emoji; one of their questions would break a careless page."""
+    small = config.model_copy(
+        update={
+            "training": config.training.model_copy(update={"max_steps": 6}),
+            "gate": config.gate.model_copy(update={"samples": 12}),
+        }
+    )
+    converse(store, tokenizer, likes_emoji=True, count=48)
+    for number in range(8):
+        react(store, answered(store, tokenizer, f"<script>alert({number})</script>", "Hey there!"), approves=False)
+    outcome = trainer.run(small, quiet)
+    return small, outcome, registry.get(outcome.policy)
+
+
+def test_a_report_says_what_was_learned_and_why_the_rest_was_not(ran):
+    _, outcome, version = ran
+    found = report.collected(version, "passed")
+    assert found["trained_on"] == outcome.training
+    assert found["held_out"] == outcome.held_out
+    assert sum(found["left_out"].values()) == outcome.turns - outcome.training - outcome.held_out
+    assert len(found["loss"]) == 6
+    assert [check["step"] for check in found["checks"]] == [0, 2, 4, 6]
+    assert len(found["samples"]) == 12
+    assert {row["name"] for row in found["style"]} >= {"words", "emoji"}
+    page = report.html(found)
+    assert page.count("data:image/png;base64,") == 2
+    assert "<script>" not in page
+    assert "&lt;script&gt;alert(" in page, "the control: the question is there"
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_a_report_without_samples_or_files_says_so(ran, database, store):
+    _, _, version = ran
+    forget_message(database, store.turns_with_feedback()[0].message_id)
+    assert "No samples are kept" in report.html(report.collected(version, "passed"))
+    (Path(version.path) / "manifest.json").unlink()
+    with pytest.raises(DataError, match="left no files"):
+        report.collected(version, "passed")
+
+
+def test_what_changed_most_comes_first():
+    rows = [{"question": "", "before": "one two three", "after": f"one two {word} 😀"} for word in ("three", "four")] * 5
+    assert report.style(rows)[0]["name"] == "emoji"
+    assert report.style([]) == []
+
+
+def test_a_turn_is_explained_with_its_reward_and_the_runs_that_used_it(ran, store, registry):
+    config, _, version = ran
+    rows = json.loads((Path(version.path) / "manifest.json").read_text())["rows"]
+    account = explained(rows[0][0], store, registry, config.rewards)
+    assert [used.policy for used in account.used] == [version.name]
+    assert (account.used[0].advantage, account.used[0].weight) == (rows[0][3], rows[0][4])
+    assert account.reward.value == rows[0][2]
+    lines = "\n".join(account.lines())
+    assert re.search(rf"used by {version.name}: [+-]\d\.\d\d against what is usual, weight 1\.00", lines)
+    with pytest.raises(DataError, match="there is no turn 'nothing'"):
+        explained("nothing", store, registry, config.rewards)
+
+
+def test_what_was_taken_back_is_told_and_the_next_report_counts_it(ran, store, registry):
+    config, _, version = ran
+    rows = json.loads((Path(version.path) / "manifest.json").read_text())["rows"]
+    [given] = store.feedback_of([rows[0][0]])[rows[0][0]]
+    store.add_feedback(replace(given, id="later", at=given.at.replace(year=given.at.year + 1), event_id=None, retracts=True))
+    assert any("no longer stands" in line for line in explained(rows[0][0], store, registry, config.rewards).lines())
+    again = trainer.run(config, quiet)
+    assert report.collected(registry.get(again.policy), "")["taken_back"] == 1
+    assert registry.get(version.name).state in (PolicyState.CANDIDATE, PolicyState.REJECTED)
+
+
+def test_an_opinion_of_somebody_who_took_no_part_teaches_nothing(config, store, registry, tokenizer):
+    converse(store, tokenizer, likes_emoji=True, count=32)
+    turn = answered(store, tokenizer, "hello", "Hey there!")
+    store.add_feedback(Feedback(turn.id, "a passer-by", FeedbackKind.DISAPPROVAL))
+    found = ReplayBuffer(store, tokenizer, config).snapshot()
+    assert found.dropped == {"no standing opinion of anybody who took part": 1}
+    react(store, turn, approves=True)
+    assert not ReplayBuffer(store, tokenizer, config).snapshot().dropped, "the control: the asker's counts"

@@ -1,0 +1,72 @@
+"""The reward model: it finds what people like where there is something to find, and says so where there is not."""
+
+import random
+
+import numpy as np
+import pytest
+
+from bot.embeddings import Embedder
+from learning.replay_buffer import Experience
+from learning.reward_model import Judged, RewardModel, calibration, figures
+
+ABOUT = {
+    "cats": ["my cat sleeps all day", "kittens love to play with wool", "a cat purrs when it is happy", "cats hate water"],
+    "taxes": [
+        "file your tax return by may",
+        "income tax is due every year",
+        "keep receipts for the tax office",
+        "tax rates rose",
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory):
+    found = Embedder("all-MiniLM-L6-v2", tmp_path_factory.getbasetemp())
+    yield found
+    found.close()
+
+
+def rated(likes) -> list[Experience]:
+    rng = random.Random(0)
+    found = []
+    for number in range(160):
+        about = rng.choice(sorted(ABOUT))
+        text = f"{rng.choice(ABOUT[about])}, {rng.choice(['you know', 'they say', 'i think', 'as it happens'])}"
+        worth = 1.0 if likes(about, rng) else -1.0
+        found.append(Experience(str(number), str(number // 2), (), (), None, worth, (), question="tell me", answer=text))
+    return found
+
+
+def test_what_people_like_is_found_on_conversations_that_were_not_seen(embedder):
+    model = RewardModel(embedder, seed=0)
+    judged = model.fit(rated(lambda about, rng: (about == "cats") != (rng.random() < 0.1)))
+    found = figures(judged, seed=0)
+    assert found["reward_model_auc_low"] > 0.75
+    assert found["reward_model_calibration_error"] < 0.1
+    cat, tax = model.chances(
+        [
+            Experience("", "", (), (), None, 0.0, (), question="tell me", answer=text)
+            for text in ("the cat chased a mouse", "the tax office wrote again")
+        ]
+    )
+    assert cat > 0.7 > 0.3 > tax
+
+
+def test_where_there_is_nothing_to_find_the_interval_holds_one_half(embedder):
+    found = figures(RewardModel(embedder, seed=0).fit(rated(lambda about, rng: rng.random() < 0.5)), seed=0)
+    assert found["reward_model_auc_low"] < 0.55 and found["reward_model_auc_high"] > 0.45  # noqa: PT018
+
+
+def test_too_few_answers_of_a_kind_are_not_judged(embedder):
+    assert RewardModel(embedder, seed=0).fit(rated(lambda about, rng: rng.random() < 0.05)) is None
+
+
+def test_the_calibration_curve_names_each_bin():
+    judged = Judged(
+        chances=np.array([0.05, 0.15, 0.15, 1.0]),
+        liked=np.array([False, True, False, True]),
+        units=list("abcd"),
+        words=np.array([1, 2, 3, 4]),
+    )
+    assert calibration(judged) == [(0.05, 0.0, 1), (0.15, 0.5, 2), (1.0, 1.0, 1)]
