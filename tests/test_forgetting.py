@@ -147,6 +147,7 @@ def test_only_those_teach_who_consent(config, database, store, tokenizer, tmp_pa
     for turn in (anns, after, bobs):
         react(store, turn, True, "bob")
     react(store, bobs, False, "ann")
+    store.add_message(Message(bobs.conversation_id, "ann", "me too"))  # she takes part there
 
     def used() -> dict[str, float]:
         snapshot = buffer.snapshot()

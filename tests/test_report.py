@@ -19,7 +19,7 @@ from learning.replay_buffer import ReplayBuffer
 
 @pytest.fixture
 def ran(config, store, registry, tokenizer):
-    """A run on people who like emoji; one of their questions would break a careless page."""
+    """A run on people who like emoji."""
     small = config.model_copy(
         update={
             "training": config.training.model_copy(update={"max_steps": 6}),
@@ -27,8 +27,6 @@ def ran(config, store, registry, tokenizer):
         }
     )
     converse(store, tokenizer, likes_emoji=True, count=48)
-    for number in range(8):
-        react(store, answered(store, tokenizer, f"<script>alert({number})</script>", "Hey there!"), approves=False)
     outcome = trainer.run(small, quiet)
     return small, outcome, registry.get(outcome.policy)
 
@@ -43,11 +41,12 @@ def test_a_report_says_what_was_learned_and_why_the_rest_was_not(ran):
     assert [check["step"] for check in found["checks"]] == [0, 2, 4, 6]
     assert len(found["samples"]) == 12
     assert {row["name"] for row in found["style"]} >= {"words", "emoji"}
+    assert json.loads(json.dumps(found)) == found
+    found["samples"][0]["question"] = "<script>alert(1)</script>"
     page = report.html(found)
     assert page.count("data:image/png;base64,") == 2
     assert "<script>" not in page
-    assert "&lt;script&gt;alert(" in page, "the control: the question is there"
-    assert json.loads(json.dumps(found)) == found
+    assert "&lt;script&gt;alert(1)" in page, "the control: the question is there"
 
 
 def test_a_report_without_samples_or_files_says_so(ran, database, store):
@@ -60,7 +59,7 @@ def test_a_report_without_samples_or_files_says_so(ran, database, store):
 
 
 def test_what_changed_most_comes_first():
-    rows = [{"question": "", "before": "one two three", "after": f"one two {word} 😀"} for word in ("three", "four")] * 5
+    rows = [{"question": "", "before": "one two three", "after": f"one two {word}😀"} for word in ("three", "four")] * 5
     assert report.style(rows)[0]["name"] == "emoji"
     assert report.style([]) == []
 

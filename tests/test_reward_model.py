@@ -27,8 +27,8 @@ def embedder(tmp_path_factory):
     found.close()
 
 
-def rated(likes) -> list[Experience]:
-    rng = random.Random(0)
+def rated(likes, seed: int = 0) -> list[Experience]:
+    rng = random.Random(seed)
     found = []
     for number in range(160):
         about = rng.choice(sorted(ABOUT))
@@ -53,9 +53,10 @@ def test_what_people_like_is_found_on_conversations_that_were_not_seen(embedder)
     assert cat > 0.7 > 0.3 > tax
 
 
-def test_where_there_is_nothing_to_find_the_interval_holds_one_half(embedder):
-    found = figures(RewardModel(embedder, seed=0).fit(rated(lambda about, rng: rng.random() < 0.5)), seed=0)
-    assert found["reward_model_auc_low"] < 0.55 and found["reward_model_auc_high"] > 0.45  # noqa: PT018
+def test_where_there_is_nothing_to_find_it_finds_nothing(embedder):
+    model = RewardModel(embedder, seed=0)
+    found = [figures(model.fit(rated(lambda about, rng: rng.random() < 0.5, seed)), seed=0) for seed in range(6)]
+    assert sum(one["reward_model_auc"] for one in found) / 6 == pytest.approx(0.5, abs=0.1)
 
 
 def test_too_few_answers_of_a_kind_are_not_judged(embedder):
