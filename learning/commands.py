@@ -278,6 +278,20 @@ def bench_learning(
     cli.write_json(json_file, "bench learning", figures, setup)
 
 
+@bench.command("train")
+def bench_train(json_file: JsonFile = None, config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
+    """What each objective costs in time and memory, against a plain TRL script on the same rows."""
+    from learning import train_benchmark
+
+    found = configured(config, data_dir, seed)
+    cli.check_writable(json_file)
+    model = base_model(found)
+    with cli.progress_bar() as progress:
+        figures = train_benchmark.measure(found, model, progress)
+    cli.print_figures(figures)
+    cli.write_json(json_file, "bench train", figures, {"model": found.policy.model, "rows": train_benchmark.ROWS})
+
+
 @bench.command("tracker")
 def bench_tracker(
     sizes: Annotated[str, typer.Option(help="How many stored turns: 1e3, 1e5, 1e6, with commas between.")] = "1e3,1e5,1e6",

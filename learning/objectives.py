@@ -135,11 +135,9 @@ def usable_rows(rows: Sequence[Experience], objective: str) -> list[Experience]:
             return [row for row in rows if row.advantage]
 
 
-def _kto(
-    model: Any, tokenizer: Any, rows: Sequence[Experience], config: TrainingConfig, common: dict[str, Any]
-) -> KTOTrainer:
-    """The weight of an answer is how much it is above or below what is usual: so the two classes have equal weight."""
-    data = [
+def kto_examples(rows: Sequence[Experience]) -> list[dict[str, Any]]:
+    """Rows as KTO takes them. An answer weighs what it is above or below what is usual, so both classes weigh the same."""
+    return [
         {
             "prompt_ids": [*row.prompt_ids],
             "completion_ids": [*row.completion_ids],
@@ -148,32 +146,44 @@ def _kto(
         }
         for row in rows
     ]
+
+
+def dpo_examples(rows: Sequence[Experience]) -> list[dict[str, Any]]:
+    """Rows with a pair as DPO takes them."""
+    return [
+        {
+            "prompt_ids": [*row.prompt_ids],
+            "chosen_ids": [*row.completion_ids],
+            "rejected_ids": [*(row.rejected_ids or ())],
+        }
+        for row in rows
+    ]
+
+
+def _kto(
+    model: Any, tokenizer: Any, rows: Sequence[Experience], config: TrainingConfig, common: dict[str, Any]
+) -> KTOTrainer:
     settings = KTOConfig(
         **common, beta=config.beta, max_length=None, precompute_ref_log_probs=True, remove_unused_columns=False
     )
-    collator = _WeightedCollator(pad_token_id=_pad_id(tokenizer))
-    dataset = Dataset.from_list(data)
     return TokenKTOTrainer(
-        model=model, args=settings, train_dataset=dataset, processing_class=tokenizer, data_collator=collator
+        model=model,
+        args=settings,
+        train_dataset=Dataset.from_list(kto_examples(rows)),
+        processing_class=tokenizer,
+        data_collator=_WeightedCollator(pad_token_id=_pad_id(tokenizer)),
     )
 
 
 def _dpo(
     model: Any, tokenizer: Any, rows: Sequence[Experience], config: TrainingConfig, common: dict[str, Any]
 ) -> DPOTrainer:
-    data = [
-        {"prompt_ids": [*row.prompt_ids], "chosen_ids": [*row.completion_ids], "rejected_ids": [*(row.rejected_ids or ())]}
-        for row in rows
-    ]
     settings = DPOConfig(
-        **common,
-        beta=config.beta,
-        max_length=None,
-        loss_type=["sigmoid", "sft"],
-        loss_weights=[1.0, 1.0],
-        precompute_ref_log_probs=True,
+        **common, beta=config.beta, max_length=None, loss_type=["sigmoid", "sft"], precompute_ref_log_probs=True
     )
-    return TokenDPOTrainer(model=model, args=settings, train_dataset=Dataset.from_list(data), processing_class=tokenizer)
+    return TokenDPOTrainer(
+        model=model, args=settings, train_dataset=Dataset.from_list(dpo_examples(rows)), processing_class=tokenizer
+    )
 
 
 def arguments(config: TrainingConfig, batch_size: int, rows: int, seed: int) -> dict[str, Any]:
@@ -186,6 +196,7 @@ def arguments(config: TrainingConfig, batch_size: int, rows: int, seed: int) -> 
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,
+        "weight_decay": config.weight_decay,
         "train_sampling_strategy": "sequential",
         "dataloader_drop_last": rows >= batch_size,
         "seed": seed,
