@@ -105,7 +105,7 @@ class TrainingConfig(Section):
     objective: Literal["kto", "dpo", "sft", "pg", "hindsight", "mixed"] = "kto"
     importance: Literal["token", "sequence"] = "token"
     anchor: Annotated[float, Field(ge=0)] = 0.1
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 20.0
     lora_rank: Literal[1, 8, 16, 32, 64, 128, 256] = 16
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     beta: Annotated[float, Field(gt=0)] = 0.5

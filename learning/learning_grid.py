@@ -66,8 +66,8 @@ def _settings() -> Iterable[tuple[float, float, str]]:
 
 def run(config: Config, base_model: str, wanted: Sequence[Cell], kept: Path, progress: Progress) -> dict[Cell, list[Point]]:
     """Every cell's points. What is in the file `kept` is not run again; it is removed when all is done."""
-    mark = hashlib.sha256(json.dumps([config.model_dump(), base_model], sort_keys=True).encode()).hexdigest()[:16]
-    found = {cell: points for cell, points in _kept(kept, mark) if cell in set(wanted)}
+    mark = mark_of(config, base_model)
+    found = {cell: points for cell, points in kept_points(kept, mark) if cell in set(wanted)}
     left = [cell for cell in wanted if cell not in found]
     workers = min(len(left), os.cpu_count() or 1)
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,13 @@ def run(config: Config, base_model: str, wanted: Sequence[Cell], kept: Path, pro
     return {cell: found[cell] for cell in wanted}
 
 
-def _kept(file: Path, mark: str) -> Iterable[tuple[Cell, list[Point]]]:
+def mark_of(config: Config, base_model: str) -> str:
+    """What names the settings that a cell was run with."""
+    return hashlib.sha256(json.dumps([config.model_dump(), base_model], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def kept_points(file: Path, mark: str) -> Iterable[tuple[Cell, list[Point]]]:
+    """What an interrupted run with these settings left in a file."""
     if not file.is_file():
         return
     for line in file.read_text().splitlines():

@@ -1,0 +1,99 @@
+"""The learning benchmark: what it counts, that it goes on where it was; and that the anchor holds against noise."""
+
+import json
+import random
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+from bot.config import Config
+from learning import learning_grid
+from learning.learning_benchmark import STEPS, Arena, People, Point, learn, shuffled, talk
+from learning.learning_grid import CONTROLS, OBJECTIVES, SEEDS, Cell, cells, figures, reactions_to, recovered, run
+
+ROUNDS = 10
+
+
+def point(reactions: int, win_rate: float) -> Point:
+    return Point(reactions, win_rate, win_rate, 0.0, 1.0, 1.0, 0.0, False)
+
+
+def curve(*rates: float) -> list[Point]:
+    return [point(step, rate) for step, rate in zip(STEPS, rates, strict=True)]
+
+
+def test_people_react_as_they_mean_it_but_for_the_noise():
+    likes = [People(lambda prompt, reply: 1.0, 0.1, 0.5, random.Random(seed)).opinion("", "") for seed in range(4000)]
+    given = [one for one in likes if one is not None]
+    assert len(given) / len(likes) == pytest.approx(0.5, abs=0.03)
+    assert sum(given) / len(given) == pytest.approx(0.9, abs=0.02)
+
+
+def test_the_small_slice_has_every_arm_on_every_seed_and_the_full_one_holds_it():
+    small, whole = cells("ci", None), cells("full", None)
+    assert {(cell.arm, cell.seed) for cell in small} == {(a, s) for a in (*OBJECTIVES, *CONTROLS) for s in range(SEEDS)}
+    assert set(small) < set(whole)
+    assert {cell.regime for cell in whole} == {"fresh", "logged", "drift"}
+    assert {cell.users for cell in cells("ci", "mine.py")} == {"mine.py"}
+
+
+def test_figures_are_those_of_the_default_and_of_each_arm():
+    found = {Cell("kto", "brief", seed): curve(0.5, 0.6, 0.7, 0.8, 0.8 + seed / 100) for seed in range(5)}
+    found |= {Cell("frozen", "brief", seed): curve(*[0.5] * 5) for seed in range(5)}
+    found[Cell("kto", "brief", 0, noise=0.2)] = curve(*[0.1] * 5)
+    made = figures(found, default="kto")
+    assert made["kto_win_rate_200"] == made["default_win_rate_200"] == pytest.approx(0.82)
+    assert 0.8 <= made["default_win_rate_200_low"] < 0.82 < made["default_win_rate_200_high"] <= 0.84
+    assert made["default_reactions_to_80"] == pytest.approx(160)
+    assert made["frozen_reactions_to_65"] is None
+    assert made["kto_noise_0.2_rate_1_fresh_win_rate"] == pytest.approx(0.1)
+    json.dumps(made)
+
+
+def test_reactions_to_a_goal_are_drawn_straight_between_the_steps():
+    assert reactions_to(0.65, [0.5, 0.6, 0.7, 0.8, 0.9]) == pytest.approx(100)
+    assert reactions_to(0.6, [0.7, 0.1, 0.1, 0.1, 0.1]) == pytest.approx(20)
+    assert reactions_to(0.95, [0.5, 0.6, 0.7, 0.8, 0.9]) is None
+
+
+def test_recovering_is_to_win_again_nine_tenths_of_what_was_won():
+    assert recovered([[0.5, 0.6, 0.7, 0.8, 0.9, 0.2, 0.5, 0.8, 0.87, 0.9]]) == 160
+    assert recovered([[0.5, 0.6, 0.7, 0.8, 0.9, 0.2, 0.3, 0.4, 0.4, 0.4]]) is None
+
+
+def test_an_interrupted_grid_goes_on_where_it_was(tmp_path, monkeypatch):
+    wanted = [Cell("kto", "brief", seed) for seed in range(3)]
+    kept = tmp_path / "kept.jsonl"
+
+    def half(mark: str) -> None:
+        rows = [{"mark": mark, "cell": asdict(one), "points": [asdict(p) for p in curve(*[0.9] * 5)]} for one in wanted[:2]]
+        kept.write_text("\n".join([*map(json.dumps, rows), '{"mark": "cut o']))
+
+    monkeypatch.setattr(learning_grid, "measured", None)  # nothing is run
+    config = Config()
+    half(learning_grid.mark_of(config, "model"))
+    found = run(config, "model", wanted[:2], kept, lambda *_: None)
+    assert [points[-1].win_rate for points in found.values()] == [0.9, 0.9]
+    assert not kept.exists(), "all is done"
+    half("of other settings")
+    assert list(learning_grid.kept_points(kept, learning_grid.mark_of(config, "model"))) == []
+
+
+@pytest.mark.parametrize("anchored", [True, False])
+def test_random_reactions_do_not_move_the_policy_and_without_the_anchor_they_do(demo_model, anchored):
+    """Ten rounds in which the adapter goes on from where it was, on shuffled reactions."""
+    settings = Config()
+    if not anchored:  # the control
+        training = settings.training.model_copy(update={"weight_decay": 0.0})
+        settings = settings.model_copy(update={"training": training})
+    arena = Arena(settings, demo_model, seed=0)
+    people = People(lambda prompt, reply: 1.0 if "?" in reply else -1.0, 0.1, 1.0, random.Random(0))
+    said = []
+    for number in range(ROUNDS):
+        said += talk(arena, people, 24)
+        learn(arena, shuffled(said, people.rng), "kto", number)
+    found = arena.judged(len(said), people.utility, stopped=False)
+    held = found.kl < settings.gate.kl_budget and found.perplexity_ratio < 1.05
+    assert held == anchored, (found.kl, found.perplexity_ratio)
+    assert np.isfinite(found.perplexity_ratio)
