@@ -86,8 +86,11 @@ def train(
     of memory, the batch is halved, and the run goes on from where the weights are.
     """
     make = {"kto": _kto, "dpo": _dpo}.get(config.objective, weighted_trainer)
+    rng = random.Random(seed)
     usable = usable_rows(rows, config.objective)
-    usable = random.Random(seed).sample(usable, len(usable))  # KTO compares each answer with its neighbour's: so it stays
+    usable = rng.sample(usable, len(usable))  # KTO compares each answer with its neighbour's: so the order stays
+    if config.objective == "dpo":  # TRL's has no weights: who counts less is drawn less often
+        usable = [row for row in usable if rng.random() < row.weight]
     if not usable:
         raise NothingToLearn(f"none of {len(rows)} answers is of use to training.objective '{config.objective}'")
     batch_size = min(config.batch_size, len(usable))

@@ -109,6 +109,22 @@ def test_each_objective_uses_what_it_can(model, tokenizer):
     assert used["hindsight"] == [0, 2]
 
 
+def test_who_counts_less_moves_the_policy_less(fresh, tokenizer):
+    rows = lessons(fresh, tokenizer, 64)
+    few = [replace(one, weight=0.05) for one in rows]
+    for objective in ("kto", "dpo", "mixed"):
+        used = []
+        for taught in (few, [*few[:32], *rows[32:]]):
+            start = {name: value.detach().clone() for name, value in fresh.named_parameters()}
+            used.append(train(fresh, tokenizer.hf, taught, TrainingConfig(objective=objective, max_steps=1), 0, quiet))
+            for name, value in fresh.named_parameters():
+                value.data.copy_(start[name])
+        if objective == "dpo":
+            assert used[0]["rows"] < used[1]["rows"] < 32
+        else:
+            assert abs(used[0]["train_loss"]) < abs(used[1]["train_loss"])
+
+
 def losses(term: str, shift: float, advantage: float = 1.0, anchor: float = 0.0, importance: str = "token") -> torch.Tensor:
     """The losses of a term for two answers of three tokens, whose log-probabilities are `shift` above the base's."""
     reference = torch.full((2, 3), -1.0)

@@ -8,7 +8,7 @@ from conftest import answered, react
 from bot.config import load
 from bot.dialogue import INTERRUPTED
 from bot.policy import STOPPED
-from bot.types import Feedback, FeedbackKind
+from bot.types import Feedback, FeedbackKind, Message
 from learning.replay_buffer import ReplayBuffer
 
 
@@ -68,6 +68,8 @@ def test_every_turn_that_is_left_out_is_counted_under_a_reason(store, tokenizer)
     react(store, answered(store, tokenizer, "a", "Hey!", finish_reason=INTERRUPTED), approves=True)
     react(store, answered(store, tokenizer, "b", " "), approves=True)
     split = answered(store, tokenizer, "c", "Hey!")
+    for name in ("ann", "bob"):
+        store.add_message(Message(split.conversation_id, name, "me too"))
     react(store, split, approves=True, user="ann")
     react(store, split, approves=False, user="bob")
     taken_back = answered(store, tokenizer, "d", "Hey!")
@@ -79,7 +81,7 @@ def test_every_turn_that_is_left_out_is_counted_under_a_reason(store, tokenizer)
         "the answer broke off": 1,
         "the answer is empty": 1,
         "opinions cancel out": 1,
-        "no standing opinion": 1,
+        "no standing opinion of anybody who took part": 1,
         "longer than training.max_length (32)": 1,
     }
     assert found.turns == 5
@@ -102,7 +104,7 @@ def test_the_newest_turns_are_used_where_there_are_too_many(store, tokenizer):
     turns = [answered(store, tokenizer, f"hello {number}", "Hey there!") for number in range(10)]
     for turn in turns:
         react(store, turn, approves=True)
-    found = snapshot(store, tokenizer, load(learning={"max_turns": 4}))
+    found = snapshot(store, tokenizer, load(learning={"max_turns": 4, "fresh": 1.0}))
     used = {one.turn_id for one in found.training + found.held_out}
     assert used == {turn.id for turn in turns[-4:]}
     assert sum(found.dropped.values()) == 6

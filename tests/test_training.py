@@ -52,7 +52,7 @@ def test_a_run_registers_a_candidate_with_all_that_explains_it(small, store, reg
     files = {path.name for path in Path(version.path).iterdir()}
     assert files == {
         *("adapter_config.json", "adapter_model.safetensors", "config.json"),
-        *("manifest.json", "metrics.json", "probe.json"),
+        *("manifest.json", "metrics.json", "probe.json", "samples.json"),
     }
     assert load(Path(version.path) / "config.json") == small
     assert json.loads((Path(version.path) / "manifest.json").read_text())["sha256"] == outcome.manifest_sha256
