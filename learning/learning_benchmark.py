@@ -8,6 +8,7 @@ would hide what an objective does.
 Run: ``kibitz bench learning --slice ci``.
 """
 
+import contextlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from bot.cli import embedder
 from bot.config import Config
+from bot.errors import NothingToLearn
 from bot.tokenizer import ChatTokenizer
 from learning import demo
 from learning.evaluation import Sample, batched_logprobs, generate
@@ -217,7 +219,10 @@ def measured(
         said += talk(arena, people, count - len(said))
         stopped = None
         if arm != "frozen":
-            stopped = learn(arena, shuffled(said, people.rng) if arm == "placebo" else said, objective, number)["stopped"]
+            with contextlib.suppress(NothingToLearn):  # such as no pairs yet: the policy stays as it is
+                stopped = learn(arena, shuffled(said, people.rng) if arm == "placebo" else said, objective, number)[
+                    "stopped"
+                ]
         points.append(arena.judged(count, people.utility, bool(stopped)))
     return points
 

@@ -9,7 +9,7 @@ import pytest
 
 from bot.config import Config
 from learning import learning_grid
-from learning.learning_benchmark import STEPS, Arena, People, Point, learn, shuffled, talk
+from learning.learning_benchmark import STEPS, Arena, People, Point, learn, measured, shuffled, talk
 from learning.learning_grid import CONTROLS, OBJECTIVES, SEEDS, Cell, cells, figures, reactions_to, recovered, run
 
 ROUNDS = 10
@@ -28,6 +28,14 @@ def test_people_react_as_they_mean_it_but_for_the_noise():
     given = [one for one in likes if one is not None]
     assert len(given) / len(likes) == pytest.approx(0.5, abs=0.03)
     assert sum(given) / len(given) == pytest.approx(0.9, abs=0.02)
+
+
+def test_where_nothing_can_be_learned_the_policy_stays_as_it_was(demo_model, monkeypatch):
+    monkeypatch.setattr("learning.learning_benchmark.STEPS", (8,))
+    monkeypatch.setattr("learning.learning_benchmark.simulated_users", lambda name: lambda prompt, reply: 1.0)
+    [found] = measured(Config(), demo_model, "dpo", "content", 0, noise=0.0, rate=1.0, regime="fresh")
+    assert found.kl == 0
+    assert found.win_rate == 0.5, "everybody likes everything: there is nothing to tell apart"
 
 
 def test_the_small_slice_has_every_arm_on_every_seed_and_the_full_one_holds_it():
