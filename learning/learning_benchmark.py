@@ -219,10 +219,9 @@ def measured(
         said += talk(arena, people, count - len(said))
         stopped = None
         if arm != "frozen":
+            taught = shuffled(said, people.rng) if arm == "placebo" else said
             with contextlib.suppress(NothingToLearn):  # such as no pairs yet: the policy stays as it is
-                stopped = learn(arena, shuffled(said, people.rng) if arm == "placebo" else said, objective, number)[
-                    "stopped"
-                ]
+                stopped = learn(arena, taught, objective, number)["stopped"]
         points.append(arena.judged(count, people.utility, bool(stopped)))
     return points
 
