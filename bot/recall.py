@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 WEIGHTS = Path(__file__).parent / "retrieval_weights.json"
 ROWS = 100_000  # messages in memory, of all scopes together
 TOGETHER = 0.5  # seconds in which what is said is gathered, to be embedded together
-PATIENCE = 5.0  # seconds that it waits for a moment in which nobody waits for an answer
+PATIENCE = 1.0  # seconds that it waits for a moment in which nobody waits for an answer; then it embeds
+FEW = 16  # texts
 WRITTEN = 4  # vectors written at once: whoever waits for an answer comes in between
 OVERLAP = 64  # messages that are read again: what was said at the same moment may have been written in another order
 SPARE = 4  # times as many are looked up as are wanted: some may not be shown
@@ -166,10 +167,11 @@ class Recall:
 
     async def _learn(self) -> None:
         await asyncio.sleep(TOGETHER)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), PATIENCE)
         while self._waiting:
-            texts = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), PATIENCE)
+            most = BATCH if self._idle.is_set() else FEW
+            texts = [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
             try:
                 await self._embed(texts)
             except Exception:  # the chat goes on; what has no vector is found by its words, and embedded at the next start
