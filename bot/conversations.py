@@ -162,11 +162,9 @@ class ConversationStore:
     def feedback_of(self, turn_ids: Iterable[str]) -> dict[str, list[Feedback]]:
         """Every act of feedback on these turns, by turn."""
         found: dict[str, list[Feedback]] = defaultdict(list)
-        with self.database.read() as connection:
-            for ids in chunks(turn_ids):
-                query = sa.select(feedback).where(feedback.c.turn_id.in_(ids)).order_by(feedback.c.at, feedback.c.id)
-                for row in connection.execute(query):
-                    found[row.turn_id].append(_feedback(row))
+        query = sa.select(feedback).order_by(feedback.c.at, feedback.c.id)
+        for row in self._of(query, feedback.c.turn_id, turn_ids):
+            found[row.turn_id].append(_feedback(row))
         return found
 
     def feedback(self, feedback_id: str) -> Feedback | None:
@@ -225,54 +223,37 @@ class ConversationStore:
 
     def authors(self, message_ids: Iterable[str]) -> dict[str, str]:
         """The author of each message that a person wrote."""
-        found = {}
-        with self.database.read() as connection:
-            for ids in chunks(message_ids):
-                query = sa.select(messages.c.id, messages.c.author_id).where(
-                    messages.c.id.in_(ids), messages.c.role == Role.USER
-                )
-                found.update({row.id: row.author_id for row in connection.execute(query)})
-        return found
+        query = sa.select(messages.c.id, messages.c.author_id).where(messages.c.role == Role.USER)
+        return {row.id: row.author_id for row in self._of(query, messages.c.id, message_ids)}
 
     def platforms(self, conversation_ids: Iterable[str]) -> dict[str, str]:
         """The platform of each conversation."""
-        found = {}
-        with self.database.read() as connection:
-            for ids in chunks(conversation_ids):
-                query = sa.select(conversations.c.id, conversations.c.platform).where(conversations.c.id.in_(ids))
-                found.update({row.id: row.platform for row in connection.execute(query)})
-        return found
+        query = sa.select(conversations.c.id, conversations.c.platform)
+        return {row.id: row.platform for row in self._of(query, conversations.c.id, conversation_ids)}
 
     def speakers(self, conversation_ids: Iterable[str]) -> dict[str, set[str]]:
         """Who wrote anything in each conversation."""
+        query = sa.select(messages.c.conversation_id, messages.c.author_id).where(messages.c.role == Role.USER).distinct()
         found: dict[str, set[str]] = defaultdict(set)
-        with self.database.read() as connection:
-            for ids in chunks(conversation_ids):
-                query = sa.select(messages.c.conversation_id, messages.c.author_id).distinct()
-                for row in connection.execute(
-                    query.where(messages.c.conversation_id.in_(ids), messages.c.role == Role.USER)
-                ):
-                    found[row.conversation_id].add(row.author_id)
+        for row in self._of(query, messages.c.conversation_id, conversation_ids):
+            found[row.conversation_id].add(row.author_id)
         return found
 
     def texts(self, message_ids: Iterable[str]) -> dict[str, str]:
         """The text of each message."""
-        found = {}
-        with self.database.read() as connection:
-            for ids in chunks(message_ids):
-                rows = connection.execute(sa.select(messages.c.id, messages.c.text).where(messages.c.id.in_(ids)))
-                found.update({row.id: row.text for row in rows})
-        return found
+        query = sa.select(messages.c.id, messages.c.text)
+        return {row.id: row.text for row in self._of(query, messages.c.id, message_ids)}
 
     def said_next(self, turn_ids: Iterable[str]) -> dict[str, tuple[str, str]]:
         """By turn, the author and the text of the message that was noted as following up on it."""
-        found = {}
+        query = sa.select(followups.c.turn_id, messages.c.author_id, messages.c.text).join(messages)
+        query = query.where(messages.c.text != "").order_by(messages.c.id.desc())
+        return {row.turn_id: (row.author_id, row.text) for row in self._of(query, followups.c.turn_id, turn_ids)}
+
+    def _of(self, query: sa.Select, column: sa.Column, ids: Iterable[str]) -> list[sa.Row]:
+        """The rows of a query whose `column` is one of `ids`, however many those are."""
         with self.database.read() as connection:
-            for ids in chunks(turn_ids):
-                query = sa.select(followups.c.turn_id, messages.c.author_id, messages.c.text).join(messages)
-                query = query.where(followups.c.turn_id.in_(ids), messages.c.text != "").order_by(messages.c.id.desc())
-                found.update({row.turn_id: (row.author_id, row.text) for row in connection.execute(query)})
-        return found
+            return [row for some in chunks(ids) for row in connection.execute(query.where(column.in_(some)))]
 
     def _insert(self, table: sa.Table, values: dict[str, Any]) -> bool:
         with self.database.begin() as connection:
