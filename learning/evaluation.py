@@ -219,14 +219,38 @@ def next_logprobs(model: Any, prefixes: Sequence[Sequence[int]]) -> list["torch.
         return [model(input_ids=row).logits[0, -1].float().log_softmax(-1).cpu() for row in ids]
 
 
-def perplexity(model: Any, rows: Rows) -> float:
-    """exp of the mean negative log-probability of the labelled tokens; rows are (input ids, labels) with -100 prompts."""
-    split = []
-    for ids, labels in rows:
-        start = next(index for index, label in enumerate(labels) if label != -100)
-        split.append((ids[:start], ids[start:]))
-    tokens = np.concatenate([row.numpy() for row in answer_logprobs(model, split)])
-    return float(np.exp(-tokens.mean()))
+def perplexity(logprobs: Sequence["torch.Tensor"]) -> float:
+    """exp of the mean negative log-probability of all tokens of answers, as `answer_logprobs` gives them."""
+    return float(np.exp(-np.concatenate(logprobs).mean()))
+
+
+def kl_to_base(model: Any, samples: Sequence[Sample]) -> float:
+    """KL(policy || base) for each token (nats) of a PeftModel, estimated on the policy's own samples."""
+    rows = [(sample.prompt_ids, sample.completion_ids) for sample in samples]
+    own = batched_logprobs(model, rows)
+    with model.disable_adapter():
+        base = batched_logprobs(model, rows)
+    tokens = sum(len(row) for row in own)
+    return float(sum((a - b).sum() for a, b in zip(own, base, strict=True)) / max(tokens, 1))
+
+
+def calibration(chances: np.ndarray, came_true: np.ndarray, bins: int = 10) -> list[tuple[float, float, int]]:
+    """For each bin of chances (n,) that is not empty: the mean chance, the share that came true (n,), how many there are."""
+    bin_of = np.minimum((chances * bins).astype(int), bins - 1)
+    return [
+        (float(chances[bin_of == one].mean()), float(came_true[bin_of == one].mean()), int((bin_of == one).sum()))
+        for one in np.unique(bin_of)
+    ]
+
+
+def calibration_error(chances: np.ndarray, came_true: np.ndarray) -> float:
+    """How far chances are from what came true, on average over ten bins."""
+    return sum(abs(said - true) * count for said, true, count in calibration(chances, came_true)) / len(chances)
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The token id that a transformers tokenizer pads with."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def generate(
@@ -242,8 +266,7 @@ def generate(
     import torch
 
     torch.manual_seed(seed)
-    eos, pad = tokenizer.hf.eos_token_id, tokenizer.hf.pad_token_id
-    pad = eos if pad is None else pad
+    eos, pad = tokenizer.hf.eos_token_id, pad_id(tokenizer.hf)
     samples = []
     model.eval()
     for start in range(0, len(prompts), batch_size):

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import softmax
 
 from bot.embeddings import Embedder
 from bot.followups import KINDS, features
+from learning.evaluation import calibration_error
 
 Progress = Callable[[str, int, int], None]
 TEXTS = json.loads(Path(__file__).with_name("followups.json").read_text(encoding="utf-8"))
@@ -57,27 +59,15 @@ def fit(seed: int, embedder: Embedder, progress: Progress) -> tuple[dict[str, An
     best = minimize_scalar(lambda one: _loss(scores / one, right), bounds=(0.1, 10), method="bounded")
     weights, bias = model.coef_ / best.x, model.intercept_ / best.x
     unseen, truth = examples("judge", seed, embedder, progress)
-    chances = _softmax(unseen @ weights.T + bias)
+    chances = softmax(unseen @ weights.T + bias, axis=1)
     found = chances.argmax(axis=1)
     figures = {f"recall_{kind}": float((found[truth == n] == n).mean()) for n, kind in enumerate(KINDS)}
-    figures |= {"accuracy": float((found == truth).mean()), "calibration_error": _calibration_error(chances, truth)}
+    figures |= {
+        "accuracy": float((found == truth).mean()),
+        "calibration_error": calibration_error(chances.max(axis=1), found == truth),
+    }
     return {"weights": weights.round(3).tolist(), "bias": bias.round(3).tolist()}, figures | {"examples": float(len(truth))}
 
 
-def _softmax(scores: np.ndarray) -> np.ndarray:
-    raised = np.exp(scores - scores.max(axis=1, keepdims=True))
-    return raised / raised.sum(axis=1, keepdims=True)
-
-
 def _loss(scores: np.ndarray, kinds: np.ndarray) -> float:
-    return float(-np.log(_softmax(scores)[np.arange(len(kinds)), kinds] + 1e-12).mean())
-
-
-def _calibration_error(chances: np.ndarray, kinds: np.ndarray, bins: int = 10) -> float:
-    """The expected calibration error: how far confidence is from accuracy, on average."""
-    sure, right = chances.max(axis=1), chances.argmax(axis=1) == kinds
-    place = np.minimum((sure * bins).astype(int), bins - 1)
-    gaps = [
-        abs(sure[place == one].mean() - right[place == one].mean()) * (place == one).sum() for one in set(place.tolist())
-    ]
-    return float(sum(gaps) / len(kinds))
+    return float(-np.log(softmax(scores, axis=1)[np.arange(len(kinds)), kinds] + 1e-12).mean())

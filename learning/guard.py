@@ -46,7 +46,7 @@ class Guard(TrainerCallback):
         """Remember how the policy was."""
         if self.first is None:
             self.first = self._check(0)
-        self._good = _weights(model)
+        self._good = weights(model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Check at every third of the run; where something is wrong, go back and stop."""
@@ -56,11 +56,9 @@ class Guard(TrainerCallback):
         self.stopped = self.fault(self.first, self._check(state.global_step))
         model.train()
         if self.stopped is None:
-            self._good = _weights(model)
+            self._good = weights(model)
             return
-        for name, parameter in model.named_parameters():
-            if name in self._good:
-                parameter.data.copy_(self._good[name])
+        restore(model, self._good)
         self.stopped += f"; stopped after {state.global_step} of {state.max_steps} steps"
         control.should_training_stop = True
 
@@ -80,5 +78,13 @@ class Guard(TrainerCallback):
         return None
 
 
-def _weights(model: Any) -> dict[str, Any]:
+def weights(model: Any) -> dict[str, Any]:
+    """A copy of the weights that are trained, by name."""
     return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def restore(model: Any, kept: dict[str, Any]) -> None:
+    """Set a model's weights back to a copy that `weights` made."""
+    for name, parameter in model.named_parameters():
+        if name in kept:
+            parameter.data.copy_(kept[name])

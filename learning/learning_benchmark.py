@@ -15,18 +15,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from bot.cli import embedder
 from bot.config import Config
 from bot.errors import NothingToLearn
 from bot.tokenizer import ChatTokenizer
 from learning import demo
-from learning.evaluation import Sample, batched_logprobs, generate
+from learning.evaluation import Sample, batched_logprobs, generate, kl_to_base, perplexity
 from learning.followup_training import PHRASES
+from learning.guard import restore, weights
 from learning.pretrain import quiet
-from learning.replay_buffer import Experience, told
-from learning.selection import is_held_out, kinds, weighed
+from learning.replay_buffer import Experience, compared, told
+from learning.selection import parted
 from learning.simulation import Utility
 from learning.simulation import users as simulated_users
 from learning.trainer import load, teach
@@ -81,7 +81,7 @@ class Arena:
         self.prompts = [text for text, _ in demo.prompts(held_out=True) for _ in range(SAMPLES)]
         self.untouched = [self._row(dialogue) for dialogue in demo.dialogues(128, seed=10_000 + seed)]
         self.model = load(config, base_model)
-        self.start = get_peft_model_state_dict(self.model)
+        self.start = weights(self.model)
         with self.model.disable_adapter():
             self.first = self.answers(self.prompts, self.seed)
             self.perplexity = self._perplexity()
@@ -96,10 +96,6 @@ class Arena:
         first = np.array([utility(prompt, one.text) for prompt, one in zip(self.prompts, self.first, strict=True)])
         difference = mine.reshape(-1, SAMPLES)[:, :, None] - first.reshape(-1, SAMPLES)[:, None, :]
         wins, losses = (difference > 0).mean(), (difference < 0).mean()
-        rows = [(one.prompt_ids, one.completion_ids) for one in said]
-        own = np.concatenate(batched_logprobs(self.model, rows))
-        with self.model.disable_adapter():
-            base = np.concatenate(batched_logprobs(self.model, rows))
         return Point(
             reactions=reactions,
             win_rate=float(wins / (wins + losses)) if wins + losses else 0.5,
@@ -107,13 +103,9 @@ class Arena:
             utility=float(mine.mean()),
             well_formed=float(np.mean([one.well_formed for one in said])),
             perplexity_ratio=self._perplexity() / self.perplexity,
-            kl=float((own - base).mean()),
+            kl=kl_to_base(self.model, said),
             stopped=stopped,
         )
-
-    def embedded(self, texts: Sequence[str]) -> np.ndarray:
-        """Unit vectors of texts (n × dimensions)."""
-        return np.zeros((len(texts), 1)) if self.embedder is None else self.embedder.encode(texts)
 
     def answers(self, prompts: Sequence[str], seed: int) -> list[Sample]:
         return generate(self.model, self.tokenizer, [self.ids(one) for one in prompts], 64, seed, batch_size=64)
@@ -122,11 +114,11 @@ class Arena:
         return self.tokenizer.prompt_ids(dialogue[:-1]), self.tokenizer.completion_ids(dialogue[-1]["content"])
 
     def _perplexity(self) -> float:
-        return float(np.exp(-np.concatenate(batched_logprobs(self.model, self.untouched)).mean()))
+        return perplexity(batched_logprobs(self.model, self.untouched))
 
     def renew(self) -> None:
         """Back to version 0."""
-        set_peft_model_state_dict(self.model, self.start)
+        restore(self.model, self.start)
 
 
 def talk(arena: Arena, people: People, reactions: int) -> list[Experience]:
@@ -183,10 +175,8 @@ def learn(arena: Arena, found: Sequence[Experience], objective: str, number: int
     """One training run on these experiences, selected and watched as in production."""
     training = arena.config.training.model_copy(update={"objective": objective})
     config = arena.config.model_copy(update={"seed": arena.seed + number, "training": training})
-    held_out = [one for one in found if is_held_out(one.unit, config.learning.held_out)]
-    taught = [one for one in found if not is_held_out(one.unit, config.learning.held_out)]
-    kind_of = kinds(arena.embedded([one.question for one in taught]), arena.seed)
-    rows = weighed(taught, kind_of, config.rewards.prior, config.rewards.person_cap)
+    taught, held_out = parted(found, config.learning.held_out)
+    rows = compared(taught, arena.embedder, config.rewards, arena.seed)
     prompts = list(dict.fromkeys(one.prompt_ids for one in [*held_out, *taught]))
     return teach(config, arena.model, arena.tokenizer, rows, held_out, prompts, lambda *_: None)
 

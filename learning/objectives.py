@@ -24,6 +24,7 @@ from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
 from bot.config import TrainingConfig
 from bot.errors import NothingToLearn, TrainingError
+from learning.evaluation import pad_id
 from learning.replay_buffer import Experience
 from learning.weighted_trainer import weighted_trainer
 
@@ -96,7 +97,6 @@ def train(
     batch_size = min(config.batch_size, len(usable))
     while True:
         trainer = make(model, tokenizer, usable, config, arguments(config, batch_size, len(usable), seed))
-        trainer.anchor_to_base()
         report_progress(trainer, "train", progress)
         for callback in callbacks:
             trainer.add_callback(callback)
@@ -174,7 +174,7 @@ def _kto(
         args=settings,
         train_dataset=Dataset.from_list(kto_examples(rows)),
         processing_class=tokenizer,
-        data_collator=_WeightedCollator(pad_token_id=_pad_id(tokenizer)),
+        data_collator=_WeightedCollator(pad_token_id=pad_id(tokenizer)),
     )
 
 
@@ -205,10 +205,6 @@ def arguments(config: TrainingConfig, batch_size: int, rows: int, seed: int) -> 
         "seed": seed,
         **machine_arguments(),
     }
-
-
-def _pad_id(tokenizer: Any) -> int:
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def machine_arguments() -> dict[str, Any]:

@@ -157,7 +157,7 @@ def warm_start(
     quiet()
     from transformers import AutoModelForCausalLM, set_seed
 
-    from learning.evaluation import generate, perplexity
+    from learning.evaluation import answer_logprobs, generate, perplexity
 
     shuffled = list(dialogues)
     random.Random(seed).shuffle(shuffled)
@@ -166,8 +166,8 @@ def warm_start(
     set_seed(seed)
     tokenizer = ChatTokenizer(model_path)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto")
-    rows = [(row["input_ids"], row["labels"]) for row in (_row(tokenizer, dialogue) for dialogue in held_out)]
-    before = perplexity(model, rows)
+    rows = [_after_first_prompt(_row(tokenizer, dialogue)) for dialogue in held_out]
+    before = perplexity(answer_logprobs(model, rows))
     unfinished = directory.with_name(directory.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -175,7 +175,7 @@ def warm_start(
     prompts = [tokenizer.prompt_ids(dialogue[:-1]) for dialogue in held_out[:200]]
     said = generate(model, tokenizer, prompts, max_tokens=64, seed=seed, temperature=0.0)
     measures = text_overlap([reply.text for reply in said], [dialogue[-1]["content"] for dialogue in held_out[:200]])
-    measures |= {"perplexity_before": before, "perplexity": perplexity(model, rows)}
+    measures |= {"perplexity_before": before, "perplexity": perplexity(answer_logprobs(model, rows))}
     model.save_pretrained(unfinished)
     tokenizer.hf.save_pretrained(unfinished)
     shutil.rmtree(directory, ignore_errors=True)
@@ -229,6 +229,12 @@ def fine_tune(
     )
     report_progress(trainer, "pretrain", progress)
     trainer.train()
+
+
+def _after_first_prompt(row: dict[str, list[int]]) -> tuple[list[int], list[int]]:
+    """A row as what comes before its first answer, and all that follows."""
+    start = next(index for index, label in enumerate(row["labels"]) if label != -100)
+    return row["input_ids"][:start], row["input_ids"][start:]
 
 
 def _row(tokenizer: ChatTokenizer, dialogue: Dialogue) -> dict[str, list[int]]:

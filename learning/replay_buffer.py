@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bot.config import Config
+from bot.config import Config, RewardsConfig
 from bot.conversations import ConversationStore
 from bot.dialogue import UNFINISHED
 from bot.embeddings import Embedder
@@ -23,7 +23,7 @@ from bot.tokenizer import ChatTokenizer
 from bot.types import Feedback, FeedbackKind, Message, Turn
 from bot.users import Users
 from learning.rewards import Reward, reward
-from learning.selection import fresh_and_old, is_held_out, kinds, thinned, weighed
+from learning.selection import fresh_and_old, kinds, parted, thinned, weighed
 
 IMPORTED = "import"  # the platform of conversations that were read from a file
 
@@ -125,20 +125,17 @@ class ReplayBuffer:
 
     def snapshot(self, space: str | None = None) -> Snapshot:
         """All that can be learned from now; only from one imported `space` if given."""
-        learning, rewards = self.config.learning, self.config.rewards
+        learning = self.config.learning
         found = self._experiences(space)
         drawn, dropped = fresh_and_old(found.training, learning.max_turns, learning.fresh)
         found.dropped += dropped
-        found.held_out = [one for one in drawn if is_held_out(one.unit, learning.held_out)]
-        training = [one for one in drawn if not is_held_out(one.unit, learning.held_out)]
-        kind_of = np.zeros(len(training), int)
+        training, found.held_out = parted(drawn, learning.held_out)
         if self.embedder is not None and training:
             training, dropped = thinned(
                 training, self.embedder.encode([f"{one.question}\n{one.answer}" for one in training])
             )
             found.dropped += dropped
-            kind_of = kinds(self.embedder.encode([one.question for one in training]), self.config.seed)
-        found.training = weighed(training, kind_of, rewards.prior, rewards.person_cap)
+        found.training = compared(training, self.embedder, self.config.rewards, self.config.seed)
         found.without_logprobs = sum(one.logprobs is None for one in drawn)
         return found
 
@@ -281,6 +278,14 @@ class _Facts:
             row.value for row in standing(self._given[turn.id]) if row.kind == FeedbackKind.RANK and row.value is not None
         ]
         return -sum(ranks) / len(ranks) if ranks else 0.0
+
+
+def compared(found: Sequence[Experience], embedder: Embedder | None, rewards: RewardsConfig, seed: int) -> list[Experience]:
+    """The experiences with their advantages and weights: with an embedder, beside what is usual for their kind of prompt."""
+    kind_of = np.zeros(len(found), int)
+    if embedder is not None and found:
+        kind_of = kinds(embedder.encode([one.question for one in found]), seed)
+    return weighed(found, kind_of, rewards.prior, rewards.person_cap)
 
 
 def paired(answers: Sequence[tuple[float, Experience]]) -> list[Experience]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from bot.embeddings import Embedder
+from learning.evaluation import calibration_error
 from learning.replay_buffer import Experience
 
 FOLDS = 5
@@ -90,23 +91,13 @@ def figures(judged: Judged, seed: int, draws: int = 2000) -> dict[str, float]:
         if 0 < judged.liked[pick].sum() < len(pick):
             drawn.append(roc_auc_score(judged.liked[pick], judged.chances[pick]))
     low, high = np.quantile(drawn, [0.025, 0.975])
-    curve = calibration(judged)
     return {
         "reward_model_auc": float(roc_auc_score(judged.liked, judged.chances)),
         "reward_model_auc_low": float(low),
         "reward_model_auc_high": float(high),
         "length_alone_auc": float(roc_auc_score(judged.liked, judged.words)),
-        "reward_model_calibration_error": sum(abs(said - true) * count for said, true, count in curve) / len(units),
+        "reward_model_calibration_error": calibration_error(judged.chances, judged.liked),
     }
-
-
-def calibration(judged: Judged, bins: int = 10) -> list[tuple[float, float, int]]:
-    """For each bin of the chances that is not empty: the mean chance, the share that is liked, how many there are."""
-    bin_of = np.minimum((judged.chances * bins).astype(int), bins - 1)
-    return [
-        (float(judged.chances[bin_of == one].mean()), float(judged.liked[bin_of == one].mean()), int((bin_of == one).sum()))
-        for one in np.unique(bin_of)
-    ]
 
 
 def _log_loss(scores: np.ndarray, liked: np.ndarray) -> float:

@@ -29,6 +29,15 @@ def is_held_out(unit: str, share: float) -> bool:
     return int.from_bytes(hashlib.sha256(unit.encode()).digest()[:8]) / 2**64 < share
 
 
+def parted(found: Sequence["Experience"], share: float) -> tuple[list["Experience"], list["Experience"]]:
+    """What is for training, and the share that is held out."""
+    training: list[Experience] = []
+    held_out: list[Experience] = []
+    for one in found:
+        (held_out if is_held_out(one.unit, share) else training).append(one)
+    return training, held_out
+
+
 def fresh_and_old(found: Sequence["Experience"], limit: int, fresh: float) -> Kept:
     """At most `limit` experiences (oldest first): a share of them the newest, the rest drawn from all that is older.
 

@@ -31,6 +31,7 @@ from learning.evaluation import (
     check_files,
     generate,
     judge,
+    kl_to_base,
     next_logprobs,
 )
 from learning.pretrain import quiet
@@ -205,13 +206,15 @@ def _train(
         base_samples = generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed)
         probed = generate(model, tokenizer, _probe_prompts(tokenizer), config.policy.max_tokens, config.seed)
     prefixes = probe_prefixes(probed)
-    earlier = generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed)
+    earlier = base_samples  # as long as the adapter is fresh
+    if parent.name != BASE:
+        earlier = generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed)
     from_parent = next_logprobs(model, prefixes)
     trained = teach(config, model, tokenizer, snapshot.training, snapshot.held_out, prompts, progress)
     progress("measuring", 0, 1)
     after = _means(answer_logprobs(model, held_out))
     samples = generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed)
-    kl = _kl_to_base(model, samples)
+    kl = kl_to_base(model, samples)
     model.save_pretrained(directory)
     (directory / "README.md").unlink(missing_ok=True)
     write_samples(directory, list(asked.values()), earlier, samples)
@@ -255,7 +258,7 @@ def teach(
             means = _means(batched_logprobs(model, liked))
             return Health(
                 liked=sum(means) / len(means) if means else None,
-                kl=_kl_to_base(model, samples),
+                kl=kl_to_base(model, samples),
                 well_formed=_well_formed(samples),
             )
 
@@ -303,16 +306,6 @@ def _asked(snapshot: Snapshot, count: int) -> dict[tuple[int, ...], str]:
 def _probe_prompts(tokenizer: ChatTokenizer) -> list[list[int]]:
     """Prompts that are nobody's words: those of a probe are kept with the version, whoever is forgotten."""
     return [tokenizer.prompt_ids([{"role": "user", "content": text}]) for text in PROBES]
-
-
-def _kl_to_base(model: "PeftModel", samples: list[Sample]) -> float:
-    """KL(candidate || base) for each token (nats), estimated on the candidate's own samples."""
-    rows = [(sample.prompt_ids, sample.completion_ids) for sample in samples]
-    own = batched_logprobs(model, rows)
-    with model.disable_adapter():
-        base = batched_logprobs(model, rows)
-    tokens = sum(len(row) for row in own)
-    return float(sum((a - b).sum() for a, b in zip(own, base, strict=True)) / max(tokens, 1))
 
 
 def _well_formed(samples: list[Sample]) -> float:

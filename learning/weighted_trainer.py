@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from trl import SFTConfig, SFTTrainer
 
 from bot.config import TrainingConfig
-from learning.evaluation import batched_logprobs
+from learning.evaluation import batched_logprobs, pad_id
 from learning.replay_buffer import Experience
 
 CUT = 2.0  # of importance weights
@@ -38,9 +38,6 @@ class WeightedTrainer(SFTTrainer):
 
     terms: TrainingConfig
     usual_length: float
-
-    def anchor_to_base(self) -> None:
-        """The reference is computed with the adapter off, before training."""
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
         """The mean over rows of each one's term and of its hold on the base."""
@@ -89,19 +86,14 @@ def weighted_trainer(
     model: Any, tokenizer: Any, rows: Sequence[Experience], config: TrainingConfig, common: dict[str, Any]
 ) -> WeightedTrainer:
     """A trainer for `sft`, `pg`, `hindsight` or `mixed`."""
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    examples = _examples(model, rows, config)
-    batch = common["per_device_train_batch_size"]
+    pad = pad_id(tokenizer)
     settings = SFTConfig(
-        **common | {"per_device_train_batch_size": batch},
-        max_length=None,
-        remove_unused_columns=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
+        **common, max_length=None, remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True}
     )
     trainer = WeightedTrainer(
         model=model,
         args=settings,
-        train_dataset=Dataset.from_list(examples),
+        train_dataset=Dataset.from_list(_examples(model, rows, config)),
         processing_class=tokenizer,
         data_collator=lambda chosen: _collated(chosen, pad),
     )
@@ -128,53 +120,62 @@ def term_of(row: Experience, objective: str) -> str:
 def _examples(model: Any, rows: Sequence[Experience], config: TrainingConfig) -> list[dict[str, Any]]:
     """One example a row, with the answer that it is preferred to inside. References are computed once."""
     chosen = [(row.prompt_ids, row.completion_ids) for row in rows]
-    rejected = [(row.prompt_ids, row.rejected_ids or row.completion_ids[:1]) for row in rows]
+    terms = [term_of(row, config.objective) for row in rows]
+    rejected = [row.rejected_ids if term == "prefer" else None for row, term in zip(rows, terms, strict=True)]
     with model.disable_adapter():
         references = batched_logprobs(model, chosen)
-        below = batched_logprobs(model, rejected)
-    told = [(row.hindsight_ids or row.prompt_ids, row.completion_ids) for row in rows]
-    known = batched_logprobs(model, told) if config.objective == "hindsight" else references
-    unknown = batched_logprobs(model, chosen) if config.objective == "hindsight" else references
+        below = iter(
+            batched_logprobs(model, [(row.prompt_ids, ids) for row, ids in zip(rows, rejected, strict=True) if ids])
+        )
     return [
         {
             "prompt": [*row.prompt_ids],
             "completion": [*row.completion_ids],
-            "rejected": [*row.rejected_ids] if term_of(row, config.objective) == "prefer" and row.rejected_ids else [],
-            "reference": references[number].tolist(),
-            "rejected_reference": below[number].tolist(),
-            "behaviour": [*(row.logprobs or references[number].tolist())],
-            "hindsight": (known[number] - unknown[number]).clamp(-1, 1).tolist(),
+            "rejected": [*(ids or ())],
+            "reference": reference.tolist(),
+            "rejected_reference": next(below).tolist() if ids else [],
+            "behaviour": [*(row.logprobs or reference.tolist())],
+            "hindsight": told_more.tolist(),
             "advantage": row.advantage,
             "weight": row.weight,
-            "term": TERMS.index(term_of(row, config.objective)),
+            "term": TERMS.index(term),
         }
-        for number, row in enumerate(rows)
+        for row, ids, reference, told_more, term in zip(
+            rows, rejected, references, _hindsight(model, rows, terms), terms, strict=True
+        )
     ]
 
 
+def _hindsight(model: Any, rows: Sequence[Experience], terms: Sequence[str]) -> list[torch.Tensor]:
+    """For each token of each answer how much likelier it is to somebody who knows what the asker said next, cut to ±1."""
+    if "hindsight" not in terms:
+        return [torch.zeros(len(row.completion_ids)) for row in rows]
+    known = batched_logprobs(model, [(row.hindsight_ids or row.prompt_ids, row.completion_ids) for row in rows])
+    unknown = batched_logprobs(model, [(row.prompt_ids, row.completion_ids) for row in rows])
+    return [(told - asked).clamp(-1, 1) for told, asked in zip(known, unknown, strict=True)]
+
+
 def _collated(examples: list[dict[str, Any]], pad: int) -> dict[str, torch.Tensor]:
-    ids, labels, scalars = [], [], []
+    ids, labels = [], []
     per_token: dict[str, list[torch.Tensor]] = {"reference": [], "behaviour": [], "hindsight": []}
+    per_row: dict[str, list[float]] = {"advantage": [], "weight": [], "term": []}
     for example in examples:
-        parts = [(example["completion"], example, example["weight"])]
+        parts = [(example["completion"], example)]
         if example["rejected"]:
             below = example["rejected_reference"]
-            lower = {"reference": below, "behaviour": below, "hindsight": [0.0] * len(below), **_scalars(example)}
-            parts.append((example["rejected"], lower, 0.0))
-        for answer, values, weight in parts:
+            lower = {"reference": below, "behaviour": below, "hindsight": [0.0] * len(below), "weight": 0.0}
+            parts.append((example["rejected"], example | lower))
+        for answer, values in parts:
             ids.append(torch.tensor(example["prompt"] + answer))
             labels.append(torch.tensor([-100] * len(example["prompt"]) + answer))
             for name, column in per_token.items():
                 column.append(torch.tensor([0.0] * (len(example["prompt"]) - 1) + list(values[name])))
-            scalars.append({**_scalars(example), "weight": weight})
+            for name, scalars in per_row.items():
+                scalars.append(values[name])
     found = {
         "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
     }
     found |= {name: pad_sequence(column, batch_first=True) for name, column in per_token.items()}
-    return found | {name: torch.tensor([row[name] for row in scalars]) for name in ("advantage", "weight", "term")}
-
-
-def _scalars(example: dict[str, Any]) -> dict[str, Any]:
-    return {name: example[name] for name in ("advantage", "weight", "term")}
+    return found | {name: torch.tensor(scalars) for name, scalars in per_row.items()}

@@ -104,4 +104,7 @@ def test_random_reactions_do_not_move_the_policy_and_without_the_anchor_they_do(
     found = arena.judged(len(said), people.utility, stopped=False)
     held = found.kl < settings.gate.kl_budget and found.perplexity_ratio < 1.05
     assert held == anchored, (found.kl, found.perplexity_ratio)
+    assert found.kl != 0
+    arena.renew()
+    assert arena.judged(0, people.utility, stopped=False).kl == 0, "it is version 0 again"
     assert np.isfinite(found.perplexity_ratio)

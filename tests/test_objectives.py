@@ -11,7 +11,7 @@ from bot.config import Config, TrainingConfig
 from bot.errors import NothingToLearn, TrainingError
 from learning import demo, objectives
 from learning.evaluation import batched_logprobs
-from learning.guard import Guard, Health, Limits
+from learning.guard import Guard, Health, Limits, restore, weights
 from learning.objectives import train, usable_rows
 from learning.replay_buffer import Experience, told
 from learning.trainer import load
@@ -32,10 +32,9 @@ def model(demo_model):
 @pytest.fixture
 def fresh(model):
     """The demo policy with an adapter that changes nothing yet."""
-    start = {name: value.detach().clone() for name, value in model.named_parameters()}
+    start = weights(model)
     yield model
-    for name, value in model.named_parameters():
-        value.data.copy_(start[name])
+    restore(model, start)
 
 
 def lessons(model, tokenizer, count: int = 32) -> list[Experience]:
@@ -115,10 +114,9 @@ def test_who_counts_less_moves_the_policy_less(fresh, tokenizer):
     for objective in ("kto", "dpo", "mixed"):
         used = []
         for taught in (few, [*few[:32], *rows[32:]]):
-            start = {name: value.detach().clone() for name, value in fresh.named_parameters()}
+            start = weights(fresh)
             used.append(train(fresh, tokenizer.hf, taught, TrainingConfig(objective=objective, max_steps=1), 0, quiet))
-            for name, value in fresh.named_parameters():
-                value.data.copy_(start[name])
+            restore(fresh, start)
         if objective == "dpo":
             assert used[0]["rows"] < used[1]["rows"] < 32
         else:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from bot.embeddings import Embedder
+from learning.evaluation import calibration
 from learning.replay_buffer import Experience
-from learning.reward_model import Judged, RewardModel, calibration, figures
+from learning.reward_model import Judged, RewardModel, figures
 
 ABOUT = {
     "cats": ["my cat sleeps all day", "kittens love to play with wool", "a cat purrs when it is happy", "cats hate water"],
@@ -70,4 +71,4 @@ def test_the_calibration_curve_names_each_bin():
         units=list("abcd"),
         words=np.array([1, 2, 3, 4]),
     )
-    assert calibration(judged) == [(0.05, 0.0, 1), (0.15, 0.5, 2), (1.0, 1.0, 1)]
+    assert calibration(judged.chances, judged.liked) == [(0.05, 0.0, 1), (0.15, 0.5, 2), (1.0, 1.0, 1)]
