@@ -30,16 +30,10 @@ class ConversationStore:
 
     def open(self, conversation: Conversation) -> Conversation:
         """The stored conversation at this place, made now if it is new."""
-        place = sa.and_(
-            conversations.c.platform == conversation.platform,
-            conversations.c.space == conversation.space,
-            conversations.c.channel == conversation.channel,
-            conversations.c.thread == conversation.thread,
-        )
         with self.database.begin() as connection:
-            row = connection.execute(sa.select(conversations).where(place)).one_or_none()
+            row = connection.execute(_PLACE, vars(conversation)).one_or_none()
             if row is None:
-                connection.execute(conversations.insert(), _columns(conversations, conversation))
+                connection.execute(_INSERT[conversations], _columns(conversations, conversation))
                 return conversation
             found = Conversation(**row._mapping)
             if found.is_public != conversation.is_public:  # what was public may have been closed since
@@ -318,7 +312,10 @@ _CORRECTIONS = (
         feedback.c.user_id == turns.c.asker_id,
     )
 )
-_INSERT = {table: table.insert() for table in (messages, turns)}
+_PLACE = sa.select(conversations).where(
+    *(conversations.c[name] == sa.bindparam(name) for name in ("platform", "space", "channel", "thread"))
+)
+_INSERT = {table: table.insert() for table in (conversations, messages, turns)}
 _INSERT_ONCE = {  # what came before leaves its row as it is
     (dialect, table): insert(table).on_conflict_do_nothing().returning(table.c.id)
     for dialect, insert in (("sqlite", sqlite.insert), ("postgresql", postgresql.insert))

@@ -221,7 +221,8 @@ class _Local(threading.local):
         self.afterwards: list[Callable[[], None]] = []  # what is to be done when that transaction is committed
 
     group: sa.Connection | None = None  # the transaction of the batch that this thread is at work on
-    writing = False  # whether a part of it, with a savepoint of its own, is open
+    shared = False  # whether it is of more than one function
+    savepoint: sa.NestedTransaction | None = None  # what the function at work has written
 
 
 class Database:
@@ -269,22 +270,17 @@ class Database:
 
     @contextmanager
     def begin(self) -> Iterator[sa.Connection]:
-        """A transaction: committed at the end, rolled back on an error. One inside another is a part of it."""
+        """A transaction: committed at the end, rolled back on an error. Inside `call` it is a part of the call's own."""
         group = self._local.group
         if group is None:
             with self._together(), self.begin() as group:
                 yield group
-        elif self._local.writing:
-            yield group
-        else:
-            if not group.in_transaction():
-                group.begin()
-            self._local.writing = True
-            try:
-                with group.begin_nested():
-                    yield group
-            finally:
-                self._local.writing = False
+            return
+        if not group.in_transaction():
+            group.begin()
+        if self._local.shared and self._local.savepoint is None:
+            self._local.savepoint = group.begin_nested()
+        yield group
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
@@ -297,10 +293,10 @@ class Database:
             yield connection
 
     async def call(self, function: Callable[..., Result], *args: Any) -> Result:
-        """Run a synchronous store function in the database's thread; when it returns, what it wrote is committed.
+        """Run a synchronous store function in the database's thread; when it returns, all that it wrote is committed.
 
-        Functions that wait for the thread together are committed together (group commit): under load a commit, which waits
-        for the disk, costs more than all else. Each keeps a savepoint of its own, so that one that fails harms no other.
+        One that fails has written nothing. Functions that wait for the thread together are committed together (group
+        commit): under load a commit, which waits for the disk, costs more than all else.
         """
         future: Future[Result] = Future()
         self._waiting.append((function, args, future))
@@ -313,12 +309,15 @@ class Database:
         if not batch:
             return
         settled: list[tuple[Future[Any], Any, BaseException | None]] = []
+        self._local.shared = len(batch) > 1
         try:
             with self._together():
                 for function, args, future in batch:
                     try:
-                        settled.append((future, function(*args), None))
+                        settled.append((future, self._part(function, args), None))
                     except BaseException as error:
+                        if not self._local.shared:
+                            raise
                         settled.append((future, None, error))
         except BaseException as error:  # nothing of the batch is on disk
             settled = [(future, None, error) for *_, future in batch]
@@ -327,6 +326,22 @@ class Database:
                 future.set_result(result)
             else:
                 future.set_exception(failure)
+
+    def _part(self, function: Callable[..., Result], args: tuple[Any, ...]) -> Result:
+        """Run one function of a batch; beside others, what it writes has a savepoint, so that its failure harms none."""
+        promised = len(self._local.afterwards)
+        try:
+            result = function(*args)
+            if self._local.savepoint is not None:
+                self._local.savepoint.commit()
+        except BaseException:
+            del self._local.afterwards[promised:]
+            if self._local.savepoint is not None:
+                self._local.savepoint.rollback()
+            raise
+        finally:
+            self._local.savepoint = None
+        return result
 
     @contextmanager
     def _together(self) -> Iterator[sa.Connection]:

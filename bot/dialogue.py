@@ -17,7 +17,7 @@ from bot.errors import DataError, ReplyInterrupted
 from bot.followups import FollowUps
 from bot.forgetting import forget_message
 from bot.policy import STOPPED, OnText, Policy
-from bot.tracker import Context, StateTracker
+from bot.tracker import Context, StateTracker, Surroundings
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Reply, Role, Turn, new_id, now
 
 log = logging.getLogger(__name__)
@@ -70,24 +70,26 @@ class DialogueManager:
         return await self.store.database.call(self.store.open, conversation)
 
     async def respond(
-        self, message: Message, options: ReplyOptions = PLAIN, shown: Sequence[dict[str, str]] | None = None
+        self,
+        message: Message,
+        options: ReplyOptions = PLAIN,
+        shown: Sequence[dict[str, str]] | None = None,
+        place: Conversation | None = None,
     ) -> Turn:
         """Commit a message, have it answered, commit the answer. A message that came before gets its first answer.
 
-        The policy is shown what the tracker finds, or `shown`: chat messages of a client that keeps the history itself,
-        the new message last.
+        Where it is not known which conversation the message belongs to, `place` is where it was said. The policy is shown
+        what the tracker finds, or `shown`: chat messages of a client that keeps the history itself, the new message last.
         """
         message = replace(message, text=cleaned(message.text))
-        claim = self.store.database.call(self.store.claim, message)
-        # Asked for together: under load each trip to the database's thread costs more in waiting than in work.
-        (first, answered), context = await asyncio.gather(claim, self._context(message, shown))
+        # One trip: under load each to the database's thread costs more in waiting than in work.
+        first, answered, around = await self.store.database.call(self._taken_in, message, place, shown is None)
         if answered is not None:
             return answered
         if first.is_forgotten:
             raise DataError("this message was forgotten; it gets no answer")
-        if (first.id, first.text) != (message.id, message.text):  # told otherwise, or edited while it waited
-            message, context = first, await self._context(first, shown)
-        return await self._answer(message, context, message.author_id, None, options)
+        context = await self.tracker.context(first, around) if shown is None else self.tracker.fitted(shown)
+        return await self._answer(first, context, first.author_id, None, options)
 
     async def hear(self, place: Conversation, message: Message) -> tuple[Message, bool]:
         """Commit a message at a place, which `respond` may answer later, and say whether its event is new.
@@ -148,8 +150,17 @@ class DialogueManager:
         remembered = [await self.store.database.call(self.store.message, message) for message in reminders]
         return Explanation(turn, said.get(turn_id, []), remembered)
 
-    async def _context(self, message: Message, shown: Sequence[dict[str, str]] | None) -> Context:
-        return await self.tracker.context(message) if shown is None else self.tracker.fitted(shown)
+    def _taken_in(
+        self, message: Message, place: Conversation | None, remembering: bool
+    ) -> tuple[Message, Turn | None, Surroundings | None]:
+        """A message as it is committed, and its answer if it has one; else, if asked for, what is around it."""
+        first, answered, is_new = message, None, False
+        if place is not None:
+            first, is_new = self.store.hear(place, message)
+        if not is_new:
+            first, answered = self.store.claim(first)
+        wanted = remembering and answered is None and not first.is_forgotten
+        return first, answered, self.tracker.surroundings(first) if wanted else None
 
     async def _answer(
         self, message: Message, context: Context, asker_id: str, replaces: str | None, options: ReplyOptions

@@ -38,7 +38,14 @@ class Memory:
         with self.database.read() as connection:
             rows = connection.execute(_SINCE, values).all()
         return [
-            Entry(row.id, row.conversation_id, row.author_id, row.text, row.vector and _unpacked(row.vector), _is_ours(row))
+            Entry(
+                row.id,
+                row.conversation_id,
+                row.author_id,
+                row.text,
+                row.vector and np.frombuffer(row.vector, np.int8),
+                row.role == Role.ASSISTANT,
+            )
             for row in rows
         ]
 
@@ -79,10 +86,6 @@ class Memory:
         query = sa.select(sa.func.count()).select_from(_MISSING.order_by(None).limit(None).subquery())
         with self.database.read() as connection:
             return connection.execute(query, {"vectors": space, "after": ""}).scalar_one()
-
-
-def _is_ours(row: sa.Row) -> bool:
-    return row.role == Role.ASSISTANT
 
 
 def _packed(vector: np.ndarray) -> bytes:

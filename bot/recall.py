@@ -20,7 +20,7 @@ import numpy as np
 
 from bot.embeddings import BATCH, Embedder
 from bot.memory import Memory, Text
-from bot.retrieval import ScopeIndex, Weights
+from bot.retrieval import Entry, ScopeIndex, Weights
 from bot.types import Message
 
 log = logging.getLogger(__name__)
@@ -60,8 +60,7 @@ class Recall:
         self.weights = learned
         self.space = "" if embedder is None else embedder.space
         self._call = memory.database.call
-        self._scopes: OrderedDict[str, ScopeIndex] = OrderedDict()
-        self._scope_of: dict[str, str] = {}  # a conversation's; where it changed, what it may see is still read anew
+        self._scopes: OrderedDict[str, ScopeIndex] = OrderedDict()  # only the database's thread touches it
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recall")
         self._waiting: deque[Text] = deque(maxlen=ROWS)  # of a flood the oldest is embedded at the next start
         self._learning: asyncio.Task[None] | None = None
@@ -75,13 +74,13 @@ class Recall:
             await self.embedder.embed(["ready"])
 
     async def find(
-        self, message: Message, limit: int, without: Collection[str] = (), index: ScopeIndex | None = None
+        self, message: Message, limit: int, without: Collection[str] = (), scope: ScopeIndex | None = None
     ) -> list[Remembered]:
         """The `limit` messages before this one that bear most on it, best first; none of `without`.
 
-        `index` is what `index` gave, where that was asked for in time.
+        `scope` is the index of the message's scope, where that was read already.
         """
-        index = index or await self.index(message.conversation_id)
+        index = scope or await self.index(*await self._call(self.read, message.conversation_id))
         if not len(index):
             return []
         loop = asyncio.get_running_loop()
@@ -111,11 +110,11 @@ class Recall:
             done, after = done + len(texts), texts[-1][0]
             progress(f"embedding with {self.embedder.name}", done, total)
         if done:
-            self._scopes.clear()
+            await self._call(self._scopes.clear)
 
     async def forget(self, conversation_id: str) -> None:
         """Something in a conversation changed other than by being added: its scope is read anew when it is asked for."""
-        self._scopes.pop(await self._call(self.memory.scope, conversation_id), None)
+        await self._call(lambda: self._scopes.pop(self.memory.scope(conversation_id), None))
 
     def close(self) -> None:
         """End the threads; what still waits to be embedded is at the next start."""
@@ -125,21 +124,20 @@ class Recall:
         if self.embedder is not None:
             self.embedder.close()
 
-    async def index(self, conversation_id: str) -> ScopeIndex:
-        """The index of a conversation's scope, with all that is committed by now."""
-        if conversation_id not in self._scope_of:
-            if len(self._scope_of) > ROWS:
-                self._scope_of.clear()
-            self._scope_of[conversation_id] = await self._call(self.memory.scope, conversation_id)
-        scope = self._scope_of[conversation_id]
+    def read(self, conversation_id: str) -> tuple[ScopeIndex, list[Entry]]:
+        """The index of a conversation's scope, and what is committed by now and not in it. In the database's thread."""
+        scope = self.memory.scope(conversation_id)
         index = self._scopes.pop(scope, None) or ScopeIndex()
-        after = index.ids[-OVERLAP] if len(index) >= OVERLAP else ""
         self._scopes[scope] = index
-        found = await self._call(self.memory.since, conversation_id, after, self.space)
-        if found:
-            await asyncio.get_running_loop().run_in_executor(self._thread, index.add, found)
         while len(self._scopes) > 1 and sum(map(len, self._scopes.values())) > ROWS:
             self._scopes.popitem(last=False)
+        after = index.ids[-OVERLAP] if len(index) >= OVERLAP else ""
+        return index, [one for one in self.memory.since(conversation_id, after, self.space) if index.lacks(one)]
+
+    async def index(self, index: ScopeIndex, unread: Sequence[Entry]) -> ScopeIndex:
+        """What `read` gave, made one."""
+        if unread:
+            await asyncio.get_running_loop().run_in_executor(self._thread, index.add, unread)
         return index
 
     def _ranked(

@@ -50,7 +50,7 @@ _stem = Stemmer.Stemmer("english").stemWord
 
 @dataclass(frozen=True)
 class Entry:
-    """One message as retrieval sees it; `vector` (1-D float32, unit length) is None until it is embedded."""
+    """One message as retrieval sees it; `vector` (1-D, of any length and type) is None until it is embedded."""
 
     id: str
     conversation: str
@@ -103,6 +103,13 @@ class ScopeIndex:
                 self._append(entry)
             if entry.vector is not None:
                 self._set_vector(self.rows[entry.id], entry.vector)
+
+    def lacks(self, entry: Entry) -> bool:
+        """Whether adding a message would change anything."""
+        row = self.rows.get(entry.id)
+        if row is None or entry.vector is None:
+            return row is None
+        return row >= len(self._has_vector) or not self._has_vector[row]
 
     def tells(self, conversation: str, but: Collection[str]) -> bool:
         """Whether anything but these messages says something that may be shown in a conversation.
@@ -209,7 +216,8 @@ class ScopeIndex:
             if self._vectors.size:
                 grown[: len(self._vectors)], has[: len(self._has_vector)] = self._vectors, self._has_vector
             self._vectors, self._has_vector = grown, has
-        self._vectors[row], self._has_vector[row] = vector, True
+        length = np.linalg.norm(vector.astype(np.float32))
+        self._vectors[row], self._has_vector[row] = vector / (length or 1.0), True
 
     def _shifted(self, values: np.ndarray, steps: int) -> np.ndarray:
         """The values of the turns that stand `steps` before each, in its conversation; 0 where there is none."""

@@ -5,7 +5,6 @@ turns come next; what is remembered from before them, or from elsewhere in the s
 server and no feedback.
 """
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from bot.conversations import ConversationStore
 from bot.errors import ConfigError
 from bot.facts import sorted_out
 from bot.recall import Recall, Remembered
+from bot.retrieval import Entry, ScopeIndex
 from bot.tokenizer import ChatTokenizer
 from bot.types import Message, Role
 
@@ -37,6 +37,15 @@ class Context:
         shown: dict[str, float | None] = dict.fromkeys((said.id for said in self.recent), None)
         shown.update((found.message.id, found.score) for found in self.remembered)
         return shown
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the database holds around a new message: the messages before it, and what of its scope is not yet indexed."""
+
+    recent: list[Message]
+    index: ScopeIndex
+    unread: list[Entry]
 
 
 class StateTracker:
@@ -63,20 +72,22 @@ class StateTracker:
                 f"config key dialogue.persona is longer than half of policy.context_tokens ({budget}); shorten it"
             )
 
-    async def context(self, message: Message) -> Context:
-        """What to show the policy for `message`, which need not be stored yet. Never over the budget (tokens)."""
-        newest = self._clipped(message)
-        place = message.conversation_id
-        reading = self.store.database.call(self.store.recent, place, message, self.config.recent)
-        if self.config.remembered:
-            recent, index = await asyncio.gather(reading, self.recall.index(place))
-        else:
-            recent = await reading
+    def surroundings(self, message: Message) -> Surroundings:
+        """What is around a message, which need not be stored yet. Synchronous, in the database's thread."""
+        recent = self.store.recent(message.conversation_id, message, self.config.recent)
+        index, unread = self.recall.read(message.conversation_id) if self.config.remembered else (ScopeIndex(), [])
+        return Surroundings(recent, index, unread)
+
+    async def context(self, message: Message, around: Surroundings | None = None) -> Context:
+        """What to show the policy for `message`, with what is `around` it (read now if not given). Never over the budget."""
+        if around is None:
+            around = await self.store.database.call(self.surroundings, message)
+        newest, recent, place = self._clipped(message), around.recent, message.conversation_id
+        index = await self.recall.index(around.index, around.unread)
+        shown = {said.id for said in recent[self._start(recent, newest, notes="") :]}
         remembered: list[Remembered] = []
-        if self.config.remembered:
-            shown = {said.id for said in recent[self._start(recent, newest, notes="") :]}
-            telling = index.tells(place, {message.id, *shown})
-            found = await self.recall.find(message, self.config.remembered, shown, index) if telling else []
+        if index.tells(place, {message.id, *shown}):
+            found = await self.recall.find(message, self.config.remembered, shown, index)
             near = [one for one in found if _worth_showing(one, message)]
             remembered = self._affordable(_still_true(near), newest)
         window, sent, prompt_ids = self._newest_that_fit(recent, newest, self._notes(remembered))

@@ -8,7 +8,6 @@ Run: ``kibitz serve`` with `[discord] token_env` set.
 """
 
 import asyncio
-import hashlib
 import logging
 import os
 import re
@@ -23,17 +22,16 @@ from bot.errors import ConfigError, ConnectorError
 from bot.feedback import standing
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn, new_id, now
 from connectors.access import TOO_FAST
-from connectors.answers import BUSY, SORRY, Answers
+from connectors.answers import BUSY, Answers
 from connectors.base import Lanes, Shared, pause
 from connectors.commands import COMMANDS, Asker, Command, Commands
+from connectors.discord_messages import LIMIT, Button, Reason, Shown, typing
 from connectors.discord_reconciliation import reconcile
 from connectors.splitting import split
 from connectors.streaming import Budgets
 
 log = logging.getLogger(__name__)
 
-LIMIT = 2000  # characters of one message
-BUTTONS = {"up": "👍", "down": "👎", "again": "🔄", "stop": "⏹️"}
 RECONNECT = 5.0  # seconds, doubled up to a minute
 
 
@@ -182,8 +180,8 @@ class Discord:
 
     async def _answer(self, message: discord.Message, text: str) -> None:
         said = Message("", str(message.author.id), text, event_id=_event(message.id))
-        heard, _ = await self.dialogue.hear(await self._place(message), said)
-        await self._post(message, lambda options: self.dialogue.respond(heard, options))
+        place = await self._place(message)
+        await self._post(message, lambda options: self.dialogue.respond(said, options, place=place))
 
     async def _again(self, turn_id: str, user: str, interaction: discord.Interaction) -> None:
         message = interaction.message
@@ -192,8 +190,8 @@ class Discord:
 
     async def _post(self, message: discord.Message, ask: Callable[[ReplyOptions], Awaitable[Turn]]) -> None:
         """Show an answer while it grows, then whole, under `message`."""
-        async with message.channel.typing():
-            await self.answers.give(ask, _Shown(self, message, new_id()), self.budgets.of(str(message.channel.id)))
+        async with typing(message.channel):
+            await self.answers.give(ask, Shown(self, message, new_id()), self.budgets.of(str(message.channel.id)))
 
     async def _place(self, message: discord.Message) -> Conversation:
         """The conversation that a message belongs to."""
@@ -211,86 +209,6 @@ class Discord:
     def _soon(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
-
-
-class _Shown:
-    """The messages that show one answer."""
-
-    def __init__(self, connector: Discord, to: discord.Message, turn_id: str):
-        self.connector, self.to, self.turn_id = connector, to, turn_id
-        self.messages: list[discord.Message] = []
-
-    async def grow(self, text: str) -> None:
-        """Show the beginning of a growing answer."""
-        if text.strip():
-            await self._show(0, split(text, LIMIT)[0].text, ["stop"])
-
-    async def whole(self, text: str) -> None:
-        """Show the final answer: every part of it, and the buttons under the last."""
-        parts = [part.text for part in split(text or "…", LIMIT) if part.text.strip()] or ["…"]
-        for number, part in enumerate(parts):
-            await self._show(number, part, ["up", "down", "again"] if number == len(parts) - 1 else [])
-
-    async def sorry(self) -> None:
-        """Say that there will be no answer."""
-        await self.to.reply(SORRY, mention_author=False)
-
-    async def _show(self, number: int, text: str, buttons: list[str]) -> None:
-        view = discord.ui.View(timeout=None)
-        for act in buttons:
-            view.add_item(Button(act, self.turn_id))
-        view.stop()  # its buttons are found by their ids, also after a restart
-        if number < len(self.messages):
-            await self.messages[number].edit(content=text, view=view)
-            return
-        async with self.connector.answers.posting(str(self.to.channel.id)):
-            sent = await self._send(number, text, view)
-            await self.connector.answers.deliver(str(sent.channel.id), str(sent.id), self.turn_id, number)
-        self.messages.append(sent)
-
-    async def _send(self, number: int, text: str, view: discord.ui.View) -> discord.Message:
-        nonce = hashlib.blake2b(f"{self.turn_id}:{number}".encode(), digest_size=12).hexdigest()
-        if number == 0:
-            return await self.to.reply(text, view=view, nonce=nonce, mention_author=True)
-        return await self.to.channel.send(text, view=view, nonce=nonce)
-
-
-class Button(
-    discord.ui.DynamicItem[discord.ui.Button[Any]], template=r"kibitz:(?P<act>up|down|again|stop):(?P<turn>[0-9a-f-]{36})"
-):
-    """A button that says in its id what it is about, so that it works after a restart."""
-
-    def __init__(self, act: str, turn_id: str):
-        super().__init__(discord.ui.Button(emoji=BUTTONS[act], custom_id=f"kibitz:{act}:{turn_id}"))
-        self.act, self.turn_id = act, turn_id
-
-    @classmethod
-    async def from_custom_id(
-        cls, interaction: discord.Interaction, item: discord.ui.Item[Any], match: re.Match[str], /
-    ) -> "Button":
-        """The button that was pressed."""
-        return cls(match["act"], match["turn"])
-
-    async def callback(self, interaction: discord.Interaction[Any]) -> None:
-        """Hand it to the connector."""
-        await interaction.client.connector.pressed(self.act, self.turn_id, interaction)
-
-
-class Reason(discord.ui.Modal, title="What was wrong with it?"):
-    """A short reason for 👎; the opinion is recorded already."""
-
-    text: discord.ui.TextInput[Any] = discord.ui.TextInput(label="In a few words", required=False, max_length=300)
-
-    def __init__(self, connector: Discord, turn_id: str):
-        super().__init__()
-        self.connector, self.turn_id = connector, turn_id
-
-    async def on_submit(self, interaction: discord.Interaction[Any]) -> None:
-        """Keep what was said."""
-        if self.text.value.strip():
-            user, event = str(interaction.user.id), f"discord:{interaction.id}"
-            await self.connector.commented(self.turn_id, user, self.text.value, event)
-        await interaction.response.send_message("Noted, thank you.", ephemeral=True)
 
 
 class _Client(discord.Client):

@@ -138,9 +138,8 @@ class Web:
             await self._own(turn_id, user)
             return await self.dialogue.regenerate(turn_id, author, options)
         place = Conversation("web", asked.conversation or new_id(), space=user)
-        message, _ = await self.dialogue.hear(place, Message("", author, asked.messages[-1].text))
         shown = None if asked.conversation else [{"role": said.role, "content": said.text} for said in asked.messages]
-        return await self.dialogue.respond(message, options, shown)
+        return await self.dialogue.respond(Message("", author, asked.messages[-1].text), options, shown, place)
 
     async def _events(
         self, asked: Completion, options: ReplyOptions, pieces: asyncio.Queue[str | None], answering: asyncio.Task[Turn]

@@ -39,6 +39,8 @@ class FakeDiscord:
         self.refused: list[str] = []
         self.limit, self.window = 1000, 1.0  # of posts and edits in one channel
         self.met_429 = 0
+        self.typed: list[int] = []  # channels
+        self.typing_status = 204
         self.gives_up = False  # events are delivered to nobody
         self.written: dict[str, list[float]] = defaultdict(list)  # when the bot wrote or changed each of its messages
         self.changed: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)  # by channel
@@ -310,7 +312,8 @@ class FakeDiscord:
             listed = [{**one, "id": str(next(self._ids)), "application_id": str(BOT), "version": "1"} for one in body]
             return self._json(listed)
         if parts[0] == "channels" and parts[2] == "typing":
-            return web.Response(status=204)
+            self.typed.append(int(parts[1]))
+            return web.Response(status=self.typing_status)
         if parts[0] == "channels" and parts[2] == "messages" and method == "GET":
             return self._read(int(parts[1]), parts[3:], dict(request.query))
         if parts[0] == "channels" and parts[2] == "messages" and method in ("POST", "PATCH"):

@@ -127,13 +127,13 @@ async def test_replies_go_on_with_a_conversation_and_mentions_begin_one(live, pl
 
 async def test_a_long_answer_is_whole_and_its_last_part_carries_the_turn(live, platform, bot, monkeypatch):
     channel = platform.channel()
-    monkeypatch.setattr("connectors.discord.LIMIT", 200)
+    monkeypatch.setattr("connectors.discord_messages.LIMIT", 200)
     text = "\n".join(f"{number}. this is a line of a long answer" for number in range(40))
     respond = live.dialogue.respond
 
-    async def long(message, options):
+    async def long(message, options, place):
         options.on_text(text)
-        turn = await respond(message, type(options)(None, options.stop, options.turn_id))
+        turn = await respond(message, type(options)(None, options.stop, options.turn_id), place=place)
         object.__setattr__(turn, "text", text)
         return turn
 
@@ -185,14 +185,36 @@ async def test_buttons_say_what_people_think_and_ask_why(live, platform, bot):
     assert [row.text for row in said if row.kind == FeedbackKind.COMMENT] == ["It was rude."]
 
 
+async def test_what_takes_long_is_seen_to_be_typed_and_where_that_fails_the_answer_comes_all_the_same(
+    live, platform, bot, monkeypatch
+):
+    quick, slow = platform.channel(), platform.channel()
+    respond = live.dialogue.respond
+
+    async def late(message, options, place):
+        if place.channel == str(slow):
+            await until(lambda: slow in platform.typed)
+        return await respond(message, options, place=place)
+
+    monkeypatch.setattr(live.dialogue, "respond", late)
+    monkeypatch.setattr("connectors.discord_messages.TYPING", 0.0)
+    platform.typing_status = 403
+    await platform.say(slow, ANN, "hello")
+    await answered(platform, slow)
+    monkeypatch.setattr("connectors.discord_messages.TYPING", 60.0)
+    await platform.say(quick, ANN, "hello")
+    await answered(platform, quick)
+    assert quick not in platform.typed  # the control
+
+
 async def test_an_answer_that_grows_can_be_stopped_and_liked_meanwhile(live, platform, bot, monkeypatch):
     channel = platform.channel()
     respond = live.dialogue.respond
 
-    async def endless(message, options):
+    async def endless(message, options, place):
         options.on_text("Once upon a time")
         await options.stop.wait()
-        return await respond(message, options)  # vLLM is asked, and stopped at its first token
+        return await respond(message, options, place=place)  # vLLM is asked, and stopped at its first token
 
     monkeypatch.setattr(live.dialogue, "respond", endless)
     await platform.say(channel, ANN, "tell me a story")
