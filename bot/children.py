@@ -23,10 +23,9 @@ async def start(*command: str, niceness: int, **options: Any) -> asyncio.subproc
     def as_our_child() -> None:
         os.nice(niceness)
         if hasattr(os, "SCHED_BATCH"):  # Linux
-            with contextlib.suppress(
-                OSError
-            ):  # some sandboxes refuse it, and a child that is as eager as we is better than none
-                os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # what wakes of it does not push the bot aside
+            # What wakes of it does not push the bot aside. Some sandboxes refuse it: an eager child is better than none.
+            with contextlib.suppress(OSError):
+                os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
             with contextlib.suppress(OSError):
                 ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
