@@ -8,7 +8,7 @@ is the probe's question, in `learning.deployment`.
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 Rows = Sequence[tuple[Sequence[int], Sequence[int]]]
+BATCH_TOKENS = 2048  # each costs a row of logits as long as the vocabulary
 EMOJI = re.compile("[\U0001f300-\U0001faff\u2600-\u27bf]")
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
 
@@ -190,7 +191,19 @@ def answer_logprobs(model: Any, rows: Rows) -> list["torch.Tensor"]:
     return found
 
 
-def batched_logprobs(model: Any, rows: Rows, batch_size: int = 16) -> list["torch.Tensor"]:
+def batches(rows: Rows, tokens: int = BATCH_TOKENS) -> Iterator[Rows]:
+    """The rows (prompt ids, completion ids) in order, in batches of no more than `tokens` when padded, or of one row."""
+    start, longest = 0, 0
+    for end, (prompt, completion) in enumerate(rows):
+        longest = max(longest, len(prompt) + len(completion))
+        if end > start and (end - start + 1) * longest > tokens:
+            yield rows[start:end]
+            start, longest = end, len(prompt) + len(completion)
+    if len(rows) > start:
+        yield rows[start:]
+
+
+def batched_logprobs(model: Any, rows: Rows) -> list["torch.Tensor"]:
     """As `answer_logprobs`, in padded batches: faster, and the same but for rounding."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
@@ -198,8 +211,7 @@ def batched_logprobs(model: Any, rows: Rows, batch_size: int = 16) -> list["torc
     found: list[torch.Tensor] = []
     model.eval()
     with torch.no_grad():
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
+        for batch in batches(rows):
             ids = [torch.tensor([*prompt, *completion], device=model.device) for prompt, completion in batch]
             mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
             logits = model(input_ids=pad_sequence(ids, batch_first=True), attention_mask=mask).logits

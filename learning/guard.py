@@ -8,19 +8,22 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from scipy.stats import binomtest
 from transformers import TrainerCallback
 
 CHECKS = 3  # in a run
+LUCK = 0.05  # a share of well-formed samples that a policy at the limit would fall below more often than this is luck
 LIKED_LOSS = 0.15  # nats a token that held-out answers that people liked may lose, against the start of the run
 
 
 @dataclass(frozen=True)
 class Health:
-    """How a policy is: nats a token of held-out liked answers (None without any), KL to the base, share of well-formed."""
+    """How a policy is: nats a token of held-out liked answers (None without any), KL to the base, well-formed samples."""
 
     liked: float | None
     kl: float
-    well_formed: float
+    well_formed: int
+    samples: int
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Guard(TrainerCallback):
         self.limits = limits
         self.first: Health | None = None
         self.stopped: str | None = None
+        self.kept = 0  # the step whose weights the run ends with, where it was stopped
         self.checks: list[dict[str, Any]] = []
         self._good: dict[str, Any] = {}
 
@@ -56,7 +60,7 @@ class Guard(TrainerCallback):
         self.stopped = self.fault(self.first, self._check(state.global_step))
         model.train()
         if self.stopped is None:
-            self._good = weights(model)
+            self._good, self.kept = weights(model), state.global_step
             return
         restore(model, self._good)
         self.stopped += f"; stopped after {state.global_step} of {state.max_steps} steps"
@@ -73,8 +77,9 @@ class Guard(TrainerCallback):
             return f"KL to the base came to {now.kl:.3f} nats a token (gate.kl_budget {self.limits.kl:g})"
         if first.liked is not None and now.liked is not None and not now.liked >= first.liked - LIKED_LOSS:
             return f"held-out liked answers lost {first.liked - now.liked:.2f} nats a token"
-        if not now.well_formed >= min(self.limits.well_formed, first.well_formed):
-            return f"only {now.well_formed:.0%} of the samples were well-formed"
+        usual = min(self.limits.well_formed, first.well_formed / first.samples)
+        if binomtest(now.well_formed, now.samples, usual, "less").pvalue < LUCK:
+            return f"only {now.well_formed} of {now.samples} samples were well-formed"
         return None
 
 

@@ -96,11 +96,11 @@ def train(
         raise NothingToLearn(f"none of {len(rows)} answers is of use to training.objective '{config.objective}'")
     batch_size = min(config.batch_size, len(usable))
     while True:
-        trainer = make(model, tokenizer, usable, config, arguments(config, batch_size, len(usable), seed))
-        report_progress(trainer, "train", progress)
-        for callback in callbacks:
-            trainer.add_callback(callback)
         try:
+            trainer = make(model, tokenizer, usable, config, arguments(config, batch_size, len(usable), seed))
+            report_progress(trainer, "train", progress)
+            for callback in callbacks:
+                trainer.add_callback(callback)
             outcome = trainer.train()
             break
         except (torch.OutOfMemoryError, MemoryError) as error:

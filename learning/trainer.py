@@ -70,7 +70,7 @@ class Outcome:
 def run(config: Config, progress: Progress, space: str | None = None, from_base: bool = False) -> Outcome:
     """Train a new version on all feedback (or on one imported `space`), continuing the live version unless `from_base`.
 
-    Raises NothingToLearn where there is no usable reward; nothing is registered then.
+    Raises NothingToLearn where there is no usable reward, or the run would only harm; nothing is registered then.
     """
     with held(config.data, "train"):
         return _run(config, progress, space, from_base)
@@ -107,6 +107,7 @@ def _run(config: Config, progress: Progress, space: str | None, from_base: bool)
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         why = "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {error}"
+        why = str(error) if isinstance(error, NothingToLearn) else why
         if registry.get(version.name).state == PolicyState.PURGED:  # somebody who taught it was forgotten meanwhile
             shutil.rmtree(directory, ignore_errors=True)
             why = "purged: what it was learning from was forgotten"
@@ -211,6 +212,8 @@ def _train(
         earlier = generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed)
     from_parent = next_logprobs(model, prefixes)
     trained = teach(config, model, tokenizer, snapshot.training, snapshot.held_out, prompts, progress)
+    if trained["stopped"] and not trained["kept"]:
+        raise NothingToLearn(f"what was learned did only harm ({trained['stopped']}); more reactions may help")
     progress("measuring", 0, 1)
     after = _means(answer_logprobs(model, held_out))
     samples = generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed)
@@ -259,13 +262,14 @@ def teach(
             return Health(
                 liked=sum(means) / len(means) if means else None,
                 kl=kl_to_base(model, samples),
-                well_formed=_well_formed(samples),
+                well_formed=sum(sample.well_formed for sample in samples),
+                samples=len(samples),
             )
 
     set_seed(config.seed)
     guard = Guard(health, Limits(config.gate.kl_budget, config.gate.well_formed))
     trained = train(model, tokenizer.hf, training, config.training, config.seed, progress, [guard])
-    return {**trained, "stopped": guard.stopped, "checks": guard.checks}
+    return {**trained, "stopped": guard.stopped, "kept": guard.kept, "checks": guard.checks}
 
 
 def _load(config: Config, version: PolicyVersion) -> "PeftModel":

@@ -3,14 +3,17 @@
 import math
 import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bot.config import Config, TrainingConfig
 from bot.errors import NothingToLearn, TrainingError
 from learning import demo, objectives
-from learning.evaluation import batched_logprobs
+from learning.evaluation import batched_logprobs, batches
 from learning.guard import Guard, Health, Limits, restore, weights
 from learning.objectives import train, usable_rows
 from learning.replay_buffer import Experience, told
@@ -153,7 +156,7 @@ def test_the_anchor_pulls_back_from_both_sides():
 
 def test_a_run_that_does_harm_is_stopped_where_the_policy_was_last_well(fresh, tokenizer):
     rows = lessons(fresh, tokenizer, 16)
-    health = iter([Health(-1.0, 0.0, 1.0), Health(-0.9, 0.1, 1.0), Health(-3.0, 0.1, 1.0)])
+    health = iter([Health(liked, 0.1, 16, 16) for liked in (-1.0, -0.9, -3.0)])
     seen = []
 
     def measure() -> Health:
@@ -164,6 +167,7 @@ def test_a_run_that_does_harm_is_stopped_where_the_policy_was_last_well(fresh, t
     figures = train(fresh, tokenizer.hf, rows, TrainingConfig(objective="pg", max_steps=6, epochs=50), 0, quiet, [guard])
     assert figures["steps"] == 4
     assert "lost 2.00 nats" in str(guard.stopped)
+    assert guard.kept == 2
     assert margin(fresh, rows) == pytest.approx(seen[1], abs=1e-4), "as it was at the last good check"
     assert seen[2] != pytest.approx(seen[1], abs=1e-3), "the control: it had gone on from there"
 
@@ -171,18 +175,33 @@ def test_a_run_that_does_harm_is_stopped_where_the_policy_was_last_well(fresh, t
 @pytest.mark.parametrize(
     ("now", "word"),
     [
-        (Health(-1.0, 0.6, 1.0), "KL"),
-        (Health(-1.2, 0.1, 1.0), "liked"),
-        (Health(-1.0, 0.1, 0.5), "well-formed"),
-        (Health(float("nan"), 0.1, 1.0), "liked"),
-        (Health(-1.1, 0.4, 0.96), None),
-        (Health(None, 0.4, 0.96), None),
+        (Health(-1.0, 0.6, 16, 16), "KL"),
+        (Health(-1.2, 0.1, 16, 16), "liked"),
+        (Health(-1.0, 0.1, 8, 16), "well-formed"),
+        (Health(-1.0, 0.1, 13, 16), "well-formed"),
+        (Health(float("nan"), 0.1, 16, 16), "liked"),
+        (Health(-1.1, 0.4, 16, 16), None),
+        (Health(None, 0.4, 16, 16), None),
+        (Health(-1.0, 0.1, 15, 16), None),  # one of sixteen is luck
     ],
 )
 def test_the_guard_names_what_is_wrong(now, word):
     guard = Guard(lambda: now, Limits(kl=0.5, well_formed=0.95))
-    fault = guard.fault(Health(-1.0, 0.0, 1.0), now)
+    fault = guard.fault(Health(-1.0, 0.0, 16, 16), now)
     assert fault is None if word is None else word in fault
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40))), st.integers(1, 200))
+def test_batches_hold_all_rows_in_order_and_no_more_tokens_than_they_may(lengths, tokens):
+    rows = [([0] * prompt, [0] * completion) for prompt, completion in lengths]
+    found = list(batches(rows, tokens))
+    assert [row for batch in found for row in batch] == rows
+    for batch in found:
+        assert batch
+        assert len(batch) == 1 or len(batch) * max(len(prompt) + len(completion) for prompt, completion in batch) <= tokens
+    for batch, after in pairwise(found):  # none is smaller than it must be
+        together = [*batch, after[0]]
+        assert len(together) * max(len(prompt) + len(completion) for prompt, completion in together) > tokens
 
 
 def test_a_loss_that_is_no_number_is_an_error_for_people(fresh, tokenizer):

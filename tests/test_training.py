@@ -87,6 +87,17 @@ def test_a_run_without_usable_rewards_registers_nothing(small, store, registry, 
     assert [version.name for version in registry.all()] == [BASE]
 
 
+def test_a_run_that_does_only_harm_says_so_and_registers_nothing(small, store, registry, tokenizer, monkeypatch):
+    converse(store, tokenizer, likes_emoji=True)
+    monkeypatch.setattr("learning.guard.LIKED_LOSS", -10.0)  # nothing is ever good enough
+    with pytest.raises(NothingToLearn, match="did only harm"):
+        trainer.run(small, quiet)
+    assert registry.live().name == BASE
+    assert [version.state for version in registry.all()] == [PolicyState.LIVE, PolicyState.REJECTED]
+    assert not any(path.is_dir() for path in (small.data / "policies").iterdir())
+    assert "did only harm" in registry.runs()[0]["outcome"]
+
+
 def test_a_run_whose_prompts_are_all_too_long_says_which_limit(small, store, registry, tokenizer):
     react(store, answered(store, tokenizer, "long " * 300, "Hey!"), approves=True)
     config = small.model_copy(update={"training": small.training.model_copy(update={"max_length": 64})})
