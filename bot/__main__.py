@@ -232,8 +232,10 @@ async def _why(kibitz: Kibitz, turn_id: str) -> str:
 
     told = await kibitz.dialogue.explain(turn_id)
     turn = told.turn
-    earned = reward(told.feedback, turn.asker_id, kibitz.config.rewards)
-    used = await kibitz.database.call(kibitz.registry.runs_that_used, [row.id for row in told.feedback])
+    after = await kibitz.database.call(kibitz.dialogue.followups.of, turn_id)
+    earned = reward(told.feedback, turn.asker_id, kibitz.config.rewards, after[0] if after else None)
+    teachers = [row.id for row in told.feedback], [one.message_id for one in after]
+    used = await kibitz.database.call(kibitz.registry.runs_that_used, *teachers)
     lines = [
         f"answered by {turn.policy_version} in {turn.latency_ms:.0f} ms, {turn.finish_reason}",
         f"prompt {len(turn.prompt_ids or ())} tokens, answer {len(turn.completion_ids or ())} tokens, "
@@ -241,7 +243,6 @@ async def _why(kibitz: Kibitz, turn_id: str) -> str:
         f"reward {earned.value:+.2f} from {len(earned.opinions)} people" if earned else "no reward yet",
     ]
     lines += [f"reminded of: {message.text[:200]}" for message in told.remembered]
-    after = await kibitz.database.call(kibitz.dialogue.followups.of, turn_id)
     lines += [f"what was said next: {one.kind} ({one.chances[one.kind]:.2f})" for one in after]
     said = await kibitz.database.call(kibitz.store.messages, turn.conversation_id)
     known = await asyncio.to_thread(derived, said, kibitz.dialogue.tracker.recall.embedder)

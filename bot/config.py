@@ -75,6 +75,7 @@ class RewardsConfig(Section):
     disapproval: Annotated[float, Field(ge=-1, le=1)] = -1.0
     regenerate: Annotated[float, Field(ge=-1, le=1)] = -0.5
     correction: Annotated[float, Field(ge=-1, le=1)] = -0.5
+    followup: Share = 0.0
     asker_weight: Annotated[float, Field(gt=0)] = 2.0
     bystander_weight: Annotated[float, Field(gt=0)] = 1.0
     person_cap: Annotated[float, Field(gt=0, le=1)] = 0.25
@@ -97,6 +98,7 @@ class LearningConfig(Section):
     max_turns: Positive = 512
     fresh: Share = 0.5
     max_age: Positive = 8
+    from_base_every: Annotated[int, Field(ge=0)] = 0
 
 
 class TrainingConfig(Section):

@@ -14,10 +14,11 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
-from bot.database import Database, UTCDateTime, chunks, conversations, embeddings, feedback, followups, messages, runs, turns
+from bot.database import Database
 from bot.errors import DataError
 from bot.feedback import standing
-from bot.types import FORGOTTEN, Conversation, Feedback, FeedbackKind, Message, Role, Turn
+from bot.tables import UTCDateTime, chunks, conversations, embeddings, feedback, followups, messages, runs, turns
+from bot.types import FORGOTTEN, Conversation, Feedback, FeedbackKind, FollowUp, Message, Role, Turn
 
 Dialogue = tuple[Conversation, list[Message], list[Turn], list[Feedback]]
 
@@ -167,9 +168,16 @@ class ConversationStore:
             row = connection.execute(sa.select(feedback).where(feedback.c.id == feedback_id)).one_or_none()
         return None if row is None else _feedback(row)
 
-    def turns_with_feedback(self, space: str | None = None, newest: int | None = None) -> list[Turn]:
-        """All turns (or the newest) that anyone said something about, oldest first; of one imported `space` if given."""
+    def turns_with_feedback(
+        self, space: str | None = None, newest: int | None = None, followed_up: bool = False
+    ) -> list[Turn]:
+        """All turns (or the newest) that anyone reacted to, oldest first; of one imported `space` if given.
+
+        With `followed_up` also those that something was only said after.
+        """
         condition: sa.ColumnElement[bool] = turns.c.id.in_(sa.select(feedback.c.turn_id))
+        if followed_up:
+            condition = sa.or_(condition, turns.c.id.in_(sa.select(followups.c.turn_id)))
         if space is not None:
             inside = sa.select(conversations.c.id).where(conversations.c.space == space)
             condition = sa.and_(condition, turns.c.conversation_id.in_(inside))
@@ -238,11 +246,12 @@ class ConversationStore:
         query = sa.select(messages.c.id, messages.c.text)
         return {row.id: row.text for row in self._of(query, messages.c.id, message_ids)}
 
-    def said_next(self, turn_ids: Iterable[str]) -> dict[str, tuple[str, str]]:
-        """By turn, the author and the text of the message that was noted as following up on it."""
-        query = sa.select(followups.c.turn_id, messages.c.author_id, messages.c.text).join(messages)
+    def said_next(self, turn_ids: Iterable[str]) -> dict[str, tuple[FollowUp, Message]]:
+        """By turn, what was noted as following up on it first, with its message."""
+        query = sa.select(followups.c.turn_id, followups.c.chances, *MESSAGE).join(messages)
         query = query.where(messages.c.text != "").order_by(messages.c.id.desc())
-        return {row.turn_id: (row.author_id, row.text) for row in self._of(query, followups.c.turn_id, turn_ids)}
+        rows = self._of(query, followups.c.turn_id, turn_ids)
+        return {row.turn_id: (FollowUp(row.turn_id, row.id, row.chances), as_message(row)) for row in rows}
 
     def _of(self, query: sa.Select, column: sa.Column, ids: Iterable[str]) -> list[sa.Row]:
         """The rows of a query whose `column` is one of `ids`, however many those are."""

@@ -1,17 +1,15 @@
-"""The tables, and the one place that takes database work off the event loop.
+"""Database: transactions, and the one place that takes database work off the event loop.
 
-SQLite by default, PostgreSQL by URL, through SQLAlchemy Core; Alembic migrations stand beside this module. It knows the
-shape of what is stored, not what it means: `bot.conversations` and `bot.registry` own their tables.
+SQLite by default, PostgreSQL by URL, through SQLAlchemy Core. It knows no table and no statement: those are `bot.tables`'
+and its owners'.
 """
 
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,189 +23,6 @@ from bot.errors import DataError
 
 Result = TypeVar("Result")
 Job = tuple[Callable[..., Any], tuple[Any, ...], Future[Any]]
-
-metadata = sa.MetaData()
-
-
-class UTCDateTime(sa.TypeDecorator):
-    """A time in UTC: stored without a zone (SQLite has none), read back with one."""
-
-    impl = sa.DateTime
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, dialect: Any) -> datetime | None:
-        return None if value is None else value.astimezone(UTC).replace(tzinfo=None)
-
-    def process_result_value(self, value: datetime | None, dialect: Any) -> datetime | None:
-        return None if value is None else value.replace(tzinfo=UTC)
-
-
-def _id() -> sa.Column:
-    return sa.Column("id", sa.String(64), primary_key=True)
-
-
-conversations = sa.Table(
-    "conversations",
-    metadata,
-    _id(),
-    sa.Column("platform", sa.String(32), nullable=False),
-    sa.Column("space", sa.String(128), nullable=False),
-    sa.Column("channel", sa.String(128), nullable=False),
-    sa.Column("thread", sa.String(128), nullable=False),
-    sa.Column("is_public", sa.Boolean, nullable=False, server_default=sa.false()),
-    sa.UniqueConstraint("platform", "space", "channel", "thread"),
-)
-
-messages = sa.Table(
-    "messages",
-    metadata,
-    _id(),
-    sa.Column("conversation_id", sa.ForeignKey("conversations.id"), nullable=False),
-    sa.Column("author_id", sa.String(128), nullable=False),
-    sa.Column("role", sa.String(16), nullable=False),
-    sa.Column("text", sa.Text, nullable=False),
-    sa.Column("reply_to", sa.String(64)),
-    sa.Column("event_id", sa.String(128), unique=True),
-    sa.Column("at", UTCDateTime, nullable=False),
-    sa.Column("edited_at", UTCDateTime),
-    sa.Index("messages_in_order", "conversation_id", "at", "id"),
-    sa.Index("messages_of_conversations", "conversation_id", "id"),
-)
-
-embeddings = sa.Table(
-    "embeddings",
-    metadata,
-    sa.Column("conversation_id", sa.ForeignKey("conversations.id"), primary_key=True),
-    sa.Column("message_id", sa.ForeignKey("messages.id"), primary_key=True),
-    sa.Column("space", sa.String(128), nullable=False),
-    sa.Column("vector", sa.LargeBinary, nullable=False),
-    sa.Index("embeddings_of_messages", "message_id"),
-    sqlite_with_rowid=False,  # the vectors of a conversation lie beside each other
-)
-
-turns = sa.Table(
-    "turns",
-    metadata,
-    _id(),
-    sa.Column("conversation_id", sa.ForeignKey("conversations.id"), nullable=False, index=True),
-    sa.Column("message_id", sa.ForeignKey("messages.id"), nullable=False, index=True),
-    sa.Column("reply_id", sa.ForeignKey("messages.id"), nullable=False, unique=True),
-    sa.Column("asker_id", sa.String(128), nullable=False),
-    sa.Column("policy_version", sa.String(64), nullable=False),
-    sa.Column("prompt_ids", sa.JSON),
-    sa.Column("completion_ids", sa.JSON),
-    sa.Column("logprobs", sa.JSON),
-    sa.Column("finish_reason", sa.String(32), nullable=False),
-    sa.Column("sampling", sa.JSON, nullable=False),
-    sa.Column("latency_ms", sa.Float, nullable=False),
-    sa.Column("replaces", sa.String(64), index=True),
-    sa.Column("shown", sa.JSON, nullable=False, server_default="{}"),
-    sa.Column("at", UTCDateTime, nullable=False),
-    sa.Index("turns_in_order", "conversation_id", "at", "id"),
-)
-
-feedback = sa.Table(
-    "feedback",
-    metadata,
-    _id(),
-    sa.Column("turn_id", sa.ForeignKey("turns.id"), nullable=False, index=True),
-    sa.Column("user_id", sa.String(128), nullable=False),
-    sa.Column("kind", sa.String(32), nullable=False),
-    sa.Column("signal", sa.String(64), nullable=False),
-    sa.Column("retracts", sa.Boolean, nullable=False),
-    sa.Column("value", sa.Float),
-    sa.Column("text", sa.Text),
-    sa.Column("event_id", sa.String(128), unique=True),
-    sa.Column("at", UTCDateTime, nullable=False),
-)
-
-deliveries = sa.Table(
-    "deliveries",
-    metadata,
-    sa.Column("platform", sa.String(32), primary_key=True),
-    sa.Column("message_id", sa.String(64), primary_key=True),
-    sa.Column("channel", sa.String(128), nullable=False),
-    sa.Column("turn_id", sa.String(64), nullable=False, index=True),  # may be recorded before its turn is
-    sa.Column("part", sa.Integer, nullable=False),
-    sa.Column("at", UTCDateTime, nullable=False, index=True),
-)
-
-policies = sa.Table(
-    "policies",
-    metadata,
-    sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("name", sa.String(64), nullable=False, unique=True),
-    sa.Column("parent", sa.String(64)),
-    sa.Column("base_model", sa.Text, nullable=False),
-    sa.Column("path", sa.Text, nullable=False),
-    sa.Column("sha256", sa.String(64), nullable=False),
-    sa.Column("state", sa.String(16), nullable=False),
-    sa.Column("replaced", sa.String(64)),
-    sa.Column("metrics", sa.JSON, nullable=False),
-    sa.Column("created_at", UTCDateTime, nullable=False),
-    sa.Index(
-        "only_one_live",
-        "state",
-        unique=True,
-        sqlite_where=sa.text("state = 'live'"),
-        postgresql_where=sa.text("state = 'live'"),
-    ),
-)
-
-runs = sa.Table(
-    "runs",
-    metadata,
-    _id(),
-    sa.Column("policy", sa.String(64), nullable=False),
-    sa.Column("config", sa.JSON, nullable=False),
-    sa.Column("manifest_sha256", sa.String(64), nullable=False),
-    sa.Column("outcome", sa.Text, nullable=False),
-    sa.Column("started_at", UTCDateTime, nullable=False),
-    sa.Column("ended_at", UTCDateTime),
-)
-
-run_feedback = sa.Table(
-    "run_feedback",
-    metadata,
-    sa.Column("run_id", sa.ForeignKey("runs.id"), primary_key=True),
-    sa.Column("feedback_id", sa.ForeignKey("feedback.id"), primary_key=True),
-)
-
-users = sa.Table(
-    "users",
-    metadata,
-    sa.Column("platform", sa.String(32), primary_key=True),
-    sa.Column("user_id", sa.String(128), primary_key=True),
-    sa.Column("consent", sa.Boolean, nullable=False),
-    sa.Column("at", UTCDateTime, nullable=False),
-    sa.Column("forgotten_at", UTCDateTime),
-)
-
-switches = sa.Table(
-    "switches",
-    metadata,
-    sa.Column("name", sa.String(32), primary_key=True),
-    sa.Column("since", UTCDateTime, nullable=False),
-)
-
-followups = sa.Table(
-    "followups",
-    metadata,
-    sa.Column("message_id", sa.ForeignKey("messages.id"), primary_key=True),
-    sa.Column("turn_id", sa.ForeignKey("turns.id"), nullable=False),
-    sa.Column("chances", sa.JSON, nullable=False),
-    sa.Index("followups_of_turns", "turn_id"),
-)
-
-CHUNK = 500  # ids in one IN (...): below every engine's limit on parameters
-
-
-def chunks(ids: Iterable[str]) -> Iterator[list[str]]:
-    """The ids in lists that one statement can hold."""
-    left = iter(ids)
-    while chunk := list(islice(left, CHUNK)):
-        yield chunk
-
 
 _POSTGRESQL = "postgresql+psycopg://USER:PASSWORD@HOST/DATABASE"
 _MEND = {

@@ -9,7 +9,8 @@ from datetime import datetime
 
 import sqlalchemy as sa
 
-from bot.database import Database, deliveries
+from bot.database import Database
+from bot.tables import deliveries
 from bot.types import now
 
 

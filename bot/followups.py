@@ -7,34 +7,19 @@ says so. It knows no platform and no reward.
 
 import asyncio
 import json
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import sqlalchemy as sa
 
-from bot.database import UTCDateTime, followups, messages, turns
 from bot.recall import Recall
 from bot.retrieval import words
-from bot.types import Message
+from bot.tables import UTCDateTime, followups, messages, turns
+from bot.types import FollowUp, Message
 
 LEARNED = Path(__file__).parent / "followup_weights.json"
 KINDS = ("approval", "disapproval", "correction", "repetition", "other")
-
-
-@dataclass(frozen=True)
-class FollowUp:
-    """How likely a message is each of KINDS, as something said about a turn."""
-
-    turn_id: str
-    message_id: str
-    chances: dict[str, float]
-
-    @property
-    def kind(self) -> str:
-        """What it most likely is."""
-        return max(self.chances, key=lambda kind: self.chances[kind])
 
 
 def features(text: str, question: str, answer: str, vectors: np.ndarray) -> np.ndarray:

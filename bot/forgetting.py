@@ -14,8 +14,9 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from bot.database import (
-    Database,
+from bot.database import Database
+from bot.registry import PolicyRegistry
+from bot.tables import (
     chunks,
     conversations,
     deliveries,
@@ -24,9 +25,9 @@ from bot.database import (
     followups,
     messages,
     run_feedback,
+    run_followups,
     turns,
 )
-from bot.registry import PolicyRegistry
 from bot.types import FORGOTTEN, PolicyState, now
 from bot.users import decide
 
@@ -62,7 +63,7 @@ def forget_person(database: Database, registry: PolicyRegistry, platform: str, u
         said = sa.select(feedback.c.id).join(turns, turns.c.id == feedback.c.turn_id)
         said = said.where(feedback.c.user_id == user_id, turns.c.conversation_id.in_(theirs))
         opinions = set(connection.execute(said).scalars()) | _opinions_on(connection, answers)
-        purged = registry.purge(connection, opinions)
+        purged = registry.purge(connection, opinions, [*own, *_followups_on(connection, answers)])
         _erase(connection, own, answers, replies, opinions)
         decide(connection, (platform, user_id), consent=False, forgotten_at=now())
     database.afterwards(partial(remove_purged, registry))
@@ -129,11 +130,19 @@ def _opinions_on(connection: sa.Connection, answers: Iterable[str]) -> set[str]:
     return found
 
 
+def _followups_on(connection: sa.Connection, answers: Iterable[str]) -> list[str]:
+    found: list[str] = []
+    for ids in chunks(answers):
+        found += connection.execute(sa.select(followups.c.message_id).where(followups.c.turn_id.in_(ids))).scalars()
+    return found
+
+
 def _erase(
     connection: sa.Connection, own: Sequence[str], answers: Sequence[str], replies: Sequence[str], opinions: Iterable[str]
 ) -> None:
     for column, values in (
         (run_feedback.c.feedback_id, opinions),
+        (run_followups.c.message_id, own),
         (feedback.c.id, opinions),
         (deliveries.c.turn_id, answers),
         (followups.c.turn_id, answers),

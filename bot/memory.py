@@ -11,8 +11,9 @@ import numpy as np
 import sqlalchemy as sa
 
 from bot.conversations import MESSAGE, as_message
-from bot.database import Database, chunks, conversations, embeddings, messages, turns, users
+from bot.database import Database
 from bot.retrieval import Entry
+from bot.tables import chunks, conversations, embeddings, messages, turns, users
 from bot.types import FORGOTTEN, Message, Role
 
 Text = tuple[str, str]  # a message's id and its text

@@ -12,8 +12,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from bot.database import Database, chunks, policies, run_feedback, runs, switches
+from bot.database import Database
 from bot.errors import RegistryError
+from bot.tables import chunks, policies, run_feedback, run_followups, runs, switches
 from bot.types import PolicyState, PolicyVersion, new_id, now
 
 S = PolicyState
@@ -87,16 +88,16 @@ class PolicyRegistry:
             _move(connection, live.name, S.RETIRED)
             return replace(live, state=S.RETIRED), _move(connection, live.replaced, S.LIVE)
 
-    def purge(self, connection: sa.Connection, feedback_ids: Iterable[str]) -> list[PolicyVersion]:
-        """Withdraw every version that this feedback taught, and all that were trained on from those; returns them.
+    def purge(
+        self, connection: sa.Connection, feedback_ids: Iterable[str], followup_ids: Iterable[str] = ()
+    ) -> list[PolicyVersion]:
+        """Withdraw every version that this feedback, or these messages that followed up, taught, and all that were trained
+        on from those; returns them.
 
         Where the live one is among them, the newest version before it that is clean answers again. In the transaction of
         `connection`; their files are for the caller to remove.
         """
-        taught: set[str] = set()
-        for ids in chunks(feedback_ids):
-            query = sa.select(runs.c.policy).join(run_feedback, run_feedback.c.run_id == runs.c.id)
-            taught.update(connection.execute(query.where(run_feedback.c.feedback_id.in_(ids))).scalars())
+        taught = _taught(connection, feedback_ids, followup_ids)
         versions = [_version(row) for row in connection.execute(sa.select(policies).order_by(policies.c.number))]
         for version in versions:  # parents come before their children
             if version.parent in taught:
@@ -152,8 +153,15 @@ class PolicyRegistry:
             self.reject(name, {"outcome": "the run did not end"})
         return stale
 
-    def begin_run(self, policy: str, config: dict[str, Any], manifest_sha256: str, feedback: Sequence[str]) -> str:
-        """Record a run and the feedback that it learns from; returns its id."""
+    def begin_run(
+        self,
+        policy: str,
+        config: dict[str, Any],
+        manifest_sha256: str,
+        feedback: Sequence[str],
+        followups: Sequence[str] = (),
+    ) -> str:
+        """Record a run with the feedback, and the messages that followed up, that it learns from; returns its id."""
         run_id = new_id()
         with self.database.begin() as connection:
             connection.execute(
@@ -166,10 +174,10 @@ class PolicyRegistry:
                     started_at=now(),
                 )
             )
-            if feedback:
-                connection.execute(
-                    run_feedback.insert(), [{"run_id": run_id, "feedback_id": one} for one in sorted(set(feedback))]
-                )
+            for column, teachers in ((run_feedback.c.feedback_id, feedback), (run_followups.c.message_id, followups)):
+                rows = [{"run_id": run_id, column.name: one} for one in sorted(set(teachers))]
+                if rows:
+                    connection.execute(column.table.insert(), rows)
         return run_id
 
     def end_run(self, run_id: str, outcome: str) -> None:
@@ -191,17 +199,10 @@ class PolicyRegistry:
         with self.database.read() as connection:
             return set(connection.execute(sa.select(run_feedback.c.feedback_id).distinct()).scalars())
 
-    def runs_that_used(self, feedback_ids: Sequence[str]) -> list[str]:
-        """The names of the versions that this feedback taught."""
-        query = (
-            sa.select(runs.c.policy)
-            .join(run_feedback, run_feedback.c.run_id == runs.c.id)
-            .where(run_feedback.c.feedback_id.in_(feedback_ids))
-            .distinct()
-            .order_by(runs.c.policy)
-        )
+    def runs_that_used(self, feedback_ids: Sequence[str], followup_ids: Sequence[str] = ()) -> list[str]:
+        """The names of the versions that this feedback, or these messages that followed up, taught."""
         with self.database.read() as connection:
-            return list(connection.execute(query).scalars())
+            return sorted(_taught(connection, feedback_ids, followup_ids))
 
     def _one(self, condition: sa.ColumnElement[bool]) -> PolicyVersion:
         with self.database.read() as connection:
@@ -209,6 +210,15 @@ class PolicyRegistry:
         if row is None:
             raise RegistryError("there is no such policy version; `kibitz policies` lists them all")
         return _version(row)
+
+
+def _taught(connection: sa.Connection, feedback_ids: Iterable[str], followup_ids: Iterable[str]) -> set[str]:
+    found: set[str] = set()
+    for column, teachers in ((run_feedback.c.feedback_id, feedback_ids), (run_followups.c.message_id, followup_ids)):
+        query = sa.select(runs.c.policy).join(column.table, column.table.c.run_id == runs.c.id)
+        for ids in chunks(teachers):
+            found.update(connection.execute(query.where(column.in_(ids))).scalars())
+    return found
 
 
 def _live(connection: sa.Connection) -> PolicyVersion:

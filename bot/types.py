@@ -113,6 +113,20 @@ class Reply:
 
 
 @dataclass(frozen=True)
+class FollowUp:
+    """A message that its author wrote after an answer: how likely it is each kind of thing said about that answer."""
+
+    turn_id: str
+    message_id: str
+    chances: dict[str, float]
+
+    @property
+    def kind(self) -> str:
+        """What it most likely is."""
+        return max(self.chances, key=lambda kind: self.chances[kind])
+
+
+@dataclass(frozen=True)
 class Turn:
     """One answer in a conversation: the message that it answers, and what made it.
 

@@ -7,7 +7,8 @@ platform's client: people are known by their platform and its id for them.
 import sqlalchemy as sa
 
 from bot.config import PrivacyConfig
-from bot.database import Database, users
+from bot.database import Database
+from bot.tables import users
 from bot.types import now
 
 Person = tuple[str, str]  # platform, and its id for the person

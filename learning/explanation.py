@@ -15,7 +15,7 @@ from bot.conversations import ConversationStore
 from bot.errors import DataError
 from bot.feedback import standing
 from bot.registry import PolicyRegistry
-from bot.types import Feedback, Message, Turn
+from bot.types import Feedback, FollowUp, Message, Turn
 from learning.rewards import Reward, reward
 
 
@@ -36,6 +36,7 @@ class Account:
     question: Message
     remembered: list[tuple[Message, float]]
     feedback: list[Feedback]
+    followup: FollowUp | None
     reward: Reward | None
     used: list[Used]
 
@@ -53,6 +54,10 @@ class Account:
             found.append(
                 f"said by {row.user_id}, {row.at:%Y-%m-%d %H:%M}: {row.kind} ({row.signal or 'no signal'}), {state}"
             )
+        if self.followup is not None:
+            kind = self.followup.kind
+            counts = "counted" if self.reward and self.reward.followup_id else "not counted"
+            found.append(f"said next: {kind} (chance {self.followup.chances[kind]:.2f}), {counts}")
         if self.reward is None:
             found.append("reward: none, no opinion stands")
         else:
@@ -70,15 +75,19 @@ def explained(turn_id: str, store: ConversationStore, registry: PolicyRegistry, 
     if turn is None:
         raise DataError(f"there is no turn '{turn_id}'; `kibitz why` lists the latest that people said something about")
     said = store.feedback_of([turn_id]).get(turn_id, [])
+    followup, _ = store.said_next([turn_id]).get(turn_id, (None, None))
     shown = sorted(((score, one) for one, score in turn.shown.items() if score is not None), reverse=True)
     return Account(
         turn=turn,
         question=store.message(turn.message_id),
         remembered=[(store.message(one), score) for score, one in shown],
         feedback=said,
-        reward=reward(said, turn.asker_id, config),
+        followup=followup,
+        reward=reward(said, turn.asker_id, config, followup),
         used=[
-            used for policy in registry.runs_that_used([row.id for row in said]) for used in _used(registry, policy, turn_id)
+            used
+            for policy in registry.runs_that_used([row.id for row in said], [followup.message_id] if followup else [])
+            for used in _used(registry, policy, turn_id)
         ],
     )
 

@@ -20,7 +20,7 @@ from bot.embeddings import Embedder
 from bot.feedback import standing
 from bot.registry import PolicyRegistry
 from bot.tokenizer import ChatTokenizer
-from bot.types import Feedback, FeedbackKind, Message, Turn
+from bot.types import Feedback, FeedbackKind, FollowUp, Message, Turn
 from bot.users import Users
 from learning.rewards import Reward, reward
 from learning.selection import fresh_and_old, kinds, parted, thinned, weighed
@@ -32,11 +32,12 @@ IMPORTED = "import"  # the platform of conversations that were read from a file
 class Experience:
     """One answer to learn from, as exact token ids.
 
-    `unit` is what the held-out part is drawn by; `opinions` names those whose opinions the reward is made of. `logprobs`
-    (nats, one for each of `completion_ids`) are those of its sampling at temperature 1, or None for a text that was not
-    sampled so (imported, a person's correction). `rejected_ids` is an answer to the same prompt that people liked less;
-    `hindsight_ids` is the prompt as somebody would have it who knows what the asker said next. `advantage` (in [-2, 2]) is
-    the reward less what is usual; `weight` (in (0, 1]) is less for those who say more than their share.
+    `unit` is what the held-out part is drawn by; `opinions` names those whose opinions the reward is made of, and
+    `followup_id` is the message that it counts too. `logprobs` (nats, one for each of `completion_ids`) are those of its
+    sampling at temperature 1, or None for a text that was not sampled so (imported, a person's correction). `rejected_ids`
+    is an answer to the same prompt that people liked less; `hindsight_ids` is the prompt as somebody would have it who knows
+    what the asker said next. `advantage` (in [-2, 2]) is the reward less what is usual; `weight` (in (0, 1]) is less for
+    those who say more than their share.
     """
 
     turn_id: str
@@ -46,6 +47,7 @@ class Experience:
     logprobs: tuple[float, ...] | None
     reward: float
     feedback_ids: tuple[str, ...]
+    followup_id: str | None = None
     asker: str = ""
     opinions: tuple[str, ...] = ()
     question: str = ""
@@ -89,6 +91,11 @@ class Snapshot:
     def feedback_ids(self) -> list[str]:
         """The feedback that the training part learns from."""
         return sorted({one for experience in self.training for one in experience.feedback_ids})
+
+    @property
+    def followup_ids(self) -> list[str]:
+        """The messages that followed up on answers, and that the training part takes for opinions."""
+        return sorted({one.followup_id for one in self.training if one.followup_id is not None})
 
 
 class Consent:
@@ -141,7 +148,7 @@ class ReplayBuffer:
 
     def _experiences(self, space: str | None) -> Snapshot:
         """All experiences, as if all were for training, and why the other turns are none."""
-        turns = self.store.turns_with_feedback(space)
+        turns = self.store.turns_with_feedback(space, followed_up=self.config.rewards.followup > 0)
         facts = _Facts(self.store, self.users, turns)
         registry = PolicyRegistry(self.store.database)
         found = Snapshot(turns=len(turns), taken_back=len(registry.taught() & facts.no_longer_stands))
@@ -149,7 +156,7 @@ class ReplayBuffer:
         answers: dict[str, list[tuple[float, Experience]]] = defaultdict(list)
         for turn in turns:
             said = facts.of(turn)
-            earned = reward(said, turn.asker_id, self.config.rewards)
+            earned = reward(said, turn.asker_id, self.config.rewards, facts.followups.get(turn.id))
             reason = self._why_not(turn, earned, facts)
             if reason is not None or earned is None:
                 found.dropped[reason or ""] += 1
@@ -207,6 +214,7 @@ class ReplayBuffer:
             logprobs=turn.logprobs if is_sampled else None,
             reward=earned.value,
             feedback_ids=earned.feedback_ids,
+            followup_id=earned.followup_id,
             asker=turn.asker_id,
             opinions=tuple(earned.opinions),
             question=facts.questions[turn.message_id],
@@ -251,13 +259,13 @@ class _Facts:
         self._speakers = store.speakers(places)
         self.consent = Consent(users, self._platforms, store.authors({one for turn in turns for one in turn.shown}))
         self.questions = store.texts({turn.message_id for turn in turns})
+        self.followups: dict[str, FollowUp] = {}
+        self.comments: dict[str, str] = {}
         said_next = store.said_next(turn.id for turn in turns)
-        askers = {turn.id: turn for turn in turns}
-        self.comments = {
-            turn_id: text
-            for turn_id, (author, text) in said_next.items()
-            if author == askers[turn_id].asker_id and self.consent.of(askers[turn_id], author)
-        }
+        for turn in turns:
+            followup, message = said_next.get(turn.id, (None, None))
+            if followup and message and message.author_id == turn.asker_id and self.consent.of(turn, turn.asker_id):
+                self.followups[turn.id], self.comments[turn.id] = followup, message.text
 
     def is_imported(self, turn: Turn) -> bool:
         """Whether a turn was read from a file."""

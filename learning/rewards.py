@@ -11,7 +11,14 @@ import numpy as np
 
 from bot.config import RewardsConfig
 from bot.feedback import standing
-from bot.types import Feedback, FeedbackKind
+from bot.types import Feedback, FeedbackKind, FollowUp
+
+FOLLOW_UPS = {  # what somebody says next, as the act that would say the same
+    "approval": FeedbackKind.APPROVAL,
+    "disapproval": FeedbackKind.DISAPPROVAL,
+    "correction": FeedbackKind.CORRECTION,
+    "repetition": FeedbackKind.REGENERATE,
+}
 
 
 @dataclass(frozen=True)
@@ -21,13 +28,17 @@ class Reward:
     value: float
     opinions: dict[str, float]
     feedback_ids: tuple[str, ...]
+    followup_id: str | None = None
 
 
-def reward(feedback: Iterable[Feedback], asker_id: str, config: RewardsConfig) -> Reward | None:
+def reward(
+    feedback: Iterable[Feedback], asker_id: str, config: RewardsConfig, followup: FollowUp | None = None
+) -> Reward | None:
     """The weighted mean over people of what each one's standing feedback is worth, or None where nothing stands.
 
     Each person's acts add up and are capped to [-1, 1], so that nobody counts more than once; the asker weighs more than
-    a bystander. The order of `feedback` does not matter.
+    a bystander. The order of `feedback` does not matter. What the asker said next counts as what it most likely is, by how
+    likely that is, where `rewards.followup` lets it.
     """
     worth = {
         FeedbackKind.APPROVAL: config.approval,
@@ -36,15 +47,19 @@ def reward(feedback: Iterable[Feedback], asker_id: str, config: RewardsConfig) -
         FeedbackKind.CORRECTION: config.correction,
     }
     counted = [row for row in standing(feedback) if row.kind in worth or row.kind == FeedbackKind.RATING]
-    if not counted:
-        return None
     sums: dict[str, float] = defaultdict(float)
     for row in counted:
         sums[row.user_id] += worth.get(row.kind, row.value or 0.0)
+    likely = worth.get(FOLLOW_UPS[followup.kind]) if followup and followup.kind in FOLLOW_UPS and config.followup else None
+    if followup and likely is not None:
+        sums[asker_id] += config.followup * followup.chances[followup.kind] * likely
+    if not sums:
+        return None
     opinions = {user: max(-1.0, min(1.0, total)) for user, total in sorted(sums.items())}
     weights = {user: config.asker_weight if user == asker_id else config.bystander_weight for user in opinions}
     value = sum(weights[user] * opinion for user, opinion in opinions.items()) / sum(weights.values())
-    return Reward(value, opinions, tuple(sorted(row.id for row in counted)))
+    used = followup.message_id if followup and likely is not None else None
+    return Reward(value, opinions, tuple(sorted(row.id for row in counted)), used)
 
 
 def advantages(rewards: np.ndarray, kinds: np.ndarray, prior: float) -> np.ndarray:

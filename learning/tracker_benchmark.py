@@ -19,10 +19,11 @@ import numpy as np
 
 from bot.config import DialogueConfig
 from bot.conversations import ConversationStore
-from bot.database import Database, embeddings
+from bot.database import Database
 from bot.embeddings import Embedder
 from bot.memory import Memory
 from bot.recall import Recall
+from bot.tables import embeddings
 from bot.tokenizer import ChatTokenizer
 from bot.tracker import StateTracker
 from bot.types import Conversation, Message, new_id

@@ -68,7 +68,8 @@ class Outcome:
 
 
 def run(config: Config, progress: Progress, space: str | None = None, from_base: bool = False) -> Outcome:
-    """Train a new version on all feedback (or on one imported `space`), continuing the live version unless `from_base`.
+    """Train a new version on all feedback (or on one imported `space`), continuing the live version unless `from_base`,
+    or unless it is time to begin anew (`learning.from_base_every`).
 
     Raises NothingToLearn where there is no usable reward, or the run would only harm; nothing is registered then.
     """
@@ -80,8 +81,9 @@ def _run(config: Config, progress: Progress, space: str | None, from_base: bool)
     database = Database(config.database_url)
     registry, store = PolicyRegistry(database), ConversationStore(database)
     _clear_up(registry, config.data / "policies")
-    live = registry.live()
-    parent = registry.get(BASE) if from_base else live
+    live, every = registry.live(), config.learning.from_base_every
+    is_due = every > 0 and len(registry.runs()) % every == every - 1
+    parent = registry.get(BASE) if from_base or is_due else live
     tokenizer = ChatTokenizer(parent.base_model)
     progress("reading feedback", 0, 1)
     snapshot = ReplayBuffer(store, tokenizer, config, embedder(config)).snapshot(space)
@@ -89,7 +91,8 @@ def _run(config: Config, progress: Progress, space: str | None, from_base: bool)
     manifest = _manifest(config, parent, snapshot)
     sha256 = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     version = registry.reserve(parent, config.data / "policies")
-    run_id = registry.begin_run(version.name, config.model_dump(), sha256, snapshot.feedback_ids)
+    taught = snapshot.feedback_ids, snapshot.followup_ids
+    run_id = registry.begin_run(version.name, config.model_dump(), sha256, *taught)
     directory = Path(version.path)
     unfinished = directory.with_name(directory.name + ".unfinished")
     try:

@@ -17,8 +17,9 @@ from conftest import answered, react
 
 from bot import database as database_module
 from bot.conversations import ConversationStore
-from bot.database import Database, feedback, metadata
+from bot.database import Database
 from bot.errors import DataError
+from bot.tables import feedback, metadata
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Role, new_id
 
 

@@ -12,6 +12,7 @@ from bot.config import PrivacyConfig
 from bot.forgetting import SAMPLES, forget_message, forget_person
 from bot.memory import Memory
 from bot.registry import BASE
+from bot.tables import followups
 from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, new_id
 from bot.users import Users
 from learning.importers import export
@@ -47,6 +48,24 @@ def taught(registry, tmp_path: Path, feedback: list[str], parent: str = BASE, pr
     registry.complete(version.name, "", {})
     registry.promote(version.name)
     return version
+
+
+@pytest.mark.parametrize("person", ["ann", "bob"])
+def test_with_a_person_the_versions_go_that_learned_from_what_they_said_next(
+    database, store, registry, tokenizer, tmp_path, person
+):
+    [turn] = dialogue(store, tokenizer, ("ann", SECRET))
+    after = Message(turn.conversation_id, "ann", "thank you")
+    store.add_message(after)
+    with database.begin() as connection:
+        connection.execute(followups.insert(), {"turn_id": turn.id, "message_id": after.id, "chances": {"approval": 1.0}})
+    version = registry.reserve(registry.get(BASE), tmp_path / "policies")
+    registry.begin_run(version.name, {}, "", [], [after.id])
+    registry.complete(version.name, "", {})
+    assert registry.runs_that_used([], [after.id]) == [version.name]
+    erased = forget_person(database, registry, "test", person)
+    assert erased.policies == (person == "ann")  # the control: Bob said nothing
+    assert (registry.get(version.name).state == PolicyState.PURGED) == (person == "ann")
 
 
 def test_a_forgotten_person_leaves_nothing_anywhere(config, database, store, registry, tokenizer, tmp_path):

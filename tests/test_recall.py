@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bot.config import DialogueConfig, PrivacyConfig
-from bot.database import embeddings
 from bot.dialogue import cleaned
 from bot.embeddings import Embedder
 from bot.errors import ConfigError, DataError
@@ -19,6 +18,7 @@ from bot.forgetting import forget_message, forget_person
 from bot.memory import Memory
 from bot.recall import Recall, weights
 from bot.retrieval import Entry, ScopeIndex
+from bot.tables import embeddings
 from bot.tracker import StateTracker
 from bot.types import Conversation, Message, Turn, new_id, now
 from bot.users import Users

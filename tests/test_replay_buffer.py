@@ -7,7 +7,9 @@ from conftest import answered, react
 
 from bot.config import load
 from bot.dialogue import INTERRUPTED
+from bot.followups import KINDS
 from bot.policy import STOPPED
+from bot.tables import followups
 from bot.types import Feedback, FeedbackKind, Message
 from learning.replay_buffer import ReplayBuffer
 
@@ -51,6 +53,29 @@ def test_an_answer_and_its_regeneration_are_on_the_same_side(store, tokenizer):
         react(store, again, approves=True)
     found = snapshot(store, tokenizer)
     assert {one.unit for one in found.training}.isdisjoint({one.unit for one in found.held_out})
+
+
+def test_what_the_asker_said_next_counts_where_the_operator_lets_it(store, database, tokenizer):
+    said = {"ann": "approval", "bob": "approval", "cleo": "other", "dora": "repetition"}
+    turns = {}
+    for author, kind in said.items():
+        turns[author] = turn = answered(store, tokenizer, f"hello from {author}", "Hey there!", author=author)
+        after = Message(turn.conversation_id, "ann" if author == "bob" else author, f"{kind}, says {author}")
+        store.add_message(after)
+        with database.begin() as connection:
+            chances = dict.fromkeys(KINDS, 0.05) | {kind: 0.8}
+            connection.execute(followups.insert(), {"turn_id": turn.id, "message_id": after.id, "chances": chances})
+    settings = load()
+    assert snapshot(store, tokenizer).rated == []  # the control: off, nobody has said anything
+    counting = settings.model_copy(update={"rewards": settings.rewards.model_copy(update={"followup": 0.5})})
+    found = snapshot(store, tokenizer, counting)
+    assert {one.asker: one.reward for one in found.rated} == {"ann": pytest.approx(0.4), "dora": pytest.approx(-0.2)}
+    assert found.dropped == {"no standing opinion of anybody who took part": 2}
+    assert {one.followup_id for one in found.rated} >= set(found.followup_ids)
+    assert all(one.followup_id for one in found.rated)
+    react(store, turns["ann"], True, "ann")
+    both = snapshot(store, tokenizer, counting).rated[0]
+    assert (both.asker, both.reward) == ("ann", 1.0), "who says it twice counts once"
 
 
 @pytest.mark.parametrize("reason", [INTERRUPTED, STOPPED])

@@ -87,6 +87,16 @@ def test_a_run_without_usable_rewards_registers_nothing(small, store, registry, 
     assert [version.name for version in registry.all()] == [BASE]
 
 
+def test_each_so_many_th_run_begins_at_the_base_again(small, store, registry, tokenizer):
+    converse(store, tokenizer, likes_emoji=True)
+    anew = small.model_copy(update={"learning": small.learning.model_copy(update={"from_base_every": 2})})
+    first = trainer.run(anew, quiet).policy
+    registry.promote(first)
+    second, third = trainer.run(anew, quiet).policy, trainer.run(small, quiet).policy
+    assert [registry.get(name).parent for name in (first, second)] == [BASE, BASE]
+    assert registry.get(third).parent == first  # the control
+
+
 def test_a_run_that_does_only_harm_says_so_and_registers_nothing(small, store, registry, tokenizer, monkeypatch):
     converse(store, tokenizer, likes_emoji=True)
     monkeypatch.setattr("learning.guard.LIKED_LOSS", -10.0)  # nothing is ever good enough
