@@ -68,6 +68,9 @@ def collected(version: PolicyVersion, outcome: str) -> dict[str, Any]:
         "margin_before": metrics.get("margin_before"),
         "margin_after": metrics.get("margin_after"),
         "margin_gain": [metrics.get(f"margin_gain{part}") for part in ("", "_low", "_high")],
+        "worth": [metrics.get(f"estimated_worth_{when}") for when in ("before", "after")],
+        "worth_gain": metrics.get("estimated_gain"),
+        "reward_model": metrics.get("reward_model"),
         "stopped": metrics.get("stopped"),
         "loss": metrics.get("loss", []),
         "checks": metrics.get("checks", []),
@@ -125,6 +128,13 @@ def _plots(found: dict[str, Any]) -> list[tuple[str, str]]:
         axes.set(title="style of answers to held-out prompts, the larger of the two as 1")
         axes.legend(frameon=False, fontsize=8)
         made.append(("What changed", _picture(figure)))
+    if found["reward_model"]:
+        figure, axes = pyplot.subplots(figsize=(3.6, 3.4), layout="constrained")
+        said, true, counts = zip(*found["reward_model"]["calibration"], strict=True)
+        axes.plot([0, 1], [0, 1], color="tab:gray", linestyle=":")
+        axes.scatter(said, true, s=[8 + 2 * count for count in counts])
+        axes.set(xlabel="chance that it is liked", ylabel="share that was", title="on questions it did not see")
+        made.append(("How far the reward model can be believed", _picture(figure)))
     return made
 
 

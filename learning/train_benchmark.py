@@ -80,7 +80,7 @@ def _plain(model: Any, tokenizer: ChatTokenizer, rows: Sequence[Experience], con
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
-    from learning.objectives import TokenDPOTrainer, TokenKTOTrainer, arguments, dpo_examples, kto_examples
+    from learning.objectives import TokenDPOTrainer, TokenKTOTrainer, arguments, dpo_examples, kto_examples, report_progress
 
     common = arguments(config.training, config.training.batch_size, len(rows), config.seed)
     if config.training.objective == "kto":
@@ -101,7 +101,9 @@ def _plain(model: Any, tokenizer: ChatTokenizer, rows: Sequence[Experience], con
         ]
         trainer = SFTTrainer
         args = SFTConfig(**common, dataset_kwargs={"skip_prepare_dataset": True})
-    trainer(model=model, args=args, train_dataset=Dataset.from_list(data), processing_class=tokenizer.hf).train()
+    made = trainer(model=model, args=args, train_dataset=Dataset.from_list(data), processing_class=tokenizer.hf)
+    report_progress(made, "plain", lambda *_: None)
+    made.train()
 
 
 def _rows(tokenizer: ChatTokenizer, seed: int) -> list[Experience]:

@@ -18,6 +18,7 @@ from bot.config import Config
 from bot.conversations import ConversationStore
 from bot.data_directory import held
 from bot.database import Database
+from bot.embeddings import Embedder
 from bot.errors import NothingToLearn, TrainingError
 from bot.registry import BASE, PolicyRegistry
 from bot.tokenizer import ChatTokenizer
@@ -34,6 +35,7 @@ from learning.evaluation import (
     kl_to_base,
     next_logprobs,
 )
+from learning.off_policy import estimated
 from learning.pretrain import quiet
 from learning.replay_buffer import Experience, ReplayBuffer, Snapshot
 from learning.report import write_samples
@@ -86,7 +88,8 @@ def _run(config: Config, progress: Progress, space: str | None, from_base: bool)
     parent = registry.get(BASE) if from_base or is_due else live
     tokenizer = ChatTokenizer(parent.base_model)
     progress("reading feedback", 0, 1)
-    snapshot = ReplayBuffer(store, tokenizer, config, embedder(config)).snapshot(space)
+    embedding = embedder(config)
+    snapshot = ReplayBuffer(store, tokenizer, config, embedding).snapshot(space)
     _refuse_empty(snapshot)
     manifest = _manifest(config, parent, snapshot)
     sha256 = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
@@ -97,7 +100,7 @@ def _run(config: Config, progress: Progress, space: str | None, from_base: bool)
     unfinished = directory.with_name(directory.name + ".unfinished")
     try:
         unfinished.mkdir(parents=True)
-        verdict, metrics = _train(config, parent, live, snapshot, tokenizer, unfinished, progress)
+        verdict, metrics = _train(config, parent, live, snapshot, tokenizer, embedding, unfinished, progress)
         config.save(unfinished / "config.json")
         (unfinished / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True))
         (unfinished / "manifest.json").write_text(json.dumps(manifest | {"sha256": sha256}, indent=1, sort_keys=True))
@@ -192,6 +195,7 @@ def _train(
     live: PolicyVersion,
     snapshot: Snapshot,
     tokenizer: ChatTokenizer,
+    embedding: Embedder | None,
     directory: Path,
     progress: Progress,
 ) -> tuple[Verdict, dict[str, Any]]:
@@ -201,9 +205,9 @@ def _train(
     set_seed(config.seed)  # of a fresh adapter
     progress("loading the model", 0, 1)
     held_out = [(row.prompt_ids, row.completion_ids) for row in snapshot.held_out]
-    before = _means(answer_logprobs(_load(config, live), held_out)) if live != parent else None
+    before = answer_logprobs(_load(config, live), held_out) if live != parent else None
     model = _load(config, parent)
-    before = _means(answer_logprobs(model, held_out)) if before is None else before
+    before = answer_logprobs(model, held_out) if before is None else before
     asked = _asked(snapshot, config.gate.samples)
     prompts = list(asked)
     with model.disable_adapter():
@@ -218,7 +222,7 @@ def _train(
     if trained["stopped"] and not trained["kept"]:
         raise NothingToLearn(f"what was learned did only harm ({trained['stopped']}); more reactions may help")
     progress("measuring", 0, 1)
-    after = _means(answer_logprobs(model, held_out))
+    after = answer_logprobs(model, held_out)
     samples = generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed)
     kl = kl_to_base(model, samples)
     model.save_pretrained(directory)
@@ -228,8 +232,8 @@ def _train(
     evidence = Evidence(
         conversations=[row.unit for row in snapshot.held_out],
         signs=[1 if row.reward > 0 else -1 for row in snapshot.held_out],
-        live=before,
-        candidate=after,
+        live=_means(before),
+        candidate=_means(after),
         kl=kl,
         well_formed=_well_formed(samples),
         base_well_formed=_well_formed(base_samples),
@@ -237,6 +241,9 @@ def _train(
     )
     verdict = judge(evidence, config.gate, config.seed)
     metrics = {**verdict.figures, **trained, "taken_back": snapshot.taken_back}
+    if embedding is not None and live == parent:
+        policies = {"before": (_said(prompts, earlier), before), "after": (_said(prompts, samples), after)}
+        metrics |= estimated(snapshot.training, snapshot.held_out, embedding, policies, config.seed)
     metrics |= {"reasons": verdict.reasons, "evidence": asdict(evidence)}
     return verdict, metrics
 
@@ -308,6 +315,10 @@ def _asked(snapshot: Snapshot, count: int) -> dict[tuple[int, ...], str]:
     """Different prompts to sample answers to, the held-out ones first, with the question that each ends with."""
     rows: Sequence[Experience] = [*snapshot.held_out, *snapshot.training]
     return dict(list({row.prompt_ids: row.question for row in rows}.items())[:count])
+
+
+def _said(prompts: Sequence[tuple[int, ...]], samples: Sequence[Sample]) -> dict[tuple[int, ...], str]:
+    return {prompt: sample.text for prompt, sample in zip(prompts, samples, strict=True)}
 
 
 def _probe_prompts(tokenizer: ChatTokenizer) -> list[list[int]]:

@@ -18,8 +18,9 @@ from learning.replay_buffer import ReplayBuffer
 
 
 @pytest.fixture
-def ran(config, store, registry, tokenizer):
-    """A run on people who like emoji."""
+def ran(config, store, registry, tokenizer, monkeypatch):
+    """A run on people who like emoji, and a reward model that is content with few answers."""
+    monkeypatch.setattr("learning.reward_model.ENOUGH", 4)
     small = config.model_copy(
         update={
             "training": config.training.model_copy(update={"max_steps": 6}),
@@ -44,7 +45,12 @@ def test_a_report_says_what_was_learned_and_why_the_rest_was_not(ran):
     assert json.loads(json.dumps(found)) == found
     found["samples"][0]["question"] = "<script>alert(1)</script>"
     page = report.html(found)
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("data:image/png;base64,") == 3
+    assert "doubly robust" in page
+    assert found["worth_gain"][1] <= found["worth_gain"][0] <= found["worth_gain"][2]
+    assert found["worth"][1] - found["worth"][0] == pytest.approx(found["worth_gain"][0], abs=0.2)
+    without = found | {"reward_model": None, "worth_gain": None}
+    assert "doubly robust" not in report.html(without)  # the control: too little was rated
     assert "<script>" not in page
     assert "&lt;script&gt;alert(1)" in page, "the control: the question is there"
 
