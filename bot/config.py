@@ -115,6 +115,7 @@ class TrainingConfig(Section):
     epochs: Positive = 8
     max_steps: Positive = 30
     max_length: Annotated[int, Field(ge=16)] = 1024
+    processes: Positive = 1
 
 
 class GateConfig(Section):

@@ -11,6 +11,8 @@ from typing import Any
 from scipy.stats import binomtest
 from transformers import TrainerCallback
 
+from learning.processes import agreed
+
 CHECKS = 3  # in a run
 LUCK = 0.05  # a share of well-formed samples that a policy at the limit would fall below more often than this is luck
 LIKED_LOSS = 0.15  # nats a token that held-out answers that people liked may lose, against the start of the run
@@ -57,7 +59,7 @@ class Guard(TrainerCallback):
         if state.global_step % max(1, state.max_steps // CHECKS):
             return
         assert self.first is not None
-        self.stopped = self.fault(self.first, self._check(state.global_step))
+        self.stopped = agreed(self.fault(self.first, self._check(state.global_step)))
         model.train()
         if self.stopped is None:
             self._good, self.kept = weights(model), state.global_step

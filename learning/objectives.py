@@ -25,6 +25,7 @@ from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 from bot.config import TrainingConfig
 from bot.errors import NothingToLearn, TrainingError
 from learning.evaluation import pad_id
+from learning.processes import share, shared
 from learning.replay_buffer import Experience
 from learning.weighted_trainer import weighted_trainer
 
@@ -41,7 +42,7 @@ class AnchoredTrainer(Trainer):
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         self.anchor_to_base()
-        return super()._precompute_ref_logps(dataset, name, batch_size)
+        return super()._precompute_ref_logps(shared(dataset), name, batch_size)
 
 
 class _WeightedCollator(DataCollatorForUnpairedPreference):
@@ -104,8 +105,10 @@ def train(
             outcome = trainer.train()
             break
         except (torch.OutOfMemoryError, MemoryError) as error:
-            if batch_size <= 4:
-                raise TrainingError("out of memory with 4 answers at a time; lower training.max_length") from error
+            if batch_size <= 4 or config.processes > 1:  # several cannot begin anew at different moments
+                raise TrainingError(
+                    f"out of memory with {batch_size} answers at a time; lower training.max_length"
+                ) from error
             batch_size = max(4, batch_size // 2)
             progress(f"out of memory; going on with {batch_size} answers at a time", 0, 1)
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -194,7 +197,7 @@ def arguments(config: TrainingConfig, batch_size: int, rows: int, seed: int) -> 
     steps = max(1, min(config.max_steps, config.epochs * rows // batch_size))
     return {
         "output_dir": "unused",
-        "per_device_train_batch_size": batch_size,
+        "per_device_train_batch_size": share(batch_size),
         "max_steps": steps,
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": "cosine",

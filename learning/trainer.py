@@ -37,6 +37,7 @@ from learning.evaluation import (
 )
 from learning.off_policy import estimated
 from learning.pretrain import quiet
+from learning.processes import teach_together
 from learning.replay_buffer import Experience, ReplayBuffer, Snapshot
 from learning.report import write_samples
 
@@ -218,7 +219,11 @@ def _train(
     if parent.name != BASE:
         earlier = generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed)
     from_parent = next_logprobs(model, prefixes)
-    trained = teach(config, model, tokenizer, snapshot.training, snapshot.held_out, prompts, progress)
+    lesson = snapshot.training, snapshot.held_out, prompts, progress
+    if config.training.processes > 1:
+        trained = teach_together(config, model, parent.base_model, *lesson)
+    else:
+        trained = teach(config, model, tokenizer, *lesson)
     if trained["stopped"] and not trained["kept"]:
         raise NothingToLearn(f"what was learned did only harm ({trained['stopped']}); more reactions may help")
     progress("measuring", 0, 1)

@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import answered, react
 
 from bot.config import Config, TrainingConfig, load
@@ -13,8 +14,10 @@ from bot.errors import ConfigError, NothingToLearn
 from bot.registry import BASE
 from bot.types import PolicyState
 from learning import demo, trainer
+from learning.guard import restore, weights
 from learning.objectives import TokenKTOTrainer, train
-from learning.replay_buffer import Experience
+from learning.processes import teach_together
+from learning.replay_buffer import Experience, ReplayBuffer
 
 
 def quiet(stage: str, done: int, total: int) -> None:
@@ -39,6 +42,10 @@ def small(config: Config) -> Config:
             "gate": config.gate.model_copy(update={"samples": 16}),
         }
     )
+
+
+def with_training(config: Config, **changes) -> Config:
+    return config.model_copy(update={"training": config.training.model_copy(update=changes)})
 
 
 def test_a_run_registers_a_candidate_with_all_that_explains_it(small, store, registry, tokenizer):
@@ -95,6 +102,31 @@ def test_each_so_many_th_run_begins_at_the_base_again(small, store, registry, to
     second, third = trainer.run(anew, quiet).policy, trainer.run(small, quiet).policy
     assert [registry.get(name).parent for name in (first, second)] == [BASE, BASE]
     assert registry.get(third).parent == first  # the control
+
+
+def test_two_processes_teach_what_one_does_and_say_what_it_would_say(small, demo_model, store, tokenizer):
+    converse(store, tokenizer, likes_emoji=True, count=48)
+    found = ReplayBuffer(store, tokenizer, small).snapshot()
+    prompts = [one.prompt_ids for one in found.held_out]
+    taught, stages = [], []
+    model = trainer.load(small, demo_model)
+    start = weights(model)
+    for processes in (1, 2):
+        restore(model, start)
+        config = with_training(small, processes=processes)
+        lesson = found.training, found.held_out, prompts, lambda *told: stages.append(told)
+        if processes == 1:
+            figures = trainer.teach(config, model, tokenizer, *lesson)
+        else:
+            figures = teach_together(config, model, demo_model, *lesson)
+        assert figures["steps"] == 12
+        moved = {name: value - start[name] for name, value in weights(model).items()}
+        taught.append(torch.cat([value.flatten() for value in moved.values()]))
+    assert stages[-1] == ("train", 12, 12)
+    assert float(torch.cosine_similarity(*taught, dim=0)) > 0.8
+    assert float(taught[0].norm()) == pytest.approx(float(taught[1].norm()), rel=0.3)
+    with pytest.raises(NothingToLearn, match="is of use to training"):
+        teach_together(with_training(config, objective="dpo"), model, demo_model, *lesson)
 
 
 def test_a_run_that_does_only_harm_says_so_and_registers_nothing(small, store, registry, tokenizer, monkeypatch):

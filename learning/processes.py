@@ -1,0 +1,137 @@
+"""Training in several processes: the rows and the adapter go to `torchrun`, and the adapter comes back taught.
+
+Each process is given a share of every batch; gradients are averaged, so that the result is that of the whole batch but for
+rounding. What is decided (whether to stop) is decided by the first process, for all. It knows no database and no gate.
+
+Run: ``[training] processes = N``; this module is what `torchrun` starts.
+"""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bot.config import Config
+from bot.errors import KibitzError, NothingToLearn, TrainingError
+from bot.tokenizer import ChatTokenizer
+from learning.replay_buffer import Experience
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Progress = Callable[[str, int, int], None]
+
+
+def teach_together(
+    config: Config,
+    model: Any,
+    base_model: str,
+    training: Sequence[Experience],
+    held_out: Sequence[Experience],
+    prompts: Sequence[Sequence[int]],
+    progress: Progress,
+) -> dict[str, Any]:
+    """As `learning.trainer.teach`, in `training.processes` processes of their own. Raises what they raise."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    with tempfile.TemporaryDirectory() as place:
+        job = Path(place)
+        model.save_pretrained(job / "adapter")
+        (job / "job").write_bytes(pickle.dumps((config, base_model, training, held_out, prompts)))
+        _run(job, config.training.processes, progress)
+        told = json.loads((job / "result.json").read_text())
+        if "error" in told:
+            raise (NothingToLearn if told["is_nothing"] else TrainingError)(told["error"])
+        set_peft_model_state_dict(model, load_file(job / "taught" / "adapter_model.safetensors", device=str(model.device)))
+    return told
+
+
+def _run(job: Path, processes: int, progress: Progress) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    with (
+        (job / "errors").open("w+") as errors,
+        subprocess.Popen(
+            [*launcher, "-m", "learning.processes", str(job)], stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as child,
+    ):
+        assert child.stdout is not None
+        try:
+            for line in child.stdout:
+                if line.startswith("{"):
+                    told = json.loads(line)
+                    progress(told["stage"], told["done"], told["total"])
+        except BaseException:
+            child.terminate()
+            raise
+        if child.wait() != 0:
+            errors.seek(0)
+            said = [line.strip() for line in errors if "Error" in line]
+            why = said[-1] if said else f"code {child.returncode}"
+            raise TrainingError(f"training in {processes} processes failed ({why}); lower training.batch_size or processes")
+
+
+def is_first() -> bool:
+    """Whether this process speaks for all that train together."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def agreed(decision: Any) -> Any:
+    """What the first of the processes that train together decided; alone, one's own decision."""
+    import torch.distributed
+
+    if not torch.distributed.is_initialized():
+        return decision
+    told = [decision]
+    torch.distributed.broadcast_object_list(told)
+    return told[0]
+
+
+def shared(dataset: "Dataset") -> "Dataset":
+    """A dataset in a place where all that train together find it, and what is cached beside it; alone, as it is."""
+    from datasets import load_from_disk
+
+    if "RANK" not in os.environ:
+        return dataset
+    place = agreed(tempfile.mkdtemp())
+    if is_first():
+        dataset.save_to_disk(place)
+    agreed(None)  # by then it is there
+    return load_from_disk(place)
+
+
+def share(batch_size: int) -> int:
+    """How much of a batch is for each of the processes that train together."""
+    return max(1, batch_size // int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def _work(job: Path) -> None:
+    from learning.pretrain import quiet
+    from learning.trainer import load, teach
+
+    quiet()
+    tempfile.tempdir = str(job)  # goes with the job
+    config, base_model, training, held_out, prompts = pickle.loads((job / "job").read_bytes())
+    model = load(config, base_model, str(job / "adapter"))
+
+    def report(stage: str, done: int, total: int) -> None:
+        if is_first():
+            sys.stdout.write(json.dumps({"stage": stage, "done": done, "total": total}) + "\n")
+            sys.stdout.flush()
+
+    try:
+        told = teach(config, model, ChatTokenizer(base_model), training, held_out, prompts, report)
+    except KibitzError as error:
+        told = {"error": str(error), "is_nothing": isinstance(error, NothingToLearn)}
+    if is_first():
+        model.save_pretrained(job / "taught")
+        (job / "result.json").write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    _work(Path(sys.argv[1]))
