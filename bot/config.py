@@ -82,6 +82,12 @@ class RewardsConfig(Section):
     prior: Annotated[float, Field(ge=0)] = 8.0
 
 
+class RewardModelConfig(Section):
+    """What judges answers that nobody judged, for reports."""
+
+    kind: Literal["embedding", "lm"] = "embedding"
+
+
 class PrivacyConfig(Section):
     """Who may be learned from."""
 
@@ -194,6 +200,7 @@ class Config(Section):
     dialogue: DialogueConfig = DialogueConfig()
     reactions: ReactionsConfig = ReactionsConfig()
     rewards: RewardsConfig = RewardsConfig()
+    reward_model: RewardModelConfig = RewardModelConfig()
     learning: LearningConfig = LearningConfig()
     training: TrainingConfig = TrainingConfig()
     gate: GateConfig = GateConfig()

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bot.config import Config
 from bot.embeddings import Embedder
-from learning.evaluation import calibration, mean_interval
+from learning.evaluation import Sample, calibration, mean_interval
+from learning.lm_reward_model import LmRewardModel
 from learning.replay_buffer import Experience
 from learning.reward_model import RewardModel, figures
 
@@ -20,7 +22,14 @@ if TYPE_CHECKING:
     import torch
 
 CUT = 2.0  # of importance weights: without it one answer that became much likelier would be the whole estimate
-Said = Mapping[tuple[int, ...], str]  # a policy's own answer to each prompt
+Said = Mapping[tuple[int, ...], Sample]  # a policy's own answer to each prompt
+
+
+def reward_model(config: Config, embedder: Embedder | None, base_model: str) -> RewardModel | LmRewardModel | None:
+    """The kind that `reward_model.kind` names; None where that is made of embeddings and there are none."""
+    if config.reward_model.kind == "lm":
+        return LmRewardModel(base_model, config)
+    return None if embedder is None else RewardModel(embedder, config.seed)
 
 
 def doubly_robust(expected: np.ndarray, weights: np.ndarray, rewards: np.ndarray, predicted: np.ndarray) -> np.ndarray:
@@ -45,7 +54,7 @@ def importance(now: Sequence["torch.Tensor"], judged: Sequence[Experience]) -> n
 def estimated(
     training: Sequence[Experience],
     held_out: Sequence[Experience],
-    embedder: Embedder,
+    model: RewardModel | LmRewardModel,
     policies: Mapping[str, tuple[Said, Sequence["torch.Tensor"]]],
     seed: int,
 ) -> dict[str, Any]:
@@ -54,7 +63,6 @@ def estimated(
 
     Of each policy its answers to held-out prompts are given, and the log-probabilities of the held-out answers.
     """
-    model = RewardModel(embedder, seed)
     quality = model.fit(training)
     rows = [row for row, one in enumerate(held_out) if all(one.prompt_ids in said for said, _ in policies.values())]
     if quality is None or not rows:
@@ -64,7 +72,11 @@ def estimated(
     predicted = 2 * model.chances(judged) - 1
     worth = {}
     for name, (said, logprobs) in policies.items():
-        own = [replace(one, answer=said[one.prompt_ids]) for one in judged]
+        answers = [said[one.prompt_ids] for one in judged]
+        own = [
+            replace(one, answer=sample.text, completion_ids=sample.completion_ids)
+            for one, sample in zip(judged, answers, strict=True)
+        ]
         weights = importance([logprobs[row] for row in rows], judged)
         worth[name] = doubly_robust(2 * model.chances(own) - 1, weights, rewards, predicted)
     units = np.array([one.unit for one in judged])

@@ -23,8 +23,8 @@ from bot.types import FeedbackKind
 from learning import trainer
 from learning.evaluation import accuracy, margin
 from learning.importers import Recording
+from learning.off_policy import reward_model
 from learning.replay_buffer import ReplayBuffer, Snapshot
-from learning.reward_model import RewardModel
 from learning.reward_model import figures as reward_model_figures
 
 Progress = Callable[[str, int, int], None]
@@ -74,16 +74,18 @@ def replay(
         "policy": outcome.policy,
         "passed": outcome.passed,
         "reasons": outcome.reasons,
-        **_reward_model(ReplayBuffer(store, ChatTokenizer(base_model), config).snapshot(recording.space), config),
+        **_reward_model(
+            ReplayBuffer(store, ChatTokenizer(base_model), config).snapshot(recording.space), config, base_model
+        ),
         "manifest_sha256": outcome.manifest_sha256,
         "adapter_sha256": outcome.adapter_sha256,
     }
 
 
-def _reward_model(snapshot: Snapshot, config: Config) -> dict[str, Any]:
-    """What an embedding reward model makes of rated answers in conversations that it did not see."""
-    embedding = embedder(config)
-    judged = None if embedding is None else RewardModel(embedding, config.seed).fit(snapshot.rated)
+def _reward_model(snapshot: Snapshot, config: Config, base_model: str) -> dict[str, Any]:
+    """What a reward model makes of rated answers in conversations that it did not see."""
+    model = reward_model(config, embedder(config), base_model)
+    judged = None if model is None else model.fit(snapshot.rated)
     return {"reward_model_auc": None} if judged is None else reward_model_figures(judged, config.seed)
 
 

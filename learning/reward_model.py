@@ -45,10 +45,9 @@ class RewardModel:
         from sklearn.linear_model import LogisticRegression
         from sklearn.model_selection import GroupKFold, cross_val_predict
 
-        liked = np.array([one.reward > 0 for one in rated])
-        units = [one.unit for one in rated]
-        if min(liked.sum(), (~liked).sum()) < ENOUGH or len(set(units)) < 2 * FOLDS:
+        if not is_enough(rated, FOLDS):
             return None
+        liked, units = np.array([one.reward > 0 for one in rated]), [one.unit for one in rated]
         inputs = self._features(rated)
         folds = GroupKFold(FOLDS, shuffle=True, random_state=self.seed)
         scored = []
@@ -58,11 +57,8 @@ class RewardModel:
             scored.append((_log_loss(scores, liked), strength, scores))
         _, strength, scores = min(scored, key=lambda row: row[0])
         self._fitted = LogisticRegression(C=strength, class_weight="balanced", max_iter=2000).fit(inputs, liked)
-        self._platt = LogisticRegression(C=1e6).fit(scores[:, None], liked)
-        held_out = cross_val_predict(
-            LogisticRegression(C=1e6), scores[:, None], liked, groups=units, cv=folds, method="predict_proba"
-        )
-        return Judged(held_out[:, 1], liked, units, np.array([len(one.answer.split()) for one in rated]))
+        judged, self._platt = calibrated(scores, rated, folds)
+        return judged
 
     def chances(self, answers: Sequence[Experience]) -> np.ndarray:
         """The probability (n,) that each answer is liked."""
@@ -76,6 +72,24 @@ class RewardModel:
         # All dimensions of an embedding together weigh as much as how long the answer is: it is what people go by first.
         length = (np.log1p([[len(one.answer.split())] for one in answers]) - TYPICAL) / 2
         return np.hstack([said, asked * said, near, length, length**2])
+
+
+def is_enough(rated: Sequence[Experience], folds: int) -> bool:
+    """Whether there are so many answers of each kind, in so many units, that it is worth asking."""
+    liked = sum(one.reward > 0 for one in rated)
+    return min(liked, len(rated) - liked) >= ENOUGH and len({one.unit for one in rated}) >= 2 * folds
+
+
+def calibrated(scores: np.ndarray, rated: Sequence[Experience], folds: Any) -> tuple[Judged, Any]:
+    """Scores (n,) of units that were not seen, as probabilities, and what makes such of other scores."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import cross_val_predict
+
+    liked, units = np.array([one.reward > 0 for one in rated]), [one.unit for one in rated]
+    platt = LogisticRegression(C=1e6)
+    chances = cross_val_predict(platt, scores[:, None], liked, groups=units, cv=folds, method="predict_proba")[:, 1]
+    words = np.array([len(one.answer.split()) for one in rated])
+    return Judged(chances, liked, units, words), platt.fit(scores[:, None], liked)
 
 
 def figures(judged: Judged, seed: int, draws: int = 2000) -> dict[str, float]:

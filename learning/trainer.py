@@ -35,7 +35,7 @@ from learning.evaluation import (
     kl_to_base,
     next_logprobs,
 )
-from learning.off_policy import estimated
+from learning.off_policy import estimated, reward_model
 from learning.pretrain import quiet
 from learning.processes import teach_together
 from learning.replay_buffer import Experience, ReplayBuffer, Snapshot
@@ -246,9 +246,11 @@ def _train(
     )
     verdict = judge(evidence, config.gate, config.seed)
     metrics = {**verdict.figures, **trained, "taken_back": snapshot.taken_back}
-    if embedding is not None and live == parent:
-        policies = {"before": (_said(prompts, earlier), before), "after": (_said(prompts, samples), after)}
-        metrics |= estimated(snapshot.training, snapshot.held_out, embedding, policies, config.seed)
+    judge_of = reward_model(config, embedding, parent.base_model)
+    if judge_of is not None and live == parent:
+        said = {when: dict(zip(prompts, own, strict=True)) for when, own in (("before", earlier), ("after", samples))}
+        policies = {"before": (said["before"], before), "after": (said["after"], after)}
+        metrics |= estimated(snapshot.training, snapshot.held_out, judge_of, policies, config.seed)
     metrics |= {"reasons": verdict.reasons, "evidence": asdict(evidence)}
     return verdict, metrics
 
@@ -320,10 +322,6 @@ def _asked(snapshot: Snapshot, count: int) -> dict[tuple[int, ...], str]:
     """Different prompts to sample answers to, the held-out ones first, with the question that each ends with."""
     rows: Sequence[Experience] = [*snapshot.held_out, *snapshot.training]
     return dict(list({row.prompt_ids: row.question for row in rows}.items())[:count])
-
-
-def _said(prompts: Sequence[tuple[int, ...]], samples: Sequence[Sample]) -> dict[tuple[int, ...], str]:
-    return {prompt: sample.text for prompt, sample in zip(prompts, samples, strict=True)}
 
 
 def _probe_prompts(tokenizer: ChatTokenizer) -> list[list[int]]:

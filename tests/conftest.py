@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import shutil
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -58,9 +60,13 @@ def engine(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], str]]:
-    """A real PostgreSQL server; each call makes a new database and returns its URL."""
-    server = pgserver.get_server(tmp_path_factory.mktemp("postgresql"), cleanup_mode="stop")
+def postgresql() -> Iterator[Callable[[], str]]:
+    """A real PostgreSQL server; each call makes a new database and returns its URL.
+
+    It runs as another user where we are root, and so not below pytest's directory, which each run of pytest makes private.
+    """
+    place = Path(tempfile.mkdtemp(prefix="kibitz-postgresql-"))
+    server = pgserver.get_server(place, cleanup_mode="stop")
     admin = sa.create_engine(_psycopg(server.get_uri()), isolation_level="AUTOCOMMIT")
 
     def made() -> str:
@@ -72,6 +78,7 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[]
     yield made
     admin.dispose()
     server.cleanup()
+    shutil.rmtree(place, ignore_errors=True)
 
 
 def _psycopg(uri: str) -> str:

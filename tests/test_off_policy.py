@@ -4,8 +4,10 @@ import numpy as np
 import torch
 from test_reward_model import embedder, rated  # noqa: F401  (a fixture)
 
+from learning.evaluation import Sample
 from learning.off_policy import CUT, doubly_robust, estimated, importance
 from learning.replay_buffer import Experience
+from learning.reward_model import RewardModel
 
 
 def drawn(seed: int = 0, count: int = 200_000) -> dict[str, np.ndarray]:
@@ -44,10 +46,11 @@ def test_a_policy_that_says_what_people_like_is_worth_more(embedder):  # noqa: F
     held_out = [Experience(str(n), str(n), (n,), (1,), None, 1.0, (), question="tell me", answer="cats") for n in range(8)]
     logprobs = [torch.zeros(1)] * 8
     about = {"before": "income tax is due every year", "after": "my cat sleeps all day"}
-    policies = {when: ({(n,): text for n in range(8)}, logprobs) for when, text in about.items()}
-    found = estimated(liked, held_out, embedder, policies, seed=0)
+    policies = {when: ({(n,): Sample((), (), text, True) for n in range(8)}, logprobs) for when, text in about.items()}
+    model = RewardModel(embedder, seed=0)
+    found = estimated(liked, held_out, model, policies, seed=0)
     assert found["estimated_gain"][1] > 0.5
     assert found["reward_model"]["calibration"]
-    same = estimated(liked, held_out, embedder, dict.fromkeys(policies, policies["before"]), seed=0)
+    same = estimated(liked, held_out, model, dict.fromkeys(policies, policies["before"]), seed=0)
     assert same["estimated_gain"] == [0.0, 0.0, 0.0]  # the control
-    assert estimated(liked[:8], held_out, embedder, policies, seed=0) == {}, "too little is rated"
+    assert estimated(liked[:8], held_out, model, policies, seed=0) == {}, "too little is rated"

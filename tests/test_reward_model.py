@@ -1,12 +1,16 @@
 """The reward model: it finds what people like where there is something to find, and says so where there is not."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from bot.config import Config
 from bot.embeddings import Embedder
+from learning import demo
 from learning.evaluation import calibration
+from learning.lm_reward_model import LmRewardModel, pairs
 from learning.replay_buffer import Experience
 from learning.reward_model import Judged, RewardModel, figures
 
@@ -72,3 +76,43 @@ def test_the_calibration_curve_names_each_bin():
         words=np.array([1, 2, 3, 4]),
     )
     assert calibration(judged.chances, judged.liked) == [(0.05, 0.0, 1), (0.15, 0.5, 2), (1.0, 1.0, 1)]
+
+
+def words_of(tokenizer, likes, count: int = 96, seed: int = 0) -> list[Experience]:
+    """Answers of the demo set, each judged by whether it has an emoji."""
+    rng = random.Random(seed)
+    found = []
+    for number in range(count):
+        prompt, intent = rng.choice(demo.prompts(held_out=False))
+        style = rng.choice(demo.STYLES)
+        ids = tuple(tokenizer.prompt_ids([{"role": "user", "content": prompt}]))
+        answer = demo.answer(intent, style)
+        worth = 1.0 if likes(style, rng) else -1.0
+        row = Experience(str(number), str(number), ids, tuple(tokenizer.completion_ids(answer)), None, worth, ())
+        found.append(replace(row, question=prompt, answer=answer))
+    return found
+
+
+def test_the_base_model_with_a_head_learns_what_people_like_and_nothing_from_chance(demo_model, tokenizer, monkeypatch):
+    config = Config()
+    model = LmRewardModel(demo_model, config)
+    judged = model.fit(words_of(tokenizer, lambda style, rng: style.emoji))
+    assert figures(judged, seed=0)["reward_model_auc_low"] > 0.5
+    plain, lively = (
+        [one for one in words_of(tokenizer, lambda style, rng: style.emoji, seed=1) if (one.reward > 0) == emoji]
+        for emoji in (False, True)
+    )
+    assert 1 > model.chances(lively).mean() > model.chances(plain).mean() > 0
+    monkeypatch.setattr("learning.lm_reward_model.STEPS", 20)
+    chance = LmRewardModel(demo_model, config).fit(words_of(tokenizer, lambda style, rng: rng.random() < 0.5))
+    assert figures(chance, seed=0)["reward_model_auc_low"] < 0.5  # the control
+    assert model.fit(words_of(tokenizer, lambda style, rng: style.emoji, count=20)) is None
+
+
+def test_each_answer_is_beside_one_of_the_other_kind_to_the_same_prompt_where_there_is_one():
+    def row(prompt: int, answer: int, worth: float) -> Experience:
+        return Experience("", "", (prompt,), (answer,), None, worth, ())
+
+    found = pairs([row(1, 11, 1.0), row(1, 12, -1.0), row(2, 21, 1.0)], random.Random(0))
+    assert found[:2] == [{"chosen_ids": [1, 11], "rejected_ids": [1, 12]}] * 2
+    assert found[2] == {"chosen_ids": [2, 21], "rejected_ids": [1, 12]}
