@@ -174,7 +174,7 @@ class Database:
                 self._local.afterwards.clear()
                 raise
             finally:
-                self._local.group = None
+                self._local.group, self._local.shared = None, False
         while self._local.afterwards:
             self._local.afterwards.pop(0)()
 

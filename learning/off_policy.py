@@ -11,25 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bot.config import Config
-from bot.embeddings import Embedder
 from learning.evaluation import Sample, calibration, mean_interval
-from learning.lm_reward_model import LmRewardModel
 from learning.replay_buffer import Experience
-from learning.reward_model import RewardModel, figures
+from learning.reward_model import AnyRewardModel, figures
 
 if TYPE_CHECKING:
     import torch
 
 CUT = 2.0  # of importance weights: without it one answer that became much likelier would be the whole estimate
 Said = Mapping[tuple[int, ...], Sample]  # a policy's own answer to each prompt
-
-
-def reward_model(config: Config, embedder: Embedder | None, base_model: str) -> RewardModel | LmRewardModel | None:
-    """The kind that `reward_model.kind` names; None where that is made of embeddings and there are none."""
-    if config.reward_model.kind == "lm":
-        return LmRewardModel(base_model, config)
-    return None if embedder is None else RewardModel(embedder, config.seed)
 
 
 def doubly_robust(expected: np.ndarray, weights: np.ndarray, rewards: np.ndarray, predicted: np.ndarray) -> np.ndarray:
@@ -54,7 +44,7 @@ def importance(now: Sequence["torch.Tensor"], judged: Sequence[Experience]) -> n
 def estimated(
     training: Sequence[Experience],
     held_out: Sequence[Experience],
-    model: RewardModel | LmRewardModel,
+    model: AnyRewardModel,
     policies: Mapping[str, tuple[Said, Sequence["torch.Tensor"]]],
     seed: int,
 ) -> dict[str, Any]:

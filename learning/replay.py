@@ -23,9 +23,9 @@ from bot.types import FeedbackKind
 from learning import trainer
 from learning.evaluation import accuracy, margin
 from learning.importers import Recording
-from learning.off_policy import reward_model
 from learning.replay_buffer import ReplayBuffer, Snapshot
 from learning.reward_model import figures as reward_model_figures
+from learning.reward_model import reward_model
 
 Progress = Callable[[str, int, int], None]
 CONFIDENCE = 0.95

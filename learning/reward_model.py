@@ -2,16 +2,16 @@
 
 A logistic regression on the two embeddings, on what they have in common, and on how long the answer is; how strongly it is
 held back is chosen on questions that it did not see, and its probabilities are those of such questions too (Platt, 1999,
-"Probabilistic Outputs for Support Vector Machines"). It judges, for the
-report; it does not teach.
+"Probabilistic Outputs for Support Vector Machines"). It judges, for the report; it does not teach.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from bot.config import Config
 from bot.embeddings import Embedder
 from learning.evaluation import calibration_error
 from learning.replay_buffer import Experience
@@ -30,6 +30,16 @@ class Judged:
     liked: np.ndarray
     units: list[str]
     words: np.ndarray
+
+
+class AnyRewardModel(Protocol):
+    """What both kinds can do."""
+
+    def fit(self, rated: Sequence[Experience]) -> Judged | None:
+        """Learn from rated answers; what it makes of each when it has not seen its unit. None where there are too few."""
+
+    def chances(self, answers: Sequence[Experience]) -> np.ndarray:
+        """The probability (n,) that each answer is liked."""
 
 
 class RewardModel:
@@ -72,6 +82,15 @@ class RewardModel:
         # All dimensions of an embedding together weigh as much as how long the answer is: it is what people go by first.
         length = (np.log1p([[len(one.answer.split())] for one in answers]) - TYPICAL) / 2
         return np.hstack([said, asked * said, near, length, length**2])
+
+
+def reward_model(config: Config, embedder: Embedder | None, base_model: str) -> AnyRewardModel | None:
+    """The kind that `reward_model.kind` names; None where that is made of embeddings and there are none."""
+    if config.reward_model.kind == "lm":
+        from learning.lm_reward_model import LmRewardModel
+
+        return LmRewardModel(base_model, config)
+    return None if embedder is None else RewardModel(embedder, config.seed)
 
 
 def is_enough(rated: Sequence[Experience], folds: int) -> bool:

@@ -35,11 +35,12 @@ from learning.evaluation import (
     kl_to_base,
     next_logprobs,
 )
-from learning.off_policy import estimated, reward_model
+from learning.off_policy import estimated
 from learning.pretrain import quiet
 from learning.processes import teach_together
 from learning.replay_buffer import Experience, ReplayBuffer, Snapshot
 from learning.report import write_samples
+from learning.reward_model import reward_model
 
 if TYPE_CHECKING:
     import torch

@@ -78,6 +78,30 @@ async def test_calls_that_wait_together_are_committed_together_and_one_that_fail
     assert {given.user_id for given in store.feedback_of([turn.id])[turn.id]} == {"0", "2", "4", "6", "8"}
 
 
+@pytest.mark.parametrize("beside", [False, True])
+async def test_a_call_that_fails_half_way_has_written_nothing(store, database, tokenizer, beside):
+    place = store.open(Conversation("test", "here"))
+
+    def say(*texts: str, fails: bool = False) -> None:
+        for text in texts:
+            store.add_message(Message(place.id, "ann", text))
+        database.afterwards(lambda: done.append(texts))
+        if fails:
+            raise DataError("half way")
+
+    done: list[tuple[str, ...]] = []
+    busy = database.call(time.sleep, 0.05)  # the thread is, while the others are asked for
+    failing = database.call(lambda: say("one", "two", fails=True))
+    others = [database.call(say, "three"), database.call(say, "four")] if beside else []
+    _, failed, *_ = await asyncio.gather(busy, failing, *others, return_exceptions=True)
+    assert isinstance(failed, DataError)
+    said = ["three", "four"] if beside else []
+    assert [message.text for message in store.messages(place.id)] == said
+    assert [text for texts in done for text in texts] == said
+    await database.call(say, "five", "six")  # the control
+    assert [message.text for message in store.messages(place.id)] == [*said, "five", "six"]
+
+
 async def test_where_the_commit_fails_nobody_is_told_that_it_is_stored(store, database, tokenizer):
     turn = answered(store, tokenizer, "hello", "Hey there!")
 
