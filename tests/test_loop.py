@@ -93,7 +93,7 @@ async def test_reactions_train_a_version_that_answers_next_and_is_taken_back(liv
 
     told: list[str] = []
     stages: list[str] = []
-    await asyncio.gather(*(one(number) for number in range(96)))
+    await asyncio.gather(*(one(number) for number in range(192)))
     before = await say(live, "hello")
     learner = OnlineLearner(
         live.store, live.deployment, live.config, told.append, lambda stage, done, total: stages.append(stage)
