@@ -62,8 +62,8 @@ def forget_person(database: Database, registry: PolicyRegistry, platform: str, u
         answers, replies = _made_from(connection, own)
         said = sa.select(feedback.c.id).join(turns, turns.c.id == feedback.c.turn_id)
         said = said.where(feedback.c.user_id == user_id, turns.c.conversation_id.in_(theirs))
-        opinions = set(connection.execute(said).scalars()) | _opinions_on(connection, answers)
-        purged = registry.purge(connection, opinions, [*own, *_followups_on(connection, answers)])
+        opinions = set(connection.execute(said).scalars()) | _said_of(connection, feedback.c.id, answers)
+        purged = registry.purge(connection, opinions, [*own, *_said_of(connection, followups.c.message_id, answers)])
         _erase(connection, own, answers, replies, opinions)
         decide(connection, (platform, user_id), consent=False, forgotten_at=now())
     database.afterwards(partial(remove_purged, registry))
@@ -76,7 +76,7 @@ def forget_message(database: Database, message_id: str) -> Erased:
     """Erase one message, as its author deleted it. Versions that learned from it stay: one deletion must not move them."""
     with database.begin() as connection:
         answers, replies = _made_from(connection, [message_id])
-        opinions = _opinions_on(connection, answers)
+        opinions = _said_of(connection, feedback.c.id, answers)
         _erase(connection, [message_id], answers, replies, opinions)
     database.afterwards(partial(remove_samples, PolicyRegistry(database)))
     database.afterwards(database.scrub)
@@ -123,17 +123,11 @@ def _made_from(connection: sa.Connection, message_ids: Sequence[str]) -> tuple[l
     return made, replies
 
 
-def _opinions_on(connection: sa.Connection, answers: Iterable[str]) -> set[str]:
+def _said_of(connection: sa.Connection, column: sa.Column, answers: Iterable[str]) -> set[str]:
+    """What was said about these answers: a column (the id) of `feedback` or `followups`."""
     found: set[str] = set()
     for ids in chunks(answers):
-        found.update(connection.execute(sa.select(feedback.c.id).where(feedback.c.turn_id.in_(ids))).scalars())
-    return found
-
-
-def _followups_on(connection: sa.Connection, answers: Iterable[str]) -> list[str]:
-    found: list[str] = []
-    for ids in chunks(answers):
-        found += connection.execute(sa.select(followups.c.message_id).where(followups.c.turn_id.in_(ids))).scalars()
+        found.update(connection.execute(sa.select(column).where(column.table.c.turn_id.in_(ids))).scalars())
     return found
 
 

@@ -203,18 +203,26 @@ def batches(rows: Rows, tokens: int = BATCH_TOKENS) -> Iterator[Rows]:
         yield rows[start:]
 
 
+def padded(batch: Rows, device: Any, pad: int = 0) -> tuple[list["torch.Tensor"], dict[str, "torch.Tensor"]]:
+    """The rows as token ids, and what a model takes of them: `input_ids` and `attention_mask` (n × the longest)."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    ids = [torch.tensor([*prompt, *completion], device=device) for prompt, completion in batch]
+    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+    return ids, {"input_ids": pad_sequence(ids, batch_first=True, padding_value=pad), "attention_mask": mask}
+
+
 def batched_logprobs(model: Any, rows: Rows) -> list["torch.Tensor"]:
     """As `answer_logprobs`, in padded batches: faster, and the same but for rounding."""
     import torch
-    from torch.nn.utils.rnn import pad_sequence
 
     found: list[torch.Tensor] = []
     model.eval()
     with torch.no_grad():
         for batch in batches(rows):
-            ids = [torch.tensor([*prompt, *completion], device=model.device) for prompt, completion in batch]
-            mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
-            logits = model(input_ids=pad_sequence(ids, batch_first=True), attention_mask=mask).logits
+            ids, inputs = padded(batch, model.device)
+            logits = model(**inputs).logits
             for row, scores, (prompt, _) in zip(ids, logits, batch, strict=True):
                 part = scores[len(prompt) - 1 : len(row) - 1].float().log_softmax(-1)
                 found.append(part.gather(-1, row[len(prompt) :, None])[:, 0].cpu())

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from bot.config import Config
+from learning.evaluation import batches, padded
 from learning.replay_buffer import Experience
 from learning.reward_model import Judged, calibrated, is_enough
 
@@ -81,18 +82,12 @@ class LmRewardModel:
 
     def _scores(self, model: Any, answers: Sequence[Experience]) -> np.ndarray:
         import torch
-        from torch.nn.utils.rnn import pad_sequence
-
-        from learning.evaluation import batches
 
         found: list[float] = []
-        pad = model.config.pad_token_id
         with torch.no_grad():
             for batch in batches([(one.prompt_ids, one.completion_ids) for one in answers]):
-                rows = [torch.tensor([*prompt, *completion], device=model.device) for prompt, completion in batch]
-                mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-                ids = pad_sequence(rows, batch_first=True, padding_value=pad)
-                found += model(input_ids=ids, attention_mask=mask).logits[:, 0].float().tolist()
+                _, inputs = padded(batch, model.device, model.config.pad_token_id)
+                found += model(**inputs).logits[:, 0].float().tolist()
         return np.array(found)
 
 

@@ -40,7 +40,10 @@ def teach_together(
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    with tempfile.TemporaryDirectory() as place:
+    policies = config.data / "policies"
+    policies.mkdir(parents=True, exist_ok=True)
+    # What people said is in it: as an unfinished version, a killed run's leftover goes with the next run.
+    with tempfile.TemporaryDirectory(dir=policies, suffix=".unfinished") as place:
         job = Path(place)
         model.save_pretrained(job / "adapter")
         (job / "job").write_bytes(pickle.dumps((config, base_model, training, held_out, prompts)))

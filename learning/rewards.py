@@ -50,16 +50,15 @@ def reward(
     sums: dict[str, float] = defaultdict(float)
     for row in counted:
         sums[row.user_id] += worth.get(row.kind, row.value or 0.0)
-    likely = worth.get(FOLLOW_UPS[followup.kind]) if followup and followup.kind in FOLLOW_UPS and config.followup else None
-    if followup and likely is not None:
-        sums[asker_id] += config.followup * followup.chances[followup.kind] * likely
+    used = followup if followup and config.followup and followup.kind in FOLLOW_UPS else None
+    if used is not None:
+        sums[asker_id] += config.followup * used.chances[used.kind] * worth[FOLLOW_UPS[used.kind]]
     if not sums:
         return None
     opinions = {user: max(-1.0, min(1.0, total)) for user, total in sorted(sums.items())}
     weights = {user: config.asker_weight if user == asker_id else config.bystander_weight for user in opinions}
     value = sum(weights[user] * opinion for user, opinion in opinions.items()) / sum(weights.values())
-    used = followup.message_id if followup and likely is not None else None
-    return Reward(value, opinions, tuple(sorted(row.id for row in counted)), used)
+    return Reward(value, opinions, tuple(sorted(row.id for row in counted)), None if used is None else used.message_id)
 
 
 def advantages(rewards: np.ndarray, kinds: np.ndarray, prior: float) -> np.ndarray:

@@ -249,8 +249,10 @@ def _train(
     metrics = {**verdict.figures, **trained, "taken_back": snapshot.taken_back}
     judge_of = reward_model(config, embedding, parent.base_model)
     if judge_of is not None and live == parent:
-        said = {when: dict(zip(prompts, own, strict=True)) for when, own in (("before", earlier), ("after", samples))}
-        policies = {"before": (said["before"], before), "after": (said["after"], after)}
+        policies = {
+            when: (dict(zip(prompts, own, strict=True)), logprobs)
+            for when, own, logprobs in (("before", earlier, before), ("after", samples, after))
+        }
         metrics |= estimated(snapshot.training, snapshot.held_out, judge_of, policies, config.seed)
     metrics |= {"reasons": verdict.reasons, "evidence": asdict(evidence)}
     return verdict, metrics
