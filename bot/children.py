@@ -13,8 +13,18 @@ from typing import Any
 SERVING, TRAINING = 10, 19  # niceness: the bot itself first, then answers, then learning
 
 
-async def start(*command: str, niceness: int, **options: Any) -> asyncio.subprocess.Process:
-    """Start a child in a process group of its own: Ctrl-C in the terminal is ours to pass on.
+def cores() -> set[int]:
+    """The processor cores that this process may use."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def spare() -> set[int]:
+    """All of them but one, which is left to the bot; the one where there is no other."""
+    return cores() - {min(cores())} or cores()
+
+
+async def start(*command: str, niceness: int, on: set[int] | None = None, **options: Any) -> asyncio.subprocess.Process:
+    """Start a child in a process group of its own (Ctrl-C in the terminal is ours to pass on), `on` these cores.
 
     It stays in our session: where the kernel shares time between sessions first (`sched_autogroup_enabled`), niceness counts
     only inside one.
@@ -22,6 +32,8 @@ async def start(*command: str, niceness: int, **options: Any) -> asyncio.subproc
 
     def as_our_child() -> None:
         os.nice(niceness)
+        if on is not None and hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, on)
         if hasattr(os, "SCHED_BATCH"):  # Linux
             # What wakes of it does not push the bot aside. Some sandboxes refuse it: an eager child is better than none.
             with contextlib.suppress(OSError):

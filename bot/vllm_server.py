@@ -38,7 +38,12 @@ class VllmServer:
         """Start the process and wait until it generates a token."""
         with self.log.open("ab") as log:
             self._process = await children.start(
-                *self._command(), niceness=children.SERVING, stdout=log, stderr=log, env=self._environment()
+                *self._command(),
+                niceness=children.SERVING,
+                on=None if _has_gpu() else children.spare(),
+                stdout=log,
+                stderr=log,
+                env=self._environment(),
             )
         deadline = asyncio.get_running_loop().time() + self.config.serving.startup_seconds
         while not await policy.ready(PROBE_SECONDS):
@@ -120,8 +125,8 @@ class VllmServer:
 
     def _environment(self) -> dict[str, str]:
         defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-        # One core is left to everybody else, and no thread is tied to a core that somebody else may be using.
-        defaults |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) - 1))}
+        # One core is left to everybody else: what wanders over all of them slows us and itself (docs/experiments.md).
+        defaults |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(len(children.spare()))}
         return {**defaults, **os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
 
     def _why(self) -> str:
