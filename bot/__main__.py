@@ -368,7 +368,7 @@ def bench_overhead(
 @bench.command("connectors")
 def bench_connectors(
     messages: Annotated[int, typer.Option(min=64, help="Messages for each number of conversations.")] = 256,
-    think: Annotated[float, typer.Option(min=0, help="Seconds that people think before they write again.")] = 0.0,
+    think: Annotated[float, typer.Option(min=0.1, help="Seconds that people think, but at full load.")] = 1.0,
     json_file: JsonFile = None,
     config: ConfigFile = None,
     data_dir: DataDir = None,

@@ -18,7 +18,7 @@ from bot.database import Database
 from bot.errors import DataError
 from bot.feedback import standing
 from bot.tables import UTCDateTime, chunks, conversations, embeddings, feedback, followups, messages, runs, turns
-from bot.types import FORGOTTEN, Conversation, Feedback, FeedbackKind, FollowUp, Message, Role, Turn
+from bot.types import FORGOTTEN, Conversation, Feedback, FeedbackKind, FollowUp, Heard, Message, Role, Turn
 
 Dialogue = tuple[Conversation, list[Message], list[Turn], list[Feedback]]
 
@@ -64,11 +64,12 @@ class ConversationStore:
         """Commit a message; False where it, or its event, was committed before."""
         return self._insert(messages, _columns(messages, message))
 
-    def hear(self, place: Conversation, message: Message) -> tuple[Message, bool]:
-        """Commit a message at a place, in one transaction with the place; and whether its event is new."""
+    def hear(self, place: Conversation, message: Message) -> Heard:
+        """Commit a message at a place, in one transaction with the place."""
         with self.database.begin():
-            message = replace(message, conversation_id=self.open(place).id)
-            return message, self.add_message(message)
+            place = self.open(place)
+            message = replace(message, conversation_id=place.id)
+            return Heard(message, place, self.add_message(message))
 
     def claim(self, message: Message) -> tuple[Message, Turn | None]:
         """Commit a message; where it or its event came before, the message as it is stored, with the answer to it if any."""
@@ -80,13 +81,15 @@ class ConversationStore:
         first = as_message(row)
         return first, self.turn_answering(first.id)
 
-    def edit_message(self, message_id: str, text: str, at: datetime) -> None:
-        """Put what its author changed a message to in its place; the last edit holds, whatever order they come in."""
+    def edit_message(self, message_id: str, text: str, at: datetime) -> bool:
+        """Put what its author changed a message to in its place; False where a later edit came before, which holds."""
         late = sa.or_(messages.c.edited_at.is_(None), messages.c.edited_at < at)
         change = messages.update().where(messages.c.id == message_id, messages.c.author_id != FORGOTTEN, late)
         with self.database.begin() as connection:
-            if connection.execute(change.values(text=text, edited_at=at)).rowcount:
+            is_newest = connection.execute(change.values(text=text, edited_at=at)).rowcount > 0
+            if is_newest:
                 connection.execute(embeddings.delete().where(embeddings.c.message_id == message_id))
+        return is_newest
 
     def add_turn(self, turn: Turn) -> None:
         """Commit an answer and the message that it was sent as, in one transaction.
@@ -145,6 +148,12 @@ class ConversationStore:
         """One message by its id."""
         with self.database.read() as connection:
             return as_message(connection.execute(sa.select(*MESSAGE).where(messages.c.id == message_id)).one())
+
+    def questions(self, turn_ids: Iterable[str]) -> dict[str, str]:
+        """By turn, the event that brought what it answers; without what was forgotten."""
+        query = sa.select(turns.c.id, messages.c.event_id).join(messages, messages.c.id == turns.c.message_id)
+        query = query.where(messages.c.event_id.is_not(None), messages.c.author_id != FORGOTTEN)
+        return {row.id: row.event_id for row in self._of(query, turns.c.id, turn_ids)}
 
     def recent(self, conversation_id: str, before: Message, limit: int) -> list[Message]:
         """The last `limit` messages before one, oldest first: without answers that were regenerated, and with the

@@ -107,16 +107,17 @@ class Database:
         with self.engine.connect().execution_options(read_only=True) as connection:
             yield connection
 
-    async def call(self, function: Callable[..., Result], *args: Any) -> Result:
+    def call(self, function: Callable[..., Result], *args: Any) -> asyncio.Future[Result]:
         """Run a synchronous store function in the database's thread; when it returns, all that it wrote is committed.
 
-        One that fails has written nothing. Functions that wait for the thread together are committed together (group
-        commit): under load a commit, which waits for the disk, costs more than all else.
+        It is queued at once: functions run in the order of these calls. One that fails has written nothing. Those that wait
+        for the thread together are committed together (group commit): under load a commit, which waits for the disk, costs
+        more than all else.
         """
         future: Future[Result] = Future()
         self._waiting.append((function, args, future))
         self._thread.submit(self._work)
-        return await asyncio.wrap_future(future)
+        return asyncio.wrap_future(future)
 
     def _work(self) -> None:
         batch = [self._waiting.popleft() for _ in range(len(self._waiting))]

@@ -8,7 +8,7 @@ import asyncio
 import hashlib
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
@@ -18,9 +18,12 @@ from bot.followups import FollowUps
 from bot.forgetting import forget_message
 from bot.policy import STOPPED, OnText, Policy
 from bot.tracker import Context, StateTracker, Surroundings
-from bot.types import Conversation, Feedback, FeedbackKind, Message, Reply, Role, Turn, new_id, now
+from bot.types import Conversation, Feedback, FeedbackKind, Heard, Message, Reply, Role, Turn, new_id, now
 
 log = logging.getLogger(__name__)
+
+OnWhole = Callable[[Turn], Awaitable[None]]
+Taken = tuple[Message, Turn | None, Surroundings | None]  # in the database's thread: message, its answer, what is around it
 
 LONGEST = 100_000  # characters of one message; what the policy sees of it is bounded by tokens, far below
 INTERRUPTED = "interrupted"  # a finish reason of ours
@@ -29,9 +32,14 @@ UNFINISHED = {INTERRUPTED, STOPPED}  # such a turn is never trained on: it would
 
 @dataclass(frozen=True)
 class ReplyOptions:
-    """How an answer is wanted: who hears its pieces, what stops it, the id that its turn gets, the sampling seed."""
+    """How an answer is wanted: who hears its pieces, what stops it, the id that its turn gets, the sampling seed.
+
+    `on_whole` shows the answer whole. It is called while the turn is being committed: whatever is asked of the database
+    because of what it shows comes after.
+    """
 
     on_text: OnText | None = None
+    on_whole: OnWhole | None = None
     stop: asyncio.Event | None = None
     turn_id: str | None = None
     seed: int | None = None
@@ -83,7 +91,17 @@ class DialogueManager:
         """
         message = replace(message, text=cleaned(message.text))
         # One trip: under load each to the database's thread costs more in waiting than in work.
-        first, answered, around = await self.store.database.call(self._taken_in, message, place, shown is None)
+        taken_in = self.store.database.call(self._taken_in, message, place, shown is None)
+        return await self._settled(taken_in, options, shown)
+
+    async def answer(self, heard: Heard, options: ReplyOptions = PLAIN) -> Turn:
+        """Have a message answered that was heard, and commit the answer; one that came before gets its first answer."""
+        return await self._settled(self.store.database.call(self._heard_before, heard), options, None)
+
+    async def _settled(
+        self, taken_in: Awaitable[Taken], options: ReplyOptions, shown: Sequence[dict[str, str]] | None
+    ) -> Turn:
+        first, answered, around = await taken_in
         if answered is not None:
             return answered
         if first.is_forgotten:
@@ -91,11 +109,8 @@ class DialogueManager:
         context = await self.tracker.context(first, around) if shown is None else self.tracker.fitted(shown)
         return await self._answer(first, context, first.author_id, None, options)
 
-    async def hear(self, place: Conversation, message: Message) -> tuple[Message, bool]:
-        """Commit a message at a place, which `respond` may answer later, and say whether its event is new.
-
-        The message comes back with the conversation that is stored for the place.
-        """
+    async def hear(self, place: Conversation, message: Message) -> Heard:
+        """Commit a message at a place, for `answer` to answer it later."""
         message = replace(message, text=cleaned(message.text))
         return await self.store.database.call(self.store.hear, place, message)
 
@@ -114,8 +129,7 @@ class DialogueManager:
         """The author of a message changed it: from now on it is shown as it is now. Answers stay as they were given."""
         call = self.store.database.call
         message = await call(self.store.message_of_event, event_id)
-        if message is not None:
-            await call(self.store.edit_message, message.id, cleaned(text), at)
+        if message is not None and await call(self.store.edit_message, message.id, cleaned(text), at):
             await self.tracker.recall.forget(message.conversation_id)
             self.tracker.recall.learn([replace(message, text=cleaned(text))])
 
@@ -150,17 +164,21 @@ class DialogueManager:
         remembered = [await self.store.database.call(self.store.message, message) for message in reminders]
         return Explanation(turn, said.get(turn_id, []), remembered)
 
-    def _taken_in(
-        self, message: Message, place: Conversation | None, remembering: bool
-    ) -> tuple[Message, Turn | None, Surroundings | None]:
+    def _taken_in(self, message: Message, place: Conversation | None, remembering: bool) -> Taken:
         """A message as it is committed, and its answer if it has one; else, if asked for, what is around it."""
-        first, answered, is_new = message, None, False
         if place is not None:
-            first, is_new = self.store.hear(place, message)
-        if not is_new:
-            first, answered = self.store.claim(first)
+            return self._heard_before(self.store.hear(place, message), remembering)
+        return self._claimed(message, None, remembering)
+
+    def _heard_before(self, heard: Heard, remembering: bool = True) -> Taken:
+        if not heard.is_new:
+            return self._claimed(heard.message, heard.place, remembering)
+        return heard.message, None, self.tracker.surroundings(heard.message, heard.place) if remembering else None
+
+    def _claimed(self, message: Message, place: Conversation | None, remembering: bool) -> Taken:
+        first, answered = self.store.claim(message)
         wanted = remembering and answered is None and not first.is_forgotten
-        return first, answered, self.tracker.surroundings(first) if wanted else None
+        return first, answered, self.tracker.surroundings(first, place) if wanted else None
 
     async def _answer(
         self, message: Message, context: Context, asker_id: str, replaces: str | None, options: ReplyOptions
@@ -184,12 +202,17 @@ class DialogueManager:
             shown=context.shown,
             id=options.turn_id or new_id(),
         )
-        await self.store.database.call(self.store.add_turn, turn)
-        answer = Message(turn.conversation_id, "", turn.text, Role.ASSISTANT, id=turn.reply_id)
-        self.tracker.recall.learn([message, answer])
-        if replaces is None:
-            self._noting.add(task := asyncio.create_task(self._note(message)))
-            task.add_done_callback(self._noting.discard)
+        stored = self.store.database.call(self.store.add_turn, turn)
+        try:
+            if options.on_whole is not None:
+                await options.on_whole(turn)
+        finally:
+            await stored
+            answer = Message(turn.conversation_id, "", turn.text, Role.ASSISTANT, id=turn.reply_id)
+            self.tracker.recall.learn([message, answer])
+            if replaces is None:
+                self._noting.add(task := asyncio.create_task(self._note(message)))
+                task.add_done_callback(self._noting.discard)
         return turn
 
     async def _note(self, message: Message) -> None:

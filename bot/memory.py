@@ -14,7 +14,7 @@ from bot.conversations import MESSAGE, as_message
 from bot.database import Database
 from bot.retrieval import Entry
 from bot.tables import chunks, conversations, embeddings, messages, turns, users
-from bot.types import FORGOTTEN, Message, Role
+from bot.types import FORGOTTEN, Conversation, Message, Role
 
 Text = tuple[str, str]  # a message's id and its text
 
@@ -26,12 +26,15 @@ class Memory:
         self.database = database
         self.across_channels = across_channels
 
-    def scope(self, conversation_id: str) -> str:
+    def scope(self, place: Conversation) -> str:
         """What names the scope of a conversation: conversations of one scope may see the same."""
+        wide = self.across_channels and place.is_public
+        return "\0".join((place.platform, place.space, *(() if wide else (place.channel,)), str(wide)))
+
+    def place(self, conversation_id: str) -> Conversation:
+        """A conversation by its id."""
         with self.database.read() as connection:
-            here = connection.execute(_HERE, {"place": conversation_id}).one()
-        wide = self.across_channels and here.is_public
-        return "\0".join((here.platform, here.space, *(() if wide else (here.channel,)), str(wide)))
+            return Conversation(**connection.execute(_HERE, {"place": conversation_id}).one()._mapping)
 
     def since(self, conversation_id: str, after: str, space: str) -> list[Entry]:
         """The messages of a scope that came after one (or "" for all), oldest first, with their vectors in `space`."""

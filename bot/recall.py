@@ -21,7 +21,7 @@ import numpy as np
 from bot.embeddings import BATCH, Embedder
 from bot.memory import Memory, Text
 from bot.retrieval import Entry, ScopeIndex, Weights
-from bot.types import Message
+from bot.types import Conversation, Message
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class Recall:
 
         `scope` is the index of the message's scope, where that was read already.
         """
-        index = scope or await self.index(*await self._call(self.read, message.conversation_id))
+        index = scope or await self.index(*await self._call(self._read, message.conversation_id))
         if not len(index):
             return []
         loop = asyncio.get_running_loop()
@@ -114,7 +114,7 @@ class Recall:
 
     async def forget(self, conversation_id: str) -> None:
         """Something in a conversation changed other than by being added: its scope is read anew when it is asked for."""
-        await self._call(lambda: self._scopes.pop(self.memory.scope(conversation_id), None))
+        await self._call(lambda: self._scopes.pop(self.memory.scope(self.memory.place(conversation_id)), None))
 
     def close(self) -> None:
         """End the threads; what still waits to be embedded is at the next start."""
@@ -124,15 +124,18 @@ class Recall:
         if self.embedder is not None:
             self.embedder.close()
 
-    def read(self, conversation_id: str) -> tuple[ScopeIndex, list[Entry]]:
+    def read(self, place: Conversation) -> tuple[ScopeIndex, list[Entry]]:
         """The index of a conversation's scope, and what is committed by now and not in it. In the database's thread."""
-        scope = self.memory.scope(conversation_id)
+        scope = self.memory.scope(place)
         index = self._scopes.pop(scope, None) or ScopeIndex()
         self._scopes[scope] = index
         while len(self._scopes) > 1 and sum(map(len, self._scopes.values())) > ROWS:
             self._scopes.popitem(last=False)
         after = index.ids[-OVERLAP] if len(index) >= OVERLAP else ""
-        return index, [one for one in self.memory.since(conversation_id, after, self.space) if index.lacks(one)]
+        return index, [one for one in self.memory.since(place.id, after, self.space) if index.lacks(one)]
+
+    def _read(self, conversation_id: str) -> tuple[ScopeIndex, list[Entry]]:
+        return self.read(self.memory.place(conversation_id))
 
     async def index(self, index: ScopeIndex, unread: Sequence[Entry]) -> ScopeIndex:
         """What `read` gave, made one."""

@@ -15,7 +15,7 @@ from bot.facts import sorted_out
 from bot.recall import Recall, Remembered
 from bot.retrieval import Entry, ScopeIndex
 from bot.tokenizer import ChatTokenizer
-from bot.types import Message, Role
+from bot.types import Conversation, Message, Role
 
 CUT = " […]"
 MARGIN = 16  # tokens: pieces that meet in a chat are not always tokenized as they are alone
@@ -72,10 +72,11 @@ class StateTracker:
                 f"config key dialogue.persona is longer than half of policy.context_tokens ({budget}); shorten it"
             )
 
-    def surroundings(self, message: Message) -> Surroundings:
-        """What is around a message, which need not be stored yet. Synchronous, in the database's thread."""
+    def surroundings(self, message: Message, place: Conversation | None = None) -> Surroundings:
+        """What is around a message in its conversation (read if not given). Synchronous, in the database's thread."""
+        place = place or self.store.conversation(message.conversation_id)
         recent = self.store.recent(message.conversation_id, message, self.config.recent)
-        index, unread = self.recall.read(message.conversation_id) if self.config.remembered else (ScopeIndex(), [])
+        index, unread = self.recall.read(place) if self.config.remembered else (ScopeIndex(), [])
         return Surroundings(recent, index, unread)
 
     async def context(self, message: Message, around: Surroundings | None = None) -> Context:

@@ -127,6 +127,15 @@ class FollowUp:
 
 
 @dataclass(frozen=True)
+class Heard:
+    """A message that is committed, where it was said, and whether its event is new."""
+
+    message: Message
+    place: Conversation
+    is_new: bool
+
+
+@dataclass(frozen=True)
 class Turn:
     """One answer in a conversation: the message that it answers, and what made it.
 

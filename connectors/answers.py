@@ -111,16 +111,21 @@ class Answers:
         """Ask, show the answer while it grows, then whole. One that was given before is shown if it never was."""
         turn_id = shown.turn_id
         growing = GrowingText(shown.grow, budget)
+
+        async def whole(turn: Turn) -> None:
+            await growing.abandon()
+            await shown.whole(turn.text)
+
         stop = self._stops[turn_id] = asyncio.Event()
         stored = self._stored[turn_id] = asyncio.Event()
         try:
             try:
-                turn = await ask(ReplyOptions(growing.add, stop, turn_id))
+                turn = await ask(ReplyOptions(growing.add, whole, stop, turn_id))
             finally:
                 stored.set()
                 await growing.abandon()
-            shown.turn_id = turn.id
-            if turn.id == turn_id or not await self._call(self.deliveries.is_shown, self.platform, turn.id):
+            if turn.id != turn_id and not await self._call(self.deliveries.is_shown, self.platform, turn.id):
+                shown.turn_id = turn.id
                 await shown.whole(turn.text)
         except KibitzError as error:
             log.warning("no answer: %s", error)

@@ -4,11 +4,15 @@ People on so many conversations at once write, wait for the whole answer, someti
 time from the event to the text that people see, less the time from kibitz's request to vLLM to the same text from vLLM. It
 knows no platform: what drives one is given.
 
+For each number of conversations it is measured twice: with people who think about `think` seconds before they write, and at
+full load, where everybody writes again at once, the machine is always full, and a latency says how long its queue is.
+
 Run: ``kibitz bench connectors`` in a checkout (the local servers are in `tests/`).
 """
 
 import asyncio
 import importlib
+import itertools
 import random
 import sys
 import time
@@ -30,6 +34,7 @@ Progress = Callable[[str, int, int], None]
 TEXTS = ["hello", "i can't sleep", "good night", "tell me a joke", "what should i eat", "how are you"]
 LINES = 8  # messages in one conversation
 CONVERSATIONS = (1, 16, 64)
+ROUNDS = 48  # messages in one conversation whose people think, at most: they take their time
 
 
 class Shown(Protocol):
@@ -142,31 +147,30 @@ class Round:
 async def measure(
     dialogue: DialogueManager, platform: Platform, messages: int, think: float, seed: int, progress: Progress
 ) -> dict[str, float]:
-    """The figures of one platform: `messages` for each number of conversations, after 32 to warm up.
-
-    With `think` = 0 everybody writes again at once, and the machine is always full.
-    """
+    """The figures of one platform: `messages` for each number of conversations at each pace, after 32 to warm up."""
     name = platform.name
     figures: dict[str, float] = {}
     totals = dict.fromkeys((f"{name}_lost", f"{name}_doubled", f"{name}_reactions_sent", f"{name}_reactions_stored"), 0)
     await platform.start()
     try:
         async with served(dialogue) as from_vllm:
-            await _converse(platform, 16, 32, random.Random(seed), progress)
-            for count in CONVERSATIONS:
-                met = platform.met_429
-                found = await _converse(platform, count, messages, random.Random(f"{seed} {count}"), progress, think)
+            await _converse(platform, 16, 32, random.Random(seed), progress, 0.0)
+            for count, (pace, seconds) in itertools.product(CONVERSATIONS, (("full_", 0.0), ("", think))):
+                met, most = platform.met_429, min(messages, ROUNDS * count) if seconds else messages
+                rng = random.Random(f"{seed} {count} {pace}")
+                found = await _converse(platform, count, most, rng, progress, seconds)
                 turns = [await _turn(dialogue, platform, one) for one in found.exchanges]
                 for kind, values in _added(found.exchanges, turns, from_vllm).items():
                     for percent in (50, 99):
-                        figures[f"{name}_{kind}_p{percent}_ms_{count}"] = 1000 * float(np.percentile(values, percent))
-                figures[f"{name}_messages_per_s_{count}"] = len(found.exchanges) / found.seconds
-                figures[f"{name}_edits_{count}"] = sum(one.shown.edits for one in found.exchanges)
-                figures[f"{name}_met_429_{count}"] = platform.met_429 - met
+                        figures[f"{name}_{pace}{kind}_p{percent}_ms_{count}"] = 1000 * float(np.percentile(values, percent))
                 totals[f"{name}_lost"] += found.lost
                 totals[f"{name}_doubled"] += _doubled(platform, found.exchanges)
                 totals[f"{name}_reactions_sent"] += found.reactions
                 totals[f"{name}_reactions_stored"] += await _stored(dialogue, turns, found.reactions)
+                if not seconds:
+                    figures[f"{name}_messages_per_s_{count}"] = len(found.exchanges) / found.seconds
+                    figures[f"{name}_edits_{count}"] = sum(one.shown.edits for one in found.exchanges)
+                    figures[f"{name}_met_429_{count}"] = platform.met_429 - met
     finally:
         await platform.stop()
     return figures | totals
@@ -181,7 +185,7 @@ async def whole(platform: Platform, place: str, count: int) -> Sequence[Any]:
 
 
 async def _converse(
-    platform: Platform, count: int, messages: int, rng: random.Random, progress: Progress, think: float = 0.0
+    platform: Platform, count: int, messages: int, rng: random.Random, progress: Progress, think: float
 ) -> Round:
     """`messages` questions in `count` places at once; people think (about) `think` seconds before each."""
     found = Round()

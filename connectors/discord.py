@@ -109,10 +109,12 @@ class Discord:
             self._soon(message.reply(BUSY, mention_author=False))
 
     async def missed(self, message: discord.Message, me: discord.ClientUser) -> None:
-        """Have a message answered that may have been missed; one that has its answer is left alone."""
+        """Have a message answered that may have been missed; of one that has its answer, take over what was changed."""
         text = self._for_us(message, me)
         if text and await self.answers.needs_answer(_event(message.id)):
             await self.lanes.put_patiently(str(message.channel.id), lambda: self._answer(message, text))
+        else:
+            await self.edited(message, me)
 
     async def edited(self, message: discord.Message, me: discord.ClientUser) -> None:
         """The author of a message changed it: what we heard of it is changed too, after what is under way there."""

@@ -1,8 +1,9 @@
 """Reconciliation: what happened on Discord while nobody listened is learned from its API.
 
-After a lost session or a restart nothing is replayed. Messages that are for us and were not heard are answered, and the
-reactions on our recent answers are compared with what we recorded: what is missing is added, what is gone is taken back.
-Both go the ways that live events go, which claim each event once. It knows no gateway.
+After a lost session or a restart nothing is replayed. Messages that are for us and were not heard are answered, those that
+were changed are changed, those that are gone are forgotten, and the reactions on our recent answers are compared with what
+we recorded: what is missing is added, what is gone is taken back. All go the ways that live events go, which claim each
+event once. It knows no gateway.
 """
 
 import logging
@@ -23,6 +24,7 @@ Readable = discord.TextChannel | discord.Thread | discord.PartialMessageable
 
 MOST_ANSWERS = 200  # whose reactions are compared, newest first
 MOST_MESSAGES = 200  # of one channel that are looked at
+UNKNOWN_MESSAGE = 10008  # Discord's code: the channel is there, the message is not
 
 
 async def reconcile(connector: "Discord", client: discord.Client) -> None:
@@ -36,13 +38,31 @@ async def reconcile(connector: "Discord", client: discord.Client) -> None:
         except discord.HTTPException as error:
             log.info("the reactions on message %s cannot be read: %s", answer.message_id, error)
     places = {int(answer.channel) for answer in shown}
+    said: list[discord.Message] = []
     for channel in _channels(client, places):
         try:
-            async for message in channel.history(after=since, limit=MOST_MESSAGES, oldest_first=True):
-                if client.user is not None:
-                    await connector.missed(message, client.user)
+            said += [message async for message in channel.history(after=since, limit=MOST_MESSAGES, oldest_first=True)]
         except discord.HTTPException as error:
             log.info("channel %s cannot be read: %s", channel.id, error)
+    there = {f"discord:{message.id}" for message in said}
+    asked = await call(connector.dialogue.store.questions, [answer.turn_id for answer in shown])
+    for channel_id, event in sorted({(answer.channel, asked.get(answer.turn_id, "")) for answer in shown}):
+        question = int(event.rpartition(":")[-1] or 0)
+        if question and event not in there and await _is_gone(client, int(channel_id), question):
+            await connector.deleted(int(channel_id), question)  # before anything is answered that would be shown it
+    for message in said:
+        if client.user is not None:
+            await connector.missed(message, client.user)
+
+
+async def _is_gone(client: discord.Client, channel: int, message: int) -> bool:
+    try:
+        await client.get_partial_messageable(channel).fetch_message(message)
+    except discord.NotFound as error:
+        return error.code == UNKNOWN_MESSAGE
+    except discord.HTTPException as error:
+        log.info("message %s cannot be read: %s", message, error)
+    return False
 
 
 def _channels(client: discord.Client, known: set[int]) -> Iterator[Readable]:

@@ -28,7 +28,7 @@ from slack_sdk.web.async_client import AsyncWebClient
 from bot.config import SlackConfig
 from bot.dialogue import ReplyOptions
 from bot.errors import ConfigError, ConnectorError
-from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn
+from bot.types import Conversation, Feedback, FeedbackKind, Heard, Message, Turn
 from connectors.access import TOO_FAST
 from connectors.answers import BUSY, Answers
 from connectors.base import Lanes, Shared, listening, pause
@@ -190,33 +190,35 @@ class Slack:
         """Commit a message, then queue its answer. `app_mention` and `message` for one post have one effect."""
         if not self._for_us(event):
             return
-        message, is_new = await self._hear(place, event)
-        if not is_new:
+        heard = await self._hear(place, event)
+        if not heard.is_new:
             return
         if not self.access.in_time("slack", event["user"]):
             await self.say(place, TOO_FAST)
-        elif not self.lanes.put(message.conversation_id, lambda: self._answer(place, message)):
+        elif not self.lanes.put(heard.place.id, lambda: self._answer(place, heard)):
             await self.say(place, BUSY)
 
     async def missed(self, place: Place, event: dict[str, Any]) -> None:
-        """Have a message answered that may have been missed; one that has its answer is left alone."""
+        """Have a message answered that may have been missed; of one that has its answer, take over what was changed."""
         if self._for_us(event) and await self.answers.needs_answer(_event(place.channel, event["ts"])):
-            message, _ = await self._hear(place, event)
-            await self.lanes.put_patiently(message.conversation_id, lambda: self._answer(place, message))
+            heard = await self._hear(place, event)
+            await self.lanes.put_patiently(heard.place.id, lambda: self._answer(place, heard))
+        else:
+            await self._edited({"channel": place.channel, "message": event})
 
     def _for_us(self, event: dict[str, Any]) -> bool:
         own = event.get("bot_id") or "user" not in event
         return not own and bool(_plain(event)) and self.access.admits(event["user"], event["channel"])
 
-    async def _hear(self, place: Place, event: dict[str, Any]) -> tuple[Message, bool]:
+    async def _hear(self, place: Place, event: dict[str, Any]) -> Heard:
         here = Conversation("slack", place.channel, place.team, place.thread)
         said = Message("", event["user"], _plain(event), event_id=_event(place.channel, event["ts"]))
         return await self.dialogue.hear(here, said)
 
-    async def _answer(self, place: Place, message: Message) -> None:
+    async def _answer(self, place: Place, heard: Heard) -> None:
         if place.is_direct and place.thread:
             await self._think(place)
-        await self._give(place, message.author_id, lambda options: self.dialogue.respond(message, options))
+        await self._give(place, heard.message.author_id, lambda options: self.dialogue.answer(heard, options))
 
     async def _think(self, place: Place) -> None:
         """Show that an answer is being made, where it is an assistant thread; elsewhere Slack refuses, and no harm done."""

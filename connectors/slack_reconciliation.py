@@ -1,12 +1,14 @@
 """Reconciliation: what happened on Slack while nobody listened is learned from its API.
 
-Slack delivers an event for some minutes and then no more. Messages that are for us and were not heard are answered, and
-the reactions on our recent answers are compared with what we recorded. Both go the ways that live events go, which claim
-each event once. What the app's scopes do not let us read is left. It knows no socket.
+Slack delivers an event for some minutes and then no more. Messages that are for us and were not heard are answered, those
+that were changed are changed, those that are gone are forgotten, and the reactions on our recent answers are compared with
+what we recorded. All go the ways that live events go, which claim each event once. What the app's scopes do not let us read
+is left. It knows no socket.
 """
 
 import logging
 from collections.abc import Awaitable
+from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ log = logging.getLogger(__name__)
 
 MOST_ANSWERS = 200  # whose reactions are compared, newest first
 MOST_MESSAGES = 200  # of one channel or thread that are looked at
+TOMBSTONE = "tombstone"  # what Slack leaves of a deleted message that was answered in its thread
 
 
 async def reconcile(connector: "Slack", me: str, team: str) -> None:
@@ -38,11 +41,14 @@ async def _reconcile(connector: "Slack", me: str, team: str) -> None:
     call, store, answers = connector.dialogue.store.database.call, connector.dialogue.store, connector.answers
     shown = await call(answers.deliveries.since, answers.platform, since, MOST_ANSWERS)
     places: dict[str, Conversation] = {}
+    of_turn: dict[str, str] = {}  # conversations
     for answer in shown:
         await _reactions(connector, me, answer.message_id, answer.turn_id)
         turn = await call(store.turn, answer.turn_id)
-        if turn is not None and turn.conversation_id not in places:
-            places[turn.conversation_id] = await call(store.conversation, turn.conversation_id)
+        if turn is not None:
+            of_turn[turn.id] = turn.conversation_id
+            if turn.conversation_id not in places:
+                places[turn.conversation_id] = await call(store.conversation, turn.conversation_id)
     window: dict[str, Any] = {
         "oldest": f"{since.timestamp():.6f}",
         "latest": f"{until.timestamp():.6f}",
@@ -50,22 +56,39 @@ async def _reconcile(connector: "Slack", me: str, team: str) -> None:
     }
     listed = await _read(connector.web.users_conversations(types="im,public_channel,private_channel", limit=200))
     channels = {place.channel for place in places.values()} | {one["id"] for one in listed.get("channels", [])}
+    said: list[tuple[Place, dict[str, Any]]] = []
     for channel in sorted(channels):
-        said = await _read(connector.web.conversations_history(channel=channel, **window))
-        await _messages(connector, me, channel, "", team, said)
-    for place in places.values():
-        if place.thread:
-            said = await _read(connector.web.conversations_replies(channel=place.channel, ts=place.thread, **window))
-            await _messages(connector, me, place.channel, place.thread, team, said)
+        got = await _read(connector.web.conversations_history(channel=channel, **window))
+        said += _messages(Place(channel, "", team), got)
+    for known in places.values():
+        if known.thread:
+            got = await _read(connector.web.conversations_replies(channel=known.channel, ts=known.thread, **window))
+            said += _messages(Place(known.channel, known.thread, team), got)
+    there = {f"slack:{place.channel}:{message['ts']}" for place, message in said}
+    for turn_id, event in (await call(store.questions, list(of_turn))).items():
+        if event not in there and await _is_gone(connector, places[of_turn[turn_id]], event.rpartition(":")[-1]):
+            await connector.dialogue.delete(event)  # before anything is answered that would be shown it
+    for place, message in said:
+        mentioned = place.is_direct or f"<@{me}>" in message.get("text", "")
+        if message.get("subtype") in (None, "file_share") and message.get("user") != me and mentioned:
+            root = message.get("thread_ts") or place.thread or ("" if place.is_direct else message["ts"])
+            await connector.missed(replace(place, thread=root), {**message, "channel": place.channel})
 
 
-async def _messages(connector: "Slack", me: str, channel: str, thread: str, team: str, said: dict[str, Any]) -> None:
-    direct = channel.startswith("D")
-    for message in sorted(said.get("messages", []), key=lambda one: float(one["ts"])):
-        mentioned = f"<@{me}>" in message.get("text", "")
-        if message.get("subtype") in (None, "file_share") and message.get("user") != me and (direct or mentioned):
-            root = message.get("thread_ts") or thread or ("" if direct else message["ts"])
-            await connector.missed(Place(channel, root, team), {**message, "channel": channel})
+def _messages(place: Place, got: dict[str, Any]) -> list[tuple[Place, dict[str, Any]]]:
+    """The messages that are there, oldest first, each with where it was found."""
+    there = [message for message in got.get("messages", []) if message.get("subtype") != TOMBSTONE]
+    return [(place, message) for message in sorted(there, key=lambda one: float(one["ts"]))]
+
+
+async def _is_gone(connector: "Slack", place: Conversation, ts: str) -> bool:
+    window: dict[str, Any] = {"oldest": ts, "latest": ts, "inclusive": True, "limit": MOST_MESSAGES}
+    if place.thread:
+        got = await _read(connector.web.conversations_replies(channel=place.channel, ts=place.thread, **window))
+    else:
+        got = await _read(connector.web.conversations_history(channel=place.channel, **window))
+    there = [message["ts"] for message in got.get("messages", []) if message.get("subtype") != TOMBSTONE]
+    return "messages" in got and ts not in there
 
 
 async def _reactions(connector: "Slack", me: str, message_id: str, turn_id: str) -> None:

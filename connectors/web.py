@@ -37,6 +37,8 @@ from connectors.access import TOO_FAST
 from connectors.base import Shared, listening
 from connectors.openai_api import Completion, FeedbackRequest, Privacy, chunk, completion, parsed
 
+Pieces = asyncio.Queue[str | Turn | None]  # of an answer, then all of it, then the end
+
 LARGEST_BODY = 2_000_000  # bytes
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PAGE = Path(__file__).with_name("page.html")
@@ -121,8 +123,8 @@ class Web:
         author = _author(user, asked.user)
         if not self.access.in_time("web", author):
             raise HTTPException(429, TOO_FAST, {"Retry-After": "60"})
-        pieces: asyncio.Queue[str | None] = asyncio.Queue()
-        options = ReplyOptions(pieces.put_nowait, asyncio.Event(), new_id(), asked.seed)
+        pieces: Pieces = asyncio.Queue()
+        options = ReplyOptions(pieces.put_nowait, pieces.put, asyncio.Event(), new_id(), asked.seed)
         answering = asyncio.create_task(self._answer(asked, user, author, options))
         answering.add_done_callback(lambda _: pieces.put_nowait(None))
         self._keep(answering)
@@ -142,7 +144,7 @@ class Web:
         return await self.dialogue.respond(Message("", author, asked.messages[-1].text), options, shown, place)
 
     async def _events(
-        self, asked: Completion, options: ReplyOptions, pieces: asyncio.Queue[str | None], answering: asyncio.Task[Turn]
+        self, asked: Completion, options: ReplyOptions, pieces: Pieces, answering: asyncio.Task[Turn]
     ) -> AsyncIterator[str]:
         """Server-sent events of one answer; whoever goes away before its end has stopped it."""
         assert options.turn_id is not None
@@ -150,7 +152,11 @@ class Web:
         said = False
         try:
             while (piece := await pieces.get()) is not None:
-                yield chunk(options.turn_id, {"content": piece} if said else {"role": "assistant", "content": piece})
+                opening = {} if said else {"role": "assistant", "content": ""}
+                if isinstance(piece, Turn):
+                    yield chunk(options.turn_id, opening, piece)
+                else:
+                    yield chunk(options.turn_id, {**opening, "content": piece})
                 said = True
             try:
                 turn = await asyncio.shield(answering)
@@ -159,7 +165,6 @@ class Web:
                     raise
                 yield f"data: {json.dumps(_error(str(error), 'server_error'))}\n\n"
                 return
-            yield chunk(options.turn_id, {} if said else {"role": "assistant", "content": ""}, turn)
             if asked.stream_options.include_usage:
                 yield f"data: {json.dumps({**completion(turn), 'object': 'chat.completion.chunk', 'choices': []})}\n\n"
             yield "data: [DONE]\n\n"

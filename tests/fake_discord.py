@@ -370,6 +370,8 @@ class FakeDiscord:
         self.changed[message["channel_id"]].clear()
 
     def _read(self, channel: int, rest: list[str], query: dict[str, str]) -> web.Response:
+        if channel not in self.channels:
+            return self._json({"message": "Unknown Channel", "code": 10003}, 404)
         if len(rest) == 3:  # who reacted with an emoji
             people = sorted(user for user, symbol in self.reactions[int(rest[0])] if symbol == rest[2])
             after = int(query.get("after", 0))

@@ -37,6 +37,7 @@ class FakeSlack:
         self.written: dict[str, list[float]] = defaultdict(list)  # when the bot wrote or changed each of its messages
         self.changed: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)  # by channel
         self.said: dict[str, dict[str, Any]] = {}  # what people wrote
+        self.channels: set[str] = set()
         self.reactions: set[tuple[str, str, str]] = set()  # message, user, name
         self.views: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self.assistants: set[str] = set()  # the threads that are an assistant's
@@ -85,6 +86,7 @@ class FakeSlack:
             event["text"] = f"<@{BOT}> {text}" if mention else text
             kinds = [{**event, "type": "app_mention"}, {**event, "type": "message", "channel_type": "channel"}]
         self.said[ts] = event
+        self.channels.add(channel)
         for kind in kinds[0 if mention else 1 :] or kinds:
             event_id = f"Ev{next(self.numbers)}"
             await asyncio.gather(*(self.event(kind, event_id) for _ in range(repeat)))
@@ -261,7 +263,7 @@ class FakeSlack:
             self.statuses.append(body["status"])
             return {}
         if method == "users.conversations":
-            return {"channels": [{"id": one} for one in sorted({said["channel"] for said in self.said.values()})]}
+            return {"channels": [{"id": one} for one in sorted(self.channels)]}
         if method in ("conversations.history", "conversations.replies"):
             return self._read(body, threads=method.endswith("replies"))
         if method == "reactions.get":
@@ -300,6 +302,8 @@ class FakeSlack:
         return {"ts": ts, "channel": body["channel"]}
 
     def _read(self, body: dict[str, Any], threads: bool) -> dict[str, Any]:
+        if body["channel"] not in self.channels:
+            return {"error": "channel_not_found"}
         everything = [*self.said.values(), *({**one, "user": BOT, "bot_id": "B1"} for one in self.messages.values())]
         here = [one for one in everything if one["channel"] == body["channel"]]
         if threads:
@@ -307,7 +311,8 @@ class FakeSlack:
         else:
             here = [one for one in here if one.get("thread_ts") in (None, one["ts"])]
         oldest, latest = float(body.get("oldest", 0)), float(body.get("latest", "inf"))
-        newest = sorted((one for one in here if oldest < float(one["ts"]) <= latest), key=lambda one: one["ts"])
+        least = oldest if str(body.get("inclusive", "")).lower() in ("1", "true") else oldest + 1e-6
+        newest = sorted((one for one in here if least <= float(one["ts"]) <= latest), key=lambda one: one["ts"])
         return {"messages": [{**one, "type": "message"} for one in newest[::-1][: int(body.get("limit", 100))]]}
 
     def _reactions(self, body: dict[str, Any]) -> dict[str, Any]:

@@ -286,11 +286,12 @@ class WebPlatform:
             async for raw in response.content:
                 line = raw.decode().rstrip("\n")
                 if line == "data: [DONE]":
-                    shown.final, shown.whole = time.monotonic(), True
+                    shown.whole = True
                 elif line.startswith("data: "):
                     event = json.loads(line.removeprefix("data: "))
                     shown.id = event["id"]
                     shown.text += event["choices"][0]["delta"].get("content", "")
+                    shown.final = time.monotonic()
                 if (shown.text or shown.whole) and not shown.first:  # an answer may be empty
                     shown.first = time.monotonic()
                     self._shown.setdefault(place, []).append(shown)

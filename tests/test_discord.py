@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 import pytest_asyncio
@@ -129,15 +130,13 @@ async def test_a_long_answer_is_whole_and_its_last_part_carries_the_turn(live, p
     channel = platform.channel()
     monkeypatch.setattr("connectors.discord_messages.LIMIT", 200)
     text = "\n".join(f"{number}. this is a line of a long answer" for number in range(40))
-    respond = live.dialogue.respond
+    reply = live.policy.reply
 
-    async def long(message, options, place):
-        options.on_text(text)
-        turn = await respond(message, type(options)(None, options.stop, options.turn_id), place=place)
-        object.__setattr__(turn, "text", text)
-        return turn
+    async def long(*prompt, on_text, **options):
+        on_text(text)
+        return replace(await reply(*prompt, **options), text=text)
 
-    monkeypatch.setattr(live.dialogue, "respond", long)
+    monkeypatch.setattr(live.policy, "reply", long)
     await platform.say(channel, ANN, "tell me all")
     last = await answered(platform, channel)
     parts = platform.answers(channel)

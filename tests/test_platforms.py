@@ -107,6 +107,17 @@ class Life:
                 await self.platform.edit(self.place, question.id, question.text)
                 await self.say()
 
+    async def change_of_mind(self) -> None:
+        """The last question is changed or deleted, and nothing is said after it."""
+        question = self.questions[-1]
+        if self.platform.name == "web" or question.deleted:
+            return
+        if len(question.answers) == 1 and self.rng.random() < 0.5:
+            question.text = f"{self.rng.choice(WORDS)} {self.rng.random():.6f}"
+            await self.platform.edit(self.place, question.id, question.text)
+        else:
+            await self.delete()
+
     async def delete(self) -> None:
         if self.questions and not self.questions[-1].deleted:  # what came after it would go with it: it was shown
             self.questions[-1].deleted = True
@@ -160,7 +171,7 @@ async def test_what_people_did_is_what_the_database_says_also_after_a_restart(li
             await life.step()
 
     async def meanwhile() -> None:
-        for act in (Life.react, Life.react, Life.ask):
+        for act in (Life.react, Life.react, Life.change_of_mind, Life.ask):
             await everywhere(act)
 
     await everywhere(Life.say)
@@ -197,7 +208,7 @@ async def test_texts_of_every_kind_are_answered_at_bounded_cost(live, make):
         await platform.say(places[name], "ann", text)
     for name, place in places.items():
         [answer] = await whole(platform, place, 1)
-        turn = live.store.turn(await platform.turn_of(answer))
+        turn = await live.database.call(live.store.turn, await platform.turn_of(answer))
         assert 0 < len(turn.prompt_ids) <= live.config.policy.context_tokens, name
         assert len(live.store.message(turn.message_id).text) <= LONGEST
     assert platform.fake.refused == []  # what came back was fit for the platform too

@@ -183,16 +183,16 @@ async def test_an_answer_is_regenerated_in_its_thread(live, platform, bot):
 
 
 async def test_a_growing_answer_is_stopped_by_its_button_and_by_slack_itself(live, platform, bot, monkeypatch):
-    respond = live.dialogue.respond
+    reply = live.policy.reply
 
-    async def endless(message, options):
-        options.on_text("Once upon a time")
-        while not options.stop.is_set():
+    async def endless(*prompt, on_text, stop, **options):
+        on_text("Once upon a time")
+        while not stop.is_set():
             await asyncio.sleep(0.05)
-            options.on_text(".")
-        return await respond(message, options)
+            on_text(".")
+        return await reply(*prompt, on_text=on_text, stop=stop, **options)
 
-    monkeypatch.setattr(live.dialogue, "respond", endless)
+    monkeypatch.setattr(live.policy, "reply", endless)
     direct, place = channel("D"), channel()
     await platform.say(direct, ANN, "tell me a story")
     await until(lambda: platform.answers(direct))
