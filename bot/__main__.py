@@ -27,9 +27,7 @@ from bot.deliveries import Deliveries
 from bot.dialogue import DialogueManager
 from bot.errors import KibitzError
 from bot.forgetting import forget_person, remove_purged
-from bot.memory import Memory
 from bot.policy import Policy
-from bot.recall import Recall, weights
 from bot.registry import BASE, PolicyRegistry
 from bot.state import derived
 from bot.tokenizer import ChatTokenizer
@@ -70,7 +68,7 @@ async def running(config: Config, model: str, tell: Announce) -> AsyncIterator[K
         database, store, registry = cli.opened(config)
         registry.ensure_base(model)
         remove_purged(registry)
-        recall = Recall(Memory(database, config.dialogue.across_channels), cli.embedder(config), weights())
+        recall = cli.recall(config, database)
         tracker = StateTracker(store, ChatTokenizer(model), recall, config.dialogue, config.policy.context_tokens)
         key = os.environ.get(config.serving.api_key_env, "none") if config.serving.api_key_env else "none"
         server = None if config.serving.url else VllmServer(config, model)

@@ -23,6 +23,8 @@ from bot.database import Database
 from bot.embeddings import Embedder
 from bot.errors import KibitzError
 from bot.forgetting import forget_person
+from bot.memory import Memory
+from bot.recall import Recall, weights
 from bot.registry import BASE, PolicyRegistry
 from bot.state import State, derived
 from bot.types import PolicyState
@@ -80,6 +82,12 @@ def tenths(tell: Callable[[str], None]) -> Report:
 def embedder(config: Config) -> Embedder | None:
     """The embedding model that the config names, kept under the data directory; None for "none"."""
     return None if config.dialogue.embedder == "none" else Embedder(config.dialogue.embedder, config.data)
+
+
+def recall(config: Config, database: Database) -> Recall:
+    """What may be remembered, found as the config says."""
+    learned = weights(config.dialogue.retrieval_weights)
+    return Recall(Memory(database, config.dialogue.across_channels), embedder(config), learned)
 
 
 def opened(config: Config) -> tuple[Database, ConversationStore, PolicyRegistry]:

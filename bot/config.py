@@ -58,6 +58,7 @@ class DialogueConfig(Section):
     embedder: str = "all-MiniLM-L6-v2"
     remembered: Annotated[int, Field(ge=0)] = 8
     across_channels: bool = False
+    retrieval_weights: str = ""
     recent: Positive = 32
 
 

@@ -69,15 +69,22 @@ class Memory:
             rows = connection.execute(_VECTORS, {"ids": list(ids), "vectors": space})
             return {row.message_id: _unpacked(row.vector) for row in rows}
 
-    def keep(self, texts: Sequence[Text], vectors: np.ndarray, space: str) -> None:
-        """Keep the unit vectors (n × dimensions, float32) of messages, unless their text is another by now, or gone."""
+    def keep(self, texts: Sequence[Text], vectors: np.ndarray, space: str) -> dict[str, np.ndarray]:
+        """Keep the unit vectors (n × dimensions, float32) of messages, unless their text is another by now, or gone.
+
+        Returns those that were kept, as they are kept.
+        """
+        kept: dict[str, np.ndarray] = {}
         with self.database.begin() as connection:
             for (message_id, text), vector in zip(texts, vectors, strict=True):
                 row = connection.execute(_TEXT, {"id": message_id}).one_or_none()
                 if row is not None and row.text == text:
                     connection.execute(_FORGET, {"id": message_id})
                     place = {"conversation_id": row.conversation_id, "message_id": message_id}
-                    connection.execute(_KEEP, place | {"space": space, "vector": _packed(vector)})
+                    packed = _packed(vector)
+                    connection.execute(_KEEP, place | {"space": space, "vector": packed})
+                    kept[message_id] = np.frombuffer(packed, np.int8)
+        return kept
 
     def missing(self, space: str, after: str, limit: int) -> list[Text]:
         """Messages without a vector in `space`, by id, after one of them ("" for the first)."""

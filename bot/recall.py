@@ -11,7 +11,7 @@ import contextlib
 import json
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from bot.embeddings import BATCH, Embedder
+from bot.errors import ConfigError
 from bot.memory import Memory, Text
 from bot.retrieval import Entry, ScopeIndex, Weights
 from bot.types import Conversation, Message
@@ -46,9 +47,19 @@ class Remembered:
     is_near: bool
 
 
-def weights(path: Path = WEIGHTS) -> dict[str, float]:
-    """What each signal counts, as `kibitz fit-retrieval` learned it."""
-    return json.loads(path.read_text())["weights"]
+def weights(file: str = "") -> dict[str, float]:
+    """What each signal counts, as `kibitz fit-retrieval` learned it; "" is what ships. Raises ConfigError."""
+    shipped: dict[str, float] = json.loads(WEIGHTS.read_text())["weights"]
+    if not file:
+        return shipped
+    try:
+        found = {name: float(json.loads(Path(file).read_text())["weights"][name]) for name in shipped}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ConfigError(
+            f"config key dialogue.retrieval_weights has value '{file}', which holds no weights ({error!r}); "
+            "make it with `kibitz fit-retrieval --out FILE`, or leave the key empty"
+        ) from error
+    return found
 
 
 class Recall:
@@ -183,4 +194,16 @@ class Recall:
         vectors: np.ndarray = await self.embedder.embed([text for _, text in texts])
         for start in range(0, len(texts), WRITTEN):
             part = slice(start, start + WRITTEN)
-            await self._call(self.memory.keep, texts[part], vectors[part], self.space)
+            kept, indexes = await self._call(self._kept, texts[part], vectors[part])
+            if indexes:
+                await asyncio.get_running_loop().run_in_executor(self._thread, _complete, indexes, kept)
+
+    def _kept(self, texts: Sequence[Text], vectors: np.ndarray) -> tuple[dict[str, np.ndarray], list[ScopeIndex]]:
+        """Keep vectors; what was kept, and the indexes that hold a message of theirs. In the database's thread."""
+        kept = self.memory.keep(texts, vectors, self.space)
+        return kept, [index for index in self._scopes.values() if not kept.keys().isdisjoint(index.rows)]
+
+
+def _complete(indexes: Sequence[ScopeIndex], vectors: Mapping[str, np.ndarray]) -> None:
+    for index in indexes:
+        index.complete(vectors)

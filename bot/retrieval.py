@@ -104,6 +104,11 @@ class ScopeIndex:
             if entry.vector is not None:
                 self._set_vector(self.rows[entry.id], entry.vector)
 
+    def complete(self, vectors: Mapping[str, np.ndarray]) -> None:
+        """Give messages that are there their vectors."""
+        for message_id in vectors.keys() & self.rows.keys():
+            self._set_vector(self.rows[message_id], vectors[message_id])
+
     def lacks(self, entry: Entry) -> bool:
         """Whether adding a message would change anything."""
         row = self.rows.get(entry.id)

@@ -209,7 +209,9 @@ def bench_recall(
     cli.check_writable(json_file)
     asked = recall_benchmark.read(file)
     with cli.progress_bar() as progress:
-        figures = asyncio.run(recall_benchmark.measure(asked, cli.embedder(found), weights(), progress))
+        figures = asyncio.run(
+            recall_benchmark.measure(asked, cli.embedder(found), weights(found.dialogue.retrieval_weights), progress)
+        )
     cli.print_figures(figures)
     cli.write_json(json_file, "bench recall", figures, {"file": file.name, "embedder": found.dialogue.embedder})
 
@@ -226,11 +228,14 @@ def _embedder(config: Config) -> Embedder:
 def fit_retrieval(
     out: Annotated[Path | None, typer.Option(help="Where the weights go.")] = None,
     dialogues: Annotated[int, typer.Option(min=1, help="How many dialogues to make and learn from.")] = 24,
+    from_feedback: Annotated[
+        bool, typer.Option("--from-feedback", help="Learn from the answers that people judged.")
+    ] = False,
     config: ConfigFile = None,
     data_dir: DataDir = None,
     seed: Seed = None,
 ) -> None:
-    """Learn what each signal of retrieval counts, from dialogues that are made here."""
+    """Learn what each signal of retrieval counts: from dialogues that are made here, or from what your people liked."""
     from learning import retrieval_training
     from learning.dialogues import dialogue
 
@@ -239,11 +244,30 @@ def fit_retrieval(
     embedder = _embedder(found)
     made = (dialogue(1000 * found.seed + number, people=(2, 6, 12)[number % 3]) for number in range(dialogues))
     with cli.progress_bar() as progress:
-        learned = retrieval_training.fit(made, embedder, progress)
+        if from_feedback:
+            learned, judged = _from_feedback(found, embedder, progress)
+        else:
+            learned = retrieval_training.fit(list(retrieval_training.made_examples(made, embedder, progress)))
     cli.print_figures(learned)
     if out is not None:
-        setup = {"dialogues": dialogues, "seed": found.seed, "embedder": found.dialogue.embedder}
+        made_from = {"judged": judged} if from_feedback else {"dialogues": dialogues}
+        setup = {**made_from, "seed": found.seed, "embedder": found.dialogue.embedder}
         cli.write_whole(out, json.dumps({"weights": learned, "setup": setup}, indent=2) + "\n")
+
+
+def _from_feedback(config: Config, embedder: Embedder, progress: Any) -> tuple[dict[str, float], dict[str, Any]]:
+    """The weights in use, moved by what people judged, and how well they do where they did not learn."""
+    from bot.memory import Memory
+    from bot.recall import weights
+    from bot.tokenizer import ChatTokenizer
+    from learning import reminders, retrieval_training
+    from learning.replay_buffer import ReplayBuffer
+
+    database, store, _ = cli.opened(config)
+    rated = ReplayBuffer(store, ChatTokenizer(base_model(config)), config).snapshot().rated
+    memory = Memory(database, config.dialogue.across_channels)
+    judged = list(reminders.judged(rated, store, memory, embedder, progress))
+    return retrieval_training.proven(judged, weights(config.dialogue.retrieval_weights))
 
 
 @bench.command("learning")
@@ -313,7 +337,9 @@ def bench_tracker(
         raise ConfigError(f"--sizes has value '{unknown[0]}'; choose from {', '.join(tracker_benchmark.SIZES)}")
     tokenizer = ChatTokenizer(base_model(found))
     with cli.progress_bar() as progress:
-        job = tracker_benchmark.measure(cli.embedder(found), tokenizer, weights(), wanted, progress)
+        job = tracker_benchmark.measure(
+            cli.embedder(found), tokenizer, weights(found.dialogue.retrieval_weights), wanted, progress
+        )
         figures = asyncio.run(job)
     cli.print_figures(figures)
     cli.write_json(json_file, "bench tracker", figures, {"embedder": found.dialogue.embedder, "sizes": wanted})

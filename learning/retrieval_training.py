@@ -1,17 +1,21 @@
-"""Learns what each signal of retrieval counts, from dialogues with questions.
+"""Learns what each signal of retrieval counts, from dialogues with questions or from answers that people judged.
 
 A listwise softmax over the turns of each conversation (Cao and others, 2007, "Learning to Rank: From Pairwise Approach to
 Listwise Approach"), drawn towards weights that did well on real conversations elsewhere, so that made dialogues move
-them, and do not own them. It knows no database and no tracker.
+them, and do not own them; the same for what people liked, which moves the weights that were in use. It knows no database
+and no tracker.
 
 Run: ``kibitz fit-retrieval``.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from bot.embeddings import Embedder
+from bot.errors import DataError
 from bot.retrieval import Entry, ScopeIndex
 from learning.dialogues import Dialogue
 
@@ -22,46 +26,109 @@ PRIOR = {
     **{"speaker": 1.0, "asks": -0.4, "length": 0.2, "time": 0.3, "number": 0.1},
 }
 HOLD = 2.0  # how strongly the prior holds; in nats for a squared difference of one
+FEWEST = 20  # judged answers that are worth fitting to
+ENOUGH = 100  # judged answers against which what they move holds as strongly; against fewer it holds more
 NEVER_NEGATIVE = ("dense", "pooled", "bm25", "bm25_window", "bm25_next", "speaker")  # a match is never a reason against
 
 
-def fit(dialogues: Iterable[Dialogue], embedder: Embedder, progress: Progress, hold: float = HOLD) -> dict[str, float]:
-    """The weights of the signals that make the evidence most likely."""
+@dataclass(frozen=True)
+class Example:
+    """A question: the signals of all turns (n × signals, in the order of their names), which turns bear on it, and what that
+    earned, in [-1, 1]."""
+
+    signals: np.ndarray
+    evidence: list[int]
+    reward: float = 1.0
+
+
+def fit(examples: Sequence[Example], prior: Mapping[str, float] = PRIOR, hold: float = HOLD) -> dict[str, float]:
+    """The weights of the signals that make the evidence most likely, and what was disliked less so."""
     from scipy.optimize import minimize
 
     names = sorted(PRIOR)
-    prior = np.array([PRIOR[name] for name in names])
-    rows = list(examples(dialogues, embedder, progress))
+    start = np.array([prior[name] for name in names])
 
-    def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
-        total, gradient = 0.0, np.zeros_like(weights)
-        for signals, evidence in rows:
-            scores = signals @ weights
-            chances = np.exp(scores - scores.max())
-            chances /= chances.sum()
-            total -= float(np.log(chances[evidence] + 1e-12).mean())
-            gradient += chances @ signals - signals[evidence].mean(axis=0)
-        away = weights - prior
-        return total / len(rows) + hold * float(away @ away), gradient / len(rows) + 2 * hold * away
+    def held(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        found, gradient = loss(examples, weights)
+        away = weights - start
+        return found + hold * float(away @ away), gradient + 2 * hold * away
 
     bounds = [(0.05, None) if name in NEVER_NEGATIVE else (None, None) for name in names]
-    found = minimize(loss, prior, jac=True, method="L-BFGS-B", bounds=bounds)
+    found = minimize(held, start, jac=True, method="L-BFGS-B", bounds=bounds)
     return {name: round(float(weight), 3) for name, weight in zip(names, found.x, strict=True)}
 
 
-def examples(
-    dialogues: Iterable[Dialogue], embedder: Embedder, progress: Progress
-) -> Iterable[tuple[np.ndarray, list[int]]]:
-    """For each question the signals of all turns (n × signals, in the order of their names), and which turns answer it."""
+def loss(examples: Sequence[Example], weights: np.ndarray) -> tuple[float, np.ndarray]:
+    """The mean loss in nats of weights (signals,) and its gradient: of what was liked -log p of each piece of evidence, of
+    what was disliked -log (1 - p) of all of it, times what it earned."""
+    total, gradient = 0.0, np.zeros_like(weights)
+    for one in examples:
+        scores = one.signals @ weights
+        chances = np.exp(scores - scores.max())
+        chances /= chances.sum()
+        usual = chances @ one.signals
+        if one.reward > 0:
+            total -= one.reward * float(np.log(chances[one.evidence] + 1e-12).mean())
+            gradient += one.reward * (usual - one.signals[one.evidence].mean(axis=0))
+        else:
+            mass = min(float(chances[one.evidence].sum()), 1 - 1e-6)
+            slope = chances[one.evidence] @ (one.signals[one.evidence] - usual)
+            total += one.reward * float(np.log(1 - mass))
+            gradient -= one.reward * slope / (1 - mass)
+    return total / len(examples), gradient / len(examples)
+
+
+def moved(judged: Sequence[Example], prior: Mapping[str, float]) -> dict[str, float]:
+    """The weights that were in use, moved by as much as so many judged answers may."""
+    return fit(judged, prior, HOLD * ENOUGH / len(judged))
+
+
+def proven(judged: Sequence[tuple[str, Example]], prior: Mapping[str, float]) -> tuple[dict[str, float], dict[str, Any]]:
+    """The weights in use, moved by all judged answers (each with its conversation), and the figures that allow it.
+
+    Raises DataError where there is too little, or where weights that learned from one half of the conversations would do
+    no better on the other.
+    """
+    places = sorted({place for place, _ in judged})
+    if len(places) < 2 or len(judged) < FEWEST:
+        raise DataError(
+            f"{len(judged)} judged answers in {len(places)} conversations were reminded of something; it takes {FEWEST}, in "
+            "two at least: let people go on reacting"
+        )
+    halves = [[one for place, one in judged if places.index(place) % 2 == half] for half in range(2)]
+    before, after = (np.array([prior[name] for name in sorted(PRIOR)]), [])
+    for learns, held_out in (halves, halves[::-1]):
+        found = moved(learns, prior)
+        after.append(loss(held_out, np.array([found[name] for name in sorted(PRIOR)]))[0] * len(held_out))
+    figures = {
+        "answers": len(judged),
+        "held_out_nats_before": loss([one for _, one in judged], before)[0],
+        "held_out_nats_after": sum(after) / len(judged),
+    }
+    if figures["held_out_nats_after"] >= figures["held_out_nats_before"]:
+        raise DataError(
+            f"what was learned from {len(judged)} judged answers does no better on others (nats: "
+            f"{figures['held_out_nats_after']:.4f}, before {figures['held_out_nats_before']:.4f}); the weights stay"
+        )
+    return moved([one for _, one in judged], prior), figures
+
+
+def made_examples(dialogues: Iterable[Dialogue], embedder: Embedder, progress: Progress) -> Iterator[Example]:
+    """The questions of made dialogues."""
     everything = list(dialogues)
     for number, made in enumerate(everything):
         index = indexed(made, embedder)
         for question in made.questions:
-            vector = embedder.encode([index.addressed(question["text"])[1]])[0]
-            signals: Mapping[str, np.ndarray] = index.signals(question["text"], vector)
-            columns = np.stack([signals[name] for name in sorted(PRIOR)], axis=1)
-            yield columns, [index.rows[one] for one in question["evidence"]]
+            evidence = [index.rows[one] for one in question["evidence"]]
+            yield Example(signals(index, question["text"], embedder), evidence)
         progress("dialogues", number + 1, len(everything))
+
+
+def signals(index: ScopeIndex, question: str, embedder: Embedder, asker: str = "") -> np.ndarray:
+    """The signals of all turns for a question (n × signals, in the order of their names)."""
+    vector = embedder.encode([index.addressed(question, asker)[1]])[0]
+    found = index.signals(question, vector, asker)
+    return np.stack([found[name] for name in sorted(PRIOR)], axis=1)
 
 
 def indexed(made: Dialogue, embedder: Embedder) -> ScopeIndex:

@@ -123,7 +123,8 @@ def test_a_replay_twice_gives_the_same_manifest_and_the_same_bytes(tmp_path, dem
 
 def test_what_kibitz_exports_it_can_replay(tmp_path, store, registry, tokenizer, config):
     for number in range(24):
-        react(store, answered(store, tokenizer, f"hello {number}", "Hey there!"), approves=number % 2 == 0)
+        reply = "Hey there!" if number % 2 == 0 else "Good night."  # opposite opinions of one text teach nothing
+        react(store, answered(store, tokenizer, f"hello {number}", reply), approves=number % 2 == 0)
     config.save(tmp_path / "config.json")
     done = kibitz("export", tmp_path / "out.jsonl", "--config", tmp_path / "config.json")
     assert "conversations: 24" in done.stdout

@@ -16,7 +16,7 @@ from bot.embeddings import Embedder
 from bot.errors import ConfigError, DataError
 from bot.forgetting import forget_message, forget_person
 from bot.memory import Memory
-from bot.recall import Recall, weights
+from bot.recall import OVERLAP, Recall, weights
 from bot.retrieval import Entry, ScopeIndex
 from bot.tables import embeddings
 from bot.tracker import StateTracker
@@ -82,6 +82,19 @@ async def test_what_is_said_is_found_by_the_next_message_and_embedded_soon(store
     recall.learn([said])
     await recall.learned()
     assert said.id not in {one for one, _ in recall.memory.missing(recall.space, "", 100)}
+
+
+async def test_a_vector_that_comes_late_reaches_what_is_in_memory(store, recall):
+    place = crowded(store)
+    said = tell(store, place, FACT)
+    for number in range(2 * OVERLAP):  # far more than are read again
+        tell(store, place, f"and then there was number {number}")
+    index = await recall.index(*recall.read(place))
+    assert len(index.unembedded()) == len(index) == 21 + 2 * OVERLAP
+    recall.learn([said])
+    await recall.learned()
+    assert said.id not in index.unembedded()
+    assert len(index.unembedded()) == len(index) - 1  # the control: the others have none
 
 
 async def test_what_was_written_in_another_order_than_it_was_made_is_not_missed(store, recall):

@@ -94,6 +94,7 @@ async def test_the_budget_is_never_exceeded_and_the_newest_message_never_dropped
     message = tell(store, place, newest)
     tracker = StateTracker(store, tokenizer, recall, DialogueConfig(persona=persona, recent=4), 128)
     context = await tracker.context(message)
+    assert await tracker.context(message) == context, "the same twice is the same"
     assert tokenizer.count(context.messages) == len(context.prompt_ids) <= 128
     last = context.messages[-1]["content"]
     assert context.messages[-1]["role"] == "user"

@@ -1,0 +1,98 @@
+"""What people liked teaches retrieval: weights move towards what liked answers were reminded of, or stay as they are."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+from conftest import answered, react
+
+from bot.config import PrivacyConfig, load
+from bot.embeddings import Embedder
+from bot.errors import ConfigError, DataError
+from bot.memory import Memory
+from bot.recall import weights
+from bot.types import Conversation, Message
+from bot.users import Users
+from learning.reminders import judged
+from learning.replay_buffer import ReplayBuffer
+from learning.retrieval_training import PRIOR, Example, loss, moved, proven
+
+PLACES = 48
+THINGS = ["train", "garden", "soup", "guitar", "river", "exam", "dog", "bread", "bike", "winter"]
+
+
+@pytest.fixture(scope="module")
+def embedder(demo_model, tmp_path_factory):
+    found = Embedder("all-MiniLM-L6-v2", tmp_path_factory.getbasetemp())
+    yield found
+    found.close()
+
+
+def live(store, tokenizer, likes_questions) -> None:
+    """In each place some things are said and some asked; an answer is reminded of the ones or the others, and judged."""
+    rng = random.Random(0)
+    for number in range(PLACES):
+        place = store.open(Conversation("test", channel=str(number), id=f"place-{number:03}"))
+        said = [
+            Message(place.id, "bob", f"do you like my {thing}?" if row % 2 else f"i like my {thing} a lot")
+            for row, thing in enumerate(rng.sample(THINGS, 6))
+        ]
+        for one in said:
+            store.add_message(one)
+        of_questions = rng.random() < 0.5
+        shown = {one.id: 0.5 for one in said if one.text.endswith("?") == of_questions}
+        turn = answered(store, tokenizer, "what about the weekend?", "Hey there!", place=place, shown=shown)
+        react(store, turn, approves=of_questions == likes_questions(number))
+
+
+def examples(store, tokenizer, database, embedder, config=None):
+    rated = ReplayBuffer(store, tokenizer, config or load()).snapshot().rated
+    return list(judged(rated, store, Memory(database), embedder, lambda *_: None))
+
+
+def test_what_liked_answers_were_reminded_of_counts_more_and_is_proven_on_others(store, database, tokenizer, embedder):
+    live(store, tokenizer, likes_questions=lambda number: True)
+    found = examples(store, tokenizer, database, embedder)
+    assert len(found) == PLACES
+    assert {one.reward for _, one in found} == {1.0, -1.0}
+    learned, figures = proven(found, weights())
+    assert learned["asks"] > weights()["asks"] + 0.1
+    assert figures["held_out_nats_after"] < figures["held_out_nats_before"]
+    few = moved([one for _, one in found[:4]], weights())
+    assert (
+        abs(few["asks"] - weights()["asks"]) < abs(learned["asks"] - weights()["asks"]) / 2
+    )  # little evidence moves little
+
+
+def test_what_does_no_better_on_others_and_what_is_too_little_moves_nothing(store, database, tokenizer, embedder):
+    live(store, tokenizer, likes_questions=lambda number: number % 2 == 0)  # one half says the opposite of the other
+    found = examples(store, tokenizer, database, embedder)
+    with pytest.raises(DataError, match="does no better on others"):
+        proven(found, weights())
+    with pytest.raises(DataError, match="it takes 20"):
+        proven(found[:5], weights())
+
+
+def test_who_does_not_consent_teaches_nothing(store, database, tokenizer, embedder):
+    live(store, tokenizer, likes_questions=lambda number: True)
+    Users(database, PrivacyConfig()).decide("test", "bob", consent=False)
+    assert examples(store, tokenizer, database, embedder) == []
+
+
+def test_the_gradient_is_that_of_the_loss():
+    rng = np.random.default_rng(0)
+    rows = [Example(rng.normal(size=(9, len(PRIOR))), [1, 4], worth) for worth in (1.0, -0.7)]
+    at = rng.normal(size=len(PRIOR))
+    steps = np.eye(len(PRIOR)) * 1e-6
+    slopes = [(loss(rows, at + step)[0] - loss(rows, at - step)[0]) / 2e-6 for step in steps]
+    assert np.allclose(slopes, loss(rows, at)[1], atol=1e-6)
+
+
+def test_weights_are_read_from_the_file_that_the_config_names(tmp_path):
+    file = tmp_path / "weights.json"
+    file.write_text(json.dumps({"weights": weights() | {"asks": 1.0}}))
+    assert weights(str(file)) == weights() | {"asks": 1.0} != weights()
+    file.write_text("{}")
+    with pytest.raises(ConfigError, match=r"dialogue\.retrieval_weights"):
+        weights(str(file))
