@@ -96,7 +96,7 @@ class DialogueManager:
 
     async def answer(self, heard: Heard, options: ReplyOptions = PLAIN) -> Turn:
         """Have a message answered that was heard, and commit the answer; one that came before gets its first answer."""
-        return await self._settled(self.store.database.call(self._heard_before, heard), options, None)
+        return await self._settled(self.store.database.call(self._waited, heard), options, None)
 
     async def _settled(
         self, taken_in: Awaitable[Taken], options: ReplyOptions, shown: Sequence[dict[str, str]] | None
@@ -167,10 +167,14 @@ class DialogueManager:
     def _taken_in(self, message: Message, place: Conversation | None, remembering: bool) -> Taken:
         """A message as it is committed, and its answer if it has one; else, if asked for, what is around it."""
         if place is not None:
-            return self._heard_before(self.store.hear(place, message), remembering)
+            return self._heard(self.store.hear(place, message), remembering)
         return self._claimed(message, None, remembering)
 
-    def _heard_before(self, heard: Heard, remembering: bool = True) -> Taken:
+    def _waited(self, heard: Heard) -> Taken:
+        """The same of a message that was heard a while ago: it may have been changed since, or forgotten."""
+        return self._heard(replace(heard, message=self.store.message(heard.message.id)) if heard.is_new else heard, True)
+
+    def _heard(self, heard: Heard, remembering: bool) -> Taken:
         if not heard.is_new:
             return self._claimed(heard.message, heard.place, remembering)
         return heard.message, None, self.tracker.surroundings(heard.message, heard.place) if remembering else None

@@ -16,7 +16,7 @@ from slack_sdk.signature import SignatureVerifier
 from bot.config import AccessConfig, SlackConfig
 from bot.errors import ConfigError, ConnectorError
 from bot.types import FeedbackKind
-from connectors.answers import BUSY
+from connectors.answers import BUSY, SORRY
 from connectors.slack import GREETING, Secrets, Slack
 from connectors.slack_messages import harmless
 from learning.rewards import reward
@@ -203,6 +203,30 @@ async def test_a_growing_answer_is_stopped_by_its_button_and_by_slack_itself(liv
     for where in (direct, place):
         answer = await answered(platform, where)
         assert (await told(live, bot, answer)).turn.finish_reason == "stopped"
+
+
+async def test_what_is_changed_or_deleted_while_it_waits_is_answered_as_it_is_then(live, platform, bot, monkeypatch):
+    reply, free = live.policy.reply, asyncio.Event()
+
+    async def held(*prompt, **options):
+        await free.wait()
+        return await reply(*prompt, **options)
+
+    monkeypatch.setattr(live.policy, "reply", held)
+    direct = channel("D")
+    said = [await platform.say(direct, ANN, text) for text in ("hello", "tell me a joke", "good night")]
+    await platform.delete(direct, said[1])
+    await platform.edit(direct, said[2], "what should i eat")
+    free.set()
+    await until(lambda: len(platform.answers(direct)) == 3)
+    await answered(platform, direct, 2)
+    assert SORRY in [one["text"] for one in platform.answers(direct)]  # nobody is told anything about what was deleted
+    turns = [(await told(live, bot, one)).turn for one in platform.answers(direct) if platform.done(one)]
+    asked = [await live.database.call(live.store.message, turn.message_id) for turn in turns]
+    assert [one.text for one in asked] == ["hello", "what should i eat"]
+    prompt = live.dialogue.tracker.tokenizer.hf.decode(turns[1].prompt_ids)
+    assert "what should i eat" in prompt
+    assert "good night" not in prompt
 
 
 async def test_buttons_of_another_process_work_and_a_new_socket_is_made(live, platform):
