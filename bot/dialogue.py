@@ -160,8 +160,7 @@ class DialogueManager:
         """A turn with all that bears on it."""
         turn = await self._turn(turn_id)
         said = await self.store.database.call(self.store.feedback_of, [turn_id])
-        reminders = [message for message, score in turn.shown.items() if score is not None]
-        remembered = [await self.store.database.call(self.store.message, message) for message in reminders]
+        remembered = [await self.store.database.call(self.store.message, message) for message in turn.remembered]
         return Explanation(turn, said.get(turn_id, []), remembered)
 
     def _taken_in(self, message: Message, place: Conversation | None, remembering: bool) -> Taken:

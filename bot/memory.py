@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import sqlalchemy as sa
 
-from bot.conversations import MESSAGE, as_message
+from bot.conversations import MESSAGE, ConversationStore, as_message
 from bot.database import Database
 from bot.retrieval import Entry
 from bot.tables import chunks, conversations, embeddings, messages, turns, users
@@ -33,8 +33,7 @@ class Memory:
 
     def place(self, conversation_id: str) -> Conversation:
         """A conversation by its id."""
-        with self.database.read() as connection:
-            return Conversation(**connection.execute(_HERE, {"place": conversation_id}).one()._mapping)
+        return ConversationStore(self.database).conversation(conversation_id)
 
     def since(self, conversation_id: str, after: str, space: str) -> list[Entry]:
         """The messages of a scope that came after one (or "" for all), oldest first, with their vectors in `space`."""
@@ -109,7 +108,6 @@ def _unpacked(packed: bytes) -> np.ndarray:
     return vector / (np.linalg.norm(vector) or 1.0)
 
 
-_HERE = sa.select(conversations).where(conversations.c.id == sa.bindparam("place"))
 _here = conversations.alias()
 _both_public = sa.and_(sa.bindparam("across", type_=sa.Boolean), conversations.c.is_public, _here.c.is_public)
 _in_scope = (

@@ -53,13 +53,13 @@ def weights(file: str = "") -> dict[str, float]:
     if not file:
         return shipped
     try:
-        found = {name: float(json.loads(Path(file).read_text())["weights"][name]) for name in shipped}
+        learned = json.loads(Path(file).read_text())["weights"]
+        return {name: float(learned[name]) for name in shipped}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(
             f"config key dialogue.retrieval_weights has value '{file}', which holds no weights ({error!r}); "
             "make it with `kibitz fit-retrieval --out FILE`, or leave the key empty"
         ) from error
-    return found
 
 
 class Recall:

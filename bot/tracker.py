@@ -74,10 +74,10 @@ class StateTracker:
 
     def surroundings(self, message: Message, place: Conversation | None = None) -> Surroundings:
         """What is around a message in its conversation (read if not given). Synchronous, in the database's thread."""
-        place = place or self.store.conversation(message.conversation_id)
         recent = self.store.recent(message.conversation_id, message, self.config.recent)
-        index, unread = self.recall.read(place) if self.config.remembered else (ScopeIndex(), [])
-        return Surroundings(recent, index, unread)
+        if not self.config.remembered:
+            return Surroundings(recent, ScopeIndex(), [])
+        return Surroundings(recent, *self.recall.read(place or self.store.conversation(message.conversation_id)))
 
     async def context(self, message: Message, around: Surroundings | None = None) -> Context:
         """What to show the policy for `message`, with what is `around` it (read now if not given). Never over the budget."""

@@ -161,6 +161,11 @@ class Turn:
     at: datetime = field(default_factory=now)
     id: str = field(default_factory=new_id)
 
+    @property
+    def remembered(self) -> dict[str, float]:
+        """Of what was shown, what came from long ago or elsewhere, with its similarity to the question."""
+        return {message: score for message, score in self.shown.items() if score is not None}
+
 
 @dataclass(frozen=True)
 class Feedback:

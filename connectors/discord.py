@@ -25,7 +25,7 @@ from connectors.access import TOO_FAST
 from connectors.answers import BUSY, Answers
 from connectors.base import Lanes, Shared, pause
 from connectors.commands import COMMANDS, Asker, Command, Commands
-from connectors.discord_messages import LIMIT, Button, Reason, Shown, typing
+from connectors.discord_messages import LIMIT, Button, Reason, Shown, event_of, typing
 from connectors.discord_reconciliation import reconcile
 from connectors.splitting import split
 from connectors.streaming import Budgets
@@ -111,20 +111,20 @@ class Discord:
     async def missed(self, message: discord.Message, me: discord.ClientUser) -> None:
         """Have a message answered that may have been missed; of one that has its answer, take over what was changed."""
         text = self._for_us(message, me)
-        if text and await self.answers.needs_answer(_event(message.id)):
+        if text and await self.answers.needs_answer(event_of(message.id)):
             await self.lanes.put_patiently(str(message.channel.id), lambda: self._answer(message, text))
         else:
             await self.edited(message, me)
 
     async def edited(self, message: discord.Message, me: discord.ClientUser) -> None:
         """The author of a message changed it: what we heard of it is changed too, after what is under way there."""
-        text, at, event = _without_mention(message, me), message.edited_at, _event(message.id)
+        text, at, event = _without_mention(message, me), message.edited_at, event_of(message.id)
         if text and at is not None and not message.author.bot:
             await self.lanes.put_patiently(str(message.channel.id), lambda: self.dialogue.edit(event, text, at))
 
     async def deleted(self, channel_id: int, message_id: int) -> None:
         """A message is gone: if we heard it, it is forgotten, after what is under way there."""
-        await self.lanes.put_patiently(str(channel_id), lambda: self.dialogue.delete(_event(message_id)))
+        await self.lanes.put_patiently(str(channel_id), lambda: self.dialogue.delete(event_of(message_id)))
 
     async def opinion(self, event: discord.RawReactionActionEvent, added: bool) -> None:
         """A reaction that came or went becomes feedback; neutral emoji and messages that are not ours do not."""
@@ -181,7 +181,7 @@ class Discord:
         return _without_mention(message, me) if admitted else ""
 
     async def _answer(self, message: discord.Message, text: str) -> None:
-        said = Message("", str(message.author.id), text, event_id=_event(message.id))
+        said = Message("", str(message.author.id), text, event_id=event_of(message.id))
         place = await self._place(message)
         await self._post(message, lambda options: self.dialogue.respond(said, options, place=place))
 
@@ -296,10 +296,6 @@ def _is_public(message: discord.Message) -> bool:
         return channel.permissions_for(guild.default_role).view_channel
     except discord.ClientException:  # a thread whose channel is not known
         return False
-
-
-def _event(message_id: int) -> str:
-    return f"discord:{message_id}"
 
 
 def _without_mention(message: discord.Message, me: discord.ClientUser) -> str:

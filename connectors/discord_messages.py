@@ -25,6 +25,11 @@ BUTTONS = {"up": "👍", "down": "👎", "again": "🔄", "stop": "⏹️"}
 TYPING = 0.2  # seconds until it is shown that an answer is being made: most have begun to appear by then
 
 
+def event_of(message_id: int) -> str:
+    """What names a message's event in the database."""
+    return f"discord:{message_id}"
+
+
 @contextlib.asynccontextmanager
 async def typing(channel: discord.abc.Messageable) -> AsyncIterator[None]:
     """Show that an answer is being made, if it is not there soon. Nobody waits for it; where it fails it does no harm."""

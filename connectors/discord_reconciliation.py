@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import discord
 
 from bot.types import now
+from connectors.discord_messages import event_of
 
 if TYPE_CHECKING:
     from connectors.discord import Discord
@@ -44,7 +45,7 @@ async def reconcile(connector: "Discord", client: discord.Client) -> None:
             said += [message async for message in channel.history(after=since, limit=MOST_MESSAGES, oldest_first=True)]
         except discord.HTTPException as error:
             log.info("channel %s cannot be read: %s", channel.id, error)
-    there = {f"discord:{message.id}" for message in said}
+    there = {event_of(message.id) for message in said}
     asked = await call(connector.dialogue.store.questions, [answer.turn_id for answer in shown])
     for channel_id, event in sorted({(answer.channel, asked.get(answer.turn_id, "")) for answer in shown}):
         question = int(event.rpartition(":")[-1] or 0)

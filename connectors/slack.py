@@ -33,7 +33,7 @@ from connectors.access import TOO_FAST
 from connectors.answers import BUSY, Answers
 from connectors.base import Lanes, Shared, listening, pause
 from connectors.commands import COMMANDS, Asker, Commands
-from connectors.slack_messages import Place, SlackMessages, reason, refusal
+from connectors.slack_messages import Place, SlackMessages, event_of, reason, refusal
 from connectors.slack_reconciliation import reconcile
 from connectors.streaming import Budgets
 
@@ -200,7 +200,7 @@ class Slack:
 
     async def missed(self, place: Place, event: dict[str, Any]) -> None:
         """Have a message answered that may have been missed; of one that has its answer, take over what was changed."""
-        if self._for_us(event) and await self.answers.needs_answer(_event(place.channel, event["ts"])):
+        if self._for_us(event) and await self.answers.needs_answer(event_of(place.channel, event["ts"])):
             heard = await self._hear(place, event)
             await self.lanes.put_patiently(heard.place.id, lambda: self._answer(place, heard))
         else:
@@ -212,7 +212,7 @@ class Slack:
 
     async def _hear(self, place: Place, event: dict[str, Any]) -> Heard:
         here = Conversation("slack", place.channel, place.team, place.thread)
-        said = Message("", event["user"], _plain(event), event_id=_event(place.channel, event["ts"]))
+        said = Message("", event["user"], _plain(event), event_id=event_of(place.channel, event["ts"]))
         return await self.dialogue.hear(here, said)
 
     async def _answer(self, place: Place, heard: Heard) -> None:
@@ -239,11 +239,11 @@ class Slack:
         now, before = event["message"], event.get("previous_message", {})
         if now.get("edited") and not now.get("bot_id") and now.get("text") != before.get("text") and _plain(now):
             at = datetime.fromtimestamp(float(now["edited"]["ts"]), UTC)
-            await self.dialogue.edit(_event(event["channel"], now["ts"]), _plain(now), at)
+            await self.dialogue.edit(event_of(event["channel"], now["ts"]), _plain(now), at)
 
     async def _deleted(self, event: dict[str, Any]) -> None:
         """A message is gone: if we heard it, it is forgotten."""
-        await self.dialogue.delete(_event(event["channel"], event["deleted_ts"]))
+        await self.dialogue.delete(event_of(event["channel"], event["deleted_ts"]))
 
     async def _reacted(self, event: dict[str, Any], body: dict[str, Any]) -> None:
         kind = self.reactions.kind(event["reaction"])
@@ -315,10 +315,6 @@ def _plain(event: dict[str, Any]) -> str:
     """What a message says, without the mention of us and Slack's escapes."""
     text = re.sub(r"^\s*<@[A-Z0-9]+>\s*", "", event.get("text") or "").strip()
     return text.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
-
-
-def _event(channel: str, ts: str) -> str:
-    return f"slack:{channel}:{ts}"
 
 
 @http.middleware

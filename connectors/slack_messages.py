@@ -38,6 +38,11 @@ class Place:
         return self.channel.startswith("D")
 
 
+def event_of(channel: str, ts: str) -> str:
+    """What names a message's event in the database."""
+    return f"slack:{channel}:{ts}"
+
+
 def harmless(text: str) -> str:
     """What the model says, with no mention in it that would ring anybody: <!channel>, <@U…>, <#C…>."""
     return re.sub(r"<(?=[!@#])", "<\u200b", text)

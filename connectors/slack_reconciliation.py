@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from slack_sdk.errors import SlackApiError
 
-from bot.types import Conversation, now
-from connectors.slack_messages import Place, refusal
+from bot.types import now
+from connectors.slack_messages import Place, event_of, refusal
 
 if TYPE_CHECKING:
     from connectors.slack import Slack
@@ -40,33 +40,26 @@ async def _reconcile(connector: "Slack", me: str, team: str) -> None:
     since = until - timedelta(hours=connector.config.reconcile_hours)
     call, store, answers = connector.dialogue.store.database.call, connector.dialogue.store, connector.answers
     shown = await call(answers.deliveries.since, answers.platform, since, MOST_ANSWERS)
-    places: dict[str, Conversation] = {}
-    of_turn: dict[str, str] = {}  # conversations
+    places: dict[str, Place] = {}  # by conversation
+    of_turn: dict[str, Place] = {}
     for answer in shown:
         await _reactions(connector, me, answer.message_id, answer.turn_id)
         turn = await call(store.turn, answer.turn_id)
         if turn is not None:
-            of_turn[turn.id] = turn.conversation_id
             if turn.conversation_id not in places:
-                places[turn.conversation_id] = await call(store.conversation, turn.conversation_id)
-    window: dict[str, Any] = {
-        "oldest": f"{since.timestamp():.6f}",
-        "latest": f"{until.timestamp():.6f}",
-        "limit": MOST_MESSAGES,
-    }
+                known = await call(store.conversation, turn.conversation_id)
+                places[turn.conversation_id] = Place(known.channel, known.thread, team)
+            of_turn[turn.id] = places[turn.conversation_id]
+    window = {"oldest": f"{since.timestamp():.6f}", "latest": f"{until.timestamp():.6f}"}
     listed = await _read(connector.web.users_conversations(types="im,public_channel,private_channel", limit=200))
     channels = {place.channel for place in places.values()} | {one["id"] for one in listed.get("channels", [])}
-    said: list[tuple[Place, dict[str, Any]]] = []
-    for channel in sorted(channels):
-        got = await _read(connector.web.conversations_history(channel=channel, **window))
-        said += _messages(Place(channel, "", team), got)
-    for known in places.values():
-        if known.thread:
-            got = await _read(connector.web.conversations_replies(channel=known.channel, ts=known.thread, **window))
-            said += _messages(Place(known.channel, known.thread, team), got)
-    there = {f"slack:{place.channel}:{message['ts']}" for place, message in said}
-    for turn_id, event in (await call(store.questions, list(of_turn))).items():
-        if event not in there and await _is_gone(connector, places[of_turn[turn_id]], event.rpartition(":")[-1]):
+    readable = [Place(channel, "", team) for channel in sorted(channels)]
+    readable += [place for place in places.values() if place.thread]
+    said = [(place, message) for place in readable for message in await _said(connector, place, window) or []]
+    there = {event_of(place.channel, message["ts"]) for place, message in said}
+    asked = await call(store.questions, list(of_turn))
+    for event, place in {event: of_turn[turn_id] for turn_id, event in asked.items()}.items():
+        if event not in there and await _is_gone(connector, place, event.rpartition(":")[-1]):
             await connector.dialogue.delete(event)  # before anything is answered that would be shown it
     for place, message in said:
         mentioned = place.is_direct or f"<@{me}>" in message.get("text", "")
@@ -75,20 +68,21 @@ async def _reconcile(connector: "Slack", me: str, team: str) -> None:
             await connector.missed(replace(place, thread=root), {**message, "channel": place.channel})
 
 
-def _messages(place: Place, got: dict[str, Any]) -> list[tuple[Place, dict[str, Any]]]:
-    """The messages that are there, oldest first, each with where it was found."""
-    there = [message for message in got.get("messages", []) if message.get("subtype") != TOMBSTONE]
-    return [(place, message) for message in sorted(there, key=lambda one: float(one["ts"]))]
+async def _said(connector: "Slack", place: Place, window: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The messages that are there in a thread, or in a channel, oldest first; None where Slack refuses."""
+    wanted = {"channel": place.channel, "limit": MOST_MESSAGES, **window}
+    web = connector.web
+    asked = web.conversations_replies(ts=place.thread, **wanted) if place.thread else web.conversations_history(**wanted)
+    got = await _read(asked)
+    if "messages" not in got:
+        return None
+    there = [message for message in got["messages"] if message.get("subtype") != TOMBSTONE]
+    return sorted(there, key=lambda one: float(one["ts"]))
 
 
-async def _is_gone(connector: "Slack", place: Conversation, ts: str) -> bool:
-    window: dict[str, Any] = {"oldest": ts, "latest": ts, "inclusive": True, "limit": MOST_MESSAGES}
-    if place.thread:
-        got = await _read(connector.web.conversations_replies(channel=place.channel, ts=place.thread, **window))
-    else:
-        got = await _read(connector.web.conversations_history(channel=place.channel, **window))
-    there = [message["ts"] for message in got.get("messages", []) if message.get("subtype") != TOMBSTONE]
-    return "messages" in got and ts not in there
+async def _is_gone(connector: "Slack", place: Place, ts: str) -> bool:
+    found = await _said(connector, place, {"oldest": ts, "latest": ts, "inclusive": True})
+    return found is not None and ts not in {message["ts"] for message in found}
 
 
 async def _reactions(connector: "Slack", me: str, message_id: str, turn_id: str) -> None:

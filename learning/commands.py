@@ -242,16 +242,16 @@ def fit_retrieval(
     found = configured(config, data_dir, seed)
     cli.check_writable(out)
     embedder = _embedder(found)
-    made = (dialogue(1000 * found.seed + number, people=(2, 6, 12)[number % 3]) for number in range(dialogues))
+    setup: dict[str, Any] = {"seed": found.seed, "embedder": found.dialogue.embedder}
     with cli.progress_bar() as progress:
         if from_feedback:
-            learned, judged = _from_feedback(found, embedder, progress)
+            learned, setup["judged"] = _from_feedback(found, embedder, progress)
         else:
+            made = (dialogue(1000 * found.seed + number, people=(2, 6, 12)[number % 3]) for number in range(dialogues))
             learned = retrieval_training.fit(list(retrieval_training.made_examples(made, embedder, progress)))
+            setup["dialogues"] = dialogues
     cli.print_figures(learned)
     if out is not None:
-        made_from = {"judged": judged} if from_feedback else {"dialogues": dialogues}
-        setup = {**made_from, "seed": found.seed, "embedder": found.dialogue.embedder}
         cli.write_whole(out, json.dumps({"weights": learned, "setup": setup}, indent=2) + "\n")
 
 
@@ -272,7 +272,7 @@ def _from_feedback(config: Config, embedder: Embedder, progress: Any) -> tuple[d
 
 @bench.command("learning")
 def bench_learning(
-    part: Annotated[str, typer.Option("--slice", help="ci: ten minutes on two cores; full: hours.")] = "full",
+    part: Annotated[str, typer.Option("--slice", help="ci: ten minutes on two cores; regimes; full: hours.")] = "full",
     users: Annotated[str | None, typer.Option(help="Built-in users, or a Python file with utility(prompt, reply).")] = None,
     json_file: JsonFile = None,
     plot: PlotFile = None,
@@ -285,8 +285,8 @@ def bench_learning(
 
     found = configured(config, data_dir, seed)
     cli.check_writable(json_file, plot)
-    if part not in ("ci", "full"):
-        raise ConfigError(f"--slice has value '{part}'; choose ci or full")
+    if part not in ("ci", "regimes", "full"):
+        raise ConfigError(f"--slice has value '{part}'; choose ci, regimes or full")
     if users is not None:
         simulation.users(users)  # refused here, before anything runs
     model = base_model(found)

@@ -76,7 +76,7 @@ def explained(turn_id: str, store: ConversationStore, registry: PolicyRegistry, 
         raise DataError(f"there is no turn '{turn_id}'; `kibitz why` lists the latest that people said something about")
     said = store.feedback_of([turn_id]).get(turn_id, [])
     followup, _ = store.said_next([turn_id]).get(turn_id, (None, None))
-    shown = sorted(((score, one) for one, score in turn.shown.items() if score is not None), reverse=True)
+    shown = sorted(((score, one) for one, score in turn.remembered.items()), reverse=True)
     return Account(
         turn=turn,
         question=store.message(turn.message_id),

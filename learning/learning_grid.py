@@ -46,22 +46,24 @@ class Cell:
 
 
 def cells(part: str, users: str | None) -> list[Cell]:
-    """The cells of a slice: `ci` has each seed with one kind of people, 10% noise, and a reaction to each answer."""
+    """The cells of a slice.
+
+    `ci` has each seed with one kind of people, 10% noise, and a reaction to each answer; `regimes` the same with answers of
+    version 0 alone, and with people who change their minds; `full` has these, and each seed with three kinds of people, each
+    noise and each rate.
+    """
     arms = (*OBJECTIVES, *CONTROLS)
     kinds = KINDS if users is None else (users,)
     small = [Cell(arm, kinds[seed % len(kinds)], seed) for seed, arm in product(range(SEEDS), arms)]
-    if part == "ci":
-        return small
+    regimes = [replace(cell, regime=regime) for regime, cell in product(("drift", "logged"), small)]
+    if part != "full":
+        return regimes if part == "regimes" else small
+    settings = [*product((0.0, 0.1, 0.2), (1.0, 0.2, 0.05), ("fresh",)), (0.1, 1.0, "logged"), (0.1, 1.0, "drift")]
     whole = [
         Cell(arm, kind, seed, noise, rate, regime)
-        for seed, kind, (noise, rate, regime), arm in product(range(SEEDS), kinds[:3], _settings(), arms)
+        for seed, kind, (noise, rate, regime), arm in product(range(SEEDS), kinds[:3], settings, arms)
     ]
-    return list(dict.fromkeys([*small, *whole]))
-
-
-def _settings() -> Iterable[tuple[float, float, str]]:
-    yield from ((noise, rate, "fresh") for noise, rate in product((0.0, 0.1, 0.2), (1.0, 0.2, 0.05)))
-    yield from ((0.1, 1.0, regime) for regime in ("logged", "drift"))
+    return list(dict.fromkeys([*small, *regimes, *whole]))
 
 
 def run(config: Config, base_model: str, wanted: Sequence[Cell], kept: Path, progress: Progress) -> dict[Cell, list[Point]]:
@@ -110,20 +112,28 @@ def kept_points(file: Path, mark: str) -> Iterable[tuple[Cell, list[Point]]]:
 
 
 def figures(found: dict[Cell, list[Point]], default: str) -> dict[str, Any]:
-    """For each arm, and for `default`, what it came to over its cells with 10% noise and a reaction to each answer."""
+    """For each arm, and for `default`, what it came to over its cells with 10% noise and a reaction to each answer, and
+    in each other setting.
+    """
     made: dict[str, Any] = {}
     for arm in dict.fromkeys(cell.arm for cell in found):
-        rows = [points for cell, points in found.items() if cell == Cell(arm, cell.users, cell.seed)]
-        made |= {f"{arm}_{name}": value for name, value in _of_arm(rows).items()}
-        for cell in dict.fromkeys(replace(cell, users="", seed=0) for cell in found if cell.arm == arm):
-            if cell != Cell(arm, "", 0):
-                same = [points for other, points in found.items() if replace(other, users="", seed=0) == cell]
+        for cell in dict.fromkeys(_setting(cell) for cell in found if cell.arm == arm):
+            same = [points for other, points in found.items() if _setting(other) == cell]
+            if cell == Cell(arm, "", 0):
+                made |= {f"{arm}_{name}": value for name, value in _of_arm(same).items()}
+            else:
                 label = f"{arm}_noise_{cell.noise:g}_rate_{cell.rate:g}_{cell.regime}"
-                made[f"{label}_win_rate"] = float(np.mean([points[-1].win_rate for points in same]))
+                interval = mean_interval([points[-1].win_rate for points in same], seed=0)
+                made |= dict(zip((f"{label}_win_rate{part}" for part in ("", "_low", "_high")), interval, strict=True))
                 if cell.regime == "drift":
                     made[f"{label}_reactions_to_recover"] = recovered([[one.win_rate for one in points] for points in same])
     made |= {name.replace(default, "default", 1): value for name, value in made.items() if name.startswith(f"{default}_")}
     return made
+
+
+def _setting(cell: Cell) -> Cell:
+    """What a cell has in common with those of other people and seeds."""
+    return replace(cell, users="", seed=0)
 
 
 def _of_arm(rows: Sequence[Sequence[Point]]) -> dict[str, Any]:
@@ -163,23 +173,28 @@ def recovered(curves: Sequence[Sequence[float]]) -> float | None:
 
 
 def plot(found: dict[Cell, list[Point]], path: Path) -> None:
-    """Win rates over version 0 against reactions, one line an arm, with the spread over seeds."""
+    """Win rates over version 0 against reactions, one line an arm, with the spread over seeds: of the first setting."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.6), layout="constrained")
+    shown = _setting(next(iter(found)))
     for arm in dict.fromkeys(cell.arm for cell in found):
-        rows = [points for cell, points in found.items() if cell == Cell(arm, cell.users, cell.seed)]
+        rows = [points for cell, points in found.items() if _setting(cell) == replace(shown, arm=arm)]
+        reactions = (0, *(point.reactions for point in rows[0]))
         wins = np.array([[0.5, *(point.win_rate for point in points)] for points in rows])
         spread = np.array([mean_interval(column.tolist(), seed=0) for column in wins.T])
         style = {"linestyle": "--", "color": "tab:gray" if arm == "frozen" else "black"} if arm in CONTROLS else {}
-        line = axes.plot((0, *STEPS), spread[:, 0], marker="o", markersize=3, label=arm, **style)
-        axes.fill_between((0, *STEPS), spread[:, 1], spread[:, 2], color=line[0].get_color(), alpha=0.12, linewidth=0)
+        line = axes.plot(reactions, spread[:, 0], marker="o", markersize=3, label=arm, **style)
+        axes.fill_between(reactions, spread[:, 1], spread[:, 2], color=line[0].get_color(), alpha=0.12, linewidth=0)
     axes.axhline(0.8, color="tab:gray", linewidth=0.6, linestyle=":")
-    axes.set(xlabel="reactions", ylabel="win rate over version 0, held-out prompts", ylim=(0.35, 1.02))
-    axes.set_title("10% of the reactions are mistaken; mean and 95% interval over seeds", fontsize=10)
+    meant = "; after 200 people want the opposite" if shown.regime == "drift" else ""
+    axes.set(
+        xlabel="reactions", ylabel="win rate over version 0, held-out prompts", ylim=(0.0, 1.02) if meant else (0.35, 1.02)
+    )
+    axes.set_title(f"10% of the reactions are mistaken{meant}; mean and 95% interval over seeds", fontsize=10)
     axes.legend(loc="upper left", frameon=False, ncols=2, fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)

@@ -7,6 +7,7 @@ ones from nothing. Who does not consent teaches nothing here either: the answers
 Run: ``kibitz fit-retrieval --from-feedback``.
 """
 
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from bot.conversations import ConversationStore
 from bot.embeddings import Embedder
 from bot.memory import Memory
 from bot.retrieval import Entry, ScopeIndex
+from bot.types import Turn
 from learning.replay_buffer import Experience
 from learning.retrieval_training import Example, signals
 
@@ -25,20 +27,24 @@ def judged(
 ) -> Iterator[tuple[str, Example]]:
     """For each judged answer that was reminded of something, its conversation and the example that it gives."""
     rewards = {one.turn_id: one.reward for one in reversed(list(rated))}  # of an answer and its correction, the answer's
-    for number, (turn_id, earned) in enumerate(sorted(rewards.items())):
-        turn = store.turn(turn_id)
-        reminders = [] if turn is None else [message for message, score in turn.shown.items() if score is not None]
-        if turn is not None and reminders and earned:
+    scopes: defaultdict[str, list[Turn]] = defaultdict(list)
+    for turn in filter(None, map(store.turn, sorted(rewards))):
+        if turn.remembered and rewards[turn.id]:
+            scopes[memory.scope(memory.place(turn.conversation_id))].append(turn)
+    for number, turns in enumerate(scopes.values()):
+        said = memory.since(turns[0].conversation_id, "", embedder.space)
+        there = memory.visible(turns[0].conversation_id, [one.id for one in said])
+        unread = deque(_embedded([one for one in said if one.id in there], embedder))
+        index = ScopeIndex()
+        for turn in sorted(turns, key=lambda one: one.message_id):
             question = store.message(turn.message_id)
-            before = [one for one in memory.since(turn.conversation_id, "", embedder.space) if one.id < question.id]
-            there = memory.visible(turn.conversation_id, [one.id for one in before])
-            index = ScopeIndex()
-            index.add(_embedded([one for one in before if one.id in there], embedder))
-            evidence = [index.rows[one] for one in reminders if one in index.rows]
+            while unread and unread[0].id < question.id:
+                index.add([unread.popleft()])
+            evidence = [index.rows[one] for one in turn.remembered if one in index.rows]
             if evidence and len(index) > len(evidence):
                 columns = signals(index, question.text, embedder, question.author_id)
-                yield turn.conversation_id, Example(columns, evidence, earned)
-        progress("judged answers", number + 1, len(rewards))
+                yield turn.conversation_id, Example(columns, evidence, rewards[turn.id])
+        progress("scopes with judged answers", number + 1, len(scopes))
 
 
 def _embedded(entries: list[Entry], embedder: Embedder) -> Iterator[Entry]:

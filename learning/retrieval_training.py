@@ -45,17 +45,16 @@ def fit(examples: Sequence[Example], prior: Mapping[str, float] = PRIOR, hold: f
     """The weights of the signals that make the evidence most likely, and what was disliked less so."""
     from scipy.optimize import minimize
 
-    names = sorted(PRIOR)
-    start = np.array([prior[name] for name in names])
+    start = _row(prior)
 
     def held(weights: np.ndarray) -> tuple[float, np.ndarray]:
         found, gradient = loss(examples, weights)
         away = weights - start
         return found + hold * float(away @ away), gradient + 2 * hold * away
 
-    bounds = [(0.05, None) if name in NEVER_NEGATIVE else (None, None) for name in names]
+    bounds = [(0.05, None) if name in NEVER_NEGATIVE else (None, None) for name in sorted(PRIOR)]
     found = minimize(held, start, jac=True, method="L-BFGS-B", bounds=bounds)
-    return {name: round(float(weight), 3) for name, weight in zip(names, found.x, strict=True)}
+    return {name: round(float(weight), 3) for name, weight in zip(sorted(PRIOR), found.x, strict=True)}
 
 
 def loss(examples: Sequence[Example], weights: np.ndarray) -> tuple[float, np.ndarray]:
@@ -95,22 +94,26 @@ def proven(judged: Sequence[tuple[str, Example]], prior: Mapping[str, float]) ->
             f"{len(judged)} judged answers in {len(places)} conversations were reminded of something; it takes {FEWEST}, in "
             "two at least: let people go on reacting"
         )
-    halves = [[one for place, one in judged if places.index(place) % 2 == half] for half in range(2)]
-    before, after = (np.array([prior[name] for name in sorted(PRIOR)]), [])
-    for learns, held_out in (halves, halves[::-1]):
-        found = moved(learns, prior)
-        after.append(loss(held_out, np.array([found[name] for name in sorted(PRIOR)]))[0] * len(held_out))
+    everything = [one for _, one in judged]
+    every_other = set(places[::2])
+    halves = [[one for place, one in judged if (place in every_other) == first] for first in (True, False)]
+    after = sum(loss(others, _row(moved(half, prior)))[0] * len(others) for half, others in (halves, halves[::-1]))
     figures = {
         "answers": len(judged),
-        "held_out_nats_before": loss([one for _, one in judged], before)[0],
-        "held_out_nats_after": sum(after) / len(judged),
+        "held_out_nats_before": loss(everything, _row(prior))[0],
+        "held_out_nats_after": after / len(judged),
     }
     if figures["held_out_nats_after"] >= figures["held_out_nats_before"]:
         raise DataError(
             f"what was learned from {len(judged)} judged answers does no better on others (nats: "
             f"{figures['held_out_nats_after']:.4f}, before {figures['held_out_nats_before']:.4f}); the weights stay"
         )
-    return moved([one for _, one in judged], prior), figures
+    return moved(everything, prior), figures
+
+
+def _row(weights: Mapping[str, float]) -> np.ndarray:
+    """Weights in the order of the signals' names."""
+    return np.array([weights[name] for name in sorted(PRIOR)])
 
 
 def made_examples(dialogues: Iterable[Dialogue], embedder: Embedder, progress: Progress) -> Iterator[Example]:

@@ -20,6 +20,7 @@ from bot import __main__ as kibitz
 from bot.config import AccessConfig, Config, load
 from bot.conversations import ConversationStore
 from bot.database import Database
+from bot.embeddings import Embedder
 from bot.registry import PolicyRegistry
 from bot.tokenizer import ChatTokenizer
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn, new_id
@@ -46,6 +47,14 @@ def demo_model() -> str:
 @pytest.fixture(scope="session")
 def tokenizer(demo_model: str) -> ChatTokenizer:
     return ChatTokenizer(demo_model)
+
+
+@pytest.fixture(scope="session")
+def embedder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedder]:
+    """The embedding model that ships."""
+    found = Embedder("all-MiniLM-L6-v2", tmp_path_factory.getbasetemp())
+    yield found
+    found.close()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -7,21 +7,12 @@ import numpy as np
 import pytest
 
 from bot.dialogue import DialogueManager
-from bot.embeddings import Embedder
 from bot.followups import KINDS, FollowUps, chances, features
 from bot.forgetting import forget_message
 from bot.memory import Memory
 from bot.recall import Recall, weights
 from bot.types import Conversation, Message, Turn, new_id
 from learning import followup_training
-
-
-@pytest.fixture(scope="module")
-def embedder(tmp_path_factory):
-    found = Embedder("all-MiniLM-L6-v2", tmp_path_factory.getbasetemp())
-    yield found
-    found.close()
-
 
 QUESTION, ANSWER = "how do i cook rice?", "Boil it in milk for an hour."
 

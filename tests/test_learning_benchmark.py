@@ -43,6 +43,8 @@ def test_the_small_slice_has_every_arm_on_every_seed_and_the_full_one_holds_it()
     assert {(cell.arm, cell.seed) for cell in small} == {(a, s) for a in (*OBJECTIVES, *CONTROLS) for s in range(SEEDS)}
     assert set(small) < set(whole)
     assert {cell.regime for cell in whole} == {"fresh", "logged", "drift"}
+    assert {cell.regime for cell in cells("regimes", None)} == {"logged", "drift"}
+    assert set(cells("regimes", None)) < set(whole)
     assert {cell.users for cell in cells("ci", "mine.py")} == {"mine.py"}
 
 
@@ -56,6 +58,7 @@ def test_figures_are_those_of_the_default_and_of_each_arm():
     assert made["default_reactions_to_80"] == pytest.approx(160)
     assert made["frozen_reactions_to_65"] is None
     assert made["kto_noise_0.2_rate_1_fresh_win_rate"] == pytest.approx(0.1)
+    assert made["kto_noise_0.2_rate_1_fresh_win_rate_low"] <= 0.1
     json.dumps(made)
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from test_reward_model import embedder, rated  # noqa: F401  (a fixture)
+from test_reward_model import rated
 
 from learning.evaluation import Sample
 from learning.off_policy import CUT, doubly_robust, estimated, importance
@@ -41,7 +41,7 @@ def test_weights_are_cut_and_what_was_not_recorded_has_none():
     assert importance(now, rows).round(3).tolist() == [round(float(np.exp(-0.5)), 3), CUT, 0.0]
 
 
-def test_a_policy_that_says_what_people_like_is_worth_more(embedder):  # noqa: F811
+def test_a_policy_that_says_what_people_like_is_worth_more(embedder):
     liked = rated(lambda about, rng: (about == "cats") != (rng.random() < 0.1))
     held_out = [Experience(str(n), str(n), (n,), (1,), None, 1.0, (), question="tell me", answer="cats") for n in range(8)]
     logprobs = [torch.zeros(1)] * 8

@@ -29,18 +29,11 @@ FACT = "my sister keeps eleven green parrots in the attic"
 QUESTION = "how many parrots does her sister have?"
 
 
-@pytest.fixture(scope="module")
-def embedder(demo_model, tmp_path_factory):
-    found = Embedder("all-MiniLM-L6-v2", tmp_path_factory.getbasetemp())
-    yield found
-    found.close()
-
-
 @pytest.fixture
 def recall(database, embedder):
     found = Recall(Memory(database), embedder, weights())
     yield found
-    found._thread.shutdown()  # the embedder is the module's
+    found._thread.shutdown()  # the embedder is everybody's
 
 
 def tell(store, place: Conversation, text: str, author: str = "ann", **details) -> Message:

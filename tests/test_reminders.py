@@ -8,7 +8,6 @@ import pytest
 from conftest import answered, react
 
 from bot.config import PrivacyConfig, load
-from bot.embeddings import Embedder
 from bot.errors import ConfigError, DataError
 from bot.memory import Memory
 from bot.recall import weights
@@ -20,13 +19,6 @@ from learning.retrieval_training import PRIOR, Example, loss, moved, proven
 
 PLACES = 48
 THINGS = ["train", "garden", "soup", "guitar", "river", "exam", "dog", "bread", "bike", "winter"]
-
-
-@pytest.fixture(scope="module")
-def embedder(demo_model, tmp_path_factory):
-    found = Embedder("all-MiniLM-L6-v2", tmp_path_factory.getbasetemp())
-    yield found
-    found.close()
 
 
 def live(store, tokenizer, likes_questions) -> None:
@@ -46,8 +38,8 @@ def live(store, tokenizer, likes_questions) -> None:
         react(store, turn, approves=of_questions == likes_questions(number))
 
 
-def examples(store, tokenizer, database, embedder, config=None):
-    rated = ReplayBuffer(store, tokenizer, config or load()).snapshot().rated
+def examples(store, tokenizer, database, embedder):
+    rated = ReplayBuffer(store, tokenizer, load()).snapshot().rated
     return list(judged(rated, store, Memory(database), embedder, lambda *_: None))
 
 
@@ -59,10 +51,8 @@ def test_what_liked_answers_were_reminded_of_counts_more_and_is_proven_on_others
     learned, figures = proven(found, weights())
     assert learned["asks"] > weights()["asks"] + 0.1
     assert figures["held_out_nats_after"] < figures["held_out_nats_before"]
-    few = moved([one for _, one in found[:4]], weights())
-    assert (
-        abs(few["asks"] - weights()["asks"]) < abs(learned["asks"] - weights()["asks"]) / 2
-    )  # little evidence moves little
+    few = moved([one for _, one in found[:4]], weights())  # little evidence moves little
+    assert abs(few["asks"] - weights()["asks"]) < abs(learned["asks"] - weights()["asks"]) / 2
 
 
 def test_what_does_no_better_on_others_and_what_is_too_little_moves_nothing(store, database, tokenizer, embedder):

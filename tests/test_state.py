@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from bot.cli import state_text
-from bot.embeddings import Embedder
 from bot.facts import sorted_out, stated
 from bot.state import derived
 from bot.types import FORGOTTEN, Message, Role
@@ -16,13 +15,6 @@ from learning import topic_training
 
 TIAGE = Path(__file__).parent.parent.parent / "shared" / "data" / "tiage"
 START = datetime(2026, 1, 1, tzinfo=UTC)
-
-
-@pytest.fixture(scope="module")
-def embedder(tmp_path_factory):
-    found = Embedder("all-MiniLM-L6-v2", tmp_path_factory.getbasetemp())
-    yield found
-    found.close()
 
 
 def said(*lines: tuple[str, str]) -> list[Message]:
