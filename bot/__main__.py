@@ -336,7 +336,7 @@ def bench_swap(
             sources = [Path(scratch) / f"weights-{number}" for number in range(2)]
             base = kibitz.registry.get(BASE).base_model
             for number, source in enumerate(sources):
-                benchmark.random_adapter(base, source, found.training.lora_rank, found.seed + number)
+                benchmark.random_version(found, base, source, found.seed + number)
             tokenizer = kibitz.dialogue.tracker.tokenizer
             return await benchmark.swap(kibitz.deployment, tokenizer, sources, swaps, requests, concurrent, progress)
 

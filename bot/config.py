@@ -112,11 +112,13 @@ class TrainingConfig(Section):
     """One training run."""
 
     objective: Literal["kto", "dpo", "sft", "pg", "hindsight", "mixed"] = "kto"
+    weights: Literal["lora", "full"] = "lora"
     importance: Literal["token", "sequence"] = "token"
     anchor: Annotated[float, Field(ge=0)] = 0.1
     weight_decay: Annotated[float, Field(ge=0)] = 20.0
     lora_rank: Literal[1, 8, 16, 32, 64, 128, 256] = 16
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    full_learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     beta: Annotated[float, Field(gt=0)] = 0.5
     batch_size: Annotated[int, Field(ge=4)] = 16
     epochs: Positive = 8

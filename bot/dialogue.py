@@ -226,20 +226,18 @@ class DialogueManager:
             log.exception("a follow-up could not be noted")
 
     async def _reply(self, conversation_id: str, context: Context, options: ReplyOptions) -> Reply:
-        version = self.policy.version
         # Nobody can learn from the prefix cache's timing what was said in another conversation (CVE-2025-46570).
         salt = hashlib.blake2b(conversation_id.encode(), key=self._secret).hexdigest()
         try:
             return await self.policy.reply(
                 context.prompt_ids,
-                version=version,
                 seed=options.seed,
                 cache_salt=salt,
                 on_text=options.on_text,
                 stop=options.stop,
             )
         except ReplyInterrupted as broken:
-            return Reply(broken.text, version, (), (), (), INTERRUPTED, {}, 0.0)
+            return Reply(broken.text, broken.version, (), (), (), INTERRUPTED, {}, 0.0)
 
     async def _turn(self, turn_id: str) -> Turn:
         turn = await self.store.database.call(self.store.turn, turn_id)

@@ -31,11 +31,12 @@ class ServingError(KibitzError):
 
 
 class ReplyInterrupted(ServingError):
-    """An answer broke off after its first token; `text` is what had been said."""
+    """An answer of a version broke off after its first token; `text` is what had been said."""
 
-    def __init__(self, text: str, cause: str):
+    def __init__(self, text: str, version: str, cause: str):
         super().__init__(f"the answer broke off: {cause}")
         self.text = text
+        self.version = version
 
 
 class ConnectorError(KibitzError):

@@ -4,7 +4,8 @@ Prompts are token ids, made with the chat template by `bot.tokenizer`: what the 
 is exact, and vLLM answers sooner than through its chat endpoint (docs/experiments.md).
 
 `version` is the one pointer that a swap flips; requests in flight are counted for each version, so that a swap can wait
-for the last of them. It knows no conversation, no database and no registry.
+for the last of them. `weights` is the version whose whole weights the server holds, which is the base model unless a version
+with weights of its own took their place. It knows no conversation, no database and no registry.
 """
 
 import asyncio
@@ -12,7 +13,7 @@ import contextlib
 import json
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import aiohttp
@@ -23,8 +24,10 @@ from bot.registry import BASE
 from bot.types import Reply
 
 STOPPED = "stopped"  # a finish reason of ours: somebody asked for the end
+FRESH = "default"  # what vLLM calls the weights that it was started with
 LONGEST_EVENT = 2**23  # bytes: the first one repeats the prompt's token ids
 TOP_LOGPROBS = 20  # as many as vLLM gives unless it is told otherwise
+LULL_SECONDS = 5.0  # how long a moment without requests is waited for, before requests are made to wait
 IDLE_SECONDS = 2.0  # after which a connection is closed: vLLM closes its own after 5, and a request may meet that moment
 
 OnText = Callable[[str], Awaitable[None] | None]
@@ -37,6 +40,8 @@ class Policy:
         self.url = url.rstrip("/")
         self.config = config
         self.version = BASE
+        self.weights: str | None = BASE  # None: not known
+        self.takes_weights = False
         self.base_name = BASE
         # A reply that fails is tried again here, before its first token only; never behind our back.
         self._http = aiohttp.ClientSession(
@@ -46,7 +51,8 @@ class Policy:
             read_bufsize=LONGEST_EVENT // 2,
         )
         self._in_flight: Counter[str] = Counter()
-        self._done = asyncio.Condition()
+        self._is_held = False
+        self._changed = asyncio.Condition()  # of the two above
 
     async def reply(
         self,
@@ -63,8 +69,10 @@ class Policy:
 
         Raises ServingError before the first token (after one more try) and ReplyInterrupted after it.
         """
-        version = version or self.version
-        self._in_flight[version] += 1
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._is_held)
+            version = version or self.version
+            self._in_flight[version] += 1
         try:
             try:
                 return await self._stream(prompt_ids, version, seed, temperature, cache_salt, on_text, stop)
@@ -74,8 +82,8 @@ class Policy:
                 return await self._stream(prompt_ids, version, seed, temperature, cache_salt, on_text, stop)
         finally:
             self._in_flight[version] -= 1
-            async with self._done:
-                self._done.notify_all()
+            async with self._changed:
+                self._changed.notify_all()
 
     async def _stream(
         self,
@@ -150,20 +158,71 @@ class Policy:
 
     async def drain(self, version: str, seconds: float = 60) -> bool:
         """Wait until no request for `version` is in flight; False if some still are after `seconds`."""
+        async with self._changed:
+            return await self._until(lambda: self._in_flight[version] <= 0, seconds)
+
+    async def _until(self, condition: Callable[[], bool], seconds: float) -> bool:
+        """Wait for a change of what is in flight after which `condition` holds; whether it came in time."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._changed.wait_for(condition)
+        return condition()
+
+    @contextlib.asynccontextmanager
+    async def held(self, seconds: float) -> AsyncIterator[None]:
+        """Inside, no reply is in flight: those that come wait. Raises ServingError where one takes more than `seconds`.
+
+        A moment at which nothing is in flight anyway is waited for first: then nobody notices.
+        """
+        async with self._changed:
+            await self._until(lambda: not self._in_flight.total(), LULL_SECONDS)
+            self._is_held = True
         try:
-            async with asyncio.timeout(seconds), self._done:
-                await self._done.wait_for(lambda: self._in_flight[version] <= 0)
-        except TimeoutError:
-            return False
-        return True
+            async with self._changed:
+                if not await self._until(lambda: not self._in_flight.total(), seconds):
+                    raise ServingError(f"answers were still being given after {seconds:g} s (serving.reply_seconds)")
+            yield
+        finally:
+            async with self._changed:
+                self._is_held = False
+                self._changed.notify_all()
 
     async def connect(self) -> None:
-        """Learn the name under which the server knows the base model."""
+        """Learn the name under which the server knows the base model, and whose weights it holds."""
         listed = (await self._admin("GET", "/v1/models"))["data"]
         bases = [model["id"] for model in listed if not model.get("parent")]
         if not bases:
             raise ServingError(f"the server at {self.url} lists no base model; check serving.url")
         self.base_name = bases[0]
+        try:
+            self.weights = await self._weights()
+            self.takes_weights = True
+        except ServingError:  # a server that does not let its weights be changed
+            self.weights, self.takes_weights = BASE, False
+
+    def lost(self) -> None:
+        """Forget whose weights the server holds: it is gone."""
+        self.weights = None
+
+    async def holds(self, version: str) -> bool:
+        """Whether the server can answer as `version` does."""
+        if version == self.weights:
+            return not self.takes_weights or await self._weights() == version
+        return version in await self.loaded()
+
+    async def _weights(self) -> str:
+        told = (await self._admin("GET", "/weight_info"))["weight_version"]
+        return BASE if told == FRESH else str(told)
+
+    async def replace(self, version: str, path: str) -> None:
+        """Put the weights of a whole model in the place of the server's. Nobody may be answered meanwhile: see `held`."""
+        self.weights = None
+        body = {"method": "reload_weights", "kwargs": {"weights_path": path}}
+        await self._admin("POST", "/collective_rpc", body)
+        if not (await self._admin("POST", "/reset_prefix_cache"))["success"]:
+            raise ServingError("vLLM keeps what it remembers of the weights before; somebody else is using it")
+        await self._admin("POST", "/update_weight_version", {"new_version": version})
+        self.weights = version
 
     async def ready(self, seconds: float = 10) -> bool:
         """Whether the server generates one token within `seconds`: /health may say 200 while the engine is dead."""
@@ -222,10 +281,14 @@ class Policy:
             raise ServingError(f"vLLM at {self.url} does not answer ({type(error).__name__}); see vllm.log") from error
 
     def served_name(self, version: str) -> str:
-        """The name under which the server knows a version."""
-        return self.base_name if version == BASE else version
+        """The name under which the server knows a version. Raises ServingError where it has other weights in their place."""
+        if version == self.weights:
+            return self.base_name
+        if version == BASE:
+            raise ServingError(f"{BASE} is not served: the weights of {self.weights or 'nobody knows which version'} are")
+        return version
 
 
 def _translated(cause: str, text: str, version: str) -> ServingError:
     cause = cause.splitlines()[0][:300]
-    return ReplyInterrupted(text, cause) if text else ServingError(f"{version} did not answer: {cause}")
+    return ReplyInterrupted(text, version, cause) if text else ServingError(f"{version} did not answer: {cause}")

@@ -49,7 +49,7 @@ class PolicyRegistry:
         found = _version(row)
         if Path(found.base_model).name != Path(base_model).name:
             raise RegistryError(
-                f"config key policy.model leads to '{base_model}', but this data directory's versions are adapters on "
+                f"config key policy.model leads to '{base_model}', but this data directory's versions come from "
                 f"'{found.base_model}'; set policy.model back, or use another --data-dir"
             )
         return found

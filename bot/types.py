@@ -190,7 +190,7 @@ class Feedback:
 
 @dataclass(frozen=True)
 class PolicyVersion:
-    """One immutable version of the policy: version 0 is the base model, every other one an adapter on it.
+    """One immutable version of the policy: the base model (version 0), an adapter on it, or weights of its own.
 
     `parent` is the version that its training continued, `replaced` the one that was live when it was promoted.
     """

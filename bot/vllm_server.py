@@ -1,6 +1,6 @@
 """VllmServer: a vLLM that we own: start it, prove that it generates, restart it when it dies, stop it.
 
-It knows no adapter and no version: whoever starts it is told of each (re)start and restores what must be served.
+It knows no version: whoever starts it is told of each (re)start and restores what must be served.
 """
 
 import asyncio
@@ -66,6 +66,7 @@ class VllmServer:
         while failures < RESTARTS:
             await self._wait_for_death(policy)
             tell("vLLM does not answer any more; restarting it")
+            policy.lost()
             await self.stop()
             await asyncio.sleep(min(60, 2**failures))
             try:
@@ -127,6 +128,8 @@ class VllmServer:
         defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         # One core is left to everybody else: what wanders over all of them slows us and itself (docs/experiments.md).
         defaults |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(len(children.spare()))}
+        if self.config.training.weights == "full":
+            defaults["VLLM_SERVER_DEV_MODE"] = "1"  # without it weights cannot be changed
         return {**defaults, **os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
 
     def _why(self) -> str:

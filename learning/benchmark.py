@@ -1,7 +1,7 @@
 """Benchmarks: every figure that the project claims about serving, measured here against the real vLLM.
 
 Timings are ratios or differences against a baseline that is measured in the same run, in alternating blocks. It knows no
-training: the adapters that it swaps are made of random weights.
+training: the versions that it swaps differ from the base by chance.
 
 Run: ``kibitz bench swap``, ``kibitz bench overhead``.
 """
@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from bot.config import Config
 from bot.dialogue import DialogueManager, ReplyOptions
 from bot.policy import Policy
 from bot.registry import BASE, PolicyRegistry
@@ -28,38 +29,36 @@ from bot.tracker import Context
 from bot.types import Conversation, Message, PolicyVersion, new_id, now
 from learning import demo
 from learning.deployment import Deployment
-from learning.trainer import fingerprint
+from learning.version_files import fingerprint
 
 Progress = Callable[[str, int, int], None]
 Prompt = tuple[int, ...]
 
 LINES = 4  # messages in one conversation
-STALL = 5.0  # an answer is stalled if it takes this many times the median without swaps
+STALL = 5.0  # an answer is stalled if it takes this many times what the same one takes without swaps
 
 
-def random_adapter(base_model: str, directory: Path, rank: int, seed: int) -> None:
-    """Save a LoRA adapter of random weights, strong enough to change what is said, with its probe."""
+def random_version(config: Config, base_model: str, directory: Path, seed: int) -> None:
+    """Save weights that differ from the base's by chance, enough to change what is said, with their probe."""
     import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
     from learning.evaluation import next_logprobs
+    from learning.model import as_base, load, save, settle
     from learning.trainer import write_probe
 
     torch.manual_seed(seed)
-    base = AutoModelForCausalLM.from_pretrained(base_model, dtype="auto")
-    model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM"))
-    model.peft_config["default"].base_model_name_or_path = base_model
+    model = load(config, base_model)
     with torch.no_grad():
         for name, weights in model.named_parameters():
-            if "lora_B" in name:
-                weights.normal_(0, 0.05)
+            if weights.requires_grad and "lora_A" not in name:
+                weights.add_(torch.randn_like(weights), alpha=0.05)
+    settle(model)
     directory.mkdir(parents=True)
-    model.save_pretrained(directory)
-    ids = torch.randint(3, base.config.vocab_size, (24,), generator=torch.Generator().manual_seed(seed)).tolist()
+    save(model, directory)
+    ids = torch.randint(3, model.config.vocab_size, (24,), generator=torch.Generator().manual_seed(seed)).tolist()
     prefixes = [ids[:end] for end in range(8, len(ids))]
     own = next_logprobs(model, prefixes)
-    with model.disable_adapter():
+    with as_base(model):
         write_probe(directory, prefixes, own, next_logprobs(model, prefixes))
     (directory / "manifest.json").write_text("{}")
 
@@ -123,7 +122,7 @@ def mixed(answers: Sequence[Answer], expected: dict[str, dict[Prompt, str]]) -> 
 
 
 async def go_live(deployment: Deployment, source: Path) -> PolicyVersion:
-    """Take a copy of the adapter in `source` live under a name of its own, by the real deployment."""
+    """Take a copy of the weights in `source` live under a name of its own, by the real deployment."""
     version = register_copy(deployment.registry, source, deployment.config.data / "policies")
     return await deployment.deploy(version.name)
 
@@ -156,34 +155,46 @@ async def swap(
         said_by.append(await references(policy, version.name, prompts))
         expected[version.name] = said_by[-1]
     await load(policy, islice(cycle(prompts), 64), concurrent, lambda: None)  # warms up, not counted
-    quiet = []
-    for source in sources:  # answers of other weights have other lengths: the baseline holds all of them
-        expected[(await go_live(deployment, source)).name] = said_by[sources.index(source)]
+    quiet, usual = [], []
+    for source, said in zip(sources, said_by, strict=True):  # answers of other weights have other lengths
+        expected[(await go_live(deployment, source)).name] = said
         quiet.append(await load(policy, islice(cycle(prompts), requests // len(sources)), concurrent, done))
+        usual.append(_usual(quiet[-1][0]))
     swapped = asyncio.Event()
     until_swapped = takewhile(lambda _: not swapped.is_set(), cycle(prompts))
     busy = asyncio.create_task(load(policy, until_swapped, concurrent, done))
+    usual_of = {policy.version: usual[-1]}
     for number in range(swaps):
         await reached[finished + requests // swaps].wait()
         version = await go_live(deployment, sources[number % len(sources)])
         expected[version.name] = said_by[number % len(sources)]
+        usual_of[version.name] = usual[number % len(sources)]
     await reached[finished + requests // swaps].wait()
     swapped.set()
     answers, failed, seconds = await busy
     still = [answer for part, _, _ in quiet for answer in part]
-    usual = statistics.median(answer.seconds for answer in still)
     quiet_seconds = sum(part[2] for part in quiet)
     return {
         "swaps": len({answer.version for answer in answers}) - 1,
         "requests": len(answers) + failed,
         "failed": failed,
         "mixed": mixed(answers, expected),
-        "stalled": sum(answer.seconds > STALL * usual for answer in answers),
+        "stalled": sum(answer.seconds > STALL * usual_of[answer.version][answer.prompt] for answer in answers),
+        "longest_s": max(answer.seconds for answer in answers),
+        "longest_s_without_swaps": max(answer.seconds for answer in still),
         "throughput_ratio": _tokens(answers) / seconds / (_tokens(still) / quiet_seconds),
         "p99_ratio": _percentile(answers, 99) / _percentile(still, 99),
         "requests_without_swaps": len(still),
         "tokens_per_s": _tokens(answers) / seconds,
     }
+
+
+def _usual(answers: Sequence[Answer]) -> dict[Prompt, float]:
+    """The median time (s) of the answers to each prompt."""
+    taken: defaultdict[Prompt, list[float]] = defaultdict(list)
+    for answer in answers:
+        taken[answer.prompt].append(answer.seconds)
+    return {prompt: statistics.median(seconds) for prompt, seconds in taken.items()}
 
 
 def long_prompts(tokenizer: ChatTokenizer, count: int) -> list[Prompt]:

@@ -1,23 +1,25 @@
 """Deployment: a candidate goes live, and what is live is what the server serves.
 
 The order is load -> probe -> promote -> drain -> unload (law 5). The probe asks the server for its log-probabilities of
-fixed token ids and compares them with the trainer's. It knows no training; it needs a Policy and the registry.
+fixed token ids and compares them with the trainer's. A server holds many adapters and one set of whole weights: where those
+change, replies wait for the last answer in flight, for the load and for the probe. It knows no training; it needs a Policy
+and the registry.
 """
 
 import asyncio
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import numpy as np
 
 from bot.config import Config
-from bot.errors import KibitzError, ServingError
+from bot.errors import ConfigError, KibitzError, ServingError
 from bot.policy import Policy
 from bot.registry import BASE, PolicyRegistry
 from bot.types import PolicyVersion
-from learning.evaluation import check_files
-from learning.trainer import fingerprint
+from learning.version_files import faults, fingerprint, is_whole, weights_folder
 
 Announce = Callable[[str], None]
 
@@ -37,29 +39,35 @@ class Deployment:
         call = self.registry.database.call
         async with self._swapping:
             version = await call(self.registry.get, name)
+            before = self.policy.version
             try:
-                await self._load_and_probe(version)
+                async with self._proven(version):
+                    promoted = await call(self.registry.promote, name)
+                    self.policy.version = name
             except ServingError as error:
                 await self._unload(name)
                 await call(self.registry.reject, name, {**version.metrics, "reasons": [str(error)]})
                 raise
-            before = self.policy.version
-            promoted = await call(self.registry.promote, name)
-            self.policy.version = name
             await self._retire(before)
         self.announce(f"{name} is live")
         return promoted
 
     async def follow(self) -> bool:
-        """Bring the server to the registry's live version, if another process changed it; True if something changed."""
+        """Bring the server to the registry's live version, if another process changed it; True if something changed.
+
+        A server that is not ours may have been started again: then too.
+        """
         async with self._swapping:
             live = await self.registry.database.call(self.registry.live)
             before = self.policy.version
-            if live.name == before:
+            if live.name == before and (not self.config.serving.url or await self.policy.holds(before)):
                 return False
-            await self._load_and_probe(live)
-            self.policy.version = live.name
-            await self._retire(before)
+            if self.config.serving.url:
+                await self.policy.connect()
+            async with self._proven(live):
+                self.policy.version = live.name
+            if before != live.name:
+                await self._retire(before)
         self.announce(f"{live.name} is live")
         return True
 
@@ -80,12 +88,21 @@ class Deployment:
         """After a (re)start of the server: serve the live version again, or the base model where it cannot be proven."""
         async with self._swapping:
             await self.policy.connect()
-            self.policy.version = BASE
+            if self.policy.weights == BASE:
+                self.policy.version = BASE
+            if self.config.training.weights == "full" and not self.policy.takes_weights:
+                raise ConfigError(
+                    f"config key training.weights has value 'full', but the vLLM at {self.policy.url} does not let its "
+                    "weights be changed; start it with VLLM_SERVER_DEV_MODE=1 in its environment, or set "
+                    'training.weights = "lora"'
+                )
             live = await self.registry.database.call(self.registry.live)
             try:
-                await self._load_and_probe(live)
-                self.policy.version = live.name
+                async with self._proven(live):
+                    self.policy.version = live.name
             except ServingError as error:
+                async with self._proven(await self.registry.database.call(self.registry.get, BASE)):
+                    self.policy.version = BASE
                 self.announce(f"{live.name} cannot be served ({error}); {BASE} answers until it can")
 
     async def rollback(self) -> PolicyVersion:
@@ -94,24 +111,61 @@ class Deployment:
         await self.follow()
         return live
 
-    async def _load_and_probe(self, version: PolicyVersion) -> None:
-        if version.name == BASE:
-            return
-        faults = await asyncio.to_thread(self._faults, version)
-        if faults:
-            raise ServingError(f"{version.name} is not sound: {faults[0]}")
-        if version.name not in await self.policy.loaded():
-            await self.policy.load(version.name, version.path)
-        await self._probe(version)
+    @contextlib.asynccontextmanager
+    async def _proven(self, version: PolicyVersion) -> AsyncIterator[None]:
+        """Inside, the server is known to serve `version`. Where other weights make way for its own, replies wait."""
+        if version.name != BASE:
+            found = await asyncio.to_thread(self._faults, version)
+            if found:
+                raise ServingError(f"{version.name} is not sound: {found[0]}")
+        whole = version.name != BASE and is_whole(Path(version.path))
+        wanted = version.name if whole else BASE
+        async with contextlib.nullcontext() if wanted == self.policy.weights else self._weights(wanted):
+            if not whole and version.name != BASE and version.name not in await self.policy.loaded():
+                await self.policy.load(version.name, version.path)
+            if version.name != BASE:
+                await self._probe(version)
+            yield
+
+    @contextlib.asynccontextmanager
+    async def _weights(self, name: str) -> AsyncIterator[None]:
+        """Inside, nobody is answered and the server holds the whole weights of a version; on an error those before again."""
+        if not self.policy.takes_weights:
+            raise ServingError(
+                f'{name} has weights of its own, and this vLLM does not let them be changed; set training.weights = "full" '
+                "(and VLLM_SERVER_DEV_MODE=1 where the server is not started by kibitz)"
+            )
+        before = self.policy.weights
+        async with self.policy.held(self.config.serving.reply_seconds):
+            try:
+                await self._replace(name)
+                yield
+            except BaseException:
+                if before is not None:
+                    await self._replace(before)
+                raise
+
+    async def _replace(self, name: str) -> None:
+        await self.policy.replace(name, await self.registry.database.call(self._source, name))
+
+    def _source(self, name: str) -> str:
+        """Where vLLM finds the whole weights of a version."""
+        version = self.registry.get(name)
+        if name == BASE:
+            return str(Path(version.base_model).absolute()) if Path(version.base_model).is_dir() else version.base_model
+        folder = weights_folder(Path(version.path))
+        if not folder.is_dir():  # vLLM's engine ends where it cannot read them
+            raise ServingError(f"the weights of {name} are gone")
+        return str(folder)
 
     def _faults(self, version: PolicyVersion) -> list[str]:
         directory = Path(version.path)
         if not (directory / "manifest.json").is_file():
             return ["its manifest is missing: it was never finished"]
-        faults = check_files(directory, version.base_model, self.config.serving.max_lora_rank)
-        if not faults and fingerprint(directory) != version.sha256:
-            faults = ["its weights are not those that were registered"]
-        return faults
+        found = faults(directory, version.base_model, self.config.serving.max_lora_rank)
+        if not found and fingerprint(directory) != version.sha256:
+            found = ["its weights are not those that were registered"]
+        return found
 
     async def _probe(self, version: PolicyVersion) -> None:
         """Raise unless the server computes the trainer's log-probabilities, and not those of the parent."""

@@ -5,18 +5,17 @@ judges by pure functions of what was measured. It knows no database and no serve
 is the probe's question, in `learning.deployment`.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bot.config import GateConfig
 from bot.tokenizer import ChatTokenizer
+from learning.model import as_base
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 Rows = Sequence[tuple[Sequence[int], Sequence[int]]]
 BATCH_TOKENS = 2048  # each costs a row of logits as long as the vocabulary
 EMOJI = re.compile("[\U0001f300-\U0001faff\u2600-\u27bf]")
-ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
 
 
 @dataclass(frozen=True)
@@ -139,40 +137,6 @@ def is_well_formed(text: str) -> bool:
     return not grams or max(grams.values()) < 3
 
 
-def check_files(adapter: Path, base_model: str, max_rank: int) -> list[str]:
-    """What is wrong with an adapter's directory; empty where vLLM may load it. Needs no torch."""
-    from safetensors import SafetensorError, safe_open
-
-    faults = [f"{path.name}: is a link" for path in adapter.iterdir() if path.is_symlink()]
-    extra = [path.name for path in adapter.iterdir() if path.suffix in {".bin", ".pt", ".pkl", ".pickle"}]
-    faults += [f"{name}: a pickle file; adapters are safetensors only" for name in extra]
-    missing = [name for name in sorted(ADAPTER_FILES) if not (adapter / name).is_file()]
-    if missing:
-        return [*faults, *(f"{name}: is missing" for name in missing)]
-    settings = json.loads((adapter / "adapter_config.json").read_text())
-    if settings.get("r", 0) > max_rank:
-        faults.append(f"rank {settings['r']} is above serving.max_lora_rank {max_rank}")
-    for key, allowed in {"bias": "none", "use_dora": False, "modules_to_save": None}.items():
-        if settings.get(key, allowed) not in (allowed, None, []):
-            faults.append(f"adapter_config.json: {key} is {settings[key]!r}, which vLLM does not serve")
-    if Path(settings.get("base_model_name_or_path", "")).name != Path(base_model).name:
-        faults.append(f"made for another base model ({settings.get('base_model_name_or_path')})")
-    try:
-        with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        return [*faults, f"adapter_model.safetensors: cannot be read ({error})"]
-    faults += [f"{name}: not finite" for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
-    pairs = Counter(name.rsplit(".lora_", 1)[0] for name in tensors)
-    faults += [f"{name}: half of a LoRA pair is missing" for name, parts in pairs.items() if parts != 2]
-    layers = {int(found) for name in tensors for found in re.findall(r"\.layers\.(\d+)\.", name)}
-    if layers != set(range(max(layers, default=-1) + 1)) or not layers:
-        faults.append("some layers are missing")
-    if not any(tensor.any() for name, tensor in tensors.items() if ".lora_B" in name):
-        faults.append("all weights are zero: it changes nothing")
-    return faults
-
-
 def answer_logprobs(model: Any, rows: Rows) -> list["torch.Tensor"]:
     """The log-probability (nats) of each completion token of each (prompt ids, completion ids) row, one row at a time.
 
@@ -245,10 +209,10 @@ def perplexity(logprobs: Sequence["torch.Tensor"]) -> float:
 
 
 def kl_to_base(model: Any, samples: Sequence[Sample]) -> float:
-    """KL(policy || base) for each token (nats) of a PeftModel, estimated on the policy's own samples."""
+    """KL(policy || base) for each token (nats) of a model in training, estimated on the policy's own samples."""
     rows = [(sample.prompt_ids, sample.completion_ids) for sample in samples]
     own = batched_logprobs(model, rows)
-    with model.disable_adapter():
+    with as_base(model):
         base = batched_logprobs(model, rows)
     tokens = sum(len(row) for row in own)
     return float(sum((a - b).sum() for a, b in zip(own, base, strict=True)) / max(tokens, 1))

@@ -11,6 +11,7 @@ from typing import Any
 from scipy.stats import binomtest
 from transformers import TrainerCallback
 
+from learning.model import restore, weights
 from learning.processes import agreed
 
 CHECKS = 3  # in a run
@@ -37,7 +38,7 @@ class Limits:
 
 
 class Guard(TrainerCallback):
-    """Checks a PeftModel at the start of a run and CHECKS times in it; `stopped` says why it was stopped, if it was."""
+    """Checks a model at the start of a run and CHECKS times in it; `stopped` says why it was stopped, if it was."""
 
     def __init__(self, measure: Callable[[], Health], limits: Limits):
         self.measure = measure
@@ -83,15 +84,3 @@ class Guard(TrainerCallback):
         if binomtest(now.well_formed, now.samples, usual, "less").pvalue < LUCK:
             return f"only {now.well_formed} of {now.samples} samples were well-formed"
         return None
-
-
-def weights(model: Any) -> dict[str, Any]:
-    """A copy of the weights that are trained, by name."""
-    return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
-
-
-def restore(model: Any, kept: dict[str, Any]) -> None:
-    """Set a model's weights back to a copy that `weights` made."""
-    for name, parameter in model.named_parameters():
-        if name in kept:
-            parameter.data.copy_(kept[name])

@@ -23,13 +23,13 @@ from bot.tokenizer import ChatTokenizer
 from learning import demo
 from learning.evaluation import Sample, batched_logprobs, generate, kl_to_base, perplexity
 from learning.followup_training import PHRASES
-from learning.guard import restore, weights
+from learning.model import as_base, load, restore, weights
 from learning.pretrain import quiet
 from learning.replay_buffer import Experience, compared, told
 from learning.selection import parted
 from learning.simulation import Utility
 from learning.simulation import users as simulated_users
-from learning.trainer import load, teach
+from learning.trainer import teach
 
 STEPS = (40, 80, 120, 160, 200)  # reactions after which a version is trained and judged
 SAMPLES = 4  # answers to each held-out prompt
@@ -82,7 +82,7 @@ class Arena:
         self.untouched = [self._row(dialogue) for dialogue in demo.dialogues(128, seed=10_000 + seed)]
         self.model = load(config, base_model)
         self.start = weights(self.model)
-        with self.model.disable_adapter():
+        with as_base(self.model):
             self.first = self.answers(self.prompts, self.seed)
             self.perplexity = self._perplexity()
 

@@ -14,10 +14,12 @@ from its base.
 
 import random
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
@@ -25,6 +27,7 @@ from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 from bot.config import TrainingConfig
 from bot.errors import NothingToLearn, TrainingError
 from learning.evaluation import pad_id
+from learning.model import as_base, draw_to_base
 from learning.processes import share, shared
 from learning.replay_buffer import Experience
 from learning.weighted_trainer import weighted_trainer
@@ -33,21 +36,34 @@ Progress = Callable[[str, int, int], None]
 
 
 class AnchoredTrainer(Trainer):
-    """A TRL trainer whose reference is the base model, not a copy of the adapter that is continued."""
+    """A TRL trainer whose reference is the base model, not the policy as it is at the start of the run."""
 
-    def anchor_to_base(self) -> None:
-        """Drop the copy of the adapter that TRL would take as the reference; without it, that is the base model."""
-        if "ref" in self.model.peft_config:
+    def anchor_to_base(self) -> AbstractContextManager[Any]:
+        """Inside, the model is what TRL takes as the reference. Of a continued adapter it would take a copy: that goes."""
+        if isinstance(self.model, PeftModel) and "ref" in self.model.peft_config:
             self.model.delete_adapter("ref")
+        return as_base(self.model)
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        self.anchor_to_base()
-        return super()._precompute_ref_logps(shared(dataset), name, batch_size)
+        with self.anchor_to_base():
+            return super()._precompute_ref_logps(shared(dataset), name, batch_size)
 
 
 class _WeightedCollator(DataCollatorForUnpairedPreference):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         return super().torch_call(examples) | {"weight": torch.tensor([example["weight"] for example in examples])}
+
+
+class DrawnToBase(TrainerCallback):
+    """The weight decay of a whole model: in each step back to the base by the share that an adapter loses."""
+
+    def __init__(self, config: TrainingConfig):
+        self.config = config
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **given: Any) -> None:
+        """Go back, the less the smaller the step was."""
+        of_full = given["lr_scheduler"].get_last_lr()[0] / args.learning_rate
+        draw_to_base(model, self.config.learning_rate * self.config.weight_decay * of_full)
 
 
 class TokenKTOTrainer(AnchoredTrainer, KTOTrainer):
@@ -82,7 +98,7 @@ def train(
     progress: Progress,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, float]:
-    """Train a PeftModel in place with the objective that `config` names; the averages of the last steps' metrics.
+    """Train a model in place with the objective that `config` names; the averages of the last steps' metrics.
 
     Raises NothingToLearn where the objective can use none of the rows, and TrainingError where the loss is not finite. Out
     of memory, the batch is halved, and the run goes on from where the weights are.
@@ -100,7 +116,7 @@ def train(
         try:
             trainer = make(model, tokenizer, usable, config, arguments(config, batch_size, len(usable), seed))
             report_progress(trainer, "train", progress)
-            for callback in callbacks:
+            for callback in (*([DrawnToBase(config)] if config.weights == "full" else []), *callbacks):
                 trainer.add_callback(callback)
             outcome = trainer.train()
             break
@@ -199,10 +215,10 @@ def arguments(config: TrainingConfig, batch_size: int, rows: int, seed: int) -> 
         "output_dir": "unused",
         "per_device_train_batch_size": share(batch_size),
         "max_steps": steps,
-        "learning_rate": config.learning_rate,
+        "learning_rate": config.learning_rate if config.weights == "lora" else config.full_learning_rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,
-        "weight_decay": config.weight_decay,
+        "weight_decay": config.weight_decay if config.weights == "lora" else 0.0,
         "train_sampling_strategy": "sequential",
         "dataloader_drop_last": rows >= batch_size,
         "seed": seed,

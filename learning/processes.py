@@ -1,4 +1,4 @@
-"""Training in several processes: the rows and the adapter go to `torchrun`, and the adapter comes back taught.
+"""Training in several processes: the rows and the weights go to `torchrun`, and the weights come back taught.
 
 Each process is given a share of every batch; gradients are averaged, so that the result is that of the whole batch but for
 rounding. What is decided (whether to stop) is decided by the first process, for all. It knows no database and no gate.
@@ -37,21 +37,20 @@ def teach_together(
     progress: Progress,
 ) -> dict[str, Any]:
     """As `learning.trainer.teach`, in `training.processes` processes of their own. Raises what they raise."""
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
+    from learning.model import adopt, save
 
     policies = config.data / "policies"
     policies.mkdir(parents=True, exist_ok=True)
     # What people said is in it: as an unfinished version, a killed run's leftover goes with the next run.
     with tempfile.TemporaryDirectory(dir=policies, suffix=".unfinished") as place:
         job = Path(place)
-        model.save_pretrained(job / "adapter")
+        save(model, job / "start")
         (job / "job").write_bytes(pickle.dumps((config, base_model, training, held_out, prompts)))
         _run(job, config.training.processes, progress)
         told = json.loads((job / "result.json").read_text())
         if "error" in told:
             raise (NothingToLearn if told["is_nothing"] else TrainingError)(told["error"])
-        set_peft_model_state_dict(model, load_file(job / "taught" / "adapter_model.safetensors", device=str(model.device)))
+        adopt(model, job / "taught")
     return told
 
 
@@ -114,13 +113,14 @@ def share(batch_size: int) -> int:
 
 
 def _work(job: Path) -> None:
+    from learning.model import load, save
     from learning.pretrain import quiet
-    from learning.trainer import load, teach
+    from learning.trainer import teach
 
     quiet()
     tempfile.tempdir = str(job)  # goes with the job
     config, base_model, training, held_out, prompts = pickle.loads((job / "job").read_bytes())
-    model = load(config, base_model, str(job / "adapter"))
+    model = load(config, base_model, str(job / "start"))
 
     def report(stage: str, done: int, total: int) -> None:
         if is_first():
@@ -132,7 +132,7 @@ def _work(job: Path) -> None:
     except KibitzError as error:
         told = {"error": str(error), "is_nothing": isinstance(error, NothingToLearn)}
     if is_first():
-        model.save_pretrained(job / "taught")
+        save(model, job / "taught")
         (job / "result.json").write_text(json.dumps(told))
 
 

@@ -149,6 +149,8 @@ class Simulation:
 
     async def run(self, rounds: int, messages: int, samples: int, show: Callable[[Row], None]) -> list[Row]:
         """`rounds` times: talk (`messages` exchanges), learn, judge the live version on `samples` answers a prompt."""
+        frozen, _ = await self._utilities(BASE, samples)
+        self._frozen = mean_interval(frozen, self.people.seed)
         await self._judge(samples, approval=None, kl=0.0, note="the start", show=show)
         for number in range(1, rounds + 1):
             approvals = await self._talk(messages, f"round {number}: talking")
@@ -190,11 +192,10 @@ class Simulation:
         return kl, "" if outcome["passed"] else f"{outcome['policy']} rejected: {'; '.join(outcome['reasons'])}"
 
     async def _judge(self, samples: int, approval: float | None, kl: float, note: str, show: Callable[[Row], None]) -> None:
-        """True utility of the live version and of the frozen one on the held-out prompts."""
+        """True utility of the live version on the held-out prompts, beside that of the frozen one."""
         live, well_formed = await self._utilities(self.policy.version, samples)
-        frozen, _ = await self._utilities(BASE, samples)
         mean, low, high = mean_interval(live, self.people.seed)
-        frozen_mean, frozen_low, frozen_high = mean_interval(frozen, self.people.seed)
+        frozen_mean, frozen_low, frozen_high = self._frozen
         row = Row(
             version=self.policy.version,
             reactions=await self.dialogue.store.database.call(self.dialogue.store.reactions),

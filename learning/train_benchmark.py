@@ -51,9 +51,9 @@ def _measured(config: Config, base_model: str, plain: bool) -> tuple[float, int,
     """Seconds, tokens of rows that were passed over, and peak memory (bytes) of one run."""
     import torch
 
+    from learning.model import load
     from learning.objectives import train, usable_rows
     from learning.pretrain import quiet
-    from learning.trainer import load
 
     quiet()
     tokenizer = ChatTokenizer(base_model)

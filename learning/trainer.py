@@ -19,7 +19,7 @@ from bot.conversations import ConversationStore
 from bot.data_directory import held
 from bot.database import Database
 from bot.embeddings import Embedder
-from bot.errors import NothingToLearn, TrainingError
+from bot.errors import NothingToLearn
 from bot.registry import BASE, PolicyRegistry
 from bot.tokenizer import ChatTokenizer
 from bot.types import PolicyState, PolicyVersion
@@ -29,22 +29,24 @@ from learning.evaluation import (
     Verdict,
     answer_logprobs,
     batched_logprobs,
-    check_files,
     generate,
     judge,
     kl_to_base,
     next_logprobs,
 )
+from learning.model import as_base, load, not_finite, save, served, settle
 from learning.off_policy import estimated
 from learning.pretrain import quiet
 from learning.processes import teach_together
 from learning.replay_buffer import Experience, ReplayBuffer, Snapshot
 from learning.report import write_samples
 from learning.reward_model import reward_model
+from learning.version_files import discard, faults, fingerprint, is_whole
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
+
+    from learning.model import Model
 
 Progress = Callable[[str, int, int], None]
 PROBES = ("hello", "good night", "what should i eat?", "tell me something about yourself")
@@ -87,7 +89,9 @@ def _run(config: Config, progress: Progress, space: str | None, from_base: bool)
     _clear_up(registry, config.data / "policies")
     live, every = registry.live(), config.learning.from_base_every
     is_due = every > 0 and len(registry.runs()) % every == every - 1
-    parent = registry.get(BASE) if from_base or is_due else live
+    # An adapter is served on the base model alone: it does not go on from a live version with weights of its own.
+    cannot = config.training.weights == "lora" and is_whole(Path(live.path))
+    parent = registry.get(BASE) if from_base or is_due or cannot else live
     tokenizer = ChatTokenizer(parent.base_model)
     progress("reading feedback", 0, 1)
     embedding = embedder(config)
@@ -111,6 +115,7 @@ def _run(config: Config, progress: Progress, space: str | None, from_base: bool)
         registry.complete(version.name, adapter_sha256, metrics)
         if not verdict.passed:
             registry.reject(version.name)
+            discard(directory)
         registry.end_run(run_id, "passed" if verdict.passed else "; ".join(verdict.reasons))
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -147,11 +152,6 @@ def _clear_up(registry: PolicyRegistry, policies: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def fingerprint(directory: Path) -> str:
-    """The sha256 of an adapter's weights file."""
-    return hashlib.sha256((directory / "adapter_model.safetensors").read_bytes()).hexdigest()
-
-
 def _refuse_empty(snapshot: Snapshot) -> None:
     if snapshot.training:
         rewards = {one.reward for one in snapshot.training}
@@ -169,7 +169,7 @@ def _refuse_empty(snapshot: Snapshot) -> None:
 
 
 def _manifest(config: Config, parent: PolicyVersion, snapshot: Snapshot) -> dict[str, Any]:
-    """All that the adapter depends on, and nothing else: no time, no path, no version number."""
+    """All that the weights depend on, and nothing else: no time, no path, no version number."""
     return {
         "base_sha256": _base_fingerprint(parent.base_model),
         "parent_sha256": parent.sha256,
@@ -207,12 +207,11 @@ def _train(
     set_seed(config.seed)  # of a fresh adapter
     progress("loading the model", 0, 1)
     held_out = [(row.prompt_ids, row.completion_ids) for row in snapshot.held_out]
-    before = answer_logprobs(_load(config, live), held_out) if live != parent else None
-    model = _load(config, parent)
-    before = answer_logprobs(model, held_out) if before is None else before
+    before = answer_logprobs(served(config, live.base_model, _weights_of(live)), held_out)
+    model = load(config, parent.base_model, _weights_of(parent))
     asked = _asked(snapshot, config.gate.samples)
     prompts = list(asked)
-    with model.disable_adapter():
+    with as_base(model):
         base_samples = generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed)
         probed = generate(model, tokenizer, _probe_prompts(tokenizer), config.policy.max_tokens, config.seed)
     prefixes = probe_prefixes(probed)
@@ -228,11 +227,11 @@ def _train(
     if trained["stopped"] and not trained["kept"]:
         raise NothingToLearn(f"what was learned did only harm ({trained['stopped']}); more reactions may help")
     progress("measuring", 0, 1)
+    settle(model)
     after = answer_logprobs(model, held_out)
     samples = generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed)
     kl = kl_to_base(model, samples)
-    model.save_pretrained(directory)
-    (directory / "README.md").unlink(missing_ok=True)
+    save(model, directory)
     write_samples(directory, list(asked.values()), earlier, samples)
     write_probe(directory, prefixes, next_logprobs(model, prefixes), from_parent)
     evidence = Evidence(
@@ -243,7 +242,10 @@ def _train(
         kl=kl,
         well_formed=_well_formed(samples),
         base_well_formed=_well_formed(base_samples),
-        file_faults=check_files(directory, parent.base_model, config.serving.max_lora_rank),
+        file_faults=[
+            *faults(directory, parent.base_model, config.serving.max_lora_rank),
+            *(f"{name}: not finite" for name in not_finite(model)),
+        ],
     )
     verdict = judge(evidence, config.gate, config.seed)
     metrics = {**verdict.figures, **trained, "taken_back": snapshot.taken_back}
@@ -260,7 +262,7 @@ def _train(
 
 def teach(
     config: Config,
-    model: "PeftModel",
+    model: "Model",
     tokenizer: ChatTokenizer,
     training: Sequence[Experience],
     held_out: Sequence[Experience],
@@ -292,33 +294,8 @@ def teach(
     return {**trained, "stopped": guard.stopped, "kept": guard.kept, "checks": guard.checks}
 
 
-def _load(config: Config, version: PolicyVersion) -> "PeftModel":
-    return load(config, version.base_model, None if version.name == BASE else version.path)
-
-
-def load(config: Config, base_model: str, adapter: str | None = None) -> "PeftModel":
-    """The base model with the adapter in a directory, or with a fresh one."""
-    import torch
-    from peft import LoraConfig, PeftModel, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    try:
-        base = AutoModelForCausalLM.from_pretrained(
-            base_model, dtype="auto" if config.serving.dtype == "auto" else config.serving.dtype
-        )
-    except (OSError, ValueError) as error:
-        raise TrainingError(
-            f"the base model '{base_model}' cannot be loaded ({str(error).splitlines()[0]}); put it back"
-        ) from error
-    if torch.cuda.is_available():
-        base = base.to("cuda")
-    if adapter is not None:
-        return PeftModel.from_pretrained(base, adapter, is_trainable=True)
-    rank = config.training.lora_rank
-    settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM", bias="none")
-    model = get_peft_model(base, settings)
-    model.peft_config["default"].base_model_name_or_path = base_model
-    return model
+def _weights_of(version: PolicyVersion) -> str | None:
+    return None if version.name == BASE else version.path
 
 
 def _asked(snapshot: Snapshot, count: int) -> dict[tuple[int, ...], str]:

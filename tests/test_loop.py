@@ -11,13 +11,15 @@ import httpx
 import pytest
 from conftest import until
 
+from bot.config import TrainingConfig
 from bot.dialogue import DialogueManager, ReplyOptions
 from bot.errors import DataError, ReplyInterrupted, ServingError
 from bot.policy import Policy
 from bot.registry import BASE
 from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, new_id
+from bot.vllm_server import VllmServer
 from learning import benchmark, demo, simulation
-from learning.deployment import mean_distance
+from learning.deployment import Deployment, mean_distance
 from learning.evaluation import answer_logprobs
 from learning.loop import OnlineLearner
 
@@ -27,13 +29,18 @@ async def say(live, text: str, **details) -> object:
     return await live.dialogue.respond(Message(place.id, "ann", text, **details), ReplyOptions(seed=1))
 
 
-async def swapped_in(live, tmp_path: Path, seed: int) -> str:
+async def version_of(live, source: Path, seed: int, kind: str = "lora") -> str:
+    """A candidate of random weights; they stay in `source` too."""
+    config = live.config.model_copy(update={"training": TrainingConfig(weights=kind)})
+    await asyncio.to_thread(benchmark.random_version, config, live.registry.get(BASE).base_model, source, seed)
+    return benchmark.register_copy(live.registry, source, live.config.data / "policies").name
+
+
+async def swapped_in(live, tmp_path: Path, seed: int, kind: str = "lora") -> str:
     """A version of random weights, live by the real deployment."""
-    source = tmp_path / f"weights-{seed}"
-    await asyncio.to_thread(benchmark.random_adapter, live.registry.get(BASE).base_model, source, 8, seed)
-    version = benchmark.register_copy(live.registry, source, live.config.data / "policies")
-    await live.deployment.deploy(version.name)
-    return version.name
+    name = await version_of(live, tmp_path / f"weights-{seed}", seed, kind)
+    await live.deployment.deploy(name)
+    return name
 
 
 async def test_a_reply_knows_what_made_it(live, tokenizer):
@@ -133,9 +140,9 @@ async def test_enough_new_reactions_start_a_run_by_themselves_and_a_failed_one_d
 
 async def test_a_candidate_that_the_server_serves_differently_is_rejected(live, tmp_path):
     source = tmp_path / "weights"
-    await asyncio.to_thread(benchmark.random_adapter, live.registry.get(BASE).base_model, source, 8, 5)
+    await asyncio.to_thread(benchmark.random_version, live.config, live.registry.get(BASE).base_model, source, 5)
     other = tmp_path / "other"
-    await asyncio.to_thread(benchmark.random_adapter, live.registry.get(BASE).base_model, other, 8, 6)
+    await asyncio.to_thread(benchmark.random_version, live.config, live.registry.get(BASE).base_model, other, 6)
     shutil.copy(other / "probe.json", source / "probe.json")  # the trainer's figures are of other weights
     version = benchmark.register_copy(live.registry, source, live.config.data / "policies")
     before = live.policy.version
@@ -149,20 +156,114 @@ async def test_a_candidate_that_the_server_serves_differently_is_rejected(live, 
 async def test_a_version_whose_files_changed_after_it_was_registered_is_refused(live, tmp_path):
     sources = [tmp_path / "one", tmp_path / "two"]
     for seed, source in enumerate(sources):
-        await asyncio.to_thread(benchmark.random_adapter, live.registry.get(BASE).base_model, source, 8, seed)
+        await asyncio.to_thread(benchmark.random_version, live.config, live.registry.get(BASE).base_model, source, seed)
     version = benchmark.register_copy(live.registry, sources[0], live.config.data / "policies")
     shutil.copy(sources[1] / "adapter_model.safetensors", version.path)
     with pytest.raises(ServingError, match="not those that were registered"):
         await live.deployment.deploy(version.name)
 
 
-async def test_swaps_under_load_fail_and_mix_nothing(live, tokenizer, tmp_path):
+@pytest.mark.parametrize("kind", ["lora", "full"])
+async def test_swaps_under_load_fail_and_mix_nothing(live, tokenizer, tmp_path, kind, monkeypatch):
+    monkeypatch.setattr("bot.policy.LULL_SECONDS", 0.5)
     sources = [tmp_path / "one", tmp_path / "two"]
     for seed, source in enumerate(sources):
-        await asyncio.to_thread(benchmark.random_adapter, live.registry.get(BASE).base_model, source, 8, seed)
+        await version_of(live, source, seed, kind)
     figures = await benchmark.swap(live.deployment, tokenizer, sources, 2, 96, 8, lambda *_: None)
     assert (figures["swaps"], figures["failed"], figures["mixed"]) == (2, 0, 0)
     assert figures["requests"] >= 96
+
+
+async def test_adapters_and_whole_weights_make_way_for_each_other(live, tmp_path):
+    """Each is proven by its probe, which would not pass on the weights of another; what is taken back is served again."""
+    adapter = await swapped_in(live, tmp_path, 31)
+    assert live.policy.weights == BASE
+    whole = await swapped_in(live, tmp_path, 32, "full")
+    assert (live.policy.weights, (await say(live, "hello")).policy_version) == (whole, whole)
+    with pytest.raises(ServingError, match=f"{BASE} is not served: the weights of {whole} are"):
+        await live.policy.reply([1, 2, 3], version=BASE)
+    other = await swapped_in(live, tmp_path, 33, "full")
+    with pytest.raises(ServingError, match="failed its probe"):
+        live.policy.weights = whole  # the control: they are those of the other
+        await live.deployment._probe(live.registry.get(whole))
+    live.policy.weights = other
+    again = await swapped_in(live, tmp_path, 34)
+    assert (live.policy.weights, live.policy.version) == (BASE, again)
+    for expected, weights in ((other, other), (whole, whole), (adapter, BASE)):
+        live.registry.rollback()
+        await until(lambda expected=expected: live.policy.version == expected)
+        assert live.policy.weights == weights
+        await live.deployment._probe(live.registry.get(expected))
+
+
+async def test_whole_weights_that_fail_their_probe_give_way_to_those_before_and_replies_only_wait(live, tmp_path):
+    before = await swapped_in(live, tmp_path, 41, "full")
+    name = await version_of(live, tmp_path / "candidate", 42, "full")
+    shutil.copy(tmp_path / "weights-41" / "probe.json", live.registry.get(name).path)  # the trainer's are of other weights
+    talk = [asyncio.create_task(say(live, "hello")) for _ in range(16)]
+    with pytest.raises(ServingError, match="failed its probe"):
+        await live.deployment.deploy(name)
+    assert {turn.policy_version for turn in await asyncio.gather(*talk)} == {before}
+    assert (live.policy.weights, live.policy.version) == (before, before)
+    await live.deployment._probe(live.registry.get(before))
+    assert live.registry.get(name).state == PolicyState.REJECTED
+
+
+async def test_weights_are_not_changed_under_an_answer_that_does_not_end(live, monkeypatch):
+    monkeypatch.setattr("bot.policy.LULL_SECONDS", 0.05)
+    goes_on = asyncio.Event()
+    prompt = live.dialogue.tracker.tokenizer.prompt_ids([{"role": "user", "content": "tell me a joke"}])
+    begun = asyncio.Event()
+
+    async def slowly(text: str) -> None:
+        begun.set()
+        await goes_on.wait()
+
+    busy = asyncio.create_task(live.policy.reply(prompt, on_text=slowly))
+    await begun.wait()
+    with pytest.raises(ServingError, match=r"still being given after 0\.2 s"):
+        async with live.policy.held(0.2):
+            pytest.fail("an answer is in flight")
+    goes_on.set()
+    await busy
+    async with live.policy.held(0.2):
+        waiting = asyncio.create_task(live.policy.reply(prompt))
+        await asyncio.sleep(0.2)
+        assert not waiting.done()
+    assert (await waiting).completion_ids, "the control: it only waited"
+
+
+async def test_a_server_that_was_started_again_by_somebody_else_is_given_its_weights_again(live, tmp_path):
+    name = await swapped_in(live, tmp_path, 51, "full")
+    elsewhere = live.config.model_copy(update={"serving": live.config.serving.model_copy(update={"url": live.policy.url})})
+    deployment = Deployment(live.policy, live.registry, elsewhere)
+    assert not await deployment.follow(), "nothing has changed"
+    await live.policy.replace("default", live.registry.get(BASE).base_model)  # as a fresh one would be
+    live.policy.weights = name
+    with pytest.raises(ServingError, match="failed its probe"):
+        await deployment._probe(live.registry.get(name))
+    assert await deployment.follow()
+    assert live.policy.version == name
+    await deployment._probe(live.registry.get(name))
+    adapter = await swapped_in(live, tmp_path, 52)
+    await live.policy.unload(adapter)
+    assert await deployment.follow()
+    assert (await say(live, "hello")).policy_version == adapter
+
+
+async def test_a_server_that_keeps_its_weights_is_an_error_for_people(live, tmp_path, monkeypatch):
+    name = await version_of(live, tmp_path / "candidate", 61, "full")
+    live.policy.takes_weights = False
+    try:
+        with pytest.raises(ServingError, match="does not let them be changed"):
+            await live.deployment.deploy(name)
+    finally:
+        await live.policy.connect()
+    assert live.policy.takes_weights
+    monkeypatch.delenv("VLLM_SERVER_DEV_MODE")
+    whole = live.config.model_copy(update={"training": TrainingConfig(weights="full")})
+    assert VllmServer(whole, "model")._environment()["VLLM_SERVER_DEV_MODE"] == "1"
+    assert "VLLM_SERVER_DEV_MODE" not in VllmServer(live.config, "model")._environment(), "not without need"
 
 
 async def test_a_reload_under_one_name_is_caught(live, tokenizer, tmp_path):
@@ -173,7 +274,7 @@ async def test_a_reload_under_one_name_is_caught(live, tokenizer, tmp_path):
     answers, _, _ = await benchmark.load(live.policy, iter(prompts), 4, lambda: None)
     assert benchmark.mixed(answers, expected) == 0
     other = tmp_path / "weights-12"
-    await asyncio.to_thread(benchmark.random_adapter, live.registry.get(BASE).base_model, other, 8, 12)
+    await asyncio.to_thread(benchmark.random_version, live.config, live.registry.get(BASE).base_model, other, 12)
     body = {"lora_name": name, "lora_path": str(other), "load_inplace": True}
     async with httpx.AsyncClient(base_url=live.policy.url, timeout=60) as client:
         (await client.post("/v1/load_lora_adapter", json=body)).raise_for_status()

@@ -14,10 +14,10 @@ from bot.config import Config, TrainingConfig
 from bot.errors import NothingToLearn, TrainingError
 from learning import demo, objectives
 from learning.evaluation import batched_logprobs, batches
-from learning.guard import Guard, Health, Limits, restore, weights
+from learning.guard import Guard, Health, Limits
+from learning.model import load, restore, weights
 from learning.objectives import train, usable_rows
 from learning.replay_buffer import Experience, told
-from learning.trainer import load
 from learning.weighted_trainer import CUT, TERMS, row_losses
 
 OBJECTIVES = ("kto", "dpo", "sft", "pg", "hindsight", "mixed")
@@ -79,6 +79,21 @@ def test_an_objective_makes_liked_answers_likelier_than_disliked_ones(fresh, tok
     assert margin(fresh, rows) > before + 0.5
     assert 0 < figures["steps"] <= 8
     assert math.isfinite(figures["train_loss"])
+
+
+def test_whole_weights_learn_from_every_objective_and_are_drawn_to_the_base(demo_model, tokenizer):
+    whole = {"weights": "full", "full_learning_rate": 3e-4}
+    model = load(Config(training=whole), demo_model)
+    rows, start = lessons(model, tokenizer), weights(model)
+    before, gone = margin(model, rows), {}
+    for objective in ("kto", "dpo", "sft", "pg", "mixed"):
+        for decay in (0.0, 100.0):
+            settings = TrainingConfig(objective=objective, max_steps=8, weight_decay=decay, **whole)
+            train(model, tokenizer.hf, rows, settings, 0, quiet)
+            gone[decay] = sum(float((value - start[name]).norm()) for name, value in weights(model).items())
+            assert margin(model, rows) > before + 0.5
+            restore(model, start)
+        assert gone[100.0] < 0.9 * gone[0.0]
 
 
 def test_without_an_advantage_nothing_is_learned(fresh, tokenizer):

@@ -2,6 +2,7 @@
 
 import json
 import random
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,13 @@ from bot.errors import ConfigError, NothingToLearn
 from bot.registry import BASE
 from bot.types import PolicyState
 from learning import demo, trainer
-from learning.guard import restore, weights
+from learning.benchmark import random_version, register_copy
+from learning.model import load as load_model
+from learning.model import restore, weights
 from learning.objectives import TokenKTOTrainer, train
 from learning.processes import teach_together
 from learning.replay_buffer import Experience, ReplayBuffer
+from learning.version_files import is_whole
 
 
 def quiet(stage: str, done: int, total: int) -> None:
@@ -78,14 +82,19 @@ def test_the_same_feedback_and_seed_give_the_same_bytes_and_another_seed_does_no
     assert len({outcome.policy for outcome in outcomes}) == 3
 
 
-def test_random_reactions_do_not_pass_the_gate(small, store, registry, tokenizer):
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_random_reactions_do_not_pass_the_gate(small, store, registry, tokenizer, kind):
+    small = with_training(small, weights=kind, full_learning_rate=3e-4)
     rng = random.Random(1)
     for _ in range(64):
         prompt, intent = rng.choice(demo.prompts(held_out=False))
         react(store, answered(store, tokenizer, prompt, demo.answer(intent, rng.choice(demo.STYLES))), rng.random() < 0.5)
     outcome = trainer.run(small, quiet)
     assert not outcome.passed
-    assert registry.get(outcome.policy).state == PolicyState.REJECTED
+    version = registry.get(outcome.policy)
+    assert version.state == PolicyState.REJECTED
+    assert len(version.sha256) == 64
+    assert not is_whole(Path(version.path)), "what will never serve need not be kept, where it is large"
 
 
 def test_a_run_without_usable_rewards_registers_nothing(small, store, registry, tokenizer):
@@ -104,12 +113,14 @@ def test_each_so_many_th_run_begins_at_the_base_again(small, store, registry, to
     assert registry.get(third).parent == first  # the control
 
 
-def test_two_processes_teach_what_one_does_and_say_what_it_would_say(small, demo_model, store, tokenizer):
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_two_processes_teach_what_one_does_and_say_what_it_would_say(small, demo_model, store, tokenizer, kind):
     converse(store, tokenizer, likes_emoji=True, count=48)
+    small = with_training(small, weights=kind, full_learning_rate=3e-4)
     found = ReplayBuffer(store, tokenizer, small).snapshot()
     prompts = [one.prompt_ids for one in found.held_out]
     taught, stages = [], []
-    model = trainer.load(small, demo_model)
+    model = load_model(small, demo_model)
     start = weights(model)
     for processes in (1, 2):
         restore(model, start)
@@ -127,6 +138,24 @@ def test_two_processes_teach_what_one_does_and_say_what_it_would_say(small, demo
     assert float(taught[0].norm()) == pytest.approx(float(taught[1].norm()), rel=0.3)
     with pytest.raises(NothingToLearn, match="is of use to training"):
         teach_together(with_training(config, objective="dpo"), model, demo_model, *lesson)
+
+
+def test_whole_weights_go_on_from_whole_ones_and_adapters_begin_at_the_base(small, store, registry, tokenizer, tmp_path):
+    converse(store, tokenizer, likes_emoji=True)
+    whole = with_training(small, weights="full", full_learning_rate=3e-4)
+    first = trainer.run(whole, quiet)
+    assert first.passed, first.reasons
+    files = {path.name for path in Path(registry.get(first.policy).path).iterdir()}
+    assert files == {"model", "config.json", "manifest.json", "metrics.json", "probe.json", "samples.json"}
+    registry.promote(first.policy)
+    second = trainer.run(whole, quiet)
+    assert registry.get(second.policy).parent == first.policy
+    assert second.figures["kl"] > first.figures["kl"] > 0, "it is the base that it is held to"
+    assert registry.get(trainer.run(small, quiet).policy).parent == BASE, "an adapter is served on the base"
+    random_version(small, registry.get(BASE).base_model, tmp_path / "adapter", seed=0)
+    adapter = register_copy(registry, tmp_path / "adapter", small.data / "policies")
+    registry.promote(adapter.name)
+    assert registry.get(trainer.run(whole, quiet).policy).parent == adapter.name, "it is merged"
 
 
 def test_a_run_that_does_only_harm_says_so_and_registers_nothing(small, store, registry, tokenizer, monkeypatch):
@@ -180,23 +209,19 @@ def test_two_runs_at_once_are_refused(small, store, registry, tokenizer):
 
 
 @pytest.mark.parametrize("anchored", [True, False])
-def test_a_continued_adapter_is_anchored_to_the_base(demo_model, tokenizer, tmp_path, anchored, monkeypatch):
-    """First-step rewards are log-ratios to the reference: not zero if it is the base, zero if it is the adapter itself."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    from learning.benchmark import random_adapter
-
-    random_adapter(demo_model, tmp_path / "parent", rank=8, seed=0)
-    base = AutoModelForCausalLM.from_pretrained(demo_model)
-    model = PeftModel.from_pretrained(base, tmp_path / "parent", is_trainable=True)
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_continued_policy_is_anchored_to_the_base(demo_model, tokenizer, tmp_path, anchored, kind, monkeypatch):
+    """First-step rewards are log-ratios to the reference: not zero if it is the base, zero if it is the policy itself."""
+    config = Config(training={"weights": kind})
+    random_version(config, demo_model, tmp_path / "parent", seed=0)
+    model = load_model(config, demo_model, str(tmp_path / "parent"))
     if not anchored:  # the control: what TRL does by itself
-        monkeypatch.setattr(TokenKTOTrainer, "anchor_to_base", lambda self: None)
+        monkeypatch.setattr(TokenKTOTrainer, "anchor_to_base", lambda self: nullcontext())
     prompt = tokenizer.prompt_ids([{"role": "user", "content": "hello"}])
     rows = [
         Experience(text, text, tuple(prompt), tuple(tokenizer.completion_ids(text)), None, worth, (), advantage=worth)
         for text, worth in (("Hey!", 1.0), ("No.", -1.0), ("Hello.", 1.0), ("Hi there", 1.0))
     ]
-    settings = TrainingConfig(objective="kto", epochs=1, batch_size=4, learning_rate=1e-6)
+    settings = TrainingConfig(objective="kto", epochs=1, batch_size=4, learning_rate=1e-6, weights=kind)
     first = train(model, tokenizer.hf, rows, settings, seed=0, progress=quiet)["trl/first_reward"]
     assert (abs(first) > 1e-3) == anchored

@@ -1,0 +1,158 @@
+"""The model that a run trains: a LoRA adapter on the base model, or weights of its own (`training.weights`).
+
+Either way the base is at hand, as what a policy is held to: the model without its adapter, or with the weights that the base
+has. Of a model with weights of its own the token embeddings are not trained: what is tied to them, vLLM's CPU build does not
+renew with them (docs/experiments.md). It knows no objective, no database and no server.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from bot.config import Config
+from bot.errors import TrainingError
+from learning.version_files import is_whole, weights_folder
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    Model: TypeAlias = PeftModel | PreTrainedModel
+
+
+def load(config: Config, base_model: str, version: str | None = None) -> "Model":
+    """The base model, or the version in a directory, to be trained: with an adapter (a fresh one, if it has none), or whole.
+
+    A whole model is in float32 until `settle`: steps as small as its own would be lost in 16 bits. It goes on from an
+    adapter too, which is merged into it; an adapter does not go on from a whole model.
+    """
+    if config.training.weights == "full":
+        return _whole(config, base_model, version)
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    base = _pretrained(config, base_model)
+    if version is not None:
+        return PeftModel.from_pretrained(base, version, is_trainable=True)
+    rank = config.training.lora_rank
+    settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM", bias="none")
+    model = get_peft_model(base, settings)
+    model.peft_config["default"].base_model_name_or_path = base_model
+    return model
+
+
+def served(config: Config, base_model: str, version: str | None = None) -> "Model":
+    """The base model, or the version in a directory, as it is served."""
+    from peft import PeftModel
+
+    if version is not None and is_whole(Path(version)):
+        return _pretrained(config, str(weights_folder(Path(version))))
+    base = _pretrained(config, base_model)
+    return base if version is None else PeftModel.from_pretrained(base, version)
+
+
+def as_base(model: "Model") -> AbstractContextManager[Any]:
+    """Inside, a model that `load` made is the base model."""
+    from peft import PeftModel
+
+    return model.disable_adapter() if isinstance(model, PeftModel) else _with_base_weights(model)
+
+
+def weights(model: "Model") -> dict[str, Any]:
+    """A copy of the weights that are trained, by name."""
+    return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def restore(model: "Model", kept: dict[str, Any]) -> None:
+    """Set a model's weights back to a copy that `weights` made."""
+    for name, parameter in model.named_parameters():
+        if name in kept:
+            parameter.data.copy_(kept[name])
+
+
+def draw_to_base(model: Any, share: float) -> None:
+    """Take a whole model's weights that share of the way back to the base's: to an adapter, weight decay does it."""
+    for name, parameter in model.named_parameters():
+        if name in model.base_weights:
+            parameter.data.lerp_(model.base_weights[name], share)
+
+
+def settle(model: Any) -> None:
+    """Bring a trained model to the numbers that it is served in, so that what is measured is what is served."""
+    if hasattr(model, "base_weights"):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(model.served_dtype)
+        model.base_weights = {name: value.to(model.served_dtype) for name, value in model.base_weights.items()}
+
+
+def save(model: Any, directory: Path) -> None:
+    """Write what was trained into the directory of a version."""
+    if hasattr(model, "base_weights"):
+        model.save_pretrained(weights_folder(directory, whole=True))
+        return
+    model.save_pretrained(directory)
+    (directory / "README.md").unlink(missing_ok=True)
+
+
+def adopt(model: Any, directory: Path) -> None:
+    """Give a model the weights that `save` wrote of one like it."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    files = sorted(weights_folder(directory).glob("*.safetensors"))
+    found = {name: value for file in files for name, value in load_file(file, device=str(model.device)).items()}
+    if hasattr(model, "base_weights"):
+        restore(model, found)
+    else:
+        set_peft_model_state_dict(model, found)
+
+
+def not_finite(model: "Model") -> list[str]:
+    """The names of weights that hold what is no number."""
+    return [name for name, value in model.named_parameters() if not value.isfinite().all()]
+
+
+def _pretrained(config: Config, source: str) -> "PreTrainedModel":
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        found = AutoModelForCausalLM.from_pretrained(
+            source, dtype="auto" if config.serving.dtype == "auto" else config.serving.dtype
+        )
+    except (OSError, ValueError) as error:
+        raise TrainingError(
+            f"the base model '{source}' cannot be loaded ({str(error).splitlines()[0]}); put it back"
+        ) from error
+    return found.to("cuda") if torch.cuda.is_available() else found
+
+
+def _whole(config: Config, base_model: str, version: str | None) -> "PreTrainedModel":
+    from peft import PeftModel
+
+    model: Any = served(config, base_model, version)
+    served_dtype = next(model.parameters()).dtype
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+    if isinstance(model, PeftModel):
+        model = model.merge_and_unload()
+    model.served_dtype = served_dtype
+    model.requires_grad_(True)
+    model.get_input_embeddings().requires_grad_(False)
+    base = _pretrained(config, base_model).named_parameters()
+    trained = weights(model)
+    model.base_weights = {name: value.detach().float() for name, value in base if name in trained}
+    return model
+
+
+@contextmanager
+def _with_base_weights(model: Any) -> Iterator[None]:
+    own = {name: value.data for name, value in model.named_parameters() if name in model.base_weights}
+    parameters = dict(model.named_parameters())
+    try:
+        for name, value in model.base_weights.items():
+            parameters[name].data = value
+        yield
+    finally:
+        for name, value in own.items():
+            parameters[name].data = value

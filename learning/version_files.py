@@ -1,0 +1,113 @@
+"""The files of a version: which kind of weights it has, whether they are sound, and what names them.
+
+Needs no torch, and reads no more of a whole model than its header: the serving process looks at a version before it gives
+it to vLLM, which checks nothing and may load pickles.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
+WHOLE = "model"  # the folder of a version that has weights of its own
+PICKLES = {".bin", ".pt", ".pkl", ".pickle"}
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether a version has weights of its own; otherwise it is an adapter."""
+    return (directory / WHOLE).is_dir()
+
+
+def weights_folder(directory: Path, whole: bool | None = None) -> Path:
+    """Where the weights of a version are."""
+    return directory / WHOLE if (is_whole(directory) if whole is None else whole) else directory
+
+
+def fingerprint(directory: Path) -> str:
+    """The sha256 of a version's weights."""
+    digest = hashlib.sha256()
+    for path in sorted(weights_folder(directory).glob("*.safetensors")):
+        with path.open("rb") as file:
+            while part := file.read(2**20):
+                digest.update(part)
+    return digest.hexdigest()
+
+
+def discard(directory: Path) -> None:
+    """Drop the weights of a whole model that will never serve: each is as large as the base model."""
+    if is_whole(directory):
+        shutil.rmtree(directory / WHOLE)
+
+
+def faults(directory: Path, base_model: str, max_rank: int) -> list[str]:
+    """What is wrong with a version's weights; empty where vLLM may load them."""
+    folder = weights_folder(directory)
+    found = [f"{path.name}: is a link" for path in folder.iterdir() if path.is_symlink()]
+    pickles = [path.name for path in folder.iterdir() if path.suffix in PICKLES]
+    found += [f"{name}: a pickle file; weights are safetensors only" for name in pickles]
+    return found + (_of_whole(folder, base_model) if is_whole(directory) else _of_adapter(folder, base_model, max_rank))
+
+
+def _of_adapter(adapter: Path, base_model: str, max_rank: int) -> list[str]:
+    from safetensors import SafetensorError, safe_open
+
+    missing = [name for name in sorted(ADAPTER_FILES) if not (adapter / name).is_file()]
+    if missing:
+        return [f"{name}: is missing" for name in missing]
+    faults = []
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    if settings.get("r", 0) > max_rank:
+        faults.append(f"rank {settings['r']} is above serving.max_lora_rank {max_rank}")
+    for key, allowed in {"bias": "none", "use_dora": False, "modules_to_save": None}.items():
+        if settings.get(key, allowed) not in (allowed, None, []):
+            faults.append(f"adapter_config.json: {key} is {settings[key]!r}, which vLLM does not serve")
+    if Path(settings.get("base_model_name_or_path", "")).name != Path(base_model).name:
+        faults.append(f"made for another base model ({settings.get('base_model_name_or_path')})")
+    try:
+        with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        return [*faults, f"adapter_model.safetensors: cannot be read ({error})"]
+    faults += [f"{name}: not finite" for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
+    pairs = Counter(name.rsplit(".lora_", 1)[0] for name in tensors)
+    faults += [f"{name}: half of a LoRA pair is missing" for name, parts in pairs.items() if parts != 2]
+    faults += _of_layers(tensors)
+    if not any(tensor.any() for name, tensor in tensors.items() if ".lora_B" in name):
+        faults.append("all weights are zero: it changes nothing")
+    return faults
+
+
+def _of_whole(folder: Path, base_model: str) -> list[str]:
+    """A tensor that is missing would be served as the version before had it."""
+    from safetensors import SafetensorError
+
+    try:
+        own = _shapes(folder)
+    except (SafetensorError, OSError) as error:
+        return [f"the weights cannot be read ({error})"]
+    if not Path(base_model).is_dir():
+        return _of_layers(own)
+    base = _shapes(Path(base_model))
+    missing = [f"{name}: is missing" for name in base if name not in own]
+    return missing + [f"{name}: has another shape than the base model's" for name in own if own[name] != base.get(name)]
+
+
+def _of_layers(names: Iterable[str]) -> list[str]:
+    layers = {int(found) for name in names for found in re.findall(r"\.layers\.(\d+)\.", name)}
+    return [] if layers and layers == set(range(max(layers) + 1)) else ["some layers are missing"]
+
+
+def _shapes(folder: Path) -> dict[str, list[int]]:
+    from safetensors import safe_open
+
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="numpy") as file:
+            found.update({name: file.get_slice(name).get_shape() for name in file.keys()})  # noqa: SIM118 (not a dict)
+    return found
