@@ -27,6 +27,7 @@ STOPPED = "stopped"  # a finish reason of ours: somebody asked for the end
 FRESH = "default"  # what vLLM calls the weights that it was started with
 LONGEST_EVENT = 2**23  # bytes: the first one repeats the prompt's token ids
 TOP_LOGPROBS = 20  # as many as vLLM gives unless it is told otherwise
+RESETS = 50  # of the prefix cache that are tried, a tenth of a second apart
 LULL_SECONDS = 5.0  # how long a moment without requests is waited for, before requests are made to wait
 IDLE_SECONDS = 2.0  # after which a connection is closed: vLLM closes its own after 5, and a request may meet that moment
 
@@ -219,8 +220,12 @@ class Policy:
         self.weights = None
         body = {"method": "reload_weights", "kwargs": {"weights_path": path}}
         await self._admin("POST", "/collective_rpc", body)
-        if not (await self._admin("POST", "/reset_prefix_cache"))["success"]:
-            raise ServingError("vLLM keeps what it remembers of the weights before; somebody else is using it")
+        for _ in range(RESETS):  # it is refused while any request runs, such as one that asks whether the server is well
+            if (await self._admin("POST", "/reset_prefix_cache"))["success"]:
+                break
+            await asyncio.sleep(0.1)
+        else:
+            raise ServingError("vLLM keeps its cache of the weights before: somebody else is using it; let kibitz be alone")
         await self._admin("POST", "/update_weight_version", {"new_version": version})
         self.weights = version
 

@@ -22,6 +22,7 @@ from bot.types import PolicyVersion
 from learning.version_files import faults, fingerprint, is_whole, weights_folder
 
 Announce = Callable[[str], None]
+RETRY_SECONDS = 600.0  # at most, between two tries to serve a live version that could not be served
 
 
 class Deployment:
@@ -72,17 +73,26 @@ class Deployment:
         return True
 
     async def watch(self, seconds: float = 1.0) -> None:
-        """Follow the registry for ever: a rollback may come from another process. A failure is announced once."""
-        failed = ""
+        """Follow the registry for ever: a rollback may come from another process.
+
+        A failure is announced once. What failed is tried again later and later: whole weights make people wait each time.
+        """
+        failed, refused, pause, again = "", "", seconds, 0.0
+        clock = asyncio.get_running_loop().time
         while True:
             await asyncio.sleep(seconds)
+            live = ""
             try:
+                live = (await self.registry.database.call(self.registry.live)).name
+                if live == refused and clock() < again:
+                    continue
                 await self.follow()
-                failed = ""
+                failed, refused, pause = "", "", seconds
             except KibitzError as error:
                 if str(error) != failed:
-                    failed = str(error)
                     self.announce(f"the live version cannot be served, {self.policy.version} goes on: {error}")
+                pause = min(2 * pause, RETRY_SECONDS) if live == refused else seconds
+                failed, refused, again = str(error), live, clock() + pause
 
     async def restore(self) -> None:
         """After a (re)start of the server: serve the live version again, or the base model where it cannot be proven."""
@@ -114,13 +124,18 @@ class Deployment:
     @contextlib.asynccontextmanager
     async def _proven(self, version: PolicyVersion) -> AsyncIterator[None]:
         """Inside, the server is known to serve `version`. Where other weights make way for its own, replies wait."""
-        if version.name != BASE:
-            found = await asyncio.to_thread(self._faults, version)
-            if found:
-                raise ServingError(f"{version.name} is not sound: {found[0]}")
         whole = version.name != BASE and is_whole(Path(version.path))
         wanted = version.name if whole else BASE
-        async with contextlib.nullcontext() if wanted == self.policy.weights else self._weights(wanted):
+        stays = wanted == self.policy.weights
+        if not stays and not self.policy.takes_weights:
+            raise ServingError(
+                f"{version.name} needs the weights of {wanted}, and this vLLM does not let its own be changed; set "
+                'training.weights = "full" (and VLLM_SERVER_DEV_MODE=1 where the server is not started by kibitz)'
+            )
+        found = [] if version.name == BASE else await asyncio.to_thread(self._faults, version)
+        if found:
+            raise ServingError(f"{version.name} is not sound: {found[0]}")
+        async with contextlib.nullcontext() if stays else self._weights(wanted):
             if not whole and version.name != BASE and version.name not in await self.policy.loaded():
                 await self.policy.load(version.name, version.path)
             if version.name != BASE:
@@ -130,11 +145,6 @@ class Deployment:
     @contextlib.asynccontextmanager
     async def _weights(self, name: str) -> AsyncIterator[None]:
         """Inside, nobody is answered and the server holds the whole weights of a version; on an error those before again."""
-        if not self.policy.takes_weights:
-            raise ServingError(
-                f'{name} has weights of its own, and this vLLM does not let them be changed; set training.weights = "full" '
-                "(and VLLM_SERVER_DEV_MODE=1 where the server is not started by kibitz)"
-            )
         before = self.policy.weights
         async with self.policy.held(self.config.serving.reply_seconds):
             try:
