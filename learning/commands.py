@@ -272,7 +272,8 @@ def _from_feedback(config: Config, embedder: Embedder, progress: Any) -> tuple[d
 
 @bench.command("learning")
 def bench_learning(
-    part: Annotated[str, typer.Option("--slice", help="ci: ten minutes on two cores; regimes; full: hours.")] = "full",
+    part: Annotated[str, typer.Option("--slice", help="ci (ten minutes), rates, regimes or full (hours).")] = "full",
+    arms: Annotated[str | None, typer.Option(help="Objectives and controls, with commas between; all if not given.")] = None,
     users: Annotated[str | None, typer.Option(help="Built-in users, or a Python file with utility(prompt, reply).")] = None,
     json_file: JsonFile = None,
     plot: PlotFile = None,
@@ -285,12 +286,10 @@ def bench_learning(
 
     found = configured(config, data_dir, seed)
     cli.check_writable(json_file, plot)
-    if part not in ("ci", "regimes", "full"):
-        raise ConfigError(f"--slice has value '{part}'; choose ci, regimes or full")
     if users is not None:
         simulation.users(users)  # refused here, before anything runs
+    wanted = learning_grid.cells(part, users, arms)
     model = base_model(found)
-    wanted = learning_grid.cells(part, users)
     with cli.progress_bar() as progress:
         points = learning_grid.run(found, model, wanted, found.data / "bench" / f"learning-{part}.jsonl", progress)
     figures = learning_grid.figures(points, found.training.objective)
@@ -298,8 +297,8 @@ def bench_learning(
     if plot is not None:
         learning_grid.plot(points, plot)
         console.print(f"plot: {plot}")
-    setup = {"slice": part, "users": users, "seeds": learning_grid.SEEDS, "training": found.training.model_dump()}
-    cli.write_json(json_file, "bench learning", figures, setup)
+    setup = {"slice": part, "arms": arms, "users": users, "seeds": learning_grid.SEEDS}
+    cli.write_json(json_file, "bench learning", figures, setup | {"training": found.training.model_dump()})
 
 
 @bench.command("train")

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from bot.config import Config
+from bot.errors import ConfigError
 from learning.evaluation import mean_interval
 from learning.learning_benchmark import STEPS, Point, measured
 
@@ -27,6 +28,9 @@ Progress = Callable[[str, int, int], None]
 
 OBJECTIVES = ("kto", "dpo", "sft", "pg", "hindsight", "mixed")
 CONTROLS = ("frozen", "placebo")
+ARMS = (*OBJECTIVES, *CONTROLS)
+PARTS = ("ci", "rates", "regimes", "full")
+RATES = [one for one in product((0.0, 0.1, 0.2), (1.0, 0.2, 0.05)) if one != (0.1, 1.0)]  # noise, and who reacts at all
 KINDS = ("brief", "casual", "curious", "detailed", "formal")  # length, tone, content; and the opposite of two
 SEEDS = 5
 
@@ -45,25 +49,26 @@ class Cell:
     regime: str = "fresh"
 
 
-def cells(part: str, users: str | None) -> list[Cell]:
-    """The cells of a slice.
+def cells(part: str, users: str | None, arms: str | None = None) -> list[Cell]:
+    """The cells of a slice, of all arms or of those named with commas between. Raises ConfigError for what is not there.
 
-    `ci` has each seed with one kind of people, 10% noise, and a reaction to each answer; `regimes` the same with answers of
-    version 0 alone, and with people who change their minds; `full` has these, and each seed with three kinds of people, each
-    noise and each rate.
+    `ci` has each seed with one kind of people, 10% noise, and a reaction to each answer; `rates` the same with each noise
+    and each rate of reactions; `regimes` with answers of version 0 alone, and with people who change their minds; `full` has
+    all of these with three kinds of people for each seed.
     """
-    arms = (*OBJECTIVES, *CONTROLS)
+    chosen = ARMS if arms is None else tuple(arms.split(","))
+    if part not in PARTS:
+        raise ConfigError(f"--slice has value '{part}'; choose one of {', '.join(PARTS)}")
+    if not set(chosen) <= set(ARMS):
+        raise ConfigError(f"--arms has value '{arms}'; choose from {','.join(ARMS)}")
     kinds = KINDS if users is None else (users,)
-    small = [Cell(arm, kinds[seed % len(kinds)], seed) for seed, arm in product(range(SEEDS), arms)]
+    small = [Cell(arm, kinds[seed % len(kinds)], seed) for seed, arm in product(range(SEEDS), chosen)]
+    rates = [replace(cell, noise=noise, rate=rate) for (noise, rate), cell in product(RATES, small)]
     regimes = [replace(cell, regime=regime) for regime, cell in product(("drift", "logged"), small)]
     if part != "full":
-        return regimes if part == "regimes" else small
-    settings = [*product((0.0, 0.1, 0.2), (1.0, 0.2, 0.05), ("fresh",)), (0.1, 1.0, "logged"), (0.1, 1.0, "drift")]
-    whole = [
-        Cell(arm, kind, seed, noise, rate, regime)
-        for seed, kind, (noise, rate, regime), arm in product(range(SEEDS), kinds[:3], settings, arms)
-    ]
-    return list(dict.fromkeys([*small, *regimes, *whole]))
+        return {"ci": small, "rates": rates, "regimes": regimes}[part]
+    whole = [replace(cell, users=kind) for kind, cell in product(kinds[:3], [*small, *rates, *regimes])]
+    return list(dict.fromkeys([*small, *rates, *regimes, *whole]))
 
 
 def run(config: Config, base_model: str, wanted: Sequence[Cell], kept: Path, progress: Progress) -> dict[Cell, list[Point]]:

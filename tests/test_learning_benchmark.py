@@ -3,11 +3,13 @@
 import json
 import random
 from dataclasses import asdict
+from itertools import product
 
 import numpy as np
 import pytest
 
 from bot.config import Config
+from bot.errors import ConfigError
 from learning import learning_grid
 from learning.learning_benchmark import STEPS, Arena, People, Point, learn, measured, shuffled, talk
 from learning.learning_grid import CONTROLS, OBJECTIVES, SEEDS, Cell, cells, figures, reactions_to, recovered, run
@@ -44,7 +46,13 @@ def test_the_small_slice_has_every_arm_on_every_seed_and_the_full_one_holds_it()
     assert set(small) < set(whole)
     assert {cell.regime for cell in whole} == {"fresh", "logged", "drift"}
     assert {cell.regime for cell in cells("regimes", None)} == {"logged", "drift"}
-    assert set(cells("regimes", None)) < set(whole)
+    assert {(cell.noise, cell.rate) for cell in whole} == {*product((0.0, 0.1, 0.2), (1.0, 0.2, 0.05))}
+    for part in ("rates", "regimes"):
+        assert set(cells(part, None)) < set(whole)
+        assert not set(cells(part, None)) & set(small)
+    assert {cell.arm for cell in cells("rates", None, "kto,frozen")} == {"kto", "frozen"}
+    with pytest.raises(ConfigError, match="--arms has value 'kto,ppo'; choose from kto,dpo"):
+        cells("ci", None, "kto,ppo")
     assert {cell.users for cell in cells("ci", "mine.py")} == {"mine.py"}
 
 
