@@ -176,7 +176,7 @@ def learn(arena: Arena, found: Sequence[Experience], objective: str, number: int
     training = arena.config.training.model_copy(update={"objective": objective})
     config = arena.config.model_copy(update={"seed": arena.seed + number, "training": training})
     taught, held_out = parted(found, config.learning.held_out)
-    rows = compared(taught, arena.embedder, config.rewards, arena.seed)
+    rows = compared(taught, arena.embedder, config, arena.seed)
     prompts = list(dict.fromkeys(one.prompt_ids for one in [*held_out, *taught]))
     return teach(config, arena.model, arena.tokenizer, rows, held_out, prompts, lambda *_: None)
 

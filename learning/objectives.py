@@ -33,6 +33,7 @@ from learning.replay_buffer import Experience
 from learning.weighted_trainer import weighted_trainer
 
 Progress = Callable[[str, int, int], None]
+ENOUGH = 64  # rows from which steps are of full size: the noise in a mean goes with the square root of how many there are
 
 
 class AnchoredTrainer(Trainer):
@@ -62,8 +63,8 @@ class DrawnToBase(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **given: Any) -> None:
         """Go back, the less the smaller the step was."""
-        of_full = given["lr_scheduler"].get_last_lr()[0] / args.learning_rate
-        draw_to_base(model, self.config.learning_rate * self.config.weight_decay * of_full)
+        share = given["lr_scheduler"].get_last_lr()[0] / self.config.full_learning_rate
+        draw_to_base(model, share * self.config.learning_rate * self.config.weight_decay)
 
 
 class TokenKTOTrainer(AnchoredTrainer, KTOTrainer):
@@ -209,13 +210,14 @@ def _dpo(
 
 
 def arguments(config: TrainingConfig, batch_size: int, rows: int, seed: int) -> dict[str, Any]:
-    """What all objectives have in common. Little evidence is learned from in few steps."""
+    """What all objectives have in common. Little evidence is learned from in few steps, and in small ones."""
     steps = max(1, min(config.max_steps, config.epochs * rows // batch_size))
+    rate = config.learning_rate if config.weights == "lora" else config.full_learning_rate
     return {
         "output_dir": "unused",
         "per_device_train_batch_size": share(batch_size),
         "max_steps": steps,
-        "learning_rate": config.learning_rate if config.weights == "lora" else config.full_learning_rate,
+        "learning_rate": rate * min(1.0, (rows / ENOUGH) ** 0.5),
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,
         "weight_decay": config.weight_decay if config.weights == "lora" else 0.0,

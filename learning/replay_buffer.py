@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bot.config import Config, RewardsConfig
+from bot.config import Config
 from bot.conversations import ConversationStore
 from bot.dialogue import UNFINISHED
 from bot.embeddings import Embedder
@@ -142,7 +142,7 @@ class ReplayBuffer:
                 training, self.embedder.encode([f"{one.question}\n{one.answer}" for one in training])
             )
             found.dropped += dropped
-        found.training = compared(training, self.embedder, self.config.rewards, self.config.seed)
+        found.training = compared(training, self.embedder, self.config, self.config.seed)
         found.without_logprobs = sum(one.logprobs is None for one in drawn)
         return found
 
@@ -288,12 +288,12 @@ class _Facts:
         return -sum(ranks) / len(ranks) if ranks else 0.0
 
 
-def compared(found: Sequence[Experience], embedder: Embedder | None, rewards: RewardsConfig, seed: int) -> list[Experience]:
+def compared(found: Sequence[Experience], embedder: Embedder | None, config: Config, seed: int) -> list[Experience]:
     """The experiences with their advantages and weights: with an embedder, beside what is usual for their kind of prompt."""
     kind_of = np.zeros(len(found), int)
     if embedder is not None and found:
         kind_of = kinds(embedder.encode([one.question for one in found]), seed)
-    return weighed(found, kind_of, rewards.prior, rewards.person_cap)
+    return weighed(found, kind_of, config.rewards.prior, config.rewards.person_cap, config.learning.half_life)
 
 
 def paired(answers: Sequence[tuple[float, Experience]]) -> list[Experience]:

@@ -82,14 +82,24 @@ def kinds(vectors: np.ndarray, seed: int) -> np.ndarray:
     return KMeans(count, n_init=1, random_state=seed).fit_predict(vectors)
 
 
-def weighed(found: Sequence["Experience"], kind_of: np.ndarray, prior: float, cap: float) -> list["Experience"]:
-    """The experiences with their advantages, and with less weight for those of somebody who says more than their share."""
+def weighed(
+    found: Sequence["Experience"], kind_of: np.ndarray, prior: float, cap: float, half_life: int = 0
+) -> list["Experience"]:
+    """The experiences (oldest first) with their advantages, and with less weight for those of somebody who says more than
+    their share, and for old ones.
+    """
     worth = advantages(np.array([one.reward for one in found]), kind_of, prior)
-    limits = limited([one.opinions for one in found], np.abs(worth), cap)
+    recent = recency(len(found), half_life)
+    weights = recent * limited([one.opinions for one in found], recent * np.abs(worth), cap)
     return [
-        replace(one, advantage=float(value), weight=float(limit))
-        for one, value, limit in zip(found, worth, limits, strict=True)
+        replace(one, advantage=float(value), weight=float(weight))
+        for one, value, weight in zip(found, worth, weights, strict=True)
     ]
+
+
+def recency(count: int, half_life: int) -> np.ndarray:
+    """A weight in (0, 1] for each of so many turns (oldest first), half after each `half_life` newer ones; 0: never."""
+    return np.exp2(-np.arange(count)[::-1] / half_life) if half_life else np.ones(count)
 
 
 def limited(opinions: Sequence[tuple[str, ...]], worth: np.ndarray, cap: float) -> np.ndarray:

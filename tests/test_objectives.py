@@ -96,6 +96,14 @@ def test_whole_weights_learn_from_every_objective_and_are_drawn_to_the_base(demo
         assert gone[100.0] < 0.9 * gone[0.0]
 
 
+def test_little_evidence_is_learned_from_in_few_and_small_steps():
+    few, some, many = (objectives.arguments(TrainingConfig(), 16, rows, seed=0) for rows in (16, 32, 256))
+    assert (few["max_steps"], some["max_steps"], many["max_steps"]) == (8, 16, 30)
+    rate = TrainingConfig().learning_rate
+    assert (few["learning_rate"], many["learning_rate"]) == (rate / 2, rate)
+    assert few["learning_rate"] < some["learning_rate"] < rate
+
+
 def test_without_an_advantage_nothing_is_learned(fresh, tokenizer):
     rows = [replace(one, advantage=0.0, rejected_ids=None, hindsight_ids=None) for one in lessons(fresh, tokenizer, 8)]
     for objective in OBJECTIVES:
