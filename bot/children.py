@@ -23,6 +23,12 @@ def spare() -> set[int]:
     return cores() - {min(cores())} or cores()
 
 
+def end_with_parent() -> None:
+    """Have a process that begins ended with the one that started it, also where that is killed (on Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 async def start(*command: str, niceness: int, on: set[int] | None = None, **options: Any) -> asyncio.subprocess.Process:
     """Start a child in a process group of its own (Ctrl-C in the terminal is ours to pass on), `on` these cores.
 
@@ -38,8 +44,7 @@ async def start(*command: str, niceness: int, on: set[int] | None = None, **opti
             # What wakes of it does not push the bot aside. Some sandboxes refuse it: an eager child is better than none.
             with contextlib.suppress(OSError):
                 os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-            with contextlib.suppress(OSError):
-                ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        end_with_parent()
 
     return await asyncio.create_subprocess_exec(
         *command, stdin=asyncio.subprocess.DEVNULL, process_group=0, preexec_fn=as_our_child, **options

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from bot.children import end_with_parent
 from bot.config import Config
 from bot.errors import ConfigError
 from learning.evaluation import mean_interval
@@ -81,7 +82,7 @@ def run(config: Config, base_model: str, wanted: Sequence[Cell], kept: Path, pro
     progress("learning", len(found), len(wanted))
     if left:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context) as pool, kept.open("a") as file:
+        with ProcessPoolExecutor(workers, context, end_with_parent) as pool, kept.open("a") as file:
             try:
                 jobs = {pool.submit(measured, config, base_model, **asdict(cell)): cell for cell in left}
                 for job in as_completed(jobs):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bot.children import end_with_parent
 from bot.config import Config
 from bot.errors import KibitzError, NothingToLearn, TrainingError
 from bot.tokenizer import ChatTokenizer
@@ -59,7 +60,11 @@ def _run(job: Path, processes: int, progress: Progress) -> None:
     with (
         (job / "errors").open("w+") as errors,
         subprocess.Popen(
-            [*launcher, "-m", "learning.processes", str(job)], stdout=subprocess.PIPE, stderr=errors, text=True
+            [*launcher, "-m", "learning.processes", str(job)],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            preexec_fn=end_with_parent,
         ) as child,
     ):
         assert child.stdout is not None

@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+from bot.children import end_with_parent
 from bot.config import Config
 from bot.tokenizer import ChatTokenizer
 from learning import demo
@@ -37,7 +38,7 @@ def measure(config: Config, base_model: str, progress: Progress) -> dict[str, fl
         for turn in range(ROUNDS):
             for plain in (True, False):
                 progress(objective, number * ROUNDS * 2 + turn * 2 + (not plain), len(OBJECTIVES) * ROUNDS * 2)
-                with ProcessPoolExecutor(1, mp_context=context) as pool:
+                with ProcessPoolExecutor(1, context, end_with_parent) as pool:
                     took, tokens, peak = pool.submit(_measured, settings, base_model, plain).result()
                 seconds[plain].append(took)
                 peaks[plain].append(peak)
