@@ -132,11 +132,11 @@ class Deployment:
                 f"{version.name} needs the weights of {wanted}, and this vLLM does not let its own be changed; set "
                 'training.weights = "full" (and VLLM_SERVER_DEV_MODE=1 where the server is not started by kibitz)'
             )
-        found = [] if version.name == BASE else await asyncio.to_thread(self._faults, version)
+        found = await asyncio.to_thread(self._faults, version)
         if found:
             raise ServingError(f"{version.name} is not sound: {found[0]}")
         async with contextlib.nullcontext() if stays else self._weights(wanted):
-            if not whole and version.name != BASE and version.name not in await self.policy.loaded():
+            if version.name != wanted and version.name not in await self.policy.loaded():
                 await self.policy.load(version.name, version.path)
             if version.name != BASE:
                 await self._probe(version)
@@ -169,6 +169,8 @@ class Deployment:
         return str(folder)
 
     def _faults(self, version: PolicyVersion) -> list[str]:
+        if version.name == BASE:
+            return []
         directory = Path(version.path)
         if not (directory / "manifest.json").is_file():
             return ["its manifest is missing: it was never finished"]

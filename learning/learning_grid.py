@@ -30,7 +30,6 @@ Progress = Callable[[str, int, int], None]
 OBJECTIVES = ("kto", "dpo", "sft", "pg", "hindsight", "mixed")
 CONTROLS = ("frozen", "placebo")
 ARMS = (*OBJECTIVES, *CONTROLS)
-PARTS = ("ci", "rates", "regimes", "full")
 RATES = [one for one in product((0.0, 0.1, 0.2), (1.0, 0.2, 0.05)) if one != (0.1, 1.0)]  # noise, and who reacts at all
 KINDS = ("brief", "casual", "curious", "detailed", "formal")  # length, tone, content; and the opposite of two
 SEEDS = 5
@@ -58,18 +57,18 @@ def cells(part: str, users: str | None, arms: str | None = None) -> list[Cell]:
     all of these with three kinds of people for each seed.
     """
     chosen = ARMS if arms is None else tuple(arms.split(","))
-    if part not in PARTS:
-        raise ConfigError(f"--slice has value '{part}'; choose one of {', '.join(PARTS)}")
     if not set(chosen) <= set(ARMS):
         raise ConfigError(f"--arms has value '{arms}'; choose from {','.join(ARMS)}")
     kinds = KINDS if users is None else (users,)
     small = [Cell(arm, kinds[seed % len(kinds)], seed) for seed, arm in product(range(SEEDS), chosen)]
     rates = [replace(cell, noise=noise, rate=rate) for (noise, rate), cell in product(RATES, small)]
     regimes = [replace(cell, regime=regime) for regime, cell in product(("drift", "logged"), small)]
-    if part != "full":
-        return {"ci": small, "rates": rates, "regimes": regimes}[part]
-    whole = [replace(cell, users=kind) for kind, cell in product(kinds[:3], [*small, *rates, *regimes])]
-    return list(dict.fromkeys([*small, *rates, *regimes, *whole]))
+    each = [*small, *rates, *regimes]
+    whole = dict.fromkeys([*each, *(replace(cell, users=kind) for kind, cell in product(kinds[:3], each))])
+    slices = {"ci": small, "rates": rates, "regimes": regimes, "full": list(whole)}
+    if part not in slices:
+        raise ConfigError(f"--slice has value '{part}'; choose one of {', '.join(slices)}")
+    return slices[part]
 
 
 def run(config: Config, base_model: str, wanted: Sequence[Cell], kept: Path, progress: Progress) -> dict[Cell, list[Point]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from bot.config import Config
 from bot.errors import TrainingError
-from learning.version_files import is_whole, weights_folder
+from learning.version_files import WHOLE, is_whole, weights_folder
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -27,16 +27,20 @@ def load(config: Config, base_model: str, version: str | None = None) -> "Model"
     A whole model is in float32 until `settle`: steps as small as its own would be lost in 16 bits. It goes on from an
     adapter too, which is merged into it; an adapter does not go on from a whole model.
     """
-    if config.training.weights == "full":
-        return _whole(config, base_model, version)
+    return to_train(config, base_model, served(config, base_model, version))
+
+
+def to_train(config: Config, base_model: str, found: "Model") -> "Model":
+    """As `load`, of a model that `served` gave."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    base = _pretrained(config, base_model)
-    if version is not None:
-        return PeftModel.from_pretrained(base, version, is_trainable=True)
+    if config.training.weights == "full":
+        return _whole(config, base_model, found)
+    if isinstance(found, PeftModel):
+        return found
     rank = config.training.lora_rank
     settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM", bias="none")
-    model = get_peft_model(base, settings)
+    model = get_peft_model(found, settings)
     model.peft_config["default"].base_model_name_or_path = base_model
     return model
 
@@ -48,7 +52,7 @@ def served(config: Config, base_model: str, version: str | None = None) -> "Mode
     if version is not None and is_whole(Path(version)):
         return _pretrained(config, str(weights_folder(Path(version))))
     base = _pretrained(config, base_model)
-    return base if version is None else PeftModel.from_pretrained(base, version)
+    return base if version is None else PeftModel.from_pretrained(base, version, is_trainable=True)
 
 
 def as_base(model: "Model") -> AbstractContextManager[Any]:
@@ -88,7 +92,7 @@ def settle(model: Any) -> None:
 def save(model: Any, directory: Path) -> None:
     """Write what was trained into the directory of a version."""
     if hasattr(model, "base_weights"):
-        model.save_pretrained(weights_folder(directory, whole=True))
+        model.save_pretrained(directory / WHOLE)
         return
     model.save_pretrained(directory)
     (directory / "README.md").unlink(missing_ok=True)
@@ -127,10 +131,9 @@ def _pretrained(config: Config, source: str) -> "PreTrainedModel":
     return found.to("cuda") if torch.cuda.is_available() else found
 
 
-def _whole(config: Config, base_model: str, version: str | None) -> "PreTrainedModel":
+def _whole(config: Config, base_model: str, model: Any) -> "PreTrainedModel":
     from peft import PeftModel
 
-    model: Any = served(config, base_model, version)
     served_dtype = next(model.parameters()).dtype
     for parameter in model.parameters():
         parameter.data = parameter.data.float()
@@ -139,16 +142,16 @@ def _whole(config: Config, base_model: str, version: str | None) -> "PreTrainedM
     model.served_dtype = served_dtype
     model.requires_grad_(True)
     model.get_input_embeddings().requires_grad_(False)
+    trained = {name for name, value in model.named_parameters() if value.requires_grad}
     base = _pretrained(config, base_model).named_parameters()
-    trained = weights(model)
     model.base_weights = {name: value.detach().float() for name, value in base if name in trained}
     return model
 
 
 @contextmanager
 def _with_base_weights(model: Any) -> Iterator[None]:
-    own = {name: value.data for name, value in model.named_parameters() if name in model.base_weights}
     parameters = dict(model.named_parameters())
+    own = {name: parameters[name].data for name in model.base_weights}
     try:
         for name, value in model.base_weights.items():
             parameters[name].data = value

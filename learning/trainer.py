@@ -34,7 +34,7 @@ from learning.evaluation import (
     kl_to_base,
     next_logprobs,
 )
-from learning.model import as_base, load, not_finite, save, served, settle
+from learning.model import as_base, not_finite, save, served, settle, to_train
 from learning.off_policy import estimated
 from learning.pretrain import quiet
 from learning.processes import teach_together
@@ -207,8 +207,11 @@ def _train(
     set_seed(config.seed)  # of a fresh adapter
     progress("loading the model", 0, 1)
     held_out = [(row.prompt_ids, row.completion_ids) for row in snapshot.held_out]
-    before = answer_logprobs(served(config, live.base_model, _weights_of(live)), held_out)
-    model = load(config, parent.base_model, _weights_of(parent))
+    found = served(config, live.base_model, _weights_of(live))
+    before = answer_logprobs(found, held_out)
+    if parent != live:
+        found = served(config, parent.base_model, _weights_of(parent))
+    model = to_train(config, parent.base_model, found)
     asked = _asked(snapshot, config.gate.samples)
     prompts = list(asked)
     with as_base(model):

@@ -24,9 +24,9 @@ def is_whole(directory: Path) -> bool:
     return (directory / WHOLE).is_dir()
 
 
-def weights_folder(directory: Path, whole: bool | None = None) -> Path:
+def weights_folder(directory: Path) -> Path:
     """Where the weights of a version are."""
-    return directory / WHOLE if (is_whole(directory) if whole is None else whole) else directory
+    return directory / WHOLE if is_whole(directory) else directory
 
 
 def fingerprint(directory: Path) -> str:
