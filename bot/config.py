@@ -131,8 +131,8 @@ class TrainingConfig(Section):
 class GateConfig(Section):
     """What a candidate must show before it may go live."""
 
-    min_held_out: Annotated[int, Field(ge=2)] = 4
-    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.9
+    min_held_out: Annotated[int, Field(ge=2)] = 6
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     kl_budget: Annotated[float, Field(gt=0)] = 0.5
     well_formed: Share = 0.95
     samples: Positive = 64

@@ -86,7 +86,7 @@ class LmRewardModel:
         found: list[float] = []
         with torch.no_grad():
             for batch in batches([(one.prompt_ids, one.completion_ids) for one in answers]):
-                _, inputs = padded(batch, model.device, model.config.pad_token_id)
+                inputs = padded(batch, model.device, model.config.pad_token_id)
                 found += model(**inputs).logits[:, 0].float().tolist()
         return np.array(found)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bot.config import GateConfig
-from learning.evaluation import Evidence, accuracy, is_well_formed, judge, mean_interval
+from learning.evaluation import Evidence, accuracy, bootstrap, by_chance, is_well_formed, judge, margin, mean_interval
 
 
 def evidence(gain: float = 0.3, **changes) -> Evidence:
@@ -40,6 +40,31 @@ def test_no_evidence_no_promotion(changes, reason):
     verdict = judge(evidence(**changes), GateConfig(), seed=0)
     assert not verdict.passed
     assert reason in verdict.reasons[0]
+
+
+@pytest.mark.parametrize("held_out", [6, 8, 24])
+def test_opinions_at_random_pass_as_often_as_the_confidence_lets_them(held_out):
+    rng = np.random.default_rng(0)
+    draws = 300
+    tests, intervals = 0, 0
+    for _ in range(draws):
+        gained, signs = rng.standard_t(3, held_out), rng.permutation([1, -1] * (held_out // 2))
+        tests += by_chance(gained, signs, seed=0) <= 0.05
+        lower = bootstrap(lambda pick, g=gained, s=signs: margin(g[pick], s[pick]), signs, 0.9, seed=0, draws=300)[1]
+        intervals += lower > 0
+    most = draws * 0.05 + 2 * (draws * 0.05 * 0.95) ** 0.5
+    assert tests <= most
+    if held_out < 10:
+        assert intervals > most, "the control: an interval of so few is too narrow"
+
+
+def test_what_people_do_mean_is_told_from_chance():
+    signs = np.array([1, -1] * 8)
+    rng = np.random.default_rng(0)
+    gained = 0.1 * signs + rng.normal(0, 0.05, len(signs))
+    assert by_chance(gained, signs, seed=0) < 0.001
+    assert by_chance(-gained, signs, seed=0) > 0.999
+    assert by_chance(np.zeros(16), signs, seed=0) == 1.0
 
 
 def test_where_the_base_itself_does_not_answer_well_a_candidate_is_held_to_the_base():

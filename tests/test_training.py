@@ -84,9 +84,11 @@ def test_the_same_feedback_and_seed_give_the_same_bytes_and_another_seed_does_no
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_random_reactions_do_not_pass_the_gate(small, store, registry, tokenizer, kind):
-    small = with_training(small, weights=kind, full_learning_rate=3e-4)
+    """One in a thousand would pass; that it is no more than the confidence says, is shown in test_evaluation."""
+    strict = small.gate.model_copy(update={"confidence": 0.999})
+    small = with_training(small, weights=kind, full_learning_rate=3e-4).model_copy(update={"gate": strict})
     rng = random.Random(1)
-    for _ in range(64):
+    for _ in range(96):
         prompt, intent = rng.choice(demo.prompts(held_out=False))
         react(store, answered(store, tokenizer, prompt, demo.answer(intent, rng.choice(demo.STYLES))), rng.random() < 0.5)
     outcome = trainer.run(small, quiet)
@@ -95,6 +97,14 @@ def test_random_reactions_do_not_pass_the_gate(small, store, registry, tokenizer
     assert version.state == PolicyState.REJECTED
     assert len(version.sha256) == 64
     assert not is_whole(Path(version.path)), "what will never serve need not be kept, where it is large"
+
+
+def test_what_people_mean_passes_the_same_gate(small, store, registry, tokenizer):
+    strict = small.gate.model_copy(update={"confidence": 0.999})
+    converse(store, tokenizer, likes_emoji=True, count=96)
+    outcome = trainer.run(small.model_copy(update={"gate": strict}), quiet)
+    assert outcome.passed, outcome.reasons
+    assert outcome.figures["margin_gain_by_chance"] <= 0.001
 
 
 def test_a_run_without_usable_rewards_registers_nothing(small, store, registry, tokenizer):
