@@ -104,6 +104,7 @@ class LearningConfig(Section):
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.25
     max_turns: Positive = 512
     fresh: Share = 0.5
+    detect_drift: bool = True
     half_life: Annotated[int, Field(ge=0)] = 0
     max_age: Positive = 8
     from_base_every: Annotated[int, Field(ge=0)] = 0

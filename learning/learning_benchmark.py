@@ -21,6 +21,7 @@ from bot.config import Config
 from bot.errors import NothingToLearn
 from bot.tokenizer import ChatTokenizer
 from learning import demo
+from learning.drift import changed
 from learning.evaluation import Sample, batched_logprobs, generate, kl_to_base, perplexity
 from learning.followup_training import PHRASES
 from learning.model import as_base, load, restore, weights
@@ -67,6 +68,7 @@ class Point:
     perplexity_ratio: float
     kl: float
     stopped: bool
+    drifted: bool
 
 
 class Arena:
@@ -82,6 +84,7 @@ class Arena:
         self.untouched = [self._row(dialogue) for dialogue in demo.dialogues(128, seed=10_000 + seed)]
         self.model = load(config, base_model)
         self.start = weights(self.model)
+        self.since = 0  # the first reaction that its policy learned from
         with as_base(self.model):
             self.first = self.answers(self.prompts, self.seed)
             self.perplexity = self._perplexity()
@@ -89,8 +92,8 @@ class Arena:
     def ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.prompt_ids([{"role": "user", "content": text}]))
 
-    def judged(self, reactions: int, utility: Utility, stopped: bool) -> Point:
-        """The policy as it is now, against version 0."""
+    def judged(self, reactions: int, utility: Utility, run: dict[str, Any]) -> Point:
+        """The policy as it is now, against version 0; `run` is what its last run told."""
         said = self.answers(self.prompts, self.seed + reactions)
         mine = np.array([utility(prompt, one.text) for prompt, one in zip(self.prompts, said, strict=True)])
         first = np.array([utility(prompt, one.text) for prompt, one in zip(self.prompts, self.first, strict=True)])
@@ -104,7 +107,8 @@ class Arena:
             well_formed=float(np.mean([one.well_formed for one in said])),
             perplexity_ratio=self._perplexity() / self.perplexity,
             kl=kl_to_base(self.model, said),
-            stopped=stopped,
+            stopped=bool(run.get("stopped")),
+            drifted=bool(run.get("drifted")),
         )
 
     def answers(self, prompts: Sequence[str], seed: int) -> list[Sample]:
@@ -119,6 +123,7 @@ class Arena:
     def renew(self) -> None:
         """Back to version 0."""
         restore(self.model, self.start)
+        self.since = 0
 
 
 def talk(arena: Arena, people: People, reactions: int) -> list[Experience]:
@@ -173,12 +178,21 @@ def with_logprobs(arena: Arena, found: Sequence[Experience]) -> list[Experience]
 
 def learn(arena: Arena, found: Sequence[Experience], objective: str, number: int) -> dict[str, Any]:
     """One training run on these experiences, selected and watched as in production."""
+    found = found[arena.since :]
+    change = changed(arena.config, arena.base_model, arena.model, found)
+    if change is not None:
+        found = found[change.since :]
+        since = arena.since + change.since
+        if change.against:
+            arena.renew()
+        arena.since = since
     training = arena.config.training.model_copy(update={"objective": objective})
     config = arena.config.model_copy(update={"seed": arena.seed + number, "training": training})
     taught, held_out = parted(found, config.learning.held_out)
     rows = compared(taught, arena.embedder, config, arena.seed)
     prompts = list(dict.fromkeys(one.prompt_ids for one in [*held_out, *taught]))
-    return teach(config, arena.model, arena.tokenizer, rows, held_out, prompts, lambda *_: None)
+    taught_by = teach(config, arena.model, arena.tokenizer, rows, held_out, prompts, lambda *_: None)
+    return {**taught_by, "drifted": change is not None}
 
 
 def measured(
@@ -207,12 +221,12 @@ def measured(
         if regime == "logged":
             arena.renew()
         said += talk(arena, people, count - len(said))
-        stopped = None
+        told_of: dict[str, Any] = {}
         if arm != "frozen":
             taught = shuffled(said, people.rng) if arm == "placebo" else said
             with contextlib.suppress(NothingToLearn):  # such as no pairs yet: the policy stays as it is
-                stopped = learn(arena, taught, objective, number)["stopped"]
-        points.append(arena.judged(count, people.utility, bool(stopped)))
+                told_of = learn(arena, taught, objective, number)
+        points.append(arena.judged(count, people.utility, told_of))
     return points
 
 

@@ -157,6 +157,7 @@ def _of_arm(rows: Sequence[Sequence[Point]]) -> dict[str, Any]:
         "perplexity_ratio": float(np.mean([point.perplexity_ratio for point in last])),
         "kl": float(np.mean([point.kl for point in last])),
         "stopped": sum(point.stopped for points in rows for point in points),
+        "drifts": sum(point.drifted for points in rows for point in points),
     }
 
 

@@ -62,6 +62,18 @@ def as_base(model: "Model") -> AbstractContextManager[Any]:
     return model.disable_adapter() if isinstance(model, PeftModel) else _with_base_weights(model)
 
 
+@contextmanager
+def base_of(config: Config, base_model: str, model: "Model") -> Iterator["Model"]:
+    """Inside, the base model of one that `load` made or `served` gave."""
+    from peft import PeftModel
+
+    if isinstance(model, PeftModel) or hasattr(model, "base_weights"):
+        with as_base(model):
+            yield model
+    else:
+        yield _pretrained(config, base_model)
+
+
 def weights(model: "Model") -> dict[str, Any]:
     """A copy of the weights that are trained, by name."""
     return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}

@@ -88,6 +88,11 @@ class Snapshot:
     turns: int = 0
 
     @property
+    def drawn(self) -> list[Experience]:
+        """The training and the held-out part together, oldest first."""
+        return sorted([*self.training, *self.held_out], key=lambda one: one.turn_id)
+
+    @property
     def feedback_ids(self) -> list[str]:
         """The feedback that the training part learns from."""
         return sorted({one for experience in self.training for one in experience.feedback_ids})
@@ -130,11 +135,14 @@ class ReplayBuffer:
         self.embedder = embedder
         self.users = Users(store.database, config.privacy)
 
-    def snapshot(self, space: str | None = None) -> Snapshot:
-        """All that can be learned from now; only from one imported `space` if given."""
+    def snapshot(self, space: str | None = None, since: str = "") -> Snapshot:
+        """All that can be learned from now: of one imported `space`, or from the turn `since` on, where they are given."""
         learning = self.config.learning
         found = self._experiences(space)
-        drawn, dropped = fresh_and_old(found.training, learning.max_turns, learning.fresh)
+        still = [one for one in found.training if one.turn_id >= since]
+        if len(still) < len(found.training):
+            found.dropped["said before people came to want the opposite"] += len(found.training) - len(still)
+        drawn, dropped = fresh_and_old(still, learning.max_turns, learning.fresh)
         found.dropped += dropped
         training, found.held_out = parted(drawn, learning.held_out)
         if self.embedder is not None and training:

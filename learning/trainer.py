@@ -23,6 +23,7 @@ from bot.errors import NothingToLearn
 from bot.registry import BASE, PolicyRegistry
 from bot.tokenizer import ChatTokenizer
 from bot.types import PolicyState, PolicyVersion
+from learning.drift import changed
 from learning.evaluation import (
     Evidence,
     Sample,
@@ -95,9 +96,22 @@ def _run(config: Config, progress: Progress, space: str | None, from_base: bool)
     tokenizer = ChatTokenizer(parent.base_model)
     progress("reading feedback", 0, 1)
     embedding = embedder(config)
-    snapshot = ReplayBuffer(store, tokenizer, config, embedding).snapshot(space)
+    buffer = ReplayBuffer(store, tokenizer, config, embedding)
+    since = "" if space else _since(live)
+    snapshot = buffer.snapshot(space, since)
     _refuse_empty(snapshot)
-    manifest = _manifest(config, parent, snapshot)
+    progress("loading the model", 0, 1)
+    quiet()
+    found = served(config, live.base_model, _weights_of(live))
+    learns_on = space is None and live.name != BASE
+    change = changed(config, live.base_model, found, snapshot.drawn) if learns_on else None
+    if change is not None:
+        progress(f"people came to want the opposite: {change.since} older answers count no more", 0, 1)
+        since = snapshot.drawn[change.since].turn_id
+        snapshot = buffer.snapshot(since=since)
+        _refuse_empty(snapshot)
+        parent = registry.get(BASE) if change.against else parent
+    manifest = _manifest(config, parent, snapshot) | {"since": since}
     sha256 = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     version = registry.reserve(parent, config.data / "policies")
     taught = snapshot.feedback_ids, snapshot.followup_ids
@@ -106,7 +120,7 @@ def _run(config: Config, progress: Progress, space: str | None, from_base: bool)
     unfinished = directory.with_name(directory.name + ".unfinished")
     try:
         unfinished.mkdir(parents=True)
-        verdict, metrics = _train(config, parent, live, snapshot, tokenizer, embedding, unfinished, progress)
+        verdict, metrics = _train(config, parent, live, found, snapshot, tokenizer, embedding, unfinished, progress)
         config.save(unfinished / "config.json")
         (unfinished / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True))
         (unfinished / "manifest.json").write_text(json.dumps(manifest | {"sha256": sha256}, indent=1, sort_keys=True))
@@ -152,6 +166,12 @@ def _clear_up(registry: PolicyRegistry, policies: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
+def _since(version: PolicyVersion) -> str:
+    """The turn from which on what was said counts for a version: where people came to want the opposite, if they did."""
+    manifest = Path(version.path) / "manifest.json"
+    return "" if version.name == BASE else str(json.loads(manifest.read_text()).get("since", ""))
+
+
 def _refuse_empty(snapshot: Snapshot) -> None:
     if snapshot.training:
         rewards = {one.reward for one in snapshot.training}
@@ -195,19 +215,17 @@ def _train(
     config: Config,
     parent: PolicyVersion,
     live: PolicyVersion,
+    found: "Model",
     snapshot: Snapshot,
     tokenizer: ChatTokenizer,
     embedding: Embedder | None,
     directory: Path,
     progress: Progress,
 ) -> tuple[Verdict, dict[str, Any]]:
-    quiet()
     from transformers import set_seed
 
     set_seed(config.seed)  # of a fresh adapter
-    progress("loading the model", 0, 1)
     held_out = [(row.prompt_ids, row.completion_ids) for row in snapshot.held_out]
-    found = served(config, live.base_model, _weights_of(live))
     before = answer_logprobs(found, held_out)
     if parent != live:
         found = served(config, parent.base_model, _weights_of(parent))

@@ -18,7 +18,7 @@ ROUNDS = 10
 
 
 def point(reactions: int, win_rate: float) -> Point:
-    return Point(reactions, win_rate, win_rate, 0.0, 1.0, 1.0, 0.0, False)
+    return Point(reactions, win_rate, win_rate, 0.0, 1.0, 1.0, 0.0, False, False)
 
 
 def curve(*rates: float) -> list[Point]:
@@ -112,10 +112,10 @@ def test_random_reactions_do_not_move_the_policy_and_without_the_anchor_they_do(
     for number in range(ROUNDS):
         said += talk(arena, people, 24)
         learn(arena, shuffled(said, people.rng), "kto", number)
-    found = arena.judged(len(said), people.utility, stopped=False)
+    found = arena.judged(len(said), people.utility, run={})
     held = found.kl < settings.gate.kl_budget and found.perplexity_ratio < 1.05
     assert held == anchored, (found.kl, found.perplexity_ratio)
     assert found.kl != 0
     arena.renew()
-    assert arena.judged(0, people.utility, stopped=False).kl == 0, "it is version 0 again"
+    assert arena.judged(0, people.utility, run={}).kl == 0, "it is version 0 again"
     assert np.isfinite(found.perplexity_ratio)

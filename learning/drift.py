@@ -1,0 +1,85 @@
+"""Drift: whether people have come to want the opposite of what a policy learned from them, and since when.
+
+How much likelier a policy makes an answer than its base does is the reward that it has learned (Rafailov et al., 2023,
+"Direct Preference Optimization", arXiv:2305.18290). Where that was right about most opinions before some moment and is wrong
+about most after it, tastes have changed: what was said before is no longer evidence, neither for training nor for the gate.
+The same the other way round, where the policy has already turned. It knows no database and no objective.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.stats import binomtest
+
+from bot.config import Config
+from learning.evaluation import batched_logprobs
+from learning.model import base_of
+from learning.replay_buffer import Experience
+from learning.selection import limited
+
+if TYPE_CHECKING:
+    from learning.model import Model
+
+SURE = 0.005  # how often a coin may look like one side of a change
+FEWEST = 16  # opinions on one side of it
+WINDOW = 48  # opinions before it that are looked at, or as many as came after it where those are more
+STEP = 4  # opinions between the moments that are tried
+
+
+@dataclass(frozen=True)
+class Drift:
+    """The first answer that still counts, and whether the policy holds with what people wanted before it."""
+
+    since: int
+    against: bool
+
+
+def changed(config: Config, base_model: str, policy: "Model", rated: Sequence[Experience]) -> Drift | None:
+    """Whether, and since when, people want the opposite of what a policy learned from answers (oldest first)."""
+    if not config.learning.detect_drift:
+        return None
+    rows = [(one.prompt_ids, one.completion_ids) for one in rated]
+    own = batched_logprobs(policy, rows)
+    with base_of(config, base_model, policy) as model:
+        base = batched_logprobs(model, rows)
+    learned = np.array([float((mine - other).sum()) for mine, other in zip(own, base, strict=True)])
+    liked = np.array([one.reward > 0 for one in rated])
+    return drift(learned, liked, [one.opinions for one in rated], config.rewards.person_cap)
+
+
+def drift(learned: np.ndarray, liked: np.ndarray, opinions: Sequence[tuple[str, ...]], cap: float) -> Drift | None:
+    """Where people came to want the opposite, if they did: from learned rewards (n, nats) and whether each answer was
+    liked (n, bool), oldest first.
+
+    On one side of the moment the reward must be right about most answers, if one number parts what is liked from what is
+    not, and on the other side wrong about most, both beyond chance (binomial tests). `opinions` names whose opinions each
+    answer got: nobody's make up more than a share `cap` of a side.
+    """
+    found: list[tuple[float, Drift]] = []
+    for since in range(FEWEST, len(liked) - FEWEST + 1, STEP):
+        before = slice(max(0, since - max(WINDOW, len(liked) - since)), since)
+        after = slice(since, None)
+        for right, wrong in ((before, after), (after, before)):
+            limit = _limit(learned[right], liked[right])
+            chances = [
+                _by_chance((learned[side] >= limit) == liked[side], opinions[side], cap, way)
+                for side, way in ((right, "greater"), (wrong, "less"))
+            ]
+            if max(chances) < SURE:
+                found.append((chances[0] * chances[1], Drift(since, against=right is before)))
+    return min(found, key=lambda one: one[0])[1] if found else None
+
+
+def _limit(learned: np.ndarray, liked: np.ndarray) -> float:
+    """The reward from which on answers are best taken to be liked."""
+    order = np.sort(learned)
+    right = ((learned[None, :] >= order[:, None]) == liked[None, :]).mean(1)
+    return float(order[np.argmax(right)])
+
+
+def _by_chance(right: np.ndarray, opinions: Sequence[tuple[str, ...]], cap: float, way: str) -> float:
+    """How often a coin would be right so often (`greater`), or so seldom (`less`)."""
+    weights = limited(opinions, np.ones(len(right)), cap)
+    return float(binomtest(round(weights @ right), round(weights.sum()), 0.5, way).pvalue)
