@@ -192,16 +192,17 @@ class ReplayBuffer:
             return "the answer broke off"
         if not turn.text.strip():
             return "the answer is empty"
-        if turn.completion_ids is not None and not self._are_ours(turn.completion_ids, turn.text):
+        if turn.completion_ids is not None and not self._are_ours(turn.prompt_ids or (), turn.completion_ids, turn.text):
             return "its token ids are those of another tokenizer"
         return None
 
-    def _are_ours(self, ids: Sequence[int], text: str) -> bool:
-        return (
-            max(ids, default=0) < len(self.tokenizer.hf)
-            and self.tokenizer.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
-            == text.strip()
-        )
+    def _are_ours(self, prompt: Sequence[int], completion: Sequence[int], text: str) -> bool:
+        """Whether token ids are in our vocabulary, and those of an answer spell its text."""
+        ids, size = [*prompt, *completion], len(self.tokenizer.hf)
+        if ids and not 0 <= min(ids) <= max(ids) < size:
+            return False
+        said = self.tokenizer.hf.decode(completion, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return said.strip() == text.strip()
 
     def _of_turn(
         self, turn: Turn, facts: "_Facts", earned: Reward, correction: str | None, age: int

@@ -114,6 +114,24 @@ def test_every_turn_that_is_left_out_is_counted_under_a_reason(store, tokenizer)
     assert not found.held_out
 
 
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        {"completion_ids": (5, 6, 7)},  # they spell something else
+        {"completion_ids": (10**6,)},
+        {"prompt_ids": (1, 10**6)},
+        {"prompt_ids": (1, -1)},
+    ],
+)
+def test_token_ids_of_another_tokenizer_are_not_learned_from(store, tokenizer, foreign):
+    react(store, answered(store, tokenizer, "a", "Hey!", **foreign), approves=True)
+    ours = answered(store, tokenizer, "b", "Hey!")
+    react(store, ours, approves=True)
+    found = snapshot(store, tokenizer)
+    assert found.dropped == {"its token ids are those of another tokenizer": 1}
+    assert [one.turn_id for one in found.rated] == [ours.id], "the control"
+
+
 def test_a_correction_teaches_the_text_that_was_wanted(store, tokenizer):
     turn = answered(store, tokenizer, "hello", "Good day to you.")
     store.add_feedback(Feedback(turn.id, "asker", FeedbackKind.CORRECTION, text="Hey there!"))

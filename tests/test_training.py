@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from conftest import answered, react
 
 from bot.config import Config, TrainingConfig, load
 from bot.data_directory import held
-from bot.errors import ConfigError, NothingToLearn
-from bot.registry import BASE
+from bot.errors import ConfigError, KibitzError, NothingToLearn
+from bot.registry import BASE, PolicyRegistry
 from bot.types import PolicyState
 from learning import demo, trainer
 from learning.benchmark import random_version, register_copy
@@ -166,6 +167,54 @@ def test_whole_weights_go_on_from_whole_ones_and_adapters_begin_at_the_base(smal
     adapter = register_copy(registry, tmp_path / "adapter", small.data / "policies")
     registry.promote(adapter.name)
     assert registry.get(trainer.run(whole, quiet).policy).parent == adapter.name, "it is merged"
+
+
+def spoilt(case: str, config: Config, base: Path) -> Config:
+    """The config, or the base model, of a run that cannot end well."""
+    match case:
+        case "the loss is no number":
+            return with_training(config, learning_rate=1e30)
+        case "the base model is gone":
+            base.rename(base.with_name("elsewhere"))
+        case "the weights are gone":
+            next(base.glob("*.safetensors")).unlink()
+    return config
+
+
+@pytest.mark.parametrize(
+    ("case", "word"),
+    [
+        ("one turn only", "no usable reward|all 1 rewards"),
+        ("one class only", r"all \d+ rewards are \+1\.00"),
+        ("the loss is no number", "NaN; lower training.learning_rate"),
+        ("no memory", "out of memory with 4 answers at a time; lower training.max_length"),
+        ("the base model is gone", "cannot be loaded"),
+        ("the weights are gone", "cannot be loaded .*put it back"),
+    ],
+)
+def test_what_cannot_be_learned_from_is_told_in_a_line_and_nothing_is_lost(
+    case, word, small, database, store, tokenizer, demo_model, tmp_path, monkeypatch
+):
+    base = Path(shutil.copytree(demo_model, tmp_path / "base"))
+    registry = PolicyRegistry(database)
+    registry.ensure_base(str(base))
+    if case == "one turn only":
+        react(store, answered(store, tokenizer, "hello", "Hey!"), approves=True)
+    elif case == "one class only":
+        for number in range(12):
+            react(store, answered(store, tokenizer, f"hello {number}", "Hey!"), approves=True)
+    else:
+        converse(store, tokenizer, likes_emoji=True, count=24)
+    if case == "no memory":
+        monkeypatch.setattr(TokenKTOTrainer, "training_step", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError))
+    counts = store.counts()
+    with pytest.raises(KibitzError, match=word) as error:
+        trainer.run(spoilt(case, small, base), quiet)
+    assert "\n" not in str(error.value)
+    assert store.counts() == counts
+    assert registry.live().name == BASE
+    assert not list((small.data / "policies").glob("*"))
+    assert {version.state for version in registry.all()} <= {PolicyState.LIVE, PolicyState.REJECTED}
 
 
 def test_a_run_that_does_only_harm_says_so_and_registers_nothing(small, store, registry, tokenizer, monkeypatch):

@@ -1,0 +1,22 @@
+"""What a training run costs: that it is measured against the plain script, not how fast this machine is."""
+
+from bot.config import Config
+from learning import train_benchmark
+from learning.replay_buffer import Experience
+
+
+def test_each_objective_is_measured_beside_the_plain_script(demo_model, monkeypatch):
+    monkeypatch.setattr(train_benchmark, "OBJECTIVES", ("mixed",))
+    monkeypatch.setattr(train_benchmark, "STEPS", 2)
+    monkeypatch.setattr(train_benchmark, "ROUNDS", 1)
+    stages = []
+    figures = train_benchmark.measure(Config(), demo_model, lambda *told: stages.append(told))
+    assert set(figures) == {"mixed_tokens_per_s", "mixed_tokens_per_s_ratio", "mixed_peak_memory_ratio"}
+    assert all(value > 0 for value in figures.values())
+    assert stages == [("mixed", 0, 2), ("mixed", 1, 2)]
+
+
+def test_tokens_that_are_read_are_counted():
+    row = Experience("", "", (1, 2, 3), (4, 5), None, 1.0, (), rejected_ids=(6,))
+    assert train_benchmark._length(row, reads_pairs=False) == 5
+    assert train_benchmark._length(row, reads_pairs=True) == 9
