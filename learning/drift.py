@@ -22,7 +22,8 @@ from learning.selection import limited
 if TYPE_CHECKING:
     from learning.model import Model
 
-SURE = 0.005  # how often a coin may look like one side of a change
+RIGHT = 0.001  # how often a coin may look like the side on which the policy was right,
+WRONG = 0.02  # and like the side on which it was wrong
 FEWEST = 16  # opinions on one side of it
 WINDOW = 48  # opinions before it that are looked at, or as many as came after it where those are more
 STEP = 4  # opinions between the moments that are tried
@@ -38,8 +39,6 @@ class Drift:
 
 def changed(config: Config, base_model: str, policy: "Model", rated: Sequence[Experience]) -> Drift | None:
     """Whether, and since when, people want the opposite of what a policy learned from answers (oldest first)."""
-    if not config.learning.detect_drift:
-        return None
     rows = [(one.prompt_ids, one.completion_ids) for one in rated]
     own = batched_logprobs(policy, rows)
     with base_of(config, base_model, policy) as model:
@@ -57,19 +56,21 @@ def drift(learned: np.ndarray, liked: np.ndarray, opinions: Sequence[tuple[str, 
     not, and on the other side wrong about most, both beyond chance (binomial tests). `opinions` names whose opinions each
     answer got: nobody's make up more than a share `cap` of a side.
     """
-    found: list[tuple[float, Drift]] = []
+    found: list[tuple[int, Drift]] = []
+    if len(learned) == 0 or not np.ptp(learned):  # nothing was learned yet
+        return None
     for since in range(FEWEST, len(liked) - FEWEST + 1, STEP):
         before = slice(max(0, since - max(WINDOW, len(liked) - since)), since)
         after = slice(since, None)
         for right, wrong in ((before, after), (after, before)):
-            limit = _limit(learned[right], liked[right])
-            chances = [
-                _by_chance((learned[side] >= limit) == liked[side], opinions[side], cap, way)
-                for side, way in ((right, "greater"), (wrong, "less"))
-            ]
-            if max(chances) < SURE:
-                found.append((chances[0] * chances[1], Drift(since, against=right is before)))
-    return min(found, key=lambda one: one[0])[1] if found else None
+            agrees = (learned >= _limit(learned[right], liked[right])) == liked
+            if (
+                _by_chance(agrees[right], opinions[right], cap, "greater") < RIGHT
+                and _by_chance(agrees[wrong], opinions[wrong], cap, "less") < WRONG
+            ):
+                fits = int((agrees == (np.arange(len(liked)) < since)).sum())
+                found.append((max(fits, len(liked) - fits), Drift(since, against=right is before)))
+    return max(found, key=lambda one: one[0])[1] if found else None
 
 
 def _limit(learned: np.ndarray, liked: np.ndarray) -> float:

@@ -85,7 +85,7 @@ def judge(evidence: Evidence, gate: GateConfig, seed: int) -> Verdict:
     else:
         live, candidate = np.array(evidence.live), np.array(evidence.candidate)
         gained = candidate - live
-        gain, low, high = bootstrap(lambda pick: margin(gained[pick], signs[pick]), signs, CONFIDENCE, seed)
+        gain, low, high = margin_interval(gained, signs, seed)
         chance = by_chance(gained, signs, seed)
         figures |= {"margin_before": margin(live, signs), "margin_after": margin(candidate, signs)}
         figures |= {"margin_gain": gain, "margin_gain_low": low, "margin_gain_high": high, "margin_gain_by_chance": chance}
@@ -105,6 +105,11 @@ def judge(evidence: Evidence, gate: GateConfig, seed: int) -> Verdict:
 def margin(values: np.ndarray, signs: np.ndarray) -> float:
     """Mean of `values` over liked answers less that over disliked ones."""
     return float(values[signs > 0].mean() - values[signs < 0].mean())
+
+
+def margin_interval(values: np.ndarray, signs: np.ndarray, seed: int) -> tuple[float, float, float]:
+    """The margin of `values` with its bootstrap interval."""
+    return bootstrap(lambda pick: margin(values[pick], signs[pick]), signs, CONFIDENCE, seed)
 
 
 def by_chance(gained: np.ndarray, signs: np.ndarray, seed: int) -> float:

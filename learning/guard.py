@@ -21,12 +21,15 @@ LIKED_LOSS = 0.15  # nats a token that held-out answers that people liked may lo
 
 @dataclass(frozen=True)
 class Health:
-    """How a policy is: nats a token of held-out liked answers (None without any), KL to the base, well-formed samples."""
+    """How a policy is: nats a token of held-out liked answers (None without any), KL to the base, well-formed samples; and
+    what liked over disliked held-out answers gained since the run began, with its 95% interval (None without both).
+    """
 
     liked: float | None
     kl: float
     well_formed: int
     samples: int
+    gained: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True)

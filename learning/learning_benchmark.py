@@ -179,7 +179,8 @@ def with_logprobs(arena: Arena, found: Sequence[Experience]) -> list[Experience]
 def learn(arena: Arena, found: Sequence[Experience], objective: str, number: int) -> dict[str, Any]:
     """One training run on these experiences, selected and watched as in production."""
     found = found[arena.since :]
-    change = changed(arena.config, arena.base_model, arena.model, found)
+    looks_for_drift = arena.config.learning.detect_drift
+    change = changed(arena.config, arena.base_model, arena.model, found) if looks_for_drift else None
     if change is not None:
         found = found[change.since :]
         since = arena.since + change.since

@@ -75,8 +75,8 @@ class Experience:
 class Snapshot:
     """The experiences of one run, in a fixed order, and what was left out under which reason.
 
-    `rated` are all answers with a reward, also those that are too long or too many to train on. `taken_back` counts what
-    taught an earlier version and no longer stands.
+    `rated` are all answers with a reward, also those that are too long or too many to train on. `taken_back` names the
+    turn of each opinion that taught an earlier version and no longer stands.
     """
 
     training: list[Experience] = field(default_factory=list)
@@ -84,7 +84,7 @@ class Snapshot:
     rated: list[Experience] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     without_logprobs: int = 0
-    taken_back: int = 0
+    taken_back: list[str] = field(default_factory=list)
     turns: int = 0
 
     @property
@@ -159,7 +159,7 @@ class ReplayBuffer:
         turns = self.store.turns_with_feedback(space, followed_up=self.config.rewards.followup > 0)
         facts = _Facts(self.store, self.users, turns)
         registry = PolicyRegistry(self.store.database)
-        found = Snapshot(turns=len(turns), taken_back=len(registry.taught() & facts.no_longer_stands))
+        found = Snapshot(turns=len(turns), taken_back=facts.turns_of(registry.taught() & facts.no_longer_stands))
         age = {version.name: age for age, version in enumerate(reversed(registry.all()))}
         answers: dict[str, list[tuple[float, Experience]]] = defaultdict(list)
         for turn in turns:
@@ -275,6 +275,10 @@ class _Facts:
             followup, message = said_next.get(turn.id, (None, None))
             if followup and message and message.author_id == turn.asker_id and self.consent.of(turn, turn.asker_id):
                 self.followups[turn.id], self.comments[turn.id] = followup, message.text
+
+    def turns_of(self, feedback_ids: set[str]) -> list[str]:
+        """The turn of each of some opinions."""
+        return sorted(row.turn_id for rows in self._given.values() for row in rows if row.id in feedback_ids)
 
     def is_imported(self, turn: Turn) -> bool:
         """Whether a turn was read from a file."""

@@ -62,7 +62,7 @@ def collected(version: PolicyVersion, outcome: str) -> dict[str, Any]:
         "disliked": sum(reward < 0 for reward in rewards),
         "held_out": len(manifest["held_out"]),
         "left_out": manifest["dropped"],
-        "taken_back": metrics.get("taken_back", 0),
+        "taken_back": metrics["taken_back"],
         "kl": metrics["kl"],
         "well_formed": metrics["well_formed"],
         "margin_before": metrics.get("margin_before"),
@@ -108,7 +108,7 @@ def _plots(found: dict[str, Any]) -> list[tuple[str, str]]:
 
     made = []
     if found["loss"]:
-        figure, panels = pyplot.subplots(1, 2, figsize=(8, 3), layout="constrained")
+        figure, panels = pyplot.subplots(1, 3, figsize=(11, 3), layout="constrained")
         panels[0].plot(range(1, len(found["loss"]) + 1), found["loss"])
         panels[0].set(xlabel="step", title="loss")
         steps = [check["step"] for check in found["checks"]]
@@ -117,6 +117,12 @@ def _plots(found: dict[str, Any]) -> list[tuple[str, str]]:
             panels[1].plot(steps, [check["liked"] for check in found["checks"]], marker="o", label="held-out liked answers")
         panels[1].set(xlabel="step", title="nats a token")
         panels[1].legend(frameon=False, fontsize=8)
+        if all(check["gained"] is not None for check in found["checks"]):
+            gained = np.array([check["gained"] for check in found["checks"]]).T
+            panels[2].plot(steps, gained[0], marker="o")
+            panels[2].fill_between(steps, gained[1], gained[2], alpha=0.2, linewidth=0)
+            panels[2].axhline(0, color="tab:gray", linestyle=":")
+        panels[2].set(xlabel="step", title="held-out liked over disliked, gained (95%)")
         made.append(("The run", _picture(figure)))
     if found["style"]:
         figure, axes = pyplot.subplots(figsize=(6, 0.5 + 0.4 * len(found["style"])), layout="constrained")

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from bot.cli import embedder
 from bot.config import Config
 from bot.conversations import ConversationStore
@@ -33,6 +35,7 @@ from learning.evaluation import (
     generate,
     judge,
     kl_to_base,
+    margin_interval,
     next_logprobs,
 )
 from learning.model import as_base, not_finite, save, served, settle, to_train
@@ -97,14 +100,14 @@ def _run(config: Config, progress: Progress, space: str | None, from_base: bool)
     progress("reading feedback", 0, 1)
     embedding = embedder(config)
     buffer = ReplayBuffer(store, tokenizer, config, embedding)
-    since = "" if space else _since(live)
+    looks_for_drift = config.learning.detect_drift and space is None
+    since = _since(live) if looks_for_drift else ""
     snapshot = buffer.snapshot(space, since)
     _refuse_empty(snapshot)
     progress("loading the model", 0, 1)
     quiet()
     found = served(config, live.base_model, _weights_of(live))
-    learns_on = space is None and live.name != BASE
-    change = changed(config, live.base_model, found, snapshot.drawn) if learns_on else None
+    change = changed(config, live.base_model, found, snapshot.drawn) if looks_for_drift and live.name != BASE else None
     if change is not None:
         progress(f"people came to want the opposite: {change.since} older answers count no more", 0, 1)
         since = snapshot.drawn[change.since].turn_id
@@ -169,7 +172,7 @@ def _clear_up(registry: PolicyRegistry, policies: Path) -> None:
 def _since(version: PolicyVersion) -> str:
     """The turn from which on what was said counts for a version: where people came to want the opposite, if they did."""
     manifest = Path(version.path) / "manifest.json"
-    return "" if version.name == BASE else str(json.loads(manifest.read_text()).get("since", ""))
+    return str(json.loads(manifest.read_text()).get("since", "")) if manifest.is_file() else ""
 
 
 def _refuse_empty(snapshot: Snapshot) -> None:
@@ -296,17 +299,21 @@ def teach(
     from learning.guard import Guard, Health, Limits
     from learning.objectives import train
 
-    liked = [(one.prompt_ids, one.completion_ids) for one in held_out if one.reward > 0][:WATCHED]
+    liked, disliked = ([one for one in held_out if (one.reward > 0) == sign][:WATCHED] for sign in (True, False))
+    watched = [(one.prompt_ids, one.completion_ids) for one in (*liked, *disliked)]
+    signs = np.array([1] * len(liked) + [-1] * len(disliked))
+    before = np.array(_means(batched_logprobs(model, watched)))
 
     def health() -> Health:
         with _torch_as_it_was():
             samples = generate(model, tokenizer, prompts[:WATCHED], config.policy.max_tokens, config.seed)
-            means = _means(batched_logprobs(model, liked))
+            now = np.array(_means(batched_logprobs(model, watched)))
             return Health(
-                liked=sum(means) / len(means) if means else None,
+                liked=float(now[: len(liked)].mean()) if liked else None,
                 kl=kl_to_base(model, samples),
                 well_formed=sum(sample.well_formed for sample in samples),
                 samples=len(samples),
+                gained=margin_interval(now - before, signs, config.seed) if liked and disliked else None,
             )
 
     set_seed(config.seed)

@@ -78,10 +78,12 @@ def test_a_raid_by_one_is_no_change_and_the_same_by_many_is():
     assert found(everything, said, crowd + by_many) is not None, "the control"
 
 
-def test_too_few_opinions_are_no_change():
+def test_too_few_opinions_are_no_change_and_who_learned_nothing_has_nothing_to_unlearn():
+    liked = np.arange(80) < 40
     for count in (0, 1, FEWEST, 2 * FEWEST - 1):
-        assert found(np.zeros(count), np.ones(count, bool)) is None
-    assert found(np.zeros(80), np.ones(80, bool)) is None, "a policy that has learned nothing yet"
+        assert found(np.ones(count), liked[:count]) is None
+    assert found(np.zeros(80), liked) is None
+    assert found(np.linspace(1, 2, 80), liked) is not None, "the control: it has learned to say what is liked no more"
 
 
 def test_what_people_said_before_they_came_to_want_the_opposite_counts_no_more(small, store, registry, tokenizer):  # noqa: F811

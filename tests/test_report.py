@@ -40,6 +40,9 @@ def test_a_report_says_what_was_learned_and_why_the_rest_was_not(ran):
     assert sum(found["left_out"].values()) == outcome.turns - outcome.training - outcome.held_out
     assert len(found["loss"]) == 6
     assert [check["step"] for check in found["checks"]] == [0, 2, 4, 6]
+    assert found["checks"][0]["gained"] == [0.0, 0.0, 0.0], "nothing has been learned yet"
+    gain, low, high = found["checks"][-1]["gained"]
+    assert low < gain < high
     assert len(found["samples"]) == 12
     assert {row["name"] for row in found["style"]} >= {"words", "emoji"}
     assert json.loads(json.dumps(found)) == found
@@ -83,14 +86,17 @@ def test_a_turn_is_explained_with_its_reward_and_the_runs_that_used_it(ran, stor
         explained("nothing", store, registry, config.rewards)
 
 
-def test_what_was_taken_back_is_told_and_the_next_report_counts_it(ran, store, registry):
+def test_what_was_taken_back_is_told_and_the_next_report_names_it(ran, store, registry):
     config, _, version = ran
     rows = json.loads((Path(version.path) / "manifest.json").read_text())["rows"]
     [given] = store.feedback_of([rows[0][0]])[rows[0][0]]
     store.add_feedback(replace(given, id="later", at=given.at.replace(year=given.at.year + 1), event_id=None, retracts=True))
     assert any("no longer stands" in line for line in explained(rows[0][0], store, registry, config.rewards).lines())
     again = trainer.run(config, quiet)
-    assert report.collected(registry.get(again.policy), "")["taken_back"] == 1
+    told = report.collected(registry.get(again.policy), "")
+    assert told["taken_back"] == [rows[0][0]]
+    assert rows[0][0] in report.html(told)
+    assert rows[0][0] not in report.html(told | {"taken_back": []}), "the control"
     assert registry.get(version.name).state in (PolicyState.CANDIDATE, PolicyState.REJECTED)
 
 
