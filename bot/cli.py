@@ -4,6 +4,7 @@ Commands that train, simulate or connect are added by `bot.__main__`; each comma
 """
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -145,6 +146,31 @@ def progress_bar() -> Iterator[Report]:
             progress.update(task, completed=done, total=total, description=stage)
 
         yield report
+
+
+@contextmanager
+def interruptible(report: Report) -> Iterator[Report]:
+    """A report that ends the work where Ctrl-C was pressed, also if a library lost the exception: many have a bare `except`
+    around their imports. For work in the main thread, outside an event loop.
+    """
+    pressed = False
+    before = signal.getsignal(signal.SIGINT)
+
+    def press(*_: Any) -> None:
+        nonlocal pressed
+        pressed = True
+        raise KeyboardInterrupt
+
+    def heard(stage: str, done: int, total: int) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        report(stage, done, total)
+
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield heard
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @app.command()

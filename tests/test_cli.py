@@ -1,6 +1,7 @@
 """The commands as a person runs them: what they print, and one line with exit code 2 for every mistake."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import answered, react
 
+from bot.cli import interruptible
 from bot.conversations import ConversationStore
 from bot.data_directory import held
 from bot.database import Database
@@ -163,6 +165,18 @@ def test_ctrl_c_in_the_middle_of_a_run_leaves_nothing_half_written(tmp_path, dem
     assert list(policies.iterdir()) == []
     assert not (tmp_path / "o.json").exists()
     assert "policy-1" in kibitz("policies", "--config", config).stdout
+
+
+def test_ctrl_c_that_a_library_lost_ends_the_work_at_the_next_step():
+    told, before = [], signal.getsignal(signal.SIGINT)
+    with interruptible(lambda *row: told.append(row)) as report:
+        report("train", 1, 3)
+        with contextlib.suppress(BaseException):  # as libraries do around their imports
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            report("train", 2, 3)
+    assert told == [("train", 1, 3)]
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_pretraining_on_ones_own_pairs_prints_measures_of_held_out_answers(tmp_path, demo_model):
