@@ -11,7 +11,7 @@ from typing import Any
 from scipy.stats import binomtest
 from transformers import TrainerCallback
 
-from learning.model import not_finite, restore, weights
+from learning.model import restore, weights
 from learning.processes import agreed
 
 CHECKS = 3  # in a run
@@ -63,11 +63,7 @@ class Guard(TrainerCallback):
         if state.global_step % max(1, state.max_steps // CHECKS):
             return
         assert self.first is not None
-        if not_finite(model):  # nothing can be measured of it
-            fault: str | None = "weights came to be no numbers; lower training.learning_rate"
-        else:
-            fault = self.fault(self.first, self._check(state.global_step))
-        self.stopped = agreed(fault)
+        self.stopped = agreed(self.fault(self.first, self._check(state.global_step)))
         model.train()
         if self.stopped is None:
             self._good, self.kept = weights(model), state.global_step

@@ -21,7 +21,7 @@ from bot.conversations import ConversationStore
 from bot.data_directory import held
 from bot.database import Database
 from bot.embeddings import Embedder
-from bot.errors import NothingToLearn
+from bot.errors import NothingToLearn, TrainingError
 from bot.registry import BASE, PolicyRegistry
 from bot.tokenizer import ChatTokenizer
 from bot.types import PolicyState, PolicyVersion
@@ -306,8 +306,12 @@ def teach(
 
     def health() -> Health:
         with _torch_as_it_was():
+            told = batched_logprobs(model, watched)
+            if not all(row.isfinite().all() for row in (*told, *next_logprobs(model, prompts[:WATCHED]))):
+                # nothing can be sampled from it, nor measured of it
+                raise TrainingError("what the policy gives became NaN; lower training.learning_rate")
+            now = np.array(_means(told))
             samples = generate(model, tokenizer, prompts[:WATCHED], config.policy.max_tokens, config.seed)
-            now = np.array(_means(batched_logprobs(model, watched)))
             return Health(
                 liked=float(now[: len(liked)].mean()) if liked else None,
                 kl=kl_to_base(model, samples),

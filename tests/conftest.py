@@ -103,6 +103,17 @@ def config(tmp_path: Path, demo_model: str, engine: str, request: pytest.Fixture
 
 
 @pytest.fixture
+def small(config: Config) -> Config:
+    """A config whose training runs are short."""
+    return config.model_copy(
+        update={
+            "training": config.training.model_copy(update={"max_steps": 12}),
+            "gate": config.gate.model_copy(update={"samples": 16}),
+        }
+    )
+
+
+@pytest.fixture
 def database(config: Config) -> Iterator[Database]:
     opened = Database(config.database_url)
     opened.upgrade()

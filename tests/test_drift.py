@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import react
-from test_training import converse, quiet, small  # noqa: F401
+from test_training import converse, quiet
 
 from bot.errors import NothingToLearn
 from bot.registry import BASE
@@ -86,7 +86,7 @@ def test_too_few_opinions_are_no_change_and_who_learned_nothing_has_nothing_to_u
     assert found(np.linspace(1, 2, 80), liked) is not None, "the control: it has learned to say what is liked no more"
 
 
-def test_what_people_said_before_they_came_to_want_the_opposite_counts_no_more(small, store, registry, tokenizer):  # noqa: F811
+def test_what_people_said_before_they_came_to_want_the_opposite_counts_no_more(small, store, registry, tokenizer):
     converse(store, tokenizer, likes_emoji=True)
     first = trainer.run(small, quiet)
     registry.promote(first.policy)
@@ -108,7 +108,7 @@ def test_what_people_said_before_they_came_to_want_the_opposite_counts_no_more(s
     assert third.dropped["said before people came to want the opposite"] == gone, "it stays so"
 
 
-def test_a_run_is_told_where_only_new_opinions_of_one_kind_are_left(small, store, registry, tokenizer):  # noqa: F811
+def test_a_run_is_told_where_only_new_opinions_of_one_kind_are_left(small, store, registry, tokenizer):
     converse(store, tokenizer, likes_emoji=True)
     registry.promote(trainer.run(small, quiet).policy)
     for turn in store.turns_with_feedback():

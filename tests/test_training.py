@@ -39,16 +39,6 @@ def converse(store, tokenizer, likes_emoji: bool, count: int = 64) -> None:
         react(store, turn, approves=style.emoji == likes_emoji)
 
 
-@pytest.fixture
-def small(config: Config) -> Config:
-    return config.model_copy(
-        update={
-            "training": config.training.model_copy(update={"max_steps": 12}),
-            "gate": config.gate.model_copy(update={"samples": 16}),
-        }
-    )
-
-
 def with_training(config: Config, **changes) -> Config:
     return config.model_copy(update={"training": config.training.model_copy(update=changes)})
 
