@@ -42,9 +42,9 @@ def random_version(config: Config, base_model: str, directory: Path, seed: int) 
     """Save weights that differ from the base's by chance, enough to change what is said, with their probe."""
     import torch
 
+    from learning import probe
     from learning.evaluation import next_logprobs
     from learning.model import as_base, load, save, settle
-    from learning.trainer import write_probe
 
     torch.manual_seed(seed)
     model = load(config, base_model)
@@ -59,7 +59,7 @@ def random_version(config: Config, base_model: str, directory: Path, seed: int) 
     prefixes = [ids[:end] for end in range(8, len(ids))]
     own = next_logprobs(model, prefixes)
     with as_base(model):
-        write_probe(directory, prefixes, own, next_logprobs(model, prefixes))
+        probe.write(directory, prefixes, own, next_logprobs(model, prefixes))
     (directory / "manifest.json").write_text("{}")
 
 

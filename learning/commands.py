@@ -288,7 +288,7 @@ def bench_learning(
     cli.check_writable(json_file, plot)
     if users is not None:
         simulation.users(users)  # refused here, before anything runs
-    wanted = learning_grid.cells(part, users, arms)
+    wanted = learning_grid.cells(part, users, arms, found.seed)
     model = base_model(found)
     with cli.progress_bar() as progress:
         points = learning_grid.run(found, model, wanted, found.data / "bench" / f"learning-{part}.jsonl", progress)
@@ -297,7 +297,7 @@ def bench_learning(
     if plot is not None:
         learning_grid.plot(points, plot)
         console.print(f"plot: {plot}")
-    setup = {"slice": part, "arms": arms, "users": users, "seeds": learning_grid.SEEDS}
+    setup = {"slice": part, "arms": arms, "users": users, "seeds": learning_grid.SEEDS, "seed": found.seed}
     cli.write_json(json_file, "bench learning", figures, setup | {"training": found.training.model_dump()})
 
 

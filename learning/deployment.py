@@ -19,6 +19,7 @@ from bot.errors import ConfigError, KibitzError, ServingError
 from bot.policy import Policy
 from bot.registry import BASE, PolicyRegistry
 from bot.types import PolicyVersion
+from learning import probe
 from learning.version_files import faults, fingerprint, is_whole, weights_folder
 
 Announce = Callable[[str], None]
@@ -183,7 +184,7 @@ class Deployment:
         """Raise unless the server computes the trainer's log-probabilities, and not those of the parent."""
         served, candidate, parent = [], [], []
         try:
-            for row in json.loads((Path(version.path) / "probe.json").read_text()):
+            for row in json.loads((Path(version.path) / probe.FILE).read_text()):
                 listed = await self.policy.next_logprobs(version.name, row["prompt_ids"])
                 floor = min(listed.values())  # a token that the server does not list is at most as likely as the last
                 served += [listed.get(token, floor) for token in row["tokens"]]

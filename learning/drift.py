@@ -61,15 +61,16 @@ def drift(learned: np.ndarray, liked: np.ndarray, opinions: Sequence[tuple[str, 
         return None
     for since in range(FEWEST, len(liked) - FEWEST + 1, STEP):
         before = slice(max(0, since - max(WINDOW, len(liked) - since)), since)
-        after = slice(since, None)
-        for right, wrong in ((before, after), (after, before)):
-            agrees = (learned >= _limit(learned[right], liked[right])) == liked
+        sides = before, slice(since, None)
+        weights = [limited(opinions[side], np.ones(len(liked[side])), cap) for side in sides]
+        for right, wrong in ((0, 1), (1, 0)):
+            agrees = (learned >= _limit(learned[sides[right]], liked[sides[right]])) == liked
             if (
-                _by_chance(agrees[right], opinions[right], cap, "greater") < RIGHT
-                and _by_chance(agrees[wrong], opinions[wrong], cap, "less") < WRONG
+                _by_chance(agrees[sides[right]], weights[right], "greater") < RIGHT
+                and _by_chance(agrees[sides[wrong]], weights[wrong], "less") < WRONG
             ):
                 fits = int((agrees == (np.arange(len(liked)) < since)).sum())
-                found.append((max(fits, len(liked) - fits), Drift(since, against=right is before)))
+                found.append((max(fits, len(liked) - fits), Drift(since, against=right == 0)))
     return max(found, key=lambda one: one[0])[1] if found else None
 
 
@@ -80,7 +81,6 @@ def _limit(learned: np.ndarray, liked: np.ndarray) -> float:
     return float(order[np.argmax(right)])
 
 
-def _by_chance(right: np.ndarray, opinions: Sequence[tuple[str, ...]], cap: float, way: str) -> float:
+def _by_chance(right: np.ndarray, weights: np.ndarray, way: str) -> float:
     """How often a coin would be right so often (`greater`), or so seldom (`less`)."""
-    weights = limited(opinions, np.ones(len(right)), cap)
     return float(binomtest(round(weights @ right), round(weights.sum()), 0.5, way).pvalue)

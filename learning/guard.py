@@ -40,6 +40,11 @@ class Limits:
     well_formed: float
 
 
+def due(steps: int) -> set[int]:
+    """After which of a run's steps it is looked at: its thirds, and so always the last one."""
+    return {-(-steps * part // CHECKS) for part in range(1, CHECKS + 1)}
+
+
 class Guard(TrainerCallback):
     """Checks a model at the start of a run and CHECKS times in it; `stopped` says why it was stopped, if it was."""
 
@@ -60,7 +65,7 @@ class Guard(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Check at every third of the run; where something is wrong, go back and stop."""
-        if state.global_step % max(1, state.max_steps // CHECKS):
+        if state.global_step not in due(state.max_steps):
             return
         assert self.first is not None
         self.stopped = agreed(self.fault(self.first, self._check(state.global_step)))

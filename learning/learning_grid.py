@@ -49,8 +49,9 @@ class Cell:
     regime: str = "fresh"
 
 
-def cells(part: str, users: str | None, arms: str | None = None) -> list[Cell]:
-    """The cells of a slice, of all arms or of those named with commas between. Raises ConfigError for what is not there.
+def cells(part: str, users: str | None, arms: str | None = None, seed: int = 0) -> list[Cell]:
+    """The cells of a slice, of all arms or of those named with commas between; their seeds are `seed` and those after it.
+    Raises ConfigError for what is not there.
 
     `ci` has each seed with one kind of people, 10% noise, and a reaction to each answer; `rates` the same with each noise
     and each rate of reactions; `regimes` with answers of version 0 alone, and with people who change their minds; `full` has
@@ -60,7 +61,7 @@ def cells(part: str, users: str | None, arms: str | None = None) -> list[Cell]:
     if not set(chosen) <= set(ARMS):
         raise ConfigError(f"--arms has value '{arms}'; choose from {','.join(ARMS)}")
     kinds = KINDS if users is None else (users,)
-    small = [Cell(arm, kinds[seed % len(kinds)], seed) for seed, arm in product(range(SEEDS), chosen)]
+    small = [Cell(arm, kinds[number % len(kinds)], seed + number) for number, arm in product(range(SEEDS), chosen)]
     rates = [replace(cell, noise=noise, rate=rate) for (noise, rate), cell in product(RATES, small)]
     regimes = [replace(cell, regime=regime) for regime, cell in product(("drift", "logged"), small)]
     each = [*small, *rates, *regimes]

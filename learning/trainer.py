@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from bot.errors import NothingToLearn, TrainingError
 from bot.registry import BASE, PolicyRegistry
 from bot.tokenizer import ChatTokenizer
 from bot.types import PolicyState, PolicyVersion
+from learning import probe
 from learning.drift import changed
 from learning.evaluation import (
     Evidence,
@@ -53,11 +54,7 @@ if TYPE_CHECKING:
     from learning.model import Model
 
 Progress = Callable[[str, int, int], None]
-PROBES = ("hello", "good night", "what should i eat?", "tell me something about yourself")
 WATCHED = 16  # samples, and held-out liked answers, that are looked at while training
-PROBE_TOKENS = 512
-PROBE_TOP = 8
-PROBED = 16  # tokens of an answer, in steps of four
 
 
 @dataclass(frozen=True)
@@ -77,53 +74,55 @@ class Outcome:
     without_logprobs: int
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What a run begins with: the version that it goes on from, as a model; what was said, since a turn or ever; and the
+    live version, with the log-probabilities that it gives the tokens of each held-out answer (nats).
+    """
+
+    parent: PolicyVersion
+    model: "Model"
+    snapshot: Snapshot
+    since: str
+    live: PolicyVersion
+    before: "list[torch.Tensor]"
+
+
 def run(config: Config, progress: Progress, space: str | None = None, from_base: bool = False) -> Outcome:
     """Train a new version on all feedback (or on one imported `space`), continuing the live version unless `from_base`,
     or unless it is time to begin anew (`learning.from_base_every`).
 
     Raises NothingToLearn where there is no usable reward, or the run would only harm; nothing is registered then.
     """
-    with held(config.data, "train"), interruptible(progress) as report:
-        return _run(config, report, space, from_base)
+    with (
+        held(config.data, "train"),
+        closing(Database(config.database_url)) as database,
+        interruptible(progress) as report,
+    ):
+        return _run(config, database, report, space, from_base)
 
 
-def _run(config: Config, progress: Progress, space: str | None, from_base: bool) -> Outcome:
-    database = Database(config.database_url)
-    registry, store = PolicyRegistry(database), ConversationStore(database)
+def _run(config: Config, database: Database, progress: Progress, space: str | None, from_base: bool) -> Outcome:
+    registry = PolicyRegistry(database)
     _clear_up(registry, config.data / "policies")
-    live, every = registry.live(), config.learning.from_base_every
-    is_due = every > 0 and len(registry.runs()) % every == every - 1
-    # An adapter is served on the base model alone: it does not go on from a live version with weights of its own.
-    cannot = config.training.weights == "lora" and is_whole(Path(live.path))
-    parent = registry.get(BASE) if from_base or is_due or cannot else live
+    live = registry.live()
+    parent = _parent(config, registry, live, from_base)
     tokenizer = ChatTokenizer(parent.base_model)
     progress("reading feedback", 0, 1)
     embedding = embedder(config)
-    buffer = ReplayBuffer(store, tokenizer, config, embedding)
-    looks_for_drift = config.learning.detect_drift and space is None
-    since = _since(live) if looks_for_drift else ""
-    snapshot = buffer.snapshot(space, since)
-    _refuse_empty(snapshot)
-    progress("loading the model", 0, 1)
-    quiet()
-    found = served(config, live.base_model, _weights_of(live))
-    change = changed(config, live.base_model, found, snapshot.drawn) if looks_for_drift and live.name != BASE else None
-    if change is not None:
-        progress(f"people came to want the opposite: {change.since} older answers count no more", 0, 1)
-        since = snapshot.drawn[change.since].turn_id
-        snapshot = buffer.snapshot(since=since)
-        _refuse_empty(snapshot)
-        parent = registry.get(BASE) if change.against else parent
-    manifest = _manifest(config, parent, snapshot) | {"since": since}
+    buffer = ReplayBuffer(ConversationStore(database), tokenizer, config, embedding)
+    lesson = _lesson(config, registry, live, parent, buffer, space, progress)
+    snapshot = lesson.snapshot
+    manifest = _manifest(config, lesson)
     sha256 = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    version = registry.reserve(parent, config.data / "policies")
+    version = registry.reserve(lesson.parent, config.data / "policies")
     taught = snapshot.feedback_ids, snapshot.followup_ids
     run_id = registry.begin_run(version.name, config.model_dump(), sha256, *taught)
     directory = Path(version.path)
     unfinished = directory.with_name(directory.name + ".unfinished")
     try:
         unfinished.mkdir(parents=True)
-        verdict, metrics = _train(config, parent, live, found, snapshot, tokenizer, embedding, unfinished, progress)
+        verdict, metrics = _train(config, lesson, tokenizer, embedding, unfinished, progress)
         config.save(unfinished / "config.json")
         (unfinished / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True))
         (unfinished / "manifest.json").write_text(json.dumps(manifest | {"sha256": sha256}, indent=1, sort_keys=True))
@@ -145,8 +144,6 @@ def _run(config: Config, progress: Progress, space: str | None, from_base: bool)
             registry.reject(version.name, {"outcome": why})
         registry.end_run(run_id, why)
         raise
-    finally:
-        database.close()
     return Outcome(
         policy=version.name,
         passed=verdict.passed,
@@ -167,6 +164,45 @@ def _clear_up(registry: PolicyRegistry, policies: Path) -> None:
     registry.abandon_unfinished()
     for leftover in policies.glob("*.unfinished"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _parent(config: Config, registry: PolicyRegistry, live: PolicyVersion, from_base: bool) -> PolicyVersion:
+    """The version that a run goes on from, as long as people want what they wanted."""
+    every = config.learning.from_base_every
+    is_due = every > 0 and len(registry.runs()) % every == every - 1
+    # An adapter is served on the base model alone: it does not go on from a live version with weights of its own.
+    cannot = config.training.weights == "lora" and is_whole(Path(live.path))
+    return registry.get(BASE) if from_base or is_due or cannot else live
+
+
+def _lesson(
+    config: Config,
+    registry: PolicyRegistry,
+    live: PolicyVersion,
+    parent: PolicyVersion,
+    buffer: ReplayBuffer,
+    space: str | None,
+    progress: Progress,
+) -> Lesson:
+    """All that was said; or, where people came to want the opposite, what was said since, to begin anew with."""
+    looks_for_drift = config.learning.detect_drift and space is None
+    since = _since(live) if looks_for_drift else ""
+    snapshot = buffer.snapshot(space, since)
+    _refuse_empty(snapshot)
+    progress("loading the model", 0, 1)
+    quiet()
+    found = served(config, live.base_model, _weights_of(live))
+    change = changed(config, live.base_model, found, snapshot.drawn) if looks_for_drift and live.name != BASE else None
+    if change is not None:
+        progress(f"people came to want the opposite: {change.since} older answers count no more", 0, 1)
+        since = snapshot.drawn[change.since].turn_id
+        snapshot = buffer.snapshot(since=since)
+        _refuse_empty(snapshot)
+        parent = registry.get(BASE) if change.against else parent
+    before = answer_logprobs(found, _answers(snapshot.held_out))
+    if parent != live:
+        found = served(config, parent.base_model, _weights_of(parent))
+    return Lesson(parent, found, snapshot, since, live, before)
 
 
 def _since(version: PolicyVersion) -> str:
@@ -191,15 +227,17 @@ def _refuse_empty(snapshot: Snapshot) -> None:
     )
 
 
-def _manifest(config: Config, parent: PolicyVersion, snapshot: Snapshot) -> dict[str, Any]:
+def _manifest(config: Config, lesson: Lesson) -> dict[str, Any]:
     """All that the weights depend on, and nothing else: no time, no path, no version number."""
+    snapshot = lesson.snapshot
     return {
-        "base_sha256": _base_fingerprint(parent.base_model),
-        "parent_sha256": parent.sha256,
+        "base_sha256": _base_fingerprint(lesson.parent.base_model),
+        "parent_sha256": lesson.parent.sha256,
         "training": config.training.model_dump(),
         "rewards": config.rewards.model_dump(),
         "embedder": config.dialogue.embedder,
         "seed": config.seed,
+        "since": lesson.since,
         "rows": [experience.digest() for experience in snapshot.training],
         "held_out": [experience.digest() for experience in snapshot.held_out],
         "dropped": dict(sorted(snapshot.dropped.items())),
@@ -216,10 +254,7 @@ def _base_fingerprint(base_model: str) -> str:
 
 def _train(
     config: Config,
-    parent: PolicyVersion,
-    live: PolicyVersion,
-    found: "Model",
-    snapshot: Snapshot,
+    lesson: Lesson,
     tokenizer: ChatTokenizer,
     embedding: Embedder | None,
     directory: Path,
@@ -227,37 +262,33 @@ def _train(
 ) -> tuple[Verdict, dict[str, Any]]:
     from transformers import set_seed
 
+    parent, snapshot, before = lesson.parent, lesson.snapshot, lesson.before
     set_seed(config.seed)  # of a fresh adapter
-    held_out = [(row.prompt_ids, row.completion_ids) for row in snapshot.held_out]
-    before = answer_logprobs(found, held_out)
-    if parent != live:
-        found = served(config, parent.base_model, _weights_of(parent))
-    model = to_train(config, parent.base_model, found)
+    model = to_train(config, parent.base_model, lesson.model)
     asked = _asked(snapshot, config.gate.samples)
     prompts = list(asked)
     with as_base(model):
         base_samples = generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed)
-        probed = generate(model, tokenizer, _probe_prompts(tokenizer), config.policy.max_tokens, config.seed)
-    prefixes = probe_prefixes(probed)
+        prefixes = probe.prefixes(model, tokenizer, config.policy.max_tokens, config.seed)
     earlier = base_samples  # as long as the adapter is fresh
     if parent.name != BASE:
         earlier = generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed)
     from_parent = next_logprobs(model, prefixes)
-    lesson = snapshot.training, snapshot.held_out, prompts, progress
+    rows = snapshot.training, snapshot.held_out, prompts, progress
     if config.training.processes > 1:
-        trained = teach_together(config, model, parent.base_model, *lesson)
+        trained = teach_together(config, model, parent.base_model, *rows)
     else:
-        trained = teach(config, model, tokenizer, *lesson)
+        trained = teach(config, model, tokenizer, *rows)
     if trained["stopped"] and not trained["kept"]:
         raise NothingToLearn(f"what was learned did only harm ({trained['stopped']}); more reactions may help")
     progress("measuring", 0, 1)
     settle(model)
-    after = answer_logprobs(model, held_out)
+    after = answer_logprobs(model, _answers(snapshot.held_out))
     samples = generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed)
     kl = kl_to_base(model, samples)
     save(model, directory)
     write_samples(directory, list(asked.values()), earlier, samples)
-    write_probe(directory, prefixes, next_logprobs(model, prefixes), from_parent)
+    probe.write(directory, prefixes, next_logprobs(model, prefixes), from_parent)
     evidence = Evidence(
         conversations=[row.unit for row in snapshot.held_out],
         signs=[1 if row.reward > 0 else -1 for row in snapshot.held_out],
@@ -274,7 +305,7 @@ def _train(
     verdict = judge(evidence, config.gate, config.seed)
     metrics = {**verdict.figures, **trained, "taken_back": snapshot.taken_back}
     judge_of = reward_model(config, embedding, parent.base_model)
-    if judge_of is not None and live == parent:
+    if judge_of is not None and lesson.live == parent:
         policies = {
             when: (dict(zip(prompts, own, strict=True)), logprobs)
             for when, own, logprobs in (("before", earlier, before), ("after", samples, after))
@@ -300,9 +331,9 @@ def teach(
     from learning.objectives import train
 
     liked, disliked = ([one for one in held_out if (one.reward > 0) == sign][:WATCHED] for sign in (True, False))
-    watched = [(one.prompt_ids, one.completion_ids) for one in (*liked, *disliked)]
+    watched = _answers([*liked, *disliked])
     signs = np.array([1] * len(liked) + [-1] * len(disliked))
-    before = np.array(_means(batched_logprobs(model, watched)))
+    start: list[np.ndarray] = []  # of the run, nats a token of what is watched
 
     def health() -> Health:
         with _torch_as_it_was():
@@ -311,19 +342,25 @@ def teach(
                 # nothing can be sampled from it, nor measured of it
                 raise TrainingError("what the policy gives became NaN; lower training.learning_rate")
             now = np.array(_means(told))
+            if not start:
+                start.append(now)
             samples = generate(model, tokenizer, prompts[:WATCHED], config.policy.max_tokens, config.seed)
             return Health(
                 liked=float(now[: len(liked)].mean()) if liked else None,
                 kl=kl_to_base(model, samples),
                 well_formed=sum(sample.well_formed for sample in samples),
                 samples=len(samples),
-                gained=margin_interval(now - before, signs, config.seed) if liked and disliked else None,
+                gained=margin_interval(now - start[0], signs, config.seed) if liked and disliked else None,
             )
 
     set_seed(config.seed)
     guard = Guard(health, Limits(config.gate.kl_budget, config.gate.well_formed))
     trained = train(model, tokenizer.hf, training, config.training, config.seed, progress, [guard])
     return {**trained, "stopped": guard.stopped, "kept": guard.kept, "checks": guard.checks}
+
+
+def _answers(rows: Sequence[Experience]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    return [(row.prompt_ids, row.completion_ids) for row in rows]
 
 
 def _weights_of(version: PolicyVersion) -> str | None:
@@ -336,35 +373,8 @@ def _asked(snapshot: Snapshot, count: int) -> dict[tuple[int, ...], str]:
     return dict(list({row.prompt_ids: row.question for row in rows}.items())[:count])
 
 
-def _probe_prompts(tokenizer: ChatTokenizer) -> list[list[int]]:
-    """Prompts that are nobody's words: those of a probe are kept with the version, whoever is forgotten."""
-    return [tokenizer.prompt_ids([{"role": "user", "content": text}]) for text in PROBES]
-
-
 def _well_formed(samples: list[Sample]) -> float:
     return sum(sample.well_formed for sample in samples) / max(len(samples), 1)
-
-
-def probe_prefixes(samples: Sequence[Sample]) -> list[list[int]]:
-    """Places inside answers at which server and trainer must agree on what comes next."""
-    short = [sample for sample in samples if len(sample.prompt_ids) + len(sample.completion_ids) <= PROBE_TOKENS]
-    return [
-        [*sample.prompt_ids, *sample.completion_ids[:cut]]
-        for sample in short
-        for cut in range(0, min(len(sample.completion_ids), PROBED), 4)
-    ]
-
-
-def write_probe(
-    directory: Path, prefixes: list[list[int]], candidate: list["torch.Tensor"], parent: list["torch.Tensor"]
-) -> None:
-    """Save what a candidate, and its parent, hold the likeliest next tokens of each prefix to be (nats)."""
-    rows = []
-    for prefix, own, other in zip(prefixes, candidate, parent, strict=True):
-        tokens = own.topk(PROBE_TOP).indices
-        values = {"candidate": own[tokens].tolist(), "parent": other[tokens].tolist()}
-        rows.append({"prompt_ids": prefix, "tokens": tokens.tolist(), **values})
-    (directory / "probe.json").write_text(json.dumps(rows))
 
 
 @contextmanager

@@ -54,6 +54,7 @@ def test_the_small_slice_has_every_arm_on_every_seed_and_the_full_one_holds_it()
     with pytest.raises(ConfigError, match="--arms has value 'kto,ppo'; choose from kto,dpo"):
         cells("ci", None, "kto,ppo")
     assert {cell.users for cell in cells("ci", "mine.py")} == {"mine.py"}
+    assert [cell.seed for cell in cells("ci", None, "kto", seed=100)] == [*range(100, 100 + SEEDS)]
 
 
 def test_figures_are_those_of_the_default_and_of_each_arm():

@@ -14,7 +14,7 @@ from bot.config import Config, TrainingConfig
 from bot.errors import NothingToLearn, TrainingError
 from learning import demo, objectives
 from learning.evaluation import batched_logprobs, batches
-from learning.guard import Guard, Health, Limits
+from learning.guard import CHECKS, Guard, Health, Limits, due
 from learning.model import load, restore, weights
 from learning.objectives import train, usable_rows
 from learning.replay_buffer import Experience, told
@@ -193,6 +193,13 @@ def test_a_run_that_does_harm_is_stopped_where_the_policy_was_last_well(fresh, t
     assert guard.kept == 2
     assert margin(fresh, rows) == pytest.approx(seen[1], abs=1e-4), "as it was at the last good check"
     assert seen[2] != pytest.approx(seen[1], abs=1e-3), "the control: it had gone on from there"
+
+
+@given(st.integers(1, 1000))
+def test_the_guard_looks_at_a_run_a_few_times_and_always_at_its_end(steps):
+    assert max(due(steps)) == steps
+    assert min(due(steps)) >= 1
+    assert len(due(steps)) == min(steps, CHECKS)
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,10 @@ def spoilt(case: str, config: Config, base: Path) -> Config:
     return config
 
 
+def out_of_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError
+
+
 @pytest.mark.parametrize(
     ("case", "word"),
     [
@@ -196,7 +200,7 @@ def test_what_cannot_be_learned_from_is_told_in_a_line_and_nothing_is_lost(
     else:
         converse(store, tokenizer, likes_emoji=True, count=24)
     if case == "no memory":
-        monkeypatch.setattr(TokenKTOTrainer, "training_step", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError))
+        monkeypatch.setattr(TokenKTOTrainer, "training_step", out_of_memory)
     counts = store.counts()
     with pytest.raises(KibitzError, match=word) as error:
         trainer.run(spoilt(case, small, base), quiet)
