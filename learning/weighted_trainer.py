@@ -89,7 +89,10 @@ def weighted_trainer(
     """A trainer for `sft`, `pg`, `hindsight` or `mixed`."""
     pad = pad_id(tokenizer)
     settings = SFTConfig(
-        **common, max_length=None, remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True}
+        **common | {"train_sampling_strategy": "group_by_length"},
+        max_length=None,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
     )
     trainer = WeightedTrainer(
         model=model,
@@ -139,6 +142,7 @@ def _examples(model: Any, rows: Sequence[Experience], config: TrainingConfig) ->
             "hindsight": told_more.tolist(),
             "advantage": row.advantage,
             "weight": row.weight,
+            "length": len(row.prompt_ids) + max(len(row.completion_ids), len(ids or ())),
             "term": TERMS.index(term),
         }
         for row, ids, reference, told_more, term in zip(
