@@ -142,7 +142,7 @@ def _examples(model: Any, rows: Sequence[Experience], config: TrainingConfig) ->
             "hindsight": told_more.tolist(),
             "advantage": row.advantage,
             "weight": row.weight,
-            "length": len(row.prompt_ids) + max(len(row.completion_ids), len(ids or ())),
+            "length": len(row.prompt_ids),
             "term": TERMS.index(term),
         }
         for row, ids, reference, told_more, term in zip(
