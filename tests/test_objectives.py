@@ -16,9 +16,9 @@ from learning import demo, objectives
 from learning.evaluation import batched_logprobs, batches
 from learning.guard import CHECKS, Guard, Health, Limits, due
 from learning.model import load, restore, weights
-from learning.objectives import train, usable_rows
+from learning.objectives import arguments, train, usable_rows
 from learning.replay_buffer import Experience, told
-from learning.weighted_trainer import CUT, TERMS, row_losses
+from learning.weighted_trainer import CUT, TERMS, row_losses, weighted_trainer
 
 OBJECTIVES = ("kto", "dpo", "sft", "pg", "hindsight", "mixed")
 
@@ -175,6 +175,26 @@ def test_the_anchor_pulls_back_from_both_sides():
         for shift in (-0.5, 0.5):
             assert losses(term, shift, anchor=1.0)[0] > losses(term, shift)[0]
         assert losses(term, 0.0, anchor=1.0)[0] == losses(term, 0.0)[0]
+
+
+def spread(lengths: list[torch.Tensor]) -> float:
+    """How far lengths lie apart inside a batch, as a share of how far all of them do."""
+    return float(torch.stack([batch.std() for batch in lengths]).mean() / torch.cat(lengths).std())
+
+
+def test_a_batch_holds_prompts_of_like_length_and_answers_of_any(fresh, tokenizer):
+    """What an answer's length is must not move a step: batches of short answers make random reactions shorten them."""
+    rng = random.Random(0)
+    lengths = [(rng.randint(4, 60), rng.randint(4, 60)) for _ in range(256)]
+    rows = [Experience("", "", (3,) * own, (4,) * other, None, 1.0, (), advantage=1.0) for own, other in lengths]
+    config = TrainingConfig(objective="sft")
+    trainer = weighted_trainer(fresh, tokenizer.hf, rows, config, arguments(config, 16, len(rows), seed=0))
+    labels = [batch["labels"] for batch in trainer.get_train_dataloader()]
+    assert sum(len(batch) for batch in labels) == len(rows)
+    prompts = [(batch != -100).int().argmax(1).float() for batch in labels]
+    answers = [(batch != -100).sum(1).float() for batch in labels]
+    assert spread(prompts) < 0.6
+    assert spread(answers) > 0.85
 
 
 def test_a_run_that_does_harm_is_stopped_where_the_policy_was_last_well(fresh, tokenizer):
