@@ -272,7 +272,7 @@ def _from_feedback(config: Config, embedder: Embedder, progress: Any) -> tuple[d
 
 @bench.command("learning")
 def bench_learning(
-    part: Annotated[str, typer.Option("--slice", help="ci (ten minutes), rates, regimes or full (hours).")] = "full",
+    part: Annotated[str, typer.Option("--slice", help="ci (some ten minutes), rates, regimes or full (hours).")] = "full",
     arms: Annotated[str | None, typer.Option(help="Objectives and controls, with commas between; all if not given.")] = None,
     users: Annotated[str | None, typer.Option(help="Built-in users, or a Python file with utility(prompt, reply).")] = None,
     json_file: JsonFile = None,
