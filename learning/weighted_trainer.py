@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
 
 from bot.config import TrainingConfig
@@ -39,6 +40,14 @@ class WeightedTrainer(SFTTrainer):
 
     terms: TrainingConfig
     usual_length: float
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGroupedSampler:
+        """Batches of prompts of about the same length, the same ones for any number of processes. Not of answers: batches of
+        short ones move the policy more than those of long ones do.
+        """
+        lengths = [len(prompt) for prompt in (train_dataset or self.train_dataset)["prompt"]]
+        batch = self.args.train_batch_size * self.args.world_size
+        return LengthGroupedSampler(batch, lengths=lengths, generator=torch.Generator().manual_seed(self.args.seed))
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
         """The mean over rows of each one's term and of its hold on the base."""
@@ -89,10 +98,7 @@ def weighted_trainer(
     """A trainer for `sft`, `pg`, `hindsight` or `mixed`."""
     pad = pad_id(tokenizer)
     settings = SFTConfig(
-        **common | {"train_sampling_strategy": "group_by_length"},
-        max_length=None,
-        remove_unused_columns=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
+        **common, max_length=None, remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True}
     )
     trainer = WeightedTrainer(
         model=model,
@@ -142,7 +148,6 @@ def _examples(model: Any, rows: Sequence[Experience], config: TrainingConfig) ->
             "hindsight": told_more.tolist(),
             "advantage": row.advantage,
             "weight": row.weight,
-            "length": len(row.prompt_ids),
             "term": TERMS.index(term),
         }
         for row, ids, reference, told_more, term in zip(

@@ -114,10 +114,10 @@ def test_each_so_many_th_run_begins_at_the_base_again(small, store, registry, to
     assert registry.get(third).parent == first  # the control
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_two_processes_teach_what_one_does_and_say_what_it_would_say(small, demo_model, store, tokenizer, kind):
+@pytest.mark.parametrize(("kind", "objective"), [("lora", "kto"), ("full", "kto"), ("lora", "mixed")])
+def test_two_processes_teach_what_one_does_and_say_what_it_would_say(small, demo_model, store, tokenizer, kind, objective):
     converse(store, tokenizer, likes_emoji=True, count=48)
-    small = with_training(small, weights=kind, full_learning_rate=3e-4)
+    small = with_training(small, weights=kind, full_learning_rate=3e-4, objective=objective)
     found = ReplayBuffer(store, tokenizer, small).snapshot()
     prompts = [one.prompt_ids for one in found.held_out]
     taught, stages = [], []
