@@ -206,9 +206,11 @@ def measured(
     after the last of STEPS and go on for as many.
     """
     import torch
+    from transformers import set_seed
 
     torch.set_num_threads(1)
     quiet()
+    set_seed(seed)  # of the adapter: what this process did before must not count
     objective = config.training.objective if arm in ("frozen", "placebo") else arm
     arena = Arena(config, base_model, seed)
     wanted = simulated_users(users)

@@ -7,6 +7,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+import torch
 
 from bot.config import Config
 from bot.errors import ConfigError
@@ -38,6 +39,19 @@ def test_where_nothing_can_be_learned_the_policy_stays_as_it_was(demo_model, mon
     [found] = measured(Config(), demo_model, "dpo", "content", 0, noise=0.0, rate=1.0, regime="fresh")
     assert found.kl == 0
     assert found.win_rate == 0.5, "everybody likes everything: there is nothing to tell apart"
+
+
+def test_a_cell_gives_the_same_whatever_its_process_did_before(demo_model, monkeypatch):
+    monkeypatch.setattr("learning.learning_benchmark.STEPS", (16,))
+    monkeypatch.setattr("learning.learning_benchmark.SAMPLES", 1)
+
+    def cell(seed: int) -> list[Point]:
+        torch.rand(5)  # something drawn before
+        return measured(Config(), demo_model, "kto", "brief", seed, noise=0.1, rate=1.0, regime="fresh")
+
+    first = cell(0)
+    assert cell(0) == first
+    assert cell(1) != first, "the control"
 
 
 def test_the_small_slice_has_every_arm_on_every_seed_and_the_full_one_holds_it():
