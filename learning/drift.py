@@ -14,7 +14,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from bot.config import Config
-from learning.evaluation import batched_logprobs
+from learning.evaluation import batched_logprobs, token_rows
 from learning.model import base_of
 from learning.replay_buffer import Experience
 from learning.selection import limited
@@ -39,7 +39,7 @@ class Drift:
 
 def changed(config: Config, base_model: str, policy: "Model", rated: Sequence[Experience]) -> Drift | None:
     """Whether, and since when, people want the opposite of what a policy learned from answers (oldest first)."""
-    rows = [(one.prompt_ids, one.completion_ids) for one in rated]
+    rows = token_rows(rated)
     own = batched_logprobs(policy, rows)
     with base_of(config, base_model, policy) as model:
         base = batched_logprobs(model, rows)

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from scipy.stats import permutation_test
@@ -162,6 +162,21 @@ def is_well_formed(text: str) -> bool:
     return not grams or max(grams.values()) < 3
 
 
+class Answer(Protocol):
+    """An answer and its prompt, as token ids: an Experience, a Sample."""
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def completion_ids(self) -> tuple[int, ...]: ...
+
+
+def token_rows(answers: Sequence[Answer]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The (prompt ids, completion ids) row of each answer."""
+    return [(one.prompt_ids, one.completion_ids) for one in answers]
+
+
 def answer_logprobs(model: Any, rows: Rows) -> list["torch.Tensor"]:
     """The log-probability (nats) of each completion token of each (prompt ids, completion ids) row, one row at a time.
 
@@ -252,7 +267,7 @@ def kl_to_base(model: Any, samples: Sequence[Sample]) -> float:
     total, tokens = 0.0, 0
     model.eval()
     with torch.no_grad():
-        for batch in batches([(sample.prompt_ids, sample.completion_ids) for sample in samples]):
+        for batch in batches(token_rows(samples)):
             own = _answer_logits(model, batch)
             with as_base(model):
                 base = _answer_logits(model, batch)

@@ -22,7 +22,7 @@ from bot.errors import NothingToLearn
 from bot.tokenizer import ChatTokenizer
 from learning import demo
 from learning.drift import changed
-from learning.evaluation import Sample, batched_logprobs, generate, kl_to_base, perplexity
+from learning.evaluation import Sample, batched_logprobs, generate, kl_to_base, perplexity, token_rows
 from learning.followup_training import PHRASES
 from learning.model import as_base, load, restore, weights
 from learning.pretrain import quiet
@@ -172,7 +172,7 @@ def experience(arena: Arena, question: str, answer: Sample, likes: bool, rng: ra
 
 def with_logprobs(arena: Arena, found: Sequence[Experience]) -> list[Experience]:
     """The experiences with the log-probabilities of their sampling, which is by the policy as it is now."""
-    logprobs = batched_logprobs(arena.model, [(one.prompt_ids, one.completion_ids) for one in found])
+    logprobs = batched_logprobs(arena.model, token_rows(found))
     return [replace(one, logprobs=tuple(row.tolist())) for one, row in zip(found, logprobs, strict=True)]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bot.config import Config
-from learning.evaluation import batches, padded
+from learning.evaluation import batches, padded, token_rows
 from learning.replay_buffer import Experience
 from learning.reward_model import Judged, calibrated, is_enough
 
@@ -85,7 +85,7 @@ class LmRewardModel:
 
         found: list[float] = []
         with torch.no_grad():
-            for batch in batches([(one.prompt_ids, one.completion_ids) for one in answers]):
+            for batch in batches(token_rows(answers)):
                 inputs = padded(batch, model.device, model.config.pad_token_id)
                 found += model(**inputs).logits[:, 0].float().tolist()
         return np.array(found)

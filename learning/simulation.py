@@ -96,7 +96,7 @@ class Row:
         """The row in one line, as it is told while the simulation runs."""
         return (
             f"{self.version}: utility {self.utility:+.2f} ({self.low:+.2f} to {self.high:+.2f}), "
-            f"frozen {self.frozen:+.2f}, {self.reactions} reactions" + (f"; {self.note}" if self.note else "")
+            f"frozen {self.frozen:+.2f}, {self.reactions} reactions"
         )
 
 
@@ -187,9 +187,10 @@ class Simulation:
         try:
             outcome = await self.learner.step()
         except NothingToLearn as error:
+            self.learner.announce(f"nothing learned: {error}")
             return 0.0, str(error)
         kl = outcome["figures"]["kl"] if outcome["passed"] else (self.rows[-1].kl if self.rows else 0.0)
-        return kl, "" if outcome["passed"] else f"{outcome['policy']} rejected"
+        return kl, "" if outcome["passed"] else f"{outcome['policy']} rejected: {'; '.join(outcome['reasons'])}"
 
     async def _judge(self, samples: int, approval: float | None, kl: float, note: str, show: Callable[[Row], None]) -> None:
         """True utility of the live version on the held-out prompts, beside that of the frozen one."""

@@ -38,6 +38,7 @@ from learning.evaluation import (
     kl_to_base,
     margin_interval,
     next_logprobs,
+    token_rows,
 )
 from learning.model import as_base, not_finite, save, served, settle, to_train
 from learning.off_policy import estimated
@@ -199,8 +200,9 @@ def _lesson(
         snapshot = buffer.snapshot(since=since)
         _refuse_empty(snapshot)
         parent = registry.get(BASE) if change.against else parent
-    before = answer_logprobs(found, _answers(snapshot.held_out))
+    before = answer_logprobs(found, token_rows(snapshot.held_out))
     if parent != live:
+        del found  # there may be no room for both
         found = served(config, parent.base_model, _weights_of(parent))
     return Lesson(parent, found, snapshot, since, live, before)
 
@@ -283,7 +285,7 @@ def _train(
         raise NothingToLearn(f"what was learned did only harm ({trained['stopped']}); more reactions may help")
     progress("measuring", 0, 1)
     settle(model)
-    after = answer_logprobs(model, _answers(snapshot.held_out))
+    after = answer_logprobs(model, token_rows(snapshot.held_out))
     samples = generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed)
     kl = kl_to_base(model, samples)
     save(model, directory)
@@ -331,7 +333,7 @@ def teach(
     from learning.objectives import train
 
     liked, disliked = ([one for one in held_out if (one.reward > 0) == sign][:WATCHED] for sign in (True, False))
-    watched = _answers([*liked, *disliked])
+    watched = token_rows([*liked, *disliked])
     signs = np.array([1] * len(liked) + [-1] * len(disliked))
     start: list[np.ndarray] = []  # of the run, nats a token of what is watched
 
@@ -357,10 +359,6 @@ def teach(
     guard = Guard(health, Limits(config.gate.kl_budget, config.gate.well_formed))
     trained = train(model, tokenizer.hf, training, config.training, config.seed, progress, [guard])
     return {**trained, "stopped": guard.stopped, "kept": guard.kept, "checks": guard.checks}
-
-
-def _answers(rows: Sequence[Experience]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    return [(row.prompt_ids, row.completion_ids) for row in rows]
 
 
 def _weights_of(version: PolicyVersion) -> str | None:

@@ -27,7 +27,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
 
 from bot.config import TrainingConfig
-from learning.evaluation import batched_logprobs, pad_id
+from learning.evaluation import batched_logprobs, pad_id, token_rows
 from learning.model import as_base
 from learning.replay_buffer import Experience
 
@@ -129,7 +129,7 @@ def term_of(row: Experience, objective: str) -> str:
 
 def _examples(model: Any, rows: Sequence[Experience], config: TrainingConfig) -> list[dict[str, Any]]:
     """One example a row, with the answer that it is preferred to inside. References are computed once."""
-    chosen = [(row.prompt_ids, row.completion_ids) for row in rows]
+    chosen = token_rows(rows)
     terms = [term_of(row, config.objective) for row in rows]
     rejected = [row.rejected_ids if term == "prefer" else None for row, term in zip(rows, terms, strict=True)]
     with as_base(model):
@@ -161,7 +161,7 @@ def _hindsight(model: Any, rows: Sequence[Experience], terms: Sequence[str]) -> 
     if "hindsight" not in terms:
         return [torch.zeros(len(row.completion_ids)) for row in rows]
     known = batched_logprobs(model, [(row.hindsight_ids or row.prompt_ids, row.completion_ids) for row in rows])
-    unknown = batched_logprobs(model, [(row.prompt_ids, row.completion_ids) for row in rows])
+    unknown = batched_logprobs(model, token_rows(rows))
     return [(told - asked).clamp(-1, 1) for told, asked in zip(known, unknown, strict=True)]
 
 
