@@ -37,13 +37,15 @@ OnText = Callable[[str], Awaitable[None] | None]
 class Policy:
     """One vLLM server, seen as something that answers chat messages."""
 
-    def __init__(self, url: str, config: PolicyConfig, reply_seconds: float = 120, api_key: str = "none"):
+    def __init__(self, url: str, config: PolicyConfig, reply_seconds: float = 120, api_key: str = "none", base: str = BASE):
         self.url = url.rstrip("/")
         self.config = config
-        self.version = BASE
-        self.weights: str | None = BASE  # None: not known
+        self.base = base  # the version that is the base model itself
+        self.version = base
+        self.weights: str | None = base  # None: not known
         self.takes_weights = False
-        self.base_name = BASE
+        self.exact_tokens: int | None = None  # benchmarks: all answers are so long, whatever ends them
+        self.base_name = BASE  # as the server calls it
         # A reply that fails is tried again here, before its first token only; never behind our back.
         self._http = aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {api_key}"},
@@ -97,10 +99,9 @@ class Policy:
         stop: asyncio.Event | None,
     ) -> Reply:
         sampling: dict[str, Any] = {
-            "temperature": self.config.temperature if temperature is None else temperature,
-            "top_p": self.config.top_p,
-            "top_k": self.config.top_k,
-            "max_tokens": self.config.max_tokens,
+            **self.config.sampling,
+            **({} if temperature is None else {"temperature": temperature}),
+            "max_tokens": self.exact_tokens or self.config.max_tokens,
         }
         if seed is not None:
             sampling["seed"] = seed
@@ -108,6 +109,8 @@ class Policy:
         body["logprobs"] = 0  # of the sampled token alone
         if cache_salt:
             body["cache_salt"] = cache_salt
+        if self.exact_tokens:
+            body["ignore_eos"] = True
         text, finish_reason = "", ""
         completion_ids: list[int] = []
         logprobs: list[float] = []
@@ -199,7 +202,7 @@ class Policy:
             self.weights = await self._weights()
             self.takes_weights = True
         except ServingError:  # a server that does not let its weights be changed
-            self.weights, self.takes_weights = BASE, False
+            self.weights, self.takes_weights = self.base, False
 
     def lost(self) -> None:
         """Forget whose weights the server holds: it is gone."""
@@ -213,7 +216,7 @@ class Policy:
 
     async def _weights(self) -> str:
         told = (await self._admin("GET", "/weight_info"))["weight_version"]
-        return BASE if told == FRESH else str(told)
+        return self.base if told == FRESH else str(told)
 
     async def replace(self, version: str, path: str) -> None:
         """Put the weights of a whole model in the place of the server's. Nobody may be answered meanwhile: see `held`."""
@@ -253,17 +256,17 @@ class Policy:
         return {model["id"] for model in listed if model.get("parent")}
 
     async def next_logprobs(self, version: str, prompt_ids: Sequence[int]) -> dict[int, float]:
-        """The server's log-probabilities (nats, temperature 1) of the likeliest tokens to follow `prompt_ids`.
+        """The server's log-probabilities (nats) of the likeliest tokens to follow `prompt_ids`, at the policy's temperature.
 
-        Asked by generating one token, as every answer is: `prompt_logprobs` beside other requests that use an adapter
-        ends vLLM's CPU engine (0.32), and would pass by the prefix cache.
+        Nothing is cut away, as in the trainer. Asked by generating one token, as every answer is: `prompt_logprobs` beside
+        other requests that use an adapter ends vLLM's CPU engine (0.32), and would pass by the prefix cache.
         """
         body = {
             "model": self.served_name(version),
             "prompt": list(prompt_ids),
             "max_tokens": 1,
             "logprobs": TOP_LOGPROBS,
-            "temperature": 1.0,
+            "temperature": self.config.temperature,
             "return_tokens_as_token_ids": True,
         }
         answer = await self._admin("POST", "/v1/completions", body)
@@ -289,8 +292,9 @@ class Policy:
         """The name under which the server knows a version. Raises ServingError where it has other weights in their place."""
         if version == self.weights:
             return self.base_name
-        if version == BASE:
-            raise ServingError(f"{BASE} is not served: the weights of {self.weights or 'nobody knows which version'} are")
+        if version == self.base:
+            holder = self.weights or "nobody knows which version"
+            raise ServingError(f"{self.base} is not served: the weights of {holder} are")
         return version
 
 

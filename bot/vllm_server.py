@@ -121,7 +121,8 @@ class VllmServer:
         }
         flags = ["--enable-lora", "--disable-uvicorn-access-log"]
         if not _has_gpu():
-            flags.append("--enforce-eager")
+            # A prompt that is read in pieces ends the CPU engine (0.32) where its answer is sampled with a seed.
+            flags += ["--enforce-eager", "--no-enable-chunked-prefill"]
         return command + [part for pair in options.items() for part in pair] + flags + serving.extra_args
 
     def _environment(self) -> dict[str, str]:

@@ -28,8 +28,8 @@ from learning.model import as_base, load, restore, weights
 from learning.pretrain import quiet
 from learning.replay_buffer import Experience, compared, told
 from learning.selection import parted
-from learning.simulation import Utility
-from learning.simulation import users as simulated_users
+from learning.simulated_people import Utility
+from learning.simulated_people import users as simulated_users
 from learning.trainer import teach
 
 STEPS = (40, 80, 120, 160, 200)  # reactions after which a version is trained and judged

@@ -213,7 +213,7 @@ async def test_a_benchmark_leaves_the_operators_data_alone(live, tmp_path, demo_
 def test_sigterm_drains_and_a_second_one_ends_at_once(signals):
     script = """
 import asyncio
-from bot.__main__ import run
+from bot.app import run
 async def main():
     try:
         await asyncio.Event().wait()

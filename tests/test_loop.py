@@ -18,10 +18,11 @@ from bot.policy import Policy
 from bot.registry import BASE
 from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, new_id
 from bot.vllm_server import VllmServer
-from learning import benchmark, demo, simulation
-from learning.deployment import Deployment, mean_distance
+from learning import benchmark, demo, simulated_people, simulation
+from learning.deployment import Deployment
 from learning.evaluation import answer_logprobs
 from learning.loop import OnlineLearner
+from learning.probe import mean_distance
 
 
 async def say(live, text: str, **details) -> object:
@@ -98,7 +99,7 @@ async def test_reactions_train_a_version_that_answers_next_and_is_taken_back(liv
     async def one(number: int) -> None:
         async with together:
             turn = await say(live, rng.choice(demo.prompts(held_out=False))[0])
-        kind = FeedbackKind.APPROVAL if simulation.emoji("", turn.text) > 0 else FeedbackKind.DISAPPROVAL
+        kind = FeedbackKind.APPROVAL if simulated_people.emoji("", turn.text) > 0 else FeedbackKind.DISAPPROVAL
         await live.dialogue.record_feedback(Feedback(turn.id, "ann", kind, signal="test"))
 
     told: list[str] = []
@@ -293,14 +294,15 @@ async def test_a_reload_under_one_name_is_caught(live, tokenizer, tmp_path):
     prompts = benchmark.long_prompts(tokenizer, 8)
     expected = {name: await benchmark.references(live.policy, name, prompts)}
     answers, _, _ = await benchmark.load(live.policy, iter(prompts), 4, lambda: None)
-    assert benchmark.mixed(answers, expected) == 0
+    limit = max(benchmark.distances(answers, expected)) + 0.01
+    assert limit < 0.1, "float32 rounds less than that"
     other = tmp_path / "weights-12"
     await asyncio.to_thread(benchmark.random_version, live.config, live.registry.get(BASE).base_model, other, 12)
     body = {"lora_name": name, "lora_path": str(other), "load_inplace": True}
     async with httpx.AsyncClient(base_url=live.policy.url, timeout=60) as client:
         (await client.post("/v1/load_lora_adapter", json=body)).raise_for_status()
     answers, _, _ = await benchmark.load(live.policy, iter(prompts), 4, lambda: None)
-    assert benchmark.mixed(answers, expected) > 0
+    assert benchmark.mixed(answers, expected, limit) > 0
     with pytest.raises(ServingError, match="failed its probe"):
         await live.deployment._probe(live.registry.get(name))
 
@@ -342,14 +344,18 @@ async def test_overhead_is_measured_against_the_same_prompts(live):
 
 async def test_a_simulation_judges_every_version_beside_a_frozen_control(live):
     learner = OnlineLearner(live.store, live.deployment, live.config)
-    people = simulation.People(simulation.emoji, reaction_rate=1.0, noise=0.0, seed=0)
+    people = simulated_people.People(simulated_people.emoji, reaction_rate=1.0, noise=0.0, seed=0)
     shown: list[simulation.Row] = []
-    play = simulation.Simulation(live.dialogue, live.policy, learner, people, lambda *_: None)
+    asked = simulated_people.prompts(is_toy=True)
+    play = simulation.Simulation(live.dialogue, live.policy, learner, people, asked, lambda *_: None)
     rows = await play.run(rounds=1, messages=64, samples=1, show=shown.append)
     assert rows == shown
-    figures = simulation.figures(rows)
+    figures = simulation.figures(play, "toy")
     assert figures["reactions"] >= 64
-    for name in ("first_utility", "last_utility", "frozen_utility"):
+    assert figures["promoted"] == figures["versions"] - 1
+    assert figures["refused_by_probe"] == 0
+    assert not figures["promoted"] or figures["probe_distance"] < figures["probe_from_parent"] / 2
+    for name in ("first_utility", "last_utility", "frozen_utility", "utility_gain"):
         assert -1 <= figures[f"{name}_low"] <= figures[name] <= figures[f"{name}_high"] <= 1
 
 
