@@ -70,10 +70,13 @@ async def running(config: Config, model: str, tell: Announce, may_change: bool =
         deployment = Deployment(policy, registry, config, tell)
         watchers: list[asyncio.Task[None]] = []
         try:
-            await recall.ready()
             if server is not None:
                 tell(f"starting vLLM (its log: {server.log})")
-                await server.start(policy)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(recall.ready())
+                if server is not None:
+                    group.create_task(server.start(policy))
+            if server is not None:
                 watchers.append(asyncio.create_task(server.watch(policy, deployment.restore, tell)))
             await deployment.restore()
             watchers.append(asyncio.create_task(deployment.watch()))

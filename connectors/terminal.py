@@ -52,6 +52,8 @@ class Terminal:
                 text = line.strip()
                 if text == "/quit":
                     break
+                if text and not self.interactive:
+                    print(f"you: {text}", flush=True)  # on a terminal it stands there already
                 if text:
                     turn = await self._handle(text, place, turn)
 
