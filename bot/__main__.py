@@ -69,11 +69,13 @@ async def running(config: Config, model: str, tell: Announce) -> AsyncIterator[K
         registry.ensure_base(model)
         remove_purged(registry)
         recall = cli.recall(config, database)
-        tracker = StateTracker(store, ChatTokenizer(model), recall, config.dialogue, config.policy.context_tokens)
+        tokenizer = ChatTokenizer(model, config.policy.template_args)
+        tracker = StateTracker(store, tokenizer, recall, config.dialogue, config.policy.context_tokens)
+        served = config.model_copy(update={"policy": tokenizer.with_thoughts(config.policy)})
         key = os.environ.get(config.serving.api_key_env, "none") if config.serving.api_key_env else "none"
-        server = None if config.serving.url else VllmServer(config, model)
+        server = None if config.serving.url else VllmServer(served, model)
         url = config.serving.url if server is None else server.url
-        policy = Policy(url, config.policy, config.serving.reply_seconds, key)
+        policy = Policy(url, served.policy, config.serving.reply_seconds, key, tokenizer.end_ids, tokenizer.thoughts)
         deployment = Deployment(policy, registry, config, tell)
         watchers: list[asyncio.Task[None]] = []
         try:

@@ -32,6 +32,8 @@ class PolicyConfig(Section):
     model: str = "demo"
     context_tokens: Annotated[int, Field(ge=64)] = 1024
     max_tokens: Positive = 128
+    thought_tokens: Positive = 512
+    template_args: dict[str, bool | int | float | str] = {}
     temperature: Annotated[float, Field(gt=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0

@@ -57,7 +57,8 @@ def pretrain(
     model = base_model(found)
     directory = out or found.data / "models" / f"pretrained-{pairs.stem}"
     with cli.progress_bar() as progress:
-        measures = pretraining.warm_start(model, dialogues, directory, found.seed, epochs, learning_rate, progress)
+        recipe = found.seed, epochs, learning_rate, progress, found.policy.template_args
+        measures = pretraining.warm_start(model, dialogues, directory, *recipe)
     cli.print_figures(measures)
     console.print(f'model: {directory}\nuse it: [policy] model = "{directory}", with a new data directory', markup=False)
     cli.write_json(json_file, "pretrain", measures, {"pairs": pairs.name, "epochs": epochs, "seed": found.seed})
@@ -264,7 +265,7 @@ def _from_feedback(config: Config, embedder: Embedder, progress: Any) -> tuple[d
     from learning.replay_buffer import ReplayBuffer
 
     database, store, _ = cli.opened(config)
-    rated = ReplayBuffer(store, ChatTokenizer(base_model(config)), config).snapshot().rated
+    rated = ReplayBuffer(store, ChatTokenizer(base_model(config), config.policy.template_args), config).snapshot().rated
     memory = Memory(database, config.dialogue.across_channels)
     judged = list(reminders.judged(rated, store, memory, embedder, progress))
     return retrieval_training.proven(judged, weights(config.dialogue.retrieval_weights))
@@ -334,7 +335,7 @@ def bench_tracker(
     unknown = [size for size in wanted if size not in tracker_benchmark.SIZES]
     if unknown:
         raise ConfigError(f"--sizes has value '{unknown[0]}'; choose from {', '.join(tracker_benchmark.SIZES)}")
-    tokenizer = ChatTokenizer(base_model(found))
+    tokenizer = ChatTokenizer(base_model(found), found.policy.template_args)
     with cli.progress_bar() as progress:
         job = tracker_benchmark.measure(
             cli.embedder(found), tokenizer, weights(found.dialogue.retrieval_weights), wanted, progress
