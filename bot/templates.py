@@ -7,7 +7,7 @@ small chats are tried when the template is first used. It knows no token ids, no
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 from bot.errors import ConfigError, TemplateError
 
@@ -35,6 +35,9 @@ class Rules:
     empty_text: bool  # a message without text
 
 
+STRICTEST = Rules(*[False] * len(fields(Rules)))
+
+
 class Template:
     """One chat template with its arguments. `apply` renders a list of messages, as `apply_chat_template` does."""
 
@@ -60,47 +63,34 @@ class Template:
         messages. Where it wants strict turns, neighbours of one role become one message. Answers before the first user's
         message are left out where the template wants a user first, unless there is no user's message at all.
         """
-        rules = self.rules
-        system = _join(said["content"] for said in messages if said["role"] == SYSTEM)
-        chat = [
-            {"role": ASSISTANT if said["role"] == ASSISTANT else USER, "content": said["content"]}
-            for said in messages
-            if said["role"] != SYSTEM
-        ]
-        if not _has_user(chat):
-            is_kept = rules.system or not system  # else the system text becomes the user's message
-            if not (is_kept and (rules.no_user if chat or system else rules.empty_chat)):
-                chat.insert(0, {"role": USER, "content": ""})
-        while chat and chat[0]["role"] == ASSISTANT and not rules.answer_first and _has_user(chat):
-            chat.pop(0)
-        if is_prompt and chat and chat[-1]["role"] == ASSISTANT and not rules.answer_last:
-            chat.append({"role": USER, "content": ""})
-        if system and not rules.system:
-            first = next(said for said in chat if said["role"] == USER)
-            first["content"] = _join((system, first["content"]))
-        if not rules.neighbours:
-            chat = _merge(chat)
-        for said in chat:
-            if not rules.empty_text and not said["content"].strip():
-                said["content"] = BLANK
-        return [{"role": SYSTEM, "content": system}, *chat] if system and rules.system else chat
+        return _shape(messages, self.rules, is_prompt)
 
     def render(self, messages: ChatMessages, *, is_prompt: bool = True) -> str:
         """Render any conversation, with the opening of the next answer if it `is_prompt`.
 
         Raises TemplateError where the template refuses even the newest message alone.
         """
-        text = self._try(self.shape(messages, is_prompt=is_prompt), is_prompt)
-        if text is None:  # a rule that no trial chat showed
-            users = [said for said in messages if said["role"] not in (SYSTEM, ASSISTANT)]
-            newest = [*(said for said in messages if said["role"] == SYSTEM), *users[-1:]]
-            text = self._try(self.shape(newest, is_prompt=is_prompt), is_prompt)
-        if text is None:
+        system = [said for said in messages if said["role"] == SYSTEM]
+        newest = [said for said in messages if said["role"] not in (SYSTEM, ASSISTANT)][-1:]
+        wanted = [said["content"].strip() for said in (*system, *newest)]
+        rendered = []
+        for chat, rules in (
+            (messages, self.rules),
+            (messages, replace(self.rules, system=False)),  # some drop the system text of some chats only
+            (messages, STRICTEST),  # a rule that no trial chat showed
+            ([*system, *newest], STRICTEST),
+        ):
+            text = self._try(_shape(chat, rules, is_prompt), is_prompt)
+            if text is not None:
+                if all(said in text for said in wanted):
+                    return text
+                rendered.append(text)
+        if not rendered:
             raise TemplateError(
                 f"the chat template of '{self._model}' refuses a conversation of {len(messages)} messages, and its newest "
                 "message alone; see policy.template_args, or use another model"
             )
-        return text
+        return rendered[0]  # it writes texts in a way of its own
 
     def note(self, text: str) -> str:
         """Render a line that stands before a prompt: as a system message, or as a user's where there are none."""
@@ -176,6 +166,32 @@ class Template:
         persona, asked, answered, next_asked = (SYSTEM, PERSONA), (USER, QUESTION), (ASSISTANT, ANSWER), (USER, NEXT)
         chats = [_chat(asked), _chat(persona, asked), _chat(asked, answered, next_asked)]
         return any(self._try(chat, arguments=arguments) != self._try(chat, arguments=others) for chat in chats)
+
+
+def _shape(messages: ChatMessages, rules: Rules, is_prompt: bool) -> list[dict[str, str]]:
+    system = _join(said["content"] for said in messages if said["role"] == SYSTEM)
+    chat = [
+        {"role": ASSISTANT if said["role"] == ASSISTANT else USER, "content": said["content"]}
+        for said in messages
+        if said["role"] != SYSTEM
+    ]
+    if not _has_user(chat):
+        is_kept = rules.system or not system  # else the system text becomes the user's message
+        if not (is_kept and (rules.no_user if chat or system else rules.empty_chat)):
+            chat.insert(0, {"role": USER, "content": ""})
+    while chat and chat[0]["role"] == ASSISTANT and not rules.answer_first and _has_user(chat):
+        chat.pop(0)
+    if is_prompt and chat and chat[-1]["role"] == ASSISTANT and not rules.answer_last:
+        chat.append({"role": USER, "content": ""})
+    if system and not rules.system:
+        first = next(said for said in chat if said["role"] == USER)
+        first["content"] = _join((system, first["content"]))
+    if not rules.neighbours:
+        chat = _merge(chat)
+    for said in chat:
+        if not rules.empty_text and not said["content"].strip():
+            said["content"] = BLANK
+    return [{"role": SYSTEM, "content": system}, *chat] if system and rules.system else chat
 
 
 def trial_chat() -> list[dict[str, str]]:
