@@ -27,7 +27,7 @@ Taken = tuple[Message, Turn | None, Surroundings | None]  # in the database's th
 
 LONGEST = 100_000  # characters of one message; what the policy sees of it is bounded by tokens, far below
 INTERRUPTED = "interrupted"  # a finish reason of ours
-NO_ANSWER = "Sorry, I have found no answer in the time I have. Please ask me again."
+NO_ANSWER = "Sorry, I found no answer to that. Please ask me again."
 UNFINISHED = {INTERRUPTED, STOPPED}  # such a turn is never trained on: it would teach to stop in the middle
 
 
@@ -64,7 +64,7 @@ def cleaned(text: str) -> str:
 
 
 def spoken(turn: Turn) -> str:
-    """Return what a person is shown of an answer: its text, or an apology if it thought to its end and said nothing."""
+    """Return what a person is shown of an answer: its text, or an apology if it says nothing."""
     return turn.text if turn.text.strip() or turn.finish_reason == STOPPED else NO_ANSWER
 
 

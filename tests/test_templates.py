@@ -217,7 +217,7 @@ def test_arguments_that_mean_nothing_or_break_the_template_are_refused():
 def test_the_config_takes_plain_values_only():
     args = {"enable_thinking": True, "effort": "low", "depth": 3, "share": 0.5}
     assert load(policy={"template_args": args}).policy.template_args == args
-    with pytest.raises(ConfigError, match=r"policy\.template_args\.tools"):
+    with pytest.raises(ConfigError, match=r"'policy\.template_args\.tools' has value \['a'\]; use true, false, a number"):
         load(policy={"template_args": {"tools": ["a"]}})
 
 
