@@ -62,11 +62,14 @@ async def running(config: Config, model: str, tell: Announce, may_change: bool =
             tell(f"policy.model was changed: {base.name} is {model}; {len(foreign)} versions of another serve no more")
         remove_purged(registry)
         recall = cli.recall(config, database)
-        tracker = StateTracker(store, ChatTokenizer(model), recall, config.dialogue, config.policy.context_tokens)
+        tokenizer = ChatTokenizer(model, config.policy.template_args)
+        tracker = StateTracker(store, tokenizer, recall, config.dialogue, config.policy.context_tokens)
+        served = config.model_copy(update={"policy": tokenizer.with_thoughts(config.policy)})
         key = os.environ.get(config.serving.api_key_env, "none") if config.serving.api_key_env else "none"
-        server = None if config.serving.url else VllmServer(config, model)
+        server = None if config.serving.url else VllmServer(served, model)
         url = config.serving.url if server is None else server.url
-        policy = Policy(url, config.policy, config.serving.reply_seconds, key, base.name)
+        thinks = tokenizer.end_ids, tokenizer.thoughts
+        policy = Policy(url, served.policy, config.serving.reply_seconds, key, *thinks, base.name)
         deployment = Deployment(policy, registry, config, tell)
         watchers: list[asyncio.Task[None]] = []
         try:

@@ -2,6 +2,7 @@
 
     KibitzError                one line that names the key, the value and the fix
     |-- ConfigError            a config key or a command-line value cannot be used
+    |-- TemplateError          the model's chat template refuses a conversation
     |-- DataError              a file or a database that kibitz was given cannot be read
     |-- ServingError           vLLM cannot be started, reached or used
     |   |-- ReplyInterrupted   an answer broke off; what was said so far is kept
@@ -21,6 +22,10 @@ class KibitzError(Exception):
 
 class ConfigError(KibitzError):
     """A config key or a command-line value cannot be used."""
+
+
+class TemplateError(KibitzError):
+    """The model's chat template refuses a conversation."""
 
 
 class DataError(KibitzError):

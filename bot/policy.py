@@ -13,7 +13,7 @@ import contextlib
 import json
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 import aiohttp
@@ -21,6 +21,7 @@ import aiohttp
 from bot.config import PolicyConfig
 from bot.errors import ReplyInterrupted, ServingError
 from bot.registry import BASE
+from bot.thoughts import ThoughtFilter, Thoughts
 from bot.types import Reply
 
 STOPPED = "stopped"  # a finish reason of ours: somebody asked for the end
@@ -37,10 +38,24 @@ OnText = Callable[[str], Awaitable[None] | None]
 class Policy:
     """One vLLM server, seen as something that answers chat messages."""
 
-    def __init__(self, url: str, config: PolicyConfig, reply_seconds: float = 120, api_key: str = "none", base: str = BASE):
+    def __init__(
+        self,
+        url: str,
+        config: PolicyConfig,
+        reply_seconds: float = 120,
+        api_key: str = "none",
+        end_ids: Iterable[int] = (),
+        thoughts: Thoughts | None = None,
+        base: str = BASE,
+    ):
+        """`end_ids` end an answer beside what the server knows of; `thoughts` says what of an answer is not for people; `base`
+        is the version that is the server's own model.
+        """
         self.url = url.rstrip("/")
         self.config = config
-        self.base = base  # the version that is the base model itself
+        self.end_ids = sorted(end_ids)
+        self.thoughts = thoughts
+        self.base = base
         self.version = base
         self.weights: str | None = base  # None: not known
         self.takes_weights = False
@@ -69,6 +84,8 @@ class Policy:
         stop: asyncio.Event | None = None,
     ) -> Reply:
         """Stream one answer to the prompt, handing each piece of text to `on_text`, until it ends or `stop` is set.
+
+        Thoughts are neither handed over nor in the reply's text; its token ids and log-probabilities hold them.
 
         Raises ServingError before the first token (after one more try) and ReplyInterrupted after it.
         """
@@ -107,11 +124,16 @@ class Policy:
             sampling["seed"] = seed
         body = {"model": self.served_name(version), "prompt": list(prompt_ids), "return_token_ids": True, **sampling}
         body["logprobs"] = 0  # of the sampled token alone
+        if self.end_ids:
+            body["stop_token_ids"] = self.end_ids
+        if self.thoughts is not None and self.thoughts.is_special:
+            body["skip_special_tokens"] = False  # else nobody could tell thoughts from the answer
         if cache_salt:
             body["cache_salt"] = cache_salt
         if self.exact_tokens:
             body["ignore_eos"] = True
-        text, finish_reason = "", ""
+            body.pop("stop_token_ids", None)
+        said, text, finish_reason = ThoughtFilter(self.thoughts), "", ""
         completion_ids: list[int] = []
         logprobs: list[float] = []
         started = time.monotonic()
@@ -125,10 +147,11 @@ class Policy:
                         completion_ids += choice.get("token_ids") or []
                         logprobs += (choice["logprobs"] or {}).get("token_logprobs") or []
                         finish_reason = choice["finish_reason"] or finish_reason
-                        if choice["text"]:
-                            text += choice["text"]
+                        piece = said.add(choice["text"]) + (said.end() if choice["finish_reason"] else "")
+                        if piece:
+                            text += piece
                             if on_text is not None:
-                                pending = on_text(choice["text"])
+                                pending = on_text(piece)
                                 if pending is not None:
                                     await pending
         except ServingError as error:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from aiolimiter import AsyncLimiter
 
-from bot.dialogue import ReplyOptions
+from bot.dialogue import ReplyOptions, spoken
 from bot.errors import KibitzError
 from bot.feedback import held
 from bot.types import Feedback, FeedbackKind, Turn
@@ -114,7 +114,7 @@ class Answers:
 
         async def whole(turn: Turn) -> None:
             await growing.abandon()
-            await shown.whole(turn.text)
+            await shown.whole(spoken(turn))
 
         stop = self._stops[turn_id] = asyncio.Event()
         stored = self._stored[turn_id] = asyncio.Event()
@@ -126,7 +126,7 @@ class Answers:
                 await growing.abandon()
             if turn.id != turn_id and not await self._call(self.deliveries.is_shown, self.platform, turn.id):
                 shown.turn_id = turn.id
-                await shown.whole(turn.text)
+                await shown.whole(spoken(turn))
         except KibitzError as error:
             log.warning("no answer: %s", error)
             await shown.sorry()

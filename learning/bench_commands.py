@@ -111,7 +111,8 @@ def bench_tracker(
     unknown = [size for size in wanted if size not in tracker_benchmark.SIZES]
     if unknown:
         raise ConfigError(f"--sizes has value '{unknown[0]}'; choose from {', '.join(tracker_benchmark.SIZES)}")
-    tokenizer = ChatTokenizer(with_model(found)[1])
+    found, base = with_model(found)
+    tokenizer = ChatTokenizer(base, found.policy.template_args)
     with cli.progress_bar() as progress:
         job = tracker_benchmark.measure(
             cli.embedder(found), tokenizer, weights(found.dialogue.retrieval_weights), wanted, progress

@@ -71,7 +71,8 @@ def pretrain(
     found, model = with_model(found)
     directory = out or found.data / "models" / f"pretrained-{pairs.stem}"
     with cli.progress_bar() as progress:
-        measures = pretraining.warm_start(model, dialogues, directory, found.seed, epochs, learning_rate, progress)
+        recipe = found.seed, epochs, learning_rate, progress, found.policy.template_args
+        measures = pretraining.warm_start(model, dialogues, directory, *recipe)
     cli.print_figures(measures)
     console.print(f'model: {directory}\nuse it: [policy] model = "{directory}", with a new data directory', markup=False)
     cli.write_json(json_file, "pretrain", measures, {"pairs": pairs.name, "epochs": epochs, "seed": found.seed})
@@ -256,7 +257,8 @@ def _from_feedback(config: Config, embedder: Embedder, progress: Any) -> tuple[d
     from learning.replay_buffer import ReplayBuffer
 
     database, store, _ = cli.opened(config)
-    rated = ReplayBuffer(store, ChatTokenizer(with_model(config)[1]), config).snapshot().rated
+    config, model = with_model(config)
+    rated = ReplayBuffer(store, ChatTokenizer(model, config.policy.template_args), config).snapshot().rated
     memory = Memory(database, config.dialogue.across_channels)
     judged = list(reminders.judged(rated, store, memory, embedder, progress))
     return retrieval_training.proven(judged, weights(config.dialogue.retrieval_weights))

@@ -328,7 +328,7 @@ def generate(
     import torch
 
     torch.manual_seed(seed)
-    eos, pad = tokenizer.hf.eos_token_id, pad_id(tokenizer.hf)
+    ends, pad = tokenizer.end_ids, pad_id(tokenizer.hf)
     samples = []
     model.eval()
     for start in range(0, len(prompts), batch_size):
@@ -343,11 +343,11 @@ def generate(
                 attention_mask=mask,
                 max_new_tokens=max_tokens,
                 pad_token_id=pad,
-                eos_token_id=eos,
+                eos_token_id=sorted(ends),
                 **(GREEDY if greedy else sampling),
             )
         for row, said in zip(batch, out[:, width:].tolist(), strict=True):
-            end = said.index(eos) + 1 if eos in said else len(said)
-            text = tokenizer.hf.decode(said[:end], skip_special_tokens=True)
-            samples.append(Sample(tuple(row), tuple(said[:end]), text, finished=eos in said))
+            end = next((place for place, token in enumerate(said, 1) if token in ends), None)
+            text = tokenizer.answer_text(said[:end])
+            samples.append(Sample(tuple(row), tuple(said[:end]), text, finished=end is not None))
     return samples

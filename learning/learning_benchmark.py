@@ -78,7 +78,7 @@ class Arena:
         self.config = config
         self.seed = seed
         self.base_model = base_model
-        self.tokenizer = ChatTokenizer(base_model)
+        self.tokenizer = ChatTokenizer(base_model, config.policy.template_args)
         self.embedder = embedder(config)
         self.prompts = [text for text, _ in demo.prompts(held_out=True) for _ in range(SAMPLES)]
         self.untouched = [self._row(dialogue) for dialogue in demo.dialogues(128, seed=10_000 + seed)]

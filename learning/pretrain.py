@@ -12,7 +12,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -157,6 +157,7 @@ def warm_start(
     epochs: int,
     learning_rate: float,
     progress: Progress,
+    template_args: Mapping[str, bool | int | float | str] | None = None,
 ) -> dict[str, float]:
     """Tune all weights of a model on `dialogues`, save it to `directory`, and return held-out measures of its answers.
 
@@ -173,7 +174,7 @@ def warm_start(
     cut = max(1, len(shuffled) // 10)
     held_out, training = shuffled[:cut], shuffled[cut:]
     set_seed(seed)
-    tokenizer = ChatTokenizer(model_path)
+    tokenizer = ChatTokenizer(model_path, template_args)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto")
     rows = [_after_first_prompt(_row(tokenizer, dialogue)) for dialogue in held_out]
     before = perplexity(answer_logprobs(model, rows))
@@ -254,7 +255,9 @@ def _row(tokenizer: ChatTokenizer, dialogue: Dialogue) -> dict[str, list[int]]:
         if message["role"] == "assistant":
             prompt = tokenizer.prompt_ids(dialogue[:index])
             answer = tokenizer.completion_ids(message["content"])
-            labels += [-100] * (len(prompt) - len(ids)) + answer
+            if prompt[: len(ids)] != ids:  # the template writes earlier messages anew: only what comes now is a label
+                labels = []
+            labels += [-100] * (len(prompt) - len(labels)) + answer
             ids = prompt + answer
     return {"input_ids": ids, "labels": labels}
 

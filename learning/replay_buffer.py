@@ -205,8 +205,7 @@ class ReplayBuffer:
         ids, size = [*prompt, *completion], len(self.tokenizer.hf)
         if ids and not 0 <= min(ids) <= max(ids) < size:
             return False
-        said = self.tokenizer.hf.decode(completion, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return said.strip() == text.strip()
+        return self.tokenizer.answer_text(completion).strip() == text.strip()
 
     def _of_turn(
         self, turn: Turn, facts: "_Facts", earned: Reward, correction: str | None, age: int
@@ -333,6 +332,5 @@ def paired(answers: Sequence[tuple[float, Experience]]) -> list[Experience]:
 
 def told(tokenizer: ChatTokenizer, prompt_ids: Sequence[int], comment: str) -> tuple[int, ...]:
     """A prompt as somebody would have it who knows what the asker said next."""
-    line = [{"role": "system", "content": f"What the user will say to the answer: {tokenizer.neutralise(comment)}"}]
-    before = tokenizer.hf.apply_chat_template(line, add_generation_prompt=False, return_dict=False)
-    return (*before, *prompt_ids)
+    line = f"What the user will say to the answer: {tokenizer.neutralise(comment)}"
+    return tuple(tokenizer.note_ids(line, prompt_ids))

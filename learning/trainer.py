@@ -108,7 +108,7 @@ def _run(config: Config, database: Database, progress: Progress, space: str | No
     _clear_up(registry, config.data / "policies")
     live = registry.live()
     parent = _parent(config, registry, live, from_base)
-    tokenizer = ChatTokenizer(parent.base_model)
+    tokenizer = ChatTokenizer(parent.base_model, config.policy.template_args)
     progress("reading feedback", 0, 1)
     embedding = embedder(config)
     buffer = ReplayBuffer(ConversationStore(database), tokenizer, config, embedding)
@@ -264,6 +264,7 @@ def _train(
 ) -> tuple[Verdict, dict[str, Any]]:
     from transformers import set_seed
 
+    config = config.model_copy(update={"policy": tokenizer.with_thoughts(config.policy)})
     parent, snapshot, before = lesson.parent, lesson.snapshot, lesson.before
     set_seed(config.seed)  # of a fresh adapter
     model = to_train(config, parent.base_model, lesson.model)

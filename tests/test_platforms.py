@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from platforms import PEOPLE, PLATFORMS, DiscordPlatform, Platform, Shown, SlackPlatform, WebPlatform
 
-from bot.dialogue import LONGEST
+from bot.dialogue import LONGEST, spoken
 from bot.feedback import standing
 from bot.types import FeedbackKind
 from connectors.benchmark import whole
@@ -134,7 +134,7 @@ class Life:
                 if question.deleted:
                     assert turn is None
                     continue
-                assert turn.text.strip() == self.shown(answer).text.strip()
+                assert spoken(turn).strip() == self.shown(answer).text.strip()
                 assert (await call(store.message, turn.message_id)).text == question.text
                 assert name_of(self.platform, turn.asker_id) == question.user
                 said = standing((await call(store.feedback_of, [turn_id])).get(turn_id, []))
