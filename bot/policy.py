@@ -230,8 +230,11 @@ class Policy:
         self.weights = version
 
     async def ready(self, seconds: float = 10) -> bool:
-        """Whether the server generates one token within `seconds`: /health may say 200 while the engine is dead."""
-        body = {"model": self.base_name, "prompt": [1], "max_tokens": 1}
+        """Tell whether the server generates one token within `seconds`: /health may say 200 while the engine is dead.
+
+        It asks for what an answer asks for, so that no kernel is compiled while somebody waits.
+        """
+        body = {"model": self.base_name, "prompt": [1], "max_tokens": 1, "logprobs": 0, "return_token_ids": True}
         try:
             async with asyncio.timeout(seconds):
                 await self._admin("POST", "/v1/completions", body)
