@@ -66,6 +66,8 @@ class ServingConfig(Section):
     api_key_env: str = ""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    memory_share: Annotated[float, Field(ge=0, le=0.98)] = 0.0
+    sleep_while_training: bool = False
     max_loras: Annotated[int, Field(ge=3)] = 4
     max_lora_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] = 16
     startup_seconds: Positive = 300

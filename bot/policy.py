@@ -48,7 +48,7 @@ class Policy:
         thoughts: Thoughts | None = None,
         base: str = BASE,
     ):
-        """`end_ids` end an answer beside what the server knows of; `thoughts` says what of an answer is not for people; `base`
+        """`end_ids` end an answer beside what the server knows; `thoughts` says what of an answer is not for people; `base`
         is the version that is the server's own model.
         """
         self.url = url.rstrip("/")
@@ -256,8 +256,11 @@ class Policy:
         self.weights = version
 
     async def ready(self, seconds: float = 10) -> bool:
-        """Whether the server generates one token within `seconds`: /health may say 200 while the engine is dead."""
-        body = {"model": self.base_name, "prompt": [1], "max_tokens": 1}
+        """Tell whether the server generates one token within `seconds`: /health may say 200 while the engine is dead.
+
+        It asks for what an answer asks for, so that no kernel is compiled while somebody waits.
+        """
+        body = {"model": self.base_name, "prompt": [1], "max_tokens": 1, "logprobs": 0, "return_token_ids": True}
         try:
             async with asyncio.timeout(seconds):
                 await self._admin("POST", "/v1/completions", body)

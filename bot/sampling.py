@@ -52,6 +52,14 @@ def apply_sampling_defaults(config: Config, model: str) -> Config:
     return config.model_copy(update={"policy": config.policy.model_copy(update=unset)})
 
 
+def describe_sampling(config: Config, model: str) -> str:
+    """Describe in one line how answers are drawn, and who says so."""
+    _, source = advised(model)
+    own = [f"policy.{name}" for name in KEYS if name in config.policy.model_fields_set]
+    drawn = ", ".join(f"{name} {value:g}" for name, value in apply_sampling_defaults(config, model).policy.sampling.items())
+    return f"sampling: {drawn} ({source}{'; set by you: ' + ', '.join(own) if own else ''})"
+
+
 def _json(model: str, name: str) -> dict[str, Any]:
     """A JSON file of a model; empty where it has none."""
     path: str | None = str(Path(model) / name)

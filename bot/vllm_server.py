@@ -5,15 +5,20 @@ It knows no version: whoever starts it is told of each (re)start and restores wh
 
 import asyncio
 import contextlib
+import importlib.metadata
+import importlib.util
 import os
+import re
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 from bot import children
+from bot.accelerator import GIB, has_gpu, read_card
 from bot.config import Config
+from bot.data_directory import is_held
 from bot.errors import ConfigError, KibitzError, ServingError
 from bot.policy import Policy
 from bot.registry import BASE
@@ -21,6 +26,13 @@ from bot.registry import BASE
 HOST = "127.0.0.1"  # --api-key guards only /v1, so nobody but this machine may reach the rest
 PROBE_SECONDS = 10
 RESTARTS = 5
+RUN_SECONDS = 3600  # the longest that a restart waits for a training run to give its memory back
+# vLLM's processes name themselves before each line, its logger adds level, time and place.
+LOG_PREFIX = re.compile(r"^(\(\w+(?: \w+)* pid=\d+\) ?)?([A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]+\] ?)?")
+EXCEPTION = re.compile(r"^(?:[\w]+\.)*(\w*(?:Error|Exception|Interrupt)): ?(.*)$")
+WRAPPERS = ("Engine core initialization failed", "cancelled", "Engine process failed to start")
+# What vLLM says where memory is short, and what to do about it.
+NO_MEMORY = ("out of memory", "OutOfMemory", "less than desired", "No available memory", "available KV cache memory")
 
 
 class VllmServer:
@@ -33,14 +45,16 @@ class VllmServer:
         self.url = f"http://{HOST}:{self.port}"
         self.log = config.data / "vllm.log"
         self._process: asyncio.subprocess.Process | None = None
+        self._log_start = 0  # where in the log the newest start begins
 
     async def start(self, policy: Policy) -> None:
         """Start the process and wait until it generates a token."""
+        self._log_start = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
             self._process = await children.start(
                 *self._command(),
                 niceness=children.SERVING,
-                on=None if _has_gpu() else children.spare(),
+                on=None if has_gpu() else children.spare(),
                 stdout=log,
                 stderr=log,
                 env=self._environment(),
@@ -52,7 +66,7 @@ class VllmServer:
             if asyncio.get_running_loop().time() > deadline:
                 await self.stop()
                 raise ServingError(
-                    f"vLLM was not ready after {self.config.serving.startup_seconds} s; see {self.log}, "
+                    f"vLLM was not ready after {self.config.serving.startup_seconds} s; {self._why()}, "
                     "or raise serving.startup_seconds"
                 )
             await asyncio.sleep(0.5)
@@ -70,6 +84,7 @@ class VllmServer:
             await self.stop()
             await asyncio.sleep(min(60, 2**failures))
             try:
+                await self.wait_for_memory(tell)
                 await self.start(policy)
                 await restarted()
                 failures = 0
@@ -102,13 +117,27 @@ class VllmServer:
                 return
             silent = 0 if await policy.ready(PROBE_SECONDS) else silent + 1
 
+    async def wait_for_memory(self, tell: Callable[[str], None]) -> None:
+        """Wait while a training run holds the GPU memory that vLLM needs: it would refuse to start."""
+        wanted = self.config.serving.memory_share
+        deadline = asyncio.get_running_loop().time() + RUN_SECONDS
+        is_told = False
+        while is_held(self.config.data, "train") and asyncio.get_running_loop().time() < deadline:
+            card = await asyncio.to_thread(read_card)
+            if card is None or card.free >= wanted * card.total:
+                return
+            if not is_told:
+                is_told = True
+                tell(
+                    f"vLLM waits for the training run: it needs {wanted * card.total / GIB:.1f} GiB of the GPU, "
+                    f"{card.free / GIB:.1f} are free"
+                )
+            await asyncio.sleep(1)
+
     def _command(self) -> list[str]:
         serving = self.config.serving
         longest = self.config.policy.context_tokens + self.config.policy.max_tokens
-        # The console script `vllm` asks for metadata that the CPU build does not have; the module runs under both.
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
         options = {
-            "--model": self.model,
             "--served-model-name": BASE,
             "--host": HOST,
             "--port": str(self.port),
@@ -120,33 +149,100 @@ class VllmServer:
             "--generation-config": "vllm",
         }
         flags = ["--enable-lora", "--disable-uvicorn-access-log"]
-        if not _has_gpu():
+        if not has_gpu():
             # A prompt that is read in pieces ends the CPU engine (0.32) where its answer is sampled with a seed.
             flags += ["--enforce-eager", "--no-enable-chunked-prefill"]
-        return command + [part for pair in options.items() for part in pair] + flags + serving.extra_args
+        elif serving.memory_share:
+            options["--gpu-memory-utilization"] = f"{serving.memory_share:g}"
+        return entry_point(self.model) + [part for pair in options.items() for part in pair] + flags + serving.extra_args
 
     def _environment(self) -> dict[str, str]:
-        defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-        # One core is left to everybody else: what wanders over all of them slows us and itself (docs/experiments.md).
-        defaults |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(len(children.spare()))}
+        defaults = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        if not has_gpu():
+            # One core is left to everybody else: what wanders over all of them slows us and itself (docs/experiments.md).
+            defaults |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(len(children.spare()))}
+            defaults |= {"VLLM_CPU_KVCACHE_SPACE": "1"}
         if self.config.training.weights == "full":
             defaults["VLLM_SERVER_DEV_MODE"] = "1"  # without it weights cannot be changed
         return {**defaults, **os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
 
     def _why(self) -> str:
-        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
-        errors = [line for line in lines[-200:] if "Error" in line]
-        return f"the last error in {self.log}: {errors[-1].strip()[:300]}" if errors else f"see {self.log}"
+        """Why vLLM failed, in its own words, and what to do where that is known."""
+        if not self.log.exists():
+            return f"see {self.log}"
+        with self.log.open("rb") as log:
+            log.seek(self._log_start)
+            cause = first_cause(log.read().decode(errors="replace"))
+        if not cause:
+            return f"see {self.log}"
+        advice = ""
+        if any(sign in cause for sign in NO_MEMORY):
+            advice = "; lower policy.context_tokens or serving.memory_share, or end what else uses the memory"
+        return f"vLLM says: {cause}{advice} (its log: {self.log})"
+
+
+def entry_point(model: str) -> list[str]:
+    """Return the command that starts vLLM's OpenAI server for a model.
+
+    From 0.33 on that is `vllm serve`, as a module. It asks for the metadata of a package named "vllm", which the CPU build
+    does not have: there the server's own module is run, under the name that the installed version has for it.
+    """
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("vllm")
+        return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
+    found = importlib.util.find_spec("vllm")
+    place = Path((found.submodule_search_locations or [""])[0]) if found else Path()
+    newer = place / "entrypoints" / "launchers" / "api_server" / "entry.py"
+    module = "launchers.api_server.entry" if newer.is_file() else "openai.api_server"
+    return [sys.executable, "-m", f"vllm.entrypoints.{module}", "--model", model]
+
+
+def first_cause(log: str) -> str:
+    """Return the first error in vLLM's log that ended it, not what its other processes made of that; "" without one."""
+    lines = [LOG_PREFIX.sub("", line, count=1).rstrip() for line in log.splitlines()]
+    found = list(_exceptions(lines))
+    own = [text for text in found if not any(wrapper in text for wrapper in WRAPPERS)]
+    return next(iter(own or found), "")[:400]
+
+
+def _exceptions(lines: list[str]) -> Iterator[str]:
+    """The last lines of tracebacks, and the usage errors of vLLM's command line."""
+    in_traceback = False
+    for number, line in enumerate(lines):
+        if line.startswith("Traceback (most recent call last)"):
+            in_traceback = True
+        elif re.match(r"^[\w.-]+: error: ", line):
+            yield line.partition(": error: ")[2]
+        elif in_traceback and line and not line.startswith(" ") and (match := EXCEPTION.match(line)):
+            in_traceback = False
+            kind, text = match.groups()
+            if re.match(r"\d+ validation errors? for", text):  # pydantic says what is wrong in the line below
+                text = lines[number + 1].strip().partition(" [type=")[0] if number + 1 < len(lines) else text
+            yield f"{kind}: {text}" if text else kind
 
 
 def served_dtype(config: Config, model: str) -> str:
-    """The number format of server and trainer alike: as configured, or as the model was saved."""
-    if config.serving.dtype != "auto":
-        return config.serving.dtype
+    """Return the number format of server and trainer alike: as configured, or as the model was saved.
+
+    On a GPU it has 16 bits: vLLM's LoRA kernels take no others. Raises ConfigError where float32 is asked for there.
+    """
+    on_gpu = has_gpu()
+    wanted = config.serving.dtype
+    if wanted == "float32" and on_gpu:
+        raise ConfigError(
+            "config key serving.dtype has value 'float32', which vLLM's LoRA kernels do not take on a GPU; "
+            'set it to "auto" or "bfloat16"'
+        )
+    if wanted != "auto":
+        return wanted
     from transformers import AutoConfig
 
-    saved = AutoConfig.from_pretrained(model).dtype
-    return str(saved).removeprefix("torch.") if saved is not None else "auto"
+    dtype = AutoConfig.from_pretrained(model).dtype
+    saved = str(dtype).removeprefix("torch.") if dtype is not None else "auto"
+    if not on_gpu or saved in ("bfloat16", "float16"):
+        return saved
+    card = read_card()
+    return "float16" if card is not None and card.capability < 8 else "bfloat16"
 
 
 def _free_port(wanted: int) -> int:
@@ -159,7 +255,3 @@ def _free_port(wanted: int) -> int:
                 f"config key serving.port has value {wanted}, which is in use; free it, choose another, or set 0 for any"
             ) from error
         return probe.getsockname()[1]
-
-
-def _has_gpu() -> bool:
-    return Path("/dev/nvidia0").exists()

@@ -31,7 +31,8 @@ from bot.cli import (
 from bot.config import Config
 from bot.embeddings import Embedder
 from bot.errors import ConfigError, NothingToLearn
-from bot.sampling import apply_sampling_defaults
+from bot.sampling import apply_sampling_defaults, describe_sampling
+from bot.sizes import apply_size_defaults, describe_sizes
 from learning import pretrain as pretraining
 
 Announce = Callable[[str], None]
@@ -43,7 +44,12 @@ def with_model(config: Config, tell: Announce = announce) -> tuple[Config, str]:
     """
     with cli.progress_bar() as progress:
         model = pretraining.base_model(config, tell, progress)
-    return (config if pretraining.is_toy(model) else apply_sampling_defaults(config, model)), model
+    if pretraining.is_toy(model):  # the config's own defaults are the toy's
+        return config, model
+    settled = apply_size_defaults(apply_sampling_defaults(config, model), model)
+    tell(describe_sampling(config, model))
+    tell(describe_sizes(settled, model, config))
+    return settled, model
 
 
 @app.command()

@@ -54,7 +54,8 @@ class LmRewardModel:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
         from trl import RewardConfig, RewardTrainer
 
-        from learning.objectives import machine_arguments, report_progress
+        from learning.batching import fit_to_machine, machine_arguments
+        from learning.objectives import report_progress
 
         set_seed(self.config.seed)
         model = AutoModelForSequenceClassification.from_pretrained(self.base_model, num_labels=1, dtype=torch.float32)
@@ -62,16 +63,18 @@ class LmRewardModel:
         settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="SEQ_CLS")
         rows = pairs(rated, random.Random(self.config.seed))
         batch_size = min(self.config.training.batch_size, len(rows))
+        adapted = get_peft_model(model, settings)
+        pairwise = self.config.training.model_copy(update={"objective": "dpo", "weights": "lora"})  # two answers a row
+        longest = max(len(ids) for row in rows for ids in row.values())
         trainer = RewardTrainer(
-            model=get_peft_model(model, settings),
+            model=adapted,
             args=RewardConfig(
                 output_dir="unused",
-                per_device_train_batch_size=batch_size,
                 max_steps=max(1, min(STEPS, PASSES * len(rows) // batch_size)),
                 learning_rate=self.config.training.learning_rate,
                 max_length=None,
                 seed=self.config.seed,
-                **machine_arguments(),
+                **machine_arguments(fit_to_machine(adapted, pairwise, batch_size, longest)),
             ),
             train_dataset=Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(self.base_model),

@@ -26,6 +26,8 @@ from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
 from bot.config import TrainingConfig
 from bot.errors import NothingToLearn, TrainingError
+from bot.memory_budget import BatchFit, describe_fit
+from learning.batching import fit_to_machine, machine_arguments
 from learning.evaluation import pad_id
 from learning.model import as_base, draw_to_base
 from learning.processes import share, shared
@@ -101,8 +103,9 @@ def train(
 ) -> dict[str, float]:
     """Train a model in place with the objective that `config` names; the averages of the last steps' metrics.
 
-    Raises NothingToLearn where the objective can use none of the rows, and TrainingError where the loss is not finite. Out
-    of memory, the batch is halved, and the run goes on from where the weights are.
+    Raises NothingToLearn where the objective can use none of the rows, and TrainingError where the loss is not finite. A
+    batch is read in as many parts as the memory needs; out of memory all the same, in twice as many, and the run goes on
+    from where the weights are.
     """
     make = {"kto": _kto, "dpo": _dpo}.get(config.objective, weighted_trainer)
     rng = random.Random(seed)
@@ -113,21 +116,24 @@ def train(
     if not usable:
         raise NothingToLearn(f"none of {len(rows)} answers is of use to training.objective '{config.objective}'")
     batch_size = min(config.batch_size, len(usable))
+    fit = fit_to_machine(model, config, share(batch_size), max(map(_longest, usable)))
+    if fit.times > 1 or fit.checkpointing:
+        progress(f"memory: {describe_fit(fit)}", 0, 1)
     while True:
         try:
-            trainer = make(model, tokenizer, usable, config, arguments(config, batch_size, len(usable), seed))
+            trainer = make(model, tokenizer, usable, config, arguments(config, batch_size, len(usable), seed, fit))
             report_progress(trainer, "train", progress)
             for callback in (*([DrawnToBase(config)] if config.weights == "full" else []), *callbacks):
                 trainer.add_callback(callback)
             outcome = trainer.train()
             break
         except (torch.OutOfMemoryError, MemoryError) as error:
-            if batch_size <= 4 or config.processes > 1:  # several cannot begin anew at different moments
+            if fit.answers <= 4 or config.processes > 1:  # several cannot begin anew at different moments
                 raise TrainingError(
-                    f"out of memory with {batch_size} answers at a time; lower training.max_length"
+                    f"out of memory with {fit.answers} answers at a time; lower training.max_length"
                 ) from error
-            batch_size = max(4, batch_size // 2)
-            progress(f"out of memory; going on with {batch_size} answers at a time", 0, 1)
+            fit = fit.smaller()
+            progress(f"out of memory; going on with {fit.answers} answers at a time", 0, 1)
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     if not all(entry["loss"] == entry["loss"] for entry in logged) or not outcome.training_loss == outcome.training_loss:
         raise TrainingError("the loss became NaN; lower training.learning_rate")
@@ -209,13 +215,12 @@ def _dpo(
     )
 
 
-def arguments(config: TrainingConfig, batch_size: int, rows: int, seed: int) -> dict[str, Any]:
+def arguments(config: TrainingConfig, batch_size: int, rows: int, seed: int, fit: BatchFit | None = None) -> dict[str, Any]:
     """What all objectives have in common. Little evidence is learned from in few steps, and in small ones."""
     steps = max(1, min(config.max_steps, config.epochs * rows // batch_size))
     rate = config.learning_rate if config.weights == "lora" else config.full_learning_rate
     return {
         "output_dir": "unused",
-        "per_device_train_batch_size": share(batch_size),
         "max_steps": steps,
         "learning_rate": rate * min(1.0, (rows / ENOUGH) ** 0.5),
         "lr_scheduler_type": "cosine",
@@ -224,23 +229,7 @@ def arguments(config: TrainingConfig, batch_size: int, rows: int, seed: int) -> 
         "train_sampling_strategy": "sequential",
         "dataloader_drop_last": rows >= batch_size,
         "seed": seed,
-        **machine_arguments(),
-    }
-
-
-def machine_arguments() -> dict[str, Any]:
-    """The training arguments that depend on the machine, and those that keep a run quiet and without side files."""
-    on_gpu = torch.cuda.is_available()
-    return {
-        "use_cpu": not on_gpu,
-        "bf16": on_gpu and torch.cuda.is_bf16_supported(),
-        "gradient_checkpointing": on_gpu,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,  # or a loss that is no number would be logged as the one before it
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": on_gpu,
+        **machine_arguments(fit or BatchFit(share(batch_size), 1, False)),
     }
 
 
@@ -257,6 +246,10 @@ def report_progress(trainer: Trainer, stage: str, progress: Progress) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Reporter(stage, progress))
+
+
+def _longest(row: Experience) -> int:
+    return len(row.prompt_ids) + max(len(row.completion_ids), len(row.rejected_ids or ()))
 
 
 def _mean(values: list[float]) -> float:

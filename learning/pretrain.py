@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bot.config import Config
+from bot.config import Config, TrainingConfig
 from bot.data_directory import held
 from bot.errors import ConfigError
 from bot.tokenizer import ChatTokenizer
@@ -218,13 +218,16 @@ def fine_tune(
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from learning.objectives import machine_arguments, report_progress
+    from learning.batching import fit_to_machine, machine_arguments
+    from learning.objectives import report_progress
 
+    rows = [_row(tokenizer, dialogue) for dialogue in dialogues]
+    longest = min(1024, max(len(row["input_ids"]) for row in rows))
+    fit = fit_to_machine(model, TrainingConfig(objective="sft", weights="full"), batch_size, longest)
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(
             output_dir=str(workspace),
-            per_device_train_batch_size=batch_size,
             num_train_epochs=epochs,
             learning_rate=learning_rate,
             lr_scheduler_type="cosine",
@@ -232,9 +235,9 @@ def fine_tune(
             adam_beta2=0.98,
             max_length=1024,
             seed=seed,
-            **machine_arguments(),
+            **machine_arguments(fit),
         ),
-        train_dataset=Dataset.from_list([_row(tokenizer, dialogue) for dialogue in dialogues]),
+        train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer.hf,
     )
     report_progress(trainer, "pretrain", progress)

@@ -40,13 +40,14 @@ class WeightedTrainer(SFTTrainer):
 
     terms: TrainingConfig
     usual_length: float
+    loss_is_scaled_for_ga = False  # a part's loss is its own mean, whatever `num_items_in_batch` says
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGroupedSampler:
         """Batches of prompts of about the same length, the same ones for any number of processes. Not of answers: batches of
         short ones move the policy more than those of long ones do.
         """
         lengths = [len(prompt) for prompt in (train_dataset or self.train_dataset)["prompt"]]
-        batch = self.args.train_batch_size * self.args.world_size
+        batch = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         return LengthGroupedSampler(batch, lengths=lengths, generator=torch.Generator().manual_seed(self.args.seed))
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:

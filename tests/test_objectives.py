@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from bot.config import Config, TrainingConfig
 from bot.errors import NothingToLearn, TrainingError
-from learning import demo, objectives
+from learning import batching, demo, objectives
 from learning.evaluation import batched_logprobs, batches
 from learning.guard import CHECKS, Guard, Health, Limits, due
 from learning.model import load, restore, weights
@@ -259,6 +259,27 @@ def test_a_loss_that_is_no_number_is_an_error_for_people(fresh, tokenizer):
     parameter.data.fill_(float("nan"))
     with pytest.raises(TrainingError, match=r"NaN; lower training\.learning_rate"):
         train(fresh, tokenizer.hf, lessons(fresh, tokenizer, 8), TrainingConfig(objective="sft"), 0, quiet)
+
+
+def trained(model, tokenizer, room: int, monkeypatch, objective: str) -> tuple[list[str], torch.Tensor]:
+    """What a run says, and where it moves the weights, where so many bytes are free."""
+    monkeypatch.setattr(batching, "room", lambda: room)
+    start, said = weights(model), []
+    settings = TrainingConfig(objective=objective, max_steps=3, batch_size=16)
+    train(model, tokenizer.hf, lessons(model, tokenizer), settings, 0, lambda *row: said.append(row[0]))
+    moved = torch.cat([(value - start[name]).flatten() for name, value in weights(model).items()])
+    restore(model, start)
+    return said, moved
+
+
+@pytest.mark.parametrize("objective", ["kto", "dpo", "pg"])
+def test_a_batch_that_is_read_in_parts_moves_the_weights_the_same_way(fresh, tokenizer, monkeypatch, objective):
+    said, whole = trained(fresh, tokenizer, 2**36, monkeypatch, objective)
+    assert not [line for line in said if "memory" in line]
+    said, parts = trained(fresh, tokenizer, 2**20, monkeypatch, objective)
+    assert "memory: 4 answers at once, 4 times a step, with gradient checkpointing" in said
+    assert torch.nn.functional.cosine_similarity(whole, parts, dim=0) > 0.9
+    assert 0.8 < parts.norm() / whole.norm() < 1.25
 
 
 def test_out_of_memory_the_batch_is_halved_and_the_run_goes_on(fresh, tokenizer, monkeypatch):

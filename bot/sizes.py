@@ -1,0 +1,112 @@
+"""Sizes: the training defaults that depend on how large a model is, in one table, with their reasons.
+
+What the operator sets always wins: only keys that no config file and no command named are filled in.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from bot.accelerator import has_gpu
+from bot.config import Config
+from bot.model_shape import ModelShape, read_shape
+
+
+@dataclass(frozen=True)
+class SizeDefaults:
+    """The defaults for models of up to so many billion parameters, of one family or of any ("")."""
+
+    billions: float
+    family: str
+    learning_rate: float
+    lora_rank: int
+    batch_size: int
+    max_steps: int
+    max_length: int
+    max_length_on_cpus: int
+    kl_budget: float
+    why: str
+
+
+# The first row that fits is taken. All ranks are 16: what a few hundred reactions say is far less than such an adapter
+# holds, and vLLM's serving.max_lora_rank is 16. All batches are 16: KTO's KL term is a mean over the batch, and below 16 it
+# is mostly noise; memory decides how many of them are read at once (bot/memory_budget.py), not how many make a step.
+TABLE = (
+    SizeDefaults(
+        billions=0.02, family="", learning_rate=1e-3, lora_rank=16, batch_size=16, max_steps=30,
+        max_length=1024, max_length_on_cpus=1024, kl_budget=0.5,
+        why="measured on the demo policy (docs/experiments.md); its answers are short and its weights few",
+    ),
+    SizeDefaults(
+        billions=0.2, family="llama", learning_rate=3e-4, lora_rank=16, batch_size=16, max_steps=30,
+        max_length=1024, max_length_on_cpus=512, kl_budget=0.5,
+        why="SmolLM2-135M: between the demo policy and 0.6B; 512 tokens bound what a step costs on CPUs",
+    ),
+    SizeDefaults(
+        billions=0.4, family="", learning_rate=3e-4, lora_rank=16, batch_size=16, max_steps=30,
+        max_length=1024, max_length_on_cpus=512, kl_budget=0.5,
+        why="as SmolLM2-135M, the only model of this size that was looked at",
+    ),
+    SizeDefaults(
+        billions=2.5, family="", learning_rate=2e-4, lora_rank=16, batch_size=16, max_steps=30,
+        max_length=1024, max_length_on_cpus=512, kl_budget=0.2,
+        why="the usual rate of LoRA on models that talk; 0.2 nats a token are some twenty an answer, which is far",
+    ),
+    SizeDefaults(
+        billions=10, family="", learning_rate=1e-4, lora_rank=16, batch_size=16, max_steps=30,
+        max_length=1024, max_length_on_cpus=512, kl_budget=0.2,
+        why="wide layers add up more of each step, so that half the rate moves a policy as far",
+    ),
+    SizeDefaults(
+        billions=float("inf"), family="", learning_rate=5e-5, lora_rank=16, batch_size=16, max_steps=30,
+        max_length=1024, max_length_on_cpus=512, kl_budget=0.2,
+        why="wider still: half the rate again",
+    ),
+)  # fmt: skip
+
+
+def defaults_for(shape: ModelShape) -> SizeDefaults:
+    """Return the row of the table for a model."""
+    return next(row for row in TABLE if shape.billions <= row.billions and row.family in ("", shape.family))
+
+
+def apply_size_defaults(config: Config, model: str) -> Config:
+    """Return the config with the training keys that nobody set filled in for a model's size and family."""
+    wanted = _values(defaults_for(read_shape(model)))
+    changes: dict[str, Any] = {}
+    for name, values in wanted.items():
+        section = getattr(config, name)
+        missing = {key: value for key, value in values.items() if key not in section.model_fields_set}
+        changes[name] = section.model_copy(update=missing)
+    return config.model_copy(update=changes)
+
+
+def describe_sizes(config: Config, model: str, asked: Config | None = None) -> str:
+    """Describe in one line what a run uses for a model of this size; what `asked` set itself is marked."""
+    shape = read_shape(model)
+    row = defaults_for(shape)
+    own = [
+        f"{name}.{key}"
+        for name, values in _values(row).items()
+        for key in values
+        if asked is not None and key in getattr(asked, name).model_fields_set
+    ]
+    training = config.training
+    return (
+        f"training for {shape.billions:.3g}B parameters ({shape.family or 'unknown family'}): learning rate "
+        f"{training.learning_rate:g}, rank {training.lora_rank}, {training.batch_size} answers a step, "
+        f"{training.max_steps} steps, {training.max_length} tokens, KL budget {config.gate.kl_budget:g} "
+        f"({'set by you: ' + ', '.join(own) if own else row.why})"
+    )
+
+
+def _values(row: SizeDefaults) -> dict[str, dict[str, Any]]:
+    return {
+        "training": {
+            "learning_rate": row.learning_rate,
+            "lora_rank": row.lora_rank,
+            "batch_size": row.batch_size,
+            "max_steps": row.max_steps,
+            "max_length": row.max_length if has_gpu() else row.max_length_on_cpus,
+        },
+        "gate": {"kl_budget": row.kl_budget},
+    }

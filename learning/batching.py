@@ -1,0 +1,62 @@
+"""Batching: how a training run reads its batches on this machine, so that they fit, and the arguments that follow.
+
+`bot.memory_budget` does the arithmetic; this module asks torch how much memory is free. It knows no objective and no rows.
+"""
+
+import os
+from typing import Any
+
+import torch
+
+from bot.accelerator import free_memory
+from bot.config import TrainingConfig
+from bot.memory_budget import BatchFit, fit_batch, state_bytes
+from bot.model_shape import shape_of
+from learning.processes import agreed
+
+RESERVED = 0.9  # the share of the free memory that a run may count on
+
+
+def room() -> int:
+    """Return how many bytes this process may still use: of its GPU, or its part of the main memory; 0 if nobody can tell."""
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return free_memory() // int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def fit_to_machine(model: Any, training: TrainingConfig, batch: int, length: int) -> BatchFit:
+    """Choose how to read batches of so many answers of up to so many tokens in the memory that is free now.
+
+    Where not even the smallest fits by arithmetic, that one is tried.
+    """
+    shape = shape_of(model.config.to_dict(), sum(parameter.numel() for parameter in model.parameters()))
+    element = 2 if torch.cuda.is_available() else max(parameter.element_size() for parameter in model.parameters())
+    found = room()
+    if not found:
+        return BatchFit(batch, 1, False)
+    left = int(RESERVED * found) - state_bytes(shape, training, element)
+    fit = fit_batch(shape, training, batch, length, left, element)
+    if fit is None:
+        fit = BatchFit(batch, 1, True)
+        while fit.smaller().answers < fit.answers:
+            fit = fit.smaller()
+    return agreed(fit)
+
+
+def machine_arguments(fit: BatchFit) -> dict[str, Any]:
+    """Return the training arguments that depend on the machine, and those that keep a run quiet and without side files."""
+    on_gpu = torch.cuda.is_available()
+    return {
+        "per_device_train_batch_size": fit.answers,
+        "gradient_accumulation_steps": fit.times,
+        "gradient_checkpointing": fit.checkpointing,
+        "use_cpu": not on_gpu,
+        "bf16": on_gpu and torch.cuda.is_bf16_supported(),
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # or a loss that is no number would be logged as the one before it
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": on_gpu,
+    }

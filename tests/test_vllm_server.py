@@ -1,0 +1,141 @@
+"""vLLM as a child process: how it is started, and what is said where it does not start."""
+
+import asyncio
+import importlib.metadata
+from pathlib import Path
+
+import pytest
+
+from bot import accelerator
+from bot.accelerator import Card, parse_card
+from bot.config import load
+from bot.data_directory import held
+from bot.errors import ConfigError, ServingError
+from bot.policy import Policy
+from bot.vllm_server import VllmServer, entry_point, first_cause, served_dtype
+
+# What the engine and the API server of vLLM 0.24 to 0.33 write where memory is short, shortened.
+LOG = """\
+(APIServer pid=7) INFO 11-26 10:00:00 [model.py:617] Resolved architecture: Qwen3ForCausalLM
+(APIServer pid=7) WARNING 11-26 10:00:01 [utils.py:1] ImportError: flashinfer is not there, going on without it
+(EngineCore pid=9) ERROR 11-26 10:00:09 [core.py:1108] EngineCore failed to start.
+(EngineCore pid=9) ERROR 11-26 10:00:09 [core.py:1108] Traceback (most recent call last):
+(EngineCore pid=9) ERROR 11-26 10:00:09 [core.py:1108]   File "vllm/v1/engine/core.py", line 1082, in run_engine_core
+(EngineCore pid=9) ERROR 11-26 10:00:09 [core.py:1108]     raise ValueError(
+(EngineCore pid=9) ERROR 11-26 10:00:09 [core.py:1108] ValueError: Free memory on device cuda:0 (12.3/79.6 GiB) on \
+startup is less than desired GPU memory utilization (0.92, 73.3 GiB).
+(EngineCore pid=9) Traceback (most recent call last):
+(EngineCore pid=9)   File "multiprocessing/process.py", line 314, in _bootstrap
+(EngineCore pid=9) ValueError: Free memory on device cuda:0 (12.3/79.6 GiB) on startup is less than desired
+(APIServer pid=7) Traceback (most recent call last):
+(APIServer pid=7)   File "vllm/v1/engine/utils.py", line 1166, in wait_for_engine_startup
+(APIServer pid=7) RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
+"""
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, card: Card | None) -> None:
+    """What kibitz is told of the machine, as if it had a card: there is none where these tests run."""
+    monkeypatch.setattr("bot.vllm_server.has_gpu", lambda: card is not None)
+    monkeypatch.setattr("bot.vllm_server.read_card", lambda: card)
+
+
+def test_of_vllms_errors_the_engines_own_is_quoted():
+    cause = first_cause(LOG)
+    assert cause.startswith("ValueError: Free memory on device cuda:0 (12.3/79.6 GiB)")
+    last = first_cause(LOG.partition("(EngineCore pid=9)")[0] + LOG[LOG.index("(APIServer pid=7) Traceback") :])
+    assert last.startswith("RuntimeError: Engine core initialization failed"), "the wrapper, where there is nothing else"
+    assert first_cause("INFO: all is well") == ""
+    assert first_cause("api_server.py: error: unrecognized arguments: --nonsense") == "unrecognized arguments: --nonsense"
+
+
+async def test_a_vllm_that_has_too_little_memory_says_so_in_one_line(config, monkeypatch):
+    """The real vLLM, with no memory at all for what it keeps of each answer."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "0")
+    server = VllmServer(config, config.policy.model)
+    policy = Policy(server.url, config.policy)
+    try:
+        with pytest.raises(ServingError) as error:
+            await server.start(policy)
+    finally:
+        await policy.close()
+        await server.stop()
+    said = str(error.value)
+    assert "Engine core initialization failed" not in said
+    assert "No available memory for the cache blocks" in said
+    assert "policy.context_tokens" in said
+    assert "\n" not in said
+
+
+def test_the_variables_of_cpus_are_set_on_cpus_alone(config, monkeypatch):
+    server = VllmServer(config, config.policy.model)
+    of_cpus = {"OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_KVCACHE_SPACE"}
+    for name in of_cpus:
+        monkeypatch.delenv(name, raising=False)
+        assert name in server._environment()
+    assert "--enforce-eager" in server._command()
+    on_a_gpu(monkeypatch, Card("H100", 80 * accelerator.GIB, 79 * accelerator.GIB))
+    assert not of_cpus & set(server._environment())
+    assert "--enforce-eager" not in server._command()
+
+
+def test_the_share_of_the_gpu_is_vllms_setting(config, monkeypatch):
+    serving = config.serving.model_copy(update={"memory_share": 0.4})
+    server = VllmServer(config.model_copy(update={"serving": serving}), config.policy.model)
+    assert "--gpu-memory-utilization" not in server._command(), "on CPUs it would be a share of the main memory"
+    on_a_gpu(monkeypatch, Card("H100", 80 * accelerator.GIB, 79 * accelerator.GIB))
+    command = server._command()
+    assert command[command.index("--gpu-memory-utilization") + 1] == "0.4"
+
+
+def test_on_a_gpu_a_model_that_was_saved_as_float32_is_served_in_16_bits(config, monkeypatch):
+    assert served_dtype(config, config.policy.model) == "float32"
+    on_a_gpu(monkeypatch, Card("H100", 80 * accelerator.GIB, 0, 9.0))
+    assert served_dtype(config, config.policy.model) == "bfloat16"
+    on_a_gpu(monkeypatch, Card("T4", 16 * accelerator.GIB, 0, 7.5))
+    assert served_dtype(config, config.policy.model) == "float16", "it does not compute in bfloat16"
+    asked = load(serving={"dtype": "float32"})
+    with pytest.raises(ConfigError, match=r"serving.dtype has value 'float32'.*set it to"):
+        served_dtype(asked, config.policy.model)
+    on_a_gpu(monkeypatch, None)
+    assert served_dtype(asked, config.policy.model) == "float32"
+
+
+def test_the_entry_point_is_that_of_the_vllm_that_is_installed():
+    command = entry_point("some/model")
+    if any(one.metadata["Name"] == "vllm" for one in importlib.metadata.distributions()):
+        assert command[2:] == ["vllm.entrypoints.cli.main", "serve", "some/model"]
+    else:
+        assert command[2:] == ["vllm.entrypoints.launchers.api_server.entry", "--model", "some/model"]
+
+
+async def test_a_restart_waits_for_a_run_that_holds_the_memory(config, monkeypatch):
+    serving = config.serving.model_copy(update={"memory_share": 0.5})
+    server = VllmServer(config.model_copy(update={"serving": serving}), config.policy.model)
+    said: list[str] = []
+    await asyncio.wait_for(server.wait_for_memory(said.append), 5)
+    with held(config.data, "train"):
+        await asyncio.wait_for(server.wait_for_memory(said.append), 5)
+        assert said == [], "there is no GPU: nobody waits"
+        on_a_gpu(monkeypatch, Card("H100", 80 * accelerator.GIB, 50 * accelerator.GIB))
+        await asyncio.wait_for(server.wait_for_memory(said.append), 5)
+        assert said == [], "there is room for both"
+        on_a_gpu(monkeypatch, Card("H100", 80 * accelerator.GIB, 30 * accelerator.GIB))
+        waiting = asyncio.create_task(server.wait_for_memory(said.append))
+        await asyncio.sleep(1.5)
+        assert not waiting.done()
+    await asyncio.wait_for(waiting, 5)
+    assert said == ["vLLM waits for the training run: it needs 40.0 GiB of the GPU, 30.0 are free"]
+
+
+def test_what_nvidia_smi_prints_is_read():
+    assert parse_card("NVIDIA H100 80GB HBM3, 81559, 81000, 9.0\n") == Card(
+        "NVIDIA H100 80GB HBM3", 81559 * 2**20, 81000 * 2**20, 9.0
+    )
+    assert parse_card("Tesla T4, 15360, 12, [N/A]") == Card("Tesla T4", 15360 * 2**20, 12 * 2**20)
+    assert parse_card("No devices were found") is None
+    assert parse_card("") is None
+
+
+def test_main_memory_is_known_here():
+    assert 0 < accelerator.free_memory() < 2**45
+    assert not Path("/dev/nvidia0").exists() or accelerator.read_card()
