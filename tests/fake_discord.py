@@ -42,6 +42,7 @@ class FakeDiscord:
         self.typed: list[int] = []  # channels
         self.typing_status = 204
         self.gives_up = False  # events are delivered to nobody
+        self.forgets_sessions = False  # who wants to resume must begin anew
         self.written: dict[str, list[float]] = defaultdict(list)  # when the bot wrote or changed each of its messages
         self.changed: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)  # by channel
         self.allowed_intents = ~MESSAGE_CONTENT
@@ -286,9 +287,13 @@ class FakeDiscord:
         self.identified.set()
 
     async def _resume(self, socket: web.WebSocketResponse, seen: int) -> None:
+        if self.forgets_sessions:
+            await socket.send_json({"op": 9, "d": False})
+            return
+        while seen < len(self._events):  # what is dispatched meanwhile comes after what was missed
+            await socket.send_json(self._events[seen])
+            seen += 1
         self._socket = socket
-        for event in self._events[seen:]:
-            await socket.send_json(event)
         await self.dispatch("RESUMED", {})
         self.resumed.set()
 
