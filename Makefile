@@ -11,7 +11,7 @@ DATA ?= demo-data
 BIN = .venv/bin
 READY = .venv/.ready-$(EXTRA)
 
-.PHONY: setup demo chat test lint format clean
+.PHONY: setup demo chat test test-slow lint format clean
 
 setup: $(READY)
 
@@ -50,8 +50,12 @@ demo: setup
 chat: setup
 	@$(BIN)/kibitz chat --data-dir $(DATA)
 
+# Two processes: one for the tests that share the vLLM, one for the rest.
 test: setup
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow'
+
+test-slow: setup
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
 
 lint: setup
 	$(BIN)/ruff check .

@@ -36,7 +36,7 @@ async def connected(
     config = config or DiscordConfig(edits=50, edit_seconds=1)
     bot = Discord(shared(live, access), config, TOKEN)
     running = asyncio.create_task(bot.run())
-    await asyncio.wait_for(platform.identified.wait(), 20)
+    await asyncio.wait_for(platform.identified.wait(), 300)
     return bot, running
 
 
@@ -45,16 +45,16 @@ async def bot(live, platform) -> AsyncIterator[Discord]:
     found, running = await connected(live, platform)
     yield found
     await found.stop()
-    await asyncio.wait_for(running, 10)
+    await asyncio.wait_for(running, 300)
 
 
-async def answered(platform: FakeDiscord, channel: int, count: int = 1, seconds: float = 60) -> dict:
+async def answered(platform: FakeDiscord, channel: int, count: int = 1) -> dict:
     """The newest of `count` answers in a channel, when all of them stand whole, with their buttons."""
 
     def whole() -> bool:
         return len([one for one in platform.answers(channel) if "up" in platform.buttons(int(one["id"]))]) >= count
 
-    await until(whole, seconds)
+    await until(whole)
     return platform.answers(channel)[-1]
 
 
@@ -70,11 +70,16 @@ async def opinions(live, bot: Discord, answer: dict) -> dict[str, float]:
 
 
 async def eventually(live, bot: Discord, answer: dict, wanted: dict[str, float]) -> None:
-    for _ in range(100):
+    for _ in range(6000):
         if await opinions(live, bot, answer) == wanted:
             return
         await asyncio.sleep(0.05)
     assert await opinions(live, bot, answer) == wanted
+
+
+async def quiet(bot: Discord) -> None:
+    """Nothing is being worked off."""
+    await until(lambda: not bot.lanes._workers)
 
 
 async def test_a_mention_is_answered_in_a_reply_that_grows_and_ends_with_buttons(live, platform, bot):
@@ -293,8 +298,11 @@ async def test_what_happened_while_nobody_listened_is_read_from_the_api(live, pl
     for _ in range(2):  # again and again: nothing is doubled
         await bot.stop()
         await running
+        other = platform.channel()
+        await platform.say(other, ANN, "hello")
         bot, running = await connected(live, platform)
-        await asyncio.sleep(1)
+        await answered(platform, other)  # it is read after the others
+        await quiet(bot)
     assert [len(platform.answers(place)) for place in (channel, direct)] == [2, 2]
     assert len((await turn_of(live, bot, first)).feedback) == 5
     await bot.stop()
@@ -314,7 +322,7 @@ async def test_a_restart_in_a_busy_channel_says_nothing_new(live, platform):
         await platform.say(channel, BOB, "hello")
     bot, running = await connected(live, platform, config)
     await answered(platform, channel, 11)
-    await asyncio.sleep(1)
+    await quiet(bot)
     assert len(platform.answers(channel)) == 11
     assert all(one["content"] not in (BUSY, TOO_FAST) for one in platform.answers(channel))
     await bot.stop()
@@ -347,7 +355,7 @@ async def test_what_happened_while_the_connection_was_gone_arrives_with_resume(l
     await platform.drop(4000)
     await platform.react(ANN, int(answer["id"]), "👍")
     await platform.say(channel, BOB, "hello")
-    await asyncio.wait_for(platform.resumed.wait(), 30)
+    await asyncio.wait_for(platform.resumed.wait(), 300)
     await eventually(live, bot, answer, {str(ANN): 1.0})
     await answered(platform, channel, 2)
 
@@ -439,7 +447,7 @@ async def begins_anew(platform: FakeDiscord) -> None:
     platform.forgets_sessions = True
     platform.identified.clear()
     await platform.drop(4000)
-    await asyncio.wait_for(platform.identified.wait(), 120)
+    await asyncio.wait_for(platform.identified.wait(), 300)
     platform.forgets_sessions = False
 
 
@@ -560,12 +568,12 @@ async def test_a_raid_is_stored_or_counted_as_shed_and_the_chat_goes_on(live, pl
         for account in range(accounts):
             await platform.react(10_000 + account, int(answer["id"]), "👎", remove=bool(count % 2))
         if count in (3, 6):
-            await asyncio.wait_for(platform.resumed.wait(), 120)
+            await asyncio.wait_for(platform.resumed.wait(), 300)
         await platform.say(elsewhere, ANN, "hello")
         if count == 4:
-            await answered(platform, elsewhere, 5, 300)  # nothing is on its way
+            await answered(platform, elsewhere, 5)  # nothing is on its way
             await begins_anew(platform)  # reads 500 reactions from the API while they go on
-    await answered(platform, elsewhere, each, 300)  # nobody was refused
+    await answered(platform, elsewhere, each)  # nobody was refused
     stored = 0
 
     async def all_accounted() -> bool:
