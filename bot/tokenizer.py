@@ -60,8 +60,9 @@ class ChatTokenizer:
     def note_ids(self, text: str, prompt_ids: Sequence[int]) -> list[int]:
         """Put a line, as a system message if the template has those, before a prompt that is given as token ids."""
         before = self._encode(self.template.note(text))
-        begins_twice = before[:1] == list(prompt_ids[:1]) == [self.hf.bos_token_id]
-        return [*before, *prompt_ids[begins_twice:]]
+        bos, prompt = self.hf.bos_token_id, list(prompt_ids)
+        begins_twice = before[:1] == prompt[:1] == [bos] and prompt.count(bos) == 1  # some begin every turn with it
+        return [*before, *prompt[begins_twice:]]
 
     def completion_ids(self, text: str) -> list[int]:
         """Give the ids of an answer as vLLM would have sampled them, with the token that ends the turn.
