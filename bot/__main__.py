@@ -37,7 +37,7 @@ from bot.vllm_server import VllmServer
 from connectors.access import Access
 from connectors.base import Connector, Desk, Shared
 from connectors.reactions import Reactions
-from learning.commands import base_model
+from learning.commands import with_model
 from learning.deployment import Deployment
 from learning.loop import OnlineLearner
 
@@ -120,8 +120,7 @@ def chat(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None)
     """Talk in the terminal; learning goes on in the background."""
     from connectors.terminal import Terminal
 
-    found = configured(config, data_dir, seed)
-    model = base_model(found)
+    found, model = with_model(configured(config, data_dir, seed))
 
     async def main() -> None:
         async with running(found, model, announce) as kibitz:
@@ -144,7 +143,7 @@ def serve(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None
     """Serve and learn until stopped (Ctrl-C or SIGTERM)."""
     found = configured(config, data_dir, seed)
     made = _connectors(found)
-    model = base_model(found)
+    found, model = with_model(found)
 
     async def main() -> None:
         async with running(found, model, announce) as kibitz:
@@ -268,7 +267,7 @@ def simulate(
     found = configured(config, data_dir, seed)
     cli.check_writable(json_file, plot)
     utility = simulation.users(users)
-    model = base_model(found)
+    found, model = with_model(found)
     rows: list[simulation.Row] = []
 
     async def main() -> None:
@@ -299,7 +298,7 @@ def measure(
 ) -> None:
     """Run a benchmark on a kibitz that serves, with a database and versions of its own; print its figures and write them."""
     cli.check_writable(json_file)
-    model = base_model(config)
+    config, model = with_model(config)
     figures: dict[str, Any] = {}
     scratch = config.data / "bench"
     if not is_held(scratch, "serve"):

@@ -20,7 +20,9 @@ from bot.cli import ConfigFile, DataDir, JsonFile, PlotFile, Seed, announce, app
 from bot.config import Config
 from bot.embeddings import Embedder
 from bot.errors import ConfigError, NothingToLearn
+from bot.model_check import check_model
 from bot.registry import BASE
+from bot.sizes import apply_size_defaults, describe_sizes
 from learning import pretrain as pretraining
 
 Announce = Callable[[str], None]
@@ -30,6 +32,21 @@ def base_model(config: Config, tell: Announce = announce) -> str:
     """The base model that the config names, as something that transformers and vLLM load; the demo is made on first use."""
     with cli.progress_bar() as progress:
         return pretraining.base_model(config, tell, progress)
+
+
+def with_model(config: Config, tell: Announce = announce, serves: bool = True) -> tuple[Config, str]:
+    """Return the config with what it leaves open set as suits the base model, and the model, as vLLM loads it.
+
+    Raises ConfigError, before anything starts or connects, where it cannot be trained here or, if it `serves`, be served.
+    """
+    model = base_model(config, tell)
+    found = apply_size_defaults(config, model)
+    plan = check_model(found, model, serves)
+    tell(describe_sizes(found, model, config))
+    if plan is not None:
+        tell(plan.line)
+        found = found.model_copy(update={"serving": found.serving.model_copy(update={"memory_share": plan.share})})
+    return found, model
 
 
 @app.command()
@@ -74,8 +91,9 @@ def train(
     from learning import trainer
 
     found = configured(config, data_dir, seed)
+    found, model = with_model(found, errors.print if progress == "json" else announce, serves=False)
     database, _, registry = cli.opened(found)
-    registry.ensure_base(base_model(found, errors.print))
+    registry.ensure_base(model)
     database.close()
     if progress != "json":
         with cli.progress_bar() as report:
@@ -112,7 +130,7 @@ def replay(
     found = configured(config, data_dir, seed)
     cli.check_writable(json_file, plot)
     recording = importers.read(file, format)
-    model = base_model(found)
+    found, model = with_model(found, serves=False)
     database, store, registry = cli.opened(found)
     registry.ensure_base(model)
     with cli.progress_bar() as progress:
@@ -289,7 +307,7 @@ def bench_learning(
     if users is not None:
         simulation.users(users)  # refused here, before anything runs
     wanted = learning_grid.cells(part, users, arms, found.seed)
-    model = base_model(found)
+    found, model = with_model(found, serves=False)
     with cli.progress_bar() as progress:
         points = learning_grid.run(found, model, wanted, found.data / "bench" / f"learning-{part}.jsonl", progress)
     figures = learning_grid.figures(points, found.training.objective)
@@ -308,7 +326,7 @@ def bench_train(json_file: JsonFile = None, config: ConfigFile = None, data_dir:
 
     found = configured(config, data_dir, seed)
     cli.check_writable(json_file)
-    model = base_model(found)
+    found, model = with_model(found, serves=False)
     with cli.progress_bar() as progress:
         figures = train_benchmark.measure(found, model, progress)
     cli.print_figures(figures)

@@ -27,6 +27,7 @@ from bot.tokenizer import ChatTokenizer
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn, new_id
 from connectors.access import Access
 from connectors.base import Shared
+from learning.commands import base_model
 
 ON_BOTH_ENGINES = {
     "test_conversations",
@@ -42,7 +43,7 @@ PATIENT = AccessConfig(messages_per_minute=100_000, opinions_per_minute=100_000)
 @pytest.fixture(scope="session")
 def demo_model() -> str:
     """The demo policy: made here in a minute, and kept between runs of one checkout (`make clean` forgets it)."""
-    return kibitz.base_model(load(data_dir=str(Path(__file__).parent / ".cache")))
+    return base_model(load(data_dir=str(Path(__file__).parent / ".cache")))
 
 
 @pytest.fixture(scope="session")
