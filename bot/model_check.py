@@ -138,6 +138,11 @@ def check_tokenizer(config: Config, model: str, shape: ModelShape) -> None:
 
 def check_memory(config: Config, model: str, shape: ModelShape, card: Card | None = None) -> MemoryPlan | None:
     """Refuse a model that the GPU, or without one the main memory, has no room for; how a GPU is shared."""
+    if config.serving.sleep_while_training and not config.serving.url and not has_gpu():
+        raise ConfigError(
+            "config key serving.sleep_while_training has value true, and there is no GPU here whose memory vLLM could give "
+            "away; set it to false"
+        )
     dtype = served_dtype(config, model)
     element = BITS.get(dtype, 2)
     card = card or read_card()

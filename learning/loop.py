@@ -65,7 +65,9 @@ class OnlineLearner:
 
     async def step(self) -> dict[str, Any]:
         """One round; returns the run's outcome. A candidate that did not pass the gate is not deployed."""
-        outcome = await train_in_child(self.config, self.progress)
+        sleeps = self.config.serving.sleep_while_training
+        async with self.deployment.asleep() if sleeps else contextlib.nullcontext():
+            outcome = await train_in_child(self.config, self.progress)
         if outcome["passed"]:
             await self.deployment.deploy(outcome["policy"])
         else:
