@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bot import cli
+from bot import cli, doctor_command
 from bot.cli import ConfigFile, DataDir, JsonFile, PlotFile, Seed, announce, app, bench, configured, console
 from bot.config import AccessConfig, Config, DatabaseConfig
 from bot.conversations import ConversationStore
@@ -40,6 +40,8 @@ from connectors.reactions import Reactions
 from learning.commands import with_model
 from learning.deployment import Deployment
 from learning.loop import OnlineLearner
+
+__all__ = ["doctor_command", "main"]  # importing a module of commands adds them
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 

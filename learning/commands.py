@@ -6,7 +6,6 @@ Each is a few lines over a function elsewhere. The commands that serve are in `b
 import asyncio
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,33 +19,9 @@ from bot.cli import ConfigFile, DataDir, JsonFile, PlotFile, Seed, announce, app
 from bot.config import Config
 from bot.embeddings import Embedder
 from bot.errors import ConfigError, NothingToLearn
-from bot.model_check import check_model
 from bot.registry import BASE
-from bot.sizes import apply_size_defaults, describe_sizes
 from learning import pretrain as pretraining
-
-Announce = Callable[[str], None]
-
-
-def base_model(config: Config, tell: Announce = announce) -> str:
-    """The base model that the config names, as something that transformers and vLLM load; the demo is made on first use."""
-    with cli.progress_bar() as progress:
-        return pretraining.base_model(config, tell, progress)
-
-
-def with_model(config: Config, tell: Announce = announce, serves: bool = True) -> tuple[Config, str]:
-    """Return the config with what it leaves open set as suits the base model, and the model, as vLLM loads it.
-
-    Raises ConfigError, before anything starts or connects, where it cannot be trained here or, if it `serves`, be served.
-    """
-    model = base_model(config, tell)
-    found = apply_size_defaults(config, model)
-    plan = check_model(found, model, serves)
-    tell(describe_sizes(found, model, config))
-    if plan is not None:
-        tell(plan.line)
-        found = found.model_copy(update={"serving": found.serving.model_copy(update={"memory_share": plan.share})})
-    return found, model
+from learning.model_choice import base_model, with_model
 
 
 @app.command()
