@@ -33,6 +33,7 @@ def check_model(config: Config, model: str, serves: bool = True) -> MemoryPlan |
     check_context(config, shape)
     check_tokenizer(config, model, shape)
     check_disk(config, shape)
+    check_download(config, model, shape)
     return check_memory(config, model, shape) if serves else None
 
 
@@ -163,15 +164,38 @@ def check_disk(config: Config, shape: ModelShape) -> None:
     whole = config.training.weights == "full"
     version = weights_bytes(shape, 2) if whole else shape.adapter_parameters(config.training.lora_rank) * 4
     need = LEAST_DISK + (2 if whole else KEPT_VERSIONS) * version
-    place = config.data
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = _free_disk(config.data)
     if free < need:
         raise ConfigError(
             f"data_dir '{config.data}' has {free / GIB:.2f} GiB of disk left, and kibitz needs {need / GIB:.2f} GiB for "
             f"'{config.policy.model}' and its versions; free some, or give another with --data-dir"
         )
+
+
+def check_download(config: Config, model: str, shape: ModelShape) -> None:
+    """Refuse a hub model that is not here yet and for which the hub's cache has no room."""
+    if Path(model).is_dir():
+        return
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    files = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    if any(isinstance(try_to_load_from_cache(model, file), str) for file in files):
+        return
+    need = int(1.05 * weights_bytes(shape, BITS.get(shape.saved_as, 2)))
+    place = Path(HF_HUB_CACHE)
+    free = _free_disk(place)
+    if free < need:
+        raise ConfigError(
+            f"policy.model '{config.policy.model}' is {need / GIB:.1f} GiB to download, and {place} has "
+            f"{free / GIB:.1f} GiB of disk left; free some, or name another place with HF_HUB_CACHE"
+        )
+
+
+def _free_disk(place: Path) -> int:
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return shutil.disk_usage(place).free
 
 
 def _settings(model: str) -> dict:

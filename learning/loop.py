@@ -117,7 +117,8 @@ async def train_in_child(config: Config, progress: Progress) -> dict[str, Any]:
     said = (await errors).decode(errors="replace").strip().splitlines()
     last = said[-1].removeprefix("kibitz: ") if said else f"the training process ended with code {code}"
     if code != 0 or not outcome:
-        raise TrainingError(last)
+        advice = "; lower training.max_length or serving.memory_share" if "OutOfMemoryError" in last else ""
+        raise TrainingError(last + advice)
     return outcome
 
 

@@ -83,7 +83,7 @@ class SelfTest:
         check_context(self.config, shape)
         self._model = model
         dtype = served_dtype(self.config, model)
-        return f"{self.config.policy.model}: {shape.family}, {shape.billions:.3g}B parameters, as {dtype}"
+        return f"{self.config.policy.model}: {shape.family}, {shape.size} parameters, as {dtype}"
 
     def check_template(self) -> str:
         """Check the tokenizer and its chat template."""

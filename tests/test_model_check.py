@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from bot.accelerator import GIB, Card
 from bot.architectures import is_served, is_trained, takes_adapters, vllm_table
 from bot.config import Config, load
 from bot.errors import ConfigError
-from bot.model_check import check_disk, check_memory, check_model, explain_refusal
+from bot.model_check import check_disk, check_download, check_memory, check_model, explain_refusal
 from bot.model_shape import read_shape
 
 ASKED = [
@@ -128,6 +129,13 @@ def test_too_little_disk(model, monkeypatch):
     monkeypatch.setattr(model_check, "LEAST_DISK", 2**60)
     with pytest.raises(ConfigError, match=r"of disk left, and kibitz needs .*--data-dir"):
         check_disk(configured(model), read_shape(str(model)))
+
+
+def test_a_hub_model_that_the_disk_has_no_room_for(model, monkeypatch):
+    shape = replace(read_shape(str(model)), parameters=10**15)
+    check_download(configured(model), str(model), shape)  # it is here already
+    with pytest.raises(ConfigError, match=r"GiB to download, and .* of disk left; .*HF_HUB_CACHE"):
+        check_download(configured(model), "nobody/nothing", shape)
 
 
 def test_what_is_read_from_vllms_source_is_what_vllm_says():
