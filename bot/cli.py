@@ -51,15 +51,18 @@ app.add_typer(bench, name="bench")
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="The config file; ./config.toml if there is one.")]
 DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Everything that kibitz writes is under it.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="The seed of everything that is drawn.")]
+ModelName = Annotated[str | None, typer.Option("--model", help="toy, builtin, a model's directory or a hub name.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
 PlotFile = Annotated[Path | None, typer.Option("--plot", help="Draw the result into this PNG file.")]
 
 
-def configured(config: Path | None, data_dir: Path | None, seed: int | None) -> Config:
+def configured(config: Path | None, data_dir: Path | None, seed: int | None, model: str | None = None) -> Config:
     """The config of a command, with its options on top and a data directory that can be written."""
     if config is None and Path("config.toml").exists():
         config = Path("config.toml")
     found = configuration.load(config, data_dir=None if data_dir is None else str(data_dir), seed=seed)
+    if model is not None:
+        found = found.model_copy(update={"policy": found.policy.model_copy(update={"model": model})})
     prepare(found.data)
     return found
 

@@ -12,10 +12,19 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from bot.errors import ConfigError
 
+
+def _plain(value: Any) -> Any:
+    if not isinstance(value, bool | int | float | str):
+        raise PydanticCustomError("plain", "use true, false, a number or a text")
+    return value
+
+
+Plain = Annotated[bool | int | float | str, BeforeValidator(_plain)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 
@@ -29,12 +38,25 @@ class Section(BaseModel):
 class PolicyConfig(Section):
     """The model that answers, and how its answers are sampled."""
 
-    model: str = "demo"
+    model: str = "builtin"
     context_tokens: Annotated[int, Field(ge=64)] = 1024
     max_tokens: Positive = 128
+    thought_tokens: Positive = 512
+    template_args: dict[str, Plain] = {}
     temperature: Annotated[float, Field(gt=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
+    min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @property
+    def truncation(self) -> dict[str, float]:
+        """What cuts unlikely tokens away."""
+        return {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
+
+    @property
+    def sampling(self) -> dict[str, float]:
+        """How a token is drawn."""
+        return {"temperature": self.temperature, **self.truncation}
 
 
 class ServingConfig(Section):

@@ -205,9 +205,9 @@ class ConversationStore:
         with self.database.read() as connection:
             return connection.execute(_REACTIONS).scalar_one()
 
-    def reactions_at_last_run(self) -> int:
-        """How many of them there were when the last training run began."""
-        last = sa.select(sa.func.max(runs.c.started_at)).scalar_subquery()
+    def reactions_at_last_run(self, since: datetime) -> int:
+        """How many of them there were when the last training run began; 0 where none did `since`."""
+        last = sa.select(sa.func.max(runs.c.started_at)).where(runs.c.started_at >= since).scalar_subquery()
         with self.database.read() as connection:
             return connection.execute(_REACTIONS.where(feedback.c.at <= last)).scalar_one()
 

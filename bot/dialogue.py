@@ -27,6 +27,7 @@ Taken = tuple[Message, Turn | None, Surroundings | None]  # in the database's th
 
 LONGEST = 100_000  # characters of one message; what the policy sees of it is bounded by tokens, far below
 INTERRUPTED = "interrupted"  # a finish reason of ours
+NO_ANSWER = "Sorry, I found no answer to that. Please ask me again."
 UNFINISHED = {INTERRUPTED, STOPPED}  # such a turn is never trained on: it would teach to stop in the middle
 
 
@@ -60,6 +61,11 @@ class Explanation:
 def cleaned(text: str) -> str:
     """`text` as every database can keep it: no lone surrogate, no NUL, no more than LONGEST characters."""
     return text[:LONGEST].encode("utf-8", "replace").decode().replace("\0", "\ufffd")
+
+
+def spoken(turn: Turn) -> str:
+    """Return what a person is shown of an answer: its text, or an apology if it says nothing."""
+    return turn.text if turn.text.strip() or turn.finish_reason == STOPPED else NO_ANSWER
 
 
 class DialogueManager:

@@ -2,10 +2,12 @@
 
     KibitzError                one line that names the key, the value and the fix
     |-- ConfigError            a config key or a command-line value cannot be used
+    |-- TemplateError          the model's chat template refuses a conversation
     |-- DataError              a file or a database that kibitz was given cannot be read
     |-- ServingError           vLLM cannot be started, reached or used
     |   |-- ReplyInterrupted   an answer broke off; what was said so far is kept
-    |   '-- Asleep             vLLM sleeps while a version is trained
+    |   |-- Asleep             vLLM sleeps while a version is trained
+    |   '-- ProbeFailed        a server does not serve what was trained
     |-- ConnectorError         a platform cannot be served until the operator does something
     |-- TrainingError          a run has nothing to train on, or did not train
     |   '-- NothingToLearn     no usable reward: not a fault, only nothing to do
@@ -21,6 +23,10 @@ class KibitzError(Exception):
 
 class ConfigError(KibitzError):
     """A config key or a command-line value cannot be used."""
+
+
+class TemplateError(KibitzError):
+    """The model's chat template refuses a conversation."""
 
 
 class DataError(KibitzError):
@@ -45,6 +51,10 @@ class Asleep(ServingError):
 
     def __init__(self) -> None:
         super().__init__("I am learning and cannot answer meanwhile; ask again in a few minutes")
+
+
+class ProbeFailed(ServingError):
+    """A server's log-probabilities are not those of the version that it was given."""
 
 
 class ConnectorError(KibitzError):

@@ -108,7 +108,7 @@ def check_context(config: Config, shape: ModelShape) -> None:
 def check_tokenizer(config: Config, model: str, shape: ModelShape) -> None:
     """Refuse a model without a chat template, with one that raises, or whose tokenizer has tokens that it does not know."""
     name = config.policy.model
-    tokenizer = ChatTokenizer(model)
+    tokenizer = ChatTokenizer(model, config.policy.template_args)
     rows = _embedding_rows(Path(model)) or shape.vocabulary
     tokens = len(tokenizer.hf)
     if tokens > rows:

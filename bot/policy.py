@@ -13,7 +13,7 @@ import contextlib
 import json
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 import aiohttp
@@ -21,6 +21,7 @@ import aiohttp
 from bot.config import PolicyConfig
 from bot.errors import Asleep, ReplyInterrupted, ServingError
 from bot.registry import BASE
+from bot.thoughts import ThoughtFilter, Thoughts
 from bot.types import Reply
 
 STOPPED = "stopped"  # a finish reason of ours: somebody asked for the end
@@ -37,14 +38,30 @@ OnText = Callable[[str], Awaitable[None] | None]
 class Policy:
     """One vLLM server, seen as something that answers chat messages."""
 
-    def __init__(self, url: str, config: PolicyConfig, reply_seconds: float = 120, api_key: str = "none"):
+    def __init__(
+        self,
+        url: str,
+        config: PolicyConfig,
+        reply_seconds: float = 120,
+        api_key: str = "none",
+        end_ids: Iterable[int] = (),
+        thoughts: Thoughts | None = None,
+        base: str = BASE,
+    ):
+        """`end_ids` end an answer beside what the server knows; `thoughts` says what of an answer is not for people; `base`
+        is the version that is the server's own model.
+        """
         self.url = url.rstrip("/")
         self.config = config
-        self.version = BASE
-        self.weights: str | None = BASE  # None: not known
+        self.end_ids = sorted(end_ids)
+        self.thoughts = thoughts
+        self.base = base
+        self.version = base
+        self.weights: str | None = base  # None: not known
         self.takes_weights = False
         self.is_asleep = False
-        self.base_name = BASE
+        self.exact_tokens: int | None = None  # benchmarks: all answers are so long, whatever ends them
+        self.base_name = BASE  # as the server calls it
         # A reply that fails is tried again here, before its first token only; never behind our back.
         self._http = aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {api_key}"},
@@ -68,6 +85,8 @@ class Policy:
         stop: asyncio.Event | None = None,
     ) -> Reply:
         """Stream one answer to the prompt, handing each piece of text to `on_text`, until it ends or `stop` is set.
+
+        Thoughts are neither handed over nor in the reply's text; its token ids and log-probabilities hold them.
 
         Raises Asleep while vLLM sleeps, ServingError before the first token (after one more try), ReplyInterrupted after it.
         """
@@ -100,18 +119,24 @@ class Policy:
         stop: asyncio.Event | None,
     ) -> Reply:
         sampling: dict[str, Any] = {
-            "temperature": self.config.temperature if temperature is None else temperature,
-            "top_p": self.config.top_p,
-            "top_k": self.config.top_k,
-            "max_tokens": self.config.max_tokens,
+            **self.config.sampling,
+            **({} if temperature is None else {"temperature": temperature}),
+            "max_tokens": self.exact_tokens or self.config.max_tokens,
         }
         if seed is not None:
             sampling["seed"] = seed
         body = {"model": self.served_name(version), "prompt": list(prompt_ids), "return_token_ids": True, **sampling}
         body["logprobs"] = 0  # of the sampled token alone
+        if self.end_ids:
+            body["stop_token_ids"] = self.end_ids
+        if self.thoughts is not None and self.thoughts.is_special:
+            body["skip_special_tokens"] = False  # else nobody could tell thoughts from the answer
         if cache_salt:
             body["cache_salt"] = cache_salt
-        text, finish_reason = "", ""
+        if self.exact_tokens:
+            body["ignore_eos"] = True
+            body.pop("stop_token_ids", None)
+        said, text, finish_reason = ThoughtFilter(self.thoughts), "", ""
         completion_ids: list[int] = []
         logprobs: list[float] = []
         started = time.monotonic()
@@ -125,10 +150,11 @@ class Policy:
                         completion_ids += choice.get("token_ids") or []
                         logprobs += (choice["logprobs"] or {}).get("token_logprobs") or []
                         finish_reason = choice["finish_reason"] or finish_reason
-                        if choice["text"]:
-                            text += choice["text"]
+                        piece = said.add(choice["text"]) + (said.end() if choice["finish_reason"] else "")
+                        if piece:
+                            text += piece
                             if on_text is not None:
-                                pending = on_text(choice["text"])
+                                pending = on_text(piece)
                                 if pending is not None:
                                     await pending
         except ServingError as error:
@@ -202,7 +228,7 @@ class Policy:
             self.weights = await self._weights()
             self.takes_weights = True
         except ServingError:  # a server that does not let its weights be changed
-            self.weights, self.takes_weights = BASE, False
+            self.weights, self.takes_weights = self.base, False
 
     def lost(self) -> None:
         """Forget whose weights the server holds: it is gone."""
@@ -216,7 +242,7 @@ class Policy:
 
     async def _weights(self) -> str:
         told = (await self._admin("GET", "/weight_info"))["weight_version"]
-        return BASE if told == FRESH else str(told)
+        return self.base if told == FRESH else str(told)
 
     async def replace(self, version: str, path: str) -> None:
         """Put the weights of a whole model in the place of the server's. Nobody may be answered: see `held`."""
@@ -267,17 +293,17 @@ class Policy:
         return {model["id"] for model in listed if model.get("parent")}
 
     async def next_logprobs(self, version: str, prompt_ids: Sequence[int]) -> dict[int, float]:
-        """The server's log-probabilities (nats, temperature 1) of the likeliest tokens to follow `prompt_ids`.
+        """The server's log-probabilities (nats) of the likeliest tokens to follow `prompt_ids`, at the policy's temperature.
 
-        Asked by generating one token, as every answer is: `prompt_logprobs` beside other requests that use an adapter
-        ends vLLM's CPU engine (0.32), and would pass by the prefix cache.
+        Nothing is cut away, as in the trainer. Asked by generating one token, as every answer is: `prompt_logprobs` beside
+        other requests that use an adapter ends vLLM's CPU engine (0.32), and would pass by the prefix cache.
         """
         body = {
             "model": self.served_name(version),
             "prompt": list(prompt_ids),
             "max_tokens": 1,
             "logprobs": TOP_LOGPROBS,
-            "temperature": 1.0,
+            "temperature": self.config.temperature,
             "return_tokens_as_token_ids": True,
         }
         answer = await self._admin("POST", "/v1/completions", body)
@@ -303,8 +329,9 @@ class Policy:
         """The name under which the server knows a version. Raises ServingError where it has other weights in their place."""
         if version == self.weights:
             return self.base_name
-        if version == BASE:
-            raise ServingError(f"{BASE} is not served: the weights of {self.weights or 'nobody knows which version'} are")
+        if version == self.base:
+            holder = self.weights or "nobody knows which version"
+            raise ServingError(f"{self.base} is not served: the weights of {holder} are")
         return version
 
 

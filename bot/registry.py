@@ -28,8 +28,9 @@ TRANSITIONS: dict[PolicyState, set[PolicyState]] = {
     S.PURGED: set(),
 }
 
-BASE = "policy-0"
+BASE = "policy-0"  # the first base model; each that takes its place has a name of its own
 LEARNING_PAUSED = "learning paused"  # the name of a switch
+_BASES = sa.select(policies).where(policies.c.parent.is_(None)).order_by(policies.c.number.desc())  # the one in use first
 
 
 class PolicyRegistry:
@@ -38,26 +39,52 @@ class PolicyRegistry:
     def __init__(self, database: Database):
         self.database = database
 
-    def ensure_base(self, base_model: str) -> PolicyVersion:
-        """Version 0, the base model itself; live from the start. A data directory keeps to one base model."""
+    def ensure_base(self, base_model: str, may_change: bool = False) -> PolicyVersion:
+        """Return the version that is the base model itself, live from the start; made now if there is none.
+
+        Where the versions come from another base model, it is refused unless it `may_change`: then the new one goes live
+        under a name of its own, and nothing that was trained on the other serves again. What people said stays.
+        """
         with self.database.begin() as connection:
-            row = connection.execute(sa.select(policies).where(policies.c.number == 0)).one_or_none()
+            row = connection.execute(_BASES).first()
             if row is None:
                 version = PolicyVersion(BASE, None, base_model, base_model, S.LIVE)
                 connection.execute(policies.insert().values(number=0, **asdict(version)))
                 return version
-        found = _version(row)
-        if Path(found.base_model).name != Path(base_model).name:
-            raise RegistryError(
-                f"config key policy.model leads to '{base_model}', but this data directory's versions come from "
-                f"'{found.base_model}'; set policy.model back, or use another --data-dir"
-            )
-        return found
+            found = _version(row)
+            if is_same_model(found.base_model, base_model):
+                return found
+            if not may_change:
+                raise RegistryError(
+                    f"the model is '{base_model}', but this data directory's versions come from '{found.base_model}'; set "
+                    "policy.model (or --model) back, or use another --data-dir"
+                )
+            for version in map(_version, connection.execute(sa.select(policies)).all()):
+                if version.state == S.LIVE:
+                    _move(connection, version.name, S.RETIRED)
+                elif version.state in (S.CANDIDATE, S.CANARY):
+                    outcome = {"outcome": "the base model was changed"}
+                    _move(connection, version.name, S.REJECTED, metrics=version.metrics | outcome)
+            number = _next_number(connection)
+            version = PolicyVersion(f"policy-{number}", None, base_model, base_model, S.LIVE)
+            connection.execute(policies.insert().values(number=number, **asdict(version)))
+        return version
+
+    def base(self) -> PolicyVersion:
+        """Return the base model's own version: the newest, where the base model was changed."""
+        with self.database.read() as connection:
+            return _base(connection)
+
+    def foreign(self) -> set[str]:
+        """Return the names of versions that come from an earlier base model."""
+        versions = self.all()
+        bases = [version.base_model for version in versions if version.is_base]
+        return {version.name for version in versions if not is_same_model(version.base_model, bases[-1])}
 
     def reserve(self, parent: PolicyVersion, policies_dir: Path) -> PolicyVersion:
         """A new version in state TRAINING, with a name and a directory that were never used before."""
         with self.database.begin() as connection:
-            number = connection.execute(sa.select(sa.func.max(policies.c.number))).scalar_one() + 1
+            number = _next_number(connection)
             name = f"policy-{number}"
             path = str((policies_dir / name).absolute())
             version = PolicyVersion(name, parent.name, parent.base_model, path, S.TRAINING)
@@ -72,12 +99,12 @@ class PolicyRegistry:
         """The version will never serve."""
         return self.move(name, S.REJECTED, **({} if metrics is None else {"metrics": metrics}))
 
-    def promote(self, name: str) -> PolicyVersion:
-        """Make a version live and retire the one that was, in one transaction."""
+    def promote(self, name: str, metrics: dict[str, Any] | None = None) -> PolicyVersion:
+        """Make a version live, with other metrics where they are given, and retire the one that was, in one transaction."""
         with self.database.begin() as connection:
             before = _live(connection)
             _move(connection, before.name, S.RETIRED)
-            return _move(connection, name, S.LIVE, replaced=before.name)
+            return _move(connection, name, S.LIVE, replaced=before.name, **({} if metrics is None else {"metrics": metrics}))
 
     def rollback(self) -> tuple[PolicyVersion, PolicyVersion]:
         """Take the live version back; returns it and the one that serves again."""
@@ -105,7 +132,7 @@ class PolicyRegistry:
         by_name = {version.name: version for version in versions}
         clean = live = _live(connection)
         while clean.name in taught:
-            clean = by_name[clean.replaced or BASE]
+            clean = by_name[clean.replaced or _base(connection).name]
         if clean is not live:
             _move(connection, live.name, S.RETIRED)
             _move(connection, clean.name, S.LIVE)
@@ -219,6 +246,22 @@ def _taught(connection: sa.Connection, feedback_ids: Iterable[str], followup_ids
         for ids in chunks(teachers):
             found.update(connection.execute(query.where(column.in_(ids))).scalars())
     return found
+
+
+def is_same_model(one: str, other: str) -> bool:
+    """Return whether two base models are the same one, perhaps at another place."""
+    return Path(one).name == Path(other).name
+
+
+def _next_number(connection: sa.Connection) -> int:
+    return connection.execute(sa.select(sa.func.max(policies.c.number))).scalar_one() + 1
+
+
+def _base(connection: sa.Connection) -> PolicyVersion:
+    row = connection.execute(_BASES).first()
+    if row is None:
+        raise RegistryError("there is no version yet: this data directory was never served")
+    return _version(row)
 
 
 def _live(connection: sa.Connection) -> PolicyVersion:

@@ -1,14 +1,17 @@
 """ChatTokenizer: the policy's own tokenizer and chat template, for counting and for texts that we did not sample.
 
-It knows no conversation and no budget. It loads a model directory or a hub name through transformers, on first use,
-and needs no torch.
+It knows no conversation and no budget, and leaves the template's rules to `bot.templates`. It loads a model directory or a
+hub name through transformers, on first use, and needs no torch.
 """
 
-from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING
 
+from bot.config import PolicyConfig
 from bot.errors import ConfigError
+from bot.templates import ANSWER, NEXT, Scalar, Template, trial_chat
+from bot.thoughts import MARKS, Thoughts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,8 +24,9 @@ ZERO_WIDTH_SPACE = "\u200b"
 class ChatTokenizer:
     """Turns chat messages into the token ids that vLLM would make of them."""
 
-    def __init__(self, model: str):
+    def __init__(self, model: str, template_args: Mapping[str, Scalar] | None = None):
         self.model = model
+        self.template_args = dict(template_args or {})
         self.length = lru_cache(maxsize=4096)(self._length)
 
     @cached_property
@@ -44,13 +48,85 @@ class ChatTokenizer:
             )
         return tokenizer
 
+    @cached_property
+    def template(self) -> Template:
+        """The chat template, tried out. Raises ConfigError where it cannot be used."""
+        return Template(partial(self.hf.apply_chat_template, tokenize=False), self.template_args, self.model)
+
     def prompt_ids(self, messages: ChatMessages) -> list[int]:
-        """The ids of `messages` with the opening of the assistant's answer."""
-        return self.hf.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+        """Give the ids of `messages`, in the shape that the template wants, with the opening of the assistant's answer."""
+        return self._encode(self.template.render(messages))
+
+    def note_ids(self, text: str, prompt_ids: Sequence[int]) -> list[int]:
+        """Put a line, as a system message if the template has those, before a prompt that is given as token ids."""
+        before = self._encode(self.template.note(text))
+        bos, prompt = self.hf.bos_token_id, list(prompt_ids)
+        begins_twice = before[:1] == prompt[:1] == [bos] and prompt.count(bos) == 1  # some begin every turn with it
+        return [*before, *prompt[begins_twice:]]
 
     def completion_ids(self, text: str) -> list[int]:
-        """The ids of an answer as vLLM would have sampled them, with the end-of-turn token."""
-        return [*self.hf.encode(text, add_special_tokens=False), self.hf.eos_token_id]
+        """Give the ids of an answer as vLLM would have sampled them, with the token that ends the turn.
+
+        They are what the template makes of the answer. If that does not continue the prompt (some templates write an answer
+        otherwise than they open one), they are those of the text, after a closed thought if the prompt opens one.
+        """
+        question, _ = trial_chat()
+        prompt = self.prompt_ids([question])
+        answered = [question, {"role": "assistant", "content": text}]
+        whole = self._encode(self.template.render(answered, is_prompt=False)) if text.strip() else []
+        said = whole[len(prompt) :]
+        if whole[: len(prompt)] == prompt and self._turn_end in said:
+            return said[: len(said) - said[::-1].index(self._turn_end)]
+        opened = self.thoughts is not None and self.thoughts.begins_open
+        before = f"\n{self.thoughts.closing}\n\n" if self.thoughts is not None and opened else ""
+        return [*self._encode(before + text), self._turn_end]
+
+    def answer_text(self, completion_ids: Sequence[int]) -> str:
+        """Give the text of an answer as it is shown: without thoughts and without the token that ends it."""
+        hides_special = self.thoughts is None or not self.thoughts.is_special
+        said = [one for one in completion_ids if one not in self.end_ids]
+        text = self.hf.decode(said, skip_special_tokens=hides_special, clean_up_tokenization_spaces=False)
+        return text if self.thoughts is None else self.thoughts.remove_from(text)
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """The ids that end an answer: the template's end of a turn, and the end of the text."""
+        return frozenset({self._turn_end} | ({self.hf.eos_token_id} - {None}))
+
+    @cached_property
+    def thoughts(self) -> Thoughts | None:
+        """How the model marks its thoughts; None where its vocabulary has no marks for them."""
+        added = {str(token): token.special for token in self.hf.added_tokens_decoder.values()}
+        for opening, closing in MARKS:
+            if opening in added and closing in added:
+                prompt = self.template.render(trial_chat()[:1])
+                begins_open = prompt.rfind(opening) > prompt.rfind(closing)
+                return Thoughts(opening, closing, begins_open, is_special=added[opening] or added[closing])
+        return None
+
+    def with_thoughts(self, policy: PolicyConfig) -> PolicyConfig:
+        """Give a model that thinks first `policy.thought_tokens` beside `policy.max_tokens`; others answer as configured."""
+        if self.thoughts is None or not (self.thoughts.begins_open or self.template.is_asked_to_think):
+            return policy
+        return policy.model_copy(update={"max_tokens": policy.max_tokens + policy.thought_tokens})
+
+    @cached_property
+    def _turn_end(self) -> int:
+        """The first special token that the template writes after an answer, which is not always the tokenizer's own end."""
+        for chat in ([*trial_chat(), {"role": "user", "content": NEXT}], trial_chat()):
+            after = self.template.render(chat, is_prompt=False).partition(ANSWER)[2].lstrip()
+            first = self._encode(after)[:1]
+            if first and first[0] in self.hf.added_tokens_decoder:
+                return first[0]
+        if self.hf.eos_token_id is None:
+            raise ConfigError(
+                f"config key policy.model has value '{self.model}', whose chat template and tokenizer name no token "
+                "that ends an answer; use an instruction-tuned model"
+            )
+        return self.hf.eos_token_id
+
+    def _encode(self, text: str) -> list[int]:
+        return self.hf.encode(text, add_special_tokens=False)  # the template writes the token that begins a text
 
     def count(self, messages: ChatMessages) -> int:
         """How many tokens the prompt made of `messages` has."""
@@ -58,11 +134,11 @@ class ChatTokenizer:
 
     def _length(self, text: str) -> int:
         """How many tokens `text` alone has."""
-        return len(self.hf.encode(text, add_special_tokens=False))
+        return len(self._encode(text))
 
     def clip(self, text: str, tokens: int) -> str:
         """The beginning of `text` that has at most about `tokens` tokens."""
-        return self.hf.decode(self.hf.encode(text, add_special_tokens=False)[: max(tokens, 0)]).rstrip("\ufffd")
+        return self.hf.decode(self._encode(text)[: max(tokens, 0)]).rstrip("\ufffd")
 
     def neutralise(self, text: str) -> str:
         """`text` in which no special token is left that a user could have typed to forge a turn."""

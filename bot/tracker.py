@@ -5,6 +5,7 @@ turns come next; what is remembered from before them, or from elsewhere in the s
 server and no feedback.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -107,12 +108,18 @@ class StateTracker:
         self, recent: list[Message], newest: str, notes: str
     ) -> tuple[list[Message], list[dict[str, str]], list[int]]:
         """The longest run of newest messages that fits beside the new one and the notes; the chat with it; its token ids."""
-        window = recent[self._start(recent, newest, notes) :]
+        window = self._from_a_user(recent[self._start(recent, newest, notes) :])
         sent = self._chat(window, newest, notes)
         while len(prompt_ids := self.tokenizer.prompt_ids(sent)) > self.budget and window:
-            window = window[1:]  # each message also costs what the template puts around it
+            window = self._from_a_user(window[1:])  # each message also costs what the template puts around it
             sent = self._chat(window, newest, notes)
-        return window, sent, prompt_ids
+        return window, self.tokenizer.template.shape(sent), prompt_ids
+
+    def _from_a_user(self, window: list[Message]) -> list[Message]:
+        """The window without the answers at its beginning, if the template wants a user first: it would drop them."""
+        if self.tokenizer.template.rules.answer_first:
+            return window
+        return list(itertools.dropwhile(lambda said: said.role == Role.ASSISTANT, window))
 
     def _start(self, recent: list[Message], newest: str, notes: str) -> int:
         """Where the run of newest messages begins that fits, as the lengths of its parts say."""

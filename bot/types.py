@@ -204,3 +204,8 @@ class PolicyVersion:
     replaced: str | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     created_at: datetime = field(default_factory=now)
+
+    @property
+    def is_base(self) -> bool:
+        """Whether it is a base model itself."""
+        return self.parent is None

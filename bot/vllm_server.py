@@ -152,7 +152,8 @@ class VllmServer:
         if serving.sleep_while_training:
             flags.append("--enable-sleep-mode")
         if not has_gpu():
-            flags.append("--enforce-eager")
+            # A prompt that is read in pieces ends the CPU engine (0.32) where its answer is sampled with a seed.
+            flags += ["--enforce-eager", "--no-enable-chunked-prefill"]
         elif serving.memory_share:
             options["--gpu-memory-utilization"] = f"{serving.memory_share:g}"
         return entry_point(self.model) + [part for pair in options.items() for part in pair] + flags + serving.extra_args

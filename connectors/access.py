@@ -17,7 +17,7 @@ class Access:
 
     def __init__(self, config: AccessConfig):
         self.config = config
-        self.shed = 0  # opinions that were too many to be counted
+        self.shed = 0  # opinions that were too many, and are not recorded (connectors/opinions.py counts them)
         self._messages = MovingWindow(config.messages_per_minute)
         self._opinions = MovingWindow(config.opinions_per_minute)
 

@@ -7,24 +7,25 @@ import asyncio
 import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import replace
+from datetime import datetime
 from typing import Protocol
 
 from aiolimiter import AsyncLimiter
 
-from bot.dialogue import ReplyOptions
+from bot.dialogue import ReplyOptions, spoken
 from bot.errors import Asleep, KibitzError
 from bot.feedback import held
 from bot.types import Feedback, FeedbackKind, Turn
 from connectors.base import Shared
+from connectors.opinions import Opinions, Reaction
 from connectors.streaming import GrowingText
 
 log = logging.getLogger(__name__)
 
 BUSY = "I am still busy with what was said here before; please say that again in a moment."
 SORRY = "Sorry, I cannot answer now."
-WAITING = 256  # opinions that may wait to be written; the rest of a flood is not counted, and answers do not wait for it
 
 
 class Shown(Protocol):
@@ -49,14 +50,13 @@ class Answers:
         self.dialogue = shared.dialogue
         self.deliveries = shared.deliveries
         self.reactions = shared.reactions
-        self.access = shared.access
+        self.opinions = Opinions(shared.access, platform)
         self.users = shared.users
         self.platform = platform
         self._call = shared.dialogue.store.database.call
         self._stops: dict[str, asyncio.Event] = {}
         self._stored: dict[str, asyncio.Event] = {}
         self._posting: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
-        self._waiting = 0
 
     async def turn_of(self, message_id: str, channel: str = "") -> str | None:
         """The turn that a message shows; None where the message is not ours.
@@ -114,7 +114,7 @@ class Answers:
 
         async def whole(turn: Turn) -> None:
             await growing.abandon()
-            await shown.whole(turn.text)
+            await shown.whole(spoken(turn))
 
         stop = self._stops[turn_id] = asyncio.Event()
         stored = self._stored[turn_id] = asyncio.Event()
@@ -126,7 +126,7 @@ class Answers:
                 await growing.abandon()
             if turn.id != turn_id and not await self._call(self.deliveries.is_shown, self.platform, turn.id):
                 shown.turn_id = turn.id
-                await shown.whole(turn.text)
+                await shown.whole(spoken(turn))
         except Asleep as error:
             await shown.sorry(f"{str(error).replace('; ', ': ')}.")
         except KibitzError as error:
@@ -137,29 +137,16 @@ class Answers:
 
     async def reacted(self, channel: str, message_id: str, reaction: Feedback) -> None:
         """Commit a reaction on a message, if it shows a turn of ours (which `reaction` does not name yet)."""
-        with self._taken(reaction.user_id) as taken:
+        with self.opinions.take(reaction, message_id) as taken:
             turn_id = await self.turn_of(message_id, channel) if taken else None
             if turn_id is not None:
                 await self._commit(replace(reaction, turn_id=turn_id))
 
     async def record(self, given: Feedback) -> None:
         """Commit an opinion; one on an answer that still grows waits for its turn."""
-        with self._taken(given.user_id) as taken:
+        with self.opinions.take(given) as taken:
             if taken:
                 await self._commit(given)
-
-    @contextlib.contextmanager
-    def _taken(self, user: str) -> Iterator[bool]:
-        """Whether one more opinion of a user is taken now; what is too much is counted as shed, and costs nothing else."""
-        if self._waiting >= WAITING or not self.access.may_judge(self.platform, user):
-            self.access.shed += 1
-            yield False
-            return
-        self._waiting += 1
-        try:
-            yield True
-        finally:
-            self._waiting -= 1
 
     async def _commit(self, given: Feedback) -> None:
         if given.turn_id in self._stored:
@@ -169,26 +156,42 @@ class Answers:
         except KibitzError as error:
             log.warning("an opinion was dropped: %s", error)
 
-    async def reconcile(self, turn_id: str, there: set[tuple[str, str]]) -> None:
-        """Bring the reactions on a turn to those that the platform shows: of each, the user and the emoji.
+    async def reconcile(self, turn_id: str, messages: Collection[str], there: set[Reaction], read_at: datetime) -> None:
+        """Bring the reactions on a turn to those that the platform shows on its `messages`, as they were at `read_at`.
 
-        What is missing is added, what is gone is taken back. Whoever was forgotten is not heard again by this way.
+        What is missing is added, what is gone is taken back; events that come meanwhile have their one effect. Whoever was
+        forgotten is not heard again by this way.
         """
-        recorded = await self._reactions_on(turn_id)
         forgotten = await self._call(self.users.forgotten, self.platform)
-        for user, symbol in sorted(there - recorded.keys()):
+        said = await self._said_of(turn_id)
+        # No await from here until all are claimed: of what comes later nothing is missing in `said`.
+        newer = {(row.user_id, row.signal) for row in said if row.at > read_at}
+        recorded = self._reactions_among(said)
+        shown = {(user, symbol): message for message, user, symbol in there}
+        rows = []
+        for user, symbol in sorted(shown.keys() - recorded.keys() - newer):
             kind = self.reactions.kind(symbol)
-            if kind is not None and user not in forgotten:
-                await self.dialogue.record_feedback(Feedback(turn_id, user, kind, symbol))
-        for user, symbol in sorted(recorded.keys() - there):
-            await self.dialogue.record_feedback(Feedback(turn_id, user, recorded[user, symbol], symbol, retracts=True))
+            if kind is None or user in forgotten:
+                continue
+            if self.opinions.claim([shown[user, symbol]], user, symbol, False, read_at):
+                rows.append(Feedback(turn_id, user, kind, symbol, at=read_at))
+        for user, symbol in sorted(recorded.keys() - shown.keys() - newer):
+            if self.opinions.claim(messages, user, symbol, True, read_at):
+                rows.append(Feedback(turn_id, user, recorded[user, symbol], symbol, retracts=True, at=read_at))
+        for row in rows:
+            await self._commit(row)
 
-    async def cleared(self, turn_id: str, symbol: str | None) -> None:
-        """All reactions on a turn are gone, or all with one emoji: every one of them is taken back."""
-        recorded = await self._reactions_on(turn_id)
-        await self.reconcile(turn_id, {one for one in recorded if symbol not in (None, one[1])})
+    async def cleared(self, turn_id: str, message_id: str, symbol: str | None) -> None:
+        """All reactions on a message are gone, or all with one emoji: every one of them is taken back."""
+        recorded = self._reactions_among(await self._said_of(turn_id))
+        for (user, given), kind in sorted(recorded.items()):
+            if symbol in (None, given):
+                self.opinions.cleared((message_id, user, given))
+                await self.dialogue.record_feedback(Feedback(turn_id, user, kind, given, retracts=True))
 
-    async def _reactions_on(self, turn_id: str) -> dict[tuple[str, str], FeedbackKind]:
+    async def _said_of(self, turn_id: str) -> list[Feedback]:
+        return (await self._call(self.dialogue.store.feedback_of, [turn_id])).get(turn_id, [])
+
+    def _reactions_among(self, said: list[Feedback]) -> dict[tuple[str, str], FeedbackKind]:
         """The reactions that are recorded and were not taken back: who gave which emoji, and the opinion that it is."""
-        said = (await self._call(self.dialogue.store.feedback_of, [turn_id])).get(turn_id, [])
         return {(row.user_id, row.signal): row.kind for row in held(said) if self.reactions.kind(row.signal) == row.kind}

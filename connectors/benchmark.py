@@ -178,7 +178,7 @@ async def measure(
 
 async def whole(platform: Platform, place: str, count: int) -> Sequence[Any]:
     """The answers in a place, as soon as `count` of them are whole. Raises TimeoutError after a minute."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(300):
         while sum(one.whole for one in platform.answers(place)) < count:
             await platform.changed(place)
     return platform.answers(place)

@@ -140,7 +140,7 @@ class Discord:
         """All reactions on a message are gone, or all with one emoji: every one of them is taken back."""
         turn_id = await self.answers.turn_of(str(message_id))
         if turn_id is not None:
-            await self.answers.cleared(turn_id, symbol)
+            await self.answers.cleared(turn_id, str(message_id), symbol)
 
     async def pressed(self, act: str, turn_id: str, interaction: discord.Interaction) -> None:
         """A button under an answer. What it says is committed before Discord is told."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import discord
 
+from bot.deliveries import Delivery
 from bot.types import now
 from connectors.discord_messages import event_of
 
@@ -33,11 +34,14 @@ async def reconcile(connector: "Discord", client: discord.Client) -> None:
     since = now() - timedelta(hours=connector.config.reconcile_hours)
     call = connector.dialogue.store.database.call
     shown = await call(connector.answers.deliveries.since, "discord", since, MOST_ANSWERS)
+    parts: dict[str, list[Delivery]] = {}  # the messages of each turn: a reaction to any of them is an opinion on the turn
     for answer in shown:
+        parts.setdefault(answer.turn_id, []).append(answer)
+    for turn_id, messages in parts.items():
         try:
-            await _reactions(connector, client, answer.channel, answer.message_id, answer.turn_id)
+            await _reactions(connector, client, turn_id, messages)
         except discord.HTTPException as error:
-            log.info("the reactions on message %s cannot be read: %s", answer.message_id, error)
+            log.info("the reactions on answer %s cannot be read: %s", turn_id, error)
     places = {int(answer.channel) for answer in shown}
     said: list[discord.Message] = []
     for channel in _channels(client, places):
@@ -79,11 +83,12 @@ def _channels(client: discord.Client, known: set[int]) -> Iterator[Readable]:
         yield client.get_partial_messageable(number)
 
 
-async def _reactions(connector: "Discord", client: discord.Client, channel: str, message_id: str, turn_id: str) -> None:
-    message = await client.get_partial_messageable(int(channel)).fetch_message(int(message_id))
-    there = set()
-    for reaction in message.reactions:
-        symbol = reaction.emoji if isinstance(reaction.emoji, str) else reaction.emoji.name
-        if connector.reactions.kind(symbol) is not None:
-            there |= {(str(user.id), symbol) async for user in reaction.users() if not user.bot}
-    await connector.answers.reconcile(turn_id, there)
+async def _reactions(connector: "Discord", client: discord.Client, turn_id: str, messages: list[Delivery]) -> None:
+    read_at, there = now(), set()
+    for shown in messages:
+        message = await client.get_partial_messageable(int(shown.channel)).fetch_message(int(shown.message_id))
+        for reaction in message.reactions:
+            symbol = reaction.emoji if isinstance(reaction.emoji, str) else reaction.emoji.name
+            if connector.reactions.kind(symbol) is not None:
+                there |= {(shown.message_id, str(user.id), symbol) async for user in reaction.users() if not user.bot}
+    await connector.answers.reconcile(turn_id, [one.message_id for one in messages], there, read_at)

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AliasChoices, BaseModel, Field, ValidationError, model_validator
 
+from bot.dialogue import spoken
 from bot.errors import DataError
 from bot.types import Feedback, FeedbackKind, Turn
 
@@ -115,7 +116,7 @@ def completion(turn: Turn) -> dict[str, Any]:
     return {
         **_frame(turn.id, "chat.completion"),
         "system_fingerprint": turn.policy_version,
-        "choices": [{"index": 0, "message": {"role": "assistant", "content": turn.text}, "finish_reason": _reason(turn)}],
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": spoken(turn)}, "finish_reason": _reason(turn)}],
         "usage": {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer},
     }
 

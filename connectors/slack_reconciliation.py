@@ -42,9 +42,12 @@ async def _reconcile(connector: "Slack", me: str, team: str) -> None:
     shown = await call(answers.deliveries.since, answers.platform, since, MOST_ANSWERS)
     places: dict[str, Place] = {}  # by conversation
     of_turn: dict[str, Place] = {}
+    parts: dict[str, list[str]] = {}  # the messages of each turn: a reaction to any of them is an opinion on the turn
     for answer in shown:
-        await _reactions(connector, me, answer.message_id, answer.turn_id)
-        turn = await call(store.turn, answer.turn_id)
+        parts.setdefault(answer.turn_id, []).append(answer.message_id)
+    for turn_id, messages in parts.items():
+        await _reactions(connector, me, turn_id, messages)
+        turn = await call(store.turn, turn_id)
         if turn is not None:
             if turn.conversation_id not in places:
                 known = await call(store.conversation, turn.conversation_id)
@@ -85,13 +88,16 @@ async def _is_gone(connector: "Slack", place: Place, ts: str) -> bool:
     return found is not None and ts not in {message["ts"] for message in found}
 
 
-async def _reactions(connector: "Slack", me: str, message_id: str, turn_id: str) -> None:
-    channel, _, ts = message_id.partition(":")
-    got = await _read(connector.web.reactions_get(channel=channel, timestamp=ts, full=True))
-    if "message" in got:
-        listed = got["message"].get("reactions", [])
-        there = {(user, one["name"]) for one in listed for user in one["users"] if user != me}
-        await connector.answers.reconcile(turn_id, {one for one in there if connector.reactions.kind(one[1]) is not None})
+async def _reactions(connector: "Slack", me: str, turn_id: str, messages: list[str]) -> None:
+    read_at, there = now(), set()
+    for message_id in messages:
+        channel, _, ts = message_id.partition(":")
+        got = await _read(connector.web.reactions_get(channel=channel, timestamp=ts, full=True))
+        if "message" not in got:
+            return  # what is not known of one part may be on it
+        listed = [one for one in got["message"].get("reactions", []) if connector.reactions.kind(one["name"]) is not None]
+        there |= {(message_id, user, one["name"]) for one in listed for user in one["users"] if user != me}
+    await connector.answers.reconcile(turn_id, messages, there, read_at)
 
 
 async def _read(asked: Awaitable[Any]) -> dict[str, Any]:

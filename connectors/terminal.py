@@ -13,8 +13,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from prompt_toolkit import PromptSession
 from prompt_toolkit.patch_stdout import patch_stdout
 
-from bot.dialogue import DialogueManager, ReplyOptions
-from bot.errors import ServingError
+from bot.dialogue import DialogueManager, ReplyOptions, spoken
+from bot.errors import ServingError, TemplateError
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn
 from connectors.base import Desk
 
@@ -52,6 +52,8 @@ class Terminal:
                 text = line.strip()
                 if text == "/quit":
                     break
+                if text and not self.interactive:
+                    print(f"you: {text}", flush=True)  # on a terminal it stands there already
                 if text:
                     turn = await self._handle(text, place, turn)
 
@@ -97,7 +99,7 @@ class Terminal:
                 print("say what the answer should have been: /correct TEXT")
             else:
                 print(await self._react(command, rest.strip(), turn))
-        except ServingError as error:
+        except (ServingError, TemplateError) as error:
             print(f"sorry, I cannot answer now: {error}", flush=True)
         return turn
 
@@ -120,6 +122,8 @@ class Terminal:
     async def _stream(self, answer: Callable[[], Awaitable[Turn]]) -> Turn:
         print("kibitz: ", end="", flush=True)
         turn = await answer()
+        if not turn.text.strip():
+            print(spoken(turn), end="")
         if turn.finish_reason not in ("stop", ""):
             print(f" […] ({turn.finish_reason})", end="")
         print(flush=True)

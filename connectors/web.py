@@ -30,7 +30,7 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from bot.config import WebConfig
-from bot.dialogue import ReplyOptions
+from bot.dialogue import ReplyOptions, spoken
 from bot.errors import ConfigError, DataError, KibitzError, ServingError
 from bot.types import Conversation, Message, Turn, new_id
 from connectors.access import TOO_FAST
@@ -154,6 +154,9 @@ class Web:
             while (piece := await pieces.get()) is not None:
                 opening = {} if said else {"role": "assistant", "content": ""}
                 if isinstance(piece, Turn):
+                    if not piece.text.strip():
+                        yield chunk(options.turn_id, {**opening, "content": spoken(piece)})
+                        opening = {}
                     yield chunk(options.turn_id, opening, piece)
                 else:
                     yield chunk(options.turn_id, {**opening, "content": piece})

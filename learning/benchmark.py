@@ -22,8 +22,8 @@ import numpy as np
 
 from bot.config import Config
 from bot.dialogue import DialogueManager, ReplyOptions
-from bot.policy import Policy
-from bot.registry import BASE, PolicyRegistry
+from bot.policy import TOP_LOGPROBS, Policy
+from bot.registry import PolicyRegistry
 from bot.tokenizer import ChatTokenizer
 from bot.tracker import Context
 from bot.types import Conversation, Message, PolicyVersion, new_id, now
@@ -35,15 +35,16 @@ Progress = Callable[[str, int, int], None]
 Prompt = tuple[int, ...]
 
 LINES = 4  # messages in one conversation
+LENGTH = 32  # tokens of each answer, whatever was sampled: so that what is compared does the same work
+PROMPTS = 24  # different ones under load
 STALL = 5.0  # an answer is stalled if it takes this many times what the same one takes without swaps
 
 
 def random_version(config: Config, base_model: str, directory: Path, seed: int) -> None:
-    """Save weights that differ from the base's by chance, enough to change what is said, with their probe."""
+    """Save weights that differ from the base's by chance, far enough to change all that is said, with their probe."""
     import torch
 
     from learning import probe
-    from learning.evaluation import next_logprobs
     from learning.model import as_base, load, save, settle
 
     torch.manual_seed(seed)
@@ -57,15 +58,15 @@ def random_version(config: Config, base_model: str, directory: Path, seed: int) 
     save(model, directory)
     ids = torch.randint(3, model.config.vocab_size, (24,), generator=torch.Generator().manual_seed(seed)).tolist()
     prefixes = [ids[:end] for end in range(8, len(ids))]
-    own = next_logprobs(model, prefixes)
+    own = probe.measure(model, prefixes)
     with as_base(model):
-        probe.write(directory, prefixes, own, next_logprobs(model, prefixes))
+        probe.write(directory, prefixes, own, probe.measure(model, prefixes))
     (directory / "manifest.json").write_text("{}")
 
 
 def register_copy(registry: PolicyRegistry, source: Path, policies: Path) -> PolicyVersion:
     """A new version, under a name of its own, with the weights of `source`."""
-    version = registry.reserve(registry.get(BASE), policies)
+    version = registry.reserve(registry.base(), policies)
     shutil.copytree(source, version.path)
     return registry.complete(version.name, fingerprint(source), {})
 
@@ -76,9 +77,9 @@ class Answer:
 
     prompt: Prompt
     version: str
-    text: str
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
     seconds: float
-    tokens: int
 
 
 async def load(
@@ -95,7 +96,7 @@ async def load(
             try:
                 reply = await policy.reply(prompt, temperature=0.0)
                 seconds = time.monotonic() - began
-                answers.append(Answer(prompt, reply.policy_version, reply.text, seconds, len(reply.completion_ids)))
+                answers.append(Answer(prompt, reply.policy_version, reply.completion_ids, reply.logprobs, seconds))
             except Exception:  # a benchmark counts every failure, whatever it is
                 failed += 1
             done()
@@ -107,18 +108,70 @@ async def load(
     return answers, failed, time.monotonic() - began
 
 
-async def references(policy: Policy, version: str, prompts: Sequence[Prompt]) -> dict[Prompt, str]:
+@dataclass(frozen=True)
+class Reference:
+    """What a version says greedily to a prompt: token ids, and at each the log-probabilities (nats) of the likeliest."""
+
+    ids: tuple[int, ...]
+    listed: tuple[dict[int, float], ...]
+
+    def distance(self, ids: Sequence[int], logprobs: Sequence[float]) -> float:
+        """Return how far (nats) an answer's log-probabilities are from ours at most, up to where its words are others.
+
+        Rounding changes a word only where two are about equally likely, and so moves no log-probability by much; other
+        weights, and what was cached by other weights, do.
+        """
+        largest = 0.0
+        for own, listed, token, logprob in zip(self.ids, self.listed, ids, logprobs, strict=False):
+            largest = max(largest, abs(logprob - listed.get(token, min(listed.values()))))
+            if token != own:
+                break
+        return largest
+
+
+Expected = dict[str, dict[Prompt, Reference]]  # by version
+
+
+async def references(policy: Policy, version: str, prompts: Sequence[Prompt]) -> dict[Prompt, Reference]:
     """What `version` says greedily to each prompt, asked on a quiet server and past its prefix cache."""
-    said = {}
+    found = {}
+    asked = {
+        "model": policy.served_name(version),
+        "max_tokens": policy.exact_tokens or policy.config.max_tokens,
+        "temperature": 0.0,
+    }
+    asked |= {
+        "ignore_eos": policy.exact_tokens is not None,
+        "logprobs": TOP_LOGPROBS,
+        "return_tokens_as_token_ids": True,
+        "return_token_ids": True,
+    }
     for prompt in prompts:
-        reply = await policy.reply(prompt, version=version, temperature=0.0, cache_salt=new_id())
-        said[prompt] = reply.text
-    return said
+        body = asked | {"prompt": list(prompt), "cache_salt": new_id()}
+        choices = [choice async for event in policy.stream("/v1/completions", body) for choice in event["choices"]]
+        ids = tuple(token for choice in choices for token in choice.get("token_ids") or [])
+        rows = [row for choice in choices for row in (choice["logprobs"] or {}).get("top_logprobs") or []]
+        listed = [{int(name.removeprefix("token_id:")): value for name, value in row.items()} for row in rows]
+        found[prompt] = Reference(ids, tuple(listed))
+    return found
 
 
-def mixed(answers: Sequence[Answer], expected: dict[str, dict[Prompt, str]]) -> int:
-    """How many answers are not word for word what their version says."""
-    return sum(answer.text != expected[answer.version][answer.prompt] for answer in answers)
+def distances(answers: Sequence[Answer], expected: Expected) -> list[float]:
+    """How far (nats) each answer is from what its version says on a quiet server."""
+    return [expected[one.version][one.prompt].distance(one.ids, one.logprobs) for one in answers]
+
+
+def apart(one: dict[Prompt, Reference], other: dict[Prompt, Reference]) -> float:
+    """How far (nats) the greedy answers of two versions are from each other where they are nearest."""
+    return min(
+        one[prompt].distance(said.ids, [listed[token] for token, listed in zip(said.ids, said.listed, strict=True)])
+        for prompt, said in other.items()
+    )
+
+
+def mixed(answers: Sequence[Answer], expected: Expected, limit: float) -> int:
+    """How many answers are further than `limit` (nats) from what their version says."""
+    return sum(distance > limit for distance in distances(answers, expected))
 
 
 async def go_live(deployment: Deployment, source: Path) -> PolicyVersion:
@@ -136,9 +189,14 @@ async def swap(
     concurrent: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Streaming load, first without and then with `swaps` swaps through the real deployment."""
+    """Streaming load, first without and then with `swaps` swaps through the real deployment.
+
+    An answer is `mixed` if it is further from what its version says on a quiet server than half of what the versions are
+    apart (`versions_apart_nats`); without swaps answers are up to `rounding_nats` from it.
+    """
     policy = deployment.policy
-    prompts = long_prompts(tokenizer, 24)
+    policy.exact_tokens = LENGTH
+    prompts = long_prompts(tokenizer, PROMPTS)
     reached: defaultdict[int, asyncio.Event] = defaultdict(asyncio.Event)  # how many requests are finished
     finished = 0
 
@@ -148,8 +206,8 @@ async def swap(
         reached[finished].set()
         progress("streaming load", finished, 2 * requests)
 
-    expected: dict[str, dict[Prompt, str]] = {}
-    said_by: list[dict[Prompt, str]] = []
+    expected: Expected = {}
+    said_by: list[dict[Prompt, Reference]] = []
     for source in sources:  # what each set of weights says, from a version of its own on a quiet server
         version = await go_live(deployment, source)
         said_by.append(await references(policy, version.name, prompts))
@@ -174,11 +232,14 @@ async def swap(
     answers, failed, seconds = await busy
     still = [answer for part, _, _ in quiet for answer in part]
     quiet_seconds = sum(part[2] for part in quiet)
+    rounding, differ = max(distances(still, expected)), apart(*said_by[:2])
     return {
         "swaps": len({answer.version for answer in answers}) - 1,
         "requests": len(answers) + failed,
         "failed": failed,
-        "mixed": mixed(answers, expected),
+        "mixed": mixed(answers, expected, differ / 2) if rounding < differ / 2 else None,  # None: not to be told apart
+        "rounding_nats": rounding,
+        "versions_apart_nats": differ,
         "stalled": sum(answer.seconds > STALL * usual_of[answer.version][answer.prompt] for answer in answers),
         "longest_s": max(answer.seconds for answer in answers),
         "longest_s_without_swaps": max(answer.seconds for answer in still),
@@ -219,6 +280,7 @@ async def overhead(
 ) -> dict[str, float]:
     """DialogueManager against the same prompts with the same sampling seeds straight to vLLM, in alternating blocks.
 
+    All answers have LENGTH tokens, whatever was sampled, so that each side does the same work.
     "Straight" is the plain streamed chat completion that any client would send; "same request" is the one that kibitz sends:
     token ids in, token ids and their log-probabilities out.
     """
@@ -234,6 +296,7 @@ async def overhead(
 
     figures: dict[str, float] = {}
     done = 0
+    policy.exact_tokens = LENGTH
     for concurrent in (1, 16):
         timings = {"dialogue": Timing(), "straight": Timing(), "same_request": Timing()}
         for block in range(-1, blocks):  # the first is for warming up and not counted
@@ -259,8 +322,8 @@ async def overhead(
 async def chat_completion(policy: Policy, messages: list[dict[str, str]], seed: int, salt: str) -> str:
     """A streamed answer as a client without kibitz would ask for it."""
     config = policy.config
-    sampling = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k, "seed": seed}
-    body = {"model": policy.served_name(policy.version), "messages": messages, "max_tokens": config.max_tokens, **sampling}
+    body: dict[str, Any] = {"model": policy.served_name(policy.version), "messages": messages, "seed": seed}
+    body |= {"max_tokens": LENGTH, "ignore_eos": True, **config.sampling}
     events = policy.stream("/v1/chat/completions", body | {"cache_salt": salt})
     return "".join([choice["delta"].get("content") or "" async for event in events for choice in event["choices"]])
 
@@ -309,7 +372,7 @@ async def _at_a_time(concurrent: int, job: Job, conversations: Sequence[Sequence
 
 
 def _tokens(answers: Sequence[Answer]) -> int:
-    return sum(answer.tokens for answer in answers)
+    return sum(len(answer.ids) for answer in answers)
 
 
 def _percentile(answers: Sequence[Answer], percent: float) -> float:

@@ -3,7 +3,6 @@
 Each is a few lines over a function elsewhere. The commands that serve are in `bot.__main__`.
 """
 
-import asyncio
 import json
 import sys
 from dataclasses import asdict
@@ -15,13 +14,23 @@ from rich.table import Table
 from rich.text import Text
 
 from bot import cli
-from bot.cli import ConfigFile, DataDir, JsonFile, PlotFile, Seed, announce, app, bench, configured, console, errors
+from bot.cli import (
+    ConfigFile,
+    DataDir,
+    JsonFile,
+    ModelName,
+    PlotFile,
+    Seed,
+    announce,
+    app,
+    configured,
+    console,
+)
 from bot.config import Config
 from bot.embeddings import Embedder
 from bot.errors import ConfigError, NothingToLearn
-from bot.registry import BASE
 from learning import pretrain as pretraining
-from learning.model_choice import base_model, with_model
+from learning.model_choice import with_model
 
 
 @app.command()
@@ -35,21 +44,22 @@ def pretrain(
     data_dir: DataDir = None,
     seed: Seed = None,
 ) -> None:
-    """Make the demo policy, or tune the configured model on your own prompt-response pairs."""
+    """Make the toy policy, or tune the configured model on your own prompt-response pairs."""
     from learning import importers
 
     found = configured(config, data_dir, seed)
     cli.check_writable(json_file, out)
     if pairs is None:
-        console.print(f"model: {base_model(found)}")
+        console.print(f"model: {with_model(configured(config, data_dir, seed, 'toy'))[1]}")
         return
     dialogues = list(importers.pairs(pairs))
     if len(dialogues) < 2:
         raise ConfigError(f"{pairs}: holds {len(dialogues)} pairs; at least 2 are needed, one is held out")
-    model = base_model(found)
+    found, model = with_model(found)
     directory = out or found.data / "models" / f"pretrained-{pairs.stem}"
     with cli.progress_bar() as progress:
-        measures = pretraining.warm_start(model, dialogues, directory, found.seed, epochs, learning_rate, progress)
+        recipe = found.seed, epochs, learning_rate, progress, found.policy.template_args
+        measures = pretraining.warm_start(model, dialogues, directory, *recipe)
     cli.print_figures(measures)
     console.print(f'model: {directory}\nuse it: [policy] model = "{directory}", with a new data directory', markup=False)
     cli.write_json(json_file, "pretrain", measures, {"pairs": pairs.name, "epochs": epochs, "seed": found.seed})
@@ -65,10 +75,11 @@ def train(
     """One training run now; registers a candidate with its verdict, and deploys nothing."""
     from learning import trainer
 
-    found = configured(config, data_dir, seed)
-    found, model = with_model(found, errors.print if progress == "json" else announce, serves=False)
+    is_told = progress == "json"  # by whoever started this process, who has told of the model already
+    tell = (lambda text: None) if is_told else announce
+    found, model = with_model(configured(config, data_dir, seed), tell, serves=False)
     database, _, registry = cli.opened(found)
-    registry.ensure_base(model)
+    registry.ensure_base(model, may_change=True)
     database.close()
     if progress != "json":
         with cli.progress_bar() as report:
@@ -94,6 +105,7 @@ def replay(
     format: Annotated[str, typer.Option(help="auto, kibitz, openai or oasst.")] = "auto",
     json_file: JsonFile = None,
     plot: PlotFile = None,
+    model: ModelName = None,
     config: ConfigFile = None,
     data_dir: DataDir = None,
     seed: Seed = None,
@@ -102,14 +114,14 @@ def replay(
     from learning import importers
     from learning import replay as offline
 
-    found = configured(config, data_dir, seed)
+    found = configured(config, data_dir, seed, model)
     cli.check_writable(json_file, plot)
     recording = importers.read(file, format)
-    found, model = with_model(found, serves=False)
+    found, base = with_model(found, serves=False)
     database, store, registry = cli.opened(found)
-    registry.ensure_base(model)
+    registry.ensure_base(base, may_change=model is None)
     with cli.progress_bar() as progress:
-        figures = offline.replay(recording, store, model, found, progress)
+        figures = offline.replay(recording, store, base, found, progress)
     database.close()
     cli.print_figures(figures)
     if plot is not None:
@@ -181,32 +193,9 @@ def export(file: Path, config: ConfigFile = None, data_dir: DataDir = None, seed
     found = configured(config, data_dir, seed)
     cli.check_writable(file)
     database, store, registry = cli.opened(found)
-    written = importers.export(store, file, tokenizer_fingerprint(registry.get(BASE).base_model), found.privacy)
+    written = importers.export(store, file, tokenizer_fingerprint(registry.base().base_model), found.privacy)
     database.close()
     console.print(", ".join(f"{name}: {count}" for name, count in written.items()) or "nothing was said yet")
-
-
-@bench.command("recall")
-def bench_recall(
-    file: Annotated[Path, typer.Argument(help="Conversations with questions and their evidence, one a line.")],
-    json_file: JsonFile = None,
-    config: ConfigFile = None,
-    data_dir: DataDir = None,
-    seed: Seed = None,
-) -> None:
-    """Whether the tracker finds the turns that answer a question, beside recency, dense vectors alone and BM25 alone."""
-    from bot.recall import weights
-    from learning import recall_benchmark
-
-    found = configured(config, data_dir, seed)
-    cli.check_writable(json_file)
-    asked = recall_benchmark.read(file)
-    with cli.progress_bar() as progress:
-        figures = asyncio.run(
-            recall_benchmark.measure(asked, cli.embedder(found), weights(found.dialogue.retrieval_weights), progress)
-        )
-    cli.print_figures(figures)
-    cli.write_json(json_file, "bench recall", figures, {"file": file.name, "embedder": found.dialogue.embedder})
 
 
 def _embedder(config: Config) -> Embedder:
@@ -257,84 +246,11 @@ def _from_feedback(config: Config, embedder: Embedder, progress: Any) -> tuple[d
     from learning.replay_buffer import ReplayBuffer
 
     database, store, _ = cli.opened(config)
-    rated = ReplayBuffer(store, ChatTokenizer(base_model(config)), config).snapshot().rated
+    config, model = with_model(config)
+    rated = ReplayBuffer(store, ChatTokenizer(model, config.policy.template_args), config).snapshot().rated
     memory = Memory(database, config.dialogue.across_channels)
     judged = list(reminders.judged(rated, store, memory, embedder, progress))
     return retrieval_training.proven(judged, weights(config.dialogue.retrieval_weights))
-
-
-@bench.command("learning")
-def bench_learning(
-    part: Annotated[str, typer.Option("--slice", help="ci (some ten minutes), rates, regimes or full (hours).")] = "full",
-    arms: Annotated[str | None, typer.Option(help="Objectives and controls, with commas between; all if not given.")] = None,
-    users: Annotated[str | None, typer.Option(help="Built-in users, or a Python file with utility(prompt, reply).")] = None,
-    json_file: JsonFile = None,
-    plot: PlotFile = None,
-    config: ConfigFile = None,
-    data_dir: DataDir = None,
-    seed: Seed = None,
-) -> None:
-    """What each objective learns from simulated people's reactions, beside a frozen and a placebo control."""
-    from learning import learning_grid, simulation
-
-    found = configured(config, data_dir, seed)
-    cli.check_writable(json_file, plot)
-    if users is not None:
-        simulation.users(users)  # refused here, before anything runs
-    wanted = learning_grid.cells(part, users, arms, found.seed)
-    found, model = with_model(found, serves=False)
-    with cli.progress_bar() as progress:
-        points = learning_grid.run(found, model, wanted, found.data / "bench" / f"learning-{part}.jsonl", progress)
-    figures = learning_grid.figures(points, found.training.objective)
-    cli.print_figures(figures)
-    if plot is not None:
-        learning_grid.plot(points, plot)
-        console.print(f"plot: {plot}")
-    setup = {"slice": part, "arms": arms, "users": users, "seeds": learning_grid.SEEDS, "seed": found.seed}
-    cli.write_json(json_file, "bench learning", figures, setup | {"training": found.training.model_dump()})
-
-
-@bench.command("train")
-def bench_train(json_file: JsonFile = None, config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
-    """What each objective costs in time and memory, against a plain TRL script on the same rows."""
-    from learning import train_benchmark
-
-    found = configured(config, data_dir, seed)
-    cli.check_writable(json_file)
-    found, model = with_model(found, serves=False)
-    with cli.progress_bar() as progress:
-        figures = train_benchmark.measure(found, model, progress)
-    cli.print_figures(figures)
-    cli.write_json(json_file, "bench train", figures, {"model": found.policy.model, "rows": train_benchmark.ROWS})
-
-
-@bench.command("tracker")
-def bench_tracker(
-    sizes: Annotated[str, typer.Option(help="How many stored turns: 1e3, 1e5, 1e6, with commas between.")] = "1e3,1e5,1e6",
-    json_file: JsonFile = None,
-    config: ConfigFile = None,
-    data_dir: DataDir = None,
-    seed: Seed = None,
-) -> None:
-    """What remembering adds to a message, with a thousand to a million stored turns."""
-    from bot.recall import weights
-    from bot.tokenizer import ChatTokenizer
-    from learning import tracker_benchmark
-
-    found = configured(config, data_dir, seed)
-    cli.check_writable(json_file)
-    wanted = [size.strip() for size in sizes.split(",")]
-    unknown = [size for size in wanted if size not in tracker_benchmark.SIZES]
-    if unknown:
-        raise ConfigError(f"--sizes has value '{unknown[0]}'; choose from {', '.join(tracker_benchmark.SIZES)}")
-    tokenizer = ChatTokenizer(base_model(found))
-    with cli.progress_bar() as progress:
-        job = tracker_benchmark.measure(
-            cli.embedder(found), tokenizer, weights(found.dialogue.retrieval_weights), wanted, progress
-        )
-        figures = asyncio.run(job)
-    cli.print_figures(figures)
-    cli.write_json(json_file, "bench tracker", figures, {"embedder": found.dialogue.embedder, "sizes": wanted})
 
 
 @app.command("fit-topics")

@@ -8,22 +8,41 @@ and the registry.
 
 import asyncio
 import contextlib
-import json
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from bot.config import Config
-from bot.errors import ConfigError, KibitzError, ServingError
+from bot.errors import ConfigError, KibitzError, ProbeFailed, ServingError
 from bot.policy import Policy
-from bot.registry import BASE, PolicyRegistry
+from bot.registry import PolicyRegistry
 from bot.types import PolicyVersion
 from learning import probe
 from learning.version_files import faults, fingerprint, is_whole, weights_folder
 
 Announce = Callable[[str], None]
 RETRY_SECONDS = 600.0  # at most, between two tries to serve a live version that could not be served
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What a probe found: the mean distances (nats) of the server's log-probabilities from those that the trainer computed
+    of the candidate and of its parent, and how far from the candidate a sound server may be.
+    """
+
+    distance: float
+    from_parent: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the server serves the candidate: is near it and, the real test, half as far from it as from its parent."""
+        return self.distance <= self.tolerance and self.distance <= self.from_parent / 2
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """The distances, for the record of a version."""
+        return {"probe_distance": self.distance, "probe_from_parent": self.from_parent, "probe_tolerance": self.tolerance}
 
 
 class Deployment:
@@ -34,6 +53,7 @@ class Deployment:
         self.registry = registry
         self.config = config
         self.announce = announce
+        self.probed: dict[str, Probed] = {}  # what the last probe of each version found
         self._swapping = asyncio.Lock()  # one swap at a time: both the learner and the watcher of rollbacks swap
 
     async def deploy(self, name: str) -> PolicyVersion:
@@ -44,11 +64,12 @@ class Deployment:
             before = self.policy.version
             try:
                 async with self._proven(version):
-                    promoted = await call(self.registry.promote, name)
+                    promoted = await call(self.registry.promote, name, {**version.metrics, **self.probed[name].figures})
                     self.policy.version = name
             except ServingError as error:
                 await self._unload(name)
-                await call(self.registry.reject, name, {**version.metrics, "reasons": [str(error)]})
+                found = self.probed[name].figures if isinstance(error, ProbeFailed) else {}
+                await call(self.registry.reject, name, {**version.metrics, **found, "reasons": [str(error)]})
                 raise
             await self._retire(before)
         self.announce(f"{name} is live")
@@ -99,8 +120,8 @@ class Deployment:
         """After a (re)start of the server: serve the live version again, or the base model where it cannot be proven."""
         async with self._swapping:
             await self.policy.connect()
-            if self.policy.weights == BASE:
-                self.policy.version = BASE
+            if self.policy.weights == self.policy.base:
+                self.policy.version = self.policy.base
             if self.config.training.weights == "full" and not self.policy.takes_weights:
                 raise ConfigError(
                     f"config key training.weights has value 'full', but the vLLM at {self.policy.url} does not let its "
@@ -112,9 +133,9 @@ class Deployment:
                 async with self._proven(live):
                     self.policy.version = live.name
             except ServingError as error:
-                async with self._proven(await self.registry.database.call(self.registry.get, BASE)):
-                    self.policy.version = BASE
-                self.announce(f"{live.name} cannot be served ({error}); {BASE} answers until it can")
+                async with self._proven(await self.registry.database.call(self.registry.base)):
+                    self.policy.version = self.policy.base
+                self.announce(f"{live.name} cannot be served ({error}); {self.policy.base} answers until it can")
 
     @contextlib.asynccontextmanager
     async def asleep(self) -> AsyncIterator[None]:
@@ -140,18 +161,20 @@ class Deployment:
     async def _prove_again(self) -> None:
         """Probe every version that the server holds; one that it serves otherwise than before goes."""
         call = self.registry.database.call
-        whole = {self.policy.weights} if self.policy.weights and self.policy.weights != BASE else set()
+        whole = {self.policy.weights} if self.policy.weights and self.policy.weights != self.policy.base else set()
         for name in sorted({*await self.policy.loaded(), *whole}):
             try:
                 await self._probe(await call(self.registry.get, name))
             except ServingError as error:
-                self.announce(f"{name} is not the same after sleeping, {BASE} answers until it can be served: {error}")
+                self.announce(
+                    f"{name} is not the same after sleeping, {self.policy.base} answers until it can be served: {error}"
+                )
                 if name in whole:
-                    await self._replace(BASE)
+                    await self._replace(self.policy.base)
                 else:
                     await self._unload(name)
                 if self.policy.version == name:
-                    self.policy.version = BASE
+                    self.policy.version = self.policy.base
 
     async def rollback(self) -> PolicyVersion:
         """Take the live version back and serve the one before it."""
@@ -162,8 +185,8 @@ class Deployment:
     @contextlib.asynccontextmanager
     async def _proven(self, version: PolicyVersion) -> AsyncIterator[None]:
         """Inside, the server is known to serve `version`. Where other weights make way for its own, replies wait."""
-        whole = version.name != BASE and is_whole(Path(version.path))
-        wanted = version.name if whole else BASE
+        whole = not version.is_base and is_whole(Path(version.path))
+        wanted = version.name if whole else self.policy.base
         stays = wanted == self.policy.weights
         if not stays and not self.policy.takes_weights:
             raise ServingError(
@@ -176,7 +199,7 @@ class Deployment:
         async with contextlib.nullcontext() if stays else self._weights(wanted):
             if version.name != wanted and version.name not in await self.policy.loaded():
                 await self.policy.load(version.name, version.path)
-            if version.name != BASE:
+            if not version.is_base:
                 await self._probe(version)
             yield
 
@@ -199,7 +222,7 @@ class Deployment:
     def _source(self, name: str) -> str:
         """Where vLLM finds the whole weights of a version."""
         version = self.registry.get(name)
-        if name == BASE:
+        if version.is_base:
             return str(Path(version.base_model).absolute()) if Path(version.base_model).is_dir() else version.base_model
         folder = weights_folder(Path(version.path))
         if not folder.is_dir():  # vLLM's engine ends where it cannot read them
@@ -207,7 +230,7 @@ class Deployment:
         return str(folder)
 
     def _faults(self, version: PolicyVersion) -> list[str]:
-        if version.name == BASE:
+        if version.is_base:
             return []
         directory = Path(version.path)
         if not (directory / "manifest.json").is_file():
@@ -219,36 +242,34 @@ class Deployment:
 
     async def _probe(self, version: PolicyVersion) -> None:
         """Raise unless the server computes the trainer's log-probabilities, and not those of the parent."""
-        served, candidate, parent = [], [], []
+        served: list[float] = []
         try:
-            for row in json.loads((Path(version.path) / probe.FILE).read_text()):
-                listed = await self.policy.next_logprobs(version.name, row["prompt_ids"])
+            places = await asyncio.to_thread(probe.read, Path(version.path))
+            for place in places:
+                listed = await self.policy.next_logprobs(version.name, place.prompt_ids)
                 floor = min(listed.values())  # a token that the server does not list is at most as likely as the last
-                served += [listed.get(token, floor) for token in row["tokens"]]
-                candidate += row["candidate"]
-                parent += row["parent"]
+                served += [listed.get(token, floor) for token in place.tokens]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ServingError(f"{version.name} has no readable probe ({error!r}); train it again") from error
         if not served:
             raise ServingError(f"{version.name} carries an empty probe; train it again")
-        distance = mean_distance(served, candidate)
-        from_parent = mean_distance(served, parent)
-        if not distance <= self.config.gate.probe_tolerance or not distance <= from_parent / 2:
-            raise ServingError(
-                f"{version.name} failed its probe: the server's log-probabilities are {distance:.4f} nats from the "
-                f"trainer's (tolerance {self.config.gate.probe_tolerance:g}) and {from_parent:.4f} from its parent's"
+        found = Probed(
+            probe.mean_distance(served, [one for place in places for one in place.candidate]),
+            probe.mean_distance(served, [one for place in places for one in place.parent]),
+            probe.distances(places).tolerance(self.config.gate.probe_tolerance),
+        )
+        self.probed[version.name] = found
+        if not found.passed:
+            raise ProbeFailed(
+                f"{version.name} failed its probe: the server's log-probabilities are {found.distance:.4f} nats from the "
+                f"trainer's (tolerance {found.tolerance:.4f}) and {found.from_parent:.4f} from its parent's"
             )
 
     async def _retire(self, name: str) -> None:
         """Wait for the last answer of a version that is no longer live, then let the server forget it."""
-        if name != BASE and await self.policy.drain(name):
+        if name != self.policy.base and await self.policy.drain(name):
             await self._unload(name)
 
     async def _unload(self, name: str) -> None:
         if name in await self.policy.loaded():
             await self.policy.unload(name)
-
-
-def mean_distance(one: list[float], other: list[float]) -> float:
-    """The mean absolute difference of two equally long lists of log-probabilities (nats)."""
-    return float(np.abs(np.array(one) - np.array(other)).mean())

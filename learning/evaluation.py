@@ -5,9 +5,10 @@ judges by pure functions of what was measured. It knows no database and no serve
 is the probe's question, in `learning.deployment`.
 """
 
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,6 +26,8 @@ Rows = Sequence[tuple[Sequence[int], Sequence[int]]]
 BATCH_TOKENS = 2048  # each costs a row of logits as long as the vocabulary
 CONFIDENCE = 0.95  # of intervals
 DRAWS = 4000  # of opinions at random, where there are more ways than that to give them
+PLAIN: dict[str, float | None] = {"top_k": 0, "top_p": 1.0, "min_p": None}  # no token is cut away
+GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "min_p": None}
 EMOJI = re.compile("[\U0001f300-\U0001faff\u2600-\u27bf]")
 
 
@@ -49,6 +52,8 @@ class Evidence:
 
     `signs` is +1 for an answer that was liked and -1 for one that was not; `live` and `candidate` are its mean
     log-probability for each token (nats). `kl` is nats for each sampled token of the candidate, against the base.
+    `change` is how far its log-probabilities are from its parent's, `rounding` how far the served number format moves them
+    (mean, nats).
     """
 
     conversations: list[str]
@@ -59,6 +64,9 @@ class Evidence:
     well_formed: float
     base_well_formed: float
     file_faults: list[str] = field(default_factory=list)
+    change: float = math.inf
+    rounding: float = 0.0
+    is_no_change: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,11 @@ def judge(evidence: Evidence, gate: GateConfig, seed: int) -> Verdict:
                 f"not shown to be better: liked over disliked gains {gain:+.4f} nats a token, 95% interval {low:+.4f} to "
                 f"{high:+.4f}; opinions at random gain as much in {chance:.1%} of all cases, {1 - gate.confidence:.1%} may"
             )
+    if evidence.is_no_change:
+        reasons.append(
+            f"no change: log-probabilities are {evidence.change:.4f} nats from its parent's, and the number format that is "
+            f"served moves them by {evidence.rounding:.4f}; more reactions will tell them apart"
+        )
     if not evidence.kl <= gate.kl_budget:
         reasons.append(f"too far from the base: KL {evidence.kl:.3f} nats a token, budget {gate.kl_budget:g}")
     wanted = min(gate.well_formed, evidence.base_well_formed)
@@ -180,7 +193,7 @@ def token_rows(answers: Sequence[Answer]) -> list[tuple[tuple[int, ...], tuple[i
 def answer_logprobs(model: Any, rows: Rows) -> list["torch.Tensor"]:
     """The log-probability (nats) of each completion token of each (prompt ids, completion ids) row, one row at a time.
 
-    Temperature 1. One row at a time, so that padding cannot change a figure.
+    At the model's own temperature. One row at a time, so that padding cannot change a figure.
     """
     import torch
 
@@ -241,7 +254,7 @@ def _answer_logits(model: Any, batch: Rows) -> list["torch.Tensor"]:
 
 
 def next_logprobs(model: Any, prefixes: Sequence[Sequence[int]]) -> list["torch.Tensor"]:
-    """The log-probabilities (vocabulary,) of the token after each prefix, at temperature 1, one prefix at a time."""
+    """The log-probabilities (vocabulary,) of the token after each prefix, one prefix at a time."""
     import torch
 
     model.eval()
@@ -303,14 +316,19 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
     seed: int,
-    temperature: float = 1.0,
+    truncation: Mapping[str, float] | None = None,
+    greedy: bool = False,
     batch_size: int = 32,
 ) -> list[Sample]:
-    """Sample one answer to each prompt (greedily at temperature 0), in batches padded on the left."""
+    """Sample one answer to each prompt, in batches padded on the left.
+
+    At the model's own temperature, which `learning.model` puts into its logits; `truncation` (`PolicyConfig.truncation`)
+    cuts unlikely tokens away.
+    """
     import torch
 
     torch.manual_seed(seed)
-    eos, pad = tokenizer.hf.eos_token_id, pad_id(tokenizer.hf)
+    ends, pad = tokenizer.end_ids, pad_id(tokenizer.hf)
     samples = []
     model.eval()
     for start in range(0, len(prompts), batch_size):
@@ -318,18 +336,18 @@ def generate(
         width = max(map(len, batch))
         ids = torch.tensor([[pad] * (width - len(row)) + [*row] for row in batch], device=model.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=model.device)
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        sampling = {"do_sample": True, "temperature": 1.0, **PLAIN, **(truncation or {})}
         with torch.no_grad():
             out = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=max_tokens,
                 pad_token_id=pad,
-                eos_token_id=eos,
-                **(sampling if temperature else {"do_sample": False}),
+                eos_token_id=sorted(ends),
+                **(GREEDY if greedy else sampling),
             )
         for row, said in zip(batch, out[:, width:].tolist(), strict=True):
-            end = said.index(eos) + 1 if eos in said else len(said)
-            text = tokenizer.hf.decode(said[:end], skip_special_tokens=True)
-            samples.append(Sample(tuple(row), tuple(said[:end]), text, finished=eos in said))
+            end = next((place for place, token in enumerate(said, 1) if token in ends), None)
+            text = tokenizer.answer_text(said[:end])
+            samples.append(Sample(tuple(row), tuple(said[:end]), text, finished=end is not None))
     return samples

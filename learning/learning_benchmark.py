@@ -28,8 +28,8 @@ from learning.model import as_base, load, restore, weights
 from learning.pretrain import quiet
 from learning.replay_buffer import Experience, compared, told
 from learning.selection import parted
-from learning.simulation import Utility
-from learning.simulation import users as simulated_users
+from learning.simulated_people import Utility
+from learning.simulated_people import users as simulated_users
 from learning.trainer import teach
 
 STEPS = (40, 80, 120, 160, 200)  # reactions after which a version is trained and judged
@@ -78,7 +78,7 @@ class Arena:
         self.config = config
         self.seed = seed
         self.base_model = base_model
-        self.tokenizer = ChatTokenizer(base_model)
+        self.tokenizer = ChatTokenizer(base_model, config.policy.template_args)
         self.embedder = embedder(config)
         self.prompts = [text for text, _ in demo.prompts(held_out=True) for _ in range(SAMPLES)]
         self.untouched = [self._row(dialogue) for dialogue in demo.dialogues(128, seed=10_000 + seed)]

@@ -81,8 +81,13 @@ class OnlineLearner:
         return self.store.reactions(), purged, registry.learning_is_paused()
 
     async def _taught(self) -> int:
-        """How many reactions there were when the last run began, so that a restart does not train again on them."""
-        return await self.store.database.call(self.store.reactions_at_last_run)
+        """How many reactions there were when the last run began, so that a restart does not train again on them.
+
+        A new base model learns from all of them.
+        """
+        call = self.store.database.call
+        base = await call(self.deployment.registry.base)
+        return await call(self.store.reactions_at_last_run, base.created_at)
 
 
 async def train_in_child(config: Config, progress: Progress) -> dict[str, Any]:

@@ -2,7 +2,11 @@
 
 Either way the base is at hand, as what a policy is held to: the model without its adapter, or with the weights that the base
 has. Of a model with weights of its own the token embeddings are not trained: what is tied to them, vLLM's CPU build does not
-renew with them (docs/experiments.md). It knows no objective, no database and no server.
+renew with them (docs/experiments.md).
+
+The logits of every model made here are divided by the policy's temperature, so that its log-probabilities are those that
+answers are sampled with: the output of the final norm is, which no fused head passes by. It knows no objective, no database
+and no server.
 """
 
 from collections.abc import Iterator
@@ -20,6 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     Model: TypeAlias = PeftModel | PreTrainedModel
+
+FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f")  # what architectures call it
+CAP = "final_logit_softcapping"
 
 
 def load(config: Config, base_model: str, version: str | None = None) -> "Model":
@@ -95,8 +102,15 @@ def draw_to_base(model: Any, share: float) -> None:
 
 
 def settle(model: Any) -> None:
-    """Bring a trained model to the numbers that it is served in, so that what is measured is what is served."""
-    if hasattr(model, "base_weights"):
+    """Bring a trained model to the numbers that it is served in, so that what is measured is what is served.
+
+    An adapter is trained in float32 and served in the number format of its base: it is rounded to that.
+    """
+    if not hasattr(model, "base_weights"):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(model.dtype).to(parameter.dtype)
+    else:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(model.served_dtype)
         model.base_weights = {name: value.to(model.served_dtype) for name, value in model.base_weights.items()}
@@ -105,7 +119,8 @@ def settle(model: Any) -> None:
 def save(model: Any, directory: Path) -> None:
     """Write what was trained into the directory of a version."""
     if hasattr(model, "base_weights"):
-        model.save_pretrained(directory / WHOLE)
+        with _own_cap(model):
+            model.save_pretrained(directory / WHOLE)
         return
     model.save_pretrained(directory)
     (directory / "README.md").unlink(missing_ok=True)
@@ -124,6 +139,35 @@ def adopt(model: Any, directory: Path) -> None:
         set_peft_model_state_dict(model, found)
 
 
+@contextmanager
+def _own_cap(model: Any) -> Iterator[None]:
+    """Inside, the config of a model whose logits are divided is that of the model itself."""
+    settings = model.config.get_text_config()
+    divided, own = getattr(settings, CAP, None), settings.__dict__.pop("undivided_cap", None)
+    if own is None:
+        yield
+        return
+    setattr(settings, CAP, own)
+    try:
+        yield
+    finally:
+        setattr(settings, CAP, divided)
+        settings.undivided_cap = own
+
+
+@contextmanager
+def as_float32(model: "Model") -> Iterator[None]:
+    """Inside, a model computes in float32: the reference for what a server gives. Its weights come back exactly."""
+    narrow = [(value, value.dtype) for value in model.parameters() if value.dtype.itemsize < 4]
+    try:
+        for value, _ in narrow:
+            value.data = value.data.float()
+        yield
+    finally:
+        for value, dtype in narrow:
+            value.data = value.data.to(dtype)
+
+
 def not_finite(model: "Model") -> list[str]:
     """The names of weights that hold what is no number."""
     return [name for name, value in model.named_parameters() if not value.isfinite().all()]
@@ -135,6 +179,7 @@ def _pretrained(config: Config, source: str) -> "PreTrainedModel":
 
     try:
         found = AutoModelForCausalLM.from_pretrained(source, dtype=served_dtype(config, source))
+        divide_logits(found, config.policy.temperature)
         return found.to("cuda") if torch.cuda.is_available() else found
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise TrainingError(
@@ -145,6 +190,32 @@ def _pretrained(config: Config, source: str) -> "PreTrainedModel":
         raise TrainingError(
             f"the base model '{source}' cannot be loaded ({str(error).splitlines()[0]}); put it back"
         ) from error
+
+
+def divide_logits(model: "PreTrainedModel", temperature: float) -> None:
+    """Have a model give its logits divided by `temperature`. Raises TrainingError for an architecture where that fails."""
+    import torch
+
+    if temperature == 1.0:
+        return
+    decoder = model.get_decoder()
+    norm = next((getattr(decoder, name) for name in FINAL_NORMS if hasattr(decoder, name)), None)
+    settings = model.config.get_text_config()
+    capped = getattr(settings, CAP, None)
+    ids = torch.arange(3, 11, device=model.device)[None]
+    with torch.no_grad():
+        before = model(input_ids=ids).logits.float()
+        if norm is not None:
+            norm.register_forward_hook(lambda module, given, output: output / temperature)
+        if capped is not None:  # cap · tanh(x / cap), of x and of the cap divided alike
+            setattr(settings, CAP, capped / temperature)
+            settings.undivided_cap = capped
+        after = model(input_ids=ids).logits.float()
+    if not (after * temperature - before).abs().mean() <= 0.02 * before.abs().mean():
+        raise TrainingError(
+            f"config key policy.temperature has value {temperature:g}, which training cannot reproduce for the architecture "
+            f"{type(model).__name__}; set policy.temperature = 1.0, or use another model"
+        )
 
 
 def _whole(config: Config, base_model: str, model: Any) -> "PreTrainedModel":

@@ -9,6 +9,7 @@ from bot import cli
 from bot.cli import announce
 from bot.config import Config
 from bot.model_check import check_model
+from bot.sampling import apply_sampling_defaults, describe_sampling
 from bot.sizes import apply_size_defaults, describe_sizes
 from learning import pretrain as pretraining
 
@@ -24,7 +25,9 @@ def base_model(config: Config, tell: Announce = announce) -> str:
 def sized_model(config: Config, tell: Announce = announce) -> tuple[Config, str]:
     """Return the config with what it leaves open set as suits the base model, and the model, as vLLM loads it."""
     model = base_model(config, tell)
-    return apply_size_defaults(config, model), model
+    if pretraining.is_toy(model):  # the config's own defaults are the toy's
+        return config, model
+    return apply_size_defaults(apply_sampling_defaults(config, model), model), model
 
 
 def with_model(config: Config, tell: Announce = announce, serves: bool = True) -> tuple[Config, str]:
@@ -34,7 +37,9 @@ def with_model(config: Config, tell: Announce = announce, serves: bool = True) -
     """
     found, model = sized_model(config, tell)
     plan = check_model(found, model, serves)
-    tell(describe_sizes(found, model, config))
+    if not pretraining.is_toy(model):
+        tell(describe_sampling(config, model))
+        tell(describe_sizes(found, model, config))
     if plan is not None:
         tell(plan.line)
         found = found.model_copy(update={"serving": found.serving.model_copy(update={"memory_share": plan.share})})

@@ -12,7 +12,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from bot.data_directory import held
 from bot.errors import ConfigError
 from bot.model_check import explain_refusal
 from bot.tokenizer import ChatTokenizer
-from learning import demo
+from learning import builtin, demo
 
 Dialogue = list[dict[str, str]]
 Progress = Callable[[str, int, int], None]
@@ -30,6 +30,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+TOY = ("toy", "demo")  # what policy.model may call it
 SPECIAL_TOKENS = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -53,17 +54,25 @@ class DemoRecipe:
         return data / "models" / f"demo-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
 
 
+def is_toy(model: str) -> bool:
+    """Return whether a base model, as `base_model` gives it, is the toy policy."""
+    return Path(model).name.startswith("demo-")
+
+
 def base_model(config: Config, tell: Callable[[str], None], progress: Progress) -> str:
-    """The base model that the config names, as something that transformers and vLLM load; the demo is made on first use.
+    """The base model that the config names, as something that transformers and vLLM load: at first "builtin" is converted
+    and "toy" (or "demo", its older name) is made.
 
     Raises ConfigError where there is no such model.
     """
     name = config.policy.model
-    if name == "demo":
+    if name == "builtin":
+        return str(builtin.model(tell, progress))
+    if name in TOY:
         recipe = DemoRecipe(seed=config.seed)
         directory = recipe.directory(config.data).absolute()
         if not (directory / "config.json").exists():
-            tell("making the demo policy (once, about a minute)")
+            tell("making the toy policy (once, about a minute)")
             with held(config.data, "train"):
                 make_demo(recipe, config.data, progress)
         return str(directory)
@@ -73,7 +82,7 @@ def base_model(config: Config, tell: Callable[[str], None], progress: Progress) 
     if path.is_absolute() or name.startswith(".") or path.exists() or name.count("/") > 1:
         raise ConfigError(
             f"config key policy.model has value '{name}', where there is no model (no config.json); "
-            "name a model's directory, a hub model (owner/name), or 'demo'"
+            "name a model's directory, a hub model (owner/name), 'builtin' or 'toy'"
         )
     from transformers import AutoConfig
 
@@ -83,17 +92,17 @@ def base_model(config: Config, tell: Callable[[str], None], progress: Progress) 
         explain_refusal(name, error)
         raise ConfigError(
             f"config key policy.model has value '{name}', which is neither a directory nor a hub model that can be "
-            "reached; check the name and the network, download it first, or use 'demo'"
+            "reached; check the name and the network, download it first, or use 'builtin'"
         ) from error
     return name
 
 
 def quiet() -> None:
     """Keep the libraries' own progress bars and warnings out of ours."""
+    os.environ["TQDM_DISABLE"] = "1"  # read when a library makes its bars: before it is imported
     import datasets
     import transformers
 
-    os.environ["TQDM_DISABLE"] = "1"
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -150,6 +159,7 @@ def warm_start(
     epochs: int,
     learning_rate: float,
     progress: Progress,
+    template_args: Mapping[str, bool | int | float | str] | None = None,
 ) -> dict[str, float]:
     """Tune all weights of a model on `dialogues`, save it to `directory`, and return held-out measures of its answers.
 
@@ -166,7 +176,7 @@ def warm_start(
     cut = max(1, len(shuffled) // 10)
     held_out, training = shuffled[:cut], shuffled[cut:]
     set_seed(seed)
-    tokenizer = ChatTokenizer(model_path)
+    tokenizer = ChatTokenizer(model_path, template_args)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto")
     rows = [_after_first_prompt(_row(tokenizer, dialogue)) for dialogue in held_out]
     before = perplexity(answer_logprobs(model, rows))
@@ -175,7 +185,7 @@ def warm_start(
     unfinished.mkdir(parents=True)
     fine_tune(model, tokenizer, training, seed, learning_rate, 16, epochs, unfinished, progress)
     prompts = [tokenizer.prompt_ids(dialogue[:-1]) for dialogue in held_out[:200]]
-    said = generate(model, tokenizer, prompts, max_tokens=64, seed=seed, temperature=0.0)
+    said = generate(model, tokenizer, prompts, max_tokens=64, seed=seed, greedy=True)
     measures = text_overlap([reply.text for reply in said], [dialogue[-1]["content"] for dialogue in held_out[:200]])
     measures |= {"perplexity_before": before, "perplexity": perplexity(answer_logprobs(model, rows))}
     model.save_pretrained(unfinished)
@@ -250,7 +260,9 @@ def _row(tokenizer: ChatTokenizer, dialogue: Dialogue) -> dict[str, list[int]]:
         if message["role"] == "assistant":
             prompt = tokenizer.prompt_ids(dialogue[:index])
             answer = tokenizer.completion_ids(message["content"])
-            labels += [-100] * (len(prompt) - len(ids)) + answer
+            if prompt[: len(ids)] != ids:  # the template writes earlier messages anew: only what comes now is a label
+                labels = []
+            labels += [-100] * (len(prompt) - len(labels)) + answer
             ids = prompt + answer
     return {"input_ids": ids, "labels": labels}
 

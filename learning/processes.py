@@ -137,7 +137,9 @@ def _work(job: Path) -> None:
             sys.stdout.flush()
 
     try:
-        told = teach(config, model, ChatTokenizer(base_model), training, held_out, prompts, report)
+        told = teach(
+            config, model, ChatTokenizer(base_model, config.policy.template_args), training, held_out, prompts, report
+        )
     except KibitzError as error:
         told = {"error": str(error), "is_nothing": isinstance(error, NothingToLearn)}
     if is_first():

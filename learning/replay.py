@@ -75,7 +75,9 @@ def replay(
         "passed": outcome.passed,
         "reasons": outcome.reasons,
         **_reward_model(
-            ReplayBuffer(store, ChatTokenizer(base_model), config).snapshot(recording.space), config, base_model
+            ReplayBuffer(store, ChatTokenizer(base_model, config.policy.template_args), config).snapshot(recording.space),
+            config,
+            base_model,
         ),
         "manifest_sha256": outcome.manifest_sha256,
         "adapter_sha256": outcome.adapter_sha256,

@@ -19,6 +19,7 @@ from bot.dialogue import UNFINISHED
 from bot.embeddings import Embedder
 from bot.feedback import standing
 from bot.registry import PolicyRegistry
+from bot.sampling import is_truncated
 from bot.tokenizer import ChatTokenizer
 from bot.types import Feedback, FeedbackKind, FollowUp, Message, Turn
 from bot.users import Users
@@ -34,10 +35,10 @@ class Experience:
 
     `unit` is what the held-out part is drawn by; `opinions` names those whose opinions the reward is made of, and
     `followup_id` is the message that it counts too. `logprobs` (nats, one for each of `completion_ids`) are those of its
-    sampling at temperature 1, or None for a text that was not sampled so (imported, a person's correction). `rejected_ids`
-    is an answer to the same prompt that people liked less; `hindsight_ids` is the prompt as somebody would have it who knows
-    what the asker said next. `advantage` (in [-2, 2]) is the reward less what is usual; `weight` (in (0, 1]) is less for
-    those who say more than their share.
+    sampling, or None for a text that was not sampled so (imported, a person's correction, a truncated distribution).
+    `rejected_ids` is an answer to the same prompt that people liked less; `hindsight_ids` is the prompt as somebody would
+    have it who knows what the asker said next. `advantage` (in [-2, 2]) is the reward less what is usual; `weight` (in
+    (0, 1]) is less for those who say more than their share.
     """
 
     turn_id: str
@@ -162,7 +163,10 @@ class ReplayBuffer:
         found = Snapshot(turns=len(turns), taken_back=facts.turns_of(registry.taught() & facts.no_longer_stands))
         age = {version.name: age for age, version in enumerate(reversed(registry.all()))}
         answers: dict[str, list[tuple[float, Experience]]] = defaultdict(list)
+        foreign = registry.foreign()
         for turn in turns:
+            if turn.policy_version in foreign:  # of another tokenizer, and of another policy
+                turn = replace(turn, prompt_ids=None, completion_ids=None, logprobs=None)
             said = facts.of(turn)
             earned = reward(said, turn.asker_id, self.config.rewards, facts.followups.get(turn.id))
             reason = self._why_not(turn, earned, facts)
@@ -201,8 +205,7 @@ class ReplayBuffer:
         ids, size = [*prompt, *completion], len(self.tokenizer.hf)
         if ids and not 0 <= min(ids) <= max(ids) < size:
             return False
-        said = self.tokenizer.hf.decode(completion, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return said.strip() == text.strip()
+        return self.tokenizer.answer_text(completion).strip() == text.strip()
 
     def _of_turn(
         self, turn: Turn, facts: "_Facts", earned: Reward, correction: str | None, age: int
@@ -213,7 +216,7 @@ class ReplayBuffer:
         else:
             prompt, completion = turn.prompt_ids, turn.completion_ids
         comment = facts.comments.get(turn.id)
-        is_sampled = _is_plain(turn.sampling) and age <= self.config.learning.max_age
+        is_sampled = not is_truncated(turn.sampling) and age <= self.config.learning.max_age
         first = Experience(
             turn_id=turn.id,
             # A live conversation never ends, so there the unit is the question; an imported one is held out whole.
@@ -244,16 +247,20 @@ class ReplayBuffer:
             )
 
     def _asked(self, turn: Turn) -> list[dict[str, str]]:
-        """The chat messages that led to an imported turn: the chain of replies up to it."""
+        """The chat messages that led to a turn: the chain of replies to an imported one, else what the policy was shown."""
         said = {message.id: message for message in self.store.messages(turn.conversation_id)}
+        recent = [said[one] for one, score in turn.shown.items() if score is None and one in said]
+        if recent:
+            return self._chat([*recent, said[turn.message_id]])
         chain: list[Message] = []
         at: str | None = turn.message_id
         while at is not None and at in said:
             chain.append(said[at])
             at = said[at].reply_to
-        return [
-            {"role": message.role.value, "content": self.tokenizer.neutralise(message.text)} for message in reversed(chain)
-        ]
+        return self._chat(chain[::-1])
+
+    def _chat(self, messages: Sequence[Message]) -> list[dict[str, str]]:
+        return [{"role": one.role.value, "content": self.tokenizer.neutralise(one.text)} for one in messages]
 
 
 class _Facts:
@@ -325,11 +332,5 @@ def paired(answers: Sequence[tuple[float, Experience]]) -> list[Experience]:
 
 def told(tokenizer: ChatTokenizer, prompt_ids: Sequence[int], comment: str) -> tuple[int, ...]:
     """A prompt as somebody would have it who knows what the asker said next."""
-    line = [{"role": "system", "content": f"What the user will say to the answer: {tokenizer.neutralise(comment)}"}]
-    before = tokenizer.hf.apply_chat_template(line, add_generation_prompt=False, return_dict=False)
-    return (*before, *prompt_ids)
-
-
-def _is_plain(sampling: dict[str, Any]) -> bool:
-    """Whether an answer was drawn from the policy as it is, whose log-probabilities a trainer can reproduce."""
-    return sampling.get("temperature", 1.0) == 1.0 and sampling.get("top_p", 1.0) == 1.0 and not sampling.get("top_k", 0)
+    line = f"What the user will say to the answer: {tokenizer.neutralise(comment)}"
+    return tuple(tokenizer.note_ids(line, prompt_ids))

@@ -88,7 +88,9 @@ class SelfTest:
     def check_template(self) -> str:
         """Check the tokenizer and its chat template."""
         check_tokenizer(self.config, self.model, read_shape(self.model))
-        return f"a greeting is {len(ChatTokenizer(self.model).prompt_ids(QUESTION))} tokens"
+        return (
+            f"a greeting is {len(ChatTokenizer(self.model, self.config.policy.template_args).prompt_ids(QUESTION))} tokens"
+        )
 
     def check_room(self) -> str:
         """Check that memory and disk have room for serving and training the model."""
@@ -122,7 +124,7 @@ class SelfTest:
                 await self._server.start(policy)
                 waited = f"; vLLM was ready after {time.monotonic() - began:.0f} s"
             await policy.connect()
-            reply = await policy.reply(ChatTokenizer(model).prompt_ids(QUESTION))
+            reply = await policy.reply(ChatTokenizer(model, self.config.policy.template_args).prompt_ids(QUESTION))
         finally:
             await policy.close()
         if len(reply.logprobs) != len(reply.completion_ids) or not all(map(math.isfinite, reply.logprobs)):
@@ -194,7 +196,7 @@ def _step(config: Config, model: str) -> dict[str, float]:
 
     on_gpu = torch.cuda.is_available()
     length = min(config.training.max_length, 10**6 if on_gpu else LENGTH_ON_CPUS)
-    tokenizer = ChatTokenizer(model)
+    tokenizer = ChatTokenizer(model, config.policy.template_args)
     rows = made_rows(tokenizer, 2 * config.training.batch_size, length)
     training = config.training.model_copy(update={"max_steps": 1, "processes": 1})
     made = load_model(config, model)

@@ -2,7 +2,8 @@
 
 Each user has a deterministic utility over texts that only this module sees. Users talk through DialogueManager, react
 sparsely and with noise, and never say the prompts that versions are judged by. A frozen control (version 0, never
-trained) is judged beside every version. It knows no training: it calls `OnlineLearner.step`.
+trained) answers the same prompts with the same sampling seeds beside every version. To the toy policy they say what it was
+made for, to every other model everyday English. It knows no training: it calls `OnlineLearner.step`.
 
 Run: ``kibitz simulate``, or with other users ``kibitz simulate --users FILE.py``.
 """
@@ -10,69 +11,27 @@ Run: ``kibitz simulate``, or with other users ``kibitz simulate --users FILE.py`
 import asyncio
 import math
 import random
-import re
-import runpy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from bot.dialogue import DialogueManager, ReplyOptions
-from bot.errors import ConfigError, NothingToLearn
+from bot.errors import ConfigError, NothingToLearn, ProbeFailed
 from bot.policy import Policy
-from bot.registry import BASE
-from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn, new_id
-from learning import demo
-from learning.evaluation import EMOJI, is_well_formed, mean_interval
+from bot.types import Conversation, Feedback, FeedbackKind, Message, Reply, Turn, new_id
+from learning.evaluation import is_well_formed, mean_interval
 from learning.loop import OnlineLearner
+from learning.simulated_people import People, Prompts
 
-Utility = Callable[[str, str], float]
 Progress = Callable[[str, int, int], None]
 
 CONCURRENT = 16
+SHOWN = 3  # held-out prompts whose answers are shown before and after
 DECISIVENESS = 4.0  # a user who finds an answer's utility u gives 👍 with probability sigmoid(4u), else 👎
-
-
-def brief(prompt: str, reply: str) -> float:
-    """Likes few words: +1 up to 5 words, -1 from 17 on."""
-    return max(-1.0, min(1.0, (11 - len(reply.split())) / 6))
-
-
-def emoji(prompt: str, reply: str) -> float:
-    """Likes an emoji."""
-    return 1.0 if EMOJI.search(reply) else -1.0
-
-
-def curious(prompt: str, reply: str) -> float:
-    """Likes to be asked back."""
-    return 1.0 if reply.rstrip().rstrip("\ufe0f").endswith("?") or re.search(r"\? \W+$", reply) else -1.0
-
-
-def lively(prompt: str, reply: str) -> float:
-    """Likes an emoji and a question back, half each."""
-    return (emoji(prompt, reply) + curious(prompt, reply)) / 2
-
-
-def casual(prompt: str, reply: str) -> float:
-    """Likes exclamation marks and contractions."""
-    return 1.0 if re.search(r"!|\w'\w", reply) else -1.0
-
-
-def formal(prompt: str, reply: str) -> float:
-    """Likes neither."""
-    return -casual(prompt, reply)
-
-
-def detailed(prompt: str, reply: str) -> float:
-    """Likes many words."""
-    return -brief(prompt, reply)
-
-
-USERS: dict[str, Utility] = {
-    utility.__name__: utility for utility in (lively, brief, detailed, emoji, curious, casual, formal)
-}
 
 
 @dataclass(frozen=True)
@@ -90,42 +49,28 @@ class Row:
     approval: float | None
     kl: float
     well_formed: float
+    ended: float
+    gain: float
+    gain_low: float
+    gain_high: float
     note: str
 
     def line(self) -> str:
         """The row in one line, as it is told while the simulation runs."""
         return (
             f"{self.version}: utility {self.utility:+.2f} ({self.low:+.2f} to {self.high:+.2f}), "
-            f"frozen {self.frozen:+.2f}, {self.reactions} reactions"
+            f"frozen {self.frozen:+.2f}, {self.reactions} reactions" + (f"; {self.note}" if self.note else "")
         )
-
-
-def users(name: str) -> Utility:
-    """The utility of built-in users, or the `utility(prompt, reply)` of a Python file."""
-    if name in USERS:
-        return USERS[name]
-    path = Path(name)
-    if not path.is_file():
-        raise ConfigError(
-            f"--users has value '{name}', which is neither a file nor one of the built-in users ({', '.join(USERS)})"
-        )
-    try:
-        found = runpy.run_path(str(path)).get("utility")
-    except Exception as error:  # whatever the user's own file raises
-        raise ConfigError(f"--users {name}: the file does not run ({type(error).__name__}: {error}); mend it") from error
-    if not callable(found):
-        raise ConfigError(f"--users {name}: has no function utility(prompt: str, reply: str) -> float; add it")
-    return found
 
 
 @dataclass(frozen=True)
-class People:
-    """Who talks: what they like, how often they react, and how often by mistake the other way."""
+class Answered:
+    """What a version said to the held-out prompts: utility by prompt, first answer by prompt, and shares of all answers."""
 
-    utility: Utility
-    reaction_rate: float
-    noise: float
-    seed: int
+    utilities: dict[str, float]
+    first: dict[str, str]
+    well_formed: float
+    ended: float
 
 
 class Simulation:
@@ -137,31 +82,39 @@ class Simulation:
         policy: Policy,
         learner: OnlineLearner,
         people: People,
+        asked: Prompts,
         progress: Progress,
     ):
         self.dialogue = dialogue
         self.policy = policy
         self.learner = learner
         self.people = people
+        self.asked = asked
         self.rng = random.Random(people.seed)
         self.progress = progress
         self.rows: list[Row] = []
+        self.samples: list[dict[str, str]] = []
+        self.refused: list[str] = []  # versions that passed the gate and not the probe
+        self.promoted: list[str] = []
 
     async def run(self, rounds: int, messages: int, samples: int, show: Callable[[Row], None]) -> list[Row]:
         """`rounds` times: talk (`messages` exchanges), learn, judge the live version on `samples` answers a prompt."""
-        frozen, _ = await self._utilities(BASE, samples)
-        self._frozen = mean_interval(frozen, self.people.seed)
+        self._frozen = await self._answered(self.policy.base, samples)
         await self._judge(samples, approval=None, kl=0.0, note="the start", show=show)
         for number in range(1, rounds + 1):
             approvals = await self._talk(messages, f"round {number}: talking")
             kl, note = await self._learn()
             approval = sum(approvals) / len(approvals) if approvals else None
-            await self._judge(samples, approval, kl, note, show)
+            last = await self._judge(samples, approval, kl, note, show)
+            self.samples = [
+                {"prompt": prompt, "before": self._frozen.first[prompt], "after": last.first[prompt]}
+                for prompt in self.asked.held_out[:: max(1, len(self.asked.held_out) // SHOWN)][:SHOWN]
+            ]
         return self.rows
 
     async def _talk(self, messages: int, stage: str) -> list[bool]:
         """`messages` people say one thing each, and some of them react. Returns the reactions."""
-        said = [self.rng.choice(demo.prompts(held_out=False))[0] for _ in range(messages)]
+        said = [self.rng.choice(self.asked.said) for _ in range(messages)]
         moods = [(self.rng.random(), self.rng.random(), self.rng.random(), self.rng.randrange(2**31)) for _ in said]
         given: list[bool] = []
 
@@ -184,19 +137,33 @@ class Simulation:
         await self.dialogue.record_feedback(Feedback(turn.id, user, kind, signal="👍" if approves else "👎"))
 
     async def _learn(self) -> tuple[float, str]:
+        before = self.rows[-1].kl if self.rows else 0.0
         try:
             outcome = await self.learner.step()
         except NothingToLearn as error:
             self.learner.announce(f"nothing learned: {error}")
-            return 0.0, str(error)
-        kl = outcome["figures"]["kl"] if outcome["passed"] else (self.rows[-1].kl if self.rows else 0.0)
-        return kl, "" if outcome["passed"] else f"{outcome['policy']} rejected: {'; '.join(outcome['reasons'])}"
+            return before, str(error)
+        except ProbeFailed as error:  # what is not proven does not serve; people go on with what does
+            self.refused.append(str(error))
+            self.learner.announce(str(error))
+            return before, str(error)
+        if not outcome["passed"]:
+            return before, f"{outcome['policy']} rejected: {'; '.join(outcome['reasons'])}"
+        self.promoted.append(outcome["policy"])
+        return outcome["figures"]["kl"], ""
 
-    async def _judge(self, samples: int, approval: float | None, kl: float, note: str, show: Callable[[Row], None]) -> None:
+    async def _judge(
+        self, samples: int, approval: float | None, kl: float, note: str, show: Callable[[Row], None]
+    ) -> Answered:
         """True utility of the live version on the held-out prompts, beside that of the frozen one."""
-        live, well_formed = await self._utilities(self.policy.version, samples)
-        mean, low, high = mean_interval(live, self.people.seed)
-        frozen_mean, frozen_low, frozen_high = self._frozen
+        seed = self.people.seed
+        live = (
+            await self._answered(self.policy.version, samples) if self.policy.version != self.policy.base else self._frozen
+        )
+        mean, low, high = mean_interval([*live.utilities.values()], seed)
+        frozen_mean, frozen_low, frozen_high = mean_interval([*self._frozen.utilities.values()], seed)
+        gains = [live.utilities[prompt] - self._frozen.utilities[prompt] for prompt in self.asked.held_out]
+        gain, gain_low, gain_high = mean_interval(gains, seed)
         row = Row(
             version=self.policy.version,
             reactions=await self.dialogue.store.database.call(self.dialogue.store.reactions),
@@ -208,28 +175,38 @@ class Simulation:
             frozen_high=frozen_high,
             approval=approval,
             kl=kl,
-            well_formed=well_formed,
+            well_formed=live.well_formed,
+            ended=live.ended,
+            gain=gain,
+            gain_low=gain_low,
+            gain_high=gain_high,
             note=note,
         )
         self.rows.append(row)
         show(row)
+        return live
 
-    async def _utilities(self, version: str, samples: int) -> tuple[list[float], float]:
-        """The mean utility of each held-out prompt, and the share of well-formed answers."""
-        asked = [prompt for prompt, _ in demo.prompts(held_out=True)]
-        found: dict[str, list[float]] = {prompt: [] for prompt in asked}
-        well_formed: list[bool] = []
+    async def _answered(self, version: str, samples: int) -> Answered:
+        """Ask a version each held-out prompt `samples` times, with the same sampling seeds as every other version."""
+        replies: dict[str, dict[int, Reply]] = {prompt: {} for prompt in self.asked.held_out}
 
-        async def one(prompt: str, seed: int) -> None:
-            prompt_ids = self.dialogue.tracker.tokenizer.prompt_ids([{"role": "user", "content": prompt}])
-            reply = await self.policy.reply(prompt_ids, version=version, seed=seed)
-            found[prompt].append(self._utility(prompt, reply.text))
-            well_formed.append(reply.finish_reason == "stop" and is_well_formed(reply.text))
+        async def one(prompt: str, number: int, seed: int) -> None:
+            context = self.dialogue.tracker.fitted([{"role": "user", "content": prompt}])
+            replies[prompt][number] = await self.policy.reply(context.prompt_ids, version=version, seed=seed)
 
-        seeds = random.Random(self.rng.random())
-        work = [one(prompt, seeds.randrange(2**31)) for _ in range(samples) for prompt in asked]
+        seeds = random.Random(self.people.seed)
+        work = [one(prompt, number, seeds.randrange(2**31)) for number in range(samples) for prompt in self.asked.held_out]
         await self._gather(work, f"judging {version}")
-        return [sum(values) / len(values) for values in found.values()], sum(well_formed) / len(well_formed)
+        every = [reply for those in replies.values() for reply in those.values()]
+        return Answered(
+            utilities={
+                prompt: sum(self._utility(prompt, reply.text) for reply in those.values()) / len(those)
+                for prompt, those in replies.items()
+            },
+            first={prompt: those[0].text for prompt, those in replies.items()},
+            well_formed=sum(is_well_formed(reply.text) for reply in every) / len(every),
+            ended=sum(reply.finish_reason == "stop" for reply in every) / len(every),
+        )
 
     async def _gather(self, work: Sequence[Any], stage: str) -> None:
         places = asyncio.Semaphore(CONCURRENT)
@@ -253,20 +230,33 @@ class Simulation:
         return float(value)
 
 
-def figures(rows: Sequence[Row]) -> dict[str, Any]:
-    """The figures of a simulation, for its JSON file."""
+def figures(played: Simulation, model: str) -> dict[str, Any]:
+    """Return the figures of a simulation, for its JSON file; `model` is what the config calls the base model.
+
+    `utility_gain` is paired by prompt against the frozen control; probe distances (nats) are those of the last probe.
+    """
+    rows = played.rows
     first, last = rows[0], rows[-1]
+    probed = [*played.learner.deployment.probed.values()][-1:]
     found: dict[str, Any] = {}
     for name, (value, low, high) in {
         "first_utility": (first.utility, first.low, first.high),
         "last_utility": (last.utility, last.low, last.high),
         "frozen_utility": (last.frozen, last.frozen_low, last.frozen_high),
+        "utility_gain": (last.gain, last.gain_low, last.gain_high),
     }.items():
         found |= {name: value, f"{name}_low": low, f"{name}_high": high}
     versions = {row.version for row in rows}
     return {
         **found,
         "well_formed": min(row.well_formed for row in rows),
+        "ended": last.ended,
+        "promoted": len(played.promoted),
+        "refused_by_probe": len(played.refused),
+        "probe_distance": probed[0].distance if probed else None,
+        "probe_from_parent": probed[0].from_parent if probed else None,
+        "model": model,
+        "samples": played.samples,
         "versions": len(versions),
         "reactions": last.reactions,
         "kl": last.kl,
@@ -276,7 +266,7 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
 
 def table(rows: Sequence[Row]) -> Table:
     """The rows of a simulation, by policy version."""
-    names = ("version", "reactions", "true utility (95%)", "frozen (95%)", "approval", "KL", "well-formed")
+    names = ("version", "reactions", "true utility (95%)", "frozen (95%)", "approval", "KL", "well-formed", "ended")
     found = Table(*names, title="true utility on held-out prompts")
     for row in rows:
         found.add_row(
@@ -287,7 +277,16 @@ def table(rows: Sequence[Row]) -> Table:
             "" if row.approval is None else f"{row.approval:.0%}",
             f"{row.kl:.3f}",
             f"{row.well_formed:.0%}",
+            f"{row.ended:.0%}",
         )
+    return found
+
+
+def samples_table(samples: Sequence[dict[str, str]]) -> Table:
+    """Some held-out prompts with the answers of version 0 and of the last version."""
+    found = Table("prompt", "before", "after", title="the same prompts, before and after", show_lines=True)
+    for row in samples:
+        found.add_row(*(Text(row[name]) for name in ("prompt", "before", "after")))
     return found
 
 

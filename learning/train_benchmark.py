@@ -57,7 +57,7 @@ def _measured(config: Config, base_model: str, plain: bool) -> tuple[float, floa
     from learning.pretrain import quiet
 
     quiet()
-    tokenizer = ChatTokenizer(base_model)
+    tokenizer = ChatTokenizer(base_model, config.policy.template_args)
     rows = _rows(tokenizer, config.seed)
     model = load(config, base_model)
     if torch.cuda.is_available():

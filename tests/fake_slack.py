@@ -29,7 +29,7 @@ class FakeSlack:
         self.calls: list[str] = []
         self.acked: dict[str, dict[str, Any]] = {}
         self.deliveries = 0
-        self.ack_seconds = 3.0
+        self.ack_seconds = 60.0  # Slack: 3
         self.rate_limited = 0  # so many of the next calls that write are answered 429
         self.no_streams = False
         self.gives_up = False  # events are delivered to nobody
@@ -190,6 +190,12 @@ class FakeSlack:
                     return {"type": "button", "action_id": act, "value": element["value"]}
         raise AssertionError(f"there is no button {act}: {message['blocks']}")
 
+    def lose_patience(self) -> None:
+        """What was delivered and is not acked yet is delivered again now."""
+        for waiting in self._waiting.values():
+            if not waiting.done():
+                waiting.set_exception(TimeoutError())
+
     async def _deliver(self, kind: str, payload: dict[str, Any]) -> dict[str, Any]:
         for attempt in range(0 if self.gives_up else 4):
             self.deliveries += 1
@@ -198,7 +204,7 @@ class FakeSlack:
             body = {"envelope_id": envelope, "type": kind, "payload": payload, "accepts_response_payload": True}
             if attempt:
                 body |= {"retry_attempt": attempt, "retry_reason": "timeout"}
-            await asyncio.wait_for(self.connected.wait(), 20)
+            await asyncio.wait_for(self.connected.wait(), 300)
             try:
                 await self._sockets[-1].send_json(body)
                 return await asyncio.wait_for(self._waiting[envelope], self.ack_seconds)

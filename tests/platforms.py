@@ -69,11 +69,11 @@ class _Connected:
     async def start(self) -> None:
         self.connector = self._make()
         self._running = asyncio.create_task(self.connector.run())
-        await asyncio.wait_for(self._ready(), 20)
+        await asyncio.wait_for(self._ready(), 300)
 
     async def stop(self) -> None:
         await self.connector.stop()
-        await asyncio.wait_for(self._running, 20)
+        await asyncio.wait_for(self._running, 300)
 
 
 class _OnServer:

@@ -1,7 +1,11 @@
-"""The commands as a person runs them: what they print, and one line with exit code 2 for every mistake."""
+"""The commands as a person runs them: what they print, and one line with exit code 2 for every mistake.
+
+Most run in this process, by the function that the console script calls; `kibitz` starts a process of its own.
+"""
 
 import asyncio
 import contextlib
+import io
 import json
 import os
 import signal
@@ -9,11 +13,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import answered, react
 
+from bot import cli
 from bot.cli import interruptible
 from bot.conversations import ConversationStore
 from bot.data_directory import held
@@ -23,9 +29,27 @@ ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 
 
-def kibitz(*arguments: object, stdin: str = "", timeout: float = 300) -> subprocess.CompletedProcess[str]:
+Done = subprocess.CompletedProcess[str]
+
+
+def kibitz(*arguments: object, stdin: str = "") -> Done:
+    """A command in a process of its own."""
     command = [sys.executable, "-m", "bot", *map(str, arguments)]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=timeout, env=ENV, cwd=ROOT)
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=900, env=ENV, cwd=ROOT)
+
+
+@pytest.fixture
+def here(monkeypatch) -> Callable[..., Done]:
+    """A command in this process: the same arguments, output, errors and exit code, without the start of a process."""
+
+    def run(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["kibitz", *map(str, arguments)])
+        said, errors = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as ended:
+            cli.main()
+        return subprocess.CompletedProcess(sys.argv, ended.value.code, said.getvalue(), errors.getvalue())
+
+    return run
 
 
 def write_config(tmp_path: Path, model: str, extra: str = "") -> Path:
@@ -34,7 +58,7 @@ def write_config(tmp_path: Path, model: str, extra: str = "") -> Path:
     return path
 
 
-def refused(done: subprocess.CompletedProcess[str], wanted: str) -> None:
+def refused(done: Done, wanted: str) -> None:
     """One clear line, exit code 2, no traceback."""
     assert done.returncode == 2, done.stderr
     assert wanted in done.stderr, done.stderr
@@ -42,27 +66,28 @@ def refused(done: subprocess.CompletedProcess[str], wanted: str) -> None:
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
-def test_mistakes_in_the_config_and_on_the_command_line(tmp_path, demo_model):
-    refused(kibitz("status", "--config", tmp_path / "none.toml"), "cannot be read")
+def test_mistakes_in_the_config_and_on_the_command_line(tmp_path, demo_model, here):
+    refused(here("status", "--config", tmp_path / "none.toml"), "cannot be read")
     config = write_config(tmp_path, demo_model, "sede = 1")
-    refused(kibitz("status", "--config", config), "'sede' is not known; did you mean 'seed'?")
-    refused(kibitz("status", "--data-dir", "/proc/nowhere"), "data_dir has value '/proc/nowhere'")
-    refused(kibitz("chat", "--config", write_config(tmp_path, "/no/model")), "policy.model has value '/no/model'")
-    refused(kibitz("chat", "--config", write_config(tmp_path, "nobody/nothing")), "policy.model has value 'nobody/nothing'")
+    refused(here("status", "--config", config), "'sede' is not known; did you mean 'seed'?")
+    refused(here("status", "--data-dir", "/proc/nowhere"), "data_dir has value '/proc/nowhere'")
+    refused(here("chat", "--config", write_config(tmp_path, "/no/model")), "policy.model has value '/no/model'")
+    refused(here("chat", "--config", write_config(tmp_path, "nobody/nothing")), "policy.model has value 'nobody/nothing'")
     config = write_config(tmp_path, demo_model)
-    refused(kibitz("simulate", "--config", config, "--users", "nobody"), "--users has value 'nobody'")
-    refused(kibitz("simulate", "--config", config, "--json", "/no/where.json"), "there is no directory /no")
-    refused(kibitz("rollback", "--config", config), "kibitz policies")
-    refused(kibitz("dance"), "No such command")
+    refused(here("simulate", "--config", config, "--users", "nobody"), "--users has value 'nobody'")
+    refused(here("simulate", "--config", config, "--json", "/no/where.json"), "there is no directory /no")
+    refused(here("rollback", "--config", config), "kibitz policies")
+    refused(here("dance"), "No such command")
+    refused(kibitz("dance"), "No such command")  # the same at the console
 
 
-def test_users_of_a_file_must_give_a_number_between_minus_one_and_one(tmp_path, demo_model):
+def test_users_of_a_file_must_give_a_number_between_minus_one_and_one(tmp_path, demo_model, here):
     config = write_config(tmp_path, demo_model)
     users = tmp_path / "users.py"
     users.write_text("def taste(prompt, reply): return 0")
-    refused(kibitz("simulate", "--config", config, "--users", users), "no function utility")
+    refused(here("simulate", "--config", config, "--users", users), "no function utility")
     users.write_text("1 / 0")
-    refused(kibitz("simulate", "--config", config, "--users", users), "ZeroDivisionError")
+    refused(here("simulate", "--config", config, "--users", users), "ZeroDivisionError")
 
 
 def test_a_port_in_use_and_a_second_kibitz_are_refused(tmp_path, demo_model):
@@ -75,17 +100,17 @@ def test_a_port_in_use_and_a_second_kibitz_are_refused(tmp_path, demo_model):
         refused(kibitz("serve", "--config", config), "is in use: another kibitz")
 
 
-def test_a_replay_of_a_broken_or_useless_file_is_refused_and_stores_no_half_of_it(tmp_path, demo_model):
+def test_a_replay_of_a_broken_or_useless_file_is_refused_and_stores_no_half_of_it(tmp_path, demo_model, here):
     config = write_config(tmp_path, demo_model)
     good = json.dumps({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]})
     file = tmp_path / "file.jsonl"
     file.write_text(good + "\n{broken\n")
-    refused(kibitz("replay", file, "--config", config), "line 2 is not JSON")
+    refused(here("replay", file, "--config", config), "line 2 is not JSON")
     file.write_text(good + "\n" + good.replace("user", "robot") + "\n")
-    refused(kibitz("replay", file, "--config", config), "line 2: role 'robot' is not known")
-    assert "messages: 0" in kibitz("status", "--config", config).stdout
+    refused(here("replay", file, "--config", config), "line 2: role 'robot' is not known")
+    assert "messages: 0" in here("status", "--config", config).stdout
     file.write_text(good + "\n")
-    refused(kibitz("replay", file, "--config", config), "no usable reward")
+    refused(here("replay", file, "--config", config), "no usable reward")
 
 
 def rated(count: int) -> str:
@@ -97,16 +122,16 @@ def rated(count: int) -> str:
     return "\n".join(rows)
 
 
-def test_a_replay_twice_gives_the_same_manifest_and_the_same_bytes(tmp_path, demo_model):
+def test_a_replay_twice_gives_the_same_manifest_and_the_same_bytes(tmp_path, demo_model, here):
     file = tmp_path / "file.jsonl"
     file.write_text(rated(48))
     found = []
-    for name in ("one", "two"):
+    for name, run in (("one", here), ("two", kibitz)):
         (tmp_path / name).mkdir()
         config = write_config(tmp_path / name, demo_model)
         out = tmp_path / f"{name}.json"
         plot = tmp_path / f"{name}.png"
-        done = kibitz("replay", file, "--config", config, "--json", out, "--plot", plot)
+        done = run("replay", file, "--config", config, "--json", out, "--plot", plot)
         assert done.returncode == 0, done.stderr
         assert plot.read_bytes().startswith(b"\x89PNG")
         found.append(json.loads(out.read_text()))
@@ -118,27 +143,27 @@ def test_a_replay_twice_gives_the_same_manifest_and_the_same_bytes(tmp_path, dem
     assert one["held_out_accuracy_after"] >= one["held_out_accuracy_before"]
     assert one["held_out_margin_after"] > one["held_out_margin_before"]
     assert len(one["manifest_sha256"]) == len(one["adapter_sha256"]) == 64
-    listed = kibitz("policies", "--config", tmp_path / "one" / "config.toml").stdout
+    listed = here("policies", "--config", tmp_path / "one" / "config.toml").stdout
     assert "policy-0" in listed
     assert one["policy"] in listed
 
 
-def test_what_kibitz_exports_it_can_replay(tmp_path, store, registry, tokenizer, config):
+def test_what_kibitz_exports_it_can_replay(tmp_path, store, registry, tokenizer, config, here):
     for number in range(24):
         reply = "Hey there!" if number % 2 == 0 else "Good night."  # opposite opinions of one text teach nothing
         react(store, answered(store, tokenizer, f"hello {number}", reply), approves=number % 2 == 0)
     config.save(tmp_path / "config.json")
-    done = kibitz("export", tmp_path / "out.jsonl", "--config", tmp_path / "config.json")
+    done = here("export", tmp_path / "out.jsonl", "--config", tmp_path / "config.json")
     assert "conversations: 24" in done.stdout
     other = tmp_path / "other"
     out = tmp_path / "out.json"
     arguments = ("--config", tmp_path / "config.json", "--data-dir", other, "--json", out)
-    assert kibitz("replay", tmp_path / "out.jsonl", *arguments).returncode == 0
+    assert here("replay", tmp_path / "out.jsonl", *arguments).returncode == 0
     figures = json.loads(out.read_text())["figures"]
     assert (figures["assistant_messages"], figures["without_logprobs"]) == (24, 0)
 
 
-def test_ctrl_c_in_the_middle_of_a_run_leaves_nothing_half_written(tmp_path, demo_model):
+def test_ctrl_c_in_the_middle_of_a_run_leaves_nothing_half_written(tmp_path, demo_model, here):
     file = tmp_path / "file.jsonl"
     file.write_text(rated(400))
     config = write_config(tmp_path, demo_model)
@@ -153,18 +178,17 @@ def test_ctrl_c_in_the_middle_of_a_run_leaves_nothing_half_written(tmp_path, dem
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
     )
     policies = tmp_path / "data" / "policies"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not list(policies.glob("*.unfinished")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    time.sleep(1)
     child.send_signal(signal.SIGINT)
-    _, said = child.communicate(timeout=60)
+    _, said = child.communicate(timeout=300)
     assert child.returncode == 2
     assert "interrupted" in said
     assert "Traceback" not in said
     assert list(policies.iterdir()) == []
     assert not (tmp_path / "o.json").exists()
-    assert "policy-1" in kibitz("policies", "--config", config).stdout
+    assert "policy-1" in here("policies", "--config", config).stdout
 
 
 def test_ctrl_c_that_a_library_lost_ends_the_work_at_the_next_step():
@@ -179,13 +203,13 @@ def test_ctrl_c_that_a_library_lost_ends_the_work_at_the_next_step():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_pretraining_on_ones_own_pairs_prints_measures_of_held_out_answers(tmp_path, demo_model):
+def test_pretraining_on_ones_own_pairs_prints_measures_of_held_out_answers(tmp_path, demo_model, here):
     pairs = tmp_path / "pairs.jsonl"
     said = [{"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}]
     pairs.write_text("\n".join([json.dumps({"messages": said})] * 60))
     config = write_config(tmp_path, demo_model)
     out = tmp_path / "out.json"
-    done = kibitz("pretrain", pairs, "--config", config, "--json", out, "--epochs", 6)
+    done = here("pretrain", pairs, "--config", config, "--json", out, "--epochs", 6)
     assert done.returncode == 0, done.stderr
     figures = json.loads(out.read_text())["figures"]
     assert (figures["pairs"], figures["held_out"]) == (54, 6)
@@ -193,7 +217,7 @@ def test_pretraining_on_ones_own_pairs_prints_measures_of_held_out_answers(tmp_p
     assert figures["rouge_l"] == 100.0
     assert (tmp_path / "data" / "models" / "pretrained-pairs" / "config.json").exists()
     pairs.write_text(json.dumps({"messages": said}))
-    refused(kibitz("pretrain", pairs, "--config", config), "holds 1 pairs")
+    refused(here("pretrain", pairs, "--config", config), "holds 1 pairs")
 
 
 async def test_a_benchmark_leaves_the_operators_data_alone(live, tmp_path, demo_model):
@@ -212,29 +236,35 @@ async def test_a_benchmark_leaves_the_operators_data_alone(live, tmp_path, demo_
 @pytest.mark.parametrize("signals", [1, 2])
 def test_sigterm_drains_and_a_second_one_ends_at_once(signals):
     script = """
-import asyncio
-from bot.__main__ import run
+import asyncio, sys
+from bot.app import run
 async def main():
+    goes_on = asyncio.Event()
+    asyncio.get_running_loop().add_reader(sys.stdin, goes_on.set)
     try:
+        print("ready", flush=True)
         await asyncio.Event().wait()
     finally:
         print("draining", flush=True)
-        await asyncio.sleep(2)
+        await goes_on.wait()
         print("drained", flush=True)
 try:
-    print("ready", flush=True)
     run(main())
 except KeyboardInterrupt:
     print("ended", flush=True)
 """
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=ENV, cwd=ROOT)
-    said = [process.stdout.readline()]
-    time.sleep(0.5)
-    for _ in range(signals):
-        process.send_signal(signal.SIGTERM)
-        said.append(process.stdout.readline())
-    said += process.stdout.readlines()
-    assert process.wait(10) == 0
+    command = [sys.executable, "-c", script]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=ENV, cwd=ROOT, **pipes) as process:
+        said = [process.stdout.readline()]
+        for _ in range(signals):
+            process.send_signal(signal.SIGTERM)
+            said.append(process.stdout.readline())
+        if signals == 1:
+            process.stdin.write("what was under way is done\n")
+            process.stdin.flush()
+        said += process.stdout.readlines()
+        assert process.wait(300) == 0
     drained = ["drained\n"] if signals == 1 else []
     assert said == ["ready\n", "draining\n", *drained, "ended\n"]
 

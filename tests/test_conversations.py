@@ -165,7 +165,7 @@ def test_feedback_is_counted_for_the_next_run_and_ranks_are_not(store, tokenizer
     react(store, turn, approves=True)
     store.add_feedback(Feedback(turn.id, "ann", FeedbackKind.RANK, value=0.0))
     assert store.reactions() == 1
-    assert store.reactions_at_last_run() == 0
+    assert store.reactions_at_last_run(turn.at) == 0
 
 
 def test_a_database_with_something_in_it_is_brought_back_and_forth(database, store, tokenizer):

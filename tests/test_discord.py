@@ -36,7 +36,7 @@ async def connected(
     config = config or DiscordConfig(edits=50, edit_seconds=1)
     bot = Discord(shared(live, access), config, TOKEN)
     running = asyncio.create_task(bot.run())
-    await asyncio.wait_for(platform.identified.wait(), 20)
+    await asyncio.wait_for(platform.identified.wait(), 300)
     return bot, running
 
 
@@ -45,16 +45,16 @@ async def bot(live, platform) -> AsyncIterator[Discord]:
     found, running = await connected(live, platform)
     yield found
     await found.stop()
-    await asyncio.wait_for(running, 10)
+    await asyncio.wait_for(running, 300)
 
 
-async def answered(platform: FakeDiscord, channel: int, count: int = 1, seconds: float = 60) -> dict:
+async def answered(platform: FakeDiscord, channel: int, count: int = 1) -> dict:
     """The newest of `count` answers in a channel, when all of them stand whole, with their buttons."""
 
     def whole() -> bool:
         return len([one for one in platform.answers(channel) if "up" in platform.buttons(int(one["id"]))]) >= count
 
-    await until(whole, seconds)
+    await until(whole)
     return platform.answers(channel)[-1]
 
 
@@ -70,11 +70,16 @@ async def opinions(live, bot: Discord, answer: dict) -> dict[str, float]:
 
 
 async def eventually(live, bot: Discord, answer: dict, wanted: dict[str, float]) -> None:
-    for _ in range(100):
+    for _ in range(6000):
         if await opinions(live, bot, answer) == wanted:
             return
         await asyncio.sleep(0.05)
     assert await opinions(live, bot, answer) == wanted
+
+
+async def quiet(bot: Discord) -> None:
+    """Nothing is being worked off."""
+    await until(lambda: not bot.lanes._workers)
 
 
 async def test_a_mention_is_answered_in_a_reply_that_grows_and_ends_with_buttons(live, platform, bot):
@@ -293,8 +298,11 @@ async def test_what_happened_while_nobody_listened_is_read_from_the_api(live, pl
     for _ in range(2):  # again and again: nothing is doubled
         await bot.stop()
         await running
+        other = platform.channel()
+        await platform.say(other, ANN, "hello")
         bot, running = await connected(live, platform)
-        await asyncio.sleep(1)
+        await answered(platform, other)  # it is read after the others
+        await quiet(bot)
     assert [len(platform.answers(place)) for place in (channel, direct)] == [2, 2]
     assert len((await turn_of(live, bot, first)).feedback) == 5
     await bot.stop()
@@ -314,7 +322,7 @@ async def test_a_restart_in_a_busy_channel_says_nothing_new(live, platform):
         await platform.say(channel, BOB, "hello")
     bot, running = await connected(live, platform, config)
     await answered(platform, channel, 11)
-    await asyncio.sleep(1)
+    await quiet(bot)
     assert len(platform.answers(channel)) == 11
     assert all(one["content"] not in (BUSY, TOO_FAST) for one in platform.answers(channel))
     await bot.stop()
@@ -347,7 +355,7 @@ async def test_what_happened_while_the_connection_was_gone_arrives_with_resume(l
     await platform.drop(4000)
     await platform.react(ANN, int(answer["id"]), "👍")
     await platform.say(channel, BOB, "hello")
-    await asyncio.wait_for(platform.resumed.wait(), 30)
+    await asyncio.wait_for(platform.resumed.wait(), 300)
     await eventually(live, bot, answer, {str(ANN): 1.0})
     await answered(platform, channel, 2)
 
@@ -434,7 +442,118 @@ async def test_operators_pause_learning_and_others_do_not(live, platform):
     await running
 
 
+async def begins_anew(platform: FakeDiscord) -> None:
+    """The connection is cut, and Discord does not know the session any more: nothing is replayed."""
+    platform.forgets_sessions = True
+    platform.identified.clear()
+    await platform.drop(4000)
+    await asyncio.wait_for(platform.identified.wait(), 300)
+    platform.forgets_sessions = False
+
+
+async def reconciled(platform: FakeDiscord) -> None:
+    """A new session has read what was missed: a message to nobody has its answer, which comes after all reactions."""
+    channel = platform.channel()
+    platform.gives_up = True
+    await platform.say(channel, ANN, "hello")
+    platform.gives_up = False
+    await begins_anew(platform)
+    await answered(platform, channel)
+
+
+async def recorded(live, bot: Discord, answer: dict) -> int:
+    return len((await turn_of(live, bot, answer)).feedback)
+
+
+async def test_a_reaction_that_was_shed_and_is_read_from_the_api_later_is_counted_no_longer(live, platform):
+    bot, running = await connected(live, platform, access=AccessConfig(opinions_per_minute=1))
+    channel = platform.channel()
+    await platform.say(channel, ANN, "hello")
+    answer = await answered(platform, channel)
+    number = int(answer["id"])
+    await platform.react(ANN, number, "👍")
+    await platform.react(ANN, number, "🎉")
+    await until(lambda: bot.access.shed == 1)
+    await eventually(live, bot, answer, {str(ANN): 1.0})
+    assert await recorded(live, bot, answer) == 1
+    await reconciled(platform)
+    assert (await recorded(live, bot, answer), bot.access.shed) == (2, 0)
+    await platform.react(ANN, number, "🎉", remove=True)
+    await until(lambda: bot.access.shed == 1)
+    await reconciled(platform)
+    assert (await recorded(live, bot, answer), bot.access.shed) == (3, 0)
+    await reconciled(platform)  # again: nothing is new
+    assert (await recorded(live, bot, answer), bot.access.shed) == (3, 0)
+    await bot.stop()
+    await running
+
+
+async def test_a_reaction_that_is_read_from_the_api_while_its_event_is_written_is_stored_once(
+    live, platform, bot, monkeypatch
+):
+    channel = platform.channel()
+    await platform.say(channel, ANN, "hello")
+    answer = await answered(platform, channel)
+    came, goes_on, record = asyncio.Event(), asyncio.Event(), live.dialogue.record_feedback
+
+    async def late(given):
+        if given.user_id == str(BOB):
+            came.set()
+            await goes_on.wait()
+        return await record(given)
+
+    monkeypatch.setattr(live.dialogue, "record_feedback", late)
+    await platform.react(BOB, int(answer["id"]), "👍")
+    await came.wait()
+    await reconciled(platform)
+    goes_on.set()
+    await eventually(live, bot, answer, {str(BOB): 1.0})
+    assert await recorded(live, bot, answer) == 1
+
+
+async def test_a_reaction_whose_event_comes_after_it_was_read_from_the_api_is_stored_once(live, platform, bot):
+    channel = platform.channel()
+    await platform.say(channel, ANN, "hello")
+    answer = await answered(platform, channel)
+    number = int(answer["id"])
+    platform.gives_up = True
+    await platform.react(BOB, number, "👍")
+    event = platform._events[-1]
+    platform.gives_up = False
+    await reconciled(platform)
+    await eventually(live, bot, answer, {str(BOB): 1.0})
+    await platform.dispatch(event["t"], event["d"])
+    for remove, wanted in ((True, {}), (False, {str(BOB): 1.0}), (True, {})):  # what people do next has its effect
+        await platform.react(BOB, number, "👍", remove=remove)
+        await eventually(live, bot, answer, wanted)
+    assert await recorded(live, bot, answer) == 4
+    assert bot.access.shed == 0
+
+
+async def test_a_reaction_to_any_part_of_a_long_answer_stands_when_the_session_is_new(live, platform, bot, monkeypatch):
+    channel = platform.channel()
+    reply = live.policy.reply
+
+    async def long(*prompt, **options):
+        return replace(await reply(*prompt, **options), text="word " * 60)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("connectors.discord_messages.LIMIT", 200)
+        patched.setattr(live.policy, "reply", long)
+        await platform.say(channel, ANN, "tell me all")
+        last = await answered(platform, channel)
+    first = platform.answers(channel)[0]
+    assert first["id"] != last["id"]
+    await platform.react(ANN, int(first["id"]), "👍")
+    await platform.react(BOB, int(last["id"]), "👎")
+    await eventually(live, bot, last, {str(ANN): 1.0, str(BOB): -1.0})
+    await reconciled(platform)
+    assert await opinions(live, bot, last) == {str(ANN): 1.0, str(BOB): -1.0}
+    assert await recorded(live, bot, last) == 2
+
+
 async def test_a_raid_is_stored_or_counted_as_shed_and_the_chat_goes_on(live, platform):
+    """Each event is one or the other, also where connection and session are lost in the middle."""
     config, access = DiscordConfig(waiting=20), AccessConfig(messages_per_minute=1000)
     bot, running = await connected(live, platform, config, access)
     channel, elsewhere = platform.channel(), platform.channel(1)
@@ -442,18 +561,31 @@ async def test_a_raid_is_stored_or_counted_as_shed_and_the_chat_goes_on(live, pl
     answer = await answered(platform, channel)
     turn_id = await bot.answers.turn_of(answer["id"])
     accounts, each = 500, 10
-    for _ in range(each):
+    for count in range(each):
+        if count in (3, 6):
+            platform.resumed.clear()
+            await platform.drop(4000)  # what comes until it is connected again is replayed
         for account in range(accounts):
-            await platform.react(10_000 + account, int(answer["id"]), "👎")
+            await platform.react(10_000 + account, int(answer["id"]), "👎", remove=bool(count % 2))
+        if count in (3, 6):
+            await asyncio.wait_for(platform.resumed.wait(), 300)
         await platform.say(elsewhere, ANN, "hello")
-    await answered(platform, elsewhere, each, 300)  # nobody was refused
-
+        if count == 4:
+            await answered(platform, elsewhere, 5)  # nothing is on its way
+            await begins_anew(platform)  # reads 500 reactions from the API while they go on
+    await answered(platform, elsewhere, each)  # nobody was refused
     stored = 0
-    for _ in range(1000):
+
+    async def all_accounted() -> bool:
+        nonlocal stored
         stored = len((await live.database.call(live.store.feedback_of, [turn_id]))[turn_id])
-        if stored + bot.access.shed >= accounts * each:
-            break
-        await asyncio.sleep(0.3)
+        return stored + bot.access.shed >= accounts * each
+
+    async with asyncio.timeout(300):
+        while not await all_accounted():
+            await asyncio.sleep(0.1)
+    await reconciled(platform)  # nor is anything counted twice later
+    await all_accounted()
     assert stored + bot.access.shed == accounts * each
     assert stored > 0
     assert bot.access.shed > 0  # the control: it was more than is taken at once

@@ -18,10 +18,11 @@ from bot.policy import Policy
 from bot.registry import BASE
 from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, new_id
 from bot.vllm_server import VllmServer
-from learning import benchmark, demo, simulation
-from learning.deployment import Deployment, mean_distance
+from learning import benchmark, demo, simulated_people, simulation
+from learning.deployment import Deployment
 from learning.evaluation import answer_logprobs
 from learning.loop import OnlineLearner
+from learning.probe import mean_distance
 
 
 async def say(live, text: str, **details) -> object:
@@ -98,7 +99,7 @@ async def test_reactions_train_a_version_that_answers_next_and_is_taken_back(liv
     async def one(number: int) -> None:
         async with together:
             turn = await say(live, rng.choice(demo.prompts(held_out=False))[0])
-        kind = FeedbackKind.APPROVAL if simulation.emoji("", turn.text) > 0 else FeedbackKind.DISAPPROVAL
+        kind = FeedbackKind.APPROVAL if simulated_people.emoji("", turn.text) > 0 else FeedbackKind.DISAPPROVAL
         await live.dialogue.record_feedback(Feedback(turn.id, "ann", kind, signal="test"))
 
     told: list[str] = []
@@ -124,8 +125,16 @@ async def test_reactions_train_a_version_that_answers_next_and_is_taken_back(liv
 async def test_enough_new_reactions_start_a_run_by_themselves_and_a_failed_one_does_not_end_the_chat(live):
     told: list[str] = []
     learner = OnlineLearner(live.store, live.deployment, live.config, told.append)
+    looks, look = 0, learner._look
+
+    def counted():
+        nonlocal looks
+        looks += 1
+        return look()
+
+    learner._look = counted
     task = asyncio.create_task(learner.run())
-    await asyncio.sleep(1)
+    await until(lambda: looks >= 4)
     assert told == [], "what was learned from before is not learned from again"
     base = Path(live.registry.get(BASE).base_model)
     aside = base.with_name("aside")
@@ -293,14 +302,15 @@ async def test_a_reload_under_one_name_is_caught(live, tokenizer, tmp_path):
     prompts = benchmark.long_prompts(tokenizer, 8)
     expected = {name: await benchmark.references(live.policy, name, prompts)}
     answers, _, _ = await benchmark.load(live.policy, iter(prompts), 4, lambda: None)
-    assert benchmark.mixed(answers, expected) == 0
+    limit = max(benchmark.distances(answers, expected)) + 0.01
+    assert limit < 0.1, "float32 rounds less than that"
     other = tmp_path / "weights-12"
     await asyncio.to_thread(benchmark.random_version, live.config, live.registry.get(BASE).base_model, other, 12)
     body = {"lora_name": name, "lora_path": str(other), "load_inplace": True}
-    async with httpx.AsyncClient(base_url=live.policy.url, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=live.policy.url, timeout=300) as client:
         (await client.post("/v1/load_lora_adapter", json=body)).raise_for_status()
     answers, _, _ = await benchmark.load(live.policy, iter(prompts), 4, lambda: None)
-    assert benchmark.mixed(answers, expected) > 0
+    assert benchmark.mixed(answers, expected, limit) > 0
     with pytest.raises(ServingError, match="failed its probe"):
         await live.deployment._probe(live.registry.get(name))
 
@@ -342,14 +352,18 @@ async def test_overhead_is_measured_against_the_same_prompts(live):
 
 async def test_a_simulation_judges_every_version_beside_a_frozen_control(live):
     learner = OnlineLearner(live.store, live.deployment, live.config)
-    people = simulation.People(simulation.emoji, reaction_rate=1.0, noise=0.0, seed=0)
+    people = simulated_people.People(simulated_people.emoji, reaction_rate=1.0, noise=0.0, seed=0)
     shown: list[simulation.Row] = []
-    play = simulation.Simulation(live.dialogue, live.policy, learner, people, lambda *_: None)
+    asked = simulated_people.prompts(is_toy=True)
+    play = simulation.Simulation(live.dialogue, live.policy, learner, people, asked, lambda *_: None)
     rows = await play.run(rounds=1, messages=64, samples=1, show=shown.append)
     assert rows == shown
-    figures = simulation.figures(rows)
+    figures = simulation.figures(play, "toy")
     assert figures["reactions"] >= 64
-    for name in ("first_utility", "last_utility", "frozen_utility"):
+    assert figures["promoted"] == figures["versions"] - 1
+    assert figures["refused_by_probe"] == 0
+    assert not figures["promoted"] or figures["probe_distance"] < figures["probe_from_parent"] / 2
+    for name in ("first_utility", "last_utility", "frozen_utility", "utility_gain"):
         assert -1 <= figures[f"{name}_low"] <= figures[name] <= figures[f"{name}_high"] <= 1
 
 
@@ -358,8 +372,8 @@ async def test_a_server_that_dies_is_restarted_and_serves_the_live_version_again
     name = await swapped_in(live, tmp_path, seed=21)
     process = live.server._process
     process.kill()
-    await until(lambda: live.server._process not in (process, None), 120)
-    async with asyncio.timeout(240):
+    await until(lambda: live.server._process not in (process, None))
+    async with asyncio.timeout(600):
         while not (await live.policy.ready(5) and live.policy.version == name and name in await live.policy.loaded()):
             await asyncio.sleep(0.5)
     assert (await say(live, "hello")).policy_version == name
@@ -367,7 +381,6 @@ async def test_a_server_that_dies_is_restarted_and_serves_the_live_version_again
 
 async def test_a_connection_that_the_server_may_be_closing_is_not_used_again(live, monkeypatch):
     """vLLM closes what is idle for 5 s; a request that meets that moment fails, and with several such the next try too."""
-    monkeypatch.setattr("bot.policy.IDLE_SECONDS", 0.3)
     connections = 0
 
     async def serve(reader, writer):
@@ -381,14 +394,15 @@ async def test_a_connection_that_the_server_may_be_closing_is_not_used_again(liv
                 writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(event) + event)
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    policy = Policy(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", live.config.policy)
-    for _ in range(2):
+    for idle_seconds, wanted in ((0.05, 2), (600.0, 1)):  # the second is the control: it is used again
+        monkeypatch.setattr("bot.policy.IDLE_SECONDS", idle_seconds)
+        policy = Policy(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", live.config.policy)
+        connections = 0
         assert (await policy.reply([1, 2, 3])).text == "Hi"
-    assert connections == 1, "the control: at once it is used again"
-    await asyncio.sleep(0.5)
-    assert (await policy.reply([1, 2, 3])).text == "Hi"
-    assert connections == 2
-    await policy.close()
+        await asyncio.sleep(0.2)
+        assert (await policy.reply([1, 2, 3])).text == "Hi"
+        assert connections == wanted
+        await policy.close()
     server.close()
 
 

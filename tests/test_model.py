@@ -2,14 +2,32 @@
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
+from trl.trainer import add_fused_lm_head
 
 from bot.config import Config
+from bot.errors import TrainingError
 from learning.benchmark import random_version
 from learning.evaluation import answer_logprobs
-from learning.model import adopt, as_base, draw_to_base, load, not_finite, restore, save, served, settle, weights
+from learning.model import (
+    adopt,
+    as_base,
+    as_float32,
+    divide_logits,
+    draw_to_base,
+    load,
+    not_finite,
+    restore,
+    save,
+    served,
+    settle,
+    weights,
+)
 
 FULL = Config(training={"weights": "full"})
+TINY = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+TINY |= {"num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +126,77 @@ def test_a_weight_that_is_no_number_is_named(demo_model):
     assert not_finite(model) == []
     model.model.norm.weight.data[3] = float("nan")
     assert not_finite(model) == ["model.norm.weight"]
+
+
+def tiny(family: str, **settings):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**TINY | settings)
+    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Gemma2", "Gemma3", "Phi3", "Granite"])
+def test_logits_are_divided_by_the_temperature_in_every_family_and_no_fused_head_passes_it_by(family, tmp_path):
+    name = "Gemma3Text" if family == "Gemma3" else family
+    model = tiny(family) if family != "Gemma3" else AutoModelForCausalLM.from_config(transformers.Gemma3TextConfig(**TINY))
+    assert name in type(model.config).__name__
+    model.eval()
+    ids = torch.randint(3, 96, (2, 12))
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        divide_logits(model, 0.7)
+        divided = model(input_ids=ids).logits
+        add_fused_lm_head(model)
+        fused = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+    assert torch.allclose(divided * 0.7, plain, atol=1e-5)
+    wanted = (plain / 0.7).log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+    assert torch.allclose(fused[:, -wanted.shape[1] :], wanted, atol=1e-4)
+
+
+def test_an_architecture_whose_logits_cannot_be_divided_is_refused():
+    model = tiny("Llama")
+    model.model.final = model.model.norm
+    del model.model.norm
+    model.model.norm = None
+    with pytest.raises((TrainingError, TypeError)):
+        divide_logits(model, 0.7)
+
+
+def test_what_is_trained_at_a_temperature_is_saved_as_the_model_is(demo_model, tmp_path, rows):
+    warm = Config(training={"weights": "full"}, policy={"temperature": 0.5})
+    model = load(warm, demo_model)
+    moved(model)
+    own = told(model, rows)
+    save(model, tmp_path)
+    plain = told(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), rows)
+    assert not torch.allclose(plain, own, atol=1e-2)
+    assert torch.allclose(told(load(warm, demo_model, str(tmp_path)), rows), own, atol=1e-5)
+    with as_base(model):
+        base = told(model, rows)
+    assert torch.allclose(base, told(served(warm, demo_model), rows), atol=1e-5)
+
+
+def test_a_capped_model_keeps_its_own_cap_in_its_files(tmp_path):
+    model = tiny("Gemma2")
+    cap = model.config.final_logit_softcapping
+    divide_logits(model, 0.5)
+    assert model.config.final_logit_softcapping == cap / 0.5
+    model.base_weights = {}
+    save(model, tmp_path)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model").config
+    assert saved.final_logit_softcapping == cap
+    assert not hasattr(saved, "undivided_cap")
+    assert model.config.final_logit_softcapping == cap / 0.5
+
+
+def test_the_reference_is_computed_in_float32_and_the_weights_come_back_exactly(demo_model, rows):
+    narrow = load(Config(serving={"dtype": "bfloat16"}), demo_model)
+    before, rounded = weights(narrow), told(narrow, rows)
+    kept = {name: value.clone() for name, value in narrow.named_parameters()}
+    with as_float32(narrow):
+        exact = told(narrow, rows)
+    assert 1e-4 < float((exact - rounded).abs().mean()) < 0.1
+    assert torch.equal(told(narrow, rows), rounded)
+    assert all(
+        value.dtype == kept[name].dtype and torch.equal(value, kept[name]) for name, value in narrow.named_parameters()
+    )
+    assert set(before) == set(weights(narrow))

@@ -20,8 +20,31 @@ def test_version_0_is_the_base_and_live_from_the_start(registry, demo_model):
 
 
 def test_another_base_model_on_the_same_data_directory_is_refused(registry):
-    with pytest.raises(RegistryError, match=r"set policy\.model back"):
+    with pytest.raises(RegistryError, match=r"set policy\.model \(or --model\) back"):
         registry.ensure_base("/models/another")
+
+
+def test_a_changed_base_model_goes_live_under_a_name_of_its_own_and_nothing_of_the_old_one_serves_again(
+    registry, demo_model, tmp_path
+):
+    live = candidate(registry, tmp_path)
+    registry.promote(live.name)
+    waiting = candidate(registry, tmp_path)
+    assert registry.foreign() == set()
+    base = registry.ensure_base("/models/another", may_change=True)
+    assert (base.name, base.is_base, base.state) == ("policy-3", True, PolicyState.LIVE)
+    assert registry.base() == registry.live() == base
+    assert registry.foreign() == {BASE, live.name, waiting.name}
+    assert registry.get(live.name).state == PolicyState.RETIRED
+    assert registry.get(waiting.name).metrics["outcome"] == "the base model was changed"
+    with pytest.raises(RegistryError, match="no version to go back to"):
+        registry.rollback()
+    version = registry.reserve(registry.live(), tmp_path)
+    assert (version.name, version.base_model) == ("policy-4", "/models/another")
+    assert registry.ensure_base("/elsewhere/another").name == base.name, "the same model at another place"
+    back = registry.ensure_base(demo_model, may_change=True)
+    assert back.name == "policy-5", "a name is never used again"
+    assert registry.live() == back
 
 
 def test_names_and_directories_are_never_used_again(registry, tmp_path):

@@ -39,13 +39,13 @@ async def connected(
     config = SlackConfig(**{"edits": 1000, "streams": 1000, **settings})
     bot = Slack(shared(live, access), config, Secrets(BOT_TOKEN, APP_TOKEN), platform.api)
     running = asyncio.create_task(bot.run())
-    await asyncio.wait_for(platform.connected.wait(), 20)
+    await asyncio.wait_for(platform.connected.wait(), 300)
     return bot, running
 
 
 async def closed(bot: Slack, running: asyncio.Task[None]) -> None:
     await bot.stop()
-    await asyncio.wait_for(running, 10)
+    await asyncio.wait_for(running, 300)
 
 
 @pytest_asyncio.fixture(loop_scope="session")
@@ -53,6 +53,15 @@ async def bot(live, platform) -> AsyncIterator[Slack]:
     found, running = await connected(live, platform)
     yield found
     await closed(found, running)
+
+
+async def quiet(bot: Slack) -> None:
+    """Nothing is being worked off, and nothing that was missed is being read."""
+
+    def reads() -> bool:
+        return any(getattr(task.get_coro(), "__name__", "") == "reconcile" for task in asyncio.all_tasks())
+
+    await until(lambda: not bot.lanes._workers and not reads())
 
 
 channels = iter(range(1, 1000))
@@ -65,7 +74,7 @@ def channel(kind: str = "C") -> str:
 
 async def answered(platform: FakeSlack, place: str, count: int = 1) -> dict:
     """The newest of `count` answers in a channel, when all of them stand whole, with their buttons."""
-    await until(lambda: sum(platform.done(one) for one in platform.answers(place)) >= count, 20)
+    await until(lambda: sum(platform.done(one) for one in platform.answers(place)) >= count)
     return platform.answers(place)[-1]
 
 
@@ -90,7 +99,7 @@ async def test_a_mention_is_answered_once_in_a_thread_by_a_native_stream(live, p
     assert (await live.database.call(live.store.message, found.turn.message_id)).text == "hello"
     assert "chat.startStream" in platform.calls
     assert platform.refused == []
-    await asyncio.sleep(0.3)
+    await quiet(bot)
     assert len(platform.answers(place)) == 1  # app_mention and message are one post
 
 
@@ -98,7 +107,7 @@ async def test_one_event_four_times_at_once_gives_one_answer(platform, bot):
     place = channel("D")
     await platform.say(place, ANN, "hello", repeat=4)
     await answered(platform, place)
-    await asyncio.sleep(0.3)
+    await quiet(bot)
     assert len(platform.answers(place)) == 1
 
 
@@ -238,7 +247,7 @@ async def test_buttons_of_another_process_work_and_a_new_socket_is_made(live, pl
     bot, running = await connected(live, platform)
     await platform.click(ANN, answer, "up")
     await platform.disconnect()
-    await asyncio.wait_for(platform.connected.wait(), 20)
+    await asyncio.wait_for(platform.connected.wait(), 300)
     await platform.react(BOB, answer, "-1")
     assert await opinions(live, bot, answer) == {ANN: 1.0, BOB: -1.0}
     await closed(bot, running)
@@ -246,15 +255,15 @@ async def test_buttons_of_another_process_work_and_a_new_socket_is_made(live, pl
 
 async def test_what_cannot_be_committed_is_not_acked_and_comes_again(live, platform, bot, monkeypatch):
     place = channel("D")
-    add, failures = live.store.add_message, iter([True, False])
+    add, failures, loop = live.store.add_message, iter([True, False]), asyncio.get_running_loop()
 
     def failing(message):
         if next(failures, False):
+            loop.call_soon_threadsafe(loop.call_later, 0.5, platform.lose_patience)
             raise OSError("disk full")
         return add(message)
 
     monkeypatch.setattr(live.store, "add_message", failing)
-    platform.ack_seconds = 0.5
     before = platform.deliveries
     await platform.say(place, ANN, "hello")
     assert platform.deliveries == before + 2  # refused once, then taken
@@ -268,8 +277,8 @@ async def test_a_storm_of_429_loses_nothing_and_a_busy_conversation_refuses_poli
     platform.rate_limited = 3
     for number in range(6):
         await platform.say(place, ANN, f"hello {number}")
-    await until(lambda: any(one["text"] == BUSY for one in platform.answers(place)), 30)
-    await until(lambda: sum(platform.done(one) for one in platform.answers(place)) >= 2, 30)
+    await until(lambda: any(one["text"] == BUSY for one in platform.answers(place)))
+    await until(lambda: sum(platform.done(one) for one in platform.answers(place)) >= 2)
     assert platform.refused == []
     await closed(bot, running)
 
@@ -291,7 +300,7 @@ async def test_who_is_denied_is_neither_answered_nor_counted_by_any_button(live,
     await platform.react(BOB, answer, "-1")
     for act in ("up", "down", "again"):
         await platform.click(BOB, answer, act)
-    await asyncio.sleep(0.5)
+    await quiet(bot)
     assert (await told(live, bot, answer)).feedback == []
     assert len(platform.answers(place)) == 1
     await platform.click(ANN, answer, "again")  # the control: who is not denied may
@@ -304,7 +313,7 @@ async def test_after_a_thumb_down_people_may_say_why(live, platform, bot):
     await platform.say(place, ANN, "hello")
     answer = await answered(platform, place)
     await platform.click(BOB, answer, "down")
-    view = await asyncio.wait_for(platform.views.get(), 10)
+    view = await asyncio.wait_for(platform.views.get(), 300)
     await platform.submit(BOB, view, "It was rude.")
     await platform.submit(BOB, view, "  ")  # skipped
     said = (await told(live, bot, answer)).feedback
@@ -344,7 +353,7 @@ async def test_what_happened_while_nobody_listened_is_read_from_the_api(live, pl
         bot, running = await connected(live, platform)
         await answered(platform, place, 2)
         await answered(platform, direct)
-        await asyncio.sleep(0.5)
+        await quiet(bot)
         await closed(bot, running)
     assert [len(platform.answers(one)) for one in (place, direct)] == [2, 1]
     assert await opinions(live, bot, first) == {BOB: 1.0}
@@ -379,7 +388,7 @@ async def test_by_http_only_what_slack_signed_lately_is_heard(live, platform):
         for _ in range(3):  # the same request again, as in a replay: one answer
             assert await send(http, "secret", now) == 200
         await answered(platform, place)
-        await asyncio.sleep(0.3)
+        await quiet(bot)
         assert len(platform.answers(place)) == 1
     await closed(bot, running)
 

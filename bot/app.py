@@ -1,0 +1,169 @@
+"""The composition root: the parts of a kibitz that serves are made and joined here, nowhere else.
+
+It imports all three packages; only the commands of `bot.__main__` import it.
+"""
+
+import asyncio
+import contextlib
+import gc
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from bot import cli
+from bot.config import Config
+from bot.conversations import ConversationStore
+from bot.data_directory import held
+from bot.database import Database
+from bot.deliveries import Deliveries
+from bot.dialogue import DialogueManager
+from bot.forgetting import forget_person, remove_purged
+from bot.policy import Policy
+from bot.registry import PolicyRegistry
+from bot.state import derived
+from bot.tokenizer import ChatTokenizer
+from bot.tracker import StateTracker
+from bot.users import Users
+from bot.vllm_server import VllmServer
+from connectors.access import Access
+from connectors.base import Desk, Shared
+from connectors.reactions import Reactions
+from learning.deployment import Deployment
+
+Announce = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Kibitz:
+    """The running parts of one kibitz."""
+
+    config: Config
+    database: Database
+    store: ConversationStore
+    registry: PolicyRegistry
+    policy: Policy
+    dialogue: DialogueManager
+    deployment: Deployment
+    server: VllmServer | None
+
+
+@contextlib.asynccontextmanager
+async def running(config: Config, model: str, tell: Announce, may_change: bool = False) -> AsyncIterator[Kibitz]:
+    """A kibitz that serves: database, vLLM at the live version, dialogue. Everything is stopped at the end.
+
+    A data directory whose versions come from another base model is refused, unless the model `may_change`.
+    """
+    with held(config.data, "serve"):
+        database, store, registry = cli.opened(config)
+        base = registry.ensure_base(model, may_change)
+        if foreign := registry.foreign():
+            tell(f"policy.model was changed: {base.name} is {model}; {len(foreign)} versions of another serve no more")
+        remove_purged(registry)
+        recall = cli.recall(config, database)
+        tokenizer = ChatTokenizer(model, config.policy.template_args)
+        tracker = StateTracker(store, tokenizer, recall, config.dialogue, config.policy.context_tokens)
+        served = config.model_copy(update={"policy": tokenizer.with_thoughts(config.policy)})
+        key = os.environ.get(config.serving.api_key_env, "none") if config.serving.api_key_env else "none"
+        server = None if config.serving.url else VllmServer(served, model)
+        url = config.serving.url if server is None else server.url
+        thinks = tokenizer.end_ids, tokenizer.thoughts
+        policy = Policy(url, served.policy, config.serving.reply_seconds, key, *thinks, base.name)
+        deployment = Deployment(policy, registry, config, tell)
+        watchers: list[asyncio.Task[None]] = []
+        try:
+            if server is not None:
+                tell(f"starting vLLM (its log: {server.log})")
+            async with asyncio.TaskGroup() as group:
+                group.create_task(recall.ready())
+                if server is not None:
+                    group.create_task(server.start(policy))
+            if server is not None:
+                watchers.append(asyncio.create_task(server.watch(policy, deployment.restore, tell)))
+            await deployment.restore()
+            watchers.append(asyncio.create_task(deployment.watch()))
+            watchers.append(asyncio.create_task(recall.catch_up(cli.tenths(tell))))
+            dialogue = DialogueManager(store, tracker, policy)
+            gc.collect()
+            gc.freeze()  # what was loaded stays: to look through it again would stop every answer for 0.3 s
+            yield Kibitz(config, database, store, registry, policy, dialogue, deployment, server)
+        finally:
+            for watcher in watchers:
+                watcher.cancel()
+            await asyncio.gather(*watchers, return_exceptions=True)
+            await policy.close()
+            if server is not None:
+                await server.stop()
+            recall.close()
+            database.close()
+
+
+def run(main: Coroutine[Any, Any, None]) -> None:
+    """Run a command's coroutine; SIGTERM ends it as Ctrl-C does."""
+
+    async def guarded() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        await main
+
+    try:
+        asyncio.run(guarded())
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+
+
+def shared(kibitz: Kibitz, access: Access) -> Shared:
+    """What the chat platforms of one kibitz share."""
+    reactions, users = Reactions(kibitz.config.reactions), Users(kibitz.database, kibitz.config.privacy)
+    return Shared(kibitz.dialogue, Deliveries(kibitz.database), reactions, access, users, desk(kibitz))
+
+
+def desk(kibitz: Kibitz) -> Desk:
+    """What people may ask about this kibitz, and for themselves."""
+    call, users = kibitz.database.call, Users(kibitz.database, kibitz.config.privacy)
+
+    async def status() -> str:
+        return await call(cli.status_text, kibitz.store, kibitz.registry)
+
+    async def rollback() -> str:
+        before, after = await call(kibitz.registry.rollback)
+        return f"{before.name} is taken back; {after.name} answers again in a moment"
+
+    async def pause_learning() -> str:
+        return cli.pause_text(await call(kibitz.registry.pause_learning))
+
+    async def privacy(platform: str, user: str, choice: str) -> str:
+        if choice != "status":
+            await call(users.decide, platform, user, choice == "on")
+        return cli.privacy_text(await call(users.consents, platform, user))
+
+    async def forget(platform: str, user: str) -> str:
+        erased = await call(forget_person, kibitz.database, kibitz.registry, platform, user)
+        return f"{erased}. {cli.privacy_text(False)} What stands in the channels of this platform is yours to delete."
+
+    return Desk(lambda turn_id: _why(kibitz, turn_id), status, rollback, pause_learning, privacy, forget)
+
+
+async def _why(kibitz: Kibitz, turn_id: str) -> str:
+    from learning.rewards import reward
+
+    told = await kibitz.dialogue.explain(turn_id)
+    turn = told.turn
+    after = await kibitz.database.call(kibitz.dialogue.followups.of, turn_id)
+    earned = reward(told.feedback, turn.asker_id, kibitz.config.rewards, after[0] if after else None)
+    teachers = [row.id for row in told.feedback], [one.message_id for one in after]
+    used = await kibitz.database.call(kibitz.registry.runs_that_used, *teachers)
+    lines = [
+        f"answered by {turn.policy_version} in {turn.latency_ms:.0f} ms, {turn.finish_reason}",
+        f"prompt {len(turn.prompt_ids or ())} tokens, answer {len(turn.completion_ids or ())} tokens, "
+        f"log-probability {sum(turn.logprobs or ()):.2f}, sampled with {turn.sampling}",
+        f"reward {earned.value:+.2f} from {len(earned.opinions)} people" if earned else "no reward yet",
+    ]
+    lines += [f"reminded of: {message.text[:200]}" for message in told.remembered]
+    lines += [f"what was said next: {one.kind} ({one.chances[one.kind]:.2f})" for one in after]
+    said = await kibitz.database.call(kibitz.store.messages, turn.conversation_id)
+    known = await asyncio.to_thread(derived, said, kibitz.dialogue.tracker.recall.embedder)
+    lines += cli.state_text(known).splitlines()[:12]
+    return "\n".join([*lines, f"taught {', '.join(used)}" if used else "has taught nothing yet"])

@@ -1,0 +1,221 @@
+"""Template: what a model's chat template accepts, found out by trying it, and any conversation in a shape that it accepts.
+
+Each family of models has rules of its own: no system message, or one at the beginning only; user and assistant in strict
+turns; a user's message first, or at least one. Some refuse what breaks a rule, some drop it silently. So nothing is assumed:
+small chats are tried when the template is first used. It knows no token ids, no model files and no stored conversation.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+
+from bot.errors import ConfigError, TemplateError
+
+ChatMessages = Sequence[Mapping[str, str]]
+Scalar = bool | int | float | str
+
+SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
+BLANK = "…"  # stands for a message without text where the template wants some
+THINKING = ("enable_thinking", "thinking")  # what templates call the switch for thoughts
+
+# The texts of trial chats.
+PERSONA, QUESTION, ANSWER, NEXT, MORE = "Trial persona", "Trial question", "Trial answer", "Trial remark", "Trial addition"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a chat template accepts without a complaint, and without dropping a text."""
+
+    system: bool  # a system message at the beginning
+    neighbours: bool  # two messages of one role side by side
+    answer_first: bool  # an assistant's message before the first user's
+    answer_last: bool  # an assistant's message at the end, and the opening of another answer after it
+    no_user: bool  # a chat without a user's message
+    empty_chat: bool  # no messages at all
+    empty_text: bool  # a message without text
+
+
+STRICTEST = Rules(*[False] * len(fields(Rules)))
+
+
+class Template:
+    """One chat template with its arguments. `apply` renders a list of messages, as `apply_chat_template` does."""
+
+    def __init__(self, apply: Callable[..., str], arguments: Mapping[str, Scalar] | None = None, model: str = ""):
+        """Try the template. Raises ConfigError where it refuses every chat, or an argument means nothing to it."""
+        self._apply = apply
+        self._model = model
+        self.arguments: dict[str, Scalar] = dict(arguments or {})
+        self._check_arguments()
+        if "enable_thinking" not in self.arguments and self._knows_thinking():
+            self.arguments["enable_thinking"] = False  # people who chat wait for an answer, not for thoughts
+        self.rules = self._find_rules()
+
+    @property
+    def is_asked_to_think(self) -> bool:
+        """Whether the operator switched thoughts on."""
+        return any(self.arguments.get(name) for name in THINKING)
+
+    def shape(self, messages: ChatMessages, *, is_prompt: bool = True) -> list[dict[str, str]]:
+        """Bring a conversation, whatever it is, into a shape that the template accepts; shaping it again changes nothing.
+
+        System texts are put together at the beginning, in the first user's message where the template has no system
+        messages. Where it wants strict turns, neighbours of one role become one message. Answers before the first user's
+        message are left out where the template wants a user first, unless there is no user's message at all.
+        """
+        return _shape(messages, self.rules, is_prompt)
+
+    def render(self, messages: ChatMessages, *, is_prompt: bool = True) -> str:
+        """Render any conversation, with the opening of the next answer if it `is_prompt`.
+
+        Raises TemplateError where the template refuses even the newest message alone.
+        """
+        system = [said for said in messages if said["role"] == SYSTEM]
+        newest = [said for said in messages if said["role"] not in (SYSTEM, ASSISTANT)][-1:]
+        wanted = [said["content"].strip() for said in (*system, *newest)]
+        rendered = []
+        for chat, rules in (
+            (messages, self.rules),
+            (messages, replace(self.rules, system=False)),  # some drop the system text of some chats only
+            (messages, STRICTEST),  # a rule that no trial chat showed
+            ([*system, *newest], STRICTEST),
+        ):
+            text = self._try(_shape(chat, rules, is_prompt), is_prompt)
+            if text is not None:
+                if all(said in text for said in wanted):
+                    return text
+                rendered.append(text)
+        if not rendered:
+            raise TemplateError(
+                f"the chat template of '{self._model}' refuses a conversation of {len(messages)} messages, and its newest "
+                "message alone; see policy.template_args, or use another model"
+            )
+        return rendered[0]  # it writes texts in a way of its own
+
+    def note(self, text: str) -> str:
+        """Render a line that stands before a prompt: as a system message, or as a user's where there are none."""
+        role = SYSTEM if self.rules.system and self.rules.no_user else USER
+        return self.render([{"role": role, "content": text}], is_prompt=False)
+
+    def _try(self, chat: ChatMessages, is_prompt: bool = True, arguments: Mapping[str, Scalar] | None = None) -> str | None:
+        """The chat as the template renders it; None where it refuses."""
+        given = self.arguments if arguments is None else arguments
+        try:
+            text = self._apply([dict(said) for said in chat], add_generation_prompt=is_prompt, **given)
+        except Exception:  # a template is a program of somebody else's: it raises what it likes
+            return None
+        return text if isinstance(text, str) else None
+
+    def _accepts(self, *chat: tuple[str, str], is_prompt: bool = True) -> bool:
+        """Whether the template takes a chat of (role, text) and keeps every text."""
+        text = self._try(_chat(*chat), is_prompt)
+        return text is not None and all(said in text for _, said in chat)
+
+    def _find_rules(self) -> Rules:
+        asked, answered, next_asked = (USER, QUESTION), (ASSISTANT, ANSWER), (USER, NEXT)
+        persona, accepts = (SYSTEM, PERSONA), self._accepts
+        system = accepts(persona, asked) and accepts(persona, asked, answered, next_asked)
+        start = [persona] if system else []
+        return Rules(
+            system=system,
+            neighbours=accepts(*start, asked, next_asked) and accepts(asked, answered, (ASSISTANT, MORE), next_asked),
+            answer_first=accepts(answered, asked) and accepts(*start, answered, asked),
+            answer_last=accepts(asked, answered) and accepts(*start, asked, answered),
+            no_user=accepts(answered)
+            and accepts(*start, answered)
+            and (not system or (accepts(persona) and accepts(persona, is_prompt=False))),
+            empty_chat=accepts(),
+            empty_text=accepts((USER, "")) and accepts(asked, (ASSISTANT, ""), next_asked),
+        )
+
+    def _check_arguments(self) -> None:
+        """Raise ConfigError unless the template takes a user's message with the arguments, and each changes something."""
+        whose = f"config key policy.model has value '{self._model}'"
+        if self._accepts((USER, QUESTION)):
+            for name, value in self.arguments.items():
+                if not self._matters(name, value):
+                    raise ConfigError(
+                        f"config key policy.template_args.{name} has value {value!r}, which changes nothing in the chat "
+                        f"template of '{self._model}'; correct the name or remove it"
+                    )
+            return
+        if self.arguments and self._try(_chat((USER, QUESTION)), arguments={}) is not None:
+            raise ConfigError(
+                f"config key policy.template_args has value {self.arguments!r}, with which the chat template of "
+                f"'{self._model}' fails; correct or remove it"
+            )
+        try:
+            found = self._apply(_chat((USER, QUESTION)), add_generation_prompt=True, **self.arguments)
+            why = f"drops the text of a user's message (it gave {str(found)[:80]!r})"
+        except Exception as error:  # as in `_try`
+            why = f"refuses a single user's message ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        raise ConfigError(f"{whose}, whose chat template {why}; use an instruction-tuned model, or fix its template")
+
+    def _matters(self, name: str, value: Scalar) -> bool:
+        """Whether an argument changes what any trial chat becomes."""
+        changed = not value if isinstance(value, bool) else f"{value}1" if isinstance(value, str) else value + 1
+        without = {key: one for key, one in self.arguments.items() if key != name}
+        others = (without, {**self.arguments, name: changed})
+        return any(self._differ(self.arguments, other) for other in others)
+
+    def _knows_thinking(self) -> bool:
+        on, off = ({**self.arguments, "enable_thinking": value} for value in (True, False))
+        return self._differ(on, off)
+
+    def _differ(self, arguments: Mapping[str, Scalar], others: Mapping[str, Scalar]) -> bool:
+        persona, asked, answered, next_asked = (SYSTEM, PERSONA), (USER, QUESTION), (ASSISTANT, ANSWER), (USER, NEXT)
+        chats = [_chat(asked), _chat(persona, asked), _chat(asked, answered, next_asked)]
+        return any(self._try(chat, arguments=arguments) != self._try(chat, arguments=others) for chat in chats)
+
+
+def _shape(messages: ChatMessages, rules: Rules, is_prompt: bool) -> list[dict[str, str]]:
+    system = _join(said["content"] for said in messages if said["role"] == SYSTEM)
+    chat = [
+        {"role": ASSISTANT if said["role"] == ASSISTANT else USER, "content": said["content"]}
+        for said in messages
+        if said["role"] != SYSTEM
+    ]
+    if not _has_user(chat):
+        is_kept = rules.system or not system  # else the system text becomes the user's message
+        if not (is_kept and (rules.no_user if chat or system else rules.empty_chat)):
+            chat.insert(0, {"role": USER, "content": ""})
+    while chat and chat[0]["role"] == ASSISTANT and not rules.answer_first and _has_user(chat):
+        chat.pop(0)
+    if is_prompt and chat and chat[-1]["role"] == ASSISTANT and not rules.answer_last:
+        chat.append({"role": USER, "content": ""})
+    if system and not rules.system:
+        first = next(said for said in chat if said["role"] == USER)
+        first["content"] = _join((system, first["content"]))
+    if not rules.neighbours:
+        chat = _merge(chat)
+    for said in chat:
+        if not rules.empty_text and not said["content"].strip():
+            said["content"] = BLANK
+    return [{"role": SYSTEM, "content": system}, *chat] if system and rules.system else chat
+
+
+def trial_chat() -> list[dict[str, str]]:
+    """A question and its ANSWER, as small as a chat can be."""
+    return _chat((USER, QUESTION), (ASSISTANT, ANSWER))
+
+
+def _chat(*said: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"role": role, "content": text} for role, text in said]
+
+
+def _has_user(chat: ChatMessages) -> bool:
+    return any(said["role"] == USER for said in chat)
+
+
+def _join(texts: Iterable[str]) -> str:
+    """The texts that say something, with a blank line between them."""
+    return "\n\n".join(text for text in texts if text.strip())
+
+
+def _merge(chat: ChatMessages) -> list[dict[str, str]]:
+    """Neighbours of one role as one message."""
+    merged: list[dict[str, str]] = []
+    for role, said in itertools.groupby(chat, key=lambda one: one["role"]):
+        texts = [one["content"] for one in said]
+        merged.append({"role": role, "content": texts[0] if len(texts) == 1 else _join(texts)})
+    return merged

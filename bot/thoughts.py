@@ -1,0 +1,87 @@
+"""Thoughts: what a policy thinks before it answers, kept apart from what it says.
+
+A reasoning model writes its thoughts between two marks, such as <think> and </think>; some templates write the first mark
+themselves. Thoughts are recorded as sampled, and never shown, remembered or split. It knows no tokenizer and no server.
+"""
+
+from dataclasses import dataclass
+
+MARKS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))  # those in use, as a tokenizer may know them
+
+
+@dataclass(frozen=True)
+class Thoughts:
+    """How a policy marks its thoughts.
+
+    `begins_open`: the prompt has opened a thought. `is_special`: servers leave the marks out of text unless they are asked
+    for special tokens.
+    """
+
+    opening: str
+    closing: str
+    begins_open: bool = False
+    is_special: bool = False
+
+    def remove_from(self, text: str) -> str:
+        """Return what an answer says without its thoughts."""
+        said = ThoughtFilter(self)
+        return said.add(text) + said.end()
+
+
+class ThoughtFilter:
+    """Takes an answer in pieces, and gives back what of it may be shown. How it was cut makes no difference."""
+
+    def __init__(self, thoughts: Thoughts | None):
+        """Without `thoughts` everything may be shown."""
+        self._thoughts = thoughts
+        self._is_inside = self._was_inside = thoughts is not None and thoughts.begins_open
+        self._has_begun = False
+        self._space = ""  # before the first word: whether it is shown depends on whether a thought follows
+        self._held = ""  # what may yet become a mark
+
+    def add(self, piece: str) -> str:
+        """Take the next piece; return what may be shown now."""
+        if self._thoughts is None:
+            return piece
+        self._held += piece
+        shown = ""
+        while (found := self._next_mark(self._thoughts)) is not None:
+            start, mark = found
+            shown += "" if self._is_inside else self._visible(self._held[:start])
+            self._held = self._held[start + len(mark) :]
+            self._is_inside, self._was_inside, self._space = mark == self._thoughts.opening, True, ""
+        keep = max(_overlap(self._held, mark) for mark in self._marks(self._thoughts))
+        ready, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return shown if self._is_inside else shown + self._visible(ready)
+
+    def end(self) -> str:
+        """Return what was held back and was no mark after all."""
+        if self._is_inside:
+            return ""
+        rest = self._visible(self._held)
+        return rest if self._has_begun or self._was_inside else self._space
+
+    def _marks(self, thoughts: Thoughts) -> tuple[str, ...]:
+        return (thoughts.closing,) if self._is_inside else (thoughts.opening, thoughts.closing)
+
+    def _next_mark(self, thoughts: Thoughts) -> tuple[int, str] | None:
+        """Where the next mark begins, and which it is."""
+        found = [(self._held.find(mark), mark) for mark in self._marks(thoughts)]
+        return min((one for one in found if one[0] >= 0), default=None)
+
+    def _visible(self, text: str) -> str:
+        """The text, without the white space between a thought and the first word."""
+        if self._has_begun:
+            return text
+        text = self._space + text
+        if not text.strip():
+            self._space = text
+            return ""
+        self._has_begun, self._space = True, ""
+        return text.lstrip() if self._was_inside else text
+
+
+def _overlap(text: str, mark: str) -> int:
+    """How many characters at the end of `text` may be the beginning of `mark`."""
+    longest = min(len(text), len(mark) - 1)
+    return next((length for length in range(longest, 0, -1) if text.endswith(mark[:length])), 0)

@@ -1,0 +1,96 @@
+"""Opinions as they arrive: which of them are recorded, and that each is counted once.
+
+A platform may deliver an event again, and its API may show a reaction whose event is still on its way to us. What is kept
+here to tell is bounded, and lost without harm. It knows no database.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from typing import TypeVar
+
+from bot.types import Feedback, now
+from connectors.access import Access
+
+WAITING = 256  # opinions that may wait to be written; the rest of a flood is not counted, and answers do not wait for it
+REMEMBERED = 100_000  # reactions and events that are known again; of more the oldest are forgotten
+
+Reaction = tuple[str, str, str]  # message, user, emoji
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+class Opinions:
+    """The opinions that arrive from one platform, each recorded or counted in `Access.shed`, and never both."""
+
+    def __init__(self, access: Access, platform: str):
+        self._access, self._platform = access, platform
+        self._waiting = 0
+        self._writing: Counter[Reaction] = Counter()
+        self._shed: OrderedDict[Reaction, datetime] = OrderedDict()  # when the last event of a reaction was shed
+        self._read: OrderedDict[Reaction, bool] = OrderedDict()  # recorded from the API, before its event: was it a removal?
+        self._events: OrderedDict[str, bool] = OrderedDict()  # by id: was it shed?
+
+    @contextmanager
+    def take(self, given: Feedback, message_id: str = "") -> Iterator[bool]:
+        """Yield whether to record an opinion now. One that is too many is counted as shed.
+
+        `message_id` is that of the message with the reaction; "" for an opinion that is no reaction.
+        """
+        reaction = (message_id, given.user_id, given.signal)
+        if self._read.pop(reaction, None) is given.retracts:
+            yield False  # the API told of it first: it is recorded
+        elif self._waiting >= WAITING or not self._access.may_judge(self._platform, given.user_id):
+            self._count_shed(reaction, given.event_id)
+            yield False
+        else:
+            self._shed.pop(reaction, None)
+            if given.event_id is not None:
+                self._access.shed -= self._events.get(given.event_id, False)  # it comes again, and is taken this time
+                _remember(self._events, given.event_id, False)
+            self._waiting += 1
+            self._writing[reaction] += 1
+            try:
+                yield True
+            finally:
+                self._waiting -= 1
+                self._writing[reaction] -= 1
+                if not self._writing[reaction]:
+                    del self._writing[reaction]
+
+    def claim(self, messages: Iterable[str], user: str, symbol: str, is_removal: bool, read_at: datetime) -> bool:
+        """Whether to record what the API said, at `read_at`, of a reaction on one of the `messages` (parts of one answer).
+
+        Its event says the same where that is being written, and something newer where it came after `read_at`. An event
+        that was shed is counted no longer once it is recorded in this way; one that comes later is a repetition.
+        """
+        reactions = [(message, user, symbol) for message in messages]
+        shed = [self._shed[one] for one in reactions if one in self._shed]
+        if any(one in self._writing for one in reactions) or any(at > read_at for at in shed):
+            return False
+        self._access.shed -= bool(shed)
+        for one in reactions:
+            self._shed.pop(one, None)
+            _remember(self._read, one, is_removal)
+        return True
+
+    def cleared(self, reaction: Reaction) -> None:
+        """A reaction is gone without an event of its own: the next one is no repetition."""
+        self._read.pop(reaction, None)
+
+    def _count_shed(self, reaction: Reaction, event_id: str | None) -> None:
+        if event_id is not None:
+            if event_id in self._events:
+                return  # delivered again: it is recorded, being recorded, or counted
+            _remember(self._events, event_id, True)
+        self._access.shed += 1
+        if reaction[0]:
+            _remember(self._shed, reaction, now())
+
+
+def _remember(known: OrderedDict[Key, Value], key: Key, value: Value) -> None:
+    known[key] = value
+    known.move_to_end(key)
+    if len(known) > REMEMBERED:
+        known.popitem(last=False)

