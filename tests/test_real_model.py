@@ -1,0 +1,97 @@
+"""The built-in model on a vLLM of its own, in bfloat16: what holds for a real model and not only for the toy.
+
+One server serves every test here; it takes minutes, and so is run by `make test-slow`.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from test_builtin import builtin_model  # noqa: F401 (a fixture)
+
+from bot import app as kibitz
+from bot.config import load
+from bot.dialogue import ReplyOptions
+from bot.errors import ProbeFailed
+from bot.types import Conversation, Message, PolicyState, new_id
+from learning import benchmark
+from learning.commands import with_model
+from learning.evaluation import answer_logprobs
+from learning.model import served
+from learning.probe import mean_distance
+
+pytestmark = pytest.mark.slow
+
+EVERYDAY = [
+    *("hello, how are you?", "what should i cook tonight?", "how do i make tea?", "i am tired today.", "tell me a joke."),
+    *(
+        "what is a good name for a cat?",
+        "how do i clean a window?",
+        "my friend is sad.",
+        "do you like music?",
+        "good night!",
+    ),
+]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def real(builtin_model, tmp_path_factory) -> AsyncIterator[kibitz.Kibitz]:  # noqa: F811
+    config, model = with_model(load(data_dir=str(tmp_path_factory.mktemp("real"))), lambda text: None)
+    assert model == builtin_model
+    async with kibitz.running(config, model, lambda text: None) as running:
+        yield running
+
+
+async def say(real: kibitz.Kibitz, text: str, seed: int = 1):
+    place = await real.dialogue.open(Conversation("test", new_id()))
+    return await real.dialogue.respond(Message(place.id, "ann", text), ReplyOptions(seed=seed))
+
+
+async def version_of(real: kibitz.Kibitz, source: Path, seed: int) -> str:
+    base = real.registry.base().base_model
+    await asyncio.to_thread(benchmark.random_version, real.config, base, source, seed)
+    return benchmark.register_copy(real.registry, source, real.config.data / "policies").name
+
+
+async def test_everyday_questions_get_answers_that_end_by_themselves(real):
+    turns = [await say(real, text) for text in EVERYDAY]
+    assert all(len(turn.text.split()) >= 3 for turn in turns), [turn.text for turn in turns]
+    assert sum(turn.finish_reason == "stop" for turn in turns) >= 8
+    assert not any("SmolLM" in turn.text for turn in turns)
+
+
+async def test_log_probabilities_are_those_of_the_trainer_at_the_policys_temperature(real):
+    assert real.config.policy.temperature != 1.0
+    turn = await say(real, "tell me about your day")
+    base = real.registry.base().base_model
+    model = await asyncio.to_thread(served, real.config, base)
+    (own,) = answer_logprobs(model, [(turn.prompt_ids, turn.completion_ids)])
+    plain = real.config.model_copy(update={"policy": real.config.policy.model_copy(update={"temperature": 1.0})})
+    (other,) = answer_logprobs(await asyncio.to_thread(served, plain, base), [(turn.prompt_ids, turn.completion_ids)])
+    assert mean_distance(own.tolist(), turn.logprobs) < 0.2
+    assert mean_distance(other.tolist(), turn.logprobs) > 2 * mean_distance(own.tolist(), turn.logprobs), "the control"
+
+
+async def test_a_version_is_proven_in_bfloat16_and_a_swapped_one_is_caught(real, tmp_path):
+    names = [await version_of(real, tmp_path / str(seed), seed) for seed in (0, 1)]
+    await real.deployment.deploy(names[0])
+    assert (await say(real, "hello")).policy_version == names[0]
+    figures = real.registry.get(names[0]).metrics
+    assert figures["probe_distance"] <= figures["probe_from_parent"] / 2
+    await real.policy.load(names[1], real.registry.get(names[0]).path)  # the other's weights under its name
+    with pytest.raises(ProbeFailed, match="failed its probe"):
+        await real.deployment.deploy(names[1])
+    assert real.registry.get(names[1]).state == PolicyState.REJECTED
+    assert (await say(real, "hello")).policy_version == names[0]
+
+
+async def test_swaps_under_load_mix_nothing_and_rounding_is_not_taken_for_a_mix(real, tmp_path):
+    sources = [tmp_path / "one", tmp_path / "two"]
+    for seed, source in enumerate(sources):
+        await asyncio.to_thread(benchmark.random_version, real.config, real.registry.base().base_model, source, seed)
+    tokenizer = real.dialogue.tracker.tokenizer
+    figures = await benchmark.swap(real.deployment, tokenizer, sources, 2, 32, 8, lambda *_: None)
+    assert (figures["swaps"], figures["failed"], figures["mixed"]) == (2, 0, 0)
+    assert 0 < figures["rounding_nats"] < figures["versions_apart_nats"] / 2
