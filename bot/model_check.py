@@ -30,11 +30,12 @@ def check_model(config: Config, model: str, serves: bool = True) -> MemoryPlan |
     check_weights(config, model)
     shape = read_shape(model)
     check_architecture(config, model)
-    check_context(config, shape)
-    check_tokenizer(config, model, shape)
+    tokenizer = check_tokenizer(config, model, shape)
+    served = config.model_copy(update={"policy": tokenizer.with_thoughts(config.policy)})
+    check_context(served, shape)
     check_disk(config, shape)
     check_download(config, model, shape)
-    return check_memory(config, model, shape) if serves else None
+    return check_memory(served, model, shape) if serves else None
 
 
 def explain_refusal(name: str, error: Exception) -> None:
@@ -105,8 +106,11 @@ def check_context(config: Config, shape: ModelShape) -> None:
         )
 
 
-def check_tokenizer(config: Config, model: str, shape: ModelShape) -> None:
-    """Refuse a model without a chat template, with one that raises, or whose tokenizer has tokens that it does not know."""
+def check_tokenizer(config: Config, model: str, shape: ModelShape) -> ChatTokenizer:
+    """Refuse a model without a chat template, with one that raises, or whose tokenizer has tokens that it does not know.
+
+    Returns the tokenizer otherwise.
+    """
     name = config.policy.model
     tokenizer = ChatTokenizer(model, config.policy.template_args)
     rows = _embedding_rows(Path(model)) or shape.vocabulary
@@ -118,6 +122,7 @@ def check_tokenizer(config: Config, model: str, shape: ModelShape) -> None:
         )
     try:
         ids = tokenizer.prompt_ids([{"role": "user", "content": "hello"}])
+        _ = tokenizer.end_ids  # it raises where nothing ends an answer
     except KibitzError:
         raise
     except Exception as error:  # a template is a program: it may raise anything
@@ -130,11 +135,7 @@ def check_tokenizer(config: Config, model: str, shape: ModelShape) -> None:
             f"policy.model '{name}': its chat template makes nothing of a message; correct chat_template.jinja, or take "
             "another model"
         )
-    if tokenizer.hf.eos_token_id is None:
-        raise ConfigError(
-            f"policy.model '{name}': its tokenizer names no end-of-turn token, so no answer would end; set eos_token in "
-            "tokenizer_config.json"
-        )
+    return tokenizer
 
 
 def check_memory(config: Config, model: str, shape: ModelShape, card: Card | None = None) -> MemoryPlan | None:

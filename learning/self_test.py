@@ -87,10 +87,8 @@ class SelfTest:
 
     def check_template(self) -> str:
         """Check the tokenizer and its chat template."""
-        check_tokenizer(self.config, self.model, read_shape(self.model))
-        return (
-            f"a greeting is {len(ChatTokenizer(self.model, self.config.policy.template_args).prompt_ids(QUESTION))} tokens"
-        )
+        tokenizer = check_tokenizer(self.config, self.model, read_shape(self.model))
+        return f"a greeting is {len(tokenizer.prompt_ids(QUESTION))} tokens"
 
     def check_room(self) -> str:
         """Check that memory and disk have room for serving and training the model."""
