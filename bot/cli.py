@@ -6,7 +6,7 @@ Commands that train, simulate or connect are added by `bot.__main__`; each comma
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from bot import config as configuration
 from bot.config import Config
@@ -123,6 +124,14 @@ def print_figures(figures: dict[str, Any]) -> None:
         if isinstance(value, dict):
             value = "\n".join(f"{count} {reason}" for reason, count in value.items()) or "nothing"
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    console.print(table)
+
+
+def print_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Show rows of text as a table."""
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*map(Text, row))
     console.print(table)
 
 

@@ -6,6 +6,7 @@
     |-- DataError              a file or a database that kibitz was given cannot be read
     |-- ServingError           vLLM cannot be started, reached or used
     |   |-- ReplyInterrupted   an answer broke off; what was said so far is kept
+    |   |-- Asleep             vLLM sleeps while a version is trained
     |   '-- ProbeFailed        a server does not serve what was trained
     |-- ConnectorError         a platform cannot be served until the operator does something
     |-- TrainingError          a run has nothing to train on, or did not train
@@ -43,6 +44,13 @@ class ReplyInterrupted(ServingError):
         super().__init__(f"the answer broke off: {cause}")
         self.text = text
         self.version = version
+
+
+class Asleep(ServingError):
+    """vLLM sleeps while a version is trained: nobody is answered until that ends."""
+
+    def __init__(self) -> None:
+        super().__init__("I am learning and cannot answer meanwhile; ask again in a few minutes")
 
 
 class ProbeFailed(ServingError):

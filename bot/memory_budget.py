@@ -90,10 +90,11 @@ def step_bytes(
 
 
 def measuring_bytes(shape: ModelShape, length: int, context: int, element: int) -> int:
-    """Count what judging a policy needs: logits of it and of its base, and the answers that are sampled at once."""
+    """Count what judging a policy needs: logits of it and of its base, answers that are sampled at once, or a probe."""
     logits = 2 * MEASURED_TOKENS * shape.vocabulary * element + 3 * 4 * length * shape.vocabulary
     sampled = SAMPLED * context * cache_bytes(shape, element) + 3 * 4 * SAMPLED * shape.vocabulary
-    return int(MARGIN * max(logits, sampled))
+    in_float32 = weights_bytes(shape, max(4 - element, 0))  # the probe's reference, for which the weights are widened
+    return int(MARGIN * max(logits, sampled, in_float32))
 
 
 def training_bytes(shape: ModelShape, config: Config, fit: BatchFit, element: int) -> int:
@@ -171,7 +172,7 @@ def plan_memory(shape: ModelShape, config: Config, card: Card, element: int = 2)
         smallest = BatchFit(min(training.batch_size, LEAST_FOR_KTO), 1, True)
         need = training_bytes(shape, config, smallest, element)
         other = "serving.memory_share" if share else "policy.context_tokens"
-        ways = f"lower training.max_length or {other}, set learning.enabled = false"
+        ways = f"lower {'' if measuring > room else 'training.max_length or '}{other}, set learning.enabled = false"
         if not serving.sleep_while_training:
             ways += ", or serving.sleep_while_training = true"
         raise ConfigError(

@@ -35,6 +35,11 @@ class ModelShape:
         """Parameters, in billions."""
         return self.parameters / 1e9
 
+    @property
+    def size(self) -> str:
+        """How many parameters it has, as people say it: 135M, 1.72B."""
+        return f"{self.billions:.3g}B" if self.billions >= 1 else f"{self.parameters / 1e6:.3g}M"
+
     def adapter_parameters(self, rank: int) -> int:
         """Count the parameters of a LoRA adapter on all linear layers but the output layer."""
         widths = 2 * (self.hidden + self.queries) + 2 * (self.hidden + self.keys) + 3 * (self.hidden + self.intermediate)

@@ -19,7 +19,7 @@ from typing import Any
 import aiohttp
 
 from bot.config import PolicyConfig
-from bot.errors import ReplyInterrupted, ServingError
+from bot.errors import Asleep, ReplyInterrupted, ServingError
 from bot.registry import BASE
 from bot.thoughts import ThoughtFilter, Thoughts
 from bot.types import Reply
@@ -59,6 +59,7 @@ class Policy:
         self.version = base
         self.weights: str | None = base  # None: not known
         self.takes_weights = False
+        self.is_asleep = False
         self.exact_tokens: int | None = None  # benchmarks: all answers are so long, whatever ends them
         self.base_name = BASE  # as the server calls it
         # A reply that fails is tried again here, before its first token only; never behind our back.
@@ -87,10 +88,12 @@ class Policy:
 
         Thoughts are neither handed over nor in the reply's text; its token ids and log-probabilities hold them.
 
-        Raises ServingError before the first token (after one more try) and ReplyInterrupted after it.
+        Raises Asleep while vLLM sleeps, ServingError before the first token (after one more try), ReplyInterrupted after it.
         """
         async with self._changed:
-            await self._changed.wait_for(lambda: not self._is_held)
+            await self._changed.wait_for(lambda: self.is_asleep or not self._is_held)
+            if self.is_asleep:
+                raise Asleep
             version = version or self.version
             self._in_flight[version] += 1
         try:
@@ -242,7 +245,7 @@ class Policy:
         return self.base if told == FRESH else str(told)
 
     async def replace(self, version: str, path: str) -> None:
-        """Put the weights of a whole model in the place of the server's. Nobody may be answered meanwhile: see `held`."""
+        """Put the weights of a whole model in the place of the server's. Nobody may be answered: see `held`."""
         self.weights = None
         body = {"method": "reload_weights", "kwargs": {"weights_path": path}}
         await self._admin("POST", "/collective_rpc", body)
@@ -267,6 +270,14 @@ class Policy:
         except (ServingError, TimeoutError):
             return False
         return True
+
+    async def sleep(self) -> None:
+        """Have vLLM give its GPU memory away: its weights wait in main memory. Nobody may be answered: see `held`."""
+        await self._admin("POST", "/sleep?level=1")
+
+    async def wake(self) -> None:
+        """Have vLLM take its memory back and answer again."""
+        await self._admin("POST", "/wake_up")
 
     async def load(self, name: str, path: str) -> None:
         """Load an adapter under its own name."""

@@ -92,7 +92,7 @@ def describe_sizes(config: Config, model: str, asked: Config | None = None) -> s
     ]
     training = config.training
     return (
-        f"training for {shape.billions:.3g}B parameters ({shape.family or 'unknown family'}): learning rate "
+        f"training for {shape.size} parameters ({shape.family or 'unknown family'}): learning rate "
         f"{training.learning_rate:g}, rank {training.lora_rank}, {training.batch_size} answers a step, "
         f"{training.max_steps} steps, {training.max_length} tokens, KL budget {config.gate.kl_budget:g} "
         f"({'set by you: ' + ', '.join(own) if own else row.why})"

@@ -115,7 +115,7 @@ class VllmServer:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), PROBE_SECONDS)
                 return
-            silent = 0 if await policy.ready(PROBE_SECONDS) else silent + 1
+            silent = 0 if policy.is_asleep or await policy.ready(PROBE_SECONDS) else silent + 1
 
     async def wait_for_memory(self, tell: Callable[[str], None]) -> None:
         """Wait while a training run holds the GPU memory that vLLM needs: it would refuse to start."""
@@ -149,6 +149,8 @@ class VllmServer:
             "--generation-config": "vllm",
         }
         flags = ["--enable-lora", "--disable-uvicorn-access-log"]
+        if serving.sleep_while_training:
+            flags.append("--enable-sleep-mode")
         if not has_gpu():
             # A prompt that is read in pieces ends the CPU engine (0.32) where its answer is sampled with a seed.
             flags += ["--enforce-eager", "--no-enable-chunked-prefill"]
@@ -162,8 +164,8 @@ class VllmServer:
             # One core is left to everybody else: what wanders over all of them slows us and itself (docs/experiments.md).
             defaults |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(len(children.spare()))}
             defaults |= {"VLLM_CPU_KVCACHE_SPACE": "1"}
-        if self.config.training.weights == "full":
-            defaults["VLLM_SERVER_DEV_MODE"] = "1"  # without it weights cannot be changed
+        if self.config.training.weights == "full" or self.config.serving.sleep_while_training:
+            defaults["VLLM_SERVER_DEV_MODE"] = "1"  # without it weights cannot be changed, and vLLM does not sleep
         return {**defaults, **os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
 
     def _why(self) -> str:

@@ -15,7 +15,7 @@ from typing import Protocol
 from aiolimiter import AsyncLimiter
 
 from bot.dialogue import ReplyOptions, spoken
-from bot.errors import KibitzError
+from bot.errors import Asleep, KibitzError
 from bot.feedback import held
 from bot.types import Feedback, FeedbackKind, Turn
 from connectors.base import Shared
@@ -39,8 +39,8 @@ class Shown(Protocol):
     async def whole(self, text: str) -> None:
         """Show the final answer, all of it, with the buttons."""
 
-    async def sorry(self) -> None:
-        """Say that there will be no answer."""
+    async def sorry(self, text: str = SORRY) -> None:
+        """Say that there will be no answer, and why where people should know."""
 
 
 class Answers:
@@ -127,6 +127,8 @@ class Answers:
             if turn.id != turn_id and not await self._call(self.deliveries.is_shown, self.platform, turn.id):
                 shown.turn_id = turn.id
                 await shown.whole(spoken(turn))
+        except Asleep as error:
+            await shown.sorry(f"{str(error).replace('; ', ': ')}.")
         except KibitzError as error:
             log.warning("no answer: %s", error)
             await shown.sorry()

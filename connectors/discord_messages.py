@@ -65,9 +65,9 @@ class Shown:
         for number, part in enumerate(parts):
             await self._show(number, part, ["up", "down", "again"] if number == len(parts) - 1 else [])
 
-    async def sorry(self) -> None:
+    async def sorry(self, text: str = SORRY) -> None:
         """Say that there will be no answer."""
-        await self.to.reply(SORRY, mention_author=False)
+        await self.to.reply(text, mention_author=False)
 
     async def _show(self, number: int, text: str, buttons: list[str]) -> None:
         view = discord.ui.View(timeout=None)

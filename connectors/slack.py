@@ -12,7 +12,7 @@ import os
 import re
 import socket
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -57,16 +57,21 @@ class Secrets:
     @classmethod
     def of(cls, config: SlackConfig) -> "Secrets":
         """Raises ConfigError where one is not set or of another kind, or the address of HTTP cannot be had."""
-        bot_token = _secret("bot_token_env", config.bot_token_env, "xoxb-")
-        if not config.signing_secret_env:
-            return cls(bot_token, _secret("app_token_env", config.app_token_env, "xapp-"))
-        if config.app_token_env:
-            raise ConfigError(
-                f"config key slack.signing_secret_env has value '{config.signing_secret_env}' beside slack.app_token_env; "
-                "set the first for HTTP or the second for Socket Mode"
-            )
-        signing_secret = _secret("signing_secret_env", config.signing_secret_env, "")
-        return cls(bot_token, "", signing_secret, listening("slack", config.host, config.port))
+        found = check_secrets(config)
+        return replace(found, listening_on=listening("slack", config.host, config.port)) if found.signing_secret else found
+
+
+def check_secrets(config: SlackConfig) -> Secrets:
+    """Read Slack's secrets, without listening. Raises ConfigError where one is not set or of another kind."""
+    bot_token = _secret("bot_token_env", config.bot_token_env, "xoxb-")
+    if not config.signing_secret_env:
+        return Secrets(bot_token, _secret("app_token_env", config.app_token_env, "xapp-"))
+    if config.app_token_env:
+        raise ConfigError(
+            f"config key slack.signing_secret_env has value '{config.signing_secret_env}' beside slack.app_token_env; "
+            "set the first for HTTP or the second for Socket Mode"
+        )
+    return Secrets(bot_token, signing_secret=_secret("signing_secret_env", config.signing_secret_env, ""))
 
 
 def _secret(key: str, variable: str, prefix: str) -> str:

@@ -103,12 +103,12 @@ class SlackMessages:
             else:
                 await self._finish(part, buttons)
 
-    async def sorry(self) -> None:
+    async def sorry(self, text: str = SORRY) -> None:
         """Say that there will be no answer."""
         if self._streaming:
-            await self._finish(f"{self._sent}\n\n{SORRY}", [])
+            await self._finish(f"{self._sent}\n\n{text}", [])
         else:
-            await self.connector.say(self.place, SORRY)
+            await self.connector.say(self.place, text)
 
     async def _begin(self, text: str) -> None:
         if self.place.thread and self.connector.streams.has_capacity():

@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 from bot.accelerator import free_memory
 from bot.config import TrainingConfig
@@ -33,14 +34,14 @@ def fit_to_machine(model: Any, training: TrainingConfig, batch: int, length: int
     shape = shape_of(model.config.to_dict(), sum(parameter.numel() for parameter in model.parameters()))
     element = 2 if torch.cuda.is_available() else max(parameter.element_size() for parameter in model.parameters())
     found = room()
-    if not found:
-        return BatchFit(batch, 1, False)
     left = int(RESERVED * found) - state_bytes(shape, training, element)
-    fit = fit_batch(shape, training, batch, length, left, element)
+    fit = fit_batch(shape, training, batch, length, left, element) if found else BatchFit(batch, 1, False)
     if fit is None:
         fit = BatchFit(batch, 1, True)
         while fit.smaller().answers < fit.answers:
             fit = fit.smaller()
+    if "RANK" in os.environ:  # what trains together must read its batches alike: its processes are joined by now
+        PartialState(cpu=not torch.cuda.is_available())
     return agreed(fit)
 
 

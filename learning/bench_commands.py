@@ -58,7 +58,7 @@ def bench_learning(
     if users is not None:
         simulated_people.users(users)  # refused here, before anything runs
     wanted = learning_grid.cells(part, users, arms, found.seed)
-    found, base = with_model(found)
+    found, base = with_model(found, serves=False)
     with cli.progress_bar() as progress:
         points = learning_grid.run(found, base, wanted, found.data / "bench" / f"learning-{part}.jsonl", progress)
     figures = learning_grid.figures(points, found.training.objective)
@@ -84,7 +84,7 @@ def bench_train(
 
     found = configured(config, data_dir, seed, model)
     cli.check_writable(json_file)
-    found, base = with_model(found)
+    found, base = with_model(found, serves=False)
     with cli.progress_bar() as progress:
         figures = train_benchmark.measure(found, base, progress)
     cli.print_figures(figures)
@@ -111,7 +111,7 @@ def bench_tracker(
     unknown = [size for size in wanted if size not in tracker_benchmark.SIZES]
     if unknown:
         raise ConfigError(f"--sizes has value '{unknown[0]}'; choose from {', '.join(tracker_benchmark.SIZES)}")
-    found, base = with_model(found)
+    found, base = with_model(found, serves=False)
     tokenizer = ChatTokenizer(base, found.policy.template_args)
     with cli.progress_bar() as progress:
         job = tracker_benchmark.measure(

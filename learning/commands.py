@@ -5,7 +5,6 @@ Each is a few lines over a function elsewhere. The commands that serve are in `b
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,30 +25,12 @@ from bot.cli import (
     app,
     configured,
     console,
-    errors,
 )
 from bot.config import Config
 from bot.embeddings import Embedder
 from bot.errors import ConfigError, NothingToLearn
-from bot.sampling import apply_sampling_defaults, describe_sampling
-from bot.sizes import apply_size_defaults, describe_sizes
 from learning import pretrain as pretraining
-
-Announce = Callable[[str], None]
-
-
-def with_model(config: Config, tell: Announce = announce) -> tuple[Config, str]:
-    """Return the base model that the config names, as something that transformers and vLLM load, and the config with what it
-    leaves open set as suits that model.
-    """
-    with cli.progress_bar() as progress:
-        model = pretraining.base_model(config, tell, progress)
-    if pretraining.is_toy(model):  # the config's own defaults are the toy's
-        return config, model
-    settled = apply_size_defaults(apply_sampling_defaults(config, model), model)
-    tell(describe_sampling(config, model))
-    tell(describe_sizes(settled, model, config))
-    return settled, model
+from learning.model_choice import with_model
 
 
 @app.command()
@@ -95,7 +76,8 @@ def train(
     from learning import trainer
 
     is_told = progress == "json"  # by whoever started this process, who has told of the model already
-    found, model = with_model(configured(config, data_dir, seed), (lambda text: None) if is_told else errors.print)
+    tell = (lambda text: None) if is_told else announce
+    found, model = with_model(configured(config, data_dir, seed), tell, serves=False)
     database, _, registry = cli.opened(found)
     registry.ensure_base(model, may_change=True)
     database.close()
@@ -135,7 +117,7 @@ def replay(
     found = configured(config, data_dir, seed, model)
     cli.check_writable(json_file, plot)
     recording = importers.read(file, format)
-    found, base = with_model(found)
+    found, base = with_model(found, serves=False)
     database, store, registry = cli.opened(found)
     registry.ensure_base(base, may_change=model is None)
     with cli.progress_bar() as progress:

@@ -137,6 +137,45 @@ class Deployment:
                     self.policy.version = self.policy.base
                 self.announce(f"{live.name} cannot be served ({error}); {self.policy.base} answers until it can")
 
+    @contextlib.asynccontextmanager
+    async def asleep(self) -> AsyncIterator[None]:
+        """Have vLLM sleep inside: its GPU memory is free, and nobody is answered. Afterwards all it serves is proven again.
+
+        The one exception to laws 5 and 9 (docs/architecture.md): only where serving.sleep_while_training asks for it.
+        """
+        async with self._swapping:
+            async with self.policy.held(self.config.serving.reply_seconds):
+                self.policy.is_asleep = True
+            self.announce("vLLM sleeps while a version is trained; nobody is answered until that ends")
+            try:
+                await self.policy.sleep()
+                try:
+                    yield
+                finally:
+                    await self.policy.wake()
+                    await self._prove_again()
+            finally:
+                self.policy.is_asleep = False
+            self.announce(f"vLLM is awake; {self.policy.version} answers again")
+
+    async def _prove_again(self) -> None:
+        """Probe every version that the server holds; one that it serves otherwise than before goes."""
+        call = self.registry.database.call
+        whole = {self.policy.weights} if self.policy.weights and self.policy.weights != self.policy.base else set()
+        for name in sorted({*await self.policy.loaded(), *whole}):
+            try:
+                await self._probe(await call(self.registry.get, name))
+            except ServingError as error:
+                self.announce(
+                    f"{name} is not the same after sleeping, {self.policy.base} answers until it can be served: {error}"
+                )
+                if name in whole:
+                    await self._replace(self.policy.base)
+                else:
+                    await self._unload(name)
+                if self.policy.version == name:
+                    self.policy.version = self.policy.base
+
     async def rollback(self) -> PolicyVersion:
         """Take the live version back and serve the one before it."""
         _, live = await self.registry.database.call(self.registry.rollback)

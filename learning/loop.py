@@ -65,7 +65,9 @@ class OnlineLearner:
 
     async def step(self) -> dict[str, Any]:
         """One round; returns the run's outcome. A candidate that did not pass the gate is not deployed."""
-        outcome = await train_in_child(self.config, self.progress)
+        sleeps = self.config.serving.sleep_while_training
+        async with self.deployment.asleep() if sleeps else contextlib.nullcontext():
+            outcome = await train_in_child(self.config, self.progress)
         if outcome["passed"]:
             await self.deployment.deploy(outcome["policy"])
         else:
@@ -120,7 +122,8 @@ async def train_in_child(config: Config, progress: Progress) -> dict[str, Any]:
     said = (await errors).decode(errors="replace").strip().splitlines()
     last = said[-1].removeprefix("kibitz: ") if said else f"the training process ended with code {code}"
     if code != 0 or not outcome:
-        raise TrainingError(last)
+        advice = "; lower training.max_length or serving.memory_share" if "OutOfMemoryError" in last else ""
+        raise TrainingError(last + advice)
     return outcome
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from bot.config import Config
 from bot.errors import TrainingError
+from bot.vllm_server import served_dtype
 from learning.version_files import WHOLE, is_whole, weights_folder
 
 if TYPE_CHECKING:
@@ -177,15 +178,18 @@ def _pretrained(config: Config, source: str) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     try:
-        found = AutoModelForCausalLM.from_pretrained(
-            source, dtype="auto" if config.serving.dtype == "auto" else config.serving.dtype
-        )
+        found = AutoModelForCausalLM.from_pretrained(source, dtype=served_dtype(config, source))
+        divide_logits(found, config.policy.temperature)
+        return found.to("cuda") if torch.cuda.is_available() else found
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise TrainingError(
+            f"out of memory while loading '{source}'; lower serving.memory_share so that vLLM leaves room for it, end what "
+            "else uses the GPU, or set serving.sleep_while_training = true"
+        ) from error
     except (OSError, ValueError) as error:
         raise TrainingError(
             f"the base model '{source}' cannot be loaded ({str(error).splitlines()[0]}); put it back"
         ) from error
-    divide_logits(found, config.policy.temperature)
-    return found.to("cuda") if torch.cuda.is_available() else found
 
 
 def divide_logits(model: "PreTrainedModel", temperature: float) -> None:

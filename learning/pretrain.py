@@ -19,6 +19,7 @@ from pathlib import Path
 from bot.config import Config, TrainingConfig
 from bot.data_directory import held
 from bot.errors import ConfigError
+from bot.model_check import explain_refusal
 from bot.tokenizer import ChatTokenizer
 from learning import builtin, demo
 
@@ -88,6 +89,7 @@ def base_model(config: Config, tell: Callable[[str], None], progress: Progress) 
     try:
         AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
+        explain_refusal(name, error)
         raise ConfigError(
             f"config key policy.model has value '{name}', which is neither a directory nor a hub model that can be "
             "reached; check the name and the network, download it first, or use 'builtin'"

@@ -118,11 +118,15 @@ def share(batch_size: int) -> int:
 
 
 def _work(job: Path) -> None:
+    import torch
+
     from learning.model import load, save
     from learning.pretrain import quiet
     from learning.trainer import teach
 
     quiet()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     tempfile.tempdir = str(job)  # goes with the job
     config, base_model, training, held_out, prompts = pickle.loads((job / "job").read_bytes())
     model = load(config, base_model, str(job / "start"))

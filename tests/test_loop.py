@@ -13,7 +13,7 @@ from conftest import until
 
 from bot.config import TrainingConfig
 from bot.dialogue import DialogueManager, ReplyOptions
-from bot.errors import DataError, ReplyInterrupted, ServingError
+from bot.errors import Asleep, DataError, ReplyInterrupted, ServingError
 from bot.policy import Policy
 from bot.registry import BASE
 from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, new_id
@@ -404,3 +404,37 @@ async def test_a_connection_that_the_server_may_be_closing_is_not_used_again(liv
         assert connections == wanted
         await policy.close()
     server.close()
+
+
+async def test_while_vllm_sleeps_nobody_is_answered_and_what_it_serves_is_proven_afterwards(live, tmp_path, monkeypatch):
+    """vLLM's CPU build takes the requests and keeps its memory: what kibitz makes of them is the same."""
+    monkeypatch.setattr("bot.policy.LULL_SECONDS", 0.5)
+    name = await swapped_in(live, tmp_path, 11)
+    told: list[str] = []
+    monkeypatch.setattr(live.deployment, "announce", told.append)
+    async with live.deployment.asleep():
+        with pytest.raises(Asleep, match="ask again in a few minutes"):
+            await say(live, "hello")
+        assert live.policy.is_asleep
+    assert (await say(live, "hello")).policy_version == name
+    assert told == [
+        "vLLM sleeps while a version is trained; nobody is answered until that ends",
+        f"vLLM is awake; {name} answers again",
+    ]
+    # The control: other weights under its name are noticed, and nobody is answered by them.
+    other = tmp_path / "other"
+    await version_of(live, other, 12)
+    async with live.deployment.asleep():
+        await live.policy.unload(name)
+        await live.policy.load(name, str(other))
+    assert any(f"{name} is not the same after sleeping" in text for text in told), told
+    await until(lambda: live.policy.version == name)  # the watcher loads what was registered, and proves it
+    await live.deployment.rollback()
+
+
+async def test_a_run_that_fails_wakes_vllm(live, monkeypatch):
+    monkeypatch.setattr("bot.policy.LULL_SECONDS", 0.5)
+    with pytest.raises(ZeroDivisionError):
+        async with live.deployment.asleep():
+            raise ZeroDivisionError
+    assert (await say(live, "hello")).finish_reason == "stop"

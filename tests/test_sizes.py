@@ -35,6 +35,10 @@ def test_parameters_are_those_of_the_published_models(name):
     assert shape_of(settings(name)).billions == pytest.approx(MODELS[name][-1], rel=0.01)
 
 
+def test_a_size_is_told_as_people_say_it():
+    assert [shape_of(settings(name)).size for name in ("Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-8B")] == ["596M", "1.72B", "8.19B"]
+
+
 def test_the_size_of_a_saved_model_is_counted(demo_model):
     shape = read_shape(demo_model)
     assert shape.family == "qwen3"

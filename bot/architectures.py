@@ -1,0 +1,116 @@
+"""Architectures: which model classes the installed vLLM serves with adapters, and which transformers trains.
+
+Both keep tables in their source. They are read, not imported: importing either takes seconds and hundreds of megabytes,
+which the serving process does not need for anything else.
+"""
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+LOOKUP_SECONDS = 180
+TABLES = ("_TEXT_GENERATION_MODELS", "_MULTIMODAL_MODELS", "_TRANSFORMERS_SUPPORTED_MODELS")
+NEIGHBOURS = "vllm.model_executor.models."
+ASK_VLLM = "import sys; from vllm.config import ModelConfig; ModelConfig(model=sys.argv[1])"
+
+
+def is_served(architecture: str, model: str) -> bool:
+    """Tell whether the installed vLLM can serve a model's architecture; True where no vLLM is installed to ask.
+
+    What its table does not name it may still serve through transformers: then it is asked, which takes some seconds.
+    """
+    table = vllm_table()
+    if not table or architecture in table:
+        return True
+    command = [sys.executable, "-c", ASK_VLLM, model]
+    try:
+        return subprocess.run(command, capture_output=True, timeout=LOOKUP_SECONDS, check=False).returncode == 0
+    except subprocess.TimeoutExpired:
+        return True  # it will say so itself
+
+
+def takes_adapters(architecture: str) -> bool:
+    """Tell whether vLLM serves LoRA adapters on an architecture; True for those that its table does not name."""
+    entry = vllm_table().get(architecture)
+    return entry is None or _inherits(*entry, frozenset())
+
+
+def is_trained(model_type: str) -> bool:
+    """Tell whether transformers has a decoder with an output layer for a `model_type`."""
+    table = _tables(
+        _package("transformers") / "models" / "auto" / "modeling_auto.py", ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",)
+    )
+    return not table or model_type in table
+
+
+@cache
+def vllm_table() -> dict[str, tuple[str, str]]:
+    """Read vLLM's table of architectures: the module and the class that serves each. Empty without vLLM."""
+    found = _tables(_package("vllm") / "model_executor" / "models" / "registry.py", TABLES)
+    return {name: entry for name, entry in found.items() if isinstance(entry, tuple) and len(entry) == 2}
+
+
+def _package(name: str) -> Path:
+    found = importlib.util.find_spec(name)
+    return Path((found.submodule_search_locations or [""])[0]) if found else Path("nowhere")
+
+
+def _tables(file: Path, names: tuple[str, ...]) -> dict:
+    """The literal entries of dicts and OrderedDicts that a module assigns to some names."""
+    if not file.is_file():
+        return {}
+    found: dict = {}
+    for node in ast.parse(file.read_text()).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        if not any(isinstance(target, ast.Name) and target.id in names for target in targets):
+            continue
+        for part in ast.walk(node):
+            pairs: list[tuple[ast.expr | None, ast.expr]] = []
+            if isinstance(part, ast.Dict):
+                pairs = list(zip(part.keys, part.values, strict=True))
+            elif isinstance(part, ast.Tuple) and len(part.elts) == 2 and isinstance(part.elts[0], ast.Constant):
+                pairs = [(part.elts[0], part.elts[1])]
+            for key, value in pairs:
+                if isinstance(key, ast.Constant) and key.value not in found:
+                    try:
+                        found[key.value] = ast.literal_eval(value)
+                    except ValueError:
+                        continue
+    return found
+
+
+def _inherits(module: str, name: str, seen: frozenset[tuple[str, str]]) -> bool:
+    """Whether one of vLLM's model classes says that it takes adapters, itself or through what it is made of."""
+    file = _package("vllm") / "model_executor" / "models" / f"{module}.py"
+    if (module, name) in seen or not file.is_file():
+        return not file.is_file()  # a package, or elsewhere: vLLM will say so itself
+    imported, classes = _names(file)
+    if name not in classes:
+        return name not in imported or _inherits(imported[name], name, seen | {(module, name)})
+    for base in classes[name]:
+        if base == "SupportsLoRA":
+            return True
+        if base in classes and _inherits(module, base, seen | {(module, name)}):
+            return True
+        if base in imported and base not in classes and _inherits(imported[base], base, seen | {(module, name)}):
+            return True
+    return False
+
+
+@cache
+def _names(file: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """What a module imports from its neighbours (and from which), and its classes with the names of their bases."""
+    imported: dict[str, str] = {}
+    classes: dict[str, list[str]] = {}
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            is_neighbour = node.level == 1 or node.module.startswith(NEIGHBOURS)
+            module = node.module.removeprefix(NEIGHBOURS)
+            if is_neighbour and module not in ("interfaces", "utils"):
+                imported |= {alias.asname or alias.name: module for alias in node.names}
+        elif isinstance(node, ast.ClassDef):
+            classes[node.name] = [base.id for base in node.bases if isinstance(base, ast.Name)]
+    return imported, classes

@@ -1,0 +1,46 @@
+"""ModelChoice: the base model of a command, made or found, checked, and the config as suits it.
+
+Every command that chats, serves, simulates, measures or trains begins here, before anything starts or connects.
+"""
+
+from collections.abc import Callable
+
+from bot import cli
+from bot.cli import announce
+from bot.config import Config
+from bot.model_check import check_model
+from bot.sampling import apply_sampling_defaults, describe_sampling
+from bot.sizes import apply_size_defaults, describe_sizes
+from learning import pretrain as pretraining
+
+Announce = Callable[[str], None]
+
+
+def base_model(config: Config, tell: Announce = announce) -> str:
+    """The base model that the config names, as something that transformers and vLLM load; the demo is made on first use."""
+    with cli.progress_bar() as progress:
+        return pretraining.base_model(config, tell, progress)
+
+
+def sized_model(config: Config, tell: Announce = announce) -> tuple[Config, str]:
+    """Return the config with what it leaves open set as suits the base model, and the model, as vLLM loads it."""
+    model = base_model(config, tell)
+    if pretraining.is_toy(model):  # the config's own defaults are the toy's
+        return config, model
+    return apply_size_defaults(apply_sampling_defaults(config, model), model), model
+
+
+def with_model(config: Config, tell: Announce = announce, serves: bool = True) -> tuple[Config, str]:
+    """As `sized_model`, of a model that is checked, with the share of the GPU that vLLM takes.
+
+    Raises ConfigError, before anything starts or connects, where it cannot be trained here or, if it `serves`, be served.
+    """
+    found, model = sized_model(config, tell)
+    plan = check_model(found, model, serves)
+    if not pretraining.is_toy(model):
+        tell(describe_sampling(config, model))
+        tell(describe_sizes(found, model, config))
+    if plan is not None:
+        tell(plan.line)
+        found = found.model_copy(update={"serving": found.serving.model_copy(update={"memory_share": plan.share})})
+    return found, model

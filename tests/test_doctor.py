@@ -1,0 +1,99 @@
+"""The doctor: a row for each thing that is needed, on the real vLLM and with a real training step."""
+
+import asyncio
+import json
+import shutil
+import socket
+
+import pytest
+from test_cli import kibitz, refused, write_config
+
+from bot.config import load
+from bot.data_directory import held
+from bot.doctor import Row, Skipped, check_ports, examine, machine_checks, works
+from bot.errors import ConfigError
+from learning.objectives import usable_rows
+from learning.self_test import SelfTest, made_rows
+
+
+def rows_of(config) -> dict[str, Row]:
+    return {row.what: row for row in examine(machine_checks(config))}
+
+
+def test_an_error_for_people_is_a_row_with_what_to_do():
+    def broken() -> str:
+        raise ConfigError("the key is gone; look under the mat; or in the pot")
+
+    def beside_the_point() -> str:
+        raise Skipped("there is no door")
+
+    rows = examine([("key", broken), ("door", beside_the_point), ("house", lambda: "stands")])
+    assert rows == [
+        Row("key", "not", "the key is gone; look under the mat", "or in the pot"),
+        Row("door", "skip", "there is no door"),
+        Row("house", "ok", "stands"),
+    ]
+    assert not works(rows)
+    assert works(rows[1:])
+    with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
+        examine([("bug", lambda: str(1 / 0))])
+
+
+def test_the_machine_that_passes_these_tests_is_well(config):
+    config = config.model_copy(update={"web": config.web.model_copy(update={"port": 0})})
+    rows = rows_of(config)
+    assert works(list(rows.values())), rows
+    assert set(rows) == {"Python", "torch", "vLLM", "GPU", "memory", "disk", "ports", "database"}
+
+
+def test_a_port_that_is_taken_and_a_database_that_is_none(config, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        busy = config.model_copy(update={"web": config.web.model_copy(update={"port": port})})
+        row = rows_of(busy)["ports"]
+        assert row.outcome == "not"
+        assert f"web.port has value {port}" in row.found
+        assert row.to_do == "free it, or choose another"
+        with held(config.data, "serve"), pytest.raises(Skipped):
+            check_ports(busy)
+    (tmp_path / "kibitz.db").write_text("no database " * 1000)
+    assert rows_of(load(data_dir=str(tmp_path)))["database"].outcome == "not"
+
+
+def test_what_a_step_is_made_on_is_of_use_to_every_objective(tokenizer):
+    rows = made_rows(tokenizer, 8, 40)
+    assert all(len(row.prompt_ids) + len(row.completion_ids) == 40 for row in rows)
+    for objective in ("kto", "dpo", "sft", "pg", "hindsight", "mixed"):
+        assert len(usable_rows(rows, objective)) >= 4
+
+
+def test_a_quick_look_at_a_model_that_is_broken(tmp_path, demo_model):
+    broken = shutil.copytree(demo_model, tmp_path / "model")
+    next(broken.glob("*.safetensors")).unlink()
+    config = write_config(tmp_path, str(broken), "")
+    config.write_text(config.read_text() + "[web]\nport = 0\n")
+    done = kibitz("doctor", "--quick", "--config", config, "--json", tmp_path / "out.json")
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    figures = json.loads((tmp_path / "out.json").read_text())["figures"]
+    assert figures["model"]["outcome"] == "not"
+    assert figures["model"]["to_do"] == "download it again"
+    assert figures["chat template"]["outcome"] == "skip"
+    assert "one token" not in figures
+    for command in ("chat", "serve", "simulate"):
+        refused(kibitz(command, "--config", config), "there are no weights")
+
+
+async def test_one_token_and_one_training_step(live, config):
+    """On the one vLLM of the run, given by its URL; the step is a child process."""
+    serving = config.serving.model_copy(update={"url": live.policy.url})
+    config = config.model_copy(update={"serving": serving})
+
+    def look() -> dict[str, Row]:
+        with SelfTest(config, lambda: (config, config.policy.model)) as test:
+            return {row.what: row for row in examine(test.checks(quick=False))}
+
+    rows = await asyncio.to_thread(look)
+    assert works(list(rows.values())), rows
+    assert "log-probability -" in rows["one token"].found
+    assert "loss" in rows["one training step"].found
