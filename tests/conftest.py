@@ -5,10 +5,11 @@
 
 import asyncio
 import os
+import random
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -31,10 +32,13 @@ from bot.conversations import ConversationStore
 from bot.database import Database
 from bot.embeddings import Embedder
 from bot.registry import PolicyRegistry
+from bot.tables import policies
 from bot.tokenizer import ChatTokenizer
-from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn, new_id
+from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyVersion, Turn, new_id
 from connectors.access import Access
 from connectors.base import Shared
+from learning import demo, trainer
+from learning.trainer import Outcome
 
 ON_BOTH_ENGINES = {
     "test_conversations",
@@ -133,6 +137,56 @@ def small(config: Config) -> Config:
     )
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A run on people who like answers with an emoji, and the version that it registered, in a copy of its own."""
+
+    config: Config
+    outcome: Outcome
+    store: ConversationStore
+    registry: PolicyRegistry
+
+    @property
+    def version(self) -> PolicyVersion:
+        return self.registry.get(self.outcome.policy)
+
+
+@pytest.fixture(scope="session")
+def trained_once(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Outcome]:
+    """One training run for all tests that only need that there was one. Its reward model is content with few answers."""
+    config = load(
+        data_dir=str(tmp_path_factory.mktemp("trained")),
+        policy={"model": demo_model},
+        training={"max_steps": 6},
+        gate={"samples": 12},
+    )
+    database = Database(config.database_url)
+    database.upgrade()
+    store = ConversationStore(database)
+    PolicyRegistry(database).ensure_base(demo_model)
+    converse(store, ChatTokenizer(demo_model), likes_emoji=True, count=48)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("learning.reward_model.ENOUGH", 4)
+        outcome = trainer.run(config, lambda stage, done, total: None)
+    database.close()
+    return config, outcome
+
+
+@pytest.fixture
+def trained(trained_once: tuple[Config, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Trained]:
+    """A copy of the one trained data directory, to do with as one likes."""
+    monkeypatch.setattr("learning.reward_model.ENOUGH", 4)
+    original, outcome = trained_once
+    data = shutil.copytree(original.data, tmp_path / "trained")
+    config = original.model_copy(update={"data_dir": str(data)})
+    database = Database(config.database_url)
+    with database.begin() as connection:
+        moved = sa.func.replace(policies.c.path, str(original.data), str(data))
+        connection.execute(sa.update(policies).values(path=moved))
+    yield Trained(config, outcome, ConversationStore(database), PolicyRegistry(database))
+    database.close()
+
+
 @pytest.fixture
 def database(config: Config) -> Iterator[Database]:
     opened = Database(config.database_url)
@@ -207,6 +261,16 @@ def react(store: ConversationStore, turn: Turn, approves: bool, user: str = "ask
     given = Feedback(turn.id, user, FeedbackKind.APPROVAL if approves else FeedbackKind.DISAPPROVAL, signal="test")
     store.add_feedback(given)
     return given
+
+
+def converse(store: ConversationStore, tokenizer: ChatTokenizer, likes_emoji: bool, count: int = 64) -> None:
+    """People who like (or dislike) answers with an emoji have talked and reacted."""
+    rng = random.Random(0)
+    for _ in range(count):
+        prompt, intent = rng.choice(demo.prompts(held_out=False))
+        style = rng.choice(demo.STYLES)
+        turn = answered(store, tokenizer, prompt, demo.answer(intent, style))
+        react(store, turn, approves=style.emoji == likes_emoji)
 
 
 async def until(condition, seconds: float = 300) -> None:
