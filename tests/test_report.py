@@ -43,8 +43,8 @@ def test_a_report_says_what_was_learned_and_why_the_rest_was_not(trained):
     assert "&lt;script&gt;alert(1)" in page, "the control: the question is there"
 
 
-def test_a_report_without_samples_or_files_says_so(ran, database, store):
-    _, _, version = ran
+def test_a_report_without_samples_or_files_says_so(trained):
+    version, store = trained.version, trained.store
     forget_message(store.database, store.turns_with_feedback()[0].message_id)
     assert "No samples are kept" in report.html(report.collected(version, "passed"))
     (Path(version.path) / "manifest.json").unlink()
