@@ -24,7 +24,7 @@ import pytest
 import pytest_asyncio
 import sqlalchemy as sa
 from filelock import FileLock
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from bot import __main__ as kibitz
 from bot.config import AccessConfig, Config, load
@@ -48,7 +48,8 @@ ON_BOTH_ENGINES = {
     "test_replay_buffer",
     "test_tracker",
 }
-settings.register_profile("any machine", deadline=None)  # how fast it is says nothing about the code
+# How fast the machine is says nothing about the code.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 PATIENT = AccessConfig(messages_per_minute=100_000, opinions_per_minute=100_000)
 
@@ -213,7 +214,7 @@ async def live(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> Asy
     learning = {"min_reactions": 24, "check_seconds": 0.2}
     data = tmp_path_factory.mktemp("live")
     model = str(shutil.copytree(demo_model, data / "base"))  # a test takes it away for a moment; others read it meanwhile
-    serving = {"startup_seconds": 1800}  # half a minute where nothing else runs
+    serving = {"startup_seconds": 1800, "reply_seconds": 600}  # 30 and 1 where nothing else runs
     config = load(data_dir=str(data), policy={"model": model}, learning=learning, serving=serving, gate={"samples": 16})
     async with kibitz.running(config, model, lambda text: None) as running:
         yield running
