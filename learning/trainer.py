@@ -7,8 +7,8 @@ It reads the database and writes one directory under `policies/`, whose manifest
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,7 @@ from learning.evaluation import (
     kl_to_base,
     margin_interval,
     next_logprobs,
+    preserve_random_state,
     token_rows,
 )
 from learning.model import as_base, not_finite, save, served, settle, to_train
@@ -281,7 +282,7 @@ def _train(
     if config.training.processes > 1:
         trained = teach_together(config, model, parent.base_model, *rows)
     else:
-        trained = teach(config, model, tokenizer, *rows)
+        trained = teach(config, model, tokenizer, *rows, earlier)
     if trained["stopped"] and not trained["kept"]:
         raise NothingToLearn(f"what was learned did only harm ({trained['stopped']}); more reactions may help")
     progress("measuring", 0, 1)
@@ -329,8 +330,12 @@ def teach(
     held_out: Sequence[Experience],
     prompts: Sequence[Sequence[int]],
     progress: Progress,
+    earlier: Sequence[Sample] = (),
 ) -> dict[str, Any]:
-    """Train a model in place, watched by a Guard on held-out answers and on samples to the first of `prompts`."""
+    """Train a model in place, watched by a Guard on held-out answers and on samples to the first of `prompts`.
+
+    `earlier` are samples of the model as it is now, if there are any.
+    """
     from transformers import set_seed
 
     from learning.guard import Guard, Health, Limits
@@ -342,16 +347,19 @@ def teach(
     start: list[np.ndarray] = []  # of the run, nats a token of what is watched
 
     def health() -> Health:
-        with _torch_as_it_was():
+        with preserve_random_state():
             told = batched_logprobs(model, watched)
             if not all(row.isfinite().all() for row in (*told, *next_logprobs(model, prompts[:WATCHED]))):
                 # nothing can be sampled from it, nor measured of it
                 raise TrainingError("what the policy gives became NaN; lower training.learning_rate")
             now = np.array(_means(told))
-            if not start:
+            is_first = not start
+            if is_first:
                 start.append(now)
-            told_now = prompts[:WATCHED], config.policy.max_tokens, config.seed, config.policy.truncation
-            samples = generate(model, tokenizer, *told_now)
+            samples = earlier[:WATCHED] if is_first else ()
+            if not samples:
+                asked = prompts[:WATCHED], config.policy.max_tokens, config.seed, config.policy.truncation
+                samples = generate(model, tokenizer, *asked)
             return Health(
                 liked=float(now[: len(liked)].mean()) if liked else None,
                 kl=kl_to_base(model, samples),
@@ -378,18 +386,6 @@ def _asked(snapshot: Snapshot, count: int) -> dict[tuple[int, ...], str]:
 
 def _well_formed(samples: list[Sample]) -> float:
     return sum(sample.well_formed for sample in samples) / max(len(samples), 1)
-
-
-@contextmanager
-def _torch_as_it_was() -> Iterator[None]:
-    """What is sampled inside does not change what is drawn after it."""
-    import torch
-
-    state = torch.random.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.random.set_rng_state(state)
 
 
 def _means(rows: list) -> list[float]:
