@@ -1,3 +1,11 @@
 """kibitz, the half that hears, answers and remembers."""
 
+import os
+
 __version__ = "0.1.0"
+
+# Threads of torch (libgomp) that wait for each other sleep. They would spin, which beside another busy process on few cores
+# takes 10 to 80 times as long (docs/experiments.md). Read when torch is loaded; vLLM, which has cores of its own, is spared.
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+for _name, _value in WAITING.items():
+    os.environ.setdefault(_name, _value)

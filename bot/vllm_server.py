@@ -15,7 +15,7 @@ import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
-from bot import children
+from bot import WAITING, children
 from bot.accelerator import GIB, has_gpu, read_card
 from bot.config import Config
 from bot.data_directory import is_held
@@ -166,7 +166,8 @@ class VllmServer:
             defaults |= {"VLLM_CPU_KVCACHE_SPACE": "1"}
         if self.config.training.weights == "full" or self.config.serving.sleep_while_training:
             defaults["VLLM_SERVER_DEV_MODE"] = "1"  # without it weights cannot be changed, and vLLM does not sleep
-        return {**defaults, **os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+        inherited = {name: value for name, value in os.environ.items() if WAITING.get(name) != value}
+        return {**defaults, **inherited, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
 
     def _why(self) -> str:
         """Why vLLM failed, in its own words, and what to do where that is known."""

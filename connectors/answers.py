@@ -157,10 +157,10 @@ class Answers:
             log.warning("an opinion was dropped: %s", error)
 
     async def reconcile(self, turn_id: str, messages: Collection[str], there: set[Reaction], read_at: datetime) -> None:
-        """Bring the reactions on a turn to those that the platform shows on its `messages`, as they were at `read_at`.
+        """Make the recorded reactions on a turn those that its `messages` had at `read_at`, when the platform was read.
 
-        What is missing is added, what is gone is taken back; events that come meanwhile have their one effect. Whoever was
-        forgotten is not heard again by this way.
+        Add what is missing and take back what is gone. Events that arrive meanwhile are counted once. People who were
+        forgotten are left out.
         """
         forgotten = await self._call(self.users.forgotten, self.platform)
         said = await self._said_of(turn_id)
@@ -186,7 +186,7 @@ class Answers:
         recorded = self._reactions_among(await self._said_of(turn_id))
         for (user, given), kind in sorted(recorded.items()):
             if symbol in (None, given):
-                self.opinions.cleared((message_id, user, given))
+                self.opinions.forget((message_id, user, given))
                 await self.dialogue.record_feedback(Feedback(turn_id, user, kind, given, retracts=True))
 
     async def _said_of(self, turn_id: str) -> list[Feedback]:

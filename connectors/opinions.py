@@ -1,7 +1,7 @@
-"""Opinions as they arrive: which of them are recorded, and that each is counted once.
+"""Opinions as they arrive: decide which are recorded, and count each of them once.
 
-A platform may deliver an event again, and its API may show a reaction whose event is still on its way to us. What is kept
-here to tell is bounded, and lost without harm. It knows no database.
+A platform may deliver an event twice, and its API may show a reaction before we get the event. The memory that detects
+this is bounded and is not stored. It knows no database.
 """
 
 from collections import Counter, OrderedDict
@@ -60,10 +60,10 @@ class Opinions:
                     del self._writing[reaction]
 
     def claim(self, messages: Iterable[str], user: str, symbol: str, is_removal: bool, read_at: datetime) -> bool:
-        """Whether to record what the API said, at `read_at`, of a reaction on one of the `messages` (parts of one answer).
+        """Whether to record a reaction (or its removal) that the API showed, at `read_at`, on parts of one answer.
 
-        Its event says the same where that is being written, and something newer where it came after `read_at`. An event
-        that was shed is counted no longer once it is recorded in this way; one that comes later is a repetition.
+        Not if an event of this reaction is being written or was shed after `read_at`: that event is newer or the same. A
+        shed event stops counting as shed when its reaction is recorded here. A later event that says the same is ignored.
         """
         reactions = [(message, user, symbol) for message in messages]
         shed = [self._shed[one] for one in reactions if one in self._shed]
@@ -75,8 +75,8 @@ class Opinions:
             _remember(self._read, one, is_removal)
         return True
 
-    def cleared(self, reaction: Reaction) -> None:
-        """A reaction is gone without an event of its own: the next one is no repetition."""
+    def forget(self, reaction: Reaction) -> None:
+        """Take the next event of a reaction as new: it was cleared without an event of its own."""
         self._read.pop(reaction, None)
 
     def _count_shed(self, reaction: Reaction, event_id: str | None) -> None:

@@ -254,13 +254,24 @@ def _answer_logits(model: Any, batch: Rows) -> list["torch.Tensor"]:
 
 
 def next_logprobs(model: Any, prefixes: Sequence[Sequence[int]]) -> list["torch.Tensor"]:
-    """The log-probabilities (vocabulary,) of the token after each prefix, one prefix at a time."""
+    """The log-probabilities (vocabulary,) of the token after each prefix, without padding.
+
+    Prefixes that begin a longer one are read with it, once.
+    """
     import torch
 
     model.eval()
+    found: dict[tuple[int, ...], torch.Tensor] = {}
+    wanted = {tuple(prefix) for prefix in prefixes}
     with torch.no_grad():
-        ids = [torch.tensor([[*prefix]], device=model.device) for prefix in prefixes]
-        return [model(input_ids=row).logits[0, -1].float().log_softmax(-1).cpu() for row in ids]
+        for longest in sorted(wanted, key=len, reverse=True):
+            if longest in found:
+                continue
+            begun = [prefix for prefix in wanted if prefix == longest[: len(prefix)] and prefix not in found]
+            places = torch.tensor([len(prefix) - 1 for prefix in begun], device=model.device)
+            logits = model(input_ids=torch.tensor([longest], device=model.device)).logits[0, places]
+            found.update(zip(begun, logits.float().log_softmax(-1).cpu(), strict=True))
+    return [found[tuple(prefix)] for prefix in prefixes]
 
 
 def perplexity(logprobs: Sequence["torch.Tensor"]) -> float:

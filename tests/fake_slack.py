@@ -191,7 +191,7 @@ class FakeSlack:
         raise AssertionError(f"there is no button {act}: {message['blocks']}")
 
     def lose_patience(self) -> None:
-        """What was delivered and is not acked yet is delivered again now."""
+        """Deliver again now what is not acked yet."""
         for waiting in self._waiting.values():
             if not waiting.done():
                 waiting.set_exception(TimeoutError())

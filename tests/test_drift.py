@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import react
-from test_training import converse, quiet
+from conftest import converse, react
+from test_training import quiet
 
 from bot.errors import NothingToLearn
 from bot.registry import BASE

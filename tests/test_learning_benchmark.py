@@ -114,6 +114,7 @@ def test_an_interrupted_grid_goes_on_where_it_was(tmp_path, monkeypatch):
     assert list(learning_grid.kept_points(kept, learning_grid.mark_of(config, "model"))) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("anchored", [True, False])
 def test_random_reactions_do_not_move_the_policy_and_without_the_anchor_they_do(demo_model, anchored):
     """Ten rounds in which the adapter goes on from where it was, on shuffled reactions."""

@@ -350,6 +350,7 @@ async def test_overhead_is_measured_against_the_same_prompts(live):
     assert all(figures[name] > 0 for name in wanted if name.startswith("throughput"))
 
 
+@pytest.mark.slow
 async def test_a_simulation_judges_every_version_beside_a_frozen_control(live):
     learner = OnlineLearner(live.store, live.deployment, live.config)
     people = simulated_people.People(simulated_people.emoji, reaction_rate=1.0, noise=0.0, seed=0)

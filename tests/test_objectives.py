@@ -81,6 +81,7 @@ def test_an_objective_makes_liked_answers_likelier_than_disliked_ones(fresh, tok
     assert math.isfinite(figures["train_loss"])
 
 
+@pytest.mark.slow
 def test_whole_weights_learn_from_every_objective_and_are_drawn_to_the_base(demo_model, tokenizer):
     whole = {"weights": "full", "full_learning_rate": 3e-4}
     model = load(Config(training=whole), demo_model)

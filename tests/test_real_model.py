@@ -22,7 +22,7 @@ from learning.evaluation import answer_logprobs
 from learning.model import served
 from learning.probe import mean_distance
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("built-in model")]
 
 EVERYDAY = [
     *("hello, how are you?", "what should i cook tonight?", "how do i make tea?", "i am tired today.", "tell me a joke."),

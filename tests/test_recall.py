@@ -201,6 +201,7 @@ async def test_vectors_of_another_model_are_made_anew_and_never_compared(store, 
         assert "late" not in {row.space for row in connection.execute(embeddings.select())}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remembered", [DialogueConfig().remembered, 0])
 async def test_who_refers_to_what_was_said_fifty_turns_ago_is_understood(store, recall, tokenizer, remembered):
     """Simulated people: for at least 95 of 100 it is in the prompt; by recency alone, for none."""

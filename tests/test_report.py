@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import answered, react
-from test_training import converse, quiet
+from conftest import answered, converse, react
+from test_training import quiet
 
 from bot.errors import DataError
 from bot.forgetting import forget_message
@@ -17,23 +17,8 @@ from learning.explanation import explained
 from learning.replay_buffer import ReplayBuffer
 
 
-@pytest.fixture
-def ran(config, store, registry, tokenizer, monkeypatch):
-    """A run on people who like emoji, and a reward model that is content with few answers."""
-    monkeypatch.setattr("learning.reward_model.ENOUGH", 4)
-    small = config.model_copy(
-        update={
-            "training": config.training.model_copy(update={"max_steps": 6}),
-            "gate": config.gate.model_copy(update={"samples": 12}),
-        }
-    )
-    converse(store, tokenizer, likes_emoji=True, count=48)
-    outcome = trainer.run(small, quiet)
-    return small, outcome, registry.get(outcome.policy)
-
-
-def test_a_report_says_what_was_learned_and_why_the_rest_was_not(ran):
-    _, outcome, version = ran
+def test_a_report_says_what_was_learned_and_why_the_rest_was_not(trained):
+    outcome, version = trained.outcome, trained.version
     found = report.collected(version, "passed")
     assert found["trained_on"] == outcome.training
     assert found["held_out"] == outcome.held_out
@@ -58,9 +43,9 @@ def test_a_report_says_what_was_learned_and_why_the_rest_was_not(ran):
     assert "&lt;script&gt;alert(1)" in page, "the control: the question is there"
 
 
-def test_a_report_without_samples_or_files_says_so(ran, database, store):
-    _, _, version = ran
-    forget_message(database, store.turns_with_feedback()[0].message_id)
+def test_a_report_without_samples_or_files_says_so(trained):
+    version, store = trained.version, trained.store
+    forget_message(store.database, store.turns_with_feedback()[0].message_id)
     assert "No samples are kept" in report.html(report.collected(version, "passed"))
     (Path(version.path) / "manifest.json").unlink()
     with pytest.raises(DataError, match="left no files"):
@@ -73,8 +58,8 @@ def test_what_changed_most_comes_first():
     assert report.style([]) == []
 
 
-def test_a_turn_is_explained_with_its_reward_and_the_runs_that_used_it(ran, store, registry):
-    config, _, version = ran
+def test_a_turn_is_explained_with_its_reward_and_the_runs_that_used_it(trained):
+    config, version, store, registry = trained.config, trained.version, trained.store, trained.registry
     rows = json.loads((Path(version.path) / "manifest.json").read_text())["rows"]
     account = explained(rows[0][0], store, registry, config.rewards)
     assert [used.policy for used in account.used] == [version.name]
@@ -86,8 +71,8 @@ def test_a_turn_is_explained_with_its_reward_and_the_runs_that_used_it(ran, stor
         explained("nothing", store, registry, config.rewards)
 
 
-def test_what_was_taken_back_is_told_and_the_next_report_names_it(ran, store, registry):
-    config, _, version = ran
+def test_what_was_taken_back_is_told_and_the_next_report_names_it(trained):
+    config, version, store, registry = trained.config, trained.version, trained.store, trained.registry
     rows = json.loads((Path(version.path) / "manifest.json").read_text())["rows"]
     [given] = store.feedback_of([rows[0][0]])[rows[0][0]]
     store.add_feedback(replace(given, id="later", at=given.at.replace(year=given.at.year + 1), event_id=None, retracts=True))

@@ -50,6 +50,7 @@ def test_what_people_like_is_found_on_conversations_that_were_not_seen(embedder)
     assert cat > 0.7 > 0.3 > tax
 
 
+@pytest.mark.slow
 def test_where_there_is_nothing_to_find_it_finds_nothing(embedder):
     model = RewardModel(embedder, seed=0)
     found = [figures(model.fit(rated(lambda about, rng: rng.random() < 0.5, seed)), seed=0) for seed in range(6)]
@@ -85,6 +86,7 @@ def words_of(tokenizer, likes, count: int = 288, seed: int = 0) -> list[Experien
     return found
 
 
+@pytest.mark.slow
 def test_the_base_model_with_a_head_learns_what_people_like_and_nothing_from_chance(demo_model, tokenizer):
     config = Config()
     model = LmRewardModel(demo_model, config)

@@ -1,10 +1,13 @@
 """What a training run costs: that it is measured against the plain script, not how fast this machine is."""
 
+import pytest
+
 from bot.config import Config
 from learning import train_benchmark
 from learning.replay_buffer import Experience
 
 
+@pytest.mark.slow
 def test_each_objective_is_measured_beside_the_plain_script(demo_model, monkeypatch):
     monkeypatch.setattr(train_benchmark, "OBJECTIVES", ("mixed",))
     monkeypatch.setattr(train_benchmark, "STEPS", 2)

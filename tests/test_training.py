@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import answered, react
+from conftest import answered, converse, react
 
 from bot.config import Config, TrainingConfig, load
 from bot.data_directory import held
@@ -27,16 +27,6 @@ from learning.version_files import is_whole
 
 def quiet(stage: str, done: int, total: int) -> None:
     pass
-
-
-def converse(store, tokenizer, likes_emoji: bool, count: int = 64) -> None:
-    """People who like (or dislike) answers with an emoji have talked and reacted."""
-    rng = random.Random(0)
-    for _ in range(count):
-        prompt, intent = rng.choice(demo.prompts(held_out=False))
-        style = rng.choice(demo.STYLES)
-        turn = answered(store, tokenizer, prompt, demo.answer(intent, style))
-        react(store, turn, approves=style.emoji == likes_emoji)
 
 
 def with_training(config: Config, **changes) -> Config:
@@ -73,7 +63,7 @@ def test_the_same_feedback_and_seed_give_the_same_bytes_and_another_seed_does_no
     assert len({outcome.policy for outcome in outcomes}) == 3
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_random_reactions_do_not_pass_the_gate(small, store, registry, tokenizer, kind):
     """One in a thousand would pass; that it is no more than the confidence says, is shown in test_evaluation."""
     strict = small.gate.model_copy(update={"confidence": 0.999})
@@ -104,6 +94,7 @@ def test_a_run_without_usable_rewards_registers_nothing(small, store, registry, 
     assert [version.name for version in registry.all()] == [BASE]
 
 
+@pytest.mark.slow
 def test_each_so_many_th_run_begins_at_the_base_again(small, store, registry, tokenizer):
     converse(store, tokenizer, likes_emoji=True)
     anew = small.model_copy(update={"learning": small.learning.model_copy(update={"from_base_every": 2})})
@@ -114,7 +105,14 @@ def test_each_so_many_th_run_begins_at_the_base_again(small, store, registry, to
     assert registry.get(third).parent == first  # the control
 
 
-@pytest.mark.parametrize(("kind", "objective"), [("lora", "kto"), ("full", "kto"), ("lora", "mixed")])
+@pytest.mark.parametrize(
+    ("kind", "objective"),
+    [
+        ("lora", "kto"),
+        pytest.param("full", "kto", marks=pytest.mark.slow),
+        pytest.param("lora", "mixed", marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_teach_what_one_does_and_say_what_it_would_say(small, demo_model, store, tokenizer, kind, objective):
     converse(store, tokenizer, likes_emoji=True, count=48)
     small = with_training(small, weights=kind, full_learning_rate=3e-4, objective=objective)
@@ -141,6 +139,7 @@ def test_two_processes_teach_what_one_does_and_say_what_it_would_say(small, demo
         teach_together(with_training(config, objective="dpo"), model, demo_model, *lesson)
 
 
+@pytest.mark.slow
 def test_whole_weights_go_on_from_whole_ones_and_adapters_begin_at_the_base(small, store, registry, tokenizer, tmp_path):
     converse(store, tokenizer, likes_emoji=True)
     whole = with_training(small, weights="full", full_learning_rate=3e-4)
