@@ -6,8 +6,9 @@ import shutil
 import socket
 
 import pytest
-from test_cli import kibitz, refused, write_config
+from test_cli import here, refused, write_config  # noqa: F401 (a fixture)
 
+import bot.__main__  # noqa: F401 (it adds the commands)
 from bot.config import load
 from bot.data_directory import held
 from bot.doctor import Row, Skipped, check_ports, examine, machine_checks, works
@@ -67,21 +68,22 @@ def test_what_a_step_is_made_on_is_of_use_to_every_objective(tokenizer):
         assert len(usable_rows(rows, objective)) >= 4
 
 
-def test_a_quick_look_at_a_model_that_is_broken(tmp_path, demo_model):
+def test_a_quick_look_at_a_model_that_is_broken(tmp_path, demo_model, here):  # noqa: F811 (the fixture)
     broken = shutil.copytree(demo_model, tmp_path / "model")
     next(broken.glob("*.safetensors")).unlink()
     config = write_config(tmp_path, str(broken), "")
     config.write_text(config.read_text() + "[web]\nport = 0\n")
-    done = kibitz("doctor", "--quick", "--config", config, "--json", tmp_path / "out.json")
+    done = here("doctor", "--quick", "--config", config, "--json", tmp_path / "out.json")
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
+    assert not done.stderr.strip()
     figures = json.loads((tmp_path / "out.json").read_text())["figures"]
     assert figures["model"]["outcome"] == "not"
     assert figures["model"]["to_do"] == "download it again"
     assert figures["chat template"]["outcome"] == "skip"
     assert "one token" not in figures
-    for command in ("chat", "serve", "simulate"):
-        refused(kibitz(command, "--config", config), "there are no weights")
+    for command in (["chat"], ["serve"], ["simulate", "--model", broken]):
+        refused(here(*command, "--config", config), "there are no weights")
 
 
 async def test_one_token_and_one_training_step(live, config):
