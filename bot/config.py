@@ -29,6 +29,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 
 
+PERSONA = "You are kibitz, a friendly regular of this chat."  # of every model but the toy, where dialogue.persona is not set
+
+
 class Section(BaseModel):
     """A part of the config: immutable, and without unknown keys."""
 

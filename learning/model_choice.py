@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from bot import cli
 from bot.cli import announce
-from bot.config import Config
+from bot.config import PERSONA, Config
 from bot.model_check import check_model
 from bot.sampling import apply_sampling_defaults, describe_sampling
 from bot.sizes import apply_size_defaults, describe_sizes
@@ -17,7 +17,7 @@ Announce = Callable[[str], None]
 
 
 def base_model(config: Config, tell: Announce = announce) -> str:
-    """The base model that the config names, as something that transformers and vLLM load; the demo is made on first use."""
+    """The base model that the config names, as something that transformers and vLLM load; the toy is made on first use."""
     with cli.progress_bar() as progress:
         return pretraining.base_model(config, tell, progress)
 
@@ -27,6 +27,8 @@ def sized_model(config: Config, tell: Announce = announce) -> tuple[Config, str]
     model = base_model(config, tell)
     if pretraining.is_toy(model):  # the config's own defaults are the toy's
         return config, model
+    if "persona" not in config.dialogue.model_fields_set:
+        config = config.model_copy(update={"dialogue": config.dialogue.model_copy(update={"persona": PERSONA})})
     return apply_size_defaults(apply_sampling_defaults(config, model), model), model
 
 
