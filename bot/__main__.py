@@ -24,7 +24,7 @@ from connectors.base import Connector
 from learning import bench_commands, commands
 from learning.commands import with_model
 from learning.loop import OnlineLearner
-from learning.pretrain import TOY, is_toy
+from learning.pretrain import is_toy
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
@@ -130,7 +130,7 @@ def simulate(
 
     found = configured(config, data_dir, seed, model)
     cli.check_writable(json_file, plot)
-    usual = simulated_people.usual(found.policy.model in TOY or is_toy(found.policy.model))
+    usual = simulated_people.usual(is_toy(found.policy.model))
     users, rounds = users or usual.users, rounds or usual.rounds
     messages = messages or usual.messages
     reaction_rate = usual.reaction_rate if reaction_rate is None else reaction_rate
@@ -189,8 +189,8 @@ def measure(
 
 @bench.command("swap")
 def bench_swap(
-    swaps: Annotated[int, typer.Option(min=1)] = 6,
-    requests: Annotated[int, typer.Option(min=16, help="Requests without swaps; at least as many with them.")] = 600,
+    swaps: Annotated[int | None, typer.Option(min=1)] = None,
+    requests: Annotated[int | None, typer.Option(min=16, help="Requests without swaps; at least as many with them.")] = None,
     concurrent: Annotated[int, typer.Option(min=1)] = 16,
     json_file: JsonFile = None,
     model: ModelName = "toy",
@@ -203,6 +203,9 @@ def bench_swap(
 
     found = configured(config, data_dir, seed, model)
 
+    usual = benchmark.usual(found.policy.model)
+    swaps, requests = swaps or usual.swaps, requests or usual.requests
+
     async def job(kibitz: Kibitz, progress: Progress) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(dir=found.data) as scratch:
             sources = [Path(scratch) / f"weights-{number}" for number in range(2)]
@@ -212,13 +215,13 @@ def bench_swap(
             tokenizer = kibitz.dialogue.tracker.tokenizer
             return await benchmark.swap(kibitz.deployment, tokenizer, sources, swaps, requests, concurrent, progress)
 
-    measure("bench swap", found, job, json_file, {"concurrent": concurrent})
+    measure("bench swap", found, job, json_file, {"concurrent": concurrent, "swaps": swaps, "requests": requests})
 
 
 @bench.command("overhead")
 def bench_overhead(
-    messages: Annotated[int, typer.Option(min=16, help="Messages in one block.")] = 128,
-    blocks: Annotated[int, typer.Option(min=1)] = 3,
+    messages: Annotated[int | None, typer.Option(min=16, help="Messages in one block.")] = None,
+    blocks: Annotated[int | None, typer.Option(min=1)] = None,
     json_file: JsonFile = None,
     model: ModelName = "toy",
     config: ConfigFile = None,
@@ -230,8 +233,12 @@ def bench_overhead(
 
     found = configured(config, data_dir, seed, model)
 
+    usual = benchmark.usual(found.policy.model)
+    alone = 0 if messages else usual.alone
+    messages, blocks = messages or usual.messages, blocks or usual.blocks
+
     async def job(kibitz: Kibitz, progress: Progress) -> dict[str, Any]:
-        return await benchmark.overhead(kibitz.dialogue, kibitz.policy, messages, blocks, found.seed, progress)
+        return await benchmark.overhead(kibitz.dialogue, kibitz.policy, messages, blocks, found.seed, progress, alone)
 
     measure("bench overhead", found, job, json_file, {"messages": messages, "blocks": blocks})
 

@@ -88,7 +88,7 @@ def bench_train(
     with cli.progress_bar() as progress:
         figures = train_benchmark.measure(found, base, progress)
     cli.print_figures(figures)
-    cli.write_json(json_file, "bench train", figures, {"model": found.policy.model, "rows": train_benchmark.ROWS})
+    cli.write_json(json_file, "bench train", figures, {"model": found.policy.model, "rows": train_benchmark.SIZE.rows})
 
 
 @bench.command("tracker")

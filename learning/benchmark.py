@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from bot.accelerator import has_gpu
 from bot.config import Config
 from bot.dialogue import DialogueManager, ReplyOptions
 from bot.policy import TOP_LOGPROBS, Policy
@@ -29,6 +30,7 @@ from bot.tracker import Context
 from bot.types import Conversation, Message, PolicyVersion, new_id, now
 from learning import demo
 from learning.deployment import Deployment
+from learning.pretrain import is_toy
 from learning.version_files import fingerprint
 
 Progress = Callable[[str, int, int], None]
@@ -38,6 +40,23 @@ LINES = 4  # messages in one conversation
 LENGTH = 32  # tokens of each answer, whatever was sampled: so that what is compared does the same work
 PROMPTS = 24  # different ones under load
 STALL = 5.0  # an answer is stalled if it takes this many times what the same one takes without swaps
+
+
+@dataclass(frozen=True)
+class Usual:
+    """How much is measured where nothing else is asked for."""
+
+    swaps: int
+    requests: int
+    messages: int
+    alone: int
+    blocks: int
+
+
+def usual(model: str) -> Usual:
+    """Return how much is measured of the toy policy or on a GPU, or, some minutes on two cores, of another without one."""
+    is_fast = is_toy(model) or has_gpu()
+    return Usual(6, 600, 128, 128, 3) if is_fast else Usual(swaps=4, requests=160, messages=64, alone=16, blocks=2)
 
 
 def random_version(config: Config, base_model: str, directory: Path, seed: int) -> None:
@@ -276,13 +295,13 @@ Job = Callable[[Any, int, str], Awaitable[Any]]  # one line of a conversation, i
 
 
 async def overhead(
-    dialogue: DialogueManager, policy: Policy, messages: int, blocks: int, seed: int, progress: Progress
+    dialogue: DialogueManager, policy: Policy, messages: int, blocks: int, seed: int, progress: Progress, alone: int = 0
 ) -> dict[str, float]:
     """DialogueManager against the same prompts with the same sampling seeds straight to vLLM, in alternating blocks.
 
     All answers have LENGTH tokens, whatever was sampled, so that each side does the same work.
     "Straight" is the plain streamed chat completion that any client would send; "same request" is the one that kibitz sends:
-    token ids in, token ids and their log-probabilities out.
+    token ids in, token ids and their log-probabilities out. A block has `messages`, or `alone` where one is said at a time.
     """
 
     async def through(message: Message, number: int, _: str) -> None:
@@ -301,7 +320,8 @@ async def overhead(
         timings = {"dialogue": Timing(), "straight": Timing(), "same_request": Timing()}
         for block in range(-1, blocks):  # the first is for warming up and not counted
             rng = random.Random(f"{seed} {concurrent} {block}")
-            heard = [await _lines(dialogue, rng) for _ in range(messages // LINES)]
+            count = (alone or messages) if concurrent == 1 else messages
+            heard = [await _lines(dialogue, rng) for _ in range(count // LINES)]
             jobs: list[tuple[str, Job]] = [("straight", straight), ("same_request", same)]
             for name, job in [("dialogue", through), *rng.sample(jobs, 2)]:
                 progress("talking", done, 6 * (blocks + 1))

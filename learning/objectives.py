@@ -13,6 +13,7 @@ from its base.
 """
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -122,7 +123,7 @@ def train(
     while True:
         try:
             trainer = make(model, tokenizer, usable, config, arguments(config, batch_size, len(usable), seed, fit))
-            report_progress(trainer, "train", progress)
+            reporter = report_progress(trainer, "train", progress)
             for callback in (*([DrawnToBase(config)] if config.weights == "full" else []), *callbacks):
                 trainer.add_callback(callback)
             outcome = trainer.train()
@@ -143,6 +144,7 @@ def train(
         **{f"trl/{key}": value for key, value in measures.items()},
         "trl/first_reward": logged[0].get("rewards/chosen", 0.0) if logged else 0.0,
         "steps": outcome.global_step,
+        "step_seconds": reporter.seconds,
         "train_loss": outcome.training_loss,
         "rows": len(usable),
         "loss": [entry["loss"] for entry in logged],
@@ -233,19 +235,31 @@ def arguments(config: TrainingConfig, batch_size: int, rows: int, seed: int, fit
     }
 
 
-class _Reporter(TrainerCallback):
+class Reporter(TrainerCallback):
+    """Reports steps, and counts the seconds that were spent in them."""
+
     def __init__(self, stage: str, progress: Progress):
         self.stage, self.progress = stage, progress
+        self.seconds = 0.0
+        self._began = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the clock."""
+        self._began = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add what the step took, and report it."""
+        self.seconds += time.monotonic() - self._began
         self.progress(self.stage, state.global_step, state.max_steps)
 
 
-def report_progress(trainer: Trainer, stage: str, progress: Progress) -> None:
+def report_progress(trainer: Trainer, stage: str, progress: Progress) -> Reporter:
     """Report the steps of `trainer` to `progress(stage, done, total)` instead of printing them."""
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(_Reporter(stage, progress))
+    reporter = Reporter(stage, progress)
+    trainer.add_callback(reporter)
+    return reporter
 
 
 def _longest(row: Experience) -> int:

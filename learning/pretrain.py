@@ -55,8 +55,8 @@ class DemoRecipe:
 
 
 def is_toy(model: str) -> bool:
-    """Return whether a base model, as `base_model` gives it, is the toy policy."""
-    return Path(model).name.startswith("demo-")
+    """Return whether a base model, as a config names it or as `base_model` gives it, is the toy policy."""
+    return model in TOY or Path(model).name.startswith("demo-")
 
 
 def base_model(config: Config, tell: Callable[[str], None], progress: Progress) -> str:

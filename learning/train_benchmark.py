@@ -6,49 +6,111 @@ measurement has a process of its own, so that its peak of memory is its own; the
 Run: ``kibitz bench train``.
 """
 
+import json
 import multiprocessing
 import resource
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from bot.accelerator import has_gpu, read_card
 from bot.children import end_with_parent
-from bot.config import Config
+from bot.config import Config, DatabaseConfig
+from bot.model_shape import read_shape
 from bot.tokenizer import ChatTokenizer
 from learning import demo
+from learning.pretrain import is_toy
 from learning.replay_buffer import Experience, told
 
 Progress = Callable[[str, int, int], None]
 
 OBJECTIVES = ("kto", "dpo", "sft", "pg", "hindsight", "mixed")
-ROWS, STEPS, ROUNDS = 256, 48, 2
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured: rows, steps of each run, and runs of each kind."""
+
+    rows: int
+    steps: int
+    rounds: int
+
+
+SIZE = Size(256, 48, 2)
+ON_CPUS = Size(32, 4, 1)  # of a model that is no toy, without a GPU
+RATED = 96  # answers with an opinion, of which one whole run is made
+# Dense bfloat16 FLOP/s, from the makers' data sheets.
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "A10": 125e12, "3090": 71e12}
 
 
 def measure(config: Config, base_model: str, progress: Progress) -> dict[str, float]:
-    """For each objective tokens/s and peak memory as ratios to the plain script, the better of ROUNDS for each."""
+    """For each objective tokens/s and peak memory as ratios to the plain script, the better of some rounds for each."""
     figures: dict[str, float] = {}
-    training = config.training.model_copy(update={"max_steps": STEPS, "epochs": STEPS})
+    size = SIZE if is_toy(base_model) or has_gpu() else ON_CPUS
+    training = config.training.model_copy(update={"max_steps": size.steps, "epochs": size.steps})
     context = multiprocessing.get_context("spawn")
     for number, objective in enumerate(OBJECTIVES):
         settings = config.model_copy(update={"training": training.model_copy(update={"objective": objective})})
         speeds: dict[bool, list[float]] = {True: [], False: []}
         peaks: dict[bool, list[float]] = {True: [], False: []}
-        for turn in range(ROUNDS):
+        for turn in range(size.rounds):
             for plain in (True, False):
-                progress(objective, number * ROUNDS * 2 + turn * 2 + (not plain), len(OBJECTIVES) * ROUNDS * 2)
+                done = number * size.rounds * 2 + turn * 2 + (not plain)
+                progress(objective, done, len(OBJECTIVES) * size.rounds * 2)
                 with ProcessPoolExecutor(1, context, end_with_parent) as pool:
-                    speed, peak = pool.submit(_measured, settings, base_model, plain).result()
+                    speed, used = pool.submit(_measured, settings, base_model, plain, size).result()
                 speeds[plain].append(speed)
-                peaks[plain].append(peak)
+                peaks[plain].append(used)
         figures[f"{objective}_tokens_per_s"] = max(speeds[False])
         figures[f"{objective}_tokens_per_s_ratio"] = max(speeds[False]) / max(speeds[True])
         figures[f"{objective}_peak_memory_ratio"] = min(peaks[False]) / min(peaks[True])
+    progress("one whole run", 0, 1)
+    with ProcessPoolExecutor(1, context, end_with_parent) as pool:
+        figures["steps_share_of_run"] = pool.submit(_steps_share, config, base_model).result()
+    if (peak := _card_peak()) is not None:
+        parameters = read_shape(base_model).parameters
+        for objective in OBJECTIVES:  # 4 · parameters · tokens: an adapter needs no gradients of the weights
+            figures[f"{objective}_share_of_peak"] = 4 * parameters * figures[f"{objective}_tokens_per_s"] / peak
     return figures
 
 
-def _measured(config: Config, base_model: str, plain: bool) -> tuple[float, float]:
+def _steps_share(config: Config, base_model: str) -> float:
+    """The share of one whole run, from reading what people said to the verdict, that is spent in training steps."""
+    from bot.cli import opened
+    from learning import importers, trainer
+
+    place = Path(tempfile.mkdtemp(prefix="bench-", dir=config.data))
+    try:
+        apart = config.model_copy(update={"data_dir": str(place), "database": DatabaseConfig()})
+        rated = place / "rated.jsonl"
+        rows = [
+            json.dumps({"messages": dialogue, "rating": bool(number % 2)})
+            for number, dialogue in enumerate(demo.dialogues(RATED, config.seed))
+        ]
+        rated.write_text("\n".join(rows), encoding="utf-8")
+        recording = importers.read(rated, "openai")
+        database, store, registry = opened(apart)
+        registry.ensure_base(base_model)
+        store.add_dialogues(recording.dialogues)
+        database.close()
+        outcome = trainer.run(apart, lambda *_: None, space=recording.space, from_base=True)
+        return float(outcome.figures["steps_share_of_run"])
+    finally:
+        shutil.rmtree(place)
+
+
+def _card_peak() -> float | None:
+    """The bfloat16 peak (FLOP/s, dense) of the GPU, by its name; None without one that is known."""
+    card = read_card()
+    return None if card is None else next((peak for name, peak in PEAKS.items() if name in card.name), None)
+
+
+def _measured(config: Config, base_model: str, plain: bool, size: Size) -> tuple[float, float]:
     """Tokens/s, of the tokens that the steps of one run read, and its peak memory (bytes)."""
     import torch
 
@@ -58,7 +120,7 @@ def _measured(config: Config, base_model: str, plain: bool) -> tuple[float, floa
 
     quiet()
     tokenizer = ChatTokenizer(base_model, config.policy.template_args)
-    rows = _rows(tokenizer, config.seed)
+    rows = _rows(tokenizer, size.rows, config.seed)
     model = load(config, base_model)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -70,7 +132,7 @@ def _measured(config: Config, base_model: str, plain: bool) -> tuple[float, floa
         train(model, tokenizer.hf, rows, config.training, config.seed, lambda *_: None)
     seconds = time.monotonic() - began
     reads_pairs = config.training.objective == "dpo" or (config.training.objective == "mixed" and not plain)
-    share = STEPS * config.training.batch_size / len(used)
+    share = size.steps * config.training.batch_size / len(used)
     speed = share * sum(_length(row, reads_pairs) for row in used) / seconds
     if torch.cuda.is_available():
         return speed, float(torch.cuda.max_memory_allocated())
@@ -114,10 +176,10 @@ def _plain(model: Any, tokenizer: ChatTokenizer, rows: Sequence[Experience], con
     made.train()
 
 
-def _rows(tokenizer: ChatTokenizer, seed: int) -> list[Experience]:
+def _rows(tokenizer: ChatTokenizer, count: int, seed: int) -> list[Experience]:
     """Answers of the demo set, every other one liked, each with a worse one to the same prompt and a comment."""
     found = []
-    for number, dialogue in enumerate(demo.dialogues(ROWS, seed)):
+    for number, dialogue in enumerate(demo.dialogues(count, seed)):
         prompt = tuple(tokenizer.prompt_ids(dialogue[:-1]))
         answer = tuple(tokenizer.completion_ids(dialogue[-1]["content"]))
         sign = 1.0 if number % 2 else -1.0

@@ -7,6 +7,7 @@ It reads the database and writes one directory under `policies/`, whose manifest
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -105,6 +106,7 @@ def run(config: Config, progress: Progress, space: str | None = None, from_base:
 
 
 def _run(config: Config, database: Database, progress: Progress, space: str | None, from_base: bool) -> Outcome:
+    began = time.monotonic()
     registry = PolicyRegistry(database)
     _clear_up(registry, config.data / "policies")
     live = registry.live()
@@ -125,6 +127,7 @@ def _run(config: Config, database: Database, progress: Progress, space: str | No
     try:
         unfinished.mkdir(parents=True)
         verdict, metrics = _train(config, lesson, tokenizer, embedding, unfinished, progress)
+        metrics["steps_share_of_run"] = metrics["step_seconds"] / (time.monotonic() - began)
         config.save(unfinished / "config.json")
         (unfinished / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True))
         (unfinished / "manifest.json").write_text(json.dumps(manifest | {"sha256": sha256}, indent=1, sort_keys=True))

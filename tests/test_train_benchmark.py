@@ -8,15 +8,17 @@ from learning.replay_buffer import Experience
 
 
 @pytest.mark.slow
-def test_each_objective_is_measured_beside_the_plain_script(demo_model, monkeypatch):
+def test_each_objective_is_measured_beside_the_plain_script(demo_model, monkeypatch, tmp_path):
     monkeypatch.setattr(train_benchmark, "OBJECTIVES", ("mixed",))
-    monkeypatch.setattr(train_benchmark, "STEPS", 2)
-    monkeypatch.setattr(train_benchmark, "ROUNDS", 1)
+    monkeypatch.setattr(train_benchmark, "SIZE", train_benchmark.Size(rows=256, steps=2, rounds=1))
     stages = []
-    figures = train_benchmark.measure(Config(), demo_model, lambda *told: stages.append(told))
-    assert set(figures) == {"mixed_tokens_per_s", "mixed_tokens_per_s_ratio", "mixed_peak_memory_ratio"}
+    figures = train_benchmark.measure(Config(data_dir=str(tmp_path)), demo_model, lambda *told: stages.append(told))
+    compared = {"mixed_tokens_per_s", "mixed_tokens_per_s_ratio", "mixed_peak_memory_ratio"}
+    assert set(figures) == compared | {"steps_share_of_run"}
     assert all(value > 0 for value in figures.values())
-    assert stages == [("mixed", 0, 2), ("mixed", 1, 2)]
+    assert figures["steps_share_of_run"] < 1
+    assert stages == [("mixed", 0, 2), ("mixed", 1, 2), ("one whole run", 0, 1)]
+    assert not list(tmp_path.iterdir()), "the run's own data is gone"
 
 
 def test_tokens_that_are_read_are_counted():
