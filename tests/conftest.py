@@ -30,12 +30,14 @@ from bot import app as kibitz
 from bot.config import AccessConfig, Config, load
 from bot.conversations import ConversationStore
 from bot.database import Database
+from bot.dialogue import Explanation
 from bot.embeddings import Embedder
 from bot.registry import PolicyRegistry
 from bot.tables import policies
 from bot.tokenizer import ChatTokenizer
 from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyVersion, Turn, new_id
 from connectors.access import Access
+from connectors.answers import Answers
 from connectors.base import Shared
 from learning import demo, trainer
 from learning.commands import with_model
@@ -227,6 +229,16 @@ async def live(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> Asy
 def shared(running: kibitz.Kibitz, access: AccessConfig = PATIENT) -> Shared:
     """What a connector is given, by default without a limit that tests would run into."""
     return kibitz.shared(running, Access(access))
+
+
+async def explained(running: kibitz.Kibitz, answers: Answers, message_id: str) -> Explanation:
+    """What a message of ours shows and what people said of it; waits until it is in the ledger and its turn is stored."""
+    async with asyncio.timeout(300):
+        while True:
+            turn_id = await answers.turn_of(message_id)
+            if turn_id is not None and await running.database.call(running.store.turn, turn_id) is not None:
+                return await running.dialogue.explain(turn_id)
+            await asyncio.sleep(0.02)
 
 
 def answered(

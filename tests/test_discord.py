@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import pytest_asyncio
-from conftest import PATIENT, shared, until
+from conftest import PATIENT, explained, shared, until
 from fake_discord import BOT, GUILD, SEE, TOKEN, FakeDiscord
 
 from bot.config import AccessConfig, DiscordConfig
@@ -59,8 +59,8 @@ async def answered(platform: FakeDiscord, channel: int, count: int = 1) -> dict:
 
 
 async def turn_of(live, bot: Discord, answer: dict):
-    turn_id = await bot.answers.turn_of(answer["id"])
-    return await live.dialogue.explain(turn_id)
+    """The turn of an answer, as soon as it is stored: people see it a moment before."""
+    return await explained(live, bot.answers, answer["id"])
 
 
 async def opinions(live, bot: Discord, answer: dict) -> dict[str, float]:

@@ -19,7 +19,7 @@ from platforms import PEOPLE, PLATFORMS, DiscordPlatform, Platform, Shown, Slack
 
 from bot.dialogue import LONGEST, spoken
 from bot.feedback import standing
-from bot.types import FeedbackKind
+from bot.types import FeedbackKind, Turn
 from connectors.benchmark import whole
 
 OPINION = {FeedbackKind.APPROVAL: True, FeedbackKind.DISAPPROVAL: False}
@@ -134,6 +134,7 @@ class Life:
                 if question.deleted:
                     assert turn is None
                     continue
+                assert turn is not None
                 assert spoken(turn).strip() == self.shown(answer).text.strip()
                 assert (await call(store.message, turn.message_id)).text == question.text
                 assert name_of(self.platform, turn.asker_id) == question.user
@@ -148,6 +149,14 @@ class Life:
                 return await self.fits(live)
             await asyncio.sleep(0.1)
         return await self.fits(live)
+
+
+async def stored(live, platform: Platform, answer: Shown) -> Turn:
+    """The turn of an answer, as soon as it is stored: people see it a moment before."""
+    async with asyncio.timeout(300):
+        while (turn := await live.database.call(live.store.turn, await platform.turn_of(answer))) is None:
+            await asyncio.sleep(0.02)
+    return turn
 
 
 def name_of(platform: Platform, user_id: str) -> str:
@@ -208,7 +217,7 @@ async def test_texts_of_every_kind_are_answered_at_bounded_cost(live, make):
         await platform.say(places[name], "ann", text)
     for name, place in places.items():
         [answer] = await whole(platform, place, 1)
-        turn = await live.database.call(live.store.turn, await platform.turn_of(answer))
+        turn = await stored(live, platform, answer)
         assert 0 < len(turn.prompt_ids) <= live.config.policy.context_tokens, name
         assert len(live.store.message(turn.message_id).text) <= LONGEST
     assert platform.fake.refused == []  # what came back was fit for the platform too
@@ -237,7 +246,7 @@ async def test_any_sequence_of_reactions_ends_in_what_the_platform_shows(live, m
             else:
                 shown[user].append(likes)
                 await platform.react(user, answer, likes)
-        turn_id = await platform.turn_of(answer)
+        turn_id = (await stored(live, platform, answer)).id
         expected = {user: opinions[-1] for user, opinions in shown.items() if opinions}
         found: dict[str, bool] = {}
 

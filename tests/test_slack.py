@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 import pytest_asyncio
-from conftest import PATIENT, shared, until
-from fake_slack import APP_TOKEN, BOT, BOT_TOKEN, FakeSlack
+from conftest import PATIENT, explained, shared, until
+from fake_slack import APP_TOKEN, BOT, BOT_TOKEN, NUMBERS, FakeSlack
 from slack_sdk.signature import SignatureVerifier
 
 from bot.config import AccessConfig, SlackConfig
@@ -64,12 +64,9 @@ async def quiet(bot: Slack) -> None:
     await until(lambda: not bot.lanes._workers and not reads())
 
 
-channels = iter(range(1, 1000))
-
-
 def channel(kind: str = "C") -> str:
-    """A new channel (C) or direct message (D)."""
-    return f"{kind}{next(channels)}"
+    """A new channel (C) or direct message (D). No other test of the run has it: what is gone there would be forgotten."""
+    return f"{kind}{next(NUMBERS)}"
 
 
 async def answered(platform: FakeSlack, place: str, count: int = 1) -> dict:
@@ -79,8 +76,8 @@ async def answered(platform: FakeSlack, place: str, count: int = 1) -> dict:
 
 
 async def told(live, bot: Slack, answer: dict):
-    turn_id = await bot.answers.turn_of(f"{answer['channel']}:{answer['ts']}")
-    return await live.dialogue.explain(turn_id)
+    """The turn of an answer, as soon as it is stored: people see it a moment before."""
+    return await explained(live, bot.answers, f"{answer['channel']}:{answer['ts']}")
 
 
 async def opinions(live, bot: Slack, answer: dict) -> dict[str, float]:
@@ -215,15 +212,18 @@ async def test_a_growing_answer_is_stopped_by_its_button_and_by_slack_itself(liv
 
 
 async def test_what_is_changed_or_deleted_while_it_waits_is_answered_as_it_is_then(live, platform, bot, monkeypatch):
-    reply, free = live.policy.reply, asyncio.Event()
+    reply, begun, free = live.policy.reply, asyncio.Event(), asyncio.Event()
 
     async def held(*prompt, **options):
+        begun.set()
         await free.wait()
         return await reply(*prompt, **options)
 
     monkeypatch.setattr(live.policy, "reply", held)
     direct = channel("D")
-    said = [await platform.say(direct, ANN, text) for text in ("hello", "tell me a joke", "good night")]
+    said = [await platform.say(direct, ANN, "hello")]
+    await begun.wait()  # it is not shown what is said from here on
+    said += [await platform.say(direct, ANN, text) for text in ("tell me a joke", "good night")]
     await platform.delete(direct, said[1])
     await platform.edit(direct, said[2], "what should i eat")
     free.set()
