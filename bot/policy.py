@@ -13,7 +13,7 @@ import contextlib
 import json
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import aiohttp
@@ -60,7 +60,7 @@ class Policy:
         self.weights: str | None = base  # None: not known
         self.takes_weights = False
         self.is_asleep = False
-        self.exact_tokens: int | None = None  # benchmarks: all answers are so long, whatever ends them
+        self.exact_tokens: int | None = None  # see `exactly`
         self.base_name = BASE  # as the server calls it
         # A reply that fails is tried again here, before its first token only; never behind our back.
         self._http = aiohttp.ClientSession(
@@ -185,6 +185,15 @@ class Policy:
                     if "error" in event:
                         raise ServingError(f"vLLM failed: {event['error']}")
                     yield event
+
+    @contextlib.contextmanager
+    def exactly(self, tokens: int) -> Iterator[None]:
+        """Inside, all answers have so many tokens, whatever was sampled: benchmarks compare the same work."""
+        self.exact_tokens = tokens
+        try:
+            yield
+        finally:
+            self.exact_tokens = None
 
     async def drain(self, version: str, seconds: float = 60) -> bool:
         """Wait until no request for `version` is in flight; False if some still are after `seconds`."""

@@ -28,7 +28,8 @@ class Opinions:
         self._access, self._platform = access, platform
         self._waiting = 0
         self._writing: Counter[Reaction] = Counter()
-        self._shed: OrderedDict[Reaction, datetime] = OrderedDict()  # when the last event of a reaction was shed
+        # When the last event of a reaction was shed, and whether it was a removal.
+        self._shed: OrderedDict[Reaction, tuple[datetime, bool]] = OrderedDict()
         self._read: OrderedDict[Reaction, bool] = OrderedDict()  # recorded from the API, before its event: was it a removal?
         self._events: OrderedDict[str, bool] = OrderedDict()  # by id: was it shed?
 
@@ -42,7 +43,7 @@ class Opinions:
         if self._read.pop(reaction, None) is given.retracts:
             yield False  # the API told of it first: it is recorded
         elif self._waiting >= WAITING or not self._access.may_judge(self._platform, given.user_id):
-            self._count_shed(reaction, given.event_id)
+            self._count_shed(reaction, given)
             yield False
         else:
             self._shed.pop(reaction, None)
@@ -63,13 +64,13 @@ class Opinions:
         """Whether to record a reaction (or its removal) that the API showed, at `read_at`, on parts of one answer.
 
         Not if an event of this reaction is being written or was shed after `read_at`: that event is newer or the same. A
-        shed event stops counting as shed when its reaction is recorded here. A later event that says the same is ignored.
+        shed event stops counting as shed when what it said is recorded here. A later event that says the same is ignored.
         """
         reactions = [(message, user, symbol) for message in messages]
         shed = [self._shed[one] for one in reactions if one in self._shed]
-        if any(one in self._writing for one in reactions) or any(at > read_at for at in shed):
+        if any(one in self._writing for one in reactions) or any(at > read_at for at, _ in shed):
             return False
-        self._access.shed -= bool(shed)
+        self._access.shed -= any(was_removal is is_removal for _, was_removal in shed)
         for one in reactions:
             self._shed.pop(one, None)
             _remember(self._read, one, is_removal)
@@ -79,14 +80,14 @@ class Opinions:
         """Take the next event of a reaction as new: it was cleared without an event of its own."""
         self._read.pop(reaction, None)
 
-    def _count_shed(self, reaction: Reaction, event_id: str | None) -> None:
-        if event_id is not None:
-            if event_id in self._events:
+    def _count_shed(self, reaction: Reaction, given: Feedback) -> None:
+        if given.event_id is not None:
+            if given.event_id in self._events:
                 return  # delivered again: it is recorded, being recorded, or counted
-            _remember(self._events, event_id, True)
+            _remember(self._events, given.event_id, True)
         self._access.shed += 1
         if reaction[0]:
-            _remember(self._shed, reaction, now())
+            _remember(self._shed, reaction, (now(), given.retracts))
 
 
 def _remember(known: OrderedDict[Key, Value], key: Key, value: Value) -> None:

@@ -214,59 +214,59 @@ async def swap(
     apart (`versions_apart_nats`); without swaps answers are up to `rounding_nats` from it.
     """
     policy = deployment.policy
-    policy.exact_tokens = LENGTH
-    prompts = long_prompts(tokenizer, PROMPTS)
-    reached: defaultdict[int, asyncio.Event] = defaultdict(asyncio.Event)  # how many requests are finished
-    finished = 0
+    with policy.exactly(LENGTH):
+        prompts = long_prompts(tokenizer, PROMPTS)
+        reached: defaultdict[int, asyncio.Event] = defaultdict(asyncio.Event)  # how many requests are finished
+        finished = 0
 
-    def done() -> None:
-        nonlocal finished
-        finished += 1
-        reached[finished].set()
-        progress("streaming load", finished, 2 * requests)
+        def done() -> None:
+            nonlocal finished
+            finished += 1
+            reached[finished].set()
+            progress("streaming load", finished, 2 * requests)
 
-    expected: Expected = {}
-    said_by: list[dict[Prompt, Reference]] = []
-    for source in sources:  # what each set of weights says, from a version of its own on a quiet server
-        version = await go_live(deployment, source)
-        said_by.append(await references(policy, version.name, prompts))
-        expected[version.name] = said_by[-1]
-    await load(policy, islice(cycle(prompts), 64), concurrent, lambda: None)  # warms up, not counted
-    quiet, usual = [], []
-    for source, said in zip(sources, said_by, strict=True):  # answers of other weights have other lengths
-        expected[(await go_live(deployment, source)).name] = said
-        quiet.append(await load(policy, islice(cycle(prompts), requests // len(sources)), concurrent, done))
-        usual.append(_usual(quiet[-1][0]))
-    swapped = asyncio.Event()
-    until_swapped = takewhile(lambda _: not swapped.is_set(), cycle(prompts))
-    busy = asyncio.create_task(load(policy, until_swapped, concurrent, done))
-    usual_of = {policy.version: usual[-1]}
-    for number in range(swaps):
+        expected: Expected = {}
+        said_by: list[dict[Prompt, Reference]] = []
+        for source in sources:  # what each set of weights says, from a version of its own on a quiet server
+            version = await go_live(deployment, source)
+            said_by.append(await references(policy, version.name, prompts))
+            expected[version.name] = said_by[-1]
+        await load(policy, islice(cycle(prompts), 64), concurrent, lambda: None)  # warms up, not counted
+        quiet, usual = [], []
+        for source, said in zip(sources, said_by, strict=True):  # answers of other weights have other lengths
+            expected[(await go_live(deployment, source)).name] = said
+            quiet.append(await load(policy, islice(cycle(prompts), requests // len(sources)), concurrent, done))
+            usual.append(_usual(quiet[-1][0]))
+        swapped = asyncio.Event()
+        until_swapped = takewhile(lambda _: not swapped.is_set(), cycle(prompts))
+        busy = asyncio.create_task(load(policy, until_swapped, concurrent, done))
+        usual_of = {policy.version: usual[-1]}
+        for number in range(swaps):
+            await reached[finished + requests // swaps].wait()
+            version = await go_live(deployment, sources[number % len(sources)])
+            expected[version.name] = said_by[number % len(sources)]
+            usual_of[version.name] = usual[number % len(sources)]
         await reached[finished + requests // swaps].wait()
-        version = await go_live(deployment, sources[number % len(sources)])
-        expected[version.name] = said_by[number % len(sources)]
-        usual_of[version.name] = usual[number % len(sources)]
-    await reached[finished + requests // swaps].wait()
-    swapped.set()
-    answers, failed, seconds = await busy
-    still = [answer for part, _, _ in quiet for answer in part]
-    quiet_seconds = sum(part[2] for part in quiet)
-    rounding, differ = max(distances(still, expected)), apart(*said_by[:2])
-    return {
-        "swaps": len({answer.version for answer in answers}) - 1,
-        "requests": len(answers) + failed,
-        "failed": failed,
-        "mixed": mixed(answers, expected, differ / 2) if rounding < differ / 2 else None,  # None: not to be told apart
-        "rounding_nats": rounding,
-        "versions_apart_nats": differ,
-        "stalled": sum(answer.seconds > STALL * usual_of[answer.version][answer.prompt] for answer in answers),
-        "longest_s": max(answer.seconds for answer in answers),
-        "longest_s_without_swaps": max(answer.seconds for answer in still),
-        "throughput_ratio": _tokens(answers) / seconds / (_tokens(still) / quiet_seconds),
-        "p99_ratio": _percentile(answers, 99) / _percentile(still, 99),
-        "requests_without_swaps": len(still),
-        "tokens_per_s": _tokens(answers) / seconds,
-    }
+        swapped.set()
+        answers, failed, seconds = await busy
+        still = [answer for part, _, _ in quiet for answer in part]
+        quiet_seconds = sum(part[2] for part in quiet)
+        rounding, differ = max(distances(still, expected)), apart(*said_by[:2])
+        return {
+            "swaps": len({answer.version for answer in answers}) - 1,
+            "requests": len(answers) + failed,
+            "failed": failed,
+            "mixed": mixed(answers, expected, differ / 2) if rounding < differ / 2 else None,  # None: not to be told apart
+            "rounding_nats": rounding,
+            "versions_apart_nats": differ,
+            "stalled": sum(answer.seconds > STALL * usual_of[answer.version][answer.prompt] for answer in answers),
+            "longest_s": max(answer.seconds for answer in answers),
+            "longest_s_without_swaps": max(answer.seconds for answer in still),
+            "throughput_ratio": _tokens(answers) / seconds / (_tokens(still) / quiet_seconds),
+            "p99_ratio": _percentile(answers, 99) / _percentile(still, 99),
+            "requests_without_swaps": len(still),
+            "tokens_per_s": _tokens(answers) / seconds,
+        }
 
 
 def _usual(answers: Sequence[Answer]) -> dict[Prompt, float]:
@@ -315,28 +315,28 @@ async def overhead(
 
     figures: dict[str, float] = {}
     done = 0
-    policy.exact_tokens = LENGTH
-    for concurrent in (1, 16):
-        timings = {"dialogue": Timing(), "straight": Timing(), "same_request": Timing()}
-        for block in range(-1, blocks):  # the first is for warming up and not counted
-            rng = random.Random(f"{seed} {concurrent} {block}")
-            count = (alone or messages) if concurrent == 1 else messages
-            heard = [await _lines(dialogue, rng) for _ in range(count // LINES)]
-            jobs: list[tuple[str, Job]] = [("straight", straight), ("same_request", same)]
-            for name, job in [("dialogue", through), *rng.sample(jobs, 2)]:
-                progress("talking", done, 6 * (blocks + 1))
-                timing = await _at_a_time(concurrent, job, heard)
-                if name == "dialogue":  # what it was shown is what the others ask
-                    heard = [[(await _context(dialogue, line), number) for line, number in lines] for lines in heard]
-                if block >= 0:
-                    timings[name].seconds += timing.seconds
-                    timings[name].messages += timing.messages
-                done += 1
-        for name, suffix in (("straight", f"_{concurrent}"), ("same_request", f"_{concurrent}_same_request")):
-            figures |= {f"{key}{suffix}": value for key, value in _added(timings["dialogue"], timings[name]).items()}
-        figures[f"messages_per_s_{concurrent}"] = len(timings["dialogue"].messages) / timings["dialogue"].seconds
-        figures[f"straight_p50_ms_{concurrent}"] = 1000 * float(np.percentile(timings["straight"].messages, 50))
-    return figures
+    with policy.exactly(LENGTH):
+        for concurrent in (1, 16):
+            timings = {"dialogue": Timing(), "straight": Timing(), "same_request": Timing()}
+            for block in range(-1, blocks):  # the first is for warming up and not counted
+                rng = random.Random(f"{seed} {concurrent} {block}")
+                count = (alone or messages) if concurrent == 1 else messages
+                heard = [await _lines(dialogue, rng) for _ in range(count // LINES)]
+                jobs: list[tuple[str, Job]] = [("straight", straight), ("same_request", same)]
+                for name, job in [("dialogue", through), *rng.sample(jobs, 2)]:
+                    progress("talking", done, 6 * (blocks + 1))
+                    timing = await _at_a_time(concurrent, job, heard)
+                    if name == "dialogue":  # what it was shown is what the others ask
+                        heard = [[(await _context(dialogue, line), number) for line, number in lines] for lines in heard]
+                    if block >= 0:
+                        timings[name].seconds += timing.seconds
+                        timings[name].messages += timing.messages
+                    done += 1
+            for name, suffix in (("straight", f"_{concurrent}"), ("same_request", f"_{concurrent}_same_request")):
+                figures |= {f"{key}{suffix}": value for key, value in _added(timings["dialogue"], timings[name]).items()}
+            figures[f"messages_per_s_{concurrent}"] = len(timings["dialogue"].messages) / timings["dialogue"].seconds
+            figures[f"straight_p50_ms_{concurrent}"] = 1000 * float(np.percentile(timings["straight"].messages, 50))
+        return figures
 
 
 async def chat_completion(policy: Policy, messages: list[dict[str, str]], seed: int, salt: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest_asyncio
 from conftest import answered, until
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from bot.config import AccessConfig, PrivacyConfig, ReactionsConfig
@@ -138,6 +138,7 @@ async def test_each_event_is_recorded_or_shed_and_in_the_end_what_is_there_stand
 
     @settings(max_examples=300, suppress_health_check=list(HealthCheck))
     @given(moves=st.lists(st.sampled_from(MOVES), max_size=24))
+    @example(moves=["act", "act", "act", "flood", "flood", "read", "compare"])  # what is there is newer than what was shed
     def on_any_order(moves: list[str]) -> None:
         asyncio.run_coroutine_threadsafe(holds(moves), loop).result(600)
 

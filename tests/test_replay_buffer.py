@@ -151,3 +151,24 @@ def test_the_newest_turns_are_used_where_there_are_too_many(store, tokenizer):
     used = {one.turn_id for one in found.training + found.held_out}
     assert used == {turn.id for turn in turns[-4:]}
     assert sum(found.dropped.values()) == 6
+
+
+def test_what_people_said_of_another_base_models_answers_is_learned_from_as_texts(config, store, registry, tokenizer):
+    turn = answered(store, tokenizer, "hello", "Hey there!")
+    place = store.conversation(turn.conversation_id)
+    said = [one.id for one in store.messages(place.id)]
+    later = answered(
+        *(store, tokenizer, "and now?", "Good night."),
+        place=place,
+        shown=dict.fromkeys(said) | {"remembered": 0.9},
+        prompt_ids=(5, 6, 7),
+        completion_ids=(8, 9),
+    )
+    react(store, later, approves=True)
+    assert ReplayBuffer(store, tokenizer, config).snapshot().dropped == {"its token ids are those of another tokenizer": 1}
+    registry.ensure_base("/models/another", may_change=True)
+    (found,) = ReplayBuffer(store, tokenizer, config).snapshot().rated
+    chat = [("user", "hello"), ("assistant", "Hey there!"), ("user", "and now?")]
+    assert list(found.prompt_ids) == tokenizer.prompt_ids([{"role": role, "content": text} for role, text in chat])
+    assert list(found.completion_ids) == tokenizer.completion_ids("Good night.")
+    assert found.logprobs is None

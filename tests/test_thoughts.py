@@ -138,13 +138,13 @@ def test_sampling_for_the_gate_stops_there_too(demo_model, tokenizer, tmp_path):
 
     model = AutoModelForCausalLM.from_pretrained(demo_model)
     prompts = [tokenizer.prompt_ids(HELLO)]
-    (plain,) = generate(model, tokenizer, prompts, 32, seed=0, temperature=0.0)
+    (plain,) = generate(model, tokenizer, prompts, 32, seed=0, greedy=True)
     end = next(one for one in map(tokenizer.hf.decode, plain.completion_ids) if one in "!?.,")
     template = "{% for said in messages %}<|im_start|>{{ said.role }}\n{{ said.content }}" + end + "\n{% endfor %}"
     family = Family(template, end, "<|im_end|>")
     other = ChatTokenizer(make_tokenizer(demo_model, family, tmp_path / "tokenizer"))
     assert len(other.end_ids) == 2
-    (sooner,) = generate(model, other, prompts, 32, seed=0, temperature=0.0)
+    (sooner,) = generate(model, other, prompts, 32, seed=0, greedy=True)
     assert sooner.finished
     assert sooner.completion_ids == plain.completion_ids[: len(sooner.completion_ids)] != plain.completion_ids
     assert sooner.text == plain.text.partition(end)[0]
