@@ -25,6 +25,7 @@ from bot.registry import BASE
 
 HOST = "127.0.0.1"  # --api-key guards only /v1, so nobody but this machine may reach the rest
 PROBE_SECONDS = 10
+READ_AT_ONCE = 2048  # tokens, on CPUs: at least as many as the longest prompt
 RESTARTS = 5
 RUN_SECONDS = 3600  # the longest that a restart waits for a training run to give its memory back
 # vLLM's processes name themselves before each line, its logger adds level, time and place.
@@ -154,6 +155,7 @@ class VllmServer:
         if not has_gpu():
             # A prompt that is read in pieces ends the CPU engine (0.32) where its answer is sampled with a seed.
             flags += ["--enforce-eager", "--no-enable-chunked-prefill"]
+            options["--max-num-batched-tokens"] = str(max(longest, READ_AT_ONCE))
         elif serving.memory_share:
             options["--gpu-memory-utilization"] = f"{serving.memory_share:g}"
         return entry_point(self.model) + [part for pair in options.items() for part in pair] + flags + serving.extra_args
