@@ -16,7 +16,9 @@ from learning.processes import agreed
 
 CHECKS = 3  # in a run
 LUCK = 0.05  # a share of well-formed samples that a policy at the limit would fall below more often than this is luck
-LIKED_LOSS = 0.15  # nats a token that held-out answers that people liked may lose, against the start of the run
+# Nats a token that held-out answers that people liked may lose against the start of the run, at temperature 1: where a lower
+# temperature sharpens the distribution, the same step costs as much more.
+LIKED_LOSS = 0.15
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,16 @@ class Health:
 
 @dataclass(frozen=True)
 class Limits:
-    """The largest KL to the base (nats a token), and the smallest share of well-formed samples."""
+    """The largest KL to the base (nats a token), the smallest share of well-formed samples, and the policy's temperature."""
 
     kl: float
     well_formed: float
+    temperature: float = 1.0
+
+    @property
+    def liked_loss(self) -> float:
+        """How much held-out answers that people liked may lose (nats a token)."""
+        return LIKED_LOSS / self.temperature
 
 
 def due(steps: int) -> set[int]:
@@ -86,7 +94,7 @@ class Guard(TrainerCallback):
         """What is wrong, if anything."""
         if not now.kl <= max(self.limits.kl, first.kl):
             return f"KL to the base came to {now.kl:.3f} nats a token (gate.kl_budget {self.limits.kl:g})"
-        if first.liked is not None and now.liked is not None and not now.liked >= first.liked - LIKED_LOSS:
+        if first.liked is not None and now.liked is not None and not now.liked >= first.liked - self.limits.liked_loss:
             return f"held-out liked answers lost {first.liked - now.liked:.2f} nats a token"
         usual = min(self.limits.well_formed, first.well_formed / first.samples)
         if binomtest(now.well_formed, now.samples, usual, "less").pvalue < LUCK:

@@ -372,7 +372,7 @@ def teach(
             )
 
     set_seed(config.seed)
-    guard = Guard(health, Limits(config.gate.kl_budget, config.gate.well_formed))
+    guard = Guard(health, Limits(config.gate.kl_budget, config.gate.well_formed, config.policy.temperature))
     trained = train(model, tokenizer.hf, training, config.training, config.seed, progress, [guard])
     return {**trained, "stopped": guard.stopped, "kept": guard.kept, "checks": guard.checks}
 
