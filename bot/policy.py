@@ -301,8 +301,8 @@ class Policy:
         listed = (await self._admin("GET", "/v1/models"))["data"]
         return {model["id"] for model in listed if model.get("parent")}
 
-    async def next_logprobs(self, version: str, prompt_ids: Sequence[int]) -> dict[int, float]:
-        """The server's log-probabilities (nats) of the likeliest tokens to follow `prompt_ids`, at the policy's temperature.
+    async def next_logprobs(self, version: str, prompt_ids: Sequence[int], temperature: float) -> dict[int, float]:
+        """The server's log-probabilities (nats) of the likeliest tokens to follow `prompt_ids`, at a temperature.
 
         Nothing is cut away, as in the trainer. Asked by generating one token, as every answer is: `prompt_logprobs` beside
         other requests that use an adapter ends vLLM's CPU engine (0.32), and would pass by the prefix cache.
@@ -312,7 +312,7 @@ class Policy:
             "prompt": list(prompt_ids),
             "max_tokens": 1,
             "logprobs": TOP_LOGPROBS,
-            "temperature": self.config.temperature,
+            "temperature": temperature,
             "return_tokens_as_token_ids": True,
         }
         answer = await self._admin("POST", "/v1/completions", body)

@@ -79,7 +79,7 @@ def random_version(config: Config, base_model: str, directory: Path, seed: int) 
     prefixes = [ids[:end] for end in range(8, len(ids))]
     own = probe.measure(model, prefixes)
     with as_base(model):
-        probe.write(directory, prefixes, own, probe.measure(model, prefixes))
+        probe.write(directory, prefixes, own, probe.measure(model, prefixes), config.policy.temperature)
     (directory / "manifest.json").write_text("{}")
 
 

@@ -246,7 +246,7 @@ class Deployment:
         try:
             places = await asyncio.to_thread(probe.read, Path(version.path))
             for place in places:
-                listed = await self.policy.next_logprobs(version.name, place.prompt_ids)
+                listed = await self.policy.next_logprobs(version.name, place.prompt_ids, place.temperature)
                 floor = min(listed.values())  # a token that the server does not list is at most as likely as the last
                 served += [listed.get(token, floor) for token in place.tokens]
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -29,15 +29,14 @@ PROBED = 16  # tokens of an answer, in steps of four
 TOP = 8  # likeliest next tokens
 NAMES = ("candidate", "rounded", "parent")
 ROUNDINGS = 2.0  # a server rounds elsewhere than the trainer does, but no more than that
-HIDDEN = (
-    3.0  # roundings that a candidate must be from its parent: then a server that is one away is at most half as far from it
-)
+HIDDEN = 3.0  # roundings that a candidate must be from its parent: a server that is one away is then at most half as far
 
 
 @dataclass(frozen=True)
 class Place:
     """Token ids, the candidate's likeliest next tokens, and their log-probabilities (nats): the candidate's in float32, the
-    candidate's in the number format that is served, and its parent's in float32.
+    candidate's in the number format that is served, and its parent's in float32. All at the temperature that the version was
+    trained for, which the operator may change later.
     """
 
     prompt_ids: list[int]
@@ -45,6 +44,7 @@ class Place:
     candidate: list[float]
     rounded: list[float]
     parent: list[float]
+    temperature: float = 1.0
 
 
 def prefixes(model: "Model", tokenizer: ChatTokenizer, max_tokens: int, seed: int) -> list[list[int]]:
@@ -76,13 +76,15 @@ def measure(model: "Model", places: Sequence[Sequence[int]]) -> Probe:
         return Probe(next_logprobs(model, places), served)
 
 
-def write(directory: Path, places: Sequence[Sequence[int]], candidate: Probe, parent: Probe) -> list[Place]:
+def write(
+    directory: Path, places: Sequence[Sequence[int]], candidate: Probe, parent: Probe, temperature: float
+) -> list[Place]:
     """Save, and return, what a candidate and its parent hold of the candidate's likeliest next tokens at each place."""
     rows = []
     for place, own, rounded, other in zip(places, candidate.exact, candidate.served, parent.exact, strict=True):
         tokens = own.topk(TOP).indices
         values = [one[tokens].tolist() for one in (own, rounded, other)]
-        rows.append(Place([*place], tokens.tolist(), *values))
+        rows.append(Place([*place], tokens.tolist(), *values, temperature=temperature))
     (directory / FILE).write_text(json.dumps([asdict(row) for row in rows]))
     return rows
 

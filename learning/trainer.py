@@ -295,7 +295,9 @@ def _train(
     kl = kl_to_base(model, samples)
     save(model, directory)
     write_samples(directory, list(asked.values()), earlier, samples)
-    change = probe.distances(probe.write(directory, prefixes, probe.measure(model, prefixes), of_parent))
+    change = probe.distances(
+        probe.write(directory, prefixes, probe.measure(model, prefixes), of_parent, config.policy.temperature)
+    )
     evidence = Evidence(
         conversations=[row.unit for row in snapshot.held_out],
         signs=[1 if row.reward > 0 else -1 for row in snapshot.held_out],

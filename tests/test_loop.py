@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import random
 import re
 import shutil
@@ -163,6 +164,21 @@ async def test_a_candidate_that_the_server_serves_differently_is_rejected(live, 
     assert live.policy.version == before
     assert live.registry.get(version.name).state == PolicyState.REJECTED
     assert version.name not in await live.policy.loaded()
+
+
+async def test_a_version_is_proven_at_the_temperature_that_it_was_trained_for(live, tmp_path):
+    """An operator may change policy.temperature: that must not make the live version fail its probe at the next start."""
+    warm = live.config.model_copy(update={"policy": live.config.policy.model_copy(update={"temperature": 0.6})})
+    base = live.registry.base().base_model
+    await asyncio.to_thread(benchmark.random_version, warm, base, tmp_path / "warm", 41)
+    version = benchmark.register_copy(live.registry, tmp_path / "warm", live.config.data / "policies")
+    assert live.policy.config.temperature == 1.0
+    await live.deployment.deploy(version.name)
+    places = json.loads((Path(version.path) / "probe.json").read_text())
+    assert {place["temperature"] for place in places} == {0.6}
+    (Path(version.path) / "probe.json").write_text(json.dumps([{**place, "temperature": 1.0} for place in places]))
+    with pytest.raises(ServingError, match="failed its probe"):  # the control
+        await live.deployment._probe(live.registry.get(version.name))
 
 
 async def test_a_version_whose_files_changed_after_it_was_registered_is_refused(live, tmp_path):

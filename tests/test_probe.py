@@ -68,7 +68,7 @@ def test_what_rounding_hides_is_no_change_and_not_promoted(demo_model, tmp_path)
             if value.requires_grad and "lora_A" not in key:
                 value.data.add_(torch.randn_like(value), alpha=scale)
         (tmp_path / name).mkdir()
-        found[name] = probe.distances(probe.write(tmp_path / name, places, probe.measure(model, places), parent))
+        found[name] = probe.distances(probe.write(tmp_path / name, places, probe.measure(model, places), parent, 1.0))
         restore(model, start)
     assert found["tiny"].is_no_change
     assert not found["large"].is_no_change
