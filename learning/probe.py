@@ -83,8 +83,8 @@ def write(
     rows = []
     for place, own, rounded, other in zip(places, candidate.exact, candidate.served, parent.exact, strict=True):
         tokens = own.topk(TOP).indices
-        values = [one[tokens].tolist() for one in (own, rounded, other)]
-        rows.append(Place([*place], tokens.tolist(), *values, temperature=temperature))
+        exact, served, of_parent = (one[tokens].tolist() for one in (own, rounded, other))
+        rows.append(Place([*place], tokens.tolist(), exact, served, of_parent, temperature))
     (directory / FILE).write_text(json.dumps([asdict(row) for row in rows]))
     return rows
 
