@@ -233,9 +233,10 @@ async def swap(
             expected[version.name] = said_by[-1]
         await load(policy, islice(cycle(prompts), 64), concurrent, lambda: None)  # warms up, not counted
         quiet, usual = [], []
-        for source, said in zip(sources, said_by, strict=True):  # answers of other weights have other lengths
+        for source, said in zip(sources, said_by, strict=True):
             expected[(await go_live(deployment, source)).name] = said
-            quiet.append(await load(policy, islice(cycle(prompts), requests // len(sources)), concurrent, done))
+            count = max(requests // len(sources), len(prompts))  # what each prompt takes is asked for below
+            quiet.append(await load(policy, islice(cycle(prompts), count), concurrent, done))
             usual.append(_usual(quiet[-1][0]))
         swapped = asyncio.Event()
         until_swapped = takewhile(lambda _: not swapped.is_set(), cycle(prompts))

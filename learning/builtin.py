@@ -35,6 +35,8 @@ EXAMPLES = (
     ("how do i keep bread fresh?", "Keep it in a paper bag, and freeze what you will not eat soon."),
     ("i had a fight with my brother.", "That sounds hard. Maybe give it a day, then talk to him."),
 )
+# It repeats what it is shown of itself: more of a conversation than the last exchange makes its answers worse.
+DIALOGUE = {"recent": 2, "remembered": 0}
 # ChatML, as the model was trained, with a default system message of ours, and with the examples before what is said.
 CHAT_TEMPLATE = (
     "{% if messages and messages[0]['role'] == 'system' %}"

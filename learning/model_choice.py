@@ -11,6 +11,7 @@ from bot.config import PERSONA, Config
 from bot.model_check import check_model
 from bot.sampling import apply_sampling_defaults, describe_sampling
 from bot.sizes import apply_size_defaults, describe_sizes
+from learning import builtin
 from learning import pretrain as pretraining
 
 Announce = Callable[[str], None]
@@ -27,8 +28,9 @@ def sized_model(config: Config, tell: Announce = announce) -> tuple[Config, str]
     model = base_model(config, tell)
     if pretraining.is_toy(model):  # the config's own defaults are the toy's
         return config, model
-    if "persona" not in config.dialogue.model_fields_set:
-        config = config.model_copy(update={"dialogue": config.dialogue.model_copy(update={"persona": PERSONA})})
+    suits = {"persona": PERSONA, **(builtin.DIALOGUE if model == str(builtin.directory()) else {})}
+    unset = {name: value for name, value in suits.items() if name not in config.dialogue.model_fields_set}
+    config = config.model_copy(update={"dialogue": config.dialogue.model_copy(update=unset)})
     return apply_size_defaults(apply_sampling_defaults(config, model), model), model
 
 

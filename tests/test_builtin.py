@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from bot.config import load
+from bot.config import PERSONA, load
 from bot.errors import ConfigError
 from bot.tokenizer import ChatTokenizer
 from learning import builtin
@@ -37,6 +37,10 @@ def test_the_default_model_is_the_built_in_one_and_it_is_not_converted_twice(cac
     config, model = with_model(load(data_dir=str(cache / "data")))
     assert model == str(builtin.directory())
     assert config.policy.temperature == builtin.SAMPLING["temperature"]
+    assert (config.dialogue.persona, config.dialogue.recent, config.dialogue.remembered) == (PERSONA, 2, 0)
+    said = load(data_dir=str(cache / "data"), dialogue={"persona": "", "recent": 8})
+    told, _ = with_model(said)
+    assert (told.dialogue.persona, told.dialogue.recent, told.dialogue.remembered) == ("", 8, 0)
 
 
 @pytest.mark.parametrize("damage", ["a changed byte", "a missing file"])
