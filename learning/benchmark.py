@@ -56,7 +56,7 @@ class Usual:
 def usual(model: str) -> Usual:
     """Return how much is measured of the toy policy or on a GPU, or, some minutes on two cores, of another without one."""
     is_fast = is_toy(model) or has_gpu()
-    return Usual(6, 600, 128, 128, 3) if is_fast else Usual(swaps=4, requests=160, messages=64, alone=16, blocks=2)
+    return Usual(6, 600, 128, 128, 3) if is_fast else Usual(swaps=3, requests=64, messages=64, alone=16, blocks=2)
 
 
 def random_version(config: Config, base_model: str, directory: Path, seed: int) -> None:
