@@ -202,7 +202,6 @@ def bench_swap(
     from learning import benchmark
 
     found = configured(config, data_dir, seed, model)
-
     usual = benchmark.usual(found.policy.model)
     swaps, requests = swaps or usual.swaps, requests or usual.requests
 
@@ -232,7 +231,6 @@ def bench_overhead(
     from learning import benchmark
 
     found = configured(config, data_dir, seed, model)
-
     usual = benchmark.usual(found.policy.model)
     alone = 0 if messages else usual.alone
     messages, blocks = messages or usual.messages, blocks or usual.blocks

@@ -9,8 +9,9 @@ Use: ``config = load(Path("config.toml"))``; `config.example.toml` shows every k
 import difflib
 import json
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
@@ -36,6 +37,10 @@ class Section(BaseModel):
     """A part of the config: immutable, and without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def fill(self, values: Mapping[str, Any]) -> Self:
+        """Return the section with those of `values` that nobody set; what was set stays."""
+        return self.model_copy(update={key: value for key, value in values.items() if key not in self.model_fields_set})
 
 
 class PolicyConfig(Section):

@@ -127,15 +127,14 @@ class Policy:
             sampling["seed"] = seed
         body = {"model": self.served_name(version), "prompt": list(prompt_ids), "return_token_ids": True, **sampling}
         body["logprobs"] = 0  # of the sampled token alone
-        if self.end_ids:
+        if self.exact_tokens:
+            body["ignore_eos"] = True
+        elif self.end_ids:
             body["stop_token_ids"] = self.end_ids
         if self.thoughts is not None and self.thoughts.is_special:
             body["skip_special_tokens"] = False  # else nobody could tell thoughts from the answer
         if cache_salt:
             body["cache_salt"] = cache_salt
-        if self.exact_tokens:
-            body["ignore_eos"] = True
-            body.pop("stop_token_ids", None)
         said, text, finish_reason = ThoughtFilter(self.thoughts), "", ""
         completion_ids: list[int] = []
         logprobs: list[float] = []

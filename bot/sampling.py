@@ -48,8 +48,7 @@ def advised(model: str) -> tuple[dict[str, float], str]:
 def apply_sampling_defaults(config: Config, model: str) -> Config:
     """Return the config with what it does not say about sampling filled in as suits the model."""
     found, _ = advised(model)
-    unset = {name: value for name, value in found.items() if name not in config.policy.model_fields_set}
-    return config.model_copy(update={"policy": config.policy.model_copy(update=unset)})
+    return config.model_copy(update={"policy": config.policy.fill(found)})
 
 
 def describe_sampling(config: Config, model: str) -> str:

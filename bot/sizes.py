@@ -74,12 +74,7 @@ def defaults_for(shape: ModelShape) -> SizeDefaults:
 def apply_size_defaults(config: Config, model: str) -> Config:
     """Return the config with the training keys that nobody set filled in for a model's size and family."""
     wanted = _values(defaults_for(read_shape(model)))
-    changes: dict[str, Any] = {}
-    for name, values in wanted.items():
-        section = getattr(config, name)
-        missing = {key: value for key, value in values.items() if key not in section.model_fields_set}
-        changes[name] = section.model_copy(update=missing)
-    return config.model_copy(update=changes)
+    return config.model_copy(update={name: getattr(config, name).fill(values) for name, values in wanted.items()})
 
 
 def describe_sizes(config: Config, model: str, asked: Config | None = None) -> str:

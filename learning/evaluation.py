@@ -17,6 +17,7 @@ import numpy as np
 from scipy.stats import permutation_test
 
 from bot.config import GateConfig
+from bot.sampling import PLAIN
 from bot.tokenizer import ChatTokenizer
 from learning.model import as_base, as_served
 
@@ -27,7 +28,6 @@ Rows = Sequence[tuple[Sequence[int], Sequence[int]]]
 BATCH_TOKENS = 2048  # each costs a row of logits as long as the vocabulary
 CONFIDENCE = 0.95  # of intervals
 DRAWS = 4000  # of opinions at random, where there are more ways than that to give them
-PLAIN: dict[str, float | None] = {"top_k": 0, "top_p": 1.0, "min_p": None}  # no token is cut away
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "min_p": None}
 EMOJI = re.compile("[\U0001f300-\U0001faff\u2600-\u27bf]")
 
@@ -360,7 +360,7 @@ def generate(
         width = max(map(len, batch))
         ids = torch.tensor([[pad] * (width - len(row)) + [*row] for row in batch], device=model.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=model.device)
-        sampling = {"do_sample": True, "temperature": 1.0, **PLAIN, **(truncation or {})}
+        sampling = {"do_sample": True, **PLAIN, **(truncation or {})}
         with torch.no_grad(), as_served(model):
             out = model.generate(
                 input_ids=ids,

@@ -29,8 +29,7 @@ def sized_model(config: Config, tell: Announce = announce) -> tuple[Config, str]
     if pretraining.is_toy(model):  # the config's own defaults are the toy's
         return config, model
     suits = {"persona": PERSONA, **(builtin.DIALOGUE if model == str(builtin.directory()) else {})}
-    unset = {name: value for name, value in suits.items() if name not in config.dialogue.model_fields_set}
-    config = config.model_copy(update={"dialogue": config.dialogue.model_copy(update=unset)})
+    config = config.model_copy(update={"dialogue": config.dialogue.fill(suits)})
     return apply_size_defaults(apply_sampling_defaults(config, model), model), model
 
 
