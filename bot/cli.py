@@ -229,7 +229,7 @@ def _short(text: str) -> str:
 def policies(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
     """List every policy version."""
     _, _, registry = opened(configured(config, data_dir, seed))
-    table = Table("version", "state", "parent", "KL", "margin gain", "made", "why not")
+    table = Table("version", "state", "parent", "KL", "gain", "made", "why not")
     for version in registry.all():
         figures = version.metrics
         table.add_row(
@@ -237,7 +237,7 @@ def policies(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = N
             f"[bold green]{version.state}" if version.state == PolicyState.LIVE else version.state,
             version.parent or "",
             _number(figures.get("kl")),
-            _number(figures.get("margin_gain")),
+            _number(figures.get("gain")),
             f"{version.created_at:%Y-%m-%d %H:%M}",
             "; ".join(figures.get("reasons", [])) or figures.get("outcome", ""),
         )

@@ -1,22 +1,18 @@
-"""The gate: is a candidate sound, safe and better than the live version? A Verdict with its reasons.
+"""Evaluation: what is measured of a policy with transformers, in the training process, and intervals of what was measured.
 
-It measures with transformers in the training process (held-out log-probabilities, KL to the base, sampled answers) and
-judges by pure functions of what was measured. It knows no database and no server: whether vLLM serves the same policy
-is the probe's question, in `learning.deployment`.
+Log-probabilities of answers, KL to the base, sampled answers. What follows from it is the question of `learning.gate`, and
+whether vLLM serves the same policy that of the probe. It knows no database and no server.
 """
 
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from scipy.stats import permutation_test
 
-from bot.config import GateConfig
 from bot.sampling import PLAIN
 from bot.tokenizer import ChatTokenizer
 from learning.model import as_base, as_served
@@ -27,9 +23,7 @@ if TYPE_CHECKING:
 Rows = Sequence[tuple[Sequence[int], Sequence[int]]]
 BATCH_TOKENS = 2048  # each costs a row of logits as long as the vocabulary
 CONFIDENCE = 0.95  # of intervals
-DRAWS = 4000  # of opinions at random, where there are more ways than that to give them
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "min_p": None}
-EMOJI = re.compile("[\U0001f300-\U0001faff\u2600-\u27bf]")
 
 
 @dataclass(frozen=True)
@@ -45,102 +39,6 @@ class Sample:
     def well_formed(self) -> bool:
         """Whether the answer ended by itself and reads as text."""
         return self.finished and is_well_formed(self.text)
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What was measured of a candidate against the live version, on the same held-out answers.
-
-    `signs` is +1 for an answer that was liked and -1 for one that was not; `live` and `candidate` are its mean
-    log-probability for each token (nats). `kl` is nats for each sampled token of the candidate, against the base.
-    `change` is how far its log-probabilities are from its parent's, `rounding` how far the served number format moves them
-    (mean, nats).
-    """
-
-    conversations: list[str]
-    signs: list[int]
-    live: list[float]
-    candidate: list[float]
-    kl: float
-    well_formed: float
-    base_well_formed: float
-    file_faults: list[str] = field(default_factory=list)
-    change: float = math.inf
-    rounding: float = 0.0
-    is_no_change: bool = False
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a candidate may go live, why not, and the figures behind it."""
-
-    passed: bool
-    reasons: list[str]
-    figures: dict[str, Any]
-
-
-def judge(evidence: Evidence, gate: GateConfig, seed: int) -> Verdict:
-    """Weigh the evidence: no evidence, no promotion."""
-    reasons = list(evidence.file_faults)
-    signs = np.array(evidence.signs)
-    liked, disliked = int((signs > 0).sum()), int((signs < 0).sum())
-    figures: dict[str, Any] = {"held_out_liked": liked, "held_out_disliked": disliked, "kl": evidence.kl}
-    figures |= {"well_formed": evidence.well_formed, "base_well_formed": evidence.base_well_formed}
-    if liked + disliked < gate.min_held_out or min(liked, disliked) < 2:
-        reasons.append(
-            f"too little evidence: {liked} liked and {disliked} disliked answers are held out; "
-            f"{gate.min_held_out} are needed, two at least of each kind"
-        )
-    else:
-        live, candidate = np.array(evidence.live), np.array(evidence.candidate)
-        gained = candidate - live
-        gain, low, high = margin_interval(gained, signs, seed)
-        chance = by_chance(gained, signs, seed)
-        figures |= {"margin_before": margin(live, signs), "margin_after": margin(candidate, signs)}
-        figures |= {"margin_gain": gain, "margin_gain_low": low, "margin_gain_high": high, "margin_gain_by_chance": chance}
-        if not (gain > 0 and chance <= 1 - gate.confidence):
-            reasons.append(
-                f"not shown to be better: liked over disliked gains {gain:+.4f} nats a token, 95% interval {low:+.4f} to "
-                f"{high:+.4f}; opinions at random gain as much in {chance:.1%} of all cases, {1 - gate.confidence:.1%} may"
-            )
-    if evidence.is_no_change:
-        reasons.append(
-            f"no change: log-probabilities are {evidence.change:.4f} nats from its parent's, and the number format that is "
-            f"served moves them by {evidence.rounding:.4f}; more reactions will tell them apart"
-        )
-    if not evidence.kl <= gate.kl_budget:
-        reasons.append(f"too far from the base: KL {evidence.kl:.3f} nats a token, budget {gate.kl_budget:g}")
-    wanted = min(gate.well_formed, evidence.base_well_formed)
-    if not evidence.well_formed >= wanted:
-        reasons.append(f"answers break: {evidence.well_formed:.0%} well-formed, {wanted:.0%} wanted")
-    return Verdict(passed=not reasons, reasons=reasons, figures=figures)
-
-
-def margin(values: np.ndarray, signs: np.ndarray) -> float:
-    """Mean of `values` over liked answers less that over disliked ones."""
-    return float(values[signs > 0].mean() - values[signs < 0].mean())
-
-
-def margin_interval(values: np.ndarray, signs: np.ndarray, seed: int) -> tuple[float, float, float]:
-    """The margin of `values` with its bootstrap interval."""
-    return bootstrap(lambda pick: margin(values[pick], signs[pick]), signs, CONFIDENCE, seed)
-
-
-def by_chance(gained: np.ndarray, signs: np.ndarray, seed: int) -> float:
-    """How often the same opinions, given to these answers at random, would have gained as large a margin (one-sided).
-
-    A permutation test (Fisher, 1935, "The Design of Experiments"): exact however few answers there are, where a bootstrap
-    interval of so few is too narrow.
-    """
-    found = permutation_test(
-        (gained[signs > 0], gained[signs < 0]),
-        lambda liked, disliked, axis: liked.mean(axis) - disliked.mean(axis),
-        vectorized=True,
-        alternative="greater",
-        n_resamples=DRAWS,
-        rng=seed,
-    )
-    return float(found.pvalue)
 
 
 def accuracy(values: np.ndarray, signs: np.ndarray) -> float:
@@ -247,9 +145,14 @@ def batched_logprobs(model: Any, rows: Rows) -> list["torch.Tensor"]:
 
 def _answer_logits(model: Any, batch: Rows) -> list["torch.Tensor"]:
     """The logits (tokens × vocabulary) that each row's completion tokens were drawn from."""
-    logits = model(**padded(batch, model.device)).logits
+    import torch
+
+    inputs = padded(batch, model.device)
+    first = min(len(prompt) for prompt, _ in batch) - 1  # what comes before needs no logits
+    kept = torch.arange(first, inputs["input_ids"].shape[1], device=model.device)
+    logits = model(**inputs, logits_to_keep=kept).logits
     return [
-        row[len(prompt) - 1 : len(prompt) + len(completion) - 1]
+        row[len(prompt) - 1 - first : len(prompt) + len(completion) - 1 - first]
         for row, (prompt, completion) in zip(logits, batch, strict=True)
     ]
 

@@ -14,11 +14,12 @@ from its base.
 
 import random
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+import trl.trainer.utils
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
@@ -51,6 +52,19 @@ class AnchoredTrainer(Trainer):
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         with self.anchor_to_base():
             return super()._precompute_ref_logps(shared(dataset), name, batch_size)
+
+
+@contextmanager
+def answers_alone() -> Iterator[None]:
+    """Inside, TRL's fused head scores the tokens of answers alone, as it does on GPUs. On CPUs it would score those of
+    prompts too, which are most of a chat, and leave them out afterwards.
+    """
+    theirs = trl.trainer.utils._use_triton
+    trl.trainer.utils._use_triton = lambda device: True
+    try:
+        yield
+    finally:
+        trl.trainer.utils._use_triton = theirs
 
 
 class _WeightedCollator(DataCollatorForUnpairedPreference):
@@ -122,11 +136,12 @@ def train(
         progress(f"memory: {describe_fit(fit)}", 0, 1)
     while True:
         try:
-            trainer = make(model, tokenizer, usable, config, arguments(config, batch_size, len(usable), seed, fit))
-            reporter = report_progress(trainer, "train", progress)
-            for callback in (*([DrawnToBase(config)] if config.weights == "full" else []), *callbacks):
-                trainer.add_callback(callback)
-            outcome = trainer.train()
+            with answers_alone():
+                trainer = make(model, tokenizer, usable, config, arguments(config, batch_size, len(usable), seed, fit))
+                reporter = report_progress(trainer, "train", progress)
+                for callback in (*([DrawnToBase(config)] if config.weights == "full" else []), *callbacks):
+                    trainer.add_callback(callback)
+                outcome = trainer.train()
             break
         except (torch.OutOfMemoryError, MemoryError) as error:
             if fit.answers <= 4 or config.processes > 1:  # several cannot begin anew at different moments

@@ -21,7 +21,8 @@ from bot.errors import NothingToLearn
 from bot.tokenizer import ChatTokenizer
 from bot.types import FeedbackKind
 from learning import trainer
-from learning.evaluation import accuracy, margin
+from learning.evaluation import accuracy
+from learning.gate import margin
 from learning.importers import Recording
 from learning.replay_buffer import ReplayBuffer, Snapshot
 from learning.reward_model import figures as reward_model_figures

@@ -7,7 +7,6 @@ Run: ``kibitz report RUN``, where a run has the name of the version that it made
 import base64
 import io
 import json
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,13 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from bot.errors import DataError
 from bot.forgetting import SAMPLES
 from bot.types import PolicyVersion
-from learning.evaluation import EMOJI, Sample, mean_interval
+from learning.evaluation import Sample, mean_interval
+from learning.features import NAMED
 
 SHOWN = 12  # answers side by side
 
-STYLE: dict[str, Callable[[str], float]] = {
-    "words": lambda text: len(text.split()),
-    "emoji": lambda text: float(bool(EMOJI.search(text))),
-    "asks back": lambda text: float("?" in text),
-    "exclaims": lambda text: float("!" in text),
-    "lists": lambda text: float(bool(re.search(r"^\s*([-*•]|\d+[.)])\s", text, re.MULTILINE))),
-    "code": lambda text: float("```" in text),
-}
+STYLE: dict[str, Callable[[str], float]] = {"words": lambda text: len(text.split()), **NAMED}
+del STYLE["length"]  # people count words
 
 
 def write_samples(directory: Path, questions: Sequence[str], before: Sequence[Sample], after: Sequence[Sample]) -> None:
@@ -67,6 +61,7 @@ def collected(version: PolicyVersion, outcome: str) -> dict[str, Any]:
         "well_formed": metrics["well_formed"],
         "margin_before": metrics.get("margin_before"),
         "margin_after": metrics.get("margin_after"),
+        "gain": [metrics.get(f"gain{part}") for part in ("", "_low", "_high")],
         "margin_gain": [metrics.get(f"margin_gain{part}") for part in ("", "_low", "_high")],
         "worth": [metrics.get(f"estimated_worth_{when}") for when in ("before", "after")],
         "worth_gain": metrics.get("estimated_gain"),

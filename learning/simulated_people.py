@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bot.errors import ConfigError
 from learning import demo
-from learning.evaluation import EMOJI
+from learning.features import EMOJI
 
 Utility = Callable[[str, str], float]
 

@@ -5,6 +5,7 @@ It reads the database and writes one directory under `policies/`, whose manifest
 """
 
 import hashlib
+import itertools
 import json
 import shutil
 import time
@@ -29,19 +30,16 @@ from bot.types import PolicyState, PolicyVersion
 from learning import probe
 from learning.drift import changed
 from learning.evaluation import (
-    Evidence,
     Sample,
-    Verdict,
     answer_logprobs,
     batched_logprobs,
     generate,
-    judge,
     kl_to_base,
-    margin_interval,
     next_logprobs,
     preserve_random_state,
     token_rows,
 )
+from learning.gate import Evidence, Verdict, gain_of, judge, margin_interval
 from learning.model import as_base, not_finite, save, served, settle, to_train
 from learning.off_policy import estimated
 from learning.pretrain import quiet
@@ -80,7 +78,8 @@ class Outcome:
 @dataclass(frozen=True)
 class Lesson:
     """What a run begins with: the version that it goes on from, as a model; what was said, since a turn or ever; and the
-    live version, with the log-probabilities that it gives the tokens of each held-out answer (nats).
+    live version, with the log-probabilities that it gives the tokens of each held-out answer (nats), and with what it says
+    to the prompts that candidates are `asked`.
     """
 
     parent: PolicyVersion
@@ -89,6 +88,8 @@ class Lesson:
     since: str
     live: PolicyVersion
     before: "list[torch.Tensor]"
+    asked: list[Experience]
+    said: list[Sample]
 
 
 def run(config: Config, progress: Progress, space: str | None = None, from_base: bool = False) -> Outcome:
@@ -115,7 +116,8 @@ def _run(config: Config, database: Database, progress: Progress, space: str | No
     progress("reading feedback", 0, 1)
     embedding = embedder(config)
     buffer = ReplayBuffer(ConversationStore(database), tokenizer, config, embedding)
-    lesson = _lesson(config, registry, live, parent, buffer, space, progress)
+    thinking = config.model_copy(update={"policy": tokenizer.with_thoughts(config.policy)})
+    lesson = _lesson(thinking, registry, live, parent, buffer, space, progress)
     snapshot = lesson.snapshot
     manifest = _manifest(config, lesson)
     sha256 = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
@@ -126,7 +128,7 @@ def _run(config: Config, database: Database, progress: Progress, space: str | No
     unfinished = directory.with_name(directory.name + ".unfinished")
     try:
         unfinished.mkdir(parents=True)
-        verdict, metrics = _train(config, lesson, tokenizer, embedding, unfinished, progress)
+        verdict, metrics = _train(thinking, lesson, tokenizer, embedding, unfinished, progress)
         metrics["steps_share_of_run"] = metrics["step_seconds"] / (time.monotonic() - began)
         config.save(unfinished / "config.json")
         (unfinished / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True))
@@ -205,10 +207,12 @@ def _lesson(
         _refuse_empty(snapshot)
         parent = registry.base() if change.against else parent
     before = answer_logprobs(found, token_rows(snapshot.held_out))
+    asked = _asked(snapshot, config.gate.samples)
+    said = _answers(config, found, buffer.tokenizer, asked)
     if parent != live:
         del found  # there may be no room for both
         found = served(config, parent.base_model, _weights_of(parent))
-    return Lesson(parent, found, snapshot, since, live, before)
+    return Lesson(parent, found, snapshot, since, live, before, asked, said)
 
 
 def _since(version: PolicyVersion) -> str:
@@ -235,9 +239,9 @@ def _refuse_empty(snapshot: Snapshot) -> None:
 
 def _manifest(config: Config, lesson: Lesson) -> dict[str, Any]:
     """All that the weights depend on, and nothing else: no time, no path, no version number."""
-    snapshot = lesson.snapshot
+    snapshot, base_model = lesson.snapshot, lesson.parent.base_model
     return {
-        "base_sha256": _base_fingerprint(lesson.parent.base_model),
+        "base_sha256": fingerprint(Path(base_model)) if Path(base_model).is_dir() else base_model,
         "parent_sha256": lesson.parent.sha256,
         "training": config.training.model_dump(),
         "rewards": config.rewards.model_dump(),
@@ -250,14 +254,6 @@ def _manifest(config: Config, lesson: Lesson) -> dict[str, Any]:
     }
 
 
-def _base_fingerprint(base_model: str) -> str:
-    digest = hashlib.sha256()
-    files = sorted(Path(base_model).glob("*.safetensors")) if Path(base_model).is_dir() else []
-    for file in files:
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest() if files else base_model
-
-
 def _train(
     config: Config,
     lesson: Lesson,
@@ -268,41 +264,39 @@ def _train(
 ) -> tuple[Verdict, dict[str, Any]]:
     from transformers import set_seed
 
-    config = config.model_copy(update={"policy": tokenizer.with_thoughts(config.policy)})
-    parent, snapshot, before = lesson.parent, lesson.snapshot, lesson.before
+    parent, snapshot, before, said = lesson.parent, lesson.snapshot, lesson.before, lesson.said
     set_seed(config.seed)  # of a fresh adapter
     model = to_train(config, parent.base_model, lesson.model)
-    asked = _asked(snapshot, config.gate.samples)
-    prompts = list(asked)
+    prompts = [one.prompt_ids for one in lesson.asked]
     with as_base(model):
-        base_samples = generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed, config.policy.truncation)
+        base_samples = said if lesson.live.is_base else _answers(config, model, tokenizer, lesson.asked)
         prefixes = probe.prefixes(model, tokenizer, config.policy.max_tokens, config.seed)
-    earlier = base_samples  # as long as the adapter is fresh
-    if not parent.is_base:
-        earlier = generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed, config.policy.truncation)
+    is_live = lesson.live == parent
     of_parent = probe.measure(model, prefixes)
     rows = snapshot.training, snapshot.held_out, prompts, progress
     if config.training.processes > 1:
         trained = teach_together(config, model, parent.base_model, *rows)
     else:
-        trained = teach(config, model, tokenizer, *rows, earlier)
+        trained = teach(config, model, tokenizer, *rows, said if is_live else ())
     if trained["stopped"] and not trained["kept"]:
         raise NothingToLearn(f"what was learned did only harm ({trained['stopped']}); more reactions may help")
     progress("measuring", 0, 1)
     settle(model)
     after = answer_logprobs(model, token_rows(snapshot.held_out))
-    samples = generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed, config.policy.truncation)
+    samples = _answers(config, model, tokenizer, lesson.asked)
     kl = kl_to_base(model, samples)
     save(model, directory)
-    write_samples(directory, list(asked.values()), earlier, samples)
+    write_samples(directory, [one.question for one in lesson.asked], said, samples)
     change = probe.distances(
         probe.write(directory, prefixes, probe.measure(model, prefixes), of_parent, config.policy.temperature)
     )
+    signs = [1 if row.reward > 0 else -1 for row in snapshot.held_out]
     evidence = Evidence(
         conversations=[row.unit for row in snapshot.held_out],
-        signs=[1 if row.reward > 0 else -1 for row in snapshot.held_out],
+        signs=signs,
         live=_means(before),
         candidate=_means(after),
+        gain=gain_of([row.answer for row in snapshot.held_out], signs, said, samples, embedding),
         kl=kl,
         well_formed=_well_formed(samples),
         base_well_formed=_well_formed(base_samples),
@@ -317,10 +311,10 @@ def _train(
     verdict = judge(evidence, config.gate, config.seed)
     metrics = {**verdict.figures, **trained, "taken_back": snapshot.taken_back}
     judge_of = reward_model(config, embedding, parent.base_model)
-    if judge_of is not None and lesson.live == parent:
+    if judge_of is not None and is_live:
         policies = {
             when: (dict(zip(prompts, own, strict=True)), logprobs)
-            for when, own, logprobs in (("before", earlier, before), ("after", samples, after))
+            for when, own, logprobs in (("before", said, before), ("after", samples, after))
         }
         metrics |= estimated(snapshot.training, snapshot.held_out, judge_of, policies, config.seed)
     metrics |= {"reasons": verdict.reasons, "evidence": asdict(evidence)}
@@ -383,10 +377,16 @@ def _weights_of(version: PolicyVersion) -> str | None:
     return None if version.is_base else version.path
 
 
-def _asked(snapshot: Snapshot, count: int) -> dict[tuple[int, ...], str]:
-    """Different prompts to sample answers to, the held-out ones first, with the question that each ends with."""
-    rows: Sequence[Experience] = [*snapshot.held_out, *snapshot.training]
-    return dict(list({row.prompt_ids: row.question for row in rows}.items())[:count])
+def _asked(snapshot: Snapshot, count: int) -> list[Experience]:
+    """So many rows whose prompts are answered anew: different ones, the held-out ones first; again where there are fewer."""
+    different = {row.prompt_ids: row for row in [*snapshot.held_out, *snapshot.training]}
+    return list(itertools.islice(itertools.cycle(different.values()), count))
+
+
+def _answers(config: Config, model: Any, tokenizer: ChatTokenizer, asked: Sequence[Experience]) -> list[Sample]:
+    """One answer of a model to each prompt, sampled as the policy's are."""
+    prompts = [one.prompt_ids for one in asked]
+    return generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed, config.policy.truncation)
 
 
 def _well_formed(samples: list[Sample]) -> float:

@@ -139,7 +139,7 @@ def small(config: Config) -> Config:
     return config.model_copy(
         update={
             "training": config.training.model_copy(update={"max_steps": 12}),
-            "gate": config.gate.model_copy(update={"samples": 16}),
+            "gate": config.gate.model_copy(update={"samples": 32}),
         }
     )
 

@@ -11,7 +11,8 @@ from bot.config import Config
 from learning import probe
 from learning.benchmark import random_version
 from learning.deployment import Probed
-from learning.evaluation import Evidence, judge, next_logprobs
+from learning.evaluation import next_logprobs
+from learning.gate import Evidence, Gain, judge
 from learning.model import load, restore, served, weights
 
 NARROW = Config(serving={"dtype": "bfloat16"})
@@ -72,7 +73,10 @@ def test_what_rounding_hides_is_no_change_and_not_promoted(demo_model, tmp_path)
         restore(model, start)
     assert found["tiny"].is_no_change
     assert not found["large"].is_no_change
-    good = Evidence(["a"] * 40, [1, -1] * 20, [0.0] * 40, [0.5, -0.5] * 20, kl=0.1, well_formed=1.0, base_well_formed=1.0)
+    gain = Gain([0.5, -0.5] * 20, [0.9, 1.1] * 10)
+    good = Evidence(
+        ["a"] * 40, [1, -1] * 20, [0.0] * 40, [0.5, -0.5] * 20, gain, kl=0.1, well_formed=1.0, base_well_formed=1.0
+    )
     told = {name: (one.change, one.rounding, one.is_no_change) for name, one in found.items()}
     verdicts = {}
     for name, (change, rounding, is_no_change) in told.items():

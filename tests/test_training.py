@@ -50,6 +50,7 @@ def test_a_run_registers_a_candidate_with_all_that_explains_it(small, store, reg
     assert json.loads((Path(version.path) / "manifest.json").read_text())["sha256"] == outcome.manifest_sha256
     assert ("train", 12, 12) in stages
     assert outcome.figures["margin_gain_low"] > 0
+    assert outcome.figures["gain_low"] > 0
     taught = registry.runs()[0]
     assert taught["n"] == outcome.training
     assert taught["outcome"] == "passed"
@@ -66,7 +67,7 @@ def test_the_same_feedback_and_seed_give_the_same_bytes_and_another_seed_does_no
 @pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_random_reactions_do_not_pass_the_gate(small, store, registry, tokenizer, kind):
     """One in a thousand would pass; that it is no more than the confidence says, is shown in test_evaluation."""
-    strict = small.gate.model_copy(update={"confidence": 0.999})
+    strict = small.gate.model_copy(update={"confidence": 0.999, "samples": 64})
     small = with_training(small, weights=kind, full_learning_rate=3e-4).model_copy(update={"gate": strict})
     rng = random.Random(1)
     for _ in range(96):
@@ -81,10 +82,11 @@ def test_random_reactions_do_not_pass_the_gate(small, store, registry, tokenizer
 
 
 def test_what_people_mean_passes_the_same_gate(small, store, registry, tokenizer):
-    strict = small.gate.model_copy(update={"confidence": 0.999})
-    converse(store, tokenizer, likes_emoji=True, count=96)
+    strict = small.gate.model_copy(update={"confidence": 0.999, "samples": 64})
+    converse(store, tokenizer, likes_emoji=True, count=160)
     outcome = trainer.run(small.model_copy(update={"gate": strict}), quiet)
     assert outcome.passed, outcome.reasons
+    assert max(outcome.figures["gain_by_chance"], outcome.figures["gain_by_luck"]) <= 0.001
     assert outcome.figures["margin_gain_by_chance"] <= 0.001
 
 
