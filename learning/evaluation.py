@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 Rows = Sequence[tuple[Sequence[int], Sequence[int]]]
-BATCH_TOKENS = 2048  # each costs a row of logits as long as the vocabulary
+BATCH_TOKENS = 2048  # of one forward pass
+BATCH_ANSWERS = {"cpu": 32, "cuda": 256}  # that are sampled at once, by the kind of device
 CONFIDENCE = 0.95  # of intervals
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "min_p": None}
 
@@ -39,6 +40,15 @@ class Sample:
     def well_formed(self) -> bool:
         """Whether the answer ended by itself and reads as text."""
         return self.finished and is_well_formed(self.text)
+
+
+def manner(samples: Sequence[Sample]) -> dict[str, float]:
+    """What answers are like: their mean number of words, the share that ended by themselves and that is well-formed."""
+    return {
+        "words": float(np.mean([len(one.text.split()) for one in samples])),
+        "ended": float(np.mean([one.finished for one in samples])),
+        "well_formed": float(np.mean([one.well_formed for one in samples])),
+    }
 
 
 def accuracy(values: np.ndarray, signs: np.ndarray) -> float:
@@ -245,7 +255,7 @@ def generate(
     seed: int,
     truncation: Mapping[str, float] | None = None,
     greedy: bool = False,
-    batch_size: int = 32,
+    batch_size: int | None = None,
 ) -> list[Sample]:
     """Sample one answer to each prompt, in batches padded on the left.
 
@@ -258,6 +268,7 @@ def generate(
     ends, pad = tokenizer.end_ids, pad_id(tokenizer.hf)
     samples = []
     model.eval()
+    batch_size = batch_size or BATCH_ANSWERS.get(model.device.type, 32)
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         width = max(map(len, batch))

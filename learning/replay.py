@@ -72,6 +72,12 @@ def replay(
         **_held_out(evidence, config.seed),
         "kl": outcome.figures["kl"],
         "well_formed": outcome.figures["well_formed"],
+        **{name: outcome.figures.get(name) for name in ("gain", "gain_low", "gain_high")},
+        **{
+            f"{name}_{when}": value
+            for when in ("before", "after")
+            for name, value in outcome.figures[f"answers_{when}"].items()
+        },
         "policy": outcome.policy,
         "passed": outcome.passed,
         "reasons": outcome.reasons,

@@ -31,10 +31,10 @@ from learning import probe
 from learning.drift import changed
 from learning.evaluation import (
     Sample,
-    answer_logprobs,
     batched_logprobs,
     generate,
     kl_to_base,
+    manner,
     next_logprobs,
     preserve_random_state,
     token_rows,
@@ -206,7 +206,7 @@ def _lesson(
         snapshot = buffer.snapshot(since=since)
         _refuse_empty(snapshot)
         parent = registry.base() if change.against else parent
-    before = answer_logprobs(found, token_rows(snapshot.held_out))
+    before = batched_logprobs(found, token_rows(snapshot.held_out))
     asked = _asked(snapshot, config.gate.samples)
     said = _answers(config, found, buffer.tokenizer, asked)
     if parent != live:
@@ -282,7 +282,7 @@ def _train(
         raise NothingToLearn(f"what was learned did only harm ({trained['stopped']}); more reactions may help")
     progress("measuring", 0, 1)
     settle(model)
-    after = answer_logprobs(model, token_rows(snapshot.held_out))
+    after = batched_logprobs(model, token_rows(snapshot.held_out))
     samples = _answers(config, model, tokenizer, lesson.asked)
     kl = kl_to_base(model, samples)
     save(model, directory)
@@ -298,8 +298,8 @@ def _train(
         candidate=_means(after),
         gain=gain_of([row.answer for row in snapshot.held_out], signs, said, samples, embedding),
         kl=kl,
-        well_formed=_well_formed(samples),
-        base_well_formed=_well_formed(base_samples),
+        well_formed=manner(samples)["well_formed"],
+        base_well_formed=manner(base_samples)["well_formed"],
         file_faults=[
             *faults(directory, parent.base_model, config.serving.max_lora_rank),
             *(f"{name}: not finite" for name in not_finite(model)),
@@ -310,6 +310,7 @@ def _train(
     )
     verdict = judge(evidence, config.gate, config.seed)
     metrics = {**verdict.figures, **trained, "taken_back": snapshot.taken_back}
+    metrics |= {"answers_before": manner(said), "answers_after": manner(samples)}
     judge_of = reward_model(config, embedding, parent.base_model)
     if judge_of is not None and is_live:
         policies = {
@@ -387,10 +388,6 @@ def _answers(config: Config, model: Any, tokenizer: ChatTokenizer, asked: Sequen
     """One answer of a model to each prompt, sampled as the policy's are."""
     prompts = [one.prompt_ids for one in asked]
     return generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed, config.policy.truncation)
-
-
-def _well_formed(samples: list[Sample]) -> float:
-    return sum(sample.well_formed for sample in samples) / max(len(samples), 1)
 
 
 def _means(rows: list) -> list[float]:
