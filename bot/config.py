@@ -168,7 +168,7 @@ class GateConfig(Section):
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     kl_budget: Annotated[float, Field(gt=0)] = 0.5
     well_formed: Share = 0.95
-    samples: Positive = 64
+    samples: Positive = 192
     probe_tolerance: Annotated[float, Field(gt=0)] = 0.05
 
 

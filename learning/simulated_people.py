@@ -112,7 +112,7 @@ class Usual:
 
 def usual(is_toy: bool) -> Usual:
     """Return what is simulated with the toy policy, or with any other model: some 15 minutes on two cores without a GPU."""
-    return Usual("lively", 6, 240, 0.3) if is_toy else Usual("sociable", 1, 400, 1.0)
+    return Usual("lively", 6, 240, 0.3) if is_toy else Usual("sociable", 1, 512, 1.0)
 
 
 def users(name: str) -> Utility:

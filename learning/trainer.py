@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 WATCHED = 16  # samples, and held-out liked answers, that are looked at while training
+ENOUGH = 64  # samples for a share of well-formed answers, or for a KL
 
 
 @dataclass(frozen=True)
@@ -269,7 +270,7 @@ def _train(
     model = to_train(config, parent.base_model, lesson.model)
     prompts = [one.prompt_ids for one in lesson.asked]
     with as_base(model):
-        base_samples = said if lesson.live.is_base else _answers(config, model, tokenizer, lesson.asked)
+        base_samples = said if lesson.live.is_base else _answers(config, model, tokenizer, lesson.asked[:ENOUGH])
         prefixes = probe.prefixes(model, tokenizer, config.policy.max_tokens, config.seed)
     is_live = lesson.live == parent
     of_parent = probe.measure(model, prefixes)
@@ -284,7 +285,7 @@ def _train(
     settle(model)
     after = batched_logprobs(model, token_rows(snapshot.held_out))
     samples = _answers(config, model, tokenizer, lesson.asked)
-    kl = kl_to_base(model, samples)
+    kl = kl_to_base(model, samples[:ENOUGH])
     save(model, directory)
     write_samples(directory, [one.question for one in lesson.asked], said, samples)
     change = probe.distances(

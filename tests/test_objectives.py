@@ -1,5 +1,6 @@
 """Every objective on real TRL: it learns what its feedback supports, stops where it harms, and says what it cannot use."""
 
+import contextlib
 import math
 import random
 from dataclasses import replace
@@ -7,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import trl.trainer.utils
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -309,3 +311,28 @@ def test_what_liked_answers_may_lose_grows_as_the_temperature_falls():
     warm, cool = (Limits(kl=0.5, well_formed=0.95, temperature=temperature) for temperature in (1.0, 0.7))
     assert "liked answers lost 0.20" in Guard(lambda: now, warm).fault(first, now)
     assert Guard(lambda: now, cool).fault(first, now) is None
+
+
+def test_the_tokens_of_answers_alone_are_scored(fresh, tokenizer, monkeypatch):
+    rows = lessons(fresh, tokenizer, 16)
+    scored: list[int] = []
+
+    class Counted:
+        @staticmethod
+        def apply(hidden, *rest):
+            scored.append(len(hidden))
+            return theirs.apply(hidden, *rest)
+
+    theirs = trl.trainer.utils._ChunkedLogProbFunction
+    monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", Counted)
+    losses = []
+    for scores_prompts in (False, True):
+        if scores_prompts:  # the control
+            monkeypatch.setattr(objectives, "answers_alone", contextlib.nullcontext)
+        scored.clear()
+        start = weights(fresh)
+        losses.append(train(fresh, tokenizer.hf, rows, TrainingConfig(max_steps=1), 0, quiet)["loss"])
+        restore(fresh, start)
+        answers = sum(len(row.completion_ids) for row in rows)
+        assert (max(scored) > 2 * answers) if scores_prompts else (set(scored) == {answers})
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
