@@ -160,7 +160,7 @@ def _answer_logits(model: Any, batch: Rows) -> list["torch.Tensor"]:
     inputs = padded(batch, model.device)
     first = min(len(prompt) for prompt, _ in batch) - 1  # what comes before needs no logits
     kept = torch.arange(first, inputs["input_ids"].shape[1], device=model.device)
-    logits = model(**inputs, logits_to_keep=kept).logits
+    logits = model(**inputs, logits_to_keep=kept, use_cache=False).logits
     return [
         row[len(prompt) - 1 - first : len(prompt) + len(completion) - 1 - first]
         for row, (prompt, completion) in zip(logits, batch, strict=True)

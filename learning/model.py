@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from bot.config import Config
 from bot.errors import TrainingError
 from bot.vllm_server import served_dtype
+from learning.prefix import share_prefixes
 from learning.version_files import WHOLE, is_whole, weights_folder
 
 if TYPE_CHECKING:
@@ -194,6 +195,7 @@ def _pretrained(config: Config, source: str) -> "PreTrainedModel":
     try:
         found = AutoModelForCausalLM.from_pretrained(source, dtype=served_dtype(config, source))
         divide_logits(found, config.policy.temperature)
+        share_prefixes(found)
         return found.to("cuda") if torch.cuda.is_available() else found
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise TrainingError(
