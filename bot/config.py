@@ -113,6 +113,7 @@ class RewardsConfig(Section):
     bystander_weight: Annotated[float, Field(gt=0)] = 1.0
     person_cap: Annotated[float, Field(gt=0, le=1)] = 0.25
     prior: Annotated[float, Field(ge=0)] = 8.0
+    smoothing: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
 class RewardModelConfig(Section):

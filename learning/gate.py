@@ -18,11 +18,9 @@ from scipy.stats import permutation_test
 from bot.config import GateConfig
 from bot.embeddings import Embedder
 from learning.evaluation import CONFIDENCE, Sample, bootstrap
-from learning.features import features
+from learning.features import features, ridge
 
 DRAWS = 4000  # at random, where there are more ways than that
-# Of the ridge regression: opinions scatter by about 1 around a taste that is worth about 0.5 for each feature (1 / 0.5²).
-RIDGE = 4.0
 
 
 @dataclass(frozen=True)
@@ -124,12 +122,10 @@ def gain_of(
     seen = features(list(judged), embedder)
     low, high = seen.min(0), seen.max(0)
     old, new = (features([one.text for one in answers], embedder).clip(low, high) for answers in (before, after))
-    seen = seen - seen.mean(0)
-    fitted = np.linalg.solve(seen @ seen.T + RIDGE * np.eye(len(seen)), seen)  # opinions × features
     asked = {prompt: row for row, prompt in enumerate(dict.fromkeys(one.prompt_ids for one in before))}
     row_of = np.array([asked[one.prompt_ids] for one in before])
     moved = np.array([(new - old)[row_of == row].mean(0) for row in range(len(asked))])  # prompts × features
-    by_opinion = moved @ fitted.T
+    by_opinion = moved @ ridge(seen).T
     return Gain(
         counts=(by_opinion.mean(0) * 2 * len(opinions) * liked * (1 - liked)).tolist(),
         by_prompt=(by_opinion @ (opinions - opinions.mean())).tolist(),

@@ -23,6 +23,7 @@ from bot.sampling import is_truncated
 from bot.tokenizer import ChatTokenizer
 from bot.types import Feedback, FeedbackKind, FollowUp, Message, Turn
 from bot.users import Users
+from learning.features import expected, features
 from learning.rewards import Reward, reward
 from learning.selection import fresh_and_old, kinds, parted, thinned, weighed
 
@@ -309,11 +310,28 @@ class _Facts:
 
 
 def compared(found: Sequence[Experience], embedder: Embedder | None, config: Config, seed: int) -> list[Experience]:
-    """The experiences with their advantages and weights: with an embedder, beside what is usual for their kind of prompt."""
+    """The experiences with their advantages and weights: with an embedder, beside what is usual for their kind of prompt.
+
+    A share `rewards.smoothing` of each advantage is what answers like it earned: one reaction says little about one answer,
+    and all of them say much about what is common to many.
+    """
     kind_of = np.zeros(len(found), int)
     if embedder is not None and found:
         kind_of = kinds(embedder.encode([one.question for one in found]), seed)
-    return weighed(found, kind_of, config.rewards.prior, config.rewards.person_cap, config.learning.half_life)
+    share = config.rewards.smoothing
+
+    def smooth(worth: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        alike = features([one.answer for one in found], embedder)
+        return (1 - share) * worth + share * expected(worth, alike, weights)
+
+    return weighed(
+        found,
+        kind_of,
+        config.rewards.prior,
+        config.rewards.person_cap,
+        config.learning.half_life,
+        smooth if share and found else None,
+    )
 
 
 def paired(answers: Sequence[tuple[float, Experience]]) -> list[Experience]:

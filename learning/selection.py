@@ -6,7 +6,7 @@ Whatever is left out is left out under a reason. It knows no database and no mod
 import hashlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -83,14 +83,20 @@ def kinds(vectors: np.ndarray, seed: int) -> np.ndarray:
 
 
 def weighed(
-    found: Sequence["Experience"], kind_of: np.ndarray, prior: float, cap: float, half_life: int = 0
+    found: Sequence["Experience"],
+    kind_of: np.ndarray,
+    prior: float,
+    cap: float,
+    half_life: int = 0,
+    smooth: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
 ) -> list["Experience"]:
     """The experiences (oldest first) with their advantages, and with less weight for those of somebody who says more than
-    their share, and for old ones.
+    their share, and for old ones. `smooth` makes other advantages (n,) of those and the weights (n,).
     """
     worth = advantages(np.array([one.reward for one in found]), kind_of, prior)
     recent = recency(len(found), half_life)
     weights = recent * limited([one.opinions for one in found], recent * np.abs(worth), cap)
+    worth = worth if smooth is None else smooth(worth, weights)
     return [
         replace(one, advantage=float(value), weight=float(weight))
         for one, value, weight in zip(found, worth, weights, strict=True)

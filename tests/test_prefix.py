@@ -10,7 +10,10 @@ from learning.prefix import LEAST, common_length, share_prefixes
 TINY = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 TINY |= {"num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}
 BEGINNING = [*range(5, 5 + 2 * LEAST)]
-ROWS = [([*BEGINNING, *range(40 + asked, 40 + 2 * asked)], [*range(60, 60 + said)]) for asked, said in ((3, 9), (7, 2), (5, 5), (1, 4))]
+ROWS = [
+    ([*BEGINNING, *range(40 + asked, 40 + 2 * asked)], [*range(60, 60 + said)])
+    for asked, said in ((3, 9), (7, 2), (5, 5), (1, 4))
+]
 
 
 def model_of(family: str, **changes):
