@@ -22,7 +22,6 @@ class SizeDefaults:
     batch_size: int
     max_steps: int
     kl_budget: float
-    objective: str
     smoothing: float
     why: str
 
@@ -30,38 +29,38 @@ class SizeDefaults:
 # The first row that fits is taken. All ranks are 16: what a few hundred reactions say is far less than such an adapter
 # holds, and vLLM's serving.max_lora_rank is 16. All batches are 16: KTO's KL term is a mean over the batch, and below 16 it
 # is mostly noise; memory decides how many of them are read at once (bot/memory_budget.py), not how many make a step.
-# All but the toy policy learn by `mixed` from what answers like each one earned: in free English one reaction says next to
-# nothing of the words of one answer. On the built-in model KTO gained or broke as the draw of reactions would have it, and
-# `mixed` gained three times as much with smoothing as without (docs/experiments.md).
+# All but the toy policy learn from what answers like each one earned: in free English one reaction says next to nothing of
+# the words of one answer. Without smoothing the built-in model gained or broke as the draw of reactions would have it
+# (docs/experiments.md).
 TABLE = (
     SizeDefaults(
         billions=0.02, family="", learning_rate=1e-3, lora_rank=16, batch_size=16, max_steps=30,
-        kl_budget=0.5, objective="kto", smoothing=0.0,
+        kl_budget=0.5, smoothing=0.0,
         why="measured on the toy policy (docs/experiments.md); its answers are short and its weights few",
     ),
     SizeDefaults(
         billions=0.2, family="llama", learning_rate=5e-4, lora_rank=16, batch_size=16, max_steps=36,
-        kl_budget=0.5, objective="mixed", smoothing=0.9,
+        kl_budget=0.5, smoothing=0.9,
         why="SmolLM2-135M: measured (docs/experiments.md); at twice the rate nothing is gained",
     ),
     SizeDefaults(
         billions=0.4, family="", learning_rate=3e-4, lora_rank=16, batch_size=16, max_steps=30,
-        kl_budget=0.5, objective="mixed", smoothing=0.9,
+        kl_budget=0.5, smoothing=0.9,
         why="as SmolLM2-135M, the only model of this size that was looked at",
     ),
     SizeDefaults(
         billions=2.5, family="", learning_rate=2e-4, lora_rank=16, batch_size=16, max_steps=30,
-        kl_budget=0.2, objective="mixed", smoothing=0.9,
+        kl_budget=0.2, smoothing=0.9,
         why="the usual rate of LoRA on models that talk; 0.2 nats a token are some twenty an answer, which is far",
     ),
     SizeDefaults(
         billions=10, family="", learning_rate=1e-4, lora_rank=16, batch_size=16, max_steps=30,
-        kl_budget=0.2, objective="mixed", smoothing=0.9,
+        kl_budget=0.2, smoothing=0.9,
         why="wide layers add up more of each step, so that half the rate moves a policy as far",
     ),
     SizeDefaults(
         billions=float("inf"), family="", learning_rate=5e-5, lora_rank=16, batch_size=16, max_steps=30,
-        kl_budget=0.2, objective="mixed", smoothing=0.9,
+        kl_budget=0.2, smoothing=0.9,
         why="wider still: half the rate again",
     ),
 )  # fmt: skip
@@ -94,7 +93,7 @@ def describe_sizes(config: Config, model: str, asked: Config | None = None) -> s
     ]
     training = config.training
     return (
-        f"training for {shape.size} parameters ({shape.family or 'unknown family'}): {training.objective}, learning rate "
+        f"training for {shape.size} parameters ({shape.family or 'unknown family'}): learning rate "
         f"{training.learning_rate:g}, rank {training.lora_rank}, {training.batch_size} answers a step, "
         f"{training.max_steps} steps, {training.max_length} tokens, KL budget {config.gate.kl_budget:g} "
         f"({'set by you: ' + ', '.join(own) if own else row.why})"
@@ -108,7 +107,6 @@ def _values(row: SizeDefaults) -> dict[str, dict[str, Any]]:
             "lora_rank": row.lora_rank,
             "batch_size": row.batch_size,
             "max_steps": row.max_steps,
-            "objective": row.objective,
         },
         "rewards": {"smoothing": row.smoothing},
         "gate": {"kl_budget": row.kl_budget},
