@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learning.replay_buffer import Experience, paired
+from bot.config import Config
+from learning.replay_buffer import Experience, compared, paired
 from learning.rewards import advantages
 from learning.selection import fresh_and_old, is_held_out, kinds, limited, thinned, weighed
 
@@ -135,3 +136,14 @@ def test_what_is_weighed_has_equal_weight_on_both_sides():
     assert sum(worth) == pytest.approx(0)
     assert worth[0] == pytest.approx(0.5)
     assert worth[-1] == pytest.approx(-1.5)
+
+
+def test_smoothing_takes_the_place_of_a_share_of_each_advantage():
+    said = [experience(str(row), (-1.0, 1.0)[row % 2], answer=("Well.", "Well?")[row % 2]) for row in range(40)]
+    said[0] = replace(said[0], reward=1.0)  # a mistake
+    plain, some, all_of_it = (
+        [one.advantage for one in compared(said, None, Config(rewards={"smoothing": share}), seed=0)]
+        for share in (0, 0.5, 1)
+    )
+    assert plain[0] > 0 > all_of_it[0]
+    assert some == pytest.approx([(one + other) / 2 for one, other in zip(plain, all_of_it, strict=True)])
