@@ -8,14 +8,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm
 from transformers import TrainerCallback
 
 from learning.model import restore, weights
 from learning.processes import agreed
 
 CHECKS = 3  # in a run
-LUCK = 0.05  # a share of well-formed samples that a policy at the limit would fall below more often than this is luck
+LUCK = 0.05  # what a policy at a limit would show more often than this is luck, and no fault
 # Nats a token that held-out answers that people liked may lose against the start of the run, at temperature 1: where a lower
 # temperature sharpens the distribution, the same step costs as much more.
 LIKED_LOSS = 0.15
@@ -25,6 +25,7 @@ LIKED_LOSS = 0.15
 class Health:
     """How a policy is: nats a token of held-out liked answers (None without any), KL to the base, well-formed samples; and
     what liked over disliked held-out answers gained since the run began, with its 95% interval (None without both).
+    `liked_error` is the standard error of what liked answers changed since then: there are few of them.
     """
 
     liked: float | None
@@ -32,6 +33,7 @@ class Health:
     well_formed: int
     samples: int
     gained: tuple[float, float, float] | None = None
+    liked_error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ class Guard(TrainerCallback):
         """What is wrong, if anything."""
         if not now.kl <= max(self.limits.kl, first.kl):
             return f"KL to the base came to {now.kl:.3f} nats a token (gate.kl_budget {self.limits.kl:g})"
-        if first.liked is not None and now.liked is not None and not now.liked >= first.liked - self.limits.liked_loss:
+        most = self.limits.liked_loss + norm.isf(LUCK) * now.liked_error
+        if first.liked is not None and now.liked is not None and not now.liked >= first.liked - most:
             return f"held-out liked answers lost {first.liked - now.liked:.2f} nats a token"
         usual = min(self.limits.well_formed, first.well_formed / first.samples)
         if binomtest(now.well_formed, now.samples, usual, "less").pvalue < LUCK:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy.stats import sem
 
 from bot.cli import embedder, interruptible
 from bot.config import Config
@@ -367,6 +368,7 @@ def teach(
                 well_formed=sum(sample.well_formed for sample in samples),
                 samples=len(samples),
                 gained=margin_interval(now - start[0], signs, config.seed) if liked and disliked else None,
+                liked_error=float(sem((now - start[0])[: len(liked)])) if len(liked) > 1 else 0.0,
             )
 
     set_seed(config.seed)

@@ -236,6 +236,8 @@ def test_the_guard_looks_at_a_run_a_few_times_and_always_at_its_end(steps):
         (Health(-1.1, 0.4, 16, 16), None),
         (Health(None, 0.4, 16, 16), None),
         (Health(-1.0, 0.1, 15, 16), None),  # one of sixteen is luck
+        (Health(-1.2, 0.1, 16, 16, liked_error=0.1), None),  # and so is what a few liked answers lost
+        (Health(-1.4, 0.1, 16, 16, liked_error=0.1), "liked"),
     ],
 )
 def test_the_guard_names_what_is_wrong(now, word):
