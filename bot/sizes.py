@@ -41,7 +41,7 @@ TABLE = (
     SizeDefaults(
         billions=0.2, family="llama", learning_rate=5e-4, lora_rank=16, batch_size=16, max_steps=36,
         kl_budget=0.5, smoothing=0.9,
-        why="SmolLM2-135M: measured (docs/experiments.md); at twice the rate nothing is gained",
+        why="SmolLM2-135M: measured (docs/experiments.md)",
     ),
     SizeDefaults(
         billions=0.4, family="", learning_rate=3e-4, lora_rank=16, batch_size=16, max_steps=30,
@@ -76,7 +76,7 @@ def defaults_for(shape: ModelShape) -> SizeDefaults:
 
 
 def apply_size_defaults(config: Config, model: str) -> Config:
-    """Return the config with the training keys that nobody set filled in for a model's size and family."""
+    """Return the config with the keys of the table that nobody set filled in for a model's size and family."""
     wanted = _values(defaults_for(read_shape(model)))
     return config.model_copy(update={name: getattr(config, name).fill(values) for name, values in wanted.items()})
 
@@ -95,7 +95,8 @@ def describe_sizes(config: Config, model: str, asked: Config | None = None) -> s
     return (
         f"training for {shape.size} parameters ({shape.family or 'unknown family'}): learning rate "
         f"{training.learning_rate:g}, rank {training.lora_rank}, {training.batch_size} answers a step, "
-        f"{training.max_steps} steps, {training.max_length} tokens, KL budget {config.gate.kl_budget:g} "
+        f"{training.max_steps} steps, {training.max_length} tokens, smoothing "
+        f"{config.rewards.smoothing:g}, KL budget {config.gate.kl_budget:g} "
         f"({'set by you: ' + ', '.join(own) if own else row.why})"
     )
 

@@ -209,3 +209,8 @@ class PolicyVersion:
     def is_base(self) -> bool:
         """Whether it is a base model itself."""
         return self.parent is None
+
+    @property
+    def weights(self) -> str | None:
+        """The directory of its own weights; None for a base model."""
+        return None if self.is_base else self.path

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from bot.memory_budget import SAMPLED
 from bot.sampling import PLAIN
 from bot.tokenizer import ChatTokenizer
 from learning.model import as_base, as_served
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 Rows = Sequence[tuple[Sequence[int], Sequence[int]]]
 BATCH_TOKENS = 2048  # of one forward pass
-BATCH_ANSWERS = {"cpu": 32, "cuda": 256}  # that are sampled at once, by the kind of device
 CONFIDENCE = 0.95  # of intervals
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "min_p": None}
 
@@ -255,7 +255,7 @@ def generate(
     seed: int,
     truncation: Mapping[str, float] | None = None,
     greedy: bool = False,
-    batch_size: int | None = None,
+    batch_size: int = SAMPLED,
 ) -> list[Sample]:
     """Sample one answer to each prompt, in batches padded on the left.
 
@@ -268,7 +268,6 @@ def generate(
     ends, pad = tokenizer.end_ids, pad_id(tokenizer.hf)
     samples = []
     model.eval()
-    batch_size = batch_size or BATCH_ANSWERS.get(model.device.type, 32)
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         width = max(map(len, batch))

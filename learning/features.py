@@ -24,13 +24,13 @@ def _has(pattern: str, flags: int = re.IGNORECASE) -> Callable[[str], float]:
 
 NAMED: dict[str, Callable[[str], float]] = {
     "length": lambda text: math.log1p(len(text.split())),  # doubled, it is 0.7 more
-    "sentences": lambda text: math.log1p(len(re.findall(r"[.!?…]+(?:\s|$)", text))),
-    "long words": lambda text: float(np.mean([len(word) for word in text.split() or [""]])) / 4,
-    "asks back": _has(r"\?\W*$"),
-    "question": _has(r"\?"),
-    "exclamation": _has("!"),
+    "sentences": lambda text: math.log1p(len(re.findall(r"[.!?…](?:\s|$)|[。！？]", text))),
+    "long words": lambda text: math.log1p(float(np.mean([len(word) for word in text.split() or [""]]))),
+    "asks back": lambda text: float(re.search(r"[?？]\W*$", text[-100:]) is not None),
+    "question": _has("[?？]"),
+    "exclamation": _has("[!！]"),
     "emoji": lambda text: float(EMOJI.search(text) is not None),
-    "list": _has(r"^\s*([-*•]|\d+[.)])\s", re.MULTILINE),
+    "list": _has(r"^[ \t]*([-*•]|\d+[.)])\s", re.MULTILINE),
     "emphasis": _has(r"\*\w|\b[A-Z]{3,}\b", 0),
     "code": _has("`"),
     "number": _has(r"\d"),

@@ -27,9 +27,9 @@ DRAWS = 4000  # at random, where there are more ways than that
 class Gain:
     """What the candidate's answers gain over the live version's, by the held-out opinions.
 
-    `counts` (one for each opinion) is how much each counts: their mean over liked answers less that over disliked ones is
-    the gain, in units of rewards, which go from -1 to 1. `by_prompt` (one for each prompt) is the gain on each, with the
-    same mean.
+    `counts` (one for each opinion) is how much each counts: the sum of their products with the opinions, less what is usual
+    for such a question, is the gain, in units of rewards, which go from -1 to 1. `by_prompt` (one for each prompt) is the
+    gain on each; its mean is the same.
     """
 
     counts: list[float]
@@ -40,14 +40,16 @@ class Gain:
 class Evidence:
     """What was measured of a candidate against the live version, on the same held-out answers and the same prompts.
 
-    `signs` is +1 for an answer that was liked and -1 for one that was not; `live` and `candidate` are its mean
-    log-probability for each token (nats). `kl` is nats for each sampled token of the candidate, against the base.
+    `signs` is +1 for an answer that was liked and -1 for one that was not, `kinds` the kind of its question; `live` and
+    `candidate` are its mean log-probability for each token (nats). `kl` is nats for each sampled token of the candidate,
+    against the base.
     `change` is how far its log-probabilities are from its parent's, `rounding` how far the served number format moves them
     (mean, nats).
     """
 
     conversations: list[str]
     signs: list[int]
+    kinds: list[int]
     live: list[float]
     candidate: list[float]
     gain: Gain
@@ -104,6 +106,7 @@ def judge(evidence: Evidence, gate: GateConfig, seed: int) -> Verdict:
 def gain_of(
     judged: Sequence[str],
     signs: Sequence[int],
+    kinds: Sequence[int],
     before: Sequence[Sample],
     after: Sequence[Sample],
     embedder: Embedder | None,
@@ -113,11 +116,12 @@ def gain_of(
     The direct method of off-policy evaluation (Dudík, Langford and Li, 2011, "Doubly Robust Policy Evaluation and Learning",
     arXiv:1103.4601): a ridge regression of the opinions on features of the judged answers says what other answers are worth.
     It is linear in the opinions, so the gain is a sum of what each of them counts, and needs no second fit for a permutation
-    of them. Features beyond those of all judged answers are cut: what nobody saw, nobody judged.
+    of them. Answers are compared with others to the same kind of question alone: or a candidate would gain by speaking as
+    one speaks of what people like to speak of. Features beyond those of all judged answers are cut: what nobody saw,
+    nobody judged.
     """
-    opinions = np.array(signs, dtype=float)
-    liked = float((opinions > 0).mean()) if len(opinions) else 0.0
-    if not before or liked in (0.0, 1.0):
+    opinions = less_usual(np.array(signs, dtype=float), kinds)
+    if not before or not opinions.any():
         return Gain([0.0] * len(opinions), [0.0] * len({one.prompt_ids for one in before}))
     seen = features(list(judged), embedder)
     low, high = seen.min(0), seen.max(0)
@@ -125,11 +129,16 @@ def gain_of(
     asked = {prompt: row for row, prompt in enumerate(dict.fromkeys(one.prompt_ids for one in before))}
     row_of = np.array([asked[one.prompt_ids] for one in before])
     moved = np.array([(new - old)[row_of == row].mean(0) for row in range(len(asked))])  # prompts × features
-    by_opinion = moved @ ridge(seen).T
-    return Gain(
-        counts=(by_opinion.mean(0) * 2 * len(opinions) * liked * (1 - liked)).tolist(),
-        by_prompt=(by_opinion @ (opinions - opinions.mean())).tolist(),
-    )
+    by_opinion = moved @ ridge(less_usual(seen, kinds)).T
+    return Gain(counts=by_opinion.mean(0).tolist(), by_prompt=(by_opinion @ opinions).tolist())
+
+
+def less_usual(values: np.ndarray, kinds: Sequence[int]) -> np.ndarray:
+    """Values (n × …) less the mean of those of the same kind (n,)."""
+    found = np.array(values, dtype=float)
+    for kind in np.unique(kinds):
+        found[np.asarray(kinds) == kind] -= found[np.asarray(kinds) == kind].mean(0)
+    return found
 
 
 def margin(values: np.ndarray, signs: np.ndarray) -> float:
@@ -142,12 +151,19 @@ def margin_interval(values: np.ndarray, signs: np.ndarray, seed: int) -> tuple[f
     return bootstrap(lambda pick: margin(values[pick], signs[pick]), signs, CONFIDENCE, seed)
 
 
-def by_chance(values: np.ndarray, signs: np.ndarray, seed: int) -> float:
-    """How often the same opinions, given to these answers at random, would have as large a margin (one-sided).
+def by_chance(values: np.ndarray, signs: np.ndarray, kinds: Sequence[int], seed: int) -> float:
+    """How often the same opinions, given at random to answers to the same kind of question, would have as large a sum of
+    products with `values` (one-sided). Within a kind that is their margin.
 
     A permutation test (Fisher, 1935, "The Design of Experiments"): exact however few answers there are, where a bootstrap
-    interval of so few is too narrow.
+    interval of so few is too narrow. With several kinds it is drawn.
     """
+    if len(set(kinds)) > 1:
+        rng, of = np.random.default_rng(seed), np.asarray(kinds)
+        drawn = np.zeros(DRAWS)
+        for kind in np.unique(of):
+            drawn += rng.permuted(np.tile(signs[of == kind], (DRAWS, 1)), axis=1) @ values[of == kind]
+        return float((1 + (drawn >= signs @ values - 1e-9).sum()) / (1 + DRAWS))
     found = permutation_test(
         (values[signs > 0], values[signs < 0]),
         lambda liked, disliked, axis: liked.mean(axis) - disliked.mean(axis),
@@ -178,11 +194,15 @@ def by_luck(gained: Sequence[float], seed: int) -> float:
 def _shown(evidence: Evidence, signs: np.ndarray, seed: int) -> dict[str, float]:
     """Both ways to ask the held-out opinions, with what chance and luck would give."""
     live, candidate = np.array(evidence.live), np.array(evidence.candidate)
-    counts = np.array(evidence.gain.counts)
+    counts, kinds = np.array(evidence.gain.counts), evidence.kinds
+    worth = counts * less_usual(signs, kinds)
     found = {"margin_before": margin(live, signs), "margin_after": margin(candidate, signs)}
-    for name, values in (("margin_gain", candidate - live), ("gain", counts)):
-        value, low, high = margin_interval(values, signs, seed)
-        found |= {name: value, f"{name}_low": low, f"{name}_high": high, f"{name}_by_chance": by_chance(values, signs, seed)}
+    for name, values, (value, low, high) in (
+        ("margin_gain", candidate - live, margin_interval(candidate - live, signs, seed)),
+        ("gain", counts, bootstrap(lambda pick: float(worth[pick].sum()), signs, CONFIDENCE, seed)),
+    ):
+        found |= {name: value, f"{name}_low": low, f"{name}_high": high}
+        found[f"{name}_by_chance"] = by_chance(values, signs, kinds, seed)
     return found | {"gain_by_luck": by_luck(evidence.gain.by_prompt, seed)}
 
 

@@ -19,7 +19,8 @@ KNOWN = {"input_ids", "attention_mask", "use_cache"}  # what a batch may be give
 def share_prefixes(model: "PreTrainedModel") -> None:
     """Have a model read what the rows of a batch have in common once, where it is not asked for a cache.
 
-    Where some layers do not see all that came before (sliding windows, states), nothing changes.
+    Where some layers do not see all that came before (sliding windows, states), or positions depend on what follows, nothing
+    changes.
     """
     import torch
 
@@ -32,7 +33,8 @@ def share_prefixes(model: "PreTrainedModel") -> None:
     def forward(*args: Any, **given: Any) -> Any:
         asked = {name for name, value in given.items() if value is not None}
         common = 0
-        if not args and asked <= KNOWN and given.get("use_cache") is False and not decoder.gradient_checkpointing:
+        tells_all = decoder.gradient_checkpointing or decoder.config.output_hidden_states
+        if not args and asked <= KNOWN and given.get("use_cache") is False and not tells_all:
             common = common_length(given["input_ids"], given.get("attention_mask"))
         if common < LEAST:
             return plain(*args, **given)
@@ -60,4 +62,6 @@ def common_length(ids: "torch.Tensor", mask: "torch.Tensor | None") -> int:
 
 def _sees_all(settings: Any) -> bool:
     kinds = set(getattr(settings, "layer_types", None) or ["full_attention"])
-    return kinds == {"full_attention"} and not getattr(settings, "sliding_window", None)
+    rope = (getattr(settings, "rope_parameters", None) or {}).get("rope_type")
+    grows = rope in ("dynamic", "longrope")  # with how long a row is: its beginning alone would be read otherwise
+    return kinds == {"full_attention"} and not getattr(settings, "sliding_window", None) and not grows

@@ -25,7 +25,7 @@ from bot.types import Feedback, FeedbackKind, FollowUp, Message, Turn
 from bot.users import Users
 from learning.features import expected, features
 from learning.rewards import Reward, reward
-from learning.selection import fresh_and_old, kinds, parted, thinned, weighed
+from learning.selection import fresh_and_old, kinds_of, parted, thinned, weighed
 
 IMPORTED = "import"  # the platform of conversations that were read from a file
 
@@ -38,7 +38,7 @@ class Experience:
     `followup_id` is the message that it counts too. `logprobs` (nats, one for each of `completion_ids`) are those of its
     sampling, or None for a text that was not sampled so (imported, a person's correction, a truncated distribution).
     `rejected_ids` is an answer to the same prompt that people liked less; `hindsight_ids` is the prompt as somebody would
-    have it who knows what the asker said next. `advantage` (in [-2, 2]) is the reward less what is usual; `weight` (in
+    have it who knows what the asker said next. `advantage` (in [-2, 2]) is what `compared` makes of the reward; `weight` (in
     (0, 1]) is less for those who say more than their share.
     """
 
@@ -313,16 +313,17 @@ def compared(found: Sequence[Experience], embedder: Embedder | None, config: Con
     """The experiences with their advantages and weights: with an embedder, beside what is usual for their kind of prompt.
 
     A share `rewards.smoothing` of each advantage is what answers like it earned: one reaction says little about one answer,
-    and all of them say much about what is common to many.
+    and all of them say much about what is common to many. Answers that were compared with another one to the same question,
+    a correction or a pick, keep what was said of them.
     """
-    kind_of = np.zeros(len(found), int)
-    if embedder is not None and found:
-        kind_of = kinds(embedder.encode([one.question for one in found]), seed)
+    kind_of = kinds_of([one.question for one in found], embedder, seed)
     share = config.rewards.smoothing
+    refused = {(one.prompt_ids, one.rejected_ids) for one in found}
+    is_compared = [one.rejected_ids is not None or (one.prompt_ids, one.completion_ids) in refused for one in found]
 
     def smooth(worth: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        alike = features([one.answer for one in found], embedder)
-        return (1 - share) * worth + share * expected(worth, alike, weights)
+        alike = expected(worth, features([one.answer for one in found], embedder), weights)
+        return np.where(is_compared, worth, (1 - share) * worth + share * alike)
 
     return weighed(
         found,

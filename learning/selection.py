@@ -15,6 +15,7 @@ import numpy as np
 from learning.rewards import advantages
 
 if TYPE_CHECKING:
+    from bot.embeddings import Embedder
     from learning.replay_buffer import Experience
 
 ALIKE = 0.97  # cosine similarity of question and answer from which two turns are the same thing said twice
@@ -72,14 +73,14 @@ def thinned(found: Sequence["Experience"], vectors: np.ndarray) -> Kept:
     )
 
 
-def kinds(vectors: np.ndarray, seed: int) -> np.ndarray:
-    """The kind of each prompt (n,), from the unit vectors of the questions (n × dimensions): clusters by k-means."""
+def kinds_of(questions: Sequence[str], embedder: "Embedder | None", seed: int) -> np.ndarray:
+    """The kind of each prompt (n,): clusters of the questions' embeddings by k-means; one kind without an embedder."""
     from sklearn.cluster import KMeans
 
-    count = min(KINDS, len(vectors) // IN_A_KIND)
-    if count < 2:
-        return np.zeros(len(vectors), int)
-    return KMeans(count, n_init=1, random_state=seed).fit_predict(vectors)
+    count = min(KINDS, len(questions) // IN_A_KIND)
+    if embedder is None or count < 2:
+        return np.zeros(len(questions), int)
+    return KMeans(count, n_init=1, random_state=seed).fit_predict(embedder.encode(questions))
 
 
 def weighed(
@@ -95,8 +96,10 @@ def weighed(
     """
     worth = advantages(np.array([one.reward for one in found]), kind_of, prior)
     recent = recency(len(found), half_life)
-    weights = recent * limited([one.opinions for one in found], recent * np.abs(worth), cap)
-    worth = worth if smooth is None else smooth(worth, weights)
+    opinions = [one.opinions for one in found]
+    if smooth is not None:
+        worth = smooth(worth, recent * limited(opinions, recent, cap))
+    weights = recent * limited(opinions, recent * np.abs(worth), cap)
     return [
         replace(one, advantage=float(value), weight=float(weight))
         for one, value, weight in zip(found, worth, weights, strict=True)

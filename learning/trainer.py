@@ -48,6 +48,7 @@ from learning.processes import teach_together
 from learning.replay_buffer import Experience, ReplayBuffer, Snapshot
 from learning.report import write_samples
 from learning.reward_model import reward_model
+from learning.selection import kinds_of
 from learning.version_files import discard, faults, fingerprint, is_whole
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ def _lesson(
     _refuse_empty(snapshot)
     progress("loading the model", 0, 1)
     quiet()
-    found = served(config, live.base_model, _weights_of(live))
+    found = served(config, live.base_model, live.weights)
     change = changed(config, live.base_model, found, snapshot.drawn) if looks_for_drift and not live.is_base else None
     if change is not None:
         progress(f"people came to want the opposite: {change.since} older answers count no more", 0, 1)
@@ -213,7 +214,7 @@ def _lesson(
     said = _answers(config, found, buffer.tokenizer, asked)
     if parent != live:
         del found  # there may be no room for both
-        found = served(config, parent.base_model, _weights_of(parent))
+        found = served(config, parent.base_model, parent.weights)
     return Lesson(parent, found, snapshot, since, live, before, asked, said)
 
 
@@ -293,12 +294,15 @@ def _train(
         probe.write(directory, prefixes, probe.measure(model, prefixes), of_parent, config.policy.temperature)
     )
     signs = [1 if row.reward > 0 else -1 for row in snapshot.held_out]
+    questions = [row.question for row in (*snapshot.held_out, *snapshot.training)]
+    kinds = kinds_of(questions, embedding, config.seed)[: len(signs)].tolist()
     evidence = Evidence(
         conversations=[row.unit for row in snapshot.held_out],
         signs=signs,
+        kinds=kinds,
         live=_means(before),
         candidate=_means(after),
-        gain=gain_of([row.answer for row in snapshot.held_out], signs, said, samples, embedding),
+        gain=gain_of([row.answer for row in snapshot.held_out], signs, kinds, said, samples, embedding),
         kl=kl,
         well_formed=manner(samples)["well_formed"],
         base_well_formed=manner(base_samples)["well_formed"],
@@ -375,10 +379,6 @@ def teach(
     guard = Guard(health, Limits(config.gate.kl_budget, config.gate.well_formed, config.policy.temperature))
     trained = train(model, tokenizer.hf, training, config.training, config.seed, progress, [guard])
     return {**trained, "stopped": guard.stopped, "kept": guard.kept, "checks": guard.checks}
-
-
-def _weights_of(version: PolicyVersion) -> str | None:
-    return None if version.is_base else version.path
 
 
 def _asked(snapshot: Snapshot, count: int) -> list[Experience]:

@@ -6,7 +6,7 @@ import pytest
 from bot.config import GateConfig
 from learning import demo
 from learning.evaluation import Sample, bootstrap
-from learning.gate import Evidence, Gain, by_chance, by_luck, gain_of, judge, margin
+from learning.gate import Evidence, Gain, by_chance, by_luck, gain_of, judge, less_usual, margin
 
 
 def evidence(worth: float = 0.3, likelier: float = 0.3, **changes) -> Evidence:
@@ -14,8 +14,14 @@ def evidence(worth: float = 0.3, likelier: float = 0.3, **changes) -> Evidence:
     rng = np.random.default_rng(0)
     live = rng.normal(-1, 0.3, len(signs))
     counts, moved = (value / 2 * np.array(signs) + rng.normal(0, 0.1, len(signs)) for value in (worth, likelier))
-    gained = Gain(counts.tolist(), rng.normal(worth, 0.2, 24).tolist())
-    found = {"conversations": [str(n) for n in range(len(signs))], "signs": signs, "live": live.tolist(), "gain": gained}
+    gained = Gain((counts * 2 / len(signs)).tolist(), rng.normal(worth, 0.2, 24).tolist())
+    found = {
+        "conversations": [str(n) for n in range(len(signs))],
+        "signs": signs,
+        "kinds": [0] * len(changes.get("signs", signs)),
+        "live": live.tolist(),
+        "gain": gained,
+    }
     found |= {"candidate": (live + moved).tolist(), "kl": 0.1, "well_formed": 1.0, "base_well_formed": 1.0}
     return Evidence(**(found | changes))
 
@@ -83,7 +89,7 @@ def test_opinions_at_random_pass_as_often_as_the_confidence_lets_them(held_out):
     tests, intervals = 0, 0
     for _ in range(draws):
         gained, signs = rng.standard_t(3, held_out), rng.permutation([1, -1] * (held_out // 2))
-        tests += by_chance(gained, signs, seed=0) <= 0.05
+        tests += by_chance(gained, signs, [0] * len(signs), seed=0) <= 0.05
         lower = bootstrap(lambda pick, g=gained, s=signs: margin(g[pick], s[pick]), signs, 0.9, seed=0, draws=300)[1]
         intervals += lower > 0
     most = draws * 0.05 + 2 * (draws * 0.05 * 0.95) ** 0.5
@@ -96,9 +102,9 @@ def test_what_people_do_mean_is_told_from_chance():
     signs = np.array([1, -1] * 8)
     rng = np.random.default_rng(0)
     gained = 0.1 * signs + rng.normal(0, 0.05, len(signs))
-    assert by_chance(gained, signs, seed=0) < 0.001
-    assert by_chance(-gained, signs, seed=0) > 0.999
-    assert by_chance(np.zeros(16), signs, seed=0) == 1.0
+    assert by_chance(gained, signs, [0] * len(signs), seed=0) < 0.001
+    assert by_chance(-gained, signs, [0] * 16, seed=0) > 0.999
+    assert by_chance(np.zeros(16), signs, [0] * 16, seed=0) == 1.0
 
 
 def test_where_the_base_itself_does_not_answer_well_a_candidate_is_held_to_the_base():
@@ -131,12 +137,12 @@ def test_opinions_on_some_answers_tell_what_others_are_worth(reads_meaning, embe
     opinions = liked_if_emoji(judged, rng)
     meaning = embedder if reads_meaning else None
     for after, sign in ((more, 1), (fewer, -1)):
-        found = gain_of([one.text for one in judged], opinions, before, after, meaning)
-        assert np.mean(found.by_prompt) == pytest.approx(margin(np.array(found.counts), np.array(opinions)))
+        found = gain_of([one.text for one in judged], opinions, [0] * 40, before, after, meaning)
+        assert np.mean(found.by_prompt) == pytest.approx(np.dot(found.counts, less_usual(np.array(opinions), [0] * 40)))
         assert sign * np.mean(found.by_prompt) > 0.1
         assert len(found.by_prompt) == 12
-    passed = gain_of([one.text for one in judged], opinions, before, more, meaning)
-    assert by_chance(np.array(passed.counts), np.array(opinions), seed=0) < 0.01
+    passed = gain_of([one.text for one in judged], opinions, [0] * 40, before, more, meaning)
+    assert by_chance(np.array(passed.counts), np.array(opinions), [0] * 40, seed=0) < 0.01
     assert by_luck(passed.by_prompt, seed=0) < 0.01
 
 
@@ -157,8 +163,8 @@ def test_neither_opinions_at_random_nor_answers_by_luck_pass_more_often_than_the
         ):
             if len(set(opinions)) == 1:
                 continue
-            found = gain_of(texts, opinions, before, after, None)
-            is_opinion = by_chance(np.array(found.counts), np.array(opinions), seed=0) <= 0.05
+            found = gain_of(texts, opinions, [0] * 24, before, after, None)
+            is_opinion = by_chance(np.array(found.counts), np.array(opinions), [0] * len(opinions), seed=0) <= 0.05
             is_answer = by_luck(found.by_prompt, seed=0) <= 0.05
             passes[name] += is_opinion and is_answer
             if name == "nothing moved":
@@ -174,13 +180,36 @@ def test_an_answer_beyond_all_that_was_judged_is_worth_no_more_than_those():
     judged = ["one two three", "one two three four five six"] * 6
     opinions = [-1, 1] * 6
     before, longer, endless = ([Sample((0,), (), "word " * count, True)] for count in (3, 6, 6000))
-    worth = gain_of(judged, opinions, before, longer, None).by_prompt[0]
+    worth = gain_of(judged, opinions, [0] * 12, before, longer, None).by_prompt[0]
     assert worth > 0
-    assert gain_of(judged, opinions, before, endless, None).by_prompt[0] == pytest.approx(worth, abs=0.1)
+    assert gain_of(judged, opinions, [0] * 12, before, endless, None).by_prompt[0] == pytest.approx(worth, abs=0.1)
 
 
 def test_without_two_kinds_of_opinions_nothing_is_gained():
     before, after = [Sample((0,), (), "no", True)], [Sample((0,), (), "yes!", True)]
-    assert gain_of(["a", "b"], [1, 1], before, after, None) == Gain([0.0, 0.0], [0.0])
-    assert gain_of([], [], before, after, None) == Gain([], [0.0])
+    assert gain_of(["a", "b"], [1, 1], [0, 0], before, after, None) == Gain([0.0, 0.0], [0.0])
+    assert gain_of([], [], [], before, after, None) == Gain([], [0.0])
     assert by_luck([0.0], seed=0) == 1.0, "one prompt shows nothing"
+
+
+def by_question(rng: np.random.Generator, count: int, chatty: float) -> tuple[list[Sample], list[int]]:
+    """Answers to two kinds of questions: short ones to small talk, longer ones to hard ones, `chatty` times as long."""
+    kinds = rng.integers(2, size=count).tolist()
+    words = [int(rng.integers(3, 8) * (1 + 2 * kind) * chatty) for kind in kinds]
+    return [Sample((row % 12,), (), "word " * many, True) for row, many in enumerate(words)], kinds
+
+
+def test_who_likes_a_kind_of_question_whatever_is_answered_proves_no_style_of_answers():
+    draws = 150
+    passes = {"within kinds": 0, "over all": 0}
+    for seed in range(draws):
+        rng = np.random.default_rng(seed)
+        judged, kinds = by_question(rng, 40, 1.0)
+        opinions = [1 if rng.random() < (0.85, 0.2)[kind] else -1 for kind in kinds]
+        before, after = by_question(rng, 36, 1.0)[0], by_question(rng, 36, 0.7)[0]
+        for name, told in (("within kinds", kinds), ("over all", [0] * 40)):
+            found = gain_of([one.text for one in judged], opinions, told, before, after, None)
+            is_opinion = by_chance(np.array(found.counts), np.array(opinions), told, seed=seed) <= 0.05
+            passes[name] += is_opinion and by_luck(found.by_prompt, seed=seed) <= 0.05
+    assert passes["within kinds"] <= draws * 0.05 + 2 * (draws * 0.05 * 0.95) ** 0.5
+    assert passes["over all"] > draws * 0.2, "the control"

@@ -73,9 +73,9 @@ def test_what_rounding_hides_is_no_change_and_not_promoted(demo_model, tmp_path)
         restore(model, start)
     assert found["tiny"].is_no_change
     assert not found["large"].is_no_change
-    gain = Gain([0.5, -0.5] * 20, [0.9, 1.1] * 10)
+    gain = Gain([0.025, -0.025] * 20, [0.9, 1.1] * 10)
     good = Evidence(
-        ["a"] * 40, [1, -1] * 20, [0.0] * 40, [0.5, -0.5] * 20, gain, kl=0.1, well_formed=1.0, base_well_formed=1.0
+        ["a"] * 40, [1, -1] * 20, [0] * 40, [0.0] * 40, [0.5, -0.5] * 20, gain, kl=0.1, well_formed=1.0, base_well_formed=1.0
     )
     told = {name: (one.change, one.rounding, one.is_no_change) for name, one in found.items()}
     verdicts = {}

@@ -1,6 +1,7 @@
 """What one run learns from: rewards against what is usual, nobody above their share, a reason for all that is left out."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from bot.config import Config
 from learning.replay_buffer import Experience, compared, paired
 from learning.rewards import advantages
-from learning.selection import fresh_and_old, is_held_out, kinds, limited, thinned, weighed
+from learning.selection import fresh_and_old, is_held_out, kinds_of, limited, thinned, weighed
 
 REWARDS = st.lists(st.floats(-1, 1), min_size=1, max_size=40)
 
@@ -97,10 +98,13 @@ def test_prompts_of_one_kind_are_found():
     rng = np.random.default_rng(0)
     centres = np.eye(3)[rng.integers(3, size=120)]
     vectors = centres + rng.normal(0, 0.05, centres.shape)
-    found = kinds(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), seed=0)
+    told = dict(zip(map(str, range(120)), vectors / np.linalg.norm(vectors, axis=1, keepdims=True), strict=True))
+    embedder = SimpleNamespace(encode=lambda texts: np.array([told[text] for text in texts]))
+    found = kinds_of(list(told), embedder, seed=0)
     assert len(set(found)) == 5
     assert all(len({int(np.argmax(row)) for row in centres[found == kind]}) == 1 for kind in set(found))
-    assert (kinds(vectors[:30], seed=0) == 0).all(), "too few to tell kinds apart"
+    assert (kinds_of(list(told)[:30], embedder, seed=0) == 0).all(), "too few to tell kinds apart"
+    assert (kinds_of(list(told), None, seed=0) == 0).all()
 
 
 def test_the_share_that_is_held_out_is_about_what_was_asked_for():
@@ -147,3 +151,29 @@ def test_smoothing_takes_the_place_of_a_share_of_each_advantage():
     )
     assert plain[0] > 0 > all_of_it[0]
     assert some == pytest.approx([(one + other) / 2 for one, other in zip(plain, all_of_it, strict=True)])
+
+
+def test_a_correction_and_what_it_corrects_keep_what_was_said_of_them():
+    said = [experience(str(row), (-1.0, 1.0)[row % 2], answer=("No.", "You?")[row % 2]) for row in range(40)]
+    said += [experience("corrected", -0.5, prompt_ids=(9,), completion_ids=(7,), answer="You?")]
+    said += [experience("correction", 1.0, prompt_ids=(9,), completion_ids=(8,), rejected_ids=(7,), answer="No.")]
+    found = compared(said, None, Config(rewards={"smoothing": 1.0}), seed=0)
+    plain = compared(said, None, Config(), seed=0)
+    assert [one.advantage for one in found[-2:]] == [one.advantage for one in plain[-2:]]
+    assert found[0].advantage != plain[0].advantage, "the control"
+
+
+def test_nobody_counts_more_than_the_cap_after_smoothing_either():
+    rng = np.random.default_rng(0)
+    texts = ["Well?", "Well, well.", "Yes, you did it!", "no"]
+    said = [
+        experience(f"{person} {row}", float(rng.choice([1, -1])), opinions=(person,), answer=texts[int(rng.integers(4))])
+        for person, count in (("ann", 300), *((f"p{number}", 10) for number in range(8)))
+        for row in range(count)
+    ]
+    found = compared(said, None, Config(rewards={"smoothing": 0.9}), seed=0)
+    counts = {
+        name: sum(abs(one.advantage) * one.weight for one in found if one.opinions == (name,)) for name in ("ann", "p0")
+    }
+    assert counts["ann"] <= 0.2501 * sum(abs(one.advantage) * one.weight for one in found)
+    assert counts["p0"] > 0
