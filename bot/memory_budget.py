@@ -19,7 +19,7 @@ from bot.model_shape import ModelShape
 MARGIN = 1.15  # torch's allocator keeps more than is in use
 CONTEXT = int(0.8 * GIB)  # CUDA's own, with its kernels, once in each process
 MEASURED_TOKENS = 2048  # learning.evaluation.BATCH_TOKENS
-SAMPLED = 32  # answers that a run samples at once (learning.evaluation.generate)
+SAMPLED = 32  # answers that a run can always sample at once (learning.evaluation.generate)
 TILE = 4096 * 32768  # logits that TRL's output layer holds at once, at most
 CONCURRENT = 8  # answers that vLLM must be able to give at once
 GRAPHS = int(1.0 * GIB)  # CUDA graphs, which vLLM takes besides its share
@@ -108,6 +108,14 @@ def training_bytes(shape: ModelShape, config: Config, fit: BatchFit, element: in
 def cache_bytes(shape: ModelShape, element: int) -> int:
     """Count what vLLM keeps of one token: a key and a value in each layer."""
     return 2 * shape.layers * shape.keys * element
+
+
+def sampled_at_once(shape: ModelShape, tokens: int, free: int, element: int) -> int:
+    """Count how many answers, of so many tokens with their prompts, are sampled at once in `free` bytes: never fewer than
+    what is planned for, and up to eight times as many where there is room.
+    """
+    each = tokens * cache_bytes(shape, element) + 3 * 4 * shape.vocabulary
+    return max(SAMPLED, min(8 * SAMPLED, int(free / MARGIN) // each))
 
 
 def serving_bytes(shape: ModelShape, config: Config, total: int, element: int) -> int:

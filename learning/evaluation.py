@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from bot.memory_budget import SAMPLED
+from bot.memory_budget import SAMPLED, sampled_at_once
+from bot.model_shape import shape_of
 from bot.sampling import PLAIN
 from bot.tokenizer import ChatTokenizer
 from learning.model import as_base, as_served
@@ -247,6 +248,16 @@ def pad_id(tokenizer: Any) -> int:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
+def _at_once(model: Any, tokens: int) -> int:
+    """How many answers are sampled at once: processors are busy with few, a GPU takes what its memory holds."""
+    from learning.batching import room
+
+    if model.device.type != "cuda":
+        return SAMPLED
+    shape = shape_of(model.config.to_dict(), sum(parameter.numel() for parameter in model.parameters()))
+    return sampled_at_once(shape, tokens, room(), model.dtype.itemsize)
+
+
 def generate(
     model: Any,
     tokenizer: ChatTokenizer,
@@ -255,7 +266,7 @@ def generate(
     seed: int,
     truncation: Mapping[str, float] | None = None,
     greedy: bool = False,
-    batch_size: int = SAMPLED,
+    batch_size: int | None = None,
 ) -> list[Sample]:
     """Sample one answer to each prompt, in batches padded on the left.
 
@@ -268,6 +279,7 @@ def generate(
     ends, pad = tokenizer.end_ids, pad_id(tokenizer.hf)
     samples = []
     model.eval()
+    batch_size = batch_size or _at_once(model, max(map(len, prompts), default=0) + max_tokens)
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         width = max(map(len, batch))

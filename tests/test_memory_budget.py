@@ -11,12 +11,14 @@ from bot.config import TrainingConfig, load
 from bot.errors import ConfigError
 from bot.memory_budget import (
     GRAPHS,
+    SAMPLED,
     SPARE,
     BatchFit,
     activation_bytes,
     cache_bytes,
     fit_batch,
     plan_memory,
+    sampled_at_once,
     serving_bytes,
     training_bytes,
 )
@@ -149,3 +151,13 @@ def test_a_vllm_that_sleeps_leaves_its_memory_to_the_run():
     plan = plan_memory(shape, config, card(24))
     assert plan.share > 0.8
     assert plan.line.endswith("vLLM sleeps meanwhile")
+
+
+def test_as_many_answers_are_sampled_at_once_as_there_is_room_for_and_never_fewer_than_planned():
+    shape = shape_of(settings("Qwen3-8B"))
+    assert sampled_at_once(shape, 1152, 0, 2) == SAMPLED
+    assert sampled_at_once(shape, 1152, 200 * GIB, 2) == 8 * SAMPLED
+    some = sampled_at_once(shape, 1152, 20 * GIB, 2)
+    assert SAMPLED < some < 8 * SAMPLED
+    assert some * (1152 * cache_bytes(shape, 2) + 12 * shape.vocabulary) <= 20 * GIB
+    assert sampled_at_once(shape, 576, 20 * GIB, 2) > some, "shorter answers take less"
