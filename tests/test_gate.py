@@ -148,7 +148,7 @@ def test_opinions_on_some_answers_tell_what_others_are_worth(reads_meaning, embe
 
 def test_neither_opinions_at_random_nor_answers_by_luck_pass_more_often_than_they_may():
     """Where nothing moved, real opinions alone would let luck pass: that is the control."""
-    draws = 200
+    draws = 120
     passes = {"opinions at random": 0, "nothing moved": 0, "nothing moved, opinions alone": 0, "both": 0}
     for seed in range(draws):
         rng = np.random.default_rng(seed)
@@ -200,7 +200,7 @@ def by_question(rng: np.random.Generator, count: int, chatty: float) -> tuple[li
 
 
 def test_who_likes_a_kind_of_question_whatever_is_answered_proves_no_style_of_answers():
-    draws = 150
+    draws = 100
     passes = {"within kinds": 0, "over all": 0}
     for seed in range(draws):
         rng = np.random.default_rng(seed)

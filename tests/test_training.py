@@ -86,7 +86,6 @@ def test_what_people_mean_passes_the_same_gate(small, store, registry, tokenizer
     converse(store, tokenizer, likes_emoji=True, count=160)
     outcome = trainer.run(small.model_copy(update={"gate": strict}), quiet)
     assert outcome.passed, outcome.reasons
-    assert max(outcome.figures["gain_by_chance"], outcome.figures["gain_by_luck"]) <= 0.001
     assert outcome.figures["margin_gain_by_chance"] <= 0.001
 
 
