@@ -11,8 +11,8 @@ from accelerate import PartialState
 
 from bot.accelerator import free_memory
 from bot.config import TrainingConfig
-from bot.memory_budget import BatchFit, fit_batch, state_bytes
-from bot.model_shape import shape_of
+from bot.memory_budget import SAMPLED, BatchFit, fit_batch, sampled_at_once, state_bytes
+from bot.model_shape import ModelShape, shape_of
 from learning.processes import agreed
 
 RESERVED = 0.9  # the share of the free memory that a run may count on
@@ -31,7 +31,7 @@ def fit_to_machine(model: Any, training: TrainingConfig, batch: int, length: int
 
     Where not even the smallest fits by arithmetic, that one is tried.
     """
-    shape = shape_of(model.config.to_dict(), sum(parameter.numel() for parameter in model.parameters()))
+    shape = _shape(model)
     element = 2 if torch.cuda.is_available() else max(parameter.element_size() for parameter in model.parameters())
     found = room()
     left = int(RESERVED * found) - state_bytes(shape, training, element)
@@ -43,6 +43,19 @@ def fit_to_machine(model: Any, training: TrainingConfig, batch: int, length: int
     if "RANK" in os.environ:  # what trains together must read its batches alike: its processes are joined by now
         PartialState(cpu=not torch.cuda.is_available())
     return agreed(fit)
+
+
+def samples_at_once(model: Any, tokens: int) -> int:
+    """Count how many answers, of so many tokens with their prompts, to sample at once: processors are busy with few, a GPU
+    takes what its memory holds.
+    """
+    if model.device.type != "cuda":
+        return SAMPLED
+    return sampled_at_once(_shape(model), tokens, room(), model.dtype.itemsize)
+
+
+def _shape(model: Any) -> ModelShape:
+    return shape_of(model.config.to_dict(), sum(parameter.numel() for parameter in model.parameters()))
 
 
 def machine_arguments(fit: BatchFit) -> dict[str, Any]:

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from bot.memory_budget import SAMPLED, sampled_at_once
-from bot.model_shape import shape_of
 from bot.sampling import PLAIN
 from bot.tokenizer import ChatTokenizer
 from learning.model import as_base, as_served
@@ -248,16 +246,6 @@ def pad_id(tokenizer: Any) -> int:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def _at_once(model: Any, tokens: int) -> int:
-    """How many answers are sampled at once: processors are busy with few, a GPU takes what its memory holds."""
-    from learning.batching import room
-
-    if model.device.type != "cuda":
-        return SAMPLED
-    shape = shape_of(model.config.to_dict(), sum(parameter.numel() for parameter in model.parameters()))
-    return sampled_at_once(shape, tokens, room(), model.dtype.itemsize)
-
-
 def generate(
     model: Any,
     tokenizer: ChatTokenizer,
@@ -275,11 +263,13 @@ def generate(
     """
     import torch
 
+    from learning.batching import samples_at_once
+
     torch.manual_seed(seed)
     ends, pad = tokenizer.end_ids, pad_id(tokenizer.hf)
     samples = []
     model.eval()
-    batch_size = batch_size or _at_once(model, max(map(len, prompts), default=0) + max_tokens)
+    batch_size = batch_size or samples_at_once(model, max(map(len, prompts), default=0) + max_tokens)
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         width = max(map(len, batch))

@@ -293,6 +293,7 @@ def _train(
     change = probe.distances(
         probe.write(directory, prefixes, probe.measure(model, prefixes), of_parent, config.policy.temperature)
     )
+    answers = manner(samples)
     signs = [1 if row.reward > 0 else -1 for row in snapshot.held_out]
     questions = [row.question for row in (*snapshot.held_out, *snapshot.training)]
     kinds = kinds_of(questions, embedding, config.seed)[: len(signs)].tolist()
@@ -304,7 +305,7 @@ def _train(
         candidate=_means(after),
         gain=gain_of([row.answer for row in snapshot.held_out], signs, kinds, said, samples, embedding),
         kl=kl,
-        well_formed=manner(samples)["well_formed"],
+        well_formed=answers["well_formed"],
         base_well_formed=manner(base_samples)["well_formed"],
         file_faults=[
             *faults(directory, parent.base_model, config.serving.max_lora_rank),
@@ -316,7 +317,7 @@ def _train(
     )
     verdict = judge(evidence, config.gate, config.seed)
     metrics = {**verdict.figures, **trained, "taken_back": snapshot.taken_back}
-    metrics |= {"answers_before": manner(said), "answers_after": manner(samples)}
+    metrics |= {"answers_before": manner(said), "answers_after": answers}
     judge_of = reward_model(config, embedding, parent.base_model)
     if judge_of is not None and is_live:
         policies = {
