@@ -89,7 +89,7 @@ def judge(evidence: Evidence, gate: GateConfig, seed: int) -> Verdict:
         by_margin = figures["margin_gain"] > 0 and figures["margin_gain_by_chance"] <= allowed
         by_gain = figures["gain"] > 0 and max(figures["gain_by_chance"], figures["gain_by_luck"]) <= allowed
         if not by_margin and not by_gain:
-            reasons.append(_not_shown(figures, liked, disliked, allowed))
+            reasons.append(_not_shown(figures, liked, disliked, len(evidence.gain.by_prompt), allowed))
     if evidence.is_no_change:
         reasons.append(
             f"no change: log-probabilities are {evidence.change:.4f} nats from its parent's, and the number format that is "
@@ -206,8 +206,9 @@ def _shown(evidence: Evidence, signs: np.ndarray, seed: int) -> dict[str, float]
     return found | {"gain_by_luck": by_luck(evidence.gain.by_prompt, seed)}
 
 
-def _not_shown(found: dict[str, Any], liked: int, disliked: int, allowed: float) -> str:
+def _not_shown(found: dict[str, Any], liked: int, disliked: int, prompts: int, allowed: float) -> str:
     least = 1 / math.comb(liked + disliked, liked)
+    too_few = f"; {prompts} different prompts are too few to tell its answers from luck" if 2.0**-prompts > allowed else ""
     if least > allowed:
         return (
             f"too little evidence: of {liked} liked and {disliked} disliked held-out answers opinions at random show as "
@@ -218,5 +219,5 @@ def _not_shown(found: dict[str, Any], liked: int, disliked: int, allowed: float)
         f"{found['gain_low']:+.3f} to {found['gain_high']:+.3f} (opinions at random give as much in "
         f"{found['gain_by_chance']:.1%} of all cases, answers by luck in {found['gain_by_luck']:.1%}); liked over disliked "
         f"gains {found['margin_gain']:+.4f} nats a token (at random in {found['margin_gain_by_chance']:.1%}); "
-        f"{allowed:.1%} may"
+        f"{allowed:.1%} may{too_few}"
     )

@@ -82,6 +82,15 @@ def test_where_no_opinions_could_show_it_that_is_what_is_said():
     assert judge(evidence(**enough), GateConfig(), seed=0).passed
 
 
+def test_that_the_prompts_are_too_few_is_said_too():
+    few, enough = (
+        judge(evidence(likelier=0.0, gain=Gain([0.0] * 24, [0.0] * count)), GateConfig(), seed=0)
+        for count in (5, 6)
+    )
+    assert "5 different prompts are too few to tell its answers from luck" in few.reasons[0]
+    assert "too few" not in enough.reasons[0]
+
+
 @pytest.mark.parametrize("held_out", [6, 8, 24])
 def test_opinions_at_random_pass_as_often_as_the_confidence_lets_them(held_out):
     rng = np.random.default_rng(0)
