@@ -267,11 +267,13 @@ def generate(
 
     torch.manual_seed(seed)
     ends, pad = tokenizer.end_ids, pad_id(tokenizer.hf)
-    samples = []
+    samples: dict[int, Sample] = {}
     model.eval()
     batch_size = batch_size or samples_at_once(model, max(map(len, prompts), default=0) + max_tokens)
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # so that little of a batch is padding
     for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
+        rows = order[start : start + batch_size]
+        batch = [prompts[row] for row in rows]
         width = max(map(len, batch))
         ids = torch.tensor([[pad] * (width - len(row)) + [*row] for row in batch], device=model.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=model.device)
@@ -285,8 +287,8 @@ def generate(
                 eos_token_id=sorted(ends),
                 **(GREEDY if greedy else sampling),
             )
-        for row, said in zip(batch, out[:, width:].tolist(), strict=True):
+        for row, prompt, said in zip(rows, batch, out[:, width:].tolist(), strict=True):
             end = next((place for place, token in enumerate(said, 1) if token in ends), None)
             text = tokenizer.answer_text(said[:end])
-            samples.append(Sample(tuple(row), tuple(said[:end]), text, finished=end is not None))
-    return samples
+            samples[row] = Sample(tuple(prompt), tuple(said[:end]), text, finished=end is not None)
+    return [samples[row] for row in range(len(prompts))]

@@ -43,6 +43,7 @@ class Evidence:
     `signs` is +1 for an answer that was liked and -1 for one that was not, `kinds` the kind of its question; `live` and
     `candidate` are its mean log-probability for each token (nats). `kl` is nats for each sampled token of the candidate,
     against the base.
+    `faults` are what is wrong already: with its training, with its files.
     `change` is how far its log-probabilities are from its parent's, `rounding` how far the served number format moves them
     (mean, nats).
     """
@@ -56,7 +57,7 @@ class Evidence:
     kl: float
     well_formed: float
     base_well_formed: float
-    file_faults: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
     change: float = math.inf
     rounding: float = 0.0
     is_no_change: bool = False
@@ -73,7 +74,7 @@ class Verdict:
 
 def judge(evidence: Evidence, gate: GateConfig, seed: int) -> Verdict:
     """Weigh the evidence: no evidence, no promotion."""
-    reasons = list(evidence.file_faults)
+    reasons = list(evidence.faults)
     signs = np.array(evidence.signs)
     liked, disliked = int((signs > 0).sum()), int((signs < 0).sum())
     figures: dict[str, Any] = {"held_out_liked": liked, "held_out_disliked": disliked, "kl": evidence.kl}

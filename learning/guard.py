@@ -1,4 +1,6 @@
-"""Guard: stops a training run that harms the policy, and takes the weights back to where it was last well.
+"""Guard: stops a training run that harms the policy, and takes the weights back to where it was last well in the run.
+
+Where it never was, they stay as they are: they are measured and refused, so that people see what was learned.
 
 Margins look perfect while a policy collapses, so other things are watched: how likely the held-out answers are that people
 liked, how far the policy is from the base, and whether its samples still read as text. It knows no objective.
@@ -8,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from scipy.stats import binomtest, norm
+from scipy.stats import binomtest, fisher_exact, norm
 from transformers import TrainerCallback
 
 from learning.model import restore, weights
@@ -63,7 +65,7 @@ class Guard(TrainerCallback):
         self.limits = limits
         self.first: Health | None = None
         self.stopped: str | None = None
-        self.kept = 0  # the step whose weights the run ends with, where it was stopped
+        self.kept = 0  # the step whose weights a stopped run ends with; 0: it did only harm
         self.checks: list[dict[str, Any]] = []
         self._good: dict[str, Any] = {}
 
@@ -83,7 +85,8 @@ class Guard(TrainerCallback):
         if self.stopped is None:
             self._good, self.kept = weights(model), state.global_step
             return
-        restore(model, self._good)
+        if self.kept:
+            restore(model, self._good)
         self.stopped += f"; stopped after {state.global_step} of {state.max_steps} steps"
         control.should_training_stop = True
 
@@ -99,7 +102,13 @@ class Guard(TrainerCallback):
         most = self.limits.liked_loss + norm.isf(LUCK) * now.liked_error
         if first.liked is not None and now.liked is not None and not now.liked >= first.liked - most:
             return f"held-out liked answers lost {first.liked - now.liked:.2f} nats a token"
-        usual = min(self.limits.well_formed, first.well_formed / first.samples)
-        if binomtest(now.well_formed, now.samples, usual, "less").pvalue < LUCK:
+        if self._breaks(first, now):
             return f"only {now.well_formed} of {now.samples} samples were well-formed"
         return None
+
+    def _breaks(self, first: Health, now: Health) -> bool:
+        """Whether fewer samples are well-formed than the limit asks for, or than at the start if those were fewer."""
+        if first.well_formed >= self.limits.well_formed * first.samples:
+            return binomtest(now.well_formed, now.samples, self.limits.well_formed, "less").pvalue < LUCK
+        table = [[one.well_formed, one.samples - one.well_formed] for one in (now, first)]
+        return fisher_exact(table, "less").pvalue < LUCK

@@ -192,7 +192,10 @@ def learn(arena: Arena, found: Sequence[Experience], objective: str, number: int
     taught, held_out = parted(found, config.learning.held_out)
     rows = compared(taught, arena.embedder, config, arena.seed)
     prompts = list(dict.fromkeys(one.prompt_ids for one in [*held_out, *taught]))
+    before = weights(arena.model)
     taught_by = teach(config, arena.model, arena.tokenizer, rows, held_out, prompts, lambda *_: None)
+    if taught_by["stopped"] and not taught_by["kept"]:
+        restore(arena.model, before)  # in production it would be refused
     return {**taught_by, "drifted": change is not None}
 
 

@@ -281,8 +281,7 @@ def _train(
         trained = teach_together(config, model, parent.base_model, *rows)
     else:
         trained = teach(config, model, tokenizer, *rows, said if is_live else ())
-    if trained["stopped"] and not trained["kept"]:
-        raise NothingToLearn(f"what was learned did only harm ({trained['stopped']}); more reactions may help")
+    harm = [f"what was learned did only harm: {trained['stopped']}"] if trained["stopped"] and not trained["kept"] else []
     progress("measuring", 0, 1)
     settle(model)
     after = batched_logprobs(model, token_rows(snapshot.held_out))
@@ -307,7 +306,8 @@ def _train(
         kl=kl,
         well_formed=answers["well_formed"],
         base_well_formed=manner(base_samples)["well_formed"],
-        file_faults=[
+        faults=[
+            *harm,
             *faults(directory, parent.base_model, config.serving.max_lora_rank),
             *(f"{name}: not finite" for name in not_finite(model)),
         ],

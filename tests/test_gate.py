@@ -48,7 +48,7 @@ def test_a_candidate_that_is_better_safe_and_sound_passes():
         ({"signs": [1] * 24}, "too little evidence: 24 liked and 0 disliked"),
         ({"gain": NO_NUMBER, "candidate": [float("nan")] * 24}, "not shown to be better"),
         ({"gain": LUCK, "likelier": 0.0}, "answers by luck in"),
-        ({"file_faults": ["adapter_model.safetensors: is missing"]}, "is missing"),
+        ({"faults": ["adapter_model.safetensors: is missing"]}, "is missing"),
     ],
 )
 def test_no_evidence_no_promotion(changes, reason):
@@ -84,8 +84,7 @@ def test_where_no_opinions_could_show_it_that_is_what_is_said():
 
 def test_that_the_prompts_are_too_few_is_said_too():
     few, enough = (
-        judge(evidence(likelier=0.0, gain=Gain([0.0] * 24, [0.0] * count)), GateConfig(), seed=0)
-        for count in (5, 6)
+        judge(evidence(likelier=0.0, gain=Gain([0.0] * 24, [0.0] * count)), GateConfig(), seed=0) for count in (5, 6)
     )
     assert "5 different prompts are too few to tell its answers from luck" in few.reasons[0]
     assert "too few" not in enough.reasons[0]

@@ -246,6 +246,24 @@ def test_the_guard_names_what_is_wrong(now, word):
     assert fault is None if word is None else word in fault
 
 
+@pytest.mark.parametrize(("now", "is_fault"), [(9, False), (4, True)])
+def test_a_policy_that_never_answered_well_is_held_to_its_own_start(now, is_fault):
+    guard = Guard(lambda: Health(-1.0, 0.1, now, 16), Limits(kl=0.5, well_formed=0.95))
+    fault = guard.fault(Health(-1.0, 0.0, 12, 16), Health(-1.0, 0.1, now, 16))
+    assert (fault is not None) == is_fault
+    assert guard.fault(Health(-1.0, 0.0, 16, 16), Health(-1.0, 0.1, now, 16)), "the control: one that did"
+
+
+def test_what_did_harm_from_the_first_check_on_stays_to_be_measured(fresh, tokenizer):
+    rows = lessons(fresh, tokenizer, 16)
+    health = iter([Health(liked, 0.1, 16, 16) for liked in (-1.0, -3.0)])
+    start = margin(fresh, rows)
+    guard = Guard(lambda: next(health), Limits(kl=0.5, well_formed=0.95))
+    figures = train(fresh, tokenizer.hf, rows, TrainingConfig(objective="pg", max_steps=6, epochs=50), 0, quiet, [guard])
+    assert (figures["steps"], guard.kept) == (2, 0)
+    assert margin(fresh, rows) != pytest.approx(start, abs=1e-3)
+
+
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40))), st.integers(1, 200))
 def test_batches_hold_all_rows_in_order_and_no_more_tokens_than_they_may(lengths, tokens):
     rows = [([0] * prompt, [0] * completion) for prompt, completion in lengths]

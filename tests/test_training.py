@@ -211,14 +211,15 @@ def test_what_cannot_be_learned_from_is_told_in_a_line_and_nothing_is_lost(
     assert {version.state for version in registry.all()} <= {PolicyState.LIVE, PolicyState.REJECTED}
 
 
-def test_a_run_that_does_only_harm_says_so_and_registers_nothing(small, store, registry, tokenizer, monkeypatch):
+def test_a_run_that_does_only_harm_is_refused_and_what_it_did_is_told(small, store, registry, tokenizer, monkeypatch):
     converse(store, tokenizer, likes_emoji=True)
     monkeypatch.setattr("learning.guard.LIKED_LOSS", -10.0)  # nothing is ever good enough
-    with pytest.raises(NothingToLearn, match="did only harm"):
-        trainer.run(small, quiet)
+    outcome = trainer.run(small, quiet)
+    assert not outcome.passed
+    assert outcome.reasons[0].startswith("what was learned did only harm: held-out liked answers lost ")
+    assert outcome.figures["evidence"]["candidate"] != outcome.figures["evidence"]["live"], "the harm was measured"
     assert registry.live().name == BASE
     assert [version.state for version in registry.all()] == [PolicyState.LIVE, PolicyState.REJECTED]
-    assert not any(path.is_dir() for path in (small.data / "policies").iterdir())
     assert "did only harm" in registry.runs()[0]["outcome"]
 
 
