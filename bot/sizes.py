@@ -68,6 +68,8 @@ TABLE = (
 
 # Without a GPU all but the toy policy learn from shorter turns: minutes, not hours.
 ON_CPUS: dict[str, dict[str, Any]] = {"training": {"max_length": 512}}
+# A replay reads whole recorded conversations, no two of which begin alike: it takes fewer steps and fewer samples.
+REPLAY_ON_CPUS: dict[str, dict[str, Any]] = {"training": {"max_steps": 24}, "gate": {"samples": 96}}
 
 
 def defaults_for(shape: ModelShape) -> SizeDefaults:
@@ -75,9 +77,12 @@ def defaults_for(shape: ModelShape) -> SizeDefaults:
     return next(row for row in TABLE if shape.billions <= row.billions and row.family in ("", shape.family))
 
 
-def apply_size_defaults(config: Config, model: str) -> Config:
-    """Return the config with the keys of the table that nobody set filled in for a model's size and family."""
-    wanted = _values(defaults_for(read_shape(model)))
+def apply_size_defaults(config: Config, model: str, replays: bool = False) -> Config:
+    """Return the config with the keys of the table that nobody set filled in for a model's size and family.
+
+    Without a GPU an offline replay is shorter than a run beside the chat.
+    """
+    wanted = _values(defaults_for(read_shape(model)), replays)
     return config.model_copy(update={name: getattr(config, name).fill(values) for name, values in wanted.items()})
 
 
@@ -101,7 +106,7 @@ def describe_sizes(config: Config, model: str, asked: Config | None = None) -> s
     )
 
 
-def _values(row: SizeDefaults) -> dict[str, dict[str, Any]]:
+def _values(row: SizeDefaults, replays: bool = False) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {
         "training": {
             "learning_rate": row.learning_rate,
@@ -113,6 +118,6 @@ def _values(row: SizeDefaults) -> dict[str, dict[str, Any]]:
         "gate": {"kl_budget": row.kl_budget},
     }
     if not has_gpu() and row is not TABLE[0]:
-        for section, values in ON_CPUS.items():
+        for section, values in (*ON_CPUS.items(), *(REPLAY_ON_CPUS.items() if replays else ())):
             found[section] |= values
     return found

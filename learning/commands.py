@@ -117,7 +117,7 @@ def replay(
     found = configured(config, data_dir, seed, model)
     cli.check_writable(json_file, plot)
     recording = importers.read(file, format)
-    found, base = with_model(found, serves=False)
+    found, base = with_model(found, serves=False, replays=True)
     database, store, registry = cli.opened(found)
     registry.ensure_base(base, may_change=model is None)
     with cli.progress_bar() as progress:

@@ -23,22 +23,24 @@ def base_model(config: Config, tell: Announce = announce) -> str:
         return pretraining.base_model(config, tell, progress)
 
 
-def sized_model(config: Config, tell: Announce = announce) -> tuple[Config, str]:
+def sized_model(config: Config, tell: Announce = announce, replays: bool = False) -> tuple[Config, str]:
     """Return the config with what it leaves open set as suits the base model, and the model, as vLLM loads it."""
     model = base_model(config, tell)
     if pretraining.is_toy(model):  # the config's own defaults are the toy's
         return config, model
     suits = {"persona": PERSONA, **(builtin.DIALOGUE if model == str(builtin.directory()) else {})}
     config = config.model_copy(update={"dialogue": config.dialogue.fill(suits)})
-    return apply_size_defaults(apply_sampling_defaults(config, model), model), model
+    return apply_size_defaults(apply_sampling_defaults(config, model), model, replays), model
 
 
-def with_model(config: Config, tell: Announce = announce, serves: bool = True) -> tuple[Config, str]:
+def with_model(
+    config: Config, tell: Announce = announce, serves: bool = True, replays: bool = False
+) -> tuple[Config, str]:
     """As `sized_model`, of a model that is checked, with the share of the GPU that vLLM takes.
 
     Raises ConfigError, before anything starts or connects, where it cannot be trained here or, if it `serves`, be served.
     """
-    found, model = sized_model(config, tell)
+    found, model = sized_model(config, tell, replays)
     plan = check_model(found, model, serves)
     if not pretraining.is_toy(model):
         tell(describe_sampling(config, model))

@@ -71,6 +71,17 @@ def test_larger_models_take_smaller_steps_and_what_is_set_is_left_alone(tmp_path
     assert "set by you: training.learning_rate, gate.kl_budget)" in describe_sizes(applied, str(tmp_path), asked)
 
 
+def test_without_a_gpu_a_replay_is_shorter_than_a_run_beside_the_chat(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(settings("SmolLM2-135M")))
+    asked = load(gate={"samples": 48})
+    for has_gpu, steps, samples in ((False, 24, 96), (True, 36, 192)):
+        monkeypatch.setattr("bot.sizes.has_gpu", lambda found=has_gpu: found)
+        found = apply_size_defaults(load(), str(tmp_path), replays=True)
+        assert (found.training.max_steps, found.gate.samples) == (steps, samples)
+        assert apply_size_defaults(load(), str(tmp_path)).training.max_steps == 36
+        assert apply_size_defaults(asked, str(tmp_path), replays=True).gate.samples == 48
+
+
 def test_what_is_filled_in_stays_when_the_config_goes_to_a_child(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(settings("Qwen3-4B")))
     applied = apply_size_defaults(load(), str(tmp_path))
