@@ -25,7 +25,7 @@ from bot.types import Feedback, FeedbackKind, FollowUp, Message, Turn
 from bot.users import Users
 from learning.features import expected, features
 from learning.rewards import Reward, reward
-from learning.selection import fresh_and_old, kinds_of, parted, thinned, weighed
+from learning.selection import fresh_and_old, kinds_of, learnable, parted, thinned, weighed
 
 IMPORTED = "import"  # the platform of conversations that were read from a file
 
@@ -77,11 +77,13 @@ class Experience:
 class Snapshot:
     """The experiences of one run, in a fixed order, and what was left out under which reason.
 
-    `rated` are all answers with a reward, also those that are too long or too many to train on. `taken_back` names the
-    turn of each opinion that taught an earlier version and no longer stands.
+    `learned` are those of the training part that the run's objective reads. `rated` are all answers with a reward, also
+    those that are too long or too many to train on. `taken_back` names the turn of each opinion that taught an earlier
+    version and no longer stands.
     """
 
     training: list[Experience] = field(default_factory=list)
+    learned: list[Experience] = field(default_factory=list)
     held_out: list[Experience] = field(default_factory=list)
     rated: list[Experience] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
@@ -96,13 +98,13 @@ class Snapshot:
 
     @property
     def feedback_ids(self) -> list[str]:
-        """The feedback that the training part learns from."""
-        return sorted({one for experience in self.training for one in experience.feedback_ids})
+        """The feedback that the run learns from."""
+        return sorted({one for experience in self.learned for one in experience.feedback_ids})
 
     @property
     def followup_ids(self) -> list[str]:
-        """The messages that followed up on answers, and that the training part takes for opinions."""
-        return sorted({one.followup_id for one in self.training if one.followup_id is not None})
+        """The messages that followed up on answers, and that the run takes for opinions."""
+        return sorted({one.followup_id for one in self.learned if one.followup_id is not None})
 
 
 class Consent:
@@ -153,6 +155,8 @@ class ReplayBuffer:
             )
             found.dropped += dropped
         found.training = compared(training, self.embedder, self.config, self.config.seed)
+        found.learned, dropped = learnable(found.training, self.config.training, self.config.seed)
+        found.dropped += dropped
         found.without_logprobs = sum(one.logprobs is None for one in drawn)
         return found
 

@@ -162,7 +162,7 @@ def _run(config: Config, database: Database, progress: Progress, space: str | No
         manifest_sha256=sha256,
         adapter_sha256=adapter_sha256,
         turns=snapshot.turns,
-        training=len(snapshot.training),
+        training=len(snapshot.learned),
         held_out=len(snapshot.held_out),
         dropped=dict(snapshot.dropped),
         without_logprobs=snapshot.without_logprobs,
@@ -251,7 +251,7 @@ def _manifest(config: Config, lesson: Lesson) -> dict[str, Any]:
         "embedder": config.dialogue.embedder,
         "seed": config.seed,
         "since": lesson.since,
-        "rows": [experience.digest() for experience in snapshot.training],
+        "rows": [experience.digest() for experience in snapshot.learned],
         "held_out": [experience.digest() for experience in snapshot.held_out],
         "dropped": dict(sorted(snapshot.dropped.items())),
     }
