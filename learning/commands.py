@@ -139,12 +139,15 @@ def why(
     seed: Seed = None,
 ) -> None:
     """Why an answer is what it is, what people said of it, and which versions learned from that."""
-    from learning.explanation import explained
+    from bot.tokenizer import ChatTokenizer
+    from learning.explanation import explain
+    from learning.replay_buffer import ReplayBuffer
 
     found = configured(config, data_dir, seed)
     database, store, registry = cli.opened(found)
     if turn:
-        for line in explained(turn, store, registry, found.rewards).lines():
+        tokenizer = ChatTokenizer(registry.base().base_model, found.policy.template_args)
+        for line in explain(turn, ReplayBuffer(store, tokenizer, found), registry).lines():
             console.print(line, markup=False, highlight=False)
     else:
         table = Table("turn", "version", "answer")

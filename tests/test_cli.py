@@ -278,7 +278,13 @@ async def test_a_scripted_chat_answers_reacts_and_explains(live, tmp_path, demo_
     assert done.returncode == 0, done.stderr
     said = done.stdout
     wanted = [
-        *("there is no answer yet", "kibitz: ", "noted (policy-0)", "answered by policy-0", "reward +1.00 from 1 people"),
+        *(
+            "there is no answer yet",
+            "kibitz: ",
+            "noted (policy-0)",
+            "answered by policy-0",
+            "reward: +1.00 (the asker +1.00)",
+        ),
         *("kibitz: ", "noted", "taken back", "noted", "say what the answer should have been", "there is no command /dance"),
         *("live: policy-0", "feedback: 7"),
     ]
