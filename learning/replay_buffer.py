@@ -96,13 +96,13 @@ class Snapshot:
 
     @property
     def feedback_ids(self) -> list[str]:
-        """The feedback that the run learns from."""
-        return sorted({one for experience in self.learned for one in experience.feedback_ids})
+        """The feedback that the run learns from, or compares that with: forgetting any of it withdraws what the run made."""
+        return sorted({one for experience in self.training for one in experience.feedback_ids})
 
     @property
     def followup_ids(self) -> list[str]:
-        """The messages that followed up on answers, and that the run takes for opinions."""
-        return sorted({one.followup_id for one in self.learned if one.followup_id is not None})
+        """The messages that followed up on answers, and that the run takes for opinions, in the same way."""
+        return sorted({one.followup_id for one in self.training if one.followup_id is not None})
 
 
 @dataclass(frozen=True)
