@@ -147,23 +147,11 @@ def desk(kibitz: Kibitz) -> Desk:
 
 
 async def _why(kibitz: Kibitz, turn_id: str) -> str:
-    from learning.rewards import reward
+    from learning.explanation import explain
+    from learning.replay_buffer import ReplayBuffer
 
-    told = await kibitz.dialogue.explain(turn_id)
-    turn = told.turn
-    after = await kibitz.database.call(kibitz.dialogue.followups.of, turn_id)
-    earned = reward(told.feedback, turn.asker_id, kibitz.config.rewards, after[0] if after else None)
-    teachers = [row.id for row in told.feedback], [one.message_id for one in after]
-    used = await kibitz.database.call(kibitz.registry.runs_that_used, *teachers)
-    lines = [
-        f"answered by {turn.policy_version} in {turn.latency_ms:.0f} ms, {turn.finish_reason}",
-        f"prompt {len(turn.prompt_ids or ())} tokens, answer {len(turn.completion_ids or ())} tokens, "
-        f"log-probability {sum(turn.logprobs or ()):.2f}, sampled with {turn.sampling}",
-        f"reward {earned.value:+.2f} from {len(earned.opinions)} people" if earned else "no reward yet",
-    ]
-    lines += [f"reminded of: {message.text[:200]}" for message in told.remembered]
-    lines += [f"what was said next: {one.kind} ({one.chances[one.kind]:.2f})" for one in after]
-    said = await kibitz.database.call(kibitz.store.messages, turn.conversation_id)
+    buffer = ReplayBuffer(kibitz.store, kibitz.dialogue.tracker.tokenizer, kibitz.config)
+    account = await kibitz.database.call(explain, turn_id, buffer, kibitz.registry)
+    said = await kibitz.database.call(kibitz.store.messages, account.turn.conversation_id)
     known = await asyncio.to_thread(derived, said, kibitz.dialogue.tracker.recall.embedder)
-    lines += cli.state_text(known).splitlines()[:12]
-    return "\n".join([*lines, f"taught {', '.join(used)}" if used else "has taught nothing yet"])
+    return "\n".join([*account.lines(names=False), *cli.state_text(known).splitlines()[:12]])

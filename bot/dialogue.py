@@ -51,11 +51,10 @@ PLAIN = ReplyOptions()
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why a turn is what it is: what was said about it, and the older messages that the policy was reminded of."""
+    """A turn, and what was said about it."""
 
     turn: Turn
     feedback: list[Feedback]
-    remembered: list[Message]
 
 
 def cleaned(text: str) -> str:
@@ -163,11 +162,10 @@ class DialogueManager:
         return await self.store.database.call(self.store.add_feedback, taken_back)
 
     async def explain(self, turn_id: str) -> Explanation:
-        """A turn with all that bears on it."""
+        """A turn, and what was said about it. What a run makes of that is `learning.explanation`'s question."""
         turn = await self._turn(turn_id)
         said = await self.store.database.call(self.store.feedback_of, [turn_id])
-        remembered = [await self.store.database.call(self.store.message, message) for message in turn.remembered]
-        return Explanation(turn, said.get(turn_id, []), remembered)
+        return Explanation(turn, said.get(turn_id, []))
 
     def _taken_in(self, message: Message, place: Conversation | None, remembering: bool) -> Taken:
         """A message as it is committed, and its answer if it has one; else, if asked for, what is around it."""

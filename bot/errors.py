@@ -6,12 +6,14 @@
     |-- DataError              a file or a database that kibitz was given cannot be read
     |-- ServingError           vLLM cannot be started, reached or used
     |   |-- ReplyInterrupted   an answer broke off; what was said so far is kept
+    |   |-- Unavailable        vLLM could not be asked just now; the same may succeed in a moment
     |   |-- Asleep             vLLM sleeps while a version is trained
     |   '-- ProbeFailed        a server does not serve what was trained
     |-- ConnectorError         a platform cannot be served until the operator does something
     |-- TrainingError          a run has nothing to train on, or did not train
     |   '-- NothingToLearn     no usable reward: not a fault, only nothing to do
     '-- RegistryError          a policy version cannot make the transition that was asked for
+        '-- VerdictOutdated    a candidate was judged against a version that is not live any more
 
 The command line shows the message and exits with code 2; everything else is a bug and keeps its traceback.
 """
@@ -46,6 +48,10 @@ class ReplyInterrupted(ServingError):
         self.version = version
 
 
+class Unavailable(ServingError):
+    """vLLM could not be asked just now: it is away, failing or busy. It says nothing about what was asked."""
+
+
 class Asleep(ServingError):
     """vLLM sleeps while a version is trained: nobody is answered until that ends."""
 
@@ -71,3 +77,13 @@ class NothingToLearn(TrainingError):
 
 class RegistryError(KibitzError):
     """A policy version cannot make the transition that was asked for."""
+
+
+class VerdictOutdated(RegistryError):
+    """A candidate was judged against a version that is not live any more."""
+
+    def __init__(self, name: str, judged_against: str | None, live: str):
+        super().__init__(
+            f"{name} was judged against {judged_against}, but {live} is live now; `kibitz train` makes a candidate that is "
+            "judged against it"
+        )

@@ -19,7 +19,7 @@ from typing import Any
 import aiohttp
 
 from bot.config import PolicyConfig
-from bot.errors import Asleep, ReplyInterrupted, ServingError
+from bot.errors import Asleep, ReplyInterrupted, ServingError, Unavailable
 from bot.registry import BASE
 from bot.thoughts import ThoughtFilter, Thoughts
 from bot.types import Reply
@@ -218,7 +218,7 @@ class Policy:
         try:
             async with self._changed:
                 if not await self._until(lambda: not self._in_flight.total(), seconds):
-                    raise ServingError(f"answers were still being given after {seconds:g} s (serving.reply_seconds)")
+                    raise Unavailable(f"answers were still being given after {seconds:g} s (serving.reply_seconds)")
             yield
         finally:
             async with self._changed:
@@ -262,7 +262,7 @@ class Policy:
                 break
             await asyncio.sleep(0.1)
         else:
-            raise ServingError("vLLM keeps its cache of the weights before: somebody else is using it; let kibitz be alone")
+            raise Unavailable("vLLM keeps its cache of the weights before: somebody else is using it; let kibitz be alone")
         await self._admin("POST", "/update_weight_version", {"new_version": version})
         self.weights = version
 
@@ -327,11 +327,13 @@ class Policy:
         try:
             async with self._http.request(method, f"{self.url}{path}", json=body) as response:
                 said = await response.text()
+                if response.status >= 500:
+                    raise Unavailable(f"vLLM failed at {path} ({response.status}): {said[:300]}")
                 if response.status != 200:
                     raise ServingError(f"vLLM refused {path} ({response.status}): {said[:300]}")
                 return json.loads(said) if response.content_type == "application/json" else None
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-            raise ServingError(f"vLLM at {self.url} does not answer ({type(error).__name__}); see vllm.log") from error
+            raise Unavailable(f"vLLM at {self.url} does not answer ({type(error).__name__}); see vllm.log") from error
 
     def served_name(self, version: str) -> str:
         """The name under which the server knows a version. Raises ServingError where it has other weights in their place."""

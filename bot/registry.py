@@ -13,7 +13,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from bot.database import Database
-from bot.errors import RegistryError
+from bot.errors import RegistryError, VerdictOutdated
 from bot.tables import chunks, policies, run_feedback, run_followups, runs, switches
 from bot.types import PolicyState, PolicyVersion, new_id, now
 
@@ -30,6 +30,7 @@ TRANSITIONS: dict[PolicyState, set[PolicyState]] = {
 
 BASE = "policy-0"  # the first base model; each that takes its place has a name of its own
 LEARNING_PAUSED = "learning paused"  # the name of a switch
+DEPLOY = "deploy "  # the name of a switch, with that of a version after it
 _BASES = sa.select(policies).where(policies.c.parent.is_(None)).order_by(policies.c.number.desc())  # the one in use first
 
 
@@ -99,10 +100,32 @@ class PolicyRegistry:
         """The version will never serve."""
         return self.move(name, S.REJECTED, **({} if metrics is None else {"metrics": metrics}))
 
-    def promote(self, name: str, metrics: dict[str, Any] | None = None) -> PolicyVersion:
-        """Make a version live, with other metrics where they are given, and retire the one that was, in one transaction."""
+    def request_deployment(self, name: str) -> None:
+        """Have a running kibitz, or the next one that starts, deploy a candidate. Raises RegistryError where it is none."""
+        with self.database.begin() as connection:
+            state = self.get(name).state
+            if state != S.CANDIDATE:
+                raise RegistryError(f"{name} is {state}: only a candidate can be deployed; `kibitz policies` lists them")
+            wanted = DEPLOY + name
+            if connection.execute(sa.select(switches.c.name).where(switches.c.name == wanted)).first() is None:
+                connection.execute(switches.insert().values(name=wanted, since=now()))
+
+    def requested(self) -> list[PolicyVersion]:
+        """The candidates that are to be deployed, oldest first."""
+        asked = sa.literal(DEPLOY) + policies.c.name == switches.c.name
+        query = sa.select(policies).join(switches, asked).where(policies.c.state == S.CANDIDATE)
+        with self.database.read() as connection:
+            return [_version(row) for row in connection.execute(query.order_by(policies.c.number))]
+
+    def promote(self, name: str, metrics: dict[str, Any] | None = None, instead_of: str | None = None) -> PolicyVersion:
+        """Make a version live, with other metrics where they are given, and retire the one that was, in one transaction.
+
+        Raises VerdictOutdated where `instead_of` is given, and another version is live by now.
+        """
         with self.database.begin() as connection:
             before = _live(connection)
+            if instead_of is not None and before.name != instead_of:
+                raise VerdictOutdated(name, instead_of, before.name)
             _move(connection, before.name, S.RETIRED)
             return _move(connection, name, S.LIVE, replaced=before.name, **({} if metrics is None else {"metrics": metrics}))
 

@@ -56,6 +56,7 @@ messages = sa.Table(
     sa.Column("edited_at", UTCDateTime),
     sa.Index("messages_in_order", "conversation_id", "at", "id"),
     sa.Index("messages_of_conversations", "conversation_id", "id"),
+    sa.Index("messages_of_authors", "author_id", "conversation_id"),
 )
 
 embeddings = sa.Table(

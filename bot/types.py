@@ -211,6 +211,11 @@ class PolicyVersion:
         return self.parent is None
 
     @property
+    def judged_against(self) -> str | None:
+        """The name of the version that was live when it was judged: its verdict holds beside that one alone."""
+        return self.metrics.get("judged_against", self.parent)
+
+    @property
     def weights(self) -> str | None:
         """The directory of its own weights; None for a base model."""
         return None if self.is_base else self.path

@@ -85,10 +85,10 @@ def random_version(config: Config, base_model: str, directory: Path, seed: int) 
 
 
 def register_copy(registry: PolicyRegistry, source: Path, policies: Path) -> PolicyVersion:
-    """A new version, under a name of its own, with the weights of `source`."""
+    """A new version, under a name of its own, with the weights of `source`, as if it had been judged now."""
     version = registry.reserve(registry.base(), policies)
     shutil.copytree(source, version.path)
-    return registry.complete(version.name, fingerprint(source), {})
+    return registry.complete(version.name, fingerprint(source), {"judged_against": registry.live().name})
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,12 @@ from bot.cli import (
     console,
 )
 from bot.config import Config
+from bot.data_directory import is_held
 from bot.embeddings import Embedder
-from bot.errors import ConfigError, NothingToLearn
+from bot.errors import ConfigError, NothingToLearn, VerdictOutdated
+from bot.types import PolicyState
 from learning import pretrain as pretraining
+from learning import version_files
 from learning.model_choice import with_model
 
 
@@ -68,11 +71,12 @@ def pretrain(
 @app.command()
 def train(
     progress: Annotated[str, typer.Option(help="How to report: bar, or json for a parent process.")] = "bar",
+    deploy: Annotated[bool, typer.Option("--deploy", help="Have what passes the gate deployed.")] = False,
     config: ConfigFile = None,
     data_dir: DataDir = None,
     seed: Seed = None,
 ) -> None:
-    """One training run now; registers a candidate with its verdict, and deploys nothing."""
+    """One training run now; registers a candidate with its verdict, which `kibitz deploy` takes live."""
     from learning import trainer
 
     is_told = progress == "json"  # by whoever started this process, who has told of the model already
@@ -83,14 +87,44 @@ def train(
     database.close()
     if progress != "json":
         with cli.progress_bar() as report:
-            outcome = trainer.run(found, report)
+            outcome = trainer.run(found, report, deploys=deploy)
         console.print(f"{outcome.policy}: {'passed the gate' if outcome.passed else '; '.join(outcome.reasons)}")
         return
     try:
-        outcome = trainer.run(found, lambda stage, done, total: _tell(stage=stage, done=done, total=total))
+        outcome = trainer.run(found, lambda stage, done, total: _tell(stage=stage, done=done, total=total), deploys=deploy)
         _tell(outcome=asdict(outcome))
     except NothingToLearn as error:
         _tell(nothing_to_learn=str(error))
+
+
+@app.command()
+def deploy(
+    version: Annotated[str, typer.Argument(help="A candidate that `kibitz train` or `kibitz replay` made.")],
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+) -> None:
+    """Take a candidate live: a running kibitz, or the next one that starts, proves it on its vLLM first."""
+    found = configured(config, data_dir, seed)
+    database, _, registry = cli.opened(found)
+    candidate, live = registry.get(version), registry.live()
+    if candidate.state == PolicyState.CANDIDATE and candidate.judged_against != live.name:
+        raise VerdictOutdated(version, candidate.judged_against, live.name)
+    registry.request_deployment(version)
+    database.close()
+    when = "is proven now" if is_held(found.data, "serve") else "will be proven when kibitz starts"
+    console.print(f"{version} {when}, and goes live if vLLM serves it as it was trained; `kibitz policies` tells")
+
+
+@app.command()
+def prune(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
+    """Remove what is left of rejected versions: reports, samples, records. Their weights went when they were rejected."""
+    found = configured(config, data_dir, seed)
+    database, _, registry = cli.opened(found)
+    rejected = [Path(version.path) for version in registry.all() if version.state == PolicyState.REJECTED]
+    count, size = version_files.prune(rejected)
+    database.close()
+    console.print(f"removed the files of {count} rejected versions, {size / 1e6:.1f} MB")
 
 
 def _tell(**values: Any) -> None:
@@ -139,12 +173,15 @@ def why(
     seed: Seed = None,
 ) -> None:
     """Why an answer is what it is, what people said of it, and which versions learned from that."""
-    from learning.explanation import explained
+    from bot.tokenizer import ChatTokenizer
+    from learning.explanation import explain
+    from learning.replay_buffer import ReplayBuffer
 
     found = configured(config, data_dir, seed)
     database, store, registry = cli.opened(found)
     if turn:
-        for line in explained(turn, store, registry, found.rewards).lines():
+        tokenizer = ChatTokenizer(registry.base().base_model, found.policy.template_args)
+        for line in explain(turn, ReplayBuffer(store, tokenizer, found), registry).lines():
             console.print(line, markup=False, highlight=False)
     else:
         table = Table("turn", "version", "answer")

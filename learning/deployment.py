@@ -2,26 +2,39 @@
 
 The order is load -> probe -> promote -> drain -> unload (law 5). The probe asks the server for its log-probabilities of
 fixed token ids and compares them with the trainer's. A server holds many adapters and one set of whole weights: where those
-change, replies wait for the last answer in flight, for the load and for the probe. It knows no training; it needs a Policy
-and the registry.
+change, replies wait for the last answer in flight, for the load and for the probe.
+
+A candidate is rejected where it fails, or where its verdict does not hold any more because another version went live since.
+Where the server, or the database, could not be asked, it stays a candidate and is tried again. It knows no training; it
+needs a Policy and the registry.
 """
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from bot.config import Config
-from bot.errors import ConfigError, KibitzError, ProbeFailed, ServingError
+from bot.errors import (
+    ConfigError,
+    KibitzError,
+    ProbeFailed,
+    RegistryError,
+    ServingError,
+    Unavailable,
+    VerdictOutdated,
+)
 from bot.policy import Policy
 from bot.registry import PolicyRegistry
-from bot.types import PolicyVersion
+from bot.types import PolicyState, PolicyVersion
 from learning import probe
-from learning.version_files import faults, fingerprint, is_whole, weights_folder
+from learning.version_files import discard_weights, faults, fingerprint, is_whole, weights_folder
 
 Announce = Callable[[str], None]
-RETRY_SECONDS = 600.0  # at most, between two tries to serve a live version that could not be served
+RETRY_SECONDS = 600.0  # at most, between two tries to serve a version that could not be served
+TRIES = 5  # of a candidate, while a server that was well goes away or fails in the middle of them
 
 
 @dataclass(frozen=True)
@@ -55,25 +68,85 @@ class Deployment:
         self.announce = announce
         self.probed: dict[str, Probed] = {}  # what the last probe of each version found
         self._swapping = asyncio.Lock()  # one swap at a time: both the learner and the watcher of rollbacks swap
+        self._tries: Counter[str] = Counter()  # of candidates, that ended because the server went away
+        self._rejections: dict[str, KibitzError] = {}  # why candidates were rejected here
+        self._pause, self._tries_at = 1.0, 0.0  # how long candidates that wait are left alone, and until when
 
     async def deploy(self, name: str) -> PolicyVersion:
-        """Prove a candidate on the server, then make it live. On any doubt it is rejected and the live one stays."""
+        """Prove a candidate on the server, then make it live. On any doubt it is rejected and the live one stays.
+
+        Raises VerdictOutdated where another version is live than the one that it was judged against, and Unavailable where
+        the server could not be asked: then it stays a candidate.
+        """
         call = self.registry.database.call
         async with self._swapping:
             version = await call(self.registry.get, name)
+            if version.state == PolicyState.LIVE:  # whoever else was asked to was sooner
+                return version
+            if version.state != PolicyState.CANDIDATE:
+                raise self._rejections.get(name) or RegistryError(
+                    f"{name} is {version.state}: only a candidate can be deployed"
+                )
             before = self.policy.version
             try:
+                live = await call(self.registry.live)
+                if live.name != version.judged_against:
+                    raise VerdictOutdated(name, version.judged_against, live.name)
                 async with self._proven(version):
-                    promoted = await call(self.registry.promote, name, {**version.metrics, **self.probed[name].figures})
+                    figures = {**version.metrics, **self.probed[name].figures}
+                    promoted = await call(self.registry.promote, name, figures, version.judged_against)
                     self.policy.version = name
-            except ServingError as error:
+            except Exception as error:
                 await self._unload(name)
-                found = self.probed[name].figures if isinstance(error, ProbeFailed) else {}
-                await call(self.registry.reject, name, {**version.metrics, **found, "reasons": [str(error)]})
+                if isinstance(error, ServingError | VerdictOutdated) and not isinstance(error, Unavailable):
+                    await self._reject(version, error)
                 raise
             await self._retire(before)
         self.announce(f"{name} is live")
         return promoted
+
+    async def deploy_requested(self) -> None:
+        """Deploy the candidates that are to be deployed, oldest first; people are told of each failure.
+
+        What a crash left behind is among them, and what `kibitz deploy` asked for. Where one must wait for the server, all
+        are tried again later, and later each time.
+        """
+        clock = asyncio.get_running_loop().time
+        if clock() < self._tries_at:
+            return
+        for version in await self.registry.database.call(self.registry.requested):
+            if not await self._try_to_deploy(version):
+                self._tries_at = clock() + self._pause
+                self._pause = min(2 * self._pause, RETRY_SECONDS)
+                return
+        self._pause = 1.0
+
+    async def _try_to_deploy(self, version: PolicyVersion) -> bool:
+        """Deploy or reject a candidate; False where it must wait for the server."""
+        async with self._swapping:
+            if not await self.policy.ready(self.config.serving.reply_seconds):
+                return False
+        try:
+            await self.deploy(version.name)
+        except Unavailable as error:
+            self._tries[version.name] += 1
+            if self._tries[version.name] < TRIES:
+                self.announce(f"{version.name} stays a candidate and is tried again: {error}")
+                return False
+            await self._reject(version, error)
+            self.announce(f"{version.name} is rejected, it could not be proven in {TRIES} tries: {error}")
+        except (ServingError, RegistryError) as error:
+            self.announce(f"{version.name} is not deployed: {error}")
+        return True
+
+    async def _reject(self, version: PolicyVersion, error: KibitzError) -> None:
+        """Reject a candidate; its weights go. One that was purged meanwhile is left as it is."""
+        self._rejections[version.name] = error
+        found = self.probed[version.name].figures if isinstance(error, ProbeFailed) else {}
+        with contextlib.suppress(RegistryError):
+            metrics = {**version.metrics, **found, "reasons": [str(error)]}
+            await self.registry.database.call(self.registry.reject, version.name, metrics)
+            await asyncio.to_thread(discard_weights, Path(version.path))
 
     async def follow(self) -> bool:
         """Bring the server to the registry's live version, if another process changed it; True if something changed.
@@ -95,7 +168,7 @@ class Deployment:
         return True
 
     async def watch(self, seconds: float = 1.0) -> None:
-        """Follow the registry for ever: a rollback may come from another process.
+        """Follow the registry for ever: a rollback, or a candidate to be deployed, may come from another process.
 
         A failure is announced once. What failed is tried again later and later: whole weights make people wait each time.
         """
@@ -110,6 +183,7 @@ class Deployment:
                     continue
                 await self.follow()
                 failed, refused, pause = "", "", seconds
+                await self.deploy_requested()
             except KibitzError as error:
                 if str(error) != failed:
                     self.announce(f"the live version cannot be served, {self.policy.version} goes on: {error}")
@@ -271,5 +345,7 @@ class Deployment:
             await self._unload(name)
 
     async def _unload(self, name: str) -> None:
-        if name in await self.policy.loaded():
-            await self.policy.unload(name)
+        """Let the server forget an adapter; one that is away is given none but the live one when it comes back."""
+        with contextlib.suppress(Unavailable):
+            if name in await self.policy.loaded():
+                await self.policy.unload(name)

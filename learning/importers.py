@@ -21,7 +21,7 @@ from bot.conversations import ConversationStore, Dialogue
 from bot.errors import DataError
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Role, Turn
 from bot.users import Users
-from learning.replay_buffer import IMPORTED, Consent
+from learning.voices import IMPORTED, Consent
 
 EPOCH = datetime(2000, 1, 1, tzinfo=UTC)  # imported things have an order but no time of their own
 EXPORT = "kibitz-export"

@@ -16,7 +16,7 @@ from typing import Any
 from bot import children
 from bot.config import Config
 from bot.conversations import ConversationStore
-from bot.errors import KibitzError, NothingToLearn, TrainingError
+from bot.errors import KibitzError, NothingToLearn, TrainingError, Unavailable
 from bot.types import PolicyState
 from learning.deployment import Deployment
 
@@ -64,12 +64,18 @@ class OnlineLearner:
                 self.announce(f"learning failed, the chat goes on: {error}")
 
     async def step(self) -> dict[str, Any]:
-        """One round; returns the run's outcome. A candidate that did not pass the gate is not deployed."""
+        """One round; returns the run's outcome. A candidate that did not pass the gate is not deployed.
+
+        One that passed is deployed now, or by `Deployment.watch` where that fails for a while or this process ends here.
+        """
         sleeps = self.config.serving.sleep_while_training
         async with self.deployment.asleep() if sleeps else contextlib.nullcontext():
             outcome = await train_in_child(self.config, self.progress)
         if outcome["passed"]:
-            await self.deployment.deploy(outcome["policy"])
+            try:
+                await self.deployment.deploy(outcome["policy"])
+            except Unavailable as error:
+                self.announce(f"{outcome['policy']} passed, and is deployed as soon as vLLM can be asked: {error}")
         else:
             self.announce(f"{outcome['policy']} rejected: {'; '.join(outcome['reasons'])}")
         return outcome
@@ -95,7 +101,7 @@ async def train_in_child(config: Config, progress: Progress) -> dict[str, Any]:
     resolved = config.data / "train-config.json"
     config.save(resolved)
     child = await children.start(
-        *[sys.executable, "-m", "bot", "train", "--config", str(resolved), "--progress", "json"],
+        *[sys.executable, "-m", "bot", "train", "--config", str(resolved), "--deploy", "--progress", "json"],
         niceness=children.TRAINING,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,

@@ -1,9 +1,9 @@
 """Objectives: what a training run minimises. The only module that knows TRL's trainers.
 
 Every objective learns from the same rows: exact recorded token ids, an advantage (the reward less what such a prompt earns
-on average) and a weight. What an objective cannot learn from a row it leaves out, and says how many. The reference is always
-the base model, also where an adapter is continued: TRL would keep a copy of the adapter as it was, and the policy walks away
-from its base.
+on average) and a weight. `selection.learnable` says which of them; each of those is read in every epoch, in an order that
+is drawn anew. The reference is always the base model, also where an adapter is continued: TRL would keep a copy of the
+adapter as it was, and the policy walks away from its base.
 
 - `kto`: Ethayarajh et al. (2024), "KTO: Model Alignment as Prospect Theoretic Optimization", arXiv:2402.01306. Approval
   and disapproval, unpaired.
@@ -12,6 +12,7 @@ from its base.
 - `sft`, `pg`, `hindsight`, `mixed`: the terms of `learning.weighted_trainer`.
 """
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,8 +33,9 @@ from bot.memory_budget import BatchFit, describe_fit
 from learning.batching import fit_to_machine, machine_arguments
 from learning.evaluation import pad_id
 from learning.model import as_base, draw_to_base
-from learning.processes import share, shared
+from learning.processes import count_processes, share, shared
 from learning.replay_buffer import Experience
+from learning.selection import draw_batches, learnable
 from learning.weighted_trainer import weighted_trainer
 
 Progress = Callable[[str, int, int], None]
@@ -85,7 +87,10 @@ class DrawnToBase(TrainerCallback):
 
 
 class TokenKTOTrainer(AnchoredTrainer, KTOTrainer):
-    """KTOTrainer on rows of `prompt_ids`, `completion_ids`, `label` and `weight`."""
+    """KTOTrainer on rows of `prompt_ids`, `completion_ids`, `label` and `weight`, in the order in which they are read.
+
+    The KL term reads each prompt with the answer of its neighbour in the batch: in another order it is another one.
+    """
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: KTOConfig, name: str) -> Dataset:
         def rotated(batch: dict[str, list]) -> dict[str, list]:
@@ -101,10 +106,15 @@ class TokenKTOTrainer(AnchoredTrainer, KTOTrainer):
 
 
 class TokenDPOTrainer(AnchoredTrainer, DPOTrainer):
-    """DPOTrainer on rows of `prompt_ids`, `chosen_ids` and `rejected_ids`."""
+    """DPOTrainer on rows of `prompt_ids`, `chosen_ids` and `rejected_ids`, read in a given `order`."""
+
+    order: Sequence[int]
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: DPOConfig, name: str) -> Dataset:
         return dataset
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sequence[int]:
+        return self.order
 
 
 def train(
@@ -123,11 +133,7 @@ def train(
     from where the weights are.
     """
     make = {"kto": _kto, "dpo": _dpo}.get(config.objective, weighted_trainer)
-    rng = random.Random(seed)
-    usable = usable_rows(rows, config.objective)
-    usable = rng.sample(usable, len(usable))  # KTO compares each answer with its neighbour's: so the order stays
-    if config.objective == "dpo":  # TRL's has no weights: who counts less is drawn less often
-        usable = [row for row in usable if rng.random() < row.weight]
+    usable, _ = learnable(rows, config, seed)
     if not usable:
         raise NothingToLearn(f"none of {len(rows)} answers is of use to training.objective '{config.objective}'")
     batch_size = min(config.batch_size, len(usable))
@@ -137,7 +143,10 @@ def train(
     while True:
         try:
             with answers_alone():
-                trainer = make(model, tokenizer, usable, config, arguments(config, batch_size, len(usable), seed, fit))
+                common = arguments(config, batch_size, len(usable), seed, fit)
+                read = fit.answers * fit.times * count_processes()  # in one step
+                order = draw_batches(len(usable), read, common["max_steps"], random.Random(seed))
+                trainer = make(model, tokenizer, usable, order, config, common)
                 reporter = report_progress(trainer, "train", progress)
                 for callback in (*([DrawnToBase(config)] if config.weights == "full" else []), *callbacks):
                     trainer.add_callback(callback)
@@ -166,21 +175,6 @@ def train(
     }
 
 
-def usable_rows(rows: Sequence[Experience], objective: str) -> list[Experience]:
-    """The rows that an objective can learn from."""
-    match objective:
-        case "dpo":
-            return [row for row in rows if row.rejected_ids is not None]
-        case "sft":
-            return [row for row in rows if row.advantage > 0]
-        case "pg":
-            return [row for row in rows if row.advantage and (row.logprobs is not None or row.advantage > 0)]
-        case "hindsight":
-            return [row for row in rows if row.hindsight_ids is not None]
-        case _:
-            return [row for row in rows if row.advantage]
-
-
 def kto_examples(rows: Sequence[Experience]) -> list[dict[str, Any]]:
     """Rows as KTO takes them. An answer weighs what it is above or below what is usual, so both classes weigh the same."""
     return [
@@ -207,7 +201,12 @@ def dpo_examples(rows: Sequence[Experience]) -> list[dict[str, Any]]:
 
 
 def _kto(
-    model: Any, tokenizer: Any, rows: Sequence[Experience], config: TrainingConfig, common: dict[str, Any]
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Experience],
+    order: Sequence[int],
+    config: TrainingConfig,
+    common: dict[str, Any],
 ) -> KTOTrainer:
     settings = KTOConfig(
         **common, beta=config.beta, max_length=None, precompute_ref_log_probs=True, remove_unused_columns=False
@@ -215,26 +214,33 @@ def _kto(
     return TokenKTOTrainer(
         model=model,
         args=settings,
-        train_dataset=Dataset.from_list(kto_examples(rows)),
+        train_dataset=Dataset.from_list(kto_examples([rows[row] for row in order])),
         processing_class=tokenizer,
         data_collator=_WeightedCollator(pad_token_id=pad_id(tokenizer)),
     )
 
 
 def _dpo(
-    model: Any, tokenizer: Any, rows: Sequence[Experience], config: TrainingConfig, common: dict[str, Any]
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Experience],
+    order: Sequence[int],
+    config: TrainingConfig,
+    common: dict[str, Any],
 ) -> DPOTrainer:
     settings = DPOConfig(
         **common, beta=config.beta, max_length=None, loss_type=["sigmoid", "sft"], precompute_ref_log_probs=True
     )
-    return TokenDPOTrainer(
+    trainer = TokenDPOTrainer(
         model=model, args=settings, train_dataset=Dataset.from_list(dpo_examples(rows)), processing_class=tokenizer
     )
+    trainer.order = order
+    return trainer
 
 
 def arguments(config: TrainingConfig, batch_size: int, rows: int, seed: int, fit: BatchFit | None = None) -> dict[str, Any]:
     """What all objectives have in common. Little evidence is learned from in few steps, and in small ones."""
-    steps = max(1, min(config.max_steps, config.epochs * rows // batch_size))
+    steps = min(config.max_steps, math.ceil(config.epochs * rows / batch_size))
     rate = config.learning_rate if config.weights == "lora" else config.full_learning_rate
     return {
         "output_dir": "unused",
@@ -244,7 +250,6 @@ def arguments(config: TrainingConfig, batch_size: int, rows: int, seed: int, fit
         "warmup_steps": 0.1,
         "weight_decay": config.weight_decay if config.weights == "lora" else 0.0,
         "train_sampling_strategy": "sequential",
-        "dataloader_drop_last": rows >= batch_size,
         "seed": seed,
         **machine_arguments(fit or BatchFit(share(batch_size), 1, False)),
     }

@@ -112,9 +112,14 @@ def shared(dataset: "Dataset") -> "Dataset":
     return load_from_disk(place)
 
 
+def count_processes() -> int:
+    """Count the processes that train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def share(batch_size: int) -> int:
     """How much of a batch is for each of the processes that train together."""
-    return max(1, batch_size // int(os.environ.get("WORLD_SIZE", "1")))
+    return -(-batch_size // count_processes())
 
 
 def _work(job: Path) -> None:

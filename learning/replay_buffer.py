@@ -17,7 +17,6 @@ from bot.config import Config
 from bot.conversations import ConversationStore
 from bot.dialogue import UNFINISHED
 from bot.embeddings import Embedder
-from bot.feedback import standing
 from bot.registry import PolicyRegistry
 from bot.sampling import is_truncated
 from bot.tokenizer import ChatTokenizer
@@ -25,9 +24,8 @@ from bot.types import Feedback, FeedbackKind, FollowUp, Message, Turn
 from bot.users import Users
 from learning.features import expected, features
 from learning.rewards import Reward, reward
-from learning.selection import fresh_and_old, kinds_of, parted, thinned, weighed
-
-IMPORTED = "import"  # the platform of conversations that were read from a file
+from learning.selection import fresh_and_old, is_held_out, kinds_of, learnable, parted, thinned, weighed
+from learning.voices import Voices
 
 
 @dataclass(frozen=True)
@@ -77,11 +75,13 @@ class Experience:
 class Snapshot:
     """The experiences of one run, in a fixed order, and what was left out under which reason.
 
-    `rated` are all answers with a reward, also those that are too long or too many to train on. `taken_back` names the
-    turn of each opinion that taught an earlier version and no longer stands.
+    `learned` are those of the training part that the run's objective reads. `rated` are all answers with a reward, also
+    those that are too long or too many to train on. `taken_back` names the turn of each opinion that taught an earlier
+    version and no longer stands.
     """
 
     training: list[Experience] = field(default_factory=list)
+    learned: list[Experience] = field(default_factory=list)
     held_out: list[Experience] = field(default_factory=list)
     rated: list[Experience] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
@@ -96,31 +96,34 @@ class Snapshot:
 
     @property
     def feedback_ids(self) -> list[str]:
-        """The feedback that the training part learns from."""
+        """The feedback that the run learns from, or compares that with: forgetting any of it withdraws what the run made."""
         return sorted({one for experience in self.training for one in experience.feedback_ids})
 
     @property
     def followup_ids(self) -> list[str]:
-        """The messages that followed up on answers, and that the training part takes for opinions."""
+        """The messages that followed up on answers, and that the run takes for opinions, in the same way."""
         return sorted({one.followup_id for one in self.training if one.followup_id is not None})
 
 
-class Consent:
-    """Who may be learned from, as it stands now. Imported conversations are the operator's to answer for."""
+@dataclass(frozen=True)
+class Decision:
+    """What counts of what people said about a turn, and why the rest does not.
 
-    def __init__(self, users: Users, platforms: dict[str, str], authors: dict[str, str]):
-        self._platforms, self._authors = platforms, authors
-        self._decided, self._assumed = users.decided(), users.assumed
+    `opinions` are all acts of feedback, each with the reason why it counts nothing (None: it counts); `reward` is made of
+    those that count, and of `followup` where `followup_reason` is None. `reason` is why the turn teaches nothing, if so.
+    """
 
-    def of(self, turn: Turn, user_id: str) -> bool:
-        """Whether a person in the conversation of `turn` consents."""
-        platform = self._platforms[turn.conversation_id]
-        return platform == IMPORTED or self._decided.get((platform, user_id), self._assumed)
+    opinions: list[tuple[Feedback, str | None]]
+    followup: FollowUp | None
+    followup_reason: str | None
+    reward: Reward | None
+    reason: str | None
+    is_held_out: bool
 
-    def to(self, turn: Turn) -> bool:
-        """Whether everybody whose words the policy was shown for a turn consents."""
-        shown = {self._authors[message] for message in turn.shown if message in self._authors}
-        return all(self.of(turn, person) for person in shown | {turn.asker_id})
+    @property
+    def counted(self) -> list[Feedback]:
+        """The acts of feedback that count."""
+        return [row for row, reason in self.opinions if reason is None]
 
 
 class ReplayBuffer:
@@ -153,41 +156,62 @@ class ReplayBuffer:
             )
             found.dropped += dropped
         found.training = compared(training, self.embedder, self.config, self.config.seed)
+        found.learned, dropped = learnable(found.training, self.config.training, self.config.seed)
+        found.dropped += dropped
         found.without_logprobs = sum(one.logprobs is None for one in drawn)
         return found
 
     def _experiences(self, space: str | None) -> Snapshot:
         """All experiences, as if all were for training, and why the other turns are none."""
         turns = self.store.turns_with_feedback(space, followed_up=self.config.rewards.followup > 0)
-        facts = _Facts(self.store, self.users, turns)
+        voices = Voices(self.store, self.users, turns)
         registry = PolicyRegistry(self.store.database)
-        found = Snapshot(turns=len(turns), taken_back=facts.turns_of(registry.taught() & facts.no_longer_stands))
+        found = Snapshot(turns=len(turns), taken_back=voices.turns_of(registry.taught() & voices.no_longer_stands))
         age = {version.name: age for age, version in enumerate(reversed(registry.all()))}
         answers: dict[str, list[tuple[float, Experience]]] = defaultdict(list)
         foreign = registry.foreign()
-        for turn in turns:
-            if turn.policy_version in foreign:  # of another tokenizer, and of another policy
-                turn = replace(turn, prompt_ids=None, completion_ids=None, logprobs=None)
-            said = facts.of(turn)
-            earned = reward(said, turn.asker_id, self.config.rewards, facts.followups.get(turn.id))
-            reason = self._why_not(turn, earned, facts)
-            if reason is not None or earned is None:
-                found.dropped[reason or ""] += 1
+        for turn in (self._ours(turn, foreign) for turn in turns):
+            decision = self._decide(turn, voices)
+            earned = decision.reward
+            if decision.reason is not None or earned is None:
+                found.dropped[decision.reason or ""] += 1
                 continue
-            wanted = [row.text for row in standing(said) if row.kind == FeedbackKind.CORRECTION and row.text]
-            for one in self._of_turn(turn, facts, earned, wanted[-1] if wanted else None, age.get(turn.policy_version, 0)):
+            wanted = [row.text for row in decision.counted if row.kind == FeedbackKind.CORRECTION and row.text]
+            for one in self._of_turn(turn, voices, earned, wanted[-1] if wanted else None, age.get(turn.policy_version, 0)):
                 found.rated.append(one)
-                if one.length > self.config.training.max_length:
-                    found.dropped[f"longer than training.max_length ({self.config.training.max_length})"] += 1
+                if (reason := self._too_long(one)) is not None:
+                    found.dropped[reason] += 1
                 else:
-                    answers[turn.message_id].append((facts.rank(turn), one))
+                    answers[turn.message_id].append((voices.rank(turn), one))
         for ranked in answers.values():
             found.training += paired(ranked)
         found.training.sort(key=lambda one: one.turn_id)
         return found
 
-    def _why_not(self, turn: Turn, earned: Reward | None, facts: "_Facts") -> str | None:
-        if not facts.consent.to(turn):
+    def decide(self, turn: Turn) -> Decision:
+        """What counts of what people said about one turn, as a run that began now would take it."""
+        turn = self._ours(turn, PolicyRegistry(self.store.database).foreign())
+        voices = Voices(self.store, self.users, [turn])
+        decision = self._decide(turn, voices)
+        if decision.reason is None and decision.reward is not None:
+            first = next(self._of_turn(turn, voices, decision.reward, None, 0))
+            return replace(decision, reason=self._too_long(first))
+        return decision
+
+    def _too_long(self, one: Experience) -> str | None:
+        most = self.config.training.max_length
+        return f"longer than training.max_length ({most})" if one.length > most else None
+
+    def _decide(self, turn: Turn, voices: Voices) -> Decision:
+        opinions = voices.judge(turn)
+        followup, followup_reason = voices.judge_followup(turn, self.config.rewards)
+        counted = [row for row, reason in opinions if reason is None]
+        earned = reward(counted, turn.asker_id, self.config.rewards, None if followup_reason else followup)
+        is_kept_out = is_held_out(voices.unit(turn), self.config.learning.held_out)
+        return Decision(opinions, followup, followup_reason, earned, self._why_not(turn, earned, voices), is_kept_out)
+
+    def _why_not(self, turn: Turn, earned: Reward | None, voices: Voices) -> str | None:
+        if not voices.consent.to(turn):
             return "somebody in it does not consent"
         if earned is None:
             return "no standing opinion of anybody who took part"
@@ -201,6 +225,12 @@ class ReplayBuffer:
             return "its token ids are those of another tokenizer"
         return None
 
+    def _ours(self, turn: Turn, foreign: set[str]) -> Turn:
+        """A turn as this base model reads it: what a version of another one answered is a text."""
+        if turn.policy_version not in foreign:  # of another tokenizer, and of another policy
+            return turn
+        return replace(turn, prompt_ids=None, completion_ids=None, logprobs=None)
+
     def _are_ours(self, prompt: Sequence[int], completion: Sequence[int], text: str) -> bool:
         """Whether token ids are in our vocabulary, and those of an answer spell its text."""
         ids, size = [*prompt, *completion], len(self.tokenizer.hf)
@@ -208,20 +238,17 @@ class ReplayBuffer:
             return False
         return self.tokenizer.answer_text(completion).strip() == text.strip()
 
-    def _of_turn(
-        self, turn: Turn, facts: "_Facts", earned: Reward, correction: str | None, age: int
-    ) -> Iterator[Experience]:
+    def _of_turn(self, turn: Turn, voices: Voices, earned: Reward, correction: str | None, age: int) -> Iterator[Experience]:
         if turn.prompt_ids is None or turn.completion_ids is None:
             prompt = tuple(self.tokenizer.prompt_ids(self._asked(turn)))
             completion = tuple(self.tokenizer.completion_ids(self.tokenizer.neutralise(turn.text)))
         else:
             prompt, completion = turn.prompt_ids, turn.completion_ids
-        comment = facts.comments.get(turn.id)
+        comment = voices.comment(turn)
         is_sampled = not is_truncated(turn.sampling) and age <= self.config.learning.max_age
         first = Experience(
             turn_id=turn.id,
-            # A live conversation never ends, so there the unit is the question; an imported one is held out whole.
-            unit=turn.conversation_id if facts.is_imported(turn) else turn.message_id,
+            unit=voices.unit(turn),
             prompt_ids=prompt,
             completion_ids=completion,
             logprobs=turn.logprobs if is_sampled else None,
@@ -230,7 +257,7 @@ class ReplayBuffer:
             followup_id=earned.followup_id,
             asker=turn.asker_id,
             opinions=tuple(earned.opinions),
-            question=facts.questions[turn.message_id],
+            question=voices.questions[turn.message_id],
             answer=turn.text,
             hindsight_ids=None if comment is None else told(self.tokenizer, prompt, comment),
         )
@@ -262,51 +289,6 @@ class ReplayBuffer:
 
     def _chat(self, messages: Sequence[Message]) -> list[dict[str, str]]:
         return [{"role": one.role.value, "content": self.tokenizer.neutralise(one.text)} for one in messages]
-
-
-class _Facts:
-    """What the store says about some turns, read once."""
-
-    def __init__(self, store: ConversationStore, users: Users, turns: Sequence[Turn]):
-        places = {turn.conversation_id for turn in turns}
-        self._given = store.feedback_of(turn.id for turn in turns)
-        given = [row for rows in self._given.values() for row in rows]
-        self.no_longer_stands = {row.id for row in given} - {row.id for row in standing(given)}
-        self._platforms = store.platforms(places)
-        self._speakers = store.speakers(places)
-        self.consent = Consent(users, self._platforms, store.authors({one for turn in turns for one in turn.shown}))
-        self.questions = store.texts({turn.message_id for turn in turns})
-        self.followups: dict[str, FollowUp] = {}
-        self.comments: dict[str, str] = {}
-        said_next = store.said_next(turn.id for turn in turns)
-        for turn in turns:
-            followup, message = said_next.get(turn.id, (None, None))
-            if followup and message and message.author_id == turn.asker_id and self.consent.of(turn, turn.asker_id):
-                self.followups[turn.id], self.comments[turn.id] = followup, message.text
-
-    def turns_of(self, feedback_ids: set[str]) -> list[str]:
-        """The turn of each of some opinions."""
-        return sorted(row.turn_id for rows in self._given.values() for row in rows if row.id in feedback_ids)
-
-    def is_imported(self, turn: Turn) -> bool:
-        """Whether a turn was read from a file."""
-        return self._platforms[turn.conversation_id] == IMPORTED
-
-    def of(self, turn: Turn) -> list[Feedback]:
-        """What those said about a turn who consent, and who took part where it was said (law 7)."""
-        there = self._speakers[turn.conversation_id] | {turn.asker_id}
-        return [
-            row
-            for row in self._given[turn.id]
-            if self.consent.of(turn, row.user_id) and (self.is_imported(turn) or row.user_id in there)
-        ]
-
-    def rank(self, turn: Turn) -> float:
-        """How people ranked a turn among its siblings, higher is better; 0 where nobody did."""
-        ranks = [
-            row.value for row in standing(self._given[turn.id]) if row.kind == FeedbackKind.RANK and row.value is not None
-        ]
-        return -sum(ranks) / len(ranks) if ranks else 0.0
 
 
 def compared(found: Sequence[Experience], embedder: Embedder | None, config: Config, seed: int) -> list[Experience]:

@@ -1,10 +1,11 @@
-"""Selection: which experiences one run learns from, and how much each counts. Pure functions.
+"""Selection: which experiences one run learns from, how much each counts, and in which order. Pure functions.
 
 Whatever is left out is left out under a reason. It knows no database and no model; vectors of meanings are given.
 """
 
 import hashlib
 import math
+import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bot.config import TrainingConfig
 from learning.rewards import advantages
 
 if TYPE_CHECKING:
@@ -136,3 +138,61 @@ def limited(opinions: Sequence[tuple[str, ...]], worth: np.ndarray, cap: float) 
         factor = max(rest * cap / (1 - cap) / given[most], 1e-6)
         weights[shares[most] > 0] *= min(factor, 1.0)
     return weights
+
+
+def usable_rows(found: Sequence["Experience"], objective: str) -> list["Experience"]:
+    """The experiences that an objective can learn from."""
+    match objective:
+        case "dpo":
+            return [one for one in found if one.rejected_ids is not None]
+        case "sft":
+            return [one for one in found if one.advantage > 0]
+        case "pg":
+            return [one for one in found if one.advantage and (one.logprobs is not None or one.advantage > 0)]
+        case "hindsight":
+            return [one for one in found if one.hindsight_ids is not None]
+        case _:
+            return [one for one in found if one.advantage]
+
+
+def learnable(found: Sequence["Experience"], training: TrainingConfig, seed: int) -> Kept:
+    """Which of the experiences (oldest first) a run reads: those that its objective can use, and of those the newest, where
+    its steps are too few to read them all.
+
+    TRL's DPO has no weights: there whoever counts less is drawn less often.
+    """
+    usable = usable_rows(found, training.objective)
+    most = training.max_steps * training.batch_size
+    reasons = {f"of no use to training.objective '{training.objective}'": len(found) - len(usable)}
+    if training.objective == "dpo":
+        rng = random.Random(seed)
+        drawn = [one for one in usable if rng.random() < one.weight]
+        reasons["not drawn: it counts less, and 'dpo' has no weights"] = len(usable) - len(drawn)
+        usable = drawn
+    reasons[f"more than {most} answers (training.max_steps times training.batch_size)"] = max(0, len(usable) - most)
+    return usable[-most:], Counter({reason: count for reason, count in reasons.items() if count})
+
+
+def draw_batches(count: int, batch: int, steps: int, rng: random.Random) -> list[int]:
+    """Draw the rows (of so many) of each step's batch, one batch after the other.
+
+    Every row comes once in each epoch, in an order that is drawn anew; where an epoch ends inside a batch, those come first
+    that the batch does not have yet. So no row is twice in a batch, unless there are fewer rows than that.
+    """
+    order: list[int] = []
+    due: list[int] = []
+    while len(order) < steps * batch:
+        if len(due) < batch:
+            due += sorted(rng.sample(range(count), count), key=set(due).__contains__)
+        order += due[:batch]
+        del due[:batch]
+    return order[: steps * batch]
+
+
+def group_by_length(order: Sequence[int], lengths: Sequence[int], batch: int) -> list[int]:
+    """The rows in an `order` in which those of about the same length are in a batch together: sorted inside each quarter of
+    an epoch, the longest first, so that memory runs out at once or not at all. `lengths` has one for each row.
+    """
+    window = batch * max(1, len(lengths) // (4 * batch))
+    parts = (order[start : start + window] for start in range(0, len(order), window))
+    return [row for part in parts for row in sorted(part, key=lambda row: -lengths[row])]

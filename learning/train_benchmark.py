@@ -115,8 +115,9 @@ def _measured(config: Config, base_model: str, plain: bool, size: Size) -> tuple
     import torch
 
     from learning.model import load
-    from learning.objectives import train, usable_rows
+    from learning.objectives import train
     from learning.pretrain import quiet
+    from learning.selection import usable_rows
 
     quiet()
     tokenizer = ChatTokenizer(base_model, config.policy.template_args)

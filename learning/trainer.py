@@ -49,7 +49,7 @@ from learning.replay_buffer import Experience, ReplayBuffer, Snapshot
 from learning.report import write_samples
 from learning.reward_model import reward_model
 from learning.selection import kinds_of
-from learning.version_files import discard, faults, fingerprint, is_whole
+from learning.version_files import discard_weights, faults, fingerprint, is_whole, remove_unfinished
 
 if TYPE_CHECKING:
     import torch
@@ -95,9 +95,11 @@ class Lesson:
     said: list[Sample]
 
 
-def run(config: Config, progress: Progress, space: str | None = None, from_base: bool = False) -> Outcome:
+def run(
+    config: Config, progress: Progress, space: str | None = None, from_base: bool = False, deploys: bool = False
+) -> Outcome:
     """Train a new version on all feedback (or on one imported `space`), continuing the live version unless `from_base`,
-    or unless it is time to begin anew (`learning.from_base_every`).
+    or unless it is time to begin anew (`learning.from_base_every`). With `deploys`, what passes is to be deployed.
 
     Raises NothingToLearn where there is no usable reward, or the run would only harm; nothing is registered then.
     """
@@ -106,13 +108,17 @@ def run(config: Config, progress: Progress, space: str | None = None, from_base:
         closing(Database(config.database_url)) as database,
         interruptible(progress) as report,
     ):
-        return _run(config, database, report, space, from_base)
+        return _run(config, database, report, space, from_base, deploys)
 
 
-def _run(config: Config, database: Database, progress: Progress, space: str | None, from_base: bool) -> Outcome:
+def _run(
+    config: Config, database: Database, progress: Progress, space: str | None, from_base: bool, deploys: bool
+) -> Outcome:
     began = time.monotonic()
     registry = PolicyRegistry(database)
-    _clear_up(registry, config.data / "policies")
+    for name in registry.abandon_unfinished():
+        discard_weights(Path(registry.get(name).path))
+    remove_unfinished(config.data / "policies")
     live = registry.live()
     parent = _parent(config, registry, live, from_base)
     tokenizer = ChatTokenizer(parent.base_model, config.policy.template_args)
@@ -132,16 +138,20 @@ def _run(config: Config, database: Database, progress: Progress, space: str | No
     try:
         unfinished.mkdir(parents=True)
         verdict, metrics = _train(thinking, lesson, tokenizer, embedding, unfinished, progress)
-        metrics["steps_share_of_run"] = metrics["step_seconds"] / (time.monotonic() - began)
+        metrics |= {"judged_against": live.name, "steps_share_of_run": metrics["step_seconds"] / (time.monotonic() - began)}
         config.save(unfinished / "config.json")
         (unfinished / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True))
         (unfinished / "manifest.json").write_text(json.dumps(manifest | {"sha256": sha256}, indent=1, sort_keys=True))
         unfinished.rename(directory)
         adapter_sha256 = fingerprint(directory)
-        registry.complete(version.name, adapter_sha256, metrics)
+        with database.begin():
+            registry.complete(version.name, adapter_sha256, metrics)
+            if not verdict.passed:
+                registry.reject(version.name)
+            elif deploys:
+                registry.request_deployment(version.name)
         if not verdict.passed:
-            registry.reject(version.name)
-            discard(directory)
+            discard_weights(directory)
         registry.end_run(run_id, "passed" if verdict.passed else "; ".join(verdict.reasons))
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -162,18 +172,11 @@ def _run(config: Config, database: Database, progress: Progress, space: str | No
         manifest_sha256=sha256,
         adapter_sha256=adapter_sha256,
         turns=snapshot.turns,
-        training=len(snapshot.training),
+        training=len(snapshot.learned),
         held_out=len(snapshot.held_out),
         dropped=dict(snapshot.dropped),
         without_logprobs=snapshot.without_logprobs,
     )
-
-
-def _clear_up(registry: PolicyRegistry, policies: Path) -> None:
-    """Reject and remove what a killed run left behind; we hold the lock, so nobody is at work on it."""
-    registry.abandon_unfinished()
-    for leftover in policies.glob("*.unfinished"):
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _parent(config: Config, registry: PolicyRegistry, live: PolicyVersion, from_base: bool) -> PolicyVersion:
@@ -251,7 +254,7 @@ def _manifest(config: Config, lesson: Lesson) -> dict[str, Any]:
         "embedder": config.dialogue.embedder,
         "seed": config.seed,
         "since": lesson.since,
-        "rows": [experience.digest() for experience in snapshot.training],
+        "rows": [experience.digest() for experience in snapshot.learned],
         "held_out": [experience.digest() for experience in snapshot.held_out],
         "dropped": dict(sorted(snapshot.dropped.items())),
     }
@@ -325,8 +328,7 @@ def _train(
             for when, own, logprobs in (("before", said, before), ("after", samples, after))
         }
         metrics |= estimated(snapshot.training, snapshot.held_out, judge_of, policies, config.seed)
-    metrics |= {"reasons": verdict.reasons, "evidence": asdict(evidence)}
-    return verdict, metrics
+    return verdict, metrics | {"reasons": verdict.reasons, "evidence": asdict(evidence)}
 
 
 def teach(

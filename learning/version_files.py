@@ -39,10 +39,31 @@ def fingerprint(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def discard(directory: Path) -> None:
-    """Drop the weights of a whole model that will never serve: each is as large as the base model."""
-    if is_whole(directory):
-        shutil.rmtree(directory / WHOLE)
+def discard_weights(directory: Path) -> None:
+    """Remove the weights of a version that will never serve: the same facts and seed make the same bytes again.
+
+    What reports and explanations read stays.
+    """
+    shutil.rmtree(directory / WHOLE, ignore_errors=True)
+    for name in ADAPTER_FILES:
+        (directory / name).unlink(missing_ok=True)
+
+
+def remove_unfinished(policies: Path) -> None:
+    """Remove what killed runs left behind; only for who holds the lock of runs, so that nobody is at work on it."""
+    for leftover in policies.glob("*.unfinished"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def prune(directories: Iterable[Path]) -> tuple[int, int]:
+    """Remove all files of versions that will never serve; how many had any, and how many bytes those were."""
+    count = size = 0
+    for directory in directories:
+        if directory.is_dir():
+            size += sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+            count += 1
+            shutil.rmtree(directory)
+    return count, size
 
 
 def faults(directory: Path, base_model: str, max_rank: int) -> list[str]:

@@ -23,13 +23,13 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
 
 from bot.config import TrainingConfig
 from learning.evaluation import batched_logprobs, pad_id, token_rows
 from learning.model import as_base
 from learning.replay_buffer import Experience
+from learning.selection import group_by_length
 
 CUT = 2.0  # of importance weights
 TERMS = ("imitate", "reinforce", "prospect", "prefer", "hindsight")
@@ -40,15 +40,11 @@ class WeightedTrainer(SFTTrainer):
 
     terms: TrainingConfig
     usual_length: float
+    order: Sequence[int]
     loss_is_scaled_for_ga = False  # a part's loss is its own mean, whatever `num_items_in_batch` says
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGroupedSampler:
-        """Batches of prompts of about the same length, the same ones for any number of processes. Not of answers: batches of
-        short ones move the policy more than those of long ones do.
-        """
-        lengths = [len(prompt) for prompt in (train_dataset or self.train_dataset)["prompt"]]
-        batch = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(batch, lengths=lengths, generator=torch.Generator().manual_seed(self.args.seed))
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sequence[int]:
+        return self.order
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
         """The mean over rows of each one's term and of its hold on the base."""
@@ -94,9 +90,16 @@ def row_losses(
 
 
 def weighted_trainer(
-    model: Any, tokenizer: Any, rows: Sequence[Experience], config: TrainingConfig, common: dict[str, Any]
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Experience],
+    order: Sequence[int],
+    config: TrainingConfig,
+    common: dict[str, Any],
 ) -> WeightedTrainer:
-    """A trainer for `sft`, `pg`, `hindsight` or `mixed`."""
+    """Make a trainer for `sft`, `pg`, `hindsight` or `mixed` that reads the rows about in this `order`: prompts of about the
+    same length are read together. Not answers: batches of short ones move the policy more than those of long ones do.
+    """
     pad = pad_id(tokenizer)
     settings = SFTConfig(
         **common, max_length=None, remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True}
@@ -110,6 +113,7 @@ def weighted_trainer(
     )
     trainer.terms = config
     trainer.usual_length = sum(len(row.completion_ids) for row in rows) / len(rows)
+    trainer.order = group_by_length(order, [len(row.prompt_ids) for row in rows], len(order) // common["max_steps"])
     return trainer
 
 

@@ -278,10 +278,45 @@ async def test_a_scripted_chat_answers_reacts_and_explains(live, tmp_path, demo_
     assert done.returncode == 0, done.stderr
     said = done.stdout
     wanted = [
-        *("there is no answer yet", "kibitz: ", "noted (policy-0)", "answered by policy-0", "reward +1.00 from 1 people"),
+        *(
+            "there is no answer yet",
+            "kibitz: ",
+            "noted (policy-0)",
+            "answered by policy-0",
+            "reward: +1.00 (the asker +1.00)",
+        ),
         *("kibitz: ", "noted", "taken back", "noted", "say what the answer should have been", "there is no command /dance"),
         *("live: policy-0", "feedback: 7"),
     ]
     for part in wanted:
         assert part in said, said
         said = said[said.index(part) + len(part) :]
+
+
+def test_a_candidate_is_deployed_by_its_name_and_rejected_ones_are_pruned(tmp_path, config, registry, here):
+    config.save(tmp_path / "config.json")
+    options = ("--config", tmp_path / "config.json")
+
+    def candidate() -> str:
+        version = registry.reserve(registry.live(), tmp_path / "policies")
+        Path(version.path).mkdir(parents=True)
+        (Path(version.path) / "samples.json").write_text("what somebody asked")
+        return registry.complete(version.name, "hash", {"judged_against": registry.live().name}).name
+
+    wanted, outdated, rejected = candidate(), candidate(), candidate()
+    refused(here("deploy", "policy-9", *options), "there is no such policy version; `kibitz policies` lists them all")
+    done = here("deploy", wanted, *options)
+    assert done.returncode == 0, done.stderr
+    assert f"{wanted} will be proven when kibitz starts" in done.stdout
+    assert [version.name for version in registry.requested()] == [wanted]
+    registry.promote(wanted)
+    refused(
+        here("deploy", outdated, *options), f"was judged against policy-0, but {wanted} is live now; `kibitz train` makes"
+    )
+    refused(here("deploy", wanted, *options), f"{wanted} is live: only a candidate can be deployed")
+    registry.reject(rejected)
+    assert "removed the files of 1 rejected versions" in here("prune", *options).stdout
+    assert not Path(registry.get(rejected).path).exists()
+    assert Path(registry.get(wanted).path).exists()
+    assert Path(registry.get(outdated).path).exists(), "a candidate may still be deployed"
+    assert "removed the files of 0 rejected versions, 0.0 MB" in here("prune", *options).stdout

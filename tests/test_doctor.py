@@ -13,7 +13,7 @@ from bot.config import load
 from bot.data_directory import held
 from bot.doctor import Row, Skipped, check_ports, examine, machine_checks, works
 from bot.errors import ConfigError
-from learning.objectives import usable_rows
+from learning.selection import usable_rows
 from learning.self_test import SelfTest, made_rows
 
 

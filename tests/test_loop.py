@@ -14,7 +14,7 @@ from conftest import until
 
 from bot.config import TrainingConfig
 from bot.dialogue import DialogueManager, ReplyOptions
-from bot.errors import Asleep, DataError, ReplyInterrupted, ServingError
+from bot.errors import Asleep, DataError, ReplyInterrupted, ServingError, VerdictOutdated
 from bot.policy import Policy
 from bot.registry import BASE
 from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, new_id
@@ -295,6 +295,23 @@ async def test_what_cannot_be_served_is_tried_again_later_and_later(live, tmp_pa
     assert sum(one is watcher for one in tries) < 12, "it could have been fifty"
     assert [f"{good} goes on" in text for text in told] == [True]
     assert (await say(live, "hello")).policy_version == good
+
+
+async def test_a_running_kibitz_deploys_what_another_process_asks_for_and_no_outdated_candidate(live, tmp_path):
+    """As `kibitz deploy` does, and what a crash between the end of a run and its deployment left behind."""
+    wanted, outdated = [await version_of(live, tmp_path / str(seed), seed) for seed in (91, 92)]
+    before = live.registry.live().name
+    for name in (wanted, outdated):
+        live.registry.request_deployment(name)
+    await until(lambda: live.registry.get(outdated).state == PolicyState.REJECTED)
+    assert live.registry.live().name == live.policy.version == wanted
+    assert (await say(live, "hello")).policy_version == wanted
+    later = await version_of(live, tmp_path / "93", 93)
+    await live.deployment.rollback()
+    with pytest.raises(VerdictOutdated):
+        await live.deployment.deploy(later)
+    assert live.registry.live().name == live.policy.version == before
+    assert not {wanted, outdated, later} & await live.policy.loaded()
 
 
 async def test_a_server_that_keeps_its_weights_is_an_error_for_people(live, tmp_path, monkeypatch):

@@ -18,9 +18,10 @@ from learning import batching, demo, objectives
 from learning.evaluation import batched_logprobs, batches
 from learning.guard import CHECKS, Guard, Health, Limits, due
 from learning.model import load, restore, weights
-from learning.objectives import arguments, train, usable_rows
+from learning.objectives import TokenDPOTrainer, TokenKTOTrainer, arguments, train
 from learning.replay_buffer import Experience, told
-from learning.weighted_trainer import CUT, TERMS, row_losses, weighted_trainer
+from learning.selection import draw_batches, learnable, usable_rows
+from learning.weighted_trainer import CUT, TERMS, WeightedTrainer, row_losses, weighted_trainer
 
 OBJECTIVES = ("kto", "dpo", "sft", "pg", "hindsight", "mixed")
 
@@ -152,6 +153,83 @@ def test_who_counts_less_moves_the_policy_less(fresh, tokenizer):
             assert abs(used[0]["train_loss"]) < abs(used[1]["train_loss"])
 
 
+def read_by(model, tokenizer, rows, settings: TrainingConfig, monkeypatch) -> list[list[int]]:
+    """The rows that reach the loss of a run, batch by batch."""
+    number = {(*row.prompt_ids, *row.completion_ids): place for place, row in enumerate(rows)}
+    batches: list[list[int]] = []
+
+    def watched(real):
+        def compute_loss(self, model, inputs, *given, **named):
+            ids = [
+                tuple(row[mask.bool()].tolist())
+                for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+            ]
+            batches.append([number[one] for one in ids if one in number])
+            return real(self, model, inputs, *given, **named)
+
+        return compute_loss
+
+    for trainer in (TokenKTOTrainer, TokenDPOTrainer, WeightedTrainer):
+        monkeypatch.setattr(trainer, "compute_loss", watched(trainer.compute_loss))
+    train(model, tokenizer.hf, rows, settings, 0, quiet)
+    monkeypatch.undo()
+    return batches
+
+
+def different(tokenizer, count: int) -> list[Experience]:
+    """Rows of which each objective can use each, no two of them alike."""
+    return [
+        Experience(
+            *(str(number), str(number)),
+            tuple(tokenizer.prompt_ids([{"role": "user", "content": f"hello {number}"}])),
+            tuple(tokenizer.completion_ids(f"Hey {number}!")),
+            (-1.0,) * len(tokenizer.completion_ids(f"Hey {number}!")),
+            *(1.0, ()),
+            advantage=1.0,
+            rejected_ids=tuple(tokenizer.completion_ids("No.")),
+            hindsight_ids=told(tokenizer, tokenizer.prompt_ids([{"role": "user", "content": f"hello {number}"}]), "yes"),
+        )
+        for number in range(count)
+    ]
+
+
+@pytest.mark.parametrize("count", [18, 24, 31, 47])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_row_is_read_in_every_epoch(fresh, tokenizer, objective, count, monkeypatch):
+    """KTO left out `count mod batch` rows, the same ones each time, and compared each answer with the same neighbour."""
+    rows = different(tokenizer, count)
+    batches = read_by(fresh, tokenizer, rows, TrainingConfig(objective=objective, epochs=2), monkeypatch)
+    assert {len(batch) for batch in batches} == {16}, "no step is made of a few rows alone"
+    seen = [row for batch in batches for row in batch]
+    assert set(seen) == set(range(count))
+    assert {seen.count(row) for row in range(count)} <= {2, 3}
+
+
+def test_kto_compares_each_answer_with_another_one_in_each_epoch(fresh, tokenizer, monkeypatch):
+    rows = different(tokenizer, 32)
+    batches = read_by(fresh, tokenizer, rows, TrainingConfig(epochs=3), monkeypatch)
+    before = [{batch[place - 1]: batch[place] for place in range(16)} for batch in batches]
+    epochs = [before[start] | before[start + 1] for start in (0, 2, 4)]
+    for one, other in pairwise(epochs):
+        assert sum(one[row] == other[row] for row in range(32)) < 8, "by chance it is one"
+
+
+def test_what_a_run_does_not_read_is_not_said_to_be_learned(tokenizer):
+    rows = different(tokenizer, 40)
+    few = TrainingConfig(max_steps=2, batch_size=16)
+    learned, dropped = learnable(rows, few, seed=0)
+    assert learned == rows[-32:], "the newest"
+    assert dropped == {"more than 32 answers (training.max_steps times training.batch_size)": 8}
+    assert learnable(rows, TrainingConfig(), seed=0) == (rows, {}), "the control"
+    plain = [replace(row, rejected_ids=None) for row in rows[:5]]
+    pairs = TrainingConfig(objective="dpo")
+    assert learnable([*plain, *rows[5:]], pairs, seed=0) == (rows[5:], {"of no use to training.objective 'dpo'": 5})
+    light = [replace(row, weight=0.5) for row in rows]
+    learned, dropped = learnable(light, pairs, seed=0)
+    assert len(learned) + sum(dropped.values()) == 40
+    assert 0 < len(learned) < 40
+
+
 def losses(term: str, shift: float, advantage: float = 1.0, anchor: float = 0.0, importance: str = "token") -> torch.Tensor:
     """The losses of a term for two answers of three tokens, whose log-probabilities are `shift` above the base's."""
     reference = torch.full((2, 3), -1.0)
@@ -191,7 +269,9 @@ def test_a_batch_holds_prompts_of_like_length_and_answers_of_any(fresh, tokenize
     lengths = [(rng.randint(4, 60), rng.randint(4, 60)) for _ in range(256)]
     rows = [Experience("", "", (3,) * own, (4,) * other, None, 1.0, (), advantage=1.0) for own, other in lengths]
     config = TrainingConfig(objective="sft")
-    trainer = weighted_trainer(fresh, tokenizer.hf, rows, config, arguments(config, 16, len(rows), seed=0))
+    order = draw_batches(len(rows), 16, 16, random.Random(0))
+    common = arguments(config, 16, len(rows), seed=0) | {"max_steps": 16}
+    trainer = weighted_trainer(fresh, tokenizer.hf, rows, order, config, common)
     labels = [batch["labels"] for batch in trainer.get_train_dataloader()]
     assert sum(len(batch) for batch in labels) == len(rows)
     prompts = [(batch != -100).int().argmax(1).float() for batch in labels]

@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 
-from bot.errors import RegistryError
+from bot.errors import RegistryError, VerdictOutdated
 from bot.registry import BASE, TRANSITIONS
 from bot.types import PolicyState
 
@@ -106,3 +106,26 @@ def test_a_version_that_is_not_there_says_so(registry):
     with pytest.raises(RegistryError, match="kibitz policies"):
         registry.promote("policy-9")
     assert registry.live().name == BASE
+
+
+def test_a_candidate_is_promoted_only_in_the_place_of_what_it_was_judged_against(registry, tmp_path):
+    one, two = candidate(registry, tmp_path), candidate(registry, tmp_path)
+    assert one.judged_against == two.judged_against == BASE, "where nothing else is recorded it was the parent"
+    registry.promote(one.name, instead_of=one.judged_against)
+    with pytest.raises(VerdictOutdated, match=f"{two.name} was judged against {BASE}, but {one.name} is live now"):
+        registry.promote(two.name, instead_of=two.judged_against)
+    assert registry.live().name == one.name
+    assert registry.get(two.name).state == PolicyState.CANDIDATE
+
+
+def test_deployments_are_requested_of_candidates_alone_and_stay_requested(registry, tmp_path):
+    one, two, three = (candidate(registry, tmp_path) for _ in range(3))
+    for version in (two, one, one):
+        registry.request_deployment(version.name)
+    assert [version.name for version in registry.requested()] == [one.name, two.name]
+    registry.promote(one.name)
+    registry.reject(three.name)
+    assert [version.name for version in registry.requested()] == [two.name]
+    for version, state in ((one, "live"), (three, "rejected")):
+        with pytest.raises(RegistryError, match=f"{version.name} is {state}: only a candidate can be deployed"):
+            registry.request_deployment(version.name)

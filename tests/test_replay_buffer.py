@@ -10,7 +10,7 @@ from bot.dialogue import INTERRUPTED
 from bot.followups import KINDS
 from bot.policy import STOPPED
 from bot.tables import followups
-from bot.types import Feedback, FeedbackKind, Message
+from bot.types import Conversation, Feedback, FeedbackKind, Message, new_id
 from learning.replay_buffer import ReplayBuffer
 
 
@@ -92,9 +92,10 @@ def test_half_an_answer_is_not_learned_from_and_a_whole_one_is(store, tokenizer,
 def test_every_turn_that_is_left_out_is_counted_under_a_reason(store, tokenizer):
     react(store, answered(store, tokenizer, "a", "Hey!", finish_reason=INTERRUPTED), approves=True)
     react(store, answered(store, tokenizer, "b", " "), approves=True)
-    split = answered(store, tokenizer, "c", "Hey!")
+    split = answered(store, tokenizer, "c", "Hey!", place=store.open(Conversation("discord", "general", "guild", "1")))
+    elsewhere = store.open(Conversation("discord", "general", "guild", "2"))
     for name in ("ann", "bob"):
-        store.add_message(Message(split.conversation_id, name, "me too"))
+        store.add_message(Message(elsewhere.id, name, "hello"))
     react(store, split, approves=True, user="ann")
     react(store, split, approves=False, user="bob")
     taken_back = answered(store, tokenizer, "d", "Hey!")
@@ -112,6 +113,40 @@ def test_every_turn_that_is_left_out_is_counted_under_a_reason(store, tokenizer)
     assert found.turns == 5
     assert not found.training
     assert not found.held_out
+
+
+@pytest.mark.parametrize(
+    ("place", "counts"),
+    [
+        (Conversation("discord", "general", "guild", "2"), True),  # another mention: on Discord each is a conversation
+        (Conversation("discord", "general", "guild", "1"), True),
+        (Conversation("discord", "random", "guild", "1"), False),
+        (Conversation("discord", "general", "another guild", "1"), False),
+        (Conversation("slack", "general", "guild", "1"), False),
+    ],
+)
+def test_who_wrote_in_the_channel_took_part_whichever_conversation_it_was(store, tokenizer, place, counts):
+    turn = answered(store, tokenizer, "a", "Hey!", place=store.open(Conversation("discord", "general", "guild", "1")))
+    store.add_message(Message(store.open(place).id, "bob", "good morning"))
+    react(store, turn, approves=True, user="bob")
+    found = snapshot(store, tokenizer)
+    assert [one.opinions for one in found.rated] == ([("bob",)] if counts else [])
+
+
+def test_a_pick_of_somebody_who_took_no_part_ranks_nothing(store, tokenizer):
+    first = answered(store, tokenizer, "a", "Hey!")
+    second = replace(first, id=new_id(), reply_id=new_id(), text="No.", replaces=first.id)
+    second = replace(second, completion_ids=tuple(tokenizer.completion_ids("No.")))
+    store.add_turn(second)
+    for turn, rank in ((first, 2.0), (second, 1.0)):
+        react(store, turn, approves=True)
+        store.add_feedback(Feedback(turn.id, "a passer-by", FeedbackKind.RANK, value=rank))
+    found = snapshot(store, tokenizer)
+    assert not any(one.rejected_ids for one in [*found.training, *found.held_out])
+    for turn, rank in ((first, 2.0), (second, 1.0)):
+        store.add_feedback(Feedback(turn.id, "asker", FeedbackKind.RANK, value=rank))
+    found = snapshot(store, tokenizer)
+    assert [one.turn_id for one in [*found.training, *found.held_out] if one.rejected_ids] == [second.id], "the control"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,9 @@ from test_training import quiet
 
 from bot.errors import DataError
 from bot.forgetting import forget_message
-from bot.types import Feedback, FeedbackKind, PolicyState
+from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, new_id, now
 from learning import report, trainer
-from learning.explanation import explained
+from learning.explanation import Used, explain
 from learning.replay_buffer import ReplayBuffer
 
 
@@ -58,25 +59,97 @@ def test_what_changed_most_comes_first():
     assert report.style([]) == []
 
 
-def test_a_turn_is_explained_with_its_reward_and_the_runs_that_used_it(trained):
-    config, version, store, registry = trained.config, trained.version, trained.store, trained.registry
+def test_a_turn_is_explained_with_its_reward_and_the_runs_that_used_it(trained, tokenizer):
+    version, registry = trained.version, trained.registry
+    buffer = ReplayBuffer(trained.store, tokenizer, trained.config)
     rows = json.loads((Path(version.path) / "manifest.json").read_text())["rows"]
-    account = explained(rows[0][0], store, registry, config.rewards)
+    account = explain(rows[0][0], buffer, registry)
     assert [used.policy for used in account.used] == [version.name]
     assert (account.used[0].advantage, account.used[0].weight) == (rows[0][3], rows[0][4])
-    assert account.reward.value == rows[0][2]
+    assert account.decision.reward.value == rows[0][2]
     lines = "\n".join(account.lines())
     assert re.search(rf"used by {version.name}: [+-]\d\.\d\d against what is usual, weight 1\.00", lines)
     with pytest.raises(DataError, match="there is no turn 'nothing'"):
-        explained("nothing", store, registry, config.rewards)
+        explain("nothing", buffer, registry)
+    shutil.rmtree(version.path)
+    assert f"used by {version.name}, whose files are gone" in explain(rows[0][0], buffer, registry).lines()
 
 
-def test_what_was_taken_back_is_told_and_the_next_report_names_it(trained):
+def test_an_explanation_says_what_smoothing_makes_of_an_advantage():
+    assert Used("policy-1", 0.5).line() == "used by policy-1: +0.50 against what is usual, weight 1.00"
+    line = Used("policy-1", 0.5, 0.4, smoothing=0.9).line()
+    assert "+0.50 (90% of it is what answers like it earned, the rest its own reward against the usual" in line
+    assert "weight 0.40, for its age or because its people say more than their share" in line
+
+
+OPINIONS = {  # who says what -> whether it counts
+    "asker": None,
+    "regular": None,
+    "stranger": "who said it never wrote in this channel",
+    "silent": "who said it does not consent to be learned from",
+    "regrets": "it was taken back, or said again later",
+    "wavers": "the same person said something else later",
+}
+
+
+def test_why_and_a_run_count_the_same_opinions_and_it_says_why_not_the_others(config, store, registry, tokenizer):
+    """Both ways to ask once computed the reward anew, without consent and without who took part."""
+    turn = answered(
+        store, tokenizer, "hello", "Hey there!", place=store.open(Conversation("discord", "general", "guild", "1"))
+    )
+    elsewhere = store.open(Conversation("discord", "general", "guild", "2"))  # each mention is one
+    for name in ("regular", "silent", "regrets", "wavers"):
+        store.add_message(Message(elsewhere.id, name, "good morning"))
+    buffer = ReplayBuffer(store, tokenizer, config)
+    buffer.users.decide("discord", "silent", False)
+    for name in OPINIONS:
+        given = react(store, turn, approves=True, user=name)
+        if name == "regrets":
+            store.add_feedback(replace(given, id=new_id(), at=now(), retracts=True))
+        if name == "wavers":
+            react(store, turn, approves=False, user=name)
+    account = explain(turn.id, buffer, registry)
+    first = {row.user_id: reason for row, reason in reversed(account.decision.opinions)}
+    assert first == OPINIONS
+    snapshot = buffer.snapshot()
+    [learned] = [*snapshot.training, *snapshot.held_out]
+    assert set(learned.opinions) == {"asker", "regular", "wavers"}
+    assert learned.reward == account.decision.reward.value
+    assert learned.feedback_ids == account.decision.reward.feedback_ids
+    lines = "\n".join(account.lines(names=False))
+    assert "does not count: who said it never wrote in this channel" in lines
+    assert "stranger" not in lines, "a chat is told no names"
+    assert "stranger" in "\n".join(account.lines())
+
+
+def test_why_says_that_a_turn_as_a_whole_teaches_nothing(config, store, registry, tokenizer):
+    unwilling = answered(store, tokenizer, "hello", "Hey there!")
+    long = answered(store, tokenizer, "long " * 300, "Hey there!")
+    held_out = [answered(store, tokenizer, f"hello {number}", "Hey there!") for number in range(16)]
+    for turn in (unwilling, long, *held_out):
+        react(store, turn, approves=True)
+    small = config.model_copy(update={"training": config.training.model_copy(update={"max_length": 64})})
+    buffer = ReplayBuffer(store, tokenizer, small)
+
+    def lines(turn):
+        return explain(turn.id, buffer, registry).lines()
+
+    assert "teaches nothing: longer than training.max_length (64)" in lines(long)
+    apart = {one.turn_id for one in buffer.snapshot().held_out}
+    told = {turn.id for turn in held_out if "held out: it judges candidates and teaches none" in lines(turn)}
+    assert told == apart & {turn.id for turn in held_out} != set()
+    assert not any("teaches nothing" in line for line in lines(unwilling)), "the control"
+    buffer.users.decide("test", "asker", False)
+    assert "teaches nothing: somebody in it does not consent" in lines(unwilling)
+
+
+def test_what_was_taken_back_is_told_and_the_next_report_names_it(trained, tokenizer):
     config, version, store, registry = trained.config, trained.version, trained.store, trained.registry
     rows = json.loads((Path(version.path) / "manifest.json").read_text())["rows"]
     [given] = store.feedback_of([rows[0][0]])[rows[0][0]]
     store.add_feedback(replace(given, id="later", at=given.at.replace(year=given.at.year + 1), event_id=None, retracts=True))
-    assert any("no longer stands" in line for line in explained(rows[0][0], store, registry, config.rewards).lines())
+    lines = explain(rows[0][0], ReplayBuffer(store, tokenizer, config), registry).lines()
+    assert any("does not count: it was taken back" in line for line in lines)
     again = trainer.run(config, quiet)
     told = report.collected(registry.get(again.policy), "")
     assert told["taken_back"] == [rows[0][0]]

@@ -1,5 +1,7 @@
 """What one run learns from: rewards against what is usual, nobody above their share, a reason for all that is left out."""
 
+import random
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from bot.config import Config
 from learning.replay_buffer import Experience, compared, paired
 from learning.rewards import advantages
-from learning.selection import fresh_and_old, is_held_out, kinds_of, limited, thinned, weighed
+from learning.selection import draw_batches, fresh_and_old, group_by_length, is_held_out, kinds_of, limited, thinned, weighed
 
 REWARDS = st.lists(st.floats(-1, 1), min_size=1, max_size=40)
 
@@ -177,3 +179,26 @@ def test_nobody_counts_more_than_the_cap_after_smoothing_either():
     }
     assert counts["ann"] <= 0.2501 * sum(abs(one.advantage) * one.weight for one in found)
     assert counts["p0"] > 0
+
+
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 12), st.integers(0, 3))
+def test_batches_hold_every_row_equally_often_and_none_twice(count, batch, steps, seed):
+    order = draw_batches(count, batch, steps, random.Random(seed))
+    assert len(order) == steps * batch
+    often = [Counter(order)[row] for row in range(count)]
+    assert max(often) - min(often) <= 1
+    assert order == draw_batches(count, batch, steps, random.Random(seed)), "the same seed draws the same"
+    if batch <= count:
+        assert all(len({*order[start : start + batch]}) == batch for start in range(0, len(order), batch))
+
+
+def test_each_epoch_has_an_order_of_its_own():
+    order = draw_batches(40, 8, 10, random.Random(0))
+    assert sorted(order[:40]) == sorted(order[40:]) == list(range(40))
+    assert order[:40] != order[40:]
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=80), st.integers(1, 8))
+def test_what_is_grouped_by_length_is_the_same_rows(lengths, batch):
+    order = list(range(len(lengths)))
+    assert sorted(group_by_length(order, lengths, batch)) == order

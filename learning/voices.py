@@ -1,0 +1,109 @@
+"""Voices: what people said about some turns, whose words count, and why the others do not (law 7).
+
+Only those count who consent, and who wrote where an answer was given. It knows no reward of a turn and no tokens.
+"""
+
+from collections.abc import Sequence
+
+from bot.config import RewardsConfig
+from bot.conversations import ConversationStore
+from bot.feedback import held, standing
+from bot.types import Feedback, FeedbackKind, FollowUp, Turn
+from bot.users import Users
+from learning.rewards import FOLLOW_UPS
+
+IMPORTED = "import"  # the platform of conversations that were read from a file
+
+
+class Consent:
+    """Who may be learned from, as it stands now. Imported conversations are the operator's to answer for."""
+
+    def __init__(self, users: Users, platforms: dict[str, str], authors: dict[str, str]):
+        self._platforms, self._authors = platforms, authors
+        self._decided, self._assumed = users.decided(), users.assumed
+
+    def of(self, turn: Turn, user_id: str) -> bool:
+        """Whether a person in the conversation of `turn` consents."""
+        platform = self._platforms[turn.conversation_id]
+        return platform == IMPORTED or self._decided.get((platform, user_id), self._assumed)
+
+    def to(self, turn: Turn) -> bool:
+        """Whether everybody whose words the policy was shown for a turn consents."""
+        shown = {self._authors[message] for message in turn.shown if message in self._authors}
+        return all(self.of(turn, person) for person in shown | {turn.asker_id})
+
+
+class Voices:
+    """All that was said about some turns, read once."""
+
+    def __init__(self, store: ConversationStore, users: Users, turns: Sequence[Turn]):
+        self._given = store.feedback_of(turn.id for turn in turns)
+        given = [row for rows in self._given.values() for row in rows]
+        self._held = {row.id for row in held(given)}
+        self._standing = {row.id for row in standing(given)}
+        self.no_longer_stands = {row.id for row in given} - self._standing
+        self._platforms = store.platforms({turn.conversation_id for turn in turns})
+        self._participants = store.participants(
+            (turn.conversation_id, row.user_id)
+            for turn in turns
+            if not self.is_imported(turn)
+            for row in self._given[turn.id]
+        )
+        self.consent = Consent(users, self._platforms, store.authors({one for turn in turns for one in turn.shown}))
+        self.questions = store.texts({turn.message_id for turn in turns})
+        self._said_next = store.said_next(turn.id for turn in turns)
+
+    def turns_of(self, feedback_ids: set[str]) -> list[str]:
+        """The turn of each of some opinions."""
+        return sorted(row.turn_id for rows in self._given.values() for row in rows if row.id in feedback_ids)
+
+    def is_imported(self, turn: Turn) -> bool:
+        """Whether a turn was read from a file."""
+        return self._platforms[turn.conversation_id] == IMPORTED
+
+    def unit(self, turn: Turn) -> str:
+        """What is held out, or not, as a whole: an imported conversation; of a live one, which never ends, a question."""
+        return turn.conversation_id if self.is_imported(turn) else turn.message_id
+
+    def judge(self, turn: Turn) -> list[tuple[Feedback, str | None]]:
+        """All acts of feedback on a turn, each with the reason why it does not count; None where it does (law 7)."""
+        return [(row, self._why_not(turn, row)) for row in self._given[turn.id]]
+
+    def _why_not(self, turn: Turn, row: Feedback) -> str | None:
+        is_there = row.user_id == turn.asker_id or (turn.conversation_id, row.user_id) in self._participants
+        if not self.consent.of(turn, row.user_id):
+            return "who said it does not consent to be learned from"
+        if not self.is_imported(turn) and not is_there:
+            return "who said it never wrote in this channel"
+        if row.retracts:
+            return "it only takes back"
+        if row.id not in self._held:
+            return "it was taken back, or said again later"
+        if row.id not in self._standing:
+            return "the same person said something else later"
+        return None
+
+    def judge_followup(self, turn: Turn, config: RewardsConfig) -> tuple[FollowUp | None, str | None]:
+        """What was said next, and the reason why it does not count; None where it does."""
+        followup, message = self._said_next.get(turn.id, (None, None))
+        if followup is None or message is None:
+            return None, None
+        if message.author_id != turn.asker_id:
+            return followup, "the asker did not say it"
+        if not self.consent.of(turn, turn.asker_id):
+            return followup, "who said it does not consent to be learned from"
+        if not config.followup:
+            return followup, "rewards.followup is off"
+        return followup, None if followup.kind in FOLLOW_UPS else "it says nothing about the answer"
+
+    def comment(self, turn: Turn) -> str | None:
+        """What the asker said next, where they consent."""
+        _, message = self._said_next.get(turn.id, (None, None))
+        is_theirs = message is not None and message.author_id == turn.asker_id and self.consent.of(turn, turn.asker_id)
+        return message.text if message is not None and is_theirs else None
+
+    def rank(self, turn: Turn) -> float:
+        """How people ranked a turn among its siblings, higher is better; 0 where nobody did."""
+        counted = [row for row, reason in self.judge(turn) if reason is None]
+        ranks = [row.value for row in counted if row.kind == FeedbackKind.RANK and row.value is not None]
+        return -sum(ranks) / len(ranks) if ranks else 0.0

@@ -1,0 +1,235 @@
+"""How a candidate goes live, stays a candidate, or is rejected: the registry and the deployment together, on a server of
+vLLM's routes on loopback that can be made to fail. What the real vLLM makes of swaps is in test_loop.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+import sqlalchemy as sa
+from aiohttp import web
+from conftest import until
+
+from bot.errors import ProbeFailed, RegistryError, Unavailable, VerdictOutdated
+from bot.policy import Policy
+from bot.registry import BASE, PolicyRegistry
+from bot.types import PolicyState, PolicyVersion
+from learning import benchmark, probe
+from learning.deployment import TRIES, Deployment
+from learning.version_files import ADAPTER_FILES
+
+
+@dataclass
+class Vllm:
+    """The routes of vLLM that a deployment asks. It serves what each adapter's probe holds, and fails at `broken` paths."""
+
+    broken: set[str] = field(default_factory=set)
+    asked: list[str] = field(default_factory=list)
+    adapters: dict[str, str] = field(default_factory=dict)
+    url: str = ""
+
+    async def answer(self, request: web.Request) -> web.Response:
+        self.asked.append(request.path)
+        if request.path in self.broken:
+            return web.Response(status=500, text="EngineDeadError")
+        body = await request.json() if request.can_read_body else {}
+        match request.path:
+            case "/v1/models":
+                models = [{"id": "base"}, *({"id": name, "parent": "base"} for name in self.adapters)]
+                return web.json_response({"data": models})
+            case "/v1/load_lora_adapter":
+                self.adapters[body["lora_name"]] = body["lora_path"]
+            case "/v1/unload_lora_adapter":
+                del self.adapters[body["lora_name"]]
+            case "/v1/completions":
+                return web.json_response({"choices": [{"logprobs": {"top_logprobs": [self.likely(body)]}}]})
+            case _:
+                return web.Response(status=404)
+        return web.Response(text="done")
+
+    def likely(self, body: dict[str, Any]) -> dict[str, float]:
+        if body["model"] not in self.adapters:
+            return {"token_id:1": -1.0}
+        [place] = [one for one in probe.read(Path(self.adapters[body["model"]])) if one.prompt_ids == body["prompt"]]
+        return {f"token_id:{token}": value for token, value in zip(place.tokens, place.candidate, strict=True)}
+
+
+@pytest_asyncio.fixture
+async def vllm() -> AsyncIterator[Vllm]:
+    made = Vllm()
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", made.answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    made.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    yield made
+    await runner.cleanup()
+
+
+@dataclass
+class Stage:
+    """A deployment on the server, and what it told people."""
+
+    deployment: Deployment
+    registry: PolicyRegistry
+    source: Path
+    told: list[str]
+
+    def candidate(self) -> PolicyVersion:
+        """A candidate that was judged against what is live now."""
+        return benchmark.register_copy(self.registry, self.source, self.deployment.config.data / "policies")
+
+    def state(self, version: PolicyVersion) -> PolicyState:
+        return self.registry.get(version.name).state
+
+
+@pytest.fixture(scope="module")
+def source(demo_model, tmp_path_factory) -> Path:
+    """The weights of a version, with their probe."""
+    from bot.config import Config
+
+    directory = tmp_path_factory.mktemp("weights") / "source"
+    benchmark.random_version(Config(), demo_model, directory, seed=0)
+    return directory
+
+
+@pytest_asyncio.fixture
+async def stage(vllm, config, registry, source) -> AsyncIterator[Stage]:
+    policy = Policy(vllm.url, config.policy, base=BASE)
+    await policy.connect()
+    told: list[str] = []
+    yield Stage(Deployment(policy, registry, config, told.append), registry, source, told)
+    await policy.close()
+
+
+async def test_a_candidate_goes_live_in_the_place_of_what_it_was_judged_against(stage, vllm):
+    one = stage.candidate()
+    await stage.deployment.deploy(one.name)
+    two = stage.candidate()
+    await stage.deployment.deploy(two.name)
+    assert (stage.state(one), stage.state(two)) == (PolicyState.RETIRED, PolicyState.LIVE)
+    assert set(vllm.adapters) == {two.name} == {stage.deployment.policy.version}
+    assert await stage.deployment.deploy(two.name) == stage.registry.get(two.name), "whoever asks second is told the same"
+
+
+async def test_a_run_under_way_does_not_undo_a_rollback(stage, vllm):
+    one = stage.candidate()
+    await stage.deployment.deploy(one.name)
+    two = stage.candidate()  # judged against the version that is taken back now
+    await stage.deployment.rollback()
+    with pytest.raises(VerdictOutdated, match=f"was judged against {one.name}, but {BASE} is live now"):
+        await stage.deployment.deploy(two.name)
+    assert stage.registry.live().name == BASE
+    assert stage.state(two) == PolicyState.REJECTED
+    assert "was judged against" in stage.registry.get(two.name).metrics["reasons"][0]
+    assert vllm.adapters == {}
+
+
+async def test_a_rollback_while_a_candidate_is_being_proven_is_not_undone(stage, vllm, monkeypatch):
+    one = stage.candidate()
+    await stage.deployment.deploy(one.name)
+    two, real = stage.candidate(), stage.deployment._probe
+
+    async def probed_and_taken_back(version):
+        await real(version)
+        stage.registry.rollback()
+
+    monkeypatch.setattr(stage.deployment, "_probe", probed_and_taken_back)
+    with pytest.raises(VerdictOutdated):
+        await stage.deployment.deploy(two.name)
+    assert stage.registry.live().name == BASE
+    assert two.name not in vllm.adapters
+    assert stage.state(two) == PolicyState.REJECTED
+
+
+@pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/completions", "/v1/models"])
+async def test_a_server_that_is_away_for_a_moment_rejects_nothing(stage, vllm, path):
+    one = stage.candidate()
+    vllm.broken.add(path)
+    with pytest.raises(Unavailable):
+        await stage.deployment.deploy(one.name)
+    assert stage.state(one) == PolicyState.CANDIDATE
+    assert path == "/v1/models" or one.name not in vllm.adapters
+    vllm.broken.clear()
+    assert (await stage.deployment.deploy(one.name)).name == stage.registry.live().name == one.name
+
+
+async def test_a_server_that_refuses_a_candidate_rejects_it(stage, vllm, monkeypatch):
+    """The control: it was asked."""
+    one = stage.candidate()
+    monkeypatch.setattr(Vllm, "likely", lambda self, body: {"token_id:1": -9.0})
+    with pytest.raises(ProbeFailed):
+        await stage.deployment.deploy(one.name)
+    assert stage.state(one) == PolicyState.REJECTED
+    assert vllm.adapters == {}
+    assert not any((Path(one.path) / name).exists() for name in ADAPTER_FILES), "what never serves need not be kept"
+    assert (Path(one.path) / "probe.json").exists(), "the rest explains it"
+    with pytest.raises(ProbeFailed):  # whoever asks second is told the same
+        await stage.deployment.deploy(one.name)
+
+
+@pytest.mark.parametrize("error", [RegistryError("purged meanwhile"), sa.exc.OperationalError("", {}, Exception("locked"))])
+async def test_an_error_of_the_registry_leaves_no_adapter_loaded(stage, vllm, monkeypatch, error):
+    def fails(*_):
+        raise error
+
+    one = stage.candidate()
+    monkeypatch.setattr(stage.registry, "promote", fails)
+    with pytest.raises(type(error)):
+        await stage.deployment.deploy(one.name)
+    assert "/v1/load_lora_adapter" in vllm.asked, "it was loaded"
+    assert vllm.adapters == {}
+    assert stage.state(one) == PolicyState.CANDIDATE
+    monkeypatch.undo()
+    assert (await stage.deployment.deploy(one.name)).state == PolicyState.LIVE
+
+
+async def watched(deployment: Deployment, condition) -> None:
+    """Let a deployment follow the registry until `condition` holds."""
+    task = asyncio.create_task(deployment.watch(0.01))
+    try:
+        await until(condition)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_what_a_crash_left_behind_is_deployed_and_what_nobody_asked_for_is_not(stage):
+    kept, wanted, outdated = stage.candidate(), stage.candidate(), stage.candidate()
+    for version in (wanted, outdated):
+        stage.registry.request_deployment(version.name)
+    stage.registry.request_deployment(wanted.name)  # twice is once
+    await watched(stage.deployment, lambda: any("is not deployed" in text for text in stage.told))
+    assert stage.state(wanted) == PolicyState.LIVE
+    assert stage.state(outdated) == PolicyState.REJECTED
+    assert stage.state(kept) == PolicyState.CANDIDATE
+    assert f"{outdated.name} was judged against {BASE}, but {wanted.name} is live now" in "\n".join(stage.told)
+    with pytest.raises(RegistryError, match=f"{wanted.name} is live: only a candidate can be deployed"):
+        stage.registry.request_deployment(wanted.name)
+
+
+async def test_a_candidate_waits_until_the_server_answers(stage, vllm):
+    one = stage.candidate()
+    stage.registry.request_deployment(one.name)
+    vllm.broken.add("/v1/completions")
+    await watched(stage.deployment, lambda: "/v1/completions" in vllm.asked)
+    assert stage.state(one) == PolicyState.CANDIDATE
+    vllm.broken.clear()
+    await watched(stage.deployment, lambda: stage.state(one) == PolicyState.LIVE)
+    assert stage.deployment._tries[one.name] == 0, "it was not tried while nobody could have answered"
+
+
+async def test_a_candidate_that_a_sound_server_fails_at_each_time_is_rejected_in_the_end(stage, vllm, monkeypatch):
+    monkeypatch.setattr("learning.deployment.RETRY_SECONDS", 0.01)
+    one = stage.candidate()
+    stage.registry.request_deployment(one.name)
+    vllm.broken.add("/v1/load_lora_adapter")
+    await watched(stage.deployment, lambda: any(f"could not be proven in {TRIES} tries" in text for text in stage.told))
+    assert stage.state(one) == PolicyState.REJECTED
+    assert vllm.asked.count("/v1/load_lora_adapter") == TRIES
