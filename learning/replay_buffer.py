@@ -25,7 +25,7 @@ from bot.types import Feedback, FeedbackKind, FollowUp, Message, Turn
 from bot.users import Users
 from learning.features import expected, features
 from learning.rewards import Reward, reward
-from learning.selection import fresh_and_old, kinds_of, parted, thinned, weighed
+from learning.selection import fresh_and_old, kinds_of, parted, question_key, thinned, weighed
 
 IMPORTED = "import"  # the platform of conversations that were read from a file
 
@@ -34,7 +34,8 @@ IMPORTED = "import"  # the platform of conversations that were read from a file
 class Experience:
     """One answer to learn from, as exact token ids.
 
-    `unit` is what the held-out part is drawn by; `opinions` names those whose opinions the reward is made of, and
+    `unit` is what the held-out part is drawn by: an imported conversation, or the words of the question; `question_id` is
+    the message that it answers, as others may. `opinions` names those whose opinions the reward is made of, and
     `followup_id` is the message that it counts too. `logprobs` (nats, one for each of `completion_ids`) are those of its
     sampling, or None for a text that was not sampled so (imported, a person's correction, a truncated distribution).
     `rejected_ids` is an answer to the same prompt that people liked less; `hindsight_ids` is the prompt as somebody would
@@ -54,8 +55,10 @@ class Experience:
     opinions: tuple[str, ...] = ()
     question: str = ""
     answer: str = ""
+    question_id: str = ""
     rejected_ids: tuple[int, ...] | None = None
     hindsight_ids: tuple[int, ...] | None = None
+    is_correction: bool = False
     advantage: float = 0.0
     weight: float = 1.0
 
@@ -88,6 +91,11 @@ class Snapshot:
     without_logprobs: int = 0
     taken_back: list[str] = field(default_factory=list)
     turns: int = 0
+
+    @property
+    def judged(self) -> list[Experience]:
+        """The held-out answers that people liked or disliked: all but corrections, which nobody could dislike."""
+        return [one for one in self.held_out if not one.is_correction]
 
     @property
     def drawn(self) -> list[Experience]:
@@ -217,11 +225,12 @@ class ReplayBuffer:
         else:
             prompt, completion = turn.prompt_ids, turn.completion_ids
         comment = facts.comments.get(turn.id)
+        question = facts.questions[turn.message_id]
         is_sampled = not is_truncated(turn.sampling) and age <= self.config.learning.max_age
         first = Experience(
             turn_id=turn.id,
-            # A live conversation never ends, so there the unit is the question; an imported one is held out whole.
-            unit=turn.conversation_id if facts.is_imported(turn) else turn.message_id,
+            # An imported conversation is held out whole. A live one never ends: there a question is, whoever asks it.
+            unit=turn.conversation_id if facts.is_imported(turn) else question_key(question) or turn.message_id,
             prompt_ids=prompt,
             completion_ids=completion,
             logprobs=turn.logprobs if is_sampled else None,
@@ -230,7 +239,8 @@ class ReplayBuffer:
             followup_id=earned.followup_id,
             asker=turn.asker_id,
             opinions=tuple(earned.opinions),
-            question=facts.questions[turn.message_id],
+            question=question,
+            question_id=turn.message_id,
             answer=turn.text,
             hindsight_ids=None if comment is None else told(self.tokenizer, prompt, comment),
         )
@@ -245,6 +255,7 @@ class ReplayBuffer:
                 answer=correction,
                 rejected_ids=completion,
                 hindsight_ids=None,
+                is_correction=True,
             )
 
     def _asked(self, turn: Turn) -> list[dict[str, str]]:

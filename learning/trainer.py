@@ -40,7 +40,7 @@ from learning.evaluation import (
     preserve_random_state,
     token_rows,
 )
-from learning.gate import Evidence, Verdict, gain_of, judge, margin_interval
+from learning.gate import Evidence, Verdict, gain_of, judge, margin_interval, opinions_of
 from learning.model import as_base, not_finite, save, served, settle, to_train
 from learning.off_policy import estimated
 from learning.pretrain import quiet
@@ -80,9 +80,9 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a run begins with: the version that it goes on from, as a model; what was said, since a turn or ever; and the
-    live version, with the log-probabilities that it gives the tokens of each held-out answer (nats), and with what it says
-    to the prompts that candidates are `asked`.
+    """What a run begins with: the version that it goes on from, as a model; what was said, since a turn or ever; the live
+    version, with the log-probabilities that it gives the tokens of each judged answer (nats), and with what it says to the
+    prompts that candidates are `asked`; and the `earlier` verdicts of the gate.
     """
 
     parent: PolicyVersion
@@ -93,6 +93,7 @@ class Lesson:
     before: "list[torch.Tensor]"
     asked: list[Experience]
     said: list[Sample]
+    earlier: list[bool]
 
 
 def run(config: Config, progress: Progress, space: str | None = None, from_base: bool = False) -> Outcome:
@@ -209,13 +210,15 @@ def _lesson(
         snapshot = buffer.snapshot(since=since)
         _refuse_empty(snapshot)
         parent = registry.base() if change.against else parent
-    before = batched_logprobs(found, token_rows(snapshot.held_out))
+    before = batched_logprobs(found, token_rows(snapshot.judged))
     asked = _asked(snapshot, config.gate.samples)
     said = _answers(config, found, buffer.tokenizer, asked)
     if parent != live:
         del found  # there may be no room for both
         found = served(config, parent.base_model, parent.weights)
-    return Lesson(parent, found, snapshot, since, live, before, asked, said)
+    metrics = [version.metrics for version in registry.all()]
+    earlier = [one["is_better"] for one in metrics if one.get("had_enough_evidence")]
+    return Lesson(parent, found, snapshot, since, live, before, asked, said, earlier)
 
 
 def _since(version: PolicyVersion) -> str:
@@ -285,7 +288,8 @@ def _train(
         raise NothingToLearn(f"what was learned did only harm ({trained['stopped']}); more reactions may help")
     progress("measuring", 0, 1)
     settle(model)
-    after = batched_logprobs(model, token_rows(snapshot.held_out))
+    judged = snapshot.judged
+    after = batched_logprobs(model, token_rows(judged))
     samples = _answers(config, model, tokenizer, lesson.asked)
     kl = kl_to_base(model, samples[:ENOUGH])
     save(model, directory)
@@ -294,16 +298,13 @@ def _train(
         probe.write(directory, prefixes, probe.measure(model, prefixes), of_parent, config.policy.temperature)
     )
     answers = manner(samples)
-    signs = [1 if row.reward > 0 else -1 for row in snapshot.held_out]
-    questions = [row.question for row in (*snapshot.held_out, *snapshot.training)]
-    kinds = kinds_of(questions, embedding, config.seed)[: len(signs)].tolist()
+    kinds = kinds_of([row.question for row in (*judged, *snapshot.training)], embedding, config.seed)[: len(judged)]
+    opinions = opinions_of(judged, kinds.tolist(), config.rewards.person_cap)
     evidence = Evidence(
-        conversations=[row.unit for row in snapshot.held_out],
-        signs=signs,
-        kinds=kinds,
+        opinions=opinions,
         live=_means(before),
         candidate=_means(after),
-        gain=gain_of([row.answer for row in snapshot.held_out], signs, kinds, said, samples, embedding),
+        gain=gain_of([row.answer for row in judged], opinions, said, samples, embedding),
         kl=kl,
         well_formed=answers["well_formed"],
         base_well_formed=manner(base_samples)["well_formed"],
@@ -315,7 +316,7 @@ def _train(
         rounding=change.rounding,
         is_no_change=change.is_no_change,
     )
-    verdict = judge(evidence, config.gate, config.seed)
+    verdict = judge(evidence, config.gate, config.seed, lesson.earlier)
     metrics = {**verdict.figures, **trained, "taken_back": snapshot.taken_back}
     metrics |= {"answers_before": manner(said), "answers_after": answers}
     judge_of = reward_model(config, embedding, parent.base_model)
@@ -324,7 +325,7 @@ def _train(
             when: (dict(zip(prompts, own, strict=True)), logprobs)
             for when, own, logprobs in (("before", said, before), ("after", samples, after))
         }
-        metrics |= estimated(snapshot.training, snapshot.held_out, judge_of, policies, config.seed)
+        metrics |= estimated(snapshot.training, judged, judge_of, policies, config.seed)
     metrics |= {"reasons": verdict.reasons, "evidence": asdict(evidence)}
     return verdict, metrics
 
