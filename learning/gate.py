@@ -1,26 +1,48 @@
 """The gate: is a candidate sound, safe and better than the live version? A Verdict with its reasons.
 
 Better is what the held-out opinions say, those that no run learned from, and there are two ways to ask them. Margin: do the
-answers that were liked become likelier than those that were not? Where answers are long, chance is louder there than taste.
-Gain: are the candidate's own answers more like those that were liked (`gain_of`)? One of the two must not be luck, and each
-may be with half the probability that `gate.confidence` leaves. Pure functions of what was measured; whether vLLM serves the
-same policy is the probe's question, in `learning.deployment`.
+answers that were liked become likelier than those that were not? In long answers chance is louder than taste. Gain: are the
+candidate's own answers more like those that were liked (`gain_of`)? One of the two must not be luck, and each has half of
+the level that `learning.error_budget` leaves to this verdict. Nobody's opinions count for more than `rewards.person_cap`.
+Pure functions of what was measured; whether vLLM serves the same policy is the probe's question, in `learning.deployment`.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.stats import permutation_test
 
 from bot.config import GateConfig
 from bot.embeddings import Embedder
+from learning.error_budget import level_of_next
 from learning.evaluation import CONFIDENCE, Sample, bootstrap
 from learning.features import features, ridge
+from learning.permutation import least_p_value, permutation_p_value, sign_flip_p_value
+from learning.selection import limited
 
-DRAWS = 4000  # at random, where there are more ways than that
+if TYPE_CHECKING:
+    from learning.replay_buffer import Experience
+
+OWN_STRATUM = 4  # questions that one person judged, from which on they are compared with each other alone
+
+
+@dataclass(frozen=True)
+class Opinions:
+    """What people said about held-out answers: a row for each answer.
+
+    `signs` is +1 for an answer that was liked and -1 for one that was not, `kinds` the kind of its question, `units` what
+    was asked (the answers to one question are not independent), `strata` within which opinions are exchangeable, `weights`
+    (in (0, 1]) how much each opinion counts. They name nobody: a version's record keeps them.
+    """
+
+    signs: list[int]
+    kinds: list[int]
+    units: list[str]
+    strata: list[int]
+    weights: list[float]
 
 
 @dataclass(frozen=True)
@@ -40,17 +62,13 @@ class Gain:
 class Evidence:
     """What was measured of a candidate against the live version, on the same held-out answers and the same prompts.
 
-    `signs` is +1 for an answer that was liked and -1 for one that was not, `kinds` the kind of its question; `live` and
-    `candidate` are its mean log-probability for each token (nats). `kl` is nats for each sampled token of the candidate,
-    against the base.
-    `faults` are what is wrong already: with its training, with its files.
-    `change` is how far its log-probabilities are from its parent's, `rounding` how far the served number format moves them
-    (mean, nats).
+    `live` and `candidate` are the mean log-probability for each token (nats) of each answer of the `opinions`. `kl` is nats
+    for each sampled token of the candidate, against the base. `faults` are what is wrong already: with its training, with
+    its files. `change` is how far its log-probabilities are from its
+    parent's, `rounding` how far the served number format moves them (mean, nats).
     """
 
-    conversations: list[str]
-    signs: list[int]
-    kinds: list[int]
+    opinions: Opinions
     live: list[float]
     candidate: list[float]
     gain: Gain
@@ -72,25 +90,49 @@ class Verdict:
     figures: dict[str, Any]
 
 
-def judge(evidence: Evidence, gate: GateConfig, seed: int) -> Verdict:
-    """Weigh the evidence: no evidence, no promotion."""
+def opinions_of(rows: Sequence["Experience"], kinds: Sequence[int], person_cap: float) -> Opinions:
+    """Return what people said about held-out answers (n), whose questions are of these `kinds` (n,).
+
+    Somebody who likes everything, or nothing, says nothing of a candidate, and would seem to where all that they ask is
+    alike. So the opinions of one person on at least OWN_STRATUM questions are compared with each other, and all others with
+    all others.
+    """
+    judges = [row.opinions if len(row.opinions) == 1 else () for row in rows]
+    questions = Counter(
+        judge for judge, _ in {(judge, row.question_id) for judge, row in zip(judges, rows, strict=True)} if judge
+    )
+    often = {judge: number for number, judge in enumerate(sorted(questions), 1) if questions[judge] >= OWN_STRATUM}
+    return Opinions(
+        signs=[1 if row.reward > 0 else -1 for row in rows],
+        kinds=list(kinds),
+        units=[row.question_id or row.unit for row in rows],
+        strata=[often.get(judge, 0) for judge in judges],
+        weights=limited([row.opinions for row in rows], np.ones(len(rows)), person_cap).tolist(),
+    )
+
+
+def judge(evidence: Evidence, gate: GateConfig, seed: int, earlier: Sequence[bool] = ()) -> Verdict:
+    """Weigh the evidence: no evidence, no promotion.
+
+    `earlier` are the verdicts that had enough evidence, oldest first: True for each that found its version better.
+    """
     reasons = list(evidence.faults)
-    signs = np.array(evidence.signs)
+    opinions = evidence.opinions
+    signs = np.array(opinions.signs)
     liked, disliked = int((signs > 0).sum()), int((signs < 0).sum())
+    level = level_of_next(1 - gate.confidence, earlier)
     figures: dict[str, Any] = {"held_out_liked": liked, "held_out_disliked": disliked, "kl": evidence.kl}
-    figures |= {"well_formed": evidence.well_formed, "base_well_formed": evidence.base_well_formed}
+    figures |= {"well_formed": evidence.well_formed, "base_well_formed": evidence.base_well_formed, "level": level}
+    figures["had_enough_evidence"] = figures["is_better"] = False
     if liked + disliked < gate.min_held_out or min(liked, disliked) < 2:
         reasons.append(
             f"too little evidence: {liked} liked and {disliked} disliked answers are held out; "
             f"{gate.min_held_out} are needed, two at least of each kind"
         )
     else:
-        figures |= _shown(evidence, signs, seed)
-        allowed = (1 - gate.confidence) / 2
-        by_margin = figures["margin_gain"] > 0 and figures["margin_gain_by_chance"] <= allowed
-        by_gain = figures["gain"] > 0 and max(figures["gain_by_chance"], figures["gain_by_luck"]) <= allowed
-        if not by_margin and not by_gain:
-            reasons.append(_not_shown(figures, liked, disliked, len(evidence.gain.by_prompt), allowed))
+        figures |= _measure_gains(evidence, seed) | ask_opinions(evidence, level / 2, seed)
+        if not figures["is_better"]:
+            reasons.append(_explain_not_better(evidence, figures, level / 2))
     if evidence.is_no_change:
         reasons.append(
             f"no change: log-probabilities are {evidence.change:.4f} nats from its parent's, and the number format that is "
@@ -106,13 +148,12 @@ def judge(evidence: Evidence, gate: GateConfig, seed: int) -> Verdict:
 
 def gain_of(
     judged: Sequence[str],
-    signs: Sequence[int],
-    kinds: Sequence[int],
+    opinions: Opinions,
     before: Sequence[Sample],
     after: Sequence[Sample],
     embedder: Embedder | None,
 ) -> Gain:
-    """What the answers `after` gain over those `before` to the same prompts, by opinions (±1) on other, `judged` answers.
+    """Return what the answers `after` gain over those `before` to the same prompts, by `opinions` on `judged` answers.
 
     The direct method of off-policy evaluation (Dudík, Langford and Li, 2011, "Doubly Robust Policy Evaluation and Learning",
     arXiv:1103.4601): a ridge regression of the opinions on features of the judged answers says what other answers are worth.
@@ -121,104 +162,93 @@ def gain_of(
     one speaks of what people like to speak of. Features beyond those of all judged answers are cut: what nobody saw,
     nobody judged.
     """
-    opinions = less_usual(np.array(signs, dtype=float), kinds)
-    if not before or not opinions.any():
-        return Gain([0.0] * len(opinions), [0.0] * len({one.prompt_ids for one in before}))
+    signs = subtract_kind_means(np.array(opinions.signs, dtype=float), opinions.kinds)
+    if not before or not signs.any():
+        return Gain([0.0] * len(signs), [0.0] * len({one.prompt_ids for one in before}))
     seen = features(list(judged), embedder)
     low, high = seen.min(0), seen.max(0)
     old, new = (features([one.text for one in answers], embedder).clip(low, high) for answers in (before, after))
     asked = {prompt: row for row, prompt in enumerate(dict.fromkeys(one.prompt_ids for one in before))}
     row_of = np.array([asked[one.prompt_ids] for one in before])
     moved = np.array([(new - old)[row_of == row].mean(0) for row in range(len(asked))])  # prompts × features
-    by_opinion = moved @ ridge(less_usual(seen, kinds)).T
-    return Gain(counts=by_opinion.mean(0).tolist(), by_prompt=(by_opinion @ opinions).tolist())
+    by_opinion = moved @ ridge(subtract_kind_means(seen, opinions.kinds), np.array(opinions.weights)).T
+    return Gain(counts=by_opinion.mean(0).tolist(), by_prompt=(by_opinion @ signs).tolist())
 
 
-def less_usual(values: np.ndarray, kinds: Sequence[int]) -> np.ndarray:
-    """Values (n × …) less the mean of those of the same kind (n,)."""
+def subtract_kind_means(values: np.ndarray, kinds: Sequence[int]) -> np.ndarray:
+    """Return values (n × …) less the mean of those of the same kind (n,)."""
     found = np.array(values, dtype=float)
     for kind in np.unique(kinds):
         found[np.asarray(kinds) == kind] -= found[np.asarray(kinds) == kind].mean(0)
     return found
 
 
-def margin(values: np.ndarray, signs: np.ndarray) -> float:
-    """Mean of `values` over liked answers less that over disliked ones."""
-    return float(values[signs > 0].mean() - values[signs < 0].mean())
+def margin(values: np.ndarray, signs: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """Return the mean of `values` over liked answers less that over disliked ones; all of them (n,)."""
+    weights = np.ones(len(values)) if weights is None else weights
+    liked, disliked = signs > 0, signs < 0
+    return float(np.average(values[liked], weights=weights[liked]) - np.average(values[disliked], weights=weights[disliked]))
 
 
-def margin_interval(values: np.ndarray, signs: np.ndarray, seed: int) -> tuple[float, float, float]:
-    """The margin of `values` with its bootstrap interval."""
-    return bootstrap(lambda pick: margin(values[pick], signs[pick]), signs, CONFIDENCE, seed)
+def margin_interval(
+    values: np.ndarray, signs: np.ndarray, seed: int, weights: np.ndarray | None = None
+) -> tuple[float, float, float]:
+    """Return the margin of `values` with its bootstrap interval."""
+    of = np.ones(len(values)) if weights is None else weights
+    return bootstrap(lambda pick: margin(values[pick], signs[pick], of[pick]), signs, CONFIDENCE, seed)
 
 
-def by_chance(values: np.ndarray, signs: np.ndarray, kinds: Sequence[int], seed: int) -> float:
-    """How often the same opinions, given at random to answers to the same kind of question, would have as large a sum of
-    products with `values` (one-sided). Within a kind that is their margin.
-
-    A permutation test (Fisher, 1935, "The Design of Experiments"): exact however few answers there are, where a bootstrap
-    interval of so few is too narrow. With several kinds it is drawn.
+def ask_opinions(evidence: Evidence, allowed: float, seed: int) -> dict[str, Any]:
+    """Ask the held-out opinions in both ways: the p-values, whether opinions could show anything at the `allowed` level, and
+    whether they show that the candidate is better.
     """
-    if len(set(kinds)) > 1:
-        rng, of = np.random.default_rng(seed), np.asarray(kinds)
-        drawn = np.zeros(DRAWS)
-        for kind in np.unique(of):
-            drawn += rng.permuted(np.tile(signs[of == kind], (DRAWS, 1)), axis=1) @ values[of == kind]
-        return float((1 + (drawn >= signs @ values - 1e-9).sum()) / (1 + DRAWS))
-    found = permutation_test(
-        (values[signs > 0], values[signs < 0]),
-        lambda liked, disliked, axis: liked.mean(axis) - disliked.mean(axis),
-        vectorized=True,
-        alternative="greater",
-        n_resamples=DRAWS,
-        rng=seed,
-    )
-    return float(found.pvalue)
+    opinions, gain = evidence.opinions, evidence.gain
+    signs, of = np.array(opinions.signs), (opinions.units, opinions.strata)
+    likelier = subtract_kind_means(np.subtract(evidence.candidate, evidence.live), opinions.kinds)
+    likelier *= np.array(opinions.weights)
+    by_margin = permutation_p_value(likelier, signs, *of, seed, allowed)
+    by_gain = permutation_p_value(np.array(gain.counts), signs, *of, seed, allowed)
+    by_luck = sign_flip_p_value(np.array(gain.by_prompt), seed, allowed)
+    enough = least_p_value(signs, *of) <= allowed
+    return {
+        "margin_gain_by_chance": by_margin,
+        "gain_by_chance": by_gain,
+        "gain_by_luck": by_luck,
+        "had_enough_evidence": enough,
+        "is_better": enough and min(by_margin, max(by_gain, by_luck)) <= allowed,
+    }
 
 
-def by_luck(gained: Sequence[float], seed: int) -> float:
-    """How often the mean of gains (one for each prompt) would be as large if each had either sign as likely (one-sided)."""
-    if len(gained) < 2:
-        return 1.0
-    found = permutation_test(
-        (np.array(gained),),
-        lambda rows, axis: rows.mean(axis),
-        permutation_type="samples",
-        vectorized=True,
-        alternative="greater",
-        n_resamples=DRAWS,
-        rng=seed,
-    )
-    return float(found.pvalue)
-
-
-def _shown(evidence: Evidence, signs: np.ndarray, seed: int) -> dict[str, float]:
-    """Both ways to ask the held-out opinions, with what chance and luck would give."""
-    live, candidate = np.array(evidence.live), np.array(evidence.candidate)
-    counts, kinds = np.array(evidence.gain.counts), evidence.kinds
-    worth = counts * less_usual(signs, kinds)
-    found = {"margin_before": margin(live, signs), "margin_after": margin(candidate, signs)}
-    for name, values, (value, low, high) in (
-        ("margin_gain", candidate - live, margin_interval(candidate - live, signs, seed)),
-        ("gain", counts, bootstrap(lambda pick: float(worth[pick].sum()), signs, CONFIDENCE, seed)),
+def _measure_gains(evidence: Evidence, seed: int) -> dict[str, float]:
+    """Both gains with their 95% intervals, and the margins before and after."""
+    live, candidate, counts = np.array(evidence.live), np.array(evidence.candidate), np.array(evidence.gain.counts)
+    opinions = evidence.opinions
+    signs, weights = np.array(opinions.signs), np.array(opinions.weights)
+    worth = counts * subtract_kind_means(signs, opinions.kinds)
+    found = {"margin_before": margin(live, signs, weights), "margin_after": margin(candidate, signs, weights)}
+    for name, (value, low, high) in (
+        ("margin_gain", margin_interval(candidate - live, signs, seed, weights)),
+        ("gain", bootstrap(lambda pick: float(worth[pick].sum()), signs, CONFIDENCE, seed)),
     ):
         found |= {name: value, f"{name}_low": low, f"{name}_high": high}
-        found[f"{name}_by_chance"] = by_chance(values, signs, kinds, seed)
-    return found | {"gain_by_luck": by_luck(evidence.gain.by_prompt, seed)}
+    return found
 
 
-def _not_shown(found: dict[str, Any], liked: int, disliked: int, prompts: int, allowed: float) -> str:
-    least = 1 / math.comb(liked + disliked, liked)
-    too_few = f"; {prompts} different prompts are too few to tell its answers from luck" if 2.0**-prompts > allowed else ""
-    if least > allowed:
+def _explain_not_better(evidence: Evidence, found: dict[str, Any], allowed: float) -> str:
+    liked, disliked = found["held_out_liked"], found["held_out_disliked"]
+    if not found["had_enough_evidence"]:
+        opinions = evidence.opinions
+        least = least_p_value(np.array(opinions.signs), opinions.units, opinions.strata)
+        each = next(count for count in range(2, 64) if 1 / math.comb(2 * count, count) <= allowed)
         return (
-            f"too little evidence: of {liked} liked and {disliked} disliked held-out answers opinions at random show as "
-            f"much as any could in {least:.2%} of all cases, {allowed:.2%} may; more reactions are needed, of both kinds"
+            f"too little evidence: {liked} liked and {disliked} disliked answers are held out, which give p = {least:.2g} "
+            f"at best, required p ≤ {allowed:.2g}; {each} of each would do, or a few more where one person judged most"
         )
+    prompts = len(evidence.gain.by_prompt)
+    too_few = f"; {prompts} different prompts are too few to tell its answers from luck" if 2.0**-prompts > allowed else ""
     return (
         f"not shown to be better: by the held-out opinions its answers gain {found['gain']:+.3f} of a reward, 95% interval "
-        f"{found['gain_low']:+.3f} to {found['gain_high']:+.3f} (opinions at random give as much in "
-        f"{found['gain_by_chance']:.1%} of all cases, answers by luck in {found['gain_by_luck']:.1%}); liked over disliked "
-        f"gains {found['margin_gain']:+.4f} nats a token (at random in {found['margin_gain_by_chance']:.1%}); "
-        f"{allowed:.1%} may{too_few}"
+        f"{found['gain_low']:+.3f} to {found['gain_high']:+.3f} (permutation test p = {found['gain_by_chance']:.2g}, "
+        f"sign-flip test p = {found['gain_by_luck']:.2g}); liked over disliked gains {found['margin_gain']:+.4f} nats a "
+        f"token (permutation test p = {found['margin_gain_by_chance']:.2g}); required p ≤ {allowed:.2g}{too_few}"
     )

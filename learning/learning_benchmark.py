@@ -30,7 +30,7 @@ from learning.replay_buffer import Experience, compared, told
 from learning.selection import parted
 from learning.simulated_people import Utility
 from learning.simulated_people import users as simulated_users
-from learning.trainer import teach
+from learning.teaching import teach
 
 STEPS = (40, 80, 120, 160, 200)  # reactions after which a version is trained and judged
 SAMPLES = 4  # answers to each held-out prompt

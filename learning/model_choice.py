@@ -33,9 +33,7 @@ def sized_model(config: Config, tell: Announce = announce, replays: bool = False
     return apply_size_defaults(apply_sampling_defaults(config, model), model, replays), model
 
 
-def with_model(
-    config: Config, tell: Announce = announce, serves: bool = True, replays: bool = False
-) -> tuple[Config, str]:
+def with_model(config: Config, tell: Announce = announce, serves: bool = True, replays: bool = False) -> tuple[Config, str]:
     """As `sized_model`, of a model that is checked, with the share of the GPU that vLLM takes.
 
     Raises ConfigError, before anything starts or connects, where it cannot be trained here or, if it `serves`, be served.

@@ -37,7 +37,7 @@ def teach_together(
     prompts: Sequence[Sequence[int]],
     progress: Progress,
 ) -> dict[str, Any]:
-    """As `learning.trainer.teach`, in `training.processes` processes of their own. Raises what they raise."""
+    """As `learning.teaching.teach`, in `training.processes` processes of their own. Raises what they raise."""
     from learning.model import adopt, save
 
     policies = config.data / "policies"
@@ -127,7 +127,7 @@ def _work(job: Path) -> None:
 
     from learning.model import load, save
     from learning.pretrain import quiet
-    from learning.trainer import teach
+    from learning.teaching import teach
 
     quiet()
     if torch.cuda.is_available():

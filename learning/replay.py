@@ -62,14 +62,14 @@ def replay(
     silent = recording.assistant_messages - outcome.turns
     if silent:
         dropped["answer without any feedback"] = silent
-    evidence = outcome.figures["evidence"]
+    snapshot = ReplayBuffer(store, ChatTokenizer(base_model, config.policy.template_args), config).snapshot(recording.space)
     return {
         **read,
         "dropped": dropped,
         "trained_on": outcome.training,
         "held_out": outcome.held_out,
         "without_logprobs": outcome.without_logprobs,
-        **_held_out(evidence, config.seed),
+        **_held_out(outcome.figures["evidence"], [one.unit for one in snapshot.judged], config.seed),
         "kl": outcome.figures["kl"],
         "well_formed": outcome.figures["well_formed"],
         **{name: outcome.figures.get(name) for name in ("gain", "gain_low", "gain_high")},
@@ -81,11 +81,7 @@ def replay(
         "policy": outcome.policy,
         "passed": outcome.passed,
         "reasons": outcome.reasons,
-        **_reward_model(
-            ReplayBuffer(store, ChatTokenizer(base_model, config.policy.template_args), config).snapshot(recording.space),
-            config,
-            base_model,
-        ),
+        **_reward_model(snapshot, config, base_model),
         "manifest_sha256": outcome.manifest_sha256,
         "adapter_sha256": outcome.adapter_sha256,
     }
@@ -98,10 +94,9 @@ def _reward_model(snapshot: Snapshot, config: Config, base_model: str) -> dict[s
     return {"reward_model_auc": None} if judged is None else reward_model_figures(judged, config.seed)
 
 
-def _held_out(evidence: dict[str, Any], seed: int) -> dict[str, Any]:
+def _held_out(evidence: dict[str, Any], units: Sequence[str], seed: int) -> dict[str, Any]:
     """Liked-over-disliked accuracy and margin (nats a token) before and after, with 95% intervals over conversations."""
-    signs = np.array(evidence["signs"])
-    units = evidence["conversations"]
+    signs = np.array(evidence["opinions"]["signs"])
     found: dict[str, Any] = {"held_out_liked": int((signs > 0).sum()), "held_out_disliked": int((signs < 0).sum())}
     for name, statistic in (("accuracy", accuracy), ("margin", margin)):
         for when, key in (("before", "live"), ("after", "candidate")):

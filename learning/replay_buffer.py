@@ -32,7 +32,8 @@ from learning.voices import Voices
 class Experience:
     """One answer to learn from, as exact token ids.
 
-    `unit` is what the held-out part is drawn by; `opinions` names those whose opinions the reward is made of, and
+    `unit` is what the held-out part is drawn by: an imported conversation, or the words of the question; `question_id` is
+    the message that it answers, as others may. `opinions` names those whose opinions the reward is made of, and
     `followup_id` is the message that it counts too. `logprobs` (nats, one for each of `completion_ids`) are those of its
     sampling, or None for a text that was not sampled so (imported, a person's correction, a truncated distribution).
     `rejected_ids` is an answer to the same prompt that people liked less; `hindsight_ids` is the prompt as somebody would
@@ -52,8 +53,10 @@ class Experience:
     opinions: tuple[str, ...] = ()
     question: str = ""
     answer: str = ""
+    question_id: str = ""
     rejected_ids: tuple[int, ...] | None = None
     hindsight_ids: tuple[int, ...] | None = None
+    is_correction: bool = False
     advantage: float = 0.0
     weight: float = 1.0
 
@@ -88,6 +91,11 @@ class Snapshot:
     without_logprobs: int = 0
     taken_back: list[str] = field(default_factory=list)
     turns: int = 0
+
+    @property
+    def judged(self) -> list[Experience]:
+        """The held-out answers that people liked or disliked: all but corrections, which nobody could dislike."""
+        return [one for one in self.held_out if not one.is_correction]
 
     @property
     def drawn(self) -> list[Experience]:
@@ -258,6 +266,7 @@ class ReplayBuffer:
             asker=turn.asker_id,
             opinions=tuple(earned.opinions),
             question=voices.questions[turn.message_id],
+            question_id=turn.message_id,
             answer=turn.text,
             hindsight_ids=None if comment is None else told(self.tokenizer, prompt, comment),
         )
@@ -272,6 +281,7 @@ class ReplayBuffer:
                 answer=correction,
                 rejected_ids=completion,
                 hindsight_ids=None,
+                is_correction=True,
             )
 
     def _asked(self, turn: Turn) -> list[dict[str, str]]:

@@ -6,6 +6,7 @@ Whatever is left out is left out under a reason. It knows no database and no mod
 import hashlib
 import math
 import random
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -27,9 +28,14 @@ KINDS = 16  # at most
 Kept = tuple[list["Experience"], Counter[str]]
 
 
-def is_held_out(unit: str, share: float) -> bool:
-    """Whether all of a unit is kept for the gate: decided by its id alone, so for ever."""
-    return int.from_bytes(hashlib.sha256(unit.encode()).digest()[:8]) / 2**64 < share
+def is_held_out(key: str, share: float) -> bool:
+    """Whether all that has this key is kept for the gate: decided by the key alone, so for ever."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64 < share
+
+
+def question_key(text: str) -> str:
+    """Return what a question is held out by: its letters and digits, so that the same words are never on both sides."""
+    return " ".join(re.findall(r"\w+", text.casefold()))
 
 
 def parted(found: Sequence["Experience"], share: float) -> tuple[list["Experience"], list["Experience"]]:

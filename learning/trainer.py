@@ -15,16 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from scipy.stats import sem
-
 from bot.cli import embedder, interruptible
 from bot.config import Config
 from bot.conversations import ConversationStore
 from bot.data_directory import held
 from bot.database import Database
 from bot.embeddings import Embedder
-from bot.errors import NothingToLearn, TrainingError
+from bot.errors import NothingToLearn
 from bot.registry import PolicyRegistry
 from bot.tokenizer import ChatTokenizer
 from bot.types import PolicyState, PolicyVersion
@@ -36,11 +33,9 @@ from learning.evaluation import (
     generate,
     kl_to_base,
     manner,
-    next_logprobs,
-    preserve_random_state,
     token_rows,
 )
-from learning.gate import Evidence, Verdict, gain_of, judge, margin_interval
+from learning.gate import Evidence, Verdict, gain_of, judge, opinions_of
 from learning.model import as_base, not_finite, save, served, settle, to_train
 from learning.off_policy import estimated
 from learning.pretrain import quiet
@@ -49,6 +44,7 @@ from learning.replay_buffer import Experience, ReplayBuffer, Snapshot
 from learning.report import write_samples
 from learning.reward_model import reward_model
 from learning.selection import kinds_of
+from learning.teaching import means, teach
 from learning.version_files import discard_weights, faults, fingerprint, is_whole, remove_unfinished
 
 if TYPE_CHECKING:
@@ -57,7 +53,6 @@ if TYPE_CHECKING:
     from learning.model import Model
 
 Progress = Callable[[str, int, int], None]
-WATCHED = 16  # samples, and held-out liked answers, that are looked at while training
 ENOUGH = 64  # samples for a share of well-formed answers, or for a KL
 
 
@@ -80,9 +75,9 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a run begins with: the version that it goes on from, as a model; what was said, since a turn or ever; and the
-    live version, with the log-probabilities that it gives the tokens of each held-out answer (nats), and with what it says
-    to the prompts that candidates are `asked`.
+    """What a run begins with: the version that it goes on from, as a model; what was said, since a turn or ever; the live
+    version, with the log-probabilities that it gives the tokens of each judged answer (nats), and with what it says to the
+    prompts that candidates are `asked`; and the `earlier` verdicts of the gate.
     """
 
     parent: PolicyVersion
@@ -93,6 +88,7 @@ class Lesson:
     before: "list[torch.Tensor]"
     asked: list[Experience]
     said: list[Sample]
+    earlier: list[bool]
 
 
 def run(
@@ -101,7 +97,7 @@ def run(
     """Train a new version on all feedback (or on one imported `space`), continuing the live version unless `from_base`,
     or unless it is time to begin anew (`learning.from_base_every`). With `deploys`, what passes is to be deployed.
 
-    Raises NothingToLearn where there is no usable reward, or the run would only harm; nothing is registered then.
+    Raises NothingToLearn where there is no usable reward; nothing is registered then.
     """
     with (
         held(config.data, "train"),
@@ -212,13 +208,15 @@ def _lesson(
         snapshot = buffer.snapshot(since=since)
         _refuse_empty(snapshot)
         parent = registry.base() if change.against else parent
-    before = batched_logprobs(found, token_rows(snapshot.held_out))
+    before = batched_logprobs(found, token_rows(snapshot.judged))
     asked = _asked(snapshot, config.gate.samples)
     said = _answers(config, found, buffer.tokenizer, asked)
     if parent != live:
         del found  # there may be no room for both
         found = served(config, parent.base_model, parent.weights)
-    return Lesson(parent, found, snapshot, since, live, before, asked, said)
+    metrics = [version.metrics for version in registry.all()]
+    earlier = [one["is_better"] for one in metrics if one.get("had_enough_evidence")]
+    return Lesson(parent, found, snapshot, since, live, before, asked, said, earlier)
 
 
 def _since(version: PolicyVersion) -> str:
@@ -287,7 +285,8 @@ def _train(
     harm = [f"what was learned did only harm: {trained['stopped']}"] if trained["stopped"] and not trained["kept"] else []
     progress("measuring", 0, 1)
     settle(model)
-    after = batched_logprobs(model, token_rows(snapshot.held_out))
+    judged = snapshot.judged
+    after = batched_logprobs(model, token_rows(judged))
     samples = _answers(config, model, tokenizer, lesson.asked)
     kl = kl_to_base(model, samples[:ENOUGH])
     save(model, directory)
@@ -296,16 +295,13 @@ def _train(
         probe.write(directory, prefixes, probe.measure(model, prefixes), of_parent, config.policy.temperature)
     )
     answers = manner(samples)
-    signs = [1 if row.reward > 0 else -1 for row in snapshot.held_out]
-    questions = [row.question for row in (*snapshot.held_out, *snapshot.training)]
-    kinds = kinds_of(questions, embedding, config.seed)[: len(signs)].tolist()
+    kinds = kinds_of([row.question for row in (*judged, *snapshot.training)], embedding, config.seed)[: len(judged)]
+    opinions = opinions_of(judged, kinds.tolist(), config.rewards.person_cap)
     evidence = Evidence(
-        conversations=[row.unit for row in snapshot.held_out],
-        signs=signs,
-        kinds=kinds,
-        live=_means(before),
-        candidate=_means(after),
-        gain=gain_of([row.answer for row in snapshot.held_out], signs, kinds, said, samples, embedding),
+        opinions=opinions,
+        live=means(before),
+        candidate=means(after),
+        gain=gain_of([row.answer for row in judged], opinions, said, samples, embedding),
         kl=kl,
         well_formed=answers["well_formed"],
         base_well_formed=manner(base_samples)["well_formed"],
@@ -318,7 +314,7 @@ def _train(
         rounding=change.rounding,
         is_no_change=change.is_no_change,
     )
-    verdict = judge(evidence, config.gate, config.seed)
+    verdict = judge(evidence, config.gate, config.seed, lesson.earlier)
     metrics = {**verdict.figures, **trained, "taken_back": snapshot.taken_back}
     metrics |= {"answers_before": manner(said), "answers_after": answers}
     judge_of = reward_model(config, embedding, parent.base_model)
@@ -327,61 +323,8 @@ def _train(
             when: (dict(zip(prompts, own, strict=True)), logprobs)
             for when, own, logprobs in (("before", said, before), ("after", samples, after))
         }
-        metrics |= estimated(snapshot.training, snapshot.held_out, judge_of, policies, config.seed)
+        metrics |= estimated(snapshot.training, judged, judge_of, policies, config.seed)
     return verdict, metrics | {"reasons": verdict.reasons, "evidence": asdict(evidence)}
-
-
-def teach(
-    config: Config,
-    model: "Model",
-    tokenizer: ChatTokenizer,
-    training: Sequence[Experience],
-    held_out: Sequence[Experience],
-    prompts: Sequence[Sequence[int]],
-    progress: Progress,
-    earlier: Sequence[Sample] = (),
-) -> dict[str, Any]:
-    """Train a model in place, watched by a Guard on held-out answers and on samples to the first of `prompts`.
-
-    `earlier` are samples of the model as it is now, if there are any.
-    """
-    from transformers import set_seed
-
-    from learning.guard import Guard, Health, Limits
-    from learning.objectives import train
-
-    liked, disliked = ([one for one in held_out if (one.reward > 0) == sign][:WATCHED] for sign in (True, False))
-    watched = token_rows([*liked, *disliked])
-    signs = np.array([1] * len(liked) + [-1] * len(disliked))
-    start: list[np.ndarray] = []  # of the run, nats a token of what is watched
-
-    def health() -> Health:
-        with preserve_random_state():
-            told = batched_logprobs(model, watched)
-            if not all(row.isfinite().all() for row in (*told, *next_logprobs(model, prompts[:WATCHED]))):
-                # nothing can be sampled from it, nor measured of it
-                raise TrainingError("what the policy gives became NaN; lower training.learning_rate")
-            now = np.array(_means(told))
-            is_first = not start
-            if is_first:
-                start.append(now)
-            samples = earlier[:WATCHED] if is_first else ()
-            if not samples:
-                asked = prompts[:WATCHED], config.policy.max_tokens, config.seed, config.policy.truncation
-                samples = generate(model, tokenizer, *asked)
-            return Health(
-                liked=float(now[: len(liked)].mean()) if liked else None,
-                kl=kl_to_base(model, samples),
-                well_formed=sum(sample.well_formed for sample in samples),
-                samples=len(samples),
-                gained=margin_interval(now - start[0], signs, config.seed) if liked and disliked else None,
-                liked_error=float(sem((now - start[0])[: len(liked)])) if len(liked) > 1 else 0.0,
-            )
-
-    set_seed(config.seed)
-    guard = Guard(health, Limits(config.gate.kl_budget, config.gate.well_formed, config.policy.temperature))
-    trained = train(model, tokenizer.hf, training, config.training, config.seed, progress, [guard])
-    return {**trained, "stopped": guard.stopped, "kept": guard.kept, "checks": guard.checks}
 
 
 def _asked(snapshot: Snapshot, count: int) -> list[Experience]:
@@ -394,7 +337,3 @@ def _answers(config: Config, model: Any, tokenizer: ChatTokenizer, asked: Sequen
     """One answer of a model to each prompt, sampled as the policy's are."""
     prompts = [one.prompt_ids for one in asked]
     return generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed, config.policy.truncation)
-
-
-def _means(rows: list) -> list[float]:
-    return [float(row.mean()) for row in rows]

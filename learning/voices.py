@@ -11,6 +11,7 @@ from bot.feedback import held, standing
 from bot.types import Feedback, FeedbackKind, FollowUp, Turn
 from bot.users import Users
 from learning.rewards import FOLLOW_UPS
+from learning.selection import question_key
 
 IMPORTED = "import"  # the platform of conversations that were read from a file
 
@@ -62,8 +63,12 @@ class Voices:
         return self._platforms[turn.conversation_id] == IMPORTED
 
     def unit(self, turn: Turn) -> str:
-        """What is held out, or not, as a whole: an imported conversation; of a live one, which never ends, a question."""
-        return turn.conversation_id if self.is_imported(turn) else turn.message_id
+        """Return what is held out, or not, as a whole: an imported conversation, or the words of a question, whoever asks it
+        (a live conversation never ends).
+        """
+        if self.is_imported(turn):
+            return turn.conversation_id
+        return question_key(self.questions[turn.message_id]) or turn.message_id
 
     def judge(self, turn: Turn) -> list[tuple[Feedback, str | None]]:
         """All acts of feedback on a turn, each with the reason why it does not count; None where it does (law 7)."""

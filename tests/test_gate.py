@@ -5,20 +5,32 @@ import pytest
 
 from bot.config import GateConfig
 from learning import demo
+from learning.error_budget import level_of_next
 from learning.evaluation import Sample, bootstrap
-from learning.gate import Evidence, Gain, by_chance, by_luck, gain_of, judge, less_usual, margin
+from learning.gate import Evidence, Gain, Opinions, ask_opinions, gain_of, judge, margin, opinions_of, subtract_kind_means
+from learning.permutation import permutation_p_value, sign_flip_p_value
+from learning.replay_buffer import Experience
 
 
-def evidence(worth: float = 0.3, likelier: float = 0.3, **changes) -> Evidence:
-    signs = [1, 1, 1, -1, -1, -1] * 4
+def opinions(signs: list[int], kinds: list[int] | None = None) -> Opinions:
+    """Opinions of people who judged one answer each."""
+    count = len(signs)
+    return Opinions(signs, kinds or [0] * count, [str(row) for row in range(count)], [0] * count, [1.0] * count)
+
+
+def by_chance(gain: Gain, signs: list[int]) -> float:
+    """How often opinions at random would give as large a gain."""
+    return permutation_p_value(np.array(gain.counts), np.array(signs), range(len(signs)), [0] * len(signs), seed=0)
+
+
+def evidence(worth: float = 0.3, likelier: float = 0.3, signs=(1, 1, 1, -1, -1, -1) * 4, **changes) -> Evidence:
+    signs = list(signs)
     rng = np.random.default_rng(0)
     live = rng.normal(-1, 0.3, len(signs))
     counts, moved = (value / 2 * np.array(signs) + rng.normal(0, 0.1, len(signs)) for value in (worth, likelier))
     gained = Gain((counts * 2 / len(signs)).tolist(), rng.normal(worth, 0.2, 24).tolist())
     found = {
-        "conversations": [str(n) for n in range(len(signs))],
-        "signs": signs,
-        "kinds": [0] * len(changes.get("signs", signs)),
+        "opinions": opinions(signs),
         "live": live.tolist(),
         "gain": gained,
     }
@@ -47,7 +59,7 @@ def test_a_candidate_that_is_better_safe_and_sound_passes():
         ({"well_formed": 0.8}, "answers break"),
         ({"signs": [1] * 24}, "too little evidence: 24 liked and 0 disliked"),
         ({"gain": NO_NUMBER, "candidate": [float("nan")] * 24}, "not shown to be better"),
-        ({"gain": LUCK, "likelier": 0.0}, "answers by luck in"),
+        ({"gain": LUCK, "likelier": 0.0}, "sign-flip test p = 0."),
         ({"faults": ["adapter_model.safetensors: is missing"]}, "is missing"),
     ],
 )
@@ -66,17 +78,21 @@ def test_either_way_to_ask_is_enough_and_each_may_be_luck_half_as_often(way):
     for_way = {"worth": (values, nothing), "likelier": (nothing, values)}[way]
     gained = Gain(for_way[0], [1.0] * 12)
     found = evidence(signs=[1] * 4 + [-1] * 3, live=nothing, candidate=for_way[1], gain=gained)
-    verdict = judge(found, GateConfig(confidence=0.9), seed=0)
-    assert verdict.figures[{"worth": "gain", "likelier": "margin_gain"}[way] + "_by_chance"] == pytest.approx(2 / 35)
-    assert not verdict.passed, "2 / 35 is more than half of what 0.9 leaves"
-    assert judge(found, GateConfig(confidence=0.88), seed=0).passed, "the control"
+    verdict = judge(found, GateConfig(confidence=0.7), seed=0)
+    p_value = verdict.figures[{"worth": "gain", "likelier": "margin_gain"}[way] + "_by_chance"]
+    assert p_value == pytest.approx(2 / 35, abs=0.015)
+    assert verdict.figures["level"] == pytest.approx(level_of_next(0.3, ()))
+    assert verdict.figures["level"] / 2 < p_value < verdict.figures["level"]
+    assert not verdict.passed, "it is more than half of the level"
+    assert judge(found, GateConfig(confidence=0.6), seed=0).passed, "the control"
 
 
 def test_where_no_opinions_could_show_it_that_is_what_is_said():
-    few = {"signs": [1, 1, 1, -1, -1, -1], "live": [-1.0] * 6, "candidate": [0.0] * 3 + [-2.0] * 3}
+    few: dict = {"signs": [1, 1, 1, -1, -1, -1], "live": [-1.0] * 6, "candidate": [0.0] * 3 + [-2.0] * 3}
     few["gain"] = Gain([1.0] * 3 + [-1.0] * 3, [1.0] * 12)
     [reason] = judge(evidence(**few), GateConfig(), seed=0).reasons
-    assert reason.startswith("too little evidence: of 3 liked and 3 disliked held-out answers")
+    assert reason.startswith("too little evidence: 3 liked and 3 disliked answers are held out, which give p = 0.05 at best")
+    assert "5 of each would do" in reason
     enough = {name: values[:3] * 2 + values[3:] * 2 for name, values in few.items() if name != "gain"}
     enough["gain"] = Gain([1.0] * 6 + [-1.0] * 6, [1.0] * 12)
     assert judge(evidence(**enough), GateConfig(), seed=0).passed
@@ -84,7 +100,7 @@ def test_where_no_opinions_could_show_it_that_is_what_is_said():
 
 def test_that_the_prompts_are_too_few_is_said_too():
     few, enough = (
-        judge(evidence(likelier=0.0, gain=Gain([0.0] * 24, [0.0] * count)), GateConfig(), seed=0) for count in (5, 6)
+        judge(evidence(likelier=0.0, gain=Gain([0.0] * 24, [0.0] * count)), GateConfig(), seed=0) for count in (5, 7)
     )
     assert "5 different prompts are too few to tell its answers from luck" in few.reasons[0]
     assert "too few" not in enough.reasons[0]
@@ -97,7 +113,7 @@ def test_opinions_at_random_pass_as_often_as_the_confidence_lets_them(held_out):
     tests, intervals = 0, 0
     for _ in range(draws):
         gained, signs = rng.standard_t(3, held_out), rng.permutation([1, -1] * (held_out // 2))
-        tests += by_chance(gained, signs, [0] * len(signs), seed=0) <= 0.05
+        tests += by_chance(Gain(gained.tolist(), []), signs) <= 0.05
         lower = bootstrap(lambda pick, g=gained, s=signs: margin(g[pick], s[pick]), signs, 0.9, seed=0, draws=300)[1]
         intervals += lower > 0
     most = draws * 0.05 + 2 * (draws * 0.05 * 0.95) ** 0.5
@@ -107,12 +123,13 @@ def test_opinions_at_random_pass_as_often_as_the_confidence_lets_them(held_out):
 
 
 def test_what_people_do_mean_is_told_from_chance():
-    signs = np.array([1, -1] * 8)
+    signs = [1, -1] * 8
     rng = np.random.default_rng(0)
-    gained = 0.1 * signs + rng.normal(0, 0.05, len(signs))
-    assert by_chance(gained, signs, [0] * len(signs), seed=0) < 0.001
-    assert by_chance(-gained, signs, [0] * 16, seed=0) > 0.999
-    assert by_chance(np.zeros(16), signs, [0] * 16, seed=0) == 1.0
+    gained = 0.1 * np.array(signs) + rng.normal(0, 0.05, len(signs))
+    assert by_chance(Gain(gained.tolist(), []), signs) < 0.001
+    assert by_chance(Gain((-gained).tolist(), []), signs) > 0.999
+    assert by_chance(Gain([0.0] * 16, []), signs) == 1.0
+    assert by_chance(Gain([float("nan")] * 16, []), signs) == 1.0
 
 
 def test_where_the_base_itself_does_not_answer_well_a_candidate_is_held_to_the_base():
@@ -142,16 +159,17 @@ def test_opinions_on_some_answers_tell_what_others_are_worth(reads_meaning, embe
     judged, before, more, fewer = (
         answers(rng, count, share) for count, share in ((40, 0.5), (36, 0.5), (36, 0.9), (36, 0.1))
     )
-    opinions = liked_if_emoji(judged, rng)
+    meant = liked_if_emoji(judged, rng)
     meaning = embedder if reads_meaning else None
     for after, sign in ((more, 1), (fewer, -1)):
-        found = gain_of([one.text for one in judged], opinions, [0] * 40, before, after, meaning)
-        assert np.mean(found.by_prompt) == pytest.approx(np.dot(found.counts, less_usual(np.array(opinions), [0] * 40)))
+        found = gain_of([one.text for one in judged], opinions(meant), before, after, meaning)
+        centred = subtract_kind_means(np.array(meant), [0] * 40)
+        assert np.mean(found.by_prompt) == pytest.approx(np.dot(found.counts, centred))
         assert sign * np.mean(found.by_prompt) > 0.1
         assert len(found.by_prompt) == 12
-    passed = gain_of([one.text for one in judged], opinions, [0] * 40, before, more, meaning)
-    assert by_chance(np.array(passed.counts), np.array(opinions), [0] * 40, seed=0) < 0.01
-    assert by_luck(passed.by_prompt, seed=0) < 0.01
+    passed = gain_of([one.text for one in judged], opinions(meant), before, more, meaning)
+    assert by_chance(passed, meant) < 0.01
+    assert sign_flip_p_value(np.array(passed.by_prompt), seed=0) < 0.01
 
 
 def test_neither_opinions_at_random_nor_answers_by_luck_pass_more_often_than_they_may():
@@ -164,16 +182,16 @@ def test_neither_opinions_at_random_nor_answers_by_luck_pass_more_often_than_the
             answers(rng, count, share) for count, share in ((24, 0.5), (24, 0.5), (24, 0.5), (24, 0.9))
         )
         texts, meant = [one.text for one in judged], liked_if_emoji(judged, rng)
-        for name, after, opinions in (
+        for name, after, said in (
             ("opinions at random", moved, rng.permutation(meant).tolist()),
             ("nothing moved", same, meant),
             ("both", moved, meant),
         ):
-            if len(set(opinions)) == 1:
+            if len(set(said)) == 1:
                 continue
-            found = gain_of(texts, opinions, [0] * 24, before, after, None)
-            is_opinion = by_chance(np.array(found.counts), np.array(opinions), [0] * len(opinions), seed=0) <= 0.05
-            is_answer = by_luck(found.by_prompt, seed=0) <= 0.05
+            found = gain_of(texts, opinions(said), before, after, None)
+            is_opinion = by_chance(found, said) <= 0.05
+            is_answer = sign_flip_p_value(np.array(found.by_prompt), seed=0) <= 0.05
             passes[name] += is_opinion and is_answer
             if name == "nothing moved":
                 passes["nothing moved, opinions alone"] += is_opinion
@@ -186,18 +204,18 @@ def test_neither_opinions_at_random_nor_answers_by_luck_pass_more_often_than_the
 
 def test_an_answer_beyond_all_that_was_judged_is_worth_no_more_than_those():
     judged = ["one two three", "one two three four five six"] * 6
-    opinions = [-1, 1] * 6
+    said = opinions([-1, 1] * 6)
     before, longer, endless = ([Sample((0,), (), "word " * count, True)] for count in (3, 6, 6000))
-    worth = gain_of(judged, opinions, [0] * 12, before, longer, None).by_prompt[0]
+    worth = gain_of(judged, said, before, longer, None).by_prompt[0]
     assert worth > 0
-    assert gain_of(judged, opinions, [0] * 12, before, endless, None).by_prompt[0] == pytest.approx(worth, abs=0.1)
+    assert gain_of(judged, said, before, endless, None).by_prompt[0] == pytest.approx(worth, abs=0.1)
 
 
 def test_without_two_kinds_of_opinions_nothing_is_gained():
     before, after = [Sample((0,), (), "no", True)], [Sample((0,), (), "yes!", True)]
-    assert gain_of(["a", "b"], [1, 1], [0, 0], before, after, None) == Gain([0.0, 0.0], [0.0])
-    assert gain_of([], [], [], before, after, None) == Gain([], [0.0])
-    assert by_luck([0.0], seed=0) == 1.0, "one prompt shows nothing"
+    assert gain_of(["a", "b"], opinions([1, 1]), before, after, None) == Gain([0.0, 0.0], [0.0])
+    assert gain_of([], opinions([]), before, after, None) == Gain([], [0.0])
+    assert sign_flip_p_value(np.zeros(1), seed=0) == 1.0, "one prompt shows nothing"
 
 
 def by_question(rng: np.random.Generator, count: int, chatty: float) -> tuple[list[Sample], list[int]]:
@@ -213,11 +231,115 @@ def test_who_likes_a_kind_of_question_whatever_is_answered_proves_no_style_of_an
     for seed in range(draws):
         rng = np.random.default_rng(seed)
         judged, kinds = by_question(rng, 40, 1.0)
-        opinions = [1 if rng.random() < (0.85, 0.2)[kind] else -1 for kind in kinds]
+        said = [1 if rng.random() < (0.85, 0.2)[kind] else -1 for kind in kinds]
         before, after = by_question(rng, 36, 1.0)[0], by_question(rng, 36, 0.7)[0]
         for name, told in (("within kinds", kinds), ("over all", [0] * 40)):
-            found = gain_of([one.text for one in judged], opinions, told, before, after, None)
-            is_opinion = by_chance(np.array(found.counts), np.array(opinions), told, seed=seed) <= 0.05
-            passes[name] += is_opinion and by_luck(found.by_prompt, seed=seed) <= 0.05
+            found = gain_of([one.text for one in judged], opinions(said, told), before, after, None)
+            is_answer = sign_flip_p_value(np.array(found.by_prompt), seed=seed) <= 0.05
+            passes[name] += by_chance(found, said) <= 0.05 and is_answer
     assert passes["within kinds"] <= draws * 0.05 + 2 * (draws * 0.05 * 0.95) ** 0.5
     assert passes["over all"] > draws * 0.2, "the control"
+
+
+def judged_by(*people: str, likes: bool = True, question: str = "", **details) -> Experience:
+    """An answer that these people judged."""
+    reward = 1.0 if likes else -1.0
+    return Experience("", "", (), (), None, reward, (), opinions=people, question_id=question, **details)
+
+
+def test_one_voice_cannot_carry_a_candidate_that_is_worse_for_the_twelve_others():
+    rng = np.random.default_rng(0)
+    rows = [judged_by(f"user {number}", likes=number % 2 == 0, question=f"q{number}") for number in range(12)]
+    loud = [judged_by("mallory", likes=number % 2 == 0, question=f"m{number}") for number in range(40)]
+    quiet = [judged_by(f"other {number}", likes=number % 2 == 0, question=f"m{number}") for number in range(40)]
+    signs = [1, -1] * 26
+    moved = [-0.2 * sign for sign in signs[:12]] + [0.2 * sign for sign in signs[12:]]
+    candidate = (np.array(moved) + rng.normal(0, 0.05, 52)).tolist()
+    nothing = Gain([0.0] * 52, [0.0] * 12)
+    for others, carried in ((loud, False), (quiet, True)):
+        found = opinions_of([*rows, *others], [0] * 52, person_cap=0.25)
+        verdict = judge(evidence(opinions=found, live=[0.0] * 52, candidate=candidate, gain=nothing), GateConfig(), seed=0)
+        assert verdict.passed == carried, "forty people of fifty-two may carry it: the control"
+    assert verdict.figures["margin_gain"] == pytest.approx(2 * 0.2 * 28 / 52, abs=0.05)
+
+
+def test_who_likes_everything_or_nothing_proves_nothing():
+    """Each of eight people asks of one thing, and likes all answers or none; the candidate moves by what is asked of."""
+    passes = {True: 0, False: 0}
+    draws = 100
+    for seed in range(draws):
+        rng = np.random.default_rng(seed)
+        of_person, likes = rng.normal(0, 1, 8), rng.permutation([True] * 4 + [False] * 4)
+        people = rng.integers(8, size=48).tolist()
+        rows = [
+            judged_by(str(person), likes=bool(likes[person]) != (rng.random() < 0.1), question=str(row))
+            for row, person in enumerate(people)
+        ]
+        moved = of_person[people] + rng.normal(0, 0.2, 48)
+        signs = np.array([1 if row.reward > 0 else -1 for row in rows])
+        for knows_people in (True, False):
+            strata = opinions_of(rows, [0] * 48, person_cap=0.25).strata if knows_people else [0] * 48
+            passes[knows_people] += permutation_p_value(moved, signs, range(48), strata, seed=0) <= 0.05
+    most = draws * 0.05 + 2 * (draws * 0.05 * 0.95) ** 0.5
+    assert passes[True] <= most < passes[False], "the control: people who are not told apart"
+
+
+def test_the_answers_to_one_question_keep_their_opinions_together():
+    rows = [judged_by(str(number), likes=bool(part), question=str(number)) for number in range(12) for part in range(2)]
+    found = opinions_of(rows, [0] * 24, person_cap=1.0)
+    always_second = np.array([0.0, 1.0] * 12)  # what regenerated answers are like, whatever people said
+    together, apart = (
+        permutation_p_value(always_second, np.array(found.signs), units, found.strata, seed=0)
+        for units in (found.units, range(24))
+    )
+    assert together == 1.0
+    assert apart < 0.001, "the control"
+
+
+def test_a_verdict_without_enough_evidence_spends_nothing():
+    few = evidence(signs=[1, 1, 1, -1, -1, -1], live=[-1.0] * 6, candidate=[0.0] * 6, gain=Gain([0.0] * 6, [0.0] * 12))
+    assert not judge(few, GateConfig(), seed=0).figures["had_enough_evidence"]
+    nothing = evidence(worth=0.0, likelier=0.0)
+    assert judge(nothing, GateConfig(), seed=0).figures["had_enough_evidence"], "the control"
+
+
+def test_after_many_verdicts_more_evidence_is_needed():
+    weak = evidence(worth=0.0, likelier=0.1)
+    assert judge(weak, GateConfig(), seed=0).passed
+    assert not judge(weak, GateConfig(), seed=0, earlier=[False] * 60).passed
+    assert judge(evidence(), GateConfig(), seed=0, earlier=[False] * 60).passed, "what is clear passes still"
+
+
+def placebo(rng: np.random.Generator, rows: list[Experience], prompts: int = 48) -> Evidence:
+    """A candidate that people's opinions have nothing to do with: what it moves depends on who asked, and on luck."""
+    of_person = {row.opinions: rng.normal() for row in rows}
+    likelier, counts = ([of_person[row.opinions] + rng.normal() for row in rows] for _ in range(2))
+    found = opinions_of(rows, [0] * len(rows), person_cap=0.25)
+    gain = Gain(subtract_kind_means(np.array(counts), found.kinds).tolist(), rng.normal(0.5, 1, prompts).tolist())
+    return evidence(opinions=found, live=[0.0] * len(rows), candidate=likelier, gain=gain)
+
+
+@pytest.mark.slow
+def test_of_placebo_runs_in_a_row_at_most_one_series_in_twenty_promotes_anything():
+    """Two hundred runs, with four more held-out opinions each; people like more or less of what they are answered."""
+    series, runs, budget = 40, 200, 0.05
+    promoted, at_one_level = 0, 0
+    for seed in range(series):
+        rng = np.random.default_rng(seed)
+        tends = rng.uniform(0.2, 0.8, 10)
+        rows: list[Experience] = []
+        earlier: list[bool] = []
+        lucky = False
+        for run in range(runs):
+            for number in range(4):
+                person = int(rng.integers(10))
+                rows.append(judged_by(str(person), likes=rng.random() < tends[person], question=f"{run} {number}"))
+            rows = rows[-96:]
+            asked = ask_opinions(placebo(rng, rows), level_of_next(budget, earlier) / 2, seed=run)
+            if asked["had_enough_evidence"]:
+                earlier.append(asked["is_better"])
+                lucky |= min(asked["margin_gain_by_chance"], asked["gain_by_chance"]) <= budget / 2
+        promoted += any(earlier)
+        at_one_level += lucky
+    assert promoted <= series * budget + 2 * (series * budget * (1 - budget)) ** 0.5
+    assert at_one_level > series / 2, "the control: the same level at every run"

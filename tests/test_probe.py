@@ -12,7 +12,7 @@ from learning import probe
 from learning.benchmark import random_version
 from learning.deployment import Probed
 from learning.evaluation import next_logprobs
-from learning.gate import Evidence, Gain, judge
+from learning.gate import Evidence, Gain, Opinions, judge
 from learning.model import load, restore, served, weights
 
 NARROW = Config(serving={"dtype": "bfloat16"})
@@ -74,9 +74,8 @@ def test_what_rounding_hides_is_no_change_and_not_promoted(demo_model, tmp_path)
     assert found["tiny"].is_no_change
     assert not found["large"].is_no_change
     gain = Gain([0.025, -0.025] * 20, [0.9, 1.1] * 10)
-    good = Evidence(
-        ["a"] * 40, [1, -1] * 20, [0] * 40, [0.0] * 40, [0.5, -0.5] * 20, gain, kl=0.1, well_formed=1.0, base_well_formed=1.0
-    )
+    opinions = Opinions([1, -1] * 20, [0] * 40, [str(row) for row in range(40)], [0] * 40, [1.0] * 40)
+    good = Evidence(opinions, [0.0] * 40, [0.5, -0.5] * 20, gain, kl=0.1, well_formed=1.0, base_well_formed=1.0)
     told = {name: (one.change, one.rounding, one.is_no_change) for name, one in found.items()}
     verdicts = {}
     for name, (change, rounding, is_no_change) in told.items():
