@@ -6,6 +6,7 @@ people said about them. With a person also the policy versions go that were trai
 platform's own channels is not ours to delete. It knows no platform and no server: a running kibitz follows the registry.
 """
 
+import logging
 import shutil
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,6 +32,8 @@ from bot.tables import (
 )
 from bot.types import FORGOTTEN, PolicyState, Role, now
 from bot.users import decide
+
+log = logging.getLogger(__name__)
 
 SAMPLES = "samples.json"  # beside a version's weights: what was answered before and after its training
 
@@ -82,17 +85,25 @@ def forget_message(database: Database, message_id: str) -> Erased:
 
 
 def remove_purged(registry: PolicyRegistry) -> None:
-    """Remove the files of purged versions; also what a crash left behind."""
+    """Remove the files of purged versions; also what a crash left behind. What cannot be removed is logged."""
     for version in registry.all():
         if version.state == PolicyState.PURGED and Path(version.path).is_dir():
-            shutil.rmtree(version.path)
+            try:
+                shutil.rmtree(version.path)
+            except OSError as error:
+                log.error(
+                    "%s was forgotten, but its files cannot be removed (%s); remove %s", version.name, error, version.path
+                )
 
 
 def remove_samples(registry: PolicyRegistry) -> None:
     """Remove the samples that reports show: questions that were held out stand in them, and whose they are is not said."""
     for version in registry.all():
-        if version.path:
-            (Path(version.path) / SAMPLES).unlink(missing_ok=True)
+        samples = Path(version.path) / SAMPLES
+        try:
+            samples.unlink(missing_ok=True)
+        except OSError as error:
+            log.error("what was forgotten may be in %s, which cannot be removed (%s); remove it", samples, error.strerror)
 
 
 def _erase(connection: sa.Connection, written: sa.Select, said: sa.Select | None = None) -> Erased:
