@@ -61,6 +61,7 @@ async def running(config: Config, model: str, tell: Announce, may_change: bool =
         if foreign := registry.foreign():
             tell(f"policy.model was changed: {base.name} is {model}; {len(foreign)} versions of another serve no more")
         remove_purged(registry)
+        database.scrub()
         recall = cli.recall(config, database)
         tokenizer = ChatTokenizer(model, config.policy.template_args)
         tracker = StateTracker(store, tokenizer, recall, config.dialogue, config.policy.context_tokens)

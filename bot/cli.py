@@ -284,6 +284,7 @@ def forget(
     """Erase what a person wrote and reacted to, and every version that learned from it; also while kibitz runs."""
     database, _, registry = opened(configured(config, data_dir, seed))
     console.print(f"{forget_person(database, registry, platform, user)}; they teach no more until they consent")
+    database.close()
 
 
 @app.command()

@@ -15,6 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
+from bot import sources
 from bot.database import Database
 from bot.errors import DataError
 from bot.feedback import standing
@@ -98,7 +99,8 @@ class ConversationStore:
         Raises DataError where anything that the answer was made from has been forgotten meanwhile: then nothing is stored.
         """
         with self.database.begin() as connection:
-            if connection.execute(_FORGOTTEN_OF, {"sources": [turn.message_id, *turn.shown]}).first() is not None:
+            there = connection.execute(_COUNT_KEPT, {"sources": list(turn.sources)}).scalar_one()
+            if there < len(turn.sources):  # a forgotten answer leaves no row, a forgotten message an empty one
                 raise DataError("what this answers was forgotten meanwhile; the answer is not kept")
             _insert_turn(connection, turn)
 
@@ -120,9 +122,11 @@ class ConversationStore:
                     (feedback, given),
                 ):
                     there = _existing(connection, table, [row.id for row in rows])
-                    fresh = [_columns(table, row) for row in rows if row.id not in there]
+                    fresh = [row for row in rows if row.id not in there]
                     if fresh:
-                        connection.execute(table.insert(), fresh)
+                        connection.execute(table.insert(), [_columns(table, row) for row in fresh])
+                    if table is turns:
+                        sources.add(connection, fresh)
 
     def turn(self, turn_id: str) -> Turn | None:
         """One answer by its id."""
@@ -315,10 +319,10 @@ _shown_before = sa.and_(
     messages.c.id.not_in(_superseded),
     messages.c.author_id != FORGOTTEN,
 )
-_FORGOTTEN_OF = (
-    sa.select(messages.c.id)
-    .where(messages.c.id.in_(sa.bindparam("sources", expanding=True)), messages.c.author_id == FORGOTTEN)
-    .limit(1)
+_COUNT_KEPT = (
+    sa.select(sa.func.count())
+    .select_from(messages)
+    .where(messages.c.id.in_(sa.bindparam("sources", expanding=True)), messages.c.author_id != FORGOTTEN)
 )
 _RECENT = (
     sa.select(*MESSAGE).where(_shown_before).order_by(messages.c.at.desc(), messages.c.id.desc()).limit(sa.bindparam("most"))
@@ -362,6 +366,7 @@ def _insert_turn(connection: sa.Connection, turn: Turn) -> None:
     )
     connection.execute(_INSERT[messages], _columns(messages, reply))
     connection.execute(_INSERT[turns], _columns(turns, turn))
+    sources.add(connection, [turn])
 
 
 def _columns(table: sa.Table, row: Any) -> dict[str, Any]:

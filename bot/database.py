@@ -5,6 +5,7 @@ and its owners'.
 """
 
 import asyncio
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,16 +20,17 @@ from alembic.config import Config as AlembicConfig
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from bot.errors import DataError
+from bot.errors import DatabaseUnavailable, DataError
+from bot.outages import first_line, outage
+from bot.write_ahead_log import WriteAheadLog
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 Job = tuple[Callable[..., Any], tuple[Any, ...], Future[Any]]
 
+BUSY_SECONDS = 10.0  # how long SQLite waits for another program's transaction
 _POSTGRESQL = "postgresql+psycopg://USER:PASSWORD@HOST/DATABASE"
-_MEND = {
-    "sqlite": "restore it from a backup, or move it away",
-    "postgresql": "check the config key database.url, and that the server runs",
-}
 
 
 class _Local(threading.local):
@@ -45,7 +47,8 @@ class Database:
 
     def __init__(self, url: str):
         try:
-            self.engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+            # Error messages must not spell what people wrote.
+            self.engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"), hide_parameters=True)
         except ImportError as error:
             raise DataError(f"config key database.url needs a driver: {error}; pip install 'kibitz[postgresql]'") from error
         except sa.exc.ArgumentError as error:
@@ -62,50 +65,59 @@ class Database:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="database")
         self._waiting: deque[Job] = deque()
         self._local = _Local()
+        self._wal = WriteAheadLog(self.engine) if self.dialect == "sqlite" else None
 
     def upgrade(self) -> None:
         """Bring the schema to this program's version; refuse a database from the future or a broken file."""
         config = AlembicConfig()
         config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-        known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+        script = ScriptDirectory.from_config(config)
         try:
-            with self.engine.begin() as connection:
+            with self.engine.connect().execution_options(read_only=True) as connection:
                 found = MigrationContext.configure(connection).get_current_revision()
-                if found is not None and found not in known:
-                    raise DataError(
-                        f"the database {self.url} has schema {found}, which this kibitz does not know; "
-                        "install the kibitz that wrote it, or newer"
-                    )
+            if found == script.get_current_head():
+                return  # without the write lock
+            if found is not None and found not in {known.revision for known in script.walk_revisions()}:
+                raise DataError(
+                    f"the database {self.url} has schema {found}, which this kibitz does not know; "
+                    "install the kibitz that wrote it, or newer"
+                )
+            with self.engine.begin() as connection:
                 config.attributes["connection"] = connection
                 command.upgrade(config, "head")
-        except sa.exc.DatabaseError as error:
-            raise DataError(
-                f"the database {self.url} cannot be opened ({str(error.orig).splitlines()[0]}); {_MEND[self.dialect]}"
+        except sa.exc.DBAPIError as error:
+            raise outage(error, self.url) or DataError(
+                f"the database {self.url} cannot be used ({first_line(error)}); check the config key database.url"
             ) from error
 
     @contextmanager
     def begin(self) -> Iterator[sa.Connection]:
-        """A transaction: committed at the end, rolled back on an error. Inside `call` it is a part of the call's own."""
+        """A transaction: committed at the end, rolled back on an error. Inside `call` it is a part of the call's own.
+
+        Raises DatabaseUnavailable, here as in `read` and `call`, where the database is locked, full or gone.
+        """
         group = self._local.group
         if group is None:
             with self._together(), self.begin() as group:
                 yield group
             return
-        if not group.in_transaction():
-            group.begin()
-        if self._local.shared and self._local.savepoint is None:
-            self._local.savepoint = group.begin_nested()
-        yield group
+        with self._outages():
+            if not group.in_transaction():
+                group.begin()
+            if self._local.shared and self._local.savepoint is None:
+                self._local.savepoint = group.begin_nested()
+            yield group
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
         """A connection to read with; it never takes the write lock."""
         group = self._local.group
-        if group is not None and group.in_transaction():
-            yield group  # what the batch wrote before is seen
-            return
-        with self.engine.connect().execution_options(read_only=True) as connection:
-            yield connection
+        with self._outages():
+            if group is not None and group.in_transaction():
+                yield group  # what the batch wrote before is seen
+                return
+            with self.engine.connect().execution_options(read_only=True) as connection:
+                yield connection
 
     def call(self, function: Callable[..., Result], *args: Any) -> asyncio.Future[Result]:
         """Run a synchronous store function in the database's thread; when it returns, all that it wrote is committed.
@@ -131,6 +143,8 @@ class Database:
                 for function, args, future in batch:
                     try:
                         settled.append((future, self._part(function, args), None))
+                    except DatabaseUnavailable:
+                        raise  # SQLite may have undone all that the batch wrote, on a full disk for one
                     except BaseException as error:
                         if not self._local.shared:
                             raise
@@ -147,9 +161,12 @@ class Database:
         """Run one function of a batch; beside others, what it writes has a savepoint, so that its failure harms none."""
         promised = len(self._local.afterwards)
         try:
-            result = function(*args)
-            if self._local.savepoint is not None:
-                self._local.savepoint.commit()
+            with self._outages():
+                result = function(*args)
+                if self._local.savepoint is not None:
+                    self._local.savepoint.commit()
+        except DatabaseUnavailable:
+            raise  # and with it the whole transaction
         except BaseException:
             del self._local.afterwards[promised:]
             if self._local.savepoint is not None:
@@ -162,7 +179,7 @@ class Database:
     @contextmanager
     def _together(self) -> Iterator[sa.Connection]:
         """A connection for all that is begun inside: committed together at the end, or not at all."""
-        with self.engine.connect() as group:
+        with self._outages(), self.engine.connect() as group:
             self._local.group = group
             try:
                 yield group
@@ -177,25 +194,50 @@ class Database:
             finally:
                 self._local.group, self._local.shared = None, False
         while self._local.afterwards:
-            self._local.afterwards.pop(0)()
+            _do(self._local.afterwards.pop(0))
+
+    @contextmanager
+    def _outages(self) -> Iterator[None]:
+        """Raise an outage inside as DatabaseUnavailable; every other error stays what it is."""
+        try:
+            yield
+        except sa.exc.DBAPIError as error:
+            found = outage(error, self.url)
+            if found is None:
+                raise
+            raise found from error
 
     def afterwards(self, work: Callable[[], None]) -> None:
-        """Do something that must not happen unless what was written is committed: now, or when its batch is."""
+        """Do something that must not happen unless what was written is committed: now, or when its batch is.
+
+        If it fails that is logged, and nobody is told that the commit failed.
+        """
         if self._local.group is None:
-            work()
+            _do(work)
         else:
             self._local.afterwards.append(work)
 
     def scrub(self) -> None:
-        """Leave nothing of what was deleted in the files: SQLite's log is emptied; free pages are zeroed as they come."""
-        if self.dialect == "sqlite":
-            with self.engine.connect().execution_options(read_only=True) as connection:
-                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+        """Leave nothing of what was deleted in the files: SQLite's log is emptied; free pages are zeroed as they come.
+
+        Nothing waits: while others read, it is done in the background.
+        """
+        if self._wal is not None:
+            self._wal.empty()
 
     def close(self) -> None:
         """Finish what is queued and close all connections."""
         self._thread.shutdown()
+        if self._wal is not None:
+            self._wal.close()
         self.engine.dispose()
+
+
+def _do(work: Callable[[], None]) -> None:
+    try:
+        work()
+    except Exception:
+        log.exception("work after a commit failed; what was committed stays")
 
 
 def _configure_sqlite(connection: Any, _: Any) -> None:
@@ -203,7 +245,7 @@ def _configure_sqlite(connection: Any, _: Any) -> None:
     for pragma in (
         "journal_mode = WAL",
         "synchronous = FULL",
-        "busy_timeout = 10000",
+        f"busy_timeout = {BUSY_SECONDS * 1000:.0f}",
         "foreign_keys = ON",
         "secure_delete = ON",  # what is forgotten is gone from the file too (law 10)
     ):

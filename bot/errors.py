@@ -4,6 +4,7 @@
     |-- ConfigError            a config key or a command-line value cannot be used
     |-- TemplateError          the model's chat template refuses a conversation
     |-- DataError              a file or a database that kibitz was given cannot be read
+    |   '-- DatabaseUnavailable    the database is locked, full or gone; nothing was stored
     |-- ServingError           vLLM cannot be started, reached or used
     |   |-- ReplyInterrupted   an answer broke off; what was said so far is kept
     |   |-- Unavailable        vLLM could not be asked just now; the same may succeed in a moment
@@ -33,6 +34,10 @@ class TemplateError(KibitzError):
 
 class DataError(KibitzError):
     """A file or a database that kibitz was given cannot be read."""
+
+
+class DatabaseUnavailable(DataError):
+    """The database is locked, full, gone or broken. Nothing was stored; the same may succeed later."""
 
 
 class ServingError(KibitzError):

@@ -6,9 +6,9 @@ people said about them. With a person also the policy versions go that were trai
 platform's own channels is not ours to delete. It knows no platform and no server: a running kibitz follows the registry.
 """
 
+import logging
 import shutil
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import sqlalchemy as sa
 
 from bot.database import Database
 from bot.registry import PolicyRegistry
+from bot.sources import answers_from
 from bot.tables import (
     chunks,
     conversations,
@@ -26,10 +27,13 @@ from bot.tables import (
     messages,
     run_feedback,
     run_followups,
+    sources,
     turns,
 )
-from bot.types import FORGOTTEN, PolicyState, now
+from bot.types import FORGOTTEN, PolicyState, Role, now
 from bot.users import decide
+
+log = logging.getLogger(__name__)
 
 SAMPLES = "samples.json"  # beside a version's weights: what was answered before and after its training
 
@@ -57,96 +61,73 @@ def forget_person(database: Database, registry: PolicyRegistry, platform: str, u
     """
     with database.begin() as connection:
         theirs = sa.select(conversations.c.id).where(conversations.c.platform == platform)
-        written = messages.c.author_id == user_id, messages.c.conversation_id.in_(theirs)
-        own = list(connection.execute(sa.select(messages.c.id).where(*written)).scalars())
-        answers, replies = _made_from(connection, own)
+        written = sa.select(messages.c.id).where(
+            messages.c.author_id == user_id, messages.c.role == Role.USER, messages.c.conversation_id.in_(theirs)
+        )
         said = sa.select(feedback.c.id).join(turns, turns.c.id == feedback.c.turn_id)
         said = said.where(feedback.c.user_id == user_id, turns.c.conversation_id.in_(theirs))
-        opinions = set(connection.execute(said).scalars()) | _said_of(connection, feedback.c.id, answers)
-        purged = registry.purge(connection, opinions, [*own, *_said_of(connection, followups.c.message_id, answers)])
-        _erase(connection, own, answers, replies, opinions)
+        erased = _erase(connection, written, said)
+        purged = registry.purge(connection, (platform, user_id))
         decide(connection, (platform, user_id), consent=False, forgotten_at=now())
     database.afterwards(partial(remove_purged, registry))
     database.afterwards(partial(remove_samples, registry))
     database.afterwards(database.scrub)
-    return Erased(len(own), len(answers), len(opinions), len(purged))
+    return replace(erased, policies=len(purged))
 
 
 def forget_message(database: Database, message_id: str) -> Erased:
     """Erase one message, as its author deleted it. Versions that learned from it stay: one deletion must not move them."""
     with database.begin() as connection:
-        answers, replies = _made_from(connection, [message_id])
-        opinions = _said_of(connection, feedback.c.id, answers)
-        _erase(connection, [message_id], answers, replies, opinions)
+        erased = _erase(connection, sa.select(messages.c.id).where(messages.c.id == message_id))
     database.afterwards(partial(remove_samples, PolicyRegistry(database)))
     database.afterwards(database.scrub)
-    return Erased(1, len(answers), len(opinions), 0)
+    return erased
 
 
 def remove_purged(registry: PolicyRegistry) -> None:
-    """Remove the files of purged versions; also what a crash left behind."""
+    """Remove the files of purged versions; also what a crash left behind. What cannot be removed is logged."""
     for version in registry.all():
         if version.state == PolicyState.PURGED and Path(version.path).is_dir():
-            shutil.rmtree(version.path)
+            try:
+                shutil.rmtree(version.path)
+            except OSError as error:
+                log.error(
+                    "%s was forgotten, but its files cannot be removed (%s); remove %s", version.name, error, version.path
+                )
 
 
 def remove_samples(registry: PolicyRegistry) -> None:
     """Remove the samples that reports show: questions that were held out stand in them, and whose they are is not said."""
     for version in registry.all():
-        if version.path:
-            (Path(version.path) / SAMPLES).unlink(missing_ok=True)
+        samples = Path(version.path) / SAMPLES
+        try:
+            samples.unlink(missing_ok=True)
+        except OSError as error:
+            log.error("what was forgotten may be in %s, which cannot be removed (%s); remove it", samples, error.strerror)
 
 
-def _made_from(connection: sa.Connection, message_ids: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The turns that were made from these messages, directly or through other answers, and their reply messages.
-
-    They may be anywhere in the space where something was said: what is said in one place may be remembered in another.
-    """
-    places: set[str] = set()
-    there = conversations.alias()
-    same = sa.and_(there.c.platform == conversations.c.platform, there.c.space == conversations.c.space)
-    for ids in chunks(message_ids):
-        query = sa.select(there.c.id).distinct().select_from(messages)
-        query = query.join(conversations, conversations.c.id == messages.c.conversation_id).join(there, same)
-        places.update(connection.execute(query.where(messages.c.id.in_(ids))).scalars())
-    sources = set(message_ids)
-    made: list[str] = []
-    replies: list[str] = []
-    for ids in chunks(sorted(places)):
-        answers = sa.select(turns.c.id, turns.c.message_id, turns.c.reply_id, turns.c.shown)
-        answers = answers.where(turns.c.conversation_id.in_(ids)).order_by(turns.c.at, turns.c.id)
-        for row in connection.execute(answers):  # what an answer was shown came before it: one pass finds all
-            if row.message_id in sources or not sources.isdisjoint(row.shown):
-                sources.add(row.reply_id)
-                made.append(row.id)
-                replies.append(row.reply_id)
-    return made, replies
-
-
-def _said_of(connection: sa.Connection, column: sa.Column, answers: Iterable[str]) -> set[str]:
-    """What was said about these answers: a column (the id) of `feedback` or `followups`."""
-    found: set[str] = set()
-    for ids in chunks(answers):
-        found.update(connection.execute(sa.select(column).where(column.table.c.turn_id.in_(ids))).scalars())
-    return found
-
-
-def _erase(
-    connection: sa.Connection, own: Sequence[str], answers: Sequence[str], replies: Sequence[str], opinions: Iterable[str]
-) -> None:
+def _erase(connection: sa.Connection, written: sa.Select, said: sa.Select | None = None) -> Erased:
+    """Erase messages, all that was made from them and said about that, and the feedback that `said` selects."""
+    own = list(connection.execute(written).scalars())
+    made = answers_from(connection, written)
+    opinions = set() if said is None else set(connection.execute(said).scalars())
+    for ids in chunks(made):
+        opinions.update(connection.execute(sa.select(feedback.c.id).where(feedback.c.turn_id.in_(ids))).scalars())
     for column, values in (
         (run_feedback.c.feedback_id, opinions),
         (run_followups.c.message_id, own),
         (feedback.c.id, opinions),
-        (deliveries.c.turn_id, answers),
-        (followups.c.turn_id, answers),
+        (deliveries.c.turn_id, made),
+        (followups.c.turn_id, made),
         (followups.c.message_id, own),
-        (turns.c.id, answers),
-        (embeddings.c.message_id, [*own, *replies]),
-        (messages.c.id, replies),
+        (sources.c.turn_id, made),
+        (turns.c.id, made),
+        (embeddings.c.message_id, [*own, *made.values()]),
+        (messages.c.id, made.values()),
     ):
         for ids in chunks(values):
             connection.execute(column.table.delete().where(column.in_(ids)))
     blank = {"text": "", "author_id": FORGOTTEN}
     for ids in chunks(own):
         connection.execute(messages.update().where(messages.c.id.in_(ids)).values(**blank))
+    return Erased(len(own), len(made), len(opinions), 0)

@@ -5,17 +5,19 @@ live version is the one row in state LIVE; promoting is one transaction. It know
 rollback works while training is broken.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
 
 from bot.database import Database
 from bot.errors import RegistryError, VerdictOutdated
-from bot.tables import chunks, policies, run_feedback, run_followups, runs, switches
-from bot.types import PolicyState, PolicyVersion, new_id, now
+from bot.sources import people_behind
+from bot.tables import chunks, policies, run_feedback, run_followups, run_teachers, runs, switches
+from bot.types import Person, PolicyState, PolicyVersion, new_id, now
 
 S = PolicyState
 TRANSITIONS: dict[PolicyState, set[PolicyState]] = {
@@ -60,7 +62,7 @@ class PolicyRegistry:
                     f"the model is '{base_model}', but this data directory's versions come from '{found.base_model}'; set "
                     "policy.model (or --model) back, or use another --data-dir"
                 )
-            for version in map(_version, connection.execute(sa.select(policies)).all()):
+            for version in _all(connection):
                 if version.state == S.LIVE:
                     _move(connection, version.name, S.RETIRED)
                 elif version.state in (S.CANDIDATE, S.CANARY):
@@ -130,37 +132,28 @@ class PolicyRegistry:
             return _move(connection, name, S.LIVE, replaced=before.name, **({} if metrics is None else {"metrics": metrics}))
 
     def rollback(self) -> tuple[PolicyVersion, PolicyVersion]:
-        """Take the live version back; returns it and the one that serves again."""
+        """Take the live version back; return it and the newest before it that may serve, which is live now."""
         with self.database.begin() as connection:
             live = _live(connection)
-            if live.replaced is None:
+            back = _servable_before(live, _all(connection))
+            if back is None:
                 raise RegistryError(f"{live.name} is live and has replaced nothing: there is no version to go back to")
-            _move(connection, live.name, S.RETIRED)
-            return replace(live, state=S.RETIRED), _move(connection, live.replaced, S.LIVE)
+            return _move(connection, live.name, S.RETIRED), _move(connection, back.name, S.LIVE)
 
-    def purge(
-        self, connection: sa.Connection, feedback_ids: Iterable[str], followup_ids: Iterable[str] = ()
-    ) -> list[PolicyVersion]:
-        """Withdraw every version that this feedback, or these messages that followed up, taught, and all that were trained
-        on from those; returns them.
+    def purge(self, connection: sa.Connection, person: Person) -> list[PolicyVersion]:
+        """Withdraw every version that a person taught, and all that were trained on from those; return them.
 
-        Where the live one is among them, the newest version before it that is clean answers again. In the transaction of
-        `connection`; their files are for the caller to remove.
+        Nothing says afterwards that they taught any. In the transaction of `connection`; the versions' files are for the
+        caller to remove.
         """
-        taught = _taught(connection, feedback_ids, followup_ids)
-        versions = [_version(row) for row in connection.execute(sa.select(policies).order_by(policies.c.number))]
-        for version in versions:  # parents come before their children
+        theirs = (run_teachers.c.platform == person[0]) & (run_teachers.c.user_id == person[1])
+        query = sa.select(runs.c.policy).join(run_teachers, run_teachers.c.run_id == runs.c.id).where(theirs)
+        taught = set(connection.execute(query).scalars())
+        for version in _all(connection):  # parents come before their children
             if version.parent in taught:
                 taught.add(version.name)
-        by_name = {version.name: version for version in versions}
-        clean = live = _live(connection)
-        while clean.name in taught:
-            clean = by_name[clean.replaced or _base(connection).name]
-        if clean is not live:
-            _move(connection, live.name, S.RETIRED)
-            _move(connection, clean.name, S.LIVE)
-        gone = [by_name[name] for name in sorted(taught) if by_name[name].state != S.PURGED]
-        return [_move(connection, version.name, S.PURGED) for version in gone]
+        connection.execute(run_teachers.delete().where(theirs))
+        return withdraw(connection, taught)
 
     def pause_learning(self) -> bool:
         """Pause the training of new versions, or go on with it where it was paused; True if it is paused now."""
@@ -193,8 +186,7 @@ class PolicyRegistry:
     def all(self) -> list[PolicyVersion]:
         """Every version there ever was, oldest first."""
         with self.database.read() as connection:
-            rows = connection.execute(sa.select(policies).order_by(policies.c.number)).all()
-        return [_version(row) for row in rows]
+            return _all(connection)
 
     def abandon_unfinished(self) -> list[str]:
         """Reject what a dead process left in training; returns the names."""
@@ -211,23 +203,29 @@ class PolicyRegistry:
         feedback: Sequence[str],
         followups: Sequence[str] = (),
     ) -> str:
-        """Record a run with the feedback, and the messages that followed up, that it learns from; returns its id."""
+        """Record a run with the feedback, and the messages that followed up, that it learns from; return its id.
+
+        Who taught it is recorded too, because that must outlive what they said. Raises RegistryError where any of it was
+        deleted since it was read.
+        """
         run_id = new_id()
-        with self.database.begin() as connection:
-            connection.execute(
-                runs.insert().values(
-                    id=run_id,
-                    policy=policy,
-                    config=config,
-                    manifest_sha256=manifest_sha256,
-                    outcome="training",
-                    started_at=now(),
-                )
-            )
-            for column, teachers in ((run_feedback.c.feedback_id, feedback), (run_followups.c.message_id, followups)):
-                rows = [{"run_id": run_id, column.name: one} for one in sorted(set(teachers))]
-                if rows:
-                    connection.execute(column.table.insert(), rows)
+        with self.database.read() as connection:  # a long walk, without the write lock
+            people = people_behind(connection, feedback, followups)
+        run = {"id": run_id, "policy": policy, "config": config, "manifest_sha256": manifest_sha256}
+        try:
+            with self.database.begin() as connection:
+                connection.execute(runs.insert(), run | {"outcome": "training", "started_at": now()})
+                for table, rows in (
+                    (run_feedback, [{"feedback_id": one} for one in sorted(set(feedback))]),
+                    (run_followups, [{"message_id": one} for one in sorted(set(followups))]),
+                    (run_teachers, [{"platform": platform, "user_id": user} for platform, user in sorted(people)]),
+                ):
+                    if rows:
+                        connection.execute(table.insert(), [{"run_id": run_id, **row} for row in rows])
+        except IntegrityError as error:
+            raise RegistryError(
+                f"something that {policy} was to learn from was deleted meanwhile; the next run learns from the rest"
+            ) from error
         return run_id
 
     def end_run(self, run_id: str, outcome: str) -> None:
@@ -262,6 +260,44 @@ class PolicyRegistry:
         return _version(row)
 
 
+def withdraw(connection: sa.Connection, names: Collection[str]) -> list[PolicyVersion]:
+    """Purge these versions for ever, and return those that were not purged before.
+
+    If the live version is among them, the newest before it that may serve is live afterwards.
+    """
+    versions = _all(connection)
+    live = next((version for version in versions if version.state == S.LIVE), None)
+    if live is not None and live.name in names:
+        back = _servable_before(live, versions, barred=names)
+        if back is None:
+            raise RegistryError(f"{live.name} is the base model itself and cannot be withdrawn")
+        _move(connection, live.name, S.RETIRED)
+        _move(connection, back.name, S.LIVE)
+    gone = [version.name for version in versions if version.name in names and version.state != S.PURGED]
+    return [_move(connection, name, S.PURGED) for name in gone]
+
+
+def _servable_before(
+    live: PolicyVersion, versions: Sequence[PolicyVersion], barred: Collection[str] = ()
+) -> PolicyVersion | None:
+    """Return the version to go back to: the newest that was live before and may serve again; None before the first.
+
+    What was purged since, is `barred` or comes from another base model is passed by. If no other is left it is the base.
+    """
+    by_name = {version.name: version for version in versions}
+    base = [version for version in versions if version.is_base][-1]
+    passed = {live.name}  # a version that was promoted twice may have replaced its own successor
+    name = live.replaced
+    while name is not None and name not in passed:
+        passed.add(name)
+        version = by_name[name]
+        is_ours = is_same_model(version.base_model, base.base_model)
+        if version.state == S.RETIRED and is_ours and name not in barred:
+            return version
+        name = version.replaced
+    return None if live.is_base else base
+
+
 def _taught(connection: sa.Connection, feedback_ids: Iterable[str], followup_ids: Iterable[str]) -> set[str]:
     found: set[str] = set()
     for column, teachers in ((run_feedback.c.feedback_id, feedback_ids), (run_followups.c.message_id, followup_ids)):
@@ -278,6 +314,10 @@ def is_same_model(one: str, other: str) -> bool:
 
 def _next_number(connection: sa.Connection) -> int:
     return connection.execute(sa.select(sa.func.max(policies.c.number))).scalar_one() + 1
+
+
+def _all(connection: sa.Connection) -> list[PolicyVersion]:
+    return [_version(row) for row in connection.execute(sa.select(policies).order_by(policies.c.number))]
 
 
 def _base(connection: sa.Connection) -> PolicyVersion:

@@ -91,6 +91,15 @@ turns = sa.Table(
     sa.Index("turns_in_order", "conversation_id", "at", "id"),
 )
 
+sources = sa.Table(  # what each turn was made from: its message, and the keys of `shown`
+    "sources",
+    metadata,
+    sa.Column("turn_id", sa.ForeignKey("turns.id"), primary_key=True),
+    sa.Column("message_id", sa.ForeignKey("messages.id"), primary_key=True),
+    sa.Index("sources_by_message", "message_id"),
+    sqlite_with_rowid=False,
+)
+
 feedback = sa.Table(
     "feedback",
     metadata,
@@ -163,6 +172,15 @@ run_followups = sa.Table(
     metadata,
     sa.Column("run_id", sa.ForeignKey("runs.id"), primary_key=True),
     sa.Column("message_id", sa.ForeignKey("messages.id"), primary_key=True),
+)
+
+run_teachers = sa.Table(  # who taught a run; outlives their messages and opinions, and goes when they are forgotten
+    "run_teachers",
+    metadata,
+    sa.Column("run_id", sa.ForeignKey("runs.id"), primary_key=True),
+    sa.Column("platform", sa.String(32), primary_key=True),
+    sa.Column("user_id", sa.String(128), primary_key=True),
+    sa.Index("run_teachers_by_person", "platform", "user_id"),
 )
 
 users = sa.Table(

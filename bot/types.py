@@ -21,6 +21,7 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
+Person = tuple[str, str]  # a platform, and its id for somebody
 FORGOTTEN = ""  # stands for the author of an erased message; nobody is called so
 
 
@@ -160,6 +161,11 @@ class Turn:
     shown: dict[str, float | None] = field(default_factory=dict)
     at: datetime = field(default_factory=now)
     id: str = field(default_factory=new_id)
+
+    @property
+    def sources(self) -> set[str]:
+        """The ids of the messages that it was made from: its question, and what the policy was shown."""
+        return {self.message_id, *self.shown}
 
     @property
     def remembered(self) -> dict[str, float]:

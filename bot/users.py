@@ -9,9 +9,7 @@ import sqlalchemy as sa
 from bot.config import PrivacyConfig
 from bot.database import Database
 from bot.tables import users
-from bot.types import now
-
-Person = tuple[str, str]  # platform, and its id for the person
+from bot.types import Person, now
 
 
 class Users:

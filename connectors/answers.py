@@ -15,7 +15,7 @@ from typing import Protocol
 from aiolimiter import AsyncLimiter
 
 from bot.dialogue import ReplyOptions, spoken
-from bot.errors import Asleep, KibitzError
+from bot.errors import Asleep, DatabaseUnavailable, KibitzError
 from bot.feedback import held
 from bot.types import Feedback, FeedbackKind, Turn
 from connectors.base import Shared
@@ -153,6 +153,8 @@ class Answers:
             await self._stored[given.turn_id].wait()
         try:
             await self.dialogue.record_feedback(given)
+        except DatabaseUnavailable:
+            raise  # it is not stored, and so not acknowledged (law 1)
         except KibitzError as error:
             log.warning("an opinion was dropped: %s", error)
 

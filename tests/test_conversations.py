@@ -7,15 +7,11 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config as AlembicConfig
-from conftest import answered, react
+from conftest import answered, migrate, react
 
-from bot import database as database_module
 from bot.conversations import ConversationStore
 from bot.database import Database
 from bot.errors import DataError
@@ -171,12 +167,8 @@ def test_feedback_is_counted_for_the_next_run_and_ranks_are_not(store, tokenizer
 def test_a_database_with_something_in_it_is_brought_back_and_forth(database, store, tokenizer):
     turn = answered(store, tokenizer, "hello", "Hey there!")
     given = react(store, turn, approves=True)
-    config = AlembicConfig()
-    config.set_main_option("script_location", str(Path(database_module.__file__).parent / "migrations"))
     for revision in ("0001", "head"):
-        with database.engine.begin() as connection:
-            config.attributes["connection"] = connection
-            (command.downgrade if revision == "0001" else command.upgrade)(config, revision)
+        migrate(database, revision)
     assert store.turn(turn.id) == turn
     assert store.feedback(given.id) == given
 

@@ -2,18 +2,22 @@
 
 import asyncio
 import time
+from datetime import timedelta
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import answered, react
+import sqlalchemy as sa
+from conftest import answered, migrate, react
 
 from bot.config import PrivacyConfig
+from bot.errors import DataError, RegistryError
 from bot.forgetting import SAMPLES, forget_message, forget_person
 from bot.memory import Memory
 from bot.registry import BASE
-from bot.tables import followups
-from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, new_id
+from bot.tables import followups, run_teachers, sources
+from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, Turn, new_id, now
 from bot.users import Users
 from learning.importers import export
 from learning.replay_buffer import ReplayBuffer
@@ -21,18 +25,24 @@ from learning.replay_buffer import ReplayBuffer
 SECRET = "xyzzy-4711"  # what Ann says, and nobody else
 
 
-def dialogue(store, tokenizer, *said: tuple[str, str], channel: str = ""):
-    """One conversation: each message with its answer, which was shown all that was said before."""
+def dialogue(store, tokenizer, *said: tuple[str, str], channel: str = "", shown: dict[str, float] | None = None):
+    """One conversation: each message with its answer, which was shown all that was said before, and what is `shown`."""
     place = store.open(Conversation("test", channel=channel or new_id()))
     before: list[str] = []
     turns = []
     for author, text in said:
-        turn = answered(
-            store, tokenizer, text, f"you said {text}", author=author, place=place, shown=dict.fromkeys(before, None)
-        )
+        seen = dict.fromkeys(before, None) | (shown or {})
+        turn = answered(store, tokenizer, text, f"you said {text}", author=author, place=place, shown=seen)
         turns.append(turn)
         before += [turn.message_id, turn.reply_id]
     return turns
+
+
+def store_turn(store, place: Conversation, asked: Message, **details) -> Turn:
+    """A stored answer that repeats the secret."""
+    turn = Turn(place.id, asked.id, new_id(), SECRET, asked.author_id, BASE, (1,), (2,), (-0.5,), "stop", {}, 1.0, **details)
+    store.add_turn(turn)
+    return turn
 
 
 def everything_on_disk(data: Path) -> bytes:
@@ -154,6 +164,130 @@ def test_a_run_whose_teacher_is_forgotten_meanwhile_leaves_no_version(database, 
     forget_person(database, registry, "test", "ann")
     with pytest.raises(Exception, match="purged and cannot become candidate"):
         registry.complete(version.name, "", {})
+
+
+@pytest.mark.parametrize(
+    ("places", "order"),
+    [*((3, order) for order in permutations(range(3))), (501, (2, 1, 0))],  # each mention on Discord is a conversation
+)
+def test_what_was_made_from_forgotten_words_goes_in_whatever_place_and_order_it_was_said(
+    database, store, registry, places, order
+):
+    with database.begin():
+        chain = [store.open(Conversation("test", "channel", "guild", str(number))) for number in range(places)]
+    chain = [chain[-1], chain[places // 2], chain[0]]
+    times = [now() - timedelta(minutes=5 * one) for one in order]  # clocks of platforms differ, and events come late
+    said = Message(chain[0].id, "ann", SECRET)
+    store.add_message(said)
+    made = [store_turn(store, chain[0], said, at=times[0])]
+    for place, at in zip(chain[1:], times[1:], strict=True):
+        asked = Message(place.id, "bob", "what did she say?", at=at)
+        store.add_message(asked)
+        made.append(store_turn(store, place, asked, at=at, shown={made[-1].reply_id: 0.9}))
+    other = Message(chain[2].id, "bob", "hello")
+    store.add_message(other)
+    kept = store_turn(store, chain[2], other)
+    erased = forget_person(database, registry, "test", "ann")
+    assert (erased.messages, erased.answers) == (1, 3)
+    assert [one.id for place in chain for one in store.messages(place.id) if SECRET in one.text] == [kept.reply_id]
+    assert store.turn(kept.id) == kept  # the control: what was not made from her words stays
+
+
+def test_an_answer_is_not_kept_if_an_answer_that_it_was_shown_was_forgotten_meanwhile(database, store, tokenizer):
+    first, second = dialogue(store, tokenizer, ("ann", SECRET), ("bob", "hello"))
+    asked = Message(first.conversation_id, "carol", "what did she say?")
+    store.add_message(asked)
+    forget_message(database, first.message_id)
+    with pytest.raises(DataError, match="forgotten meanwhile"):
+        store_turn(store, store.conversation(asked.conversation_id), asked, shown={second.reply_id: 0.9})
+    assert store.turn_answering(asked.id) is None
+    store_turn(store, store.conversation(asked.conversation_id), asked, shown={second.message_id: 0.9})  # the control
+
+
+@pytest.mark.parametrize("deletes", [True, False])
+@pytest.mark.parametrize("how", ["asked", "judged", "followed up", "shown", "shown through an answer"])
+def test_what_taught_a_version_outlives_the_message_and_is_forgotten_with_the_person(
+    database, store, registry, tokenizer, tmp_path, how, deletes
+):
+    first, second = dialogue(store, tokenizer, ("ann" if how.startswith("shown") else "bob", SECRET), ("bob", "hello"))
+    if how == "shown through an answer":
+        [second] = dialogue(store, tokenizer, ("bob", "hi"), shown={first.reply_id: 0.5})
+    if how == "asked":
+        [second] = dialogue(store, tokenizer, ("ann", "good night"))
+    given = react(store, second, True, "ann" if how == "judged" else "bob")
+    after = Message(second.conversation_id, "ann", "thank you")
+    store.add_message(after)
+    with database.begin() as connection:
+        connection.execute(followups.insert(), {"turn_id": second.id, "message_id": after.id, "chances": {"approval": 1.0}})
+    version = registry.reserve(registry.get(BASE), tmp_path / "policies")
+    registry.begin_run(version.name, {}, "", [given.id], [after.id] if how == "followed up" else [])
+    registry.complete(version.name, "", {})
+    registry.promote(version.name)
+    if deletes:
+        for message in {"followed up": [after.id], "judged": [second.message_id]}.get(
+            how, [first.message_id, second.message_id]
+        ):
+            forget_message(database, message)
+    assert registry.live().name == version.name  # one deletion moves no version
+    assert forget_person(database, registry, "test", "carol").policies == 0  # the control: she taught nothing
+    assert forget_person(database, registry, "test", "ann").policies == 1
+    assert registry.get(version.name).state == PolicyState.PURGED
+    assert registry.live().name == BASE
+    with database.read() as connection:
+        left = connection.execute(sa.select(run_teachers.c.user_id).distinct()).scalars().all()
+    assert left == ["bob"]  # nothing says afterwards that she ever taught a version
+
+
+def test_a_run_does_not_begin_on_what_was_deleted_since_it_was_read(database, store, registry, tokenizer, tmp_path):
+    [turn] = dialogue(store, tokenizer, ("ann", SECRET))
+    given = react(store, turn, True, "bob")
+    version = registry.reserve(registry.get(BASE), tmp_path / "policies")
+    forget_message(database, turn.message_id)
+    with pytest.raises(RegistryError, match="deleted meanwhile"):
+        registry.begin_run(version.name, {}, "", [given.id])
+    assert registry.runs() == []
+
+
+def test_after_one_person_is_forgotten_the_next_can_be_and_rollback_goes_on(database, store, registry, tokenizer, tmp_path):
+    anns, bobs = dialogue(store, tokenizer, ("ann", SECRET)), dialogue(store, tokenizer, ("bob", "hello"))
+    first = taught(registry, tmp_path, [react(store, anns[0], True, "ann").id])
+    second = taught(registry, tmp_path, [react(store, bobs[0], True, "bob").id])  # began at the base, replaced the first
+    assert registry.get(second.name).replaced == first.name
+    assert forget_person(database, registry, "test", "ann").policies == 1
+    assert registry.live().name == second.name
+    assert forget_person(database, registry, "test", "bob").policies == 1
+    assert registry.live().name == BASE
+    assert [one.text for one in store.messages(bobs[0].conversation_id)] == [""]
+
+
+def test_a_platforms_user_who_is_called_like_the_bot_forgets_only_themselves(database, store, registry, tokenizer):
+    [turn] = dialogue(store, tokenizer, ("bob", "hello"))
+    assert store.message(turn.reply_id).author_id == "kibitz"
+    assert forget_person(database, registry, "test", "kibitz").messages == 0
+    assert store.turn(turn.id) == turn
+
+
+def test_a_data_directory_from_before_is_converted(database, store, registry, tokenizer, tmp_path):
+    _, second = dialogue(store, tokenizer, ("ann", SECRET), ("bob", "hello"))
+    [third] = dialogue(store, tokenizer, ("bob", "good night"), shown={second.reply_id: 0.5})
+    version = taught(registry, tmp_path, [react(store, third, True, "carol").id])
+    after = Message(third.conversation_id, "dan", "thank you")
+    store.add_message(after)
+    with database.begin() as connection:
+        connection.execute(followups.insert(), {"turn_id": third.id, "message_id": after.id, "chances": {"approval": 1.0}})
+    registry.begin_run(version.name, {}, "", [], [after.id])
+    tables = {}
+    for revision in (None, "0006", "head"):
+        if revision is not None:
+            migrate(database, revision)
+        with database.read() as connection:
+            if revision != "0006":
+                rows = connection.execute(sa.select(sources)).all(), connection.execute(sa.select(run_teachers)).all()
+                tables[revision] = [set(found) for found in rows]
+    assert tables["head"] == tables[None]
+    assert {row.user_id for row in tables["head"][1]} == {"ann", "bob", "carol", "dan"}
+    erased = forget_person(database, registry, "test", "ann")
+    assert (erased.answers, erased.policies) == (3, 1)
 
 
 @pytest.mark.parametrize("assumed", ["assumed", "asked"])

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 
 from bot.errors import RegistryError, VerdictOutdated
-from bot.registry import BASE, TRANSITIONS
+from bot.registry import BASE, TRANSITIONS, withdraw
 from bot.types import PolicyState
 
 
@@ -66,6 +66,44 @@ def test_promoting_retires_the_live_one_and_a_rollback_brings_it_back(registry, 
     assert registry.rollback()[1].name == BASE
     with pytest.raises(RegistryError, match="no version to go back to"):
         registry.rollback()
+
+
+def promoted(registry, tmp_path, count):
+    versions = [candidate(registry, tmp_path) for _ in range(count)]
+    for version in versions:
+        registry.promote(version.name)
+    return [version.name for version in versions]
+
+
+@pytest.mark.parametrize("purged", [{2}, {1}, {1, 2}, {0, 1, 2}])
+def test_a_rollback_passes_by_what_was_purged(registry, database, tmp_path, purged):
+    names = promoted(registry, tmp_path, 4)
+    with database.begin() as connection:
+        withdraw(connection, {names[number] for number in purged})
+    left = [name for number, name in enumerate(names) if number not in purged]
+    assert registry.live().name == names[3]
+    for name in [*reversed(left[:-1]), BASE]:
+        assert registry.rollback()[1].name == name
+    with pytest.raises(RegistryError, match="no version to go back to"):
+        registry.rollback()
+
+
+def test_withdrawing_the_live_version_passes_by_what_was_purged_before(registry, database, tmp_path):
+    first, second, third = promoted(registry, tmp_path, 3)
+    for names, live in (({second}, third), ({third}, first), ({first}, BASE)):
+        with database.begin() as connection:
+            assert [version.name for version in withdraw(connection, names)] == list(names)
+        assert registry.live().name == live
+    with database.begin() as connection:
+        assert withdraw(connection, {first, second}) == []  # forgetting twice is forgetting once
+
+
+def test_versions_that_replaced_each_other_in_turn_can_all_be_withdrawn(registry, database, tmp_path):
+    first, second = promoted(registry, tmp_path, 2)
+    registry.promote(first)  # deployed again by hand: it has replaced its own successor now
+    with database.begin() as connection:
+        withdraw(connection, {first, second})
+    assert registry.live().name == BASE
 
 
 @pytest.mark.parametrize(("before", "after"), list(product(PolicyState, PolicyState)))

@@ -22,6 +22,7 @@ from learning.model import restore, weights
 from learning.objectives import TokenKTOTrainer, train
 from learning.processes import teach_together
 from learning.replay_buffer import Experience, ReplayBuffer
+from learning.teaching import teach
 from learning.version_files import is_whole
 
 
@@ -127,7 +128,7 @@ def test_two_processes_teach_what_one_does_and_say_what_it_would_say(small, demo
         config = with_training(small, processes=processes)
         lesson = found.training, found.held_out, prompts, lambda *told: stages.append(told)
         if processes == 1:
-            figures = trainer.teach(config, model, tokenizer, *lesson)
+            figures = teach(config, model, tokenizer, *lesson)
         else:
             figures = teach_together(config, model, demo_model, *lesson)
         assert figures["steps"] == 12

@@ -1,0 +1,64 @@
+"""Outages: what an error of SQLite or PostgreSQL means for the person who runs kibitz.
+
+A database that is locked, full, gone or unusable is an outage; every other error is a bug and stays what it is. It knows
+no connection and no table.
+"""
+
+import sqlite3
+from typing import Any
+
+import sqlalchemy as sa
+
+from bot.errors import DatabaseUnavailable
+
+_LOCKED = "is locked by another program; end that program, or try again when it is done"
+_FULL = "has no room left on its disk; free some space, then try again"
+_READ_ONLY = "cannot be written; let kibitz write the file and its directory"
+_BROKEN = "cannot be opened ({reason}); restore it from a backup (kibitz restore FILE), or move it away"
+_GONE = "cannot be read or written ({reason}); check that its disk is there and that kibitz may use the file"
+_SILENT = "does not answer ({reason}); check that the server runs, and the config key database.url"
+
+_OF_SQLITE = {  # by primary result code
+    sqlite3.SQLITE_BUSY: _LOCKED,
+    sqlite3.SQLITE_LOCKED: _LOCKED,
+    sqlite3.SQLITE_FULL: _FULL,
+    sqlite3.SQLITE_READONLY: _READ_ONLY,
+    sqlite3.SQLITE_CORRUPT: _BROKEN,
+    sqlite3.SQLITE_NOTADB: _BROKEN,
+    sqlite3.SQLITE_CANTOPEN: _GONE,
+    sqlite3.SQLITE_IOERR: _GONE,
+}
+_OF_POSTGRESQL = {  # by the beginning of the SQLSTATE
+    "55P03": _LOCKED,
+    "40": _LOCKED,  # a deadlock, or a transaction that cannot be serialized
+    "53100": _FULL,
+    "25006": _READ_ONLY,
+    "53": _SILENT,  # out of connections or memory
+    "57": _SILENT,  # it shuts down or starts
+    "08": _SILENT,
+    "XX00": _BROKEN,
+}
+
+
+def outage(error: sa.exc.DBAPIError, url: str) -> DatabaseUnavailable | None:
+    """Return what to tell people of an error of the database at `url`; None if it is a bug."""
+    advice = _of_sqlite(error.orig) if isinstance(error.orig, sqlite3.Error) else _of_postgresql(error)
+    if advice is None:
+        return None
+    return DatabaseUnavailable(f"the database {url} {advice.format(reason=first_line(error))}")
+
+
+def first_line(error: sa.exc.DBAPIError) -> str:
+    """Return what the driver says, without the rows that PostgreSQL adds in further lines."""
+    return (str(error.orig).splitlines() or [repr(error.orig)])[0]
+
+
+def _of_sqlite(error: Any) -> str | None:
+    return _OF_SQLITE.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
+
+
+def _of_postgresql(error: sa.exc.DBAPIError) -> str | None:
+    state = getattr(error.orig, "sqlstate", None)
+    if state is None:  # no server said it: there is no connection
+        return _SILENT if isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError) else None
+    return next((advice for prefix, advice in _OF_POSTGRESQL.items() if state.startswith(prefix)), None)

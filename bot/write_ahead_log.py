@@ -1,0 +1,89 @@
+"""WriteAheadLog: SQLite's log, emptied so that no deleted text stays in it.
+
+While anybody reads from the log it cannot be emptied. Then it is tried again in the background, and the operator is told.
+It knows no table.
+"""
+
+import logging
+import threading
+import time
+
+import sqlalchemy as sa
+
+from bot.outages import first_line
+
+log = logging.getLogger(__name__)
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds between two tries, doubled each time
+PATIENCE = 1.0  # seconds: whoever reads longer than this is worth a line; `close` waits as long
+
+
+class WriteAheadLog:
+    """The log of one SQLite database. Thread-safe; only `close` waits."""
+
+    def __init__(self, engine: sa.Engine):
+        self._engine = engine
+        self._lock = threading.Lock()  # protects the fields below
+        self._timer: threading.Timer | None = None  # of the next try, from the first that failed until one succeeds
+        self._is_told = False
+        self._is_closed = False
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the log could not be emptied yet, and is tried again."""
+        return self._timer is not None
+
+    def empty(self) -> None:
+        """Empty the log now, or as soon as nobody reads from it."""
+        self._try(FIRST_PAUSE)
+
+    def close(self) -> None:
+        """Try for a last moment, if the log is not empty yet; tell the operator if that fails."""
+        with self._lock:
+            self._is_closed = True
+            timer = self._timer
+        if timer is None:
+            return
+        timer.cancel()
+        timer.join()
+        deadline = time.monotonic() + PATIENCE
+        while (hindrance := self._find_hindrance()) is not None and time.monotonic() < deadline:
+            time.sleep(FIRST_PAUSE)
+        if hindrance is not None:
+            log.warning("%s (%s); it goes when kibitz starts the next time", self._remains, hindrance)
+
+    def _try(self, pause: float) -> None:
+        """Try to empty the log; where that fails, try again after `pause` seconds, and then later and later."""
+        hindrance = self._find_hindrance()
+        with self._lock:
+            if hindrance is None:
+                if self._timer is not None:
+                    self._timer.cancel()
+                if self._is_told:
+                    log.warning("what was deleted is gone from the files of %s now", self._engine.url.database)
+                self._timer, self._is_told = None, False
+            elif not self._is_closed and self._timer in (None, threading.current_thread()):
+                if pause >= PATIENCE and not self._is_told:
+                    self._is_told = True
+                    log.warning("%s (%s); kibitz tries again until it is gone", self._remains, hindrance)
+                self._timer = threading.Timer(pause, self._try, [min(2 * pause, LONGEST_PAUSE)])
+                self._timer.daemon = True
+                self._timer.start()
+
+    @property
+    def _remains(self) -> str:
+        return f"what was deleted is still in the log of {self._engine.url.database}"
+
+    def _find_hindrance(self) -> str | None:
+        """Try to empty the log without waiting for anybody; return what is in the way, or None where nothing was."""
+        try:
+            with self._engine.connect().execution_options(read_only=True) as connection:
+                patience = connection.exec_driver_sql("PRAGMA busy_timeout").scalar_one()
+                connection.exec_driver_sql("PRAGMA busy_timeout = 0")
+                try:
+                    is_busy, *_ = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()
+                finally:
+                    connection.exec_driver_sql(f"PRAGMA busy_timeout = {patience}")
+        except sa.exc.DBAPIError as error:
+            return first_line(error)
+        return "another program, or a long command, is reading it" if is_busy else None
