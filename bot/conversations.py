@@ -5,9 +5,9 @@ derived in `learning.rewards`, what the policy is shown is decided in `bot.track
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import cache
 from typing import Any
 
@@ -17,7 +17,7 @@ from sqlalchemy.exc import IntegrityError
 
 from bot import sources
 from bot.database import Database
-from bot.errors import DataError
+from bot.errors import DataError, Forgotten
 from bot.feedback import standing
 from bot.tables import UTCDateTime, chunks, conversations, embeddings, feedback, followups, messages, runs, turns
 from bot.types import FORGOTTEN, Conversation, Feedback, FeedbackKind, FollowUp, Heard, Message, Role, Turn
@@ -73,6 +73,14 @@ class ConversationStore:
             message = replace(message, conversation_id=place.id)
             return Heard(message, place, self.add_message(message))
 
+    def overhear(self, place: Conversation, said: Sequence[Message], until: datetime) -> None:
+        """Commit what was said at a place (oldest first) as older than `until`, whatever the platform's clock said."""
+        with self.database.begin():
+            place = self.open(place)
+            for number, message in enumerate(said, -len(said)):
+                at = min(message.at, until + timedelta(microseconds=number))
+                self.add_message(replace(message, conversation_id=place.id, at=at))
+
     def claim(self, message: Message) -> tuple[Message, Turn | None]:
         """Commit a message; where it or its event came before, the message as it is stored, with the answer to it if any."""
         with self.database.read() as connection:
@@ -96,12 +104,12 @@ class ConversationStore:
     def add_turn(self, turn: Turn) -> None:
         """Commit an answer and the message that it was sent as, in one transaction.
 
-        Raises DataError where anything that the answer was made from has been forgotten meanwhile: then nothing is stored.
+        Raises Forgotten where anything that the answer was made from has been forgotten meanwhile: then nothing is stored.
         """
         with self.database.begin() as connection:
             there = connection.execute(_COUNT_KEPT, {"sources": list(turn.sources)}).scalar_one()
             if there < len(turn.sources):  # a forgotten answer leaves no row, a forgotten message an empty one
-                raise DataError("what this answers was forgotten meanwhile; the answer is not kept")
+                raise Forgotten("what this answers was forgotten meanwhile; the answer is not kept")
             _insert_turn(connection, turn)
 
     def add_feedback(self, given: Feedback) -> bool:

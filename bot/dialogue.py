@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from bot.conversations import ConversationStore
-from bot.errors import DataError, ReplyInterrupted
+from bot.errors import DataError, Forgotten, ReplyInterrupted
 from bot.followups import FollowUps
 from bot.forgetting import forget_message
 from bot.policy import STOPPED, OnText, Policy
+from bot.speakers import clean_name
 from bot.tracker import Context, StateTracker, Surroundings
-from bot.types import Conversation, Feedback, FeedbackKind, Heard, Message, Reply, Role, Turn, new_id, now
+from bot.types import FORGOTTEN, Conversation, Feedback, FeedbackKind, Heard, Message, Reply, Role, Turn, new_id, now
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,10 @@ def cleaned(text: str) -> str:
     return text[:LONGEST].encode("utf-8", "replace").decode().replace("\0", "\ufffd")
 
 
+def _storable(message: Message) -> Message:
+    return replace(message, text=cleaned(message.text), author_name=clean_name(cleaned(message.author_name)))
+
+
 def spoken(turn: Turn) -> str:
     """Return what a person is shown of an answer: its text, or an apology if it says nothing."""
     return turn.text if turn.text.strip() or turn.finish_reason == STOPPED else NO_ANSWER
@@ -94,7 +99,7 @@ class DialogueManager:
         Where it is not known which conversation the message belongs to, `place` is where it was said. The policy is shown
         what the tracker finds, or `shown`: chat messages of a client that keeps the history itself, the new message last.
         """
-        message = replace(message, text=cleaned(message.text))
+        message = _storable(message)
         # One trip: under load each to the database's thread costs more in waiting than in work.
         taken_in = self.store.database.call(self._taken_in, message, place, shown is None)
         return await self._settled(taken_in, options, shown)
@@ -110,14 +115,27 @@ class DialogueManager:
         if answered is not None:
             return answered
         if first.is_forgotten:
-            raise DataError("this message was forgotten; it gets no answer")
+            raise Forgotten("this message was forgotten; it gets no answer")
         context = await self.tracker.context(first, around) if shown is None else self.tracker.fitted(shown)
         return await self._answer(first, context, first.author_id, None, options)
 
     async def hear(self, place: Conversation, message: Message) -> Heard:
         """Commit a message at a place, for `answer` to answer it later."""
-        message = replace(message, text=cleaned(message.text))
-        return await self.store.database.call(self.store.hear, place, message)
+        return await self.store.database.call(self.store.hear, place, _storable(message))
+
+    async def overhear(self, place: Conversation, said: Sequence[Message], until: datetime) -> None:
+        """Commit what people said to each other at a place before `until`, oldest first: what is asked there is about it.
+
+        It is shown and forgotten as what is said to kibitz is. What was committed before stays where it is.
+        """
+        if said:
+            storable = [_storable(one) for one in said]
+            await self.store.database.call(self.store.overhear, place, storable, until)
+            self.tracker.recall.learn(storable)
+
+    async def decline(self, place: Conversation, event_id: str) -> bool:
+        """Commit that a message gets no answer, now or later; nothing of its text. False where its event came before."""
+        return (await self.hear(place, Message("", FORGOTTEN, "", event_id=event_id))).is_new
 
     async def regenerate(self, turn_id: str, user_id: str, options: ReplyOptions = PLAIN) -> Turn:
         """Another answer to the same message; that the first was not wanted is recorded as feedback on it.

@@ -4,7 +4,8 @@
     |-- ConfigError            a config key or a command-line value cannot be used
     |-- TemplateError          the model's chat template refuses a conversation
     |-- DataError              a file or a database that kibitz was given cannot be read
-    |   '-- DatabaseUnavailable    the database is locked, full or gone; nothing was stored
+    |   |-- DatabaseUnavailable    the database is locked, full or gone; nothing was stored
+    |   '-- Forgotten          what was to be answered is forgotten; nobody waits for it
     |-- ServingError           vLLM cannot be started, reached or used
     |   |-- ReplyInterrupted   an answer broke off; what was said so far is kept
     |   |-- Unavailable        vLLM could not be asked just now; the same may succeed in a moment
@@ -38,6 +39,10 @@ class DataError(KibitzError):
 
 class DatabaseUnavailable(DataError):
     """The database is locked, full, gone or broken. Nothing was stored; the same may succeed later."""
+
+
+class Forgotten(DataError):
+    """What was to be answered was forgotten, before its answer or meanwhile; nobody waits for it."""
 
 
 class ServingError(KibitzError):

@@ -127,7 +127,7 @@ def _erase(connection: sa.Connection, written: sa.Select, said: sa.Select | None
     ):
         for ids in chunks(values):
             connection.execute(column.table.delete().where(column.in_(ids)))
-    blank = {"text": "", "author_id": FORGOTTEN}
+    blank = {"text": "", "author_id": FORGOTTEN, "author_name": ""}
     for ids in chunks(own):
         connection.execute(messages.update().where(messages.c.id.in_(ids)).values(**blank))
     return Erased(len(own), len(made), len(opinions), 0)
