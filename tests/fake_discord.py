@@ -458,7 +458,9 @@ class FakeDiscord:
             normal, bursts = self.reactions[int(rest[0])], self.bursts[int(rest[0])]
             listed = []
             for symbol in sorted({symbol for _, symbol in normal | bursts}):
-                counts = {"normal": sum(symbol == one for _, one in normal), "burst": sum(symbol == one for _, one in bursts)}
+                counts = {
+                    name: sum(symbol == one for _, one in given) for name, given in (("normal", normal), ("burst", bursts))
+                }
                 about = {"emoji": {"id": None, "name": symbol}, "count": sum(counts.values()), "count_details": counts}
                 listed.append({**about, "me": False, "me_burst": False, "burst_colors": []})
             return self._json({**self.messages[int(rest[0])], "reactions": listed})

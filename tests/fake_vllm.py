@@ -1,7 +1,7 @@
 """A vLLM of our own on loopback that says what it is told to say.
 
-For tests of what stands around an answer: the rest of kibitz is the real one. It speaks as much of vLLM's API as `bot.policy`
-needs to answer people, and refuses the rest as a vLLM does whose weights cannot be changed.
+For tests of what stands around an answer: the rest of kibitz is the real one. It speaks as much of vLLM's API as
+`bot.policy` needs to answer people, and refuses the rest as a vLLM does whose weights cannot be changed.
 """
 
 import asyncio

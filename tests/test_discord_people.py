@@ -16,7 +16,6 @@ from fake_vllm import FakeVllm
 from bot import app as kibitz
 from bot.config import AccessConfig, DiscordConfig, load
 from bot.feedback import standing
-from bot.types import Conversation
 from connectors import discord_reconciliation
 from connectors.access import TOO_FAST
 from connectors.answers import SORRY
@@ -392,8 +391,14 @@ async def test_a_mention_in_the_middle_of_a_thread_is_shown_what_was_said_there(
     parent = platform.channel()
     start = await platform.raw(parent, BOB, "shall we climb the hill?")
     thread = platform.thread(parent, starter=start)
-    await platform.raw(thread, BOB, "", type=21, message_reference={"message_id": str(start), "channel_id": str(parent)},
-                       referenced_message=platform.messages[start])
+    await platform.raw(
+        thread,
+        BOB,
+        "",
+        type=21,
+        message_reference={"message_id": str(start), "channel_id": str(parent)},
+        referenced_message=platform.messages[start],
+    )
     await platform.raw(thread, ANN, "it is too steep")
     async with connected(running, platform, READS_ALL) as bot:
         await platform.raw(thread, MALLORY, f"<@{BOT}> who is right?", mentions=[platform._user(BOT)])
