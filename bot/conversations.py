@@ -5,9 +5,9 @@ derived in `learning.rewards`, what the policy is shown is decided in `bot.track
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
@@ -15,7 +15,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
 from bot.database import Database
-from bot.errors import DataError
+from bot.errors import DataError, Forgotten
 from bot.feedback import standing
 from bot.tables import UTCDateTime, chunks, conversations, embeddings, feedback, followups, messages, runs, turns
 from bot.types import FORGOTTEN, Conversation, Feedback, FeedbackKind, FollowUp, Heard, Message, Role, Turn
@@ -64,12 +64,19 @@ class ConversationStore:
         """Commit a message; False where it, or its event, was committed before."""
         return self._insert(messages, _columns(messages, message))
 
-    def hear(self, place: Conversation, message: Message) -> Heard:
-        """Commit a message at a place, in one transaction with the place."""
+    def hear(self, place: Conversation, message: Message, earlier: Sequence[Message] = ()) -> Heard:
+        """Commit a message at a place, in one transaction with the place, and what was said there `earlier` (oldest first).
+
+        What is earlier comes before the message also where the platform's clock and ours differ.
+        """
         with self.database.begin():
             place = self.open(place)
             message = replace(message, conversation_id=place.id)
-            return Heard(message, place, self.add_message(message))
+            is_new = self.add_message(message)
+            for left, one in zip(range(len(earlier), 0, -1), earlier if is_new else (), strict=False):
+                at = min(one.at, message.at - timedelta(microseconds=left))
+                self.add_message(replace(one, conversation_id=place.id, at=at))
+            return Heard(message, place, is_new)
 
     def claim(self, message: Message) -> tuple[Message, Turn | None]:
         """Commit a message; where it or its event came before, the message as it is stored, with the answer to it if any."""
@@ -94,11 +101,11 @@ class ConversationStore:
     def add_turn(self, turn: Turn) -> None:
         """Commit an answer and the message that it was sent as, in one transaction.
 
-        Raises DataError where anything that the answer was made from has been forgotten meanwhile: then nothing is stored.
+        Raises Forgotten where anything that the answer was made from has been forgotten meanwhile: then nothing is stored.
         """
         with self.database.begin() as connection:
             if connection.execute(_FORGOTTEN_OF, {"sources": [turn.message_id, *turn.shown]}).first() is not None:
-                raise DataError("what this answers was forgotten meanwhile; the answer is not kept")
+                raise Forgotten("what this answers was forgotten meanwhile; the answer is not kept")
             _insert_turn(connection, turn)
 
     def add_feedback(self, given: Feedback) -> bool:

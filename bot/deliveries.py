@@ -10,8 +10,8 @@ from datetime import datetime
 import sqlalchemy as sa
 
 from bot.database import Database
-from bot.tables import deliveries
-from bot.types import now
+from bot.tables import conversations, deliveries, messages, turns
+from bot.types import Conversation, now
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,14 @@ class Deliveries:
         query = sa.select(deliveries.c.turn_id).where(here).order_by(deliveries.c.turn_id.desc()).limit(1)
         with self.database.read() as connection:
             return connection.execute(query).scalar_one_or_none()
+
+    def first_question(self, place: Conversation) -> str | None:
+        """The event of the first message that was answered in the conversation at a place; None where none was."""
+        there = (conversations.c[name] == getattr(place, name) for name in ("platform", "space", "channel", "thread"))
+        query = sa.select(messages.c.event_id).select_from(turns).join(conversations)
+        query = query.join(messages, messages.c.id == turns.c.message_id).where(*there, messages.c.event_id.is_not(None))
+        with self.database.read() as connection:
+            return connection.execute(query.order_by(turns.c.at, turns.c.id).limit(1)).scalar_one_or_none()
 
     def since(self, platform: str, at: datetime, limit: int) -> list[Delivery]:
         """The newest `limit` messages that were shown after a time, newest first."""

@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from bot.conversations import ConversationStore
-from bot.errors import DataError, ReplyInterrupted
+from bot.errors import DataError, Forgotten, ReplyInterrupted
 from bot.followups import FollowUps
 from bot.forgetting import forget_message
 from bot.policy import STOPPED, OnText, Policy
+from bot.speakers import clean_name
 from bot.tracker import Context, StateTracker, Surroundings
-from bot.types import Conversation, Feedback, FeedbackKind, Heard, Message, Reply, Role, Turn, new_id, now
+from bot.types import FORGOTTEN, Conversation, Feedback, FeedbackKind, Heard, Message, Reply, Role, Turn, new_id, now
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,10 @@ def cleaned(text: str) -> str:
     return text[:LONGEST].encode("utf-8", "replace").decode().replace("\0", "\ufffd")
 
 
+def _storable(message: Message) -> Message:
+    return replace(message, text=cleaned(message.text), author_name=clean_name(cleaned(message.author_name)))
+
+
 def spoken(turn: Turn) -> str:
     """Return what a person is shown of an answer: its text, or an apology if it says nothing."""
     return turn.text if turn.text.strip() or turn.finish_reason == STOPPED else NO_ANSWER
@@ -89,36 +94,43 @@ class DialogueManager:
         options: ReplyOptions = PLAIN,
         shown: Sequence[dict[str, str]] | None = None,
         place: Conversation | None = None,
+        earlier: Sequence[Message] = (),
     ) -> Turn:
         """Commit a message, have it answered, commit the answer. A message that came before gets its first answer.
 
-        Where it is not known which conversation the message belongs to, `place` is where it was said. The policy is shown
-        what the tracker finds, or `shown`: chat messages of a client that keeps the history itself, the new message last.
+        Where it is not known which conversation the message belongs to, `place` is where it was said, and `earlier` what
+        was said there before and not to kibitz (oldest first): it is committed too. The policy is shown what the tracker
+        finds, or `shown`: chat messages of a client that keeps the history itself, the new message last.
         """
-        message = replace(message, text=cleaned(message.text))
+        message, earlier = _storable(message), [_storable(one) for one in earlier]
         # One trip: under load each to the database's thread costs more in waiting than in work.
-        taken_in = self.store.database.call(self._taken_in, message, place, shown is None)
-        return await self._settled(taken_in, options, shown)
+        taken = await self.store.database.call(self._taken_in, message, place, shown is None, earlier)
+        self.tracker.recall.learn(earlier)
+        return await self._settled(taken, options, shown)
 
     async def answer(self, heard: Heard, options: ReplyOptions = PLAIN) -> Turn:
         """Have a message answered that was heard, and commit the answer; one that came before gets its first answer."""
-        return await self._settled(self.store.database.call(self._waited, heard), options, None)
+        return await self._settled(await self.store.database.call(self._waited, heard), options, None)
 
-    async def _settled(
-        self, taken_in: Awaitable[Taken], options: ReplyOptions, shown: Sequence[dict[str, str]] | None
-    ) -> Turn:
-        first, answered, around = await taken_in
+    async def _settled(self, taken: Taken, options: ReplyOptions, shown: Sequence[dict[str, str]] | None) -> Turn:
+        first, answered, around = taken
         if answered is not None:
             return answered
         if first.is_forgotten:
-            raise DataError("this message was forgotten; it gets no answer")
+            raise Forgotten("this message was forgotten; it gets no answer")
         context = await self.tracker.context(first, around) if shown is None else self.tracker.fitted(shown)
         return await self._answer(first, context, first.author_id, None, options)
 
-    async def hear(self, place: Conversation, message: Message) -> Heard:
-        """Commit a message at a place, for `answer` to answer it later."""
-        message = replace(message, text=cleaned(message.text))
-        return await self.store.database.call(self.store.hear, place, message)
+    async def hear(self, place: Conversation, message: Message, earlier: Sequence[Message] = ()) -> Heard:
+        """Commit a message at a place, for `answer` to answer it later; with `earlier` as for `respond`."""
+        earlier = [_storable(one) for one in earlier]
+        heard = await self.store.database.call(self.store.hear, place, _storable(message), earlier)
+        self.tracker.recall.learn(earlier)
+        return heard
+
+    async def decline(self, place: Conversation, event_id: str) -> bool:
+        """Commit that a message gets no answer, now or later; nothing of its text. False where its event came before."""
+        return (await self.hear(place, Message("", FORGOTTEN, "", event_id=event_id))).is_new
 
     async def regenerate(self, turn_id: str, user_id: str, options: ReplyOptions = PLAIN) -> Turn:
         """Another answer to the same message; that the first was not wanted is recorded as feedback on it.
@@ -169,10 +181,12 @@ class DialogueManager:
         remembered = [await self.store.database.call(self.store.message, message) for message in turn.remembered]
         return Explanation(turn, said.get(turn_id, []), remembered)
 
-    def _taken_in(self, message: Message, place: Conversation | None, remembering: bool) -> Taken:
+    def _taken_in(
+        self, message: Message, place: Conversation | None, remembering: bool, earlier: Sequence[Message]
+    ) -> Taken:
         """A message as it is committed, and its answer if it has one; else, if asked for, what is around it."""
         if place is not None:
-            return self._heard(self.store.hear(place, message), remembering)
+            return self._heard(self.store.hear(place, message, earlier), remembering)
         return self._claimed(message, None, remembering)
 
     def _waited(self, heard: Heard) -> Taken:

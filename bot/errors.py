@@ -4,6 +4,7 @@
     |-- ConfigError            a config key or a command-line value cannot be used
     |-- TemplateError          the model's chat template refuses a conversation
     |-- DataError              a file or a database that kibitz was given cannot be read
+    |   '-- Forgotten          what was to be answered is forgotten; nobody waits for it
     |-- ServingError           vLLM cannot be started, reached or used
     |   |-- ReplyInterrupted   an answer broke off; what was said so far is kept
     |   |-- Asleep             vLLM sleeps while a version is trained
@@ -31,6 +32,10 @@ class TemplateError(KibitzError):
 
 class DataError(KibitzError):
     """A file or a database that kibitz was given cannot be read."""
+
+
+class Forgotten(DataError):
+    """What was to be answered was forgotten, before its answer or meanwhile; nobody waits for it."""
 
 
 class ServingError(KibitzError):

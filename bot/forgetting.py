@@ -147,6 +147,6 @@ def _erase(
     ):
         for ids in chunks(values):
             connection.execute(column.table.delete().where(column.in_(ids)))
-    blank = {"text": "", "author_id": FORGOTTEN}
+    blank = {"text": "", "author_id": FORGOTTEN, "author_name": ""}
     for ids in chunks(own):
         connection.execute(messages.update().where(messages.c.id.in_(ids)).values(**blank))

@@ -54,6 +54,7 @@ messages = sa.Table(
     sa.Column("event_id", sa.String(128), unique=True),
     sa.Column("at", UTCDateTime, nullable=False),
     sa.Column("edited_at", UTCDateTime),
+    sa.Column("author_name", sa.String(64), nullable=False, server_default=""),
     sa.Index("messages_in_order", "conversation_id", "at", "id"),
     sa.Index("messages_of_conversations", "conversation_id", "id"),
 )

@@ -15,6 +15,7 @@ from bot.errors import ConfigError
 from bot.facts import sorted_out
 from bot.recall import Recall, Remembered
 from bot.retrieval import Entry, ScopeIndex
+from bot.speakers import with_speakers
 from bot.tokenizer import ChatTokenizer
 from bot.types import Conversation, Message, Role
 
@@ -84,7 +85,8 @@ class StateTracker:
         """What to show the policy for `message`, with what is `around` it (read now if not given). Never over the budget."""
         if around is None:
             around = await self.store.database.call(self.surroundings, message)
-        newest, recent, place = self._clipped(message), around.recent, message.conversation_id
+        *recent, named = with_speakers([*around.recent, message])
+        newest, place = self._clipped(named), message.conversation_id
         index = await self.recall.index(around.index, around.unread)
         shown = {said.id for said in recent[self._start(recent, newest, notes="") :]}
         remembered: list[Remembered] = []
@@ -139,7 +141,8 @@ class StateTracker:
     def _notes(self, remembered: list[Remembered]) -> str:
         in_order = sorted((found.message for found in remembered), key=lambda said: (said.at, said.id))
         lines = (
-            f"{self.tokenizer.neutralise(said.author_id)}, {said.at:%Y-%m-%d}: {self._shown(said)}" for said in in_order
+            f"{self.tokenizer.neutralise(said.author_name or said.author_id)}, {said.at:%Y-%m-%d}: {self._shown(said)}"
+            for said in in_order
         )
         return "\n".join(("Said earlier:", *lines)) if remembered else ""
 

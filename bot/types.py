@@ -75,6 +75,7 @@ class Conversation:
 class Message:
     """One message of a conversation. `event_id` is the platform's id of the event that brought it, claimed once.
 
+    `author_name` is what people saw its author called when it was written; "" where nobody else is there.
     Of a message that was erased (`bot.forgetting`) only its place is left: its author is FORGOTTEN, its text empty.
     """
 
@@ -86,6 +87,7 @@ class Message:
     event_id: str | None = None
     at: datetime = field(default_factory=now)
     edited_at: datetime | None = None
+    author_name: str = ""
     id: str = field(default_factory=new_id)
 
     @property

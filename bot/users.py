@@ -4,6 +4,8 @@ Only those may teach who consent (law 7). Whoever has decided nothing is taken a
 platform's client: people are known by their platform and its id for them.
 """
 
+from collections.abc import Iterable
+
 import sqlalchemy as sa
 
 from bot.config import PrivacyConfig
@@ -24,6 +26,11 @@ class Users:
     def consents(self, platform: str, user_id: str) -> bool:
         """Whether a person may be learned from."""
         return self.decided().get((platform, user_id), self.assumed)
+
+    def consenting(self, platform: str, user_ids: Iterable[str]) -> set[str]:
+        """Those of these people who may be learned from."""
+        decided = self.decided()
+        return {one for one in user_ids if decided.get((platform, one), self.assumed)}
 
     def decide(self, platform: str, user_id: str, consent: bool) -> None:
         """Give or withhold consent; the last decision holds."""
