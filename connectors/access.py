@@ -21,12 +21,20 @@ class Access:
         self._messages = MovingWindow(config.messages_per_minute)
         self._opinions = MovingWindow(config.opinions_per_minute)
 
-    def admits(self, user: str, channel: str = "", roles: Iterable[str] = ()) -> bool:
-        """Whether a user may talk and react here. A denial beats an allowance; an empty list of the allowed allows all."""
-        known, config = set(roles), self.config
-        if user in config.deny_users or channel in config.deny_channels or known & set(config.deny_roles):
+    @property
+    def needs_roles(self) -> bool:
+        """Whether somebody's roles decide if they may talk and react."""
+        return bool(self.config.allow_roles or self.config.deny_roles)
+
+    def admits(self, user: str, channel: str = "", roles: Iterable[str] = (), parent: str = "") -> bool:
+        """Whether a user may talk and react here. A denial beats an allowance; an empty list of the allowed allows all.
+
+        A thread (`channel`) is in a list if it or the channel that it belongs to (`parent`) is.
+        """
+        known, here, config = set(roles), {channel, parent}, self.config
+        if user in config.deny_users or here & set(config.deny_channels) or known & set(config.deny_roles):
             return False
-        if config.allow_channels and channel not in config.allow_channels:
+        if config.allow_channels and not here & set(config.allow_channels):
             return False
         named = config.allow_users or config.allow_roles
         return not named or user in config.allow_users or bool(known & set(config.allow_roles))

@@ -7,19 +7,18 @@ import asyncio
 import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
-from datetime import datetime
 from typing import Protocol
 
 from aiolimiter import AsyncLimiter
 
 from bot.dialogue import ReplyOptions, spoken
-from bot.errors import Asleep, KibitzError
+from bot.errors import Asleep, Forgotten, KibitzError
 from bot.feedback import held
-from bot.types import Feedback, FeedbackKind, Turn
+from bot.types import Feedback, FeedbackKind, Message, Turn
 from connectors.base import Shared
-from connectors.opinions import Opinions, Reaction
+from connectors.opinions import Opinions, Reading
 from connectors.streaming import GrowingText
 
 log = logging.getLogger(__name__)
@@ -127,57 +126,88 @@ class Answers:
             if turn.id != turn_id and not await self._call(self.deliveries.is_shown, self.platform, turn.id):
                 shown.turn_id = turn.id
                 await shown.whole(spoken(turn))
+        except Forgotten as error:
+            log.info("no answer (turn %s): %s", turn_id, error)
         except Asleep as error:
-            await shown.sorry(f"{str(error).replace('; ', ': ')}.")
+            await self._apologise(shown, f"{str(error).replace('; ', ': ')}.")
         except KibitzError as error:
-            log.warning("no answer: %s", error)
-            await shown.sorry()
+            log.warning("no answer (turn %s): %s", turn_id, error)
+            await self._apologise(shown)
+        except Exception as error:  # whatever fails: people are told that there is no answer, operators why, in one line
+            log.error("no answer (turn %s): %r", turn_id, error, exc_info=log.isEnabledFor(logging.DEBUG))
+            await self._apologise(shown)
         finally:
             del self._stops[turn_id], self._stored[turn_id]
 
-    async def reacted(self, channel: str, message_id: str, reaction: Feedback) -> None:
-        """Commit a reaction on a message, if it shows a turn of ours (which `reaction` does not name yet)."""
+    async def _apologise(self, shown: Shown, text: str = SORRY) -> None:
+        try:
+            await shown.sorry(text)
+        except Exception as error:  # whatever a platform's client raises: the question may be gone, or the channel closed
+            log.warning("an apology could not be shown (turn %s): %r", shown.turn_id, error)
+
+    async def overheard(self, said: Sequence[Message], admits: Callable[[str], bool]) -> list[Message]:
+        """Choose from messages that nobody addressed to kibitz those that it may be shown beside one that is.
+
+        They have words, and their authors may take part here (`admits`) and consent to be learned from.
+        """
+        spoken = [one for one in said if one.text.strip() and admits(one.author_id)]
+        willing = await self._call(self.users.consenting, self.platform, {one.author_id for one in spoken})
+        return [one for one in spoken if one.author_id in willing]
+
+    async def reacted(self, channel: str, message_id: str, reaction: Feedback, is_admitted: bool = True) -> None:
+        """Commit a reaction on a message, if it shows a turn of ours (which `reaction` does not name yet).
+
+        Whoever is not admitted may still take back what they gave: the lists may have changed, and a platform may not say
+        who takes a reaction back.
+        """
+        if not (is_admitted or reaction.retracts):
+            return
         with self.opinions.take(reaction, message_id) as taken:
             turn_id = await self.turn_of(message_id, channel) if taken else None
             if turn_id is not None:
-                await self._commit(replace(reaction, turn_id=turn_id))
+                await self._commit(replace(reaction, turn_id=turn_id), only_if_given=not is_admitted)
 
-    async def record(self, given: Feedback) -> None:
-        """Commit an opinion; one on an answer that still grows waits for its turn."""
+    async def record(self, given: Feedback) -> bool:
+        """Commit an opinion; one on an answer that still grows waits for its turn. False where it is not recorded."""
         with self.opinions.take(given) as taken:
-            if taken:
-                await self._commit(given)
+            return taken and await self._commit(given)
 
-    async def _commit(self, given: Feedback) -> None:
+    async def _commit(self, given: Feedback, only_if_given: bool = False) -> bool:
         if given.turn_id in self._stored:
             await self._stored[given.turn_id].wait()
         try:
+            if only_if_given:
+                recorded = self._reactions_among(await self._said_of(given.turn_id))
+                if (given.user_id, given.signal) not in recorded:
+                    return False
             await self.dialogue.record_feedback(given)
+            return True
         except KibitzError as error:
             log.warning("an opinion was dropped: %s", error)
+            return False
 
-    async def reconcile(self, turn_id: str, messages: Collection[str], there: set[Reaction], read_at: datetime) -> None:
-        """Make the recorded reactions on a turn those that its `messages` had at `read_at`, when the platform was read.
+    async def reconcile(self, turn_id: str, reading: Reading, admits: Callable[[str], bool]) -> None:
+        """Make the recorded reactions on a turn those that the platform's API showed.
 
-        Add what is missing and take back what is gone. Events that arrive meanwhile are counted once. People who were
-        forgotten are left out.
+        Add what is missing, of people who may react there (`admits`) and were not forgotten. Take back what is gone: not
+        what is only not listed. Events that arrive meanwhile are counted once.
         """
         forgotten = await self._call(self.users.forgotten, self.platform)
         said = await self._said_of(turn_id)
         # No await from here until all are claimed: of what comes later nothing is missing in `said`.
-        newer = {(row.user_id, row.signal) for row in said if row.at > read_at}
+        newer = {(row.user_id, row.signal) for row in said if row.at > reading.at}
         recorded = self._reactions_among(said)
-        shown = {(user, symbol): message for message, user, symbol in there}
+        shown = {(user, symbol): message for message, user, symbol in reading.there}
         rows = []
         for user, symbol in sorted(shown.keys() - recorded.keys() - newer):
             kind = self.reactions.kind(symbol)
-            if kind is None or user in forgotten:
+            if kind is None or user in forgotten or not admits(user):
                 continue
-            if self.opinions.claim([shown[user, symbol]], user, symbol, False, read_at):
-                rows.append(Feedback(turn_id, user, kind, symbol, at=read_at))
+            if self.opinions.claim([shown[user, symbol]], user, symbol, False, reading.at):
+                rows.append(Feedback(turn_id, user, kind, symbol, at=reading.at))
         for user, symbol in sorted(recorded.keys() - shown.keys() - newer):
-            if self.opinions.claim(messages, user, symbol, True, read_at):
-                rows.append(Feedback(turn_id, user, recorded[user, symbol], symbol, retracts=True, at=read_at))
+            if symbol not in reading.partial and self.opinions.claim(reading.messages, user, symbol, True, reading.at):
+                rows.append(Feedback(turn_id, user, recorded[user, symbol], symbol, retracts=True, at=reading.at))
         for row in rows:
             await self._commit(row)
 

@@ -3,13 +3,16 @@
 It knows no platform and no database: what is asked goes to the desk that the composition root made.
 """
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from bot.errors import KibitzError
 from connectors.access import Access
-from connectors.answers import Answers
+from connectors.answers import SORRY, Answers
 from connectors.base import Desk
+
+log = logging.getLogger(__name__)
 
 CONSENT = ("status", "on", "off")  # what /privacy takes; the first where nothing is said
 
@@ -61,6 +64,9 @@ class Commands:
             return await self._do(command.name, asker, choice or "status")
         except KibitzError as error:
             return str(error)
+        except Exception as error:  # whatever fails: who asked is told, and operators why, in one line
+            log.error("/%s failed: %r", command.name, error, exc_info=log.isEnabledFor(logging.DEBUG))
+            return SORRY
 
     async def _do(self, name: str, asker: Asker, choice: str) -> str:
         platform = self.answers.platform

@@ -5,8 +5,9 @@ this is bounded and is not stored. It knows no database.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from typing import TypeVar
 
@@ -19,6 +20,19 @@ REMEMBERED = 100_000  # reactions and events that are known again; of more the o
 Reaction = tuple[str, str, str]  # message, user, emoji
 Key = TypeVar("Key")
 Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The reactions that a platform's API showed on the `messages` of one answer, when it was asked (`at`).
+
+    `partial` holds the emoji of which it showed more reactions than people: who is not listed may have reacted all the same.
+    """
+
+    messages: Collection[str]
+    there: Collection[Reaction]
+    at: datetime
+    partial: Collection[str] = ()
 
 
 class Opinions:

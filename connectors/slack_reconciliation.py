@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from slack_sdk.errors import SlackApiError
 
 from bot.types import now
+from connectors.opinions import Reading
 from connectors.slack_messages import Place, event_of, refusal
 
 if TYPE_CHECKING:
@@ -97,7 +98,11 @@ async def _reactions(connector: "Slack", me: str, turn_id: str, messages: list[s
             return  # what is not known of one part may be on it
         listed = [one for one in got["message"].get("reactions", []) if connector.reactions.kind(one["name"]) is not None]
         there |= {(message_id, user, one["name"]) for one in listed for user in one["users"] if user != me}
-    await connector.answers.reconcile(turn_id, messages, there, read_at)
+
+    def admits(user: str) -> bool:
+        return connector.access.admits(user, messages[0].partition(":")[0])
+
+    await connector.answers.reconcile(turn_id, Reading(messages, there, read_at), admits)
 
 
 async def _read(asked: Awaitable[Any]) -> dict[str, Any]:

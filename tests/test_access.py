@@ -26,6 +26,22 @@ def test_a_denial_beats_an_allowance_and_an_empty_list_allows_all(lists, admitte
     assert Access(AccessConfig(**lists)).admits("ann", "lobby", ["friends"]) == admitted
 
 
+@pytest.mark.parametrize(
+    ("lists", "admitted"),
+    [
+        ({"allow_channels": ["lobby"]}, True),
+        ({"allow_channels": ["thread"]}, True),
+        ({"allow_channels": ["attic"]}, False),
+        ({"deny_channels": ["lobby"]}, False),
+        ({"deny_channels": ["lobby"], "allow_channels": ["thread"]}, False),
+        ({"deny_channels": ["thread"]}, False),
+        ({"deny_channels": ["attic"]}, True),
+    ],
+)
+def test_a_thread_belongs_to_its_channel(lists, admitted):
+    assert Access(AccessConfig(**lists)).admits("ann", "thread", parent="lobby") == admitted
+
+
 def test_each_user_has_a_limit_of_their_own_on_each_platform():
     access = Access(AccessConfig(messages_per_minute=3))
     assert [access.in_time("discord", "ann") for _ in range(5)] == [True, True, True, False, False]

@@ -23,7 +23,7 @@ from connectors import opinions
 from connectors.access import Access
 from connectors.answers import Answers
 from connectors.base import Shared
-from connectors.opinions import Opinions
+from connectors.opinions import Opinions, Reading
 from connectors.reactions import Reactions
 
 LIKED = FeedbackKind.APPROVAL
@@ -78,7 +78,7 @@ class Life:
             is_there, read_at = self.seen
             self.seen = (is_there, None)
             there = {(self.message, self.user, "👍")} if is_there else set()
-            await self.answers.reconcile(self.turn_id, [self.message], there, read_at)
+            await self.answers.reconcile(self.turn_id, Reading([self.message], there, read_at), lambda user: True)
 
     async def end(self) -> list[Feedback]:
         """Everything arrives and is written, and the API is read once more; returns what is recorded."""
@@ -171,3 +171,62 @@ def test_what_is_remembered_is_bounded(monkeypatch):
                 pass
     assert access.shed == 6
     assert len(shed._shed) == len(shed._events) == 3
+
+
+async def opinions_on(answers: Answers, turn_id: str) -> dict[str, FeedbackKind]:
+    rows = await answers.dialogue.store.database.call(answers.dialogue.store.feedback_of, [turn_id])
+    return {row.user_id: row.kind for row in standing(rows.get(turn_id, []))}
+
+
+async def shown_turn(answers: Answers, store, tokenizer) -> tuple[str, str]:
+    """A stored turn and the message that shows it."""
+    turn, message = answered(store, tokenizer, "hello", "Hey!"), new_id()
+    answers.deliveries.add("test", "channel", message, turn.id, 0)
+    return turn.id, message
+
+
+async def test_reading_the_api_adds_no_reactions_of_people_who_are_not_admitted(answers, store, tokenizer):
+    turn_id, message = await shown_turn(answers, store, tokenizer)
+    access = Access(AccessConfig(deny_users=["mallory"]))
+    there = {(message, "mallory", "👎"), (message, "ann", "👍")}
+    await answers.reconcile(turn_id, Reading([message], there, now()), access.admits)
+    assert await opinions_on(answers, turn_id) == {"ann": LIKED}
+    await answers.reconcile(turn_id, Reading([message], there, now()), lambda user: True)  # the control
+    assert (await opinions_on(answers, turn_id)).keys() == {"ann", "mallory"}
+    await answers.reconcile(turn_id, Reading([message], there, now()), access.admits)  # it is there: nobody took it back
+    assert (await opinions_on(answers, turn_id)).keys() == {"ann", "mallory"}
+
+
+async def test_who_is_not_listed_has_taken_nothing_back_where_not_all_are_listed(answers, store, tokenizer):
+    turn_id, message = await shown_turn(answers, store, tokenizer)
+    both = {(message, "ann", "👍"), (message, "bob", "👍")}
+    await answers.reconcile(turn_id, Reading([message], both, now()), lambda user: True)
+    only_ann = {(message, "ann", "👍")}
+    await answers.reconcile(turn_id, Reading([message], only_ann, now(), partial={"👍"}), lambda user: True)
+    assert (await opinions_on(answers, turn_id)).keys() == {"ann", "bob"}
+    await answers.reconcile(turn_id, Reading([message], only_ann, now()), lambda user: True)  # the control
+    assert (await opinions_on(answers, turn_id)).keys() == {"ann"}
+
+
+async def test_whoever_gave_a_reaction_may_take_it_back_and_nobody_else_leaves_a_trace(answers, store, tokenizer):
+    turn_id, message = await shown_turn(answers, store, tokenizer)
+
+    async def reacts(user: str, retracts: bool, is_admitted: bool) -> None:
+        given = Feedback("", user, LIKED, "👍", retracts=retracts)
+        await answers.reacted("channel", message, given, is_admitted)
+
+    await reacts("mallory", retracts=False, is_admitted=False)
+    await reacts("mallory", retracts=True, is_admitted=False)
+    await reacts("ann", retracts=False, is_admitted=True)
+    assert await opinions_on(answers, turn_id) == {"ann": LIKED}
+    await reacts("ann", retracts=True, is_admitted=False)  # Discord does not say which roles she has
+    assert await opinions_on(answers, turn_id) == {}
+    assert {row.user_id for row in store.feedback_of([turn_id])[turn_id]} == {"ann"}
+
+
+async def test_an_opinion_that_is_too_many_is_not_said_to_be_recorded(answers, store, tokenizer, monkeypatch):
+    turn_id, _ = await shown_turn(answers, store, tokenizer)
+    monkeypatch.setattr(answers.opinions, "_access", Access(AccessConfig(opinions_per_minute=1)))
+    given = [Feedback(turn_id, "ann", kind, signal="button") for kind in (LIKED, FeedbackKind.DISAPPROVAL)]
+    assert [await answers.record(one) for one in given] == [True, False]
+    assert await opinions_on(answers, turn_id) == {"ann": LIKED}
