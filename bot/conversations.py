@@ -64,19 +64,20 @@ class ConversationStore:
         """Commit a message; False where it, or its event, was committed before."""
         return self._insert(messages, _columns(messages, message))
 
-    def hear(self, place: Conversation, message: Message, earlier: Sequence[Message] = ()) -> Heard:
-        """Commit a message at a place, in one transaction with the place, and what was said there `earlier` (oldest first).
-
-        What is earlier comes before the message also where the platform's clock and ours differ.
-        """
+    def hear(self, place: Conversation, message: Message) -> Heard:
+        """Commit a message at a place, in one transaction with the place."""
         with self.database.begin():
             place = self.open(place)
             message = replace(message, conversation_id=place.id)
-            is_new = self.add_message(message)
-            for left, one in zip(range(len(earlier), 0, -1), earlier if is_new else (), strict=False):
-                at = min(one.at, message.at - timedelta(microseconds=left))
-                self.add_message(replace(one, conversation_id=place.id, at=at))
-            return Heard(message, place, is_new)
+            return Heard(message, place, self.add_message(message))
+
+    def overhear(self, place: Conversation, said: Sequence[Message], until: datetime) -> None:
+        """Commit what was said at a place (oldest first) as older than `until`, whatever the platform's clock said."""
+        with self.database.begin():
+            place = self.open(place)
+            for number, message in enumerate(said, -len(said)):
+                at = min(message.at, until + timedelta(microseconds=number))
+                self.add_message(replace(message, conversation_id=place.id, at=at))
 
     def claim(self, message: Message) -> tuple[Message, Turn | None]:
         """Commit a message; where it or its event came before, the message as it is stored, with the answer to it if any."""

@@ -94,26 +94,25 @@ class DialogueManager:
         options: ReplyOptions = PLAIN,
         shown: Sequence[dict[str, str]] | None = None,
         place: Conversation | None = None,
-        earlier: Sequence[Message] = (),
     ) -> Turn:
         """Commit a message, have it answered, commit the answer. A message that came before gets its first answer.
 
-        Where it is not known which conversation the message belongs to, `place` is where it was said, and `earlier` what
-        was said there before and not to kibitz (oldest first): it is committed too. The policy is shown what the tracker
-        finds, or `shown`: chat messages of a client that keeps the history itself, the new message last.
+        Where it is not known which conversation the message belongs to, `place` is where it was said. The policy is shown
+        what the tracker finds, or `shown`: chat messages of a client that keeps the history itself, the new message last.
         """
-        message, earlier = _storable(message), [_storable(one) for one in earlier]
+        message = _storable(message)
         # One trip: under load each to the database's thread costs more in waiting than in work.
-        taken = await self.store.database.call(self._taken_in, message, place, shown is None, earlier)
-        self.tracker.recall.learn(earlier)
-        return await self._settled(taken, options, shown)
+        taken_in = self.store.database.call(self._taken_in, message, place, shown is None)
+        return await self._settled(taken_in, options, shown)
 
     async def answer(self, heard: Heard, options: ReplyOptions = PLAIN) -> Turn:
         """Have a message answered that was heard, and commit the answer; one that came before gets its first answer."""
-        return await self._settled(await self.store.database.call(self._waited, heard), options, None)
+        return await self._settled(self.store.database.call(self._waited, heard), options, None)
 
-    async def _settled(self, taken: Taken, options: ReplyOptions, shown: Sequence[dict[str, str]] | None) -> Turn:
-        first, answered, around = taken
+    async def _settled(
+        self, taken_in: Awaitable[Taken], options: ReplyOptions, shown: Sequence[dict[str, str]] | None
+    ) -> Turn:
+        first, answered, around = await taken_in
         if answered is not None:
             return answered
         if first.is_forgotten:
@@ -121,12 +120,19 @@ class DialogueManager:
         context = await self.tracker.context(first, around) if shown is None else self.tracker.fitted(shown)
         return await self._answer(first, context, first.author_id, None, options)
 
-    async def hear(self, place: Conversation, message: Message, earlier: Sequence[Message] = ()) -> Heard:
-        """Commit a message at a place, for `answer` to answer it later; with `earlier` as for `respond`."""
-        earlier = [_storable(one) for one in earlier]
-        heard = await self.store.database.call(self.store.hear, place, _storable(message), earlier)
-        self.tracker.recall.learn(earlier)
-        return heard
+    async def hear(self, place: Conversation, message: Message) -> Heard:
+        """Commit a message at a place, for `answer` to answer it later."""
+        return await self.store.database.call(self.store.hear, place, _storable(message))
+
+    async def overhear(self, place: Conversation, said: Sequence[Message], until: datetime) -> None:
+        """Commit what people said to each other at a place before `until`, oldest first: what is asked there is about it.
+
+        It is shown and forgotten as what is said to kibitz is. What was committed before stays where it is.
+        """
+        if said:
+            storable = [_storable(one) for one in said]
+            await self.store.database.call(self.store.overhear, place, storable, until)
+            self.tracker.recall.learn(storable)
 
     async def decline(self, place: Conversation, event_id: str) -> bool:
         """Commit that a message gets no answer, now or later; nothing of its text. False where its event came before."""
@@ -181,12 +187,10 @@ class DialogueManager:
         remembered = [await self.store.database.call(self.store.message, message) for message in turn.remembered]
         return Explanation(turn, said.get(turn_id, []), remembered)
 
-    def _taken_in(
-        self, message: Message, place: Conversation | None, remembering: bool, earlier: Sequence[Message]
-    ) -> Taken:
+    def _taken_in(self, message: Message, place: Conversation | None, remembering: bool) -> Taken:
         """A message as it is committed, and its answer if it has one; else, if asked for, what is around it."""
         if place is not None:
-            return self._heard(self.store.hear(place, message, earlier), remembering)
+            return self._heard(self.store.hear(place, message), remembering)
         return self._claimed(message, None, remembering)
 
     def _waited(self, heard: Heard) -> Taken:

@@ -17,7 +17,7 @@ from bot.policy import Policy
 from bot.recall import Recall, weights
 from bot.speakers import LONGEST_NAME, clean_name, with_speakers
 from bot.tracker import StateTracker
-from bot.types import FORGOTTEN, Conversation, Message, Role, now
+from bot.types import FORGOTTEN, Conversation, Heard, Message, Role, now
 
 HERE = Conversation("test", "lobby", "server", "1")
 
@@ -55,9 +55,14 @@ def test_a_name_is_one_short_line_that_ends_where_it_should(name):
     assert found.splitlines() in ([], [found])
 
 
-async def test_what_was_said_before_to_somebody_else_is_shown_with_its_speaker(store, tracker):
+async def ask(dialogue, question: Message, earlier: list[Message], place: Conversation = HERE) -> Heard:
+    await dialogue.overhear(place, earlier, question.at)
+    return await dialogue.hear(place, question)
+
+
+async def test_what_was_said_before_to_somebody_else_is_shown_with_its_speaker(dialogue, tracker):
     earlier = [said("bob", "the meeting moved to ten"), said("cleo", "oh no")]
-    heard = store.hear(HERE, said("ann", "is this true?"), earlier)
+    heard = await ask(dialogue, said("ann", "is this true?"), earlier)
     context = await tracker.context(heard.message)
     assert "\n".join(one["content"] for one in context.messages) == (
         "name of bob: the meeting moved to ten\nname of cleo: oh no\nname of ann: is this true?"
@@ -65,23 +70,24 @@ async def test_what_was_said_before_to_somebody_else_is_shown_with_its_speaker(s
     assert set(context.shown) == {one.id for one in earlier}  # so that they are forgotten with it
 
 
-async def test_what_was_said_before_comes_before_the_question_whatever_the_clocks_say(store, tracker):
+async def test_what_was_said_before_comes_before_the_question_whatever_the_clocks_say(dialogue, store):
     earlier = [said("bob", text, at=now() + timedelta(hours=1)) for text in ("one", "two")]
-    heard = store.hear(HERE, said("ann", "three"), earlier)
+    heard = await ask(dialogue, said("ann", "three"), earlier)
     assert [one.text for one in store.recent(heard.place.id, heard.message, 9)] == ["one", "two"]
 
 
-async def test_what_was_said_before_is_stored_once_and_only_with_a_new_message(store):
-    before, question = said("bob", "one", event_id="event 1"), said("ann", "two", event_id="event 2")
-    heard = store.hear(HERE, question, [before])
-    store.hear(HERE, question, [said("bob", "beside a message that came before")])
-    store.hear(HERE, said("ann", "three"), [before])
-    assert [one.text for one in store.messages(heard.place.id)] == ["one", "two", "three"]
+async def test_what_was_said_before_is_stored_once_and_stays_where_it_was_said(dialogue, store):
+    before = said("bob", "one", event_id="event 1")
+    heard = await ask(dialogue, said("ann", "two"), [before])
+    await ask(dialogue, said("ann", "three"), [before])
+    elsewhere = await ask(dialogue, said("ann", "four"), [before], replace(HERE, thread="2", id="another"))
+    texts = [[one.text for one in store.messages(place.id)] for place in (heard.place, elsewhere.place)]
+    assert texts == [["one", "two", "three"], ["four"]]
 
 
-async def test_a_place_begins_with_the_first_message_that_was_answered(store, tokenizer, database):
+async def test_a_place_begins_with_the_first_message_that_was_answered(dialogue, store, tokenizer, database):
     deliveries = Deliveries(database)
-    heard = store.hear(HERE, said("ann", "two", event_id="event 2"), [said("bob", "one", event_id="event 1")])
+    heard = await ask(dialogue, said("ann", "two", event_id="event 2"), [said("bob", "one", event_id="event 1")])
     assert deliveries.first_question(HERE) is None
     for event in ("event 2", "event 3"):
         question = store.message_of_event(event) or store.hear(HERE, said("ann", "more", event_id=event)).message
