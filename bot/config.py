@@ -216,6 +216,7 @@ class SlackConfig(Section):
     signing_secret_env: str = ""
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8081
+    follow_threads: bool = False
     streams: Positive = 18
     edits: Positive = 40
     waiting: Positive = 8

@@ -4,10 +4,9 @@ Skin tones and variation selectors are stripped, Slack's names become the charac
 person and no turn; which emoji mean what is in the config.
 """
 
-import emoji
-
 from bot.config import ReactionsConfig
 from bot.types import FeedbackKind
+from connectors.slack_emoji import character
 
 VARIATION_SELECTORS = "\ufe0e\ufe0f"
 SKIN_TONES = "".join(chr(tone) for tone in range(0x1F3FB, 0x1F400))
@@ -29,5 +28,4 @@ class Reactions:
 def canonical(symbol: str) -> str:
     """One form for all that people see as the same emoji: no skin tone, no variation selector, no Slack name."""
     name = symbol.strip(":").partition("::")[0]  # Slack: +1::skin-tone-4
-    spelled = emoji.emojize(f":{name}:", language="alias")
-    return (name if spelled == f":{name}:" else spelled).translate(_STRIPPED)
+    return (character(name) or name).translate(_STRIPPED)

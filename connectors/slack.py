@@ -1,4 +1,4 @@
-"""Slack: mentions, direct messages and assistant threads are answered; feedback buttons and reactions become feedback.
+"""Slack: mentions, direct messages and threads are answered; feedback buttons and reactions become feedback.
 
 In Socket Mode, or by HTTP with Slack's signature checked. What arrives is committed before Slack is told that we have
 it, and each event has one effect. It knows no model and no training.
@@ -21,20 +21,24 @@ from aiohttp import web as http
 from aiolimiter import AsyncLimiter
 from slack_bolt.adapter.socket_mode.async_handler import AsyncSocketModeHandler
 from slack_bolt.async_app import AsyncApp
-from slack_sdk.errors import SlackApiError
+from slack_bolt.request.async_request import AsyncBoltRequest
 from slack_sdk.http_retry.builtin_async_handlers import AsyncRateLimitErrorRetryHandler
 from slack_sdk.web.async_client import AsyncWebClient
 
 from bot.config import SlackConfig
 from bot.dialogue import ReplyOptions
 from bot.errors import ConfigError, ConnectorError
-from bot.types import Conversation, Feedback, FeedbackKind, Heard, Message, Turn
+from bot.types import Conversation, Feedback, Heard, Message, Turn
 from connectors.access import TOO_FAST
-from connectors.answers import BUSY, Answers
+from connectors.answers import BUSY, SORRY, Answers
 from connectors.base import Lanes, Shared, listening, pause
-from connectors.commands import COMMANDS, Asker, Commands
-from connectors.slack_messages import Place, SlackMessages, event_of, reason, refusal
+from connectors.commands import Commands
+from connectors.reading import Read
+from connectors.slack_interactions import SlackInteractions
+from connectors.slack_messages import Place, SlackMessages, event_of, refusal
+from connectors.slack_reader import SPEECH, SlackReader, fetch
 from connectors.slack_reconciliation import reconcile
+from connectors.slack_sessions import SlackSessions
 from connectors.streaming import Budgets
 
 log = logging.getLogger(__name__)
@@ -106,6 +110,8 @@ class Slack:
         self.web.retry_handlers.append(AsyncRateLimitErrorRetryHandler(max_retry_count=5))
         # Acked when the handler has committed. (bolt would look for a signing secret of its own in the environment.)
         self._app = AsyncApp(client=self.web, signing_secret=secrets.signing_secret or "none", process_before_response=True)
+        self.reader = SlackReader(self.web)
+        self.sessions = SlackSessions(self.web)
         self._socket = secrets.listening_on
         self._handler = None if self._socket else AsyncSocketModeHandler(self._app, secrets.app_token)
         self._stopping = asyncio.Event()
@@ -119,8 +125,9 @@ class Slack:
         while not self._stopping.is_set():
             try:
                 who = await self.web.auth_test()
+                self.reader.me = who["user_id"]
                 async with asyncio.TaskGroup() as group:
-                    group.create_task(reconcile(self, who["user_id"], who["team_id"]))
+                    group.create_task(reconcile(self, who["team_id"]))
                     await (self._watch(self._handler) if self._handler else self._serve())
             except Exception as error:  # whatever a broken network raises
                 code = refusal(error)
@@ -175,76 +182,140 @@ class Slack:
         app.event({"type": "message", "subtype": "message_changed"})(self._edited)
         app.event({"type": "message", "subtype": "message_deleted"})(self._deleted)
         app.event("message")(self._written)
+        app.event("app_home_opened")(self._opened)
+        app.event("app_context_changed")(self._looked_away)
+        app.event("agent_session_stopped")(self._stopped)
         app.event("assistant_thread_started")(self._greeted)
         app.event("reaction_added")(self._reacted)
         app.event("reaction_removed")(self._reacted)
         app.event(re.compile(".*"))(_ignored)  # what has no listener is not acked, and comes again
-        app.action(re.compile("opinion|again|stop"))(self._pressed)
-        app.view("reason")(self._explained)
-        for command in COMMANDS:
-            app.command(f"/kibitz-{command.name}")(self._commanded)
+        SlackInteractions(self).listen(app)
 
-    async def _mentioned(self, event: dict[str, Any], body: dict[str, Any]) -> None:
-        await self._heard(Place(event["channel"], event.get("thread_ts", event["ts"]), body.get("team_id", "")), event)
+    async def _mentioned(self, event: dict[str, Any], body: dict[str, Any], request: AsyncBoltRequest) -> None:
+        place = Place(event["channel"], event.get("thread_ts", event["ts"]), body.get("team_id", ""))
+        await self._heard(place, event, _attempt(request))
 
-    async def _written(self, event: dict[str, Any], body: dict[str, Any]) -> None:
-        if event.get("channel_type") == "im" and event.get("subtype") in (None, "file_share"):
-            await self._heard(Place(event["channel"], event.get("thread_ts", ""), body.get("team_id", "")), event)
+    async def _written(self, event: dict[str, Any], body: dict[str, Any], request: AsyncBoltRequest) -> None:
+        """A message in a direct channel is for us; one in a thread where we answer is, if `slack.follow_threads` is on."""
+        if event.get("subtype") not in SPEECH:
+            return
+        place = Place(event["channel"], event.get("thread_ts", ""), body.get("team_id", ""))
+        if place.is_direct:
+            await self._heard(replace(place, thread=self.sessions.root(event)), event, _attempt(request))
+        elif self.config.follow_threads and place.thread and not self.reader.mentions_us(event):
+            first = self.answers.deliveries.first_question
+            if await self.dialogue.store.database.call(first, _conversation(place)) is not None:
+                await self._heard(place, event, _attempt(request))
 
-    async def _heard(self, place: Place, event: dict[str, Any]) -> None:
+    async def _heard(self, place: Place, event: dict[str, Any], attempt: int) -> None:
         """Commit a message, then queue its answer. `app_mention` and `message` for one post have one effect."""
-        if not self._for_us(event):
+        if not self._may_talk(event):
             return
-        heard = await self._hear(place, event)
+        try:
+            read = await self.reader.read(event)
+            notice = await self._take_in(place, event, read) if read.text else await self._decline(place, event, read)
+        except Exception:
+            if attempt == 1:  # not for what was over when Slack sent it again, and once
+                await self._say_if_possible(place, SORRY)
+            raise  # it is not acked, and comes again
+        if notice:
+            await self.say(place, notice)
+
+    async def _take_in(self, place: Place, event: dict[str, Any], read: Read) -> str:
+        """Commit a message and queue its answer; returns why there will be none, or ""."""
+        heard = await self._hear(place, event, read)
         if not heard.is_new:
-            return
-        if not self.access.in_time("slack", event["user"]):
-            await self.say(place, TOO_FAST)
-        elif not self.lanes.put(heard.place.id, lambda: self._answer(place, heard)):
-            await self.say(place, BUSY)
+            return ""
+        if not self.access.in_time(self.name, event["user"]):
+            notice = TOO_FAST
+        elif not self.lanes.put(heard.place.id, lambda: self._answer(place, heard, event["ts"])):
+            notice = BUSY
+        else:
+            return ""
+        await self.dialogue.forget(heard.message.id)  # after a restart it is not answered either
+        return notice
+
+    async def _decline(self, place: Place, event: dict[str, Any], read: Read) -> str:
+        """Commit that a message without words has no answer; returns what to say to it, if it is to us."""
+        is_new = await self.dialogue.decline(_conversation(place), _event_id(place, event))
+        is_to_us = place.is_direct or self.reader.mentions_us(event)
+        return read.refusal if is_new and is_to_us and self.access.in_time(self.name, event["user"]) else ""
 
     async def missed(self, place: Place, event: dict[str, Any]) -> None:
         """Have a message answered that may have been missed; of one that has its answer, take over what was changed."""
-        if self._for_us(event) and await self.answers.needs_answer(event_of(place.channel, event["ts"])):
-            heard = await self._hear(place, event)
-            await self.lanes.put_patiently(heard.place.id, lambda: self._answer(place, heard))
-        else:
+        if not self._may_talk(event) or not await self.answers.needs_answer(_event_id(place, event)):
             await self._edited({"channel": place.channel, "message": event})
+            return
+        read = await self.reader.read(event)
+        if not read.text or not self.access.in_time(self.name, event["user"]):
+            await self._decline(place, event, read)  # it is too long ago to say why
+            return
+        heard = await self._hear(place, event, read)
+        await self.lanes.put_patiently(heard.place.id, lambda: self._answer(place, heard, event["ts"]))
 
-    def _for_us(self, event: dict[str, Any]) -> bool:
+    def _may_talk(self, event: dict[str, Any]) -> bool:
         own = event.get("bot_id") or "user" not in event
-        return not own and bool(_plain(event)) and self.access.admits(event["user"], event["channel"])
+        return not own and self.access.admits(event["user"], event["channel"])
 
-    async def _hear(self, place: Place, event: dict[str, Any]) -> Heard:
-        here = Conversation("slack", place.channel, place.team, place.thread)
-        said = Message("", event["user"], _plain(event), event_id=event_of(place.channel, event["ts"]))
-        return await self.dialogue.hear(here, said)
+    async def _hear(self, place: Place, event: dict[str, Any], read: Read) -> Heard:
+        name = "" if place.is_direct else await self.reader.name(event["user"])
+        said = Message("", event["user"], read.text, author_name=name, event_id=_event_id(place, event))
+        return await self.dialogue.hear(_conversation(place), said)
 
-    async def _answer(self, place: Place, heard: Heard) -> None:
-        if place.is_direct and place.thread:
-            await self._think(place)
-        await self._give(place, heard.message.author_id, lambda options: self.dialogue.answer(heard, options))
+    async def _answer(self, place: Place, heard: Heard, ts: str) -> None:
+        async def ask(options: ReplyOptions) -> Turn:
+            if not place.is_direct and place.thread not in ("", ts):
+                await self._overhear(place, ts, heard.message.at)
+            return await self.dialogue.answer(heard, options)
 
-    async def _think(self, place: Place) -> None:
-        """Show that an answer is being made, where it is an assistant thread; elsewhere Slack refuses, and no harm done."""
-        try:
-            await self.web.assistant_threads_setStatus(
-                channel_id=place.channel, thread_ts=place.thread, status="is thinking…"
-            )
-        except SlackApiError as error:
-            log.debug("no status in %s: %s", place.channel, refusal(error))
+        await self.give(place, heard.message.author_id, ask)
+
+    async def _overhear(self, place: Place, ts: str, until: datetime) -> None:
+        """Take in what people wrote in a thread before a message: it is what the message is about."""
+        written = await self.reader.thread(place, before=ts)
+        said = []
+        for one in written:
+            at, event_id = datetime.fromtimestamp(float(one["ts"]), UTC), _event_id(place, one)
+            text, name = await self.reader.read_words(one), await self.reader.name(one["user"])
+            said.append(Message("", one["user"], text, author_name=name, event_id=event_id, at=at))
+        overheard = await self.answers.overheard(said, lambda user: self.access.admits(user, place.channel))
+        await self.dialogue.overhear(_conversation(place), overheard, until)
 
     async def _greeted(self, event: dict[str, Any]) -> None:
+        """A person opened an assistant thread (of an older app)."""
         thread = event["assistant_thread"]
         if self.access.admits(thread["user_id"], thread["channel_id"]):
             await self.say(Place(thread["channel_id"], thread["thread_ts"], ""), GREETING)
 
+    async def _opened(self, event: dict[str, Any]) -> None:
+        """A person opened the tab where they talk with an agent. They are greeted where nothing was said before."""
+        if event.get("tab") == "messages":
+            self.sessions.is_agent = True
+            if self.access.admits(event["user"], event["channel"]):
+                self.lanes.put(f"greeting in {event['channel']}", lambda: self._greet(event["channel"]))
+
+    async def _greet(self, channel: str) -> None:
+        got = await fetch(self.web.conversations_history(channel=channel, limit=1))
+        if got.get("messages") == []:
+            await self.say(Place(channel, "", ""), GREETING)
+
+    async def _looked_away(self) -> None:
+        """A person looks at something else in Slack. That is nobody's business; but only agents are told."""
+        self.sessions.is_agent = True
+
+    async def _stopped(self, event: dict[str, Any]) -> None:
+        """A person used Slack's own button to stop an answer."""
+        turn_id = self.sessions.growing_in(event["channel"], event.get("thread_ts", ""))
+        if turn_id is not None and self.access.admits(event["user"], event["channel"]):
+            self.answers.stop(turn_id)
+
     async def _edited(self, event: dict[str, Any]) -> None:
         """The author of a message changed it: what we heard of it is changed too."""
         now, before = event["message"], event.get("previous_message", {})
-        if now.get("edited") and not now.get("bot_id") and now.get("text") != before.get("text") and _plain(now):
-            at = datetime.fromtimestamp(float(now["edited"]["ts"]), UTC)
-            await self.dialogue.edit(event_of(event["channel"], now["ts"]), _plain(now), at)
+        if now.get("edited") and not now.get("bot_id") and now.get("text") != before.get("text"):
+            read, at = await self.reader.read(now), datetime.fromtimestamp(float(now["edited"]["ts"]), UTC)
+            if read.text:
+                await self.dialogue.edit(event_of(event["channel"], now["ts"]), read.text, at)
 
     async def _deleted(self, event: dict[str, Any]) -> None:
         """A message is gone: if we heard it, it is forgotten."""
@@ -253,73 +324,42 @@ class Slack:
     async def _reacted(self, event: dict[str, Any], body: dict[str, Any]) -> None:
         kind = self.reactions.kind(event["reaction"])
         item = event["item"]
-        if kind is None or item.get("type") != "message" or not self.access.admits(event["user"], item["channel"]):
+        if kind is None or item.get("type") != "message":
             return
         at = datetime.fromtimestamp(float(event["event_ts"]), UTC)
         removed, name = event["type"] == "reaction_removed", event["reaction"]
         given = Feedback("", event["user"], kind, name, removed, event_id=f"slack:{body['event_id']}", at=at)
-        await self.answers.reacted(item["channel"], f"{item['channel']}:{item['ts']}", given)
+        is_admitted = self.access.admits(event["user"], item["channel"])
+        await self.answers.reacted(item["channel"], f"{item['channel']}:{item['ts']}", given, is_admitted)
 
-    async def _pressed(self, ack: Any, body: dict[str, Any], action: dict[str, Any]) -> None:
-        """A button under an answer. What it says is committed before Slack is told."""
-        user, container = body["user"]["id"], body["container"]
-        if self.access.admits(user, container["channel_id"]):
-            if action["action_id"] == "opinion":
-                await self._judged(user, action, body["trigger_id"])
-            elif action["action_id"] == "again":
-                place = Place(container["channel_id"], container.get("thread_ts", ""), body["team"]["id"])
-                await self._again(user, place, action["value"])
-            else:
-                self.answers.stop(action["value"])
-        await ack()
-
-    async def _judged(self, user: str, action: dict[str, Any], trigger: str) -> None:
-        """A click on 👍 or 👎. Slack does not say when one is taken back: the last click counts."""
-        act, _, turn_id = action["value"].partition(":")
-        kind = FeedbackKind.APPROVAL if act == "up" else FeedbackKind.DISAPPROVAL
-        event = f"slack:{turn_id}:{user}:{action['action_ts']}"
-        await self.answers.record(Feedback(turn_id, user, kind, signal="button", event_id=event))
-        if act == "down":
-            try:
-                await self.web.views_open(trigger_id=trigger, view=reason(turn_id))
-            except SlackApiError as error:  # too late, most likely: the opinion is recorded all the same
-                log.info("nobody could be asked why: %s", refusal(error))
-
-    async def _explained(self, ack: Any, body: dict[str, Any], view: dict[str, Any]) -> None:
-        """Why somebody did not like an answer."""
-        said = view["state"]["values"]["reason"]["text"].get("value") or ""
-        if said.strip():
-            turn_id, user, event = view["private_metadata"], body["user"]["id"], f"slack:{view['id']}"
-            given = Feedback(turn_id, user, FeedbackKind.COMMENT, signal="reason", text=said, event_id=event)
-            await self.answers.record(given)
-        await ack()
-
-    async def _again(self, user: str, place: Place, turn_id: str) -> None:
-        lane = (await self.dialogue.explain(turn_id)).turn.conversation_id
-
-        async def regenerate(options: ReplyOptions) -> Turn:
-            return await self.dialogue.regenerate(turn_id, user, options)
-
-        if not self.lanes.put(lane, lambda: self._give(place, user, regenerate)):
-            await self.say(place, BUSY)
-
-    async def _commanded(self, ack: Any, command: dict[str, Any]) -> None:
-        asker = Asker(command["user_id"], command["channel_id"])
-        wanted = next(one for one in COMMANDS if command["command"] == f"/kibitz-{one.name}")
-        await ack(text=await self.commands.run(wanted, asker, command.get("text", "").strip()))
-
-    async def _give(self, place: Place, user: str, ask: Callable[[ReplyOptions], Awaitable[Turn]]) -> None:
-        await self.answers.give(ask, SlackMessages(self, place, user), self.budgets.of(place.channel))
+    async def give(self, place: Place, user: str, ask: Callable[[ReplyOptions], Awaitable[Turn]]) -> None:
+        """Ask for an answer and show it to a person at a place."""
+        shown = SlackMessages(self, place, user)
+        async with self.sessions.processing(place, shown.turn_id):
+            await self.answers.give(ask, shown, self.budgets.of(place.channel))
 
     async def say(self, place: Place, text: str) -> None:
         """Post a text of our own."""
         await self.web.chat_postMessage(channel=place.channel, text=text, thread_ts=place.thread or None)
 
+    async def _say_if_possible(self, place: Place, text: str) -> None:
+        try:
+            await self.say(place, text)
+        except Exception as error:  # whatever Slack refuses, or a broken network raises
+            log.warning("nothing could be said in %s: %s", place.channel, refusal(error) or repr(error))
 
-def _plain(event: dict[str, Any]) -> str:
-    """What a message says, without the mention of us and Slack's escapes."""
-    text = re.sub(r"^\s*<@[A-Z0-9]+>\s*", "", event.get("text") or "").strip()
-    return text.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+
+def _conversation(place: Place) -> Conversation:
+    return Conversation("slack", place.channel, place.team, place.thread)
+
+
+def _event_id(place: Place, event: dict[str, Any]) -> str:
+    return event_of(place.channel, event["ts"])
+
+
+def _attempt(request: AsyncBoltRequest) -> int:
+    """How often Slack sent an event before."""
+    return int(request.headers.get("x-slack-retry-num", ["0"])[0])
 
 
 @http.middleware

@@ -7,16 +7,14 @@ is left. It knows no socket.
 """
 
 import logging
-from collections.abc import Awaitable
 from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from slack_sdk.errors import SlackApiError
-
 from bot.types import now
 from connectors.opinions import Reading
-from connectors.slack_messages import Place, event_of, refusal
+from connectors.slack_messages import Place, event_of
+from connectors.slack_reader import SPEECH, fetch
 
 if TYPE_CHECKING:
     from connectors.slack import Slack
@@ -28,15 +26,15 @@ MOST_MESSAGES = 200  # of one channel or thread that are looked at
 TOMBSTONE = "tombstone"  # what Slack leaves of a deleted message that was answered in its thread
 
 
-async def reconcile(connector: "Slack", me: str, team: str) -> None:
+async def reconcile(connector: "Slack", team: str) -> None:
     """Bring messages and reactions of the last `slack.reconcile_hours` up to date; what cannot be read is logged."""
     try:
-        await _reconcile(connector, me, team)
+        await _reconcile(connector, team)
     except Exception:  # what is live must not end because of what was missed
         log.exception("what was missed on Slack could not be read")
 
 
-async def _reconcile(connector: "Slack", me: str, team: str) -> None:
+async def _reconcile(connector: "Slack", team: str) -> None:
     until = now()  # what comes later is heard
     since = until - timedelta(hours=connector.config.reconcile_hours)
     call, store, answers = connector.dialogue.store.database.call, connector.dialogue.store, connector.answers
@@ -47,7 +45,7 @@ async def _reconcile(connector: "Slack", me: str, team: str) -> None:
     for answer in shown:
         parts.setdefault(answer.turn_id, []).append(answer.message_id)
     for turn_id, messages in parts.items():
-        await _reactions(connector, me, turn_id, messages)
+        await _reactions(connector, turn_id, messages)
         turn = await call(store.turn, turn_id)
         if turn is not None:
             if turn.conversation_id not in places:
@@ -55,21 +53,25 @@ async def _reconcile(connector: "Slack", me: str, team: str) -> None:
                 places[turn.conversation_id] = Place(known.channel, known.thread, team)
             of_turn[turn.id] = places[turn.conversation_id]
     window = {"oldest": f"{since.timestamp():.6f}", "latest": f"{until.timestamp():.6f}"}
-    listed = await _read(connector.web.users_conversations(types="im,public_channel,private_channel", limit=200))
+    listed = await fetch(connector.web.users_conversations(types="im,public_channel,private_channel", limit=200))
     channels = {place.channel for place in places.values()} | {one["id"] for one in listed.get("channels", [])}
     readable = [Place(channel, "", team) for channel in sorted(channels)]
     readable += [place for place in places.values() if place.thread]
     said = [(place, message) for place in readable for message in await _said(connector, place, window) or []]
     there = {event_of(place.channel, message["ts"]) for place, message in said}
     asked = await call(store.questions, list(of_turn))
-    for event, place in {event: of_turn[turn_id] for turn_id, event in asked.items()}.items():
+    questions = {event: of_turn[turn_id] for turn_id, event in asked.items()}
+    if any(place.is_direct and event == event_of(place.channel, place.thread) for event, place in questions.items()):
+        connector.sessions.is_agent = True  # it answered in a thread that a direct message began
+    for event, place in questions.items():
         if event not in there and await _is_gone(connector, place, event.rpartition(":")[-1]):
             await connector.dialogue.delete(event)  # before anything is answered that would be shown it
     for place, message in said:
-        mentioned = place.is_direct or f"<@{me}>" in message.get("text", "")
-        if message.get("subtype") in (None, "file_share") and message.get("user") != me and mentioned:
-            root = message.get("thread_ts") or place.thread or ("" if place.is_direct else message["ts"])
-            await connector.missed(replace(place, thread=root), {**message, "channel": place.channel})
+        is_speech = message.get("subtype") in SPEECH and message.get("user") != connector.reader.me
+        if is_speech and (place.is_direct or connector.reader.mentions_us(message)):
+            thread = message.get("thread_ts") or place.thread
+            root = connector.sessions.root(message) if place.is_direct else message["ts"]
+            await connector.missed(replace(place, thread=thread or root), {**message, "channel": place.channel})
 
 
 async def _said(connector: "Slack", place: Place, window: dict[str, Any]) -> list[dict[str, Any]] | None:
@@ -77,7 +79,7 @@ async def _said(connector: "Slack", place: Place, window: dict[str, Any]) -> lis
     wanted = {"channel": place.channel, "limit": MOST_MESSAGES, **window}
     web = connector.web
     asked = web.conversations_replies(ts=place.thread, **wanted) if place.thread else web.conversations_history(**wanted)
-    got = await _read(asked)
+    got = await fetch(asked)
     if "messages" not in got:
         return None
     there = [message for message in got["messages"] if message.get("subtype") != TOMBSTONE]
@@ -89,26 +91,18 @@ async def _is_gone(connector: "Slack", place: Place, ts: str) -> bool:
     return found is not None and ts not in {message["ts"] for message in found}
 
 
-async def _reactions(connector: "Slack", me: str, turn_id: str, messages: list[str]) -> None:
-    read_at, there = now(), set()
+async def _reactions(connector: "Slack", turn_id: str, messages: list[str]) -> None:
+    read_at, there, partial = now(), set(), set()
     for message_id in messages:
         channel, _, ts = message_id.partition(":")
-        got = await _read(connector.web.reactions_get(channel=channel, timestamp=ts, full=True))
+        got = await fetch(connector.web.reactions_get(channel=channel, timestamp=ts, full=True))
         if "message" not in got:
             return  # what is not known of one part may be on it
         listed = [one for one in got["message"].get("reactions", []) if connector.reactions.kind(one["name"]) is not None]
-        there |= {(message_id, user, one["name"]) for one in listed for user in one["users"] if user != me}
+        partial |= {one["name"] for one in listed if len(one["users"]) < one.get("count", 0)}
+        there |= {(message_id, user, one["name"]) for one in listed for user in one["users"] if user != connector.reader.me}
 
     def admits(user: str) -> bool:
         return connector.access.admits(user, messages[0].partition(":")[0])
 
-    await connector.answers.reconcile(turn_id, Reading(messages, there, read_at), admits)
-
-
-async def _read(asked: Awaitable[Any]) -> dict[str, Any]:
-    """What Slack answers, or nothing where it refuses."""
-    try:
-        return dict((await asked).data)
-    except SlackApiError as error:
-        log.info("not read after downtime: %s", refusal(error))
-        return {}
+    await connector.answers.reconcile(turn_id, Reading(messages, there, read_at, partial), admits)

@@ -42,6 +42,12 @@ class FakeSlack:
         self.views: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self.assistants: set[str] = set()  # the threads that are an assistant's
         self.statuses: list[str] = []
+        self.is_agent = False  # the app's manifest has agent_view
+        self.sessions: dict[tuple[str, str], list[str]] = defaultdict(list)  # the statuses of each thread's session
+        self.names: dict[str, str] = {}  # of people and channels
+        self.files: dict[str, str] = {}  # by id, what they hold
+        self.whispers: list[tuple[str, str]] = []  # who was told something that nobody else sees, and what
+        self._told: dict[str, asyncio.Future[str]] = {}  # what is told through a response_url
         self.http_url = ""  # events are posted there, signed, where it is set; else they go through the socket
         self.connected = asyncio.Event()
         self.numbers = NUMBERS
@@ -54,6 +60,8 @@ class FakeSlack:
         app = web.Application()
         app.router.add_route("*", "/api/{method}", self._api)
         app.router.add_get("/link", self._socket)
+        app.router.add_get("/files/{id}", self._file)
+        app.router.add_post("/respond/{id}", self._respond)
         self._runner = web.AppRunner(app, shutdown_timeout=0.2)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
@@ -73,17 +81,28 @@ class FakeSlack:
         return f"{LAST // 10**6}.{LAST % 10**6:06d}"
 
     async def say(
-        self, channel: str, user: str, text: str, thread: str | None = None, repeat: int = 1, mention: bool = True
+        self,
+        channel: str,
+        user: str,
+        text: str,
+        thread: str | None = None,
+        repeat: int = 1,
+        mention: bool = True,
+        **more: Any,
     ) -> str:
-        """A person writes a message; in a channel (C…) it mentions the bot. `repeat`: Slack delivers each event so often."""
+        """A person writes a message; in a channel (C…) it mentions the bot. `repeat`: Slack delivers each event so often.
+
+        `more` is what else the event holds, such as `subtype` or `files`.
+        """
         ts = self.ts()
-        event = {"user": user, "text": text, "ts": ts, "channel": channel, "event_ts": ts, "client_msg_id": ts}
+        event = {"user": user, "text": text, "ts": ts, "channel": channel, "event_ts": ts, "client_msg_id": ts, **more}
         if thread:
             event["thread_ts"] = thread
         if channel.startswith("D"):
-            kinds = [{**event, "type": "message", "channel_type": "im"}]
+            looks_at = {"app_context": {"entities": [{"type": "slack#/types/channel_id", "value": None}]}}
+            kinds = [{**event, **(looks_at if self.is_agent else {}), "type": "message", "channel_type": "im"}]
         else:
-            event["text"] = f"<@{BOT}> {text}" if mention else text
+            event["text"] = f"<@{BOT}> {text}" if mention and f"<@{BOT}" not in text else text
             kinds = [{**event, "type": "app_mention"}, {**event, "type": "message", "channel_type": "channel"}]
         self.said[ts] = event
         self.channels.add(channel)
@@ -114,6 +133,35 @@ class FakeSlack:
             {"type": "assistant_thread_started", "assistant_thread": thread, "event_ts": ts}, f"Ev{next(self.numbers)}"
         )
         return ts
+
+    async def open_messages(self, channel: str, user: str) -> None:
+        """A person opens the tab where they talk with an agent."""
+        self.channels.add(channel)
+        event = {"type": "app_home_opened", "user": user, "channel": channel, "tab": "messages", "event_ts": self.ts()}
+        await self.event({**event, "context": {"entities": None}}, f"Ev{next(self.numbers)}")
+
+    async def look_at(self, channel: str) -> None:
+        """A person looks at a channel while the app is visible. Slack says neither who nor where."""
+        entity = {"type": "slack#/types/channel_id", "value": channel, "team_id": TEAM}
+        event = {"type": "app_context_changed", "context": {"entities": [entity]}}
+        await self.event(event, f"Ev{next(self.numbers)}")
+
+    async def stop_session(self, channel: str, thread: str, user: str) -> None:
+        """A person uses Slack's own stop button, which stands beside a session that is processing."""
+        assert self.sessions[channel, thread][-1] == "processing"
+        streams = [one for one in self.answers(channel, thread) if one["streaming"]]
+        for one in streams:
+            one["stopped"] = True
+        event = {"type": "agent_session_stopped", "channel": channel, "thread_ts": thread, "user": user}
+        stopped = {"streaming_message_ts": [one["ts"] for one in streams], "event_ts": self.ts()}
+        await self.event(event | stopped, f"Ev{next(self.numbers)}")
+
+    def file(self, name: str, mimetype: str, content: str = "") -> dict[str, Any]:
+        """A file that a message may hold."""
+        found = f"F{next(self.numbers)}"
+        self.files[found] = content
+        url = f"http://127.0.0.1:{self.port}/files/{found}"
+        return {"id": found, "name": name, "mimetype": mimetype, "url_private": url, "size": len(content)}
 
     async def submit(self, user: str, view: dict[str, Any], text: str) -> None:
         """A person sends a modal that they were shown."""
@@ -158,10 +206,14 @@ class FakeSlack:
         )
 
     async def command(self, user: str, channel: str, name: str, text: str = "") -> str:
-        """A person uses a slash command; returns what they are told."""
-        body = {"command": name, "text": text, "user_id": user, "channel_id": channel, "team_id": TEAM}
-        acked = await self._deliver("slash_commands", body)
-        return acked["payload"]["text"]
+        """A person uses a slash command; returns what they are told, which may come long after the ack."""
+        found = f"respond{next(self.numbers)}"
+        self._told[found] = asyncio.get_running_loop().create_future()
+        url = f"http://127.0.0.1:{self.port}/respond/{found}"
+        body = {"command": name, "text": text, "user_id": user, "channel_id": channel, "team_id": TEAM, "response_url": url}
+        acked = self.acked[name] = await self._deliver("slash_commands", body)
+        told = acked.get("payload", {}).get("text")
+        return told or await asyncio.wait_for(self._told[found], 300)
 
     def answers(self, channel: str, thread: str | None = None) -> list[dict[str, Any]]:
         """The bot's messages in a channel, or in one thread of it, oldest first."""
@@ -230,6 +282,15 @@ class FakeSlack:
             self._sockets.remove(socket)
         return socket
 
+    async def _file(self, request: web.Request) -> web.Response:
+        if request.headers.get("Authorization") != f"Bearer {BOT_TOKEN}":
+            return web.Response(status=302, headers={"Location": "/login"})
+        return web.Response(body=self.files[request.match_info["id"]].encode())
+
+    async def _respond(self, request: web.Request) -> web.Response:
+        self._told[request.match_info["id"]].set_result((await request.json())["text"])
+        return web.Response(text="ok")
+
     async def _api(self, request: web.Request) -> web.Response:
         method = request.match_info["method"]
         body = await request.json() if request.content_type == "application/json" else dict(await request.post())
@@ -268,6 +329,21 @@ class FakeSlack:
                 return {"error": "invalid_thread_ts"}
             self.statuses.append(body["status"])
             return {}
+        if method == "agents.sessions.setStatus":
+            if not self.is_agent:
+                return {"error": "not_allowed"}
+            self.sessions[body["channel_id"], body["thread_ts"]].append(body["status"])
+            return {}
+        if method == "chat.postEphemeral":
+            self.whispers.append((body["user"], body["text"]))
+            return {"message_ts": self.ts()}
+        if method == "users.info":
+            known = self.names.get(body["user"])
+            profile = {"display_name": known, "real_name": f"{known} Doe"}
+            return {"user": {"id": body["user"], "profile": profile}} if known else {"error": "user_not_found"}
+        if method == "conversations.info":
+            known = self.names.get(body["channel"])
+            return {"channel": {"id": body["channel"], "name": known}} if known else {"error": "channel_not_found"}
         if method == "users.conversations":
             return {"channels": [{"id": one} for one in sorted(self.channels)]}
         if method in ("conversations.history", "conversations.replies"):
@@ -327,6 +403,7 @@ class FakeSlack:
         found = [(user, name) for ts, user, name in self.reactions if ts == body["timestamp"]]
         names = sorted({name for _, name in found})
         listed = [{"name": name, "users": sorted(user for user, other in found if other == name)} for name in names]
+        listed = [{**one, "count": len(one["users"])} for one in listed]
         return {"type": "message", "message": {"ts": body["timestamp"], "reactions": listed}}
 
     @staticmethod

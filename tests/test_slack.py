@@ -5,6 +5,7 @@ import json
 import socket
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -16,8 +17,9 @@ from slack_sdk.signature import SignatureVerifier
 from bot.config import AccessConfig, SlackConfig
 from bot.errors import ConfigError, ConnectorError
 from bot.types import FeedbackKind
-from connectors.answers import BUSY, SORRY
+from connectors.answers import BUSY, NOT_RECORDED, SORRY
 from connectors.slack import GREETING, Secrets, Slack
+from connectors.slack_interactions import NOT_ADMITTED, NOTED
 from connectors.slack_messages import harmless
 from learning.rewards import reward
 
@@ -227,10 +229,10 @@ async def test_what_is_changed_or_deleted_while_it_waits_is_answered_as_it_is_th
     await platform.delete(direct, said[1])
     await platform.edit(direct, said[2], "what should i eat")
     free.set()
-    await until(lambda: len(platform.answers(direct)) == 3)
     await answered(platform, direct, 2)
-    assert SORRY in [one["text"] for one in platform.answers(direct)]  # nobody is told anything about what was deleted
-    turns = [(await told(live, bot, one)).turn for one in platform.answers(direct) if platform.done(one)]
+    await quiet(bot)
+    assert len(platform.answers(direct)) == 2  # nobody is told anything about what was deleted
+    turns = [(await told(live, bot, one)).turn for one in platform.answers(direct)]
     asked = [await live.database.call(live.store.message, turn.message_id) for turn in turns]
     assert [one.text for one in asked] == ["hello", "what should i eat"]
     prompt = live.dialogue.tracker.tokenizer.hf.decode(turns[1].prompt_ids)
@@ -321,6 +323,75 @@ async def test_after_a_thumb_down_people_may_say_why(live, platform, bot):
     assert kinds == [(FeedbackKind.DISAPPROVAL, None), (FeedbackKind.COMMENT, "It was rude.")]
 
 
+async def whispered(platform: FakeSlack, count: int) -> list[tuple[str, str]]:
+    await until(lambda: len(platform.whispers) >= count)
+    return platform.whispers
+
+
+async def test_a_button_says_noted_only_for_opinions_that_were_taken(live, platform):
+    access = AccessConfig(deny_users=["UEVE"], messages_per_minute=100_000, opinions_per_minute=1)
+    bot, running = await connected(live, platform, access)
+    place = channel()
+    await platform.say(place, ANN, "hello")
+    answer = await answered(platform, place)
+    await platform.click(BOB, answer, "up")
+    assert await whispered(platform, 1) == [(BOB, NOTED)]
+    await platform.click(BOB, answer, "down")  # too many for a minute
+    await platform.click("UEVE", answer, "down")
+    assert sorted((await whispered(platform, 3))[1:]) == sorted([(BOB, NOT_RECORDED), ("UEVE", NOT_ADMITTED)])
+    assert await opinions(live, bot, answer) == {BOB: 1.0}
+    assert platform.views.empty()  # nobody is asked why for what did not count
+    await closed(bot, running)
+
+
+async def test_a_button_that_fails_says_so_and_is_acked(live, platform, bot, monkeypatch):
+    place = channel()
+    await platform.say(place, ANN, "hello")
+    answer = await answered(platform, place)
+    await told(live, bot, answer)
+
+    def failing(given):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(live.store, "add_feedback", failing)
+    deliveries = platform.deliveries
+    await platform.click(BOB, answer, "up")
+    assert await whispered(platform, 1) == [(BOB, SORRY)]
+    assert platform.deliveries == deliveries + 1
+
+
+async def test_whatever_fails_people_are_told_once_and_the_next_message_is_answered(live, platform, bot, monkeypatch):
+    async def broken(*prompt, **options):
+        raise ZeroDivisionError("a bug")
+
+    place = channel()
+    with monkeypatch.context() as patch:
+        patch.setattr(live.policy, "reply", broken)
+        root = await platform.say(place, ANN, "hello")
+        await until(lambda: platform.answers(place))
+        await quiet(bot)
+        assert [(one["text"], one["thread_ts"]) for one in platform.answers(place)] == [(SORRY, root)]
+    await platform.say(place, ANN, "hello again")
+    await answered(platform, place)
+
+
+async def test_what_cannot_be_committed_when_slack_sends_it_again_is_apologised_for_once(live, platform, bot, monkeypatch):
+    place, loop = channel("D"), asyncio.get_running_loop()
+    add, failures = live.store.add_message, iter([True, True, True, False])
+
+    def failing(message):
+        if next(failures, False):
+            loop.call_soon_threadsafe(loop.call_later, 0.5, platform.lose_patience)
+            raise OSError("disk full")
+        return add(message)
+
+    monkeypatch.setattr(live.store, "add_message", failing)
+    await platform.say(place, ANN, "hello")  # the fourth time it is taken
+    await answered(platform, place)
+    assert [one["text"] for one in platform.answers(place)].count(SORRY) == 1
+    assert len(platform.answers(place)) == 2
+
+
 async def test_an_assistant_thread_is_greeted_and_shows_that_an_answer_is_made(live, platform, bot):
     place = channel("D")
     thread = await platform.open_assistant(place, ANN)
@@ -329,8 +400,214 @@ async def test_an_assistant_thread_is_greeted_and_shows_that_an_answer_is_made(l
     answer = await answered(platform, place)
     assert answer["thread_ts"] == thread
     assert platform.statuses == ["is thinking…"]
-    await platform.say(channel("D"), BOB, "hello")  # the control: a plain direct message is no assistant thread
+    plain = channel("D")
+    await platform.say(plain, BOB, "hello")  # the control: a plain direct message is no assistant thread
+    assert "thread_ts" not in await answered(platform, plain)
     assert len(platform.statuses) == 1
+    assert not platform.sessions
+
+
+async def test_an_agent_greets_once_and_answers_each_direct_message_in_a_thread_of_its_own(live, platform):
+    platform.is_agent = True
+    bot, running = await connected(live, platform)
+    place = channel("D")
+    for _ in range(3):
+        await platform.open_messages(place, ANN)
+    await until(lambda: platform.answers(place))
+    first = await platform.say(place, ANN, "hello")
+    await answered(platform, place)
+    second = await platform.say(place, ANN, "tell me a joke")
+    await answered(platform, place, 2)
+    await platform.say(place, ANN, "another", thread=second)
+    await answered(platform, place, 3)
+    await platform.open_messages(place, ANN)
+    await quiet(bot)
+    greeting, *answers = platform.answers(place)
+    assert greeting["text"] == GREETING
+    assert [one["thread_ts"] for one in answers] == [first, second, second]
+    turns = [(await told(live, bot, one)).turn for one in answers]
+    assert turns[0].conversation_id != turns[1].conversation_id == turns[2].conversation_id
+    assert platform.sessions == {(place, first): ["processing", "active"], (place, second): ["processing", "active"] * 2}
+    assert platform.statuses == []
+    await closed(bot, running)
+
+
+async def test_an_agent_is_known_by_what_slack_says_people_look_at(live, platform):
+    bot, running = await connected(live, platform)
+    await platform.look_at(channel())  # without a person and a place; it is acked
+    place = channel("D")
+    asked = await platform.say(place, ANN, "hello")
+    assert (await answered(platform, place))["thread_ts"] == asked
+    await closed(bot, running)
+
+
+async def test_after_a_restart_what_an_agent_missed_is_answered_in_its_thread(live, platform):
+    platform.is_agent = True
+    bot, running = await connected(live, platform)
+    place = channel("D")
+    await platform.say(place, ANN, "hello")
+    await answered(platform, place)
+    await closed(bot, running)
+    platform.gives_up = True
+    missed = await platform.say(place, ANN, "are you there?")
+    platform.gives_up = False
+    bot, running = await connected(live, platform)
+    assert (await answered(platform, place, 2))["thread_ts"] == missed
+    await closed(bot, running)
+
+
+async def test_slacks_own_stop_ends_an_answer_also_before_its_first_word(live, platform, monkeypatch):
+    platform.is_agent = True
+    bot, running = await connected(live, platform, AccessConfig(deny_users=["UEVE"], messages_per_minute=100_000))
+    reply, begins = live.policy.reply, asyncio.Event()
+
+    async def endless(*prompt, on_text, stop, **options):
+        while not stop.is_set():
+            await asyncio.sleep(0.05)
+            if begins.is_set():
+                on_text("Once upon a time. ")
+        return await reply(*prompt, on_text=on_text, stop=stop, **options)
+
+    monkeypatch.setattr(live.policy, "reply", endless)
+    for place, has_begun in ((channel("D"), False), (channel(), True)):
+        root = await platform.say(place, ANN, "tell me a story")
+        await until(lambda place=place, root=root: platform.sessions[place, root])
+        if has_begun:
+            begins.set()
+            await until(lambda place=place: platform.answers(place))
+        await platform.stop_session(place, root, ANN)
+        answer = await answered(platform, place)
+        assert (await told(live, bot, answer)).turn.finish_reason == "stopped"
+        await quiet(bot)
+        assert platform.sessions[place, root] == ["processing", "active"]
+    await closed(bot, running)
+
+
+@pytest.mark.parametrize("subtype", ["me_message", "thread_broadcast", "file_share"])
+async def test_what_people_write_in_any_way_is_answered(live, platform, bot, subtype):
+    place = channel("D")
+    root = await platform.say(place, ANN, "hello")
+    await answered(platform, place)
+    await platform.say(place, ANN, "is hungry", thread=root if subtype == "thread_broadcast" else None, subtype=subtype)
+    answer = await answered(platform, place, 2)
+    assert await asked(live, bot, answer) == "is hungry"
+
+
+@pytest.mark.parametrize("subtype", ["channel_join", "channel_topic", "huddle_thread", "reminder_add", "pinned_item"])
+async def test_what_slack_says_of_people_is_no_question(platform, bot, subtype):
+    place = channel("D")
+    await platform.say(place, ANN, "did something", subtype=subtype)
+    await platform.say(place, ANN, "hello")  # the control
+    await answered(platform, place)
+    await quiet(bot)
+    assert len(platform.answers(place)) == 1
+
+
+async def asked(live, bot: Slack, answer: dict) -> str:
+    """What an answer answers."""
+    found = await told(live, bot, answer)
+    return (await live.database.call(live.store.message, found.turn.message_id)).text
+
+
+async def test_text_files_are_read_and_pictures_get_one_line(live, platform, bot):
+    direct, place = channel("D"), channel()
+    picture, paste = platform.file("cat.png", "image/png"), platform.file("paste.txt", "text/plain", "1 < 2")
+    await platform.say(direct, ANN, "", repeat=4, subtype="file_share", files=[picture])
+    await platform.say(place, ANN, "", files=[picture])
+    await until(lambda: platform.answers(direct) and platform.answers(place))
+    await platform.say(direct, ANN, "", subtype="file_share", files=[paste])
+    assert await asked(live, bot, await answered(platform, direct)) == "paste.txt:\n1 < 2"
+    await quiet(bot)
+    line = "Sorry, I can read words only, not pictures."
+    assert platform.answers(direct)[0]["text"] == line
+    assert [one["text"] for one in platform.answers(place)] == [line]
+    assert len(platform.answers(direct)) == 2
+
+
+async def test_names_are_read_as_people_see_them_and_who_is_mentioned_is_kept(live, platform, bot):
+    platform.names |= {BOB: "Bob"}
+    place = channel()
+    await platform.say(place, ANN, f"<@{BOB}> asks: <@{BOT}> are you there? :smiling_face_with_3_hearts:")
+    assert await asked(live, bot, await answered(platform, place)) == "@Bob asks: are you there? 🥰"
+
+
+async def shown(live, bot: Slack, answer: dict) -> str:
+    """What the policy was shown for an answer."""
+    turn = (await told(live, bot, answer)).turn
+    return live.dialogue.tracker.tokenizer.hf.decode(turn.prompt_ids)
+
+
+async def test_the_policy_is_shown_the_thread_that_it_is_asked_about(live, platform):
+    bot, running = await connected(live, platform, AccessConfig(deny_users=["UEVE"], messages_per_minute=100_000))
+    platform.names |= {ANN: "Ann", BOB: "Bob", "UZOE": "Zoe", "UEVE": "Eve"}
+    await live.database.call(bot.answers.users.decide, "slack", "UZOE", False)
+    place = channel()
+    root = await platform.say(place, BOB, "the build is broken since noon", mention=False)
+    await platform.say(place, "UZOE", "do not learn from me", mention=False, thread=root)
+    await platform.say(place, "UEVE", "denied here", mention=False, thread=root)
+    await platform.say(place, BOB, "elsewhere", mention=False)
+    await platform.say(place, ANN, "what is wrong here?", thread=root)
+    prompt = await shown(live, bot, await answered(platform, place))
+    assert "Bob: the build is broken since noon" in prompt
+    assert "Ann: what is wrong here?" in prompt
+    assert not [text for text in ("learn from me", "denied", "elsewhere") if text in prompt]
+    await platform.say(place, BOB, "it is the tests", mention=False, thread=root)
+    await platform.say(place, ANN, "and now?", thread=root)
+    assert "Bob: it is the tests" in await shown(live, bot, await answered(platform, place, 2))
+    await closed(bot, running)
+    bot, running = await connected(live, platform)  # what was only overheard is not answered after a restart
+    await quiet(bot)
+    assert len(platform.answers(place)) == 2
+    await closed(bot, running)
+
+
+async def test_a_deleted_message_of_a_thread_is_forgotten_too(live, platform, bot):
+    place = channel()
+    root = await platform.say(place, BOB, "the password is swordfish", mention=False)
+    await platform.say(place, ANN, "what is this?", thread=root)
+    assert "swordfish" in await shown(live, bot, await answered(platform, place))
+    await platform.delete(place, root)
+    await platform.say(place, ANN, "and now?", thread=root)
+    assert "swordfish" not in await shown(live, bot, await answered(platform, place, 2))
+
+
+@pytest.mark.parametrize("follows", [False, True])
+async def test_it_goes_on_in_its_threads_without_a_mention_where_the_config_says_so(live, platform, follows):
+    bot, running = await connected(live, platform, follow_threads=follows)
+    place = channel()
+    other = await platform.say(place, BOB, "not for you", mention=False)
+    root = await platform.say(place, ANN, "hello")
+    await answered(platform, place)
+    await platform.say(place, BOB, "and you?", thread=root, mention=False)
+    await platform.say(place, BOB, "", thread=root, mention=False, files=[platform.file("cat.png", "image/png")])
+    await platform.say(place, ANN, "nor this", thread=other, mention=False)
+    await platform.say(place, ANN, "nor this")  # a mention is answered once
+    await answered(platform, place, 2 + follows)
+    await quiet(bot)
+    assert len(platform.answers(place)) == 2 + follows
+    assert len(platform.answers(place, root)) == 1 + follows
+    await closed(bot, running)
+
+
+async def test_what_was_refused_or_came_too_fast_is_not_answered_after_a_restart(live, platform):
+    few = AccessConfig(messages_per_minute=2)
+    bot, running = await connected(live, platform, few)
+    place, missed = channel("D"), channel("D")
+    for number in range(6):
+        await platform.say(place, BOB, f"hello {number}")
+    await answered(platform, place, 2)
+    await quiet(bot)
+    await closed(bot, running)
+    platform.gives_up = True
+    for number in range(6):
+        await platform.say(missed, ANN, f"hello {number}")
+    platform.gives_up = False
+    for _ in range(2):
+        bot, running = await connected(live, platform, few)
+        await answered(platform, missed, 2)
+        await quiet(bot)
+        await closed(bot, running)
+    assert [sum(map(platform.done, platform.answers(one))) for one in (place, missed)] == [2, 2]
 
 
 async def test_what_happened_while_nobody_listened_is_read_from_the_api(live, platform):
@@ -391,6 +668,23 @@ async def test_by_http_only_what_slack_signed_lately_is_heard(live, platform):
         await quiet(bot)
         assert len(platform.answers(place)) == 1
     await closed(bot, running)
+
+
+async def test_a_slash_command_is_acked_before_the_work_and_answered_after_it(platform, bot, monkeypatch):
+    async def slow() -> str:
+        await until(lambda: "/kibitz-status" in platform.acked)  # Slack would not wait for it
+        return "all is well"
+
+    monkeypatch.setattr(bot.commands, "desk", replace(bot.commands.desk, status=slow))
+    assert await platform.command(BOB, channel(), "/kibitz-status") == "all is well"
+
+
+async def test_a_slash_command_that_fails_says_so(platform, bot, monkeypatch):
+    async def broken() -> str:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(bot.commands, "desk", replace(bot.commands.desk, status=broken))
+    assert await platform.command(BOB, channel(), "/kibitz-status") == SORRY
 
 
 async def test_slash_commands_tell_what_is_live_and_only_operators_take_it_back(live, platform, bot):

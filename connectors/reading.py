@@ -1,0 +1,21 @@
+"""Read: what a message says, and what of it cannot be read, on every platform."""
+
+from dataclasses import dataclass
+
+LARGEST_FILE = 100_000  # bytes of a text file that are read
+TEXT_TYPES = ("text/", "application/json", "application/xml", "application/x-yaml", "application/toml")
+KINDS = {"image": "pictures", "video": "videos", "audio": "sounds"}
+NOTHING_SAID = "Yes? Ask me anything."
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a message says: `text` for the policy ("" where there are no words), and which kinds of things are not in it."""
+
+    text: str
+    unread: tuple[str, ...] = ()
+
+    @property
+    def refusal(self) -> str:
+        """One line to say where there are no words."""
+        return f"Sorry, I can read words only, not {' or '.join(self.unread)}." if self.unread else NOTHING_SAID
