@@ -7,7 +7,6 @@ cannot be read is named. It knows no event, no policy, and not whether a message
 import asyncio
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import PurePath
 
 import aiohttp
@@ -15,6 +14,7 @@ import discord
 
 from bot.types import Message
 from connectors.discord_markup import Markup
+from connectors.reading import KINDS, LARGEST_FILE, TEXT_TYPES, Read
 
 log = logging.getLogger(__name__)
 
@@ -25,27 +25,10 @@ SPEECH = {  # all other types tell that something happened, such as a renamed th
     discord.MessageType.thread_starter_message,
     discord.MessageType.context_menu_command,
 }
-LARGEST_FILE = 100_000  # bytes of all text files of one message
 FILE_SECONDS = 10.0
-TEXT_TYPES = ("text/", "application/json", "application/xml", "application/x-yaml", "application/toml")
 TEXT_NAMES = {".txt", ".md", ".log", ".csv", ".json", ".yaml", ".yml", ".toml", ".xml", ".ini", ".py", ".js", ".html"}
-KINDS = {"image": "pictures", "video": "videos", "audio": "sounds"}
-NOTHING_SAID = "Yes? Ask me anything."
 
 Said = discord.Message | discord.MessageSnapshot
-
-
-@dataclass(frozen=True)
-class Read:
-    """What a message says: `text` for the policy ("" where there are no words), and which kinds of things are not in it."""
-
-    text: str
-    unread: tuple[str, ...] = ()
-
-    @property
-    def refusal(self) -> str:
-        """One line to say where there are no words."""
-        return f"Sorry, I can read words only, not {' or '.join(self.unread)}." if self.unread else NOTHING_SAID
 
 
 def event_of(message_id: int) -> str:

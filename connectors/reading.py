@@ -1,8 +1,8 @@
-"""Read: what a message says, and what of it cannot be read, on every platform."""
+"""Reading: what a message says, and what of it cannot be read, on every platform."""
 
 from dataclasses import dataclass
 
-LARGEST_FILE = 100_000  # bytes of a text file that are read
+LARGEST_FILE = 100_000  # bytes of all text files of one message
 TEXT_TYPES = ("text/", "application/json", "application/xml", "application/x-yaml", "application/toml")
 KINDS = {"image": "pictures", "video": "videos", "audio": "sounds"}
 NOTHING_SAID = "Yes? Ask me anything."

@@ -20,7 +20,7 @@ from connectors import discord_reconciliation
 from connectors.access import TOO_FAST
 from connectors.answers import SORRY
 from connectors.discord import Discord
-from connectors.discord_reading import NOTHING_SAID
+from connectors.reading import NOTHING_SAID
 
 ANN, BOB, MALLORY = 11, 12, 13
 MEMBERS = 501  # a role
