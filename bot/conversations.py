@@ -134,7 +134,7 @@ class ConversationStore:
                     if fresh:
                         connection.execute(table.insert(), [_columns(table, row) for row in fresh])
                     if table is turns:
-                        sources.add(connection, fresh)
+                        sources.add(connection, [turn for turn in answers if turn.id not in there])
 
     def turn(self, turn_id: str) -> Turn | None:
         """One answer by its id."""

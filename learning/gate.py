@@ -97,7 +97,7 @@ def opinions_of(rows: Sequence["Experience"], kinds: Sequence[int], person_cap: 
     alike. So the opinions of one person on at least OWN_STRATUM questions are compared with each other, and all others with
     all others.
     """
-    judges = [row.opinions if len(row.opinions) == 1 else () for row in rows]
+    judges: list[tuple[str, ...]] = [row.opinions if len(row.opinions) == 1 else () for row in rows]
     questions = Counter(
         judge for judge, _ in {(judge, row.question_id) for judge, row in zip(judges, rows, strict=True)} if judge
     )
