@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
-from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -255,15 +254,6 @@ class ConversationStore:
         query = sa.select(conversations.c.id, conversations.c.platform)
         return {row.id: row.platform for row in self._of(query, conversations.c.id, conversation_ids)}
 
-    def participants(self, asked: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
-        """Of pairs of a conversation and a person those whose person wrote in its channel, in any conversation there."""
-        pairs = set(asked)
-        rows = self._of(sa.select(conversations.c.id, *_CHANNEL), conversations.c.id, {place for place, _ in pairs})
-        channels = {row.id: row._mapping for row in rows}
-        with self.database.read() as connection:
-            wrote = cache(lambda *there: connection.execute(_WROTE, dict(zip(_WHERE, there, strict=True))).first())
-            return {(place, one) for place, one in pairs if wrote(one, *(channels[place][name] for name in _WHERE[1:]))}
-
     def texts(self, message_ids: Iterable[str]) -> dict[str, str]:
         """The text of each message."""
         query = sa.select(messages.c.id, messages.c.text)
@@ -344,13 +334,6 @@ _CORRECTIONS = (
         feedback.c.user_id == turns.c.asker_id,
     )
 )
-_WHERE = ("person", "platform", "space", "channel")
-_CHANNEL = [conversations.c[name] for name in _WHERE[1:]]
-_there = sa.exists().where(
-    conversations.c.id == messages.c.conversation_id, *(one == sa.bindparam(one.name) for one in _CHANNEL)
-)
-_WROTE = sa.select(messages.c.id).where(messages.c.author_id == sa.bindparam("person"), messages.c.role == Role.USER, _there)
-_WROTE = _WROTE.limit(1)  # however much they wrote
 _PLACE = sa.select(conversations).where(
     *(conversations.c[name] == sa.bindparam(name) for name in ("platform", "space", "channel", "thread"))
 )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from bot.config import RewardsConfig
 from bot.conversations import ConversationStore
 from bot.feedback import held, standing
+from bot.participants import find_participants
 from bot.types import Feedback, FeedbackKind, FollowUp, Turn
 from bot.users import Users
 from learning.rewards import FOLLOW_UPS
@@ -44,12 +45,9 @@ class Voices:
         self._standing = {row.id for row in standing(given)}
         self.no_longer_stands = {row.id for row in given} - self._standing
         self._platforms = store.platforms({turn.conversation_id for turn in turns})
-        self._participants = store.participants(
-            (turn.conversation_id, row.user_id)
-            for turn in turns
-            if not self.is_imported(turn)
-            for row in self._given[turn.id]
-        )
+        live = [turn for turn in turns if not self.is_imported(turn)]
+        asked = [(turn.conversation_id, row.user_id) for turn in live for row in self._given[turn.id]]
+        self._participants = find_participants(store.database, asked)
         self.consent = Consent(users, self._platforms, store.authors({one for turn in turns for one in turn.shown}))
         self.questions = store.texts({turn.message_id for turn in turns})
         self._said_next = store.said_next(turn.id for turn in turns)
