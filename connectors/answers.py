@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 BUSY = "I am still busy with what was said here before; please say that again in a moment."
 SORRY = "Sorry, I cannot answer now."
+NOT_RECORDED = "Sorry, that is not recorded; please try again in a minute."
 
 
 class Shown(Protocol):

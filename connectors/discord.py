@@ -10,8 +10,8 @@ Run: ``kibitz serve`` with `[discord] token_env` set.
 import asyncio
 import logging
 import os
-import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 import discord
@@ -22,17 +22,23 @@ from bot.errors import ConfigError, ConnectorError
 from bot.feedback import standing
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn, new_id, now
 from connectors.access import TOO_FAST
-from connectors.answers import BUSY, Answers
-from connectors.base import Lanes, Shared, pause
+from connectors.answers import BUSY, NOT_RECORDED, Answers
+from connectors.base import Lanes, Shared, Work, pause
 from connectors.commands import COMMANDS, Asker, Command, Commands
-from connectors.discord_messages import LIMIT, Button, Reason, Shown, event_of, typing
+from connectors.discord_markup import Markup, mentions_us
+from connectors.discord_messages import LIMIT, Button, Reason, Shown, typing
+from connectors.discord_payloads import tolerate_bad_messages
+from connectors.discord_places import Places, lobby, replied_to
+from connectors.discord_reading import as_message, event_of, is_speech, read, read_words
 from connectors.discord_reconciliation import reconcile
+from connectors.discord_roles import Roles, roles_of
 from connectors.splitting import split
 from connectors.streaming import Budgets
 
 log = logging.getLogger(__name__)
 
 RECONNECT = 5.0  # seconds, doubled up to a minute
+NOT_HERE = "You may not do that here."
 
 
 def token(config: DiscordConfig) -> str:
@@ -59,7 +65,10 @@ class Discord:
         self.lanes = Lanes(config.waiting)
         self.budgets = Budgets(config.edits, config.edit_seconds)
         self.answers = Answers(shared, self.name)
+        self.places = Places(shared.dialogue, self.answers, config.message_content)
         self.commands = Commands(shared.desk, shared.access, self.answers)
+        self._call = shared.dialogue.store.database.call
+        self._pending: set[int] = set()  # messages that wait or are being answered: what reads the API leaves them alone
         self._token = bot_token
         self._client: discord.Client | None = None
         self._stopping = asyncio.Event()
@@ -98,43 +107,68 @@ class Discord:
             await self._client.close()
 
     def heard(self, message: discord.Message, me: discord.ClientUser) -> None:
-        """Queue a message that is for us. Called in the order of events; never waits."""
-        text = self._for_us(message, me)
-        user, channel = str(message.author.id), str(message.channel.id)
-        if not text:
+        """Queue a message that is for us, or may be. Called in the order of events; never waits."""
+        if message.id in self._pending or not (is_speech(message) and self._admits_author(message)):
             return
-        if not self.access.in_time("discord", user):
-            self._soon(message.reply(TOO_FAST, mention_author=False))
-        elif not self.lanes.put(channel, lambda: self._answer(message, text)):
-            self._soon(message.reply(BUSY, mention_author=False))
+        if not self.is_addressed(message, me):
+            if self.places.may_follow(message) and not self._put(message, lambda: self._follow(message, me)):
+                self._soon(message, self._refuse_followed(message, me))
+        elif not self.access.in_time("discord", str(message.author.id)):
+            self._soon(message, self._refuse(message, TOO_FAST))
+        elif not self._put(message, lambda: self._answer(message, me)):
+            self._soon(message, self._refuse(message, BUSY))
 
-    async def missed(self, message: discord.Message, me: discord.ClientUser) -> None:
-        """Have a message answered that may have been missed; of one that has its answer, take over what was changed."""
-        text = self._for_us(message, me)
-        if text and await self.answers.needs_answer(event_of(message.id)):
-            await self.lanes.put_patiently(str(message.channel.id), lambda: self._answer(message, text))
-        else:
-            await self.edited(message, me)
+    async def take_missed(self, message: discord.Message, me: discord.ClientUser, roles: Roles, began: int | None) -> bool:
+        """Return whether a message is to be answered now that may have been missed; nobody answers later what is too much.
+
+        `began` is the first message that was addressed to us in its channel, among those that may have been missed.
+        """
+        event = event_of(message.id)
+        if message.id in self._pending or not is_speech(message):
+            return False
+        follows = self.places.may_follow(message) and began is not None and began < message.id
+        if not (follows or self.is_addressed(message, me) or await self.places.follows(message, me)):
+            return False
+        if not await self.answers.needs_answer(event):
+            return False
+        if not self.admits(message.author.id, message.channel.id, await roles.of(message.guild, message.author)):
+            return False
+        if not self.access.in_time("discord", str(message.author.id)):
+            await self.dialogue.decline(lobby(message), event)
+            return False
+        return True
+
+    async def answer_missed(self, message: discord.Message, me: discord.ClientUser) -> None:
+        """Have a message answered that was missed, as soon as there is room for it."""
+        self._pending.add(message.id)
+        await self.lanes.put_patiently(str(message.channel.id), self._once(message, lambda: self._answer(message, me)))
 
     async def edited(self, message: discord.Message, me: discord.ClientUser) -> None:
         """The author of a message changed it: what we heard of it is changed too, after what is under way there."""
-        text, at, event = _without_mention(message, me), message.edited_at, event_of(message.id)
-        if text and at is not None and not message.author.bot:
-            await self.lanes.put_patiently(str(message.channel.id), lambda: self.dialogue.edit(event, text, at))
+        at = message.edited_at
+
+        async def edit() -> None:
+            text = (await read(message, Markup(message, me))).text
+            if text and at is not None:
+                await self.dialogue.edit(event_of(message.id), text, at)
+
+        if at is not None and is_speech(message) and await self._is_heard(message.id):
+            await self.lanes.put_patiently(str(message.channel.id), edit)
 
     async def deleted(self, channel_id: int, message_id: int) -> None:
         """A message is gone: if we heard it, it is forgotten, after what is under way there."""
-        await self.lanes.put_patiently(str(channel_id), lambda: self.dialogue.delete(event_of(message_id)))
+        if await self._is_heard(message_id):
+            await self.lanes.put_patiently(str(channel_id), lambda: self.dialogue.delete(event_of(message_id)))
 
     async def opinion(self, event: discord.RawReactionActionEvent, added: bool) -> None:
         """A reaction that came or went becomes feedback; neutral emoji and messages that are not ours do not."""
         at, symbol = now(), event.emoji.name or ""
         kind = self.reactions.kind(symbol)
-        bot = event.member is not None and event.member.bot
-        if kind is None or bot or not self.access.admits(str(event.user_id), str(event.channel_id), _roles(event.member)):
+        if kind is None or (event.member is not None and event.member.bot):
             return
         given = Feedback("", str(event.user_id), kind, signal=symbol, retracts=not added, at=at)
-        await self.answers.reacted(str(event.channel_id), str(event.message_id), given)
+        is_admitted = self.admits(event.user_id, event.channel_id, roles_of(event.member))  # a removal names no roles
+        await self.answers.reacted(str(event.channel_id), str(event.message_id), given, is_admitted)
 
     async def cleared(self, message_id: int, symbol: str | None) -> None:
         """All reactions on a message are gone, or all with one emoji: every one of them is taken back."""
@@ -144,73 +178,148 @@ class Discord:
 
     async def pressed(self, act: str, turn_id: str, interaction: discord.Interaction) -> None:
         """A button under an answer. What it says is committed before Discord is told."""
-        user = str(interaction.user.id)
-        event = f"discord:{interaction.id}"
-        if not self.access.admits(user, str(interaction.channel_id), _roles(interaction.user)):
-            await interaction.response.send_message("You may not do that here.", ephemeral=True)
+        user = interaction.user
+        is_admitted = self.admits(user.id, interaction.channel_id or 0, roles_of(user))
+        if act in ("up", "down"):
+            kind = FeedbackKind.APPROVAL if act == "up" else FeedbackKind.DISAPPROVAL
+            await self._judged(kind, turn_id, interaction, is_admitted)
+        elif not is_admitted:
+            await interaction.response.send_message(NOT_HERE, ephemeral=True)
         elif act == "stop":
             self.answers.stop(turn_id)
             await interaction.response.defer()
-        elif act == "again":
-            await interaction.response.defer()
-            if not self.lanes.put(str(interaction.channel_id), lambda: self._again(turn_id, user, interaction)):
-                await interaction.followup.send(BUSY, ephemeral=True)
         else:
-            kind = FeedbackKind.APPROVAL if act == "up" else FeedbackKind.DISAPPROVAL
-            given = standing((await self.dialogue.explain(turn_id)).feedback)
-            again = any((row.user_id, row.kind, row.signal) == (user, kind, "button") for row in given)
-            await self.answers.record(Feedback(turn_id, user, kind, signal="button", retracts=again, event_id=event))
-            if act == "down" and not again:
-                await interaction.response.send_modal(Reason(self, turn_id))
-            else:
-                await interaction.response.send_message("Taken back." if again else "Noted, thank you.", ephemeral=True)
+            await interaction.response.defer()
+            if not self.lanes.put(str(interaction.channel_id), lambda: self._again(turn_id, str(user.id), interaction)):
+                await interaction.followup.send(BUSY, ephemeral=True)
+
+    async def _judged(self, kind: FeedbackKind, turn_id: str, interaction: discord.Interaction, is_admitted: bool) -> None:
+        """👍 or 👎, or taken back, which whoever gave it always may."""
+        user, event = str(interaction.user.id), f"discord:{interaction.id}"
+        given = standing((await self.dialogue.explain(turn_id)).feedback)
+        again = any((row.user_id, row.kind, row.signal) == (user, kind, "button") for row in given)
+        if not (is_admitted or again):
+            await interaction.response.send_message(NOT_HERE, ephemeral=True)
+        elif not await self.answers.record(Feedback(turn_id, user, kind, signal="button", retracts=again, event_id=event)):
+            await interaction.response.send_message(NOT_RECORDED, ephemeral=True)
+        elif kind == FeedbackKind.DISAPPROVAL and not again:
+            await interaction.response.send_modal(Reason(self, turn_id))
+        else:
+            await interaction.response.send_message("Taken back." if again else "Noted, thank you.", ephemeral=True)
 
     async def commented(self, turn_id: str, user: str, text: str, event: str) -> None:
         """Why somebody did not like an answer."""
         await self.answers.record(Feedback(turn_id, user, FeedbackKind.COMMENT, signal="reason", text=text, event_id=event))
 
-    def _for_us(self, message: discord.Message, me: discord.ClientUser) -> str:
-        """What a message says to us; "" where it is not for us, or its author may not talk to us here."""
-        direct = message.guild is None
-        mentioned = any(user.id == me.id for user in message.mentions)
-        followed = self.config.message_content and isinstance(message.channel, discord.Thread)
-        user, channel = str(message.author.id), str(message.channel.id)
-        if message.author.bot or not (direct or mentioned or followed):
-            return ""
-        admitted = self.access.admits(user, channel, _roles(message.author))
-        return _without_mention(message, me) if admitted else ""
+    def admits(self, user_id: int, channel_id: int, roles: list[str] | None) -> bool:
+        """Whether a person with these roles may take part in a channel; not if their roles cannot be known."""
+        channel = None if self._client is None else self._client.get_channel(channel_id)
+        parent = str(channel.parent_id) if isinstance(channel, discord.Thread) else ""
+        return roles is not None and self.access.admits(str(user_id), str(channel_id), roles, parent)
 
-    async def _answer(self, message: discord.Message, text: str) -> None:
-        said = Message("", str(message.author.id), text, event_id=event_of(message.id))
-        place = await self._place(message)
-        await self._post(message, lambda options: self.dialogue.respond(said, options, place=place))
+    def is_addressed(self, message: discord.Message, me: discord.ClientUser) -> bool:
+        """Whether a message is said to us: directly, by a mention, or as a reply to an answer where we may read all."""
+        answer = replied_to(message) if self.config.message_content else None
+        is_reply = answer is not None and answer.author.id == me.id
+        return message.guild is None or is_reply or mentions_us(message, me)
+
+    def _admits_author(self, message: discord.Message) -> bool:
+        return self.admits(message.author.id, message.channel.id, roles_of(message.author))
+
+    async def _follow(self, message: discord.Message, me: discord.ClientUser) -> None:
+        """Answer a message that does not address us, if its thread is ours."""
+        if await self.places.follows(message, me):
+            if self.access.in_time("discord", str(message.author.id)):
+                await self._answer(message, me)
+            else:
+                await self._refuse(message, TOO_FAST)
+
+    async def _refuse_followed(self, message: discord.Message, me: discord.ClientUser) -> None:
+        if await self.places.follows(message, me):
+            await self._refuse(message, BUSY)
+
+    async def _refuse(self, message: discord.Message, why: str) -> None:
+        """Say once why a message gets no answer. It gets none later either."""
+        if await self.dialogue.decline(lobby(message), event_of(message.id)):
+            await message.reply(why, mention_author=False)
+
+    async def _answer(self, message: discord.Message, me: discord.ClientUser) -> None:
+        markup = Markup(message, me)
+        said, quoted = await read(message, markup), replied_to(message)
+        text = said.text
+        if not text and not said.unread and quoted is not None and quoted.author.id != me.id and read_words(quoted, markup):
+            text = f"@{me.display_name}"  # a mention alone, about what it replies to
+
+        async def ask(options: ReplyOptions) -> Turn:
+            question = replace(as_message(message, text), at=now())
+            place = await self.places.of(message)
+            await self.dialogue.overhear(place, await self._earlier(message, me, place, markup), question.at)
+            return await self.dialogue.respond(question, options, place=place)
+
+        if text:
+            await self._post(message, ask, markup)
+        elif message.type != discord.MessageType.thread_starter_message:  # it only shows again what stands elsewhere
+            await self._refuse(message, said.refusal)
+
+    async def _earlier(
+        self, message: discord.Message, me: discord.ClientUser, place: Conversation, markup: Markup
+    ) -> list[Message]:
+        """What people said that a message may be about; of those only who may take part and be learned from."""
+        said = await self.places.earlier(message, me, place)
+        roles, admitted = Roles(self.access), set[str]()
+        for one in said:
+            if self.admits(one.author.id, message.channel.id, await roles.of(message.guild, one.author)):
+                admitted.add(str(one.author.id))
+        read_so = [as_message(one, read_words(one, markup)) for one in said]
+        return await self.answers.overheard(read_so, admitted.__contains__)
 
     async def _again(self, turn_id: str, user: str, interaction: discord.Interaction) -> None:
-        message = interaction.message
-        if message is not None:
-            await self._post(message, lambda options: self.dialogue.regenerate(turn_id, user, options))
+        message, me = interaction.message, interaction.client.user
+        if message is not None and me is not None:
+            markup = Markup(message, me)
+            if (question := replied_to(message)) is not None:
+                read_words(question, markup)  # the names in it
+            await self._post(message, lambda options: self.dialogue.regenerate(turn_id, user, options), markup)
 
-    async def _post(self, message: discord.Message, ask: Callable[[ReplyOptions], Awaitable[Turn]]) -> None:
+    async def _post(self, message: discord.Message, ask: Callable[[ReplyOptions], Awaitable[Turn]], markup: Markup) -> None:
         """Show an answer while it grows, then whole, under `message`."""
         async with typing(message.channel):
-            await self.answers.give(ask, Shown(self, message, new_id()), self.budgets.of(str(message.channel.id)))
+            shown = Shown(self, message, new_id(), markup)
+            await self.answers.give(ask, shown, self.budgets.of(str(message.channel.id)))
 
-    async def _place(self, message: discord.Message) -> Conversation:
-        """The conversation that a message belongs to."""
-        space = "" if message.guild is None else str(message.guild.id)
-        if message.guild is None or isinstance(message.channel, discord.Thread):
-            return Conversation("discord", str(message.channel.id), space, is_public=_is_public(message))
-        if message.reference is not None and message.reference.message_id is not None:
-            turn_id = await self.answers.turn_of(str(message.reference.message_id))
-            if turn_id is not None:
-                turn = (await self.dialogue.explain(turn_id)).turn
-                return await self.dialogue.store.database.call(self.dialogue.store.conversation, turn.conversation_id)
-        thread = str(message.id)
-        return Conversation("discord", str(message.channel.id), space, thread, is_public=_is_public(message))
+    async def _is_heard(self, message_id: int) -> bool:
+        """Whether we heard a message, or are about to."""
+        if message_id in self._pending:
+            return True
+        return await self._call(self.dialogue.store.message_of_event, event_of(message_id)) is not None
 
-    def _soon(self, work: Any) -> None:
+    def _put(self, message: discord.Message, work: Work) -> bool:
+        """Queue work on a message in its channel's lane; False where it is full."""
+        self._pending.add(message.id)
+        is_put = self.lanes.put(str(message.channel.id), self._once(message, work))
+        if not is_put:
+            self._pending.discard(message.id)
+        return is_put
+
+    def _once(self, message: discord.Message, work: Work) -> Work:
+        async def done() -> None:
+            try:
+                await work()
+            finally:
+                self._pending.discard(message.id)
+
+        return done
+
+    def _soon(self, message: discord.Message, work: Coroutine[Any, Any, None]) -> None:
+        self._pending.add(message.id)
         task = asyncio.ensure_future(work)
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+        def done(_: Any) -> None:
+            self._pending.discard(message.id)
+            if not task.cancelled() and task.exception() is not None:
+                log.warning("message %s could not be refused: %r", message.id, task.exception())
+
+        task.add_done_callback(done)
 
 
 class _Client(discord.Client):
@@ -222,6 +331,7 @@ class _Client(discord.Client):
         mentions = discord.AllowedMentions(everyone=False, users=False, roles=False, replied_user=True)
         super().__init__(intents=intents, allowed_mentions=mentions)
         self.connector = connector
+        tolerate_bad_messages(self)
 
     async def setup_hook(self) -> None:
         self.add_dynamic_items(Button)
@@ -235,7 +345,7 @@ class _Client(discord.Client):
 
     def _slash(self, command: Command) -> discord.app_commands.Command[Any, Any, None]:
         async def run(interaction: discord.Interaction[Any], choice: str = "") -> None:
-            asker = Asker(str(interaction.user.id), str(interaction.channel_id), _roles(interaction.user))
+            asker = Asker(str(interaction.user.id), str(interaction.channel_id), roles_of(interaction.user))
             await interaction.response.defer(ephemeral=True)  # forgetting may take longer than Discord waits
             told = await self.connector.commands.run(command, asker, choice)
             await interaction.followup.send(split(told, LIMIT)[0].text, ephemeral=True)
@@ -283,24 +393,3 @@ class _Client(discord.Client):
 
     async def on_raw_reaction_clear_emoji(self, event: discord.RawReactionClearEmojiEvent) -> None:
         await self.connector.cleared(event.message_id, event.emoji.name)
-
-
-def _is_public(message: discord.Message) -> bool:
-    """Whether everybody on the server may read the channel of a message."""
-    channel, guild = message.channel, message.guild
-    if guild is None or guild.default_role is None or isinstance(channel, (discord.DMChannel, discord.GroupChannel)):
-        return False
-    if isinstance(channel, discord.PartialMessageable) or (isinstance(channel, discord.Thread) and channel.is_private()):
-        return False
-    try:
-        return channel.permissions_for(guild.default_role).view_channel
-    except discord.ClientException:  # a thread whose channel is not known
-        return False
-
-
-def _without_mention(message: discord.Message, me: discord.ClientUser) -> str:
-    return re.sub(rf"<@!?{me.id}>\s*", "", message.content).strip()
-
-
-def _roles(user: object) -> list[str]:
-    return [str(role.id) for role in user.roles] if isinstance(user, discord.Member) else []

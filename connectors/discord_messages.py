@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import discord
 
+from bot.errors import Forgotten
 from connectors.answers import SORRY
+from connectors.discord_markup import Markup
 from connectors.splitting import split
 
 if TYPE_CHECKING:
@@ -22,12 +24,8 @@ if TYPE_CHECKING:
 
 LIMIT = 2000  # characters of one message
 BUTTONS = {"up": "👍", "down": "👎", "again": "🔄", "stop": "⏹️"}
+INVALID = 50035  # Discord's code for a request that names what is not there
 TYPING = 0.2  # seconds until it is shown that an answer is being made: most have begun to appear by then
-
-
-def event_of(message_id: int) -> str:
-    """What names a message's event in the database."""
-    return f"discord:{message_id}"
 
 
 @contextlib.asynccontextmanager
@@ -50,18 +48,19 @@ async def typing(channel: discord.abc.Messageable) -> AsyncIterator[None]:
 class Shown:
     """The messages that show one answer."""
 
-    def __init__(self, connector: "Discord", to: discord.Message, turn_id: str):
-        self.connector, self.to, self.turn_id = connector, to, turn_id
+    def __init__(self, connector: "Discord", to: discord.Message, turn_id: str, markup: Markup):
+        self.connector, self.to, self.turn_id, self.markup = connector, to, turn_id, markup
         self.messages: list[discord.Message] = []
+        self.is_removed = False  # a moderator deleted what was shown of it
 
     async def grow(self, text: str) -> None:
         """Show the beginning of a growing answer."""
         if text.strip():
-            await self._show(0, split(text, LIMIT)[0].text, ["stop"])
+            await self._show(0, split(self.markup.written(text), LIMIT)[0].text, ["stop"])
 
     async def whole(self, text: str) -> None:
         """Show the final answer: every part of it, and the buttons under the last."""
-        parts = [part.text for part in split(text or "…", LIMIT) if part.text.strip()] or ["…"]
+        parts = [part.text for part in split(self.markup.written(text) or "…", LIMIT) if part.text.strip()] or ["…"]
         for number, part in enumerate(parts):
             await self._show(number, part, ["up", "down", "again"] if number == len(parts) - 1 else [])
 
@@ -70,12 +69,18 @@ class Shown:
         await self.to.reply(text, mention_author=False)
 
     async def _show(self, number: int, text: str, buttons: list[str]) -> None:
+        if self.is_removed:
+            return
         view = discord.ui.View(timeout=None)
         for act in buttons:
             view.add_item(Button(act, self.turn_id))
         view.stop()  # its buttons are found by their ids, also after a restart
         if number < len(self.messages):
-            await self.messages[number].edit(content=text, view=view)
+            try:
+                await self.messages[number].edit(content=text, view=view)
+            except discord.NotFound:
+                self.is_removed = True
+                self.connector.answers.stop(self.turn_id)
             return
         async with self.connector.answers.posting(str(self.to.channel.id)):
             sent = await self._send(number, text, view)
@@ -85,7 +90,12 @@ class Shown:
     async def _send(self, number: int, text: str, view: discord.ui.View) -> discord.Message:
         nonce = hashlib.blake2b(f"{self.turn_id}:{number}".encode(), digest_size=12).hexdigest()
         if number == 0:
-            return await self.to.reply(text, view=view, nonce=nonce, mention_author=True)
+            try:
+                return await self.to.reply(text, view=view, nonce=nonce, mention_author=True)
+            except discord.HTTPException as error:
+                if error.code == INVALID and "message_reference" in error.text:
+                    raise Forgotten("the question was deleted meanwhile") from error
+                raise
         return await self.to.channel.send(text, view=view, nonce=nonce)
 
 

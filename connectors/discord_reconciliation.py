@@ -2,8 +2,8 @@
 
 After a lost session or a restart nothing is replayed. Messages that are for us and were not heard are answered, those that
 were changed are changed, those that are gone are forgotten, and the reactions on our recent answers are compared with what
-we recorded: what is missing is added, what is gone is taken back. All go the ways that live events go, which claim each
-event once. It knows no gateway.
+we recorded: what is missing is added, what is gone is taken back. All go the ways that live events go: the same lists and
+limits hold, and each event is claimed once. It knows no gateway.
 """
 
 import logging
@@ -15,49 +15,67 @@ import discord
 
 from bot.deliveries import Delivery
 from bot.types import now
-from connectors.discord_messages import event_of
+from connectors.discord_reading import event_of, is_speech
+from connectors.discord_roles import Roles
+from connectors.opinions import Reading
 
 if TYPE_CHECKING:
     from connectors.discord import Discord
 
 log = logging.getLogger(__name__)
 
-Readable = discord.TextChannel | discord.Thread | discord.PartialMessageable
+Readable = discord.TextChannel | discord.VoiceChannel | discord.StageChannel | discord.Thread | discord.PartialMessageable
 
 MOST_ANSWERS = 200  # whose reactions are compared, newest first
-MOST_MESSAGES = 200  # of one channel that are looked at
+MOST_MESSAGES = 200  # of one channel that are looked at, newest first
 UNKNOWN_MESSAGE = 10008  # Discord's code: the channel is there, the message is not
 
 
 async def reconcile(connector: "Discord", client: discord.Client) -> None:
     """Bring messages and reactions of the last `discord.reconcile_hours` up to date; what cannot be read is logged."""
     since = now() - timedelta(hours=connector.config.reconcile_hours)
-    call = connector.dialogue.store.database.call
+    call, roles = connector.dialogue.store.database.call, Roles(connector.access)
     shown = await call(connector.answers.deliveries.since, "discord", since, MOST_ANSWERS)
     parts: dict[str, list[Delivery]] = {}  # the messages of each turn: a reaction to any of them is an opinion on the turn
     for answer in shown:
         parts.setdefault(answer.turn_id, []).append(answer)
     for turn_id, messages in parts.items():
         try:
-            await _reactions(connector, client, turn_id, messages)
-        except discord.HTTPException as error:
-            log.info("the reactions on answer %s cannot be read: %s", turn_id, error)
-    places = {int(answer.channel) for answer in shown}
+            await _reactions(connector, client, roles, turn_id, messages)
+        except Exception as error:  # what Discord refuses, or discord.py cannot read: the rest is compared all the same
+            log.info("the reactions on answer %s cannot be read: %r", turn_id, error)
     said: list[discord.Message] = []
-    for channel in _channels(client, places):
+    for channel in _channels(client, {int(answer.channel) for answer in shown}):
         try:
-            said += [message async for message in channel.history(after=since, limit=MOST_MESSAGES, oldest_first=True)]
-        except discord.HTTPException as error:
-            log.info("channel %s cannot be read: %s", channel.id, error)
+            async for message in channel.history(after=since, limit=MOST_MESSAGES, oldest_first=False):
+                said.append(message)  # noqa: PERF401 (what was read before something cannot be read is kept)
+        except Exception as error:  # as above
+            log.info("channel %s cannot be read: %r", channel, error)
+    said.sort(key=lambda message: message.id)
     there = {event_of(message.id) for message in said}
     asked = await call(connector.dialogue.store.questions, [answer.turn_id for answer in shown])
     for channel_id, event in sorted({(answer.channel, asked.get(answer.turn_id, "")) for answer in shown}):
         question = int(event.rpartition(":")[-1] or 0)
         if question and event not in there and await _is_gone(client, int(channel_id), question):
             await connector.deleted(int(channel_id), question)  # before anything is answered that would be shown it
+    if client.user is not None:
+        await _messages(connector, client.user, roles, said)
+
+
+async def _messages(connector: "Discord", me: discord.ClientUser, roles: Roles, said: list[discord.Message]) -> None:
+    """Have those of these messages (oldest first) answered that were missed; take over what was changed of the others."""
+    began: dict[int, int] = {}  # the first message to us in each channel: in a thread, later ones are to us as well
     for message in said:
-        if client.user is not None:
-            await connector.missed(message, client.user)
+        if is_speech(message) and connector.is_addressed(message, me):
+            began.setdefault(message.channel.id, message.id)
+    missed = []
+    for message in reversed(said):  # the newest first: of too many those are answered that people still wait for
+        if await connector.take_missed(message, me, roles, began.get(message.channel.id)):
+            missed.append(message)
+        else:
+            await connector.edited(message, me)
+    for message in reversed(missed):
+        await connector.answer_missed(message, me)
 
 
 async def _is_gone(client: discord.Client, channel: int, message: int) -> bool:
@@ -74,21 +92,39 @@ def _channels(client: discord.Client, known: set[int]) -> Iterator[Readable]:
     """Every channel and thread of our guilds, and those where we spoke lately (direct messages among them)."""
     seen = set()
     for guild in client.guilds:
-        readable: list[discord.TextChannel | discord.Thread] = [*guild.text_channels, *guild.threads]
+        readable: list[Readable] = [*guild.text_channels, *guild.voice_channels, *guild.stage_channels, *guild.threads]
         for channel in readable:
             seen.add(channel.id)
-            if channel.last_message_id is not None:
+            if not isinstance(channel, discord.PartialMessageable) and channel.last_message_id is not None:
                 yield channel
     for number in known - seen:
         yield client.get_partial_messageable(number)
 
 
-async def _reactions(connector: "Discord", client: discord.Client, turn_id: str, messages: list[Delivery]) -> None:
-    read_at, there = now(), set()
+def _readable(client: discord.Client, number: int) -> Readable:
+    """A channel; which server it is on is known only if the channel is."""
+    channel = client.get_channel(number)
+    return channel if isinstance(channel, Readable) else client.get_partial_messageable(number)
+
+
+async def _reactions(
+    connector: "Discord", client: discord.Client, roles: Roles, turn_id: str, messages: list[Delivery]
+) -> None:
+    read_at, there, partial, admitted = now(), set(), set(), set()
     for shown in messages:
-        message = await client.get_partial_messageable(int(shown.channel)).fetch_message(int(shown.message_id))
+        message = await _readable(client, int(shown.channel)).fetch_message(int(shown.message_id))
         for reaction in message.reactions:
             symbol = reaction.emoji if isinstance(reaction.emoji, str) else reaction.emoji.name
-            if connector.reactions.kind(symbol) is not None:
-                there |= {(shown.message_id, str(user.id), symbol) async for user in reaction.users() if not user.bot}
-    await connector.answers.reconcile(turn_id, [one.message_id for one in messages], there, read_at)
+            if connector.reactions.kind(symbol) is None:
+                continue
+            people = [user async for user in reaction.users(type=discord.ReactionType.normal)]
+            if reaction.burst_count:
+                people += [user async for user in reaction.users(type=discord.ReactionType.burst)]
+            if len(people) < reaction.count:
+                partial.add(symbol)
+            for person in (one for one in people if not one.bot):
+                there.add((shown.message_id, str(person.id), symbol))
+                if connector.admits(person.id, message.channel.id, await roles.of(message.guild, person)):
+                    admitted.add(str(person.id))
+    reading = Reading([one.message_id for one in messages], there, read_at, partial)
+    await connector.answers.reconcile(turn_id, reading, admitted.__contains__)

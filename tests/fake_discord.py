@@ -1,7 +1,8 @@
 """A Discord of our own on loopback: gateway and REST as discord.py speaks them, and what the platform refuses.
 
-It keeps channels, messages and reactions, hides contents that need the privileged intent, dedupes nonces, counts rate
-limits and answers 429, replays events on RESUME, and checks interaction deadlines. Tests drive it as people would.
+It keeps channels, threads, messages and reactions, hides contents that need the privileged intent, dedupes nonces, counts
+rate limits and answers 429, refuses replies to what is gone, replays events on RESUME, and checks interaction deadlines.
+Tests drive it as people would.
 """
 
 import asyncio
@@ -19,10 +20,12 @@ from aiohttp import WSMsgType, web
 TOKEN = "fake.discord.token"
 BOT = 1001
 GUILD = 2001
+OWN_ROLE = 3001  # that Discord made for the bot
 MESSAGE_CONTENT = 1 << 15
 VIA = {"Via": "1.1 fake"}
 
 SEE = 1 << 10  # the permission to view a channel
+SPEECH = (0, 19, 20, 21, 23)  # types of messages that can be replied to
 ROLE = {"color": 0, "colors": {"primary_color": 0}, "hoist": False, "managed": False, "mentionable": False, "flags": 0}
 
 
@@ -33,6 +36,10 @@ class FakeDiscord:
         self.channels: dict[int, dict[str, Any]] = {}
         self.messages: dict[int, dict[str, Any]] = {}
         self.reactions: dict[int, set[tuple[int, str]]] = defaultdict(set)
+        self.bursts: dict[int, set[tuple[int, str]]] = defaultdict(set)  # super reactions
+        self.unlisted: set[int] = set()  # people who are not in the lists of who reacted
+        self.roles: dict[int, list[int]] = defaultdict(list)  # of people
+        self.files: dict[str, bytes] = {}  # by name
         self.callbacks: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self.told: asyncio.Queue[dict[str, Any]] = asyncio.Queue()  # what followed a deferred answer
         self.commands: list[str] = []
@@ -61,6 +68,7 @@ class FakeDiscord:
         """Listen, and point discord.py here."""
         app = web.Application()
         app.router.add_get("/gw", self._gateway)
+        app.router.add_get("/files/{name}", self._file)
         app.router.add_route("*", "/api/v10/{path:.*}", self._rest)
         self._runner = web.AppRunner(app, shutdown_timeout=0.2)
         await self._runner.setup()
@@ -85,6 +93,35 @@ class FakeDiscord:
             made |= {"name": "somewhere", "position": 0, "permission_overwrites": [], "nsfw": False, "guild_id": str(GUILD)}
         self.channels[number] = made
         return number
+
+    def thread(self, parent: int, owner: int = 1, private: bool = False, starter: int | None = None) -> int:
+        """A new thread; one that begins at a message (`starter`) has its id."""
+        made = self.channels.pop(self.channel(12 if private else 11))
+        number = starter or int(made["id"])
+        times = {"archive_timestamp": "2026-01-01T00:00:00+00:00", "create_timestamp": "2026-01-01T00:00:00+00:00"}
+        about = {"id": str(number), "parent_id": str(parent), "owner_id": str(owner), "name": "a thread", "flags": 0}
+        counts = {"message_count": 1, "member_count": 2, "total_message_sent": 1, "rate_limit_per_user": 0}
+        state = {"thread_metadata": {**times, "archived": False, "auto_archive_duration": 60, "locked": False}}
+        self.channels[number] = made | about | counts | state
+        return number
+
+    async def open(self, thread: int) -> None:
+        """A thread is shown to who is connected already."""
+        await self.dispatch("THREAD_CREATE", self.channels[thread] | {"newly_created": True})
+
+    async def raw(self, channel: int, user: int, content: str, **more: Any) -> int:
+        """A message with any fields, whose content is not hidden."""
+        message = self._message(channel, user, content) | more
+        self.messages[int(message["id"])] = message
+        await self.dispatch("MESSAGE_CREATE", message | self._in_guild(channel, user))
+        return int(message["id"])
+
+    def file(self, name: str, kind: str, content: bytes = b"") -> dict[str, Any]:
+        """An attachment of a message."""
+        self.files[name] = content
+        url = f"http://127.0.0.1:{self.port}/files/{name}"
+        about = {"filename": name, "content_type": kind, "size": len(content), "url": url, "proxy_url": url}
+        return {"id": str(next(self._ids)), **about}
 
     async def say(self, channel: int, user: int, content: str, mention: bool = True, reply_to: int | None = None) -> int:
         """A person writes a message; in a channel it mentions the bot unless told otherwise."""
@@ -130,6 +167,14 @@ class FakeDiscord:
         if not remove:
             event |= self._in_guild(channel, user)
         await self.dispatch("MESSAGE_REACTION_REMOVE" if remove else "MESSAGE_REACTION_ADD", event)
+
+    async def burst(self, user: int, message: int, emoji: str) -> None:
+        """A person adds a super reaction."""
+        self.bursts[message].add((user, emoji))
+        channel = int(self.messages[message]["channel_id"])
+        event = {"user_id": str(user), "channel_id": str(channel), "message_id": str(message), "burst": True, "type": 1}
+        event |= {"emoji": {"id": None, "name": emoji}, "burst_colors": ["#fff"]}
+        await self.dispatch("MESSAGE_REACTION_ADD", event | self._in_guild(channel, user))
 
     async def clear(self, message: int, emoji: str | None = None) -> None:
         """A moderator clears all reactions, or those with one emoji."""
@@ -214,8 +259,12 @@ class FakeDiscord:
     def _in_guild(self, channel: int, user: int) -> dict[str, Any]:
         if self.channels[channel]["type"] == 1:
             return {}
-        member = {"roles": [], "joined_at": "2026-01-01T00:00:00+00:00", "deaf": False, "mute": False, "flags": 0}
-        return {"guild_id": str(GUILD), "member": {**member, "user": self._user(user)}}
+        return {"guild_id": str(GUILD), "member": self._member(user)}
+
+    def _member(self, user: int) -> dict[str, Any]:
+        roles = [str(role) for role in ([OWN_ROLE] if user == BOT else self.roles[user])]
+        member = {"roles": roles, "joined_at": "2026-01-01T00:00:00+00:00", "deaf": False, "mute": False, "flags": 0}
+        return {**member, "user": self._user(user)}
 
     def _message(self, channel: int, author: int, content: str) -> dict[str, Any]:
         number = next(self._ids)
@@ -276,13 +325,19 @@ class FakeDiscord:
         }
         await self.dispatch("READY", ready)
         shown = [one for one in self.channels.values() if one["type"] == 0]
+        roles = [{"id": str(GUILD), "name": "@everyone", "permissions": str(SEE), "position": 0, **ROLE}]
+        roles += [
+            {"id": str(role), "name": f"role{role}", "permissions": "0", "position": 1, **ROLE}
+            for role in sorted({role for some in self.roles.values() for role in some})
+        ]
+        own = {"id": str(OWN_ROLE), "name": "kibitz", "permissions": "0", "position": 1, **ROLE, "managed": True}
         guild = {
             "id": str(GUILD),
             "name": "guild",
-            "roles": [{"id": str(GUILD), "name": "@everyone", "permissions": str(SEE), "position": 0, **ROLE}],
+            "roles": [*roles, {**own, "tags": {"bot_id": str(BOT)}}],
             "channels": shown,
-            "members": [],
-            "threads": [],
+            "members": [self._member(BOT)],
+            "threads": [one for one in self.channels.values() if one["type"] in (11, 12)],
             "emojis": [],
         }
         await self.dispatch("GUILD_CREATE", guild | {"owner_id": "1", "stickers": [], "member_count": 3, "features": []})
@@ -318,6 +373,8 @@ class FakeDiscord:
             self.commands = [one["name"] for one in body]
             listed = [{**one, "id": str(next(self._ids)), "application_id": str(BOT), "version": "1"} for one in body]
             return self._json(listed)
+        if parts[0] == "guilds" and parts[2] == "members":
+            return self._json(self._member(int(parts[3])))
         if parts[0] == "channels" and parts[2] == "typing":
             self.typed.append(int(parts[1]))
             return web.Response(status=self.typing_status)
@@ -353,6 +410,16 @@ class FakeDiscord:
         if bad:
             self.refused.append(bad)
             return self._json({"code": 50035, "message": "Invalid Form Body", "errors": {bad: {}}}, 400)
+        if message is not None and message not in self.messages:
+            return self._json({"message": "Unknown Message", "code": 10008}, 404)
+        reference = body.get("message_reference")
+        if message is None and reference and reference.get("fail_if_not_exists", True):
+            there = self.messages.get(int(reference["message_id"]))
+            if there is None or there["type"] not in SPEECH:
+                self.refused.append("message_reference")
+                wrong = {"_errors": [{"code": "REPLIES_UNKNOWN_MESSAGE", "message": "Unknown message"}]}
+                errors = {"message_reference": wrong}
+                return self._json({"code": 50035, "message": "Invalid Form Body", "errors": errors}, 400)
         if message is not None:
             found = self.messages[message]
             found |= {key: body[key] for key in ("content", "components") if key in body}
@@ -368,6 +435,7 @@ class FakeDiscord:
         if "message_reference" in body:
             answered = str(body["message_reference"]["message_id"])
             made |= {"type": 19, "message_reference": {"message_id": answered, "channel_id": str(channel)}}
+            made["referenced_message"] = self.messages.get(int(answered))
         self._wrote(made)
         return self._json(made)
 
@@ -380,29 +448,38 @@ class FakeDiscord:
         if channel not in self.channels:
             return self._json({"message": "Unknown Channel", "code": 10003}, 404)
         if len(rest) == 3:  # who reacted with an emoji
-            people = sorted(user for user, symbol in self.reactions[int(rest[0])] if symbol == rest[2])
+            given = (self.bursts if query.get("type") == "1" else self.reactions)[int(rest[0])]
+            people = sorted(user for user, symbol in given if symbol == rest[2] and user not in self.unlisted)
             after = int(query.get("after", 0))
             return self._json([self._user(one) for one in people if one > after])
         if rest:
             if int(rest[0]) not in self.messages:
                 return self._json({"message": "Unknown Message", "code": 10008}, 404)
-            symbols = sorted({symbol for _, symbol in self.reactions[int(rest[0])]})
-            counts = [sum(symbol == one for _, symbol in self.reactions[int(rest[0])]) for one in symbols]
-            listed = [
-                {
-                    "emoji": {"id": None, "name": symbol},
-                    "count": count,
-                    "count_details": {"burst": 0, "normal": count},
-                    "me": False,
-                    "me_burst": False,
-                    "burst_colors": [],
+            normal, bursts = self.reactions[int(rest[0])], self.bursts[int(rest[0])]
+            listed = []
+            for symbol in sorted({symbol for _, symbol in normal | bursts}):
+                counts = {
+                    "normal": sum(symbol == one for _, one in normal),
+                    "burst": sum(symbol == one for _, one in bursts),
                 }
-                for symbol, count in zip(symbols, counts, strict=True)
-            ]
+                about = {"emoji": {"id": None, "name": symbol}, "count": sum(counts.values()), "count_details": counts}
+                listed.append({**about, "me": False, "me_burst": False, "burst_colors": []})
             return self._json({**self.messages[int(rest[0])], "reactions": listed})
-        after = int(query.get("after", 0))
-        found = [one for key, one in sorted(self.messages.items()) if key > after and one["channel_id"] == str(channel)]
-        return self._json(found[: int(query.get("limit", 50))][::-1])
+        after, before = int(query.get("after", 0)), int(query.get("before", 1 << 63))
+        there = sorted(key for key, one in self.messages.items() if one["channel_id"] == str(channel))
+        found = [self._as_seen(self.messages[key]) for key in there if after < key < before]
+        limit = int(query.get("limit", 50))
+        return self._json((found[:limit] if "after" in query else found[-limit:])[::-1])
+
+    def _as_seen(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A message as the API shows it to an application that may not read all contents."""
+        direct = self.channels[int(message["channel_id"])]["type"] == 1
+        to_us = direct or message["mentions"] or message["mention_roles"] or message["author"]["id"] == str(BOT)
+        return message if to_us or self._intents & MESSAGE_CONTENT else message | {"content": ""}
+
+    async def _file(self, request: web.Request) -> web.Response:
+        content = self.files.get(request.match_info["name"])
+        return web.Response(status=404) if content is None else web.Response(body=content)
 
     def _callback(self, token: str, body: dict[str, Any]) -> web.Response:
         if token not in self._deadlines:
