@@ -27,6 +27,7 @@ from connectors.base import Lanes, Shared, Work, pause
 from connectors.commands import COMMANDS, Asker, Command, Commands
 from connectors.discord_markup import Markup, mentions_us
 from connectors.discord_messages import LIMIT, Button, Reason, Shown, typing
+from connectors.discord_payloads import tolerate_bad_messages
 from connectors.discord_places import Places, lobby, replied_to
 from connectors.discord_reading import as_message, event_of, is_speech, read, read_words
 from connectors.discord_reconciliation import reconcile
@@ -330,6 +331,7 @@ class _Client(discord.Client):
         mentions = discord.AllowedMentions(everyone=False, users=False, roles=False, replied_user=True)
         super().__init__(intents=intents, allowed_mentions=mentions)
         self.connector = connector
+        tolerate_bad_messages(self)
 
     async def setup_hook(self) -> None:
         self.add_dynamic_items(Button)

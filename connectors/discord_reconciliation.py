@@ -42,14 +42,15 @@ async def reconcile(connector: "Discord", client: discord.Client) -> None:
     for turn_id, messages in parts.items():
         try:
             await _reactions(connector, client, roles, turn_id, messages)
-        except discord.HTTPException as error:
-            log.info("the reactions on answer %s cannot be read: %s", turn_id, error)
+        except Exception as error:  # what Discord refuses, or discord.py cannot read: the rest is compared all the same
+            log.info("the reactions on answer %s cannot be read: %r", turn_id, error)
     said: list[discord.Message] = []
     for channel in _channels(client, {int(answer.channel) for answer in shown}):
         try:
-            said += [message async for message in channel.history(after=since, limit=MOST_MESSAGES, oldest_first=False)]
-        except discord.HTTPException as error:
-            log.info("channel %s cannot be read: %s", channel, error)
+            async for message in channel.history(after=since, limit=MOST_MESSAGES, oldest_first=False):
+                said.append(message)  # noqa: PERF401 (what was read before something cannot be read is kept)
+        except Exception as error:  # as above
+            log.info("channel %s cannot be read: %r", channel, error)
     said.sort(key=lambda message: message.id)
     there = {event_of(message.id) for message in said}
     asked = await call(connector.dialogue.store.questions, [answer.turn_id for answer in shown])
@@ -100,15 +101,18 @@ def _channels(client: discord.Client, known: set[int]) -> Iterator[Readable]:
         yield client.get_partial_messageable(number)
 
 
+def _readable(client: discord.Client, number: int) -> Readable:
+    """A channel; which server it is on is known only if the channel is."""
+    channel = client.get_channel(number)
+    return channel if isinstance(channel, Readable) else client.get_partial_messageable(number)
+
+
 async def _reactions(
     connector: "Discord", client: discord.Client, roles: Roles, turn_id: str, messages: list[Delivery]
 ) -> None:
     read_at, there, partial, admitted = now(), set(), set(), set()
     for shown in messages:
-        channel = client.get_channel(int(shown.channel))  # says on which server it is, if it is known
-        if not isinstance(channel, discord.abc.Messageable):
-            channel = client.get_partial_messageable(int(shown.channel))
-        message = await channel.fetch_message(int(shown.message_id))
+        message = await _readable(client, int(shown.channel)).fetch_message(int(shown.message_id))
         for reaction in message.reactions:
             symbol = reaction.emoji if isinstance(reaction.emoji, str) else reaction.emoji.name
             if connector.reactions.kind(symbol) is None:

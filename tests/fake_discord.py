@@ -459,7 +459,8 @@ class FakeDiscord:
             listed = []
             for symbol in sorted({symbol for _, symbol in normal | bursts}):
                 counts = {
-                    name: sum(symbol == one for _, one in given) for name, given in (("normal", normal), ("burst", bursts))
+                    "normal": sum(symbol == one for _, one in normal),
+                    "burst": sum(symbol == one for _, one in bursts),
                 }
                 about = {"emoji": {"id": None, "name": symbol}, "count": sum(counts.values()), "count_details": counts}
                 listed.append({**about, "me": False, "me_burst": False, "burst_colors": []})

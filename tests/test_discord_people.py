@@ -503,11 +503,26 @@ async def test_text_files_and_polls_are_read_and_what_is_too_large_or_missing_is
         assert "huge huge" not in text
         for name in ("huge.txt", "lost.txt", "cat.png"):
             assert f"[{name}: not readable]" in text
+        ends = {"expiry": "2026-01-02T00:00:00+00:00", "allow_multiselect": False, "layout_type": 1}
         media = [{"answer_id": number, "poll_media": {"text": one}} for number, one in enumerate(("yes", "no"), 1)]
-        poll = {"question": {"text": "pizza?"}, "answers": media, "expiry": None, "allow_multiselect": False}
-        await platform.raw(direct, ANN, "", poll=poll | {"layout_type": 1})
+        await platform.raw(direct, ANN, "", poll={"question": {"text": "pizza?"}, "answers": media, **ends})
         text = (await question_of(running, bot, await answered(platform, direct, 2))).text
         assert text == "pizza?\n- yes\n- no"
+
+
+async def test_a_message_that_discordpy_cannot_read_costs_neither_the_connection_nor_what_else_was_missed(running, platform):
+    broken, channel = platform.channel(), platform.channel()
+    async with connected(running, platform) as bot:
+        client = bot._client
+        await platform.say(channel, ANN, "hello")
+        await platform.raw(broken, ANN, f"<@{BOT}> hello", mentions=[{"no": "id"}])
+        await platform.raw(broken, ANN, "vote!", poll={"question": {"text": "pizza?"}, "answers": [], "expiry": None})
+        await answered(platform, channel)
+        await nothing_happens_before(platform, bot)
+        assert bot._client is client
+    await platform.say(channel, ANN, "hello again")
+    async with connected(running, platform):
+        await answered(platform, channel, 2)
 
 
 # Names
