@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bot import cli, doctor_command
+from bot import backup_commands, cli, doctor_command
 from bot.app import Kibitz, desk, run, running, shared
 from bot.cli import ConfigFile, DataDir, JsonFile, ModelName, PlotFile, Seed, announce, app, bench, configured, console
 from bot.config import AccessConfig, Config, DatabaseConfig
@@ -28,7 +28,8 @@ from learning.pretrain import is_toy
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-__all__ = ["bench_commands", "commands", "doctor_command", "main"]  # importing a module of commands adds them
+# Importing a module of commands adds them.
+__all__ = ["backup_commands", "bench_commands", "commands", "doctor_command", "main"]
 
 Progress = Callable[[str, int, int], None]
 

@@ -19,7 +19,7 @@ from bot.data_directory import held
 from bot.database import Database
 from bot.deliveries import Deliveries
 from bot.dialogue import DialogueManager
-from bot.forgetting import forget_person, remove_purged
+from bot.forgetting import forget_again, forget_person, remove_purged
 from bot.policy import Policy
 from bot.registry import PolicyRegistry
 from bot.state import derived
@@ -60,6 +60,8 @@ async def running(config: Config, model: str, tell: Announce, may_change: bool =
         base = registry.ensure_base(model, may_change)
         if foreign := registry.foreign():
             tell(f"policy.model was changed: {base.name} is {model}; {len(foreign)} versions of another serve no more")
+        if again := forget_again(database, registry):
+            tell(f"the database is older than what was forgotten since: {again} people and messages are forgotten again")
         remove_purged(registry)
         database.scrub()
         recall = cli.recall(config, database)

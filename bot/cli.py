@@ -97,7 +97,7 @@ def recall(config: Config, database: Database) -> Recall:
 
 def opened(config: Config) -> tuple[Database, ConversationStore, PolicyRegistry]:
     """The database at this program's schema, with the stores on it."""
-    database = Database(config.database_url)
+    database = Database(config.database_url, config.data)
     database.upgrade()
     return database, ConversationStore(database), PolicyRegistry(database)
 

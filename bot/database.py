@@ -43,9 +43,12 @@ class _Local(threading.local):
 
 
 class Database:
-    """One engine, and one thread for it, so that callers on the event loop never wait for a disk."""
+    """One engine, and one thread for it, so that callers on the event loop never wait for a disk.
 
-    def __init__(self, url: str):
+    `directory` is where files lie that belong to the database: by default, where SQLite's own file is.
+    """
+
+    def __init__(self, url: str, directory: Path | None = None):
         try:
             # Error messages must not spell what people wrote.
             self.engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"), hide_parameters=True)
@@ -62,6 +65,8 @@ class Database:
         if self.dialect == "sqlite":
             sa.event.listen(self.engine, "connect", _configure_sqlite)
             sa.event.listen(self.engine, "begin", _begin_immediate)
+        self.file = Path(self.engine.url.database or "") if self.dialect == "sqlite" else None
+        self.directory = directory or (self.file.parent if self.file else None)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="database")
         self._waiting: deque[Job] = deque()
         self._local = _Local()

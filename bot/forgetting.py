@@ -3,7 +3,8 @@
 Of a message only its place is left, so that its event, delivered again, is still known. Every answer that was made from
 it goes (its policy was shown the text and may repeat it), every answer that was made from such an answer, and what
 people said about them. With a person also the policy versions go that were trained on any of it. What stands in the
-platform's own channels is not ours to delete. It knows no platform and no server: a running kibitz follows the registry.
+platform's own channels is not ours to delete. What is forgotten is noted outside of the database (`bot.erasures`), so that a
+backup does not bring it back. It knows no platform and no server: a running kibitz follows the registry.
 """
 
 import logging
@@ -15,6 +16,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from bot.database import Database
+from bot.erasures import Erasures
 from bot.registry import PolicyRegistry
 from bot.sources import answers_from
 from bot.tables import (
@@ -27,8 +29,10 @@ from bot.tables import (
     messages,
     run_feedback,
     run_followups,
+    run_teachers,
     sources,
     turns,
+    users,
 )
 from bot.types import FORGOTTEN, PolicyState, Role, now
 from bot.users import decide
@@ -59,6 +63,9 @@ def forget_person(database: Database, registry: PolicyRegistry, platform: str, u
 
     Their consent is withheld from now on. Nothing is half erased: it is one transaction.
     """
+    at = now()
+    if database.directory is not None:
+        Erasures(database.directory).add_person((platform, user_id), at)
     with database.begin() as connection:
         theirs = sa.select(conversations.c.id).where(conversations.c.platform == platform)
         written = sa.select(messages.c.id).where(
@@ -68,7 +75,7 @@ def forget_person(database: Database, registry: PolicyRegistry, platform: str, u
         said = said.where(feedback.c.user_id == user_id, turns.c.conversation_id.in_(theirs))
         erased = _erase(connection, written, said)
         purged = registry.purge(connection, (platform, user_id))
-        decide(connection, (platform, user_id), consent=False, forgotten_at=now())
+        decide(connection, (platform, user_id), consent=False, forgotten_at=at)
     database.afterwards(partial(remove_purged, registry))
     database.afterwards(partial(remove_samples, registry))
     database.afterwards(database.scrub)
@@ -77,11 +84,49 @@ def forget_person(database: Database, registry: PolicyRegistry, platform: str, u
 
 def forget_message(database: Database, message_id: str) -> Erased:
     """Erase one message, as its author deleted it. Versions that learned from it stay: one deletion must not move them."""
+    if database.directory is not None:
+        Erasures(database.directory).add_message(message_id, now())
     with database.begin() as connection:
         erased = _erase(connection, sa.select(messages.c.id).where(messages.c.id == message_id))
     database.afterwards(partial(remove_samples, PolicyRegistry(database)))
     database.afterwards(database.scrub)
     return erased
+
+
+def forget_again(database: Database, registry: PolicyRegistry) -> int:
+    """Forget who and what is noted as forgotten and yet is here: the database is older than that. Return how many."""
+    if database.directory is None:
+        return 0
+    erasures = Erasures(database.directory)
+    noted = erasures.read()
+    with database.read() as connection:
+        late = [
+            one
+            for ids in chunks(sorted(noted.messages))
+            for one in connection.execute(_KEPT.where(messages.c.id.in_(ids))).scalars()
+        ]
+        known = {erasures.digest((row.platform, row.user_id)): row.forgotten_at for row in connection.execute(_FORGOTTEN)}
+        wanted = {digest for digest, at in noted.people.items() if digest not in known or known[digest] < at}
+        people = {tuple(row) for query in _PEOPLE for row in connection.execute(query)} if wanted else set()
+    for message_id in late:
+        forget_message(database, message_id)
+    found = sorted(person for person in people if erasures.digest(person) in wanted)
+    for platform, user_id in found:
+        forget_person(database, registry, platform, user_id)
+    return len(late) + len(found)
+
+
+_KEPT = sa.select(messages.c.id).where(messages.c.author_id != FORGOTTEN)
+_FORGOTTEN = sa.select(users).where(users.c.forgotten_at.is_not(None))
+_PEOPLE = (
+    sa.select(conversations.c.platform, messages.c.author_id).join(messages).where(messages.c.role == Role.USER).distinct(),
+    sa.select(conversations.c.platform, feedback.c.user_id)
+    .join(turns, turns.c.conversation_id == conversations.c.id)
+    .join(feedback, feedback.c.turn_id == turns.c.id)
+    .distinct(),
+    sa.select(run_teachers.c.platform, run_teachers.c.user_id).distinct(),
+    sa.select(users.c.platform, users.c.user_id),
+)
 
 
 def remove_purged(registry: PolicyRegistry) -> None:

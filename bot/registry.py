@@ -30,6 +30,7 @@ TRANSITIONS: dict[PolicyState, set[PolicyState]] = {
     S.PURGED: set(),
 }
 
+MAY_SERVE = {S.CANDIDATE, S.CANARY, S.LIVE, S.RETIRED}
 BASE = "policy-0"  # the first base model; each that takes its place has a name of its own
 LEARNING_PAUSED = "learning paused"  # the name of a switch
 _BASES = sa.select(policies).where(policies.c.parent.is_(None)).order_by(policies.c.number.desc())  # the one in use first
@@ -131,6 +132,31 @@ class PolicyRegistry:
                 taught.add(version.name)
         connection.execute(run_teachers.delete().where(theirs))
         return withdraw(connection, taught)
+
+    def settle_in(self, policies_dir: Path, used: Collection[str]) -> list[str]:
+        """Bring the versions of a restored database in line with a directory, and return the names of those withdrawn.
+
+        A version whose files are not there never serves again. Names that were `used` since are never used again.
+        """
+        with self.database.begin() as connection:
+            for version in _all(connection):
+                if not version.is_base:
+                    path = str((policies_dir / version.name).absolute())
+                    connection.execute(policies.update().where(policies.c.name == version.name).values(path=path))
+            known = _all(connection)
+            missing = {version.name for version in known if not version.is_base and not Path(version.path).is_dir()}
+            gone = {version.name for version in known if version.name in missing and version.state in MAY_SERVE}
+            withdrawn = [version.name for version in withdraw(connection, gone)]
+            base_model = next((version.base_model for version in reversed(known) if version.is_base), "")
+            for name in sorted(set(used) - {BASE} - {version.name for version in known}):
+                number = name.removeprefix("policy-")
+                if not number.isdecimal():
+                    continue  # not a name of ours
+                path = str((policies_dir / name).absolute())
+                version = PolicyVersion(name, BASE, base_model, path, S.PURGED)
+                connection.execute(policies.insert().values(number=int(number), **asdict(version)))
+                withdrawn.append(name)
+        return withdrawn
 
     def pause_learning(self) -> bool:
         """Pause the training of new versions, or go on with it where it was paused; True if it is paused now."""

@@ -1,0 +1,35 @@
+"""The commands that back the database up and put it back."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bot import backups, cli
+from bot.cli import ConfigFile, DataDir, Seed, app, configured, console
+
+
+@app.command()
+def backup(
+    file: Annotated[Path, typer.Argument(help="The file to write; an older backup there is replaced.")],
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+) -> None:
+    """Copy the database into FILE; also while kibitz runs."""
+    found = configured(config, data_dir, seed)
+    cli.check_writable(file)
+    backups.back_up(found, file)
+    console.print(f"backup: {file}; to keep the weights of the versions copy {found.data / 'policies'} too", soft_wrap=True)
+
+
+@app.command()
+def restore(
+    file: Annotated[Path, typer.Argument(help="A file that `kibitz backup` wrote.")],
+    replace: Annotated[bool, typer.Option("--replace", help="Put it in the place of the database that is there.")] = False,
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+) -> None:
+    """Take the database from FILE. Who was forgotten since then stays forgotten."""
+    console.print(str(backups.restore(configured(config, data_dir, seed), file, replace)), soft_wrap=True)

@@ -1,0 +1,209 @@
+"""Backups: whole, made while kibitz runs, and put back without what was forgotten since."""
+
+import shutil
+import sqlite3
+from pathlib import Path
+
+import pytest
+from conftest import answered, react, run_command
+
+from bot.backups import back_up, restore
+from bot.conversations import ConversationStore
+from bot.data_directory import held
+from bot.database import Database
+from bot.erasures import Erasures
+from bot.errors import DataError
+from bot.forgetting import forget_again, forget_message, forget_person
+from bot.registry import BASE, PolicyRegistry
+from bot.types import PolicyState, now
+from bot.users import Users
+
+SECRET = "xyzzy-4711"
+
+
+def taught(registry, data: Path, feedback_id: str) -> str:
+    """A live version with files of its own that a run on this feedback made."""
+    version = registry.reserve(registry.get(BASE), data / "policies")
+    registry.begin_run(version.name, {}, "", [feedback_id])
+    Path(version.path).mkdir(parents=True)
+    (Path(version.path) / "manifest.json").write_text("{}")
+    registry.complete(version.name, "", {})
+    registry.promote(version.name)
+    return version.name
+
+
+@pytest.fixture
+def file(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("elsewhere") / "kibitz.backup"
+
+
+def test_what_is_restored_is_what_was_backed_up(config, store, registry, tokenizer, file):
+    turn = answered(store, tokenizer, "hello", "Hey there!")
+    given = react(store, turn, True)
+    version = taught(registry, config.data, given.id)
+    back_up(config, file)
+    assert file.stat().st_mode & 0o077 == 0  # nobody else may read it
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    answered(store, tokenizer, "good night", "Sleep well!")
+    restored = restore(config, file, replaces=True)
+    assert (restored.forgotten, restored.withdrawn) == (0, [])
+    database = Database(config.database_url)
+    found = ConversationStore(database)
+    assert found.turn(turn.id) == turn
+    assert found.counts()["turns"] == 1
+    assert PolicyRegistry(database).live().name == version
+    database.close()
+
+
+def test_a_restore_revives_nobody_who_was_forgotten_since_nor_serves_what_they_taught(
+    config, database, store, registry, tokenizer, file
+):
+    anns, bobs = (answered(store, tokenizer, SECRET, "ok", author=name) for name in ("ann", "bob"))
+    clean = taught(registry, config.data, react(store, bobs, True, "bob").id)
+    theirs = taught(registry, config.data, react(store, anns, True, "ann").id)
+    deleted = answered(store, tokenizer, "never mind", "ok", author="bob")
+    back_up(config, file)
+    forget_message(database, deleted.message_id)
+    forget_person(database, registry, "test", "ann")
+    database.close()
+    assert "ann" not in (config.data / "erasures.txt").read_text()  # it names nobody
+    assert restore(config, file, replaces=True).forgotten == 2
+    again = Database(config.database_url)
+    store, registry = ConversationStore(again), PolicyRegistry(again)
+    assert store.turn(anns.id) is store.turn(deleted.id) is None
+    assert store.turn(bobs.id) == bobs  # the control
+    assert (store.message(anns.message_id).text, store.message(deleted.message_id).text) == ("", "")
+    assert registry.get(theirs).state == PolicyState.PURGED
+    assert registry.live().name == clean
+    assert not Users(again, config.privacy).consents("test", "ann")
+    again.close()
+    (config.data / "erasures.txt").unlink()
+    restore(config, file, replaces=True)  # the control: without the list she would be back
+    again = Database(config.database_url)
+    assert ConversationStore(again).message(anns.message_id).text == SECRET
+    again.close()
+
+
+def test_who_comes_back_after_being_forgotten_keeps_what_a_later_backup_has(
+    config, database, store, registry, tokenizer, file
+):
+    answered(store, tokenizer, SECRET, "ok", author="ann")
+    forget_person(database, registry, "test", "ann")
+    since = answered(store, tokenizer, "hello again", "ok", author="ann")
+    back_up(config, file)
+    assert restore(config, file, replaces=True).forgotten == 0
+    assert forget_again(database, registry) == 0
+    again = Database(config.database_url)
+    assert ConversationStore(again).turn(since.id) == since
+    again.close()
+
+
+def test_a_database_that_was_put_back_by_hand_is_told_at_the_next_start(config, database, store, registry, tokenizer):
+    turn = answered(store, tokenizer, SECRET, "ok", author="ann")
+    Erasures(config.data).add_person(("test", "ann"), turn.at)  # as the list says after another tool restored an old copy
+    assert forget_again(database, registry) == 1
+    assert store.turn(turn.id) is None
+    assert forget_again(database, registry) == 0
+
+
+def test_names_that_were_used_since_are_never_used_again_and_their_versions_are_gone(
+    config, database, store, registry, tokenizer, file
+):
+    given = react(store, answered(store, tokenizer, "hello", "ok"), True)
+    before = taught(registry, config.data, given.id)
+    back_up(config, file)
+    since = taught(registry, config.data, given.id)
+    failed = registry.reserve(registry.get(BASE), config.data / "policies").name  # has no directory
+    database.close()
+    assert restore(config, file, replaces=True).withdrawn == [since, failed]
+    again = Database(config.database_url)
+    found = PolicyRegistry(again)
+    assert found.live().name == before
+    assert not Path(found.get(since).path).exists()
+    assert found.reserve(found.live(), config.data / "policies").name == "policy-4"
+    again.close()
+
+
+def test_a_version_whose_weights_are_not_there_does_not_serve_in_a_new_data_directory(
+    config, database, store, registry, tokenizer, file, tmp_path_factory
+):
+    given = react(store, answered(store, tokenizer, "hello", "ok"), True)
+    first, second = (taught(registry, config.data, given.id) for _ in range(2))
+    back_up(config, file)
+    new = config.model_copy(update={"data_dir": str(tmp_path_factory.mktemp("new"))})
+    shutil.copytree(config.data / "policies" / first, new.data / "policies" / first)
+    assert restore(new, file).withdrawn == [second]
+    again = Database(new.database_url)
+    live = PolicyRegistry(again).live()
+    assert (live.name, Path(live.path)) == (first, new.data / "policies" / first)
+    assert (config.data / "policies" / second).is_dir()  # nothing outside of the new directory is touched
+    again.close()
+
+
+def test_a_backup_from_before_the_first_start_can_be_restored_after_it(config, database, demo_model, file):
+    back_up(config, file)
+    registry = PolicyRegistry(database)
+    used = registry.reserve(registry.ensure_base(demo_model), config.data / "policies").name
+    database.close()
+    assert restore(config, file, replaces=True).withdrawn == [used]
+    again = Database(config.database_url)
+    found = PolicyRegistry(again)
+    assert found.ensure_base(demo_model).name == found.live().name == BASE
+    assert found.reserve(found.live(), config.data / "policies").name == "policy-2"
+    again.close()
+
+
+def test_what_cannot_be_restored_is_refused_in_a_line_and_changes_nothing(config, store, tokenizer, file, monkeypatch):
+    answered(store, tokenizer, "hello", "ok")
+    directory = ("--data-dir", config.data)
+    good, strange, foreign = file, file.with_name("strange"), file.with_name("foreign")
+    back_up(config, good)
+    strange.write_text("this is no database " * 200)
+    sqlite3.connect(foreign).execute("CREATE TABLE things (id)").connection.close()
+    cut = file.with_name("cut")
+    cut.write_bytes(good.read_bytes()[:20_000])
+    for one, wanted in (
+        (file.with_name("nothing"), "there is no such file"),
+        (strange, "file is not a database"),
+        (foreign, "is no database of kibitz"),
+        (cut, "malformed"),
+        (config.data / "kibitz.db", "is the database itself"),
+    ):
+        code, said = run_command(monkeypatch, "restore", one, "--replace", *directory)
+        assert (code, wanted in said, len(said.splitlines())) == (2, True, 1), said
+    code, said = run_command(monkeypatch, "restore", good, *directory)
+    assert (code, "add --replace" in said) == (2, True)
+    with held(config.data, "serve"):
+        code, said = run_command(monkeypatch, "restore", good, "--replace", *directory)
+        assert (code, "is in use" in said) == (2, True)
+    code, said = run_command(monkeypatch, "backup", config.data / "kibitz.db", *directory)
+    assert (code, "is the database itself" in said) == (2, True)
+    assert store.counts()["turns"] == 1
+    assert not list(config.data.glob("*.unfinished*"))
+    assert run_command(monkeypatch, "backup", good, *directory) == (0, "")  # the control
+    assert run_command(monkeypatch, "restore", good, "--replace", *directory) == (0, "")
+
+
+def test_of_postgresql_its_own_tools_are_named(config, file):
+    url = "postgresql+psycopg://kibitz:hunter2@127.0.0.1:1/kibitz"
+    other = config.model_copy(update={"database": config.database.model_copy(update={"url": url})})
+    with pytest.raises(DataError, match="run pg_dump") as refused:
+        back_up(other, file)
+    assert "hunter2" not in str(refused.value)
+    with pytest.raises(DataError, match="run pg_restore"):
+        restore(other, file)
+
+
+def test_a_line_that_a_crash_cut_off_is_passed_by_and_a_lost_salt_is_told(tmp_path):
+    noted = Erasures(tmp_path)
+    noted.add_message("m1", now())
+    with noted.path.open("a") as file:
+        file.write("\nperson 0123 2026-11-2")
+    noted.add_person(("test", "ann"), now())
+    found = Erasures(tmp_path).read()
+    assert found.messages == {"m1"}
+    assert list(found.people) == [Erasures(tmp_path).digest(("test", "ann"))]
+    assert Erasures(tmp_path).digest(("test", "ann")) != Erasures(tmp_path).digest(("test", "bob"))
+    noted.path.write_text("no salt\n")
+    with pytest.raises(DataError, match="line 1 is not the salt"):
+        Erasures(tmp_path).digest(("test", "ann"))
