@@ -132,8 +132,7 @@ class ConversationStore:
                     fresh = [row for row in rows if row.id not in there]
                     if fresh:
                         connection.execute(table.insert(), [_columns(table, row) for row in fresh])
-                    if table is turns:
-                        sources.add(connection, [turn for turn in answers if turn.id not in there])
+                    sources.add(connection, [row for row in fresh if isinstance(row, Turn)])
 
     def turn(self, turn_id: str) -> Turn | None:
         """One answer by its id."""

@@ -4,9 +4,12 @@
 """
 
 import asyncio
+import contextlib
+import io
 import os
 import random
 import shutil
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, replace
@@ -30,6 +33,7 @@ from hypothesis import HealthCheck, settings
 
 from bot import app as kibitz
 from bot import database as database_module
+from bot.__main__ import main
 from bot.config import AccessConfig, Config, load
 from bot.conversations import ConversationStore
 from bot.database import Database
@@ -276,6 +280,15 @@ def answered(
     turn = replace(turn, **details)  # type: ignore[arg-type]
     store.add_turn(turn)
     return turn
+
+
+def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[int, str]:
+    """Run a command in this process; its exit code and its error output."""
+    monkeypatch.setattr(sys, "argv", ["kibitz", *map(str, arguments)])
+    said = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said), pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0), said.getvalue()
 
 
 def migrate(database: Database, revision: str) -> None:

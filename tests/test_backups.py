@@ -5,8 +5,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from conftest import answered, react
-from test_database import run_command
+from conftest import answered, react, run_command
 
 from bot.backups import back_up, restore
 from bot.conversations import ConversationStore
@@ -138,6 +137,19 @@ def test_a_version_whose_weights_are_not_there_does_not_serve_in_a_new_data_dire
     live = PolicyRegistry(again).live()
     assert (live.name, Path(live.path)) == (first, new.data / "policies" / first)
     assert (config.data / "policies" / second).is_dir()  # nothing outside of the new directory is touched
+    again.close()
+
+
+def test_a_backup_from_before_the_first_start_can_be_restored_after_it(config, database, demo_model, file):
+    back_up(config, file)
+    registry = PolicyRegistry(database)
+    used = registry.reserve(registry.ensure_base(demo_model), config.data / "policies").name
+    database.close()
+    assert restore(config, file, replaces=True).withdrawn == [used]
+    again = Database(config.database_url)
+    found = PolicyRegistry(again)
+    assert found.ensure_base(demo_model).name == found.live().name == BASE
+    assert found.reserve(found.live(), config.data / "policies").name == "policy-2"
     again.close()
 
 

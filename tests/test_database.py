@@ -2,10 +2,8 @@
 
 import asyncio
 import contextlib
-import io
 import logging
 import sqlite3
-import sys
 import threading
 import traceback
 from collections.abc import Iterator
@@ -13,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from conftest import answered, migrate, until
+from conftest import answered, migrate, run_command, until
 
-from bot import cli, write_ahead_log
 from bot import database as database_module
+from bot import write_ahead_log
 from bot.database import Database
 from bot.errors import DatabaseUnavailable
 from bot.forgetting import forget_person, remove_purged
@@ -54,15 +52,6 @@ def read_from(path: Path) -> Iterator[None]:
 
 def holds_secret(data: Path) -> bool:
     return any(SECRET.encode() in path.read_bytes() for path in data.glob("kibitz.db*"))
-
-
-def run_command(monkeypatch, *arguments: object) -> tuple[int, str]:
-    """The exit code of a command, and its error output."""
-    monkeypatch.setattr(sys, "argv", ["kibitz", *map(str, arguments)])
-    said = io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said), pytest.raises(SystemExit) as ended:
-        cli.main()
-    return int(ended.value.code or 0), said.getvalue()
 
 
 async def together(database: Database, *work: tuple) -> list:

@@ -192,11 +192,11 @@ def test_what_people_said_of_another_base_models_answers_is_learned_from_as_text
     turn = answered(store, tokenizer, "hello", "Hey there!")
     place = store.conversation(turn.conversation_id)
     said = [one.id for one in store.messages(place.id)]
-    remembered = answered(store, tokenizer, "elsewhere", "Yes?").message_id
+    elsewhere = answered(store, tokenizer, "the sky is blue", "It is.")
     later = answered(
         *(store, tokenizer, "and now?", "Good night."),
         place=place,
-        shown=dict.fromkeys(said) | {remembered: 0.9},
+        shown=dict.fromkeys(said) | {elsewhere.message_id: 0.9},
         prompt_ids=(5, 6, 7),
         completion_ids=(8, 9),
     )
