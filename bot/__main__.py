@@ -18,7 +18,6 @@ from bot.app import Kibitz, desk, run, running, shared
 from bot.cli import ConfigFile, DataDir, JsonFile, ModelName, PlotFile, Seed, announce, app, bench, configured, console
 from bot.config import AccessConfig, Config, DatabaseConfig
 from bot.data_directory import is_held
-from bot.errors import KibitzError
 from connectors.access import Access
 from connectors.base import Connector
 from learning import bench_commands, commands
@@ -44,15 +43,11 @@ def chat(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None)
     async def main() -> None:
         async with running(found, model, announce, may_change=True) as kibitz:
             terminal = Terminal(kibitz.dialogue, desk(kibitz))
-            kibitz.deployment.announce = terminal.announce
-            learner = OnlineLearner(kibitz.store, kibitz.deployment, found, terminal.announce)
-            learning = asyncio.create_task(learner.run()) if found.learning.enabled else None
-            try:
-                await terminal.run()
-            finally:
-                if learning is not None:
-                    learning.cancel()
-                    await asyncio.gather(learning, return_exceptions=True)
+            kibitz.deployment.announce = kibitz.health.tell = terminal.announce
+            if found.learning.enabled:
+                learner = OnlineLearner(kibitz.store, kibitz.deployment, found, terminal.announce)
+                kibitz.start(learner.run(kibitz.health))
+            await terminal.run()
 
     run(main())
 
@@ -68,47 +63,40 @@ def serve(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None
         async with running(found, model, announce, may_change=True) as kibitz:
             announce(f"serving {kibitz.policy.version}; vLLM answers at {kibitz.policy.url}")
             connectors = [make(kibitz) for make in made]
-            jobs = [asyncio.create_task(_kept(connector)) for connector in connectors]
+            for connector in connectors:
+                kibitz.keep(connector.name, connector.run)
             if found.learning.enabled:
-                jobs.append(asyncio.create_task(OnlineLearner(kibitz.store, kibitz.deployment, found, announce).run()))
+                learner = OnlineLearner(kibitz.store, kibitz.deployment, found, announce)
+                kibitz.start(learner.run(kibitz.health))
             try:
                 await asyncio.Event().wait()
             finally:
                 await asyncio.gather(*(connector.stop() for connector in connectors), return_exceptions=True)
-                for job in jobs:
-                    job.cancel()
-                await asyncio.gather(*jobs, return_exceptions=True)
 
     run(main())
 
 
 def _connectors(config: Config) -> list[Callable[[Kibitz], Connector]]:
     """What makes each connector that the config turns on. Tokens and addresses are looked at now, before anything starts."""
-    from connectors.discord import Discord, token
-    from connectors.slack import Secrets, Slack
-    from connectors.web import Door, Web
-
     access = Access(config.access)
     made: list[Callable[[Kibitz], Connector]] = []
     if config.discord.token_env:
+        from connectors.discord import Discord, token
+
         bot_token = token(config.discord)
         made.append(lambda kibitz: Discord(shared(kibitz, access), config.discord, bot_token))
     if config.slack.bot_token_env or config.slack.app_token_env or config.slack.signing_secret_env:
+        from connectors.slack import Secrets, Slack
+
         secrets = Secrets.of(config.slack)
         made.append(lambda kibitz: Slack(shared(kibitz, access), config.slack, secrets))
     if config.web.enabled:
+        from connectors.web import Door, Web
+
         door = Door.open(config.web)
         announce(f"chat and API: {door.url}")
         made.append(lambda kibitz: Web(shared(kibitz, access), door))
     return made
-
-
-async def _kept(connector: Connector) -> None:
-    """Run a connector; what ends it ends no other, and is told."""
-    try:
-        await connector.run()
-    except KibitzError as error:
-        announce(f"{connector.name}: {error}")
 
 
 @app.command()

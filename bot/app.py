@@ -6,16 +6,15 @@ It imports all three packages; only the commands of `bot.__main__` import it.
 import asyncio
 import contextlib
 import gc
-import os
 import signal
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
 from bot import cli
 from bot.config import Config
 from bot.conversations import ConversationStore
-from bot.data_directory import held
+from bot.data_directory import HEALTH, held
 from bot.database import Database
 from bot.deliveries import Deliveries
 from bot.dialogue import DialogueManager
@@ -23,6 +22,7 @@ from bot.forgetting import forget_again, forget_person, remove_purged
 from bot.policy import Policy
 from bot.registry import PolicyRegistry
 from bot.state import derived
+from bot.supervision import Health, Start, background_tasks, failing_lines, supervise
 from bot.tokenizer import ChatTokenizer
 from bot.tracker import StateTracker
 from bot.users import Users
@@ -47,6 +47,12 @@ class Kibitz:
     dialogue: DialogueManager
     deployment: Deployment
     server: VllmServer | None
+    health: Health
+    start: Start
+
+    def keep(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Start a task that is tried again whenever it fails, until this kibitz is stopped."""
+        self.start(supervise(name, work, self.health))
 
 
 @contextlib.asynccontextmanager
@@ -68,33 +74,33 @@ async def running(config: Config, model: str, tell: Announce, may_change: bool =
         tokenizer = ChatTokenizer(model, config.policy.template_args)
         tracker = StateTracker(store, tokenizer, recall, config.dialogue, config.policy.context_tokens)
         served = config.model_copy(update={"policy": tokenizer.with_thoughts(config.policy)})
-        key = os.environ.get(config.serving.api_key_env, "none") if config.serving.api_key_env else "none"
+        key = config.serving.read_key()
         server = None if config.serving.url else VllmServer(served, model)
         url = config.serving.url if server is None else server.url
         thinks = tokenizer.end_ids, tokenizer.thoughts
         policy = Policy(url, served.policy, config.serving.reply_seconds, key, *thinks, base.name)
+        health = Health(tell, config.data / HEALTH)
         deployment = Deployment(policy, registry, config, tell)
-        watchers: list[asyncio.Task[None]] = []
         try:
             if server is not None:
+                policy.log = str(server.log)
                 tell(f"starting vLLM (its log: {server.log})")
             async with asyncio.TaskGroup() as group:
                 group.create_task(recall.ready())
                 if server is not None:
                     group.create_task(server.start(policy))
-            if server is not None:
-                watchers.append(asyncio.create_task(server.watch(policy, deployment.restore, tell)))
-            await deployment.restore()
-            watchers.append(asyncio.create_task(deployment.watch()))
-            watchers.append(asyncio.create_task(recall.catch_up(cli.tenths(tell))))
-            dialogue = DialogueManager(store, tracker, policy)
-            gc.collect()
-            gc.freeze()  # what was loaded stays: to look through it again would stop every answer for 0.3 s
-            yield Kibitz(config, database, store, registry, policy, dialogue, deployment, server)
+            async with background_tasks() as start:
+                dialogue = DialogueManager(store, tracker, policy)
+                kibitz = Kibitz(config, database, store, registry, policy, dialogue, deployment, server, health, start)
+                if server is not None:
+                    start(server.watch(policy, deployment.restore, health))
+                await deployment.restore()
+                start(deployment.watch(health=health))
+                kibitz.keep("embedding", lambda: recall.catch_up(cli.tenths(tell)))
+                gc.collect()
+                gc.freeze()  # what was loaded stays: to look through it again would stop every answer for 0.3 s
+                yield kibitz
         finally:
-            for watcher in watchers:
-                watcher.cancel()
-            await asyncio.gather(*watchers, return_exceptions=True)
             await policy.close()
             if server is not None:
                 await server.stop()
@@ -128,7 +134,8 @@ def desk(kibitz: Kibitz) -> Desk:
     call, users = kibitz.database.call, Users(kibitz.database, kibitz.config.privacy)
 
     async def status() -> str:
-        return await call(cli.status_text, kibitz.store, kibitz.registry)
+        told = await call(cli.status_text, kibitz.store, kibitz.registry)
+        return "\n".join([told, *failing_lines(kibitz.health.failing)])
 
     async def rollback() -> str:
         before, after = await call(kibitz.registry.rollback)
@@ -146,7 +153,10 @@ def desk(kibitz: Kibitz) -> Desk:
         erased = await call(forget_person, kibitz.database, kibitz.registry, platform, user)
         return f"{erased}. {cli.privacy_text(False)} What stands in the channels of this platform is yours to delete."
 
-    return Desk(lambda turn_id: _why(kibitz, turn_id), status, rollback, pause_learning, privacy, forget)
+    def failing() -> list[str]:
+        return sorted(kibitz.health.failing)
+
+    return Desk(lambda turn_id: _why(kibitz, turn_id), status, rollback, pause_learning, privacy, forget, failing)
 
 
 async def _why(kibitz: Kibitz, turn_id: str) -> str:

@@ -4,6 +4,7 @@ Commands that train, simulate or connect are added by `bot.__main__`; each comma
 """
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,9 +19,10 @@ from rich.table import Table
 from rich.text import Text
 
 from bot import config as configuration
+from bot import environment
 from bot.config import Config
 from bot.conversations import ConversationStore
-from bot.data_directory import is_held, prepare
+from bot.data_directory import HEALTH, is_held, prepare
 from bot.database import Database
 from bot.embeddings import Embedder
 from bot.errors import KibitzError
@@ -29,6 +31,7 @@ from bot.memory import Memory
 from bot.recall import Recall, weights
 from bot.registry import BASE, PolicyRegistry
 from bot.state import State, derived
+from bot.supervision import failing_lines, read_failing
 from bot.types import PolicyState
 
 Report = Callable[[str, int, int], None]
@@ -48,12 +51,18 @@ errors = Console(stderr=True, soft_wrap=True, highlight=False)
 bench = typer.Typer(no_args_is_help=True, help="Measure what the project claims.")
 app.add_typer(bench, name="bench")
 
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="The config file; ./config.toml if there is one.")]
-DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Everything that kibitz writes is under it.")]
+
+def path_option(*names: str, help: str) -> Any:
+    """An option for a path; a `~` at its beginning is the home directory, as the shell does not see it in `--out=~/x`."""
+    return typer.Option(*names, help=help, parser=lambda text: Path(environment.expand_home(text)), metavar="<path>")
+
+
+ConfigFile = Annotated[Path | None, path_option("--config", help="The config file; ./config.toml if there is one.")]
+DataDir = Annotated[Path | None, path_option("--data-dir", help="Everything that kibitz writes is under it.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="The seed of everything that is drawn.")]
 ModelName = Annotated[str | None, typer.Option("--model", help="toy, builtin, a model's directory or a hub name.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
-PlotFile = Annotated[Path | None, typer.Option("--plot", help="Draw the result into this PNG file.")]
+JsonFile = Annotated[Path | None, path_option("--json", help="Write the figures to this file.")]
+PlotFile = Annotated[Path | None, path_option("--plot", help="Draw the result into this PNG file.")]
 
 
 def configured(config: Path | None, data_dir: Path | None, seed: int | None, model: str | None = None) -> Config:
@@ -62,8 +71,10 @@ def configured(config: Path | None, data_dir: Path | None, seed: int | None, mod
         config = Path("config.toml")
     found = configuration.load(config, data_dir=None if data_dir is None else str(data_dir), seed=seed)
     if model is not None:
-        found = found.model_copy(update={"policy": found.policy.model_copy(update={"model": model})})
+        chosen = {"model": environment.expand_home(model)}
+        found = found.model_copy(update={"policy": found.policy.model_copy(update=chosen)})
     prepare(found.data)
+    environment.ensure_user(found.data)
     return found
 
 
@@ -291,9 +302,12 @@ def forget(
 def status(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
     """What is live, what was said, what was learned."""
     found = configured(config, data_dir, seed)
+    is_running = is_held(found.data, "serve")
+    # First: the database may be what fails.
+    lines = failing_lines(read_failing(found.data / HEALTH)) if is_running else []
+    console.print("\n".join([f"running: {'yes' if is_running else 'no'}", *lines]), markup=False)
     _, store, registry = opened(found)
     console.print(status_text(store, registry))
-    console.print(f"running: {'yes' if is_held(found.data, 'serve') else 'no'}")
 
 
 def status_text(store: ConversationStore, registry: PolicyRegistry) -> str:
@@ -317,6 +331,8 @@ def status_text(store: ConversationStore, registry: PolicyRegistry) -> str:
 
 def main(application: typer.Typer = app) -> None:
     """Run a command; an error for people is one line and exit code 2, anything else a traceback."""
+    os.umask(0o077)  # what we and our children write may hold what people said
+    environment.open_standard_streams()
     try:
         code = application(standalone_mode=False)
         if code == INTERRUPTED:  # typer turns Ctrl-C into this return value

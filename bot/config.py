@@ -8,15 +8,21 @@ Use: ``config = load(Path("config.toml"))``; `config.example.toml` shows every k
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+import sqlalchemy as sa
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
+from bot.environment import expand_home, read_secret, read_variable
 from bot.errors import ConfigError
+
+SECRET = "secret"  # the type of errors about values that are never shown
 
 
 def _plain(value: Any) -> Any:
@@ -25,9 +31,30 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _variable(value: str) -> str:
+    if value and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
+        raise PydanticCustomError(SECRET, "name an environment variable here, and put the secret itself into that variable")
+    return value
+
+
+def _address(value: str) -> str:
+    """A server's address as clients write it, with or without /v1, as ours adds its paths to it."""
+    parts = urlsplit(value.strip())
+    if not value.strip():
+        return ""
+    if parts.username or parts.password:
+        raise PydanticCustomError(SECRET, "holds a password; leave it out, and name the variable of a key in api_key_env")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise PydanticCustomError("address", "write http://HOST:PORT")
+    path = re.sub(r"/v1(/.*)?$", "", parts.path).rstrip("/")
+    return f"{parts.scheme}://{parts.netloc}{path}"
+
+
 Plain = Annotated[bool | int | float | str, BeforeValidator(_plain)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
+Variable = Annotated[str, AfterValidator(_variable)]  # the name of an environment variable that holds a secret
+PathName = Annotated[str, AfterValidator(expand_home)]  # a path, or a name that does not begin with ~
 
 
 PERSONA = "You are kibitz, a friendly regular of this chat."  # of every model but the toy, where dialogue.persona is not set
@@ -46,7 +73,7 @@ class Section(BaseModel):
 class PolicyConfig(Section):
     """The model that answers, and how its answers are sampled."""
 
-    model: str = "builtin"
+    model: PathName = "builtin"
     context_tokens: Annotated[int, Field(ge=64)] = 1024
     max_tokens: Positive = 128
     thought_tokens: Positive = 512
@@ -70,8 +97,8 @@ class PolicyConfig(Section):
 class ServingConfig(Section):
     """The vLLM server."""
 
-    url: str = ""
-    api_key_env: str = ""
+    url: Annotated[str, AfterValidator(_address)] = ""
+    api_key_env: Variable = ""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     memory_share: Annotated[float, Field(ge=0, le=0.98)] = 0.0
@@ -82,15 +109,19 @@ class ServingConfig(Section):
     reply_seconds: Positive = 120
     extra_args: list[str] = []
 
+    def read_key(self) -> str:
+        """Read the key of the vLLM at `url`. Raises ConfigError where its variable is not set."""
+        return read_secret("serving.api_key_env", self.api_key_env) if self.api_key_env else "none"
+
 
 class DialogueConfig(Section):
     """What the policy is shown."""
 
     persona: str = ""
-    embedder: str = "all-MiniLM-L6-v2"
+    embedder: PathName = "all-MiniLM-L6-v2"
     remembered: Annotated[int, Field(ge=0)] = 8
     across_channels: bool = False
-    retrieval_weights: str = ""
+    retrieval_weights: PathName = ""
     recent: Positive = 32
 
 
@@ -194,13 +225,13 @@ class WebConfig(Section):
     enabled: bool = True
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
-    tokens_env: str = ""
+    tokens_env: Variable = ""
 
 
 class DiscordConfig(Section):
     """The Discord bot; off without a token."""
 
-    token_env: str = ""
+    token_env: Variable = ""
     message_content: bool = False
     edits: Positive = 4
     edit_seconds: Annotated[float, Field(gt=0)] = 5.0
@@ -211,9 +242,9 @@ class DiscordConfig(Section):
 class SlackConfig(Section):
     """The Slack app, in Socket Mode or by HTTP; off without tokens."""
 
-    bot_token_env: str = ""
-    app_token_env: str = ""
-    signing_secret_env: str = ""
+    bot_token_env: Variable = ""
+    app_token_env: Variable = ""
+    signing_secret_env: Variable = ""
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8081
     follow_threads: bool = False
@@ -227,12 +258,13 @@ class DatabaseConfig(Section):
     """Where conversations and feedback are kept."""
 
     url: str = ""
+    url_env: Variable = ""
 
 
 class Config(Section):
     """Everything that an operator may set. Relative paths are relative to the working directory."""
 
-    data_dir: str = "kibitz-data"
+    data_dir: PathName = "kibitz-data"
     seed: Annotated[int, Field(ge=0)] = 0
     policy: PolicyConfig = PolicyConfig()
     serving: ServingConfig = ServingConfig()
@@ -257,12 +289,19 @@ class Config(Section):
 
     @property
     def database_url(self) -> str:
-        """The SQLAlchemy URL of the database."""
-        return self.database.url or f"sqlite:///{self.data / 'kibitz.db'}"
+        """The SQLAlchemy URL of the database. Raises ConfigError where its variable is not set."""
+        if self.database.url_env:
+            return read_variable("database.url_env", self.database.url_env)
+        file = sa.URL.create("sqlite", database=str(self.data / "kibitz.db"))
+        return self.database.url or file.render_as_string(hide_password=False)
+
+    def without_secrets(self) -> Self:
+        """Return the config as it may be stored: without the database's URL, which may hold a password."""
+        return self.model_copy(update={"database": self.database.model_copy(update={"url": ""})})
 
     def save(self, path: Path) -> None:
-        """Write the resolved config as JSON; `load` reads it back."""
-        path.write_text(json.dumps(self.model_dump(), indent=1, sort_keys=True))
+        """Write the resolved config as JSON, without secrets; `load` reads it back."""
+        path.write_text(json.dumps(self.without_secrets().model_dump(), indent=1, sort_keys=True))
 
 
 def load(path: Path | None = None, **overrides: Any) -> Config:
@@ -285,7 +324,9 @@ def load(path: Path | None = None, **overrides: Any) -> Config:
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_first_line(error)) from error
+        raise ConfigError(_first_line(error)) from None  # the cause quotes values, some of them secret
+    if config.database.url and config.database.url_env:
+        raise ConfigError("config key database.url_env is set beside database.url; remove one of them")
     if config.training.lora_rank > config.serving.max_lora_rank:
         raise ConfigError(
             f"config key training.lora_rank has value {config.training.lora_rank}, above serving.max_lora_rank "
@@ -316,4 +357,6 @@ def _first_line(error: ValidationError) -> str:
         hint = f"did you mean '{near[0]}'?" if near else "config.example.toml shows every key"
         return f"config key '{key}' is not known; {hint}"
     wanted = detail["msg"][0].lower() + detail["msg"][1:]
+    if detail["type"] == SECRET or key.startswith("database"):
+        return f"config key '{key}': {wanted}"
     return f"config key '{key}' has value {detail['input']!r}; {wanted}"

@@ -1,23 +1,33 @@
-"""DataDirectory: the one place that kibitz writes to, shown to be writable and held by one serving process at a time.
+"""DataDirectory: the one place that kibitz writes to: private, shown to be writable, held by one serving process at a time.
 
-It knows nothing of what is kept in it.
+Of what is kept in it, it knows the names alone.
 """
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import filelock
 
 from bot.errors import ConfigError
 
+HEALTH = "failing.json"  # which tasks of the serving process fail now (bot.supervision)
+CONTENTS = (
+    *("kibitz.db*", "policies", "models", "embedders", "bench", "home"),
+    *("vllm.log", "train-config.json", "*.lock", ".writable-*", HEALTH),
+)
+
 
 def prepare(data: Path) -> None:
-    """Make the directory, and show that it can be written before anything else is begun."""
+    """Make the directory, show that it can be written before anything else is begun, and close it to other users."""
     witness = data / f".writable-{os.getpid()}"
     try:
-        data.mkdir(parents=True, exist_ok=True)
+        if not data.is_dir():
+            data.mkdir(parents=True)
+            data.chmod(0o700)
         witness.touch()
         witness.unlink()
     except OSError as error:
@@ -25,6 +35,21 @@ def prepare(data: Path) -> None:
             f"data_dir has value '{data}', which cannot be written ({error.strerror}); "
             "give another with data_dir in the config or --data-dir"
         ) from error
+    _close(data)
+
+
+def _close(data: Path) -> None:
+    """Let nobody else read what earlier versions of kibitz wrote with the permissions that are usual.
+
+    The directory itself is closed only if nothing else lies in it: somebody may have named one that others use.
+    """
+    entries = list(data.iterdir())
+    ours = [entry for entry in entries if any(fnmatch(entry.name, pattern) for pattern in CONTENTS)]
+    for path in [*ours, *([data] if len(ours) == len(entries) else [])]:
+        with contextlib.suppress(OSError):  # of another user, or just removed
+            mode = path.stat().st_mode
+            if mode & 0o077:
+                path.chmod(stat.S_IMODE(mode) & ~0o077)
 
 
 @contextlib.contextmanager

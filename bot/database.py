@@ -58,7 +58,7 @@ class Database:
             raise DataError(
                 "config key database.url has a value that is no URL; write sqlite:///FILE, or " + _POSTGRESQL
             ) from error
-        self.url = self.engine.url.render_as_string(hide_password=True)
+        self.url = self.engine.url.set(query={}).render_as_string(hide_password=True)  # a query may hold a password too
         self.dialect = self.engine.dialect.name
         if self.dialect not in ("sqlite", "postgresql"):
             raise DataError(f"config key database.url has value '{self.url}'; write sqlite:///FILE, or " + _POSTGRESQL)
@@ -75,7 +75,7 @@ class Database:
     def upgrade(self) -> None:
         """Bring the schema to this program's version; refuse a database from the future or a broken file."""
         config = AlembicConfig()
-        config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+        config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
         script = ScriptDirectory.from_config(config)
         try:
             with self.engine.connect().execution_options(read_only=True) as connection:

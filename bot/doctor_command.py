@@ -39,17 +39,19 @@ def doctor(
 
 def _tokens(config: Config) -> str:
     """Which platforms are turned on, with secrets that look right."""
-    from connectors.discord import token
-    from connectors.slack import check_secrets
-    from connectors.web import users
-
     names = []
     if config.discord.token_env:
+        from connectors.discord import token
+
         token(config.discord)
         names.append("Discord")
     if config.slack.bot_token_env or config.slack.app_token_env or config.slack.signing_secret_env:
+        from connectors.slack import check_secrets
+
         check_secrets(config.slack)
         names.append("Slack")
     if config.web.enabled:
+        from connectors.web import users
+
         names.append(f"web ({len(users(config.web)) or 'no'} tokens)")
     return ", ".join(names) or "no platform is turned on: kibitz chat needs none"

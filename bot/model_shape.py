@@ -103,10 +103,15 @@ def count_parameters(directory: Path) -> int:
 
 def tensor_shapes(file: Path) -> dict[str, list[int]]:
     """Read the shape of each tensor from the header of a safetensors file. Raises ValueError where it has none."""
+    return {name: entry["shape"] for name, entry in read_header(file)[0].items()}
+
+
+def read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """Read what a safetensors file says of each tensor, and where its data begins. Raises ValueError where it is none."""
     with file.open("rb") as opened:
         start = opened.read(8)
         size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= size <= min(100_000_000, file.stat().st_size):
             raise ValueError(f"{file.name} is no safetensors file")
         header = json.loads(opened.read(size))
-    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}, 8 + size

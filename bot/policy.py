@@ -52,6 +52,7 @@ class Policy:
         is the version that is the server's own model.
         """
         self.url = url.rstrip("/")
+        self.log = ""  # where a server that we started writes its log
         self.config = config
         self.end_ids = sorted(end_ids)
         self.thoughts = thoughts
@@ -333,7 +334,8 @@ class Policy:
                     raise ServingError(f"vLLM refused {path} ({response.status}): {said[:300]}")
                 return json.loads(said) if response.content_type == "application/json" else None
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-            raise Unavailable(f"vLLM at {self.url} does not answer ({type(error).__name__}); see vllm.log") from error
+            advice = f"see {self.log}" if self.log else "check that it runs, and serving.url"
+            raise Unavailable(f"vLLM at {self.url} does not answer ({type(error).__name__}); {advice}") from error
 
     def served_name(self, version: str) -> str:
         """The name under which the server knows a version. Raises ServingError where it has other weights in their place."""

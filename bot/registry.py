@@ -15,6 +15,7 @@ from sqlalchemy.exc import IntegrityError
 
 from bot.database import Database
 from bot.errors import RegistryError, VerdictOutdated
+from bot.fingerprint import fingerprint_model
 from bot.sources import people_behind
 from bot.tables import chunks, policies, run_feedback, run_followups, run_teachers, runs, switches
 from bot.types import Person, PolicyState, PolicyVersion, new_id, now
@@ -49,15 +50,18 @@ class PolicyRegistry:
         Where the versions come from another base model, it is refused unless it `may_change`: then the new one goes live
         under a name of its own, and nothing that was trained on the other serves again. What people said stays.
         """
+        weights = fingerprint_model(base_model)
         with self.database.begin() as connection:
             row = connection.execute(_BASES).first()
             if row is None:
-                version = PolicyVersion(BASE, None, base_model, base_model, S.LIVE)
+                version = PolicyVersion(BASE, None, base_model, base_model, S.LIVE, sha256=weights)
                 connection.execute(policies.insert().values(number=0, **asdict(version)))
                 return version
             found = _version(row)
-            if is_same_model(found.base_model, base_model):
-                return found
+            if _is_same_base(found, base_model, weights):
+                if found.sha256 != weights:  # made before fingerprints were kept, or of a model that was not here
+                    connection.execute(policies.update().where(policies.c.name == found.name).values(sha256=weights))
+                return replace(found, sha256=weights)
             if not may_change:
                 raise RegistryError(
                     f"the model is '{base_model}', but this data directory's versions come from '{found.base_model}'; set "
@@ -70,7 +74,7 @@ class PolicyRegistry:
                     outcome = {"outcome": "the base model was changed"}
                     _move(connection, version.name, S.REJECTED, metrics=version.metrics | outcome)
             number = _next_number(connection)
-            version = PolicyVersion(f"policy-{number}", None, base_model, base_model, S.LIVE)
+            version = PolicyVersion(f"policy-{number}", None, base_model, base_model, S.LIVE, sha256=weights)
             connection.execute(policies.insert().values(number=number, **asdict(version)))
         return version
 
@@ -81,9 +85,7 @@ class PolicyRegistry:
 
     def foreign(self) -> set[str]:
         """Return the names of versions that come from an earlier base model."""
-        versions = self.all()
-        bases = [version.base_model for version in versions if version.is_base]
-        return {version.name for version in versions if not is_same_model(version.base_model, bases[-1])}
+        return _foreign(self.all())
 
     def reserve(self, parent: PolicyVersion, policies_dir: Path) -> PolicyVersion:
         """A new version in state TRAINING, with a name and a directory that were never used before."""
@@ -312,16 +314,26 @@ def _servable_before(
     """
     by_name = {version.name: version for version in versions}
     base = [version for version in versions if version.is_base][-1]
+    barred = {*barred, *_foreign(versions)}
     passed = {live.name}  # a version that was promoted twice may have replaced its own successor
     name = live.replaced
     while name is not None and name not in passed:
         passed.add(name)
         version = by_name[name]
-        is_ours = is_same_model(version.base_model, base.base_model)
-        if version.state == S.RETIRED and is_ours and name not in barred:
+        if version.state == S.RETIRED and name not in barred:
             return version
         name = version.replaced
     return None if live.is_base else base
+
+
+def _foreign(versions: Sequence[PolicyVersion]) -> set[str]:
+    """Return the names of those of all versions that come from an earlier base model than the newest."""
+    bases = [version for version in versions if version.is_base]
+    foreign = {one.name for one in bases if not _is_same_base(one, bases[-1].base_model, bases[-1].sha256)}
+    for version in versions:  # parents come before their children
+        if version.parent in foreign:
+            foreign.add(version.name)
+    return foreign
 
 
 def _taught(connection: sa.Connection, feedback_ids: Iterable[str], followup_ids: Iterable[str]) -> set[str]:
@@ -333,9 +345,16 @@ def _taught(connection: sa.Connection, feedback_ids: Iterable[str], followup_ids
     return found
 
 
-def is_same_model(one: str, other: str) -> bool:
-    """Return whether two base models are the same one, perhaps at another place."""
-    return Path(one).name == Path(other).name
+def _is_same_base(base: PolicyVersion, model: str, weights: str) -> bool:
+    """Return whether a base version is of this model, perhaps at another place: of the same weights where both are known.
+
+    Hub models, whose weights are elsewhere, go by their whole name, and directories that are gone by their own.
+    """
+    known = base.sha256 or fingerprint_model(base.base_model)
+    if known and weights:
+        return known == weights
+    are_places = Path(base.base_model).is_absolute() or Path(model).is_absolute()
+    return Path(base.base_model).name == Path(model).name if are_places else base.base_model == model
 
 
 def _next_number(connection: sa.Connection) -> int:

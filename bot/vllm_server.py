@@ -19,14 +19,14 @@ from bot import WAITING, children
 from bot.accelerator import GIB, has_gpu, read_card
 from bot.config import Config
 from bot.data_directory import is_held
-from bot.errors import ConfigError, KibitzError, ServingError
+from bot.errors import ConfigError, ServingError
 from bot.policy import Policy
 from bot.registry import BASE
+from bot.supervision import Health, supervise
 
 HOST = "127.0.0.1"  # --api-key guards only /v1, so nobody but this machine may reach the rest
 PROBE_SECONDS = 10
 READ_AT_ONCE = 2048  # tokens, on CPUs: at least as many as the longest prompt
-RESTARTS = 5
 RUN_SECONDS = 3600  # the longest that a restart waits for a training run to give its memory back
 # vLLM's processes name themselves before each line, its logger adds level, time and place.
 LOG_PREFIX = re.compile(r"^(\(\w+(?: \w+)* pid=\d+\) ?)?([A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]+\] ?)?")
@@ -72,26 +72,24 @@ class VllmServer:
                 )
             await asyncio.sleep(0.5)
 
-    async def watch(self, policy: Policy, restarted: Callable[[], Awaitable[None]], tell: Callable[[str], None]) -> None:
-        """Restart the server whenever it dies or stops generating, and call `restarted` each time.
+    async def watch(self, policy: Policy, restored: Callable[[], Awaitable[None]], health: Health) -> None:
+        """Restart the server whenever it dies or stops generating, and call `restored` each time. Runs for ever."""
 
-        Runs for ever; gives up, and tells so, when it fails too often in a row.
-        """
-        failures = 0
-        while failures < RESTARTS:
-            await self._wait_for_death(policy)
-            tell("vLLM does not answer any more; restarting it")
-            policy.lost()
-            await self.stop()
-            await asyncio.sleep(min(60, 2**failures))
+        async def look() -> None:
+            if self._process is not None:
+                await self._wait_for_death(policy)
+                policy.lost()
+                await self.stop()
+                raise ServingError(f"it does not answer any more and is started again; {self._why()}")
+            await self.wait_for_memory(health.tell)
             try:
-                await self.wait_for_memory(tell)
                 await self.start(policy)
-                await restarted()
-                failures = 0
-            except KibitzError:
-                failures += 1
-        tell(f"vLLM could not be restarted {RESTARTS} times in a row, nothing can be answered; {self._why()}")
+                await restored()
+            except BaseException:
+                await self.stop()
+                raise
+
+        await supervise("vLLM", look, health, every=0)
 
     async def stop(self) -> None:
         """End the process and its children: politely first, then by force."""
@@ -109,9 +107,8 @@ class VllmServer:
         self._process = None
 
     async def _wait_for_death(self, policy: Policy) -> None:
+        assert self._process is not None
         silent = 0
-        if self._process is None:  # the last restart failed
-            return
         while silent < 3:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), PROBE_SECONDS)

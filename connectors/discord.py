@@ -18,6 +18,7 @@ import discord
 
 from bot.config import DiscordConfig
 from bot.dialogue import ReplyOptions
+from bot.environment import find_proxy
 from bot.errors import ConfigError, ConnectorError
 from bot.feedback import standing
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn, new_id, now
@@ -329,7 +330,8 @@ class _Client(discord.Client):
         intents = discord.Intents.default()
         intents.message_content = connector.config.message_content
         mentions = discord.AllowedMentions(everyone=False, users=False, roles=False, replied_user=True)
-        super().__init__(intents=intents, allowed_mentions=mentions)
+        proxy = find_proxy(discord.http.Route.BASE)  # discord.py does not look for one
+        super().__init__(intents=intents, allowed_mentions=mentions, proxy=proxy)
         self.connector = connector
         tolerate_bad_messages(self)
 

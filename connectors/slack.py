@@ -121,6 +121,8 @@ class Slack:
         """Serve until `stop`. Raises ConnectorError where Slack refuses a token or a scope is missing."""
         wait = 5.0
         # One for all: the client would else make a session, and a connection, for each request.
+        if self.web.session is not None:  # of a run that failed
+            await self.web.session.close()
         self.web.session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=self.web.timeout))
         while not self._stopping.is_set():
             try:

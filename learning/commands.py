@@ -39,7 +39,7 @@ from learning.model_choice import with_model
 @app.command()
 def pretrain(
     pairs: Annotated[Path | None, typer.Argument(help="JSON lines of messages, or the Cornell corpus's folder.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the model goes; under the data directory if not given.")] = None,
+    out: Annotated[Path | None, cli.path_option("--out", help="Where the model goes; below --data-dir by default.")] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 1,
     learning_rate: Annotated[float, typer.Option(min=0.0)] = 5e-4,
     json_file: JsonFile = None,
@@ -194,7 +194,7 @@ def why(
 @app.command()
 def report(
     run: Annotated[str, typer.Argument(help="The version that the run made; without one the newest that left files.")] = "",
-    out: Annotated[Path | None, typer.Option(help="Where the page goes; RUN.html if not given.")] = None,
+    out: Annotated[Path | None, cli.path_option("--out", help="Where the page goes; RUN.html if not given.")] = None,
     json_file: JsonFile = None,
     config: ConfigFile = None,
     data_dir: DataDir = None,
@@ -245,7 +245,7 @@ def _embedder(config: Config) -> Embedder:
 
 @app.command("fit-retrieval")
 def fit_retrieval(
-    out: Annotated[Path | None, typer.Option(help="Where the weights go.")] = None,
+    out: Annotated[Path | None, cli.path_option("--out", help="Where the weights go.")] = None,
     dialogues: Annotated[int, typer.Option(min=1, help="How many dialogues to make and learn from.")] = 24,
     from_feedback: Annotated[
         bool, typer.Option("--from-feedback", help="Learn from the answers that people judged.")
@@ -293,8 +293,8 @@ def _from_feedback(config: Config, embedder: Embedder, progress: Any) -> tuple[d
 @app.command("fit-topics")
 def fit_topics(
     train: Annotated[Path, typer.Argument(help="Dialogues with marked topics, in TIAGE's form.")],
-    test: Annotated[Path, typer.Option(help="Others, to judge by.")],
-    out: Annotated[Path | None, typer.Option(help="Where the weights go.")] = None,
+    test: Annotated[Path, cli.path_option("--test", help="Others, to judge by.")],
+    out: Annotated[Path | None, cli.path_option("--out", help="Where the weights go.")] = None,
     json_file: JsonFile = None,
     config: ConfigFile = None,
     data_dir: DataDir = None,
@@ -317,7 +317,7 @@ def fit_topics(
 
 @app.command("fit-followups")
 def fit_followups(
-    out: Annotated[Path | None, typer.Option(help="Where the weights go.")] = None,
+    out: Annotated[Path | None, cli.path_option("--out", help="Where the weights go.")] = None,
     json_file: JsonFile = None,
     config: ConfigFile = None,
     data_dir: DataDir = None,

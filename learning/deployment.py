@@ -28,12 +28,14 @@ from bot.errors import (
 )
 from bot.policy import Policy
 from bot.registry import PolicyRegistry
+from bot.supervision import Health, describe, supervise
 from bot.types import PolicyState, PolicyVersion
 from learning import probe
 from learning.version_files import discard_weights, faults, fingerprint, is_whole, weights_folder
 
 Announce = Callable[[str], None]
-RETRY_SECONDS = 600.0  # at most, between two tries to serve a version that could not be served
+RETRY_FIRST = 1.0  # seconds until a version that could not be served is tried again; then twice as long each time
+RETRY_SECONDS = 600.0  # at most
 TRIES = 5  # of a candidate, while a server that was well goes away or fails in the middle of them
 
 
@@ -58,6 +60,16 @@ class Probed:
         return {"probe_distance": self.distance, "probe_from_parent": self.from_parent, "probe_tolerance": self.tolerance}
 
 
+@dataclass(frozen=True)
+class Refused:
+    """A live version that could not be served: why, how long it is left alone, and until when (the loop's clock)."""
+
+    version: str
+    reason: str
+    pause: float
+    until: float
+
+
 class Deployment:
     """Keeps one vLLM server at the version that the registry calls live."""
 
@@ -67,6 +79,7 @@ class Deployment:
         self.config = config
         self.announce = announce
         self.probed: dict[str, Probed] = {}  # what the last probe of each version found
+        self._refused: Refused | None = None
         self._swapping = asyncio.Lock()  # one swap at a time: both the learner and the watcher of rollbacks swap
         self._tries: Counter[str] = Counter()  # of candidates, that ended because the server went away
         self._rejections: dict[str, KibitzError] = {}  # why candidates were rejected here
@@ -167,28 +180,28 @@ class Deployment:
         self.announce(f"{live.name} is live")
         return True
 
-    async def watch(self, seconds: float = 1.0) -> None:
-        """Follow the registry for ever: a rollback, or a candidate to be deployed, may come from another process.
+    async def watch(self, seconds: float = 1.0, health: Health | None = None) -> None:
+        """Follow the registry for ever: a rollback, or a candidate to be deployed, may come from another process."""
+        await supervise("deployment", self._look, health or Health(self.announce), seconds, longest_pause=seconds)
 
-        A failure is announced once. What failed is tried again later and later: whole weights make people wait each time.
+    async def _look(self) -> None:
+        """Follow the registry. A version that could not be served is tried again later and later: each try may make
+        people wait. Another one is tried at once.
         """
-        failed, refused, pause, again = "", "", seconds, 0.0
+        live = (await self.registry.database.call(self.registry.live)).name
         clock = asyncio.get_running_loop().time
-        while True:
-            await asyncio.sleep(seconds)
-            live = ""
-            try:
-                live = (await self.registry.database.call(self.registry.live)).name
-                if live == refused and clock() < again:
-                    continue
-                await self.follow()
-                failed, refused, pause = "", "", seconds
-                await self.deploy_requested()
-            except KibitzError as error:
-                if str(error) != failed:
-                    self.announce(f"the live version cannot be served, {self.policy.version} goes on: {error}")
-                pause = min(2 * pause, RETRY_SECONDS) if live == refused else seconds
-                failed, refused, again = str(error), live, clock() + pause
+        refused = self._refused if self._refused is not None and self._refused.version == live else None
+        if refused is not None and clock() < refused.until:
+            raise ServingError(refused.reason)
+        try:
+            await self.follow()
+            self._refused = None
+        except Exception as error:
+            reason = f"the live version cannot be served, {self.policy.version} goes on: {describe(error)}"
+            pause = min(2 * refused.pause, RETRY_SECONDS) if refused is not None else RETRY_FIRST
+            self._refused = Refused(live, reason, pause, clock() + pause)
+            raise ServingError(reason) from error
+        await self.deploy_requested()
 
     async def restore(self) -> None:
         """After a (re)start of the server: serve the live version again, or the base model where it cannot be proven."""

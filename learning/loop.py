@@ -14,14 +14,16 @@ from collections.abc import Callable
 from typing import Any
 
 from bot import children
-from bot.config import Config
+from bot.config import Config, DatabaseConfig
 from bot.conversations import ConversationStore
 from bot.errors import KibitzError, NothingToLearn, TrainingError, Unavailable
+from bot.supervision import Health, supervise
 from bot.types import PolicyState
 from learning.deployment import Deployment
 
 Announce = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
+DATABASE_URL = "KIBITZ_DATABASE_URL"  # the variable that tells a training process the database: its URL is in no file
 
 
 class OnlineLearner:
@@ -40,28 +42,31 @@ class OnlineLearner:
         self.config = config
         self.announce = announce
         self.progress = progress
-        self._learned = 0
+        self._learned: int | None = None  # how many reactions the runs so far learned from
         self._purged = 0
 
-    async def run(self) -> None:
+    async def run(self, health: Health | None = None) -> None:
         """Learn for ever: look every `learning.check_seconds` whether enough is new. A failed run is announced."""
-        self._learned = await self._taught()
-        _, self._purged, _ = await self.store.database.call(self._look)
-        while True:
-            await asyncio.sleep(self.config.learning.check_seconds)
-            try:
-                said, purged, paused = await self.store.database.call(self._look)
-                # Where versions were withdrawn because somebody was forgotten, the rest is learned anew.
-                self._learned = min(said, self._learned) if purged == self._purged else 0
-                self._purged = purged
-                if not paused and said - self._learned >= self.config.learning.min_reactions:
-                    self._learned = said
-                    self.announce(f"training on {said} reactions")
-                    await self.step()
-            except NothingToLearn as error:
-                self.announce(f"nothing learned: {error}")
-            except KibitzError as error:
-                self.announce(f"learning failed, the chat goes on: {error}")
+        every = self.config.learning.check_seconds
+        await supervise("learning", self._learn_if_enough, health or Health(self.announce), every)
+
+    async def _learn_if_enough(self) -> None:
+        said, purged, paused = await self.store.database.call(self._look)
+        if self._learned is None:  # the first look
+            self._learned, self._purged = await self._taught(), purged
+        # Where versions were withdrawn because somebody was forgotten, the rest is learned anew.
+        self._learned = min(said, self._learned) if purged == self._purged else 0
+        self._purged = purged
+        if paused or said - self._learned < self.config.learning.min_reactions:
+            return
+        self._learned = said
+        self.announce(f"training on {said} reactions")
+        try:
+            await self.step()
+        except NothingToLearn as error:
+            self.announce(f"nothing learned: {error}")
+        except KibitzError as error:
+            self.announce(f"learning failed, the chat goes on: {error}")
 
     async def step(self) -> dict[str, Any]:
         """One round; returns the run's outcome. A candidate that did not pass the gate is not deployed.
@@ -99,13 +104,14 @@ class OnlineLearner:
 async def train_in_child(config: Config, progress: Progress) -> dict[str, Any]:
     """Run `kibitz train` as a child process and return its outcome. Raises TrainingError with the child's own line."""
     resolved = config.data / "train-config.json"
-    config.save(resolved)
+    handed = config.model_copy(update={"database": DatabaseConfig(url_env=DATABASE_URL)})
+    handed.save(resolved)
     child = await children.start(
         *[sys.executable, "-m", "bot", "train", "--config", str(resolved), "--deploy", "--progress", "json"],
         niceness=children.TRAINING,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1"},
+        env={**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1", DATABASE_URL: config.database_url},
         limit=2**24,
     )
     assert child.stdout is not None

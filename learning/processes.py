@@ -46,7 +46,7 @@ def teach_together(
     with tempfile.TemporaryDirectory(dir=policies, suffix=".unfinished") as place:
         job = Path(place)
         save(model, job / "start")
-        (job / "job").write_bytes(pickle.dumps((config, base_model, training, held_out, prompts)))
+        (job / "job").write_bytes(pickle.dumps((config.without_secrets(), base_model, training, held_out, prompts)))
         _run(job, config.training.processes, progress)
         told = json.loads((job / "result.json").read_text())
         if "error" in told:

@@ -116,7 +116,7 @@ class SelfTest:
         if not url:
             self._server = VllmServer(self.config, model)
             url = self._server.url
-        policy = Policy(url, policy_config, self.config.serving.reply_seconds)
+        policy = Policy(url, policy_config, self.config.serving.reply_seconds, self.config.serving.read_key())
         try:
             if self._server is not None:
                 await self._server.start(policy)

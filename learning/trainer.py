@@ -128,7 +128,7 @@ def _run(
     sha256 = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     version = registry.reserve(lesson.parent, config.data / "policies")
     taught = snapshot.feedback_ids, snapshot.followup_ids
-    run_id = registry.begin_run(version.name, config.model_dump(), sha256, *taught)
+    run_id = registry.begin_run(version.name, config.without_secrets().model_dump(), sha256, *taught)
     directory = Path(version.path)
     unfinished = directory.with_name(directory.name + ".unfinished")
     try:

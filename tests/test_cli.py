@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -17,8 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
 from conftest import answered, react
 
+import bot.__main__  # noqa: F401 (it adds the commands)
 from bot import cli
 from bot.cli import interruptible
 from bot.conversations import ConversationStore
@@ -42,11 +45,12 @@ def kibitz(*arguments: object, stdin: str = "") -> Done:
 def here(monkeypatch) -> Callable[..., Done]:
     """A command in this process: the same arguments, output, errors and exit code, without the start of a process."""
 
-    def run(*arguments: object) -> Done:
+    def run(*arguments: object, application: typer.Typer = cli.app) -> Done:
         monkeypatch.setattr(sys, "argv", ["kibitz", *map(str, arguments)])
-        said, errors = io.StringIO(), io.StringIO()
+        said, errors, usual = io.StringIO(), io.StringIO(), os.umask(0o022)
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as ended:
-            cli.main()
+            cli.main(application)
+        os.umask(usual)
         return subprocess.CompletedProcess(sys.argv, ended.value.code, said.getvalue(), errors.getvalue())
 
     return run
@@ -267,6 +271,83 @@ except KeyboardInterrupt:
         assert process.wait(300) == 0
     drained = ["drained\n"] if signals == 1 else []
     assert said == ["ready\n", "draining\n", *drained, "ended\n"]
+
+
+@pytest.mark.parametrize("command", ["chat", "serve"])
+def test_a_user_without_a_name_and_a_home_and_with_closed_streams_is_served_like_everybody(tmp_path, demo_model, command):
+    """As far as a vLLM that is not there, with Slack's library, which looks for a home while it is imported."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text("import pwd\ndef getpwuid(uid): raise KeyError(uid)\npwd.getpwuid = getpwuid\n")
+    config = write_config(tmp_path, demo_model)
+    extra = '[serving]\nurl = "http://127.0.0.1:9/v1"\n[web]\nport = 0\n[dialogue]\nembedder = "none"\n'
+    config.write_text(f'{config.read_text()}{extra}[slack]\nbot_token_env = "BOT"\napp_token_env = "APP"\n')
+    environment = {
+        name: value for name, value in ENV.items() if name not in ("HOME", "LOGNAME", "USER", "LNAME", "USERNAME")
+    }
+    environment |= {"PYTHONPATH": f"{site}:{ROOT}", "BOT": "xoxb-1", "APP": "xapp-1"}
+    line = f"{shlex.join([sys.executable, '-m', 'bot', command, '--config', str(config)])} <&-"
+    for streams in ("", " >&-"):
+        done = subprocess.run(["bash", "-c", line + streams], capture_output=True, text=True, env=environment, cwd=tmp_path)
+        assert done.stderr.strip().splitlines() == [
+            "kibitz: vLLM at http://127.0.0.1:9 does not answer (ClientConnectorError); check that it runs, and serving.url"
+        ]
+        assert done.returncode == 2
+    assert (tmp_path / "data" / "home").is_dir()
+
+
+async def test_a_chat_whose_input_is_closed_ends_as_one_whose_input_is_empty(live, tmp_path, demo_model):
+    config = write_config(tmp_path, demo_model)
+    config.write_text(config.read_text() + f'[serving]\nurl = "{live.policy.url}/v1/"\n')
+    line = f"{shlex.join([sys.executable, '-m', 'bot', 'chat', '--config', str(config)])} <&-"
+    run = ["bash", "-c", line]
+    done = await asyncio.to_thread(subprocess.run, run, capture_output=True, text=True, env=ENV, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_kibitz_writes_is_for_its_own_user(tmp_path, demo_model, here):
+    config = write_config(tmp_path, demo_model)
+    data = tmp_path / "data"
+    here("status", "--config", config)
+    assert not readable_by_others(data)
+    for path in (data, data / "kibitz.db"):  # as earlier versions of kibitz left them
+        path.chmod(0o755)
+    (data / "policies").mkdir(mode=0o755)
+    assert readable_by_others(data)
+    here("status", "--config", config)
+    assert not readable_by_others(data)
+    shared = tmp_path / "shared"
+    shared.mkdir(mode=0o755)
+    (shared / "notes.txt").write_text("somebody else's")
+    here("status", "--config", config, "--data-dir", shared)
+    assert readable_by_others(shared) == [shared, shared / "notes.txt"], "what is not ours keeps its permissions"
+
+
+def readable_by_others(directory: Path) -> list[Path]:
+    return [path for path in sorted([directory, *directory.rglob("*")]) if path.stat().st_mode & 0o077]
+
+
+def test_a_tilde_in_a_path_is_the_home_directory(tmp_path, demo_model, here, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home").mkdir()
+    config = tmp_path / "home" / "config.toml"
+    config.write_text('data_dir = "~/data"\n')
+    assert here("status", "--config=~/config.toml").returncode == 0
+    assert (tmp_path / "home" / "data" / "kibitz.db").is_file()
+    assert here("status", "--data-dir=~/other").returncode == 0
+    assert (tmp_path / "home" / "other" / "kibitz.db").is_file()
+    refused(here("simulate", "--json=~/no/where.json", "--data-dir=~/other"), f"there is no directory {tmp_path}/home/no")
+    refused(here("doctor", "--data-dir=~nobody-is-called-so/x"), "there is no such home directory")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home"]
+
+
+@pytest.mark.parametrize("name", ["a?b=c", "100%", "a%20b", "#1", "a@b:c"])
+def test_the_database_lies_in_the_data_directory_whatever_that_is_called(tmp_path, here, name):
+    assert here("status", "--data-dir", tmp_path / name / "data").returncode == 0
+    assert (tmp_path / name / "data" / "kibitz.db").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 async def test_a_scripted_chat_answers_reacts_and_explains(live, tmp_path, demo_model):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from bot.config import Config, known_keys, load
+from bot.database import Database
 from bot.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +37,11 @@ def test_the_example_file_holds_every_key_at_its_default_with_a_comment():
         ({"policy": {"temperature": "hot"}}, "config key 'policy.temperature' has value 'hot'"),
         ({"seed": -1}, "config key 'seed' has value -1"),
         ({"serving": {"max_lora_rank": 7}}, "config key 'serving.max_lora_rank' has value 7"),
+        (
+            {"serving": {"url": "localhost:8000"}},
+            "config key 'serving.url' has value 'localhost:8000'; write http://HOST:PORT",
+        ),
+        ({"database": {"url": "sqlite:///x", "url_env": "URL"}}, "database.url_env is set beside database.url"),
         ({"training": {"lora_rank": 64}}, "training.lora_rank has value 64, above serving.max_lora_rank (16)"),
     ],
 )
@@ -56,6 +62,65 @@ def test_a_config_file_that_cannot_be_read_says_so(tmp_path, content, wanted):
         path.write_bytes(content)
     with pytest.raises(ConfigError, match=wanted):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"discord": {"token_env": "secret.of-discord"}}, "discord.token_env"),
+        ({"serving": {"api_key_env": "sk-secret"}}, "serving.api_key_env"),
+        ({"serving": {"url": "http://ann:secret@host:8000"}}, "serving.url"),
+        ({"database": {"url_env": "postgresql://ann:secret@host/db"}}, "database.url_env"),
+        ({"database": {"url": ["postgresql://ann:secret@host/db"]}}, "database.url"),
+        ({"database": "postgresql://ann:secret@host/db"}, "database"),
+        ({"database": {"ulr": "postgresql://ann:secret@host/db"}}, "database.ulr"),
+    ],
+)
+def test_a_secret_at_the_wrong_place_is_refused_and_not_shown(values, key):
+    with pytest.raises(ConfigError, match=f"config key '{re.escape(key)}'") as error:
+        load(**values)
+    assert "secret@" not in str(error.value)
+    assert "sk-" not in str(error.value)
+    assert "secret.of" not in str(error.value)
+    assert error.value.__cause__ is None, "nor in a traceback"
+
+
+def test_what_is_shown_of_a_database_holds_no_password():
+    for url in ("postgresql+psycopg://ann:secret@host/db", "postgresql+psycopg://ann@host/db?password=secret"):
+        database = Database(url)
+        assert "secret" not in database.url
+        assert "ann" in database.url
+        database.close()
+
+
+@pytest.mark.parametrize("path", ["", "/", "/v1", "/v1/", "/v1/chat/completions"])
+def test_a_server_is_named_by_its_address_or_as_its_clients_name_it(path):
+    assert load(serving={"url": f" http://host:8000{path} "}).serving.url == "http://host:8000"
+    assert load(serving={"url": f"https://host/behind{path}"}).serving.url == "https://host/behind"
+
+
+def test_the_key_of_a_server_is_read_from_its_variable(monkeypatch):
+    monkeypatch.setenv("KEY", "word\n")
+    assert load(serving={"api_key_env": "KEY"}).serving.read_key() == "word"
+    monkeypatch.delenv("KEY")
+    with pytest.raises(ConfigError, match=r"serving\.api_key_env has value 'KEY', a variable that is not set"):
+        load(serving={"api_key_env": "KEY"}).serving.read_key()
+
+
+def test_the_databases_url_comes_from_its_variable_and_is_saved_nowhere(tmp_path, monkeypatch):
+    url = "postgresql+psycopg://ann:hunter2@host/db"
+    config = load(database={"url_env": "URL"})
+    with pytest.raises(ConfigError, match=r"database\.url_env has value 'URL', a variable that is not set"):
+        config.database_url  # noqa: B018 (it reads the variable)
+    monkeypatch.setenv("URL", f"{url}\n")
+    assert config.database_url == url
+    for one in (config, load(database={"url": url})):
+        assert one.database_url == url
+        one.save(tmp_path / "config.json")
+        assert "hunter2" not in (tmp_path / "config.json").read_text()
+        assert "hunter2" not in repr(one.without_secrets())
+    config.save(tmp_path / "config.json")
+    assert load(tmp_path / "config.json").database_url == url, "a process that is given the variable finds the database"
 
 
 def test_a_saved_config_reads_back_the_same(tmp_path):

@@ -1,11 +1,15 @@
 """Policy versions: immutable, never reused, and one of them live."""
 
+import shutil
 from itertools import product
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from bot.errors import RegistryError, VerdictOutdated
-from bot.registry import BASE, TRANSITIONS, withdraw
+from bot.registry import BASE, TRANSITIONS, PolicyRegistry, withdraw
+from bot.tables import policies
 from bot.types import PolicyState
 
 
@@ -45,6 +49,48 @@ def test_a_changed_base_model_goes_live_under_a_name_of_its_own_and_nothing_of_t
     back = registry.ensure_base(demo_model, may_change=True)
     assert back.name == "policy-5", "a name is never used again"
     assert registry.live() == back
+
+
+def weights(directory, value):
+    directory.mkdir(parents=True)
+    save_file({"one": np.zeros(9, np.float32), "two": np.full((3, 2), value, np.float32)}, directory / "model.safetensors")
+    return str(directory)
+
+
+def test_models_are_told_apart_by_their_weights_and_not_by_the_name_of_their_directory(database, tmp_path):
+    registry = PolicyRegistry(database)
+    one = weights(tmp_path / "one" / "final", 1.0)
+    base = registry.ensure_base(one)
+    assert registry.ensure_base(weights(tmp_path / "moved" / "elsewhere", 1.0)).name == base.name, "the same, elsewhere"
+    version = candidate(registry, tmp_path)
+    other = weights(tmp_path / "two" / "final", 2.0)
+    with pytest.raises(RegistryError, match=r"versions come from"):
+        registry.ensure_base(other)
+    assert registry.ensure_base(other, may_change=True).name == "policy-2"
+    assert registry.foreign() == {base.name, version.name}
+    shutil.rmtree(tmp_path / "two")
+    with pytest.raises(RegistryError, match=r"versions come from"):  # other weights at the same place
+        registry.ensure_base(weights(tmp_path / "two" / "final", 3.0))
+
+
+def test_a_base_model_from_before_fingerprints_were_kept_is_known_again(database, tmp_path):
+    registry = PolicyRegistry(database)
+    one, other = weights(tmp_path / "one" / "final", 1.0), weights(tmp_path / "two" / "final", 2.0)
+    registry.ensure_base(one)
+    with database.begin() as connection:
+        connection.execute(policies.update().values(sha256=""))
+    with pytest.raises(RegistryError, match=r"versions come from"):
+        registry.ensure_base(other)
+    assert registry.ensure_base(one).sha256 == registry.get(BASE).sha256 != ""
+
+
+def test_hub_models_are_told_apart_by_their_whole_names(database):
+    registry = PolicyRegistry(database)
+    assert registry.ensure_base("somebody/llama").sha256 == ""
+    assert registry.ensure_base("somebody/llama").name == BASE
+    with pytest.raises(RegistryError, match=r"versions come from"):
+        registry.ensure_base("somebody-else/llama")
+    assert registry.ensure_base("/models/llama").name == BASE, "a copy of it, perhaps: nobody can tell"
 
 
 def test_names_and_directories_are_never_used_again(registry, tmp_path):

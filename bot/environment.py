@@ -1,0 +1,77 @@
+"""Environment: what kibitz takes from the process that it runs in: secrets, standard streams, a home, a user name, a proxy.
+
+It knows no config: whoever asks names the key that an error should speak of.
+"""
+
+import getpass
+import os
+import sys
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from bot.errors import ConfigError
+
+
+def read_variable(key: str, variable: str) -> str:
+    """Return what the environment variable that a config key names holds, without blanks and line ends around it.
+
+    Raises ConfigError where it is not set.
+    """
+    value = os.environ.get(variable, "").strip()
+    if not value:
+        raise ConfigError(f"config key {key} has value '{variable}', a variable that is not set; set it, or remove the key")
+    return value
+
+
+def read_secret(key: str, variable: str) -> str:
+    """As `read_variable`, of what is sent in a header: one word. Raises ConfigError where it is not."""
+    value = read_variable(key, variable)
+    if any(character.isspace() or not character.isprintable() for character in value):
+        raise ConfigError(
+            f"config key {key}: ${variable} holds blanks or line ends within its value; put the secret there alone"
+        )
+    return value
+
+
+def expand_home(path: str) -> str:
+    """Replace a `~` at the beginning of a path. Raises ConfigError where there is no such home directory."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ConfigError(f"the path '{path}' begins with ~, but there is no such home directory; write the whole path")
+    return expanded
+
+
+def open_standard_streams() -> None:
+    """Open /dev/null in place of each standard stream that is closed, so that no other file gets its number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (it stays open as long as we run)
+
+
+def ensure_user(data: Path) -> None:
+    """Give this process a user name and a home directory (below `data`) where it has none, as in many containers.
+
+    Libraries ask for both while they are imported, and end where there are none.
+    """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["LOGNAME"] = f"user-{os.getuid()}"
+    if not os.environ.get("HOME"):
+        os.environ.pop("HOME", None)  # an empty one would be the root directory
+        try:
+            Path.home()
+        except RuntimeError:
+            home = (data / "home").absolute()
+            home.mkdir(mode=0o700, exist_ok=True)
+            os.environ["HOME"] = str(home)
+
+
+def find_proxy(url: str) -> str | None:
+    """Return the proxy that the environment names for a URL (HTTPS_PROXY, ALL_PROXY, not NO_PROXY), or None."""
+    parts = urlsplit(url)
+    if urllib.request.proxy_bypass(parts.hostname or ""):
+        return None
+    named = urllib.request.getproxies()
+    return named.get(parts.scheme) or named.get("all")

@@ -1,0 +1,156 @@
+"""Supervision: a task that fails harms no other, is reported once, and is tried again until it works.
+
+`Health` knows which tasks fail now; `/readyz`, `/status` and `kibitz status` ask it. No task is known here by name.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from bot.errors import ConfigError, KibitzError
+from bot.types import now
+
+log = logging.getLogger(__name__)
+
+FIRST_PAUSE = 1.0  # seconds before the first new try; each further one waits twice as long
+LONGEST_PAUSE = 60.0
+SETTLED = 120.0  # seconds after which a task without steps counts as working again
+
+Tell = Callable[[str], None]
+Start = Callable[[Coroutine[Any, Any, None]], None]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Since when a task fails, and why."""
+
+    since: datetime
+    reason: str
+
+
+class Health:
+    """Which tasks fail now. Tells the operator when one begins to fail and when it works again.
+
+    With a `file`, what fails is written there, so that another process can read it (`read_failing`).
+    """
+
+    def __init__(self, tell: Tell, file: Path | None = None):
+        self.tell = tell
+        self.failing: dict[str, Failure] = {}
+        self._told: dict[str, set[str]] = {}
+        self._file = file
+        self._write()
+
+    def fail(self, name: str, error: Exception) -> None:
+        """Record that a task failed. Each reason is told once until the task works again."""
+        before, reason = self.failing.get(name), describe(error)
+        is_ours = isinstance(error, KibitzError)
+        told = self._told.setdefault(name, set())
+        kind = reason if is_ours else type(error).__name__  # texts of libraries hold addresses and numbers
+        if kind not in told:
+            told.add(kind)
+            self.tell(f"{name} failed: {reason} (kibitz goes on, and tries again)")
+            if not is_ours:  # only where, not what: error texts of libraries may quote what people said
+                log.error("%s failed at\n%s", name, "".join(traceback.format_tb(error.__traceback__)))
+        if before is None or before.reason != reason:
+            self.failing[name] = Failure(before.since if before else now(), reason)
+            self._write()
+
+    def recover(self, name: str) -> None:
+        """Record that a task works."""
+        if self.failing.pop(name, None) is not None:
+            del self._told[name]
+            self.tell(f"{name} works again")
+            self._write()
+
+    def _write(self) -> None:
+        if self._file is None:
+            return
+        rows = {name: [one.since.isoformat(), one.reason] for name, one in self.failing.items()}
+        try:
+            unfinished = self._file.with_suffix(".unfinished")
+            unfinished.write_text(json.dumps(rows), encoding="utf-8")
+            unfinished.rename(self._file)
+        except OSError as error:  # a full disk must not end what reports it
+            log.warning("%s cannot be written: %s", self._file, error.strerror)
+
+
+def read_failing(file: Path) -> dict[str, Failure]:
+    """Read which tasks of another process fail; nothing where it wrote no file."""
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        return {name: Failure(datetime.fromisoformat(since), reason) for name, (since, reason) in rows.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def failing_lines(failing: dict[str, Failure]) -> list[str]:
+    """What fails, for people."""
+    return [f"failing: {name} since {one.since:%Y-%m-%d %H:%M} UTC: {one.reason}" for name, one in failing.items()]
+
+
+def describe(error: Exception) -> str:
+    """One line that says what went wrong."""
+    if isinstance(error, KibitzError):
+        return " ".join(str(error).split())
+    first = next(iter(str(error).splitlines()), "")[:300]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+async def supervise(
+    name: str,
+    work: Callable[[], Awaitable[None]],
+    health: Health,
+    every: float | None = None,
+    longest_pause: float = LONGEST_PAUSE,
+) -> None:
+    """Do `work` until it returns or, with `every`, again and again with so many seconds between.
+
+    Work that fails is tried again after a pause, which doubles up to `longest_pause` seconds. It works again when it
+    returns, or runs for SETTLED seconds where it has no steps. Raises ConfigError: only the operator can put that right.
+    """
+    loop = asyncio.get_running_loop()
+    first_pause = pause = min(FIRST_PAUSE, longest_pause)
+    while True:
+        began, failure = loop.time(), None
+        settled = None if every is not None else loop.call_later(SETTLED, health.recover, name)
+        try:
+            await work()
+        except ConfigError:
+            raise
+        except Exception as error:
+            failure = error
+        finally:
+            if settled is not None:
+                settled.cancel()
+        if failure is None:
+            health.recover(name)
+            if every is None:
+                return
+            pause = first_pause
+            await asyncio.sleep(every)
+        else:
+            health.fail(name, failure)
+            if settled is not None and loop.time() - began >= SETTLED:
+                pause = first_pause
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, longest_pause)
+
+
+@contextlib.asynccontextmanager
+async def background_tasks() -> AsyncIterator[Start]:
+    """Give a function that starts tasks in one TaskGroup. They are cancelled at the end; an error of one ends the body."""
+    started: list[asyncio.Task[None]] = []
+    async with asyncio.TaskGroup() as group:
+        try:
+            yield lambda work: started.append(group.create_task(work))
+        finally:
+            for task in started:
+                task.cancel()
