@@ -22,7 +22,7 @@ from bot.registry import PolicyRegistry
 from bot.sampling import is_truncated
 from bot.tokenizer import ChatTokenizer
 from bot.types import Feedback, FeedbackKind, FollowUp, Message, Turn
-from bot.users import Users
+from bot.users import Users, voice
 from learning.features import expected, features
 from learning.rewards import Reward, reward
 from learning.selection import fresh_and_old, kinds_of, parted, thinned, weighed
@@ -159,7 +159,7 @@ class ReplayBuffer:
     def _experiences(self, space: str | None) -> Snapshot:
         """All experiences, as if all were for training, and why the other turns are none."""
         turns = self.store.turns_with_feedback(space, followed_up=self.config.rewards.followup > 0)
-        facts = _Facts(self.store, self.users, turns)
+        facts = _Facts(self.store, self.users, turns, self.config)
         registry = PolicyRegistry(self.store.database)
         found = Snapshot(turns=len(turns), taken_back=facts.turns_of(registry.taught() & facts.no_longer_stands))
         age = {version.name: age for age, version in enumerate(reversed(registry.all()))}
@@ -169,7 +169,7 @@ class ReplayBuffer:
             if turn.policy_version in foreign:  # of another tokenizer, and of another policy
                 turn = replace(turn, prompt_ids=None, completion_ids=None, logprobs=None)
             said = facts.of(turn)
-            earned = reward(said, turn.asker_id, self.config.rewards, facts.followups.get(turn.id))
+            earned = reward(said, facts.voice(turn, turn.asker_id), self.config.rewards, facts.followups.get(turn.id))
             reason = self._why_not(turn, earned, facts)
             if reason is not None or earned is None:
                 found.dropped[reason or ""] += 1
@@ -197,16 +197,18 @@ class ReplayBuffer:
             return "the answer broke off"
         if not turn.text.strip():
             return "the answer is empty"
-        if turn.completion_ids is not None and not self._are_ours(turn.prompt_ids or (), turn.completion_ids, turn.text):
+        if turn.completion_ids is not None and not self._are_ours(turn, turn.completion_ids):
             return "its token ids are those of another tokenizer"
         return None
 
-    def _are_ours(self, prompt: Sequence[int], completion: Sequence[int], text: str) -> bool:
-        """Whether token ids are in our vocabulary, and those of an answer spell its text."""
+    def _are_ours(self, turn: Turn, completion: Sequence[int]) -> bool:
+        """Whether token ids are in our vocabulary, and those of an answer spell its text, and a stop if it had one."""
+        prompt, text, has_stops = turn.prompt_ids or (), turn.text, "stop" in turn.sampling
         ids, size = [*prompt, *completion], len(self.tokenizer.hf)
         if ids and not 0 <= min(ids) <= max(ids) < size:
             return False
-        return self.tokenizer.answer_text(completion).strip() == text.strip()
+        said = self.tokenizer.answer_text(completion).strip()
+        return said == text.strip() or (has_stops and said.startswith(text.strip()))
 
     def _of_turn(
         self, turn: Turn, facts: "_Facts", earned: Reward, correction: str | None, age: int
@@ -267,7 +269,8 @@ class ReplayBuffer:
 class _Facts:
     """What the store says about some turns, read once."""
 
-    def __init__(self, store: ConversationStore, users: Users, turns: Sequence[Turn]):
+    def __init__(self, store: ConversationStore, users: Users, turns: Sequence[Turn], config: Config):
+        self._config = config
         places = {turn.conversation_id for turn in turns}
         self._given = store.feedback_of(turn.id for turn in turns)
         given = [row for rows in self._given.values() for row in rows]
@@ -293,13 +296,18 @@ class _Facts:
         return self._platforms[turn.conversation_id] == IMPORTED
 
     def of(self, turn: Turn) -> list[Feedback]:
-        """What those said about a turn who consent, and who took part where it was said (law 7)."""
+        """What stands of what those said about a turn who consent, and who took part where it was said (law 7), by voice."""
         there = self._speakers[turn.conversation_id] | {turn.asker_id}
-        return [
+        said = [
             row
             for row in self._given[turn.id]
             if self.consent.of(turn, row.user_id) and (self.is_imported(turn) or row.user_id in there)
         ]
+        return [replace(row, user_id=self.voice(turn, row.user_id)) for row in standing(said)]
+
+    def voice(self, turn: Turn, user_id: str) -> str:
+        """Whom a person in the conversation of `turn` counts as."""
+        return voice(self._platforms[turn.conversation_id], user_id, self._config.web)
 
     def rank(self, turn: Turn) -> float:
         """How people ranked a turn among its siblings, higher is better; 0 where nobody did."""
