@@ -21,6 +21,7 @@ from bot.deliveries import Deliveries
 from bot.dialogue import DialogueManager
 from bot.forgetting import forget_person, remove_purged
 from bot.policy import Policy
+from bot.readiness import Readiness, looks_at
 from bot.registry import PolicyRegistry
 from bot.state import derived
 from bot.tokenizer import ChatTokenizer
@@ -47,6 +48,7 @@ class Kibitz:
     dialogue: DialogueManager
     deployment: Deployment
     server: VllmServer | None
+    readiness: Readiness
 
 
 @contextlib.asynccontextmanager
@@ -85,9 +87,11 @@ async def running(config: Config, model: str, tell: Announce, may_change: bool =
             watchers.append(asyncio.create_task(deployment.watch()))
             watchers.append(asyncio.create_task(recall.catch_up(cli.tenths(tell))))
             dialogue = DialogueManager(store, tracker, policy)
+            readiness = Readiness(looks_at(policy, database, config.data))
+            watchers.append(asyncio.create_task(readiness.watch()))
             gc.collect()
             gc.freeze()  # what was loaded stays: to look through it again would stop every answer for 0.3 s
-            yield Kibitz(config, database, store, registry, policy, dialogue, deployment, server)
+            yield Kibitz(config, database, store, registry, policy, dialogue, deployment, server, readiness)
         finally:
             for watcher in watchers:
                 watcher.cancel()
@@ -143,7 +147,8 @@ def desk(kibitz: Kibitz) -> Desk:
         erased = await call(forget_person, kibitz.database, kibitz.registry, platform, user)
         return f"{erased}. {cli.privacy_text(False)} What stands in the channels of this platform is yours to delete."
 
-    return Desk(lambda turn_id: _why(kibitz, turn_id), status, rollback, pause_learning, privacy, forget)
+    faults = kibitz.readiness.faults
+    return Desk(lambda turn_id: _why(kibitz, turn_id), status, rollback, pause_learning, privacy, forget, faults)
 
 
 async def _why(kibitz: Kibitz, turn_id: str) -> str:

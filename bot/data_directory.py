@@ -12,14 +12,30 @@ import filelock
 
 from bot.errors import ConfigError
 
+WITNESS = bytes(2**16)  # a full disk still takes empty files
+
 
 def prepare(data: Path) -> None:
     """Make the directory, and show that it can be written before anything else is begun."""
-    witness = data / f".writable-{os.getpid()}"
-    try:
+    with _errors_for_people(data):
         data.mkdir(parents=True, exist_ok=True)
-        witness.touch()
-        witness.unlink()
+    check_writable(data)
+
+
+def check_writable(data: Path) -> None:
+    """Write a file in the directory and remove it. Raises ConfigError where that fails, for instance on a full disk."""
+    witness = data / f".writable-{os.getpid()}"
+    with _errors_for_people(data):
+        try:
+            witness.write_bytes(WITNESS)
+        finally:
+            witness.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _errors_for_people(data: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ConfigError(
             f"data_dir has value '{data}', which cannot be written ({error.strerror}); "
