@@ -22,6 +22,7 @@ from bot.tables import (
     deliveries,
     embeddings,
     feedback,
+    fingerprints,
     followups,
     messages,
     run_feedback,
@@ -143,6 +144,7 @@ def _erase(
         (followups.c.message_id, own),
         (turns.c.id, answers),
         (embeddings.c.message_id, [*own, *replies]),
+        (fingerprints.c.message_id, [*own, *replies]),
         (messages.c.id, replies),
     ):
         for ids in chunks(values):

@@ -46,6 +46,7 @@ from learning.trainer import Outcome
 ON_BOTH_ENGINES = {
     "test_conversations",
     "test_forgetting",
+    "test_histories",
     "test_registry",
     "test_recall",
     "test_replay_buffer",
