@@ -20,6 +20,7 @@ from bot.deliveries import Deliveries
 from bot.dialogue import DialogueManager
 from bot.forgetting import forget_again, forget_person, remove_purged
 from bot.policy import Policy
+from bot.readiness import Readiness, looks_at
 from bot.registry import PolicyRegistry
 from bot.state import derived
 from bot.supervision import Health, Start, background_tasks, failing_lines, supervise
@@ -47,6 +48,7 @@ class Kibitz:
     dialogue: DialogueManager
     deployment: Deployment
     server: VllmServer | None
+    readiness: Readiness
     health: Health
     start: Start
 
@@ -91,11 +93,14 @@ async def running(config: Config, model: str, tell: Announce, may_change: bool =
                     group.create_task(server.start(policy))
             async with background_tasks() as start:
                 dialogue = DialogueManager(store, tracker, policy)
-                kibitz = Kibitz(config, database, store, registry, policy, dialogue, deployment, server, health, start)
+                readiness = Readiness(looks_at(policy, database, config.data))
+                parts = store, registry, policy, dialogue, deployment, server, readiness, health, start
+                kibitz = Kibitz(config, database, *parts)
                 if server is not None:
                     start(server.watch(policy, deployment.restore, health))
                 await deployment.restore()
                 start(deployment.watch(health=health))
+                kibitz.keep("readiness", readiness.watch)
                 kibitz.keep("embedding", lambda: recall.catch_up(cli.tenths(tell)))
                 gc.collect()
                 gc.freeze()  # what was loaded stays: to look through it again would stop every answer for 0.3 s
@@ -156,7 +161,8 @@ def desk(kibitz: Kibitz) -> Desk:
     def failing() -> list[str]:
         return sorted(kibitz.health.failing)
 
-    return Desk(lambda turn_id: _why(kibitz, turn_id), status, rollback, pause_learning, privacy, forget, failing)
+    faults = kibitz.readiness.faults
+    return Desk(lambda turn_id: _why(kibitz, turn_id), status, rollback, pause_learning, privacy, forget, faults, failing)
 
 
 async def _why(kibitz: Kibitz, turn_id: str) -> str:

@@ -217,6 +217,8 @@ class AccessConfig(Section):
     operator_roles: list[str] = []
     messages_per_minute: Positive = 20
     opinions_per_minute: Positive = 60
+    source_messages_per_minute: Positive = Field(default_factory=lambda found: 10 * found["messages_per_minute"])
+    source_opinions_per_minute: Positive = Field(default_factory=lambda found: 10 * found["opinions_per_minute"])
 
 
 class WebConfig(Section):
@@ -226,6 +228,8 @@ class WebConfig(Section):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
     tokens_env: Variable = ""
+    trust_user_names: bool = False
+    cors_origins: list[Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")]] = []
 
 
 class DiscordConfig(Section):

@@ -149,6 +149,12 @@ class ConversationStore:
         found = self._turns(turns.c.conversation_id == conversation_id, newest=1)
         return found[0] if found else None
 
+    def last_turn_at(self, place: Conversation) -> Turn | None:
+        """The newest answer in the conversation at a place."""
+        with self.database.read() as connection:
+            row = connection.execute(_PLACE, vars(place)).one_or_none()
+        return None if row is None else self.last_turn(row.id)
+
     def message_of_event(self, event_id: str | None) -> Message | None:
         """The message that a platform's event brought."""
         with self.database.read() as connection:

@@ -15,27 +15,42 @@ import filelock
 from bot.errors import ConfigError
 
 HEALTH = "failing.json"  # which tasks of the serving process fail now (bot.supervision)
+WITNESS = bytes(2**16)  # a full disk still takes empty files
 CONTENTS = (
     *("kibitz.db*", "policies", "models", "embedders", "bench", "home"),
-    *("vllm.log", "train-config.json", "*.lock", ".writable-*", HEALTH),
+    *("vllm.log", "train-config.json", "erasures.txt", "*.lock", ".writable-*", HEALTH),
 )
 
 
 def prepare(data: Path) -> None:
     """Make the directory, show that it can be written before anything else is begun, and close it to other users."""
-    witness = data / f".writable-{os.getpid()}"
-    try:
+    with _errors_for_people(data):
         if not data.is_dir():
             data.mkdir(parents=True)
             data.chmod(0o700)
-        witness.touch()
-        witness.unlink()
+    check_writable(data)
+    _close(data)
+
+
+def check_writable(data: Path) -> None:
+    """Write a file in the directory and remove it. Raises ConfigError where that fails, for instance on a full disk."""
+    witness = data / f".writable-{os.getpid()}"
+    with _errors_for_people(data):
+        try:
+            witness.write_bytes(WITNESS)
+        finally:
+            witness.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _errors_for_people(data: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ConfigError(
             f"data_dir has value '{data}', which cannot be written ({error.strerror}); "
             "give another with data_dir in the config or --data-dir"
         ) from error
-    _close(data)
 
 
 def _close(data: Path) -> None:

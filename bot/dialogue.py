@@ -16,6 +16,7 @@ from bot.conversations import ConversationStore
 from bot.errors import DataError, Forgotten, ReplyInterrupted
 from bot.followups import FollowUps
 from bot.forgetting import forget_message
+from bot.histories import recognize, remember
 from bot.policy import STOPPED, OnText, Policy
 from bot.speakers import clean_name
 from bot.tracker import Context, StateTracker, Surroundings
@@ -34,7 +35,8 @@ UNFINISHED = {INTERRUPTED, STOPPED}  # such a turn is never trained on: it would
 
 @dataclass(frozen=True)
 class ReplyOptions:
-    """How an answer is wanted: who hears its pieces, what stops it, the id that its turn gets, the sampling seed.
+    """How an answer is wanted: who hears its pieces, what stops it, the id that its turn gets, the sampling seed, how many
+    tokens it may have, and the texts that it ends before.
 
     `on_whole` shows the answer whole. It is called while the turn is being committed: whatever is asked of the database
     because of what it shows comes after.
@@ -45,9 +47,22 @@ class ReplyOptions:
     stop: asyncio.Event | None = None
     turn_id: str | None = None
     seed: int | None = None
+    max_tokens: int | None = None
+    stops: tuple[str, ...] = ()
+    is_repeatable: bool = False  # the client may send question and answer again, in a history that it keeps itself
 
 
 PLAIN = ReplyOptions()
+
+
+@dataclass(frozen=True)
+class History:
+    """What a client that keeps the history itself sends around a question: the chat messages `before` it, and the answer to
+    it that is `begun` and is to be continued.
+    """
+
+    before: Sequence[dict[str, str]] = ()
+    begun: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,33 +106,38 @@ class DialogueManager:
         self,
         message: Message,
         options: ReplyOptions = PLAIN,
-        shown: Sequence[dict[str, str]] | None = None,
         place: Conversation | None = None,
     ) -> Turn:
         """Commit a message, have it answered, commit the answer. A message that came before gets its first answer.
 
-        Where it is not known which conversation the message belongs to, `place` is where it was said. The policy is shown
-        what the tracker finds, or `shown`: chat messages of a client that keeps the history itself, the new message last.
+        Where it is not known which conversation the message belongs to, `place` is where it was said.
         """
         message = _storable(message)
         # One trip: under load each to the database's thread costs more in waiting than in work.
-        taken_in = self.store.database.call(self._taken_in, message, place, shown is None)
-        return await self._settled(taken_in, options, shown)
+        return await self._settled(self.store.database.call(self._taken_in, message, place, options), options)
+
+    async def respond_to_history(
+        self, message: Message, history: History, place: Conversation, options: ReplyOptions = PLAIN
+    ) -> Turn:
+        """Commit a message, have it answered, commit the answer; the policy is shown the `history` that a client sent."""
+        message = replace(message, text=cleaned(message.text))
+        before = [{**said, "content": cleaned(said["content"])} for said in history.before]
+        asked = {"role": Role.USER.value, "content": message.text}
+        context = self.tracker.fitted([*before, asked], cleaned(history.begun))
+        message, known = await self.store.database.call(self._taken_in_with, message, place, context.recent)
+        return await self._answer(message, replace(context, recent=known), message.author_id, None, options)
 
     async def answer(self, heard: Heard, options: ReplyOptions = PLAIN) -> Turn:
         """Have a message answered that was heard, and commit the answer; one that came before gets its first answer."""
-        return await self._settled(self.store.database.call(self._waited, heard), options, None)
+        return await self._settled(self.store.database.call(self._waited, heard), options)
 
-    async def _settled(
-        self, taken_in: Awaitable[Taken], options: ReplyOptions, shown: Sequence[dict[str, str]] | None
-    ) -> Turn:
+    async def _settled(self, taken_in: Awaitable[Taken], options: ReplyOptions) -> Turn:
         first, answered, around = await taken_in
         if answered is not None:
             return answered
         if first.is_forgotten:
             raise Forgotten("this message was forgotten; it gets no answer")
-        context = await self.tracker.context(first, around) if shown is None else self.tracker.fitted(shown)
-        return await self._answer(first, context, first.author_id, None, options)
+        return await self._answer(first, await self.tracker.context(first, around), first.author_id, None, options)
 
     async def hear(self, place: Conversation, message: Message) -> Heard:
         """Commit a message at a place, for `answer` to answer it later."""
@@ -185,24 +205,36 @@ class DialogueManager:
         said = await self.store.database.call(self.store.feedback_of, [turn_id])
         return Explanation(turn, said.get(turn_id, []))
 
-    def _taken_in(self, message: Message, place: Conversation | None, remembering: bool) -> Taken:
-        """A message as it is committed, and its answer if it has one; else, if asked for, what is around it."""
-        if place is not None:
-            return self._heard(self.store.hear(place, message), remembering)
-        return self._claimed(message, None, remembering)
+    def _taken_in(self, message: Message, place: Conversation | None, options: ReplyOptions) -> Taken:
+        """A message as it is committed, and its answer if it has one; else what is around it."""
+        if place is None:
+            return self._claimed(message, None)
+        heard = self.store.hear(place, message)
+        if heard.is_new and options.is_repeatable:
+            remember(self.store.database, heard.message, message.author_id)
+        return self._heard(heard)
+
+    def _taken_in_with(
+        self, message: Message, place: Conversation, history: Sequence[Message]
+    ) -> tuple[Message, list[Message]]:
+        """A message as it is committed, and what of the history before it was said to us."""
+        known = recognize(self.store.database, place, message.author_id, history)
+        heard = self.store.hear(place, message)
+        remember(self.store.database, heard.message, message.author_id)
+        return heard.message, known
 
     def _waited(self, heard: Heard) -> Taken:
         """The same of a message that was heard a while ago: it may have been changed since, or forgotten."""
-        return self._heard(replace(heard, message=self.store.message(heard.message.id)) if heard.is_new else heard, True)
+        return self._heard(replace(heard, message=self.store.message(heard.message.id)) if heard.is_new else heard)
 
-    def _heard(self, heard: Heard, remembering: bool) -> Taken:
+    def _heard(self, heard: Heard) -> Taken:
         if not heard.is_new:
-            return self._claimed(heard.message, heard.place, remembering)
-        return heard.message, None, self.tracker.surroundings(heard.message, heard.place) if remembering else None
+            return self._claimed(heard.message, heard.place)
+        return heard.message, None, self.tracker.surroundings(heard.message, heard.place)
 
-    def _claimed(self, message: Message, place: Conversation | None, remembering: bool) -> Taken:
+    def _claimed(self, message: Message, place: Conversation | None) -> Taken:
         first, answered = self.store.claim(message)
-        wanted = remembering and answered is None and not first.is_forgotten
+        wanted = answered is None and not first.is_forgotten
         return first, answered, self.tracker.surroundings(first, place) if wanted else None
 
     async def _answer(
@@ -227,18 +259,23 @@ class DialogueManager:
             shown=context.shown,
             id=options.turn_id or new_id(),
         )
-        stored = self.store.database.call(self.store.add_turn, turn)
+        answer = Message(turn.conversation_id, "", turn.text, Role.ASSISTANT, id=turn.reply_id)
+        stored = self.store.database.call(self._keep, turn, answer if options.is_repeatable else None)
         try:
             if options.on_whole is not None:
                 await options.on_whole(turn)
         finally:
             await stored
-            answer = Message(turn.conversation_id, "", turn.text, Role.ASSISTANT, id=turn.reply_id)
             self.tracker.recall.learn([message, answer])
             if replaces is None:
                 self._noting.add(task := asyncio.create_task(self._note(message)))
                 task.add_done_callback(self._noting.discard)
         return turn
+
+    def _keep(self, turn: Turn, repeatable: Message | None) -> None:
+        self.store.add_turn(turn)
+        if repeatable is not None:
+            remember(self.store.database, repeatable, turn.asker_id)
 
     async def _note(self, message: Message) -> None:
         """Record what a message says about the answer before it. The chat goes on where that fails."""
@@ -257,6 +294,8 @@ class DialogueManager:
                 cache_salt=salt,
                 on_text=options.on_text,
                 stop=options.stop,
+                max_tokens=options.max_tokens,
+                stops=options.stops,
             )
         except ReplyInterrupted as broken:
             return Reply(broken.text, broken.version, (), (), (), INTERRUPTED, {}, 0.0)

@@ -25,6 +25,7 @@ from bot.tables import (
     deliveries,
     embeddings,
     feedback,
+    fingerprints,
     followups,
     messages,
     run_feedback,
@@ -168,6 +169,7 @@ def _erase(connection: sa.Connection, written: sa.Select, said: sa.Select | None
         (sources.c.turn_id, made),
         (turns.c.id, made),
         (embeddings.c.message_id, [*own, *made.values()]),
+        (fingerprints.c.message_id, [*own, *made.values()]),
         (messages.c.id, made.values()),
     ):
         for ids in chunks(values):

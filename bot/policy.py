@@ -21,6 +21,7 @@ import aiohttp
 from bot.config import PolicyConfig
 from bot.errors import Asleep, ReplyInterrupted, ServingError, Unavailable
 from bot.registry import BASE
+from bot.stops import StopFilter
 from bot.thoughts import ThoughtFilter, Thoughts
 from bot.types import Reply
 
@@ -84,10 +85,14 @@ class Policy:
         cache_salt: str | None = None,
         on_text: OnText | None = None,
         stop: asyncio.Event | None = None,
+        max_tokens: int | None = None,
+        stops: Sequence[str] = (),
     ) -> Reply:
         """Stream one answer to the prompt, handing each piece of text to `on_text`, until it ends or `stop` is set.
 
-        Thoughts are neither handed over nor in the reply's text; its token ids and log-probabilities hold them.
+        `max_tokens` may make it shorter than `policy.max_tokens`, and it ends before the first of `stops`; both are in the
+        reply's `sampling`. They change when sampling ends and not what is sampled: ids and log-probabilities are of all
+        tokens until then. Thoughts are neither handed over nor in the reply's text; its ids and log-probabilities hold them.
 
         Raises Asleep while vLLM sleeps, ServingError before the first token (after one more try), ReplyInterrupted after it.
         """
@@ -99,11 +104,15 @@ class Policy:
             self._in_flight[version] += 1
         try:
             try:
-                return await self._stream(prompt_ids, version, seed, temperature, cache_salt, on_text, stop)
+                return await self._stream(
+                    prompt_ids, version, seed, temperature, cache_salt, on_text, stop, max_tokens, stops
+                )
             except ReplyInterrupted:
                 raise
             except ServingError:
-                return await self._stream(prompt_ids, version, seed, temperature, cache_salt, on_text, stop)
+                return await self._stream(
+                    prompt_ids, version, seed, temperature, cache_salt, on_text, stop, max_tokens, stops
+                )
         finally:
             self._in_flight[version] -= 1
             async with self._changed:
@@ -118,11 +127,14 @@ class Policy:
         cache_salt: str | None,
         on_text: OnText | None,
         stop: asyncio.Event | None,
+        max_tokens: int | None,
+        stops: Sequence[str],
     ) -> Reply:
+        most = min(max_tokens or self.config.max_tokens, self.config.max_tokens)
         sampling: dict[str, Any] = {
             **self.config.sampling,
             **({} if temperature is None else {"temperature": temperature}),
-            "max_tokens": self.exact_tokens or self.config.max_tokens,
+            "max_tokens": self.exact_tokens or most,
         }
         if seed is not None:
             sampling["seed"] = seed
@@ -136,7 +148,7 @@ class Policy:
             body["skip_special_tokens"] = False  # else nobody could tell thoughts from the answer
         if cache_salt:
             body["cache_salt"] = cache_salt
-        said, text, finish_reason = ThoughtFilter(self.thoughts), "", ""
+        said, wanted, text, finish_reason = ThoughtFilter(self.thoughts), StopFilter(stops), "", ""
         completion_ids: list[int] = []
         logprobs: list[float] = []
         started = time.monotonic()
@@ -150,13 +162,17 @@ class Policy:
                         completion_ids += choice.get("token_ids") or []
                         logprobs += (choice["logprobs"] or {}).get("token_logprobs") or []
                         finish_reason = choice["finish_reason"] or finish_reason
-                        piece = said.add(choice["text"]) + (said.end() if choice["finish_reason"] else "")
+                        piece = wanted.add(said.add(choice["text"]) + (said.end() if choice["finish_reason"] else ""))
+                        piece += wanted.end() if choice["finish_reason"] else ""
                         if piece:
                             text += piece
                             if on_text is not None:
                                 pending = on_text(piece)
                                 if pending is not None:
                                     await pending
+                    if wanted.is_hit:
+                        finish_reason = "stop"
+                        break
         except ServingError as error:
             raise _translated(str(error), text, version) from error
         except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError) as error:
@@ -170,7 +186,7 @@ class Policy:
             completion_ids=tuple(completion_ids),
             logprobs=tuple(logprobs),
             finish_reason=finish_reason,
-            sampling=sampling,
+            sampling={**sampling, "stop": list(stops)} if stops else sampling,
             latency_ms=1000 * (time.monotonic() - started),
         )
 

@@ -201,6 +201,17 @@ switches = sa.Table(
     sa.Column("since", UTCDateTime, nullable=False),
 )
 
+fingerprints = sa.Table(
+    "fingerprints",
+    metadata,
+    sa.Column("message_id", sa.ForeignKey("messages.id"), primary_key=True),
+    sa.Column("platform", sa.String(32), nullable=False),
+    sa.Column("space", sa.String(128), nullable=False),
+    sa.Column("person", sa.String(128), nullable=False),
+    sa.Column("words", sa.String(32), nullable=False),
+    sa.Index("fingerprints_of_words", "platform", "space", "words", "message_id"),
+)
+
 followups = sa.Table(
     "followups",
     metadata,

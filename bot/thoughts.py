@@ -50,7 +50,7 @@ class ThoughtFilter:
             shown += "" if self._is_inside else self._visible(self._held[:start])
             self._held = self._held[start + len(mark) :]
             self._is_inside, self._was_inside, self._space = mark == self._thoughts.opening, True, ""
-        keep = max(_overlap(self._held, mark) for mark in self._marks(self._thoughts))
+        keep = max(overlap(self._held, mark) for mark in self._marks(self._thoughts))
         ready, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return shown if self._is_inside else shown + self._visible(ready)
 
@@ -81,7 +81,7 @@ class ThoughtFilter:
         return text.lstrip() if self._was_inside else text
 
 
-def _overlap(text: str, mark: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `mark`."""
+def overlap(text: str, mark: str) -> int:
+    """Return how many characters at the end of `text` may be the beginning of `mark`."""
     longest = min(len(text), len(mark) - 1)
     return next((length for length in range(longest, 0, -1) if text.endswith(mark[:length])), 0)

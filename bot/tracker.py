@@ -97,22 +97,40 @@ class StateTracker:
         window, sent, prompt_ids = self._newest_that_fit(recent, newest, self._notes(remembered))
         return Context(sent, prompt_ids, window, remembered)
 
-    def fitted(self, shown: Sequence[dict[str, str]]) -> Context:
-        """What to show of chat messages whose history somebody else keeps, the new one last. Never over the budget."""
+    def fitted(self, shown: Sequence[dict[str, str]], begun: str = "") -> Context:
+        """What to show of chat messages whose history somebody else keeps, the new one last. Never over the budget.
+
+        What of the history is shown is in `recent`. An answer that was `begun` is continued, unless the model thinks first:
+        it would have to think again.
+        """
         *before, newest = [Message("", "", said["content"], Role(said["role"])) for said in shown]
+        opening = self._opening(begun)
         system = "\n".join(said.text for said in before if said.role == Role.SYSTEM)
-        notes = self.tokenizer.clip(self.tokenizer.neutralise(system), self.budget // 4)
+        notes = self.tokenizer.neutralise(system[: self.budget * CHARACTERS_PER_TOKEN])
+        notes = self.tokenizer.clip(notes, self.budget // 4)
         window = [said for said in before if said.role != Role.SYSTEM]
-        _, sent, prompt_ids = self._newest_that_fit(window, self._clipped(newest, notes), notes)
-        return Context(sent, prompt_ids, [], [])
+        clipped = self._clipped(newest, notes, len(opening))
+        window, sent, prompt_ids = self._newest_that_fit(window, clipped, notes, len(opening))
+        continued = [Message("", "", begun, Role.ASSISTANT)] if opening else []
+        return Context(sent, [*prompt_ids, *opening], [*window, *continued], [])
+
+    def _opening(self, begun: str) -> list[int]:
+        """The ids of the end of an answer that was begun, without the token that ends it."""
+        thoughts = self.tokenizer.thoughts
+        if not begun.strip() or (thoughts is not None and thoughts.begins_open):
+            return []
+        text = self.tokenizer.neutralise(begun[-self.budget * CHARACTERS_PER_TOKEN :])
+        return self.tokenizer.completion_ids(text)[:-1][-self.budget // 4 :]
 
     def _newest_that_fit(
-        self, recent: list[Message], newest: str, notes: str
+        self, recent: list[Message], newest: str, notes: str, spare: int = 0
     ) -> tuple[list[Message], list[dict[str, str]], list[int]]:
-        """The longest run of newest messages that fits beside the new one and the notes; the chat with it; its token ids."""
+        """The longest run of newest messages that fits beside the new one and the notes, with `spare` tokens left; the chat
+        with it; its token ids.
+        """
         window = self._from_a_user(recent[self._start(recent, newest, notes) :])
         sent = self._chat(window, newest, notes)
-        while len(prompt_ids := self.tokenizer.prompt_ids(sent)) > self.budget and window:
+        while len(prompt_ids := self.tokenizer.prompt_ids(sent)) > self.budget - spare and window:
             window = self._from_a_user(window[1:])  # each message also costs what the template puts around it
             sent = self._chat(window, newest, notes)
         return window, self.tokenizer.template.shape(sent), prompt_ids
@@ -156,13 +174,13 @@ class StateTracker:
         """A message's text, made harmless, and bounded before anything counts its tokens."""
         return self.tokenizer.neutralise(message.text[: self.budget * CHARACTERS_PER_TOKEN])
 
-    def _clipped(self, message: Message, notes: str = "") -> str:
-        """The new message; where it is over the budget beside the notes, its beginning and a mark."""
+    def _clipped(self, message: Message, notes: str = "", spare: int = 0) -> str:
+        """The new message; where it is over the budget beside the notes and `spare` tokens, its beginning and a mark."""
         text = clipped = self._shown(message)
         keep = self.tokenizer.length(text)
-        if self._frame + keep + self.tokenizer.length(notes) <= self.budget:
+        if self._frame + keep + self.tokenizer.length(notes) <= self.budget - spare:
             return text
-        while (over := self.tokenizer.count(self._chat([], clipped, notes)) - self.budget) > 0 and keep > 0:
+        while (over := self.tokenizer.count(self._chat([], clipped, notes)) - self.budget + spare) > 0 and keep > 0:
             keep -= over
             clipped = self.tokenizer.clip(text, keep) + CUT
         return clipped

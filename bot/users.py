@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import sqlalchemy as sa
 
-from bot.config import PrivacyConfig
+from bot.config import PrivacyConfig, WebConfig
 from bot.database import Database
 from bot.tables import users
 from bot.types import Person, now
@@ -46,6 +46,15 @@ class Users:
         gone = (users.c.platform == platform) & users.c.forgotten_at.is_not(None)
         with self.database.read() as connection:
             return set(connection.execute(sa.select(users.c.user_id).where(gone)).scalars())
+
+
+def voice(platform: str, user_id: str, config: WebConfig) -> str:
+    """Return whom a person counts as in training, where nobody may count more than once (law 7).
+
+    Clients of the web say themselves which people they speak for, as "TOKEN'S NAME/PERSON". Unless the operator trusts those
+    names, everybody behind one token counts as one person. For consent and forgetting each of them is their own.
+    """
+    return user_id if platform != "web" or config.trust_user_names else user_id.partition("/")[0]
 
 
 def decide(connection: sa.Connection, person: Person, **values: object) -> None:

@@ -5,7 +5,7 @@ Lists hold the platforms' own ids. It knows no platform and no database; limits 
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from bot.config import AccessConfig
 
@@ -20,6 +20,8 @@ class Access:
         self.shed = 0  # opinions that were too many, and are not recorded (connectors/opinions.py counts them)
         self._messages = MovingWindow(config.messages_per_minute)
         self._opinions = MovingWindow(config.opinions_per_minute)
+        self._messages_of_sources = MovingWindow(config.source_messages_per_minute)
+        self._opinions_of_sources = MovingWindow(config.source_opinions_per_minute)
 
     @property
     def needs_roles(self) -> bool:
@@ -43,13 +45,16 @@ class Access:
         """Whether a user may take versions back and pause learning."""
         return user in self.config.operators or bool(set(roles) & set(self.config.operator_roles))
 
-    def in_time(self, platform: str, user: str) -> bool:
-        """Whether a user may write one more message now; counts it."""
-        return self._messages.admits(f"{platform}:{user}")
+    def in_time(self, platform: str, user: str, sources: Iterable[str] = ()) -> bool:
+        """Whether a user may write one more message now; counts it.
 
-    def may_judge(self, platform: str, user: str) -> bool:
-        """Whether one more opinion of a user is taken now; counts it."""
-        return self._opinions.admits(f"{platform}:{user}")
+        `sources` are what it came through, for clients that may name any user: each has a limit of its own.
+        """
+        return _admit(platform, [(self._messages, user), *((self._messages_of_sources, source) for source in sources)])
+
+    def may_judge(self, platform: str, user: str, sources: Iterable[str] = ()) -> bool:
+        """Whether one more opinion of a user is taken now, with `sources` as for `in_time`; counts it."""
+        return _admit(platform, [(self._opinions, user), *((self._opinions_of_sources, source) for source in sources)])
 
 
 class MovingWindow:
@@ -61,12 +66,29 @@ class MovingWindow:
 
     def admits(self, key: str) -> bool:
         """Whether one more act of `key` is within the limit now; counts it if so."""
-        now = time.monotonic()
+        if not self.has_room(key):
+            return False
+        self.count(key)
+        return True
+
+    def has_room(self, key: str) -> bool:
+        """Whether one more act of `key` is within the limit now."""
+        acts = self._acts.get(key)
+        return acts is None or len(acts) < self.limit or time.monotonic() - acts[0] >= self.seconds
+
+    def count(self, key: str) -> None:
+        """Count an act of `key` that happens now."""
         acts = self._acts.pop(key, None) or deque(maxlen=self.limit)
         self._acts[key] = acts
         if len(self._acts) > self.keys:
             self._acts.popitem(last=False)
-        if len(acts) == self.limit and now - acts[0] < self.seconds:
-            return False
-        acts.append(now)  # the oldest goes where there are `limit` of them
-        return True
+        acts.append(time.monotonic())  # the oldest goes where there are `limit` of them
+
+
+def _admit(platform: str, limits: Sequence[tuple["MovingWindow", str]]) -> bool:
+    """Whether an act is within all its limits (each a window and a key) now; counts it in all of them, or in none."""
+    if not all(window.has_room(f"{platform}:{key}") for window, key in limits):
+        return False
+    for window, key in limits:
+        window.count(f"{platform}:{key}")
+    return True

@@ -45,6 +45,7 @@ class Desk:
     pause_learning: Callable[[], Awaitable[str]]
     privacy: Callable[[str, str, str], Awaitable[str]]  # platform, user, and status, on or off
     forget: Callable[[str, str], Awaitable[str]]  # platform, user
+    faults: Callable[[], list[str]]  # what keeps kibitz from answering now, as it was last seen
     failing: Callable[[], list[str]]  # the names of the tasks that fail now
 
 

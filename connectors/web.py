@@ -16,30 +16,40 @@ import socket
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import uvicorn
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import GaugeMetricFamily
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from bot.config import WebConfig
 from bot.dialogue import ReplyOptions, spoken
-from bot.errors import ConfigError, DataError, KibitzError, ServingError
-from bot.types import Conversation, Message, Turn, new_id
+from bot.errors import ConfigError
+from bot.types import Conversation, Feedback, Message, Turn, new_id
+from connectors import metrics
 from connectors.access import TOO_FAST
 from connectors.base import Shared, listening
-from connectors.openai_api import Completion, FeedbackRequest, Privacy, chunk, completion, parsed
+from connectors.http_errors import KnownHosts, KnownOrigins, ToldErrors, describe, tell_refusal
+from connectors.openai_api import (
+    MODEL,
+    UNSEEN,
+    Completion,
+    FeedbackRequest,
+    Person,
+    Privacy,
+    chunk,
+    completion,
+    model_card,
+    parsed,
+)
+from connectors.request_body import read_json
 
 Pieces = asyncio.Queue[str | Turn | None]  # of an answer, then all of it, then the end
 
-LARGEST_BODY = 2_000_000  # bytes
+LONGEST_NAME = 48  # characters of a user's name, which stands before those of its people
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PAGE = Path(__file__).with_name("page.html")
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
@@ -47,15 +57,25 @@ POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inli
 
 @dataclass(frozen=True)
 class Door:
-    """Where the server listens, and the names of its users by token: opened before anything else starts."""
+    """Where the server listens, the names of its users by token, and the other sites whose pages may talk to it.
+
+    It is opened before anything else starts.
+    """
 
     users: dict[str, str]
     socket: socket.socket
+    origins: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, config: WebConfig) -> "Door":
         """Raises ConfigError where the address cannot be had, or others could come in without a token."""
-        return cls(users(config), listening("web", config.host, config.port))
+        known = users(config)
+        if "*" in config.cors_origins and not known:
+            raise ConfigError(
+                "config key web.cors_origins has value '*', with which any page could talk to kibitz without a token; "
+                "name the origins, or set web.tokens_env"
+            )
+        return cls(known, listening("web", config.host, config.port), tuple(config.cors_origins))
 
     @property
     def url(self) -> str:
@@ -74,7 +94,7 @@ class Web:
         self.access = shared.access
         self.desk = shared.desk
         self.users = shared.users
-        self._users, self._socket = door.users, door.socket
+        self._users, self._socket, self._origins = door.users, door.socket, door.origins
         self._answering: set[asyncio.Task[Turn]] = set()
         self._server = _Server(
             uvicorn.Config(self._app(), log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=10)
@@ -94,6 +114,7 @@ class Web:
         routes = [
             Route("/", self._page),
             Route("/v1/models", self._models),
+            Route("/v1/models/{model:path}", self._model),
             Route("/v1/chat/completions", self._complete, methods=["POST"]),
             Route("/v1/chat/completions/{completion_id}", self._delete, methods=["DELETE"]),
             Route("/v1/privacy", self._privacy, methods=["GET", "PUT", "DELETE"]),
@@ -103,28 +124,41 @@ class Web:
             Route("/readyz", self._ready),
             Route("/metrics", self._metrics),
         ]
-        # Without tokens, a page of another site could reach us under a name of its own (DNS rebinding).
-        hosts = ["*"] if self._users else [*LOOPBACK, "[::1]"]
-        middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]
-        handlers: Any = {HTTPException: _refused, KibitzError: _failed}
-        return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
+        middleware = [Middleware(KnownOrigins, origins=self._origins), Middleware(ToldErrors)]
+        if not self._users:
+            middleware.insert(1, Middleware(KnownHosts, hosts=LOOPBACK))
+        return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: tell_refusal})
 
     async def _page(self, request: Request) -> Response:
         return FileResponse(PAGE, headers={"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer"})
 
     async def _models(self, request: Request) -> Response:
         self._user(request)
-        model = {"id": "kibitz", "object": "model", "created": 0, "owned_by": "kibitz"}
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse({"object": "list", "data": [model_card()]})
+
+    async def _model(self, request: Request) -> Response:
+        self._user(request)
+        if request.path_params["model"] != MODEL:
+            raise HTTPException(404, f"there is no model '{request.path_params['model']}'; the one here is '{MODEL}'")
+        return JSONResponse(model_card())
 
     async def _complete(self, request: Request) -> Response:
         user = self._user(request)
-        asked = parsed(Completion, await _body(request))
+        asked = parsed(Completion, await read_json(request))
         author = _author(user, asked.user)
-        if not self.access.in_time("web", author):
+        if not self.access.in_time(self.name, author, _sources(request, user)):
             raise HTTPException(429, TOO_FAST, {"Retry-After": "60"})
         pieces: Pieces = asyncio.Queue()
-        options = ReplyOptions(pieces.put_nowait, pieces.put, asyncio.Event(), new_id(), asked.seed)
+        options = ReplyOptions(
+            on_text=pieces.put_nowait,
+            on_whole=pieces.put,
+            stop=asyncio.Event(),
+            turn_id=new_id(),
+            seed=asked.seed,
+            max_tokens=asked.limit,
+            stops=asked.stops,
+            is_repeatable=True,
+        )
         answering = asyncio.create_task(self._answer(asked, user, author, options))
         answering.add_done_callback(lambda _: pieces.put_nowait(None))
         self._keep(answering)
@@ -132,16 +166,19 @@ class Web:
             events = self._events(asked, options, pieces, answering)
             first = await anext(events)  # what goes wrong before the first token is told by the status
             return StreamingResponse(_with_first(first, events), media_type="text/event-stream")
-        return JSONResponse(completion(await asyncio.shield(answering)))
+        return JSONResponse(completion(await asyncio.shield(answering), UNSEEN if asked.has_unseen else ""))
 
     async def _answer(self, asked: Completion, user: str, author: str, options: ReplyOptions) -> Turn:
         if asked.regenerates:
             turn_id = asked.regenerates.removeprefix("chatcmpl-")
             await self._own(turn_id, user)
             return await self.dialogue.regenerate(turn_id, author, options)
-        place = Conversation("web", asked.conversation or new_id(), space=user)
-        shown = None if asked.conversation else [{"role": said.role, "content": said.text} for said in asked.messages]
-        return await self.dialogue.respond(Message("", author, asked.messages[-1].text), options, shown, place)
+        place = Conversation(self.name, asked.conversation or new_id(), space=user)
+        question, history = asked.asked()
+        message = Message("", author, question)
+        if asked.conversation:
+            return await self.dialogue.respond(message, options, place)
+        return await self.dialogue.respond_to_history(message, history, place, options)
 
     async def _events(
         self, asked: Completion, options: ReplyOptions, pieces: Pieces, answering: asyncio.Task[Turn]
@@ -152,6 +189,9 @@ class Web:
         said = False
         try:
             while (piece := await pieces.get()) is not None:
+                if not said and asked.has_unseen:
+                    yield chunk(options.turn_id, {"role": "assistant", "content": UNSEEN})
+                    said = True
                 opening = {} if said else {"role": "assistant", "content": ""}
                 if isinstance(piece, Turn):
                     if not piece.text.strip():
@@ -163,10 +203,11 @@ class Web:
                 said = True
             try:
                 turn = await asyncio.shield(answering)
-            except KibitzError as error:
+            except Exception as error:  # the status was sent: what went wrong is told in the stream
                 if not said:
                     raise
-                yield f"data: {json.dumps(_error(str(error), 'server_error'))}\n\n"
+                _, told = describe(error)
+                yield f"data: {json.dumps(told)}\n\n"
                 return
             if asked.stream_options.include_usage:
                 yield f"data: {json.dumps({**completion(turn), 'object': 'chat.completion.chunk', 'choices': []})}\n\n"
@@ -176,20 +217,29 @@ class Web:
 
     async def _feedback(self, request: Request) -> Response:
         user = self._user(request)
-        given = parsed(FeedbackRequest, await _body(request))
-        turn_id = given.inference_id.removeprefix("chatcmpl-")
-        await self._own(turn_id, user)
-        feedback = given.feedback(turn_id, _author(user, given.user))
-        if not self.access.may_judge(self.name, feedback.user_id):
+        given = parsed(FeedbackRequest, await read_json(request))
+        if given.episode_id:
+            turn = await self._last(given.episode_id, user)
+        else:
+            turn = await self._own(given.inference_id.removeprefix("chatcmpl-"), user)
+        # Clients that name nobody here speak for whoever asked: an opinion of somebody who took no part counts nothing.
+        author = _author(user, given.user) if given.user else turn.asker_id
+        feedback = given.feedback(turn.id, author)
+        if not self.access.may_judge(self.name, author, _sources(request, user)):
             raise HTTPException(429, TOO_FAST, {"Retry-After": "60"})
-        await self.dialogue.record_feedback(feedback)
+        if not given.dryrun:
+            await self.dialogue.record_feedback(feedback)
         return JSONResponse({"feedback_id": feedback.id})
 
     async def _retract(self, request: Request) -> Response:
         user = self._user(request)
-        author = _author(user, request.query_params.get("user", ""))
-        feedback_id = request.path_params["feedback_id"]
-        if not await self.dialogue.retract(feedback_id, author):
+        feedback_id, person = request.path_params["feedback_id"], _person(request)
+        given = await self.dialogue.store.database.call(self.dialogue.store.feedback, feedback_id)
+        if (
+            given is None
+            or not _speaks_for(user, person, given)
+            or not await self.dialogue.retract(feedback_id, given.user_id)
+        ):
             raise HTTPException(404, f"you gave no feedback with the id '{feedback_id}'")
         return JSONResponse({"feedback_id": feedback_id, "retracted": True})
 
@@ -202,12 +252,12 @@ class Web:
 
     async def _privacy(self, request: Request) -> Response:
         """Whether we may learn from who asks (GET), their decision (PUT), and forgetting them (DELETE)."""
-        user = _author(self._user(request), request.query_params.get("user", ""))
+        user = _author(self._user(request), _person(request))
         if request.method == "DELETE":
             return JSONResponse({"consent": False, "told": await self.desk.forget(self.name, user)})
         call = self.dialogue.store.database.call
         if request.method == "PUT":
-            await call(self.users.decide, self.name, user, parsed(Privacy, await _body(request)).consent)
+            await call(self.users.decide, self.name, user, parsed(Privacy, await read_json(request)).consent)
         return JSONResponse({"consent": await call(self.users.consents, self.name, user)})
 
     async def _own(self, turn_id: str, user: str) -> Turn:
@@ -219,19 +269,28 @@ class Web:
             raise HTTPException(404, f"you have no completion with the id '{turn_id}'")
         return turn
 
+    async def _last(self, episode_id: str, user: str) -> Turn:
+        """The last answer in a conversation of this user, by its id or by the name that the user gave it."""
+        call, store = self.dialogue.store.database.call, self.dialogue.store
+        turn = await call(store.last_turn_at, Conversation(self.name, episode_id, space=user))
+        turn = turn or await call(store.last_turn, episode_id)
+        if turn is None:
+            raise HTTPException(404, f"you have no conversation with the id '{episode_id}'")
+        return await self._own(turn.id, user)
+
     async def _health(self, request: Request) -> Response:
         return PlainTextResponse("ok")
 
     async def _ready(self, request: Request) -> Response:
-        ready = await self.dialogue.policy.ready()
-        return PlainTextResponse("ready" if ready else "vLLM generates nothing", 200 if ready else 503)
+        faults, failing = self.desk.faults(), self.desk.failing()
+        lines = [*(faults or ["ready"]), *(f"failing: {name}" for name in failing)]
+        return PlainTextResponse("\n".join(lines), 503 if faults else 200)
 
     async def _metrics(self, request: Request) -> Response:
+        self._named(request)
         store = self.dialogue.store
-        counts = await store.database.call(store.counts)
-        registry = CollectorRegistry()
-        registry.register(_Counts(counts | {"shed_opinions": self.access.shed}, self.dialogue.policy.version))
-        return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
+        counts = await store.database.call(store.counts) | {"shed_opinions": self.access.shed}
+        return Response(metrics.render(counts, self.dialogue.policy.version), media_type=metrics.MEDIA_TYPE)
 
     def _user(self, request: Request) -> str:
         """Who asks, by bearer token."""
@@ -263,20 +322,6 @@ class _Server(uvicorn.Server):
         yield
 
 
-class _Counts:
-    """What there is in the database, as Prometheus reads it."""
-
-    def __init__(self, counts: dict[str, int], live: str):
-        self.counts, self.live = counts, live
-
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        for table, count in self.counts.items():
-            yield GaugeMetricFamily(f"kibitz_{table}", f"How many {table.replace('_', ' ')} there are.", value=count)
-        live = GaugeMetricFamily("kibitz_live", "The version that answers.", labels=["version"])
-        live.add_metric([self.live], 1)
-        yield live
-
-
 def users(config: WebConfig) -> dict[str, str]:
     """The names of users by token. Raises ConfigError where others than this machine could come in without one."""
     found: dict[str, str] = {}
@@ -284,7 +329,12 @@ def users(config: WebConfig) -> dict[str, str]:
     for entry in filter(None, (part.strip() for part in listed.split(","))):
         name, colon, token = entry.partition(":")
         if not (name and colon and token):
-            raise ConfigError(f"config key web.tokens_env: ${config.tokens_env} holds no NAME:TOKEN,NAME:TOKEN; mend it")
+            raise ConfigError(f"config key web.tokens_env: ${config.tokens_env} holds no NAME:TOKEN,NAME:TOKEN; fix it")
+        if "/" in name or len(name) > LONGEST_NAME:
+            raise ConfigError(
+                f"config key web.tokens_env: ${config.tokens_env} holds the name '{name[:LONGEST_NAME]}'; "
+                f"choose one of at most {LONGEST_NAME} characters, without a slash"
+            )
         found[token] = name
     if config.tokens_env and not found:
         raise ConfigError(
@@ -303,35 +353,22 @@ def _author(user: str, person: str) -> str:
     return f"{user}/{person}" if person else user
 
 
-async def _body(request: Request) -> bytes:
-    """The body of a JSON request, of bounded size."""
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-        raise HTTPException(415, "send Content-Type: application/json")  # which a page of another site cannot
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > LARGEST_BODY:
-            raise HTTPException(413, f"the body is larger than {LARGEST_BODY} bytes; send less")
-    return bytes(body)
+def _person(request: Request) -> str:
+    """The person whom a query names; "" for the client itself."""
+    return parsed(Person, dict(request.query_params)).user
+
+
+def _speaks_for(user: str, person: str, given: Feedback) -> bool:
+    """Whether feedback was given by a client: by one of its people, where it names one."""
+    return given.user_id == _author(user, person) or (not person and given.user_id.startswith(f"{user}/"))
+
+
+def _sources(request: Request, user: str) -> list[str]:
+    """What a request came through, which its client cannot make up: its token and its address."""
+    return [f"token {user}", *([f"address {request.client.host}"] if request.client else [])]
 
 
 async def _with_first(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
     yield first
     async for event in rest:
         yield event
-
-
-def _error(message: str, kind: str) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
-
-
-async def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    kind = "authentication_error" if error.status_code == 401 else "invalid_request_error"
-    return JSONResponse(_error(error.detail, kind), error.status_code, headers=error.headers)
-
-
-async def _failed(request: Request, error: Exception) -> Response:
-    if isinstance(error, DataError):
-        return JSONResponse(_error(str(error), "invalid_request_error"), 400)
-    return JSONResponse(_error(str(error), "server_error"), 503 if isinstance(error, ServingError) else 500)

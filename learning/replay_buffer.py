@@ -172,7 +172,7 @@ class ReplayBuffer:
     def _experiences(self, space: str | None) -> Snapshot:
         """All experiences, as if all were for training, and why the other turns are none."""
         turns = self.store.turns_with_feedback(space, followed_up=self.config.rewards.followup > 0)
-        voices = Voices(self.store, self.users, turns)
+        voices = Voices(self.store, self.users, turns, self.config.web)
         registry = PolicyRegistry(self.store.database)
         found = Snapshot(turns=len(turns), taken_back=voices.turns_of(registry.taught() & voices.no_longer_stands))
         age = {version.name: age for age, version in enumerate(reversed(registry.all()))}
@@ -199,7 +199,7 @@ class ReplayBuffer:
     def decide(self, turn: Turn) -> Decision:
         """What counts of what people said about one turn, as a run that began now would take it."""
         turn = self._ours(turn, PolicyRegistry(self.store.database).foreign())
-        voices = Voices(self.store, self.users, [turn])
+        voices = Voices(self.store, self.users, [turn], self.config.web)
         decision = self._decide(turn, voices)
         if decision.reason is None and decision.reward is not None:
             first = next(self._of_turn(turn, voices, decision.reward, None, 0))
@@ -213,8 +213,9 @@ class ReplayBuffer:
     def _decide(self, turn: Turn, voices: Voices) -> Decision:
         opinions = voices.judge(turn)
         followup, followup_reason = voices.judge_followup(turn, self.config.rewards)
-        counted = [row for row, reason in opinions if reason is None]
-        earned = reward(counted, turn.asker_id, self.config.rewards, None if followup_reason else followup)
+        counted = [replace(row, user_id=voices.voice(turn, row.user_id)) for row, reason in opinions if reason is None]
+        asker = voices.voice(turn, turn.asker_id)
+        earned = reward(counted, asker, self.config.rewards, None if followup_reason else followup)
         is_kept_out = is_held_out(voices.unit(turn), self.config.learning.held_out)
         return Decision(opinions, followup, followup_reason, earned, self._why_not(turn, earned, voices), is_kept_out)
 
@@ -229,7 +230,7 @@ class ReplayBuffer:
             return "the answer broke off"
         if not turn.text.strip():
             return "the answer is empty"
-        if turn.completion_ids is not None and not self._are_ours(turn.prompt_ids or (), turn.completion_ids, turn.text):
+        if turn.completion_ids is not None and not self._are_ours(turn, turn.completion_ids):
             return "its token ids are those of another tokenizer"
         return None
 
@@ -239,12 +240,14 @@ class ReplayBuffer:
             return turn
         return replace(turn, prompt_ids=None, completion_ids=None, logprobs=None)
 
-    def _are_ours(self, prompt: Sequence[int], completion: Sequence[int], text: str) -> bool:
-        """Whether token ids are in our vocabulary, and those of an answer spell its text."""
+    def _are_ours(self, turn: Turn, completion: Sequence[int]) -> bool:
+        """Whether token ids are in our vocabulary, and those of an answer spell its text, and a stop if it had one."""
+        prompt, text, has_stops = turn.prompt_ids or (), turn.text, "stop" in turn.sampling
         ids, size = [*prompt, *completion], len(self.tokenizer.hf)
         if ids and not 0 <= min(ids) <= max(ids) < size:
             return False
-        return self.tokenizer.answer_text(completion).strip() == text.strip()
+        said = self.tokenizer.answer_text(completion).strip()
+        return said == text.strip() or (has_stops and said.startswith(text.strip()))
 
     def _of_turn(self, turn: Turn, voices: Voices, earned: Reward, correction: str | None, age: int) -> Iterator[Experience]:
         if turn.prompt_ids is None or turn.completion_ids is None:

@@ -5,12 +5,12 @@ Only those count who consent, and who wrote where an answer was given. It knows 
 
 from collections.abc import Sequence
 
-from bot.config import RewardsConfig
+from bot.config import RewardsConfig, WebConfig
 from bot.conversations import ConversationStore
 from bot.feedback import held, standing
 from bot.participants import find_participants
 from bot.types import Feedback, FeedbackKind, FollowUp, Turn
-from bot.users import Users
+from bot.users import Users, voice
 from learning.rewards import FOLLOW_UPS
 from learning.selection import question_key
 
@@ -38,7 +38,8 @@ class Consent:
 class Voices:
     """All that was said about some turns, read once."""
 
-    def __init__(self, store: ConversationStore, users: Users, turns: Sequence[Turn]):
+    def __init__(self, store: ConversationStore, users: Users, turns: Sequence[Turn], web: WebConfig):
+        self._web = web
         self._given = store.feedback_of(turn.id for turn in turns)
         given = [row for rows in self._given.values() for row in rows]
         self._held = {row.id for row in held(given)}
@@ -59,6 +60,10 @@ class Voices:
     def is_imported(self, turn: Turn) -> bool:
         """Whether a turn was read from a file."""
         return self._platforms[turn.conversation_id] == IMPORTED
+
+    def voice(self, turn: Turn, user_id: str) -> str:
+        """Return whom a person in the conversation of `turn` counts as."""
+        return voice(self._platforms[turn.conversation_id], user_id, self._web)
 
     def unit(self, turn: Turn) -> str:
         """Return what is held out, or not, as a whole: an imported conversation, or the words of a question, whoever asks it

@@ -54,6 +54,7 @@ MIGRATIONS = Path(database_module.__file__).parent / "migrations"
 ON_BOTH_ENGINES = {
     "test_conversations",
     "test_forgetting",
+    "test_histories",
     "test_registry",
     "test_recall",
     "test_replay_buffer",

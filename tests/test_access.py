@@ -49,6 +49,22 @@ def test_each_user_has_a_limit_of_their_own_on_each_platform():
     assert access.in_time("slack", "ann")
 
 
+def test_a_source_has_a_limit_of_its_own_whatever_users_it_names():
+    access = Access(AccessConfig(messages_per_minute=2, opinions_per_minute=1))
+    through = ["token app", "address 192.0.2.1"]
+    assert sum(access.in_time("web", f"app/{number}", through) for number in range(1000)) == 20
+    assert sum(access.may_judge("web", f"app/{number}", through) for number in range(1000)) == 10
+    assert not access.in_time("web", "other", ["token other", "address 192.0.2.1"]), "the address is the same"
+    assert access.in_time("web", "other", ["token other", "address 192.0.2.2"])
+    assert sum(access.in_time("web", f"app/{number}") for number in range(1000)) == 1000  # the control
+
+
+def test_who_is_refused_uses_up_nothing_of_their_source():
+    access = Access(AccessConfig(messages_per_minute=1, source_messages_per_minute=3))
+    assert [access.in_time("web", "ann", ["token app"]) for _ in range(5)] == [True, False, False, False, False]
+    assert [access.in_time("web", user, ["token app"]) for user in ("bob", "cleo", "dan")] == [True, True, False]
+
+
 def test_a_window_moves_and_forgets_who_acted_least_lately(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("connectors.access.time.monotonic", lambda: clock[0])

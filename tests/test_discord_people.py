@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 from conftest import PATIENT, explained, shared, until
 from fake_discord import BOT, OWN_ROLE, TOKEN, FakeDiscord
-from fake_vllm import FakeVllm
+from scripted_vllm import ScriptedVllm
 
 from bot import app as kibitz
 from bot.config import AccessConfig, DiscordConfig, load
@@ -29,8 +29,8 @@ MENTIONS_ONLY = DiscordConfig(edits=50, edit_seconds=1)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def vllm() -> AsyncIterator[FakeVllm]:
-    fake = FakeVllm()
+async def vllm() -> AsyncIterator[ScriptedVllm]:
+    fake = ScriptedVllm()
     await fake.start()
     yield fake
     await fake.stop()

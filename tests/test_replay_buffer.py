@@ -208,3 +208,41 @@ def test_what_people_said_of_another_base_models_answers_is_learned_from_as_text
     assert list(found.prompt_ids) == tokenizer.prompt_ids([{"role": role, "content": text} for role, text in chat])
     assert list(found.completion_ids) == tokenizer.completion_ids("Good night.")
     assert found.logprobs is None
+
+
+def test_names_that_one_client_makes_up_count_as_one_person_unless_the_operator_trusts_them(store, tokenizer):
+    for number in range(200):  # one token, which names somebody else each time
+        place = store.open(Conversation("web", f"chat {number}", space="app"))
+        name = f"app/made up {number}"
+        turn = answered(store, tokenizer, f"hello {number}", "Hey there!", author=name, place=place)
+        react(store, turn, approves=True, user=name)
+    for number in range(20):
+        place = store.open(Conversation("discord", f"room {number}", space="server"))
+        turn = answered(store, tokenizer, f"good night {number}", "Hey!", author=f"person {number}", place=place)
+        react(store, turn, approves=False, user=f"person {number}")
+
+    def share_of_app(trusted: bool) -> tuple[int, float]:
+        found = snapshot(store, tokenizer, load(web={"trust_user_names": trusted})).training
+        counted = [(one.opinions, one.weight * abs(one.advantage)) for one in found]
+        app = sum(worth for names, worth in counted if names[0].startswith("app"))
+        return len({name for names, _ in counted for name in names if name.startswith("app")}), app / sum(
+            worth for _, worth in counted
+        )
+
+    people, share = share_of_app(trusted=False)
+    assert people == 1
+    assert share <= load().rewards.person_cap + 1e-6
+    people, share = share_of_app(trusted=True)  # the control
+    assert people > 100
+    assert share > load().rewards.person_cap
+
+
+def test_two_names_of_one_client_have_one_opinion_and_each_takes_back_their_own(store, tokenizer):
+    place = store.open(Conversation("web", "chat", space="app"))
+    turn = answered(store, tokenizer, "hello", "Hey there!", author="app/ann", place=place)
+    store.add_message(Message(place.id, "app/bob", "hello too"))
+    for user in ("app/ann", "app/bob"):
+        react(store, turn, approves=True, user=user)
+    store.add_feedback(Feedback(turn.id, "app/ann", FeedbackKind.APPROVAL, signal="test", retracts=True))
+    [one] = snapshot(store, tokenizer).rated
+    assert (one.opinions, one.reward) == (("app",), 1.0)

@@ -95,6 +95,33 @@ async def test_a_stream_gives_the_text_that_is_stored_and_its_usage(live, client
     assert [choice.finish_reason for chunk in chunks for choice in chunk.choices][-1] == "stop"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_says_how_long_an_answer_may_be_and_what_ends_it(live, client, stream):
+    async def ask(**options):
+        said = await client.chat.completions.create(model="kibitz", messages=HELLO, seed=3, stream=stream, **options)
+        if not stream:
+            return said.id, said.choices[0].message.content, said.choices[0].finish_reason
+        chunks = [chunk async for chunk in said]
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        return chunks[0].id, text, chunks[-1].choices[0].finish_reason
+
+    _, whole, reason = await ask()
+    assert (len(whole) > 4, reason) == (True, "stop")  # the control
+    one, text, reason = await ask(max_tokens=1)
+    turn = (await live.dialogue.explain(one.removeprefix("chatcmpl-"))).turn
+    assert (len(turn.completion_ids), turn.sampling["max_tokens"], reason) == (1, 1, "length")
+    assert whole.startswith(text)
+    stop = whole[2:4]
+    one, text, reason = await ask(stop=[stop, "never said"])
+    turn = (await live.dialogue.explain(one.removeprefix("chatcmpl-"))).turn
+    assert (text, turn.text, reason) == (whole[: whole.index(stop)],) * 2 + ("stop",)
+    assert turn.sampling["stop"] == [stop, "never said"]
+    assert len(turn.logprobs) == len(turn.completion_ids)
+    await live.dialogue.record_feedback(Feedback(turn.id, "local", FeedbackKind.APPROVAL))
+    learned = ReplayBuffer(live.store, live.dialogue.tracker.tokenizer, live.config).snapshot()
+    assert (turn.id in {row.turn_id for row in learned.rated}) == bool(text.strip())
+
+
 async def test_a_named_conversation_is_remembered_by_kibitz_and_an_unnamed_one_is_not(live, client, tokenizer):
     first = await client.chat.completions.create(model="kibitz", messages=HELLO, extra_body={"conversation": "mine"})
     second = await client.chat.completions.create(model="kibitz", messages=HELLO, extra_body={"conversation": "mine"})
@@ -185,7 +212,7 @@ async def test_bad_requests_are_told_in_one_line_and_nothing_is_stored(live, cli
     said = await client.chat.completions.create(model="kibitz", messages=HELLO)
     before = live.store.counts()
     bad = [
-        ("/v1/chat/completions", {}, 400, "the last of messages must be the user's"),
+        ("/v1/chat/completions", {}, 400, "messages is empty; send one at least"),
         ("/v1/chat/completions", {"messages": [{"role": "robot", "content": "x"}]}, 400, "messages.0.role"),
         ("/v1/feedback", {"inference_id": "chatcmpl-none", "value": True}, 404, "no completion with the id"),
         ("/v1/feedback", {"inference_id": said.id, "value": 3}, 400, "[-1, 1]"),
@@ -311,7 +338,9 @@ async def test_sigterm_ends_answers_whole_and_then_the_process(live, tmp_path):
 
 async def test_what_operators_scrape(live, http):
     assert (await http.get("/healthz")).text == "ok"
-    assert (await http.get("/readyz")).status_code == 200
+    async with asyncio.timeout(300):  # where the machine is slow a look may fail
+        while (await http.get("/readyz")).status_code != 200:
+            await asyncio.sleep(0.1)
     metrics = (await http.get("/metrics")).text
     assert f'kibitz_live{{version="{live.policy.version}"}} 1.0' in metrics
     assert f"kibitz_turns {live.store.counts()['turns']}.0" in metrics

@@ -1,0 +1,27 @@
+"""What operators scrape: how much there is of everything, and which version answers, as Prometheus reads it."""
+
+from collections.abc import Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+
+MEDIA_TYPE = "text/plain; version=0.0.4"
+
+
+def render(counts: Mapping[str, int], live: str) -> bytes:
+    """Return the counts and the name of the live version."""
+    registry = CollectorRegistry()
+    registry.register(_Counts(counts, live))
+    return generate_latest(registry)
+
+
+class _Counts:
+    def __init__(self, counts: Mapping[str, int], live: str):
+        self.counts, self.live = counts, live
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        for table, count in self.counts.items():
+            yield GaugeMetricFamily(f"kibitz_{table}", f"How many {table.replace('_', ' ')} there are.", value=count)
+        live = GaugeMetricFamily("kibitz_live", "The version that answers.", labels=["version"])
+        live.add_metric([self.live], 1)
+        yield live

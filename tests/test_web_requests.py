@@ -1,0 +1,372 @@
+"""The web as clients really use it: the unmodified OpenAI client, over real HTTP, with a vLLM that says what it is told."""
+
+import asyncio
+import base64
+import json
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import httpx
+import openai
+import pytest
+import pytest_asyncio
+import sqlalchemy as sa
+from conftest import PATIENT
+from fake_vllm import FakeVllm
+
+from bot.config import AccessConfig, ReactionsConfig, WebConfig
+from bot.conversations import ConversationStore
+from bot.deliveries import Deliveries
+from bot.dialogue import DialogueManager
+from bot.errors import ConfigError
+from bot.memory import Memory
+from bot.policy import Policy
+from bot.readiness import Readiness, looks_at
+from bot.recall import Recall, weights
+from bot.tracker import StateTracker
+from bot.types import FeedbackKind
+from bot.users import Users
+from connectors.access import Access
+from connectors.base import Shared
+from connectors.openai_api import UNSEEN
+from connectors.reactions import Reactions
+from connectors.web import Door, Web
+from learning.replay_buffer import ReplayBuffer
+
+HELLO = [{"role": "user", "content": "hello"}]
+PHOTO = "data:image/png;base64," + base64.b64encode(bytes(range(256)) * 12_000).decode()  # 4 MB in a request
+
+
+@dataclass
+class Server:
+    """One kibitz on the web."""
+
+    url: str
+    vllm: FakeVllm
+    store: ConversationStore
+    dialogue: DialogueManager
+    readiness: Readiness
+    http: httpx.AsyncClient
+    client: openai.AsyncOpenAI
+
+    async def chat(self, *messages: dict, status: int = 200, **fields: object) -> dict:
+        """Ask over plain HTTP, where a client's library would correct what is odd."""
+        answer = await self.http.post("/v1/chat/completions", json={"messages": messages or HELLO, **fields})
+        assert answer.status_code == status, answer.text
+        return answer.json()
+
+    def turn(self, completion_id: str):
+        return self.store.turn(completion_id.removeprefix("chatcmpl-"))
+
+
+@asynccontextmanager
+async def serving(config, database, tokenizer, web: WebConfig, access: AccessConfig = PATIENT) -> AsyncIterator[Server]:
+    vllm, store = FakeVllm(tokenizer), ConversationStore(database)
+    policy = Policy(await vllm.start(), config.policy, end_ids=tokenizer.end_ids)
+    recall = Recall(Memory(database), None, weights())
+    tracker = StateTracker(store, tokenizer, recall, config.dialogue, config.policy.context_tokens)
+    dialogue, readiness = DialogueManager(store, tracker, policy), Readiness(looks_at(policy, database, config.data))
+    desk = SimpleNamespace(faults=readiness.faults)
+    ledger, reactions, users = Deliveries(database), Reactions(ReactionsConfig()), Users(database, config.privacy)
+    door = Door.open(web)
+    server = Web(Shared(dialogue, ledger, reactions, Access(access), users, desk), door)
+    running = asyncio.create_task(server.run())
+    client = openai.AsyncOpenAI(base_url=f"{door.url}/v1", api_key="none", max_retries=0)
+    async with httpx.AsyncClient(base_url=door.url, timeout=300) as http, client:
+        yield Server(door.url, vllm, store, dialogue, readiness, http, client)
+    await server.stop()
+    await running
+    await policy.close()
+    await vllm.stop()
+    recall.close()
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def server(config, database, tokenizer, registry) -> AsyncIterator[Server]:
+    async with serving(config, database, tokenizer, WebConfig(port=0)) as found:
+        yield found
+
+
+async def test_a_chat_with_tools_and_a_developer_is_answered(server):
+    said = await server.client.chat.completions.create(
+        model="kibitz",
+        messages=[
+            {"role": "developer", "content": "Be kind."},
+            {"role": "user", "content": "how is the weather?"},
+            {
+                "role": "assistant",
+                "tool_calls": [{"id": "1", "type": "function", "function": {"name": "w", "arguments": "{}"}}],
+            },
+            {"role": "tool", "tool_call_id": "1", "content": "it is raining"},
+        ],
+        tools=[{"type": "function", "function": {"name": "w", "parameters": {}}}],
+    )
+    assert said.choices[0].message.content == "Hey there!"
+    at = [server.vllm.prompt.find(text) for text in ("Be kind.", "how is the weather?", "it is raining")]
+    assert -1 < at[0] < at[1] < at[2]
+
+
+async def test_null_in_each_optional_field_is_taken(server):
+    names = ("user", "stream", "stream_options", "model", "seed", "max_tokens", "stop", "n", "response_format", "tools")
+    assert (await server.chat(*HELLO, **dict.fromkeys(names)))["choices"][0]["message"]["content"] == "Hey there!"
+
+
+async def test_an_answer_that_was_begun_is_continued(server):
+    chat = [*HELLO, {"role": "assistant", "content": "Once upon a time"}]
+    said = await server.client.chat.completions.create(model="kibitz", messages=chat)
+    assert server.vllm.prompt.endswith("Once upon a time")
+    assert said.choices[0].message.content == "Hey there!"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_photo_is_dropped_and_said_to_be_unseen_and_the_chat_goes_on(server, stream):
+    asked = {"type": "text", "text": "what is this?"}, {"type": "image_url", "image_url": {"url": PHOTO}}
+    chat = [{"role": "user", "content": list(asked)}]
+
+    async def ask() -> str:
+        said = await server.client.chat.completions.create(model="kibitz", messages=chat, stream=stream)
+        if not stream:
+            return said.choices[0].message.content
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in said])
+
+    answer = await ask()
+    assert answer == f"{UNSEEN}Hey there!"
+    assert "what is this?[image]" in server.vllm.prompt
+    chat += [{"role": "assistant", "content": answer}, {"role": "user", "content": "thanks"}]
+    assert await ask() == "Hey there!"
+    assert UNSEEN.strip() not in server.vllm.prompt
+    turns = server.store.counts()["turns"]
+    too_large = [{"role": "user", "content": PHOTO}]  # the control: as a text it counts
+    await server.chat(*too_large, status=413)
+    assert server.store.counts()["turns"] == turns == 2
+
+
+@pytest.mark.parametrize("size", [7, 100, 4096])
+async def test_a_photo_is_dropped_however_its_request_arrives_in_pieces(server, size):
+    words = 'a "url": "data:image/png;base64,' + "A" * 300  # in a text it is a text
+    photo = {"type": "image_url", "image_url": {"url": PHOTO[:3000]}}
+    body = json.dumps({"messages": [{"role": "user", "content": [{"type": "text", "text": words}, photo]}]}).encode()
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for start in range(0, len(body), size):
+            yield body[start : start + size]
+
+    answer = await server.http.post("/v1/chat/completions", content=pieces(), headers={"Content-Type": "application/json"})
+    assert answer.status_code == 200, answer.text
+    assert server.store.message(server.turn(answer.json()["id"]).message_id).text == f"{words}[image]"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_has_as_many_tokens_as_it_may_and_ends_before_a_stop(server, config, tokenizer, stream):
+    server.vllm.says = "one two\nthree four"
+
+    async def ask(**options):
+        said = await server.client.chat.completions.create(model="kibitz", messages=HELLO, stream=stream, **options)
+        if not stream:
+            return server.turn(said.id), said.choices[0].message.content, said.choices[0].finish_reason
+        chunks = [chunk async for chunk in said]
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        return server.turn(chunks[0].id), text, chunks[-1].choices[0].finish_reason
+
+    turn, text, reason = await ask()
+    assert (text, reason, turn.sampling["max_tokens"]) == ("one two\nthree four", "stop", config.policy.max_tokens)
+    turn, text, reason = await ask(max_completion_tokens=2, max_tokens=3)
+    assert (len(turn.completion_ids), turn.text, reason) == (2, text, "length")
+    turn, _, reason = await ask(max_tokens=10**6)
+    assert (turn.sampling["max_tokens"], reason) == (config.policy.max_tokens, "stop")
+    turn, text, reason = await ask(stop="\nthree")
+    assert (turn.text, text, reason, turn.sampling["stop"]) == ("one two", "one two", "stop", ["\nthree"])
+    assert len(turn.logprobs) == len(turn.completion_ids)
+    await server.http.post("/v1/feedback", json={"inference_id": turn.id, "value": True})
+    [learned] = ReplayBuffer(server.store, tokenizer, config).snapshot().rated
+    assert learned.completion_ids == turn.completion_ids
+    assert learned.logprobs == turn.logprobs
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({"seed": 2**63}, "seed"),
+        ({"n": 2}, "n must be 1"),
+        ({"tool_choice": "required"}, "calls no tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"user": "\0"}, "user"),
+    ],
+)
+async def test_a_clients_mistake_is_a_clients_mistake(server, fields, line):
+    error = (await server.chat(status=400, **fields))["error"]
+    assert line in error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert server.vllm.asked == []
+
+
+async def test_the_model_is_found_by_its_name(server):
+    assert (await server.client.models.retrieve("kibitz")).id == "kibitz"
+    with pytest.raises(openai.NotFoundError, match="the one here is 'kibitz'"):
+        await server.client.models.retrieve("gpt/none")
+
+
+async def test_pages_of_other_sites_may_use_the_api_where_the_operator_says_so(config, database, tokenizer, registry):
+    web = WebConfig(port=0, cors_origins=["https://chat.example"])
+    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,x-stainless-os"}
+    async with serving(config, database, tokenizer, web) as server:
+        answer = await server.http.options("/v1/chat/completions", headers={"Origin": "https://chat.example", **asks})
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == "https://chat.example"
+        assert answer.headers["access-control-allow-headers"] == "authorization,x-stainless-os"
+        answer = await server.http.get("/v1/feedback/none", headers={"Origin": "https://chat.example"})
+        assert answer.headers["access-control-allow-origin"] == "https://chat.example", "errors can be read too"
+        answer = await server.http.options("/v1/models", headers={"Origin": "https://evil.example", **asks})
+        assert answer.status_code == 403
+        assert "web.cors_origins" in answer.json()["error"]["message"]
+        answer = await server.http.get("/v1/models", headers={"Origin": "https://evil.example"})
+        assert "access-control-allow-origin" not in answer.headers
+
+
+def test_every_page_may_not_use_the_api_without_a_token(monkeypatch):
+    with pytest.raises(ConfigError, match=r"web\.cors_origins has value '\*'"):
+        Door.open(WebConfig(port=0, cors_origins=["*"]))
+    monkeypatch.setenv("KIBITZ_TOKENS", "ann:one")
+    Door.open(WebConfig(port=0, cors_origins=["*"], tokens_env="KIBITZ_TOKENS")).socket.close()
+    for name in ("team/ann", "x" * 49):  # "team/ann" would be Ann, as the token "team" names her
+        monkeypatch.setenv("KIBITZ_TOKENS", f"{name}:one")
+        with pytest.raises(ConfigError, match="without a slash"):
+            Door.open(WebConfig(port=0, tokens_env="KIBITZ_TOKENS"))
+
+
+async def test_a_foreign_host_is_told_which_setting_lets_it_in(server):
+    for host in ("evil.example", "127.0.0.1.evil.example", "[::1"):
+        answer = await server.http.get("/v1/models", headers={"Host": host})
+        assert answer.status_code == 400
+        assert "web.tokens_env" in answer.json()["error"]["message"]
+    for host in ("localhost:8080", "[::1]:8080", "127.0.0.1"):
+        assert (await server.http.get("/v1/models", headers={"Host": host})).status_code == 200
+
+
+async def test_what_is_unknown_is_told_as_json(server):
+    for method, path, status in (("GET", "/v1/none", 404), ("PUT", "/v1/models", 405)):
+        answer = await server.http.request(method, path)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (status, "invalid_request_error")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_full_disk_is_told_as_json_and_logged_in_one_line_and_it_recovers(server, database, caplog, stream):
+    def full(connection, *_):
+        connection.execute("PRAGMA max_page_count = 1")  # SQLite takes its present size, and says that the disk is full
+
+    def has_room(connection, *_):
+        connection.execute("PRAGMA max_page_count = 1000000")
+
+    question = {"role": "user", "content": "swordfish " * 2000}
+    sa.event.listen(database.engine, "checkout", full)
+    with caplog.at_level(logging.WARNING):
+        error = (await server.chat(question, status=500, stream=stream))["error"]
+    sa.event.remove(database.engine, "checkout", full)
+    sa.event.listen(database.engine, "checkout", has_room)
+    assert error["type"] == "server_error"
+    [line] = [record.getMessage() for record in caplog.records if record.name.startswith("connectors")]
+    assert "database or disk is full" in line
+    assert line.split("(")[1].split(")")[0] in error["message"]
+    assert "swordfish" not in caplog.text
+    assert "\n" not in line
+    assert (await server.http.post("/v1/chat/completions", json={"messages": [question]})).status_code == 200
+
+
+async def test_what_fails_after_the_first_word_is_told_in_the_stream(server, monkeypatch, caplog):
+    def fails(*_):
+        raise ZeroDivisionError("swordfish")
+
+    monkeypatch.setattr(server.store, "add_turn", fails)
+    async with server.http.stream("POST", "/v1/chat/completions", json={"messages": HELLO, "stream": True}) as answer:
+        events = [line async for line in answer.aiter_lines() if line]
+    assert answer.status_code == 200
+    assert json.loads(events[-1].removeprefix("data: "))["error"]["type"] == "server_error"
+    assert "ZeroDivisionError" in caplog.text
+    assert "swordfish" not in caplog.text
+
+
+async def test_readiness_is_open_and_asks_vllm_for_nothing_and_metrics_want_a_token(
+    config, database, tokenizer, registry, monkeypatch
+):
+    monkeypatch.setenv("KIBITZ_TOKENS", "ann:one")
+    monkeypatch.setattr("bot.readiness.OLDEST_SECONDS", 3600.0)  # as slow as this machine may be
+    async with serving(config, database, tokenizer, WebConfig(port=0, tokens_env="KIBITZ_TOKENS")) as server:
+        assert (await server.http.get("/readyz")).status_code == 503  # nobody has looked yet
+        await server.readiness.look()
+        asked = len(server.vllm.asked)
+        for _ in range(20):
+            answer = await server.http.get("/readyz")
+            assert (answer.status_code, answer.text) == (200, "ready")
+        assert len(server.vllm.asked) == asked == 1
+        await server.vllm.stop()
+        await server.readiness.look()
+        answer = await server.http.get("/readyz")
+        assert (answer.status_code, answer.text) == (503, "vLLM generates nothing")
+        assert (await server.http.get("/metrics")).status_code == 401
+        assert (await server.http.get("/metrics", headers={"Authorization": "Bearer one"})).status_code == 200
+        assert (await server.http.get("/healthz")).status_code == 200
+
+
+async def test_a_client_that_makes_names_up_is_held_to_what_its_token_and_its_address_may(
+    config, database, tokenizer, registry, monkeypatch
+):
+    monkeypatch.setenv("KIBITZ_TOKENS", "app:one,other:two")
+    access = AccessConfig(messages_per_minute=2, opinions_per_minute=1)
+    async with serving(config, database, tokenizer, WebConfig(port=0, tokens_env="KIBITZ_TOKENS"), access) as server:
+        asked = [
+            await server.http.post(
+                "/v1/chat/completions",
+                json={"messages": HELLO, "user": f"name{number}"},
+                headers={"Authorization": "Bearer one"},
+            )
+            for number in range(30)
+        ]
+        assert [answer.status_code for answer in asked] == [200] * 20 + [429] * 10
+        same_address = {"Authorization": "Bearer two"}
+        answer = await server.http.post("/v1/chat/completions", json={"messages": HELLO}, headers=same_address)
+        assert answer.status_code == 429
+        judged = [
+            await server.http.post(
+                "/v1/feedback",
+                json={"inference_id": asked[0].json()["id"], "value": True, "user": f"name{number}"},
+                headers={"Authorization": "Bearer one"},
+            )
+            for number in range(15)
+        ]
+        assert [answer.status_code for answer in judged] == [200] * 10 + [429] * 5
+
+
+async def test_feedback_without_a_name_is_that_of_who_asked_and_dry_runs_are_not_recorded(server):
+    said = await server.client.chat.completions.create(model="kibitz", messages=HELLO, user="ann")
+
+    async def feedback(**fields: object) -> httpx.Response:
+        return await server.http.post("/v1/feedback", json=fields)
+
+    def opinions() -> list[tuple[str, str]]:
+        rows = server.store.feedback_of([server.turn(said.id).id])
+        return [(row.user_id, row.kind) for one in rows.values() for row in one if not row.retracts]
+
+    assert (await feedback(inference_id=said.id, value=False, dryrun=True)).status_code == 200
+    assert opinions() == []
+    given = await feedback(inference_id=said.id, value=0)
+    assert opinions() == [("local/ann", FeedbackKind.DISAPPROVAL)]
+    path = f"/v1/feedback/{given.json()['feedback_id']}"
+    assert (await server.http.delete(path, params={"user": "bob"})).status_code == 404
+    assert (await server.http.delete(path, params={"user": "x" * 65})).status_code == 400
+    assert (await server.http.delete(path)).status_code == 200
+    await feedback(inference_id=said.id, value=True, user="bob")
+    assert opinions()[-1] == ("local/bob", FeedbackKind.APPROVAL)
+
+
+async def test_feedback_on_an_episode_is_on_its_last_answer(server):
+    chats = [await server.chat(conversation="mine") for _ in range(2)]
+    alone = await server.chat()
+    assert chats[0]["episode_id"] == chats[1]["episode_id"] != alone["episode_id"]
+    for episode, wanted in (("mine", chats[1]), (chats[1]["episode_id"], chats[1]), (alone["episode_id"], alone)):
+        answer = await server.http.post("/v1/feedback", json={"episode_id": episode, "value": True})
+        given = server.store.feedback(answer.json()["feedback_id"])
+        assert given.turn_id == server.turn(wanted["id"]).id
+    assert (await server.http.post("/v1/feedback", json={"episode_id": "none", "value": True})).status_code == 404
