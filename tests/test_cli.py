@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from conftest import answered, react
 
+import bot.__main__  # noqa: F401 (it adds the commands)
 from bot import cli
 from bot.cli import interruptible
 from bot.conversations import ConversationStore
