@@ -165,14 +165,14 @@ def learnable(found: Sequence["Experience"], training: TrainingConfig, seed: int
     """Which of the experiences (oldest first) a run reads: those that its objective can use, and of those the newest, where
     its steps are too few to read them all.
 
-    TRL's DPO has no weights: there whoever counts less is drawn less often.
+    TRL's DPO has no weights: there whoever counts less is drawn less often, so many in all as the weights add up to.
     """
     usable = usable_rows(found, training.objective)
     most = training.max_steps * training.batch_size
     reasons = {f"of no use to training.objective '{training.objective}'": len(found) - len(usable)}
     if training.objective == "dpo":
-        rng = random.Random(seed)
-        drawn = [one for one in usable if rng.random() < one.weight]
+        begun = random.Random(seed).random() + np.cumsum([0.0, *(one.weight for one in usable)])
+        drawn = [one for one, is_next in zip(usable, np.diff(np.floor(begun)), strict=True) if is_next]
         reasons["not drawn: it counts less, and 'dpo' has no weights"] = len(usable) - len(drawn)
         usable = drawn
     reasons[f"more than {most} answers (training.max_steps times training.batch_size)"] = max(0, len(usable) - most)

@@ -225,9 +225,9 @@ def test_what_a_run_does_not_read_is_not_said_to_be_learned(tokenizer):
     pairs = TrainingConfig(objective="dpo")
     assert learnable([*plain, *rows[5:]], pairs, seed=0) == (rows[5:], {"of no use to training.objective 'dpo'": 5})
     light = [replace(row, weight=0.5) for row in rows]
-    learned, dropped = learnable(light, pairs, seed=0)
-    assert len(learned) + sum(dropped.values()) == 40
-    assert 0 < len(learned) < 40
+    for seed in range(8):
+        learned, dropped = learnable(light, pairs, seed)
+        assert (len(learned), sum(dropped.values())) == (20, 20), "chance says which, not how many"
 
 
 def losses(term: str, shift: float, advantage: float = 1.0, anchor: float = 0.0, importance: str = "token") -> torch.Tensor:
