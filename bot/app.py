@@ -21,6 +21,7 @@ from bot.deliveries import Deliveries
 from bot.dialogue import DialogueManager
 from bot.forgetting import forget_person, remove_purged
 from bot.policy import Policy
+from bot.reactions import Reactions
 from bot.registry import PolicyRegistry
 from bot.state import derived
 from bot.tokenizer import ChatTokenizer
@@ -29,7 +30,6 @@ from bot.users import Users
 from bot.vllm_server import VllmServer
 from connectors.access import Access
 from connectors.base import Desk, Shared
-from connectors.reactions import Reactions
 from learning.deployment import Deployment
 
 Announce = Callable[[str], None]
