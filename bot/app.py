@@ -20,6 +20,7 @@ from bot.deliveries import Deliveries
 from bot.dialogue import DialogueManager
 from bot.forgetting import forget_again, forget_person, remove_purged
 from bot.policy import Policy
+from bot.reactions import Reactions
 from bot.readiness import Readiness, looks_at
 from bot.registry import PolicyRegistry
 from bot.state import derived
@@ -30,7 +31,6 @@ from bot.users import Users
 from bot.vllm_server import VllmServer
 from connectors.access import Access
 from connectors.base import Desk, Shared
-from connectors.reactions import Reactions
 from learning.deployment import Deployment
 
 Announce = Callable[[str], None]

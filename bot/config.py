@@ -316,7 +316,7 @@ def load(path: Path | None = None, **overrides: Any) -> Config:
     values: dict[str, Any] = {}
     if path is not None:
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")  # Windows editors write a BOM
             values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
         except OSError as error:
             raise ConfigError(f"--config {path}: cannot be read ({error.strerror}); name an existing file") from error

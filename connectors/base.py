@@ -14,9 +14,9 @@ from typing import Protocol
 from bot.deliveries import Deliveries
 from bot.dialogue import DialogueManager
 from bot.errors import ConfigError
+from bot.reactions import Reactions
 from bot.users import Users
 from connectors.access import Access
-from connectors.reactions import Reactions
 
 log = logging.getLogger(__name__)
 

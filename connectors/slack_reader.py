@@ -17,8 +17,8 @@ import aiohttp
 from slack_sdk.errors import SlackApiError
 from slack_sdk.web.async_client import AsyncWebClient
 
+from bot.slack_emoji import character
 from connectors.reading import KINDS, LARGEST_FILE, TEXT_TYPES, Read
-from connectors.slack_emoji import character
 from connectors.slack_messages import Place, refusal
 
 log = logging.getLogger(__name__)

@@ -48,14 +48,14 @@ def pretrain(
     seed: Seed = None,
 ) -> None:
     """Make the toy policy, or tune the configured model on your own prompt-response pairs."""
-    from learning import importers
+    from learning.pairs import pairs as read_pairs
 
     found = configured(config, data_dir, seed)
     cli.check_writable(json_file, out)
     if pairs is None:
         console.print(f"model: {with_model(configured(config, data_dir, seed, 'toy'))[1]}")
         return
-    dialogues = list(importers.pairs(pairs))
+    dialogues = list(read_pairs(pairs))
     if len(dialogues) < 2:
         raise ConfigError(f"{pairs}: holds {len(dialogues)} pairs; at least 2 are needed, one is held out")
     found, model = with_model(found)
@@ -135,8 +135,8 @@ def _tell(**values: Any) -> None:
 
 @app.command()
 def replay(
-    file: Annotated[Path, typer.Argument(help="Recorded conversations with reactions, one a line.")],
-    format: Annotated[str, typer.Option(help="auto, kibitz, openai or oasst.")] = "auto",
+    file: Annotated[Path, typer.Argument(help="Recorded conversations with reactions: a file, a directory or a ZIP.")],
+    format: Annotated[str, typer.Option(help="auto finds it out; a name that is not known lists those that are.")] = "auto",
     json_file: JsonFile = None,
     plot: PlotFile = None,
     model: ModelName = None,
@@ -150,7 +150,9 @@ def replay(
 
     found = configured(config, data_dir, seed, model)
     cli.check_writable(json_file, plot)
-    recording = importers.read(file, format)
+    recording = importers.read(file, format, found.reactions)
+    for line in recording.lines():
+        announce(line)
     found, base = with_model(found, serves=False, replays=True)
     database, store, registry = cli.opened(found)
     registry.ensure_base(base, may_change=model is None)
@@ -223,14 +225,14 @@ def report(
 
 @app.command()
 def export(file: Path, config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
-    """Write every conversation with its feedback to FILE, in the form that `kibitz replay` reads."""
-    from learning import importers
+    """Write every conversation that may teach, with its feedback, to FILE, in the form that `kibitz replay` reads."""
+    from learning import kibitz_export
     from learning.replay import tokenizer_fingerprint
 
     found = configured(config, data_dir, seed)
     cli.check_writable(file)
     database, store, registry = cli.opened(found)
-    written = importers.export(store, file, tokenizer_fingerprint(registry.base().base_model), found.privacy)
+    written = kibitz_export.export(store, file, tokenizer_fingerprint(registry.base().base_model), found.privacy)
     database.close()
     console.print(", ".join(f"{name}: {count}" for name, count in written.items()) or "nothing was said yet")
 

@@ -3,7 +3,7 @@
 Imports a file, trains a new version from the base model on that file alone, and measures held-out answers before and
 after. The same file, config and seed give the same manifest and the same adapter bytes. It needs no server.
 
-Run: ``kibitz replay FILE``.
+Run: ``kibitz replay FILE_OR_DIRECTORY``.
 """
 
 import hashlib
@@ -19,11 +19,10 @@ from bot.config import Config
 from bot.conversations import ConversationStore
 from bot.errors import NothingToLearn
 from bot.tokenizer import ChatTokenizer
-from bot.types import FeedbackKind
 from learning import trainer
 from learning.evaluation import accuracy
 from learning.gate import margin
-from learning.importers import Recording
+from learning.recording import Recording, listed
 from learning.replay_buffer import ReplayBuffer, Snapshot
 from learning.reward_model import figures as reward_model_figures
 from learning.reward_model import reward_model
@@ -42,30 +41,32 @@ def tokenizer_fingerprint(model: str) -> str:
 def replay(
     recording: Recording, store: ConversationStore, base_model: str, config: Config, progress: Progress
 ) -> dict[str, Any]:
-    """Store a recording, train on it, and return the figures of the report. Raises NothingToLearn."""
+    """Store a recording, train on it, and return the figures of the report.
+
+    Raises NothingToLearn; where nobody judged anything, nothing is stored then.
+    """
+    read = recording.counts
+    if not any(given for *_, given in recording.dialogues):
+        raise NothingToLearn(f"no usable reward: nobody judged an answer ({listed(read)}){_left_out(recording)}")
     if recording.tokenizer_sha256 and recording.tokenizer_sha256 != tokenizer_fingerprint(base_model):
         recording.forget_ids()
         recording.dropped["recorded token ids of another tokenizer (tokenized anew)"] = recording.assistant_messages
     store.add_dialogues(recording.dialogues)
-    read = {
-        "conversations": len(recording.dialogues),
-        "assistant_messages": recording.assistant_messages,
-        "approvals": recording.count(FeedbackKind.APPROVAL),
-        "disapprovals": recording.count(FeedbackKind.DISAPPROVAL),
-        "ranks": recording.count(FeedbackKind.RANK),
-    }
     try:
         outcome = trainer.run(config, progress, space=recording.space, from_base=True)
     except NothingToLearn as error:
-        raise NothingToLearn(f"{error} ({_listed(read)})") from error
-    dropped = {reason: count for reason, count in recording.dropped.items() if count} | outcome.dropped
+        raise NothingToLearn(f"{error} ({listed(read)}){_left_out(recording)}") from error
+    dropped = dict(recording.dropped) | outcome.dropped
     silent = recording.assistant_messages - outcome.turns
     if silent:
         dropped["answer without any feedback"] = silent
     snapshot = ReplayBuffer(store, ChatTokenizer(base_model, config.policy.template_args), config).snapshot(recording.space)
     return {
         **read,
+        "format": recording.format,
+        "scale": recording.scale,
         "dropped": dropped,
+        "dropped_first": {reason: place for reason, (place, _) in recording.first.items()},
         "trained_on": outcome.training,
         "held_out": outcome.held_out,
         "without_logprobs": outcome.without_logprobs,
@@ -85,6 +86,11 @@ def replay(
         "manifest_sha256": outcome.manifest_sha256,
         "adapter_sha256": outcome.adapter_sha256,
     }
+
+
+def _left_out(recording: Recording) -> str:
+    """Return what was left out, as the end of an error's line."""
+    return "".join(f"; left out: {recording.explain(reason)}" for reason in recording.first)
 
 
 def _reward_model(snapshot: Snapshot, config: Config, base_model: str) -> dict[str, Any]:
@@ -152,7 +158,3 @@ def plot(figures: dict[str, Any], path: Path) -> None:
         axes.set(title=f"liked over disliked: {name}", xlim=(-0.5, 1.5))
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
-
-
-def _listed(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in counts.items())

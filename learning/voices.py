@@ -9,7 +9,7 @@ from bot.config import RewardsConfig, WebConfig
 from bot.conversations import ConversationStore
 from bot.feedback import held, standing
 from bot.participants import find_participants
-from bot.types import Feedback, FeedbackKind, FollowUp, Turn
+from bot.types import Feedback, FeedbackKind, FollowUp, Message, Turn
 from bot.users import Users, voice
 from learning.rewards import FOLLOW_UPS
 from learning.selection import question_key
@@ -24,9 +24,9 @@ class Consent:
         self._platforms, self._authors = platforms, authors
         self._decided, self._assumed = users.decided(), users.assumed
 
-    def of(self, turn: Turn, user_id: str) -> bool:
-        """Whether a person in the conversation of `turn` consents."""
-        platform = self._platforms[turn.conversation_id]
+    def of(self, said: Turn | Message, user_id: str) -> bool:
+        """Whether a person in the conversation of `said` consents."""
+        platform = self._platforms[said.conversation_id]
         return platform == IMPORTED or self._decided.get((platform, user_id), self._assumed)
 
     def to(self, turn: Turn) -> bool:

@@ -111,10 +111,13 @@ def test_a_replay_of_a_broken_or_useless_file_is_refused_and_stores_no_half_of_i
     file.write_text(good + "\n{broken\n")
     refused(here("replay", file, "--config", config), "line 2 is not JSON")
     file.write_text(good + "\n" + good.replace("user", "robot") + "\n")
-    refused(here("replay", file, "--config", config), "line 2: role 'robot' is not known")
+    refused(here("replay", file, "--config", config), "line 2 has role 'robot', which is not known")
     assert "messages: 0" in here("status", "--config", config).stdout
     file.write_text(good + "\n")
-    refused(here("replay", file, "--config", config), "no usable reward")
+    refused(here("replay", file, "--config", config), "no usable reward: nobody judged an answer")
+    assert "messages: 0" in here("status", "--config", config).stdout
+    refused(here("replay", file, "--config", config, "--format", "yaml"), "must be auto or one of kibitz, oasst")
+    refused(here("export", tmp_path, "--config", config), "cannot be written (Is a directory)")
 
 
 def rated(count: int) -> str:
@@ -128,7 +131,7 @@ def rated(count: int) -> str:
 
 def test_a_replay_twice_gives_the_same_manifest_and_the_same_bytes(tmp_path, demo_model, here):
     file = tmp_path / "file.jsonl"
-    file.write_text(rated(48))
+    file.write_text(rated(48) + '\n{"broken"\n{"hello": 1}\n')  # odd rows, which refuse nothing
     found = []
     for name, run in (("one", here), ("two", kibitz)):
         (tmp_path / name).mkdir()
@@ -143,6 +146,9 @@ def test_a_replay_twice_gives_the_same_manifest_and_the_same_bytes(tmp_path, dem
     one, two = found[0]["figures"], found[1]["figures"]
     assert one == two
     assert (one["conversations"], one["approvals"], one["disapprovals"]) == (48, 24, 24)
+    assert (one["format"], one["scale"]) == ("openai", "yes or no, in words")
+    assert {"row that is not JSON": 1, "row that is of no known format": 1}.items() <= one["dropped"].items()
+    assert one["dropped_first"] == {"row that is not JSON": "line 49", "row that is of no known format": "line 50"}
     assert one["trained_on"] + one["held_out"] == one["without_logprobs"] == 48
     assert one["held_out_accuracy_after"] >= one["held_out_accuracy_before"]
     assert one["held_out_margin_after"] > one["held_out_margin_before"]

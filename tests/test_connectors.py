@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bot.config import ReactionsConfig
+from bot.reactions import Reactions, canonical
 from bot.types import FeedbackKind
 from connectors.base import Lanes
-from connectors.reactions import Reactions, canonical
 from connectors.splitting import open_fence, split, utf16_units
 from connectors.streaming import Budgets, GrowingText
 

@@ -18,13 +18,13 @@ from bot.environment import ensure_user, expand_home, find_proxy, read_secret, r
 from bot.errors import ConfigError
 from bot.memory import Memory
 from bot.policy import Policy
+from bot.reactions import Reactions
 from bot.recall import Recall, weights
 from bot.tracker import StateTracker
 from bot.users import Users
 from connectors.access import Access
 from connectors.base import Desk, Shared
 from connectors.discord import Discord
-from connectors.reactions import Reactions
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 

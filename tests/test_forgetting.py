@@ -19,7 +19,7 @@ from bot.registry import BASE
 from bot.tables import followups, run_teachers, sources
 from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, Turn, new_id, now
 from bot.users import Users
-from learning.importers import export
+from learning.kibitz_export import export
 from learning.replay_buffer import ReplayBuffer
 
 SECRET = "xyzzy-4711"  # what Ann says, and nobody else

@@ -15,6 +15,7 @@ from bot.dialogue import DialogueManager
 from bot.feedback import standing
 from bot.memory import Memory
 from bot.policy import Policy
+from bot.reactions import Reactions
 from bot.recall import Recall, weights
 from bot.tracker import StateTracker
 from bot.types import Feedback, FeedbackKind, new_id, now
@@ -24,7 +25,6 @@ from connectors.access import Access
 from connectors.answers import Answers
 from connectors.base import Shared
 from connectors.opinions import Opinions, Reading
-from connectors.reactions import Reactions
 
 LIKED = FeedbackKind.APPROVAL
 PATIENT = AccessConfig(opinions_per_minute=1_000_000)

@@ -11,11 +11,11 @@ from fake_slack import BOT, BOT_TOKEN, FakeSlack
 from slack_sdk.web.async_client import AsyncWebClient
 
 from bot.config import ReactionsConfig
+from bot.reactions import Reactions
+from bot.slack_emoji import character
 from bot.types import FeedbackKind
 from connectors.commands import COMMANDS
-from connectors.reactions import Reactions
 from connectors.reading import LARGEST_FILE, NOTHING_SAID
-from connectors.slack_emoji import character
 from connectors.slack_reader import SlackReader
 
 DOCS = Path(__file__).parent.parent / "docs"

@@ -24,6 +24,7 @@ from bot.dialogue import DialogueManager
 from bot.errors import ConfigError
 from bot.memory import Memory
 from bot.policy import Policy
+from bot.reactions import Reactions
 from bot.readiness import Readiness, looks_at
 from bot.recall import Recall, weights
 from bot.tracker import StateTracker
@@ -32,7 +33,6 @@ from bot.users import Users
 from connectors.access import Access
 from connectors.base import Shared
 from connectors.openai_api import UNSEEN
-from connectors.reactions import Reactions
 from connectors.web import Door, Web
 from learning.replay_buffer import ReplayBuffer
 

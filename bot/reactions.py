@@ -5,8 +5,8 @@ person and no turn; which emoji mean what is in the config.
 """
 
 from bot.config import ReactionsConfig
+from bot.slack_emoji import character
 from bot.types import FeedbackKind
-from connectors.slack_emoji import character
 
 VARIATION_SELECTORS = "\ufe0e\ufe0f"
 SKIN_TONES = "".join(chr(tone) for tone in range(0x1F3FB, 0x1F400))
