@@ -186,8 +186,8 @@ def test_what_clients_said_before_the_upgrade_is_known_after_it(config, database
     script.set_main_option("script_location", str(Path(bot.__file__).parent / "migrations"))
     with database.engine.begin() as connection:
         script.attributes["connection"] = connection
-        command.downgrade(script, "0006")
-        assert MigrationContext.configure(connection).get_current_revision() == "0006"
+        command.downgrade(script, "0009")
+        assert MigrationContext.configure(connection).get_current_revision() == "0009"
     database.upgrade()
     with database.read() as connection:
         rows = connection.execute(sa.select(fingerprints).order_by(fingerprints.c.message_id)).all()
