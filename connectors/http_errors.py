@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bot.errors import DataError, KibitzError, ServingError
+from bot.errors import DatabaseUnavailable, DataError, KibitzError, ServingError
 from bot.types import new_id
 
 log = logging.getLogger(__name__)
@@ -31,12 +31,15 @@ def error_body(message: str, kind: str = "invalid_request_error") -> dict[str, A
 
 def describe(error: Exception) -> tuple[int, dict[str, Any]]:
     """Return the status and the JSON that tell of an error. A fault of ours goes to the log, in one line."""
-    if isinstance(error, DataError):
+    if isinstance(error, DataError) and not isinstance(error, DatabaseUnavailable):
         return 400, error_body(str(error))
-    if isinstance(error, KibitzError):
+    if isinstance(error, KibitzError) and not isinstance(error, DatabaseUnavailable):
         return 503 if isinstance(error, ServingError) else 500, error_body(str(error), "server_error")
     fault = new_id()
     log.error("a request failed (%s): %s", fault, _one_line(error))
+    if isinstance(error, DatabaseUnavailable):
+        told = f"kibitz can store nothing now; ask again in a while, or tell its operator of {fault}"
+        return 503, error_body(told, "server_error")
     return 500, error_body(f"kibitz failed; ask again, or tell its operator of {fault}", "server_error")
 
 
@@ -45,7 +48,8 @@ def _one_line(error: Exception) -> str:
     last = traceback.extract_tb(error.__traceback__)[-1:]
     where = "".join(f" at {place.filename}:{place.lineno}" for place in last)
     cause = error.orig if isinstance(error, DBAPIError) else error
-    text = " ".join(str(cause).split())[:200] if isinstance(error, DBAPIError | OSError) else ""
+    is_safe = isinstance(error, DBAPIError | DatabaseUnavailable | OSError)
+    text = " ".join(str(cause).split())[:200] if is_safe else ""
     return f"{type(error).__name__}{where}{': ' if text else ''}{text}"
 
 

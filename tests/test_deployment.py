@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from aiohttp import web
 from conftest import until
 
-from bot.errors import ProbeFailed, RegistryError, Unavailable, VerdictOutdated
+from bot.errors import DatabaseUnavailable, ProbeFailed, RegistryError, Unavailable, VerdictOutdated
 from bot.policy import Policy
 from bot.registry import BASE, PolicyRegistry
 from bot.types import PolicyState, PolicyVersion
@@ -174,14 +174,20 @@ async def test_a_server_that_refuses_a_candidate_rejects_it(stage, vllm, monkeyp
         await stage.deployment.deploy(one.name)
 
 
-@pytest.mark.parametrize("error", [RegistryError("purged meanwhile"), sa.exc.OperationalError("", {}, Exception("locked"))])
-async def test_an_error_of_the_registry_leaves_no_adapter_loaded(stage, vllm, monkeypatch, error):
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RegistryError("purged meanwhile"), RegistryError),
+        (sa.exc.OperationalError("", {}, Exception("locked")), DatabaseUnavailable),
+    ],
+)
+async def test_an_error_of_the_registry_leaves_no_adapter_loaded(stage, vllm, monkeypatch, error, told):
     def fails(*_):
         raise error
 
     one = stage.candidate()
     monkeypatch.setattr(stage.registry, "promote", fails)
-    with pytest.raises(type(error)):
+    with pytest.raises(told):
         await stage.deployment.deploy(one.name)
     assert "/v1/load_lora_adapter" in vllm.asked, "it was loaded"
     assert vllm.adapters == {}

@@ -111,7 +111,7 @@ async def test_discord_is_reached_through_the_proxy_that_the_environment_names(
     tracker = StateTracker(store, tokenizer, Recall(Memory(database), None, weights()), config.dialogue, 512)
     policy = Policy("http://127.0.0.1:9", config.policy)  # nobody is answered here
     dialogue, users = DialogueManager(store, tracker, policy), Users(database, PrivacyConfig())
-    nobody = Desk(*[None] * 7)
+    nobody = Desk(*[None] * 8)
     parts = dialogue, Deliveries(database), Reactions(ReactionsConfig()), Access(config.access), users, nobody
     fake, proxy = FakeDiscord(), Proxy()
     await fake.start()

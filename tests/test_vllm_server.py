@@ -48,6 +48,7 @@ def test_of_vllms_errors_the_engines_own_is_quoted():
     assert first_cause("api_server.py: error: unrecognized arguments: --nonsense") == "unrecognized arguments: --nonsense"
 
 
+@pytest.mark.slow
 async def test_a_vllm_that_has_too_little_memory_says_so_in_one_line(config, monkeypatch):
     """The real vLLM, with no memory at all for what it keeps of each answer."""
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "0")

@@ -49,6 +49,7 @@ class Server:
     store: ConversationStore
     dialogue: DialogueManager
     readiness: Readiness
+    failing: list[str]
     http: httpx.AsyncClient
     client: openai.AsyncOpenAI
 
@@ -69,14 +70,15 @@ async def serving(config, database, tokenizer, web: WebConfig, access: AccessCon
     recall = Recall(Memory(database), None, weights())
     tracker = StateTracker(store, tokenizer, recall, config.dialogue, config.policy.context_tokens)
     dialogue, readiness = DialogueManager(store, tracker, policy), Readiness(looks_at(policy, database, config.data))
-    desk = SimpleNamespace(faults=readiness.faults)
+    failing: list[str] = []
+    desk = SimpleNamespace(faults=readiness.faults, failing=lambda: failing)
     ledger, reactions, users = Deliveries(database), Reactions(ReactionsConfig()), Users(database, config.privacy)
     door = Door.open(web)
     server = Web(Shared(dialogue, ledger, reactions, Access(access), users, desk), door)
     running = asyncio.create_task(server.run())
     client = openai.AsyncOpenAI(base_url=f"{door.url}/v1", api_key="none", max_retries=0)
     async with httpx.AsyncClient(base_url=door.url, timeout=300) as http, client:
-        yield Server(door.url, vllm, store, dialogue, readiness, http, client)
+        yield Server(door.url, vllm, store, dialogue, readiness, failing, http, client)
     await server.stop()
     await running
     await policy.close()
@@ -263,12 +265,12 @@ async def test_a_full_disk_is_told_as_json_and_logged_in_one_line_and_it_recover
     question = {"role": "user", "content": "swordfish " * 2000}
     sa.event.listen(database.engine, "checkout", full)
     with caplog.at_level(logging.WARNING):
-        error = (await server.chat(question, status=500, stream=stream))["error"]
+        error = (await server.chat(question, status=503, stream=stream))["error"]
     sa.event.remove(database.engine, "checkout", full)
     sa.event.listen(database.engine, "checkout", has_room)
     assert error["type"] == "server_error"
     [line] = [record.getMessage() for record in caplog.records if record.name.startswith("connectors")]
-    assert "database or disk is full" in line
+    assert "has no room left on its disk" in line
     assert line.split("(")[1].split(")")[0] in error["message"]
     assert "swordfish" not in caplog.text
     assert "\n" not in line
@@ -300,6 +302,10 @@ async def test_readiness_is_open_and_asks_vllm_for_nothing_and_metrics_want_a_to
         for _ in range(20):
             answer = await server.http.get("/readyz")
             assert (answer.status_code, answer.text) == (200, "ready")
+        server.failing.append("learning")
+        answer = await server.http.get("/readyz")
+        assert (answer.status_code, answer.text) == (200, "ready\nfailing: learning"), "people are answered all the same"
+        server.failing.clear()
         assert len(server.vllm.asked) == asked == 1
         await server.vllm.stop()
         await server.readiness.look()
