@@ -230,8 +230,8 @@ def test_pretraining_on_ones_own_pairs_prints_measures_of_held_out_answers(tmp_p
     refused(here("pretrain", pairs, "--config", config), "holds 1 pairs")
 
 
-async @pytest.mark.slow
-def test_a_benchmark_leaves_the_operators_data_alone(live, tmp_path, demo_model):
+@pytest.mark.slow
+async def test_a_benchmark_leaves_the_operators_data_alone(live, tmp_path, demo_model):
     config = write_config(tmp_path, demo_model)
     config.write_text(config.read_text() + f'[serving]\nurl = "{live.policy.url}"\n')
     command = ["bench", "overhead", "--messages", 16, "--blocks", 1, "--config", config, "--json", tmp_path / "out.json"]
