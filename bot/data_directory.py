@@ -58,7 +58,10 @@ def _close(data: Path) -> None:
 
     The directory itself is closed only if nothing else lies in it: somebody may have named one that others use.
     """
-    entries = list(data.iterdir())
+    try:
+        entries = list(data.iterdir())
+    except OSError:  # somebody lets us write here and not look
+        return
     ours = [entry for entry in entries if any(fnmatch(entry.name, pattern) for pattern in CONTENTS)]
     for path in [*ours, *([data] if len(ours) == len(entries) else [])]:
         with contextlib.suppress(OSError):  # of another user, or just removed
