@@ -214,8 +214,8 @@ def check_tokenizer(config: Config, model: str, shape: ModelShape) -> ChatTokeni
         ) from error
     if tokenizer.has_channels:
         raise ConfigError(
-            f"policy.model '{name}' answers in channels ({CHANNEL}), in which kibitz cannot tell thoughts from what is said; "
-            "name a model that thinks between two marks, such as <think>, or not at all"
+            f"policy.model '{name}' answers in channels ({CHANNEL}), in which kibitz cannot tell thoughts from what is "
+            "said; name a model that thinks between two marks, such as <think>, or not at all"
         )
     if not ids:
         raise ConfigError(

@@ -135,8 +135,8 @@ class Template:
         own = {name for name, one in signature(self._apply).parameters.items() if one.kind is not one.VAR_KEYWORD}
         for name in own & self.arguments.keys():
             raise ConfigError(
-                f"config key policy.template_args.{name} has value {self.arguments[name]!r}, and kibitz or transformers sets "
-                f"{name} itself; remove it"
+                f"config key policy.template_args.{name} has value {self.arguments[name]!r}, and kibitz or transformers "
+                f"sets {name} itself; remove it"
             )
         if self._accepts((USER, QUESTION)):
             for name, value in self.arguments.items():

@@ -72,7 +72,8 @@ class StateTracker:
         if tokenizer.count([{"role": "system", "content": config.persona}]) > budget // 2:
             way = "raise it" if config.persona in ("", PERSONA) else "shorten dialogue.persona, or raise it"
             raise ConfigError(
-                f"config key policy.context_tokens has value {budget}, and what begins every prompt takes more than half; {way}"
+                f"config key policy.context_tokens has value {budget}, and what begins every prompt takes more than "
+                f"half; {way}"
             )
 
     def surroundings(self, message: Message, place: Conversation | None = None) -> Surroundings:

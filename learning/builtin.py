@@ -175,8 +175,8 @@ def _is_sound(place: Path) -> bool:
         return bool(hashes) and all(_sha256(place / name) == wanted for name, wanted in hashes.items())
     except PermissionError as error:
         raise ConfigError(
-            f"the built-in model in {place} cannot be read ({error.strerror}: {Path(error.filename).name}); let its owner run "
-            "chmod -R a+rX on it, or name another directory in the environment variable KIBITZ_CACHE"
+            f"the built-in model in {place} cannot be read ({error.strerror}: {Path(error.filename).name}); let its owner "
+            "run chmod -R a+rX on it, or name another directory in the environment variable KIBITZ_CACHE"
         ) from error
     except (OSError, ValueError, AttributeError):
         return False

@@ -101,7 +101,10 @@ def another_user() -> Iterator[None]:
 def test_a_conversion_that_this_user_may_not_read_is_not_called_damaged(cache):
     weights = builtin.directory() / "model.safetensors"
     weights.chmod(0)
-    with another_user(), pytest.raises(ConfigError, match=r"cannot be read \(Permission denied: .*\); let its owner run chmod"):
+    with (
+        another_user(),
+        pytest.raises(ConfigError, match=r"cannot be read \(Permission denied: .*\); let its owner run chmod"),
+    ):
         builtin.model(quiet, quiet)
     weights.chmod(0o600)
     assert builtin.model(quiet, quiet) == builtin.directory(), "the control"

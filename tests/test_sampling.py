@@ -63,7 +63,7 @@ def test_what_was_drawn_from_a_truncated_distribution_is_learned_from_without_it
 )
 def test_advice_that_nobody_can_follow_is_refused_unless_the_operator_says_otherwise(tmp_path, advice):
     model = model_with(tmp_path, advice, "llama")
-    ((key, value),) = advice.items()
+    (key,) = advice
     with pytest.raises(ConfigError, match=rf"generation_config\.json has {key} .*set policy\.{key} yourself") as error:
         apply_sampling_defaults(load(policy={"model": model}), model)
     assert "\n" not in str(error.value)
