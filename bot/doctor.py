@@ -17,7 +17,7 @@ from bot.accelerator import GIB, free_memory, has_gpu, read_card
 from bot.config import Config
 from bot.data_directory import is_held
 from bot.database import Database
-from bot.errors import ConfigError, KibitzError
+from bot.errors import ConfigError, KibitzError, cause_of
 
 Outcome = Literal["ok", "not", "skip"]
 PYTHONS = ((3, 11), (3, 13))
@@ -42,7 +42,10 @@ Check = tuple[str, Callable[[], str]]
 
 
 def examine(checks: Sequence[Check], tell: Callable[[Row], None] = lambda row: None) -> list[Row]:
-    """Run checks in order. Each returns what it found, or raises KibitzError (it does not work) or Skipped."""
+    """Run checks in order. Each returns what it found, or raises KibitzError (it does not work) or Skipped.
+
+    Any other error is a fault of kibitz or of a library. It is a row too, so that the rest is still looked at.
+    """
     rows = []
     for what, check in checks:
         try:
@@ -51,6 +54,8 @@ def examine(checks: Sequence[Check], tell: Callable[[Row], None] = lambda row: N
             row = Row(what, "skip", str(reason))
         except KibitzError as error:
             row = _failed(what, " ".join(str(error).split()))
+        except Exception as error:
+            row = Row(what, "not", f"the check broke off ({cause_of(error)})", "report this as a bug of kibitz")
         rows.append(row)
         tell(row)
     return rows

@@ -21,6 +21,11 @@ The command line shows the message and exits with code 2; everything else is a b
 """
 
 
+def cause_of(error: BaseException) -> str:
+    """Return what an error of somebody else's code says, in one short line with its kind."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:240].rstrip(": ")
+
+
 class KibitzError(Exception):
     """Something that the person at the keyboard can put right; its text is one line."""
 

@@ -4,20 +4,33 @@ Each check raises ConfigError with one line: what is wrong, what was found, what
 chat, serve, simulate, measure or look (`kibitz doctor`) all ask here.
 """
 
-import json
+import re
 import shutil
+import zipfile
 from pathlib import Path
 
 from bot.accelerator import GIB, Card, free_memory, has_gpu, read_card
 from bot.architectures import is_served, is_trained, takes_adapters
 from bot.config import Config
-from bot.errors import ConfigError, KibitzError
+from bot.errors import ConfigError, KibitzError, cause_of
 from bot.memory_budget import MemoryPlan, plan_memory, weights_bytes
-from bot.model_shape import BITS, ModelShape, read_shape, tensor_shapes
+from bot.model_shape import (
+    BITS,
+    ModelShape,
+    all_tensor_shapes,
+    read_settings,
+    read_shape,
+    tensor_shapes,
+    unreadable,
+    unusable_config,
+    weight_files,
+)
+from bot.thoughts import CHANNEL
 from bot.tokenizer import ChatTokenizer
 from bot.vllm_server import served_dtype
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
+LEAST_CONTEXT = 64  # tokens, of policy.context_tokens
 KEPT_VERSIONS = 8  # that there should be room for
 LEAST_DISK = GIB // 4  # for the database, logs and the embedding model
 
@@ -27,7 +40,7 @@ def check_model(config: Config, model: str, serves: bool = True) -> MemoryPlan |
 
     Returns how the GPU's memory is shared, or None where it is not. Raises ConfigError for the first thing that is wrong.
     """
-    check_weights(config, model)
+    check_files(config, model)
     shape = read_shape(model)
     check_architecture(config, model)
     tokenizer = check_tokenizer(config, model, shape)
@@ -53,27 +66,91 @@ def explain_refusal(name: str, error: Exception) -> None:
         ) from error
 
 
-def check_weights(config: Config, model: str) -> None:
-    """Refuse a directory without whole weights. Of a hub model, whoever loads it finds out."""
+def check_files(config: Config, model: str) -> None:
+    """Refuse a config.json that transformers cannot use, and a directory without the whole weights that it describes.
+
+    Of the weights only headers are read. Those of a hub model are checked by whoever loads them.
+    """
+    _check_config(config, model)
     directory = Path(model)
     if not directory.is_dir():
         return
     name = config.policy.model
-    files = sorted(directory.glob("*.safetensors"))
-    if not files and not list(directory.glob("pytorch_model*.bin")):
+    files = weight_files(directory)
+    if not files:
         raise ConfigError(f"policy.model '{name}': there are no weights (*.safetensors) in {directory}; download it again")
     for file in files:
-        try:
+        if file.suffix == ".safetensors":
             tensor_shapes(file)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"policy.model '{name}': {file.name} cannot be read ({error}); download it again") from error
+        elif not _is_saved_by_torch(file):
+            raise unreadable(file, "torch did not write it, or it is cut off" if file.is_file() else "there is no such file")
+    if all(file.suffix == ".safetensors" for file in files):
+        _check_tensors(name, directory)
+
+
+def _check_config(config: Config, model: str) -> None:
+    from transformers import AutoConfig
+
+    read_settings(model)
+    try:
+        AutoConfig.from_pretrained(model)
+    except Exception as error:  # each architecture has checks of its own, which raise anything
+        explain_refusal(config.policy.model, error)
+        raise unusable_config(config.policy.model, error) from error
+
+
+def _is_saved_by_torch(file: Path) -> bool:
+    """Whether a file is a whole archive, or a pickle of older days, as torch.save writes them."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return zipfile.is_zipfile(opened) or (opened.seek(0) == 0 and opened.read(1) == b"\x80")
+
+
+def _check_tensors(name: str, directory: Path) -> None:
+    """Refuse weights that have another vocabulary, width or number of layers than config.json says."""
+    tensors, settings = all_tensor_shapes(directory), read_settings(str(directory))
+    if not tensors:
+        raise ConfigError(f"policy.model '{name}': the weights in {directory} have no tensors; download it again")
+    found = next(((one, shape) for one, shape in tensors.items() if one.endswith(EMBEDDINGS)), None)
+    if found is None:  # an architecture with names of its own
+        return
+    (embedding, rows), shape = found, read_shape(str(directory))
+    start = embedding.removesuffix(next(ending for ending in EMBEDDINGS if embedding.endswith(ending)))
+    numbers = (re.match(r"(?:layers|h)\.(\d+)\.", one.removeprefix(start)) for one in tensors if one.startswith(start))
+    layers = len({number[1] for number in numbers if number})
+    text = settings.get("text_config") or settings
+    extra = int(text.get("num_nextn_predict_layers") or 0)  # layers that draft tokens; they follow the model's own
+    compared = [
+        ("vocab_size", shape.vocabulary, rows[0], rows[0] == shape.vocabulary),
+        ("hidden_size", shape.hidden, rows[1], rows[1] in (shape.hidden, text.get("word_embed_proj_dim"))),
+        ("num_hidden_layers", shape.layers, layers, not layers or shape.layers <= layers <= shape.layers + extra),
+    ]
+    for key, said, has, is_equal in compared:
+        if not is_equal:
+            raise ConfigError(
+                f"policy.model '{name}': its config.json has {key} {said}, its weights have {has}; take the config.json "
+                "that belongs to the weights, or download both again"
+            )
 
 
 def check_architecture(config: Config, model: str) -> None:
     """Refuse a model that vLLM does not serve with adapters, or that transformers does not train."""
     name = config.policy.model
-    settings = _settings(model)
-    architecture = str((settings.get("architectures") or [""])[0])
+    settings = read_settings(model)
+    named = settings.get("architectures") or [""]
+    if not isinstance(named, list):
+        raise ConfigError(
+            f"policy.model '{name}': its config.json has architectures {named!r}, which is no list; write it in brackets"
+        )
+    quantized = settings.get("quantization_config") or (settings.get("text_config") or {}).get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method", "in some way") if isinstance(quantized, dict) else quantized
+        raise ConfigError(
+            f"policy.model '{name}' is quantized ({method}), and training needs the weights that it was made from; name "
+            "that model (its page says which)"
+        )
+    architecture = str(named[0])
     kind = str(settings.get("model_type") or "")
     if not is_trained(kind) and "auto_map" not in settings:
         raise ConfigError(
@@ -99,10 +176,16 @@ def check_context(config: Config, shape: ModelShape) -> None:
     policy = config.policy
     longest = policy.context_tokens + policy.max_tokens
     if shape.positions and longest > shape.positions:
+        context, answer = shape.positions - policy.max_tokens, shape.positions - policy.context_tokens
+        if context >= LEAST_CONTEXT:
+            way = f"lower policy.context_tokens to {context}"
+        elif answer >= 1:
+            way = f"lower policy.max_tokens to {answer}"
+        else:
+            way = f"lower both to {shape.positions // 2}"
         raise ConfigError(
             f"policy.context_tokens and policy.max_tokens are {policy.context_tokens} + {policy.max_tokens}, and "
-            f"'{policy.model}' reads {shape.positions} tokens; lower policy.context_tokens to "
-            f"{max(shape.positions - policy.max_tokens, 64)}"
+            f"'{policy.model}' reads {shape.positions} tokens; {way}"
         )
 
 
@@ -113,12 +196,11 @@ def check_tokenizer(config: Config, model: str, shape: ModelShape) -> ChatTokeni
     """
     name = config.policy.model
     tokenizer = ChatTokenizer(model, config.policy.template_args)
-    rows = _embedding_rows(Path(model)) or shape.vocabulary
     tokens = len(tokenizer.hf)
-    if tokens > rows:
+    if tokens > shape.vocabulary:
         raise ConfigError(
-            f"policy.model '{name}': its tokenizer has {tokens} tokens, its embedding {rows} rows; take the tokenizer that "
-            "belongs to it, or grow the model with resize_token_embeddings"
+            f"policy.model '{name}': its tokenizer has {tokens} tokens, its embedding {shape.vocabulary} rows; take the "
+            "tokenizer that belongs to it, or grow the model with resize_token_embeddings"
         )
     try:
         ids = tokenizer.prompt_ids([{"role": "user", "content": "hello"}])
@@ -127,9 +209,14 @@ def check_tokenizer(config: Config, model: str, shape: ModelShape) -> ChatTokeni
         raise
     except Exception as error:  # a template is a program: it may raise anything
         raise ConfigError(
-            f"policy.model '{name}': its chat template fails on a single message ({type(error).__name__}: "
-            f"{(str(error).splitlines() or [''])[0][:200]}); correct chat_template.jinja, or take another model"
+            f"policy.model '{name}': its chat template fails on a single message ({cause_of(error)}); "
+            "correct chat_template.jinja, or take another model"
         ) from error
+    if tokenizer.has_channels:
+        raise ConfigError(
+            f"policy.model '{name}' answers in channels ({CHANNEL}), in which kibitz cannot tell thoughts from what is "
+            "said; name a model that thinks between two marks, such as <think>, or not at all"
+        )
     if not ids:
         raise ConfigError(
             f"policy.model '{name}': its chat template makes nothing of a message; correct chat_template.jinja, or take "
@@ -197,21 +284,3 @@ def _free_disk(place: Path) -> int:
     while not place.exists() and place != place.parent:
         place = place.parent
     return shutil.disk_usage(place).free
-
-
-def _settings(model: str) -> dict:
-    file = Path(model) / "config.json"
-    if file.is_file():
-        return json.loads(file.read_text())
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(model).to_dict()
-
-
-def _embedding_rows(directory: Path) -> int:
-    """The rows of the embedding in a directory's weights; 0 where it cannot be found."""
-    for file in sorted(directory.glob("*.safetensors")):
-        for name, dimensions in tensor_shapes(file).items():
-            if name.endswith(EMBEDDINGS):
-                return dimensions[0]
-    return 0

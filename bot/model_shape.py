@@ -4,14 +4,18 @@ It knows no memory and no settings: `bot.memory_budget` and `bot.sizes` ask it.
 """
 
 import json
-import struct
+import os
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from bot.errors import ConfigError
+from safetensors import SafetensorError, safe_open
 
+from bot.errors import ConfigError, cause_of
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
+POINTER = b"version https://git-lfs"  # what Git leaves in the place of a large file that it did not fetch
 BITS = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
 
@@ -49,23 +53,37 @@ class ModelShape:
 def read_shape(model: str) -> ModelShape:
     """Read the shape of a model in a directory, or of a hub model that transformers can find.
 
-    Raises ConfigError where its config cannot be read.
+    Raises ConfigError where its config or its weights cannot be read.
     """
-    directory = Path(model)
+    settings, parameters = read_settings(model), count_parameters(Path(model))
     try:
-        if (directory / "config.json").is_file():
-            settings = json.loads((directory / "config.json").read_text())
-        else:
-            from transformers import AutoConfig
+        return shape_of(settings, parameters)
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise unusable_config(model, error) from error
 
-            settings = AutoConfig.from_pretrained(model).to_dict()
-        return shape_of(settings, count_parameters(directory))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise ConfigError(
-            f"policy.model '{model}': its config.json cannot be used ({type(error).__name__}: {first}); "
-            "name a decoder model as transformers saves it"
-        ) from error
+
+def read_settings(model: str) -> dict[str, Any]:
+    """Read the config.json of a model in a directory, or of a hub model. Raises ConfigError where that fails."""
+    file = Path(model) / "config.json"
+    try:
+        if file.is_file():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError(f"it is a JSON {type(found).__name__}, not an object")
+            return found
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(model).to_dict()
+    except Exception as error:  # transformers runs the checks of each architecture: they raise anything
+        raise unusable_config(model, error) from error
+
+
+def unusable_config(model: str, error: Exception) -> ConfigError:
+    """Make the error for a model whose config.json is wrong."""
+    return ConfigError(
+        f"policy.model '{model}': its config.json cannot be used ({cause_of(error)}); "
+        "name a decoder model as transformers saves it"
+    )
 
 
 def shape_of(settings: dict[str, Any], parameters: int = 0) -> ModelShape:
@@ -98,20 +116,55 @@ def shape_of(settings: dict[str, Any], parameters: int = 0) -> ModelShape:
 
 def count_parameters(directory: Path) -> int:
     """Count the parameters in the safetensors files of a directory; 0 where there are none."""
-    return sum(prod(shape) for file in sorted(directory.glob("*.safetensors")) for shape in tensor_shapes(file).values())
+    return sum(prod(shape) for shape in all_tensor_shapes(directory).values())
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """List the files that transformers would load: one file, or the shards that an index names. Some may be missing.
+
+    Raises ConfigError where an index cannot be read.
+    """
+    for name in WEIGHTS:
+        whole, index = directory / name, directory / f"{name}.index.json"
+        if os.path.lexists(whole):  # a link that leads nowhere is there too: it is told when it is read
+            return [whole]
+        if index.is_file():
+            try:
+                return [directory / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise unreadable(index, cause_of(error)) from error
+    return []
+
+
+def all_tensor_shapes(directory: Path) -> dict[str, list[int]]:
+    """Read the shape of each tensor of a directory's safetensors files; empty where there are none."""
+    files = [file for file in weight_files(directory) if file.suffix == ".safetensors"]
+    return {name: shape for file in files for name, shape in tensor_shapes(file).items()}
 
 
 def tensor_shapes(file: Path) -> dict[str, list[int]]:
-    """Read the shape of each tensor from the header of a safetensors file. Raises ValueError where it has none."""
-    return {name: entry["shape"] for name, entry in read_header(file)[0].items()}
+    """Read the shape of each tensor from the header of a safetensors file, which must fit the size of the file.
+
+    Raises ConfigError where the file is missing, damaged or cut off.
+    """
+    try:
+        with safe_open(file, framework="np") as opened:
+            return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118 (it is no dict)
+    except (OSError, SafetensorError) as error:
+        raise unreadable(file, cause_of(error)) from error
 
 
-def read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """Read what a safetensors file says of each tensor, and where its data begins. Raises ValueError where it is none."""
-    with file.open("rb") as opened:
-        start = opened.read(8)
-        size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= size <= min(100_000_000, file.stat().st_size):
-            raise ValueError(f"{file.name} is no safetensors file")
-        header = json.loads(opened.read(size))
-    return {name: entry for name, entry in header.items() if name != "__metadata__"}, 8 + size
+def unreadable(file: Path, why: str) -> ConfigError:
+    """Make the error for a file of weights that is missing or damaged."""
+    if _is_pointer(file):
+        return ConfigError(f"{file} cannot be read (it is a Git LFS pointer, not the file itself); run git lfs pull")
+    return ConfigError(f"{file} cannot be read ({why}); download it again")
+
+
+def _is_pointer(file: Path) -> bool:
+    """Whether a file is what Git LFS leaves in the place of one that it did not fetch."""
+    try:
+        with file.open("rb") as opened:
+            return opened.read(len(POINTER)) == POINTER
+    except OSError:
+        return False

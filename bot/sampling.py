@@ -5,11 +5,14 @@ server and no training.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from bot.config import Config
+from pydantic import ValidationError
+
+from bot.config import Config, PolicyConfig
+from bot.errors import ConfigError, cause_of
 
 KEYS = ("temperature", "top_p", "top_k", "min_p")
 PLAIN = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
@@ -34,11 +37,25 @@ def is_truncated(sampling: Mapping[str, Any]) -> bool:
     return sampling.get("top_p", 1.0) < 1.0 or sampling.get("top_k", 0) > 0 or sampling.get("min_p", 0.0) > 0.0
 
 
-def advised(model: str) -> tuple[dict[str, float], str]:
-    """Return the sampling that suits a model (a directory or a hub name), and where that is from."""
+def advised(model: str, ignored: Collection[str] = ()) -> tuple[dict[str, float], str]:
+    """Return the sampling that suits a model (a directory or a hub name), and where that is from.
+
+    Raises ConfigError where the model's own advice cannot be followed. What it says of the keys in `ignored` is not checked:
+    the operator has set those.
+    """
     own = {
         name: value for name, value in _json(model, "generation_config.json").items() if name in KEYS and value is not None
     }
+    for name, value in own.items():
+        if name in ignored:
+            continue
+        try:
+            PolicyConfig.model_validate({name: value}, strict=True)
+        except ValidationError as error:
+            raise ConfigError(
+                f"policy.model '{model}': its generation_config.json has {name} {value!r} "
+                f"({error.errors()[0]['msg'].lower()}); set policy.{name} yourself, or correct that file"
+            ) from error
     if own:
         return PLAIN | own, "the model's generation_config.json"
     family = _json(model, "config.json").get("model_type", "")
@@ -47,13 +64,13 @@ def advised(model: str) -> tuple[dict[str, float], str]:
 
 def apply_sampling_defaults(config: Config, model: str) -> Config:
     """Return the config with what it does not say about sampling filled in as suits the model."""
-    found, _ = advised(model)
+    found, _ = advised(model, config.policy.model_fields_set)
     return config.model_copy(update={"policy": config.policy.fill(found)})
 
 
 def describe_sampling(config: Config, model: str) -> str:
     """Describe in one line how answers are drawn, and who says so."""
-    _, source = advised(model)
+    _, source = advised(model, config.policy.model_fields_set)
     own = [f"policy.{name}" for name in KEYS if name in config.policy.model_fields_set]
     drawn = ", ".join(f"{name} {value:g}" for name, value in apply_sampling_defaults(config, model).policy.sampling.items())
     return f"sampling: {drawn} ({source}{'; set by you: ' + ', '.join(own) if own else ''})"
@@ -68,7 +85,12 @@ def _json(model: str, name: str) -> dict[str, Any]:
         path = cached_file(
             model, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
         )
-    try:
-        return dict(json.loads(Path(path or "").read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+    if path is None or not Path(path).is_file():
         return {}
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"it is a JSON {type(found).__name__}, not an object")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"policy.model '{model}': its {name} cannot be read ({cause_of(error)}); correct it") from error
+    return found

@@ -8,6 +8,7 @@ small chats are tried when the template is first used. It knows no token ids, no
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from inspect import signature
 
 from bot.errors import ConfigError, TemplateError
 
@@ -131,6 +132,12 @@ class Template:
     def _check_arguments(self) -> None:
         """Raise ConfigError unless the template takes a user's message with the arguments, and each changes something."""
         whose = f"config key policy.model has value '{self._model}'"
+        own = {name for name, one in signature(self._apply).parameters.items() if one.kind is not one.VAR_KEYWORD}
+        for name in own & self.arguments.keys():
+            raise ConfigError(
+                f"config key policy.template_args.{name} has value {self.arguments[name]!r}, and kibitz or transformers "
+                f"sets {name} itself; remove it"
+            )
         if self._accepts((USER, QUESTION)):
             for name, value in self.arguments.items():
                 if not self._matters(name, value):

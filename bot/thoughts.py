@@ -6,7 +6,20 @@ themselves. Thoughts are recorded as sampled, and never shown, remembered or spl
 
 from dataclasses import dataclass
 
-MARKS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))  # those in use, as a tokenizer may know them
+# Those in use, as single tokens of a tokenizer or in plain text.
+MARKS = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("<thought>", "</thought>"),
+    ("<thinking>", "</thinking>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<|channel>", "<channel|>"),
+    ("◁think▷", "◁/think▷"),
+)
+CHANNEL = "<|channel|>"  # begins a thought and an answer alike, so that no pair of marks tells them apart
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING
 
 from bot.config import PolicyConfig
-from bot.errors import ConfigError
-from bot.templates import ANSWER, NEXT, Scalar, Template, trial_chat
-from bot.thoughts import MARKS, Thoughts
+from bot.errors import ConfigError, cause_of
+from bot.templates import ANSWER, NEXT, PERSONA, Scalar, Template, trial_chat
+from bot.thoughts import CHANNEL, MARKS, Thoughts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,10 +36,10 @@ class ChatTokenizer:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.model)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # it is read without a check of what is in it
             raise ConfigError(
                 f"config key policy.model has value '{self.model}', whose tokenizer cannot be loaded "
-                f"({str(error).splitlines()[0]}); name a complete model directory or hub model"
+                f"({cause_of(error)}); name a complete model directory or hub model"
             ) from error
         if not tokenizer.chat_template:
             raise ConfigError(
@@ -95,14 +95,25 @@ class ChatTokenizer:
 
     @cached_property
     def thoughts(self) -> Thoughts | None:
-        """How the model marks its thoughts; None where its vocabulary has no marks for them."""
+        """How the model marks its thoughts; None where neither its vocabulary nor its template has marks for them.
+
+        Marks of the vocabulary come first; what the template has in plain text, the model writes in plain text too.
+        """
         added = {str(token): token.special for token in self.hf.added_tokens_decoder.values()}
-        for opening, closing in MARKS:
-            if opening in added and closing in added:
-                prompt = self.template.render(trial_chat()[:1])
-                begins_open = prompt.rfind(opening) > prompt.rfind(closing)
-                return Thoughts(opening, closing, begins_open, is_special=added[opening] or added[closing])
-        return None
+        template, prompt = self.hf.get_chat_template(), self.template.render(trial_chat()[:1])
+        tokens = [pair for pair in MARKS if all(mark in added for mark in pair)]
+        written = [pair for pair in MARKS if any(mark in template for mark in pair)]
+        pair = next(iter((*tokens, *written)), None)
+        if pair is None:
+            return None
+        opening, closing = pair
+        begins_open = prompt.rfind(opening) > prompt.rfind(closing)
+        return Thoughts(opening, closing, begins_open, is_special=any(added.get(mark, False) for mark in pair))
+
+    @property
+    def has_channels(self) -> bool:
+        """Whether the template sorts what a model says into channels, as gpt-oss does."""
+        return CHANNEL in self.hf.get_chat_template()
 
     def with_thoughts(self, policy: PolicyConfig) -> PolicyConfig:
         """Give a model that thinks first `policy.thought_tokens` beside `policy.max_tokens`; others answer as configured."""
@@ -141,13 +152,24 @@ class ChatTokenizer:
         return self.hf.decode(self._encode(text)[: max(tokens, 0)]).rstrip("\ufffd")
 
     def neutralise(self, text: str) -> str:
-        """`text` in which no special token is left that a user could have typed to forge a turn."""
-        for token in self._special:
-            if token in text:
-                text = text.replace(token, token[0] + ZERO_WIDTH_SPACE + token[1:])
+        """Return `text` without the markers that a user could have typed to forge a turn or a thought."""
+        for marker in self._markers:
+            if marker in text:
+                text = text.replace(marker, marker[0] + ZERO_WIDTH_SPACE + marker[1:])
         return text
 
     @cached_property
-    def _special(self) -> list[str]:
-        added = {str(token) for token in self.hf.added_tokens_decoder.values()}
-        return sorted(added | set(self.hf.all_special_tokens), key=len, reverse=True)
+    def _markers(self) -> list[str]:
+        """The special tokens, and those of the other added tokens that the template names or writes.
+
+        The rest of the added tokens is text: Gemma's, for one, are line breaks, runs of spaces and HTML tags.
+        """
+        added = self.hf.added_tokens_decoder.values()
+        asked, answered = trial_chat()
+        chat = [{"role": "system", "content": PERSONA}, asked, answered, {"role": "user", "content": NEXT}]
+        written = self.hf.get_chat_template() + self.template.render(chat)  # some put a marker together of its parts
+        if self.thoughts is not None:
+            written += self.thoughts.opening + self.thoughts.closing
+        special = {str(token) for token in added if token.special} | set(self.hf.all_special_tokens)
+        named = {token for token in map(str, added) if token in written and token.strip() and not token.isalnum()}
+        return sorted((token for token in special | named if len(token) > 1), key=len, reverse=True)

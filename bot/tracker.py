@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bot.config import DialogueConfig
+from bot.config import PERSONA, DialogueConfig
 from bot.conversations import ConversationStore
 from bot.errors import ConfigError
 from bot.facts import sorted_out
@@ -70,8 +70,10 @@ class StateTracker:
         pair = [Message("", "", "", Role.USER), Message("", "", "", Role.ASSISTANT)]
         self._around = (tokenizer.count(self._chat(pair, "", "")) + MARGIN - self._frame) // 2  # what is around an older one
         if tokenizer.count([{"role": "system", "content": config.persona}]) > budget // 2:
+            way = "raise it" if config.persona in ("", PERSONA) else "shorten dialogue.persona, or raise it"
             raise ConfigError(
-                f"config key dialogue.persona is longer than half of policy.context_tokens ({budget}); shorten it"
+                f"config key policy.context_tokens has value {budget}, and what begins every prompt takes more than "
+                f"half; {way}"
             )
 
     def surroundings(self, message: Message, place: Conversation | None = None) -> Surroundings:

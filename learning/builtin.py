@@ -50,6 +50,7 @@ CHAT_TEMPLATE = (
     + "{% for message in rest %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+LEAST_DISK = 600 * 10**6  # bytes: the model, and room beside it
 LONGEST = 8192  # positions of the model
 # What reads best of a dozen settings: docs/experiments.md, "Sampling of the built-in model".
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 1.0, "top_k": 0}
@@ -73,11 +74,13 @@ def directory() -> Path:
 def model(tell: Callable[[str], None], progress: Progress) -> Path:
     """Return the directory of the converted model; convert it if it is not there or is damaged (about 20 s).
 
-    Raises ConfigError where the package is missing or the cache cannot be written.
+    Raises ConfigError where the package is missing, or the cache cannot be read or written.
     """
     place = directory()
     if _is_sound(place):
         return place
+    from safetensors import SafetensorError
+
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(place.with_suffix(".lock")):
@@ -87,11 +90,17 @@ def model(tell: Callable[[str], None], progress: Progress) -> Path:
                     shutil.rmtree(place)
                 else:
                     tell("converting the built-in model (once, about 20 s)")
-                _convert(_source(), place, progress)
-    except OSError as error:
+                source, free = _source(), shutil.disk_usage(place.parent).free
+                if free < LEAST_DISK:
+                    raise OSError(f"{free // 10**6} MB are free")
+                try:
+                    _convert(source, place, progress)
+                finally:
+                    shutil.rmtree(_unfinished(place), ignore_errors=True)
+    except (OSError, SafetensorError) as error:  # a disk that fills up meanwhile is an error of safetensors
         raise ConfigError(
-            f"the built-in model cannot be kept in {place.parent} ({error.strerror or error}); free 600 MB there, or name "
-            "another directory in the environment variable KIBITZ_CACHE"
+            f"the built-in model cannot be kept in {place.parent} ({getattr(error, 'strerror', None) or error}); free "
+            f"{LEAST_DISK // 10**6} MB there, or name another directory in the environment variable KIBITZ_CACHE"
         ) from error
     return place
 
@@ -124,7 +133,7 @@ def _convert(source: Path, place: Path, progress: Progress) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
-    unfinished = place.with_name(place.name + ".unfinished")
+    unfinished = _unfinished(place)
     shutil.rmtree(unfinished, ignore_errors=True)
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     step(1)
@@ -147,15 +156,28 @@ def _convert(source: Path, place: Path, progress: Progress) -> None:
     tokenizer.save_pretrained(unfinished)
     hashes = {file.name: _sha256(file) for file in sorted(unfinished.iterdir())}
     (unfinished / HASHES).write_text(json.dumps(hashes, indent=1))
+    for file in unfinished.iterdir():  # safetensors writes for its own user alone, and a cache may be shared
+        file.chmod(0o644)
     unfinished.rename(place)
     progress("converting the built-in model", len(stages), len(stages))
 
 
+def _unfinished(place: Path) -> Path:
+    return place.with_name(place.name + ".unfinished")
+
+
 def _is_sound(place: Path) -> bool:
-    """Whether the converted model is there and each of its files is as it was written."""
+    """Whether the converted model is there and each of its files is as it was written. Raises ConfigError where this user
+    may not read it: somebody else made it.
+    """
     try:
         hashes = json.loads((place / HASHES).read_text())
         return bool(hashes) and all(_sha256(place / name) == wanted for name, wanted in hashes.items())
+    except PermissionError as error:
+        raise ConfigError(
+            f"the built-in model in {place} cannot be read ({error.strerror}: {Path(error.filename).name}); let its owner "
+            "run chmod -R a+rX on it, or name another directory in the environment variable KIBITZ_CACHE"
+        ) from error
     except (OSError, ValueError, AttributeError):
         return False
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from bot.config import Config
-from bot.errors import TrainingError
+from bot.errors import TrainingError, cause_of
 from bot.vllm_server import served_dtype
 from learning.prefix import share_prefixes
 from learning.version_files import WHOLE, is_whole, weights_folder
@@ -202,9 +202,9 @@ def _pretrained(config: Config, source: str) -> "PreTrainedModel":
             f"out of memory while loading '{source}'; lower serving.memory_share so that vLLM leaves room for it, end what "
             "else uses the GPU, or set serving.sleep_while_training = true"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise TrainingError(
-            f"the base model '{source}' cannot be loaded ({str(error).splitlines()[0]}); put it back"
+            f"the base model '{source}' cannot be loaded ({cause_of(error)}); put it back, or name another"
         ) from error
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from bot import cli
 from bot.cli import announce
 from bot.config import PERSONA, Config
-from bot.model_check import check_model
+from bot.model_check import check_files, check_model
 from bot.sampling import apply_sampling_defaults, describe_sampling
 from bot.sizes import apply_size_defaults, describe_sizes
 from learning import builtin
@@ -28,6 +28,7 @@ def sized_model(config: Config, tell: Announce = announce, replays: bool = False
     model = base_model(config, tell)
     if pretraining.is_toy(model):  # the config's own defaults are the toy's
         return config, model
+    check_files(config, model)
     suits = {"persona": PERSONA, **(builtin.DIALOGUE if model == str(builtin.directory()) else {})}
     config = config.model_copy(update={"dialogue": config.dialogue.fill(suits)})
     return apply_size_defaults(apply_sampling_defaults(config, model), model, replays), model

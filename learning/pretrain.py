@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bot.config import Config, TrainingConfig
 from bot.data_directory import held
-from bot.errors import ConfigError
+from bot.errors import ConfigError, cause_of
 from bot.model_check import explain_refusal
 from bot.tokenizer import ChatTokenizer
 from learning import builtin, demo
@@ -56,7 +56,18 @@ class DemoRecipe:
 
 def is_toy(model: str) -> bool:
     """Return whether a base model, as a config names it or as `base_model` gives it, is the toy policy."""
-    return model in TOY or Path(model).name.startswith("demo-")
+    directory = Path(model)
+    return model in TOY or (directory.name.startswith("demo-") and _is_made_of(directory, DemoRecipe()))
+
+
+def _is_made_of(directory: Path, recipe: DemoRecipe) -> bool:
+    """Whether a model has the dimensions of a recipe: a name that begins alike, another model may have too."""
+    try:
+        settings = json.loads((directory / "config.json").read_text())
+        found = [settings[key] for key in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return found == ["qwen3", recipe.vocabulary, recipe.hidden, recipe.layers]
 
 
 def base_model(config: Config, tell: Callable[[str], None], progress: Progress) -> str:
@@ -76,8 +87,15 @@ def base_model(config: Config, tell: Callable[[str], None], progress: Progress) 
             with held(config.data, "train"):
                 make_demo(recipe, config.data, progress)
         return str(directory)
-    path = Path(name).expanduser()
-    if (path / "config.json").exists():
+    try:
+        path = Path(name).expanduser()
+        has_config = (path / "config.json").is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, of nobody's home, or no path at all
+        raise ConfigError(
+            f"config key policy.model has value '{name[:80]}', which is no path ({cause_of(error)}); name a model's "
+            "directory, a hub model (owner/name), 'builtin' or 'toy'"
+        ) from error
+    if has_config:
         return str(path.absolute())
     if path.is_absolute() or name.startswith(".") or path.exists() or name.count("/") > 1:
         raise ConfigError(
@@ -88,13 +106,20 @@ def base_model(config: Config, tell: Callable[[str], None], progress: Progress) 
 
     try:
         AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the hub's, the network's, or the checks of an architecture
         explain_refusal(name, error)
         raise ConfigError(
             f"config key policy.model has value '{name}', which is neither a directory nor a hub model that can be "
-            "reached; check the name and the network, download it first, or use 'builtin'"
+            f"used ({_first_cause(error)}); check the name and the network, download it first, or use 'builtin'"
         ) from error
     return name
+
+
+def _first_cause(error: BaseException) -> str:
+    """What began a chain of errors: transformers says of many an answer of the hub only that it could not connect."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return cause_of(error)
 
 
 def quiet() -> None:

@@ -23,7 +23,7 @@ from bot.config import Config, load
 from bot.data_directory import is_held
 from bot.doctor import Check, Skipped
 from bot.errors import KibitzError, ServingError, TrainingError
-from bot.model_check import check_architecture, check_context, check_disk, check_memory, check_tokenizer, check_weights
+from bot.model_check import check_architecture, check_context, check_disk, check_files, check_memory, check_tokenizer
 from bot.model_shape import read_shape
 from bot.policy import Policy
 from bot.tokenizer import ChatTokenizer
@@ -77,7 +77,7 @@ class SelfTest:
     def check_files(self) -> str:
         """Check that the model is there, with whole weights and an architecture that is served and trained."""
         self.config, model = self._find()
-        check_weights(self.config, model)
+        check_files(self.config, model)
         shape = read_shape(model)
         check_architecture(self.config, model)
         check_context(self.config, shape)

@@ -1,7 +1,11 @@
 """The built-in chat model: converted once for each user, checked by hash, and speaking as kibitz."""
 
 import json
+import os
+import resource
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -57,6 +61,7 @@ def test_a_damaged_conversion_is_made_anew_and_that_is_said(cache, damage):
     assert "damaged; converting it anew" in said[0]
     assert stages >= {(0, 4), (3, 4), (4, 4)}
     assert weights.read_bytes() == whole
+    assert all(path.stat().st_mode & 0o444 == 0o444 for path in builtin.directory().iterdir()), "everybody may read it"
     assert [path.name for path in cache.iterdir() if path.is_dir()] == [builtin.directory().name]
 
 
@@ -78,6 +83,52 @@ def test_a_cache_that_cannot_be_written_is_told_in_a_line(tmp_path, monkeypatch)
     monkeypatch.setenv("KIBITZ_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(ConfigError, match="KIBITZ_CACHE"):
         builtin.model(quiet, quiet)
+
+
+@contextmanager
+def another_user() -> Iterator[None]:
+    """Inside, we are somebody who may not read what root keeps to itself; without root, ourselves."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_a_conversion_that_this_user_may_not_read_is_not_called_damaged(cache):
+    weights = builtin.directory() / "model.safetensors"
+    weights.chmod(0)
+    with (
+        another_user(),
+        pytest.raises(ConfigError, match=r"cannot be read \(Permission denied: .*\); let its owner run chmod"),
+    ):
+        builtin.model(quiet, quiet)
+    weights.chmod(0o600)
+    assert builtin.model(quiet, quiet) == builtin.directory(), "the control"
+
+
+def test_a_cache_without_room_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("KIBITZ_CACHE", str(tmp_path))
+    monkeypatch.setattr(builtin, "LEAST_DISK", 2**60)
+    with pytest.raises(ConfigError, match=r"\(\d+ MB are free\); free .* MB there, or name .*KIBITZ_CACHE"):
+        builtin.model(quiet, quiet)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_a_cache_that_fills_up_meanwhile_is_told_in_a_line(tmp_path, monkeypatch):
+    """A limit on the size of a file stands for a full disk: safetensors meets both alike."""
+    monkeypatch.setenv("KIBITZ_CACHE", str(tmp_path))
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 10**6, usual[1]))
+    try:
+        with pytest.raises(ConfigError, match=r"cannot be kept in .*; free .*KIBITZ_CACHE"):
+            builtin.model(quiet, quiet)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()], "nothing half-written takes the rest of the room"
 
 
 def test_it_speaks_as_kibitz_whatever_it_is_given(builtin_model):

@@ -36,8 +36,18 @@ def test_an_error_for_people_is_a_row_with_what_to_do():
     ]
     assert not works(rows)
     assert works(rows[1:])
-    with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
-        examine([("bug", lambda: str(1 / 0))])
+
+
+def test_a_check_that_breaks_off_is_a_row_and_the_rest_is_looked_at():
+    rows = examine([("bug", lambda: str(1 / 0)), ("house", lambda: "stands")])
+    found = "the check broke off (ZeroDivisionError: division by zero)"
+    assert rows == [Row("bug", "not", found, "report this as a bug of kibitz"), Row("house", "ok", "stands")]
+    with pytest.raises(KeyboardInterrupt):  # the control: what is no error of a check ends it
+        examine([("interrupted", interrupt)])
+
+
+def interrupt() -> str:
+    raise KeyboardInterrupt
 
 
 def test_the_machine_that_passes_these_tests_is_well(config):

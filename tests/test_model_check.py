@@ -1,10 +1,13 @@
 """Models that cannot be served or trained: the demo policy with one thing broken, and one line for each."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -14,9 +17,12 @@ from bot import model_check
 from bot.accelerator import GIB, Card
 from bot.architectures import is_served, is_trained, takes_adapters, vllm_table
 from bot.config import Config, load
-from bot.errors import ConfigError
-from bot.model_check import check_disk, check_download, check_memory, check_model, explain_refusal
+from bot.errors import ConfigError, TrainingError
+from bot.model_check import check_architecture, check_disk, check_download, check_memory, check_model, explain_refusal
 from bot.model_shape import read_shape
+from learning.model import served as load_served
+from learning.model_choice import sized_model, with_model
+from learning.pretrain import is_toy
 
 ASKED = [
     "LlamaForCausalLM",
@@ -51,6 +57,41 @@ def refused(model: Path, wanted: str, **keys) -> None:
     assert ";" in str(error.value), "it says what to do"
 
 
+CONFIGS = {
+    "a list": "[1]",
+    "no JSON": "{",
+    "a dtype that torch does not have": {"dtype": "bf17"},
+    "a number as a text": {"num_hidden_layers": "three"},
+    "heads that do not divide the width": {
+        **{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 640},
+        **{"num_attention_heads": 9, "num_key_value_heads": 9, "head_dim": None},
+    },
+}
+
+
+@pytest.mark.parametrize("what", CONFIGS)
+def test_a_config_that_cannot_be_used_is_one_line_whoever_reads_it_first(model, what):
+    made = CONFIGS[what]
+    if isinstance(made, str):
+        (model / "config.json").write_text(made)
+    else:
+        change(model / "config.json", **made)
+    refused(model, r"config\.json cannot be used")
+    with pytest.raises(ConfigError, match=r"config\.json cannot be used"):
+        sized_model(configured(model), lambda line: None)
+
+
+def test_an_architecture_that_is_a_text(model):
+    change(model / "config.json", architectures="Qwen3ForCausalLM")
+    refused(model, "architectures 'Qwen3ForCausalLM', which is no list")
+
+
+@pytest.mark.parametrize(("file", "content"), [("tokenizer.json", "{}"), ("tokenizer_config.json", "[]")])
+def test_a_tokenizer_that_cannot_be_loaded(model, file, content):
+    (model / file).write_text(content)
+    refused(model, "whose tokenizer cannot be loaded")
+
+
 def test_the_demo_policy_is_served_and_trained_here(model):
     check_model(configured(model), str(model))
 
@@ -63,9 +104,102 @@ def test_weights_that_are_gone_or_cut_off(model):
     refused(model, "there are no weights")
 
 
+def cut(file: Path, count: int) -> None:
+    file.write_bytes(file.read_bytes()[:count])
+
+
+def shard(model: Path, kind: str = "safetensors") -> list[Path]:
+    """Put an index with two shards, of which the second is not there, in the place of the weights."""
+    whole, name = model / "model.safetensors", "model" if kind == "safetensors" else "pytorch_model"
+    parts = [model / f"{name}-{number}-of-2.{kind}" for number in (1, 2)]
+    index = {"weight_map": {str(number): part.name for number, part in enumerate(parts)}}
+    name = "model.safetensors" if kind == "safetensors" else "pytorch_model.bin"
+    (model / f"{name}.index.json").write_text(json.dumps(index))
+    whole.rename(parts[0])
+    return parts
+
+
+def header(file: Path, content: str) -> None:
+    file.write_bytes(len(content).to_bytes(8, "little") + content.encode())
+
+
+DAMAGES = {
+    "half": (lambda file: cut(file, file.stat().st_size // 2), "download it again"),
+    "without its last byte": (lambda file: cut(file, file.stat().st_size - 1), "download it again"),
+    "empty": (lambda file: cut(file, 0), "download it again"),
+    "a link that leads nowhere": (lambda file: (file.unlink(), file.symlink_to("nowhere")), "download it again"),
+    "a pointer of Git LFS": (
+        lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        "it is a Git LFS pointer.*run git lfs pull",
+    ),
+    "a header that is a list": (lambda file: header(file, "[1]     "), "download it again"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_weights_that_are_not_whole_are_told_as_such_whoever_reads_them_first(model, damage):
+    harm, wanted = DAMAGES[damage]
+    harm(model / "model.safetensors")
+    refused(model, rf"model\.safetensors cannot be read .*{wanted}")
+    with pytest.raises(ConfigError, match=rf"model\.safetensors cannot be read .*{wanted}"):
+        sized_model(configured(model), lambda line: None)
+
+
+def test_shards_that_are_missing_and_weights_without_tensors(model):
+    weights = model / "model.safetensors"
+    whole = weights.read_bytes()
+    parts = shard(model)
+    refused(model, r"model-2-of-2\.safetensors cannot be read .*download it again")
+    parts[0].unlink()
+    (model / "model.safetensors.index.json").write_text("[]")
+    refused(model, r"index\.json cannot be read .*download it again")
+    header(weights, '{"__metadata__":{}} ')
+    refused(model, "have no tensors; download it again")
+    weights.unlink()
+    (model / "model.safetensors.index.json").unlink()
+    (model / "adapter_model.safetensors").write_bytes(whole)
+    refused(model, "there are no weights")
+
+
+def test_weights_that_torch_saved_are_whole_archives(model):
+    import torch
+
+    weights = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    file = model / "pytorch_model.bin"
+    torch.save(weights, file)
+    check_model(configured(model), str(model))
+    cut(file, file.stat().st_size - 1)
+    refused(model, r"pytorch_model\.bin cannot be read .*cut off")
+    cut(file, 0)
+    refused(model, r"pytorch_model\.bin cannot be read .*cut off")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "has"), [("vocab_size", 1600, 1536), ("hidden_size", 256, 128), ("num_hidden_layers", 5, 3)]
+)
+def test_a_config_that_belongs_to_other_weights(model, key, value, has):
+    layers = {"layer_types": ["full_attention"] * value} if key == "num_hidden_layers" else {}
+    change(model / "config.json", **{key: value}, **layers)
+    refused(model, f"has {key} {value}, its weights have {has}; take the config")
+
+
 def test_a_config_that_says_nothing(model):
     change(model / "config.json", hidden_size=None)
     refused(model, r"config\.json cannot be used")
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "fp8", "bitsandbytes", "compressed-tensors"])
+def test_a_quantized_model_is_refused_before_anything_starts(model, method):
+    change(model / "config.json", quantization_config={"quant_method": method, "bits": 4})
+    with pytest.raises(ConfigError, match=rf"is quantized \({method}\), .*; name that model"):
+        check_architecture(configured(model), str(model))
+
+
+def test_a_package_that_a_model_needs_to_be_trained_is_one_line(model):
+    change(model / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(TrainingError, match=r"cannot be loaded \(ImportError: .*\); put it back"):
+        load_served(configured(model), str(model))
 
 
 def test_an_architecture_that_transformers_does_not_train(model):
@@ -87,6 +221,9 @@ def test_an_architecture_that_vllm_does_not_know(model):
 
 def test_a_context_that_is_longer_than_the_model_reads(model):
     refused(model, "reads 4096 tokens; lower policy.context_tokens to 3968", policy={"context_tokens": 8000})
+    refused(model, "; lower policy.max_tokens to 3072$", policy={"max_tokens": 10**6})
+    check_model(configured(model, policy={"max_tokens": 3072}), str(model))
+    refused(model, "; lower both to 2048$", policy={"max_tokens": 10**6, "context_tokens": 10**6})
 
 
 def test_a_tokenizer_without_a_chat_template_and_with_one_that_fails(model):
@@ -104,6 +241,7 @@ def test_a_tokenizer_that_has_grown(model):
     name = next(name for name in tensors if name.endswith("embed_tokens.weight"))
     tensors[name] = tensors[name][:-100].clone()
     save_file(tensors, file, metadata={"format": "pt"})
+    change(model / "config.json", vocab_size=len(tensors[name]))
     refused(model, r"tokenizer has \d+ tokens, its embedding \d+ rows; take the tokenizer")
 
 
@@ -174,3 +312,49 @@ def test_what_transformers_trains():
     assert is_trained("qwen3")
     assert not is_trained("t5")
     assert is_served("LlamaForCausalLM", "not asked")
+
+
+@pytest.mark.parametrize("name", ["~nobody-has-this-name/x", "x" * 300, "a\0b"])
+def test_a_name_that_is_no_path_is_told_in_a_line(tmp_path, name):
+    with pytest.raises(ConfigError, match=r"policy\.model has value '.*; ") as error:
+        with_model(load(data_dir=str(tmp_path), policy={"model": name}), lambda line: None)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("answer", "said"), [(429, "429"), (404, "404")])
+def test_what_a_hub_answers_is_quoted(tmp_path, answer, said):
+    """A server on this machine stands for the hub; transformers and huggingface_hub are the real ones."""
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_error(answer)
+
+        do_GET = do_HEAD
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        place = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+        code = (
+            "from bot.config import load\nfrom bot.errors import ConfigError\nfrom learning.model_choice import base_model\n"
+            "try:\n    base_model(load(policy={'model': 'owner/name'}), print)\n"
+            "except ConfigError as error:\n    print('told', error)\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | place, cwd=tmp_path
+        )
+        hub.shutdown()
+    (told,) = [line for line in done.stdout.splitlines() if line.startswith("told ")]
+    assert said in told
+    assert "owner/name" in told
+
+
+def test_a_model_that_only_has_a_name_like_the_toys_is_no_toy(model, demo_model):
+    other = model.rename(model.with_name("demo-of-mine"))
+    assert is_toy(demo_model)
+    assert is_toy("toy")
+    change(other / "config.json", vocab_size=32000)
+    assert not is_toy(str(other))
+    assert not is_toy("demo-of-nobody")

@@ -6,6 +6,7 @@ import pytest
 from conftest import answered, react
 
 from bot.config import load
+from bot.errors import ConfigError
 from bot.sampling import advised, apply_sampling_defaults, is_truncated
 from learning import builtin
 from learning.replay_buffer import ReplayBuffer
@@ -48,3 +49,31 @@ def test_what_was_drawn_from_a_truncated_distribution_is_learned_from_without_it
     (found,) = ReplayBuffer(store, tokenizer, config).snapshot().rated
     assert found.completion_ids == turn.completion_ids
     assert (found.logprobs is None) == bool(cut) == is_truncated(turn.sampling)
+
+
+@pytest.mark.parametrize(
+    "advice",
+    [
+        *({"temperature": value} for value in (0, 0.0, -1, 9, float("nan"), float("inf"), True, "0.7", [0.7])),
+        *({"top_p": value} for value in (0, 1.5, -0.1)),
+        *({"min_p": value} for value in (1, 1.0, -0.5)),
+        *({"top_k": value} for value in (50.5, -1, "50", True)),
+    ],
+    ids=str,
+)
+def test_advice_that_nobody_can_follow_is_refused_unless_the_operator_says_otherwise(tmp_path, advice):
+    model = model_with(tmp_path, advice, "llama")
+    (key,) = advice
+    with pytest.raises(ConfigError, match=rf"generation_config\.json has {key} .*set policy\.{key} yourself") as error:
+        apply_sampling_defaults(load(policy={"model": model}), model)
+    assert "\n" not in str(error.value)
+    said = load(policy={"model": model, key: {"temperature": 0.5, "top_p": 0.9, "min_p": 0.1, "top_k": 7}[key]})
+    assert apply_sampling_defaults(said, model).policy.sampling[key] == getattr(said.policy, key)
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", "3", '"text"'])
+def test_advice_that_is_no_json_object_is_refused(tmp_path, content):
+    model = model_with(tmp_path, None, "llama")
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"its generation_config\.json cannot be read \(.*\); correct it"):
+        advised(model)

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import re
+from dataclasses import replace
 
 import pytest
 from conftest import answered, react, shared
@@ -11,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from platforms import DiscordPlatform, Platform, SlackPlatform, WebPlatform
 
-from bot.config import PolicyConfig
+from bot.config import PolicyConfig, load
 from bot.dialogue import NO_ANSWER, DialogueManager, spoken
-from bot.errors import TemplateError
+from bot.errors import ConfigError, TemplateError
+from bot.model_check import check_tokenizer
+from bot.model_shape import read_shape
 from bot.policy import Policy
 from bot.thoughts import ThoughtFilter, Thoughts
 from bot.tokenizer import ChatTokenizer
@@ -98,6 +101,38 @@ def test_a_turn_with_a_thought_is_learned_from_as_it_was_sampled(name, store, co
     found = ReplayBuffer(store, tokenizer, config).snapshot()
     assert [one.completion_ids for one in found.rated] == [tuple(ids)]
     assert found.dropped["its token ids are those of another tokenizer"] == 1, "the control"
+
+
+@pytest.mark.parametrize("is_token", [True, False])
+@pytest.mark.parametrize(
+    ("opening", "closing"),
+    [("<think>", "</think>"), ("<seed:think>", "</seed:think>"), ("<thought>", "</thought>"), ("[THINK]", "[/THINK]")],
+)
+@pytest.mark.parametrize("begins_open", [True, False])
+def test_marks_are_known_by_the_vocabulary_or_by_the_template(demo_model, tmp_path, opening, closing, is_token, begins_open):
+    thinker = FAMILIES["a thinker"]
+    source = thinker.template.replace("<think>", opening if begins_open else f"{opening}{closing}")
+    tokens = ["<|bot|>", "<|person|>", *((opening, closing) if is_token else ())]
+    family = replace(thinker, template=source, special=tokens)
+    tokenizer = ChatTokenizer(make_tokenizer(demo_model, family, tmp_path / "tokenizer"))
+    assert tokenizer.thoughts == Thoughts(opening, closing, begins_open, is_special=is_token)
+    said = f"hm, a greeting{closing}\n\nHello" if begins_open else f"{opening}hm, a greeting{closing}\n\nHello"
+    assert tokenizer.answer_text([*tokenizer.hf.encode(said), tokenizer.hf.eos_token_id]) == "Hello"
+
+
+def test_a_model_that_answers_in_channels_is_refused(demo_model, tmp_path):
+    template = (
+        "{% for said in messages %}<|start|>{{ said.role }}{% if said.role == 'assistant' %}<|channel|>final{% endif %}"
+        "<|message|>{{ said.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+    )
+    family = Family(template, "<|end|>", "<|return|>", None, ["<|start|>", "<|channel|>", "<|message|>"])
+    model = make_tokenizer(demo_model, family, tmp_path / "tokenizer")
+    shape = replace(read_shape(demo_model), vocabulary=10**6)
+    with pytest.raises(ConfigError, match=r"answers in channels \(<\|channel\|>\), .*; name a model"):
+        check_tokenizer(load(policy={"model": model}), model, shape)
+    plain = replace(family, template=template.replace("<|channel|>final", ""))
+    model = make_tokenizer(demo_model, plain, tmp_path / "tokenizer")
+    assert check_tokenizer(load(policy={"model": model}), model, shape).thoughts is None, "the control"
 
 
 def thinking(name: str) -> dict[str, bool]:

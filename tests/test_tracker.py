@@ -5,7 +5,7 @@ from conftest import answered
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bot.config import DialogueConfig
+from bot.config import PERSONA, DialogueConfig
 from bot.dialogue import cleaned
 from bot.errors import ConfigError
 from bot.memory import Memory
@@ -112,3 +112,11 @@ def test_a_typed_special_token_is_a_special_token_before_it_is_neutralised(token
 def test_a_persona_that_fills_the_prompt_is_refused(store, tokenizer, recall):
     with pytest.raises(ConfigError, match=r"dialogue\.persona"):
         StateTracker(store, tokenizer, recall, DialogueConfig(persona="kind " * 200), 128)
+
+
+@pytest.mark.parametrize("persona", ["", PERSONA])
+def test_a_context_that_the_template_alone_fills_is_not_blamed_on_a_persona_that_nobody_set(
+    store, tokenizer, recall, persona
+):
+    with pytest.raises(ConfigError, match=r"policy\.context_tokens has value 8, .*; raise it$"):
+        StateTracker(store, tokenizer, recall, DialogueConfig(persona=persona), 8)
