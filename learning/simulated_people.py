@@ -3,6 +3,7 @@
 Each kind has a deterministic utility over texts, in [-1, 1], that a program can check. It knows no policy and no training.
 """
 
+import inspect
 import re
 import runpy
 from collections.abc import Callable
@@ -116,7 +117,10 @@ def usual(is_toy: bool) -> Usual:
 
 
 def users(name: str) -> Utility:
-    """The utility of built-in users, or the `utility(prompt, reply)` of a Python file."""
+    """Return the utility of built-in users, or the `utility(prompt, reply)` of a Python file, which is tried at once.
+
+    Raises ConfigError where there is none, where it fails, or where it returns no number in [-1, 1]; later too.
+    """
     if name in USERS:
         return USERS[name]
     path = Path(name)
@@ -126,8 +130,35 @@ def users(name: str) -> Utility:
         )
     try:
         found = runpy.run_path(str(path)).get("utility")
-    except Exception as error:  # whatever the user's own file raises
-        raise ConfigError(f"--users {name}: the file does not run ({type(error).__name__}: {error}); mend it") from error
-    if not callable(found):
+    except (Exception, SystemExit) as error:  # whatever the user's own file raises
+        raise ConfigError(f"--users {name}: the file does not run ({describe_exception(error)}); fix it") from error
+    if not callable(found) or inspect.iscoroutinefunction(found):
         raise ConfigError(f"--users {name}: has no function utility(prompt: str, reply: str) -> float; add it")
-    return found
+    checked = check_calls(name, found)
+    for reply in ("Hello! How are you?", ""):
+        checked("hello", reply)
+    return checked
+
+
+def check_calls(name: str, utility: Callable[[str, str], object]) -> Utility:
+    """Wrap a function of somebody else's file: each call returns a number in [-1, 1] or raises ConfigError."""
+
+    def checked(prompt: str, reply: str) -> float:
+        try:
+            value = utility(prompt, reply)
+        except (Exception, SystemExit) as error:
+            raise ConfigError(
+                f"--users {name}: utility({prompt!r}, {reply!r}) failed ({describe_exception(error)}); fix it"
+            ) from error
+        if not isinstance(value, int | float) or not -1 <= value <= 1:
+            raise ConfigError(
+                f"--users {name}: utility({prompt!r}, {reply!r}) returned {value!r}; return a number in [-1, 1]"
+            )
+        return float(value)
+
+    return checked
+
+
+def describe_exception(error: BaseException) -> str:
+    """Name an exception and what it says, in one line."""
+    return f"{type(error).__name__}: {error}"

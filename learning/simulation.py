@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bot.dialogue import DialogueManager, ReplyOptions
-from bot.errors import ConfigError, NothingToLearn, ProbeFailed
+from bot.errors import NothingToLearn, ProbeFailed
 from bot.policy import Policy
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Reply, Turn, new_id
 from learning.evaluation import is_well_formed, mean_interval
@@ -124,7 +124,7 @@ class Simulation:
             place = await self.dialogue.open(Conversation("simulation", channel=new_id()))
             turn = await self.dialogue.respond(Message(place.id, user, text), ReplyOptions(seed=seed))
             if attention < self.people.reaction_rate:
-                approves = taste < 1 / (1 + math.exp(-DECISIVENESS * self._utility(text, turn.text)))
+                approves = taste < 1 / (1 + math.exp(-DECISIVENESS * self.people.utility(text, turn.text)))
                 approves ^= slip < self.people.noise
                 await self._react(turn, user, approves)
                 given.append(approves)
@@ -200,7 +200,7 @@ class Simulation:
         every = [reply for those in replies.values() for reply in those.values()]
         return Answered(
             utilities={
-                prompt: sum(self._utility(prompt, reply.text) for reply in those.values()) / len(those)
+                prompt: sum(self.people.utility(prompt, reply.text) for reply in those.values()) / len(those)
                 for prompt, those in replies.items()
             },
             first={prompt: those[0].text for prompt, those in replies.items()},
@@ -222,12 +222,6 @@ class Simulation:
         async with asyncio.TaskGroup() as group:
             for job in work:
                 group.create_task(one(job))
-
-    def _utility(self, prompt: str, reply: str) -> float:
-        value = self.people.utility(prompt, reply)
-        if not isinstance(value, int | float) or not -1 <= value <= 1:
-            raise ConfigError(f"--users: utility({prompt!r}, …) returned {value!r}; it must return a number in [-1, 1]")
-        return float(value)
 
 
 def figures(played: Simulation, model: str) -> dict[str, Any]:

@@ -19,11 +19,14 @@ from pathlib import Path
 import pytest
 from conftest import answered, react
 
+import bot.__main__  # noqa: F401 (it adds the commands)
 from bot import cli
 from bot.cli import interruptible
 from bot.conversations import ConversationStore
 from bot.data_directory import held
 from bot.database import Database
+from bot.errors import ConfigError
+from learning import simulated_people
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
@@ -86,8 +89,30 @@ def test_users_of_a_file_must_give_a_number_between_minus_one_and_one(tmp_path, 
     users = tmp_path / "users.py"
     users.write_text("def taste(prompt, reply): return 0")
     refused(here("simulate", "--config", config, "--users", users), "no function utility")
-    users.write_text("1 / 0")
-    refused(here("simulate", "--config", config, "--users", users), "ZeroDivisionError")
+    for text, wanted in (
+        ("1 / 0", "ZeroDivisionError"),
+        ("import sys\nsys.exit(0)", "SystemExit: 0"),
+        ("async def utility(prompt, reply): return 0", "no function utility"),
+        ("def utility(prompt): return 0", "TypeError: utility() takes 1 positional argument"),
+        ("def utility(prompt, reply): return 1 / len(reply)", "utility('hello', '') failed (ZeroDivisionError"),
+        ("import sys\ndef utility(prompt, reply): sys.exit(0)", "SystemExit: 0"),
+        ("def utility(prompt, reply): return 2", "returned 2; return a number in [-1, 1]"),
+        ("def utility(prompt, reply): return float('nan')", "returned nan"),
+        ("def utility(prompt, reply): pass", "returned None"),
+    ):
+        users.write_text(text)
+        done = here("simulate", "--config", config, "--users", users)
+        refused(done, wanted)
+        assert not done.stdout, "nothing was started"
+
+
+def test_users_of_a_file_that_fail_later_are_told_as_well(tmp_path):
+    users = tmp_path / "users.py"
+    users.write_text("def utility(prompt, reply): return {'hello': 0.5}[prompt]")
+    utility = simulated_people.users(str(users))
+    assert utility("hello", "Hi!") == 0.5
+    with pytest.raises(ConfigError, match=r"utility\('bye', 'Hi!'\) failed \(KeyError: 'bye'\); fix it"):
+        utility("bye", "Hi!")
 
 
 def test_a_port_in_use_and_a_second_kibitz_are_refused(tmp_path, demo_model):
