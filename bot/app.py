@@ -18,6 +18,7 @@ from bot.data_directory import HEALTH, held
 from bot.database import Database
 from bot.deliveries import Deliveries
 from bot.dialogue import DialogueManager
+from bot.errors import ServingError
 from bot.forgetting import forget_again, forget_person, remove_purged
 from bot.policy import Policy
 from bot.reactions import Reactions
@@ -61,13 +62,13 @@ class Kibitz:
 async def running(config: Config, model: str, tell: Announce, may_change: bool = False) -> AsyncIterator[Kibitz]:
     """A kibitz that serves: database, vLLM at the live version, dialogue. Everything is stopped at the end.
 
-    A data directory whose versions come from another base model is refused, unless the model `may_change`.
+    A data directory whose versions come from another base model is refused, unless the model `may_change`: then it takes
+    its place once vLLM has generated a token with it.
     """
     with held(config.data, "serve"):
         database, store, registry = cli.opened(config)
-        base = registry.ensure_base(model, may_change)
-        if foreign := registry.foreign():
-            tell(f"policy.model was changed: {base.name} is {model}; {len(foreign)} versions of another serve no more")
+        if not may_change:
+            registry.check_base(model)
         if again := forget_again(database, registry):
             tell(f"the database is older than what was forgotten since: {again} people and messages are forgotten again")
         remove_purged(registry)
@@ -80,7 +81,7 @@ async def running(config: Config, model: str, tell: Announce, may_change: bool =
         server = None if config.serving.url else VllmServer(served, model)
         url = config.serving.url if server is None else server.url
         thinks = tokenizer.end_ids, tokenizer.thoughts
-        policy = Policy(url, served.policy, config.serving.reply_seconds, key, *thinks, base.name)
+        policy = Policy(url, served.policy, config.serving.reply_seconds, key, *thinks)
         health = Health(tell, config.data / HEALTH)
         deployment = Deployment(policy, registry, config, tell)
         try:
@@ -89,8 +90,12 @@ async def running(config: Config, model: str, tell: Announce, may_change: bool =
                 tell(f"starting vLLM (its log: {server.log})")
             async with asyncio.TaskGroup() as group:
                 group.create_task(recall.ready())
-                if server is not None:
-                    group.create_task(server.start(policy))
+                group.create_task(_reach(policy, config) if server is None else server.start(policy))
+            base = registry.ensure_base(model, may_change)
+            policy.name_base(base.name)
+            if foreign := registry.foreign():
+                changed = f"policy.model was changed: {base.name} is {model}, and {registry.live().name} is live"
+                tell(f"{changed}; {len(foreign)} versions of another model serve again only when it comes back")
             async with background_tasks() as start:
                 dialogue = DialogueManager(store, tracker, policy)
                 readiness = Readiness(looks_at(policy, database, config.data))
@@ -111,6 +116,13 @@ async def running(config: Config, model: str, tell: Announce, may_change: bool =
                 await server.stop()
             recall.close()
             database.close()
+
+
+async def _reach(policy: Policy, config: Config) -> None:
+    """Have a vLLM that is not ours generate a token. Raises ServingError where it does not."""
+    await policy.connect()
+    if not await policy.ready(config.serving.reply_seconds):
+        raise ServingError(f"the vLLM at {policy.url} generates no token; see its log")
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:

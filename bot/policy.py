@@ -57,9 +57,7 @@ class Policy:
         self.config = config
         self.end_ids = sorted(end_ids)
         self.thoughts = thoughts
-        self.base = base
-        self.version = base
-        self.weights: str | None = base  # None: not known
+        self.name_base(base)
         self.takes_weights = False
         self.is_asleep = False
         self.exact_tokens: int | None = None  # see `exactly`
@@ -74,6 +72,12 @@ class Policy:
         self._in_flight: Counter[str] = Counter()
         self._is_held = False
         self._changed = asyncio.Condition()  # of the two above
+
+    def name_base(self, base: str) -> None:
+        """Say which version the server's own model is. Only before anybody is answered."""
+        self.base = base
+        self.version = base
+        self.weights: str | None = base  # None: not known
 
     async def reply(
         self,

@@ -16,6 +16,7 @@ from sqlalchemy.exc import IntegrityError
 from bot.database import Database
 from bot.errors import RegistryError, VerdictOutdated
 from bot.fingerprint import fingerprint_model
+from bot.lineage import LIVE_BEFORE, find_base, is_same_base, last_live, servable_before
 from bot.sources import people_behind
 from bot.tables import chunks, policies, run_feedback, run_followups, run_teachers, runs, switches
 from bot.types import Person, PolicyState, PolicyVersion, new_id, now
@@ -35,7 +36,7 @@ MAY_SERVE = {S.CANDIDATE, S.CANARY, S.LIVE, S.RETIRED}
 BASE = "policy-0"  # the first base model; each that takes its place has a name of its own
 LEARNING_PAUSED = "learning paused"  # the name of a switch
 DEPLOY = "deploy "  # the name of a switch, with that of a version after it
-_BASES = sa.select(policies).where(policies.c.parent.is_(None)).order_by(policies.c.number.desc())  # the one in use first
+_BASES = sa.select(policies).where(policies.c.parent.is_(None)).order_by(policies.c.number.desc())  # the newest first
 
 
 class PolicyRegistry:
@@ -44,48 +45,53 @@ class PolicyRegistry:
     def __init__(self, database: Database):
         self.database = database
 
+    def check_base(self, base_model: str) -> None:
+        """Raise RegistryError where this data directory's versions come from another base model."""
+        with self.database.read() as connection:
+            if connection.execute(_BASES).first() is not None:
+                _check_base(connection, base_model)
+
     def ensure_base(self, base_model: str, may_change: bool = False) -> PolicyVersion:
         """Return the version that is the base model itself, live from the start; made now if there is none.
 
         Where the versions come from another base model, it is refused unless it `may_change`: then the new one goes live
-        under a name of its own, and nothing that was trained on the other serves again. What people said stays.
+        under a name of its own, and nothing that was trained on the other serves until that model comes back. A model that
+        comes back has its old name, and what was live when it went is live again. What people said stays.
         """
         weights = fingerprint_model(base_model)
         with self.database.begin() as connection:
-            row = connection.execute(_BASES).first()
-            if row is None:
+            bases = [_version(row) for row in connection.execute(_BASES)]
+            if not bases:
                 version = PolicyVersion(BASE, None, base_model, base_model, S.LIVE, sha256=weights)
                 connection.execute(policies.insert().values(number=0, **asdict(version)))
                 return version
-            found = _version(row)
-            if _is_same_base(found, base_model, weights):
-                if found.sha256 != weights:  # made before fingerprints were kept, or of a model that was not here
-                    connection.execute(policies.update().where(policies.c.name == found.name).values(sha256=weights))
-                return replace(found, sha256=weights)
-            if not may_change:
-                raise RegistryError(
-                    f"the model is '{base_model}', but this data directory's versions come from '{found.base_model}'; set "
-                    "policy.model (or --model) back, or use another --data-dir"
-                )
-            for version in _all(connection):
-                if version.state == S.LIVE:
-                    _move(connection, version.name, S.RETIRED)
-                elif version.state in (S.CANDIDATE, S.CANARY):
-                    outcome = {"outcome": "the base model was changed"}
-                    _move(connection, version.name, S.REJECTED, metrics=version.metrics | outcome)
+            current = _base(connection) if may_change else _check_base(connection, base_model)
+            if is_same_base(current, base_model, weights):
+                if current.sha256 != weights:  # made before fingerprints were kept, or of a model that was not here
+                    connection.execute(policies.update().where(policies.c.name == current.name).values(sha256=weights))
+                return replace(current, sha256=weights)
+            _set_aside(connection, current)
+            back = next((base for base in bases if is_same_base(base, base_model, weights)), None)
+            if back is not None:
+                _move(connection, last_live(back, _all(connection)).name, S.LIVE)
+                return next(version for version in _all(connection) if version.name == back.name)
             number = _next_number(connection)
             version = PolicyVersion(f"policy-{number}", None, base_model, base_model, S.LIVE, sha256=weights)
             connection.execute(policies.insert().values(number=number, **asdict(version)))
         return version
 
     def base(self) -> PolicyVersion:
-        """Return the base model's own version: the newest, where the base model was changed."""
+        """Return the base model's own version: that of the live version, where the base model was changed."""
         with self.database.read() as connection:
             return _base(connection)
 
     def foreign(self) -> set[str]:
-        """Return the names of versions that come from an earlier base model."""
-        return _foreign(self.all())
+        """Return the names of versions that come from another base model than the live one."""
+        versions = self.all()
+        if not versions:
+            return set()
+        base = find_base(next(version for version in versions if version.state == S.LIVE), versions)
+        return {version.name for version in versions if find_base(version, versions) != base}
 
     def reserve(self, parent: PolicyVersion, policies_dir: Path) -> PolicyVersion:
         """A new version in state TRAINING, with a name and a directory that were never used before."""
@@ -138,9 +144,13 @@ class PolicyRegistry:
         """Take the live version back; return it and the newest before it that may serve, which is live now."""
         with self.database.begin() as connection:
             live = _live(connection)
-            back = _servable_before(live, _all(connection))
+            back = servable_before(live, _all(connection))
             if back is None:
-                raise RegistryError(f"{live.name} is live and has replaced nothing: there is no version to go back to")
+                others = [version for version in _all(connection) if version.is_base and version.name != live.name]
+                raise RegistryError(
+                    f"{live.name} is live and has replaced nothing: there is no version to go back to"
+                    + (f"; to have {others[-1].base_model} back, set policy.model and start kibitz again" if others else "")
+                )
             return _move(connection, live.name, S.RETIRED), _move(connection, back.name, S.LIVE)
 
     def purge(self, connection: sa.Connection, person: Person) -> list[PolicyVersion]:
@@ -296,44 +306,13 @@ def withdraw(connection: sa.Connection, names: Collection[str]) -> list[PolicyVe
     versions = _all(connection)
     live = next((version for version in versions if version.state == S.LIVE), None)
     if live is not None and live.name in names:
-        back = _servable_before(live, versions, barred=names)
+        back = servable_before(live, versions, barred=names)
         if back is None:
             raise RegistryError(f"{live.name} is the base model itself and cannot be withdrawn")
         _move(connection, live.name, S.RETIRED)
         _move(connection, back.name, S.LIVE)
     gone = [version.name for version in versions if version.name in names and version.state != S.PURGED]
     return [_move(connection, name, S.PURGED) for name in gone]
-
-
-def _servable_before(
-    live: PolicyVersion, versions: Sequence[PolicyVersion], barred: Collection[str] = ()
-) -> PolicyVersion | None:
-    """Return the version to go back to: the newest that was live before and may serve again; None before the first.
-
-    What was purged since, is `barred` or comes from another base model is passed by. If no other is left it is the base.
-    """
-    by_name = {version.name: version for version in versions}
-    base = [version for version in versions if version.is_base][-1]
-    barred = {*barred, *_foreign(versions)}
-    passed = {live.name}  # a version that was promoted twice may have replaced its own successor
-    name = live.replaced
-    while name is not None and name not in passed:
-        passed.add(name)
-        version = by_name[name]
-        if version.state == S.RETIRED and name not in barred:
-            return version
-        name = version.replaced
-    return None if live.is_base else base
-
-
-def _foreign(versions: Sequence[PolicyVersion]) -> set[str]:
-    """Return the names of those of all versions that come from an earlier base model than the newest."""
-    bases = [version for version in versions if version.is_base]
-    foreign = {one.name for one in bases if not _is_same_base(one, bases[-1].base_model, bases[-1].sha256)}
-    for version in versions:  # parents come before their children
-        if version.parent in foreign:
-            foreign.add(version.name)
-    return foreign
 
 
 def _taught(connection: sa.Connection, feedback_ids: Iterable[str], followup_ids: Iterable[str]) -> set[str]:
@@ -345,18 +324,6 @@ def _taught(connection: sa.Connection, feedback_ids: Iterable[str], followup_ids
     return found
 
 
-def _is_same_base(base: PolicyVersion, model: str, weights: str) -> bool:
-    """Return whether a base version is of this model, perhaps at another place: of the same weights where both are known.
-
-    Hub models, whose weights are elsewhere, go by their whole name, and directories that are gone by their own.
-    """
-    known = base.sha256 or fingerprint_model(base.base_model)
-    if known and weights:
-        return known == weights
-    are_places = Path(base.base_model).is_absolute() or Path(model).is_absolute()
-    return Path(base.base_model).name == Path(model).name if are_places else base.base_model == model
-
-
 def _next_number(connection: sa.Connection) -> int:
     return connection.execute(sa.select(sa.func.max(policies.c.number))).scalar_one() + 1
 
@@ -366,10 +333,28 @@ def _all(connection: sa.Connection) -> list[PolicyVersion]:
 
 
 def _base(connection: sa.Connection) -> PolicyVersion:
-    row = connection.execute(_BASES).first()
-    if row is None:
-        raise RegistryError("there is no version yet: this data directory was never served")
-    return _version(row)
+    return find_base(_live(connection), _all(connection))
+
+
+def _check_base(connection: sa.Connection, base_model: str) -> PolicyVersion:
+    base = _base(connection)
+    if not is_same_base(base, base_model, fingerprint_model(base_model)):
+        raise RegistryError(
+            f"the model is '{base_model}', but this data directory's versions come from '{base.base_model}'; set "
+            "policy.model (or --model) back, use another --data-dir, or change the model with `kibitz serve`"
+        )
+    return base
+
+
+def _set_aside(connection: sa.Connection, base: PolicyVersion) -> None:
+    """Retire what is live of a base model that makes way for another, and reject its candidates."""
+    for version in _all(connection):
+        if version.state == S.LIVE:
+            _move(connection, version.name, S.RETIRED)
+            metrics = base.metrics | {LIVE_BEFORE: version.name}
+            connection.execute(policies.update().where(policies.c.name == base.name).values(metrics=metrics))
+        elif version.state in (S.CANDIDATE, S.CANARY):
+            _move(connection, version.name, S.REJECTED, metrics=version.metrics | {"outcome": "the base model was changed"})
 
 
 def _live(connection: sa.Connection) -> PolicyVersion:

@@ -83,7 +83,7 @@ def train(
     tell = (lambda text: None) if is_told else announce
     found, model = with_model(configured(config, data_dir, seed), tell, serves=False)
     database, _, registry = cli.opened(found)
-    registry.ensure_base(model, may_change=True)
+    registry.ensure_base(model)
     database.close()
     if progress != "json":
         with cli.progress_bar() as report:
@@ -155,7 +155,7 @@ def replay(
         announce(line)
     found, base = with_model(found, serves=False, replays=True)
     database, store, registry = cli.opened(found)
-    registry.ensure_base(base, may_change=model is None)
+    registry.ensure_base(base)
     with cli.progress_bar() as progress:
         figures = offline.replay(recording, store, base, found, progress)
     database.close()

@@ -3,6 +3,7 @@ vLLM's routes on loopback that can be made to fail. What the real vLLM makes of 
 """
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,8 @@ import sqlalchemy as sa
 from aiohttp import web
 from conftest import until
 
-from bot.errors import DatabaseUnavailable, ProbeFailed, RegistryError, Unavailable, VerdictOutdated
+from bot import app
+from bot.errors import DatabaseUnavailable, ProbeFailed, RegistryError, ServingError, Unavailable, VerdictOutdated
 from bot.policy import Policy
 from bot.registry import BASE, PolicyRegistry
 from bot.types import PolicyState, PolicyVersion
@@ -61,9 +63,9 @@ class Vllm:
 @pytest_asyncio.fixture
 async def vllm() -> AsyncIterator[Vllm]:
     made = Vllm()
-    app = web.Application()
-    app.router.add_route("*", "/{path:.*}", made.answer)
-    runner = web.AppRunner(app)
+    routes = web.Application()
+    routes.router.add_route("*", "/{path:.*}", made.answer)
+    runner = web.AppRunner(routes)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
@@ -239,3 +241,25 @@ async def test_a_candidate_that_a_sound_server_fails_at_each_time_is_rejected_in
     await watched(stage.deployment, lambda: any(f"could not be proven in {TRIES} tries" in text for text in stage.told))
     assert stage.state(one) == PolicyState.REJECTED
     assert vllm.asked.count("/v1/load_lora_adapter") == TRIES
+
+
+async def test_a_base_model_is_changed_only_once_it_has_generated_a_token(vllm, config, registry, demo_model, tmp_path):
+    another = shutil.copytree(demo_model, tmp_path / "another")
+    with (another / "model.safetensors").open("r+b") as weights:  # the same model but for one number
+        weights.seek(-1, 2)
+        weights.write(b"\x11")
+    dialogue = config.dialogue.model_copy(update={"embedder": "none"})
+    serving = config.serving.model_copy(update={"url": vllm.url})
+    config = config.model_copy(update={"serving": serving, "dialogue": dialogue})
+    vllm.broken.add("/v1/completions")
+    with pytest.raises(ExceptionGroup) as failed:
+        async with app.running(config, str(another), lambda text: None, may_change=True):
+            pass
+    assert failed.group_contains(ServingError, match="generates no token")
+    assert [version.name for version in registry.all()] == [BASE]
+    assert registry.live().base_model == demo_model
+    vllm.broken.clear()
+    told: list[str] = []
+    async with app.running(config, str(another), told.append, may_change=True) as kibitz:
+        assert kibitz.policy.version == kibitz.policy.base == registry.live().name == "policy-1"
+    assert any("policy-1 is live; 1 versions of another model" in line for line in told), told

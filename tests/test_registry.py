@@ -46,9 +46,38 @@ def test_a_changed_base_model_goes_live_under_a_name_of_its_own_and_nothing_of_t
     version = registry.reserve(registry.live(), tmp_path)
     assert (version.name, version.base_model) == ("policy-4", "/models/another")
     assert registry.ensure_base("/elsewhere/another").name == base.name, "the same model at another place"
+    assert registry.ensure_base("/models/third", may_change=True).name == "policy-5", "a name is never used again"
+
+
+def test_a_base_model_that_comes_back_has_its_name_and_what_was_live_of_it(registry, database, demo_model, tmp_path):
+    one, two, three = (candidate(registry, tmp_path) for _ in range(3))
+    for version in (one, two, three):
+        registry.promote(version.name)
+    registry.rollback()
+    for other in ("/models/another", "/models/third", "/models/another"):
+        registry.ensure_base(other, may_change=True)
+        assert registry.live().base_model == registry.base().base_model == other
+    assert registry.base().name == "policy-4", "under its first name"
+    with pytest.raises(RegistryError, match=r"set policy\.model and start kibitz again"):
+        registry.rollback()
     back = registry.ensure_base(demo_model, may_change=True)
-    assert back.name == "policy-5", "a name is never used again"
-    assert registry.live() == back
+    assert (back.name, back.state, registry.base()) == (BASE, PolicyState.RETIRED, back)
+    assert registry.live().name == two.name, "not the newest, which was taken back"
+    assert registry.foreign() == {"policy-4", "policy-5"}
+    assert registry.reserve(registry.live(), tmp_path).base_model == demo_model
+    registry.ensure_base("/models/third", may_change=True)
+    with database.begin() as connection:
+        withdraw(connection, {two.name})
+    registry.ensure_base(demo_model, may_change=True)
+    assert registry.live().name == one.name, "what was purged meanwhile is passed by"
+    assert registry.rollback()[1].name == BASE
+
+
+def test_whether_the_base_model_is_another_one_is_asked_without_changing_anything(registry, demo_model):
+    registry.check_base(demo_model)
+    with pytest.raises(RegistryError, match=r"or change the model with `kibitz serve`"):
+        registry.check_base("/models/another")
+    assert [version.name for version in registry.all()] == [BASE]
 
 
 def weights(directory, value):
