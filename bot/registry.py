@@ -180,11 +180,11 @@ class PolicyRegistry:
             missing = {version.name for version in known if not version.is_base and not Path(version.path).is_dir()}
             gone = {version.name for version in known if version.name in missing and version.state in MAY_SERVE}
             withdrawn = [version.name for version in withdraw(connection, gone)]
-            base = _base(connection)
             for name in sorted(set(used) - {version.name for version in known}):
                 number = name.removeprefix("policy-")
                 if not number.isdecimal():
                     continue  # not a name of ours
+                base = _base(connection)
                 path = str((policies_dir / name).absolute())
                 version = PolicyVersion(name, base.name, base.base_model, path, S.PURGED)
                 connection.execute(policies.insert().values(number=int(number), **asdict(version)))
