@@ -1,4 +1,4 @@
-# kibitz in a container. CPU: docker build --build-arg TORCH_INDEX=URL . (the CPU wheel index that PyTorch's install page names)
+# kibitz in a container. CPU: docker build --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .
 # GPU: docker build --build-arg EXTRA=gpu . (vLLM brings its own torch; run with --gpus all)
 ARG PYTHON=3.12
 FROM python:${PYTHON}-slim
@@ -21,7 +21,9 @@ COPY learning learning
 ENV KIBITZ_CACHE=/kibitz/cache
 RUN make setup EXTRA=${EXTRA} TORCH_INDEX=${TORCH_INDEX} DEV=
 
-RUN useradd --create-home kibitz && mkdir /data && chown kibitz /data
+# Another user can be given to `docker run`. What libraries keep (Hugging Face, vLLM, Triton) lies under HOME, in the volume.
+RUN useradd --uid 1000 --home-dir /data --create-home kibitz
+ENV HOME=/data
 USER kibitz
 VOLUME /data
 EXPOSE 8080

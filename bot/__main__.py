@@ -79,7 +79,7 @@ def serve(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None
                     job.cancel()
                 await asyncio.gather(*jobs, return_exceptions=True)
 
-    run(main())
+    run(main(), until_stopped=True)
 
 
 def _connectors(config: Config) -> list[Callable[[Kibitz], Connector]]:

@@ -258,8 +258,17 @@ async def test_a_benchmark_leaves_the_operators_data_alone(live, tmp_path, demo_
     apart.close()
 
 
-@pytest.mark.parametrize("signals", [1, 2])
-def test_sigterm_drains_and_a_second_one_ends_at_once(signals):
+@pytest.mark.parametrize(
+    ("signals", "options", "end"),
+    [
+        (1, "", "interrupted"),
+        (1, "until_stopped=True", "stopped"),
+        (2, "", "interrupted"),
+        (2, "until_stopped=True", "interrupted"),
+    ],
+)
+def test_sigterm_drains_and_a_second_one_ends_at_once(signals, options, end):
+    """What is there to be stopped, as `kibitz serve` is, was not interrupted by it, once it drained."""
     script = """
 import asyncio, sys
 from bot.app import run
@@ -274,11 +283,12 @@ async def main():
         await goes_on.wait()
         print("drained", flush=True)
 try:
-    run(main())
+    run(main(), OPTIONS)
+    print("stopped", flush=True)
 except KeyboardInterrupt:
-    print("ended", flush=True)
+    print("interrupted", flush=True)
 """
-    command = [sys.executable, "-c", script]
+    command = [sys.executable, "-c", script.replace("OPTIONS", options)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=ENV, cwd=ROOT, **pipes) as process:
         said = [process.stdout.readline()]
@@ -291,7 +301,7 @@ except KeyboardInterrupt:
         said += process.stdout.readlines()
         assert process.wait(300) == 0
     drained = ["drained\n"] if signals == 1 else []
-    assert said == ["ready\n", "draining\n", *drained, "ended\n"]
+    assert said == ["ready\n", "draining\n", *drained, f"{end}\n"]
 
 
 async def test_a_scripted_chat_answers_reacts_and_explains(live, tmp_path, demo_model):

@@ -5,6 +5,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from bot.config import Config, known_keys, load
 from bot.errors import ConfigError
@@ -56,6 +57,40 @@ def test_a_config_file_that_cannot_be_read_says_so(tmp_path, content, wanted):
         path.write_bytes(content)
     with pytest.raises(ConfigError, match=wanted):
         load(path)
+
+
+def unit_lines() -> list[str]:
+    return [line for line in (ROOT / "docs" / "kibitz.service").read_text().splitlines() if not line.startswith("#")]
+
+
+def test_the_systemd_unit_stops_kibitz_before_its_vllm_and_starts_it_again_whatever_it_failed_of():
+    unit = unit_lines()
+    assert "KillMode=mixed" in unit, "else vLLM is ended while answers are still being drained"
+    assert {"Restart=on-failure", "StartLimitIntervalSec=0"} <= set(unit)
+    assert unit.index("StartLimitIntervalSec=0") < unit.index("[Service]"), "systemd reads it in [Unit] alone"
+    assert not [line for line in unit if line.startswith("RestartPreventExitStatus")], (
+        "a database that is late is code 2 too"
+    )
+
+
+def test_all_that_the_systemd_unit_has_written_lies_where_it_may_be_written():
+    unit = unit_lines()
+    assert {"ProtectSystem=strict", "StateDirectory=kibitz"} <= set(unit)
+    written = dict(line.split("=")[1:] for line in unit if line.startswith("Environment="))
+    assert {"HOME", "KIBITZ_CACHE"} <= set(written)
+    assert all(Path(path).is_relative_to("/var/lib/kibitz") for path in written.values())
+
+
+def test_the_containers_install_torch_keep_their_caches_and_run_as_the_owner_of_the_data():
+    docker = (ROOT / "Dockerfile").read_text().splitlines()
+    assert docker.index("ENV HOME=/data") > max(number for number, line in enumerate(docker) if "make setup" in line)
+    assert "RUN useradd --uid 1000 --home-dir /data --create-home kibitz" in docker
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    for name, service in services.items():
+        assert service["user"] == "${KIBITZ_UID:-1000}:${KIBITZ_GID:-1000}", name
+        assert "./kibitz-data:/data" in service["volumes"], name
+    built = services["kibitz-cpu"]["build"]["args"]
+    assert built["TORCH_INDEX"] == "${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}"
 
 
 def test_a_saved_config_reads_back_the_same(tmp_path):
