@@ -37,6 +37,20 @@ def test_the_example_file_holds_every_key_at_its_default_with_a_comment():
         ({"policy": {"temperature": "hot"}}, "config key 'policy.temperature' has value 'hot'"),
         ({"seed": -1}, "config key 'seed' has value -1"),
         ({"serving": {"max_lora_rank": 7}}, "config key 'serving.max_lora_rank' has value 7"),
+        (
+            {"policy": {"temperature": 1e-9}},
+            "'policy.temperature' has value 1e-09; input should be greater than or equal to 0.01",
+        ),
+        ({"training": {"learning_rate": float("inf")}}, "'training.learning_rate' has value inf"),
+        (
+            {"rewards": {"asker_weight": float("inf")}},
+            "'rewards.asker_weight' has value inf; input should be a finite number",
+        ),
+        ({"gate": {"probe_tolerance": float("nan")}}, "'gate.probe_tolerance' has value nan"),
+        ({"training": {"batch_size": 10**9}}, "'training.batch_size' has value 1000000000"),
+        ({"training": {"max_length": 16}}, "'training.max_length' has value 16"),
+        ({"training": {"processes": 99}}, "training.processes has value 99, too many for training.batch_size (16)"),
+        ({"training": {"processes": 3, "batch_size": 4}}, "each needs 2 answers a step; lower the first"),
         ({"training": {"lora_rank": 64}}, "training.lora_rank has value 64, above serving.max_lora_rank (16)"),
     ],
 )
