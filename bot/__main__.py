@@ -136,6 +136,9 @@ def simulate(
     messages = messages or usual.messages
     reaction_rate = usual.reaction_rate if reaction_rate is None else reaction_rate
     utility = simulated_people.users(users)
+    database, _, _ = cli.opened(found)
+    simulation.check_only_simulated(database)
+    database.close()
     found, base = with_model(found)
     played: list[simulation.Simulation] = []
 

@@ -26,7 +26,8 @@ from bot.conversations import ConversationStore
 from bot.data_directory import held
 from bot.database import Database
 from bot.errors import ConfigError
-from learning import simulated_people
+from bot.types import Conversation
+from learning import simulated_people, simulation
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
@@ -104,6 +105,18 @@ def test_users_of_a_file_must_give_a_number_between_minus_one_and_one(tmp_path, 
         done = here("simulate", "--config", config, "--users", users)
         refused(done, wanted)
         assert not done.stdout, "nothing was started"
+
+
+def test_simulated_people_do_not_teach_a_policy_that_people_talk_with(tmp_path, demo_model, here):
+    config = write_config(tmp_path, demo_model)
+    assert here("status", "--config", config).returncode == 0
+    database = Database(f"sqlite:///{tmp_path / 'data' / 'kibitz.db'}")
+    store = ConversationStore(database)
+    store.open(Conversation(simulation.PLATFORM, channel="1"))
+    simulation.check_only_simulated(database)
+    store.open(Conversation("discord", channel="1"))
+    refused(here("simulate", "--config", config), "holds conversations of people (discord)")
+    database.close()
 
 
 def test_users_of_a_file_that_fail_later_are_told_as_well(tmp_path):
