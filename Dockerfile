@@ -21,7 +21,9 @@ COPY learning learning
 ENV KIBITZ_CACHE=/kibitz/cache
 RUN make setup EXTRA=${EXTRA} TORCH_INDEX=${TORCH_INDEX} DEV=
 
-RUN useradd --create-home kibitz && mkdir /data && chown kibitz /data
+# Another user can be given to `docker run`. What libraries keep (Hugging Face, vLLM, Triton) lies under HOME, in the volume.
+RUN useradd --uid 1000 --home-dir /data --create-home kibitz
+ENV HOME=/data
 USER kibitz
 VOLUME /data
 EXPOSE 8080

@@ -73,7 +73,7 @@ def serve(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None
             finally:
                 await asyncio.gather(*(connector.stop() for connector in connectors), return_exceptions=True)
 
-    run(main())
+    run(main(), until_stopped=True)
 
 
 def _connectors(config: Config) -> list[Callable[[Kibitz], Connector]]:
@@ -124,6 +124,9 @@ def simulate(
     messages = messages or usual.messages
     reaction_rate = usual.reaction_rate if reaction_rate is None else reaction_rate
     utility = simulated_people.users(users)
+    database, _, _ = cli.opened(found)
+    simulation.check_only_simulated(database)
+    database.close()
     found, base = with_model(found)
     played: list[simulation.Simulation] = []
 

@@ -125,19 +125,30 @@ async def _reach(policy: Policy, config: Config) -> None:
         raise ServingError(f"the vLLM at {policy.url} generates no token; see its log")
 
 
-def run(main: Coroutine[Any, Any, None]) -> None:
-    """Run a command's coroutine; SIGTERM ends it as Ctrl-C does."""
+def run(main: Coroutine[Any, Any, None], until_stopped: bool = False) -> None:
+    """Run a command's coroutine; SIGTERM ends it as Ctrl-C does.
+
+    With `until_stopped` it is the command's own end to be stopped, and no interruption, unless a second one cuts it short.
+    """
+    stops = 0
 
     async def guarded() -> None:
         task = asyncio.current_task()
         assert task is not None
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+
+        def stop() -> None:
+            nonlocal stops
+            stops += 1
+            task.cancel()
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
         await main
 
     try:
         asyncio.run(guarded())
     except asyncio.CancelledError:
-        raise KeyboardInterrupt from None
+        if stops != 1 or not until_stopped:
+            raise KeyboardInterrupt from None
 
 
 def shared(kibitz: Kibitz, access: Access) -> Shared:

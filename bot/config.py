@@ -63,7 +63,7 @@ PERSONA = "You are kibitz, a friendly regular of this chat."  # of every model b
 class Section(BaseModel):
     """A part of the config: immutable, and without unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def fill(self, values: Mapping[str, Any]) -> Self:
         """Return the section with those of `values` that nobody set; what was set stays."""
@@ -78,7 +78,7 @@ class PolicyConfig(Section):
     max_tokens: Positive = 128
     thought_tokens: Positive = 512
     template_args: dict[str, Plain] = {}
-    temperature: Annotated[float, Field(gt=0, le=2)] = 1.0
+    temperature: Annotated[float, Field(ge=0.01, le=2)] = 1.0  # vLLM draws as at 0.01 below that, and a trainer would not
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
     min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -183,13 +183,13 @@ class TrainingConfig(Section):
     anchor: Annotated[float, Field(ge=0)] = 0.1
     weight_decay: Annotated[float, Field(ge=0)] = 20.0
     lora_rank: Literal[1, 8, 16, 32, 64, 128, 256] = 16
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    full_learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    full_learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-5
     beta: Annotated[float, Field(gt=0)] = 0.5
-    batch_size: Annotated[int, Field(ge=4)] = 16
+    batch_size: Annotated[int, Field(ge=4, le=4096)] = 16
     epochs: Positive = 8
     max_steps: Positive = 30
-    max_length: Annotated[int, Field(ge=16)] = 1024
+    max_length: Annotated[int, Field(ge=32)] = 1024
     processes: Positive = 1
 
 
@@ -335,6 +335,11 @@ def load(path: Path | None = None, **overrides: Any) -> Config:
         raise ConfigError(
             f"config key training.lora_rank has value {config.training.lora_rank}, above serving.max_lora_rank "
             f"({config.serving.max_lora_rank}); raise serving.max_lora_rank or lower training.lora_rank"
+        )
+    if config.training.batch_size < 2 * config.training.processes:
+        raise ConfigError(
+            f"config key training.processes has value {config.training.processes}, too many for training.batch_size "
+            f"({config.training.batch_size}): each needs 2 answers a step; lower the first or raise the second"
         )
     return config
 

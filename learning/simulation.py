@@ -16,12 +16,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import sqlalchemy as sa
 from rich.table import Table
 from rich.text import Text
 
+from bot.database import Database
 from bot.dialogue import DialogueManager, ReplyOptions
-from bot.errors import NothingToLearn, ProbeFailed
+from bot.errors import ConfigError, NothingToLearn, ProbeFailed
 from bot.policy import Policy
+from bot.tables import conversations
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Reply, Turn, new_id
 from learning.evaluation import is_well_formed, mean_interval
 from learning.loop import OnlineLearner
@@ -29,6 +32,7 @@ from learning.simulated_people import People, Prompts
 
 Progress = Callable[[str, int, int], None]
 
+PLATFORM = "simulation"  # where simulated people talk
 CONCURRENT = 16
 SHOWN = 3  # held-out prompts whose answers are shown before and after
 DECISIVENESS = 4.0  # a user who finds an answer's utility u gives 👍 with probability sigmoid(4u), else 👎
@@ -71,6 +75,18 @@ class Answered:
     first: dict[str, str]
     well_formed: float
     ended: float
+
+
+def check_only_simulated(database: Database) -> None:
+    """Raise ConfigError where people talk on this database: what simulated ones like is not to be learned beside."""
+    query = sa.select(conversations.c.platform).where(conversations.c.platform != PLATFORM).limit(1)
+    with database.read() as connection:
+        platform = connection.execute(query).scalar()
+    if platform is not None:
+        raise ConfigError(
+            f"the database holds conversations of people ({platform}), and simulated ones would teach the same policy; give "
+            "another --data-dir (and no database.url)"
+        )
 
 
 class Simulation:
@@ -121,7 +137,7 @@ class Simulation:
         async def one(text: str, mood: tuple[float, float, float, int]) -> None:
             attention, taste, slip, seed = mood
             user = f"user-{seed % 40}"
-            place = await self.dialogue.open(Conversation("simulation", channel=new_id()))
+            place = await self.dialogue.open(Conversation(PLATFORM, channel=new_id()))
             turn = await self.dialogue.respond(Message(place.id, user, text), ReplyOptions(seed=seed))
             if attention < self.people.reaction_rate:
                 approves = taste < 1 / (1 + math.exp(-DECISIVENESS * self.people.utility(text, turn.text)))

@@ -28,7 +28,8 @@ from bot.conversations import ConversationStore
 from bot.data_directory import held
 from bot.database import Database
 from bot.errors import ConfigError
-from learning import simulated_people
+from bot.types import Conversation
+from learning import simulated_people, simulation
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
@@ -107,6 +108,18 @@ def test_users_of_a_file_must_give_a_number_between_minus_one_and_one(tmp_path, 
         done = here("simulate", "--config", config, "--users", users)
         refused(done, wanted)
         assert not done.stdout, "nothing was started"
+
+
+def test_simulated_people_do_not_teach_a_policy_that_people_talk_with(tmp_path, demo_model, here):
+    config = write_config(tmp_path, demo_model)
+    assert here("status", "--config", config).returncode == 0
+    database = Database(f"sqlite:///{tmp_path / 'data' / 'kibitz.db'}")
+    store = ConversationStore(database)
+    store.open(Conversation(simulation.PLATFORM, channel="1"))
+    simulation.check_only_simulated(database)
+    store.open(Conversation("discord", channel="1"))
+    refused(here("simulate", "--config", config), "holds conversations of people (discord)")
+    database.close()
 
 
 def test_users_of_a_file_that_fail_later_are_told_as_well(tmp_path):
@@ -268,8 +281,17 @@ async def test_a_benchmark_leaves_the_operators_data_alone(live, tmp_path, demo_
     apart.close()
 
 
-@pytest.mark.parametrize("signals", [1, 2])
-def test_sigterm_drains_and_a_second_one_ends_at_once(signals):
+@pytest.mark.parametrize(
+    ("signals", "options", "end"),
+    [
+        (1, "", "interrupted"),
+        (1, "until_stopped=True", "stopped"),
+        (2, "", "interrupted"),
+        (2, "until_stopped=True", "interrupted"),
+    ],
+)
+def test_sigterm_drains_and_a_second_one_ends_at_once(signals, options, end):
+    """What is there to be stopped, as `kibitz serve` is, was not interrupted by it, once it drained."""
     script = """
 import asyncio, sys
 from bot.app import run
@@ -284,11 +306,12 @@ async def main():
         await goes_on.wait()
         print("drained", flush=True)
 try:
-    run(main())
+    run(main(), OPTIONS)
+    print("stopped", flush=True)
 except KeyboardInterrupt:
-    print("ended", flush=True)
+    print("interrupted", flush=True)
 """
-    command = [sys.executable, "-c", script]
+    command = [sys.executable, "-c", script.replace("OPTIONS", options)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=ENV, cwd=ROOT, **pipes) as process:
         said = [process.stdout.readline()]
@@ -301,7 +324,7 @@ except KeyboardInterrupt:
         said += process.stdout.readlines()
         assert process.wait(300) == 0
     drained = ["drained\n"] if signals == 1 else []
-    assert said == ["ready\n", "draining\n", *drained, "ended\n"]
+    assert said == ["ready\n", "draining\n", *drained, f"{end}\n"]
 
 
 @pytest.mark.parametrize("command", ["chat", "serve"])

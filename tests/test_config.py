@@ -5,6 +5,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from bot.config import Config, known_keys, load
 from bot.database import Database
@@ -42,6 +43,20 @@ def test_the_example_file_holds_every_key_at_its_default_with_a_comment():
             "config key 'serving.url' has value 'localhost:8000'; write http://HOST:PORT",
         ),
         ({"database": {"url": "sqlite:///x", "url_env": "URL"}}, "database.url_env is set beside database.url"),
+        (
+            {"policy": {"temperature": 1e-9}},
+            "'policy.temperature' has value 1e-09; input should be greater than or equal to 0.01",
+        ),
+        ({"training": {"learning_rate": float("inf")}}, "'training.learning_rate' has value inf"),
+        (
+            {"rewards": {"asker_weight": float("inf")}},
+            "'rewards.asker_weight' has value inf; input should be a finite number",
+        ),
+        ({"gate": {"probe_tolerance": float("nan")}}, "'gate.probe_tolerance' has value nan"),
+        ({"training": {"batch_size": 10**9}}, "'training.batch_size' has value 1000000000"),
+        ({"training": {"max_length": 16}}, "'training.max_length' has value 16"),
+        ({"training": {"processes": 99}}, "training.processes has value 99, too many for training.batch_size (16)"),
+        ({"training": {"processes": 3, "batch_size": 4}}, "each needs 2 answers a step; lower the first"),
         ({"training": {"lora_rank": 64}}, "training.lora_rank has value 64, above serving.max_lora_rank (16)"),
     ],
 )
@@ -121,6 +136,40 @@ def test_the_databases_url_comes_from_its_variable_and_is_saved_nowhere(tmp_path
         assert "hunter2" not in repr(one.without_secrets())
     config.save(tmp_path / "config.json")
     assert load(tmp_path / "config.json").database_url == url, "a process that is given the variable finds the database"
+
+
+def unit_lines() -> list[str]:
+    return [line for line in (ROOT / "docs" / "kibitz.service").read_text().splitlines() if not line.startswith("#")]
+
+
+def test_the_systemd_unit_stops_kibitz_before_its_vllm_and_starts_it_again_whatever_it_failed_of():
+    unit = unit_lines()
+    assert "KillMode=mixed" in unit, "else vLLM is ended while answers are still being drained"
+    assert {"Restart=on-failure", "StartLimitIntervalSec=0"} <= set(unit)
+    assert unit.index("StartLimitIntervalSec=0") < unit.index("[Service]"), "systemd reads it in [Unit] alone"
+    assert not [line for line in unit if line.startswith("RestartPreventExitStatus")], (
+        "a database that is late is code 2 too"
+    )
+
+
+def test_all_that_the_systemd_unit_has_written_lies_where_it_may_be_written():
+    unit = unit_lines()
+    assert {"ProtectSystem=strict", "StateDirectory=kibitz"} <= set(unit)
+    written = dict(line.split("=")[1:] for line in unit if line.startswith("Environment="))
+    assert {"HOME", "KIBITZ_CACHE"} <= set(written)
+    assert all(Path(path).is_relative_to("/var/lib/kibitz") for path in written.values())
+
+
+def test_the_containers_install_torch_keep_their_caches_and_run_as_the_owner_of_the_data():
+    docker = (ROOT / "Dockerfile").read_text().splitlines()
+    assert docker.index("ENV HOME=/data") > max(number for number, line in enumerate(docker) if "make setup" in line)
+    assert "RUN useradd --uid 1000 --home-dir /data --create-home kibitz" in docker
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    for name, service in services.items():
+        assert service["user"] == "${KIBITZ_UID:-1000}:${KIBITZ_GID:-1000}", name
+        assert "./kibitz-data:/data" in service["volumes"], name
+    built = services["kibitz-cpu"]["build"]["args"]
+    assert built["TORCH_INDEX"].startswith("${TORCH_INDEX:?"), "without it the build would fail minutes later"
 
 
 def test_a_saved_config_reads_back_the_same(tmp_path):
