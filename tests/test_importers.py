@@ -216,6 +216,7 @@ def test_what_no_database_keeps_is_replaced_and_counted(tmp_path, store):
         (b"\xff\xfe{", "is not UTF-16"),
         (b"", "is empty"),
     ],
+    ids=["cut gzip", "broken zip", "picture", "page", "cut UTF-16", "nothing"],
 )
 def test_a_file_that_is_no_text_is_refused_in_one_line(tmp_path, raw, wanted):
     (tmp_path / "f").write_bytes(raw)
