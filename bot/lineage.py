@@ -25,12 +25,12 @@ def is_same_base(base: PolicyVersion, model: str, weights: str) -> bool:
     return Path(base.base_model).name == Path(model).name if are_places else base.base_model == model
 
 
-def find_base(version: PolicyVersion, versions: Sequence[PolicyVersion]) -> PolicyVersion:
-    """Return the base version that a version comes from."""
-    by_name = {one.name: one for one in versions}
-    while version.parent is not None:
-        version = by_name[version.parent]
-    return version
+def find_bases(versions: Sequence[PolicyVersion]) -> dict[str, PolicyVersion]:
+    """Return the base version that each of all versions (oldest first) comes from, by the name of the version."""
+    bases: dict[str, PolicyVersion] = {}
+    for version in versions:  # parents come before their children
+        bases[version.name] = version if version.parent is None else bases[version.parent]
+    return bases
 
 
 def servable_before(
@@ -41,17 +41,17 @@ def servable_before(
     What was purged since, is `barred` or comes from another base model is passed by. If no other is left it is the base.
     """
     by_name = {version.name: version for version in versions}
-    base = find_base(live, versions)
+    bases = find_bases(versions)
     passed = {live.name}  # a version that was promoted twice may have replaced its own successor
     name = live.replaced
     while name is not None and name not in passed:
         passed.add(name)
         version = by_name[name]
-        is_ours = find_base(version, versions) == base
+        is_ours = bases[name] is bases[live.name]
         if version.state == PolicyState.RETIRED and is_ours and name not in barred:
             return version
         name = version.replaced
-    return None if live.is_base else base
+    return None if live.is_base else bases[live.name]
 
 
 def last_live(base: PolicyVersion, versions: Sequence[PolicyVersion]) -> PolicyVersion:

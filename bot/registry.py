@@ -16,7 +16,7 @@ from sqlalchemy.exc import IntegrityError
 from bot.database import Database
 from bot.errors import RegistryError, VerdictOutdated
 from bot.fingerprint import fingerprint_model
-from bot.lineage import LIVE_BEFORE, find_base, is_same_base, last_live, servable_before
+from bot.lineage import LIVE_BEFORE, find_bases, is_same_base, last_live, servable_before
 from bot.sources import people_behind
 from bot.tables import chunks, policies, run_feedback, run_followups, run_teachers, runs, switches
 from bot.types import Person, PolicyState, PolicyVersion, new_id, now
@@ -47,9 +47,10 @@ class PolicyRegistry:
 
     def check_base(self, base_model: str) -> None:
         """Raise RegistryError where this data directory's versions come from another base model."""
+        weights = fingerprint_model(base_model)
         with self.database.read() as connection:
             if connection.execute(_BASES).first() is not None:
-                _check_base(connection, base_model)
+                _check_base(connection, base_model, weights)
 
     def ensure_base(self, base_model: str, may_change: bool = False) -> PolicyVersion:
         """Return the version that is the base model itself, live from the start; made now if there is none.
@@ -65,7 +66,7 @@ class PolicyRegistry:
                 version = PolicyVersion(BASE, None, base_model, base_model, S.LIVE, sha256=weights)
                 connection.execute(policies.insert().values(number=0, **asdict(version)))
                 return version
-            current = _base(connection) if may_change else _check_base(connection, base_model)
+            current = _base(connection) if may_change else _check_base(connection, base_model, weights)
             if is_same_base(current, base_model, weights):
                 if current.sha256 != weights:  # made before fingerprints were kept, or of a model that was not here
                     connection.execute(policies.update().where(policies.c.name == current.name).values(sha256=weights))
@@ -90,8 +91,9 @@ class PolicyRegistry:
         versions = self.all()
         if not versions:
             return set()
-        base = find_base(next(version for version in versions if version.state == S.LIVE), versions)
-        return {version.name for version in versions if find_base(version, versions) != base}
+        bases = find_bases(versions)
+        ours = bases[next(version.name for version in versions if version.state == S.LIVE)]
+        return {name for name, base in bases.items() if base is not ours}
 
     def reserve(self, parent: PolicyVersion, policies_dir: Path) -> PolicyVersion:
         """A new version in state TRAINING, with a name and a directory that were never used before."""
@@ -333,12 +335,12 @@ def _all(connection: sa.Connection) -> list[PolicyVersion]:
 
 
 def _base(connection: sa.Connection) -> PolicyVersion:
-    return find_base(_live(connection), _all(connection))
+    return find_bases(_all(connection))[_live(connection).name]
 
 
-def _check_base(connection: sa.Connection, base_model: str) -> PolicyVersion:
+def _check_base(connection: sa.Connection, base_model: str, weights: str) -> PolicyVersion:
     base = _base(connection)
-    if not is_same_base(base, base_model, fingerprint_model(base_model)):
+    if not is_same_base(base, base_model, weights):
         raise RegistryError(
             f"the model is '{base_model}', but this data directory's versions come from '{base.base_model}'; set "
             "policy.model (or --model) back, use another --data-dir, or change the model with `kibitz serve`"

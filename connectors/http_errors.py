@@ -31,9 +31,9 @@ def error_body(message: str, kind: str = "invalid_request_error") -> dict[str, A
 
 def describe(error: Exception) -> tuple[int, dict[str, Any]]:
     """Return the status and the JSON that tell of an error. A fault of ours goes to the log, in one line."""
-    if isinstance(error, DataError) and not isinstance(error, DatabaseUnavailable):
-        return 400, error_body(str(error))
     if isinstance(error, KibitzError) and not isinstance(error, DatabaseUnavailable):
+        if isinstance(error, DataError):
+            return 400, error_body(str(error))
         return 503 if isinstance(error, ServingError) else 500, error_body(str(error), "server_error")
     fault = new_id()
     log.error("a request failed (%s): %s", fault, _one_line(error))
