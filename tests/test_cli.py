@@ -367,13 +367,16 @@ def test_what_kibitz_writes_is_for_its_own_user(tmp_path, demo_model, here):
     assert not readable_by_others(data)
     for path in (data, data / "kibitz.db"):  # as earlier versions of kibitz left them
         path.chmod(0o755)
-    (data / "policies").mkdir(mode=0o755)
+    (data / "policies").mkdir()
+    (data / "policies").chmod(0o755)
     assert readable_by_others(data)
     here("status", "--config", config)
     assert not readable_by_others(data)
     shared = tmp_path / "shared"
-    shared.mkdir(mode=0o755)
+    shared.mkdir()
     (shared / "notes.txt").write_text("somebody else's")
+    for path in (shared, shared / "notes.txt"):  # whatever the umask of those who run the tests
+        path.chmod(0o755)
     here("status", "--config", config, "--data-dir", shared)
     assert readable_by_others(shared) == [shared, shared / "notes.txt"], "what is not ours keeps its permissions"
 
