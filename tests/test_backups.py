@@ -5,7 +5,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from conftest import answered, react, run_command
+from conftest import answered, react, refused, succeeded
 
 from bot.backups import back_up, restore
 from bot.conversations import ConversationStore
@@ -153,7 +153,7 @@ def test_a_backup_from_before_the_first_start_can_be_restored_after_it(config, d
     again.close()
 
 
-def test_what_cannot_be_restored_is_refused_in_a_line_and_changes_nothing(config, store, tokenizer, file, monkeypatch):
+def test_what_cannot_be_restored_is_refused_in_a_line_and_changes_nothing(config, store, tokenizer, file, here):
     answered(store, tokenizer, "hello", "ok")
     directory = ("--data-dir", config.data)
     good, strange, foreign = file, file.with_name("strange"), file.with_name("foreign")
@@ -169,19 +169,15 @@ def test_what_cannot_be_restored_is_refused_in_a_line_and_changes_nothing(config
         (cut, "malformed"),
         (config.data / "kibitz.db", "is the database itself"),
     ):
-        code, said = run_command(monkeypatch, "restore", one, "--replace", *directory)
-        assert (code, wanted in said, len(said.splitlines())) == (2, True, 1), said
-    code, said = run_command(monkeypatch, "restore", good, *directory)
-    assert (code, "add --replace" in said) == (2, True)
+        refused(here("restore", one, "--replace", *directory), wanted)
+    refused(here("restore", good, *directory), "add --replace")
     with held(config.data, "serve"):
-        code, said = run_command(monkeypatch, "restore", good, "--replace", *directory)
-        assert (code, "is in use" in said) == (2, True)
-    code, said = run_command(monkeypatch, "backup", config.data / "kibitz.db", *directory)
-    assert (code, "is the database itself" in said) == (2, True)
+        refused(here("restore", good, "--replace", *directory), "is in use")
+    refused(here("backup", config.data / "kibitz.db", *directory), "is the database itself")
     assert store.counts()["turns"] == 1
     assert not list(config.data.glob("*.unfinished*"))
-    assert run_command(monkeypatch, "backup", good, *directory) == (0, "")  # the control
-    assert run_command(monkeypatch, "restore", good, "--replace", *directory) == (0, "")
+    succeeded(here("backup", good, *directory))  # the control
+    succeeded(here("restore", good, "--replace", *directory))
 
 
 def test_of_postgresql_its_own_tools_are_named(config, file):

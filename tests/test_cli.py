@@ -5,7 +5,6 @@ Most run in this process, by the function that the console script calls; `kibitz
 
 import asyncio
 import contextlib
-import io
 import json
 import os
 import shlex
@@ -14,15 +13,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import typer
-from conftest import answered, react
+from conftest import Done, answered, react, refused
 
 import bot.__main__  # noqa: F401 (it adds the commands)
-from bot import cli
 from bot.cli import interruptible
 from bot.conversations import ConversationStore
 from bot.data_directory import held
@@ -35,42 +31,16 @@ ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 
 
-Done = subprocess.CompletedProcess[str]
-
-
 def kibitz(*arguments: object, stdin: str = "") -> Done:
     """A command in a process of its own."""
     command = [sys.executable, "-m", "bot", *map(str, arguments)]
     return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=900, env=ENV, cwd=ROOT)
 
 
-@pytest.fixture
-def here(monkeypatch) -> Callable[..., Done]:
-    """A command in this process: the same arguments, output, errors and exit code, without the start of a process."""
-
-    def run(*arguments: object, application: typer.Typer = cli.app) -> Done:
-        monkeypatch.setattr(sys, "argv", ["kibitz", *map(str, arguments)])
-        said, errors, usual = io.StringIO(), io.StringIO(), os.umask(0o022)
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as ended:
-            cli.main(application)
-        os.umask(usual)
-        return subprocess.CompletedProcess(sys.argv, ended.value.code, said.getvalue(), errors.getvalue())
-
-    return run
-
-
 def write_config(tmp_path: Path, model: str, extra: str = "") -> Path:
     path = tmp_path / "config.toml"
     path.write_text(f'data_dir = "{tmp_path / "data"}"\n{extra}\n[policy]\nmodel = "{model}"\n')
     return path
-
-
-def refused(done: Done, wanted: str) -> None:
-    """One clear line, exit code 2, no traceback."""
-    assert done.returncode == 2, done.stderr
-    assert wanted in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
 def test_mistakes_in_the_config_and_on_the_command_line(tmp_path, demo_model, here):

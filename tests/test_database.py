@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from conftest import answered, migrate, run_command, until
+from conftest import answered, migrate, refused, succeeded, until
 
 from bot import database as database_module
 from bot import write_ahead_log
@@ -65,21 +65,19 @@ async def together(database: Database, *work: tuple) -> list:
 
 
 def test_a_locked_database_is_read_without_its_lock_and_says_so_where_it_must_be_written(
-    config, database, registry, hasty, monkeypatch
+    config, database, registry, hasty, here
 ):
     path, directory = config.data / "kibitz.db", ("--data-dir", config.data)
     with locked(path):
-        assert run_command(monkeypatch, "status", *directory) == (0, "")  # the schema is this program's
-        code, said = run_command(monkeypatch, "pause-learning", *directory)
-        assert code == 2
-        assert "is locked by another program" in said
-        assert "backup" not in said
-    assert run_command(monkeypatch, "pause-learning", *directory) == (0, "")  # the control
+        succeeded(here("status", *directory))  # the schema is this program's
+        done = here("pause-learning", *directory)
+        refused(done, "is locked by another program")
+        assert "backup" not in done.stderr
+    succeeded(here("pause-learning", *directory))  # the control
     migrate(database, "0006")
     with locked(path):
-        code, said = run_command(monkeypatch, "status", *directory)
-        assert (code, "is locked by another program" in said) == (2, True)
-    assert run_command(monkeypatch, "status", *directory) == (0, "")
+        refused(here("status", *directory), "is locked by another program")
+    succeeded(here("status", *directory))
 
 
 async def test_on_a_full_disk_nobody_is_told_that_it_is_stored_and_later_all_can_be(database, store):
@@ -239,9 +237,8 @@ def test_a_log_that_nobody_reads_is_emptied_at_once_and_nothing_is_told(
     assert not [one for one in caplog.records if one.levelno >= logging.WARNING]
 
 
-def test_a_database_from_the_future_says_what_to_install(config, database, monkeypatch):
+def test_a_database_from_the_future_says_what_to_install(config, database, here):
     with database.begin() as connection:
         connection.execute(sa.text("update alembic_version set version_num = '9999'"))
-    code, said = run_command(monkeypatch, "status", "--data-dir", config.data)
-    assert code == 2
-    assert "has schema 9999, which this kibitz does not know; install the kibitz that wrote it, or newer" in said
+    wanted = "has schema 9999, which this kibitz does not know; install the kibitz that wrote it, or newer"
+    refused(here("status", "--data-dir", config.data), wanted)
