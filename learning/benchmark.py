@@ -231,7 +231,7 @@ async def swap(
             version = await go_live(deployment, source)
             said_by.append(await references(policy, version.name, prompts))
             expected[version.name] = said_by[-1]
-        await load(policy, islice(cycle(prompts), 64), concurrent, lambda: None)  # warms up, not counted
+        await load(policy, islice(cycle(prompts), 2 * concurrent), concurrent, lambda: None)  # warms up, not counted
         quiet, usual = [], []
         for source, said in zip(sources, said_by, strict=True):
             expected[(await go_live(deployment, source)).name] = said

@@ -88,7 +88,8 @@ async def test_a_version_is_proven_in_bfloat16_and_a_swapped_one_is_caught(real,
     assert (await say(real, "hello")).policy_version == names[0]
 
 
-async def test_swaps_under_load_mix_nothing_and_rounding_is_not_taken_for_a_mix(real, tmp_path):
+async def test_swaps_under_load_mix_nothing_and_rounding_is_not_taken_for_a_mix(real, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "PROMPTS", 8)  # each is asked one at a time of each version, for what it says alone
     sources = [tmp_path / "one", tmp_path / "two"]
     for seed, source in enumerate(sources):
         await asyncio.to_thread(benchmark.random_version, real.config, real.registry.base().base_model, source, seed)
