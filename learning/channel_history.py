@@ -22,6 +22,7 @@ class Reaction:
 
     symbol: str
     people: tuple[str, ...]
+    unnamed: int = 0  # people whom the file counts and does not name
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,11 @@ def read_channel(key: str, found: Iterable[Post], row: Row, recording: Recording
                     kind = recording.kinds.kind(reaction.symbol)
                     if post.id not in turns or kind is None:
                         reason = "reaction that is no opinion" if kind is None else "reaction to a message that is no answer"
-                        recording.leave_out(reason, row.place, reaction.symbol, len(reaction.people))
+                        recording.leave_out(reason, row.place, reaction.symbol, len(reaction.people) + reaction.unnamed)
                         continue
                     for person in reaction.people:
                         draft.react(turns[post.id], person, kind, reaction.symbol)
+                    draft.react_unnamed(turns[post.id], reaction.unnamed, kind, reaction.symbol)
             recording.add(draft, row)
 
 

@@ -104,8 +104,8 @@ def _post(message: DiscordMessage, thread: str, is_dialogue: bool, row: Row, rec
         users = one.users or []
         people = [user.id for user in users if not user.isBot]
         recording.leave_out("reaction of a bot", row.place, one.emoji.name, len(users) - len(people))
-        people += [f"discord {one.emoji.name} {number}" for number in range(len(users), min(one.count, 100_000))]
-        reactions.append(Reaction(one.emoji.name, tuple(people)))
+        unnamed = max(min(one.count, 100_000) - len(users), 0)
+        reactions.append(Reaction(one.emoji.name, tuple(people), unnamed))
     return Post(
         id=message.id,
         author=message.author.id,

@@ -97,10 +97,9 @@ def _add(key: str, messages: dict[str, Message], row: Row, recording: Recording)
         turn = turns.get(message.message_id)
         if turn is not None:
             for emoji, kind in EMOJIS.items():
-                for person in range(emojis.pop(emoji, 0)):  # the file counts people but does not name them
-                    draft.react(turn, f"oasst {emoji} {person}", kind, emoji)
+                draft.react_unnamed(turn, emojis.pop(emoji, 0), kind, emoji)
             if message.rank is not None:
-                draft.react(turn, "oasst ranking", FeedbackKind.RANK, "rank", value=message.rank)
+                draft.react_unnamed(turn, 1, FeedbackKind.RANK, "rank", value=message.rank)
         if draft.id(message.message_id) in said:
             for emoji, count in emojis.items():
                 where = "on a user's message" if emoji in EMOJIS else "which is a tool's action, no reaction"

@@ -94,6 +94,15 @@ class Draft:
         values = {"at": EPOCH + timedelta(days=1, seconds=count), "id": self.id(f"feedback {count}"), **details}
         self.feedback.append(Feedback(turn, user[:LONGEST_NAME], kind, signal[:LONGEST_SIGNAL], **values))
 
+    def react_unnamed(self, turn: str, people: int, kind: FeedbackKind, signal: str, **details: Any) -> None:
+        """Add the same act by people whom the file counts and does not name.
+
+        Nobody knows who they are, so they have other names at each answer: one person who likes all that is liked would be
+        held back by rewards.person_cap, and be compared with themselves alone by the gate.
+        """
+        for number in range(people):
+            self.react(turn, f"unnamed {turn} {number} {signal}", kind, signal, **details)
+
     def rate(self, turn: str, rating: Any) -> None:
         """Keep a rating of an answer as it was found."""
         self.ratings.append((turn, rating))

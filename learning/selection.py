@@ -123,7 +123,8 @@ def limited(opinions: Sequence[tuple[str, ...]], worth: np.ndarray, cap: float) 
     """A weight in (0, 1] for each turn (n,), so that nobody's opinions make up more than a share `cap` of all that counts.
 
     `opinions` names whose opinions each turn's reward is made of, who share it evenly. Where there are fewer than 1/cap
-    people nobody is limited: there is nobody to be outvoted.
+    people nobody is limited: there is nobody to be outvoted. Where the cap cannot be kept, since somebody spoke wherever
+    others did, it is kept as far as it can be. The largest weight is 1.
     """
     weights = np.ones(len(worth))
     people = sorted({person for those in opinions for person in those})
@@ -143,6 +144,7 @@ def limited(opinions: Sequence[tuple[str, ...]], worth: np.ndarray, cap: float) 
         rest = given.sum() - given[most]
         factor = max(rest * cap / (1 - cap) / given[most], 1e-6)
         weights[shares[most] > 0] *= min(factor, 1.0)
+        weights /= weights.max()
     return weights
 
 

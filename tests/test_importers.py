@@ -5,9 +5,10 @@ import gzip
 import json
 import lzma
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bot.config import ReactionsConfig
@@ -16,6 +17,7 @@ from bot.types import FeedbackKind
 from learning.importers import read
 from learning.pairs import pairs
 from learning.replay_buffer import ReplayBuffer
+from learning.selection import limited
 
 OASST = Path(__file__).parent.parent.parent / "shared" / "data" / "oasst-reactions.trees.jsonl"
 QUESTION = {"role": "user", "content": "hello"}
@@ -81,6 +83,19 @@ def test_a_tree_gives_reactions_and_a_rank_and_counts_what_is_no_reaction(tmp_pa
     counts = {kind: found.count(kind) for kind in FeedbackKind}
     assert counts == dict.fromkeys(FeedbackKind, 0) | {"approval": 3, "disapproval": 1, "rank": 1}
     assert found.dropped == {"+1 on a user's message": 2, "red_flag which is a tool's action, no reaction": 2}
+
+
+def test_people_whom_a_file_counts_and_does_not_name_are_others_at_each_answer(tmp_path):
+    """As one person, who likes whatever is liked, they would be held back, and say nothing of a candidate."""
+    rows = [tree(**{"+1": 2, "-1": 1}) | {"message_tree_id": str(number)} for number in range(30)]
+    found = read_rows(tmp_path, *rows)
+    given = [row for *_, feedback in found.dialogues for row in feedback if row.kind != FeedbackKind.RANK]
+    assert len({row.user_id for row in given}) == len(given) == 90
+    of_turn = defaultdict(list)
+    for row in given:
+        of_turn[row.turn_id].append(row.user_id)
+    weights = limited([tuple(people) for people in of_turn.values()], np.ones(30), cap=0.25)
+    assert (weights == 1).all()
 
 
 def test_importing_a_file_twice_stores_it_once(tmp_path, store):

@@ -73,6 +73,14 @@ def test_one_voice_is_held_back_and_the_others_are_not():
     assert (weights[500:] == 1).all()
 
 
+@given(st.lists(st.sets(st.sampled_from("abcde"), min_size=1), min_size=1, max_size=30), st.floats(0.2, 0.5))
+def test_a_cap_that_cannot_be_kept_leaves_something_to_learn_from(others, cap):
+    everywhere = [("voice", *sorted(those)) for those in others]  # somebody speaks wherever others do
+    weights = limited(everywhere, np.ones(len(everywhere)), cap)
+    assert weights.max() == 1
+    assert (weights >= 0).all()
+
+
 def test_of_what_one_person_says_again_and_again_the_newest_counts():
     said = [experience(f"turn{number}") for number in range(5)]
     said += [experience("turn5", asker="bob"), experience("turn6", reward=-1.0)]
