@@ -231,6 +231,9 @@ def registry(database: Database, demo_model: str) -> PolicyRegistry:
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def live(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[kibitz.Kibitz]:
     """A whole kibitz on the one vLLM of the run. Its watcher of rollbacks is the real one."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        with (tmp_path_factory.getbasetemp().parent / "vLLM").open("x"):  # fails where another process has one: see above
+            pass
     learning = {"min_reactions": 24, "check_seconds": 0.2}
     data = tmp_path_factory.mktemp("live")
     model = str(shutil.copytree(demo_model, data / "base"))  # a test takes it away for a moment; others read it meanwhile

@@ -6,7 +6,8 @@ import shutil
 import socket
 
 import pytest
-from test_cli import here, refused, write_config  # noqa: F401 (a fixture)
+from conftest import refused
+from test_cli import write_config
 
 import bot.__main__  # noqa: F401 (it adds the commands)
 from bot.config import load
@@ -78,7 +79,7 @@ def test_what_a_step_is_made_on_is_of_use_to_every_objective(tokenizer):
         assert len(usable_rows(rows, objective)) >= 4
 
 
-def test_a_quick_look_at_a_model_that_is_broken(tmp_path, demo_model, here):  # noqa: F811 (the fixture)
+def test_a_quick_look_at_a_model_that_is_broken(tmp_path, demo_model, here):
     broken = shutil.copytree(demo_model, tmp_path / "model")
     next(broken.glob("*.safetensors")).unlink()
     config = write_config(tmp_path, str(broken), "")

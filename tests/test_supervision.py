@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 import sqlalchemy as sa
 import typer
-from conftest import until
-from test_cli import here, refused, write_config  # noqa: F401 (a fixture)
+from conftest import refused, until
+from test_cli import write_config
 
 from bot.app import desk, run
 from bot.config import load
@@ -161,7 +161,7 @@ async def test_each_reason_is_told_once_until_the_task_works():
     assert len(told) == 4
 
 
-def test_what_only_the_operator_can_put_right_ends_kibitz_with_one_line(here):  # noqa: F811 (the fixture)
+def test_what_only_the_operator_can_put_right_ends_kibitz_with_one_line(here):
     stopped: list[str] = []
 
     async def misconfigured() -> None:
@@ -230,7 +230,7 @@ async def test_a_vllm_that_cannot_be_restarted_is_tried_until_it_can(config, mon
     assert len(told) == 3, "that it died, why it does not start, and that it works"
 
 
-def test_status_says_what_fails_in_the_kibitz_that_runs(tmp_path, demo_model, here):  # noqa: F811 (the fixture)
+def test_status_says_what_fails_in_the_kibitz_that_runs(tmp_path, demo_model, here):
     config = write_config(tmp_path, demo_model)
     (tmp_path / "data").mkdir()
     Health(lambda text: None, tmp_path / "data" / HEALTH).fail("learning", ServingError("the [disk] is full"))
