@@ -39,6 +39,7 @@ from connectors.streaming import Budgets
 log = logging.getLogger(__name__)
 
 RECONNECT = 5.0  # seconds, doubled up to a minute
+READY = 2.0  # seconds without news of another server until all are known, and what was missed is read
 NOT_HERE = "You may not do that here."
 
 
@@ -331,7 +332,7 @@ class _Client(discord.Client):
         intents.message_content = connector.config.message_content
         mentions = discord.AllowedMentions(everyone=False, users=False, roles=False, replied_user=True)
         proxy = find_proxy(discord.http.Route.BASE)  # discord.py does not look for one
-        super().__init__(intents=intents, allowed_mentions=mentions, proxy=proxy)
+        super().__init__(intents=intents, allowed_mentions=mentions, proxy=proxy, guild_ready_timeout=READY)
         self.connector = connector
         tolerate_bad_messages(self)
 

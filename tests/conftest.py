@@ -92,6 +92,14 @@ def embedder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedder]:
     found.close()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def servers_are_told_at_once() -> Iterator[None]:
+    """The local Discord tells of all servers in one breath: discord.py need not wait long for another."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("connectors.discord.READY", 0.5)
+        yield
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """All tests that use the one vLLM run in one process, also where `-n 2` starts two."""

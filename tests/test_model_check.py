@@ -338,6 +338,7 @@ def test_what_a_hub_answers_is_quoted(tmp_path, answer, said):
         threading.Thread(target=hub.serve_forever, daemon=True).start()
         place = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
         code = (
+            "import time\ntime.sleep = lambda seconds: None\n"  # huggingface_hub waits longer after each 429
             "from bot.config import load\nfrom bot.errors import ConfigError\nfrom learning.model_choice import base_model\n"
             "try:\n    base_model(load(policy={'model': 'owner/name'}), print)\n"
             "except ConfigError as error:\n    print('told', error)\n"
