@@ -10,21 +10,20 @@ import importlib.util
 import os
 import re
 import signal
-import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 from bot import WAITING, children
 from bot.accelerator import GIB, has_gpu, read_card
-from bot.config import Config
+from bot.config import VLLM_HOST, Config
 from bot.data_directory import is_held
+from bot.environment import http_url, listen
 from bot.errors import ConfigError, ServingError
 from bot.policy import Policy
 from bot.registry import BASE
 from bot.supervision import Health, supervise
 
-HOST = "127.0.0.1"  # --api-key guards only /v1, so nobody but this machine may reach the rest
 PROBE_SECONDS = 10
 READ_AT_ONCE = 2048  # tokens, on CPUs: at least as many as the longest prompt
 RUN_SECONDS = 3600  # the longest that a restart waits for a training run to give its memory back
@@ -43,7 +42,7 @@ class VllmServer:
         self.config = config
         self.model = model
         self.port = _free_port(config.serving.port)
-        self.url = f"http://{HOST}:{self.port}"
+        self.url = http_url(VLLM_HOST, self.port)
         self.log = config.data / "vllm.log"
         self._process: asyncio.subprocess.Process | None = None
         self._log_start = 0  # where in the log the newest start begins
@@ -137,7 +136,7 @@ class VllmServer:
         longest = self.config.policy.context_tokens + self.config.policy.max_tokens
         options = {
             "--served-model-name": BASE,
-            "--host": HOST,
+            "--host": VLLM_HOST,
             "--port": str(self.port),
             "--dtype": served_dtype(self.config, self.model),
             "--max-model-len": str(longest),
@@ -248,12 +247,5 @@ def served_dtype(config: Config, model: str) -> str:
 
 
 def _free_port(wanted: int) -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, wanted))
-        except OSError as error:
-            raise ConfigError(
-                f"config key serving.port has value {wanted}, which is in use; free it, choose another, or set 0 for any"
-            ) from error
-        return probe.getsockname()[1]
+    with listen("serving.port", VLLM_HOST, wanted, otherwise=", or set 0 for any") as probe:
+        return int(probe.getsockname()[1])
