@@ -20,8 +20,8 @@ from alembic.config import Config as AlembicConfig
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from bot.errors import DatabaseUnavailable, DataError
-from bot.outages import first_line, outage
+from bot.errors import DatabaseUnavailable, DataError, cause_of
+from bot.outages import outage
 from bot.write_ahead_log import WriteAheadLog
 
 log = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class Database:
             yield
         except sa.exc.DBAPIError as error:
             raise outage(error, self.url) or DataError(
-                f"the database {self.url} cannot be used ({first_line(error)}); check the config key database.url"
+                f"the database {self.url} cannot be used ({cause_of(error)}); check the config key database.url"
             ) from error
 
     @contextmanager
