@@ -18,6 +18,7 @@ from bot.data_directory import is_held
 from bot.database import Database
 from bot.environment import listen
 from bot.errors import ConfigError, KibitzError, cause_of
+from bot.vllm_server import check_extra_args, read_extra_args
 
 Outcome = Literal["ok", "not", "skip"]
 PYTHONS = ((3, 11), (3, 13))
@@ -53,7 +54,7 @@ def examine(checks: Sequence[Check], tell: Callable[[Row], None] = lambda row: N
         except Skipped as reason:
             row = Row(what, "skip", str(reason))
         except KibitzError as error:
-            row = _failed(what, " ".join(str(error).split()))
+            row = _failed(what, cause_of(error))
         except Exception as error:
             row = Row(what, "not", f"the check broke off ({cause_of(error)})", "report this as a bug of kibitz")
         rows.append(row)
@@ -97,7 +98,7 @@ def check_package(name: str) -> str:
 
 
 def check_vllm(config: Config) -> str:
-    """Check that a vLLM is installed, and that it is the one for this machine."""
+    """Check that a vLLM is installed, that it is the one for this machine, and that it understands what it is given."""
     if config.serving.url:
         config.serving.read_key()
         raise Skipped(f"serving.url names one at {config.serving.url}")
@@ -106,6 +107,8 @@ def check_vllm(config: Config) -> str:
         raise ConfigError("no vLLM is installed; run make setup")
     if found == ["vllm"] and not has_gpu():
         raise ConfigError("the installed vLLM is the GPU build, and no GPU can be used here; run make setup EXTRA=cpu")
+    check_extra_args(config)
+    read_extra_args(config)
     return check_package(found[0])
 
 
