@@ -8,6 +8,7 @@ import sqlite3
 
 import pytest
 from conftest import migrate
+from scripted_vllm import ScriptedVllm
 from test_cli import here, refused, write_config  # noqa: F401 (a fixture)
 
 import bot.__main__  # noqa: F401 (it adds the commands)
@@ -164,7 +165,30 @@ async def test_one_token_and_one_training_step(live, config):
         with SelfTest(config, lambda: (config, config.policy.model)) as test:
             return {row.what: row for row in examine(test.checks(quick=False))}
 
+    before = await live.policy.loaded()
     rows = await asyncio.to_thread(look)
     assert works(list(rows.values())), rows
     assert "log-probability -" in rows["one token"].found
     assert "loss" in rows["one training step"].found
+    assert rows["one version"].found == "an adapter was loaded, asked and unloaded"
+    assert await live.policy.loaded() == before
+    assert not list(config.data.glob("doctor-*"))
+
+
+async def test_a_vllm_that_takes_no_adapter_is_found_out(config):
+    """One of our own stands for a vLLM that an operator started without what lets it take versions."""
+    vllm = ScriptedVllm()
+    await vllm.start()
+    serving = config.serving.model_copy(update={"url": vllm.url})
+    config = config.model_copy(update={"serving": serving})
+
+    def look() -> dict[str, Row]:
+        with SelfTest(config, lambda: (config, config.policy.model)) as test:
+            test._model, test._url, test._version = config.policy.model, vllm.url, config.data
+            return {row.what: row for row in examine([("one version", test.check_version)])}
+
+    row = (await asyncio.to_thread(look))["one version"]
+    await vllm.stop()
+    assert row.outcome == "not"
+    assert "refused /v1/load_lora_adapter (404)" in row.found
+    assert row.to_do.startswith("start it with --enable-lora --max-lora-rank 16 and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True")
