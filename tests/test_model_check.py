@@ -335,13 +335,19 @@ def test_a_name_that_is_no_path_is_told_in_a_line(tmp_path, name):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("answer", "said"), [(429, "429"), (404, "404")])
-def test_what_a_hub_answers_is_quoted(tmp_path, answer, said):
+@pytest.mark.parametrize(
+    ("answer", "headers", "said"),
+    [(429, {}, "429"), (404, {}, "404"), (403, {"X-Error-Code": "GatedRepo"}, "a gated model; accept its terms")],
+)
+def test_what_a_hub_answers_is_quoted(tmp_path, answer, headers, said):
     """A server on this machine stands for the hub; transformers and huggingface_hub are the real ones."""
 
     class Hub(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
-            self.send_error(answer)
+            self.send_response(answer)
+            for name, value in {"Content-Length": "0", **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
 
         do_GET = do_HEAD
 
