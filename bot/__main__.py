@@ -3,27 +3,36 @@
 Run: ``kibitz COMMAND`` or ``python -m bot COMMAND``.
 """
 
-import asyncio
 import os
-import shutil
-import tempfile
-from collections.abc import Awaitable, Callable
-from pathlib import Path
-from typing import Annotated, Any
+import signal
 
-import typer
+# Ctrl-C while modules are loaded ends the process at once: libraries lose the exception, or print what they were doing.
+_usual = signal.getsignal(signal.SIGINT)
+if _usual is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+try:
+    import asyncio
+    import shutil
+    import tempfile
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
+    from typing import Annotated, Any
 
-from bot import backup_commands, cli, doctor_command
-from bot.app import Kibitz, desk, run, running, shared
-from bot.cli import ConfigFile, DataDir, JsonFile, ModelName, PlotFile, Seed, announce, app, bench, configured, console
-from bot.config import AccessConfig, Config, DatabaseConfig
-from bot.data_directory import is_held
-from connectors.access import Access
-from connectors.base import Connector
-from learning import bench_commands, commands
-from learning.commands import with_model
-from learning.loop import OnlineLearner
-from learning.pretrain import is_toy
+    import typer
+
+    from bot import backup_commands, cli, doctor_command
+    from bot.app import Kibitz, desk, run, running, shared
+    from bot.cli import ConfigFile, DataDir, JsonFile, ModelName, PlotFile, Seed, announce, app, bench, configured, console
+    from bot.config import AccessConfig, Config, DatabaseConfig
+    from bot.data_directory import is_held
+    from connectors.access import Access
+    from connectors.base import Connector
+    from learning import bench_commands, commands
+    from learning.commands import with_model
+    from learning.loop import OnlineLearner
+    from learning.pretrain import is_toy
+finally:
+    signal.signal(signal.SIGINT, _usual)
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 

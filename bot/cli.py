@@ -25,7 +25,7 @@ from bot.conversations import ConversationStore
 from bot.data_directory import HEALTH, is_held, prepare
 from bot.database import Database
 from bot.embeddings import Embedder
-from bot.errors import KibitzError
+from bot.errors import KibitzError, cause_of
 from bot.forgetting import forget_person
 from bot.memory import Memory
 from bot.recall import Recall, weights
@@ -350,7 +350,7 @@ def main(application: typer.Typer = app) -> None:
 def _line(error: BaseException) -> str | None:
     """What to tell a person, or None for a bug."""
     if isinstance(error, KibitzError):
-        return " ".join(str(error).split())
+        return cause_of(error)
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return "interrupted; what was said and stored is kept, an unfinished training run left nothing behind"
     if hasattr(error, "format_message"):  # a usage error of typer's, which keeps its own copy of click

@@ -46,6 +46,7 @@ def _address(value: str) -> str:
         raise PydanticCustomError(SECRET, "holds a password; leave it out, and name the variable of a key in api_key_env")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise PydanticCustomError("address", "write http://HOST:PORT")
+    _ = parts.port  # raises where it is none
     path = re.sub(r"/v1(/.*)?$", "", parts.path).rstrip("/")
     return f"{parts.scheme}://{parts.netloc}{path}"
 
@@ -57,6 +58,7 @@ Variable = Annotated[str, AfterValidator(_variable)]  # the name of an environme
 PathName = Annotated[str, AfterValidator(expand_home)]  # a path, or a name that does not begin with ~
 
 
+VLLM_HOST = "127.0.0.1"  # of our own vLLM, whose --api-key guards only /v1: nobody but this machine may reach the rest
 PERSONA = "You are kibitz, a friendly regular of this chat."  # of every model but the toy, where dialogue.persona is not set
 
 
@@ -299,6 +301,16 @@ class Config(Section):
         file = sa.URL.create("sqlite", database=str(self.data / "kibitz.db"))
         return self.database.url or file.render_as_string(hide_password=False)
 
+    @property
+    def addresses(self) -> dict[str, tuple[str, int]]:
+        """The host and the port that each part which is turned on listens on, by the config key of the port."""
+        found = {} if self.serving.url else {"serving.port": (VLLM_HOST, self.serving.port)}
+        if self.web.enabled:
+            found["web.port"] = (self.web.host, self.web.port)
+        if self.slack.signing_secret_env:
+            found["slack.port"] = (self.slack.host, self.slack.port)
+        return found
+
     def without_secrets(self) -> Self:
         """Return the config as it may be stored: without the database's URL, which may hold a password."""
         return self.model_copy(update={"database": self.database.model_copy(update={"url": ""})})
@@ -331,6 +343,10 @@ def load(path: Path | None = None, **overrides: Any) -> Config:
         raise ConfigError(_first_line(error)) from None  # the cause quotes values, some of them secret
     if config.database.url and config.database.url_env:
         raise ConfigError("config key database.url_env is set beside database.url; remove one of them")
+    keys: dict[int, str] = {}
+    for key, (_, port) in config.addresses.items():
+        if port and keys.setdefault(port, key) != key:
+            raise ConfigError(f"config keys {keys[port]} and {key} both have value {port}; give each a port of its own")
     if config.training.lora_rank > config.serving.max_lora_rank:
         raise ConfigError(
             f"config key training.lora_rank has value {config.training.lora_rank}, above serving.max_lora_rank "

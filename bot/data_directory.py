@@ -17,7 +17,7 @@ from bot.errors import ConfigError
 HEALTH = "failing.json"  # which tasks of the serving process fail now (bot.supervision)
 WITNESS = bytes(2**16)  # a full disk still takes empty files
 CONTENTS = (
-    *("kibitz.db*", "policies", "models", "embedders", "bench", "home", "cache", ".cache", ".triton"),
+    *("kibitz.db*", "policies", "doctor-*", "models", "embedders", "bench", "home", "cache", ".cache", ".triton"),
     *("vllm.log", "train-config.json", "erasures.txt", "config.toml", "*.lock", ".writable-*", HEALTH),
 )
 

@@ -20,8 +20,8 @@ from alembic.config import Config as AlembicConfig
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from bot.errors import DatabaseUnavailable, DataError
-from bot.outages import first_line, outage
+from bot.errors import DatabaseUnavailable, DataError, cause_of
+from bot.outages import outage
 from bot.write_ahead_log import WriteAheadLog
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,8 @@ class Database:
     `directory` is where files lie that belong to the database: by default, where SQLite's own file is.
     """
 
-    def __init__(self, url: str, directory: Path | None = None):
+    def __init__(self, url: str, directory: Path | None = None, is_read_only: bool = False):
+        """Open nothing yet. What `is_read_only` leaves a file of SQLite as it is, and makes none."""
         try:
             # Error messages must not spell what people wrote.
             self.engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"), hide_parameters=True)
@@ -62,7 +63,7 @@ class Database:
         self.dialect = self.engine.dialect.name
         if self.dialect not in ("sqlite", "postgresql"):
             raise DataError(f"config key database.url has value '{self.url}'; write sqlite:///FILE, or " + _POSTGRESQL)
-        if self.dialect == "sqlite":
+        if self.dialect == "sqlite" and not is_read_only:
             sa.event.listen(self.engine, "connect", _configure_sqlite)
             sa.event.listen(self.engine, "begin", _begin_immediate)
         self.file = Path(self.engine.url.database or "") if self.dialect == "sqlite" else None
@@ -74,25 +75,43 @@ class Database:
 
     def upgrade(self) -> None:
         """Bring the schema to this program's version; refuse a database from the future or a broken file."""
-        config = AlembicConfig()
-        config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
-        script = ScriptDirectory.from_config(config)
+        if self.find_revision() == self.newest_revision:
+            return  # without the write lock
+        with self._refusals(), self.engine.begin() as connection:
+            config = _migrations()
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+
+    def find_revision(self) -> str | None:
+        """Return the revision of the database's schema, None where it has none yet. Nothing is changed.
+
+        Raises DataError where the database is from the future, or is none.
+        """
+        if self.file is not None and not self.file.exists():
+            return None
+        with self._refusals(), self.engine.connect().execution_options(read_only=True) as connection:
+            found = MigrationContext.configure(connection).get_current_revision()
+        known = ScriptDirectory.from_config(_migrations()).walk_revisions()
+        if found is not None and found not in {one.revision for one in known}:
+            raise DataError(
+                f"the database {self.url} has schema {found}, which this kibitz does not know; "
+                "install the kibitz that wrote it, or newer"
+            )
+        return found
+
+    @property
+    def newest_revision(self) -> str | None:
+        """The revision of this program's schema."""
+        return ScriptDirectory.from_config(_migrations()).get_current_head()
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """Raise what a database says inside that cannot be used as DataError."""
         try:
-            with self.engine.connect().execution_options(read_only=True) as connection:
-                found = MigrationContext.configure(connection).get_current_revision()
-            if found == script.get_current_head():
-                return  # without the write lock
-            if found is not None and found not in {known.revision for known in script.walk_revisions()}:
-                raise DataError(
-                    f"the database {self.url} has schema {found}, which this kibitz does not know; "
-                    "install the kibitz that wrote it, or newer"
-                )
-            with self.engine.begin() as connection:
-                config.attributes["connection"] = connection
-                command.upgrade(config, "head")
+            yield
         except sa.exc.DBAPIError as error:
             raise outage(error, self.url) or DataError(
-                f"the database {self.url} cannot be used ({first_line(error)}); check the config key database.url"
+                f"the database {self.url} cannot be used ({cause_of(error)}); check the config key database.url"
             ) from error
 
     @contextmanager
@@ -236,6 +255,12 @@ class Database:
         if self._wal is not None:
             self._wal.close()
         self.engine.dispose()
+
+
+def _migrations() -> AlembicConfig:
+    config = AlembicConfig()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    return config
 
 
 def _do(work: Callable[[], None]) -> None:

@@ -7,7 +7,6 @@ It runs checks and makes a table of them; the checks that need connectors or tra
 import importlib.metadata
 import platform
 import shutil
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,9 @@ from bot.accelerator import GIB, free_memory, has_gpu, read_card
 from bot.config import Config
 from bot.data_directory import is_held
 from bot.database import Database
+from bot.environment import listen
 from bot.errors import ConfigError, KibitzError, cause_of
+from bot.vllm_server import check_extra_args, read_extra_args
 
 Outcome = Literal["ok", "not", "skip"]
 PYTHONS = ((3, 11), (3, 13))
@@ -53,7 +54,7 @@ def examine(checks: Sequence[Check], tell: Callable[[Row], None] = lambda row: N
         except Skipped as reason:
             row = Row(what, "skip", str(reason))
         except KibitzError as error:
-            row = _failed(what, " ".join(str(error).split()))
+            row = _failed(what, cause_of(error))
         except Exception as error:
             row = Row(what, "not", f"the check broke off ({cause_of(error)})", "report this as a bug of kibitz")
         rows.append(row)
@@ -97,7 +98,7 @@ def check_package(name: str) -> str:
 
 
 def check_vllm(config: Config) -> str:
-    """Check that a vLLM is installed, and that it is the one for this machine."""
+    """Check that a vLLM is installed, that it is the one for this machine, and that it understands what it is given."""
     if config.serving.url:
         config.serving.read_key()
         raise Skipped(f"serving.url names one at {config.serving.url}")
@@ -106,6 +107,8 @@ def check_vllm(config: Config) -> str:
         raise ConfigError("no vLLM is installed; run make setup")
     if found == ["vllm"] and not has_gpu():
         raise ConfigError("the installed vLLM is the GPU build, and no GPU can be used here; run make setup EXTRA=cpu")
+    check_extra_args(config)
+    read_extra_args(config)
     return check_package(found[0])
 
 
@@ -141,30 +144,21 @@ def check_disk_space(config: Config) -> str:
 
 def check_ports(config: Config) -> str:
     """Check that the ports that kibitz listens on are free."""
-    wanted = {} if config.serving.url else {"serving.port": ("127.0.0.1", config.serving.port)}
-    if config.web.enabled:
-        wanted["web.port"] = (config.web.host, config.web.port)
-    if config.slack.signing_secret_env:
-        wanted["slack.port"] = (config.slack.host, config.slack.port)
     if is_held(config.data, "serve"):
         raise Skipped("a kibitz runs on this data directory, and has them")
-    for key, (host, port) in wanted.items():
-        try:
-            socket.create_server((host, port), reuse_port=False).close()
-        except OSError as error:
-            raise ConfigError(
-                f"config key {key} has value {port}, which cannot be listened on at {host} ({error.strerror}); free it, or "
-                "choose another"
-            ) from error
-    return ", ".join(f"{key} {port or 'any'}" for key, (_, port) in wanted.items()) or "none are needed"
+    for key, (host, port) in config.addresses.items():
+        listen(key, host, port).close()
+    return ", ".join(f"{key} {port or 'any'}" for key, (_, port) in config.addresses.items()) or "none are needed"
 
 
 def check_database(config: Config) -> str:
-    """Check that the database can be opened and has, or can be given, this program's tables."""
-    database = Database(config.database_url)
+    """Check that the database can be opened, and has this program's tables or can be given them. It is left as it is."""
+    database = Database(config.database_url, is_read_only=True)
     try:
-        database.upgrade()
-        return database.url
+        if (found := database.find_revision()) is None:
+            return f"{database.url} has no tables yet; the first start makes them"
+        newest = database.newest_revision
+        return database.url + ("" if found == newest else f" will be migrated, from schema {found} to {newest}")
     finally:
         database.close()
 

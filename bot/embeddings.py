@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bot.errors import ConfigError
+from bot.errors import ConfigError, cause_of
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -106,7 +106,7 @@ def _export(name: str, file: Path, words: Path) -> None:
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"config key dialogue.embedder has value '{name}', which cannot be loaded "
-            f"({str(error).splitlines()[0]}); give a model's directory, '{BUNDLED}', or 'none'"
+            f"({cause_of(error)}); give a model's directory, '{BUNDLED}', or 'none'"
         ) from error
 
     class Sentences(torch.nn.Module):

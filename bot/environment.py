@@ -1,10 +1,12 @@
-"""Environment: what kibitz takes from the process that it runs in: secrets, standard streams, a home, a user name, a proxy.
+"""Environment: what kibitz takes from where it runs: secrets, standard streams, a home, a user name, a proxy, a port.
 
 It knows no config: whoever asks names the key that an error should speak of.
 """
 
+import errno
 import getpass
 import os
+import socket
 import sys
 import urllib.request
 from pathlib import Path
@@ -75,3 +77,26 @@ def find_proxy(url: str) -> str | None:
         return None
     named = urllib.request.getproxies()
     return named.get(parts.scheme) or named.get("all")
+
+
+def listen(key: str, host: str, port: int, otherwise: str = "") -> socket.socket:
+    """Open a socket that listens on an IPv4 or IPv6 host and a port; 0 is any free one.
+
+    Raises ConfigError that names the port's `key` where the address cannot be had, and what can be done `otherwise`.
+    """
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=512)
+    except (OSError, ValueError) as error:  # ValueError: of a name that no host can have
+        why = (
+            "which is in use"
+            if getattr(error, "errno", None) == errno.EADDRINUSE
+            else (f"which cannot be used ({getattr(error, 'strerror', None) or error})")
+        )
+        raise ConfigError(
+            f"config key {key} has value {port}, {why} on {host}; free it, or choose another{otherwise}"
+        ) from error
+
+
+def http_url(host: str, port: int) -> str:
+    """Return the URL of a server; an IPv6 host stands in brackets."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -17,13 +17,9 @@
     '-- RegistryError          a policy version cannot make the transition that was asked for
         '-- VerdictOutdated    a candidate was judged against a version that is not live any more
 
-The command line shows the message and exits with code 2; everything else is a bug and keeps its traceback.
+The command line shows the message and exits with code 2; everything else is a bug and keeps its traceback. `cause_of` quotes
+any error in one line.
 """
-
-
-def cause_of(error: BaseException) -> str:
-    """Return what an error of somebody else's code says, in one short line with its kind."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:240].rstrip(": ")
 
 
 class KibitzError(Exception):
@@ -102,3 +98,17 @@ class VerdictOutdated(RegistryError):
             f"{name} was judged against {judged_against}, but {live} is live now; `kibitz train` makes a candidate that is "
             "judged against it"
         )
+
+
+def cause_of(error: BaseException, only_first_line: bool = False) -> str:
+    """Return what an error says, in one line: ours whole, anybody else's with its kind and cut to 240 characters.
+
+    `only_first_line` is for errors whose further lines may quote what people wrote. Of a database's error it is what the
+    driver says in its first line, since rows follow.
+    """
+    if isinstance(error, KibitzError):
+        return " ".join(str(error).split())
+    if driver := str(getattr(error, "orig", None) or ""):  # SQLAlchemy wraps the driver's error in one of its own
+        return driver.partition("\n")[0][:240]
+    said = str(error).partition("\n")[0] if only_first_line else str(error)
+    return f"{type(error).__name__}: {' '.join(said.split())}"[:240].rstrip(": ")

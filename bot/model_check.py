@@ -27,7 +27,7 @@ from bot.model_shape import (
 )
 from bot.thoughts import CHANNEL
 from bot.tokenizer import ChatTokenizer
-from bot.vllm_server import served_dtype
+from bot.vllm_server import check_extra_args, served_dtype
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 LEAST_CONTEXT = 64  # tokens, of policy.context_tokens
@@ -36,11 +36,11 @@ LEAST_DISK = GIB // 4  # for the database, logs and the embedding model
 
 
 def check_model(config: Config, model: str, serves: bool = True) -> MemoryPlan | None:
-    """Check that a model can be trained on this machine and, if it is to be, served.
+    """Check that a model whose files are sound (`check_files`) can be trained on this machine and, if it is to be, served.
 
     Returns how the GPU's memory is shared, or None where it is not. Raises ConfigError for the first thing that is wrong.
     """
-    check_files(config, model)
+    check_extra_args(config)
     shape = read_shape(model)
     check_architecture(config, model)
     tokenizer = check_tokenizer(config, model, shape)

@@ -9,7 +9,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from bot.errors import DatabaseUnavailable
+from bot.errors import DatabaseUnavailable, cause_of
 
 _LOCKED = "is locked by another program; end that program, or try again when it is done"
 _FULL = "has no room left on its disk; free some space, then try again"
@@ -45,12 +45,7 @@ def outage(error: sa.exc.DBAPIError, url: str) -> DatabaseUnavailable | None:
     advice = _of_sqlite(error.orig) if isinstance(error.orig, sqlite3.Error) else _of_postgresql(error)
     if advice is None:
         return None
-    return DatabaseUnavailable(f"the database {url} {advice.format(reason=first_line(error))}")
-
-
-def first_line(error: sa.exc.DBAPIError) -> str:
-    """Return what the driver says, without the rows that PostgreSQL adds in further lines."""
-    return (str(error.orig).splitlines() or [repr(error.orig)])[0]
+    return DatabaseUnavailable(f"the database {url} {advice.format(reason=cause_of(error))}")
 
 
 def _of_sqlite(error: Any) -> str | None:

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from bot.data_directory import check_writable
 from bot.database import Database
-from bot.errors import ConfigError, DatabaseUnavailable
+from bot.errors import ConfigError, DatabaseUnavailable, cause_of
 from bot.policy import Policy
 from bot.tables import conversations
 
@@ -65,7 +65,7 @@ def looks_at(policy: Policy, database: Database, data: Path) -> dict[str, Look]:
         except DatabaseUnavailable as error:
             return str(error)
         except sa.exc.SQLAlchemyError as error:
-            return f"the database fails ({str(error).splitlines()[0]})"
+            return f"the database fails ({cause_of(error)})"
         return None
 
     async def disk() -> str | None:

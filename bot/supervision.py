@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from bot.errors import ConfigError, KibitzError
+from bot.errors import ConfigError, KibitzError, cause_of
 from bot.types import now
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class Health:
 
     def fail(self, name: str, error: Exception) -> None:
         """Record that a task failed. Each reason is told once until the task works again."""
-        before, reason = self.failing.get(name), describe(error)
+        before, reason = self.failing.get(name), cause_of(error, only_first_line=True)
         is_ours = isinstance(error, KibitzError)
         told = self._told.setdefault(name, set())
         kind = reason if is_ours else type(error).__name__  # texts of libraries hold addresses and numbers
@@ -94,14 +94,6 @@ def read_failing(file: Path) -> dict[str, Failure]:
 def failing_lines(failing: dict[str, Failure]) -> list[str]:
     """What fails, for people."""
     return [f"failing: {name} since {one.since:%Y-%m-%d %H:%M} UTC: {one.reason}" for name, one in failing.items()]
-
-
-def describe(error: Exception) -> str:
-    """One line that says what went wrong."""
-    if isinstance(error, KibitzError):
-        return " ".join(str(error).split())
-    first = next(iter(str(error).splitlines()), "")[:300]
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 async def supervise(

@@ -6,17 +6,21 @@ small chats are tried when the template is first used. It knows no token ids, no
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from inspect import signature
 
-from bot.errors import ConfigError, TemplateError
+from bot.errors import ConfigError, TemplateError, cause_of
 
 ChatMessages = Sequence[Mapping[str, str]]
 Scalar = bool | int | float | str
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 BLANK = "…"  # stands for a message without text where the template wants some
+LONGEST = 20.0  # seconds of computing for all trial chats, which take a few milliseconds
 THINKING = ("enable_thinking", "thinking")  # what templates call the switch for thoughts
 
 # The texts of trial chats.
@@ -43,14 +47,23 @@ class Template:
     """One chat template with its arguments. `apply` renders a list of messages, as `apply_chat_template` does."""
 
     def __init__(self, apply: Callable[..., str], arguments: Mapping[str, Scalar] | None = None, model: str = ""):
-        """Try the template. Raises ConfigError where it refuses every chat, or an argument means nothing to it."""
+        """Try the template. Raises ConfigError where it refuses every chat or does not come to an end, or where an argument
+        means nothing to it.
+        """
         self._apply = apply
         self._model = model
         self.arguments: dict[str, Scalar] = dict(arguments or {})
-        self._check_arguments()
-        if "enable_thinking" not in self.arguments and self._knows_thinking():
-            self.arguments["enable_thinking"] = False  # people who chat wait for an answer, not for thoughts
-        self.rules = self._find_rules()
+        try:
+            with _limit_computing(LONGEST):
+                self._check_arguments()
+                if "enable_thinking" not in self.arguments and self._knows_thinking():
+                    self.arguments["enable_thinking"] = False  # people who chat wait for an answer, not for thoughts
+                self.rules = self._find_rules()
+        except _Endless:
+            raise ConfigError(
+                f"config key policy.model has value '{model}', whose chat template came to no end on a chat of a few lines "
+                f"within {LONGEST:g} s; correct chat_template.jinja, or take another model"
+            ) from None
 
     @property
     def is_asked_to_think(self) -> bool:
@@ -155,7 +168,7 @@ class Template:
             found = self._apply(_chat((USER, QUESTION)), add_generation_prompt=True, **self.arguments)
             why = f"drops the text of a user's message (it gave {str(found)[:80]!r})"
         except Exception as error:  # as in `_try`
-            why = f"refuses a single user's message ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+            why = f"refuses a single user's message ({cause_of(error)})"
         raise ConfigError(f"{whose}, whose chat template {why}; use an instruction-tuned model, or fix its template")
 
     def _matters(self, name: str, value: Scalar) -> bool:
@@ -173,6 +186,29 @@ class Template:
         persona, asked, answered, next_asked = (SYSTEM, PERSONA), (USER, QUESTION), (ASSISTANT, ANSWER), (USER, NEXT)
         chats = [_chat(asked), _chat(persona, asked), _chat(asked, answered, next_asked)]
         return any(self._try(chat, arguments=arguments) != self._try(chat, arguments=others) for chat in chats)
+
+
+class _Endless(BaseException):
+    """A template took too long. No Exception: what a template raises is caught as a refusal."""
+
+
+@contextmanager
+def _limit_computing(seconds: float) -> Iterator[None]:
+    """Raise _Endless inside after so many seconds of processor time. Only the main thread can be interrupted so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _Endless
+
+    usual = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, usual)
 
 
 def _shape(messages: ChatMessages, rules: Rules, is_prompt: bool) -> list[dict[str, str]]:

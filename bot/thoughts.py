@@ -1,7 +1,8 @@
 """Thoughts: what a policy thinks before it answers, kept apart from what it says.
 
 A reasoning model writes its thoughts between two marks, such as <think> and </think>; some templates write the first mark
-themselves. Thoughts are recorded as sampled, and never shown, remembered or split. It knows no tokenizer and no server.
+themselves. Thoughts are recorded as sampled, and never shown, remembered or split. A mark that an answer quotes as code is a
+part of the answer. It knows no tokenizer and no server.
 """
 
 from dataclasses import dataclass
@@ -27,18 +28,23 @@ class Thoughts:
     """How a policy marks its thoughts.
 
     `begins_open`: the prompt has opened a thought. `is_special`: servers leave the marks out of text unless they are asked
-    for special tokens.
+    for special tokens. `only_first`: an answer may begin with thoughts; marks that come later are words of the answer.
     """
 
     opening: str
     closing: str
     begins_open: bool = False
     is_special: bool = False
+    only_first: bool = False
 
     def remove_from(self, text: str) -> str:
         """Return what an answer says without its thoughts."""
         said = ThoughtFilter(self)
         return said.add(text) + said.end()
+
+
+# Of a model whose vocabulary and template have no marks: it may have learned to think all the same.
+UNMARKED = Thoughts(*MARKS[0], only_first=True)
 
 
 class ThoughtFilter:
@@ -49,6 +55,7 @@ class ThoughtFilter:
         self._thoughts = thoughts
         self._is_inside = self._was_inside = thoughts is not None and thoughts.begins_open
         self._has_begun = False
+        self._backticks = 0  # in what was shown: after an odd number of them, it is code
         self._space = ""  # before the first word: whether it is shown depends on whether a thought follows
         self._held = ""  # what may yet become a mark
 
@@ -60,8 +67,13 @@ class ThoughtFilter:
         shown = ""
         while (found := self._next_mark(self._thoughts)) is not None:
             start, mark = found
+            end = start + len(mark)
+            if self._is_said(self._thoughts, self._held[:start]):
+                shown += self._visible(self._held[:end])
+                self._held = self._held[end:]
+                continue
             shown += "" if self._is_inside else self._visible(self._held[:start])
-            self._held = self._held[start + len(mark) :]
+            self._held = self._held[end:]
             self._is_inside, self._was_inside, self._space = mark == self._thoughts.opening, True, ""
         keep = max(overlap(self._held, mark) for mark in self._marks(self._thoughts))
         ready, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
@@ -82,8 +94,15 @@ class ThoughtFilter:
         found = [(self._held.find(mark), mark) for mark in self._marks(thoughts)]
         return min((one for one in found if one[0] >= 0), default=None)
 
+    def _is_said(self, thoughts: Thoughts, before: str) -> bool:
+        """Whether a mark after `before`, which is not shown yet, is a part of the answer."""
+        has_begun = self._has_begun or bool(before.strip())
+        is_code = (self._backticks + before.count("`")) % 2 == 1
+        return not self._is_inside and has_begun and (thoughts.only_first or is_code)
+
     def _visible(self, text: str) -> str:
         """The text, without the white space between a thought and the first word."""
+        self._backticks += text.count("`")
         if self._has_begun:
             return text
         text = self._space + text

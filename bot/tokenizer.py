@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from bot.config import PolicyConfig
 from bot.errors import ConfigError, cause_of
 from bot.templates import ANSWER, NEXT, PERSONA, Scalar, Template, trial_chat
-from bot.thoughts import CHANNEL, MARKS, Thoughts
+from bot.thoughts import CHANNEL, MARKS, UNMARKED, Thoughts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,16 +77,15 @@ class ChatTokenizer:
         said = whole[len(prompt) :]
         if whole[: len(prompt)] == prompt and self._turn_end in said:
             return said[: len(said) - said[::-1].index(self._turn_end)]
-        opened = self.thoughts is not None and self.thoughts.begins_open
-        before = f"\n{self.thoughts.closing}\n\n" if self.thoughts is not None and opened else ""
+        before = f"\n{self.thoughts.closing}\n\n" if self.thoughts.begins_open else ""
         return [*self._encode(before + text), self._turn_end]
 
     def answer_text(self, completion_ids: Sequence[int]) -> str:
         """Give the text of an answer as it is shown: without thoughts and without the token that ends it."""
-        hides_special = self.thoughts is None or not self.thoughts.is_special
         said = [one for one in completion_ids if one not in self.end_ids]
+        hides_special = not self.thoughts.is_special
         text = self.hf.decode(said, skip_special_tokens=hides_special, clean_up_tokenization_spaces=False)
-        return text if self.thoughts is None else self.thoughts.remove_from(text)
+        return self.thoughts.remove_from(text)
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
@@ -94,21 +93,21 @@ class ChatTokenizer:
         return frozenset({self._turn_end} | ({self.hf.eos_token_id} - {None}))
 
     @cached_property
-    def thoughts(self) -> Thoughts | None:
-        """How the model marks its thoughts; None where neither its vocabulary nor its template has marks for them.
+    def thoughts(self) -> Thoughts:
+        """How the model marks its thoughts; UNMARKED where neither its vocabulary nor its template has marks for them.
 
-        Marks of the vocabulary come first; what the template has in plain text, the model writes in plain text too.
+        The mark that a prompt ends with comes first, then those of the vocabulary; what the template has in plain text, the
+        model writes in plain text too.
         """
         added = {str(token): token.special for token in self.hf.added_tokens_decoder.values()}
         template, prompt = self.hf.get_chat_template(), self.template.render(trial_chat()[:1])
         tokens = [pair for pair in MARKS if all(mark in added for mark in pair)]
         written = [pair for pair in MARKS if any(mark in template for mark in pair)]
-        pair = next(iter((*tokens, *written)), None)
+        opened = [pair for pair in MARKS if prompt.rfind(pair[0]) > prompt.rfind(pair[1])]
+        pair = next(iter((*opened, *tokens, *written)), None)
         if pair is None:
-            return None
-        opening, closing = pair
-        begins_open = prompt.rfind(opening) > prompt.rfind(closing)
-        return Thoughts(opening, closing, begins_open, is_special=any(added.get(mark, False) for mark in pair))
+            return UNMARKED
+        return Thoughts(*pair, begins_open=pair in opened, is_special=any(added.get(mark, False) for mark in pair))
 
     @property
     def has_channels(self) -> bool:
@@ -117,7 +116,7 @@ class ChatTokenizer:
 
     def with_thoughts(self, policy: PolicyConfig) -> PolicyConfig:
         """Give a model that thinks first `policy.thought_tokens` beside `policy.max_tokens`; others answer as configured."""
-        if self.thoughts is None or not (self.thoughts.begins_open or self.template.is_asked_to_think):
+        if not (self.thoughts.begins_open or self.template.is_asked_to_think):
             return policy
         return policy.model_copy(update={"max_tokens": policy.max_tokens + policy.thought_tokens})
 
@@ -168,8 +167,7 @@ class ChatTokenizer:
         asked, answered = trial_chat()
         chat = [{"role": "system", "content": PERSONA}, asked, answered, {"role": "user", "content": NEXT}]
         written = self.hf.get_chat_template() + self.template.render(chat)  # some put a marker together of its parts
-        if self.thoughts is not None:
-            written += self.thoughts.opening + self.thoughts.closing
+        marks = {self.thoughts.opening, self.thoughts.closing}  # text or tokens
         special = {str(token) for token in added if token.special} | set(self.hf.all_special_tokens)
         named = {token for token in map(str, added) if token in written and token.strip() and not token.isalnum()}
-        return sorted((token for token in special | named if len(token) > 1), key=len, reverse=True)
+        return sorted((token for token in special | named | marks if len(token) > 1), key=len, reverse=True)

@@ -118,8 +118,7 @@ class StateTracker:
 
     def _opening(self, begun: str) -> list[int]:
         """The ids of the end of an answer that was begun, without the token that ends it."""
-        thoughts = self.tokenizer.thoughts
-        if not begun.strip() or (thoughts is not None and thoughts.begins_open):
+        if not begun.strip() or self.tokenizer.thoughts.begins_open:
             return []
         text = self.tokenizer.neutralise(begun[-self.budget * CHARACTERS_PER_TOKEN :])
         return self.tokenizer.completion_ids(text)[:-1][-self.budget // 4 :]

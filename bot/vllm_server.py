@@ -10,22 +10,46 @@ import importlib.util
 import os
 import re
 import signal
-import socket
+import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 from bot import WAITING, children
 from bot.accelerator import GIB, has_gpu, read_card
-from bot.config import Config
+from bot.config import VLLM_HOST, Config
 from bot.data_directory import is_held
+from bot.environment import http_url, listen
 from bot.errors import ConfigError, ServingError
 from bot.policy import Policy
 from bot.registry import BASE
 from bot.supervision import Health, supervise
 
-HOST = "127.0.0.1"  # --api-key guards only /v1, so nobody but this machine may reach the rest
 PROBE_SECONDS = 10
+USAGE = 2  # the exit code of a vLLM that cannot read its command line
+# What reads vLLM's command line, at its places in the versions that there are; it is importing this that takes its time.
+READ_ARGUMENTS = """
+import sys
+try:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+except ImportError:
+    from vllm.entrypoints.openai.cli_args import make_arg_parser
+try:
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+except ImportError:
+    from vllm.utils import FlexibleArgumentParser
+make_arg_parser(FlexibleArgumentParser(prog="vllm")).parse_args(sys.argv[1:])
+"""
+# What sets an option of vLLM that kibitz gives it.
+KEYS = {
+    "--model": "policy.model",
+    "--port": "serving.port",
+    "--dtype": "serving.dtype",
+    "--max-model-len": "policy.context_tokens and policy.max_tokens",
+    "--gpu-memory-utilization": "serving.memory_share",
+    "--max-loras": "serving.max_loras",
+    "--max-lora-rank": "serving.max_lora_rank",
+}
 READ_AT_ONCE = 2048  # tokens, on CPUs: at least as many as the longest prompt
 RUN_SECONDS = 3600  # the longest that a restart waits for a training run to give its memory back
 # vLLM's processes name themselves before each line, its logger adds level, time and place.
@@ -43,7 +67,7 @@ class VllmServer:
         self.config = config
         self.model = model
         self.port = _free_port(config.serving.port)
-        self.url = f"http://{HOST}:{self.port}"
+        self.url = http_url(VLLM_HOST, self.port)
         self.log = config.data / "vllm.log"
         self._process: asyncio.subprocess.Process | None = None
         self._log_start = 0  # where in the log the newest start begins
@@ -133,29 +157,9 @@ class VllmServer:
             await asyncio.sleep(1)
 
     def _command(self) -> list[str]:
-        serving = self.config.serving
-        longest = self.config.policy.context_tokens + self.config.policy.max_tokens
-        options = {
-            "--served-model-name": BASE,
-            "--host": HOST,
-            "--port": str(self.port),
-            "--dtype": served_dtype(self.config, self.model),
-            "--max-model-len": str(longest),
-            "--max-loras": str(serving.max_loras),
-            "--max-lora-rank": str(serving.max_lora_rank),
-            "--logprobs-mode": "processed_logprobs",
-            "--generation-config": "vllm",
-        }
-        flags = ["--enable-lora", "--disable-uvicorn-access-log"]
-        if serving.sleep_while_training:
-            flags.append("--enable-sleep-mode")
-        if not has_gpu():
-            # A prompt that is read in pieces ends the CPU engine (0.32) where its answer is sampled with a seed.
-            flags += ["--enforce-eager", "--no-enable-chunked-prefill"]
-            options["--max-num-batched-tokens"] = str(max(longest, READ_AT_ONCE))
-        elif serving.memory_share:
-            options["--gpu-memory-utilization"] = f"{serving.memory_share:g}"
-        return entry_point(self.model) + [part for pair in options.items() for part in pair] + flags + serving.extra_args
+        options = {"--port": str(self.port), "--dtype": served_dtype(self.config, self.model), **_options(self.config)}
+        own = [part for name, value in options.items() for part in (name, value) if part]
+        return entry_point(self.model) + own + self.config.serving.extra_args
 
     def _environment(self) -> dict[str, str]:
         defaults = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -177,10 +181,66 @@ class VllmServer:
             cause = first_cause(log.read().decode(errors="replace"))
         if not cause:
             return f"see {self.log}"
-        advice = ""
+        advice = "; correct serving.extra_args" if self._process is not None and self._process.returncode == USAGE else ""
         if any(sign in cause for sign in NO_MEMORY):
             advice = "; lower policy.context_tokens or serving.memory_share, or end what else uses the memory"
         return f"vLLM says: {cause}{advice} (its log: {self.log})"
+
+
+def _options(config: Config) -> dict[str, str]:
+    """The options of our own vLLM with their values, "" of those that have none, but for what is found out at start."""
+    serving = config.serving
+    longest = config.policy.context_tokens + config.policy.max_tokens
+    found = {
+        "--served-model-name": BASE,
+        "--host": VLLM_HOST,
+        "--max-model-len": str(longest),
+        "--max-loras": str(serving.max_loras),
+        "--max-lora-rank": str(serving.max_lora_rank),
+        "--logprobs-mode": "processed_logprobs",
+        "--generation-config": "vllm",
+        "--enable-lora": "",
+        "--disable-uvicorn-access-log": "",
+    }
+    if serving.sleep_while_training:
+        found["--enable-sleep-mode"] = ""
+    if not has_gpu():
+        # A prompt that is read in pieces ends the CPU engine (0.32) where its answer is sampled with a seed.
+        found |= {"--enforce-eager": "", "--no-enable-chunked-prefill": ""}
+        found["--max-num-batched-tokens"] = str(max(longest, READ_AT_ONCE))
+    elif serving.memory_share:
+        found["--gpu-memory-utilization"] = f"{serving.memory_share:g}"
+    return found
+
+
+def check_extra_args(config: Config) -> None:
+    """Refuse arguments in `serving.extra_args` that kibitz gives vLLM itself. Raises ConfigError."""
+
+    def name(argument: str) -> str:
+        return argument.partition("=")[0].replace("_", "-").replace("--no-", "--")
+
+    first = next(iter(config.serving.extra_args), "-")
+    if not first.startswith("-"):  # it would be taken for the name of a model
+        raise ConfigError(f"config key serving.extra_args begins with '{first}', which is no option; write --OPTION first")
+    ours = {name(option) for option in ("--model", "--port", "--dtype", "--gpu-memory-utilization", *_options(config))}
+    for argument in config.serving.extra_args:
+        if argument.startswith("--") and name(argument) in ours:
+            key = KEYS.get(name(argument), "")
+            raise ConfigError(
+                f"config key serving.extra_args has {argument.partition('=')[0]}, which kibitz sets itself; remove it"
+                + (f", and set {key}" if key else "")
+            )
+
+
+def read_extra_args(config: Config) -> None:
+    """Have the installed vLLM read `serving.extra_args`, without starting it (about 10 s). Raises ConfigError."""
+    if not config.serving.extra_args:
+        return
+    command = [sys.executable, "-c", READ_ARGUMENTS, *config.serving.extra_args]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=children.end_with_parent)
+    if done.returncode != 0:
+        cause = first_cause(done.stderr) or f"code {done.returncode}"
+        raise ConfigError(f"config key serving.extra_args has a value that vLLM refuses ({cause}); correct it")
 
 
 def entry_point(model: str) -> list[str]:
@@ -248,12 +308,5 @@ def served_dtype(config: Config, model: str) -> str:
 
 
 def _free_port(wanted: int) -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, wanted))
-        except OSError as error:
-            raise ConfigError(
-                f"config key serving.port has value {wanted}, which is in use; free it, choose another, or set 0 for any"
-            ) from error
-        return probe.getsockname()[1]
+    with listen("serving.port", VLLM_HOST, wanted, otherwise=", or set 0 for any") as probe:
+        return int(probe.getsockname()[1])

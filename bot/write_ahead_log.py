@@ -10,7 +10,7 @@ import time
 
 import sqlalchemy as sa
 
-from bot.outages import first_line
+from bot.errors import cause_of
 
 log = logging.getLogger(__name__)
 
@@ -85,5 +85,5 @@ class WriteAheadLog:
                 finally:
                     connection.exec_driver_sql(f"PRAGMA busy_timeout = {patience}")
         except sa.exc.DBAPIError as error:
-            return first_line(error)
+            return cause_of(error)
         return "another program, or a long command, is reading it" if is_busy else None

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from bot.deliveries import Deliveries
 from bot.dialogue import DialogueManager
-from bot.errors import ConfigError
+from bot.environment import listen
 from bot.reactions import Reactions
 from bot.users import Users
 from connectors.access import Access
@@ -69,17 +69,10 @@ async def pause(stopping: asyncio.Event, seconds: float) -> None:
 
 def listening(section: str, host: str, port: int) -> socket.socket:
     """The socket of a server. Raises ConfigError that names the keys of `section` where the address cannot be had."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        found = socket.create_server((host, port), family=family, backlog=512)
-        # asyncio does this only for sockets that it makes itself; without it each piece of a stream waits 40 ms for an ACK.
-        found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return found
-    except OSError as error:
-        raise ConfigError(
-            f"config key {section}.port has value {port}, which cannot be used on {host} ({error.strerror}); "
-            f"choose another, or turn [{section}] off"
-        ) from error
+    found = listen(f"{section}.port", host, port, otherwise=f", or turn [{section}] off")
+    # asyncio does this only for sockets that it makes itself; without it each piece of a stream waits 40 ms for an ACK.
+    found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return found
 
 
 class Lanes:

@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bot.errors import DatabaseUnavailable, DataError, KibitzError, ServingError
+from bot.errors import DatabaseUnavailable, DataError, KibitzError, ServingError, cause_of
 from bot.types import new_id
 
 log = logging.getLogger(__name__)
@@ -36,21 +36,17 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
             return 400, error_body(str(error))
         return 503 if isinstance(error, ServingError) else 500, error_body(str(error), "server_error")
     fault = new_id()
-    log.error("a request failed (%s): %s", fault, _one_line(error))
+    is_safe = isinstance(error, DBAPIError | DatabaseUnavailable | OSError)  # the texts of others may quote people
+    log.error("a request failed (%s): %s%s", fault, cause_of(error) if is_safe else type(error).__name__, _place(error))
     if isinstance(error, DatabaseUnavailable):
         told = f"kibitz can store nothing now; ask again in a while, or tell its operator of {fault}"
         return 503, error_body(told, "server_error")
     return 500, error_body(f"kibitz failed; ask again, or tell its operator of {fault}", "server_error")
 
 
-def _one_line(error: Exception) -> str:
-    """The kind and the place of an error, and its text only where that quotes nobody."""
-    last = traceback.extract_tb(error.__traceback__)[-1:]
-    where = "".join(f" at {place.filename}:{place.lineno}" for place in last)
-    cause = error.orig if isinstance(error, DBAPIError) else error
-    is_safe = isinstance(error, DBAPIError | DatabaseUnavailable | OSError)
-    text = " ".join(str(cause).split())[:200] if is_safe else ""
-    return f"{type(error).__name__}{where}{': ' if text else ''}{text}"
+def _place(error: Exception) -> str:
+    """Where an error was raised."""
+    return "".join(f" (at {place.filename}:{place.lineno})" for place in traceback.extract_tb(error.__traceback__)[-1:])
 
 
 async def tell_refusal(request: Request, error: Exception) -> Response:

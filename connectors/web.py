@@ -27,6 +27,7 @@ from starlette.routing import Route
 
 from bot.config import WebConfig
 from bot.dialogue import ReplyOptions, spoken
+from bot.environment import http_url
 from bot.errors import ConfigError
 from bot.types import Conversation, Feedback, Message, Turn, new_id
 from connectors import metrics
@@ -81,7 +82,7 @@ class Door:
     def url(self) -> str:
         """Where the server listens."""
         host, port = self.socket.getsockname()[:2]
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        return http_url(host, port)
 
 
 class Web:

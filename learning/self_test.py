@@ -1,4 +1,5 @@
-"""SelfTest: the checks of `kibitz doctor` that use a model: its files, one token from the real vLLM, one training step.
+"""SelfTest: the checks of `kibitz doctor` that use a model: its files, one token from the real vLLM, one training step, and
+whether that vLLM serves what the step made.
 
 The step runs in a child process beside vLLM, as a training run does, so that what fits here fits then. It stores nothing.
 
@@ -6,6 +7,7 @@ Run: ``kibitz doctor``; this module is what the child runs.
 """
 
 import asyncio
+import contextlib
 import json
 import math
 import resource
@@ -22,11 +24,12 @@ from bot.children import end_with_parent
 from bot.config import Config, load
 from bot.data_directory import is_held
 from bot.doctor import Check, Skipped
-from bot.errors import KibitzError, ServingError, TrainingError
-from bot.model_check import check_architecture, check_context, check_disk, check_files, check_memory, check_tokenizer
+from bot.errors import KibitzError, ServingError, TrainingError, cause_of
+from bot.model_check import check_architecture, check_context, check_disk, check_memory, check_tokenizer
 from bot.model_shape import read_shape
 from bot.policy import Policy
 from bot.tokenizer import ChatTokenizer
+from bot.types import new_id
 from bot.vllm_server import VllmServer, served_dtype
 
 if TYPE_CHECKING:
@@ -46,17 +49,21 @@ class SelfTest:
         self._model = ""
         self._runner = asyncio.Runner()
         self._server: VllmServer | None = None
+        self._url = ""
+        self._scratch = contextlib.ExitStack()
+        self._version: Path | None = None  # what the step made
 
     def __enter__(self) -> "SelfTest":
         self._runner.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            if self._server is not None:
-                self._runner.run(self._server.stop())
-        finally:
-            self._runner.__exit__(kind, error, trace)
+        with self._scratch:
+            try:
+                if self._server is not None:
+                    self._runner.run(self._server.stop())
+            finally:
+                self._runner.__exit__(kind, error, trace)
 
     def checks(self, quick: bool) -> list[Check]:
         """List the checks of the model; `quick` leaves out those that run it."""
@@ -65,7 +72,12 @@ class SelfTest:
             ("chat template", self.check_template),
             ("room for the model", self.check_room),
         ]
-        return found if quick else [*found, ("one token", self.check_answer), ("one training step", self.check_step)]
+        runs: list[Check] = [
+            ("one token", self.check_answer),
+            ("one training step", self.check_step),
+            ("one version", self.check_version),
+        ]
+        return found if quick else [*found, *runs]
 
     @property
     def model(self) -> str:
@@ -77,7 +89,6 @@ class SelfTest:
     def check_files(self) -> str:
         """Check that the model is there, with whole weights and an architecture that is served and trained."""
         self.config, model = self._find()
-        check_files(self.config, model)
         shape = read_shape(model)
         check_architecture(self.config, model)
         check_context(self.config, shape)
@@ -116,6 +127,7 @@ class SelfTest:
         if not url:
             self._server = VllmServer(self.config, model)
             url = self._server.url
+        self._url = ""
         policy = Policy(url, policy_config, self.config.serving.reply_seconds, self.config.serving.read_key())
         try:
             if self._server is not None:
@@ -130,6 +142,7 @@ class SelfTest:
                 f"vLLM at {url} gave {len(reply.completion_ids)} tokens with {len(reply.logprobs)} log-probabilities; start "
                 "it with --logprobs-mode processed_logprobs, or let kibitz start its own"
             )
+        self._url = url
         return f"{reply.text!r} in {reply.latency_ms:.0f} ms, log-probability {sum(reply.logprobs):.2f}{waited}"
 
     def check_step(self) -> str:
@@ -137,24 +150,61 @@ class SelfTest:
         model = self.model
         if is_held(self.config.data, "train"):
             raise Skipped("a training run is going on")
-        with tempfile.TemporaryDirectory() as place:
-            self.config.save(Path(place) / "config.json")
-            command = [sys.executable, "-m", "learning.self_test", str(Path(place) / "config.json"), model]
-            try:
-                done = subprocess.run(
-                    command, capture_output=True, text=True, timeout=STEP_SECONDS, check=False, preexec_fn=end_with_parent
-                )
-            except subprocess.TimeoutExpired as error:
-                raise TrainingError(f"one step took more than {STEP_SECONDS} s; take a smaller model, or a GPU") from error
+        # Below the data directory, where vLLM finds versions.
+        place = Path(self._scratch.enter_context(tempfile.TemporaryDirectory(dir=self.config.data, prefix="doctor-")))
+        self.config.save(place / "config.json")
+        version = place / "version"
+        command = [sys.executable, "-m", "learning.self_test", str(place / "config.json"), model, str(version)]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=STEP_SECONDS, check=False, preexec_fn=end_with_parent
+            )
+        except subprocess.TimeoutExpired as error:
+            raise TrainingError(f"one step took more than {STEP_SECONDS} s; take a smaller model, or a GPU") from error
         told = [line for line in done.stdout.splitlines() if line.startswith("{")]
         if done.returncode != 0 or not told:
             said = done.stderr.strip().splitlines() or [f"the child ended with code {done.returncode}"]
             raise TrainingError(said[-1].removeprefix("kibitz: ")[:400])
         figures = json.loads(told[-1])
+        self._version = version
         return (
             f"{figures['seconds']:.1f} s with {figures['rows']} answers of {figures['length']} tokens, loss "
             f"{figures['loss']:.3f}, at most {figures['memory'] / 2**30:.1f} GiB"
         )
+
+    def check_version(self) -> str:
+        """Check that the vLLM which answered takes what the step made, as it must take every version. It keeps nothing."""
+        if not self._url or self._version is None:
+            raise Skipped("there is no vLLM that answers, or no step that was made")
+        return self._runner.run(self._serve(self._url, self._version))
+
+    async def _serve(self, url: str, version: Path) -> str:
+        serving, name = self.config.serving, f"doctor-{new_id()}"
+        policy = Policy(url, self.config.policy, serving.reply_seconds, serving.read_key())
+        try:
+            await policy.connect()
+            if self.config.training.weights == "full":
+                if not policy.takes_weights:
+                    raise ServingError(
+                        f"the vLLM at {url} lets nobody change its weights, and training.weights is 'full'; start it with "
+                        "VLLM_SERVER_DEV_MODE=1, or train adapters"
+                    )
+                return "its weights can be changed"
+            try:
+                await policy.load(name, str(version.absolute()))
+                try:
+                    await policy.next_logprobs(name, [1], 1.0)
+                finally:
+                    await policy.unload(name)
+            except ServingError as error:
+                raise ServingError(
+                    f"the vLLM at {url} serves no version ({cause_of(error).replace(';', ',')}); start it with --enable-lora "
+                    f"--max-lora-rank {self.config.training.lora_rank} and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True where it can "
+                    f"read {self.config.data.absolute()}"
+                ) from error
+        finally:
+            await policy.close()
+        return "an adapter was loaded, asked and unloaded"
 
 
 def made_rows(tokenizer: ChatTokenizer, count: int, length: int) -> list["Experience"]:
@@ -183,13 +233,14 @@ def made_rows(tokenizer: ChatTokenizer, count: int, length: int) -> list["Experi
     return found
 
 
-def _step(config: Config, model: str) -> dict[str, float]:
+def _step(config: Config, model: str, version: Path) -> dict[str, float]:
     from learning.pretrain import quiet
 
     quiet()
     import torch
 
     from learning.model import load as load_model
+    from learning.model import save, settle
     from learning.objectives import train
 
     on_gpu = torch.cuda.is_available()
@@ -201,16 +252,20 @@ def _step(config: Config, model: str) -> dict[str, float]:
     began = time.monotonic()
     figures = train(made, tokenizer.hf, rows, training, config.seed, lambda *_: None)
     seconds = time.monotonic() - began
+    if config.training.weights == "lora":
+        settle(made)
+        version.mkdir()
+        save(made, version)
     memory = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     size = min(config.training.batch_size, len(rows))
     return {"seconds": seconds, "loss": figures["train_loss"], "rows": size, "length": length, "memory": memory}
 
 
-def _main(config: str, model: str) -> None:
+def _main(config: str, model: str, version: str) -> None:
     try:
-        told = _step(load(Path(config)), model)
+        told = _step(load(Path(config)), model, Path(version))
     except KibitzError as error:
-        sys.stderr.write(f"kibitz: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"kibitz: {cause_of(error)}\n")
         raise SystemExit(2) from None
     sys.stdout.write(json.dumps(told) + "\n")
 

@@ -17,6 +17,8 @@ class ScriptedVllm:
 
     def __init__(self) -> None:
         self.say: Callable[[list[int]], str] = lambda prompt: "Hello!"
+        self.cut: Callable[[str], list[str]] = lambda text: text.replace(" ", "\0 ").split("\0")  # what comes at once
+        self.ends = "stop"  # why an answer ends
         self.prompts: list[list[int]] = []
         self.goes_on = asyncio.Event()  # answers wait for it
         self.goes_on.set()
@@ -45,12 +47,12 @@ class ScriptedVllm:
         self.prompts.append(body["prompt"])
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
-        first, *rest = self.say(body["prompt"]).split(" ")
+        first, *rest = self.cut(self.say(body["prompt"]))
         await self._send(response, first, None)
         await self.goes_on.wait()
-        for word in rest:
-            await self._send(response, f" {word}", None)
-        await self._send(response, "", "stop")
+        for piece in rest:
+            await self._send(response, piece, None)
+        await self._send(response, "", self.ends)
         await response.write(b"data: [DONE]\n\n")
         return response
 

@@ -4,6 +4,8 @@ import json
 import os
 import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -63,6 +65,41 @@ def test_a_damaged_conversion_is_made_anew_and_that_is_said(cache, damage):
     assert weights.read_bytes() == whole
     assert all(path.stat().st_mode & 0o444 == 0o444 for path in builtin.directory().iterdir()), "everybody may read it"
     assert [path.name for path in cache.iterdir() if path.is_dir()] == [builtin.directory().name]
+
+
+OLD = f"{builtin.NAME}-0123456789ab"
+IN_USE = """
+import sys
+from pathlib import Path
+from learning import builtin
+builtin.directory = lambda: Path(sys.argv[1])
+builtin.model(print, print)
+print("in use", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_conversions_of_other_versions_go_with_the_next_unless_they_are_used(cache):
+    current = builtin.directory()
+    for name in (OLD, f"{builtin.NAME}-used56789abc", f"{builtin.NAME}-used"):
+        shutil.copytree(current, cache / name.replace("used5", "fed45"))
+    used = cache / f"{builtin.NAME}-fed456789abc"
+    killed = cache / f"{builtin.NAME}-ba9876543210.unfinished"
+    killed.mkdir()
+    (cache / "somebody-elses").mkdir()
+    builtin.model(quiet, quiet)
+    assert (cache / OLD).is_dir(), "nothing is converted, nothing is removed"
+    command = [sys.executable, "-c", IN_USE, str(used)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "in use\n"
+        shutil.rmtree(current)
+        builtin.model(quiet, quiet)
+        kept = {current.name, used.name, f"{builtin.NAME}-used", "somebody-elses"}
+        assert {path.name for path in cache.iterdir() if path.is_dir()} == kept
+        process.stdin.close()
+    shutil.rmtree(current)
+    builtin.model(quiet, quiet)
+    assert {path.name for path in cache.iterdir() if path.is_dir()} == kept - {used.name}, "the control: nobody uses it now"
 
 
 def test_a_package_that_is_missing_or_not_the_published_one_is_told_in_a_line(tmp_path, monkeypatch):

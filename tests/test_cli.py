@@ -208,6 +208,25 @@ def test_ctrl_c_in_the_middle_of_a_run_leaves_nothing_half_written(tmp_path, dem
     assert "policy-1" in here("policies", "--config", config).stdout
 
 
+@pytest.mark.parametrize("module", ["typer", "sqlalchemy", "learning.commands"])
+def test_ctrl_c_while_modules_are_loaded_ends_the_command_silently(module):
+    code = (
+        "import os, signal, sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "from bot.__main__ import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, env=ENV, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+    code = code.replace(module, "no such module")  # the control
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, env=ENV, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_ctrl_c_that_a_library_lost_ends_the_work_at_the_next_step():
     told, before = [], signal.getsignal(signal.SIGINT)
     with interruptible(lambda *row: told.append(row)) as report:

@@ -57,6 +57,13 @@ def test_the_example_file_holds_every_key_at_its_default_with_a_comment():
         ({"training": {"max_length": 16}}, "'training.max_length' has value 16"),
         ({"training": {"processes": 99}}, "training.processes has value 99, too many for training.batch_size (16)"),
         ({"training": {"processes": 3, "batch_size": 4}}, "each needs 2 answers a step; lower the first"),
+        ({"serving": {"port": 8080}}, "config keys serving.port and web.port both have value 8080; give each a port"),
+        (
+            {"web": {"port": 9}, "slack": {"port": 9, "signing_secret_env": "SECRET"}},
+            "config keys web.port and slack.port both have value 9",
+        ),
+        ({"serving": {"url": "http://here:99999"}}, "'serving.url' has value 'http://here:99999'; "),
+        ({"serving": {"url": "http://::1:8000"}}, "'serving.url' has value 'http://::1:8000'; "),
         ({"training": {"lora_rank": 64}}, "training.lora_rank has value 64, above serving.max_lora_rank (16)"),
     ],
 )
@@ -65,6 +72,14 @@ def test_a_mistake_is_one_line_that_names_the_key_the_value_and_the_fix(values, 
         load(**values)
     assert wanted in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_ports_that_nobody_listens_on_or_that_are_any_free_one_may_be_equal():
+    load(serving={"port": 8080}, web={"enabled": False})
+    load(serving={"port": 8080, "url": "http://127.0.0.1:8080"})
+    load(slack={"port": 8080})
+    load(web={"port": 0}, slack={"port": 0, "signing_secret_env": "SECRET"})
+    assert load(serving={"url": "http://[::1]:8000/v1"}).serving.url == "http://[::1]:8000"
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,17 @@ import asyncio
 import json
 import shutil
 import socket
+import sqlite3
 
 import pytest
-from conftest import refused
+from conftest import migrate, refused
+from scripted_vllm import ScriptedVllm
 from test_cli import write_config
 
 import bot.__main__  # noqa: F401 (it adds the commands)
 from bot.config import load
 from bot.data_directory import held
+from bot.database import Database
 from bot.doctor import Row, Skipped, check_ports, examine, machine_checks, works
 from bot.errors import ConfigError
 from learning.selection import usable_rows
@@ -72,6 +75,62 @@ def test_a_port_that_is_taken_and_a_database_that_is_none(config, tmp_path):
     assert rows_of(load(data_dir=str(tmp_path)))["database"].outcome == "not"
 
 
+@pytest.mark.parametrize("key", ["web", "slack"])
+def test_a_host_of_ipv6_is_looked_at_as_it_is_listened_on(config, key):
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as taken:
+        port = taken.getsockname()[1]
+        there = (
+            {"host": "::1", "port": port, "signing_secret_env": "SECRET"}
+            if key == "slack"
+            else {"host": "::1", "port": port}
+        )
+        off = {"web": {"enabled": False}}
+        wants = load(data_dir=str(config.data), **(off | {key: there}))
+        row = rows_of(wants)["ports"]
+        assert (row.outcome, row.to_do) == ("not", "free it, or choose another")
+        assert f"{key}.port has value {port}, which is in use on ::1" in row.found
+    assert rows_of(wants)["ports"].outcome == "ok", "the control"
+
+
+def test_a_host_that_is_none_is_a_row_and_no_bug(config):
+    for host in ("nowhere.invalid", "[::1]", "a..b"):
+        row = rows_of(config.model_copy(update={"web": config.web.model_copy(update={"host": host, "port": 0})}))["ports"]
+        assert (row.outcome, row.to_do) == ("not", "free it, or choose another")
+        assert f"on {host}" in row.found
+
+
+def test_the_doctor_leaves_a_database_as_it_is(config):
+    file = config.data / "kibitz.db"
+    row = rows_of(config)["database"]
+    assert (row.outcome, row.found) == ("ok", f"sqlite:///{file} has no tables yet; the first start makes them")
+    assert not file.exists()
+    database = Database(config.database_url)
+    database.upgrade()
+    newest = database.newest_revision
+    assert rows_of(config)["database"].found == f"sqlite:///{file}"
+    migrate(database, "-1")
+    older = database.find_revision()
+    assert older != newest
+    database.close()
+    before = file.read_bytes()
+    row = rows_of(config)["database"]
+    assert (row.outcome, row.found) == ("ok", f"sqlite:///{file} will be migrated, from schema {older} to {newest}")
+    assert file.read_bytes() == before
+    assert not list(config.data.glob("kibitz.db-*"))
+    with sqlite3.connect(file) as raw:
+        raw.execute("UPDATE alembic_version SET version_num = '9999'")
+    row = rows_of(config)["database"]
+    assert (row.outcome, row.to_do) == ("not", "install the kibitz that wrote it, or newer")
+
+
+def test_the_doctor_leaves_the_file_of_another_program_as_it_is(config, tmp_path):
+    with sqlite3.connect(tmp_path / "other.db") as raw:
+        raw.execute("CREATE TABLE mine (id INTEGER)")
+    before = (tmp_path / "other.db").read_bytes()
+    rows_of(load(data_dir=str(config.data), database={"url": f"sqlite:///{tmp_path / 'other.db'}"}))
+    assert (tmp_path / "other.db").read_bytes() == before
+
+
 def test_what_a_step_is_made_on_is_of_use_to_every_objective(tokenizer):
     rows = made_rows(tokenizer, 8, 40)
     assert all(len(row.prompt_ids) + len(row.completion_ids) == 40 for row in rows)
@@ -106,7 +165,30 @@ async def test_one_token_and_one_training_step(live, config):
         with SelfTest(config, lambda: (config, config.policy.model)) as test:
             return {row.what: row for row in examine(test.checks(quick=False))}
 
+    before = await live.policy.loaded()
     rows = await asyncio.to_thread(look)
     assert works(list(rows.values())), rows
     assert "log-probability -" in rows["one token"].found
     assert "loss" in rows["one training step"].found
+    assert rows["one version"].found == "an adapter was loaded, asked and unloaded"
+    assert await live.policy.loaded() == before
+    assert not list(config.data.glob("doctor-*"))
+
+
+async def test_a_vllm_that_takes_no_adapter_is_found_out(config):
+    """One of our own stands for a vLLM that an operator started without what lets it take versions."""
+    vllm = ScriptedVllm()
+    await vllm.start()
+    serving = config.serving.model_copy(update={"url": vllm.url})
+    config = config.model_copy(update={"serving": serving})
+
+    def look() -> dict[str, Row]:
+        with SelfTest(config, lambda: (config, config.policy.model)) as test:
+            test._model, test._url, test._version = config.policy.model, vllm.url, config.data
+            return {row.what: row for row in examine([("one version", test.check_version)])}
+
+    row = (await asyncio.to_thread(look))["one version"]
+    await vllm.stop()
+    assert row.outcome == "not"
+    assert "refused /v1/load_lora_adapter (404)" in row.found
+    assert row.to_do.startswith("start it with --enable-lora --max-lora-rank 16 and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True")

@@ -18,7 +18,15 @@ from bot.accelerator import GIB, Card
 from bot.architectures import is_served, is_trained, takes_adapters, vllm_table
 from bot.config import Config, load
 from bot.errors import ConfigError, TrainingError
-from bot.model_check import check_architecture, check_disk, check_download, check_memory, check_model, explain_refusal
+from bot.model_check import (
+    check_architecture,
+    check_disk,
+    check_download,
+    check_files,
+    check_memory,
+    check_model,
+    explain_refusal,
+)
 from bot.model_shape import read_shape
 from learning.model import served as load_served
 from learning.model_choice import sized_model, with_model
@@ -50,9 +58,15 @@ def change(file: Path, **values: object) -> None:
     file.write_text(json.dumps({key: value for key, value in settings.items() if value is not None}))
 
 
+def check(config: Config, model: str) -> None:
+    """As every command does."""
+    check_files(config, model)
+    check_model(config, model)
+
+
 def refused(model: Path, wanted: str, **keys) -> None:
     with pytest.raises(ConfigError, match=wanted) as error:
-        check_model(configured(model, **keys), str(model))
+        check(configured(model, **keys), str(model))
     assert "\n" not in str(error.value)
     assert ";" in str(error.value), "it says what to do"
 
@@ -93,7 +107,7 @@ def test_a_tokenizer_that_cannot_be_loaded(model, file, content):
 
 
 def test_the_demo_policy_is_served_and_trained_here(model):
-    check_model(configured(model), str(model))
+    check(configured(model), str(model))
 
 
 def test_weights_that_are_gone_or_cut_off(model):
@@ -168,7 +182,7 @@ def test_weights_that_torch_saved_are_whole_archives(model):
     (model / "model.safetensors").unlink()
     file = model / "pytorch_model.bin"
     torch.save(weights, file)
-    check_model(configured(model), str(model))
+    check(configured(model), str(model))
     cut(file, file.stat().st_size - 1)
     refused(model, r"pytorch_model\.bin cannot be read .*cut off")
     cut(file, 0)
@@ -321,13 +335,19 @@ def test_a_name_that_is_no_path_is_told_in_a_line(tmp_path, name):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("answer", "said"), [(429, "429"), (404, "404")])
-def test_what_a_hub_answers_is_quoted(tmp_path, answer, said):
+@pytest.mark.parametrize(
+    ("answer", "headers", "said"),
+    [(429, {}, "429"), (404, {}, "404"), (403, {"X-Error-Code": "GatedRepo"}, "a gated model; accept its terms")],
+)
+def test_what_a_hub_answers_is_quoted(tmp_path, answer, headers, said):
     """A server on this machine stands for the hub; transformers and huggingface_hub are the real ones."""
 
     class Hub(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
-            self.send_error(answer)
+            self.send_response(answer)
+            for name, value in {"Content-Length": "0", **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
 
         do_GET = do_HEAD
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import signal
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
@@ -19,6 +20,7 @@ from bot.errors import ConfigError, KibitzError, TemplateError
 from bot.memory import Memory
 from bot.recall import Recall, weights
 from bot.templates import STRICTEST, Template
+from bot.thoughts import UNMARKED
 from bot.tokenizer import ChatTokenizer
 from bot.tracker import CUT, StateTracker
 from bot.types import Conversation, Message, Role, new_id
@@ -168,6 +170,25 @@ def test_answers_are_left_out_only_where_the_template_wants_a_user_first():
     assert [said["role"] for said in free.shape(chat)] == ["assistant", "user", "assistant"]
     assert [said["role"] for said in strict.shape(chat)] == ["user", "assistant"]
     assert "text 0" in strict.render(chat_of("a")), "without any user's message the answer stays"
+
+
+LOOP = "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}" + 3 * "{% endfor %}"
+LOOPS = {"always": LOOP, "where the conversation goes on": "{% if messages|length > 2 %}" + LOOP + "{% endif %}"}
+
+
+@pytest.mark.parametrize("when", LOOPS)
+def test_a_template_that_comes_to_no_end_is_told_in_a_line(demo_model, tmp_path, monkeypatch, when):
+    monkeypatch.setattr("bot.templates.LONGEST", 1.0)
+    source = LOOPS[when] + ChatTokenizer(demo_model).hf.chat_template
+    model = make_tokenizer(demo_model, Family(source, "<|im_end|>", "<|im_end|>"), tmp_path / "tokenizer")
+    with pytest.raises(
+        ConfigError, match=r"came to no end on a chat of a few lines within 1 s; correct chat_template\.jinja"
+    ):
+        _ = ChatTokenizer(model).template
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+    source = source.replace("9999", "9")
+    model = make_tokenizer(demo_model, Family(source, "<|im_end|>", "<|im_end|>"), tmp_path / "control")
+    assert ChatTokenizer(model).template.rules, "the control"
 
 
 def test_a_template_that_refuses_everything_is_one_line_for_people():
@@ -398,7 +419,7 @@ def test_a_template_that_opens_a_thought_is_known_to(demo_model, tmp_path):
 
 
 def test_the_demo_policy_is_asked_as_before(tokenizer):
-    assert tokenizer.thoughts is None
+    assert tokenizer.thoughts == UNMARKED
     assert tokenizer.template.arguments == {}
     assert tokenizer.end_ids == {tokenizer.hf.eos_token_id}
     for text in ("Hey!", " hi ", "a\n", "", "\n", "😴"):

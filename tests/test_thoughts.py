@@ -3,41 +3,50 @@
 import asyncio
 import itertools
 import re
+from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
+import pytest_asyncio
+import sqlalchemy as sa
 from conftest import answered, react, shared
 from families import FAMILIES, Family, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from platforms import DiscordPlatform, Platform, SlackPlatform, WebPlatform
+from scripted_vllm import ScriptedVllm
 
+from bot import app as kibitz
 from bot.config import PolicyConfig, load
 from bot.dialogue import NO_ANSWER, DialogueManager, spoken
 from bot.errors import ConfigError, TemplateError
 from bot.model_check import check_tokenizer
 from bot.model_shape import read_shape
 from bot.policy import Policy
-from bot.thoughts import ThoughtFilter, Thoughts
+from bot.tables import messages, turns
+from bot.thoughts import UNMARKED, ThoughtFilter, Thoughts
 from bot.tokenizer import ChatTokenizer
 from bot.types import Conversation, Message, new_id
 from connectors.answers import SORRY
 from learning.evaluation import generate
+from learning.explanation import explain
 from learning.replay_buffer import ReplayBuffer
 
 MARKS = Thoughts("<think>", "</think>")
 OPENED = Thoughts("<think>", "</think>", begins_open=True)
 NEVER = Thoughts("<|never|>", "<|ever|>", begins_open=True)  # the demo policy does not say that
 HELLO = [{"role": "user", "content": "hello"}]
-PIECES = st.sampled_from(["<think>", "</think>", "<thi", "nk>", "</", "think>", "<", " ", "\n", "a", "é", "word ", "👋"])
+PLAIN_MARKS = ["<think>", "</think>", "<thi", "nk>", "</", "think>"]
+PIECES = st.sampled_from([*PLAIN_MARKS, "<", " ", "\n", "a", "é", "word ", "👋", "`", "```"])
 
 
-def told_apart(text: str, begins_open: bool) -> str:
+def told_apart(text: str, thoughts: Thoughts) -> str:
     """What of a whole answer is no thought, found in another way."""
-    is_inside = has_thought = begins_open
+    is_inside = has_thought = thoughts.begins_open
     said, is_after_a_thought = "", False
     for part in re.split("(<think>|</think>)", text):
-        if part in ("<think>", "</think>"):
+        is_quoted = said.strip() and (thoughts.only_first or said.count("`") % 2 == 1)
+        if part in ("<think>", "</think>") and (is_inside or not is_quoted):
             is_inside, has_thought = part == "<think>", True
             said = said if said.strip() else ""
         elif not is_inside:
@@ -46,16 +55,20 @@ def told_apart(text: str, begins_open: bool) -> str:
     return said.lstrip() if is_after_a_thought else said
 
 
-@given(parts=st.lists(PIECES, max_size=30), cuts=st.lists(st.integers(0, 120), max_size=40), begins_open=st.booleans())
-def test_however_a_stream_is_cut_the_same_is_shown(parts, cuts, begins_open):
+@given(
+    parts=st.lists(PIECES, max_size=30),
+    cuts=st.lists(st.integers(0, 120), max_size=40),
+    thoughts=st.sampled_from([OPENED, MARKS, UNMARKED]),
+)
+def test_however_a_stream_is_cut_the_same_is_shown(parts, cuts, thoughts):
     text = "".join(parts)
-    thoughts = OPENED if begins_open else MARKS
     places = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     said = ThoughtFilter(thoughts)
     shown = [said.add(text[start:end]) for start, end in itertools.pairwise(places)]
     shown.append(said.end())
-    assert "".join(shown) == thoughts.remove_from(text) == told_apart(text, begins_open)
-    assert not any("<think>" in "".join(shown[:count]) for count in range(len(shown) + 1))
+    assert "".join(shown) == thoughts.remove_from(text) == told_apart(text, thoughts)
+    if "`" not in text and not thoughts.only_first:
+        assert not any("<think>" in "".join(shown[:count]) for count in range(len(shown) + 1))
 
 
 def test_the_control_pieces_that_are_looked_at_one_by_one_leak():
@@ -78,6 +91,17 @@ def test_the_control_pieces_that_are_looked_at_one_by_one_leak():
         (MARKS, "Hello <thin", "Hello <thin"),
         (MARKS, "\n</think>Hello", "Hello"),
         (MARKS, " \n", " \n"),
+        (MARKS, "<think>one</think>\n<think>two</think>\nHello", "Hello"),
+        (MARKS, "<think>one</think>Hello <think>two</think>there", "Hello there"),
+        (MARKS, "It writes `<think>` first.", "It writes `<think>` first."),
+        (MARKS, "So:\n```\n<think>hm</think>\n```\nYes.", "So:\n```\n<think>hm</think>\n```\nYes."),
+        (MARKS, "<think>`</think>It is `a`<think>hm", "It is `a`"),
+        (OPENED, "`<think>` again</think>Hello", "Hello"),
+        (UNMARKED, "<think>hm</think>\n\nHello", "Hello"),
+        (UNMARKED, "\n<think>hm", ""),
+        (UNMARKED, "<think>one</think><think>two</think>Hello", "Hello"),
+        (UNMARKED, "The tag <think> opens a thought.", "The tag <think> opens a thought."),
+        (UNMARKED, "<think>hm</think>It ends with </think>.", "It ends with </think>."),
     ],
 )
 def test_what_is_shown_of_an_answer(thoughts, text, shown):
@@ -120,6 +144,22 @@ def test_marks_are_known_by_the_vocabulary_or_by_the_template(demo_model, tmp_pa
     assert tokenizer.answer_text([*tokenizer.hf.encode(said), tokenizer.hf.eos_token_id]) == "Hello"
 
 
+def test_the_mark_that_the_prompt_opens_is_the_one_that_counts(demo_model, tmp_path):
+    thinker = FAMILIES["a thinker"]
+    family = replace(thinker, template=thinker.template.replace("<think>", "<reasoning>"))
+    tokenizer = ChatTokenizer(make_tokenizer(demo_model, family, tmp_path / "tokenizer"))
+    assert {"<think>", "</think>"} <= set(map(str, tokenizer.hf.added_tokens_decoder.values())), "its vocabulary has others"
+    assert (tokenizer.thoughts.opening, tokenizer.thoughts.begins_open) == ("<reasoning>", True)
+
+
+def test_a_mark_that_a_person_writes_opens_no_thought(tokenizer):
+    """Of the demo policy, whose vocabulary and template have none."""
+    shown = tokenizer.neutralise("what does ```<think>``` do, and </think>?")
+    assert "<think>" not in shown
+    assert "</think>" not in shown
+    assert shown.replace("\u200b", "") == "what does ```<think>``` do, and </think>?"
+
+
 def test_a_model_that_answers_in_channels_is_refused(demo_model, tmp_path):
     template = (
         "{% for said in messages %}<|start|>{{ said.role }}{% if said.role == 'assistant' %}<|channel|>final{% endif %}"
@@ -132,7 +172,7 @@ def test_a_model_that_answers_in_channels_is_refused(demo_model, tmp_path):
         check_tokenizer(load(policy={"model": model}), model, shape)
     plain = replace(family, template=template.replace("<|channel|>final", ""))
     model = make_tokenizer(demo_model, plain, tmp_path / "tokenizer")
-    assert check_tokenizer(load(policy={"model": model}), model, shape).thoughts is None, "the control"
+    assert check_tokenizer(load(policy={"model": model}), model, shape).thoughts == UNMARKED, "the control"
 
 
 def thinking(name: str) -> dict[str, bool]:
@@ -199,6 +239,42 @@ async def test_a_thought_that_does_not_end_is_an_answer_of_nothing_and_is_not_re
     assert "hello" in shown
     assert thought not in shown
     assert NO_ANSWER not in shown
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def scripted(demo_model, tmp_path_factory) -> AsyncIterator[tuple[kibitz.Kibitz, ScriptedVllm]]:
+    """A kibitz whose model thinks without a mark of it in vocabulary and template, on a vLLM that says what it is told."""
+    vllm = ScriptedVllm()
+    await vllm.start()
+    data, dialogue = str(tmp_path_factory.mktemp("thinks")), {"embedder": "none"}
+    config = load(data_dir=data, policy={"model": demo_model}, serving={"url": vllm.url}, dialogue=dialogue)
+    async with kibitz.running(config, demo_model, lambda text: None) as running:
+        yield running, vllm
+    await vllm.stop()
+
+
+@pytest.mark.parametrize("make", [DiscordPlatform, SlackPlatform, WebPlatform])
+@pytest.mark.parametrize("size", [1, 5, 1000])
+async def test_thoughts_are_neither_shown_nor_remembered_nor_explained_on_any_platform(scripted, make, size):
+    running, vllm = scripted
+    said = "<think>secret one</think>\n<think>secret two</think>\n\nHello, `<think>` is a mark."
+    vllm.say, vllm.cut = (lambda prompt: said), (lambda text: [text[at : at + size] for at in range(0, len(text), size)])
+    platform = make(shared(running))
+    await platform.start()
+    assert await answer_to(platform, "hello") == "Hello, `<think>` is a mark."
+    vllm.say, vllm.ends = (lambda prompt: "<think>secret three, which takes too long"), "length"
+    assert await answer_to(platform, "hello") == NO_ANSWER
+    await platform.stop()
+    vllm.ends = "stop"
+    with running.database.read() as connection:
+        stored = str(connection.execute(sa.select(turns)).all() + connection.execute(sa.select(messages)).all())
+    assert "is a mark." in stored
+    assert "secret" not in stored
+    buffer = ReplayBuffer(running.store, running.dialogue.tracker.tokenizer, running.config)
+    with running.database.read() as connection:
+        newest = connection.scalars(sa.select(turns.c.id).order_by(turns.c.id.desc()).limit(2)).all()
+    for turn_id in newest:
+        assert "secret" not in "\n".join(explain(turn_id, buffer, running.registry).lines())
 
 
 async def answer_to(platform: Platform, text: str) -> str:

@@ -10,9 +10,11 @@ from bot import accelerator
 from bot.accelerator import Card, parse_card
 from bot.config import load
 from bot.data_directory import held
+from bot.doctor import check_vllm
 from bot.errors import ConfigError, ServingError
 from bot.policy import Policy
-from bot.vllm_server import VllmServer, entry_point, first_cause, served_dtype
+from bot.vllm_server import VllmServer, check_extra_args, entry_point, first_cause, served_dtype
+from learning.model_choice import with_model
 
 # What the engine and the API server of vLLM 0.24 to 0.33 write where memory is short, shortened.
 LOG = """\
@@ -107,6 +109,57 @@ def test_the_entry_point_is_that_of_the_vllm_that_is_installed():
         assert command[2:] == ["vllm.entrypoints.cli.main", "serve", "some/model"]
     else:
         assert command[2:] == ["vllm.entrypoints.launchers.api_server.entry", "--model", "some/model"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--port", "1"], r"has --port, which kibitz sets itself; remove it, and set serving\.port$"),
+        (["--port=1"], "has --port, which kibitz sets itself"),
+        (["--max_model_len", "99"], r"has --max_model_len, .*; remove it, and set policy\.context_tokens"),
+        (["--no-enable-lora"], "has --no-enable-lora, which kibitz sets itself; remove it$"),
+        (["--enable-chunked-prefill"], "has --enable-chunked-prefill"),
+        (["--max-num-seqs", "8", "--model", "x"], "has --model, .*; remove it, and set policy.model"),
+        (["--gpu-memory-utilization=0.5"], "set serving.memory_share"),
+        (["max-num-seqs=8"], "begins with 'max-num-seqs=8', which is no option"),
+    ],
+)
+def test_what_kibitz_gives_vllm_itself_is_no_extra_argument(demo_model, tmp_path, arguments, wanted):
+    config = load(data_dir=str(tmp_path), policy={"model": demo_model}, serving={"extra_args": arguments})
+    with pytest.raises(ConfigError, match=wanted):
+        with_model(config, lambda line: None)
+    check_extra_args(load(serving={"extra_args": ["--max-num-seqs", "8", "--seed=1"]}))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--nonsense", "1"], r"refuses \(unrecognized arguments: --nonsense"),
+        (["--max-num-seqs", "many"], r"refuses \(argument --max-num-seqs: .*many"),
+        (["--max-num-seqs"], r"refuses \(argument --max-num-seqs: expected"),
+    ],
+)
+def test_arguments_that_vllm_does_not_understand_are_told_in_its_own_words_without_a_start(arguments, wanted):
+    with pytest.raises(ConfigError, match=wanted) as error:
+        check_vllm(load(serving={"extra_args": arguments}))
+    assert "\n" not in str(error.value)
+
+
+def test_arguments_that_vllm_understands_pass():
+    assert check_vllm(load(serving={"extra_args": ["--max-num-seqs", "8"]})).startswith("vllm")
+
+
+@pytest.mark.slow
+async def test_a_vllm_that_cannot_read_its_command_line_says_what_to_correct(config):
+    serving = config.serving.model_copy(update={"extra_args": ["--nonsense"]})
+    server = VllmServer(config.model_copy(update={"serving": serving}), config.policy.model)
+    policy = Policy(server.url, config.policy)
+    try:
+        with pytest.raises(ServingError, match=r"unrecognized arguments: --nonsense; correct serving\.extra_args"):
+            await server.start(policy)
+    finally:
+        await policy.close()
+        await server.stop()
 
 
 async def test_a_restart_waits_for_a_run_that_holds_the_memory(config, monkeypatch):
