@@ -183,8 +183,10 @@ def test_the_containers_install_torch_keep_their_caches_and_run_as_the_owner_of_
     for name, service in services.items():
         assert service["user"] == "${KIBITZ_UID:-1000}:${KIBITZ_GID:-1000}", name
         assert "./kibitz-data:/data" in service["volumes"], name
-    built = services["kibitz-cpu"]["build"]["args"]
-    assert built["TORCH_INDEX"].startswith("${TORCH_INDEX:?"), "without it the build would fail minutes later"
+    recipe = (ROOT / "Makefile").read_text()
+    assert "TORCH_INDEX" in services["kibitz-cpu"]["build"]["args"]
+    assert recipe.index("run make setup TORCH_INDEX=URL") > recipe.index("torch-cpu:"), "without it the build says so"
+    assert recipe.index("--no-print-directory torch-cpu") < recipe.index("'.[$(EXTRA)$(DEV)]'"), "and at once"
 
 
 def test_a_saved_config_reads_back_the_same(tmp_path):
