@@ -331,7 +331,8 @@ class _Client(discord.Client):
         intents.message_content = connector.config.message_content
         mentions = discord.AllowedMentions(everyone=False, users=False, roles=False, replied_user=True)
         proxy = find_proxy(discord.http.Route.BASE)  # discord.py does not look for one
-        super().__init__(intents=intents, allowed_mentions=mentions, proxy=proxy)
+        # What people wrote is kept in the database alone, where it can be forgotten.
+        super().__init__(intents=intents, allowed_mentions=mentions, proxy=proxy, max_messages=None)
         self.connector = connector
         tolerate_bad_messages(self)
 
