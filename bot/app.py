@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from bot import cli
+from bot.caches import PAUSE_SECONDS, Caches
 from bot.config import Config
 from bot.conversations import ConversationStore
 from bot.data_directory import HEALTH, held
 from bot.database import Database
 from bot.deliveries import Deliveries
 from bot.dialogue import DialogueManager
+from bot.erasures import Erasures
 from bot.errors import ServingError
 from bot.forgetting import forget_again, forget_person, remove_purged
 from bot.policy import Policy
@@ -105,6 +107,8 @@ async def running(config: Config, model: str, tell: Announce, may_change: bool =
                     start(server.watch(policy, deployment.restore, health))
                 await deployment.restore()
                 start(deployment.watch(health=health))
+                caches = Caches(Erasures(config.data), recall, tokenizer)
+                start(supervise("caches", caches.look, health, PAUSE_SECONDS))
                 kibitz.keep("readiness", readiness.watch)
                 kibitz.keep("embedding", lambda: recall.catch_up(cli.tenths(tell)))
                 gc.collect()

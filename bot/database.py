@@ -66,6 +66,7 @@ class Database:
         if self.dialect == "sqlite" and not is_read_only:
             sa.event.listen(self.engine, "connect", _configure_sqlite)
             sa.event.listen(self.engine, "begin", _begin_immediate)
+        sa.event.listen(self.engine, "handle_error", _hide_rows)
         self.file = Path(self.engine.url.database or "") if self.dialect == "sqlite" else None
         self.directory = directory or (self.file.parent if self.file else None)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="database")
@@ -280,6 +281,13 @@ def _configure_sqlite(connection: Any, _: Any) -> None:
         "secure_delete = ON",  # what is forgotten is gone from the file too (law 10)
     ):
         connection.execute(f"PRAGMA {pragma}")
+
+
+def _hide_rows(context: sa.engine.ExceptionContext) -> None:
+    """Leave of an error what its first line says: PostgreSQL quotes the row in further lines, and errors come into logs."""
+    for error in (context.original_exception, context.sqlalchemy_exception):
+        if error is not None and error.args and isinstance(error.args[0], str):
+            error.args = (error.args[0].partition("\n")[0], *error.args[1:])
 
 
 def _begin_immediate(connection: sa.Connection) -> None:

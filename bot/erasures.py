@@ -42,6 +42,10 @@ class Erasures:
         """Note that a message is forgotten."""
         self._add("message", message_id, at)
 
+    def size(self) -> int:
+        """Return how many bytes were noted: it grows whenever anybody is forgotten, in whatever process."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
     def read(self) -> Erased:
         """Return all that was noted. Raises DataError where the file cannot be read."""
         found = Erased()

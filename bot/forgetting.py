@@ -40,6 +40,7 @@ from bot.users import decide
 
 log = logging.getLogger(__name__)
 
+UNFINISHED = ".unfinished"  # what the name of a version's directory ends with while its run is under way
 SAMPLES = "samples.json"  # beside a version's weights: what was answered before and after its training
 
 
@@ -143,9 +144,11 @@ def remove_purged(registry: PolicyRegistry) -> None:
 
 
 def remove_samples(registry: PolicyRegistry) -> None:
-    """Remove the samples that reports show: questions that were held out stand in them, and whose they are is not said."""
-    for version in registry.all():
-        samples = Path(version.path) / SAMPLES
+    """Remove the samples that reports show: questions that were held out stand in them, and whose they are is not said.
+
+    Those of runs under way go too; a run that writes some afterwards looks itself for what was forgotten meanwhile.
+    """
+    for samples in [Path(f"{version.path}{end}") / SAMPLES for version in registry.all() for end in ("", UNFINISHED)]:
         try:
             samples.unlink(missing_ok=True)
         except OSError as error:

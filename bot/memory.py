@@ -5,7 +5,7 @@ and, where the operator allows it, a public channel by its whole space (law 8). 
 other for each conversation. Synchronous, called through `Database.call`; it knows no model and no ranking.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import sqlalchemy as sa
@@ -61,6 +61,11 @@ class Memory:
                 values = {"place": conversation_id, "across": self.across_channels, "ids": chunk}
                 found.update((row.id, as_message(row)) for row in connection.execute(_VISIBLE, values))
         return found
+
+    def kept(self, ids: Iterable[str]) -> set[str]:
+        """Those of these messages that still say something: neither forgotten nor gone."""
+        with self.database.read() as connection:
+            return {one for some in chunks(ids) for one in connection.execute(_KEPT, {"ids": some}).scalars()}
 
     def vectors(self, ids: Sequence[str], space: str) -> dict[str, np.ndarray]:
         """The unit vectors (1-D float32) in `space` of those of these messages that have one."""
@@ -118,6 +123,7 @@ _in_scope = (
 _vectors = sa.and_(embeddings.c.message_id == messages.c.id, embeddings.c.conversation_id == messages.c.conversation_id)
 _vectors = sa.and_(_vectors, embeddings.c.space == sa.bindparam("vectors"))
 _said = sa.and_(messages.c.author_id != FORGOTTEN, messages.c.text != "")
+_KEPT = sa.select(messages.c.id).where(messages.c.id.in_(sa.bindparam("ids", expanding=True)), _said)
 _SINCE = (
     sa.select(messages.c.id, messages.c.conversation_id, messages.c.author_id, messages.c.text)
     .add_columns(embeddings.c.vector, messages.c.role)

@@ -22,6 +22,7 @@ from bot.embeddings import BATCH, Embedder
 from bot.errors import ConfigError
 from bot.memory import Memory, Text
 from bot.retrieval import Entry, ScopeIndex, Weights
+from bot.tables import CHUNK
 from bot.types import Conversation, Message
 
 log = logging.getLogger(__name__)
@@ -126,6 +127,20 @@ class Recall:
     async def forget(self, conversation_id: str) -> None:
         """Something in a conversation changed other than by being added: its scope is read anew when it is asked for."""
         await self._call(lambda: self._scopes.pop(self.memory.scope(self.memory.place(conversation_id)), None))
+
+    async def drop_forgotten(self) -> None:
+        """Keep nothing in memory of messages that were forgotten. Scopes that held any are read anew on their next use."""
+        held = await self._call(lambda: {scope: [*index.ids] for scope, index in self._scopes.items()})
+        waiting = {message_id for message_id, _ in self._waiting}
+        ids = sorted(waiting.union(*held.values()))
+        gone: set[str] = set()
+        for start in range(0, len(ids), CHUNK):  # whoever waits for an answer comes in between
+            some = ids[start : start + CHUNK]
+            gone |= set(some) - await self._call(self.memory.kept, some)
+        for one in [one for one in self._waiting if one[0] in gone]:
+            self._waiting.remove(one)
+        late = [scope for scope, ids in held.items() if not gone.isdisjoint(ids)]
+        await self._call(lambda: [self._scopes.pop(scope, None) for scope in late])
 
     def close(self) -> None:
         """End the threads; what still waits to be embedded is at the next start."""

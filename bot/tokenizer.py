@@ -146,6 +146,13 @@ class ChatTokenizer:
         """How many tokens `text` alone has."""
         return len(self._encode(text))
 
+    def forget_texts(self) -> None:
+        """Empty the caches of texts: that of their lengths, and that of words in the tokenizer behind this one."""
+        self.length.cache_clear()
+        if "hf" in self.__dict__:  # it was loaded
+            backend = getattr(self.hf, "backend_tokenizer", None)
+            getattr(getattr(backend, "model", None), "_clear_cache", lambda: None)()  # not every kind of model has one
+
     def clip(self, text: str, tokens: int) -> str:
         """The beginning of `text` that has at most about `tokens` tokens."""
         return self.hf.decode(self._encode(text)[: max(tokens, 0)]).rstrip("\ufffd")

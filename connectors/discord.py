@@ -332,7 +332,8 @@ class _Client(discord.Client):
         intents.message_content = connector.config.message_content
         mentions = discord.AllowedMentions(everyone=False, users=False, roles=False, replied_user=True)
         proxy = find_proxy(discord.http.Route.BASE)  # discord.py does not look for one
-        super().__init__(intents=intents, allowed_mentions=mentions, proxy=proxy, guild_ready_timeout=READY)
+        options = {"proxy": proxy, "guild_ready_timeout": READY, "max_messages": None}  # messages lie in the database alone
+        super().__init__(intents=intents, allowed_mentions=mentions, **options)
         self.connector = connector
         tolerate_bad_messages(self)
 

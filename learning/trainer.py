@@ -21,6 +21,7 @@ from bot.data_directory import held
 from bot.database import Database
 from bot.embeddings import Embedder
 from bot.errors import NothingToLearn
+from bot.forgetting import SAMPLES, UNFINISHED
 from bot.registry import PolicyRegistry
 from bot.tokenizer import ChatTokenizer
 from bot.types import PolicyState, PolicyVersion
@@ -123,7 +124,7 @@ def _run(
     taught = snapshot.feedback_ids, snapshot.followup_ids
     run_id = registry.begin_run(version.name, config.without_secrets().model_dump(), sha256, *taught)
     directory = Path(version.path)
-    unfinished = directory.with_name(directory.name + ".unfinished")
+    unfinished = directory.with_name(directory.name + UNFINISHED)
     try:
         unfinished.mkdir(parents=True)
         verdict, metrics = _train(thinking, lesson, tokenizer, embedding, may_wait, unfinished, progress)
@@ -135,6 +136,8 @@ def _run(
         (unfinished / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True))
         (unfinished / "manifest.json").write_text(json.dumps(manifest | {"sha256": sha256}, indent=1, sort_keys=True))
         unfinished.rename(directory)
+        if _is_any_forgotten(registry, buffer.store, lesson):
+            (directory / SAMPLES).unlink(missing_ok=True)
         adapter_sha256 = fingerprint(directory)
         with database.begin():
             superseded = registry.waiting()
@@ -175,6 +178,14 @@ def _run(
         dropped=dict(snapshot.dropped),
         without_logprobs=snapshot.without_logprobs,
     )
+
+
+def _is_any_forgotten(registry: PolicyRegistry, store: ConversationStore, lesson: Lesson) -> bool:
+    """Whether anything that samples may spell was forgotten since it was read: their questions, or what the live version
+    learned from.
+    """
+    is_any_gone = any(store.turn(turn_id) is None for turn_id in {one.turn_id for one in lesson.asked})
+    return is_any_gone or registry.get(lesson.live.name).state == PolicyState.PURGED
 
 
 def _parent(config: Config, registry: PolicyRegistry, live: PolicyVersion, from_base: bool) -> PolicyVersion:

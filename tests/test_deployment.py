@@ -5,73 +5,31 @@ vLLM's routes on loopback that can be made to fail. What the real vLLM makes of 
 import asyncio
 import shutil
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import pytest_asyncio
 import sqlalchemy as sa
-from aiohttp import web
 from conftest import until
+from fake_vllm import FakeVllm
 
 from bot import app
 from bot.errors import DatabaseUnavailable, ProbeFailed, RegistryError, ServingError, Unavailable, VerdictOutdated
 from bot.policy import Policy
 from bot.registry import BASE, PolicyRegistry
 from bot.types import PolicyState, PolicyVersion
-from learning import benchmark, probe
+from learning import benchmark
 from learning.deployment import TRIES, Deployment
 from learning.version_files import ADAPTER_FILES
 
 
-@dataclass
-class Vllm:
-    """The routes of vLLM that a deployment asks. It serves what each adapter's probe holds, and fails at `broken` paths."""
-
-    broken: set[str] = field(default_factory=set)
-    asked: list[str] = field(default_factory=list)
-    adapters: dict[str, str] = field(default_factory=dict)
-    url: str = ""
-
-    async def answer(self, request: web.Request) -> web.Response:
-        self.asked.append(request.path)
-        if request.path in self.broken:
-            return web.Response(status=500, text="EngineDeadError")
-        body = await request.json() if request.can_read_body else {}
-        match request.path:
-            case "/v1/models":
-                models = [{"id": "base"}, *({"id": name, "parent": "base"} for name in self.adapters)]
-                return web.json_response({"data": models})
-            case "/v1/load_lora_adapter":
-                self.adapters[body["lora_name"]] = body["lora_path"]
-            case "/v1/unload_lora_adapter":
-                del self.adapters[body["lora_name"]]
-            case "/v1/completions":
-                return web.json_response({"choices": [{"logprobs": {"top_logprobs": [self.likely(body)]}}]})
-            case _:
-                return web.Response(status=404)
-        return web.Response(text="done")
-
-    def likely(self, body: dict[str, Any]) -> dict[str, float]:
-        if body["model"] not in self.adapters:
-            return {"token_id:1": -1.0}
-        [place] = [one for one in probe.read(Path(self.adapters[body["model"]])) if one.prompt_ids == body["prompt"]]
-        return {f"token_id:{token}": value for token, value in zip(place.tokens, place.candidate, strict=True)}
-
-
 @pytest_asyncio.fixture
-async def vllm() -> AsyncIterator[Vllm]:
-    made = Vllm()
-    routes = web.Application()
-    routes.router.add_route("*", "/{path:.*}", made.answer)
-    runner = web.AppRunner(routes)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    made.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+async def vllm(tokenizer) -> AsyncIterator[FakeVllm]:
+    made = FakeVllm(tokenizer)
+    await made.start()
     yield made
-    await runner.cleanup()
+    await made.stop()
 
 
 @dataclass
@@ -165,7 +123,7 @@ async def test_a_server_that_is_away_for_a_moment_rejects_nothing(stage, vllm, p
 async def test_a_server_that_refuses_a_candidate_rejects_it(stage, vllm, monkeypatch):
     """The control: it was asked."""
     one = stage.candidate()
-    monkeypatch.setattr(Vllm, "likely", lambda self, body: {"token_id:1": -9.0})
+    monkeypatch.setattr(FakeVllm, "likely", lambda self, body: {"token_id:1": -9.0})
     with pytest.raises(ProbeFailed):
         await stage.deployment.deploy(one.name)
     assert stage.state(one) == PolicyState.REJECTED
@@ -191,7 +149,7 @@ async def test_an_error_of_the_registry_leaves_no_adapter_loaded(stage, vllm, mo
     monkeypatch.setattr(stage.registry, "promote", fails)
     with pytest.raises(told):
         await stage.deployment.deploy(one.name)
-    assert "/v1/load_lora_adapter" in vllm.asked, "it was loaded"
+    assert "/v1/load_lora_adapter" in vllm.paths, "it was loaded"
     assert vllm.adapters == {}
     assert stage.state(one) == PolicyState.CANDIDATE
     monkeypatch.undo()
@@ -226,7 +184,7 @@ async def test_a_candidate_waits_until_the_server_answers(stage, vllm):
     one = stage.candidate()
     stage.registry.request_deployment(one.name)
     vllm.broken.add("/v1/completions")
-    await watched(stage.deployment, lambda: "/v1/completions" in vllm.asked)
+    await watched(stage.deployment, lambda: "/v1/completions" in vllm.paths)
     assert stage.state(one) == PolicyState.CANDIDATE
     vllm.broken.clear()
     await watched(stage.deployment, lambda: stage.state(one) == PolicyState.LIVE)
@@ -240,7 +198,7 @@ async def test_a_candidate_that_a_sound_server_fails_at_each_time_is_rejected_in
     vllm.broken.add("/v1/load_lora_adapter")
     await watched(stage.deployment, lambda: any(f"could not be proven in {TRIES} tries" in text for text in stage.told))
     assert stage.state(one) == PolicyState.REJECTED
-    assert vllm.asked.count("/v1/load_lora_adapter") == TRIES
+    assert vllm.paths.count("/v1/load_lora_adapter") == TRIES
 
 
 async def test_a_base_model_is_changed_only_once_it_has_generated_a_token(vllm, config, registry, demo_model, tmp_path):

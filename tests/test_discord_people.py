@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 from conftest import PATIENT, explained, shared, until
 from fake_discord import BOT, OWN_ROLE, TOKEN, FakeDiscord
-from scripted_vllm import ScriptedVllm
+from fake_vllm import FakeVllm
 
 from bot import app as kibitz
 from bot.config import AccessConfig, DiscordConfig, load
@@ -29,8 +29,8 @@ MENTIONS_ONLY = DiscordConfig(edits=50, edit_seconds=1)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def vllm() -> AsyncIterator[ScriptedVllm]:
-    fake = ScriptedVllm()
+async def vllm(tokenizer) -> AsyncIterator[FakeVllm]:
+    fake = FakeVllm(tokenizer)
     await fake.start()
     yield fake
     await fake.stop()
@@ -46,9 +46,9 @@ async def running(vllm, demo_model, tmp_path_factory) -> AsyncIterator[kibitz.Ki
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def platform(vllm) -> AsyncIterator[FakeDiscord]:
-    vllm.say = lambda prompt: "Hello!"
+    vllm.says = "Hello!"
     vllm.goes_on.set()
-    vllm.prompts.clear()
+    vllm.asked.clear()
     fake = FakeDiscord()
     fake.allowed_intents = -1
     await fake.start()
@@ -530,7 +530,7 @@ async def test_a_message_that_discordpy_cannot_read_costs_neither_the_connection
 
 async def test_names_are_shown_as_people_see_them_and_written_back_in_answers(running, platform, vllm):
     channel = platform.channel()
-    vllm.say = lambda prompt: f"@user{BOB} knows :blob: in #somewhere, and @user{BOB}x not. `@user{BOB}` :tada:"
+    vllm.says = f"@user{BOB} knows :blob: in #somewhere, and @user{BOB}x not. `@user{BOB}` :tada:"
     async with connected(running, platform) as bot:
         said = f"<@{BOT}> ask <@{BOB}> <:blob:123456> in <#{channel}> at <t:0:R> with </help:7>, <@404> and <#405>"
         await platform.raw(channel, ANN, said, mentions=[platform._user(BOT), platform._user(BOB)])
@@ -577,10 +577,10 @@ async def test_who_asks_is_told_when_something_unexpected_fails(running, platfor
 async def test_a_question_that_is_deleted_while_it_is_answered_ends_quietly(running, platform, vllm):
     channel = platform.channel()
     async with connected(running, platform) as bot:
-        vllm.say, before = (lambda prompt: "  and more"), len(vllm.prompts)
+        vllm.says, before = "  and more", len(vllm.asked)
         vllm.goes_on.clear()
         asked = await platform.say(channel, ANN, "delete me")
-        await until(lambda: len(vllm.prompts) > before)
+        await until(lambda: len(vllm.asked) > before)
         await platform.delete(asked)
         vllm.goes_on.set()
         await nothing_happens_before(platform, bot)
@@ -593,7 +593,7 @@ async def test_a_question_that_is_deleted_while_it_is_answered_ends_quietly(runn
 async def test_an_answer_that_a_moderator_deletes_while_it_grows_is_stopped_and_the_channel_goes_on(running, platform, vllm):
     channel = platform.channel()
     async with connected(running, platform) as bot:
-        vllm.say = lambda prompt: "Once upon a time"
+        vllm.says = "Once upon a time"
         vllm.goes_on.clear()
         await platform.say(channel, ANN, "tell me a story")
         await until(lambda: platform.answers(channel))

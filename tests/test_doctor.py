@@ -8,7 +8,7 @@ import sqlite3
 
 import pytest
 from conftest import migrate, refused
-from scripted_vllm import ScriptedVllm
+from fake_vllm import FakeVllm
 from test_cli import write_config
 
 import bot.__main__  # noqa: F401 (it adds the commands)
@@ -175,9 +175,9 @@ async def test_one_token_and_one_training_step(live, config):
     assert not list(config.data.glob("doctor-*"))
 
 
-async def test_a_vllm_that_takes_no_adapter_is_found_out(config):
+async def test_a_vllm_that_takes_no_adapter_is_found_out(config, tokenizer):
     """One of our own stands for a vLLM that an operator started without what lets it take versions."""
-    vllm = ScriptedVllm()
+    vllm = FakeVllm(tokenizer, lacks={"/v1/load_lora_adapter"})
     await vllm.start()
     serving = config.serving.model_copy(update={"url": vllm.url})
     config = config.model_copy(update={"serving": serving})

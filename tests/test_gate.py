@@ -366,7 +366,8 @@ def test_opinions_that_are_newer_than_the_last_promotion_judge_where_there_are_e
     gate, allowed = GateConfig(), allowed_p(GateConfig(), ())
     old = [judged_by(str(row), likes=row % 2 == 0, question=f"old {row}", said_at=then) for row in range(20)]
     new = [
-        judged_by(str(row), likes=row % 2 == 0, question=f"new {row}", said_at=then + timedelta(hours=2)) for row in range(10)
+        judged_by(str(row), likes=row % 2 == 0, question=f"new {row}", said_at=then + timedelta(hours=2))
+        for row in range(10)
     ]
     promoted = then + timedelta(hours=1)
     assert newest_that_suffice([*old, *new], promoted, gate, allowed, 1.0) == new

@@ -29,10 +29,10 @@ async def test_readiness_says_what_is_wrong_with_vllm_the_database_or_the_disk(c
     await found.look()
     assert found.faults() == [], "it recovers by itself"
 
-    policy.is_asleep, asked = True, len(vllm.asked)
+    policy.is_asleep, asked = True, len(vllm.paths)
     await found.look()
     assert found.faults() == ["vLLM sleeps while a version is trained"]
-    assert len(vllm.asked) == asked
+    assert len(vllm.paths) == asked
     policy.is_asleep = False
     await vllm.stop()
     await found.look()

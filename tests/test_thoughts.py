@@ -1,6 +1,7 @@
 """Thoughts: recorded as they were sampled, and never shown, remembered or split, however the stream is cut."""
 
 import asyncio
+import contextlib
 import itertools
 import re
 from collections.abc import AsyncIterator
@@ -10,11 +11,11 @@ import pytest
 import pytest_asyncio
 import sqlalchemy as sa
 from conftest import answered, react, shared
+from fake_vllm import FakeVllm
 from families import FAMILIES, Family, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from platforms import DiscordPlatform, Platform, SlackPlatform, WebPlatform
-from scripted_vllm import ScriptedVllm
 
 from bot import app as kibitz
 from bot.config import PolicyConfig, load
@@ -242,9 +243,9 @@ async def test_a_thought_that_does_not_end_is_an_answer_of_nothing_and_is_not_re
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def scripted(demo_model, tmp_path_factory) -> AsyncIterator[tuple[kibitz.Kibitz, ScriptedVllm]]:
+async def scripted(demo_model, tokenizer, tmp_path_factory) -> AsyncIterator[tuple[kibitz.Kibitz, FakeVllm]]:
     """A kibitz whose model thinks without a mark of it in vocabulary and template, on a vLLM that says what it is told."""
-    vllm = ScriptedVllm()
+    vllm = FakeVllm(tokenizer)
     await vllm.start()
     data, dialogue = str(tmp_path_factory.mktemp("thinks")), {"embedder": "none"}
     config = load(data_dir=data, policy={"model": demo_model}, serving={"url": vllm.url}, dialogue=dialogue)
@@ -258,14 +259,13 @@ async def scripted(demo_model, tmp_path_factory) -> AsyncIterator[tuple[kibitz.K
 async def test_thoughts_are_neither_shown_nor_remembered_nor_explained_on_any_platform(scripted, make, size):
     running, vllm = scripted
     said = "<think>secret one</think>\n<think>secret two</think>\n\nHello, `<think>` is a mark."
-    vllm.say, vllm.cut = (lambda prompt: said), (lambda text: [text[at : at + size] for at in range(0, len(text), size)])
+    vllm.says, vllm.cut = said, lambda text: [text[at : at + size] for at in range(0, len(text), size)]
     platform = make(shared(running))
     await platform.start()
-    assert await answer_to(platform, "hello") == "Hello, `<think>` is a mark."
-    vllm.say, vllm.ends = (lambda prompt: "<think>secret three, which takes too long"), "length"
-    assert await answer_to(platform, "hello") == NO_ANSWER
+    await is_answered(platform, "hello", "Hello, `<think>` is a mark.")
+    vllm.says, vllm.cut = "<think>secret three, which takes too long" + " and longer" * 500, None
+    await is_answered(platform, "hello", NO_ANSWER)
     await platform.stop()
-    vllm.ends = "stop"
     with running.database.read() as connection:
         stored = str(connection.execute(sa.select(turns)).all() + connection.execute(sa.select(messages)).all())
     assert "is a mark." in stored
@@ -277,15 +277,17 @@ async def test_thoughts_are_neither_shown_nor_remembered_nor_explained_on_any_pl
         assert "secret" not in "\n".join(explain(turn_id, buffer, running.registry).lines())
 
 
-async def answer_to(platform: Platform, text: str) -> str:
-    """What a person is shown on a platform, at last."""
+async def is_answered(platform: Platform, text: str, wanted: str) -> None:
+    """Say something, and wait until what a person is shown is what is wanted; fail where it never is."""
     place = platform.place(direct=True)
     await platform.say(place, "ann", text)
-    async with asyncio.timeout(60):
-        while not platform.answers(place):
-            await asyncio.sleep(0.05)
-    await asyncio.sleep(0.5)
-    return platform.answers(place)[-1].text
+    shown = ""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(60):
+            while shown != wanted:
+                await asyncio.sleep(0.05)
+                shown = answers[-1].text if (answers := platform.answers(place)) else ""
+    assert shown == wanted
 
 
 @pytest.mark.parametrize("make", [DiscordPlatform, SlackPlatform, WebPlatform])
@@ -293,7 +295,7 @@ async def test_who_asked_gets_a_line_where_nothing_but_a_thought_was_said(live, 
     monkeypatch.setattr(live.policy, "thoughts", NEVER)
     platform = make(shared(live))
     await platform.start()
-    assert await answer_to(platform, "hello") == NO_ANSWER
+    await is_answered(platform, "hello", NO_ANSWER)
     await platform.stop()
 
 
@@ -307,5 +309,5 @@ async def test_who_asked_gets_an_apology_where_the_template_fails(live, monkeypa
         await live.dialogue.respond(Message(place.id, "ann", "hello"))
     platform = DiscordPlatform(shared(live))
     await platform.start()
-    assert await answer_to(platform, "hello") == SORRY
+    await is_answered(platform, "hello", SORRY)
     await platform.stop()

@@ -83,7 +83,12 @@ def waiting(config, store, registry, tokenizer, source) -> Waiting:  # noqa: F81
     changes = {"dialogue": config.dialogue.model_copy(update={"embedder": "none"})}
     changes |= {"gate": config.gate.model_copy(update={"samples": 8})}
     version = benchmark.register_copy(registry, source, config.data / "policies")
-    metrics = version.metrics | {"evidence": MEASURED, "drawn_at": now().isoformat(), "waits_for": 10, "reasons": ["too few"]}
+    metrics = version.metrics | {
+        "evidence": MEASURED,
+        "drawn_at": now().isoformat(),
+        "waits_for": 10,
+        "reasons": ["too few"],
+    }
     registry.begin_run(version.name, {}, "", [])
     version = registry.move(version.name, PolicyState.WAITING, metrics=metrics)
     return Waiting(config.model_copy(update=changes), store, registry, tokenizer, version)
@@ -164,7 +169,9 @@ def test_nothing_judges_it_that_it_or_its_parent_learned_from(waiting):
         react(waiting.store, again, approves=False)
     judged = [waiting.store.message(one.question_id).text.lower().rstrip("!") for one in buffer.unseen("", drawn_at)]
     assert sorted(judged) == sorted(2 * [waiting.store.message(turn.message_id).text for turn in (new, kept)])
-    assert [one.turn_id for one in buffer.unseen(new.id, drawn_at)][0] == new.id, "not what was said before a change of taste"
+    assert [one.turn_id for one in buffer.unseen(new.id, drawn_at)][0] == new.id, (
+        "not what was said before a change of taste"
+    )
 
 
 @pytest.mark.parametrize("case", ["another version is live", "its weights were changed", "its files are gone"])

@@ -298,7 +298,7 @@ async def test_readiness_is_open_and_asks_vllm_for_nothing_and_metrics_want_a_to
     async with serving(config, database, tokenizer, WebConfig(port=0, tokens_env="KIBITZ_TOKENS")) as server:
         assert (await server.http.get("/readyz")).status_code == 503  # nobody has looked yet
         await server.readiness.look()
-        asked = len(server.vllm.asked)
+        asked = len(server.vllm.paths)
         for _ in range(20):
             answer = await server.http.get("/readyz")
             assert (answer.status_code, answer.text) == (200, "ready")
@@ -306,7 +306,7 @@ async def test_readiness_is_open_and_asks_vllm_for_nothing_and_metrics_want_a_to
         answer = await server.http.get("/readyz")
         assert (answer.status_code, answer.text) == (200, "ready\nfailing: learning"), "people are answered all the same"
         server.failing.clear()
-        assert len(server.vllm.asked) == asked == 1
+        assert len(server.vllm.paths) == asked == 1
         await server.vllm.stop()
         await server.readiness.look()
         answer = await server.http.get("/readyz")
