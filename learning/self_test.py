@@ -176,10 +176,10 @@ class SelfTest:
         """Check that the vLLM which answered takes what the step made, as it must take every version. It keeps nothing."""
         if not self._url or self._version is None:
             raise Skipped("there is no vLLM that answers, or no step that was made")
-        return self._runner.run(self._serve(self._url, self._version))
+        return self._runner.run(self._serve(self._url, str(self._version.absolute())))
 
-    async def _serve(self, url: str, version: Path) -> str:
-        serving, name = self.config.serving, f"doctor-{new_id()}"
+    async def _serve(self, url: str, version: str) -> str:
+        serving, rank, name = self.config.serving, self.config.training.lora_rank, f"doctor-{new_id()}"
         policy = Policy(url, self.config.policy, serving.reply_seconds, serving.read_key())
         try:
             await policy.connect()
@@ -191,16 +191,15 @@ class SelfTest:
                     )
                 return "its weights can be changed"
             try:
-                await policy.load(name, str(version.absolute()))
+                await policy.load(name, version)
                 try:
                     await policy.next_logprobs(name, [1], 1.0)
                 finally:
                     await policy.unload(name)
             except ServingError as error:
                 raise ServingError(
-                    f"the vLLM at {url} serves no version ({cause_of(error).replace(';', ',')}); start it with --enable-lora "
-                    f"--max-lora-rank {self.config.training.lora_rank} and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True where it can "
-                    f"read {self.config.data.absolute()}"
+                    f"the vLLM at {url} serves no version ({cause_of(error).replace(';', ',')}); start it with "
+                    f"--enable-lora --max-lora-rank {rank} and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, able to read {version}"
                 ) from error
         finally:
             await policy.close()
