@@ -37,7 +37,6 @@ from connectors.splitting import split
 from connectors.streaming import Budgets
 
 log = logging.getLogger(__name__)
-
 RECONNECT = 5.0  # seconds, doubled up to a minute
 READY = 2.0  # seconds without news of another server until all are known, and what was missed is read
 NOT_HERE = "You may not do that here."
@@ -298,8 +297,7 @@ class Discord:
     def _put(self, message: discord.Message, work: Work) -> bool:
         """Queue work on a message in its channel's lane; False where it is full."""
         self._pending.add(message.id)
-        is_put = self.lanes.put(str(message.channel.id), self._once(message, work))
-        if not is_put:
+        if not (is_put := self.lanes.put(str(message.channel.id), self._once(message, work))):
             self._pending.discard(message.id)
         return is_put
 
@@ -330,10 +328,13 @@ class _Client(discord.Client):
     def __init__(self, connector: Discord):
         intents = discord.Intents.default()
         intents.message_content = connector.config.message_content
-        mentions = discord.AllowedMentions(everyone=False, users=False, roles=False, replied_user=True)
-        proxy = find_proxy(discord.http.Route.BASE)  # discord.py does not look for one
-        options = {"proxy": proxy, "guild_ready_timeout": READY, "max_messages": None}  # messages lie in the database alone
-        super().__init__(intents=intents, allowed_mentions=mentions, **options)
+        super().__init__(
+            intents=intents,
+            allowed_mentions=discord.AllowedMentions(everyone=False, users=False, roles=False, replied_user=True),
+            proxy=find_proxy(discord.http.Route.BASE),  # discord.py does not look for one
+            guild_ready_timeout=READY,
+            max_messages=None,  # what people wrote is in the database alone, where it can be forgotten
+        )
         self.connector = connector
         tolerate_bad_messages(self)
 

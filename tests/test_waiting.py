@@ -6,7 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from conftest import answered, react, run_command
+from conftest import answered, react, succeeded
 from test_deployment import source, stage, vllm  # noqa: F401 (fixtures)
 
 from bot import cli
@@ -215,10 +215,9 @@ def test_another_base_model_ends_its_waiting(waiting):
     assert waiting.state == PolicyState.REJECTED
 
 
-def test_kibitz_deploy_asks_for_it_in_advance(waiting, monkeypatch):
+def test_kibitz_deploy_asks_for_it_in_advance(waiting, here):
     waiting.config.save(waiting.config.data / "config.json")
-    code, said = run_command(monkeypatch, "deploy", waiting.version.name, "--config", waiting.config.data / "config.json")
-    assert (code, said) == (0, "")
+    succeeded(here("deploy", waiting.version.name, "--config", waiting.config.data / "config.json"))
     waiting.like(waiting.say(24))
     waiting.judge()
     assert [version.name for version in waiting.registry.requested()] == [waiting.version.name]
