@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 ROOM = 20  # times: simulated people needed the fewest reactions until a promotion with 10 to 100
 MOST_WANTED = 256  # judged answers: more are not foreseen
 OWN_STRATUM = 4  # questions that one person judged, from which on they are compared with each other alone
+ROUGH = 0.01  # the level at which a p-value is precise that decides nothing, and is told to people alone
 
 
 @dataclass(frozen=True)
@@ -262,7 +263,8 @@ def ask_opinions(evidence: Evidence, allowed: float, seed: int) -> dict[str, Any
     likelier *= np.array(opinions.weights)
     by_margin = permutation_p_value(likelier, signs, *of, seed, allowed)
     by_gain = permutation_p_value(np.array(gain.counts), signs, *of, seed, allowed)
-    by_luck = sign_flip_p_value(np.array(gain.by_prompt), seed, allowed)
+    at = allowed if by_gain <= allowed else ROUGH
+    by_luck = sign_flip_p_value(np.array(gain.by_prompt), seed, at)
     return {
         "margin_gain_by_chance": by_margin,
         "gain_by_chance": by_gain,
