@@ -49,14 +49,10 @@ def test_the_default_model_is_the_built_in_one_and_it_is_not_converted_twice(cac
     assert (told.dialogue.persona, told.dialogue.recent, told.dialogue.remembered) == ("", 8, 0)
 
 
-@pytest.mark.parametrize("damage", ["a changed byte", "a missing file"])
-def test_a_damaged_conversion_is_made_anew_and_that_is_said(cache, damage):
+def test_a_damaged_conversion_is_made_anew_and_that_is_said(cache):
     weights = builtin.directory() / "model.safetensors"
     whole = weights.read_bytes()
-    if damage == "a changed byte":
-        weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    else:
-        weights.unlink()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     said, stages = [], set()
     builtin.model(said.append, lambda stage, done, total: stages.add((done, total)))
     assert len(said) == 1
@@ -65,6 +61,15 @@ def test_a_damaged_conversion_is_made_anew_and_that_is_said(cache, damage):
     assert weights.read_bytes() == whole
     assert all(path.stat().st_mode & 0o444 == 0o444 for path in builtin.directory().iterdir()), "everybody may read it"
     assert [path.name for path in cache.iterdir() if path.is_dir()] == [builtin.directory().name]
+
+
+def test_a_conversion_of_which_a_file_is_missing_is_damaged_as_well(cache, monkeypatch):
+    (builtin.directory() / "config.json").unlink()
+    monkeypatch.setattr(builtin, "LEAST_DISK", 2**60)  # it need not be made anew once more
+    said = []
+    with pytest.raises(ConfigError, match="MB are free"):
+        builtin.model(said.append, quiet)
+    assert "damaged; converting it anew" in said[0]
 
 
 OLD = f"{builtin.NAME}-0123456789ab"
