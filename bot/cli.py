@@ -32,7 +32,7 @@ from bot.recall import Recall, weights
 from bot.registry import BASE, PolicyRegistry
 from bot.state import State, derived
 from bot.supervision import failing_lines, read_failing
-from bot.types import PolicyState
+from bot.types import PolicyState, PolicyVersion
 
 Report = Callable[[str, int, int], None]
 
@@ -320,6 +320,7 @@ def status_text(store: ConversationStore, registry: PolicyRegistry) -> str:
         f"versions: {max(len(versions), 1)}",
         ", ".join(f"{name}: {count}" for name, count in counts.items()),
     ]
+    lines += [waiting_text(version, store) for version in registry.waiting()]
     if registry.learning_is_paused():
         lines.append("learning: paused")
     runs = registry.runs()
@@ -327,6 +328,12 @@ def status_text(store: ConversationStore, registry: PolicyRegistry) -> str:
         last = runs[-1]
         lines.append(f"last run: {last['policy']}, taught by {last['n']} reactions: {last['outcome']}")
     return "\n".join(lines)
+
+
+def waiting_text(version: PolicyVersion, store: ConversationStore) -> str:
+    """What a version waits for."""
+    more = max(1, version.waits_for - store.reactions(version.drawn_at))
+    return f"{version.name} waits for about {more} more reaction{'s' * (more > 1)} to be judged on"
 
 
 def main(application: typer.Typer = app) -> None:

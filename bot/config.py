@@ -165,6 +165,7 @@ class LearningConfig(Section):
     enabled: bool = True
     min_reactions: Positive = 24
     check_seconds: Annotated[float, Field(gt=0)] = 5.0
+    wait_reactions: Annotated[int, Field(ge=0)] = 24
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.25
     max_turns: Positive = 512
     fresh: Share = 0.5

@@ -217,10 +217,13 @@ class ConversationStore:
                 for table in (conversations, messages, turns, feedback)
             }
 
-    def reactions(self) -> int:
-        """How many acts of feedback there are that could teach (given, not taken back; no ranks or comments)."""
+    def reactions(self, since: datetime | None = None) -> int:
+        """How many acts of feedback there are, or came `since`, that could teach (given, not taken back; no ranks or
+        comments).
+        """
+        query = _REACTIONS if since is None else _REACTIONS.where(feedback.c.at >= since)
         with self.database.read() as connection:
-            return connection.execute(_REACTIONS).scalar_one()
+            return connection.execute(query).scalar_one()
 
     def reactions_at_last_run(self, since: datetime) -> int:
         """How many of them there were when the last training run began; 0 where none did `since`."""

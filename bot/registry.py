@@ -24,7 +24,8 @@ from bot.types import Person, PolicyState, PolicyVersion, new_id, now
 S = PolicyState
 TRANSITIONS: dict[PolicyState, set[PolicyState]] = {
     S.TRAINING: {S.CANDIDATE, S.REJECTED, S.PURGED},
-    S.CANDIDATE: {S.CANARY, S.LIVE, S.REJECTED, S.PURGED},
+    S.CANDIDATE: {S.WAITING, S.CANARY, S.LIVE, S.REJECTED, S.PURGED},
+    S.WAITING: {S.WAITING, S.CANDIDATE, S.REJECTED, S.PURGED},
     S.CANARY: {S.LIVE, S.REJECTED, S.PURGED},
     S.LIVE: {S.RETIRED},
     S.RETIRED: {S.LIVE, S.PURGED},
@@ -32,7 +33,7 @@ TRANSITIONS: dict[PolicyState, set[PolicyState]] = {
     S.PURGED: set(),
 }
 
-MAY_SERVE = {S.CANDIDATE, S.CANARY, S.LIVE, S.RETIRED}
+MAY_SERVE = {S.CANDIDATE, S.WAITING, S.CANARY, S.LIVE, S.RETIRED}
 BASE = "policy-0"  # the first base model; each that takes its place has a name of its own
 LEARNING_PAUSED = "learning paused"  # the name of a switch
 DEPLOY = "deploy "  # the name of a switch, with that of a version after it
@@ -113,11 +114,26 @@ class PolicyRegistry:
         """The version will never serve."""
         return self.move(name, S.REJECTED, **({} if metrics is None else {"metrics": metrics}))
 
+    def waiting(self) -> list[PolicyVersion]:
+        """The versions that wait for evidence, oldest first."""
+        with self.database.read() as connection:
+            query = sa.select(policies).where(policies.c.state == S.WAITING).order_by(policies.c.number)
+            return [_version(row) for row in connection.execute(query)]
+
+    def record_verdict(self, name: str, state: PolicyState, metrics: dict[str, Any], outcome: str) -> PolicyVersion:
+        """Make a waiting version a candidate, reject it, or have it wait on; its run ends so too. One transaction."""
+        with self.database.begin() as connection:
+            connection.execute(runs.update().where(runs.c.policy == name).values(outcome=outcome))
+            return _move(connection, name, state, metrics=metrics)
+
     def request_deployment(self, name: str) -> None:
-        """Have a running kibitz, or the next one that starts, deploy a candidate. Raises RegistryError where it is none."""
+        """Have a running kibitz, or the next one that starts, deploy a candidate; one that waits, once it is a candidate.
+
+        Raises RegistryError where it is neither.
+        """
         with self.database.begin() as connection:
             state = self.get(name).state
-            if state != S.CANDIDATE:
+            if state not in (S.CANDIDATE, S.WAITING):
                 raise RegistryError(f"{name} is {state}: only a candidate can be deployed; `kibitz policies` lists them")
             wanted = DEPLOY + name
             if connection.execute(sa.select(switches.c.name).where(switches.c.name == wanted)).first() is None:
@@ -355,7 +371,7 @@ def _set_aside(connection: sa.Connection, base: PolicyVersion) -> None:
             _move(connection, version.name, S.RETIRED)
             metrics = base.metrics | {LIVE_BEFORE: version.name}
             connection.execute(policies.update().where(policies.c.name == base.name).values(metrics=metrics))
-        elif version.state in (S.CANDIDATE, S.CANARY):
+        elif version.state in (S.CANDIDATE, S.WAITING, S.CANARY):
             _move(connection, version.name, S.REJECTED, metrics=version.metrics | {"outcome": "the base model was changed"})
 
 

@@ -50,6 +50,7 @@ class PolicyState(StrEnum):
 
     TRAINING = "training"
     CANDIDATE = "candidate"
+    WAITING = "waiting"
     CANARY = "canary"
     LIVE = "live"
     RETIRED = "retired"
@@ -224,6 +225,25 @@ class PolicyVersion:
         return self.metrics.get("judged_against", self.parent)
 
     @property
+    def waits_for(self) -> int:
+        """How many reactions must come after `drawn_at` until its evidence is looked at again, while it is WAITING."""
+        return int(self.metrics.get("waits_for", 0))
+
+    @property
+    def drawn_at(self) -> datetime | None:
+        """When the rows that it learned from were drawn; None where nothing is recorded."""
+        return _time(self.metrics.get("drawn_at"))
+
+    @property
+    def judged_at(self) -> datetime | None:
+        """When the opinions that judged it were drawn; None for a base model, which nobody judged."""
+        return _time(self.metrics.get("judged_at"))
+
+    @property
     def weights(self) -> str | None:
         """The directory of its own weights; None for a base model."""
         return None if self.is_base else self.path
+
+
+def _time(text: str | None) -> datetime | None:
+    return None if text is None else datetime.fromisoformat(text)

@@ -5,9 +5,10 @@ Each is a few lines over a function elsewhere. The commands that serve are in `b
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -34,6 +35,9 @@ from bot.types import PolicyState
 from learning import pretrain as pretraining
 from learning import version_files
 from learning.model_choice import with_model
+
+if TYPE_CHECKING:
+    from learning.waiting import Judgement
 
 
 @app.command()
@@ -72,12 +76,14 @@ def pretrain(
 def train(
     progress: Annotated[str, typer.Option(help="How to report: bar, or json for a parent process.")] = "bar",
     deploy: Annotated[bool, typer.Option("--deploy", help="Have what passes the gate deployed.")] = False,
+    judge: Annotated[bool, typer.Option("--judge", help="Train nothing; judge the candidate that waits.")] = False,
     config: ConfigFile = None,
     data_dir: DataDir = None,
     seed: Seed = None,
 ) -> None:
     """One training run now; registers a candidate with its verdict, which `kibitz deploy` takes live."""
     from learning import trainer
+    from learning.waiting import judge_waiting
 
     is_told = progress == "json"  # by whoever started this process, who has told of the model already
     tell = (lambda text: None) if is_told else announce
@@ -85,14 +91,18 @@ def train(
     database, _, registry = cli.opened(found)
     registry.ensure_base(model)
     database.close()
+
+    def work(report: Callable[[str, int, int], None]) -> "trainer.Outcome | Judgement":
+        return judge_waiting(found, report) if judge else trainer.run(found, report, deploys=deploy)
+
     if progress != "json":
         with cli.progress_bar() as report:
-            outcome = trainer.run(found, report, deploys=deploy)
-        console.print(f"{outcome.policy}: {'passed the gate' if outcome.passed else '; '.join(outcome.reasons)}")
+            outcome = work(report)
+        verdict = "passed the gate" if outcome.passed else "; ".join(outcome.reasons)
+        console.print(f"{outcome.policy}: {verdict}{'; it waits for more reactions' if outcome.waits else ''}")
         return
     try:
-        outcome = trainer.run(found, lambda stage, done, total: _tell(stage=stage, done=done, total=total), deploys=deploy)
-        _tell(outcome=asdict(outcome))
+        _tell(outcome=asdict(work(lambda stage, done, total: _tell(stage=stage, done=done, total=total))))
     except NothingToLearn as error:
         _tell(nothing_to_learn=str(error))
 
@@ -106,11 +116,17 @@ def deploy(
 ) -> None:
     """Take a candidate live: a running kibitz, or the next one that starts, proves it on its vLLM first."""
     found = configured(config, data_dir, seed)
-    database, _, registry = cli.opened(found)
+    database, store, registry = cli.opened(found)
     candidate, live = registry.get(version), registry.live()
-    if candidate.state == PolicyState.CANDIDATE and candidate.judged_against != live.name:
+    is_waiting = candidate.state == PolicyState.WAITING
+    if (is_waiting or candidate.state == PolicyState.CANDIDATE) and candidate.judged_against != live.name:
         raise VerdictOutdated(version, candidate.judged_against, live.name)
     registry.request_deployment(version)
+    if is_waiting:
+        waits = cli.waiting_text(candidate, store)
+        database.close()
+        console.print(f"{waits}; if it passes the gate then, it is proven and goes live")
+        return
     database.close()
     when = "is proven now" if is_held(found.data, "serve") else "will be proven when kibitz starts"
     console.print(f"{version} {when}, and goes live if vLLM serves it as it was trained; `kibitz policies` tells")

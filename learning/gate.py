@@ -4,6 +4,15 @@ Better is what the held-out opinions say, those that no run learned from, and th
 answers that were liked become likelier than those that were not? In long answers chance is louder than taste. Gain: are the
 candidate's own answers more like those that were liked (`gain_of`)? One of the two must not be luck, and each has half of
 the level that `learning.error_budget` leaves to this verdict. Nobody's opinions count for more than `rewards.person_cap`.
+
+When to judge is decided by the opinions alone, never by what a candidate makes of them: or waiting for more would be
+stopping at the luckiest moment. What n opinions can show at best, one in as many as there are ways to exchange them
+(1 / (n choose k) where k are liked), must be ROOM times below what the verdict requires. At its limit a perfect candidate
+alone would pass: five of each kind give p = 1/252 = 0.004, enough for the first verdict (p ≤ 0.0086), and two people of ten
+who slip would fail any candidate. A candidate that may wait is therefore judged once, from seven of each kind on (1/3432),
+and looks before that spend nothing. Where values are exchangeable given the opinions, the test is exact at whatever moment
+the opinions choose.
+
 Pure functions of what was measured; whether vLLM serves the same policy is the probe's question, in `learning.deployment`.
 """
 
@@ -11,6 +20,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +36,8 @@ from learning.selection import limited
 if TYPE_CHECKING:
     from learning.replay_buffer import Experience
 
+ROOM = 20  # times: simulated people needed the fewest reactions until a promotion with 10 to 100
+MOST_WANTED = 256  # judged answers: more are not foreseen
 OWN_STRATUM = 4  # questions that one person judged, from which on they are compared with each other alone
 
 
@@ -83,11 +95,15 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a candidate may go live, why not, and the figures behind it."""
+    """Whether a candidate may go live, why not, and the figures behind it.
+
+    `wanted` is about how many more judged answers it takes to tell, where nothing but evidence is missing; 0 otherwise.
+    """
 
     passed: bool
     reasons: list[str]
     figures: dict[str, Any]
+    wanted: int = 0
 
 
 def opinions_of(rows: Sequence["Experience"], kinds: Sequence[int], person_cap: float) -> Opinions:
@@ -111,28 +127,29 @@ def opinions_of(rows: Sequence["Experience"], kinds: Sequence[int], person_cap: 
     )
 
 
-def judge(evidence: Evidence, gate: GateConfig, seed: int, earlier: Sequence[bool] = ()) -> Verdict:
+def judge(evidence: Evidence, gate: GateConfig, seed: int, earlier: Sequence[bool] = (), may_wait: bool = False) -> Verdict:
     """Weigh the evidence: no evidence, no promotion.
 
-    `earlier` are the verdicts that had enough evidence, oldest first: True for each that found its version better.
+    `earlier` are the verdicts that had enough evidence, oldest first: True for each that found its version better. A
+    candidate that `may_wait` is not judged before there is room for it to show anything.
     """
     reasons = list(evidence.faults)
     opinions = evidence.opinions
     signs = np.array(opinions.signs)
     liked, disliked = int((signs > 0).sum()), int((signs < 0).sum())
-    level = level_of_next(1 - gate.confidence, earlier)
+    level, allowed = level_of_next(1 - gate.confidence, earlier), allowed_p(gate, earlier)
     figures: dict[str, Any] = {"held_out_liked": liked, "held_out_disliked": disliked, "kl": evidence.kl}
     figures |= {"well_formed": evidence.well_formed, "base_well_formed": evidence.base_well_formed, "level": level}
     figures["had_enough_evidence"] = figures["is_better"] = False
-    if liked + disliked < gate.min_held_out or min(liked, disliked) < 2:
-        reasons.append(
-            f"too little evidence: {liked} liked and {disliked} disliked answers are held out; "
-            f"{gate.min_held_out} are needed, two at least of each kind"
-        )
+    if min(liked, disliked) >= 2:
+        figures |= _measure_gains(evidence, seed)
+    least = allowed / ROOM if may_wait else allowed
+    if not can_suffice(opinions, gate, least):
+        reasons.append(explain_too_little(opinions, gate, least))
     else:
-        figures |= _measure_gains(evidence, seed) | ask_opinions(evidence, level / 2, seed)
+        figures |= {"had_enough_evidence": True} | ask_opinions(evidence, allowed, seed)
         if not figures["is_better"]:
-            reasons.append(_explain_not_better(evidence, figures, level / 2))
+            reasons.append(_explain_not_better(evidence, figures, allowed))
     if evidence.is_no_change:
         reasons.append(
             f"no change: log-probabilities are {evidence.change:.4f} nats from its parent's, and the number format that is "
@@ -143,7 +160,46 @@ def judge(evidence: Evidence, gate: GateConfig, seed: int, earlier: Sequence[boo
     wanted = min(gate.well_formed, evidence.base_well_formed)
     if not evidence.well_formed >= wanted:
         reasons.append(f"answers break: {evidence.well_formed:.0%} well-formed, {wanted:.0%} wanted")
-    return Verdict(passed=not reasons, reasons=reasons, figures=figures)
+    is_all = len(reasons) == 1 and not figures["had_enough_evidence"]
+    return Verdict(not reasons, reasons, figures, count_wanted(opinions, gate, least) if is_all else 0)
+
+
+def allowed_p(gate: GateConfig, earlier: Sequence[bool]) -> float:
+    """Return the p-value that either way of asking may have at most, after the `earlier` verdicts."""
+    return level_of_next(1 - gate.confidence, earlier) / 2
+
+
+def can_suffice(opinions: Opinions, gate: GateConfig, allowed: float) -> bool:
+    """Whether these opinions could show anything at the `allowed` level, whatever a candidate does to their answers."""
+    signs = np.array(opinions.signs)
+    liked, disliked = int((signs > 0).sum()), int((signs < 0).sum())
+    if liked + disliked < gate.min_held_out or min(liked, disliked) < 2:
+        return False
+    return least_p_value(signs, opinions.units, opinions.strata) <= allowed
+
+
+def count_wanted(opinions: Opinions, gate: GateConfig, allowed: float) -> int:
+    """Return about how many more judged answers it takes until they can suffice, if as many are liked as so far."""
+    now, liked = len(opinions.signs), sum(sign > 0 for sign in opinions.signs)
+    share = (liked + 1) / (now + 2)
+    for more in range(1, MOST_WANTED):
+        likely = round(share * (now + more))
+        enough = now + more >= gate.min_held_out and min(likely, now + more - likely) >= 2
+        if enough and 1 / math.comb(now + more, likely) <= allowed:
+            return more
+    return MOST_WANTED
+
+
+def newest_that_suffice(
+    rows: Sequence["Experience"], since: datetime | None, gate: GateConfig, allowed: float, person_cap: float
+) -> list["Experience"]:
+    """Return the rows on which all was said `since`, where those can suffice; otherwise all.
+
+    What was said before helped to choose the version that is live now, and flatters it.
+    """
+    newer = [row for row in rows if since is not None and row.said_at >= since]
+    is_enough = can_suffice(opinions_of(newer, [0] * len(newer), person_cap), gate, allowed)
+    return newer if is_enough else list(rows)
 
 
 def gain_of(
@@ -199,9 +255,7 @@ def margin_interval(
 
 
 def ask_opinions(evidence: Evidence, allowed: float, seed: int) -> dict[str, Any]:
-    """Ask the held-out opinions in both ways: the p-values, whether opinions could show anything at the `allowed` level, and
-    whether they show that the candidate is better.
-    """
+    """Ask the held-out opinions in both ways: the p-values, and whether they show that the candidate is better."""
     opinions, gain = evidence.opinions, evidence.gain
     signs, of = np.array(opinions.signs), (opinions.units, opinions.strata)
     likelier = subtract_kind_means(np.subtract(evidence.candidate, evidence.live), opinions.kinds)
@@ -209,13 +263,11 @@ def ask_opinions(evidence: Evidence, allowed: float, seed: int) -> dict[str, Any
     by_margin = permutation_p_value(likelier, signs, *of, seed, allowed)
     by_gain = permutation_p_value(np.array(gain.counts), signs, *of, seed, allowed)
     by_luck = sign_flip_p_value(np.array(gain.by_prompt), seed, allowed)
-    enough = least_p_value(signs, *of) <= allowed
     return {
         "margin_gain_by_chance": by_margin,
         "gain_by_chance": by_gain,
         "gain_by_luck": by_luck,
-        "had_enough_evidence": enough,
-        "is_better": enough and min(by_margin, max(by_gain, by_luck)) <= allowed,
+        "is_better": min(by_margin, max(by_gain, by_luck)) <= allowed,
     }
 
 
@@ -234,16 +286,22 @@ def _measure_gains(evidence: Evidence, seed: int) -> dict[str, float]:
     return found
 
 
+def explain_too_little(opinions: Opinions, gate: GateConfig, allowed: float) -> str:
+    """Say why opinions could show nothing at the `allowed` level, and how many could."""
+    liked = sum(sign > 0 for sign in opinions.signs)
+    disliked = len(opinions.signs) - liked
+    said = f"too little evidence: {liked} liked and {disliked} disliked answers are held out"
+    if liked + disliked < gate.min_held_out or min(liked, disliked) < 2:
+        return f"{said}; {gate.min_held_out} are needed, two at least of each kind"
+    least = least_p_value(np.array(opinions.signs), opinions.units, opinions.strata)
+    each = next(count for count in range(2, 64) if 1 / math.comb(2 * count, count) <= allowed)
+    return (
+        f"{said}, which give p = {least:.2g} at best, required p ≤ {allowed:.2g}; {each} of each would do, or a few more "
+        "where one person judged most"
+    )
+
+
 def _explain_not_better(evidence: Evidence, found: dict[str, Any], allowed: float) -> str:
-    liked, disliked = found["held_out_liked"], found["held_out_disliked"]
-    if not found["had_enough_evidence"]:
-        opinions = evidence.opinions
-        least = least_p_value(np.array(opinions.signs), opinions.units, opinions.strata)
-        each = next(count for count in range(2, 64) if 1 / math.comb(2 * count, count) <= allowed)
-        return (
-            f"too little evidence: {liked} liked and {disliked} disliked answers are held out, which give p = {least:.2g} "
-            f"at best, required p ≤ {allowed:.2g}; {each} of each would do, or a few more where one person judged most"
-        )
     prompts = len(evidence.gain.by_prompt)
     too_few = f"; {prompts} different prompts are too few to tell its answers from luck" if 2.0**-prompts > allowed else ""
     return (

@@ -18,11 +18,12 @@ from bot.config import Config, DatabaseConfig
 from bot.conversations import ConversationStore
 from bot.errors import KibitzError, NothingToLearn, TrainingError, Unavailable
 from bot.supervision import Health, supervise
-from bot.types import PolicyState
+from bot.types import PolicyState, PolicyVersion
 from learning.deployment import Deployment
 
 Announce = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
+TRIES = 3  # to judge a version that waits, while that fails; each after another reaction
 DATABASE_URL = "KIBITZ_DATABASE_URL"  # the variable that tells a training process the database: its URL is in no file
 
 
@@ -44,6 +45,8 @@ class OnlineLearner:
         self.progress = progress
         self._learned: int | None = None  # how many reactions the runs so far learned from
         self._purged = 0
+        self._failures = 0  # to judge the version that waits
+        self._tries_from = 0  # how many reactions must have come for it until the next try
 
     async def run(self, health: Health | None = None) -> None:
         """Learn for ever: look every `learning.check_seconds` whether enough is new. A failed run is announced."""
@@ -57,7 +60,7 @@ class OnlineLearner:
         # Where versions were withdrawn because somebody was forgotten, the rest is learned anew.
         self._learned = min(said, self._learned) if purged == self._purged else 0
         self._purged = purged
-        if paused or said - self._learned < self.config.learning.min_reactions:
+        if paused or await self.judge_waiting() or said - self._learned < self.config.learning.min_reactions:
             return
         self._learned = said
         self.announce(f"training on {said} reactions")
@@ -73,17 +76,67 @@ class OnlineLearner:
 
         One that passed is deployed now, or by `Deployment.watch` where that fails for a while or this process ends here.
         """
-        sleeps = self.config.serving.sleep_while_training
-        async with self.deployment.asleep() if sleeps else contextlib.nullcontext():
-            outcome = await train_in_child(self.config, self.progress)
+        outcome = await self._in_child("--deploy")
         if outcome["passed"]:
             try:
                 await self.deployment.deploy(outcome["policy"])
             except Unavailable as error:
                 self.announce(f"{outcome['policy']} passed, and is deployed as soon as vLLM can be asked: {error}")
         else:
-            self.announce(f"{outcome['policy']} rejected: {'; '.join(outcome['reasons'])}")
+            self._tell(outcome)
         return outcome
+
+    async def judge_waiting(self) -> bool:
+        """Judge the version that waits, where enough may have come; True where there is one, which holds the next run back.
+
+        It does so for `learning.wait_reactions` at most: then it is judged as it is, or given up. One that cannot be judged
+        is given up after TRIES.
+        """
+        version, came, is_due = await self.store.database.call(self._look_at_waiting)
+        if version is None:
+            self._failures = self._tries_from = 0
+            return False
+        if not is_due or came < self._tries_from:
+            return True
+        self.announce(f"looking at what was said of {version.name}, which waits")
+        try:
+            outcome = await self._in_child("--judge")
+        except TrainingError as error:
+            self._failures += 1
+            self._tries_from = came + 1
+            self.announce(f"{version.name} cannot be judged, the chat goes on: {error}")
+            if self._failures >= TRIES:
+                from learning.waiting import give_up  # a command that only serves need not load it
+
+                await self.store.database.call(give_up, self.deployment.registry, version, f"it cannot be judged: {error}")
+            return True
+        self._failures = self._tries_from = 0
+        if outcome["passed"]:
+            self.announce(f"{version.name} has waited, and passed")
+            await self.deployment.deploy_requested()
+        else:
+            self._tell(outcome)
+        return True
+
+    def _look_at_waiting(self) -> tuple[PolicyVersion | None, int, bool]:
+        """The version that waits, how many reactions have come for it, and whether to look at its evidence."""
+        registry = self.deployment.registry
+        version = next(reversed(registry.waiting()), None)
+        if version is None:
+            return None, 0, False
+        came = self.store.reactions(version.drawn_at)
+        enough = min(version.waits_for, self.config.learning.wait_reactions)
+        return version, came, came >= enough or registry.live().name != version.judged_against
+
+    async def _in_child(self, option: str) -> dict[str, Any]:
+        """Train a version, or judge one, in a child process; its outcome."""
+        sleeps = self.config.serving.sleep_while_training
+        async with self.deployment.asleep() if sleeps else contextlib.nullcontext():
+            return await train_in_child(self.config, self.progress, option)
+
+    def _tell(self, outcome: dict[str, Any]) -> None:
+        verdict = "waits for more reactions" if outcome["waits"] else "rejected"
+        self.announce(f"{outcome['policy']} {verdict}: {'; '.join(outcome['reasons'])}")
 
     def _look(self) -> tuple[int, int, bool]:
         """How many reactions there are, how many versions were purged, and whether learning is paused."""
@@ -101,13 +154,16 @@ class OnlineLearner:
         return await call(self.store.reactions_at_last_run, base.created_at)
 
 
-async def train_in_child(config: Config, progress: Progress) -> dict[str, Any]:
-    """Run `kibitz train` as a child process and return its outcome. Raises TrainingError with the child's own line."""
+async def train_in_child(config: Config, progress: Progress, option: str) -> dict[str, Any]:
+    """Run `kibitz train` with an option as a child process and return its outcome.
+
+    Raises TrainingError with the child's own line.
+    """
     resolved = config.data / "train-config.json"
     handed = config.model_copy(update={"database": DatabaseConfig(url_env=DATABASE_URL)})
     handed.save(resolved)
     child = await children.start(
-        *[sys.executable, "-m", "bot", "train", "--config", str(resolved), "--deploy", "--progress", "json"],
+        *[sys.executable, "-m", "bot", "train", "--config", str(resolved), option, "--progress", "json"],
         niceness=children.TRAINING,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,

@@ -9,6 +9,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,14 @@ from bot.embeddings import Embedder
 from bot.registry import PolicyRegistry
 from bot.sampling import is_truncated
 from bot.tokenizer import ChatTokenizer
-from bot.types import Feedback, FeedbackKind, FollowUp, Message, Turn
+from bot.types import Feedback, FeedbackKind, FollowUp, Message, Turn, now
 from bot.users import Users
 from learning.features import expected, features
 from learning.rewards import Reward, reward
 from learning.selection import fresh_and_old, is_held_out, kinds_of, learnable, parted, thinned, weighed
 from learning.voices import Voices
+
+LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,10 @@ class Experience:
     `followup_id` is the message that it counts too. `logprobs` (nats, one for each of `completion_ids`) are those of its
     sampling, or None for a text that was not sampled so (imported, a person's correction, a truncated distribution).
     `rejected_ids` is an answer to the same prompt that people liked less; `hindsight_ids` is the prompt as somebody would
-    have it who knows what the asker said next. `advantage` (in [-2, 2]) is what `compared` makes of the reward; `weight` (in
-    (0, 1]) is less for those who say more than their share.
+    have it who knows what the asker said next. `said_at` is when the first of what
+    the reward is made of was said.
+    `advantage` (in [-2, 2]) is what `compared` makes of the reward; `weight` (in (0, 1]) is less for those who say more than
+    their share.
     """
 
     turn_id: str
@@ -57,6 +62,7 @@ class Experience:
     rejected_ids: tuple[int, ...] | None = None
     hindsight_ids: tuple[int, ...] | None = None
     is_correction: bool = False
+    said_at: datetime = LONG_AGO
     advantage: float = 0.0
     weight: float = 1.0
 
@@ -80,7 +86,8 @@ class Snapshot:
 
     `learned` are those of the training part that the run's objective reads. `rated` are all answers with a reward, also
     those that are too long or too many to train on. `taken_back` names the turn of each opinion that taught an earlier
-    version and no longer stands.
+    version and no longer stands; `taught_units` are the units of all turns of which an opinion ever taught a version. All of
+    it had been said by `drawn_at`.
     """
 
     training: list[Experience] = field(default_factory=list)
@@ -90,7 +97,9 @@ class Snapshot:
     dropped: Counter[str] = field(default_factory=Counter)
     without_logprobs: int = 0
     taken_back: list[str] = field(default_factory=list)
+    taught_units: set[str] = field(default_factory=set)
     turns: int = 0
+    drawn_at: datetime = field(default_factory=now, compare=False)
 
     @property
     def judged(self) -> list[Experience]:
@@ -133,6 +142,11 @@ class Decision:
         """The acts of feedback that count."""
         return [row for row, reason in self.opinions if reason is None]
 
+    def said_at(self, turn: Turn) -> datetime:
+        """When the first of what counts was said; where a follow-up counts, when it was answered."""
+        is_followed_up = self.followup is not None and self.followup_reason is None
+        return min([row.at for row in self.counted] + [turn.at] * is_followed_up, default=turn.at)
+
 
 class ReplayBuffer:
     """Draws snapshots from what the ConversationStore holds.
@@ -152,6 +166,7 @@ class ReplayBuffer:
         """All that can be learned from now: of one imported `space`, or from the turn `since` on, where they are given."""
         learning = self.config.learning
         found = self._experiences(space)
+        found.drawn_at = now()
         still = [one for one in found.training if one.turn_id >= since]
         if len(still) < len(found.training):
             found.dropped["said before people came to want the opposite"] += len(found.training) - len(still)
@@ -169,12 +184,28 @@ class ReplayBuffer:
         found.without_logprobs = sum(one.logprobs is None for one in drawn)
         return found
 
+    def unseen(self, since: str, drawn_at: datetime) -> list[Experience]:
+        """The judged answers, from the turn `since` on, that no version learned from which drew its rows at `drawn_at` or
+        before: those that are held out, and those to other questions on which all was said after that.
+        """
+        learning = self.config.learning
+        found = self._experiences(None)
+        drawn, _ = fresh_and_old(
+            [one for one in found.training if one.turn_id >= since and not one.is_correction],
+            *(learning.max_turns, learning.fresh),
+        )
+        known = found.taught_units | {one.unit for one in found.rated if one.said_at < drawn_at}
+        return [one for one in drawn if is_held_out(one.unit, learning.held_out) or one.unit not in known]
+
     def _experiences(self, space: str | None) -> Snapshot:
         """All experiences, as if all were for training, and why the other turns are none."""
         turns = self.store.turns_with_feedback(space, followed_up=self.config.rewards.followup > 0)
         voices = Voices(self.store, self.users, turns, self.config.web)
         registry = PolicyRegistry(self.store.database)
-        found = Snapshot(turns=len(turns), taken_back=voices.turns_of(registry.taught() & voices.no_longer_stands))
+        taught = registry.taught()
+        found = Snapshot(turns=len(turns), taken_back=voices.turns_of(taught & voices.no_longer_stands))
+        once = set(voices.turns_of(taught))
+        found.taught_units = {voices.unit(turn) for turn in turns if turn.id in once}
         age = {version.name: age for age, version in enumerate(reversed(registry.all()))}
         answers: dict[str, list[tuple[float, Experience]]] = defaultdict(list)
         foreign = registry.foreign()
@@ -185,7 +216,9 @@ class ReplayBuffer:
                 found.dropped[decision.reason or ""] += 1
                 continue
             wanted = [row.text for row in decision.counted if row.kind == FeedbackKind.CORRECTION and row.text]
-            for one in self._of_turn(turn, voices, earned, wanted[-1] if wanted else None, age.get(turn.policy_version, 0)):
+            wish = wanted[-1] if wanted else None
+            for one in self._of_turn(turn, voices, earned, wish, age.get(turn.policy_version, 0)):
+                one = replace(one, said_at=decision.said_at(turn))
                 found.rated.append(one)
                 if (reason := self._too_long(one)) is not None:
                     found.dropped[reason] += 1

@@ -154,6 +154,7 @@ class Simulation:
 
     async def _learn(self) -> tuple[float, str]:
         before = self.rows[-1].kl if self.rows else 0.0
+        await self.learner.judge_waiting()  # as the loop does before a run; what waits on is superseded by the run
         try:
             outcome = await self.learner.step()
         except NothingToLearn as error:
@@ -164,7 +165,8 @@ class Simulation:
             self.learner.announce(str(error))
             return before, str(error)
         if not outcome["passed"]:
-            return before, f"{outcome['policy']} rejected: {'; '.join(outcome['reasons'])}"
+            verdict = "waits" if outcome["waits"] else "rejected"
+            return before, f"{outcome['policy']} {verdict}: {'; '.join(outcome['reasons'])}"
         self.promoted.append(outcome["policy"])
         return outcome["figures"]["kl"], ""
 

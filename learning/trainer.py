@@ -5,11 +5,10 @@ It reads the database and writes one directory under `policies/`, whose manifest
 """
 
 import hashlib
-import itertools
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,15 +26,9 @@ from bot.tokenizer import ChatTokenizer
 from bot.types import PolicyState, PolicyVersion
 from learning import probe
 from learning.drift import changed
-from learning.evaluation import (
-    Sample,
-    batched_logprobs,
-    generate,
-    kl_to_base,
-    manner,
-    token_rows,
-)
-from learning.gate import Evidence, Verdict, gain_of, judge, opinions_of
+from learning.evaluation import kl_to_base, manner
+from learning.evidence import Measured, answer, choose_prompts, compare, measure
+from learning.gate import ROOM, Evidence, Verdict, allowed_p, judge, newest_that_suffice
 from learning.model import as_base, not_finite, save, served, settle, to_train
 from learning.off_policy import estimated
 from learning.pretrain import quiet
@@ -43,13 +36,11 @@ from learning.processes import teach_together
 from learning.replay_buffer import Experience, ReplayBuffer, Snapshot
 from learning.report import write_samples
 from learning.reward_model import reward_model
-from learning.selection import kinds_of
-from learning.teaching import means, teach
-from learning.version_files import discard_weights, faults, fingerprint, is_whole, remove_unfinished
+from learning.teaching import teach
+from learning.version_files import discard_weights, faults, fingerprint, is_whole, read_since, remove_unfinished
+from learning.waiting import earlier_verdicts, reject_unjudged
 
 if TYPE_CHECKING:
-    import torch
-
     from learning.model import Model
 
 Progress = Callable[[str, int, int], None]
@@ -58,10 +49,11 @@ ENOUGH = 64  # samples for a share of well-formed answers, or for a KL
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run left behind: the version, the verdict on it, and figures for a report."""
+    """What a run left behind: the version, the verdict on it (or that it waits for one), and figures for a report."""
 
     policy: str
     passed: bool
+    waits: bool
     reasons: list[str]
     figures: dict[str, Any]
     manifest_sha256: str
@@ -75,9 +67,9 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a run begins with: the version that it goes on from, as a model; what was said, since a turn or ever; the live
-    version, with the log-probabilities that it gives the tokens of each judged answer (nats), and with what it says to the
-    prompts that candidates are `asked`; and the `earlier` verdicts of the gate.
+    """What a run begins with: the version that it goes on from, as a model; what was said, since a turn or ever; the
+    `judged` answers that the gate asks, and the prompts that candidates are `asked`, with what the live version makes of
+    both; and the `earlier` verdicts of the gate.
     """
 
     parent: PolicyVersion
@@ -85,9 +77,9 @@ class Lesson:
     snapshot: Snapshot
     since: str
     live: PolicyVersion
-    before: "list[torch.Tensor]"
+    before: Measured
+    judged: list[Experience]
     asked: list[Experience]
-    said: list[Sample]
     earlier: list[bool]
 
 
@@ -124,6 +116,7 @@ def _run(
     thinking = config.model_copy(update={"policy": tokenizer.with_thoughts(config.policy)})
     lesson = _lesson(thinking, registry, live, parent, buffer, space, progress)
     snapshot = lesson.snapshot
+    may_wait = config.learning.wait_reactions > 0 and space is None  # nobody adds to what was recorded
     manifest = _manifest(config, lesson)
     sha256 = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     version = registry.reserve(lesson.parent, config.data / "policies")
@@ -133,21 +126,29 @@ def _run(
     unfinished = directory.with_name(directory.name + ".unfinished")
     try:
         unfinished.mkdir(parents=True)
-        verdict, metrics = _train(thinking, lesson, tokenizer, embedding, unfinished, progress)
+        verdict, metrics = _train(thinking, lesson, tokenizer, embedding, may_wait, unfinished, progress)
         metrics |= {"judged_against": live.name, "steps_share_of_run": metrics["step_seconds"] / (time.monotonic() - began)}
+        metrics |= dict.fromkeys(("drawn_at", "judged_at"), snapshot.drawn_at.isoformat())
+        metrics["waits_for"] = min(verdict.wanted, config.learning.wait_reactions) if may_wait else 0
+        waits = metrics["waits_for"] > 0
         config.save(unfinished / "config.json")
         (unfinished / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True))
         (unfinished / "manifest.json").write_text(json.dumps(manifest | {"sha256": sha256}, indent=1, sort_keys=True))
         unfinished.rename(directory)
         adapter_sha256 = fingerprint(directory)
         with database.begin():
+            superseded = registry.waiting() if space is None else []
             registry.complete(version.name, adapter_sha256, metrics)
-            if not verdict.passed:
+            if waits:
+                registry.move(version.name, PolicyState.WAITING)
+            elif not verdict.passed:
                 registry.reject(version.name)
-            elif deploys:
+            if deploys and (waits or verdict.passed):
                 registry.request_deployment(version.name)
-        if not verdict.passed:
-            discard_weights(directory)
+            for other in superseded:
+                reject_unjudged(registry, other, f"{version.name} was trained after it")
+        for gone in [Path(other.path) for other in superseded] + [directory] * (not (waits or verdict.passed)):
+            discard_weights(gone)
         registry.end_run(run_id, "passed" if verdict.passed else "; ".join(verdict.reasons))
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -163,6 +164,7 @@ def _run(
     return Outcome(
         policy=version.name,
         passed=verdict.passed,
+        waits=waits,
         reasons=verdict.reasons,
         figures=metrics,
         manifest_sha256=sha256,
@@ -195,7 +197,7 @@ def _lesson(
 ) -> Lesson:
     """All that was said; or, where people came to want the opposite, what was said since, to begin anew with."""
     looks_for_drift = config.learning.detect_drift and space is None
-    since = _since(live) if looks_for_drift else ""
+    since = read_since(Path(live.path)) if looks_for_drift else ""
     snapshot = buffer.snapshot(space, since)
     _refuse_empty(snapshot)
     progress("loading the model", 0, 1)
@@ -208,21 +210,17 @@ def _lesson(
         snapshot = buffer.snapshot(since=since)
         _refuse_empty(snapshot)
         parent = registry.base() if change.against else parent
-    before = batched_logprobs(found, token_rows(snapshot.judged))
-    asked = _asked(snapshot, config.gate.samples)
-    said = _answers(config, found, buffer.tokenizer, asked)
+    earlier = earlier_verdicts(registry)
+    judged = snapshot.judged
+    if space is None:
+        wanted = config.gate, allowed_p(config.gate, earlier) / ROOM, config.rewards.person_cap
+        judged = newest_that_suffice(judged, live.judged_at, *wanted)
+    asked = choose_prompts([*snapshot.held_out, *snapshot.training], config.gate.samples)
+    before = measure(config, found, buffer.tokenizer, judged, asked)
     if parent != live:
         del found  # there may be no room for both
         found = served(config, parent.base_model, parent.weights)
-    metrics = [version.metrics for version in registry.all()]
-    earlier = [one["is_better"] for one in metrics if one.get("had_enough_evidence")]
-    return Lesson(parent, found, snapshot, since, live, before, asked, said, earlier)
-
-
-def _since(version: PolicyVersion) -> str:
-    """The turn from which on what was said counts for a version: where people came to want the opposite, if they did."""
-    manifest = Path(version.path) / "manifest.json"
-    return str(json.loads(manifest.read_text()).get("since", "")) if manifest.is_file() else ""
+    return Lesson(parent, found, snapshot, since, live, before, judged, asked, earlier)
 
 
 def _refuse_empty(snapshot: Snapshot) -> None:
@@ -263,17 +261,19 @@ def _train(
     lesson: Lesson,
     tokenizer: ChatTokenizer,
     embedding: Embedder | None,
+    may_wait: bool,
     directory: Path,
     progress: Progress,
 ) -> tuple[Verdict, dict[str, Any]]:
     from transformers import set_seed
 
-    parent, snapshot, before, said = lesson.parent, lesson.snapshot, lesson.before, lesson.said
+    parent, snapshot, before, judged = lesson.parent, lesson.snapshot, lesson.before, lesson.judged
+    said = before.samples
     set_seed(config.seed)  # of a fresh adapter
     model = to_train(config, parent.base_model, lesson.model)
     prompts = [one.prompt_ids for one in lesson.asked]
     with as_base(model):
-        base_samples = said if lesson.live.is_base else _answers(config, model, tokenizer, lesson.asked[:ENOUGH])
+        base_samples = said if lesson.live.is_base else answer(config, model, tokenizer, lesson.asked[:ENOUGH])
         prefixes = probe.prefixes(model, tokenizer, config.policy.max_tokens, config.seed)
     is_live = lesson.live == parent
     of_parent = probe.measure(model, prefixes)
@@ -285,9 +285,8 @@ def _train(
     harm = [f"what was learned did only harm: {trained['stopped']}"] if trained["stopped"] and not trained["kept"] else []
     progress("measuring", 0, 1)
     settle(model)
-    judged = snapshot.judged
-    after = batched_logprobs(model, token_rows(judged))
-    samples = _answers(config, model, tokenizer, lesson.asked)
+    after = measure(config, model, tokenizer, judged, lesson.asked)
+    samples = after.samples
     kl = kl_to_base(model, samples[:ENOUGH])
     save(model, directory)
     write_samples(directory, [one.question for one in lesson.asked], said, samples)
@@ -295,13 +294,8 @@ def _train(
         probe.write(directory, prefixes, probe.measure(model, prefixes), of_parent, config.policy.temperature)
     )
     answers = manner(samples)
-    kinds = kinds_of([row.question for row in (*judged, *snapshot.training)], embedding, config.seed)[: len(judged)]
-    opinions = opinions_of(judged, kinds.tolist(), config.rewards.person_cap)
     evidence = Evidence(
-        opinions=opinions,
-        live=means(before),
-        candidate=means(after),
-        gain=gain_of([row.answer for row in judged], opinions, said, samples, embedding),
+        **compare(config, judged, snapshot.training, before, after, embedding),
         kl=kl,
         well_formed=answers["well_formed"],
         base_well_formed=manner(base_samples)["well_formed"],
@@ -314,26 +308,14 @@ def _train(
         rounding=change.rounding,
         is_no_change=change.is_no_change,
     )
-    verdict = judge(evidence, config.gate, config.seed, lesson.earlier)
+    verdict = judge(evidence, config.gate, config.seed, lesson.earlier, may_wait)
     metrics = {**verdict.figures, **trained, "taken_back": snapshot.taken_back}
     metrics |= {"answers_before": manner(said), "answers_after": answers}
     judge_of = reward_model(config, embedding, parent.base_model)
     if judge_of is not None and is_live:
         policies = {
             when: (dict(zip(prompts, own, strict=True)), logprobs)
-            for when, own, logprobs in (("before", said, before), ("after", samples, after))
+            for when, own, logprobs in (("before", said, before.logprobs), ("after", samples, after.logprobs))
         }
         metrics |= estimated(snapshot.training, judged, judge_of, policies, config.seed)
     return verdict, metrics | {"reasons": verdict.reasons, "evidence": asdict(evidence)}
-
-
-def _asked(snapshot: Snapshot, count: int) -> list[Experience]:
-    """So many rows whose prompts are answered anew: different ones, the held-out ones first; again where there are fewer."""
-    different = {row.prompt_ids: row for row in [*snapshot.held_out, *snapshot.training]}
-    return list(itertools.islice(itertools.cycle(different.values()), count))
-
-
-def _answers(config: Config, model: Any, tokenizer: ChatTokenizer, asked: Sequence[Experience]) -> list[Sample]:
-    """One answer of a model to each prompt, sampled as the policy's are."""
-    prompts = [one.prompt_ids for one in asked]
-    return generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed, config.policy.truncation)

@@ -1,5 +1,8 @@
 """The gate: what it lets through, what it stops, and that it can tell the two apart."""
 
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
 import numpy as np
 import pytest
 
@@ -7,7 +10,22 @@ from bot.config import GateConfig
 from learning import demo
 from learning.error_budget import level_of_next
 from learning.evaluation import Sample, bootstrap
-from learning.gate import Evidence, Gain, Opinions, ask_opinions, gain_of, judge, margin, opinions_of, subtract_kind_means
+from learning.gate import (
+    ROOM,
+    Evidence,
+    Gain,
+    Opinions,
+    allowed_p,
+    ask_opinions,
+    can_suffice,
+    count_wanted,
+    gain_of,
+    judge,
+    margin,
+    newest_that_suffice,
+    opinions_of,
+    subtract_kind_means,
+)
 from learning.permutation import permutation_p_value, sign_flip_p_value
 from learning.replay_buffer import Experience
 
@@ -310,36 +328,160 @@ def test_after_many_verdicts_more_evidence_is_needed():
     assert judge(evidence(), GateConfig(), seed=0, earlier=[False] * 60).passed, "what is clear passes still"
 
 
+def test_a_candidate_that_may_wait_is_judged_once_there_is_room_to_show_anything():
+    few = {"live": [-1.0] * 10, "candidate": [0.0] * 5 + [-2.0] * 5, "gain": Gain([0.2] * 5 + [-0.2] * 5, [1.0] * 12)}
+    barely = evidence(signs=[1] * 5 + [-1] * 5, **few)
+    assert judge(barely, GateConfig(), seed=0).passed, "the control: it cannot wait"
+    verdict = judge(barely, GateConfig(), seed=0, may_wait=True)
+    assert not verdict.passed
+    assert not verdict.figures["had_enough_evidence"], "it spends nothing"
+    assert verdict.reasons[0].startswith("too little evidence: 5 liked and 5 disliked answers are held out")
+    assert "7 of each would do" in verdict.reasons[0]
+    assert verdict.wanted == 4
+    assert judge(evidence(), GateConfig(), seed=0, may_wait=True).passed
+
+
+def test_what_is_wrong_for_another_reason_does_not_wait():
+    few = {"signs": [1] * 5 + [-1] * 5, "live": [0.0] * 10, "candidate": [0.0] * 10, "gain": Gain([0.0] * 10, [0.0] * 12)}
+    assert judge(evidence(**few), GateConfig(), seed=0, may_wait=True).wanted > 0, "the control"
+    for changes in ({"kl": 0.9}, {"well_formed": 0.5}, {"faults": ["broken"]}, {"is_no_change": True}):
+        assert judge(evidence(**few, **changes), GateConfig(), seed=0, may_wait=True).wanted == 0
+    enough = evidence(worth=0.0, likelier=0.0)
+    assert judge(enough, GateConfig(), seed=0, may_wait=True).wanted == 0
+
+
+def test_how_many_answers_are_wanted_is_foreseen_from_how_many_are_liked():
+    gate, allowed = GateConfig(), allowed_p(GateConfig(), ())
+    for signs in ([], [1], [1, -1] * 2, [1] * 6 + [-1]):
+        more = count_wanted(opinions(signs), gate, allowed)
+        share = (signs.count(1) + 1) / (len(signs) + 2)
+        for count, suffices in ((len(signs) + more, True), (len(signs) + more - 1, False)):
+            liked = round(share * count)
+            assert can_suffice(opinions([1] * liked + [-1] * (count - liked)), gate, allowed) == suffices
+    assert count_wanted(opinions([1] * 20), gate, allowed) > count_wanted(opinions([1, -1] * 4), gate, allowed)
+
+
+def test_opinions_that_are_newer_than_the_last_promotion_judge_where_there_are_enough():
+    then = datetime(2026, 1, 1, tzinfo=UTC)
+    gate, allowed = GateConfig(), allowed_p(GateConfig(), ())
+    old = [judged_by(str(row), likes=row % 2 == 0, question=f"old {row}", said_at=then) for row in range(20)]
+    new = [
+        judged_by(str(row), likes=row % 2 == 0, question=f"new {row}", said_at=then + timedelta(hours=2))
+        for row in range(10)
+    ]
+    promoted = then + timedelta(hours=1)
+    assert newest_that_suffice([*old, *new], promoted, gate, allowed, 1.0) == new
+    assert newest_that_suffice([*old, *new[:8]], promoted, gate, allowed, 1.0) == [*old, *new[:8]], "too few"
+    assert newest_that_suffice([*old, *new], None, gate, allowed, 1.0) == [*old, *new], "nothing was promoted"
+
+
 def placebo(rng: np.random.Generator, rows: list[Experience], prompts: int = 48) -> Evidence:
     """A candidate that people's opinions have nothing to do with: what it moves depends on who asked, and on luck."""
     of_person = {row.opinions: rng.normal() for row in rows}
     likelier, counts = ([of_person[row.opinions] + rng.normal() for row in rows] for _ in range(2))
-    found = opinions_of(rows, [0] * len(rows), person_cap=0.25)
-    gain = Gain(subtract_kind_means(np.array(counts), found.kinds).tolist(), rng.normal(0.5, 1, prompts).tolist())
-    return evidence(opinions=found, live=[0.0] * len(rows), candidate=likelier, gain=gain)
+    gain = Gain(counts, rng.normal(0.5, 1, prompts).tolist())
+    return evidence(opinions=opinions_of(rows, [0] * len(rows), 0.25), live=[0.0] * len(rows), candidate=likelier, gain=gain)
+
+
+def first_of(found: Evidence, rows: list[Experience], count: int) -> Evidence:
+    """What the first `count` of the rows say of a candidate."""
+    opinions = opinions_of(rows[:count], [0] * count, 0.25)
+    counts = subtract_kind_means(np.array(found.gain.counts[:count]), opinions.kinds).tolist()
+    changes = {"live": found.live[:count], "candidate": found.candidate[:count]}
+    return replace(found, opinions=opinions, gain=replace(found.gain, counts=counts), **changes)
 
 
 @pytest.mark.slow
-def test_of_placebo_runs_in_a_row_at_most_one_series_in_twenty_promotes_anything():
-    """Two hundred runs, with four more held-out opinions each; people like more or less of what they are answered."""
-    series, runs, budget = 25, 200, 0.05
-    promoted, at_one_level = 0, 0
+@pytest.mark.parametrize(("window", "waits_often"), [(48, False), (16, True)])
+def test_of_placebo_runs_in_a_row_at_most_one_series_in_twenty_promotes_anything(window, waits_often):
+    """Two hundred runs, with four more held-out opinions each; people like more or less of what they are answered. Where
+    the opinions that are held out are few, candidates wait for up to 24 more, as they do in the loop.
+    """
+    series, runs, gate, wait = 25, 200, GateConfig(), 24
+    budget = 1 - gate.confidence
+    promoted, at_one_level, peeked, waited, in_vain = 0, 0, 0, 0, 0
     for seed in range(series):
         rng = np.random.default_rng(seed)
         tends = rng.uniform(0.2, 0.8, 10)
+
+        def said(name: str, rng=rng, tends=tends) -> Experience:
+            person = int(rng.integers(10))
+            return judged_by(str(person), likes=rng.random() < tends[person], question=name)
+
         rows: list[Experience] = []
         earlier: list[bool] = []
-        lucky = False
+        lucky = has_peeked = False
         for run in range(runs):
-            for number in range(4):
-                person = int(rng.integers(10))
-                rows.append(judged_by(str(person), likes=rng.random() < tends[person], question=f"{run} {number}"))
-            rows = rows[-48:]
-            asked = ask_opinions(placebo(rng, rows), level_of_next(budget, earlier) / 2, seed=run)
-            if asked["had_enough_evidence"]:
-                earlier.append(asked["is_better"])
-                lucky |= min(asked["margin_gain_by_chance"], asked["gain_by_chance"]) <= budget / 2
+            rows = [*rows, *(said(f"{run} {number}") for number in range(4))][-window:]
+            all_rows = [*rows, *(said(f"{run} later {number}") for number in range(wait))]
+            found, allowed = placebo(rng, all_rows), allowed_p(gate, earlier)
+            looks = range(len(rows), len(all_rows) + 1)
+            enough = [can_suffice(opinions_of(all_rows[:at], [0] * at, 0.25), gate, allowed / ROOM) for at in looks]
+            at = looks[enough.index(True)] if any(enough) else looks[-1]
+            waited += at > looks[0]
+            on = first_of(found, all_rows, at)
+            if not can_suffice(on.opinions, gate, allowed):
+                in_vain += 1
+                continue
+            asked = ask_opinions(on, allowed, seed=run)
+            earlier.append(asked["is_better"])
+            lucky |= min(asked["margin_gain_by_chance"], asked["gain_by_chance"]) <= budget / 2
+            if waits_often and run < 20 and not has_peeked:  # whoever looks at each reaction what it does to the candidate
+                each = (first_of(found, all_rows, at) for at in looks)
+                has_peeked = any(
+                    can_suffice(one.opinions, gate, allowed) and ask_opinions(one, allowed, seed=run)["is_better"]
+                    for one in each
+                )
         promoted += any(earlier)
         at_one_level += lucky
-    assert promoted <= series * budget + 2 * (series * budget * (1 - budget)) ** 0.5
+        peeked += has_peeked
+    most = series * budget + 2 * (series * budget * (1 - budget)) ** 0.5
+    assert promoted <= most
     assert at_one_level > series / 2, "the control: the same level at every run"
+    if waits_often:
+        assert waited > runs * series / 4
+        assert peeked > most, "the control: judged anew at each reaction, at the price of one verdict"
+
+
+def reactions_until_promotion(seed: int, room: float, effect: float, min_reactions: int = 24) -> int:
+    """How many reactions come until a better candidate goes live: each run makes one, which waits with `room` > 0.
+
+    A quarter of the questions is held out. The liked answers of a candidate gain `effect` standard deviations over the
+    others; eight people in ten like what they are answered.
+    """
+    rng, gate, wait, most = np.random.default_rng(seed), GateConfig(), 24, 600
+    signs = np.where(rng.random(most) < 0.8, 1, -1)
+    is_held_out = rng.random(most) < 0.25
+    earlier: list[bool] = []
+    now = 0
+    while (begun := now + min_reactions) + wait < most:
+        moved, allowed = effect / 2 * signs + rng.normal(0, 1, most), allowed_p(gate, earlier)
+
+        def rows_at(now: int, begun=begun) -> np.ndarray:
+            return np.flatnonzero(is_held_out[:now] | (np.arange(now) >= begun))
+
+        def suffices(now: int, level: float, rows_at=rows_at) -> bool:
+            return can_suffice(opinions(signs[rows_at(now)].tolist()), gate, level)
+
+        now = begun
+        while room and now < begun + wait and not suffices(now, allowed / room):
+            now += 1
+        if suffices(now, allowed):
+            rows = rows_at(now)
+            p_value = permutation_p_value(moved[rows], signs[rows], rows.tolist(), [0] * len(rows), seed, allowed)
+            earlier.append(p_value <= allowed)
+            if earlier[-1]:
+                return now
+    return most
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("effect", [1.0, 2.0])
+def test_a_better_candidate_needs_fewer_reactions_where_it_may_wait_for_room_to_show_it(effect):
+    """Where it waits only until a perfect candidate could pass (a room of 1), it wins little or loses."""
+    at_once, barely, with_room = (
+        np.array([reactions_until_promotion(seed, room, effect) for seed in range(120)]) for room in (0, 1, ROOM)
+    )
+    print(f"effect {effect}: median reactions {np.median(at_once)}, {np.median(barely)}, {np.median(with_room)}")
+    assert np.median(with_room) < 0.95 * np.median(at_once)
+    assert with_room.mean() < 0.9 * min(at_once.mean(), barely.mean())
