@@ -40,8 +40,8 @@ class Experience:
     `followup_id` is the message that it counts too. `logprobs` (nats, one for each of `completion_ids`) are those of its
     sampling, or None for a text that was not sampled so (imported, a person's correction, a truncated distribution).
     `rejected_ids` is an answer to the same prompt that people liked less; `hindsight_ids` is the prompt as somebody would
-    have it who knows what the asker said next. `said_at` is when the first of what
-    the reward is made of was said.
+    have it who knows what the asker said next. `feedback_ids` is what the reward is made of, and of an answer that is paired
+    also what was said of the other and who ranked either (`rank_ids`). `said_at` is when the first of it was said.
     `advantage` (in [-2, 2]) is what `compared` makes of the reward; `weight` (in (0, 1]) is less for those who say more than
     their share.
     """
@@ -62,6 +62,7 @@ class Experience:
     rejected_ids: tuple[int, ...] | None = None
     hindsight_ids: tuple[int, ...] | None = None
     is_correction: bool = False
+    rank_ids: tuple[str, ...] = ()
     said_at: datetime = LONG_AGO
     advantage: float = 0.0
     weight: float = 1.0
@@ -218,7 +219,8 @@ class ReplayBuffer:
             wanted = [row.text for row in decision.counted if row.kind == FeedbackKind.CORRECTION and row.text]
             wish = wanted[-1] if wanted else None
             for one in self._of_turn(turn, voices, earned, wish, age.get(turn.policy_version, 0)):
-                one = replace(one, said_at=decision.said_at(turn))
+                ranks = tuple(row.id for row in voices.ranks(turn))
+                one = replace(one, said_at=decision.said_at(turn), rank_ids=ranks)
                 found.rated.append(one)
                 if (reason := self._too_long(one)) is not None:
                     found.dropped[reason] += 1
@@ -373,7 +375,9 @@ def paired(answers: Sequence[tuple[float, Experience]]) -> list[Experience]:
     is_better = (ones[worst].reward, answers[worst][0]) < (ones[best].reward, answers[best][0])
     is_other = ones[best].completion_ids != ones[worst].completion_ids
     if is_better and is_other and ones[worst].prompt_ids == ones[best].prompt_ids:
-        ones[best] = replace(ones[best], rejected_ids=ones[worst].completion_ids)
+        said = {one for row in (best, worst) for one in (*ones[row].feedback_ids, *ones[row].rank_ids)}
+        both = tuple(sorted(said))  # the other may be left out of the run, but taught it all the same
+        ones[best] = replace(ones[best], rejected_ids=ones[worst].completion_ids, feedback_ids=both)
     return ones
 
 

@@ -110,8 +110,12 @@ class Voices:
         is_theirs = message is not None and message.author_id == turn.asker_id and self.consent.of(turn, turn.asker_id)
         return message.text if message is not None and is_theirs else None
 
+    def ranks(self, turn: Turn) -> list[Feedback]:
+        """The acts that rank a turn among its siblings, and count."""
+        counted = [row for row, reason in self.judge(turn) if reason is None]
+        return [row for row in counted if row.kind == FeedbackKind.RANK and row.value is not None]
+
     def rank(self, turn: Turn) -> float:
         """How people ranked a turn among its siblings, higher is better; 0 where nobody did."""
-        counted = [row for row, reason in self.judge(turn) if reason is None]
-        ranks = [row.value for row in counted if row.kind == FeedbackKind.RANK and row.value is not None]
+        ranks = [row.value or 0.0 for row in self.ranks(turn)]
         return -sum(ranks) / len(ranks) if ranks else 0.0

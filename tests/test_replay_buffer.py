@@ -149,6 +149,28 @@ def test_a_pick_of_somebody_who_took_no_part_ranks_nothing(store, tokenizer):
     assert [one.turn_id for one in [*found.training, *found.held_out] if one.rejected_ids] == [second.id], "the control"
 
 
+def test_who_ranked_answers_that_are_compared_taught_the_run(store, tokenizer):
+    """Otherwise forgetting them would not withdraw what they taught."""
+    first = answered(store, tokenizer, "a", "Hey!")
+    second = replace(first, id=new_id(), reply_id=new_id(), text="No.", replaces=first.id)
+    second = replace(second, completion_ids=tuple(tokenizer.completion_ids("No.")))
+    store.add_turn(second)
+    thumbs = [react(store, turn, approves=True).id for turn in (first, second)]
+    ranks = [Feedback(turn.id, "asker", FeedbackKind.RANK, value=rank) for turn, rank in ((first, 2.0), (second, 1.0))]
+    place, learning = store.conversation(first.conversation_id), {"held_out": 1e-9}
+    for given in ranks:
+        store.add_feedback(given)
+    store.add_message(Message(place.id, "bob", "good morning"))
+    found = snapshot(store, tokenizer, load(learning=learning))
+    assert found.feedback_ids == sorted([*thumbs, *(one.id for one in ranks)])
+    alone = answered(store, tokenizer, "quite another thing", "Hey!")
+    thumb = react(store, alone, approves=True)
+    store.add_feedback(rank := Feedback(alone.id, "asker", FeedbackKind.RANK, value=1.0))
+    found = snapshot(store, tokenizer, load(learning=learning))
+    assert thumb.id in found.feedback_ids
+    assert rank.id not in found.feedback_ids, "the control: there was nothing to compare it with"
+
+
 @pytest.mark.parametrize(
     "foreign",
     [
