@@ -100,7 +100,7 @@ class Snapshot:
     taken_back: list[str] = field(default_factory=list)
     taught_units: set[str] = field(default_factory=set)
     turns: int = 0
-    drawn_at: datetime = field(default_factory=now)
+    drawn_at: datetime = field(default_factory=now, compare=False)
 
     @property
     def judged(self) -> list[Experience]:

@@ -39,7 +39,7 @@ from learning.report import write_samples
 from learning.reward_model import reward_model
 from learning.teaching import teach
 from learning.version_files import discard_weights, faults, fingerprint, is_whole, read_since, remove_unfinished
-from learning.waiting import earlier_verdicts, give_up
+from learning.waiting import earlier_verdicts, reject_unjudged
 
 if TYPE_CHECKING:
     from learning.model import Model
@@ -140,7 +140,7 @@ def _run(
             (directory / SAMPLES).unlink(missing_ok=True)
         adapter_sha256 = fingerprint(directory)
         with database.begin():
-            superseded = registry.waiting()
+            superseded = registry.waiting() if space is None else []
             registry.complete(version.name, adapter_sha256, metrics)
             if waits:
                 registry.move(version.name, PolicyState.WAITING)
@@ -149,9 +149,9 @@ def _run(
             if deploys and (waits or verdict.passed):
                 registry.request_deployment(version.name)
             for other in superseded:
-                give_up(registry, other, f"{version.name} was trained after it")
-        if not (waits or verdict.passed):
-            discard_weights(directory)
+                reject_unjudged(registry, other, f"{version.name} was trained after it")
+        for gone in [Path(other.path) for other in superseded] + [directory] * (not (waits or verdict.passed)):
+            discard_weights(gone)
         registry.end_run(run_id, "passed" if verdict.passed else "; ".join(verdict.reasons))
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)

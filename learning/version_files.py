@@ -40,7 +40,7 @@ def fingerprint(directory: Path) -> str:
 
 
 def read_since(directory: Path) -> str:
-    """Return the turn from which on what was said counts for a version: where people came to want the opposite, if they did."""
+    """Return the turn from which on what was said counts for a version: where people came to want the opposite, if ever."""
     manifest = directory / "manifest.json"
     return str(json.loads(manifest.read_text()).get("since", "")) if manifest.is_file() else ""
 

@@ -56,18 +56,20 @@ class Judgement:
 
 
 def earlier_verdicts(registry: PolicyRegistry) -> list[bool]:
-    """Return the verdicts that had enough evidence, oldest first: True for each that found its version better.
-
-    Versions are judged in the order of their names, because one that is trained supersedes those that wait.
-    """
-    metrics = [version.metrics for version in registry.all()]
+    """Return the verdicts that had enough evidence, in their order: True for each that found its version better."""
+    metrics = sorted((version.metrics for version in registry.all()), key=lambda one: one.get("judged_at", ""))
     return [one["is_better"] for one in metrics if one.get("had_enough_evidence")]
 
 
-def give_up(registry: PolicyRegistry, version: PolicyVersion, reason: str) -> None:
-    """Reject a version that waits; its weights go. Its verdict was never asked for, so it spends nothing."""
+def reject_unjudged(registry: PolicyRegistry, version: PolicyVersion, reason: str) -> None:
+    """Reject a version that waits. Nothing was asked of the opinions, so it spends nothing; its weights may go."""
     metrics = version.metrics | {"reasons": [reason], "waits_for": 0}
     registry.record_verdict(version.name, PolicyState.REJECTED, metrics, reason)
+
+
+def give_up(registry: PolicyRegistry, version: PolicyVersion, reason: str) -> None:
+    """As `reject_unjudged`, and its weights go."""
+    reject_unjudged(registry, version, reason)
     registry.database.afterwards(partial(discard_weights, Path(version.path)))
 
 

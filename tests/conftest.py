@@ -163,11 +163,12 @@ def config(tmp_path: Path, demo_model: str, engine: str, request: pytest.Fixture
 
 @pytest.fixture
 def small(config: Config) -> Config:
-    """A config whose training runs are short."""
+    """A config whose training runs are short, and judged at once."""
     return config.model_copy(
         update={
             "training": config.training.model_copy(update={"max_steps": 12}),
             "gate": config.gate.model_copy(update={"samples": 32}),
+            "learning": config.learning.model_copy(update={"wait_reactions": 0}),
         }
     )
 

@@ -24,6 +24,7 @@ from learning.processes import teach_together
 from learning.replay_buffer import Experience, ReplayBuffer
 from learning.teaching import teach
 from learning.version_files import is_whole
+from learning.waiting import earlier_verdicts
 
 
 def quiet(stage: str, done: int, total: int) -> None:
@@ -88,6 +89,32 @@ def test_what_people_mean_passes_the_same_gate(small, store, registry, tokenizer
     outcome = trainer.run(small.model_copy(update={"gate": strict}), quiet)
     assert outcome.passed, outcome.reasons
     assert outcome.figures["margin_gain_by_chance"] <= 0.001
+
+
+def test_with_too_little_evidence_a_version_waits_until_one_that_was_trained_later_takes_its_place(
+    small, store, registry, tokenizer
+):
+    converse(store, tokenizer, likes_emoji=True, count=24)
+    patient = small.model_copy(update={"learning": small.learning.model_copy(update={"wait_reactions": 20})})
+    first = trainer.run(patient, quiet, deploys=True)
+    assert (first.passed, first.waits) == (False, True), first.reasons
+    waiting = registry.get(first.policy)
+    assert registry.waiting() == [waiting]
+    assert registry.requested() == [], "it is no candidate yet"
+    assert 0 < waiting.waits_for <= 20
+    assert waiting.drawn_at >= max(
+        row.at for turn in store.turns_with_feedback() for row in store.feedback_of([turn.id])[turn.id]
+    )
+    assert (Path(waiting.path) / "adapter_model.safetensors").exists()
+    second = trainer.run(patient, quiet)
+    assert registry.get(first.policy).metrics["reasons"] == [f"{second.policy} was trained after it"]
+    assert registry.get(first.policy).state == PolicyState.REJECTED
+    assert not (Path(waiting.path) / "adapter_model.safetensors").exists()
+    assert earlier_verdicts(registry) == [], "nothing was spent"
+    assert [version.name for version in registry.waiting()] == [second.policy]
+    third = trainer.run(small, quiet)
+    assert (third.passed, third.waits) == (False, False), "the control: it may not wait"
+    assert registry.get(third.policy).state == PolicyState.REJECTED
 
 
 def test_a_run_without_usable_rewards_registers_nothing(small, store, registry, tokenizer):

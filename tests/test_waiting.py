@@ -30,7 +30,7 @@ APPROVAL = FeedbackKind.APPROVAL
 MEASURED = {"kl": 0.1, "well_formed": 1.0, "base_well_formed": 1.0, "change": 1.0, "rounding": 0.0, "is_no_change": False}
 
 
-def quiet(stage: str, done: int, total: int) -> None:
+def quiet(*told: object) -> None:
     pass
 
 
@@ -169,7 +169,7 @@ def test_nothing_judges_it_that_it_or_its_parent_learned_from(waiting):
         react(waiting.store, again, approves=False)
     judged = [waiting.store.message(one.question_id).text.lower().rstrip("!") for one in buffer.unseen("", drawn_at)]
     assert sorted(judged) == sorted(2 * [waiting.store.message(turn.message_id).text for turn in (new, kept)])
-    assert [one.turn_id for one in buffer.unseen(new.id, drawn_at)][0] == new.id, (
+    assert next(one.turn_id for one in buffer.unseen(new.id, drawn_at)) == new.id, (
         "not what was said before a change of taste"
     )
 
@@ -192,7 +192,8 @@ def test_what_cannot_be_judged_any_more_says_why(waiting, case):
             (path / "manifest.json").unlink()
             reason = "its files are gone"
     judgement = waiting.judge()
-    assert not (judgement.passed or judgement.waits)
+    assert not judgement.passed
+    assert not judgement.waits
     assert reason in waiting.reason
     assert waiting.state == PolicyState.REJECTED
     assert earlier_verdicts(waiting.registry) == []
