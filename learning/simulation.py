@@ -153,20 +153,23 @@ class Simulation:
         await self.dialogue.record_feedback(Feedback(turn.id, user, kind, signal="👍" if approves else "👎"))
 
     async def _learn(self) -> tuple[float, str]:
-        before = self.rows[-1].kl if self.rows else 0.0
+        kl, served = self.rows[-1].kl if self.rows else 0.0, self.policy.version
         await self.learner.judge_waiting()  # as the loop does before a run; what waits on is superseded by the run
+        if self.policy.version != served:
+            self.promoted.append(self.policy.version)
+            kl = float(self.learner.deployment.registry.get(self.policy.version).metrics["kl"])
         try:
             outcome = await self.learner.step()
         except NothingToLearn as error:
             self.learner.announce(f"nothing learned: {error}")
-            return before, str(error)
+            return kl, str(error)
         except ProbeFailed as error:  # what is not proven does not serve; people go on with what does
             self.refused.append(str(error))
             self.learner.announce(str(error))
-            return before, str(error)
+            return kl, str(error)
         if not outcome["passed"]:
             verdict = "waits" if outcome["waits"] else "rejected"
-            return before, f"{outcome['policy']} {verdict}: {'; '.join(outcome['reasons'])}"
+            return kl, f"{outcome['policy']} {verdict}: {'; '.join(outcome['reasons'])}"
         self.promoted.append(outcome["policy"])
         return outcome["figures"]["kl"], ""
 
