@@ -68,12 +68,12 @@ def forget_person(database: Database, registry: PolicyRegistry, platform: str, u
     if database.directory is not None:
         Erasures(database.directory).add_person((platform, user_id), at)
     with database.begin() as connection:
-        theirs = sa.select(conversations.c.id).where(conversations.c.platform == platform)
-        written = sa.select(messages.c.id).where(
-            messages.c.author_id == user_id, messages.c.role == Role.USER, messages.c.conversation_id.in_(theirs)
+        written = sa.select(messages.c.id).join(conversations)
+        written = written.where(
+            messages.c.author_id == user_id, messages.c.role == Role.USER, conversations.c.platform == platform
         )
-        said = sa.select(feedback.c.id).join(turns, turns.c.id == feedback.c.turn_id)
-        said = said.where(feedback.c.user_id == user_id, turns.c.conversation_id.in_(theirs))
+        said = sa.select(feedback.c.id).join(turns, turns.c.id == feedback.c.turn_id).join(conversations)
+        said = said.where(feedback.c.user_id == user_id, conversations.c.platform == platform)
         erased = _erase(connection, written, said)
         purged = registry.purge(connection, (platform, user_id))
         decide(connection, (platform, user_id), consent=False, forgotten_at=at)
@@ -132,20 +132,18 @@ _PEOPLE = (
 
 def remove_purged(registry: PolicyRegistry) -> None:
     """Remove the files of purged versions; also what a crash left behind. What cannot be removed is logged."""
-    for version in registry.all():
-        if version.state == PolicyState.PURGED and Path(version.path).is_dir():
+    for name, path in registry.directories(PolicyState.PURGED).items():
+        if Path(path).is_dir():
             try:
-                shutil.rmtree(version.path)
+                shutil.rmtree(path)
             except OSError as error:
-                log.error(
-                    "%s was forgotten, but its files cannot be removed (%s); remove %s", version.name, error, version.path
-                )
+                log.error("%s was forgotten, but its files cannot be removed (%s); remove %s", name, error, path)
 
 
 def remove_samples(registry: PolicyRegistry) -> None:
     """Remove the samples that reports show: questions that were held out stand in them, and whose they are is not said."""
-    for version in registry.all():
-        samples = Path(version.path) / SAMPLES
+    for path in registry.directories().values():
+        samples = Path(path) / SAMPLES
         try:
             samples.unlink(missing_ok=True)
         except OSError as error:

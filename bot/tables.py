@@ -58,6 +58,7 @@ messages = sa.Table(
     sa.Index("messages_in_order", "conversation_id", "at", "id"),
     sa.Index("messages_of_conversations", "conversation_id", "id"),
     sa.Index("messages_of_authors", "author_id", "conversation_id"),
+    sa.Index("messages_in_time", "at", "id"),
 )
 
 embeddings = sa.Table(
@@ -90,6 +91,7 @@ turns = sa.Table(
     sa.Column("shown", sa.JSON, nullable=False, server_default="{}"),
     sa.Column("at", UTCDateTime, nullable=False),
     sa.Index("turns_in_order", "conversation_id", "at", "id"),
+    sa.Index("turns_in_time", "at", "id"),
 )
 
 sources = sa.Table(  # what each turn was made from: its message, and the keys of `shown`
@@ -106,7 +108,7 @@ feedback = sa.Table(
     metadata,
     _id(),
     sa.Column("turn_id", sa.ForeignKey("turns.id"), nullable=False, index=True),
-    sa.Column("user_id", sa.String(128), nullable=False),
+    sa.Column("user_id", sa.String(128), nullable=False, index=True),
     sa.Column("kind", sa.String(32), nullable=False),
     sa.Column("signal", sa.String(64), nullable=False),
     sa.Column("retracts", sa.Boolean, nullable=False),
@@ -125,6 +127,7 @@ deliveries = sa.Table(
     sa.Column("turn_id", sa.String(64), nullable=False, index=True),  # may be recorded before its turn is
     sa.Column("part", sa.Integer, nullable=False),
     sa.Column("at", UTCDateTime, nullable=False, index=True),
+    sa.Index("deliveries_in_channels", "platform", "channel", "turn_id"),
 )
 
 policies = sa.Table(
@@ -165,14 +168,14 @@ run_feedback = sa.Table(
     "run_feedback",
     metadata,
     sa.Column("run_id", sa.ForeignKey("runs.id"), primary_key=True),
-    sa.Column("feedback_id", sa.ForeignKey("feedback.id"), primary_key=True),
+    sa.Column("feedback_id", sa.ForeignKey("feedback.id"), primary_key=True, index=True),
 )
 
 run_followups = sa.Table(
     "run_followups",
     metadata,
     sa.Column("run_id", sa.ForeignKey("runs.id"), primary_key=True),
-    sa.Column("message_id", sa.ForeignKey("messages.id"), primary_key=True),
+    sa.Column("message_id", sa.ForeignKey("messages.id"), primary_key=True, index=True),
 )
 
 run_teachers = sa.Table(  # who taught a run; outlives their messages and opinions, and goes when they are forgotten
