@@ -34,6 +34,7 @@ from bot.tables import (
     sources,
     turns,
     users,
+    words,
 )
 from bot.types import FORGOTTEN, PolicyState, Role, now
 from bot.users import decide
@@ -167,6 +168,7 @@ def _erase(connection: sa.Connection, written: sa.Select, said: sa.Select | None
         (sources.c.turn_id, made),
         (turns.c.id, made),
         (embeddings.c.message_id, [*own, *made.values()]),
+        (words.c.message_id, [*own, *made.values()]),
         (fingerprints.c.message_id, [*own, *made.values()]),
         (messages.c.id, made.values()),
     ):
