@@ -8,13 +8,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
-from bot import sources
+from bot import sources, word_index
 from bot.database import Database
 from bot.errors import DataError, Forgotten
 from bot.feedback import standing
@@ -46,7 +47,7 @@ class ConversationStore:
     def conversation(self, conversation_id: str) -> Conversation:
         """One conversation by its id."""
         with self.database.read() as connection:
-            row = connection.execute(sa.select(conversations).where(conversations.c.id == conversation_id)).one_or_none()
+            row = connection.execute(_PLACES.where(conversations.c.id == conversation_id)).one_or_none()
         if row is None:
             raise DataError(f"there is no conversation '{conversation_id}'; `kibitz state` lists the latest")
         return Conversation(**row._mapping)
@@ -54,7 +55,7 @@ class ConversationStore:
     def latest(self, limit: int) -> list[tuple[Conversation, int, datetime]]:
         """The conversations in which something was said last, with how many messages each has and when the last came."""
         last = sa.func.max(messages.c.at)
-        query = sa.select(conversations, sa.func.count().label("messages"), last.label("last"))
+        query = _PLACES.add_columns(sa.func.count().label("messages"), last.label("last"))
         query = query.join(messages).group_by(conversations.c.id).order_by(last.desc()).limit(limit)
         with self.database.read() as connection:
             rows = connection.execute(query).all()
@@ -63,7 +64,11 @@ class ConversationStore:
 
     def add_message(self, message: Message) -> bool:
         """Commit a message; False where it, or its event, was committed before."""
-        return self._insert(messages, _columns(messages, message))
+        with self.database.begin() as connection:
+            is_new = self._insert(messages, _message_row(message))
+            if is_new:
+                word_index.add(connection, [(message.id, message.text)])
+        return is_new
 
     def hear(self, place: Conversation, message: Message) -> Heard:
         """Commit a message at a place, in one transaction with the place."""
@@ -98,6 +103,8 @@ class ConversationStore:
             is_newest = connection.execute(change.values(text=text, edited_at=at)).rowcount > 0
             if is_newest:
                 connection.execute(embeddings.delete().where(embeddings.c.message_id == message_id))
+                word_index.remove(connection, [message_id])
+                word_index.add(connection, [(message_id, text)])
         return is_newest
 
     def add_turn(self, turn: Turn) -> None:
@@ -131,7 +138,9 @@ class ConversationStore:
                     there = _existing(connection, table, [row.id for row in rows])
                     fresh = [row for row in rows if row.id not in there]
                     if fresh:
-                        connection.execute(table.insert(), [_columns(table, row) for row in fresh])
+                        row_of = _message_row if table is messages else partial(_columns, table)
+                        connection.execute(_INSERT[table], list(map(row_of, fresh)))
+                    word_index.add(connection, [(row.id, row.text) for row in fresh if isinstance(row, Message)])
                     sources.add(connection, [row for row in fresh if isinstance(row, Turn)])
 
     def turn(self, turn_id: str) -> Turn | None:
@@ -234,7 +243,7 @@ class ConversationStore:
     def dialogues(self) -> Iterator[Dialogue]:
         """Every conversation with all that belongs to it, one at a time."""
         with self.database.read() as connection:
-            found = connection.execute(sa.select(conversations).order_by(conversations.c.id)).all()
+            found = connection.execute(_PLACES.order_by(conversations.c.id)).all()
         for row in found:
             conversation = Conversation(**row._mapping)
             answers = self._turns(turns.c.conversation_id == conversation.id)
@@ -342,14 +351,16 @@ _CORRECTIONS = (
         feedback.c.user_id == turns.c.asker_id,
     )
 )
-_PLACE = sa.select(conversations).where(
-    *(conversations.c[name] == sa.bindparam(name) for name in ("platform", "space", "channel", "thread"))
-)
-_INSERT = {table: table.insert() for table in (conversations, messages, turns)}
+_PLACES = sa.select(*(conversations.c[name] for name in Conversation.__dataclass_fields__))
+_PLACE = _PLACES.where(*(conversations.c[name] == sa.bindparam(name) for name in ("platform", "space", "channel", "thread")))
+_scope = sa.select(conversations.c.scope).where(conversations.c.id == sa.bindparam("place")).scalar_subquery()
+_INSERT = {table: table.insert() for table in (conversations, turns, feedback)} | {
+    messages: messages.insert().values(scope=_scope)
+}
 _INSERT_ONCE = {  # what came before leaves its row as it is
-    (dialect, table): insert(table).on_conflict_do_nothing().returning(table.c.id)
+    (dialect, table): made.on_conflict_do_nothing().returning(table.c.id)
     for dialect, insert in (("sqlite", sqlite.insert), ("postgresql", postgresql.insert))
-    for table in (messages, feedback)
+    for table, made in ((messages, insert(messages).values(scope=_scope)), (feedback, insert(feedback)))
 }
 
 
@@ -363,13 +374,18 @@ def _insert_turn(connection: sa.Connection, turn: Turn) -> None:
         reply_to=turn.message_id,
         at=turn.at,
     )
-    connection.execute(_INSERT[messages], _columns(messages, reply))
+    connection.execute(_INSERT[messages], _message_row(reply))
+    word_index.add(connection, [(reply.id, reply.text)])
     connection.execute(_INSERT[turns], _columns(turns, turn))
     sources.add(connection, [turn])
 
 
 def _columns(table: sa.Table, row: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(row).items() if name in table.c}
+
+
+def _message_row(message: Message) -> dict[str, Any]:
+    return _columns(messages, message) | {"place": message.conversation_id}
 
 
 def _existing(connection: sa.Connection, table: sa.Table, ids: list[str]) -> set[str]:

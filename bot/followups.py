@@ -14,9 +14,9 @@ import numpy as np
 import sqlalchemy as sa
 
 from bot.recall import Recall
-from bot.retrieval import words
 from bot.tables import UTCDateTime, followups, messages, turns
 from bot.types import FollowUp, Message
+from bot.words import words
 
 LEARNED = Path(__file__).parent / "followup_weights.json"
 KINDS = ("approval", "disapproval", "correction", "repetition", "other")

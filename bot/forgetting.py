@@ -34,6 +34,7 @@ from bot.tables import (
     sources,
     turns,
     users,
+    words,
 )
 from bot.types import FORGOTTEN, PolicyState, Role, now
 from bot.users import decide
@@ -69,12 +70,12 @@ def forget_person(database: Database, registry: PolicyRegistry, platform: str, u
     if database.directory is not None:
         Erasures(database.directory).add_person((platform, user_id), at)
     with database.begin() as connection:
-        theirs = sa.select(conversations.c.id).where(conversations.c.platform == platform)
-        written = sa.select(messages.c.id).where(
-            messages.c.author_id == user_id, messages.c.role == Role.USER, messages.c.conversation_id.in_(theirs)
+        written = sa.select(messages.c.id).join(conversations)
+        written = written.where(
+            messages.c.author_id == user_id, messages.c.role == Role.USER, conversations.c.platform == platform
         )
-        said = sa.select(feedback.c.id).join(turns, turns.c.id == feedback.c.turn_id)
-        said = said.where(feedback.c.user_id == user_id, turns.c.conversation_id.in_(theirs))
+        said = sa.select(feedback.c.id).join(turns, turns.c.id == feedback.c.turn_id).join(conversations)
+        said = said.where(feedback.c.user_id == user_id, conversations.c.platform == platform)
         erased = _erase(connection, written, said)
         purged = registry.purge(connection, (platform, user_id))
         decide(connection, (platform, user_id), consent=False, forgotten_at=at)
@@ -133,14 +134,12 @@ _PEOPLE = (
 
 def remove_purged(registry: PolicyRegistry) -> None:
     """Remove the files of purged versions; also what a crash left behind. What cannot be removed is logged."""
-    for version in registry.all():
-        if version.state == PolicyState.PURGED and Path(version.path).is_dir():
+    for name, path in registry.directories(PolicyState.PURGED).items():
+        if Path(path).is_dir():
             try:
-                shutil.rmtree(version.path)
+                shutil.rmtree(path)
             except OSError as error:
-                log.error(
-                    "%s was forgotten, but its files cannot be removed (%s); remove %s", version.name, error, version.path
-                )
+                log.error("%s was forgotten, but its files cannot be removed (%s); remove %s", name, error, path)
 
 
 def remove_samples(registry: PolicyRegistry) -> None:
@@ -148,7 +147,7 @@ def remove_samples(registry: PolicyRegistry) -> None:
 
     Those of runs under way go too; a run that writes some afterwards looks itself for what was forgotten meanwhile.
     """
-    for samples in [Path(f"{version.path}{end}") / SAMPLES for version in registry.all() for end in ("", UNFINISHED)]:
+    for samples in [Path(f"{path}{end}") / SAMPLES for path in registry.directories().values() for end in ("", UNFINISHED)]:
         try:
             samples.unlink(missing_ok=True)
         except OSError as error:
@@ -172,6 +171,7 @@ def _erase(connection: sa.Connection, written: sa.Select, said: sa.Select | None
         (sources.c.turn_id, made),
         (turns.c.id, made),
         (embeddings.c.message_id, [*own, *made.values()]),
+        (words.c.message_id, [*own, *made.values()]),
         (fingerprints.c.message_id, [*own, *made.values()]),
         (messages.c.id, made.values()),
     ):

@@ -1,19 +1,22 @@
 """Memory: what was said in a scope, with its vectors, and who may be shown it.
 
 The scope is a part of each query: a direct message is seen by its two parties, a channel by that channel with its threads,
-and, where the operator allows it, a public channel by its whole space (law 8). Vectors are kept in eight bits, beside each
-other for each conversation. Synchronous, called through `Database.call`; it knows no model and no ranking.
+and, where the operator allows it, a public channel by its whole space (law 8). Each message has the number of its channel's
+scope, so that the newest of a scope, and those with a word, are found without reading the rest. Vectors are kept in eight
+bits. Synchronous, called through `Database.call`; it knows no model and no ranking.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
 
+from bot import word_index
 from bot.conversations import MESSAGE, ConversationStore, as_message
 from bot.database import Database
 from bot.retrieval import Entry
-from bot.tables import chunks, conversations, embeddings, messages, turns, users
+from bot.tables import chunks, conversations, embeddings, messages, scope_of, turns, users
 from bot.types import FORGOTTEN, Conversation, Message, Role
 
 Text = tuple[str, str]  # a message's id and its text
@@ -35,22 +38,29 @@ class Memory:
         """A conversation by its id."""
         return ConversationStore(self.database).conversation(conversation_id)
 
-    def since(self, conversation_id: str, after: str, space: str) -> list[Entry]:
-        """The messages of a scope that came after one (or "" for all), oldest first, with their vectors in `space`."""
-        values = {"place": conversation_id, "across": self.across_channels, "after": after, "vectors": space}
+    def since(self, place: Conversation, after: str, space: str, limit: int | None = None) -> list[Entry]:
+        """The messages of a conversation's scope that came after one (or "" for all), oldest first, with their vectors in
+        `space`; of more than `limit` the newest.
+        """
         with self.database.read() as connection:
-            rows = connection.execute(_SINCE, values).all()
-        return [
-            Entry(
-                row.id,
-                row.conversation_id,
-                row.author_id,
-                row.text,
-                row.vector and np.frombuffer(row.vector, np.int8),
-                row.role == Role.ASSISTANT,
-            )
-            for row in rows
-        ]
+            values = self._values(connection, place, space) | {"after": after, "most": -1 if limit is None else limit}
+            rows = connection.execute(_SINCE if limit is None else _NEWEST_SINCE, values).all()
+        return _entries(rows)
+
+    def older(self, place: Conversation, question: str, before: str, space: str, limit: int) -> list[Entry]:
+        """Those `limit` messages of a scope older than one that share the rarest words with a question, oldest first."""
+        with self.database.read() as connection:
+            values = self._values(connection, place, space)
+            ids = word_index.find(connection, values["scopes"], question, before, limit)
+            return _entries(connection.execute(_OF_IDS, values | {"ids": ids}).all())
+
+    def _values(self, connection: sa.Connection, place: Conversation, space: str) -> dict[str, Any]:
+        own = scope_of(place.platform, place.space, place.channel)
+        scopes = {own}
+        if self.across_channels and place.is_public:
+            public = connection.execute(_PUBLIC, {"platform": place.platform, "in_space": place.space}).scalars()
+            scopes.update(scope for scope in public if scope is not None)
+        return {"own": own, "scopes": sorted(scopes), "vectors": space}
 
     def visible(self, conversation_id: str, ids: Sequence[str]) -> dict[str, Message]:
         """Those of these messages that may be shown in a conversation now: in its scope, not forgotten, not answered anew,
@@ -113,38 +123,76 @@ def _unpacked(packed: bytes) -> np.ndarray:
     return vector / (np.linalg.norm(vector) or 1.0)
 
 
-_here = conversations.alias()
-_both_public = sa.and_(sa.bindparam("across", type_=sa.Boolean), conversations.c.is_public, _here.c.is_public)
-_in_scope = (
-    sa.select(conversations.c.id)
-    .join(_here, sa.and_(conversations.c.platform == _here.c.platform, conversations.c.space == _here.c.space))
-    .where(_here.c.id == sa.bindparam("place"), sa.or_(conversations.c.channel == _here.c.channel, _both_public))
-)
+def _entries(rows: Iterable[Any]) -> list[Entry]:
+    return [
+        Entry(
+            row.id,
+            row.conversation_id,
+            row.author_id,
+            row.text,
+            row.vector and np.frombuffer(row.vector, np.int8),
+            row.role == Role.ASSISTANT,
+        )
+        for row in rows
+    ]
+
+
 _vectors = sa.and_(embeddings.c.message_id == messages.c.id, embeddings.c.conversation_id == messages.c.conversation_id)
 _vectors = sa.and_(_vectors, embeddings.c.space == sa.bindparam("vectors"))
 _said = sa.and_(messages.c.author_id != FORGOTTEN, messages.c.text != "")
 _KEPT = sa.select(messages.c.id).where(messages.c.id.in_(sa.bindparam("ids", expanding=True)), _said)
-_SINCE = (
+_ENTRIES = (
     sa.select(messages.c.id, messages.c.conversation_id, messages.c.author_id, messages.c.text)
     .add_columns(embeddings.c.vector, messages.c.role)
+    .join(conversations, conversations.c.id == messages.c.conversation_id)
     .outerjoin(embeddings, _vectors)
-    .where(messages.c.conversation_id.in_(_in_scope), messages.c.id > sa.bindparam("after"), _said)
+    .where(_said, sa.or_(messages.c.scope == sa.bindparam("own"), conversations.c.is_public))
     .order_by(messages.c.id)
+)
+_new = sa.and_(
+    messages.c.scope.in_(sa.bindparam("scopes", expanding=True)), messages.c.id > sa.bindparam("after", type_=sa.String)
+)
+_SINCE = _ENTRIES.where(_new)
+_newest = sa.select(messages.c.id).where(_new).order_by(messages.c.id.desc()).limit(sa.bindparam("most")).subquery()
+_NEWEST_SINCE = _ENTRIES.where(messages.c.id.in_(sa.select(_newest.c.id)))
+_OF_IDS = _ENTRIES.where(messages.c.id.in_(sa.bindparam("ids", expanding=True)))
+_of_space = (
+    conversations.c.platform == sa.bindparam("platform"),
+    conversations.c.space == sa.bindparam("in_space"),
+    conversations.c.is_public,
+)
+_public = sa.select(sa.func.min(conversations.c.scope).label("scope")).where(*_of_space).cte("public", recursive=True)
+_next = sa.select(sa.func.min(conversations.c.scope)).where(*_of_space, conversations.c.scope > _public.c.scope)
+# One look into the index for each channel, however many conversations it has.
+_PUBLIC = sa.select(
+    _public.union_all(sa.select(_next.correlate(_public).scalar_subquery()).where(_public.c.scope.is_not(None))).c.scope
 )
 _later = turns.alias()
 _superseded = sa.select(turns.c.reply_id).join(_later, _later.c.replaces == turns.c.id)
 _superseded = _superseded.where(turns.c.reply_id == messages.c.id).correlate(messages)
+_here = conversations.alias()
 _platform = sa.select(_here.c.platform).where(_here.c.id == sa.bindparam("place")).scalar_subquery()
 _unwilling = sa.select(users.c.user_id).where(~users.c.consent, users.c.platform == _platform)
 _asked = messages.alias()
 _answers_unwilling = sa.exists().where(_asked.c.id == messages.c.reply_to, _asked.c.author_id.in_(_unwilling))
-_VISIBLE = sa.select(*MESSAGE).where(
-    messages.c.id.in_(sa.bindparam("ids", expanding=True)),
-    messages.c.conversation_id.in_(_in_scope),
-    _said,
-    messages.c.author_id.not_in(_unwilling),
-    ~_answers_unwilling,
-    ~_superseded.exists(),
+_both_public = sa.and_(sa.bindparam("across", type_=sa.Boolean), conversations.c.is_public, _here.c.is_public)
+_in_scope = sa.and_(
+    _here.c.id == sa.bindparam("place"),
+    _here.c.platform == conversations.c.platform,
+    _here.c.space == conversations.c.space,
+    sa.or_(_here.c.channel == conversations.c.channel, _both_public),
+)
+_VISIBLE = (
+    sa.select(*MESSAGE)
+    .join(conversations, conversations.c.id == messages.c.conversation_id)
+    .join(_here, _in_scope)
+    .where(
+        messages.c.id.in_(sa.bindparam("ids", expanding=True)),
+        _said,
+        messages.c.author_id.not_in(_unwilling),
+        ~_answers_unwilling,
+        ~_superseded.exists(),
+    )
 )
 _TEXT = sa.select(messages.c.conversation_id, messages.c.text).where(
     messages.c.id == sa.bindparam("id"), messages.c.author_id != FORGOTTEN

@@ -4,7 +4,6 @@ A channel is many conversations: on Discord each mention is one. It knows no opi
 """
 
 from collections.abc import Iterable
-from functools import cache
 
 import sqlalchemy as sa
 
@@ -12,14 +11,10 @@ from bot.database import Database
 from bot.tables import chunks, conversations, messages
 from bot.types import Role
 
-_WHERE = ("person", "platform", "space", "channel")
-_CHANNEL = [conversations.c[name] for name in _WHERE[1:]]
-_there = sa.exists().where(
-    conversations.c.id == messages.c.conversation_id, *(one == sa.bindparam(one.name) for one in _CHANNEL)
-)
+_SCOPES = sa.select(conversations.c.id, conversations.c.scope)
 _WROTE = (
     sa.select(messages.c.id)
-    .where(messages.c.author_id == sa.bindparam("person"), messages.c.role == Role.USER, _there)
+    .where(*(messages.c[name] == sa.bindparam(name) for name in ("author_id", "scope")), messages.c.role == Role.USER)
     .limit(1)  # however much they wrote
 )
 
@@ -27,12 +22,15 @@ _WROTE = (
 def find_participants(database: Database, asked: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
     """Return those of `asked`, pairs of a conversation and a person, whose person wrote in its channel."""
     pairs = set(asked)
-    places = sa.select(conversations.c.id, *_CHANNEL)
     with database.read() as connection:
-        channels = {
-            row.id: [getattr(row, column.name) for column in _CHANNEL]
+        scopes = {
+            row.id: row.scope
             for ids in chunks({place for place, _ in pairs})
-            for row in connection.execute(places.where(conversations.c.id.in_(ids)))
+            for row in connection.execute(_SCOPES.where(conversations.c.id.in_(ids)))
         }
-        wrote = cache(lambda *there: connection.execute(_WROTE, dict(zip(_WHERE, there, strict=True))).first())
-        return {(place, one) for place, one in pairs if wrote(one, *channels[place])}
+        wrote = {
+            (person, scope)
+            for person, scope in {(person, scopes[place]) for place, person in pairs}
+            if connection.execute(_WROTE, {"author_id": person, "scope": scope}).first()
+        }
+    return {(place, person) for place, person in pairs if (person, scopes[place]) in wrote}

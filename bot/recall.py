@@ -1,9 +1,10 @@
 """Recall: finds the earlier messages that bear on a new one, in all that its conversation may see.
 
-The messages of a scope are kept in memory while they are asked for (the scopes that were asked least lately go first);
-each time what is new is read from the database, and what is found is looked up there again, so that nothing is shown that
-was forgotten or withheld a moment ago. Embeddings of what was said are made after the answer was sent. It knows no prompt
-and no policy.
+The newest messages of a scope are kept in memory while they are asked for (the scopes that were asked least lately go
+first); each time what is new is read from the database. Of what is older the database finds what shares the rarest words
+with the new message, and both are ranked together. What is found is looked up there again, so that nothing is shown that was
+forgotten or withheld a moment ago. Embeddings of what was said are made after the answer was sent. It knows no prompt and
+no policy.
 """
 
 import asyncio
@@ -28,7 +29,9 @@ from bot.types import Conversation, Message
 log = logging.getLogger(__name__)
 
 WEIGHTS = Path(__file__).parent / "retrieval_weights.json"
-ROWS = 100_000  # messages in memory, of all scopes together
+WINDOW = 3_000  # messages of one scope in memory: the newest; up to a quarter more, so that few have to go at a time
+OLDER = 32  # messages before those that are ranked with them
+ROWS = 50_000  # messages in memory, of all scopes together
 TOGETHER = 0.5  # seconds in which what is said is gathered, to be embedded together
 PATIENCE = 1.0  # seconds that it waits for a moment in which nobody waits for an answer; then it embeds
 FEW = 16  # texts
@@ -46,6 +49,17 @@ class Remembered:
     message: Message
     score: float
     is_near: bool
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a conversation may see: the index of its newest messages, what is `unread` (not yet in the index), and what is
+    `older` than both and shares words with a new message.
+    """
+
+    index: ScopeIndex
+    unread: list[Entry]
+    older: list[Entry]
 
 
 def weights(file: str = "") -> dict[str, float]:
@@ -86,17 +100,18 @@ class Recall:
             await self.embedder.embed(["ready"])
 
     async def find(
-        self, message: Message, limit: int, without: Collection[str] = (), scope: ScopeIndex | None = None
+        self, message: Message, limit: int, without: Collection[str] = (), scope: Scope | None = None
     ) -> list[Remembered]:
         """The `limit` messages before this one that bear most on it, best first; none of `without`.
 
-        `scope` is the index of the message's scope, where that was read already.
+        `scope` is the message's, where that was read already.
         """
-        index = scope or await self.index(*await self._call(self._read, message.conversation_id))
+        scope = scope or await self._call(self._read, message)
+        index = await self.index(scope)
         if not len(index):
             return []
         loop = asyncio.get_running_loop()
-        ranked = await loop.run_in_executor(self._thread, self._ranked, index, message, limit * SPARE, without)
+        ranked = await loop.run_in_executor(self._thread, self._ranked, index, scope.older, message, limit * SPARE, without)
         there = await self._call(self.memory.visible, message.conversation_id, [one for one, *_ in ranked])
         return [Remembered(there[one], score, near) for one, score, near in ranked if one in there][:limit]
 
@@ -150,28 +165,37 @@ class Recall:
         if self.embedder is not None:
             self.embedder.close()
 
-    def read(self, place: Conversation) -> tuple[ScopeIndex, list[Entry]]:
-        """The index of a conversation's scope, and what is committed by now and not in it. In the database's thread."""
+    def read(self, place: Conversation, question: str = "") -> Scope:
+        """The scope of a conversation, as it is committed by now, for a question. In the database's thread."""
         scope = self.memory.scope(place)
         index = self._scopes.pop(scope, None) or ScopeIndex()
+        after = index.ids[-OVERLAP] if len(index) >= OVERLAP else ""
+        unread = self.memory.since(place, after, self.space, WINDOW)
+        if len(unread) == WINDOW:  # between these and what was read before may be others
+            index = ScopeIndex()
         self._scopes[scope] = index
         while len(self._scopes) > 1 and sum(map(len, self._scopes.values())) > ROWS:
             self._scopes.popitem(last=False)
-        after = index.ids[-OVERLAP] if len(index) >= OVERLAP else ""
-        return index, [one for one in self.memory.since(place.id, after, self.space) if index.lacks(one)]
+        older: list[Entry] = []
+        if len(index) + len(unread) >= WINDOW:
+            first = index.ids[0] if len(index) else unread[0].id
+            older = self.memory.older(place, question, first, self.space, OLDER)
+        return Scope(index, [one for one in unread if index.lacks(one)], older)
 
-    def _read(self, conversation_id: str) -> tuple[ScopeIndex, list[Entry]]:
-        return self.read(self.memory.place(conversation_id))
+    def _read(self, message: Message) -> Scope:
+        return self.read(self.memory.place(message.conversation_id), message.text)
 
-    async def index(self, index: ScopeIndex, unread: Sequence[Entry]) -> ScopeIndex:
-        """What `read` gave, made one."""
-        if unread:
-            await asyncio.get_running_loop().run_in_executor(self._thread, index.add, unread)
-        return index
+    async def index(self, scope: Scope) -> ScopeIndex:
+        """The index of a scope, with what was unread."""
+        if scope.unread:
+            await asyncio.get_running_loop().run_in_executor(self._thread, _add, scope.index, scope.unread)
+        return scope.index
 
     def _ranked(
-        self, index: ScopeIndex, message: Message, limit: int, without: Collection[str]
+        self, index: ScopeIndex, older: Sequence[Entry], message: Message, limit: int, without: Collection[str]
     ) -> list[tuple[str, float, bool]]:
+        if older:
+            index = index.with_older(older, message.text)
         vector = None
         if self.embedder is not None:
             vector = self.embedder.encode([index.addressed(message.text, message.author_id)[1]])[0]
@@ -217,6 +241,12 @@ class Recall:
         """Keep vectors; what was kept, and the indexes that hold a message of theirs. In the database's thread."""
         kept = self.memory.keep(texts, vectors, self.space)
         return kept, [index for index in self._scopes.values() if not kept.keys().isdisjoint(index.rows)]
+
+
+def _add(index: ScopeIndex, unread: Sequence[Entry]) -> None:
+    index.add(unread)
+    if len(index) > WINDOW + WINDOW // 4:
+        index.drop_oldest(len(index) - WINDOW)
 
 
 def _complete(indexes: Sequence[ScopeIndex], vectors: Mapping[str, np.ndarray]) -> None:

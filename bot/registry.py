@@ -39,6 +39,8 @@ LEARNING_PAUSED = "learning paused"  # the name of a switch
 DEPLOY = "deploy "  # the name of a switch, with that of a version after it
 _BASES = sa.select(policies).where(policies.c.parent.is_(None)).order_by(policies.c.number.desc())  # the newest first
 
+_WITHOUT_METRICS = sa.select(*(column for column in policies.c if column.name != "metrics")).order_by(policies.c.number)
+
 
 class PolicyRegistry:
     """All versions of the policy, the live one, and the runs that made them."""
@@ -89,7 +91,8 @@ class PolicyRegistry:
 
     def foreign(self) -> set[str]:
         """Return the names of versions that come from another base model than the live one."""
-        versions = self.all()
+        with self.database.read() as connection:
+            versions = [_version(row) for row in connection.execute(_WITHOUT_METRICS)]
         if not versions:
             return set()
         bases = find_bases(versions)
@@ -244,6 +247,18 @@ class PolicyRegistry:
         with self.database.read() as connection:
             return _all(connection)
 
+    def directories(self, state: PolicyState | None = None) -> dict[str, str]:
+        """Return where the files of each version are, by name, oldest first; of those in one `state` where it is given."""
+        query = _WITHOUT_METRICS if state is None else _WITHOUT_METRICS.where(policies.c.state == state)
+        with self.database.read() as connection:
+            return {row.name: row.path for row in connection.execute(query)}
+
+    def count(self, state: PolicyState) -> int:
+        """How many versions are in a state; nothing else is read of them."""
+        query = sa.select(sa.func.count()).select_from(policies).where(policies.c.state == state)
+        with self.database.read() as connection:
+            return connection.execute(query).scalar_one()
+
     def abandon_unfinished(self) -> list[str]:
         """Reject what a dead process left in training; returns the names."""
         stale = [version.name for version in self.all() if version.state == S.TRAINING]
@@ -395,5 +410,5 @@ def _move(connection: sa.Connection, name: str, state: PolicyState, **changes: A
 
 
 def _version(row: Any) -> PolicyVersion:
-    values = {name: getattr(row, name) for name in PolicyVersion.__dataclass_fields__}
+    values = {name: row._mapping[name] for name in PolicyVersion.__dataclass_fields__ if name in row._mapping}
     return PolicyVersion(**{**values, "state": PolicyState(values["state"])})

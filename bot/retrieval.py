@@ -1,9 +1,9 @@
 """Retrieval: which earlier messages of a scope bear on a new one.
 
-A scope's messages are kept in memory, in order: their vectors, their words, who said them. Dense similarity, BM25 over turns
-and over windows of three turns, the speaker whom the question names, and what kind of turn it is are each brought to zero
-mean and unit variance over the scope and added with learned weights. It knows no database, no model, and no consent: whoever
-asks looks up what it names, and shows only what may be shown.
+A scope's newest messages are kept in memory, in order: their vectors, their words, who said them. Dense similarity, BM25
+over turns and over windows of three turns, the speaker whom the question names, and what kind of turn it is are each brought
+to zero mean and unit variance over the scope and added with learned weights. It knows no database, no model, and no consent:
+whoever asks looks up what it names, and shows only what may be shown.
 
 BM25 is that of Robertson and Zaragoza (2009), "The Probabilistic Relevance Framework: BM25 and Beyond".
 """
@@ -11,28 +11,19 @@ BM25 is that of Robertson and Zaragoza (2009), "The Probabilistic Relevance Fram
 import math
 import re
 from array import array
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import Stemmer
+
+from bot.words import CHARACTERS, FUNCTION_WORDS, SAYS_SOMETHING, WORD, words
 
 K1, B = 1.2, 0.75  # BM25
 POOL = (1.0, 0.5, 0.25)  # how much a turn and the two before it count in its pooled vector
 NEAR = 0.3  # the cosine, or the share of the question's words by their rarity, from which a message bears on it
-SAYS_SOMETHING = 3  # words that are no function words
 ALIKE = 0.25  # the cosine similarity of turns that follow each other, on average
-CHARACTERS = 4000  # of one message, at most, that are looked at
-WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
-UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
-ENGLISH_FUNCTION_WORDS = """
-a about after all also am an and any are as at be been before being but by can could did do does doing for from get had has
-have he her hers him his how i if in into is it its just like me my of on or our out she should so some than that the their
-them then there these they this those to too up us was we were what when where which who whom whose why will with would you
-your yours
-"""
-FUNCTION_WORDS = frozenset(ENGLISH_FUNCTION_WORDS.split())
 TIMES = re.compile(
     r"\b(yesterday|today|tonight|tomorrow|ago|last|next|week\w*|month\w*|year\w*|weekend|morning|evening"
     r"|(?:mon|tues|wednes|thurs|fri|satur|sun)day|january|february|march|april|may|june|july|august|september|october"
@@ -44,8 +35,6 @@ NUMBERS = re.compile(
 )
 WHEN = re.compile(r"\b(when|what (?:time|date|day|year|month)|how long)\b", re.IGNORECASE)
 HOW_MANY = re.compile(r"\b(how (?:many|much|old|often)|what number)\b", re.IGNORECASE)
-
-_stem = Stemmer.Stemmer("english").stemWord
 
 
 @dataclass(frozen=True)
@@ -63,18 +52,6 @@ class Entry:
 Weights = Mapping[str, float]
 
 
-def words(text: str) -> list[str]:
-    """The words of a text for matching: case folded, English endings cut; pairs of characters where no spaces are."""
-    text = text[:CHARACTERS].casefold()
-    found = []
-    for word in WORD.findall(text):
-        if UNSPACED.fullmatch(word):
-            found += [word[start : start + 2] for start in range(max(1, len(word) - 1))]
-        else:
-            found.append(_stem(re.sub(r"['’]s?$", "", word)))
-    return found
-
-
 class ScopeIndex:
     """The messages that one scope may see, oldest first."""
 
@@ -85,7 +62,7 @@ class ScopeIndex:
         self._speaker = array("i")
         self._before = (array("i"), array("i"))  # the one and two turns before, in the same conversation; -1 for none
         self._last: dict[str, tuple[int, int]] = {}
-        self._postings: defaultdict[str, tuple[array[int], array[int]]] = defaultdict(lambda: (array("i"), array("i")))
+        self._postings = _no_postings()
         self._length = array("i")
         self._content = array("i")  # how many words of its own each says
         self._telling: dict[str, set[str]] = {}  # what says something: people's under "", ours by conversation
@@ -103,6 +80,52 @@ class ScopeIndex:
                 self._append(entry)
             if entry.vector is not None:
                 self._set_vector(self.rows[entry.id], entry.vector)
+
+    def drop_oldest(self, count: int) -> None:
+        """Remove the first `count` messages."""
+        gone = set(self.ids[:count])
+        del self.ids[:count], self._speaker[:count], self._length[:count], self._content[:count], self._kind[: 4 * count]
+        self.rows = {message_id: row for row, message_id in enumerate(self.ids)}
+        self._before = (_moved_down(self._before[0][count:], count), _moved_down(self._before[1][count:], count))
+        last = {place: (row - count, max(-1, before - count)) for place, (row, before) in self._last.items()}
+        self._last = {place: rows for place, rows in last.items() if rows[0] >= 0}
+        postings = self._postings
+        self._postings = _no_postings()
+        for word, (rows, times) in postings.items():
+            first = bisect_left(rows, count)
+            if first < len(rows):
+                self._postings[word] = (_moved_down(rows[first:], count), times[first:])
+        left = {place: ids - gone for place, ids in self._telling.items()}
+        self._telling = {place: ids for place, ids in left.items() if ids}
+        self._vectors, self._has_vector = self._vectors[count:].copy(), self._has_vector[count:].copy()
+        numbers = sorted(set(self._speaker))
+        names = {number: name for name, number in self.speakers.items()}
+        self.speakers = {names[number]: new for new, number in enumerate(numbers)}
+        self._speaker = array("i", np.searchsorted(numbers, self._speaker).astype(np.int32).tobytes())
+
+    def with_older(self, entries: Sequence[Entry], question: str) -> "ScopeIndex":
+        """Return a copy, for one question, in which these messages stand before all that are here."""
+        found, count = ScopeIndex(), len(entries)
+        found.speakers = dict(self.speakers)
+        found.add(entries)
+        found.ids += self.ids
+        found._before = (
+            found._before[0] + _moved_down(self._before[0], -count),
+            found._before[1] + _moved_down(self._before[1], -count),
+        )
+        for word in set(words(question)) & self._postings.keys():
+            rows, times = self._postings[word]
+            mine, how_often = found._postings[word]
+            found._postings[word] = (mine + _moved_down(rows, -count), how_often + times)
+        found._speaker += self._speaker
+        found._length += self._length
+        found._content += self._content
+        found._kind += self._kind
+        if self._vectors.size or found._vectors.size:
+            size = (self._vectors if self._vectors.size else found._vectors).shape[1]
+            parts = [_rows(found, count, size), _rows(self, len(self), size)]
+            found._vectors, found._has_vector = (np.concatenate(both) for both in zip(*parts, strict=True))
+        return found
 
     def complete(self, vectors: Mapping[str, np.ndarray]) -> None:
         """Give messages that are there their vectors."""
@@ -263,6 +286,25 @@ class ScopeIndex:
         square = sum(weight**2 for weight in weights)
         square = square + 2 * ALIKE * (weights[0] * weights[1] + weights[0] * weights[2] + weights[1] * weights[2])
         return {"dense": similar, "pooled": pooled / np.sqrt(square)}
+
+
+def _no_postings() -> defaultdict[str, tuple["array[int]", "array[int]"]]:
+    return defaultdict(lambda: (array("i"), array("i")))
+
+
+def _moved_down(rows: "array[int]", count: int) -> "array[int]":
+    """Row numbers less `count`; -1, which stands for none, where that is below 0."""
+    numbers = np.frombuffer(rows, np.int32) if rows else np.zeros(0, np.int32)
+    return array("i", np.where(numbers < max(count, 0), -1, numbers - count).astype(np.int32).tobytes())
+
+
+def _rows(index: ScopeIndex, count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The vectors (count × size) of an index, and which messages have one."""
+    vectors, has = np.zeros((count, size), np.float32), np.zeros(count, bool)
+    known = min(count, len(index._vectors))
+    if known:
+        vectors[:known], has[:known] = index._vectors[:known], index._has_vector[:known]
+    return vectors, has
 
 
 def _term(frequency: np.ndarray, length: np.ndarray) -> np.ndarray:

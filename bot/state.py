@@ -15,9 +15,9 @@ import numpy as np
 
 from bot.embeddings import Embedder
 from bot.facts import Fact, sorted_out
-from bot.retrieval import FUNCTION_WORDS, words
 from bot.topics import shifts
 from bot.types import FORGOTTEN, Message, Role
+from bot.words import FUNCTION_WORDS, words
 
 LATEST = 400  # messages that are looked at; facts and questions older than that are found by retrieval
 ANSWERS = 4  # messages after a question among which an answer to it is looked for

@@ -3,6 +3,8 @@
 It knows no connection, and not what anything means: `bot.conversations` and `bot.registry` own their tables.
 """
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from itertools import islice
@@ -26,6 +28,17 @@ class UTCDateTime(sa.TypeDecorator):
         return None if value is None else value.replace(tzinfo=UTC)
 
 
+def scope_of(platform: str, space: str, channel: str) -> int:
+    """Return the number of a channel with its threads: what was said there may be remembered there (62 bits)."""
+    digest = hashlib.blake2b(json.dumps([platform, space, channel]).encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 2
+
+
+def _scope_of_row(context: Any) -> int:
+    row = context.get_current_parameters()
+    return scope_of(row["platform"], row["space"], row["channel"])
+
+
 def _id() -> sa.Column:
     return sa.Column("id", sa.String(64), primary_key=True)
 
@@ -39,7 +52,9 @@ conversations = sa.Table(
     sa.Column("channel", sa.String(128), nullable=False),
     sa.Column("thread", sa.String(128), nullable=False),
     sa.Column("is_public", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("scope", sa.BigInteger, nullable=False, default=_scope_of_row, server_default="0"),
     sa.UniqueConstraint("platform", "space", "channel", "thread"),
+    sa.Index("conversations_of_spaces", "platform", "space", "is_public", "scope"),
 )
 
 messages = sa.Table(
@@ -55,9 +70,11 @@ messages = sa.Table(
     sa.Column("at", UTCDateTime, nullable=False),
     sa.Column("edited_at", UTCDateTime),
     sa.Column("author_name", sa.String(64), nullable=False, server_default=""),
+    sa.Column("scope", sa.BigInteger, nullable=False, server_default="0"),  # that of its conversation
     sa.Index("messages_in_order", "conversation_id", "at", "id"),
-    sa.Index("messages_of_conversations", "conversation_id", "id"),
-    sa.Index("messages_of_authors", "author_id", "conversation_id"),
+    sa.Index("messages_of_scopes", "scope", "id"),
+    sa.Index("messages_of_authors", "author_id", "scope"),
+    sa.Index("messages_in_time", "at", "id"),
 )
 
 embeddings = sa.Table(
@@ -69,6 +86,16 @@ embeddings = sa.Table(
     sa.Column("vector", sa.LargeBinary, nullable=False),
     sa.Index("embeddings_of_messages", "message_id"),
     sqlite_with_rowid=False,  # the vectors of a conversation lie beside each other
+)
+
+words = sa.Table(  # of messages that say something, what they can be found by
+    "words",
+    metadata,
+    sa.Column("scope", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("word", sa.String(64), primary_key=True),
+    sa.Column("message_id", sa.ForeignKey("messages.id"), primary_key=True),
+    sa.Index("words_of_messages", "message_id"),
+    sqlite_with_rowid=False,
 )
 
 turns = sa.Table(
@@ -90,6 +117,7 @@ turns = sa.Table(
     sa.Column("shown", sa.JSON, nullable=False, server_default="{}"),
     sa.Column("at", UTCDateTime, nullable=False),
     sa.Index("turns_in_order", "conversation_id", "at", "id"),
+    sa.Index("turns_in_time", "at", "id"),
 )
 
 sources = sa.Table(  # what each turn was made from: its message, and the keys of `shown`
@@ -106,7 +134,7 @@ feedback = sa.Table(
     metadata,
     _id(),
     sa.Column("turn_id", sa.ForeignKey("turns.id"), nullable=False, index=True),
-    sa.Column("user_id", sa.String(128), nullable=False),
+    sa.Column("user_id", sa.String(128), nullable=False, index=True),
     sa.Column("kind", sa.String(32), nullable=False),
     sa.Column("signal", sa.String(64), nullable=False),
     sa.Column("retracts", sa.Boolean, nullable=False),
@@ -125,6 +153,7 @@ deliveries = sa.Table(
     sa.Column("turn_id", sa.String(64), nullable=False, index=True),  # may be recorded before its turn is
     sa.Column("part", sa.Integer, nullable=False),
     sa.Column("at", UTCDateTime, nullable=False, index=True),
+    sa.Index("deliveries_in_channels", "platform", "channel", "turn_id"),
 )
 
 policies = sa.Table(
@@ -165,14 +194,14 @@ run_feedback = sa.Table(
     "run_feedback",
     metadata,
     sa.Column("run_id", sa.ForeignKey("runs.id"), primary_key=True),
-    sa.Column("feedback_id", sa.ForeignKey("feedback.id"), primary_key=True),
+    sa.Column("feedback_id", sa.ForeignKey("feedback.id"), primary_key=True, index=True),
 )
 
 run_followups = sa.Table(
     "run_followups",
     metadata,
     sa.Column("run_id", sa.ForeignKey("runs.id"), primary_key=True),
-    sa.Column("message_id", sa.ForeignKey("messages.id"), primary_key=True),
+    sa.Column("message_id", sa.ForeignKey("messages.id"), primary_key=True, index=True),
 )
 
 run_teachers = sa.Table(  # who taught a run; outlives their messages and opinions, and goes when they are forgotten

@@ -13,8 +13,8 @@ from bot.config import PERSONA, DialogueConfig
 from bot.conversations import ConversationStore
 from bot.errors import ConfigError
 from bot.facts import sorted_out
-from bot.recall import Recall, Remembered
-from bot.retrieval import Entry, ScopeIndex
+from bot.recall import Recall, Remembered, Scope
+from bot.retrieval import ScopeIndex
 from bot.speakers import with_speakers
 from bot.tokenizer import ChatTokenizer
 from bot.types import Conversation, Message, Role
@@ -43,11 +43,10 @@ class Context:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What the database holds around a new message: the messages before it, and what of its scope is not yet indexed."""
+    """What the database holds around a new message: the messages before it, and what its scope holds for it."""
 
     recent: list[Message]
-    index: ScopeIndex
-    unread: list[Entry]
+    scope: Scope
 
 
 class StateTracker:
@@ -80,8 +79,9 @@ class StateTracker:
         """What is around a message in its conversation (read if not given). Synchronous, in the database's thread."""
         recent = self.store.recent(message.conversation_id, message, self.config.recent)
         if not self.config.remembered:
-            return Surroundings(recent, ScopeIndex(), [])
-        return Surroundings(recent, *self.recall.read(place or self.store.conversation(message.conversation_id)))
+            return Surroundings(recent, Scope(ScopeIndex(), [], []))
+        place = place or self.store.conversation(message.conversation_id)
+        return Surroundings(recent, self.recall.read(place, message.text))
 
     async def context(self, message: Message, around: Surroundings | None = None) -> Context:
         """What to show the policy for `message`, with what is `around` it (read now if not given). Never over the budget."""
@@ -89,11 +89,11 @@ class StateTracker:
             around = await self.store.database.call(self.surroundings, message)
         *recent, named = with_speakers([*around.recent, message])
         newest, place = self._clipped(named), message.conversation_id
-        index = await self.recall.index(around.index, around.unread)
+        index = await self.recall.index(around.scope)
         shown = {said.id for said in recent[self._start(recent, newest, notes="") :]}
         remembered: list[Remembered] = []
-        if index.tells(place, {message.id, *shown}):
-            found = await self.recall.find(message, self.config.remembered, shown, index)
+        if around.scope.older or index.tells(place, {message.id, *shown}):
+            found = await self.recall.find(message, self.config.remembered, shown, around.scope)
             near = [one for one in found if _worth_showing(one, message)]
             remembered = self._affordable(_still_true(near), newest)
         window, sent, prompt_ids = self._newest_that_fit(recent, newest, self._notes(remembered))

@@ -108,13 +108,13 @@ def explain(turn_id: str, buffer: ReplayBuffer, registry: PolicyRegistry) -> Acc
     shown = sorted(((score, one) for one, score in turn.remembered.items()), reverse=True)
     followups = [decision.followup.message_id] if decision.followup is not None else []
     taught = set(registry.runs_that_used([row.id for row, _ in decision.opinions], followups))
-    used = [version for version in registry.all() if version.name in taught]
+    used = [(name, path) for name, path in registry.directories().items() if name in taught]
     return Account(
         turn=turn,
         question=store.message(turn.message_id),
         remembered=[(store.message(one), score) for score, one in shown],
         decision=decision,
-        used=[one for version in used[-SHOWN:] for one in _used(version.name, Path(version.path), turn_id)],
+        used=[one for name, path in used[-SHOWN:] for one in _used(name, Path(path), turn_id)],
         earlier=len(used[:-SHOWN]),
         is_outdated=turn_id < _manifest(Path(registry.live().path)).get("since", ""),
     )

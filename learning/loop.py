@@ -141,8 +141,7 @@ class OnlineLearner:
     def _look(self) -> tuple[int, int, bool]:
         """How many reactions there are, how many versions were purged, and whether learning is paused."""
         registry = self.deployment.registry
-        purged = sum(version.state == PolicyState.PURGED for version in registry.all())
-        return self.store.reactions(), purged, registry.learning_is_paused()
+        return self.store.reactions(), registry.count(PolicyState.PURGED), registry.learning_is_paused()
 
     async def _taught(self) -> int:
         """How many reactions there were when the last run began, so that a restart does not train again on them.

@@ -32,7 +32,7 @@ def judged(
         if turn.remembered and rewards[turn.id]:
             scopes[memory.scope(memory.place(turn.conversation_id))].append(turn)
     for number, turns in enumerate(scopes.values()):
-        said = memory.since(turns[0].conversation_id, "", embedder.space)
+        said = memory.since(memory.place(turns[0].conversation_id), "", embedder.space)
         there = memory.visible(turns[0].conversation_id, [one.id for one in said])
         unread = deque(_embedded([one for one in said if one.id in there], embedder))
         index = ScopeIndex()

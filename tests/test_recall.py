@@ -82,7 +82,7 @@ async def test_a_vector_that_comes_late_reaches_what_is_in_memory(store, recall)
     said = tell(store, place, FACT)
     for number in range(2 * OVERLAP):  # far more than are read again
         tell(store, place, f"and then there was number {number}")
-    index = await recall.index(*recall.read(place))
+    index = await recall.index(recall.read(place))
     assert len(index.unembedded()) == len(index) == 21 + 2 * OVERLAP
     recall.learn([said])
     await recall.learned()
@@ -302,3 +302,73 @@ async def test_the_benchmark_of_recall_counts_what_is_found_and_says_what_it_can
         file.write_text(bad)
         with pytest.raises(DataError, match=r"asked\.jsonl"):
             recall_benchmark.read(file)
+
+
+async def test_what_is_older_than_what_is_in_memory_is_found_by_its_words(store, recall, monkeypatch):
+    monkeypatch.setattr("bot.recall.WINDOW", 40)
+    monkeypatch.setattr("bot.recall.OVERLAP", 8)
+    place = store.open(Conversation("test", "general", thread="0"))
+    tell(store, place, FACT)
+    for number in range(1, 120):  # one conversation a mention
+        tell(store, store.open(replace(place, id=new_id(), thread=str(number))), f"today i did some work on part {number}")
+    newest = store.open(replace(place, id=new_id(), thread="120"))
+    assert (await found(recall, newest))[0] == FACT
+    index = recall.read(newest).index
+    for number in range(30):
+        tell(store, newest, f"and then there was number {number}")
+        assert (await found(recall, newest))[0] == FACT
+        assert 40 <= len(index) <= 50
+    assert recall.read(newest).index is index
+    monkeypatch.setattr("bot.recall.OLDER", 0)
+    assert FACT not in await found(recall, newest), "the control: it is not in memory"
+
+
+async def test_what_was_said_while_nobody_asked_is_in_memory_without_a_gap(store, recall, monkeypatch):
+    monkeypatch.setattr("bot.recall.WINDOW", 40)
+    monkeypatch.setattr("bot.recall.OVERLAP", 8)
+    place = crowded(store)
+    await found(recall, place)
+    said = [tell(store, place, f"and then there was number {number}") for number in range(100)]
+    index = await recall.index(recall.read(place))
+    assert index.ids == [one.id for one in said[-40:]]
+    assert (await found(recall, place, "what was number 17?"))[0] == said[17].text
+
+
+@given(
+    texts=st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["ann", "bob", "cleo"]), TEXTS), max_size=14),
+    data=st.data(),
+)
+def test_an_index_without_its_oldest_ranks_as_one_that_never_had_them_and_with_older_ones_as_one_of_all(texts, data):
+    rng, count = np.random.default_rng(0), data.draw(st.integers(0, len(texts)))
+    entries = [
+        Entry(
+            f"{n:03}",
+            place + "old" * (n < count),  # what is older is not followed by what is in memory
+            speaker,
+            cleaned(text),
+            rng.integers(-9, 9, 5).astype(np.int8) if n % 3 else None,
+        )
+        for n, (place, speaker, text) in enumerate(texts)
+    ]
+    question, vector = data.draw(TEXTS), np.ones(5, np.float32)
+
+    def ranked(index: ScopeIndex) -> list[tuple[str, float, bool]]:
+        _, scores = index.rank(question, vector, "ann", weights())
+        return list(zip(index.ids, np.round(scores, 5).tolist(), index.near(question, vector, "ann").tolist(), strict=True))
+
+    def index_of(some: list[Entry]) -> ScopeIndex:
+        made = ScopeIndex()
+        made.add(some)
+        return made
+
+    small, whole = index_of(entries[count:]), index_of(entries)
+    assert ranked(small.with_older(entries[:count], question)) == ranked(whole)
+    before = ranked(small)
+    whole.drop_oldest(count)
+    assert ranked(whole) == before
+    assert (whole.rows, whole.speakers.keys()) == (small.rows, small.speakers.keys())
+    assert [whole.tells(place, ()) for place in "abc"] == [small.tells(place, ()) for place in "abc"]
+    extra = Entry("999", "a", "dora", "my sister keeps green parrots")
+    whole.add([extra])
+    small.add([extra])
+    assert ranked(whole) == ranked(small)

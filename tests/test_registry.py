@@ -5,12 +5,16 @@ from itertools import product
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 from safetensors.numpy import save_file
 
+from bot.conversations import ConversationStore
 from bot.errors import RegistryError, VerdictOutdated
 from bot.registry import BASE, TRANSITIONS, PolicyRegistry, withdraw
 from bot.tables import policies
 from bot.types import PolicyState
+from learning.deployment import Deployment
+from learning.loop import OnlineLearner
 
 
 def candidate(registry, tmp_path, parent=BASE):
@@ -242,3 +246,21 @@ def test_deployments_are_requested_of_candidates_alone_and_stay_requested(regist
     for version, state in ((one, "live"), (three, "rejected")):
         with pytest.raises(RegistryError, match=f"{version.name} is {state}: only a candidate can be deployed"):
             registry.request_deployment(version.name)
+
+
+def test_a_look_at_the_versions_reads_none_of_their_metrics(registry, database, tmp_path, config):
+    version = candidate(registry, tmp_path)
+    registry.move(version.name, PolicyState.PURGED)
+    read: list[str] = []
+    listen = database.engine, "before_cursor_execute", lambda *details: read.append(details[2])
+    sa.event.listen(*listen)
+    learner = OnlineLearner(ConversationStore(database), Deployment(None, registry, config), config)  # no server is asked
+    assert learner._look()[1] == 1
+    assert registry.directories(PolicyState.PURGED) == {version.name: version.path}
+    assert list(registry.directories()) == [BASE, version.name]
+    assert registry.foreign() == set()
+    assert read
+    assert not any("metrics" in statement for statement in read)
+    registry.all()
+    assert "metrics" in read[-1], "the control"
+    sa.event.remove(*listen)

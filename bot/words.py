@@ -1,0 +1,38 @@
+"""Words: a text as what it can be matched by. Pure functions; they know no message and no index."""
+
+import re
+
+import Stemmer
+
+CHARACTERS = 4000  # of one message, at most, that are looked at
+SAYS_SOMETHING = 3  # words that are no function words
+WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
+UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
+ENGLISH_FUNCTION_WORDS = """
+a about after all also am an and any are as at be been before being but by can could did do does doing for from get had has
+have he her hers him his how i if in into is it its just like me my of on or our out she should so some than that the their
+them then there these they this those to too up us was we were what when where which who whom whose why will with would you
+your yours
+"""
+FUNCTION_WORDS = frozenset(ENGLISH_FUNCTION_WORDS.split())
+
+_stem = Stemmer.Stemmer("english").stemWord
+_POSSESSIVE = re.compile(r"['’]s?$")
+
+
+def words(text: str) -> list[str]:
+    """The words of a text for matching: case folded, English endings cut; pairs of characters where no spaces are."""
+    text = text[:CHARACTERS].casefold()
+    found = []
+    for word in WORD.findall(text):
+        if UNSPACED.fullmatch(word):
+            found += [word[start : start + 2] for start in range(max(1, len(word) - 1))]
+        else:
+            found.append(_stem(_POSSESSIVE.sub("", word)))
+    return found
+
+
+def telling_words(text: str) -> set[str]:
+    """The words of a text that are no function words; none where it says too little to be remembered."""
+    found = set(words(text)) - FUNCTION_WORDS
+    return found if len(found) >= SAYS_SOMETHING else set()
