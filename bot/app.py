@@ -24,7 +24,7 @@ from bot.policy import Policy
 from bot.reactions import Reactions
 from bot.readiness import Readiness, looks_at
 from bot.registry import PolicyRegistry
-from bot.state import derived
+from bot.state import LATEST, derived
 from bot.supervision import Health, Start, background_tasks, failing_lines, supervise
 from bot.tokenizer import ChatTokenizer
 from bot.tracker import StateTracker
@@ -194,6 +194,6 @@ async def _why(kibitz: Kibitz, turn_id: str) -> str:
 
     buffer = ReplayBuffer(kibitz.store, kibitz.dialogue.tracker.tokenizer, kibitz.config)
     account = await kibitz.database.call(explain, turn_id, buffer, kibitz.registry)
-    said = await kibitz.database.call(kibitz.store.messages, account.turn.conversation_id)
+    said = await kibitz.database.call(kibitz.store.messages, account.turn.conversation_id, LATEST)
     known = await asyncio.to_thread(derived, said, kibitz.dialogue.tracker.recall.embedder)
     return "\n".join([*account.lines(names=False), *cli.state_text(known).splitlines()[:12]])

@@ -5,27 +5,39 @@ knows no objective and no model weights.
 """
 
 import hashlib
+import itertools
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
-
-import numpy as np
 
 from bot.config import Config
 from bot.conversations import ConversationStore
 from bot.dialogue import UNFINISHED
 from bot.embeddings import Embedder
+from bot.feedback import standing
+from bot.judged import Judged, find_judged, find_reconsidered
 from bot.registry import PolicyRegistry
 from bot.sampling import is_truncated
 from bot.tokenizer import ChatTokenizer
 from bot.types import Feedback, FeedbackKind, FollowUp, Message, Turn
 from bot.users import Users
-from learning.features import expected, features
+from learning.comparison import compared, paired, told
 from learning.rewards import Reward, reward
-from learning.selection import fresh_and_old, is_held_out, kinds_of, learnable, parted, thinned, weighed
+from learning.selection import (
+    count_fresh,
+    fresh_and_old,
+    is_held_out,
+    learnable,
+    not_drawn,
+    order_of_draw,
+    parted,
+    thinned,
+)
 from learning.voices import Voices
+
+PAGE = 256  # turns that are read at once
 
 
 @dataclass(frozen=True)
@@ -78,8 +90,9 @@ class Experience:
 class Snapshot:
     """The experiences of one run, in a fixed order, and what was left out under which reason.
 
-    `learned` are those of the training part that the run's objective reads. `rated` are all answers with a reward, also
-    those that are too long or too many to train on. `taken_back` names the turn of each opinion that taught an earlier
+    `learned` are those of the training part that the run's objective reads. `rated` are the answers with a reward that were
+    read, also those that are too long or too many to train on; `turns` counts all that people said something about, read or
+    not. `taken_back` names the turn of each opinion that taught an earlier
     version and no longer stands.
     """
 
@@ -134,6 +147,16 @@ class Decision:
         return [row for row, reason in self.opinions if reason is None]
 
 
+@dataclass(frozen=True)
+class Reader:
+    """What is the same for all turns that are read: the versions of another base model, and how many versions came after
+    each one.
+    """
+
+    foreign: set[str]
+    age: dict[str, int]
+
+
 class ReplayBuffer:
     """Draws snapshots from what the ConversationStore holds.
 
@@ -149,13 +172,13 @@ class ReplayBuffer:
         self.users = Users(store.database, config.privacy)
 
     def snapshot(self, space: str | None = None, since: str = "") -> Snapshot:
-        """All that can be learned from now: of one imported `space`, or from the turn `since` on, where they are given."""
+        """All that can be learned from now: of one imported `space`, or from the turn `since` on, where they are given.
+
+        Only the turns are read that are drawn, and those that must be read to find out which those are.
+        """
         learning = self.config.learning
-        found = self._experiences(space)
-        still = [one for one in found.training if one.turn_id >= since]
-        if len(still) < len(found.training):
-            found.dropped["said before people came to want the opposite"] += len(found.training) - len(still)
-        drawn, dropped = fresh_and_old(still, learning.max_turns, learning.fresh)
+        found = self._drawn(space, since)
+        drawn, dropped = fresh_and_old(found.training, learning.max_turns, learning.fresh)
         found.dropped += dropped
         training, found.held_out = parted(drawn, learning.held_out)
         if self.embedder is not None and training:
@@ -169,32 +192,84 @@ class ReplayBuffer:
         found.without_logprobs = sum(one.logprobs is None for one in drawn)
         return found
 
-    def _experiences(self, space: str | None) -> Snapshot:
-        """All experiences, as if all were for training, and why the other turns are none."""
-        turns = self.store.turns_with_feedback(space, followed_up=self.config.rewards.followup > 0)
-        voices = Voices(self.store, self.users, turns, self.config.web)
+    def rated(self) -> list[Experience]:
+        """All answers with a reward, oldest first, however many."""
+        found, reader = Snapshot(), self._reader()
+        judged = self._judged()
+        for start in range(0, len(judged), PAGE):
+            self._read(judged[start : start + PAGE], reader, found)
+        return found.rated
+
+    def _judged(self, space: str | None = None, since: str = "") -> list[Judged]:
+        return find_judged(self.store.database, space, self.config.rewards.followup > 0, since)
+
+    def _drawn(self, space: str | None, since: str) -> Snapshot:
+        """The experiences that a run is drawn from, as if all were for training, and why the other turns are none.
+
+        They are read a page at a time, the newest first and then the older ones in the order of `order_of_draw`, until as
+        many can be learned from as are wanted of either.
+        """
+        judged, everything = self._judged(space, since), self._judged(space)
+        found = Snapshot(turns=len(everything), taken_back=self._taken_back({one.turn_id for one in everything}))
+        if len(judged) < len(everything):
+            found.dropped["said before people came to want the opposite"] = len(everything) - len(judged)
+        most = self.config.learning.max_turns
+        newest = count_fresh(most, self.config.learning.fresh)
+        answers: defaultdict[str, list[Judged]] = defaultdict(list)
+        for one in judged:
+            answers[one.message_id].append(one)
+        reader, read = self._reader(), set[Judged]()
+        usable: Counter[str] = Counter()
+        for wanted, in_order in ((newest, reversed(judged)), (most - newest, self._in_order_of_draw(judged, read))):
+            while wanted > 0 and (page := list(itertools.islice(in_order, PAGE))):
+                unread = {other for one in page for other in answers[one.message_id]} - read
+                read |= unread
+                usable.update(self._read(unread, reader, found))
+                wanted -= sum(usable[one.turn_id] for one in page)
+        found.dropped[not_drawn(most)] += len(judged) - len(read)
+        found.dropped = +found.dropped
+        found.training.sort(key=lambda one: one.turn_id)
+        found.rated.sort(key=lambda one: one.turn_id)
+        return found
+
+    def _in_order_of_draw(self, judged: Sequence[Judged], read: set[Judged]) -> Iterator[Judged]:
+        yield from sorted(set(judged) - read, key=lambda one: order_of_draw(one.turn_id))
+
+    def _taken_back(self, turn_ids: set[str]) -> list[str]:
+        """The turn of each opinion that taught an earlier version and no longer stands."""
+        said = self.store.feedback_of(find_reconsidered(self.store.database) & turn_ids)
+        given = [row for rows in said.values() for row in rows]
+        gone = {row.id for row in given} - {row.id for row in standing(given)}
+        taught = PolicyRegistry(self.store.database).which_taught(sorted(gone))
+        return sorted(row.turn_id for row in given if row.id in taught)
+
+    def _reader(self) -> "Reader":
         registry = PolicyRegistry(self.store.database)
-        found = Snapshot(turns=len(turns), taken_back=voices.turns_of(registry.taught() & voices.no_longer_stands))
-        age = {version.name: age for age, version in enumerate(reversed(registry.all()))}
+        age = {name: age for age, name in enumerate(reversed(registry.directories()))}
+        return Reader(registry.foreign(), age)
+
+    def _read(self, judged: Iterable[Judged], reader: "Reader", found: Snapshot) -> list[str]:
+        """Read some turns, all answers to a question together, into a snapshot; return the turn of each experience."""
+        turns = self.store.turns_of(one.turn_id for one in judged)
+        voices = Voices(self.store, self.users, turns, self.config.web)
         answers: dict[str, list[tuple[float, Experience]]] = defaultdict(list)
-        foreign = registry.foreign()
-        for turn in (self._ours(turn, foreign) for turn in turns):
+        for turn in (self._ours(turn, reader.foreign) for turn in turns):
             decision = self._decide(turn, voices)
             earned = decision.reward
             if decision.reason is not None or earned is None:
                 found.dropped[decision.reason or ""] += 1
                 continue
             wanted = [row.text for row in decision.counted if row.kind == FeedbackKind.CORRECTION and row.text]
-            for one in self._of_turn(turn, voices, earned, wanted[-1] if wanted else None, age.get(turn.policy_version, 0)):
+            age = reader.age.get(turn.policy_version, 0)
+            for one in self._of_turn(turn, voices, earned, wanted[-1] if wanted else None, age):
                 found.rated.append(one)
                 if (reason := self._too_long(one)) is not None:
                     found.dropped[reason] += 1
                 else:
                     answers[turn.message_id].append((voices.rank(turn), one))
-        for ranked in answers.values():
-            found.training += paired(ranked)
-        found.training.sort(key=lambda one: one.turn_id)
-        return found
+        usable = [one for ranked in answers.values() for one in paired(ranked)]
+        found.training += usable
+        return [one.turn_id for one in usable]
 
     def decide(self, turn: Turn) -> Decision:
         """What counts of what people said about one turn, as a run that began now would take it."""
@@ -289,62 +364,18 @@ class ReplayBuffer:
 
     def _asked(self, turn: Turn) -> list[dict[str, str]]:
         """The chat messages that led to a turn: the chain of replies to an imported one, else what the policy was shown."""
-        said = {message.id: message for message in self.store.messages(turn.conversation_id)}
-        recent = [said[one] for one, score in turn.shown.items() if score is None and one in said]
+        ids = [one for one, score in turn.shown.items() if score is None]
+        said = self.store.messages_of([*ids, turn.message_id])
+        recent = [said[one] for one in ids if one in said and said[one].conversation_id == turn.conversation_id]
+        chain = [said[turn.message_id]]
         if recent:
-            return self._chat([*recent, said[turn.message_id]])
-        chain: list[Message] = []
-        at: str | None = turn.message_id
-        while at is not None and at in said:
-            chain.append(said[at])
-            at = said[at].reply_to
+            return self._chat([*recent, *chain])
+        while (before := chain[-1].reply_to) is not None:
+            found = self.store.messages_of([before]).get(before)
+            if found is None or found.conversation_id != turn.conversation_id:
+                break
+            chain.append(found)
         return self._chat(chain[::-1])
 
     def _chat(self, messages: Sequence[Message]) -> list[dict[str, str]]:
         return [{"role": one.role.value, "content": self.tokenizer.neutralise(one.text)} for one in messages]
-
-
-def compared(found: Sequence[Experience], embedder: Embedder | None, config: Config, seed: int) -> list[Experience]:
-    """The experiences with their advantages and weights: with an embedder, beside what is usual for their kind of prompt.
-
-    A share `rewards.smoothing` of each advantage is what answers like it earned: one reaction says little about one answer,
-    and all of them say much about what is common to many. Answers that were compared with another one to the same question,
-    a correction or a pick, keep what was said of them.
-    """
-    kind_of = kinds_of([one.question for one in found], embedder, seed)
-    share = config.rewards.smoothing
-    refused = {(one.prompt_ids, one.rejected_ids) for one in found}
-    is_compared = [one.rejected_ids is not None or (one.prompt_ids, one.completion_ids) in refused for one in found]
-
-    def smooth(worth: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        alike = expected(worth, features([one.answer for one in found], embedder), weights)
-        return np.where(is_compared, worth, (1 - share) * worth + share * alike)
-
-    return weighed(
-        found,
-        kind_of,
-        config.rewards.prior,
-        config.rewards.person_cap,
-        config.learning.half_life,
-        smooth if share and found else None,
-    )
-
-
-def paired(answers: Sequence[tuple[float, Experience]]) -> list[Experience]:
-    """Answers to one question (with their ranks): the best with the worst as the one that it is preferred to."""
-    ones = [one for _, one in answers]
-    if len(ones) < 2 or any(one.rejected_ids is not None for one in ones):
-        return ones
-    order = sorted(range(len(ones)), key=lambda row: (ones[row].reward, answers[row][0]))
-    worst, best = order[0], order[-1]
-    is_better = (ones[worst].reward, answers[worst][0]) < (ones[best].reward, answers[best][0])
-    is_other = ones[best].completion_ids != ones[worst].completion_ids
-    if is_better and is_other and ones[worst].prompt_ids == ones[best].prompt_ids:
-        ones[best] = replace(ones[best], rejected_ids=ones[worst].completion_ids)
-    return ones
-
-
-def told(tokenizer: ChatTokenizer, prompt_ids: Sequence[int], comment: str) -> tuple[int, ...]:
-    """A prompt as somebody would have it who knows what the asker said next."""
-    line = f"What the user will say to the answer: {tokenizer.neutralise(comment)}"
-    return tuple(tokenizer.note_ids(line, prompt_ids))
