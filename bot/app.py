@@ -9,6 +9,7 @@ import gc
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from bot import cli
@@ -24,6 +25,7 @@ from bot.policy import Policy
 from bot.reactions import Reactions
 from bot.readiness import Readiness, looks_at
 from bot.registry import PolicyRegistry
+from bot.retention import EVERY, erase_expired
 from bot.state import LATEST, derived
 from bot.supervision import Health, Start, background_tasks, failing_lines, supervise
 from bot.tokenizer import ChatTokenizer
@@ -107,6 +109,8 @@ async def running(config: Config, model: str, tell: Announce, may_change: bool =
                 start(deployment.watch(health=health))
                 kibitz.keep("readiness", readiness.watch)
                 kibitz.keep("embedding", lambda: recall.catch_up(cli.tenths(tell)))
+                expire = partial(erase_expired, database, config.privacy.retention_days, recall.drop)
+                start(supervise("retention", expire, health, EVERY))
                 gc.collect()
                 gc.freeze()  # what was loaded stays: to look through it again would stop every answer for 0.3 s
                 yield kibitz
