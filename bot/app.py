@@ -9,6 +9,7 @@ import gc
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from bot import cli
@@ -26,7 +27,8 @@ from bot.policy import Policy
 from bot.reactions import Reactions
 from bot.readiness import Readiness, looks_at
 from bot.registry import PolicyRegistry
-from bot.state import derived
+from bot.retention import EVERY, erase_expired
+from bot.state import LATEST, derived
 from bot.supervision import Health, Start, background_tasks, failing_lines, supervise
 from bot.tokenizer import ChatTokenizer
 from bot.tracker import StateTracker
@@ -111,6 +113,8 @@ async def running(config: Config, model: str, tell: Announce, may_change: bool =
                 start(supervise("caches", caches.look, health, PAUSE_SECONDS))
                 kibitz.keep("readiness", readiness.watch)
                 kibitz.keep("embedding", lambda: recall.catch_up(cli.tenths(tell)))
+                expire = partial(erase_expired, database, config.privacy.retention_days, recall.drop)
+                start(supervise("retention", expire, health, EVERY))
                 gc.collect()
                 gc.freeze()  # what was loaded stays: to look through it again would stop every answer for 0.3 s
                 yield kibitz
@@ -198,6 +202,6 @@ async def _why(kibitz: Kibitz, turn_id: str) -> str:
 
     buffer = ReplayBuffer(kibitz.store, kibitz.dialogue.tracker.tokenizer, kibitz.config)
     account = await kibitz.database.call(explain, turn_id, buffer, kibitz.registry)
-    said = await kibitz.database.call(kibitz.store.messages, account.turn.conversation_id)
+    said = await kibitz.database.call(kibitz.store.messages, account.turn.conversation_id, LATEST)
     known = await asyncio.to_thread(derived, said, kibitz.dialogue.tracker.recall.embedder)
     return "\n".join([*account.lines(names=False), *cli.state_text(known).splitlines()[:12]])

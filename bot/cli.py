@@ -30,7 +30,7 @@ from bot.forgetting import forget_person
 from bot.memory import Memory
 from bot.recall import Recall, weights
 from bot.registry import BASE, PolicyRegistry
-from bot.state import State, derived
+from bot.state import LATEST, State, derived
 from bot.supervision import failing_lines, read_failing
 from bot.types import PolicyState, PolicyVersion
 
@@ -207,9 +207,8 @@ def state(
     found = configured(config, data_dir, seed)
     database, store, _ = opened(found)
     if conversation:
-        console.print(
-            state_text(derived(store.messages(store.conversation(conversation).id), embedder(found))), markup=False
-        )
+        said = store.messages(store.conversation(conversation).id, LATEST)
+        console.print(state_text(derived(said, embedder(found))), markup=False)
     else:
         table = Table("conversation", "platform", "channel", "thread", "messages", "last")
         for one, messages, last in store.latest(20):

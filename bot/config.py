@@ -156,9 +156,10 @@ class RewardModelConfig(Section):
 
 
 class PrivacyConfig(Section):
-    """Who may be learned from."""
+    """Who may be learned from, and for how long what people say is kept."""
 
     consent: Literal["assumed", "asked"] = "assumed"
+    retention_days: Annotated[int, Field(ge=0, le=36_500)] = 0
 
 
 class LearningConfig(Section):

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import sqlalchemy as sa
@@ -19,7 +20,7 @@ from bot import sources, word_index
 from bot.database import Database
 from bot.errors import DataError, Forgotten
 from bot.feedback import standing
-from bot.tables import UTCDateTime, chunks, conversations, embeddings, feedback, followups, messages, runs, turns
+from bot.tables import CHUNK, UTCDateTime, chunks, conversations, embeddings, feedback, followups, messages, runs, turns
 from bot.types import FORGOTTEN, Conversation, Feedback, FeedbackKind, FollowUp, Heard, Message, Role, Turn
 
 Dialogue = tuple[Conversation, list[Message], list[Turn], list[Feedback]]
@@ -116,7 +117,12 @@ class ConversationStore:
             there = connection.execute(_COUNT_KEPT, {"sources": list(turn.sources)}).scalar_one()
             if there < len(turn.sources):  # a forgotten answer leaves no row, a forgotten message an empty one
                 raise Forgotten("what this answers was forgotten meanwhile; the answer is not kept")
-            _insert_turn(connection, turn)
+            reply = Message(
+                turn.conversation_id, "kibitz", turn.text, Role.ASSISTANT, turn.message_id, at=turn.at, id=turn.reply_id
+            )
+            self.add_message(reply)
+            connection.execute(_INSERT[turns], _columns(turns, turn))
+            sources.add(connection, [turn])
 
     def add_feedback(self, given: Feedback) -> bool:
         """Append one act of feedback; False where its event was claimed before. Raises DataError where there is no turn."""
@@ -127,16 +133,13 @@ class ConversationStore:
 
     def add_dialogues(self, dialogues: Iterable[Dialogue]) -> None:
         """Commit imported conversations, all or none; what is there already is left as it is."""
+        left = iter(dialogues)
         with self.database.begin() as connection:
-            for conversation, said, answers, given in dialogues:
-                for table, rows in (
-                    (conversations, [conversation]),
-                    (messages, said),
-                    (turns, answers),
-                    (feedback, given),
-                ):
-                    there = _existing(connection, table, [row.id for row in rows])
-                    fresh = [row for row in rows if row.id not in there]
+            while some := list(islice(left, CHUNK)):
+                for number, table in enumerate((conversations, messages, turns, feedback)):
+                    rows = [row for one in some for row in ([one[0]] if number == 0 else one[number])]
+                    there = {row.id for row in self._of(sa.select(table.c.id), table.c.id, [row.id for row in rows])}
+                    fresh = list({row.id: row for row in reversed(rows) if row.id not in there}.values())[::-1]
                     if fresh:
                         row_of = _message_row if table is messages else partial(_columns, table)
                         connection.execute(_INSERT[table], list(map(row_of, fresh)))
@@ -203,20 +206,14 @@ class ConversationStore:
             row = connection.execute(sa.select(feedback).where(feedback.c.id == feedback_id)).one_or_none()
         return None if row is None else _feedback(row)
 
-    def turns_with_feedback(
-        self, space: str | None = None, newest: int | None = None, followed_up: bool = False
-    ) -> list[Turn]:
-        """All turns (or the newest) that anyone reacted to, oldest first; of one imported `space` if given.
+    def turns_with_feedback(self, newest: int | None = None) -> list[Turn]:
+        """All turns (or the newest) that anyone reacted to, oldest first."""
+        return self._turns(sa.exists().where(feedback.c.turn_id == turns.c.id), newest)
 
-        With `followed_up` also those that something was only said after.
-        """
-        condition: sa.ColumnElement[bool] = turns.c.id.in_(sa.select(feedback.c.turn_id))
-        if followed_up:
-            condition = sa.or_(condition, turns.c.id.in_(sa.select(followups.c.turn_id)))
-        if space is not None:
-            inside = sa.select(conversations.c.id).where(conversations.c.space == space)
-            condition = sa.and_(condition, turns.c.conversation_id.in_(inside))
-        return self._turns(condition, newest)
+    def turns_of(self, turn_ids: Iterable[str]) -> list[Turn]:
+        """These turns, oldest first."""
+        found = [turn for ids in chunks(turn_ids) for turn in self._turns(turns.c.id.in_(ids))]
+        return sorted(found, key=lambda turn: (turn.at, turn.id))
 
     def counts(self) -> dict[str, int]:
         """How much there is of everything."""
@@ -255,15 +252,21 @@ class ConversationStore:
                 [one for all_ in given.values() for one in all_],
             )
 
-    def messages(self, conversation_id: str) -> list[Message]:
-        """Every message of a conversation, oldest first."""
+    def messages(self, conversation_id: str, newest: int | None = None) -> list[Message]:
+        """Every message of a conversation (or the newest), oldest first."""
         query = sa.select(*MESSAGE).where(messages.c.conversation_id == conversation_id)
+        query = query.order_by(messages.c.at.desc(), messages.c.id.desc()).limit(newest)
         with self.database.read() as connection:
-            return [as_message(row) for row in connection.execute(query.order_by(messages.c.at, messages.c.id))]
+            return [as_message(row) for row in connection.execute(query)][::-1]
+
+    def messages_of(self, message_ids: Iterable[str]) -> dict[str, Message]:
+        """Those of these messages that there are, by id."""
+        return {row.id: as_message(row) for row in self._of(sa.select(*MESSAGE), messages.c.id, message_ids)}
 
     def authors(self, message_ids: Iterable[str]) -> dict[str, str]:
-        """The author of each message that a person wrote."""
-        query = sa.select(messages.c.id, messages.c.author_id).where(messages.c.role == Role.USER)
+        """The author of each message that a person wrote, but for those that were erased."""
+        query = sa.select(messages.c.id, messages.c.author_id)
+        query = query.where(messages.c.role == Role.USER, messages.c.author_id != FORGOTTEN)
         return {row.id: row.author_id for row in self._of(query, messages.c.id, message_ids)}
 
     def platforms(self, conversation_ids: Iterable[str]) -> dict[str, str]:
@@ -364,35 +367,12 @@ _INSERT_ONCE = {  # what came before leaves its row as it is
 }
 
 
-def _insert_turn(connection: sa.Connection, turn: Turn) -> None:
-    reply = Message(
-        id=turn.reply_id,
-        conversation_id=turn.conversation_id,
-        author_id="kibitz",
-        role=Role.ASSISTANT,
-        text=turn.text,
-        reply_to=turn.message_id,
-        at=turn.at,
-    )
-    connection.execute(_INSERT[messages], _message_row(reply))
-    word_index.add(connection, [(reply.id, reply.text)])
-    connection.execute(_INSERT[turns], _columns(turns, turn))
-    sources.add(connection, [turn])
-
-
 def _columns(table: sa.Table, row: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(row).items() if name in table.c}
 
 
 def _message_row(message: Message) -> dict[str, Any]:
     return _columns(messages, message) | {"place": message.conversation_id}
-
-
-def _existing(connection: sa.Connection, table: sa.Table, ids: list[str]) -> set[str]:
-    found: set[str] = set()
-    for chunk in chunks(ids):
-        found.update(connection.execute(sa.select(table.c.id).where(table.c.id.in_(chunk))).scalars())
-    return found
 
 
 def as_message(row: Any) -> Message:

@@ -9,6 +9,7 @@ backup does not bring it back. It knows no platform and no server: a running kib
 
 import logging
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -157,8 +158,15 @@ def remove_samples(registry: PolicyRegistry) -> None:
 def _erase(connection: sa.Connection, written: sa.Select, said: sa.Select | None = None) -> Erased:
     """Erase messages, all that was made from them and said about that, and the feedback that `said` selects."""
     own = list(connection.execute(written).scalars())
-    made = answers_from(connection, written)
-    opinions = set() if said is None else set(connection.execute(said).scalars())
+    opinions = [] if said is None else list(connection.execute(said).scalars())
+    return erase(connection, own, answers_from(connection, written), opinions)
+
+
+def erase(connection: sa.Connection, own: list[str], made: dict[str, str], said: Iterable[str] = ()) -> Erased:
+    """Erase the text and the author of the messages `own`, the answers `made` (reply ids by turn id) with all that was said
+    about them, and the feedback `said`.
+    """
+    opinions = set(said)
     for ids in chunks(made):
         opinions.update(connection.execute(sa.select(feedback.c.id).where(feedback.c.turn_id.in_(ids))).scalars())
     for column, values in (

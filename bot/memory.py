@@ -43,33 +43,34 @@ class Memory:
         `space`; of more than `limit` the newest.
         """
         with self.database.read() as connection:
-            values = self._values(connection, place, space) | {"after": after, "most": -1 if limit is None else limit}
+            values = self._values(connection, place) | {"vectors": space, "after": after, "most": limit}
             rows = connection.execute(_SINCE if limit is None else _NEWEST_SINCE, values).all()
         return _entries(rows)
 
     def older(self, place: Conversation, question: str, before: str, space: str, limit: int) -> list[Entry]:
         """Those `limit` messages of a scope older than one that share the rarest words with a question, oldest first."""
         with self.database.read() as connection:
-            values = self._values(connection, place, space)
+            values = self._values(connection, place) | {"vectors": space}
             ids = word_index.find(connection, values["scopes"], question, before, limit)
             return _entries(connection.execute(_OF_IDS, values | {"ids": ids}).all())
 
-    def _values(self, connection: sa.Connection, place: Conversation, space: str) -> dict[str, Any]:
+    def _values(self, connection: sa.Connection, place: Conversation) -> dict[str, Any]:
         own = scope_of(place.platform, place.space, place.channel)
         scopes = {own}
         if self.across_channels and place.is_public:
             public = connection.execute(_PUBLIC, {"platform": place.platform, "in_space": place.space}).scalars()
             scopes.update(scope for scope in public if scope is not None)
-        return {"own": own, "scopes": sorted(scopes), "vectors": space}
+        return {"own": own, "scopes": sorted(scopes)}
 
     def visible(self, conversation_id: str, ids: Sequence[str]) -> dict[str, Message]:
         """Those of these messages that may be shown in a conversation now: in its scope, not forgotten, not answered anew,
         and by nobody (nor made for anybody) who withholds consent."""
+        place = self.place(conversation_id)
         found: dict[str, Message] = {}
         with self.database.read() as connection:
+            values = self._values(connection, place) | {"platform": place.platform}
             for chunk in chunks(ids):
-                values = {"place": conversation_id, "across": self.across_channels, "ids": chunk}
-                found.update((row.id, as_message(row)) for row in connection.execute(_VISIBLE, values))
+                found.update((row.id, as_message(row)) for row in connection.execute(_VISIBLE, values | {"ids": chunk}))
         return found
 
     def kept(self, ids: Iterable[str]) -> set[str]:
@@ -170,24 +171,16 @@ _PUBLIC = sa.select(
 _later = turns.alias()
 _superseded = sa.select(turns.c.reply_id).join(_later, _later.c.replaces == turns.c.id)
 _superseded = _superseded.where(turns.c.reply_id == messages.c.id).correlate(messages)
-_here = conversations.alias()
-_platform = sa.select(_here.c.platform).where(_here.c.id == sa.bindparam("place")).scalar_subquery()
-_unwilling = sa.select(users.c.user_id).where(~users.c.consent, users.c.platform == _platform)
+_unwilling = sa.select(users.c.user_id).where(~users.c.consent, users.c.platform == sa.bindparam("platform"))
 _asked = messages.alias()
 _answers_unwilling = sa.exists().where(_asked.c.id == messages.c.reply_to, _asked.c.author_id.in_(_unwilling))
-_both_public = sa.and_(sa.bindparam("across", type_=sa.Boolean), conversations.c.is_public, _here.c.is_public)
-_in_scope = sa.and_(
-    _here.c.id == sa.bindparam("place"),
-    _here.c.platform == conversations.c.platform,
-    _here.c.space == conversations.c.space,
-    sa.or_(_here.c.channel == conversations.c.channel, _both_public),
-)
 _VISIBLE = (
     sa.select(*MESSAGE)
     .join(conversations, conversations.c.id == messages.c.conversation_id)
-    .join(_here, _in_scope)
     .where(
         messages.c.id.in_(sa.bindparam("ids", expanding=True)),
+        messages.c.scope.in_(sa.bindparam("scopes", expanding=True)),
+        sa.or_(messages.c.scope == sa.bindparam("own"), conversations.c.is_public),
         _said,
         messages.c.author_id.not_in(_unwilling),
         ~_answers_unwilling,

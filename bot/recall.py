@@ -157,6 +157,15 @@ class Recall:
         late = [scope for scope, ids in held.items() if not gone.isdisjoint(ids)]
         await self._call(lambda: [self._scopes.pop(scope, None) for scope in late])
 
+    async def drop(self, message_ids: Collection[str]) -> None:
+        """Let go of the scopes in memory that hold any of these messages; they are read anew when they are asked for."""
+        await self._call(self._drop, set(message_ids))
+
+    def _drop(self, message_ids: set[str]) -> None:
+        held = [scope for scope, index in self._scopes.items() if not message_ids.isdisjoint(index.rows)]
+        for scope in held:
+            del self._scopes[scope]
+
     def close(self) -> None:
         """End the threads; what still waits to be embedded is at the next start."""
         if self._learning is not None:

@@ -313,10 +313,12 @@ class PolicyRegistry:
         with self.database.read() as connection:
             return [dict(row._mapping) for row in connection.execute(query)]
 
-    def taught(self) -> set[str]:
-        """The feedback that ever taught a version."""
+    def which_taught(self, feedback_ids: Sequence[str]) -> set[str]:
+        """Return those of this feedback that ever taught a version."""
+        query = sa.select(run_feedback.c.feedback_id).distinct()
         with self.database.read() as connection:
-            return set(connection.execute(sa.select(run_feedback.c.feedback_id).distinct()).scalars())
+            rows = (connection.execute(query.where(run_feedback.c.feedback_id.in_(ids))) for ids in chunks(feedback_ids))
+            return {one for found in rows for one in found.scalars()}
 
     def runs_that_used(self, feedback_ids: Sequence[str], followup_ids: Sequence[str] = ()) -> list[str]:
         """The names of the versions that this feedback, or these messages that followed up, taught."""

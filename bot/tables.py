@@ -29,9 +29,9 @@ class UTCDateTime(sa.TypeDecorator):
 
 
 def scope_of(platform: str, space: str, channel: str) -> int:
-    """Return the number of a channel with its threads: what was said there may be remembered there (62 bits)."""
+    """Return the number of a channel with its threads: what was said there may be remembered there (63 bits)."""
     digest = hashlib.blake2b(json.dumps([platform, space, channel]).encode(), digest_size=8).digest()
-    return int.from_bytes(digest) >> 2
+    return int.from_bytes(digest) >> 1
 
 
 def _scope_of_row(context: Any) -> int:
@@ -74,7 +74,11 @@ messages = sa.Table(
     sa.Index("messages_in_order", "conversation_id", "at", "id"),
     sa.Index("messages_of_scopes", "scope", "id"),
     sa.Index("messages_of_authors", "author_id", "scope"),
-    sa.Index("messages_in_time", "at", "id"),
+    sa.Index(
+        *("messages_in_time", "at", "id"),  # of those that are not erased
+        sqlite_where=sa.text("author_id <> ''"),
+        postgresql_where=sa.text("author_id <> ''"),
+    ),
 )
 
 embeddings = sa.Table(
@@ -134,7 +138,7 @@ feedback = sa.Table(
     metadata,
     _id(),
     sa.Column("turn_id", sa.ForeignKey("turns.id"), nullable=False, index=True),
-    sa.Column("user_id", sa.String(128), nullable=False, index=True),
+    sa.Column("user_id", sa.String(128), nullable=False),
     sa.Column("kind", sa.String(32), nullable=False),
     sa.Column("signal", sa.String(64), nullable=False),
     sa.Column("retracts", sa.Boolean, nullable=False),
@@ -142,6 +146,7 @@ feedback = sa.Table(
     sa.Column("text", sa.Text),
     sa.Column("event_id", sa.String(128), unique=True),
     sa.Column("at", UTCDateTime, nullable=False),
+    sa.Index("feedback_of_people", "user_id", "turn_id"),
 )
 
 deliveries = sa.Table(

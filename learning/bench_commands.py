@@ -93,14 +93,16 @@ def bench_train(
 
 @bench.command("tracker")
 def bench_tracker(
-    sizes: Annotated[str, typer.Option(help="How many stored turns: 1e3, 1e5, 1e6, with commas between.")] = "1e3,1e5,1e6",
+    sizes: Annotated[
+        str, typer.Option(help="Stored turns (1e3, 1e5, 1e6) and mentions in one channel (2k, 150k), with commas between.")
+    ] = "1e3,1e5,1e6,150k",
     json_file: JsonFile = None,
     model: ModelName = "toy",
     config: ConfigFile = None,
     data_dir: DataDir = None,
     seed: Seed = None,
 ) -> None:
-    """What remembering adds to a message, with a thousand to a million stored turns."""
+    """What remembering costs: a message, with a thousand to a million stored turns, and one channel that has grown."""
     from bot.recall import weights
     from bot.tokenizer import ChatTokenizer
     from learning import tracker_benchmark
@@ -108,9 +110,10 @@ def bench_tracker(
     found = configured(config, data_dir, seed, model)
     cli.check_writable(json_file)
     wanted = [size.strip() for size in sizes.split(",")]
-    unknown = [size for size in wanted if size not in tracker_benchmark.SIZES]
+    known = [*tracker_benchmark.SIZES, *tracker_benchmark.CHANNELS]
+    unknown = [size for size in wanted if size not in known]
     if unknown:
-        raise ConfigError(f"--sizes has value '{unknown[0]}'; choose from {', '.join(tracker_benchmark.SIZES)}")
+        raise ConfigError(f"--sizes has value '{unknown[0]}'; choose from {', '.join(known)}")
     found, base = with_model(found, serves=False)
     tokenizer = ChatTokenizer(base, found.policy.template_args)
     with cli.progress_bar() as progress:

@@ -302,7 +302,7 @@ def _from_feedback(config: Config, embedder: Embedder, progress: Any) -> tuple[d
 
     database, store, _ = cli.opened(config)
     config, model = with_model(config)
-    rated = ReplayBuffer(store, ChatTokenizer(model, config.policy.template_args), config).snapshot().rated
+    rated = ReplayBuffer(store, ChatTokenizer(model, config.policy.template_args), config).rated()
     memory = Memory(database, config.dialogue.across_channels)
     judged = list(reminders.judged(rated, store, memory, embedder, progress))
     return retrieval_training.proven(judged, weights(config.dialogue.retrieval_weights))

@@ -15,8 +15,8 @@ from scipy.stats import binomtest
 
 from bot.config import Config
 from learning.evaluation import batched_logprobs, token_rows
+from learning.experience import Experience
 from learning.model import base_of
-from learning.replay_buffer import Experience
 from learning.selection import limited
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from bot.config import Config
 from bot.embeddings import Embedder
 from bot.tokenizer import ChatTokenizer
 from learning.evaluation import Sample, batched_logprobs, generate, token_rows
+from learning.experience import Experience
 from learning.gate import Gain, Opinions, gain_of, opinions_of
-from learning.replay_buffer import Experience
 from learning.selection import kinds_of
 from learning.teaching import means
 

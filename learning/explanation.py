@@ -105,14 +105,15 @@ def explain(turn_id: str, buffer: ReplayBuffer, registry: PolicyRegistry) -> Acc
     if turn is None:
         raise DataError(f"there is no turn '{turn_id}'; `kibitz why` lists the latest that people said something about")
     decision = buffer.decide(turn)
-    shown = sorted(((score, one) for one, score in turn.remembered.items()), reverse=True)
+    there = store.messages_of(turn.remembered)
+    shown = sorted(((score, one) for one, score in turn.remembered.items() if one in there), reverse=True)
     followups = [decision.followup.message_id] if decision.followup is not None else []
     taught = set(registry.runs_that_used([row.id for row, _ in decision.opinions], followups))
     used = [(name, path) for name, path in registry.directories().items() if name in taught]
     return Account(
         turn=turn,
         question=store.message(turn.message_id),
-        remembered=[(store.message(one), score) for score, one in shown],
+        remembered=[(there[one], score) for score, one in shown],
         decision=decision,
         used=[one for name, path in used[-SHOWN:] for one in _used(name, Path(path), turn_id)],
         earlier=len(used[:-SHOWN]),

@@ -34,7 +34,7 @@ from learning.permutation import least_p_value, permutation_p_value, sign_flip_p
 from learning.selection import limited
 
 if TYPE_CHECKING:
-    from learning.replay_buffer import Experience
+    from learning.experience import Experience
 
 ROOM = 20  # times: simulated people needed the fewest reactions until a promotion with 10 to 100
 MOST_WANTED = 256  # judged answers: more are not foreseen

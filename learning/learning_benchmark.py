@@ -21,12 +21,13 @@ from bot.config import Config
 from bot.errors import NothingToLearn
 from bot.tokenizer import ChatTokenizer
 from learning import demo
+from learning.comparison import compared, told
 from learning.drift import changed
 from learning.evaluation import Sample, batched_logprobs, generate, kl_to_base, perplexity, token_rows
+from learning.experience import Experience
 from learning.followup_training import PHRASES
 from learning.model import as_base, load, restore, weights
 from learning.pretrain import quiet
-from learning.replay_buffer import Experience, compared, told
 from learning.selection import parted
 from learning.simulated_people import Utility
 from learning.simulated_people import users as simulated_users

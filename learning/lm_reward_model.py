@@ -13,7 +13,7 @@ import numpy as np
 
 from bot.config import Config
 from learning.evaluation import batches, padded, token_rows
-from learning.replay_buffer import Experience
+from learning.experience import Experience
 from learning.reward_model import Judged, calibrated, is_enough
 
 FOLDS = 3

@@ -32,9 +32,9 @@ from bot.errors import NothingToLearn, TrainingError
 from bot.memory_budget import BatchFit, describe_fit
 from learning.batching import fit_to_machine, machine_arguments
 from learning.evaluation import pad_id
+from learning.experience import Experience
 from learning.model import as_base, draw_to_base
 from learning.processes import count_processes, share, shared
-from learning.replay_buffer import Experience
 from learning.selection import draw_batches, learnable
 from learning.weighted_trainer import weighted_trainer
 

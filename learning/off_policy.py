@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from learning.evaluation import Sample, calibration, mean_interval
-from learning.replay_buffer import Experience
+from learning.experience import Experience
 from learning.reward_model import AnyRewardModel, figures
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from bot.children import end_with_parent
 from bot.config import Config
 from bot.errors import KibitzError, NothingToLearn, TrainingError
 from bot.tokenizer import ChatTokenizer
-from learning.replay_buffer import Experience
+from learning.experience import Experience
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -16,7 +16,7 @@ from bot.embeddings import Embedder
 from bot.memory import Memory
 from bot.retrieval import Entry, ScopeIndex
 from bot.types import Turn
-from learning.replay_buffer import Experience
+from learning.experience import Experience
 from learning.retrieval_training import Example, signals
 
 Progress = Callable[[str, int, int], None]

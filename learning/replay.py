@@ -21,9 +21,10 @@ from bot.errors import NothingToLearn
 from bot.tokenizer import ChatTokenizer
 from learning import trainer
 from learning.evaluation import accuracy
+from learning.experience import Snapshot
 from learning.gate import margin
 from learning.recording import Recording, listed
-from learning.replay_buffer import ReplayBuffer, Snapshot
+from learning.replay_buffer import ReplayBuffer
 from learning.reward_model import figures as reward_model_figures
 from learning.reward_model import reward_model
 

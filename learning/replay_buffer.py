@@ -4,123 +4,39 @@ Nothing is kept here: a snapshot is rebuilt from the facts each time, and says o
 knows no objective and no model weights.
 """
 
-import hashlib
-import json
+import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
-from typing import Any
-
-import numpy as np
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
 
 from bot.config import Config
 from bot.conversations import ConversationStore
 from bot.dialogue import UNFINISHED
 from bot.embeddings import Embedder
+from bot.feedback import standing
+from bot.judged import Judged, find_judged, find_reconsidered, find_taught
 from bot.registry import PolicyRegistry
 from bot.sampling import is_truncated
 from bot.tokenizer import ChatTokenizer
 from bot.types import Feedback, FeedbackKind, FollowUp, Message, Turn, now
 from bot.users import Users
-from learning.features import expected, features
+from learning.comparison import compared, paired, told
+from learning.experience import Experience, Snapshot
 from learning.rewards import Reward, reward
-from learning.selection import fresh_and_old, is_held_out, kinds_of, learnable, parted, thinned, weighed
+from learning.selection import (
+    count_fresh,
+    fresh_and_old,
+    is_held_out,
+    learnable,
+    not_drawn,
+    order_of_draw,
+    parted,
+    thinned,
+)
 from learning.voices import Voices
 
-LONG_AGO = datetime.min.replace(tzinfo=UTC)
-
-
-@dataclass(frozen=True)
-class Experience:
-    """One answer to learn from, as exact token ids.
-
-    `unit` is what the held-out part is drawn by: an imported conversation, or the words of the question; `question_id` is
-    the message that it answers, as others may. `opinions` names those whose opinions the reward is made of, and
-    `followup_id` is the message that it counts too. `logprobs` (nats, one for each of `completion_ids`) are those of its
-    sampling, or None for a text that was not sampled so (imported, a person's correction, a truncated distribution).
-    `rejected_ids` is an answer to the same prompt that people liked less; `hindsight_ids` is the prompt as somebody would
-    have it who knows what the asker said next. `feedback_ids` is what the reward is made of, and of an answer that is paired
-    also what was said of the other and who ranked either (`rank_ids`). `said_at` is when the first of it was said.
-    `advantage` (in [-2, 2]) is what `compared` makes of the reward; `weight` (in (0, 1]) is less for those who say more than
-    their share.
-    """
-
-    turn_id: str
-    unit: str
-    prompt_ids: tuple[int, ...]
-    completion_ids: tuple[int, ...]
-    logprobs: tuple[float, ...] | None
-    reward: float
-    feedback_ids: tuple[str, ...]
-    followup_id: str | None = None
-    asker: str = ""
-    opinions: tuple[str, ...] = ()
-    question: str = ""
-    answer: str = ""
-    question_id: str = ""
-    rejected_ids: tuple[int, ...] | None = None
-    hindsight_ids: tuple[int, ...] | None = None
-    is_correction: bool = False
-    rank_ids: tuple[str, ...] = ()
-    said_at: datetime = LONG_AGO
-    advantage: float = 0.0
-    weight: float = 1.0
-
-    @property
-    def length(self) -> int:
-        """How many tokens its longest sequence has."""
-        asked = max(len(self.prompt_ids), len(self.hindsight_ids or ()))
-        return asked + max(len(self.completion_ids), len(self.rejected_ids or ()))
-
-    def digest(self) -> list[Any]:
-        """What a manifest records of it."""
-        texts = [self.prompt_ids, self.completion_ids, self.rejected_ids, self.hindsight_ids]
-        ids = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
-        worth = [round(value, 6) for value in (self.reward, self.advantage, self.weight)]
-        return [self.turn_id, ids, *worth, list(self.feedback_ids)]
-
-
-@dataclass
-class Snapshot:
-    """The experiences of one run, in a fixed order, and what was left out under which reason.
-
-    `learned` are those of the training part that the run's objective reads. `rated` are all answers with a reward, also
-    those that are too long or too many to train on. `taken_back` names the turn of each opinion that taught an earlier
-    version and no longer stands; `taught_units` are the units of all turns of which an opinion ever taught a version. All of
-    it had been said by `drawn_at`.
-    """
-
-    training: list[Experience] = field(default_factory=list)
-    learned: list[Experience] = field(default_factory=list)
-    held_out: list[Experience] = field(default_factory=list)
-    rated: list[Experience] = field(default_factory=list)
-    dropped: Counter[str] = field(default_factory=Counter)
-    without_logprobs: int = 0
-    taken_back: list[str] = field(default_factory=list)
-    taught_units: set[str] = field(default_factory=set)
-    turns: int = 0
-    drawn_at: datetime = field(default_factory=now, compare=False)
-
-    @property
-    def judged(self) -> list[Experience]:
-        """The held-out answers that people liked or disliked: all but corrections, which nobody could dislike."""
-        return [one for one in self.held_out if not one.is_correction]
-
-    @property
-    def drawn(self) -> list[Experience]:
-        """The training and the held-out part together, oldest first."""
-        return sorted([*self.training, *self.held_out], key=lambda one: one.turn_id)
-
-    @property
-    def feedback_ids(self) -> list[str]:
-        """The feedback that the run learns from, or compares that with: forgetting any of it withdraws what the run made."""
-        return sorted({one for experience in self.training for one in experience.feedback_ids})
-
-    @property
-    def followup_ids(self) -> list[str]:
-        """The messages that followed up on answers, and that the run takes for opinions, in the same way."""
-        return sorted({one.followup_id for one in self.training if one.followup_id is not None})
+PAGE = 256  # turns that are read at once
 
 
 @dataclass(frozen=True)
@@ -149,6 +65,16 @@ class Decision:
         return min([row.at for row in self.counted] + [turn.at] * is_followed_up, default=turn.at)
 
 
+@dataclass(frozen=True)
+class Reader:
+    """What is the same for all turns that are read: the versions of another base model, and how many versions came after
+    each one.
+    """
+
+    foreign: set[str]
+    age: dict[str, int]
+
+
 class ReplayBuffer:
     """Draws snapshots from what the ConversationStore holds.
 
@@ -164,14 +90,15 @@ class ReplayBuffer:
         self.users = Users(store.database, config.privacy)
 
     def snapshot(self, space: str | None = None, since: str = "") -> Snapshot:
-        """All that can be learned from now: of one imported `space`, or from the turn `since` on, where they are given."""
+        """All that can be learned from now: of one imported `space`, or from the turn `since` on, where they are given.
+
+        Only the turns are read that are drawn, and those that must be read to find out which those are.
+        """
         learning = self.config.learning
-        found = self._experiences(space)
-        found.drawn_at = now()
-        still = [one for one in found.training if one.turn_id >= since]
-        if len(still) < len(found.training):
-            found.dropped["said before people came to want the opposite"] += len(found.training) - len(still)
-        drawn, dropped = fresh_and_old(still, learning.max_turns, learning.fresh)
+        drawn_at = now()
+        found = self._drawn(space, since)
+        found.drawn_at = drawn_at
+        drawn, dropped = fresh_and_old(found.training, learning.max_turns, learning.fresh)
         found.dropped += dropped
         training, found.held_out = parted(drawn, learning.held_out)
         if self.embedder is not None and training:
@@ -190,35 +117,91 @@ class ReplayBuffer:
         before: those that are held out, and those to other questions on which all was said after that.
         """
         learning = self.config.learning
-        found = self._experiences(None)
-        drawn, _ = fresh_and_old(
-            [one for one in found.training if one.turn_id >= since and not one.is_correction],
-            *(learning.max_turns, learning.fresh),
-        )
-        known = found.taught_units | {one.unit for one in found.rated if one.said_at < drawn_at}
+        found = self._drawn(None, since)
+        judged = [one for one in found.training if not one.is_correction]
+        drawn, _ = fresh_and_old(judged, learning.max_turns, learning.fresh)
+        known = self._taught_units() | {one.unit for one in found.rated if one.said_at < drawn_at}
         return [one for one in drawn if is_held_out(one.unit, learning.held_out) or one.unit not in known]
 
-    def _experiences(self, space: str | None) -> Snapshot:
-        """All experiences, as if all were for training, and why the other turns are none."""
-        turns = self.store.turns_with_feedback(space, followed_up=self.config.rewards.followup > 0)
-        voices = Voices(self.store, self.users, turns, self.config.web)
+    def _taught_units(self) -> set[str]:
+        """The units of all turns of which an opinion ever taught a version."""
+        taught, found = sorted(find_taught(self.store.database)), set[str]()
+        for start in range(0, len(taught), PAGE):
+            turns = self.store.turns_of(taught[start : start + PAGE])
+            voices = Voices(self.store, self.users, turns, self.config.web)
+            found |= {voices.unit(turn) for turn in turns}
+        return found
+
+    def rated(self) -> list[Experience]:
+        """All answers with a reward, oldest first, however many."""
+        found, reader = Snapshot(), self._reader()
+        judged = self._judged()
+        for start in range(0, len(judged), PAGE):
+            self._read(judged[start : start + PAGE], reader, found)
+        return found.rated
+
+    def _judged(self, space: str | None = None, since: str = "") -> list[Judged]:
+        return find_judged(self.store.database, space, self.config.rewards.followup > 0, since)
+
+    def _drawn(self, space: str | None, since: str) -> Snapshot:
+        """The experiences that a run is drawn from, as if all were for training, and why the other turns are none.
+
+        They are read a page at a time, the newest first and then the older ones in the order of `order_of_draw`, until as
+        many can be learned from as are wanted of either.
+        """
+        judged, everything = self._judged(space, since), self._judged(space)
+        found = Snapshot(turns=len(everything), taken_back=self._taken_back({one.turn_id for one in everything}))
+        if len(judged) < len(everything):
+            found.dropped["said before people came to want the opposite"] = len(everything) - len(judged)
+        most = self.config.learning.max_turns
+        newest = count_fresh(most, self.config.learning.fresh)
+        answers: defaultdict[str, list[Judged]] = defaultdict(list)
+        for one in judged:
+            answers[one.message_id].append(one)
+        reader, read = self._reader(), set[Judged]()
+        usable: Counter[str] = Counter()
+        for wanted, in_order in ((newest, reversed(judged)), (most - newest, self._in_order_of_draw(judged, read))):
+            while wanted > 0 and (page := list(itertools.islice(in_order, PAGE))):
+                unread = {other for one in page for other in answers[one.message_id]} - read
+                read |= unread
+                usable.update(self._read(unread, reader, found))
+                wanted -= sum(usable[one.turn_id] for one in page)
+        found.dropped[not_drawn(most)] += len(judged) - len(read)
+        found.dropped = +found.dropped
+        found.training.sort(key=lambda one: one.turn_id)
+        found.rated.sort(key=lambda one: one.turn_id)
+        return found
+
+    def _in_order_of_draw(self, judged: Sequence[Judged], read: set[Judged]) -> Iterator[Judged]:
+        yield from sorted(set(judged) - read, key=lambda one: order_of_draw(one.turn_id))
+
+    def _taken_back(self, turn_ids: set[str]) -> list[str]:
+        """The turn of each opinion that taught an earlier version and no longer stands."""
+        said = self.store.feedback_of(find_reconsidered(self.store.database) & turn_ids)
+        given = [row for rows in said.values() for row in rows]
+        gone = {row.id for row in given} - {row.id for row in standing(given)}
+        taught = PolicyRegistry(self.store.database).which_taught(sorted(gone))
+        return sorted(row.turn_id for row in given if row.id in taught)
+
+    def _reader(self) -> "Reader":
         registry = PolicyRegistry(self.store.database)
-        taught = registry.taught()
-        found = Snapshot(turns=len(turns), taken_back=voices.turns_of(taught & voices.no_longer_stands))
-        once = set(voices.turns_of(taught))
-        found.taught_units = {voices.unit(turn) for turn in turns if turn.id in once}
-        age = {version.name: age for age, version in enumerate(reversed(registry.all()))}
+        age = {name: age for age, name in enumerate(reversed(registry.directories()))}
+        return Reader(registry.foreign(), age)
+
+    def _read(self, judged: Iterable[Judged], reader: "Reader", found: Snapshot) -> list[str]:
+        """Read some turns, all answers to a question together, into a snapshot; return the turn of each experience."""
+        turns = self.store.turns_of(one.turn_id for one in judged)
+        voices = Voices(self.store, self.users, turns, self.config.web)
         answers: dict[str, list[tuple[float, Experience]]] = defaultdict(list)
-        foreign = registry.foreign()
-        for turn in (self._ours(turn, foreign) for turn in turns):
+        for turn in (self._ours(turn, reader.foreign) for turn in turns):
             decision = self._decide(turn, voices)
             earned = decision.reward
             if decision.reason is not None or earned is None:
                 found.dropped[decision.reason or ""] += 1
                 continue
             wanted = [row.text for row in decision.counted if row.kind == FeedbackKind.CORRECTION and row.text]
-            wish = wanted[-1] if wanted else None
-            for one in self._of_turn(turn, voices, earned, wish, age.get(turn.policy_version, 0)):
+            age, wish = reader.age.get(turn.policy_version, 0), wanted[-1] if wanted else None
+            for one in self._of_turn(turn, voices, earned, wish, age):
                 ranks = tuple(row.id for row in voices.ranks(turn))
                 one = replace(one, said_at=decision.said_at(turn), rank_ids=ranks)
                 found.rated.append(one)
@@ -226,10 +209,9 @@ class ReplayBuffer:
                     found.dropped[reason] += 1
                 else:
                     answers[turn.message_id].append((voices.rank(turn), one))
-        for ranked in answers.values():
-            found.training += paired(ranked)
-        found.training.sort(key=lambda one: one.turn_id)
-        return found
+        usable = [one for ranked in answers.values() for one in paired(ranked)]
+        found.training += usable
+        return [one.turn_id for one in usable]
 
     def decide(self, turn: Turn) -> Decision:
         """What counts of what people said about one turn, as a run that began now would take it."""
@@ -324,64 +306,18 @@ class ReplayBuffer:
 
     def _asked(self, turn: Turn) -> list[dict[str, str]]:
         """The chat messages that led to a turn: the chain of replies to an imported one, else what the policy was shown."""
-        said = {message.id: message for message in self.store.messages(turn.conversation_id)}
-        recent = [said[one] for one, score in turn.shown.items() if score is None and one in said]
+        ids = [one for one, score in turn.shown.items() if score is None]
+        said = self.store.messages_of([*ids, turn.message_id])
+        recent = [said[one] for one in ids if one in said and said[one].conversation_id == turn.conversation_id]
+        chain = [said[turn.message_id]]
         if recent:
-            return self._chat([*recent, said[turn.message_id]])
-        chain: list[Message] = []
-        at: str | None = turn.message_id
-        while at is not None and at in said:
-            chain.append(said[at])
-            at = said[at].reply_to
+            return self._chat([*recent, *chain])
+        while (before := chain[-1].reply_to) is not None:
+            found = self.store.messages_of([before]).get(before)
+            if found is None or found.conversation_id != turn.conversation_id:
+                break
+            chain.append(found)
         return self._chat(chain[::-1])
 
     def _chat(self, messages: Sequence[Message]) -> list[dict[str, str]]:
         return [{"role": one.role.value, "content": self.tokenizer.neutralise(one.text)} for one in messages]
-
-
-def compared(found: Sequence[Experience], embedder: Embedder | None, config: Config, seed: int) -> list[Experience]:
-    """The experiences with their advantages and weights: with an embedder, beside what is usual for their kind of prompt.
-
-    A share `rewards.smoothing` of each advantage is what answers like it earned: one reaction says little about one answer,
-    and all of them say much about what is common to many. Answers that were compared with another one to the same question,
-    a correction or a pick, keep what was said of them.
-    """
-    kind_of = kinds_of([one.question for one in found], embedder, seed)
-    share = config.rewards.smoothing
-    refused = {(one.prompt_ids, one.rejected_ids) for one in found}
-    is_compared = [one.rejected_ids is not None or (one.prompt_ids, one.completion_ids) in refused for one in found]
-
-    def smooth(worth: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        alike = expected(worth, features([one.answer for one in found], embedder), weights)
-        return np.where(is_compared, worth, (1 - share) * worth + share * alike)
-
-    return weighed(
-        found,
-        kind_of,
-        config.rewards.prior,
-        config.rewards.person_cap,
-        config.learning.half_life,
-        smooth if share and found else None,
-    )
-
-
-def paired(answers: Sequence[tuple[float, Experience]]) -> list[Experience]:
-    """Answers to one question (with their ranks): the best with the worst as the one that it is preferred to."""
-    ones = [one for _, one in answers]
-    if len(ones) < 2 or any(one.rejected_ids is not None for one in ones):
-        return ones
-    order = sorted(range(len(ones)), key=lambda row: (ones[row].reward, answers[row][0]))
-    worst, best = order[0], order[-1]
-    is_better = (ones[worst].reward, answers[worst][0]) < (ones[best].reward, answers[best][0])
-    is_other = ones[best].completion_ids != ones[worst].completion_ids
-    if is_better and is_other and ones[worst].prompt_ids == ones[best].prompt_ids:
-        said = {one for row in (best, worst) for one in (*ones[row].feedback_ids, *ones[row].rank_ids)}
-        both = tuple(sorted(said))  # the other may be left out of the run, but taught it all the same
-        ones[best] = replace(ones[best], rejected_ids=ones[worst].completion_ids, feedback_ids=both)
-    return ones
-
-
-def told(tokenizer: ChatTokenizer, prompt_ids: Sequence[int], comment: str) -> tuple[int, ...]:
-    """A prompt as somebody would have it who knows what the asker said next."""
-    line = f"What the user will say to the answer: {tokenizer.neutralise(comment)}"
-    return tuple(tokenizer.note_ids(line, prompt_ids))

@@ -14,7 +14,7 @@ import numpy as np
 from bot.config import Config
 from bot.embeddings import Embedder
 from learning.evaluation import calibration_error
-from learning.replay_buffer import Experience
+from learning.experience import Experience
 
 FOLDS = 5
 STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)  # inverse weights of the penalty that are tried

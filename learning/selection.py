@@ -19,7 +19,7 @@ from learning.rewards import advantages
 
 if TYPE_CHECKING:
     from bot.embeddings import Embedder
-    from learning.replay_buffer import Experience
+    from learning.experience import Experience
 
 ALIKE = 0.97  # cosine similarity of question and answer from which two turns are the same thing said twice
 IN_A_KIND = 24  # turns, on average, in one kind of prompt
@@ -54,12 +54,25 @@ def fresh_and_old(found: Sequence["Experience"], limit: int, fresh: float) -> Ke
     """
     if len(found) <= limit:
         return list(found), Counter()
-    newest = max(1, round(limit * fresh))
-    older = sorted(range(len(found) - newest), key=lambda row: hashlib.sha256(found[row].turn_id.encode()).digest())
+    newest = count_fresh(limit, fresh)
+    older = sorted(range(len(found) - newest), key=lambda row: order_of_draw(found[row].turn_id))
     rows = sorted(older[: limit - newest]) + list(range(len(found) - newest, len(found)))
-    return [found[row] for row in rows], Counter(
-        {f"more than {limit} turns (learning.max_turns): not drawn from the older ones": len(found) - limit}
-    )
+    return [found[row] for row in rows], Counter({not_drawn(limit): len(found) - limit})
+
+
+def count_fresh(limit: int, fresh: float) -> int:
+    """How many of `limit` experiences are the newest."""
+    return max(1, round(limit * fresh))
+
+
+def order_of_draw(turn_id: str) -> bytes:
+    """What the older turns are sorted by, of which the first are drawn."""
+    return hashlib.sha256(turn_id.encode()).digest()
+
+
+def not_drawn(limit: int) -> str:
+    """The reason why a turn is left out that is one of too many."""
+    return f"more than {limit} turns (learning.max_turns): not drawn from the older ones"
 
 
 def thinned(found: Sequence["Experience"], vectors: np.ndarray) -> Kept:

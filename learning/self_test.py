@@ -33,7 +33,7 @@ from bot.types import new_id
 from bot.vllm_server import VllmServer, served_dtype
 
 if TYPE_CHECKING:
-    from learning.replay_buffer import Experience
+    from learning.experience import Experience
 
 QUESTION = [{"role": "user", "content": "hello"}]
 STEP_SECONDS = 1800
@@ -208,7 +208,7 @@ class SelfTest:
 
 def made_rows(tokenizer: ChatTokenizer, count: int, length: int) -> list["Experience"]:
     """Make answers of so many tokens, every other one liked, that each objective can learn from."""
-    from learning.replay_buffer import Experience
+    from learning.experience import Experience
 
     prompt = tuple(tokenizer.prompt_ids(QUESTION))
     room = max(2, length - len(prompt))

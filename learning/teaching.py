@@ -22,8 +22,8 @@ from learning.evaluation import (
     preserve_random_state,
     token_rows,
 )
+from learning.experience import Experience
 from learning.gate import margin_interval
-from learning.replay_buffer import Experience
 
 if TYPE_CHECKING:
     import torch

@@ -24,8 +24,9 @@ from bot.config import Config, DatabaseConfig
 from bot.model_shape import read_shape
 from bot.tokenizer import ChatTokenizer
 from learning import demo
+from learning.comparison import told
+from learning.experience import Experience
 from learning.pretrain import is_toy
-from learning.replay_buffer import Experience, told
 
 Progress = Callable[[str, int, int], None]
 

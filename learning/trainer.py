@@ -29,12 +29,13 @@ from learning import probe
 from learning.drift import changed
 from learning.evaluation import kl_to_base, manner
 from learning.evidence import Measured, answer, choose_prompts, compare, measure
+from learning.experience import Experience, Snapshot
 from learning.gate import ROOM, Evidence, Verdict, allowed_p, judge, newest_that_suffice
 from learning.model import as_base, not_finite, save, served, settle, to_train
 from learning.off_policy import estimated
 from learning.pretrain import quiet
 from learning.processes import teach_together
-from learning.replay_buffer import Experience, ReplayBuffer, Snapshot
+from learning.replay_buffer import ReplayBuffer
 from learning.report import write_samples
 from learning.reward_model import reward_model
 from learning.teaching import teach

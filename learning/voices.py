@@ -44,7 +44,6 @@ class Voices:
         given = [row for rows in self._given.values() for row in rows]
         self._held = {row.id for row in held(given)}
         self._standing = {row.id for row in standing(given)}
-        self.no_longer_stands = {row.id for row in given} - self._standing
         self._platforms = store.platforms({turn.conversation_id for turn in turns})
         live = [turn for turn in turns if not self.is_imported(turn)]
         asked = [(turn.conversation_id, row.user_id) for turn in live for row in self._given[turn.id]]
@@ -52,10 +51,6 @@ class Voices:
         self.consent = Consent(users, self._platforms, store.authors({one for turn in turns for one in turn.shown}))
         self.questions = store.texts({turn.message_id for turn in turns})
         self._said_next = store.said_next(turn.id for turn in turns)
-
-    def turns_of(self, feedback_ids: set[str]) -> list[str]:
-        """The turn of each of some opinions."""
-        return sorted(row.turn_id for rows in self._given.values() for row in rows if row.id in feedback_ids)
 
     def is_imported(self, turn: Turn) -> bool:
         """Whether a turn was read from a file."""

@@ -24,6 +24,7 @@ from bot.registry import PolicyRegistry
 from bot.tokenizer import ChatTokenizer
 from bot.types import PolicyState, PolicyVersion, now
 from learning.evidence import choose_prompts, compare, measure
+from learning.experience import Experience
 from learning.gate import (
     ROOM,
     Evidence,
@@ -38,7 +39,7 @@ from learning.gate import (
 )
 from learning.model import served
 from learning.pretrain import quiet
-from learning.replay_buffer import Experience, ReplayBuffer
+from learning.replay_buffer import ReplayBuffer
 from learning.version_files import discard_weights, faults, fingerprint, read_since
 
 Progress = Callable[[str, int, int], None]

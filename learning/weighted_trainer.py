@@ -27,8 +27,8 @@ from trl import SFTConfig, SFTTrainer
 
 from bot.config import TrainingConfig
 from learning.evaluation import batched_logprobs, pad_id, token_rows
+from learning.experience import Experience
 from learning.model import as_base
-from learning.replay_buffer import Experience
 from learning.selection import group_by_length
 
 CUT = 2.0  # of importance weights

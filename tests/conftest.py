@@ -62,6 +62,7 @@ ON_BOTH_ENGINES = {
     "test_registry",
     "test_recall",
     "test_replay_buffer",
+    "test_retention",
     "test_tracker",
 }
 # How fast the machine is says nothing about the code.

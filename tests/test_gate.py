@@ -10,6 +10,7 @@ from bot.config import GateConfig
 from learning import demo
 from learning.error_budget import level_of_next
 from learning.evaluation import Sample, bootstrap
+from learning.experience import Experience
 from learning.gate import (
     ROOM,
     Evidence,
@@ -27,7 +28,6 @@ from learning.gate import (
     subtract_kind_means,
 )
 from learning.permutation import permutation_p_value, sign_flip_p_value
-from learning.replay_buffer import Experience
 
 
 def opinions(signs: list[int], kinds: list[int] | None = None) -> Opinions:

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from bot.config import Config, TrainingConfig
 from bot.errors import NothingToLearn, TrainingError
 from learning import batching, demo, objectives
+from learning.comparison import told
 from learning.evaluation import batched_logprobs, batches
+from learning.experience import Experience
 from learning.guard import CHECKS, Guard, Health, Limits, due
 from learning.model import load, restore, weights
 from learning.objectives import TokenDPOTrainer, TokenKTOTrainer, arguments, train
-from learning.replay_buffer import Experience, told
 from learning.selection import draw_batches, learnable, usable_rows
 from learning.weighted_trainer import CUT, TERMS, WeightedTrainer, row_losses, weighted_trainer
 

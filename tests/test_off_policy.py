@@ -5,8 +5,8 @@ import torch
 from test_reward_model import rated
 
 from learning.evaluation import Sample
+from learning.experience import Experience
 from learning.off_policy import CUT, doubly_robust, estimated, importance
-from learning.replay_buffer import Experience
 from learning.reward_model import RewardModel
 
 

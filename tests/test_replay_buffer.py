@@ -210,6 +210,40 @@ def test_the_newest_turns_are_used_where_there_are_too_many(store, tokenizer):
     assert sum(found.dropped.values()) == 6
 
 
+def test_a_run_reads_no_more_turns_than_it_draws_from_and_draws_what_it_would_draw_of_all(store, tokenizer, monkeypatch):
+    for number in range(120):
+        turn = answered(store, tokenizer, f"hello {number}", "Hey there!")
+        react(store, turn, approves=number % 3 > 0)
+        if number % 4 == 0:  # its opinions cancel out: it is no use
+            react(store, turn, approves=number % 3 == 0)
+            store.add_message(Message(turn.conversation_id, "bob", "hi"))
+            react(store, turn, approves=number % 3 == 0, user="bob")
+        if number % 5 == 0:
+            again = replace(turn, id=new_id(), reply_id=new_id(), text="Hi!", completion_ids=None, replaces=turn.id)
+            store.add_turn(again)
+            react(store, again, approves=number % 3 == 0)
+    config = load(learning={"max_turns": 24, "fresh": 0.5})
+    found, read = {}, {}
+    turns_of = store.turns_of
+    for page in (10_000, 7):
+        monkeypatch.setattr("learning.replay_buffer.PAGE", page)
+        counted: list[str] = []
+
+        def count(ids, counted=counted):
+            wanted = list(ids)
+            counted += wanted
+            return turns_of(wanted)
+
+        monkeypatch.setattr(store, "turns_of", count)
+        one = snapshot(store, tokenizer, config)
+        found[page], read[page] = [one.training, one.held_out, one.turns], len(counted)
+        assert one.dropped.total() == one.turns - 24
+    assert found[7] == found[10_000]
+    assert read[10_000] == found[7][2] == 144
+    assert read[7] < 80
+    assert len(ReplayBuffer(store, tokenizer, config).rated()) > 80, "the control: there were more to read"
+
+
 def test_what_people_said_of_another_base_models_answers_is_learned_from_as_texts(config, store, registry, tokenizer):
     turn = answered(store, tokenizer, "hello", "Hey there!")
     place = store.conversation(turn.conversation_id)

@@ -9,8 +9,8 @@ import pytest
 from bot.config import Config
 from learning import demo
 from learning.evaluation import calibration
+from learning.experience import Experience
 from learning.lm_reward_model import LmRewardModel, pairs
-from learning.replay_buffer import Experience
 from learning.reward_model import Judged, RewardModel, figures
 
 ABOUT = {

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bot.config import Config
-from learning.replay_buffer import Experience, compared, paired
+from learning.comparison import compared, paired
+from learning.experience import Experience
 from learning.rewards import advantages
 from learning.selection import draw_batches, fresh_and_old, group_by_length, is_held_out, kinds_of, limited, thinned, weighed
 

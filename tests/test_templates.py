@@ -24,8 +24,8 @@ from bot.thoughts import UNMARKED
 from bot.tokenizer import ChatTokenizer
 from bot.tracker import CUT, StateTracker
 from bot.types import Conversation, Message, Role, new_id
+from learning.comparison import told
 from learning.pretrain import _row
-from learning.replay_buffer import told
 
 ROLES = {"s": "system", "u": "user", "a": "assistant"}
 TEXTS = st.one_of(

@@ -4,7 +4,7 @@ import pytest
 
 from bot.config import Config
 from learning import train_benchmark
-from learning.replay_buffer import Experience
+from learning.experience import Experience
 
 
 @pytest.mark.slow

@@ -17,11 +17,12 @@ from bot.registry import BASE, PolicyRegistry
 from bot.types import PolicyState
 from learning import demo, trainer
 from learning.benchmark import random_version, register_copy
+from learning.experience import Experience
 from learning.model import load as load_model
 from learning.model import restore, weights
 from learning.objectives import TokenKTOTrainer, train
 from learning.processes import teach_together
-from learning.replay_buffer import Experience, ReplayBuffer
+from learning.replay_buffer import ReplayBuffer
 from learning.teaching import teach
 from learning.version_files import is_whole
 from learning.waiting import earlier_verdicts

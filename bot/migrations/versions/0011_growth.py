@@ -11,11 +11,10 @@ down_revision = "0010"
 
 INDICES = (
     ("turns_in_time", "turns", ["at", "id"]),
-    ("messages_in_time", "messages", ["at", "id"]),
     ("messages_of_scopes", "messages", ["scope", "id"]),
     ("messages_of_authors", "messages", ["author_id", "scope"]),
     ("conversations_of_spaces", "conversations", ["platform", "space", "is_public", "scope"]),
-    ("ix_feedback_user_id", "feedback", ["user_id"]),
+    ("feedback_of_people", "feedback", ["user_id", "turn_id"]),
     ("deliveries_in_channels", "deliveries", ["platform", "channel", "turn_id"]),
     ("ix_run_feedback_feedback_id", "run_feedback", ["feedback_id"]),
     ("ix_run_followups_message_id", "run_followups", ["message_id"]),
@@ -50,6 +49,8 @@ def upgrade() -> None:
     op.execute("UPDATE messages SET scope = (SELECT scope FROM conversations WHERE conversations.id = conversation_id)")
     for name, table, columns in INDICES:
         op.create_index(name, table, columns)
+    kept = sa.text("author_id <> ''")
+    op.create_index("messages_in_time", "messages", ["at", "id"], sqlite_where=kept, postgresql_where=kept)
     after = ""
     said = sa.text("SELECT id, text FROM messages WHERE id > :after ORDER BY id LIMIT :most")
     while rows := connection.execute(said, {"after": after, "most": CHUNK}).all():
@@ -60,6 +61,7 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.drop_table("words")
+    op.drop_index("messages_in_time", table_name="messages")
     for name, table, _ in INDICES:
         op.drop_index(name, table_name=table)
     for table in ("conversations", "messages"):

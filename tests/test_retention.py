@@ -1,0 +1,163 @@
+"""Retention: what is too old is gone, what is younger stays, and nobody waits long for it."""
+
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+from conftest import answered, react
+from pydantic import ValidationError
+
+from bot import retention
+from bot.config import PrivacyConfig
+from bot.forgetting import SAMPLES, forget_person
+from bot.memory import Memory
+from bot.recall import Recall, weights
+from bot.registry import BASE
+from bot.retention import erase_expired
+from bot.tables import embeddings, feedback, messages, metadata, run_teachers, sources, turns, words
+from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, Turn, new_id, now
+from learning.explanation import explain
+from learning.replay_buffer import ReplayBuffer
+
+SECRET = "xyzzy parrots in the attic"
+YOUNG = "the young tulips bloom early"
+
+
+def make_older(database, turn: Turn, days: int) -> None:
+    """Make a turn, its two messages and what was said about it so many days old."""
+    at = now() - timedelta(days=days)
+    with database.begin() as connection:
+        for column, ids in (
+            (messages.c.id, [turn.message_id, turn.reply_id]),
+            (turns.c.id, [turn.id]),
+            (feedback.c.turn_id, [turn.id]),
+        ):
+            connection.execute(column.table.update().where(column.in_(ids)).values(at=at))
+
+
+def count_rows(database) -> dict[str, int]:
+    with database.read() as connection:
+        tables = metadata.sorted_tables
+        return {one.name: connection.execute(sa.select(sa.func.count()).select_from(one)).scalar_one() for one in tables}
+
+
+def everything_stored(database) -> str:
+    with database.read() as connection:
+        return "\n".join(str(row) for table in metadata.sorted_tables for row in connection.execute(sa.select(table)))
+
+
+async def tell_nobody(ids) -> None:
+    pass
+
+
+@pytest.fixture
+def talk(database, store, tokenizer):
+    """An old turn and a young one, in one conversation; the young one's policy was shown the old one's messages."""
+    place = store.open(Conversation("test", new_id()))
+    old = answered(store, tokenizer, SECRET, f"you said {SECRET}", author="ann", place=place)
+    shown = {old.message_id: None, old.reply_id: 0.5}
+    young = answered(store, tokenizer, YOUNG, "Nice!", author="bob", place=place, shown=shown)
+    react(store, old, approves=True, user="bob")
+    store.add_feedback(Feedback(old.id, "ann", FeedbackKind.CORRECTION, text=SECRET))
+    react(store, young, approves=True, user="bob")
+    Memory(database).keep([(old.message_id, SECRET), (young.message_id, YOUNG)], np.ones((2, 4), np.float32), "m")
+    make_older(database, old, days=91)
+    make_older(database, young, days=89)
+    return old, young
+
+
+async def test_what_is_too_old_is_erased_and_what_is_younger_stays(
+    config, database, store, registry, tokenizer, talk, tmp_path
+):
+    old, young = talk
+    version = registry.reserve(registry.get(BASE), tmp_path / "policies")
+    [given] = [row for row in store.feedback_of([old.id])[old.id] if row.text is None]
+    registry.begin_run(version.name, {}, "", [given.id])
+    registry.complete(version.name, "", {})
+    registry.promote(version.name)
+    Path(version.path).mkdir(parents=True)
+    (Path(version.path) / SAMPLES).write_text(SECRET)
+    said = store.feedback_of([young.id])[young.id]
+    assert SECRET in everything_stored(database), "the control"
+    told: list[str] = []
+
+    async def tell(ids) -> None:
+        told.extend(ids)
+
+    await erase_expired(database, 0, tell)
+    assert SECRET in everything_stored(database), "0 is for ever"
+    await erase_expired(database, 90, tell)
+    assert set(told) == {old.message_id, old.reply_id}
+    assert "xyzzy" not in everything_stored(database)
+    assert not (Path(version.path) / SAMPLES).exists()
+    if database.dialect == "sqlite":
+        assert b"xyzzy" not in b"".join(path.read_bytes() for path in config.data.rglob("kibitz.db*"))
+    assert store.turn(old.id) is None
+    assert store.message(old.message_id).is_forgotten, "its place stays, so that its event is still known"
+    left = store.turn(young.id)
+    assert (left.text, left.shown) == (young.text, young.shown)
+    assert (left.prompt_ids, left.completion_ids, left.logprobs) == (None, None, None), "they spelt the old text"
+    assert store.message(young.message_id).text == YOUNG
+    assert store.feedback_of([young.id])[young.id] == said
+    counts = count_rows(database)
+    assert (counts["embeddings"], counts["sources"], counts["feedback"]) == (1, 2, 1)
+    with database.read() as connection:
+        assert set(connection.execute(sa.select(words.c.message_id)).scalars()) == {young.message_id}
+        assert set(connection.execute(sa.select(embeddings.c.message_id)).scalars()) == {young.message_id}
+        assert set(connection.execute(sa.select(sources.c.turn_id)).scalars()) == {young.id}
+        assert set(connection.execute(sa.select(run_teachers.c.user_id)).scalars()) == {"ann", "bob"}
+    assert registry.live().name == version.name, "as when a message is deleted"
+    buffer = ReplayBuffer(store, tokenizer, config)
+    [row] = buffer.snapshot().rated
+    assert (row.turn_id, row.logprobs) == (young.id, None)
+    assert any(YOUNG in line for line in explain(young.id, buffer, registry).lines())
+    forget_person(database, registry, "test", "ann")
+    assert registry.get(version.name).state == PolicyState.PURGED, "who taught it is still known"
+
+
+async def test_a_young_answer_that_was_shown_nothing_old_keeps_its_ids(database, store, tokenizer, talk):
+    apart = answered(store, tokenizer, "hello", "Hey there!")
+    await erase_expired(database, 90, tell_nobody)
+    assert store.turn(apart.id) == apart
+
+
+async def test_it_is_done_in_small_transactions_between_which_others_are_served(database, store, monkeypatch):
+    monkeypatch.setattr(retention, "AT_ONCE", 4)
+    place = store.open(Conversation("test", new_id()))
+    old = now() - timedelta(days=100)
+    for number in range(22):
+        store.add_message(Message(place.id, "ann", f"{SECRET} {number}", at=old))
+    done: list[int] = []
+    erase = retention.erase_before
+
+    def erase_some(*arguments) -> list[str]:
+        found = erase(*arguments)
+        done.append(len(found))
+        return found
+
+    monkeypatch.setattr(retention, "erase_before", erase_some)
+    await erase_expired(database, 90, tell_nobody)
+    assert done == [4, 4, 4, 4, 4, 2, 0]
+    assert [one.text for one in store.messages(place.id)] == [""] * 22
+    await erase_expired(database, 90, tell_nobody)
+    assert done[7:] == [0], "what is erased is not looked at again"
+
+
+async def test_what_is_erased_is_gone_from_memory_too(database, store, talk):
+    recall = Recall(Memory(database), None, weights())
+    old, _ = talk
+    asked = Message(old.conversation_id, "cleo", "parrots in the attic?")
+    assert SECRET in [one.message.text for one in await recall.find(asked, 4)]
+    index = recall.read(store.conversation(old.conversation_id)).index
+    await erase_expired(database, 90, recall.drop)
+    assert {one.message.text for one in await recall.find(asked, 4)} == {"Nice!", YOUNG}
+    assert recall.read(store.conversation(old.conversation_id)).index is not index
+    recall.close()
+
+
+@pytest.mark.parametrize("days", [-1, 10**9])
+def test_a_number_of_days_that_makes_no_sense_is_refused(days):
+    with pytest.raises(ValidationError):
+        PrivacyConfig(retention_days=days)
