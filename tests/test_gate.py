@@ -399,7 +399,7 @@ def test_of_placebo_runs_in_a_row_at_most_one_series_in_twenty_promotes_anything
     """
     series, runs, gate, wait = 25, 200, GateConfig(), 24
     budget = 1 - gate.confidence
-    promoted, at_one_level, peeked, waited, in_vain = 0, 0, 0, 0, 0
+    promoted, at_one_level, peeked, waited = 0, 0, 0, 0
     for seed in range(series):
         rng = np.random.default_rng(seed)
         tends = rng.uniform(0.2, 0.8, 10)
@@ -416,12 +416,11 @@ def test_of_placebo_runs_in_a_row_at_most_one_series_in_twenty_promotes_anything
             all_rows = [*rows, *(said(f"{run} later {number}") for number in range(wait))]
             found, allowed = placebo(rng, all_rows), allowed_p(gate, earlier)
             looks = range(len(rows), len(all_rows) + 1)
-            enough = [can_suffice(opinions_of(all_rows[:at], [0] * at, 0.25), gate, allowed / ROOM) for at in looks]
-            at = looks[enough.index(True)] if any(enough) else looks[-1]
+            enough = (at for at in looks if can_suffice(opinions_of(all_rows[:at], [0] * at, 0.25), gate, allowed / ROOM))
+            at = next(enough, looks[-1])
             waited += at > looks[0]
             on = first_of(found, all_rows, at)
             if not can_suffice(on.opinions, gate, allowed):
-                in_vain += 1
                 continue
             asked = ask_opinions(on, allowed, seed=run)
             earlier.append(asked["is_better"])
