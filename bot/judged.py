@@ -33,13 +33,6 @@ def find_judged(database: Database, space: str | None = None, followed_up: bool 
         return [Judged(row.id, row.message_id) for row in connection.execute(query.order_by(turns.c.id))]
 
 
-def find_taught(database: Database) -> set[str]:
-    """Return the turns of which an opinion ever taught a version."""
-    query = sa.select(feedback.c.turn_id).distinct().join(run_feedback, run_feedback.c.feedback_id == feedback.c.id)
-    with database.read() as connection:
-        return set(connection.execute(query).scalars())
-
-
 def find_reconsidered(database: Database) -> set[str]:
     """Return the turns of opinions that taught a run and about which more was said."""
     other = feedback.alias()

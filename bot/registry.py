@@ -5,7 +5,7 @@ live version is the one row in state LIVE; promoting is one transaction. It know
 rollback works while training is broken.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from bot.errors import RegistryError, VerdictOutdated
 from bot.fingerprint import fingerprint_model
 from bot.lineage import LIVE_BEFORE, find_bases, is_same_base, last_live, servable_before
 from bot.sources import people_behind
-from bot.tables import chunks, policies, run_feedback, run_followups, run_teachers, runs, switches
+from bot.tables import policies, run_feedback, run_followups, run_teachers, runs, switches
 from bot.types import Person, PolicyState, PolicyVersion, new_id, now
 
 S = PolicyState
@@ -313,18 +313,6 @@ class PolicyRegistry:
         with self.database.read() as connection:
             return [dict(row._mapping) for row in connection.execute(query)]
 
-    def which_taught(self, feedback_ids: Sequence[str]) -> set[str]:
-        """Return those of this feedback that ever taught a version."""
-        query = sa.select(run_feedback.c.feedback_id).distinct()
-        with self.database.read() as connection:
-            rows = (connection.execute(query.where(run_feedback.c.feedback_id.in_(ids))) for ids in chunks(feedback_ids))
-            return {one for found in rows for one in found.scalars()}
-
-    def runs_that_used(self, feedback_ids: Sequence[str], followup_ids: Sequence[str] = ()) -> list[str]:
-        """The names of the versions that this feedback, or these messages that followed up, taught."""
-        with self.database.read() as connection:
-            return sorted(_taught(connection, feedback_ids, followup_ids))
-
     def _one(self, condition: sa.ColumnElement[bool]) -> PolicyVersion:
         with self.database.read() as connection:
             row = connection.execute(sa.select(policies).where(condition)).one_or_none()
@@ -348,15 +336,6 @@ def withdraw(connection: sa.Connection, names: Collection[str]) -> list[PolicyVe
         _move(connection, back.name, S.LIVE)
     gone = [version.name for version in versions if version.name in names and version.state != S.PURGED]
     return [_move(connection, name, S.PURGED) for name in gone]
-
-
-def _taught(connection: sa.Connection, feedback_ids: Iterable[str], followup_ids: Iterable[str]) -> set[str]:
-    found: set[str] = set()
-    for column, teachers in ((run_feedback.c.feedback_id, feedback_ids), (run_followups.c.message_id, followup_ids)):
-        query = sa.select(runs.c.policy).join(column.table, column.table.c.run_id == runs.c.id)
-        for ids in chunks(teachers):
-            found.update(connection.execute(query.where(column.in_(ids))).scalars())
-    return found
 
 
 def _next_number(connection: sa.Connection) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bot.errors import DataError
 from bot.registry import PolicyRegistry
+from bot.teachers import find_pupils
 from bot.types import Message, Turn
 from learning.replay_buffer import Decision, ReplayBuffer
 
@@ -108,7 +109,7 @@ def explain(turn_id: str, buffer: ReplayBuffer, registry: PolicyRegistry) -> Acc
     there = store.messages_of(turn.remembered)
     shown = sorted(((score, one) for one, score in turn.remembered.items() if one in there), reverse=True)
     followups = [decision.followup.message_id] if decision.followup is not None else []
-    taught = set(registry.runs_that_used([row.id for row, _ in decision.opinions], followups))
+    taught = set(find_pupils(registry.database, [row.id for row, _ in decision.opinions], followups))
     used = [(name, path) for name, path in registry.directories().items() if name in taught]
     return Account(
         turn=turn,

@@ -15,9 +15,10 @@ from bot.conversations import ConversationStore
 from bot.dialogue import UNFINISHED
 from bot.embeddings import Embedder
 from bot.feedback import standing
-from bot.judged import Judged, find_judged, find_reconsidered, find_taught
+from bot.judged import Judged, find_judged, find_reconsidered
 from bot.registry import PolicyRegistry
 from bot.sampling import is_truncated
+from bot.teachers import find_turns_that_taught, select_teachers
 from bot.tokenizer import ChatTokenizer
 from bot.types import Feedback, FeedbackKind, FollowUp, Message, Turn, now
 from bot.users import Users
@@ -125,7 +126,7 @@ class ReplayBuffer:
 
     def _taught_units(self) -> set[str]:
         """The units of all turns of which an opinion ever taught a version."""
-        taught, found = sorted(find_taught(self.store.database)), set[str]()
+        taught, found = sorted(find_turns_that_taught(self.store.database)), set[str]()
         for start in range(0, len(taught), PAGE):
             turns = self.store.turns_of(taught[start : start + PAGE])
             voices = Voices(self.store, self.users, turns, self.config.web)
@@ -180,7 +181,7 @@ class ReplayBuffer:
         said = self.store.feedback_of(find_reconsidered(self.store.database) & turn_ids)
         given = [row for rows in said.values() for row in rows]
         gone = {row.id for row in given} - {row.id for row in standing(given)}
-        taught = PolicyRegistry(self.store.database).which_taught(sorted(gone))
+        taught = select_teachers(self.store.database, sorted(gone))
         return sorted(row.turn_id for row in given if row.id in taught)
 
     def _reader(self) -> "Reader":

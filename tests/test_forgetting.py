@@ -17,6 +17,7 @@ from bot.forgetting import SAMPLES, forget_message, forget_person
 from bot.memory import Memory
 from bot.registry import BASE
 from bot.tables import followups, run_teachers, sources
+from bot.teachers import find_pupils
 from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, Turn, new_id, now
 from bot.users import Users
 from learning.kibitz_export import export
@@ -72,7 +73,7 @@ def test_with_a_person_the_versions_go_that_learned_from_what_they_said_next(
     version = registry.reserve(registry.get(BASE), tmp_path / "policies")
     registry.begin_run(version.name, {}, "", [], [after.id])
     registry.complete(version.name, "", {})
-    assert registry.runs_that_used([], [after.id]) == [version.name]
+    assert find_pupils(registry.database, [], [after.id]) == [version.name]
     erased = forget_person(database, registry, "test", person)
     assert erased.policies == (person == "ann")  # the control: Bob said nothing
     assert (registry.get(version.name).state == PolicyState.PURGED) == (person == "ann")
