@@ -21,7 +21,7 @@ import numpy as np
 from bot.embeddings import BATCH, Embedder
 from bot.errors import ConfigError
 from bot.memory import Memory, Text
-from bot.retrieval import Entry, ScopeIndex, Weights
+from bot.retrieval import Entry, ScopeIndex, Weights, forget_words
 from bot.tables import CHUNK
 from bot.types import Conversation, Message
 
@@ -141,6 +141,7 @@ class Recall:
             self._waiting.remove(one)
         late = [scope for scope, ids in held.items() if not gone.isdisjoint(ids)]
         await self._call(lambda: [self._scopes.pop(scope, None) for scope in late])
+        forget_words()
 
     def close(self) -> None:
         """End the threads; what still waits to be embedded is at the next start."""

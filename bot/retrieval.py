@@ -75,6 +75,12 @@ def words(text: str) -> list[str]:
     return found
 
 
+def forget_words() -> None:
+    """Begin anew with an empty cache of words that were stemmed."""
+    global _stem
+    _stem = Stemmer.Stemmer("english").stemWord
+
+
 class ScopeIndex:
     """The messages that one scope may see, oldest first."""
 
