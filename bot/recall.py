@@ -25,6 +25,7 @@ from bot.memory import Memory, Text
 from bot.retrieval import Entry, ScopeIndex, Weights
 from bot.tables import CHUNK
 from bot.types import Conversation, Message
+from bot.words import forget_words
 
 log = logging.getLogger(__name__)
 
@@ -156,6 +157,7 @@ class Recall:
             self._waiting.remove(one)
         late = [scope for scope, ids in held.items() if not gone.isdisjoint(ids)]
         await self._call(lambda: [self._scopes.pop(scope, None) for scope in late])
+        forget_words()
 
     async def drop(self, message_ids: Collection[str]) -> None:
         """Let go of the scopes in memory that hold any of these messages; they are read anew when they are asked for."""

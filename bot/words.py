@@ -32,6 +32,12 @@ def words(text: str) -> list[str]:
     return found
 
 
+def forget_words() -> None:
+    """Begin anew with an empty cache of words that were stemmed."""
+    global _stem
+    _stem = Stemmer.Stemmer("english").stemWord
+
+
 def telling_words(text: str) -> set[str]:
     """The words of a text that are no function words; none where it says too little to be remembered."""
     found = set(words(text)) - FUNCTION_WORDS

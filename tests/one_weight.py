@@ -1,0 +1,113 @@
+"""A policy with one weight, which a run trains in an instant: how much likelier answers with an exclamation mark are.
+
+It takes the place of the model and of the optimisation alone. What is read, held out, judged, written, registered and
+deployed is the real code: `learn_in_an_instant` replaces the functions of runs and verdicts that need torch, and none else.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from bot.tokenizer import ChatTokenizer
+from learning import evidence, trainer, waiting
+from learning.evaluation import Rows, Sample
+from learning.probe import Probe
+from learning.replay_buffer import Experience
+
+LAYER = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+VOCABULARY = 16  # tokens that a probe looks at
+PACE = 0.5  # how far a run moves the weight
+EXCLAIMS = "Great!"
+STATES = "Poor."
+
+
+@dataclass
+class OneWeight:
+    """The model: `weight` is 0 in the base."""
+
+    base_model: str
+    tokenizer: ChatTokenizer
+    weight: float = 0.0
+
+    def logprob(self, completion: Sequence[int]) -> float:
+        """Nats a token of an answer."""
+        exclaims = "!" in self.tokenizer.hf.decode(list(completion))
+        return -1.0 + self.weight * (1 if exclaims else -1)
+
+    def likely(self) -> torch.Tensor:
+        """The log-probabilities of the next token, wherever it stands."""
+        return (torch.linspace(0, 1, VOCABULARY) * (1 + self.weight)).log_softmax(-1)
+
+
+def weight_of(adapter: Path) -> float:
+    """Return the weight of a saved version."""
+    return float(load_file(adapter / "adapter_model.safetensors")[LAYER.format("B")][0, 0])
+
+
+@contextlib.contextmanager
+def learn_in_an_instant(tokenizer: ChatTokenizer) -> Iterator[pytest.MonkeyPatch]:
+    """Inside, runs train a policy with one weight. More can be replaced with what is yielded."""
+
+    def served(config: Any, base_model: str, version: str | None = None) -> OneWeight:
+        return OneWeight(base_model, tokenizer, 0.0 if version is None else weight_of(Path(version)))
+
+    def teach(
+        config: Any, model: OneWeight, tokenizer: ChatTokenizer, training: Sequence[Experience], *_: Any
+    ) -> dict[str, Any]:
+        exclaims = np.array([1.0 if "!" in one.answer else -1.0 for one in training])
+        worth = np.array([one.advantage * one.weight for one in training])
+        model.weight += PACE * float(np.tanh(exclaims @ worth))
+        return {"stopped": None, "kept": 1, "checks": [], "step_seconds": 0.0}
+
+    def generate(model: OneWeight, tokenizer: ChatTokenizer, prompts: Sequence[Sequence[int]], *_: Any) -> list[Sample]:
+        said = EXCLAIMS if model.weight > 0 else STATES
+        ids = tuple(tokenizer.completion_ids(said))
+        return [Sample(tuple(prompt), ids, said, finished=True) for prompt in prompts]
+
+    def save(model: OneWeight, directory: Path) -> None:
+        (directory / "adapter_config.json").write_text(
+            json.dumps({"r": 1, "bias": "none", "base_model_name_or_path": model.base_model})
+        )
+        halves = {LAYER.format(half): np.full((1, 1), model.weight, np.float32) for half in "AB"}
+        save_file(halves, directory / "adapter_model.safetensors")
+
+    def logprobs(model: OneWeight, rows: Rows) -> list[torch.Tensor]:
+        return [torch.full((len(completion),), model.logprob(completion)) for _, completion in rows]
+
+    @contextlib.contextmanager
+    def as_base(model: OneWeight) -> Iterator[None]:
+        own, model.weight = model.weight, 0.0
+        yield
+        model.weight = own
+
+    stand_ins = {
+        "served": served,
+        "to_train": lambda config, base_model, model: model,
+        "teach": teach,
+        "generate": generate,
+        "save": save,
+        "batched_logprobs": logprobs,
+        "as_base": as_base,
+        "kl_to_base": lambda model, samples: abs(model.weight) / 100,
+        "settle": lambda model: None,
+        "not_finite": lambda model: [],
+        "quiet": lambda: None,
+        "ChatTokenizer": lambda *_: tokenizer,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, stand_in in stand_ins.items():
+            places = [module for module in (trainer, evidence, waiting) if hasattr(module, name)]
+            assert places, f"nothing uses {name} any more"
+            for module in places:
+                patch.setattr(module, name, stand_in)
+        patch.setattr("learning.probe.prefixes", lambda model, *_: [[1, 2, 3]])
+        patch.setattr("learning.probe.measure", lambda model, places: Probe([model.likely()], [model.likely()]))
+        yield patch
