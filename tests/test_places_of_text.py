@@ -25,7 +25,7 @@ from conftest import until
 from fake_vllm import FakeVllm
 from one_weight import EXCLAIMS, STATES, learn_in_an_instant
 
-from bot import app, retrieval
+from bot import app, words
 from bot.config import Config
 from bot.dialogue import History, ReplyOptions
 from bot.embeddings import Embedder
@@ -162,7 +162,7 @@ class Talk:
         return first
 
 
-COLUMNS = {"messages.text", "turns.prompt_ids", "turns.completion_ids", "feedback.text"}
+COLUMNS = {"messages.text", "words.word", "turns.prompt_ids", "turns.completion_ids", "feedback.text"}
 
 
 @contextlib.asynccontextmanager
@@ -230,7 +230,7 @@ async def test_a_word_is_gone_from_every_place_where_text_may_lie(teaching, toke
             assert bool(found & {"kibitz.db", "kibitz.db-wal"}) == (kibitz.database.dialect == "sqlite")
             assert search.columns(kibitz.database.engine) == COLUMNS
             assert search.memory(kibitz) >= {"ScopeIndex", "_lru_cache_wrapper"}
-            stem = retrieval._stem  # its cache cannot be read
+            stem = words._stem  # its cache cannot be read
             assert vectors_of(kibitz, WORD)
             assert not is_held_out_alone or WORD in report.html(report.collected(version, "")), "it shows these first"
 
@@ -244,7 +244,7 @@ async def test_a_word_is_gone_from_every_place_where_text_may_lie(teaching, toke
             goes_on.set()
             [outcome] = await asyncio.gather(run, return_exceptions=True)
         await until(lambda: search.memory(kibitz) == set())
-        assert retrieval._stem is not stem
+        assert words._stem is not stem
         is_purged = what == "person" and not is_held_out_alone
         assert isinstance(outcome, RegistryError) if is_purged else outcome.policy
         assert (kibitz.registry.get(version.name).state == PolicyState.PURGED) == is_purged
