@@ -137,7 +137,7 @@ class ConversationStore:
         with self.database.begin() as connection:
             while some := list(islice(left, CHUNK)):
                 for number, table in enumerate((conversations, messages, turns, feedback)):
-                    rows = [row for one in some for row in ([one[0]] if number == 0 else one[number])]
+                    rows: list[Any] = [row for one in some for row in ([one[0]], *one[1:])[number]]
                     there = {row.id for row in self._of(sa.select(table.c.id), table.c.id, [row.id for row in rows])}
                     fresh = list({row.id: row for row in reversed(rows) if row.id not in there}.values())[::-1]
                     if fresh:

@@ -105,7 +105,8 @@ class Recall:
 
         `scope` is the message's, where that was read already.
         """
-        scope = scope or await self._call(self._read, message)
+        if scope is None:
+            scope = await self._call(self._read, message)
         index = await self.index(scope)
         if not len(index):
             return []

@@ -8,6 +8,7 @@ platform and no server.
 
 from collections.abc import Awaitable, Callable, Collection
 from datetime import datetime, timedelta
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -62,5 +63,5 @@ _OLDEST = (
     .order_by(messages.c.at, messages.c.id)
     .limit(sa.bindparam("most"))
 )
-_of_ids = sa.bindparam("ids", expanding=True)
+_of_ids: sa.BindParameter[Any] = sa.bindparam("ids", expanding=True)
 _ANSWERS = sa.select(turns.c.id, turns.c.reply_id).where(turns.c.message_id.in_(_of_ids) | turns.c.reply_id.in_(_of_ids))

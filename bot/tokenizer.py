@@ -4,9 +4,11 @@ It knows no conversation and no budget, and leaves the template's rules to `bot.
 hub name through transformers, on first use, and needs no torch.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache, partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from bot.config import PolicyConfig
 from bot.errors import ConfigError, cause_of
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 ChatMessages = Sequence[dict[str, str]]
 
+PLAIN = "TokenizersBackend"  # transformers' name for a tokenizer that is all in its tokenizer.json
 ZERO_WIDTH_SPACE = "\u200b"
 
 
@@ -32,10 +35,8 @@ class ChatTokenizer:
     @cached_property
     def hf(self) -> "PreTrainedTokenizerBase":
         """The transformers tokenizer behind this one."""
-        from transformers import AutoTokenizer
-
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.model)
+            tokenizer = _tokenizer_class(self.model).from_pretrained(self.model)
         except Exception as error:  # it is read without a check of what is in it
             raise ConfigError(
                 f"config key policy.model has value '{self.model}', whose tokenizer cannot be loaded "
@@ -173,3 +174,21 @@ class ChatTokenizer:
         special = {str(token) for token in added if token.special} | set(self.hf.all_special_tokens)
         named = {token for token in map(str, added) if token in written and token.strip() and not token.isalnum()}
         return sorted((token for token in special | named if len(token) > 1), key=len, reverse=True)
+
+
+def _tokenizer_class(model: str) -> Any:
+    """Return the class that transformers loads a tokenizer with. A directory that names the plain one needs no choice, and
+    so no torch, which the choice imports (400 MB).
+    """
+    file = Path(model) / "tokenizer_config.json"
+    try:
+        named = json.loads(file.read_text(encoding="utf-8"))["tokenizer_class"]
+    except (OSError, ValueError, KeyError, TypeError):
+        named = None
+    if named == PLAIN:
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer

@@ -103,8 +103,6 @@ def bench_tracker(
     seed: Seed = None,
 ) -> None:
     """What remembering costs: a message, with a thousand to a million stored turns, and one channel that has grown."""
-    from bot.recall import weights
-    from bot.tokenizer import ChatTokenizer
     from learning import tracker_benchmark
 
     found = configured(config, data_dir, seed, model)
@@ -115,11 +113,7 @@ def bench_tracker(
     if unknown:
         raise ConfigError(f"--sizes has value '{unknown[0]}'; choose from {', '.join(known)}")
     found, base = with_model(found, serves=False)
-    tokenizer = ChatTokenizer(base, found.policy.template_args)
     with cli.progress_bar() as progress:
-        job = tracker_benchmark.measure(
-            cli.embedder(found), tokenizer, weights(found.dialogue.retrieval_weights), wanted, progress
-        )
-        figures = asyncio.run(job)
+        figures = tracker_benchmark.measure_apart(found, base, wanted, progress)
     cli.print_figures(figures)
     cli.write_json(json_file, "bench tracker", figures, {"embedder": found.dialogue.embedder, "sizes": wanted})

@@ -9,10 +9,13 @@ what real ones cost. Two things are measured:
 - What one channel costs that has grown: its first message after a restart and later ones, from the moment they are heard
   until the prompt is made, and the deletion of a message, beside later messages in a channel of a thousand mentions.
 
+Each size is measured in a process of its own, which loads no more than remembering needs, and not the libraries of training.
 It knows no policy. Run: ``kibitz bench tracker``.
 """
 
 import asyncio
+import multiprocessing
+import re
 import resource
 import tempfile
 import time
@@ -24,13 +27,15 @@ from typing import Any
 
 import numpy as np
 
-from bot.config import DialogueConfig
+from bot import cli
+from bot.config import Config, DialogueConfig
 from bot.conversations import ConversationStore
 from bot.database import Database
 from bot.embeddings import Embedder
+from bot.errors import DataError
 from bot.forgetting import forget_message
 from bot.memory import Memory
-from bot.recall import Recall
+from bot.recall import Recall, weights
 from bot.tables import embeddings
 from bot.tokenizer import ChatTokenizer
 from bot.tracker import StateTracker
@@ -55,15 +60,50 @@ class Parts:
 
     embedder: Embedder | None
     tokenizer: ChatTokenizer
-    weights: dict[str, float]
+    learned: dict[str, float]
     progress: Progress
 
 
+def measure_apart(config: Config, model: str, sizes: Sequence[str], progress: Progress) -> dict[str, Any]:
+    """The figures of `measure`, each size in a process of its own. Raises what fails there."""
+    figures: dict[str, Any] = {"leaks": 0}
+    context = multiprocessing.get_context("spawn")
+    for size in sizes:
+        ours, theirs = context.Pipe(duplex=False)
+        child = context.Process(target=_measure_in_child, args=(theirs, config, model, size), daemon=True)
+        child.start()
+        theirs.close()
+        found: Any = None
+        with ours:
+            while not isinstance(found, dict):
+                try:
+                    found = ours.recv()
+                except EOFError:
+                    raise DataError(f"the measuring of {size} ended before it was done; is there memory and disk?") from None
+                if isinstance(found, Exception):
+                    raise found
+                if isinstance(found, tuple):
+                    progress(*found)
+        child.join()
+        figures |= found | {"leaks": figures["leaks"] + found["leaks"]}
+    return figures
+
+
+def _measure_in_child(ours: Any, config: Config, model: str, size: str) -> None:
+    tokenizer = ChatTokenizer(model, config.policy.template_args)
+    learned = weights(config.dialogue.retrieval_weights)
+    try:
+        job = measure(cli.embedder(config), tokenizer, learned, [size], lambda *done: ours.send(done))
+        ours.send(asyncio.run(job))
+    except Exception as error:
+        ours.send(error)
+
+
 async def measure(
-    embedder: Embedder | None, tokenizer: ChatTokenizer, weights: dict[str, float], sizes: Sequence[str], progress: Progress
+    embedder: Embedder | None, tokenizer: ChatTokenizer, learned: dict[str, float], sizes: Sequence[str], progress: Progress
 ) -> dict[str, Any]:
     """The figures for each of the sizes (keys of SIZES and CHANNELS): s, ms, MB, turns/s."""
-    parts = Parts(embedder, tokenizer, weights, progress)
+    parts = Parts(embedder, tokenizer, learned, progress)
     figures: dict[str, Any] = {"leaks": 0}
     for size in sizes:
         found = await (_measure_channel(size, parts) if size in CHANNELS else _measure_added(size, parts))
@@ -78,7 +118,7 @@ async def _stored(parts: Parts) -> AsyncIterator[tuple[Recall, Path]]:
         file = Path(scratch) / "tracker.db"
         database = Database(f"sqlite:///{file}")
         database.upgrade()
-        recall = Recall(Memory(database), parts.embedder, parts.weights)
+        recall = Recall(Memory(database), parts.embedder, parts.learned)
         try:
             yield recall, file
         finally:
@@ -101,7 +141,15 @@ async def _measure_added(size: str, parts: Parts) -> dict[str, Any]:
         for percent in (50, 99):
             figures[f"added_p{percent}_ms_{size}"] = 1000 * float(np.percentile(added, percent))
         figures[f"file_mb_{size}"] = sum(one.stat().st_size for one in file.parent.glob("tracker.db*")) / 1e6
-    return figures | {f"memory_mb_{size}": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}
+    return figures | {f"memory_mb_{size}": _peak_memory()}
+
+
+def _peak_memory() -> float:
+    """The most memory that this process ever took (MB). The kernel's other figure is inherited from who started it."""
+    status = Path("/proc/self/status")
+    if found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text() if status.exists() else ""):
+        return int(found[1]) / 1e3
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
 async def _measure_channel(size: str, parts: Parts) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def shelf(tmp_path_factory):
 def test_an_export_reads_back_whatever_was_said(shelf, tokenizer, question, reply, wanted, name):
     store, place = shelf
     with store.database.begin() as connection:
-        for table in ("feedback", "sources", "turns", "messages", "conversations"):
+        for table in ("words", "feedback", "sources", "turns", "messages", "conversations"):
             connection.exec_driver_sql(f"DELETE FROM {table}")
     turn = answered(store, tokenizer, question, reply, author=name)
     store.add_feedback(Feedback(turn.id, name, FeedbackKind.CORRECTION, signal=name[:16], text=wanted))
