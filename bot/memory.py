@@ -20,6 +20,7 @@ from bot.tables import chunks, conversations, embeddings, messages, scope_of, tu
 from bot.types import FORGOTTEN, Conversation, Message, Role
 
 Text = tuple[str, str]  # a message's id and its text
+BEFORE = 2  # messages that one is ranked together with
 
 
 class Memory:
@@ -48,11 +49,17 @@ class Memory:
         return _entries(rows)
 
     def older(self, place: Conversation, question: str, before: str, space: str, limit: int) -> list[Entry]:
-        """Those `limit` messages of a scope older than one that share the rarest words with a question, oldest first."""
+        """Those `limit` messages of a scope older than one that share the rarest words with a question, each with the two
+        before it in its conversation, oldest first.
+        """
         with self.database.read() as connection:
             values = self._values(connection, place) | {"vectors": space}
             ids = word_index.find(connection, values["scopes"], question, before, limit)
-            return _entries(connection.execute(_OF_IDS, values | {"ids": ids}).all())
+            wanted = set(ids)
+            for _ in range(BEFORE):
+                ids = [one for one in connection.execute(_PREVIOUS, {"ids": ids}).scalars() if one is not None]
+                wanted.update(ids)
+            return _entries(connection.execute(_OF_IDS, values | {"ids": sorted(wanted)}).all())
 
     def _values(self, connection: sa.Connection, place: Conversation) -> dict[str, Any]:
         own = scope_of(place.platform, place.space, place.channel)
@@ -157,6 +164,18 @@ _SINCE = _ENTRIES.where(_new)
 _newest = sa.select(messages.c.id).where(_new).order_by(messages.c.id.desc()).limit(sa.bindparam("most")).subquery()
 _NEWEST_SINCE = _ENTRIES.where(messages.c.id.in_(sa.select(_newest.c.id)))
 _OF_IDS = _ENTRIES.where(messages.c.id.in_(sa.bindparam("ids", expanding=True)))
+_previous = messages.alias()
+_PREVIOUS = sa.select(
+    sa.select(_previous.c.id)
+    .where(
+        _previous.c.conversation_id == messages.c.conversation_id,
+        sa.tuple_(_previous.c.at, _previous.c.id) < sa.tuple_(messages.c.at, messages.c.id),
+    )
+    .order_by(_previous.c.at.desc(), _previous.c.id.desc())
+    .limit(1)
+    .correlate(messages)
+    .scalar_subquery()
+).where(messages.c.id.in_(sa.bindparam("ids", expanding=True)))
 _of_space = (
     conversations.c.platform == sa.bindparam("platform"),
     conversations.c.space == sa.bindparam("in_space"),

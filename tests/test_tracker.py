@@ -1,5 +1,8 @@
 """The tracker: a budget that is never exceeded, and older things that come back when they matter."""
 
+import subprocess
+import sys
+
 import pytest
 from conftest import answered
 from hypothesis import HealthCheck, given, settings
@@ -10,6 +13,7 @@ from bot.dialogue import cleaned
 from bot.errors import ConfigError
 from bot.memory import Memory
 from bot.recall import Recall, weights
+from bot.tokenizer import PLAIN
 from bot.tracker import CUT, StateTracker
 from bot.types import Conversation, Message, Role, new_id
 
@@ -120,3 +124,21 @@ def test_a_context_that_the_template_alone_fills_is_not_blamed_on_a_persona_that
 ):
     with pytest.raises(ConfigError, match=r"policy\.context_tokens has value 8, .*; raise it$"):
         StateTracker(store, tokenizer, recall, DialogueConfig(persona=persona), 8)
+
+
+def test_a_tokenizer_that_is_the_plain_one_is_loaded_as_transformers_would_and_without_torch(demo_model):
+    code = """
+import sys
+from bot import tokenizer
+tokenizer.PLAIN = sys.argv[2]
+made = tokenizer.ChatTokenizer(sys.argv[1])
+print(type(made.hf).__name__, made.prompt_ids([{"role": "user", "content": "hi"}]), "torch" in sys.modules)
+"""
+
+    def load(plain: str) -> list[str]:
+        done = subprocess.run([sys.executable, "-c", code, demo_model, plain], capture_output=True, text=True, check=True)
+        return done.stdout.strip().rsplit(" ", 1)
+
+    (ours, with_torch), (chosen, chosen_with_torch) = load(PLAIN), load("none is plain")
+    assert ours == chosen
+    assert (with_torch, chosen_with_torch) == ("False", "True")
