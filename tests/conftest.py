@@ -107,6 +107,10 @@ def servers_are_told_at_once() -> Iterator[None]:
         yield
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--histories", type=int, default=0, help="how many random histories to try (test_random_histories)")
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """All tests that use the one vLLM run in one process, also where `-n 2` starts two."""
