@@ -356,7 +356,8 @@ _CORRECTIONS = (
 )
 _PLACES = sa.select(*(conversations.c[name] for name in Conversation.__dataclass_fields__))
 _PLACE = _PLACES.where(*(conversations.c[name] == sa.bindparam(name) for name in ("platform", "space", "channel", "thread")))
-_scope = sa.select(conversations.c.scope).where(conversations.c.id == sa.bindparam("place")).scalar_subquery()
+_found = sa.select(conversations.c.scope).where(conversations.c.id == sa.bindparam("place")).scalar_subquery()
+_scope = sa.func.coalesce(_found, 0)  # of no conversation: the foreign key refuses the message
 _INSERT = {table: table.insert() for table in (conversations, turns, feedback)} | {
     messages: messages.insert().values(scope=_scope)
 }
