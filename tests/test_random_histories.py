@@ -636,8 +636,8 @@ def test_the_laws_hold_in_every_history(stage, request):
 
 
 def test_a_planted_fault_is_found(stage, monkeypatch):
-    """The control: the histories can fail. Faults that show only after several versions were promoted are not found in so
-    few steps: tests/test_forgetting.py and tests/test_replay_buffer.py have those.
+    """The control: the histories can fail. Not shown for what versions learned (law 7, and law 10 of versions): with consent
+    of everybody, or a purge that does nothing, planted, no history failed, and why is not known.
     """
     monkeypatch.setattr("bot.forgetting.answers_from", lambda *_: {})  # what was made from a message stays
     with pytest.raises(AssertionError, match="law 10"):
