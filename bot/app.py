@@ -113,7 +113,7 @@ async def running(config: Config, model: str, tell: Announce, may_change: bool =
                 start(supervise("caches", caches.look, health, PAUSE_SECONDS))
                 kibitz.keep("readiness", readiness.watch)
                 kibitz.keep("embedding", lambda: recall.catch_up(cli.tenths(tell)))
-                expire = partial(erase_expired, database, config.privacy.retention_days, recall.drop)
+                expire = partial(erase_expired, database, config.privacy.retention_days, caches.drop)
                 start(supervise("retention", expire, health, EVERY))
                 gc.collect()
                 gc.freeze()  # what was loaded stays: to look through it again would stop every answer for 0.3 s

@@ -5,6 +5,7 @@ Forgetting may be asked for in another process (`kibitz forget`), so the file th
 
 import asyncio
 import math
+from collections.abc import Collection
 
 from bot.erasures import Erasures
 from bot.recall import Recall
@@ -31,3 +32,8 @@ class Caches:
         await self._recall.drop_forgotten()
         self._tokenizer.forget_texts()
         self._noted = noted
+
+    async def drop(self, message_ids: Collection[str]) -> None:
+        """Drop these messages, which were erased."""
+        await self._recall.drop(message_ids)
+        self._tokenizer.forget_texts()

@@ -146,7 +146,7 @@ class Recall:
         await self._call(lambda: self._scopes.pop(self.memory.scope(self.memory.place(conversation_id)), None))
 
     async def drop_forgotten(self) -> None:
-        """Keep nothing in memory of messages that were forgotten. Scopes that held any are read anew on their next use."""
+        """Keep nothing in memory of messages that were forgotten, whoever forgot them: this may be another process."""
         held = await self._call(lambda: {scope: [*index.ids] for scope, index in self._scopes.items()})
         waiting = {message_id for message_id, _ in self._waiting}
         ids = sorted(waiting.union(*held.values()))
@@ -154,15 +154,15 @@ class Recall:
         for start in range(0, len(ids), CHUNK):  # whoever waits for an answer comes in between
             some = ids[start : start + CHUNK]
             gone |= set(some) - await self._call(self.memory.kept, some)
-        for one in [one for one in self._waiting if one[0] in gone]:
-            self._waiting.remove(one)
-        late = [scope for scope, ids in held.items() if not gone.isdisjoint(ids)]
-        await self._call(lambda: [self._scopes.pop(scope, None) for scope in late])
-        forget_words()
+        await self.drop(gone)
 
     async def drop(self, message_ids: Collection[str]) -> None:
-        """Let go of the scopes in memory that hold any of these messages; they are read anew when they are asked for."""
-        await self._call(self._drop, set(message_ids))
+        """Keep nothing in memory of these messages. Scopes that hold any are read anew when they are asked for."""
+        gone = set(message_ids)
+        for one in [one for one in self._waiting if one[0] in gone]:
+            self._waiting.remove(one)
+        await self._call(self._drop, gone)
+        forget_words()
 
     def _drop(self, message_ids: set[str]) -> None:
         held = [scope for scope, index in self._scopes.items() if not message_ids.isdisjoint(index.rows)]

@@ -10,7 +10,9 @@ from conftest import answered, react
 from pydantic import ValidationError
 
 from bot import retention
+from bot.caches import Caches
 from bot.config import PrivacyConfig
+from bot.erasures import Erasures
 from bot.forgetting import SAMPLES, forget_person
 from bot.memory import Memory
 from bot.recall import Recall, weights
@@ -154,6 +156,16 @@ async def test_what_is_erased_is_gone_from_memory_too(database, store, talk):
     await erase_expired(database, 90, recall.drop)
     assert {one.message.text for one in await recall.find(asked, 4)} == {"Nice!", YOUNG}
     assert recall.read(store.conversation(old.conversation_id)).index is not index
+    recall.close()
+
+
+async def test_what_is_erased_is_gone_from_all_caches(config, database, store, tokenizer, talk):
+    recall = Recall(Memory(database), None, weights())
+    caches = Caches(Erasures(config.data), recall, tokenizer)
+    tokenizer.length(SECRET)
+    assert tokenizer.length.cache_info().currsize, "the control"
+    await erase_expired(database, 90, caches.drop)
+    assert not tokenizer.length.cache_info().currsize
     recall.close()
 
 
