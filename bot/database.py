@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -79,7 +80,7 @@ class Database:
         if self.find_revision() == self.newest_revision:
             return  # without the write lock
         with self._refusals(), self.engine.begin() as connection:
-            config = _migrations()
+            config = _migrations_config()
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
 
@@ -92,8 +93,7 @@ class Database:
             return None
         with self._refusals(), self.engine.connect().execution_options(read_only=True) as connection:
             found = MigrationContext.configure(connection).get_current_revision()
-        known = ScriptDirectory.from_config(_migrations()).walk_revisions()
-        if found is not None and found not in {one.revision for one in known}:
+        if found is not None and found not in {one.revision for one in _migrations().walk_revisions()}:
             raise DataError(
                 f"the database {self.url} has schema {found}, which this kibitz does not know; "
                 "install the kibitz that wrote it, or newer"
@@ -103,7 +103,7 @@ class Database:
     @property
     def newest_revision(self) -> str | None:
         """The revision of this program's schema."""
-        return ScriptDirectory.from_config(_migrations()).get_current_head()
+        return _migrations().get_current_head()
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:
@@ -258,7 +258,12 @@ class Database:
         self.engine.dispose()
 
 
-def _migrations() -> AlembicConfig:
+@cache  # each of its files is a module that is loaded
+def _migrations() -> ScriptDirectory:
+    return ScriptDirectory.from_config(_migrations_config())
+
+
+def _migrations_config() -> AlembicConfig:
     config = AlembicConfig()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
     return config

@@ -19,14 +19,14 @@ class Judged:
     message_id: str
 
 
-def find_judged(database: Database, space: str | None = None, followed_up: bool = False, since: str = "") -> list[Judged]:
-    """Return all turns that anyone reacted to, oldest first: of one imported `space`, and from the turn `since` on, where
-    they are given. With `followed_up` also those that something was only said after.
+def find_judged(database: Database, space: str | None = None, followed_up: bool = False) -> list[Judged]:
+    """Return all turns that anyone reacted to, oldest first; of one imported `space` where it is given. With `followed_up`
+    also those that something was only said after.
     """
     is_judged: sa.ColumnElement[bool] = turns.c.id.in_(sa.select(feedback.c.turn_id))
     if followed_up:
         is_judged = sa.or_(is_judged, turns.c.id.in_(sa.select(followups.c.turn_id)))
-    query = sa.select(turns.c.id, turns.c.message_id).where(is_judged, turns.c.id >= since)
+    query = sa.select(turns.c.id, turns.c.message_id).where(is_judged)
     if space is not None:
         query = query.join(conversations).where(conversations.c.space == space)
     with database.read() as connection:

@@ -123,13 +123,12 @@ def deploy(
         raise VerdictOutdated(version, candidate.judged_against, live.name)
     registry.request_deployment(version)
     if is_waiting:
-        waits = cli.waiting_text(candidate, store)
-        database.close()
-        console.print(f"{waits}; if it passes the gate then, it is proven and goes live")
-        return
+        told = f"{cli.waiting_text(candidate, store)}; if it passes the gate then, it is proven and goes live"
+    else:
+        when = "is proven now" if is_held(found.data, "serve") else "will be proven when kibitz starts"
+        told = f"{version} {when}, and goes live if vLLM serves it as it was trained; `kibitz policies` tells"
     database.close()
-    when = "is proven now" if is_held(found.data, "serve") else "will be proven when kibitz starts"
-    console.print(f"{version} {when}, and goes live if vLLM serves it as it was trained; `kibitz policies` tells")
+    console.print(told)
 
 
 @app.command()

@@ -14,7 +14,7 @@ from bot.embeddings import Embedder
 from bot.tokenizer import ChatTokenizer
 from learning.evaluation import Sample, batched_logprobs, generate, token_rows
 from learning.experience import Experience
-from learning.gate import Gain, Opinions, gain_of, opinions_of
+from learning.gate import gain_of, opinions_of
 from learning.selection import kinds_of
 from learning.teaching import means
 
@@ -62,6 +62,6 @@ def compare(
     The questions of the `others` help to tell kinds of questions apart.
     """
     kinds = kinds_of([row.question for row in (*judged, *others)], embedder, config.seed)[: len(judged)]
-    opinions: Opinions = opinions_of(judged, kinds.tolist(), config.rewards.person_cap)
-    gain: Gain = gain_of([row.answer for row in judged], opinions, live.samples, candidate.samples, embedder)
+    opinions = opinions_of(judged, kinds.tolist(), config.rewards.person_cap)
+    gain = gain_of([row.answer for row in judged], opinions, live.samples, candidate.samples, embedder)
     return {"opinions": opinions, "live": means(live.logprobs), "candidate": means(candidate.logprobs), "gain": gain}

@@ -136,8 +136,7 @@ def judge(evidence: Evidence, gate: GateConfig, seed: int, earlier: Sequence[boo
     """
     reasons = list(evidence.faults)
     opinions = evidence.opinions
-    signs = np.array(opinions.signs)
-    liked, disliked = int((signs > 0).sum()), int((signs < 0).sum())
+    liked, disliked = _count(opinions)
     level, allowed = level_of_next(1 - gate.confidence, earlier), allowed_p(gate, earlier)
     figures: dict[str, Any] = {"held_out_liked": liked, "held_out_disliked": disliked, "kl": evidence.kl}
     figures |= {"well_formed": evidence.well_formed, "base_well_formed": evidence.base_well_formed, "level": level}
@@ -172,21 +171,31 @@ def allowed_p(gate: GateConfig, earlier: Sequence[bool]) -> float:
 
 def can_suffice(opinions: Opinions, gate: GateConfig, allowed: float) -> bool:
     """Whether these opinions could show anything at the `allowed` level, whatever a candidate does to their answers."""
-    signs = np.array(opinions.signs)
-    liked, disliked = int((signs > 0).sum()), int((signs < 0).sum())
-    if liked + disliked < gate.min_held_out or min(liked, disliked) < 2:
-        return False
-    return least_p_value(signs, opinions.units, opinions.strata) <= allowed
+    return _are_enough(*_count(opinions), gate) and _least_p(opinions) <= allowed
+
+
+def _count(opinions: Opinions) -> tuple[int, int]:
+    """Count the answers that were liked and those that were not."""
+    liked = sum(sign > 0 for sign in opinions.signs)
+    return liked, len(opinions.signs) - liked
+
+
+def _are_enough(liked: int, disliked: int, gate: GateConfig) -> bool:
+    return liked + disliked >= gate.min_held_out and min(liked, disliked) >= 2
+
+
+def _least_p(opinions: Opinions) -> float:
+    return least_p_value(np.array(opinions.signs), opinions.units, opinions.strata)
 
 
 def count_wanted(opinions: Opinions, gate: GateConfig, allowed: float) -> int:
     """Return about how many more judged answers it takes until they can suffice, if as many are liked as so far."""
-    now, liked = len(opinions.signs), sum(sign > 0 for sign in opinions.signs)
+    liked, disliked = _count(opinions)
+    now = liked + disliked
     share = (liked + 1) / (now + 2)
     for more in range(1, MOST_WANTED):
         likely = round(share * (now + more))
-        enough = now + more >= gate.min_held_out and min(likely, now + more - likely) >= 2
-        if enough and 1 / math.comb(now + more, likely) <= allowed:
+        if _are_enough(likely, now + more - likely, gate) and 1 / math.comb(now + more, likely) <= allowed:
             return more
     return MOST_WANTED
 
@@ -290,16 +299,14 @@ def _measure_gains(evidence: Evidence, seed: int) -> dict[str, float]:
 
 def explain_too_little(opinions: Opinions, gate: GateConfig, allowed: float) -> str:
     """Say why opinions could show nothing at the `allowed` level, and how many could."""
-    liked = sum(sign > 0 for sign in opinions.signs)
-    disliked = len(opinions.signs) - liked
+    liked, disliked = _count(opinions)
     said = f"too little evidence: {liked} liked and {disliked} disliked answers are held out"
-    if liked + disliked < gate.min_held_out or min(liked, disliked) < 2:
+    if not _are_enough(liked, disliked, gate):
         return f"{said}; {gate.min_held_out} are needed, two at least of each kind"
-    least = least_p_value(np.array(opinions.signs), opinions.units, opinions.strata)
     each = next(count for count in range(2, 64) if 1 / math.comb(2 * count, count) <= allowed)
     return (
-        f"{said}, which give p = {least:.2g} at best, required p ≤ {allowed:.2g}; {each} of each would do, or a few more "
-        "where one person judged most"
+        f"{said}, which give p = {_least_p(opinions):.2g} at best, required p ≤ {allowed:.2g}; {each} of each would do, or "
+        "a few more where one person judged most"
     )
 
 

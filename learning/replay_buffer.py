@@ -141,8 +141,8 @@ class ReplayBuffer:
             self._read(judged[start : start + PAGE], reader, found)
         return found.rated
 
-    def _judged(self, space: str | None = None, since: str = "") -> list[Judged]:
-        return find_judged(self.store.database, space, self.config.rewards.followup > 0, since)
+    def _judged(self, space: str | None = None) -> list[Judged]:
+        return find_judged(self.store.database, space, self.config.rewards.followup > 0)
 
     def _drawn(self, space: str | None, since: str) -> Snapshot:
         """The experiences that a run is drawn from, as if all were for training, and why the other turns are none.
@@ -150,7 +150,8 @@ class ReplayBuffer:
         They are read a page at a time, the newest first and then the older ones in the order of `order_of_draw`, until as
         many can be learned from as are wanted of either.
         """
-        judged, everything = self._judged(space, since), self._judged(space)
+        everything = self._judged(space)
+        judged = [one for one in everything if one.turn_id >= since]
         found = Snapshot(turns=len(everything), taken_back=self._taken_back({one.turn_id for one in everything}))
         if len(judged) < len(everything):
             found.dropped["said before people came to want the opposite"] = len(everything) - len(judged)
