@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from bot.config import Config
@@ -18,6 +19,7 @@ from bot.database import Database
 from bot.errors import DataError
 from bot.forgetting import forget_again, remove_purged
 from bot.registry import PolicyRegistry
+from bot.users import decide
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,9 @@ def back_up(config: Config, file: Path) -> None:
 def restore(config: Config, file: Path, replaces: bool = False) -> Restored:
     """Take the database from a file that `back_up` wrote, in the place of the one that is there if it `replaces` it.
 
-    Who was forgotten since is forgotten again. Versions that the backup does not know, or whose files are gone, never serve
-    again.
+    Who was forgotten since is forgotten again, and what people decided about their consent since stays decided, as far as
+    the database that is replaced can still be read. Versions that the backup does not know, or whose files are gone, never
+    serve again.
     """
     target = _sqlite_file(config, f"pg_restore --clean --dbname=DATABASE {file}, and start kibitz: it forgets again")
     policies = config.data / "policies"
@@ -56,12 +59,15 @@ def restore(config: Config, file: Path, replaces: bool = False) -> Restored:
     with held(config.data, "serve"), held(config.data, "train"):
         if target.exists() and not replaces:
             raise DataError(f"there is a database already, {target}; add --replace to put the backup in its place")
-        used = {path.name for path in policies.glob("policy-*") if path.is_dir()} | _names_in(target)
+        names = {name for (name,) in _read(target, "SELECT name FROM policies")}
+        used = {path.name for path in policies.glob("policy-*") if path.is_dir()} | names
+        decisions = _read(target, "SELECT platform, user_id, consent, at FROM users")
         with _whole(target) as unfinished:
             _copy(file, unfinished)
             with closing(Database(f"sqlite:///{unfinished}", config.data)) as database:
                 database.upgrade()
                 withdrawn = PolicyRegistry(database).settle_in(policies, used)
+                _decide_again(unfinished, database, decisions)
                 database.scrub()
             _empty_log(target)
         with closing(Database(config.database_url, config.data)) as database:
@@ -120,13 +126,22 @@ def _copy(source: Path, target: Path) -> None:
         raise DataError(f"{source}: cannot be copied to {target} ({error}); nothing was changed") from error
 
 
-def _names_in(database: Path) -> set[str]:
-    """The names of all versions in a database, as far as it can still be read."""
+def _read(database: Path, query: str) -> list[tuple[Any, ...]]:
+    """The rows of a query, as far as a database can still be read."""
     try:
         with closing(sqlite3.connect(_uri(database, "ro"), uri=True)) as old:
-            return {name for (name,) in old.execute("SELECT name FROM policies")}
+            return old.execute(query).fetchall()
     except sqlite3.Error:
-        return set()
+        return []
+
+
+def _decide_again(file: Path, database: Database, decisions: list[tuple[Any, ...]]) -> None:
+    """Write people's decisions (platform, person, consent, when in SQLite's form) that are newer than the database's own."""
+    known = {(platform, user): at for platform, user, at in _read(file, "SELECT platform, user_id, at FROM users")}
+    with database.begin() as connection:
+        for platform, user, consent, at in decisions:
+            if known.get((platform, user), "") < at:
+                decide(connection, (platform, user), consent=bool(consent))
 
 
 def _empty_log(database: Path) -> None:

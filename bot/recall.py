@@ -137,7 +137,7 @@ class Recall:
         while texts := await self._call(self.memory.missing, self.space, after, BATCH):
             await self._embed(texts)
             done, after = done + len(texts), texts[-1][0]
-            progress(f"embedding with {self.embedder.name}", done, total)
+            progress(f"embedding with {self.embedder.name}", done, max(done, total))  # more may be said meanwhile
         if done:
             await self._call(self._scopes.clear)
 

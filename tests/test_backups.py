@@ -84,6 +84,35 @@ def test_a_restore_revives_nobody_who_was_forgotten_since_nor_serves_what_they_t
     again.close()
 
 
+def test_what_people_decided_after_the_backup_stays_decided(config, database, store, tokenizer, file):
+    users = Users(database, config.privacy)
+    for name in ("bob", "dora"):
+        answered(store, tokenizer, "hello", "ok", author=name)
+    users.decide("test", "dora", consent=False)
+    back_up(config, file)
+    users.decide("test", "bob", consent=False)
+    users.decide("test", "dora", consent=True)
+    answered(store, tokenizer, SECRET, "ok", author="cleo")
+    forget_person(database, PolicyRegistry(database), "test", "cleo")
+    database.close()
+    restore(config, file, replaces=True)
+    again = Database(config.database_url)
+    users = Users(again, config.privacy)
+    assert users.decided() == {("test", "bob"): False, ("test", "dora"): True, ("test", "cleo"): False}
+    assert users.forgotten("test") == {"cleo"}
+    since = answered(ConversationStore(again), tokenizer, "hello again", "ok", author="cleo")
+    assert forget_again(again, PolicyRegistry(again)) == 0, "what she says when she comes back stays"
+    assert ConversationStore(again).turn(since.id) == since
+    back_up(config, newer := file.with_name("newer"))
+    users.decide("test", "bob", consent=True)
+    again.close()
+    restore(config, file, replaces=True)
+    restore(config, newer, replaces=True)
+    again = Database(config.database_url)
+    assert Users(again, config.privacy).decided()["test", "bob"], "the newest decision holds, whichever file it stood in"
+    again.close()
+
+
 def test_who_comes_back_after_being_forgotten_keeps_what_a_later_backup_has(
     config, database, store, registry, tokenizer, file
 ):

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sqlalchemy as sa
-from conftest import answered, react
+from conftest import answered, react, until
+from fake_vllm import FakeVllm
 from pydantic import ValidationError
 
-from bot import retention
+from bot import app, retention
 from bot.caches import Caches
 from bot.config import PrivacyConfig
 from bot.erasures import Erasures
@@ -167,6 +168,18 @@ async def test_what_is_erased_is_gone_from_all_caches(config, database, store, t
     await erase_expired(database, 90, caches.drop)
     assert not tokenizer.length.cache_info().currsize
     recall.close()
+
+
+async def test_a_running_kibitz_erases_what_is_too_old(config, database, store, tokenizer, talk):
+    vllm = FakeVllm(tokenizer)
+    await vllm.start()
+    serving = config.serving.model_copy(update={"url": vllm.url})
+    config = config.model_copy(update={"serving": serving, "privacy": PrivacyConfig(retention_days=90)})
+    database.close()
+    async with app.running(config, config.policy.model, lambda line: None) as kibitz:
+        await until(lambda: SECRET not in everything_stored(kibitz.database))
+        assert YOUNG in everything_stored(kibitz.database)
+    await vllm.stop()
 
 
 @pytest.mark.parametrize("days", [-1, 10**9])
