@@ -109,6 +109,7 @@ def servers_are_told_at_once() -> Iterator[None]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--histories", type=int, default=0, help="how many random histories to try (test_random_histories)")
+    parser.addoption("--picture", action="store_true", help="take the picture of the chat page in docs anew (test_web)")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks

@@ -1,5 +1,6 @@
 """The built-in chat model: converted once for each user, checked by hash, and speaking as kibitz."""
 
+import hashlib
 import json
 import os
 import resource
@@ -36,6 +37,21 @@ def cache(builtin_model, tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def quick_cache(tmp_path, monkeypatch):
+    """A cache of its own in which a conversion is a small file that is written at once: for all that is done around it."""
+
+    def convert(source, place, progress):
+        place.mkdir(parents=True)
+        (place / "model.safetensors").write_text("weights")
+        (place / builtin.HASHES).write_text(json.dumps({"model.safetensors": hashlib.sha256(b"weights").hexdigest()}))
+
+    monkeypatch.setenv("KIBITZ_CACHE", str(tmp_path))
+    monkeypatch.setattr(builtin, "_convert", convert)
+    convert(None, builtin.directory(), quiet)
+    return tmp_path
+
+
 def test_the_default_model_is_the_built_in_one_and_it_is_not_converted_twice(cache):
     said = []
     assert builtin.model(said.append, quiet) == builtin.directory()
@@ -63,8 +79,8 @@ def test_a_damaged_conversion_is_made_anew_and_that_is_said(cache):
     assert [path.name for path in cache.iterdir() if path.is_dir()] == [builtin.directory().name]
 
 
-def test_a_conversion_of_which_a_file_is_missing_is_damaged_as_well(cache, monkeypatch):
-    (builtin.directory() / "config.json").unlink()
+def test_a_conversion_of_which_a_file_is_missing_is_damaged_as_well(quick_cache, monkeypatch):
+    (builtin.directory() / "model.safetensors").unlink()
     monkeypatch.setattr(builtin, "LEAST_DISK", 2**60)  # it need not be made anew once more
     said = []
     with pytest.raises(ConfigError, match="MB are free"):
@@ -84,8 +100,8 @@ sys.stdin.read()
 """
 
 
-def test_the_conversions_of_other_versions_go_with_the_next_unless_they_are_used(cache):
-    current = builtin.directory()
+def test_the_conversions_of_other_versions_go_with_the_next_unless_they_are_used(quick_cache):
+    cache, current = quick_cache, builtin.directory()
     for name in (OLD, f"{builtin.NAME}-used56789abc", f"{builtin.NAME}-used"):
         shutil.copytree(current, cache / name.replace("used5", "fed45"))
     used = cache / f"{builtin.NAME}-fed456789abc"
@@ -140,7 +156,7 @@ def another_user() -> Iterator[None]:
         os.seteuid(0)
 
 
-def test_a_conversion_that_this_user_may_not_read_is_not_called_damaged(cache):
+def test_a_conversion_that_this_user_may_not_read_is_not_called_damaged(quick_cache):
     weights = builtin.directory() / "model.safetensors"
     weights.chmod(0)
     with (

@@ -22,7 +22,7 @@ from learning.evaluation import answer_logprobs
 from learning.model import served
 from learning.probe import mean_distance
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("built-in model")]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vLLM")]  # two servers would wait for each other
 
 EVERYDAY = [
     *("hello, how are you?", "what should i cook tonight?", "how do i make tea?", "i am tired today.", "tell me a joke."),
@@ -89,11 +89,11 @@ async def test_a_version_is_proven_in_bfloat16_and_a_swapped_one_is_caught(real,
 
 
 async def test_swaps_under_load_mix_nothing_and_rounding_is_not_taken_for_a_mix(real, tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "PROMPTS", 8)  # each is asked one at a time of each version, for what it says alone
+    monkeypatch.setattr(benchmark, "PROMPTS", 4)  # each is asked one at a time of each version, for what it says alone
     sources = [tmp_path / "one", tmp_path / "two"]
     for seed, source in enumerate(sources):
         await asyncio.to_thread(benchmark.random_version, real.config, real.registry.base().base_model, source, seed)
     tokenizer = real.dialogue.tracker.tokenizer
-    figures = await benchmark.swap(real.deployment, tokenizer, sources, 2, 32, 8, lambda *_: None)
+    figures = await benchmark.swap(real.deployment, tokenizer, sources, 2, 16, 4, lambda *_: None)
     assert (figures["swaps"], figures["failed"], figures["mixed"]) == (2, 0, 0)
     assert 0 < figures["rounding_nats"] < figures["versions_apart_nats"] / 2

@@ -10,7 +10,7 @@ from learning.experience import Experience
 @pytest.mark.slow
 def test_each_objective_is_measured_beside_the_plain_script(demo_model, monkeypatch, tmp_path):
     monkeypatch.setattr(train_benchmark, "OBJECTIVES", ("mixed",))
-    monkeypatch.setattr(train_benchmark, "SIZE", train_benchmark.Size(rows=256, steps=2, rounds=1))
+    monkeypatch.setattr(train_benchmark, "SIZE", train_benchmark.Size(rows=64, steps=2, rounds=1))
     stages = []
     figures = train_benchmark.measure(Config(data_dir=str(tmp_path)), demo_model, lambda *told: stages.append(told))
     compared = {"mixed_tokens_per_s", "mixed_tokens_per_s_ratio", "mixed_peak_memory_ratio"}

@@ -361,9 +361,10 @@ def test_a_door_that_would_let_anybody_in_or_cannot_be_had_is_refused(monkeypatc
 
 
 @pytest.mark.skipif(not shutil.which("chromedriver") or not shutil.which("chromium"), reason="Debian's chromium is not here")
-async def test_a_person_chats_on_the_page(live, url, tmp_path):
+async def test_a_person_chats_on_the_page(live, url, tmp_path, request):
     before = live.store.counts()
-    said = await asyncio.to_thread(a_visit, url, tmp_path)
+    pictures = ROOT / "docs" if request.config.getoption("--picture") else tmp_path
+    said = await asyncio.to_thread(a_visit, url, tmp_path, pictures)
     after = live.store.counts()
     assert after["turns"] - before["turns"] == 3
     last = said["ids"][-1]
@@ -375,7 +376,7 @@ async def test_a_person_chats_on_the_page(live, url, tmp_path):
     assert said["shown"] == "Sleep well!"
 
 
-def a_visit(url: str, tmp_path: Path) -> dict:
+def a_visit(url: str, tmp_path: Path, pictures: Path) -> dict:
     """Two questions, one regenerated answer, 👍, its removal, 👎 and a correction, by hand, in headless Chromium."""
     from selenium import webdriver
     from selenium.webdriver.common.by import By
@@ -416,8 +417,7 @@ def a_visit(url: str, tmp_path: Path) -> dict:
         last = answered(3)[2]
         press(last, "good answer")
         pressed(last, "good answer", "true")
-        (ROOT / "docs").mkdir(exist_ok=True)
-        browser.save_screenshot(str(ROOT / "docs" / "chat-page.png"))
+        assert browser.save_screenshot(str(pictures / "chat-page.png"))
         press(last, "good answer")
         pressed(last, "good answer", "false")
         press(last, "bad answer")
