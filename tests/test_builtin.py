@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bot.config import PERSONA, load
 from bot.errors import ConfigError
@@ -176,11 +177,14 @@ def test_a_cache_without_room_is_told_before_anything_is_written(tmp_path, monke
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
-def test_a_cache_that_fills_up_meanwhile_is_told_in_a_line(tmp_path, monkeypatch):
-    """A limit on the size of a file stands for a full disk: safetensors meets both alike."""
+def test_a_cache_that_fills_up_meanwhile_is_told_in_a_line(tmp_path, monkeypatch, demo_model):
+    """A limit on the size of a file stands for a full disk: safetensors meets both alike. The toy is what is written."""
+    toy = AutoModelForCausalLM.from_pretrained(demo_model), AutoTokenizer.from_pretrained(demo_model)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda **_: toy[0])
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda **_: toy[1])
     monkeypatch.setenv("KIBITZ_CACHE", str(tmp_path))
     usual = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 10**6, usual[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, usual[1]))
     try:
         with pytest.raises(ConfigError, match=r"cannot be kept in .*; free .*KIBITZ_CACHE"):
             builtin.model(quiet, quiet)
