@@ -20,7 +20,7 @@ from bot import sources, word_index
 from bot.database import Database
 from bot.errors import DataError, Forgotten
 from bot.feedback import standing
-from bot.tables import CHUNK, UTCDateTime, chunks, conversations, embeddings, feedback, followups, messages, runs, turns
+from bot.tables import CHUNK, UTCDateTime, chunks, conversations, embeddings, feedback, followups, messages, turns
 from bot.types import FORGOTTEN, Conversation, Feedback, FeedbackKind, FollowUp, Heard, Message, Role, Turn
 
 Dialogue = tuple[Conversation, list[Message], list[Turn], list[Feedback]]
@@ -223,19 +223,15 @@ class ConversationStore:
                 for table in (conversations, messages, turns, feedback)
             }
 
-    def reactions(self, since: datetime | None = None) -> int:
-        """How many acts of feedback there are, or came `since`, that could teach (given, not taken back; no ranks or
-        comments).
+    def reactions(self, since: datetime | None = None, until: datetime | None = None) -> int:
+        """How many acts of feedback there are, or came `since` or `until` a time, that could teach.
+
+        Given and not taken back; neither ranks nor comments.
         """
         query = _REACTIONS if since is None else _REACTIONS.where(feedback.c.at >= since)
+        query = query if until is None else query.where(feedback.c.at <= until)
         with self.database.read() as connection:
             return connection.execute(query).scalar_one()
-
-    def reactions_at_last_run(self, since: datetime) -> int:
-        """How many of them there were when the last training run began; 0 where none did `since`."""
-        last = sa.select(sa.func.max(runs.c.started_at)).where(runs.c.started_at >= since).scalar_subquery()
-        with self.database.read() as connection:
-            return connection.execute(_REACTIONS.where(feedback.c.at <= last)).scalar_one()
 
     def dialogues(self) -> Iterator[Dialogue]:
         """Every conversation with all that belongs to it, one at a time."""
@@ -263,11 +259,10 @@ class ConversationStore:
         """Those of these messages that there are, by id."""
         return {row.id: as_message(row) for row in self._of(sa.select(*MESSAGE), messages.c.id, message_ids)}
 
-    def authors(self, message_ids: Iterable[str]) -> dict[str, str]:
-        """The author of each message that a person wrote, but for those that were erased."""
-        query = sa.select(messages.c.id, messages.c.author_id)
-        query = query.where(messages.c.role == Role.USER, messages.c.author_id != FORGOTTEN)
-        return {row.id: row.author_id for row in self._of(query, messages.c.id, message_ids)}
+    def authors_behind(self, turn_ids: Iterable[str]) -> dict[str, set[str]]:
+        """By turn, everybody whose words it was made from, directly or through other answers."""
+        with self.database.read() as connection:
+            return sources.authors_behind(connection, turn_ids)
 
     def platforms(self, conversation_ids: Iterable[str]) -> dict[str, str]:
         """The platform of each conversation."""

@@ -68,8 +68,8 @@ class Erasures:
     @cached_property
     def _salt(self) -> bytes:
         with self._lock:
-            if not self.path.exists():
-                self._write(secrets.token_hex(16))
+            if not self.size():  # an empty one is what a full disk or a crash leaves
+                self._write(secrets.token_hex(16), self.path.with_name(self.path.name + ".unfinished"))
         try:
             return bytes.fromhex(self._lines()[0])
         except (ValueError, IndexError) as error:
@@ -81,11 +81,16 @@ class Erasures:
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{self.path}: cannot be read ({error}); restore the file, or let kibitz read it") from error
 
-    def _write(self, text: str) -> None:
+    def _write(self, text: str, unfinished: Path | None = None) -> None:
+        """Add a text, on disk when this returns; what begins the file is written `unfinished` first: whole or not at all."""
+        if unfinished is not None:
+            unfinished.unlink(missing_ok=True)
         try:
-            with open(os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "w") as file:
+            with open(os.open(unfinished or self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "w") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
+            if unfinished is not None:
+                unfinished.rename(self.path)
         except OSError as error:
             raise DataError(f"{self.path}: cannot be written ({error.strerror}); nothing was forgotten yet") from error

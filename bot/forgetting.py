@@ -11,6 +11,7 @@ import logging
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from bot.tables import (
     fingerprints,
     followups,
     messages,
+    origins,
     run_feedback,
     run_followups,
     run_teachers,
@@ -38,7 +40,7 @@ from bot.tables import (
     words,
 )
 from bot.types import FORGOTTEN, PolicyState, Role, now
-from bot.users import decide
+from bot.users import decide, decided_since
 
 log = logging.getLogger(__name__)
 
@@ -62,13 +64,16 @@ class Erased:
         )
 
 
-def forget_person(database: Database, registry: PolicyRegistry, platform: str, user_id: str) -> Erased:
+def forget_person(
+    database: Database, registry: PolicyRegistry, platform: str, user_id: str, until: datetime | None = None
+) -> Erased:
     """Erase all that a person wrote, all that they said about answers, and all that was made from either.
 
-    Their consent is withheld from now on. Nothing is half erased: it is one transaction.
+    Their consent is withheld from now on. With `until` it is done again, as they asked for it then: what they said, taught
+    and decided since stays. Nothing is half erased: it is one transaction.
     """
-    at = now()
-    if database.directory is not None:
+    at = until or now()
+    if database.directory is not None and until is None:
         Erasures(database.directory).add_person((platform, user_id), at)
     with database.begin() as connection:
         written = sa.select(messages.c.id).join(conversations)
@@ -77,9 +82,14 @@ def forget_person(database: Database, registry: PolicyRegistry, platform: str, u
         )
         said = sa.select(feedback.c.id).join(turns, turns.c.id == feedback.c.turn_id).join(conversations)
         said = said.where(feedback.c.user_id == user_id, conversations.c.platform == platform)
-        erased = _erase(connection, written, said)
-        purged = registry.purge(connection, (platform, user_id))
-        decide(connection, (platform, user_id), consent=False, forgotten_at=at)
+        made = sa.select(origins.c.turn_id).join(turns, turns.c.id == origins.c.turn_id).join(conversations)
+        made = made.where(origins.c.user_id == user_id, conversations.c.platform == platform)
+        if until is not None:
+            written, said = written.where(messages.c.at <= until), said.where(feedback.c.at <= until)
+        erased = _erase(connection, written, said, made)
+        purged = registry.purge(connection, (platform, user_id), until)
+        is_newer = until is not None and decided_since(connection, (platform, user_id), until)
+        decide(connection, (platform, user_id), **({} if is_newer else {"consent": False}), forgotten_at=at)
     database.afterwards(partial(remove_purged, registry))
     database.afterwards(partial(remove_samples, registry))
     database.afterwards(database.scrub)
@@ -111,12 +121,12 @@ def forget_again(database: Database, registry: PolicyRegistry) -> int:
         ]
         known = {erasures.digest((row.platform, row.user_id)): row.forgotten_at for row in connection.execute(_FORGOTTEN)}
         wanted = {digest for digest, at in noted.people.items() if digest not in known or known[digest] < at}
-        people = {tuple(row) for query in _PEOPLE for row in connection.execute(query)} if wanted else set()
+        people = {(row[0], row[1]) for query in _PEOPLE for row in connection.execute(query)} if wanted else set()
     for message_id in late:
         forget_message(database, message_id)
     found = sorted(person for person in people if erasures.digest(person) in wanted)
-    for platform, user_id in found:
-        forget_person(database, registry, platform, user_id)
+    for person in found:
+        forget_person(database, registry, *person, until=noted.people[erasures.digest(person)])
     return len(late) + len(found)
 
 
@@ -155,11 +165,13 @@ def remove_samples(registry: PolicyRegistry) -> None:
             log.error("what was forgotten may be in %s, which cannot be removed (%s); remove it", samples, error.strerror)
 
 
-def _erase(connection: sa.Connection, written: sa.Select, said: sa.Select | None = None) -> Erased:
-    """Erase messages, all that was made from them and said about that, and the feedback that `said` selects."""
+def _erase(
+    connection: sa.Connection, written: sa.Select, said: sa.Select | None = None, turn_ids: sa.Select | None = None
+) -> Erased:
+    """Erase messages and turns, all that was made from them and said about that, and the feedback that `said` selects."""
     own = list(connection.execute(written).scalars())
     opinions = [] if said is None else list(connection.execute(said).scalars())
-    return erase(connection, own, answers_from(connection, written), opinions)
+    return erase(connection, own, answers_from(connection, written, turn_ids), opinions)
 
 
 def erase(connection: sa.Connection, own: list[str], made: dict[str, str], said: Iterable[str] = ()) -> Erased:
@@ -177,6 +189,7 @@ def erase(connection: sa.Connection, own: list[str], made: dict[str, str], said:
         (followups.c.turn_id, made),
         (followups.c.message_id, own),
         (sources.c.turn_id, made),
+        (origins.c.turn_id, made),
         (turns.c.id, made),
         (embeddings.c.message_id, [*own, *made.values()]),
         (words.c.message_id, [*own, *made.values()]),

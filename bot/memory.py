@@ -16,6 +16,7 @@ from bot import word_index
 from bot.conversations import MESSAGE, ConversationStore, as_message
 from bot.database import Database
 from bot.retrieval import Entry
+from bot.sources import authors_behind
 from bot.tables import chunks, conversations, embeddings, messages, scope_of, turns, users
 from bot.types import FORGOTTEN, Conversation, Message, Role
 
@@ -71,13 +72,20 @@ class Memory:
 
     def visible(self, conversation_id: str, ids: Sequence[str]) -> dict[str, Message]:
         """Those of these messages that may be shown in a conversation now: in its scope, not forgotten, not answered anew,
-        and by nobody (nor made for anybody) who withholds consent."""
+        and neither by anybody who withholds consent nor made from their words."""
         place = self.place(conversation_id)
         found: dict[str, Message] = {}
         with self.database.read() as connection:
             values = self._values(connection, place) | {"platform": place.platform}
             for chunk in chunks(ids):
                 found.update((row.id, as_message(row)) for row in connection.execute(_VISIBLE, values | {"ids": chunk}))
+            unwilling = set(connection.execute(_unwilling, {"platform": place.platform}).scalars())
+            if unwilling:
+                answers = [one.id for one in found.values() if one.role == Role.ASSISTANT]
+                made = {row.id: row.reply_id for row in connection.execute(_ANSWERS, {"ids": answers})}
+                for turn_id, people in authors_behind(connection, made).items():
+                    if people & unwilling:
+                        del found[made[turn_id]]
         return found
 
     def kept(self, ids: Iterable[str]) -> set[str]:
@@ -191,8 +199,7 @@ _later = turns.alias()
 _superseded = sa.select(turns.c.reply_id).join(_later, _later.c.replaces == turns.c.id)
 _superseded = _superseded.where(turns.c.reply_id == messages.c.id).correlate(messages)
 _unwilling = sa.select(users.c.user_id).where(~users.c.consent, users.c.platform == sa.bindparam("platform"))
-_asked = messages.alias()
-_answers_unwilling = sa.exists().where(_asked.c.id == messages.c.reply_to, _asked.c.author_id.in_(_unwilling))
+_ANSWERS = sa.select(turns.c.id, turns.c.reply_id).where(turns.c.reply_id.in_(sa.bindparam("ids", expanding=True)))
 _VISIBLE = (
     sa.select(*MESSAGE)
     .join(conversations, conversations.c.id == messages.c.conversation_id)
@@ -202,7 +209,6 @@ _VISIBLE = (
         sa.or_(messages.c.scope == sa.bindparam("own"), conversations.c.is_public),
         _said,
         messages.c.author_id.not_in(_unwilling),
-        ~_answers_unwilling,
         ~_superseded.exists(),
     )
 )

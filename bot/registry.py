@@ -7,6 +7,7 @@ rollback works while training is broken.
 
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -174,13 +175,15 @@ class PolicyRegistry:
                 )
             return _move(connection, live.name, S.RETIRED), _move(connection, back.name, S.LIVE)
 
-    def purge(self, connection: sa.Connection, person: Person) -> list[PolicyVersion]:
-        """Withdraw every version that a person taught, and all that were trained on from those; return them.
+    def purge(self, connection: sa.Connection, person: Person, until: datetime | None = None) -> list[PolicyVersion]:
+        """Withdraw every version that a person taught (`until` then), and all that were trained on from those; return them.
 
-        Nothing says afterwards that they taught any. In the transaction of `connection`; the versions' files are for the
-        caller to remove.
+        Nothing says afterwards that they taught any of them. In the transaction of `connection`; the versions' files are for
+        the caller to remove.
         """
         theirs = (run_teachers.c.platform == person[0]) & (run_teachers.c.user_id == person[1])
+        if until is not None:
+            theirs &= run_teachers.c.run_id.in_(sa.select(runs.c.id).where(runs.c.started_at <= until))
         query = sa.select(runs.c.policy).join(run_teachers, run_teachers.c.run_id == runs.c.id).where(theirs)
         taught = set(connection.execute(query).scalars())
         for version in _all(connection):  # parents come before their children

@@ -1,8 +1,9 @@
 """Retention: what was said longer ago than `privacy.retention_days` is erased.
 
 Text and opinions go, as when a person is forgotten; places stay. What is younger stays too: if the policy was shown
-something older for a younger answer, the answer stays, and its token ids, which spell the older text, go. Versions that
-learned from what goes stay, and so does the record of who taught them, so that people can be forgotten later. It knows no
+something older for a younger answer, the answer stays, and its token ids, which spell the older text, go; who had written
+that is kept, so that they can be forgotten later. Versions that learned from what goes stay, and so does the record of who
+taught them. It knows no
 platform and no server.
 """
 
@@ -15,6 +16,7 @@ import sqlalchemy as sa
 from bot.database import Database
 from bot.forgetting import erase, remove_samples
 from bot.registry import PolicyRegistry
+from bot.sources import keep_origins
 from bot.tables import UTCDateTime, messages, sources, turns
 from bot.types import now
 
@@ -49,6 +51,7 @@ def erase_before(database: Database, before: datetime, limit: int) -> list[str]:
         # A younger answer may be shown both: it is kept, without the ids of what it was shown.
         of_these = sources.c.message_id.in_([*ids, *made.values()])
         spelt = turns.c.id.in_(sa.select(sources.c.turn_id).where(of_these)) & turns.c.id.not_in(list(made))
+        keep_origins(connection, connection.execute(sa.select(turns.c.id).where(spelt)).scalars().all())
         connection.execute(turns.update().where(spelt).values(dict.fromkeys(_IDS, sa.null())))
         connection.execute(sources.delete().where(sources.c.message_id.in_(list(made.values()))))
         replies = set(made.values())

@@ -133,6 +133,15 @@ sources = sa.Table(  # what each turn was made from: its message, and the keys o
     sqlite_with_rowid=False,
 )
 
+origins = sa.Table(  # who wrote what each turn was made from, as far as it was erased for its age
+    "origins",
+    metadata,
+    sa.Column("turn_id", sa.ForeignKey("turns.id"), primary_key=True),
+    sa.Column("user_id", sa.String(128), primary_key=True),
+    sa.Index("origins_of_people", "user_id"),
+    sqlite_with_rowid=False,
+)
+
 feedback = sa.Table(
     "feedback",
     metadata,

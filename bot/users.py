@@ -5,6 +5,7 @@ platform's client: people are known by their platform and its id for them.
 """
 
 from collections.abc import Iterable
+from datetime import datetime
 
 import sqlalchemy as sa
 
@@ -55,6 +56,12 @@ def voice(platform: str, user_id: str, config: WebConfig) -> str:
     names, everybody behind one token counts as one person. For consent and forgetting each of them is their own.
     """
     return user_id if platform != "web" or config.trust_user_names else user_id.partition("/")[0]
+
+
+def decided_since(connection: sa.Connection, person: Person, at: datetime) -> bool:
+    """Whether a person decided about their consent after a time."""
+    key = (users.c.platform == person[0]) & (users.c.user_id == person[1])
+    return bool(connection.execute(sa.select(sa.exists().where(key, users.c.at > at))).scalar_one())
 
 
 def decide(connection: sa.Connection, person: Person, **values: object) -> None:

@@ -83,12 +83,12 @@ def export(store: ConversationStore, path: Path, tokenizer_sha256: str, privacy:
 def _with_consent(dialogue: Dialogue, store: ConversationStore, users: Users) -> Dialogue:
     """Return what may teach of a conversation."""
     conversation, messages, turns, feedback = dialogue
-    authors = {message.id: message.author_id for message in messages if message.role == Role.USER}
-    authors |= store.authors({one for turn in turns for one in turn.shown})
-    consent = Consent(users, {conversation.id: conversation.platform}, authors)
+    consent = Consent(users, {conversation.id: conversation.platform}, store.authors_behind(turn.id for turn in turns))
     teaching = {turn.id: turn for turn in turns if consent.to(turn)}
     silent = {turn.reply_id for turn in turns if turn.id not in teaching}
-    silent |= {one.id for one in messages if one.is_forgotten or (one.id in authors and not consent.of(one, one.author_id))}
+    silent |= {
+        one.id for one in messages if one.is_forgotten or (one.role == Role.USER and not consent.of(one, one.author_id))
+    }
     return (
         conversation,
         [one for one in messages if one.id not in silent],

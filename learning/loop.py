@@ -146,11 +146,17 @@ class OnlineLearner:
     async def _taught(self) -> int:
         """How many reactions there were when the last run began, so that a restart does not train again on them.
 
-        A new base model learns from all of them.
+        A new base model learns from all of them, and so does whoever lost what was learned, because somebody was forgotten.
         """
-        call = self.store.database.call
-        base = await call(self.deployment.registry.base)
-        return await call(self.store.reactions_at_last_run, base.created_at)
+
+        def count() -> int:
+            registry = self.deployment.registry
+            purged, since = registry.directories(PolicyState.PURGED), registry.base().created_at
+            begun = [run["started_at"] for run in registry.runs() if run["policy"] not in purged]
+            last = max((at for at in begun if at >= since), default=None)
+            return 0 if last is None else self.store.reactions(until=last)
+
+        return await self.store.database.call(count)
 
 
 async def train_in_child(config: Config, progress: Progress, option: str) -> dict[str, Any]:

@@ -20,8 +20,8 @@ IMPORTED = "import"  # the platform of conversations that were read from a file
 class Consent:
     """Who may be learned from, as it stands now. Imported conversations are the operator's to answer for."""
 
-    def __init__(self, users: Users, platforms: dict[str, str], authors: dict[str, str]):
-        self._platforms, self._authors = platforms, authors
+    def __init__(self, users: Users, platforms: dict[str, str], behind: dict[str, set[str]]):
+        self._platforms, self._behind = platforms, behind
         self._decided, self._assumed = users.decided(), users.assumed
 
     def of(self, said: Turn | Message, user_id: str) -> bool:
@@ -30,9 +30,8 @@ class Consent:
         return platform == IMPORTED or self._decided.get((platform, user_id), self._assumed)
 
     def to(self, turn: Turn) -> bool:
-        """Whether everybody whose words the policy was shown for a turn consents."""
-        shown = {self._authors[message] for message in turn.shown if message in self._authors}
-        return all(self.of(turn, person) for person in shown | {turn.asker_id})
+        """Whether everybody consents whose words a turn was made from, directly or through other answers."""
+        return all(self.of(turn, person) for person in self._behind.get(turn.id, set()) | {turn.asker_id})
 
 
 class Voices:
@@ -48,7 +47,7 @@ class Voices:
         live = [turn for turn in turns if not self.is_imported(turn)]
         asked = [(turn.conversation_id, row.user_id) for turn in live for row in self._given[turn.id]]
         self._participants = find_participants(store.database, asked)
-        self.consent = Consent(users, self._platforms, store.authors({one for turn in turns for one in turn.shown}))
+        self.consent = Consent(users, self._platforms, store.authors_behind(turn.id for turn in turns))
         self.questions = store.texts({turn.message_id for turn in turns})
         self._said_next = store.said_next(turn.id for turn in turns)
 

@@ -2,6 +2,7 @@
 
 import shutil
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from bot.conversations import ConversationStore
 from bot.data_directory import held
 from bot.database import Database
 from bot.erasures import Erasures
-from bot.errors import DataError
+from bot.errors import DatabaseUnavailable, DataError
 from bot.forgetting import forget_again, forget_message, forget_person
 from bot.registry import BASE, PolicyRegistry
 from bot.types import PolicyState, now
@@ -111,6 +112,70 @@ def test_what_people_decided_after_the_backup_stays_decided(config, database, st
     again = Database(config.database_url)
     assert Users(again, config.privacy).decided()["test", "bob"], "the newest decision holds, whichever file it stood in"
     again.close()
+
+
+def test_who_comes_back_keeps_what_they_say_and_decide_where_the_database_knows_nothing_of_them(
+    config, database, store, tokenizer, file
+):
+    """The backup is older than Ann, and the database that knew of her was lost."""
+    back_up(config, file)
+    answered(store, tokenizer, SECRET, "ok", author="ann")
+    forget_person(database, PolicyRegistry(database), "test", "ann")
+    database.close()
+    database.file.unlink()
+    restore(config, file, replaces=True)
+    again = Database(config.database_url)
+    store, registry, users = ConversationStore(again), PolicyRegistry(again), Users(again, config.privacy)
+    registry.ensure_base("base")
+    since = answered(store, tokenizer, "hello again", "ok", author="ann")
+    users.decide("test", "ann", consent=True)
+    version = taught(registry, config.data, react(store, since, True, "ann").id)
+    assert forget_again(again, registry) == 1
+    assert (store.turn(since.id), registry.live().name) == (since, version)
+    assert users.consents("test", "ann")
+    assert forget_again(again, registry) == 0
+    again.close()
+
+
+def test_who_is_forgotten_twice_is_forgotten_again_as_of_the_second_time(config, database, store, tokenizer, file):
+    registry = PolicyRegistry(database)
+    answered(store, tokenizer, "hello", "ok", author="ann")
+    forget_person(database, registry, "test", "ann")
+    answered(store, tokenizer, SECRET, "ok", author="ann")
+    back_up(config, file)
+    forget_person(database, registry, "test", "ann")
+    database.close()
+    assert restore(config, file, replaces=True).forgotten == 1
+    again = Database(config.database_url)
+    assert SECRET not in {one.text for row in ConversationStore(again).dialogues() for one in row[1]}
+    again.close()
+
+
+def test_what_could_not_be_forgotten_is_at_the_next_start_and_what_was_said_since_stays(
+    config, database, store, registry, tokenizer, monkeypatch
+):
+    answered(store, tokenizer, SECRET, "ok", author="ann")
+    monkeypatch.setattr("bot.database.BUSY_SECONDS", 0.01)
+    with closing(sqlite3.connect(database.file, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with closing(Database(config.database_url)) as hurried, pytest.raises(DatabaseUnavailable):
+            forget_person(hurried, registry, "test", "ann")
+        other.execute("ROLLBACK")
+    since = answered(store, tokenizer, "hello again", "ok", author="ann")
+    assert forget_again(database, registry) == 1
+    assert store.turn(since.id) == since
+    assert SECRET not in {one.text for row in store.dialogues() for one in row[1]}
+
+
+def test_a_list_of_who_was_forgotten_that_a_full_disk_left_empty_is_begun_anew(config, database, store, registry, tokenizer):
+    answered(store, tokenizer, SECRET, "ok", author="ann")
+    (config.data / "erasures.txt").touch()
+    assert forget_person(database, registry, "test", "ann").messages == 1
+    assert len(Erasures(config.data).read().people) == 1
+    assert not list(config.data.glob("*.unfinished"))
+    (config.data / "erasures.txt").write_text("not what kibitz wrote")
+    with pytest.raises(DataError, match="line 1 is not the salt"):
+        forget_person(database, registry, "test", "ann")
 
 
 def test_who_comes_back_after_being_forgotten_keeps_what_a_later_backup_has(

@@ -16,7 +16,7 @@ from bot.conversations import ConversationStore
 from bot.database import Database
 from bot.errors import DataError
 from bot.tables import feedback, metadata
-from bot.types import Conversation, Feedback, FeedbackKind, Message, Role, new_id
+from bot.types import Conversation, Feedback, FeedbackKind, Message, Role, new_id, now
 
 
 def test_the_migrations_make_the_tables_that_the_code_uses(database):
@@ -161,7 +161,8 @@ def test_feedback_is_counted_for_the_next_run_and_ranks_are_not(store, tokenizer
     react(store, turn, approves=True)
     store.add_feedback(Feedback(turn.id, "ann", FeedbackKind.RANK, value=0.0))
     assert store.reactions() == 1
-    assert store.reactions_at_last_run(turn.at) == 0
+    assert store.reactions(until=turn.at) == 0
+    assert store.reactions(since=turn.at) == store.reactions(until=now()) == 1
 
 
 def test_a_database_with_something_in_it_is_brought_back_and_forth(database, store, tokenizer):

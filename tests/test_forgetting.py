@@ -320,6 +320,28 @@ def test_only_those_teach_who_consent(config, database, store, tokenizer, tmp_pa
     assert export(store, tmp_path / "out", "", privacy)["feedback"] == 4
 
 
+def test_nobody_teaches_or_is_remembered_by_way_of_an_answer_that_was_made_from_an_answer_to_the_unwilling(
+    config, database, store, tokenizer, tmp_path
+):
+    """Of all that forgetting a person would take away nothing teaches while they withhold consent."""
+    users, buffer = Users(database, config.privacy), ReplayBuffer(store, tokenizer, config)
+    [first] = dialogue(store, tokenizer, ("ann", SECRET), channel="room")
+    [second] = dialogue(store, tokenizer, ("bob", "what did she say?"), channel="room", shown={first.reply_id: 0.9})
+    [third] = dialogue(store, tokenizer, ("carol", "what did he say?"), channel="room", shown={second.reply_id: 0.9})
+    react(store, third, True, "carol")
+    memory, replies = Memory(database), {first.reply_id, second.reply_id, third.reply_id}
+
+    def used() -> set[str]:
+        snapshot = buffer.snapshot()
+        return {one.turn_id for one in snapshot.training + snapshot.held_out}
+
+    for consents in (True, False):  # the control first
+        users.decide("test", "ann", consents)
+        assert used() == ({third.id} if consents else set())
+        assert set(memory.visible(third.conversation_id, sorted(replies))) == (replies if consents else set())
+        assert export(store, tmp_path / "out", "", config.privacy)["turns"] == (3 if consents else 0)
+
+
 def test_an_edit_replaces_what_was_said_whatever_order_edits_come_in(store, tokenizer):
     [turn] = dialogue(store, tokenizer, ("ann", "helo"))
     said = store.message(turn.message_id)

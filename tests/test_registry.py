@@ -6,10 +6,12 @@ from itertools import product
 import numpy as np
 import pytest
 import sqlalchemy as sa
+from conftest import answered, react
 from safetensors.numpy import save_file
 
 from bot.conversations import ConversationStore
 from bot.errors import RegistryError, VerdictOutdated
+from bot.forgetting import forget_person
 from bot.registry import BASE, TRANSITIONS, PolicyRegistry, withdraw
 from bot.tables import policies
 from bot.types import PolicyState
@@ -246,6 +248,21 @@ def test_deployments_are_requested_of_candidates_alone_and_stay_requested(regist
     for version, state in ((one, "live"), (three, "rejected")):
         with pytest.raises(RegistryError, match=f"{version.name} is {state}: only a candidate can be deployed"):
             registry.request_deployment(version.name)
+
+
+async def test_what_a_forgotten_person_taught_is_learned_anew_also_where_kibitz_was_stopped_meanwhile(
+    registry, database, tmp_path, config, tokenizer
+):
+    store = ConversationStore(database)
+    learner = OnlineLearner(store, Deployment(None, registry, config), config)
+    given = [react(store, answered(store, tokenizer, "hello", "ok", author=one), True, one) for one in ("ann", "bob")]
+    assert await learner._taught() == 0
+    version = registry.reserve(registry.get(BASE), tmp_path / "policies")
+    registry.begin_run(version.name, {}, "", [given[0].id])
+    registry.complete(version.name, "hash", {})
+    assert await learner._taught() == 2, "a restart does not train again on them"
+    forget_person(database, registry, "test", "ann")
+    assert await learner._taught() == 0, "and the rest is learned anew"
 
 
 def test_a_look_at_the_versions_reads_none_of_their_metrics(registry, database, tmp_path, config):

@@ -21,6 +21,7 @@ from bot.registry import BASE
 from bot.retention import erase_expired
 from bot.tables import embeddings, feedback, messages, metadata, run_teachers, sources, turns, words
 from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, Turn, new_id, now
+from bot.users import Users
 from learning.explanation import explain
 from learning.replay_buffer import ReplayBuffer
 
@@ -146,6 +147,39 @@ async def test_it_is_done_in_small_transactions_between_which_others_are_served(
     assert [one.text for one in store.messages(place.id)] == [""] * 22
     await erase_expired(database, 90, tell_nobody)
     assert done[7:] == [0], "what is erased is not looked at again"
+
+
+async def test_who_is_behind_a_young_answer_can_be_forgotten_and_say_no_after_their_words_are_too_old(
+    config, database, store, registry, tokenizer, tmp_path
+):
+    """Ann's words, of which only answers are left, by way of one answer and of two."""
+    place = store.open(Conversation("test", new_id()))
+    first = answered(store, tokenizer, SECRET, f"you said {SECRET}", author="ann", place=place)
+    second, third = (
+        answered(store, tokenizer, YOUNG, f"she told me of {SECRET}", author="bob", place=place, shown={one: 0.9})
+        for one in (first.message_id, first.reply_id)
+    )
+    make_older(database, first, days=91)
+    given = [react(store, one, approves=True, user="bob") for one in (second, third)]
+    await erase_expired(database, 90, tell_nobody)
+    assert [store.turn(one.id) is None for one in (first, second, third)] == [True, False, False]
+    await erase_expired(database, 90, tell_nobody)
+    users, buffer = Users(database, config.privacy), ReplayBuffer(store, tokenizer, config)
+
+    def used() -> list[str]:
+        snapshot = buffer.snapshot()
+        return sorted(one.turn_id for one in snapshot.training + snapshot.held_out)
+
+    assert used() == sorted([second.id, third.id]), "the control"
+    users.decide("test", "ann", consent=False)
+    assert used() == []
+    version = registry.reserve(registry.get(BASE), tmp_path / "policies")
+    registry.begin_run(version.name, {}, "", [one.id for one in given])
+    registry.complete(version.name, "", {})
+    erased = forget_person(database, registry, "test", "ann")
+    assert (erased.answers, erased.policies) == (2, 1)
+    assert SECRET not in everything_stored(database)
+    assert store.messages(place.id)
 
 
 async def test_what_is_erased_is_gone_from_memory_too(database, store, talk):
