@@ -9,7 +9,7 @@ import logging
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from aiolimiter import AsyncLimiter
 
@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 BUSY = "I am still busy with what was said here before; please say that again in a moment."
 SORRY = "Sorry, I cannot answer now."
 NOT_RECORDED = "Sorry, that is not recorded; please try again in a minute."
+
+Said = TypeVar("Said")
 
 
 class Shown(Protocol):
@@ -228,3 +230,23 @@ class Answers:
     def _reactions_among(self, said: list[Feedback]) -> dict[tuple[str, str], FeedbackKind]:
         """The reactions that are recorded and were not taken back: who gave which emoji, and the opinion that it is."""
         return {(row.user_id, row.signal): row.kind for row in held(said) if self.reactions.kind(row.signal) == row.kind}
+
+
+async def catch_up(
+    said: Sequence[Said],
+    take: Callable[[Said], Awaitable[bool]],
+    answer: Callable[[Said], Awaitable[None]],
+    edit: Callable[[Said], Awaitable[None]],
+) -> None:
+    """Have those of the messages `said` (oldest first) answered that were missed; update the others where they were edited.
+
+    `take` decides, within the limits of people, whether a message is to be answered; `answer` queues its answer.
+    """
+    missed = []
+    for message in reversed(said):  # the newest first: of too many those are answered that people still wait for
+        if await take(message):
+            missed.append(message)
+        else:
+            await edit(message)
+    for message in reversed(missed):
+        await answer(message)
