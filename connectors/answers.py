@@ -194,10 +194,14 @@ class Answers:
     async def reconcile(self, turn_id: str, reading: Reading, admits: Callable[[str], bool]) -> None:
         """Make the recorded reactions on a turn those that the platform's API showed.
 
-        Add what is missing, of people who may react there (`admits`) and were not forgotten. Take back what is gone: not
-        what is only not listed. Events that arrive meanwhile are counted once.
+        Add what is missing, of people who may react there (`admits`). Add nothing of those who were forgotten after the turn
+        was shown: they may have reacted before that. Take back what is gone: not what is only not listed. Events that arrive
+        meanwhile are counted once.
         """
-        forgotten = await self._call(self.users.forgotten, self.platform)
+        shown_at = await self._call(self.deliveries.shown_at, self.platform, turn_id)
+        if shown_at is None:
+            return
+        forgotten = await self._call(self.users.forgotten_since, self.platform, shown_at)
         said = await self._said_of(turn_id)
         # No await from here until all are claimed: of what comes later nothing is missing in `said`.
         newer = {(row.user_id, row.signal) for row in said if row.at > reading.at}

@@ -660,6 +660,29 @@ async def test_what_was_missed_in_a_thread_is_answered_if_it_would_have_been_hea
         await closed(bot, running)
 
 
+async def test_who_was_forgotten_and_came_back_is_counted_also_after_an_outage(live, platform):
+    bot, running = await connected(live, platform)
+    place, back = channel(), "UBACK"
+    await platform.say(place, ANN, "hello")
+    before = await answered(platform, place)
+    await platform.react(back, before, "+1")
+    assert (await told(live, bot, before)).feedback
+    await platform.command(back, place, "/kibitz-forget-me")
+    await platform.command(back, place, "/kibitz-privacy", "on")
+    await platform.say(place, back, "I am back")
+    after = await answered(platform, place, 2)
+    await quiet(bot)
+    await closed(bot, running)
+    platform.gives_up = True
+    await platform.react(back, after, "+1")
+    platform.gives_up = False
+    bot, running = await connected(live, platform)
+    await quiet(bot)
+    assert await opinions(live, bot, after) == {back: 1.0}
+    assert await opinions(live, bot, before) == {}, "their reaction still stands on Slack"
+    await closed(bot, running)
+
+
 async def test_what_happened_while_nobody_listened_is_read_from_the_api(live, platform):
     bot, running = await connected(live, platform)
     place, direct = channel(), channel("D")
