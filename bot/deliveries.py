@@ -64,6 +64,12 @@ class Deliveries:
         with self.database.read() as connection:
             return [Delivery(**row._mapping) for row in connection.execute(query)]
 
+    def shown_at(self, platform: str, turn_id: str) -> datetime | None:
+        """Return when people could see a turn first; None where no message shows it."""
+        of_turn = (deliveries.c.platform == platform) & (deliveries.c.turn_id == turn_id)
+        with self.database.read() as connection:
+            return connection.execute(sa.select(sa.func.min(deliveries.c.at)).where(of_turn)).scalar_one()
+
     def is_shown(self, platform: str, turn_id: str) -> bool:
         """Whether any message shows a turn."""
         of_turn = (deliveries.c.platform == platform) & (deliveries.c.turn_id == turn_id)

@@ -42,9 +42,9 @@ class Users:
             rows = connection.execute(sa.select(users.c.platform, users.c.user_id, users.c.consent))
             return {(row.platform, row.user_id): row.consent for row in rows}
 
-    def forgotten(self, platform: str) -> set[str]:
-        """Everybody on a platform who asked to be forgotten."""
-        gone = (users.c.platform == platform) & users.c.forgotten_at.is_not(None)
+    def forgotten_since(self, platform: str, at: datetime) -> set[str]:
+        """Return everybody on a platform who was forgotten at a time or later."""
+        gone = (users.c.platform == platform) & (users.c.forgotten_at >= at)
         with self.database.read() as connection:
             return set(connection.execute(sa.select(users.c.user_id).where(gone)).scalars())
 

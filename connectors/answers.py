@@ -9,7 +9,7 @@ import logging
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from aiolimiter import AsyncLimiter
 
@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 BUSY = "I am still busy with what was said here before; please say that again in a moment."
 SORRY = "Sorry, I cannot answer now."
 NOT_RECORDED = "Sorry, that is not recorded; please try again in a minute."
+
+Said = TypeVar("Said")
 
 
 class Shown(Protocol):
@@ -192,10 +194,14 @@ class Answers:
     async def reconcile(self, turn_id: str, reading: Reading, admits: Callable[[str], bool]) -> None:
         """Make the recorded reactions on a turn those that the platform's API showed.
 
-        Add what is missing, of people who may react there (`admits`) and were not forgotten. Take back what is gone: not
-        what is only not listed. Events that arrive meanwhile are counted once.
+        Add what is missing, of people who may react there (`admits`). Add nothing of those who were forgotten after the turn
+        was shown: they may have reacted before that. Take back what is gone: not what is only not listed. Events that arrive
+        meanwhile are counted once.
         """
-        forgotten = await self._call(self.users.forgotten, self.platform)
+        shown_at = await self._call(self.deliveries.shown_at, self.platform, turn_id)
+        if shown_at is None:
+            return
+        forgotten = await self._call(self.users.forgotten_since, self.platform, shown_at)
         said = await self._said_of(turn_id)
         # No await from here until all are claimed: of what comes later nothing is missing in `said`.
         newer = {(row.user_id, row.signal) for row in said if row.at > reading.at}
@@ -228,3 +234,23 @@ class Answers:
     def _reactions_among(self, said: list[Feedback]) -> dict[tuple[str, str], FeedbackKind]:
         """The reactions that are recorded and were not taken back: who gave which emoji, and the opinion that it is."""
         return {(row.user_id, row.signal): row.kind for row in held(said) if self.reactions.kind(row.signal) == row.kind}
+
+
+async def catch_up(
+    said: Sequence[Said],
+    take: Callable[[Said], Awaitable[bool]],
+    answer: Callable[[Said], Awaitable[None]],
+    edit: Callable[[Said], Awaitable[None]],
+) -> None:
+    """Have those of the messages `said` (oldest first) answered that were missed; update the others where they were edited.
+
+    `take` decides, within the limits of people, whether a message is to be answered; `answer` queues its answer.
+    """
+    missed = []
+    for message in reversed(said):  # the newest first: of too many those are answered that people still wait for
+        if await take(message):
+            missed.append(message)
+        else:
+            await edit(message)
+    for message in reversed(missed):
+        await answer(message)

@@ -15,6 +15,7 @@ import discord
 
 from bot.deliveries import Delivery
 from bot.types import now
+from connectors.answers import catch_up
 from connectors.discord_reading import event_of, is_speech
 from connectors.discord_roles import Roles
 from connectors.opinions import Reading
@@ -68,14 +69,12 @@ async def _messages(connector: "Discord", me: discord.ClientUser, roles: Roles, 
     for message in said:
         if is_speech(message) and connector.is_addressed(message, me):
             began.setdefault(message.channel.id, message.id)
-    missed = []
-    for message in reversed(said):  # the newest first: of too many those are answered that people still wait for
-        if await connector.take_missed(message, me, roles, began.get(message.channel.id)):
-            missed.append(message)
-        else:
-            await connector.edited(message, me)
-    for message in reversed(missed):
-        await connector.answer_missed(message, me)
+    await catch_up(
+        said,
+        take=lambda message: connector.take_missed(message, me, roles, began.get(message.channel.id)),
+        answer=lambda message: connector.answer_missed(message, me),
+        edit=lambda message: connector.edited(message, me),
+    )
 
 
 async def _is_gone(client: discord.Client, channel: int, message: int) -> bool:

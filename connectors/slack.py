@@ -181,7 +181,7 @@ class Slack:
     def _listen(self) -> None:
         app = self._app
         app.event("app_mention")(self._mentioned)
-        app.event({"type": "message", "subtype": "message_changed"})(self._edited)
+        app.event({"type": "message", "subtype": "message_changed"})(self.edited)
         app.event({"type": "message", "subtype": "message_deleted"})(self._deleted)
         app.event("message")(self._written)
         app.event("app_home_opened")(self._opened)
@@ -198,16 +198,27 @@ class Slack:
         await self._heard(place, event, _attempt(request))
 
     async def _written(self, event: dict[str, Any], body: dict[str, Any], request: AsyncBoltRequest) -> None:
-        """A message in a direct channel is for us; one in a thread where we answer is, if `slack.follow_threads` is on."""
+        """A message may be for us without a mention; of mentions `app_mention` tells."""
+        place = await self._place_of(event, body.get("team_id", ""))
+        if place is not None and (place.is_direct or not self.reader.mentions_us(event)):
+            await self._heard(place, event, _attempt(request))
+
+    async def _place_of(self, event: dict[str, Any], team: str) -> Place | None:
+        """Return where a message that is for us belongs; None where it is not for us.
+
+        A direct message is, and a mention; one in a thread where we answered before it is, if `slack.follow_threads` is on.
+        """
+        place = Place(event["channel"], event.get("thread_ts", ""), team)
         if event.get("subtype") not in SPEECH:
-            return
-        place = Place(event["channel"], event.get("thread_ts", ""), body.get("team_id", ""))
+            return None
         if place.is_direct:
-            await self._heard(replace(place, thread=self.sessions.root(event)), event, _attempt(request))
-        elif self.config.follow_threads and place.thread and not self.reader.mentions_us(event):
-            first = self.answers.deliveries.first_question
-            if await self.dialogue.store.database.call(first, _conversation(place)) is not None:
-                await self._heard(place, event, _attempt(request))
+            return replace(place, thread=self.sessions.root(event))
+        if self.reader.mentions_us(event):
+            return replace(place, thread=place.thread or event["ts"])
+        if not (self.config.follow_threads and place.thread):
+            return None
+        first = await self.dialogue.store.database.call(self.answers.deliveries.first_question, _conversation(place))
+        return place if first is not None and float(first.rpartition(":")[-1]) < float(event["ts"]) else None
 
     async def _heard(self, place: Place, event: dict[str, Any], attempt: int) -> None:
         """Commit a message, then queue its answer. `app_mention` and `message` for one post have one effect."""
@@ -243,20 +254,30 @@ class Slack:
         is_to_us = place.is_direct or self.reader.mentions_us(event)
         return read.refusal if is_new and is_to_us and self.access.in_time(self.name, event["user"]) else ""
 
-    async def missed(self, place: Place, event: dict[str, Any]) -> None:
-        """Have a message answered that may have been missed; of one that has its answer, take over what was changed."""
-        if not self._may_talk(event) or not await self.answers.needs_answer(_event_id(place, event)):
-            await self._edited({"channel": place.channel, "message": event})
+    async def take_missed(self, event: dict[str, Any], team: str) -> bool:
+        """Return whether to answer a message now that may have been missed; what is too much is never answered."""
+        place = await self._place_of(event, team) if self._may_talk(event) else None
+        if place is None or not await self.answers.needs_answer(_event_id(place, event)):
+            return False
+        if not self.access.in_time(self.name, event["user"]):
+            await self.dialogue.decline(_conversation(place), _event_id(place, event))
+            return False
+        return True
+
+    async def answer_missed(self, event: dict[str, Any], team: str) -> None:
+        """Have a message answered that was missed, as soon as there is room for it."""
+        place = await self._place_of(event, team)
+        if place is None:
             return
         read = await self.reader.read(event)
-        if not read.text or not self.access.in_time(self.name, event["user"]):
-            await self._decline(place, event, read)  # it is too long ago to say why
+        if not read.text:  # it is too long ago to say why
+            await self.dialogue.decline(_conversation(place), _event_id(place, event))
             return
         heard = await self._hear(place, event, read)
         await self.lanes.put_patiently(heard.place.id, lambda: self._answer(place, heard, event["ts"]))
 
     def _may_talk(self, event: dict[str, Any]) -> bool:
-        own = event.get("bot_id") or "user" not in event
+        own = event.get("bot_id") or event.get("user") in (None, self.reader.me)
         return not own and self.access.admits(event["user"], event["channel"])
 
     async def _hear(self, place: Place, event: dict[str, Any], read: Read) -> Heard:
@@ -311,7 +332,7 @@ class Slack:
         if turn_id is not None and self.access.admits(event["user"], event["channel"]):
             self.answers.stop(turn_id)
 
-    async def _edited(self, event: dict[str, Any]) -> None:
+    async def edited(self, event: dict[str, Any]) -> None:
         """The author of a message changed it: what we heard of it is changed too."""
         now, before = event["message"], event.get("previous_message", {})
         if now.get("edited") and not now.get("bot_id") and now.get("text") != before.get("text"):

@@ -7,14 +7,14 @@ is left. It knows no socket.
 """
 
 import logging
-from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from bot.types import now
+from connectors.answers import catch_up
 from connectors.opinions import Reading
 from connectors.slack_messages import Place, event_of
-from connectors.slack_reader import SPEECH, fetch
+from connectors.slack_reader import fetch
 
 if TYPE_CHECKING:
     from connectors.slack import Slack
@@ -57,33 +57,40 @@ async def _reconcile(connector: "Slack", team: str) -> None:
     channels = {place.channel for place in places.values()} | {one["id"] for one in listed.get("channels", [])}
     readable = [Place(channel, "", team) for channel in sorted(channels)]
     readable += [place for place in places.values() if place.thread]
-    said = [(place, message) for place in readable for message in await _said(connector, place, window) or []]
-    there = {event_of(place.channel, message["ts"]) for place, message in said}
+    said: dict[str, dict[str, Any]] = {}  # by event: the first message of a thread is in its channel too
+    for place in readable:
+        for message in await _said(connector, place, window) or []:
+            at = {"channel": place.channel, "thread_ts": message.get("thread_ts") or place.thread}
+            said[event_of(place.channel, message["ts"])] = {**message, **at}
     asked = await call(store.questions, list(of_turn))
     questions = {event: of_turn[turn_id] for turn_id, event in asked.items()}
     if any(place.is_direct and event == event_of(place.channel, place.thread) for event, place in questions.items()):
         connector.sessions.is_agent = True  # it answered in a thread that a direct message began
     for event, place in questions.items():
-        if event not in there and await _is_gone(connector, place, event.rpartition(":")[-1]):
+        if event not in said and await _is_gone(connector, place, event.rpartition(":")[-1]):
             await connector.dialogue.delete(event)  # before anything is answered that would be shown it
-    for place, message in said:
-        is_speech = message.get("subtype") in SPEECH and message.get("user") != connector.reader.me
-        if is_speech and (place.is_direct or connector.reader.mentions_us(message)):
-            thread = message.get("thread_ts") or place.thread
-            root = connector.sessions.root(message) if place.is_direct else message["ts"]
-            await connector.missed(replace(place, thread=thread or root), {**message, "channel": place.channel})
+    await catch_up(
+        sorted(said.values(), key=_written_at),
+        take=lambda message: connector.take_missed(message, team),
+        answer=lambda message: connector.answer_missed(message, team),
+        edit=lambda message: connector.edited({"channel": message["channel"], "message": message}),
+    )
 
 
 async def _said(connector: "Slack", place: Place, window: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """The messages that are there in a thread, or in a channel, oldest first; None where Slack refuses."""
+    """Return the messages that are there in a thread, or in a channel; None where Slack refuses."""
     wanted = {"channel": place.channel, "limit": MOST_MESSAGES, **window}
     web = connector.web
     asked = web.conversations_replies(ts=place.thread, **wanted) if place.thread else web.conversations_history(**wanted)
     got = await fetch(asked)
     if "messages" not in got:
         return None
-    there = [message for message in got["messages"] if message.get("subtype") != TOMBSTONE]
-    return sorted(there, key=lambda one: float(one["ts"]))
+    return [message for message in got["messages"] if message.get("subtype") != TOMBSTONE]
+
+
+def _written_at(message: dict[str, Any]) -> float:
+    """When a message was written (seconds since 1970)."""
+    return float(message["ts"])
 
 
 async def _is_gone(connector: "Slack", place: Place, ts: str) -> bool:

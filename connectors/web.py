@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,8 +147,7 @@ class Web:
         user = self._user(request)
         asked = parsed(Completion, await read_json(request))
         author = _author(user, asked.user)
-        if not self.access.in_time(self.name, author, _sources(request, user)):
-            raise HTTPException(429, TOO_FAST, {"Retry-After": "60"})
+        self._limit(self.access.in_time, author, request, user)
         pieces: Pieces = asyncio.Queue()
         options = ReplyOptions(
             on_text=pieces.put_nowait,
@@ -226,8 +225,7 @@ class Web:
         # Clients that name nobody here speak for whoever asked: an opinion of somebody who took no part counts nothing.
         author = _author(user, given.user) if given.user else turn.asker_id
         feedback = given.feedback(turn.id, author)
-        if not self.access.may_judge(self.name, author, _sources(request, user)):
-            raise HTTPException(429, TOO_FAST, {"Retry-After": "60"})
+        self._limit(self.access.may_judge, author, request, user)
         if not given.dryrun:
             await self.dialogue.record_feedback(feedback)
         return JSONResponse({"feedback_id": feedback.id})
@@ -236,12 +234,12 @@ class Web:
         user = self._user(request)
         feedback_id, person = request.path_params["feedback_id"], _person(request)
         given = await self.dialogue.store.database.call(self.dialogue.store.feedback, feedback_id)
-        if (
-            given is None
-            or not _speaks_for(user, person, given)
-            or not await self.dialogue.retract(feedback_id, given.user_id)
-        ):
-            raise HTTPException(404, f"you gave no feedback with the id '{feedback_id}'")
+        unknown = HTTPException(404, f"you gave no feedback with the id '{feedback_id}'")
+        if given is None or not _speaks_for(user, person, given):
+            raise unknown
+        self._limit(self.access.may_judge, given.user_id, request, user)
+        if not await self.dialogue.retract(feedback_id, given.user_id):
+            raise unknown
         return JSONResponse({"feedback_id": feedback_id, "retracted": True})
 
     async def _delete(self, request: Request) -> Response:
@@ -253,13 +251,16 @@ class Web:
 
     async def _privacy(self, request: Request) -> Response:
         """Whether we may learn from who asks (GET), their decision (PUT), and forgetting them (DELETE)."""
-        user = _author(self._user(request), _person(request))
+        user = self._user(request)
+        author, call = _author(user, _person(request)), self.dialogue.store.database.call
         if request.method == "DELETE":
-            return JSONResponse({"consent": False, "told": await self.desk.forget(self.name, user)})
-        call = self.dialogue.store.database.call
+            self._limit(self.access.in_time, author, request, user)
+            return JSONResponse({"consent": False, "told": await self.desk.forget(self.name, author)})
         if request.method == "PUT":
-            await call(self.users.decide, self.name, user, parsed(Privacy, await read_json(request)).consent)
-        return JSONResponse({"consent": await call(self.users.consents, self.name, user)})
+            decision = parsed(Privacy, await read_json(request))
+            self._limit(self.access.in_time, author, request, user)
+            await call(self.users.decide, self.name, author, decision.consent)
+        return JSONResponse({"consent": await call(self.users.consents, self.name, author)})
 
     async def _own(self, turn_id: str, user: str) -> Turn:
         """That a turn was answered to this user; who cannot see a turn does not learn whether it is there."""
@@ -308,6 +309,12 @@ class Web:
             if scheme.lower() == "bearer" and secrets.compare_digest(known.encode(), token.strip().encode()):
                 return name
         raise HTTPException(401, "give a token of this kibitz: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
+
+    def _limit(self, admit: Callable[[str, str, list[str]], bool], author: str, request: Request, user: str) -> None:
+        """Count an act of `author` in the limit `admit`. Raises the answer 429 where it is too much."""
+        sources = [f"token {user}", *([f"address {request.client.host}"] if request.client else [])]  # not to be made up
+        if not admit(self.name, author, sources):
+            raise HTTPException(429, TOO_FAST, {"Retry-After": "60"})
 
     def _keep(self, task: asyncio.Task[Turn]) -> None:
         self._answering.add(task)
@@ -362,11 +369,6 @@ def _person(request: Request) -> str:
 def _speaks_for(user: str, person: str, given: Feedback) -> bool:
     """Whether feedback was given by a client: by one of its people, where it names one."""
     return given.user_id == _author(user, person) or (not person and given.user_id.startswith(f"{user}/"))
-
-
-def _sources(request: Request, user: str) -> list[str]:
-    """What a request came through, which its client cannot make up: its token and its address."""
-    return [f"token {user}", *([f"address {request.client.host}"] if request.client else [])]
 
 
 async def _with_first(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:

@@ -86,7 +86,7 @@ def test_a_restore_revives_nobody_who_was_forgotten_since_nor_serves_what_they_t
 
 
 def test_what_people_decided_after_the_backup_stays_decided(config, database, store, tokenizer, file):
-    users = Users(database, config.privacy)
+    users, began = Users(database, config.privacy), now()
     for name in ("bob", "dora"):
         answered(store, tokenizer, "hello", "ok", author=name)
     users.decide("test", "dora", consent=False)
@@ -100,7 +100,7 @@ def test_what_people_decided_after_the_backup_stays_decided(config, database, st
     again = Database(config.database_url)
     users = Users(again, config.privacy)
     assert users.decided() == {("test", "bob"): False, ("test", "dora"): True, ("test", "cleo"): False}
-    assert users.forgotten("test") == {"cleo"}
+    assert users.forgotten_since("test", began) == {"cleo"}
     since = answered(ConversationStore(again), tokenizer, "hello again", "ok", author="cleo")
     assert forget_again(again, PolicyRegistry(again)) == 0, "what she says when she comes back stays"
     assert ConversationStore(again).turn(since.id) == since

@@ -282,6 +282,24 @@ async def test_people_who_are_denied_are_neither_answered_nor_counted_after_an_o
         await answered(platform, channel, 2)
 
 
+async def test_who_was_forgotten_and_came_back_is_counted_also_after_an_outage(running, platform):
+    channel, back = platform.channel(), 78
+    async with connected(running, platform) as bot:
+        await platform.say(channel, ANN, "hello")
+        before = await answered(platform, channel)
+        await platform.react(back, int(before["id"]), "👍")
+        await eventually(lambda: opinions(running, bot, before), {str(back)})
+        await platform.command(back, channel, "forget-me")
+        await platform.command(back, channel, "privacy", "on")
+        await platform.say(channel, back, "I am back")
+        after = await answered(platform, channel, 2)
+    await platform.react(back, int(after["id"]), "👍")
+    await platform.react(BOB, int(before["id"]), "👍")
+    async with connected(running, platform) as bot:
+        await eventually(lambda: opinions(running, bot, after), {str(back)})
+        await eventually(lambda: opinions(running, bot, before), {str(BOB)})  # the other still stands on Discord
+
+
 @pytest.mark.parametrize(("lists", "heard"), [({"allow_roles": [str(MEMBERS)]}, ANN), ({"deny_roles": [str(MEMBERS)]}, BOB)])
 async def test_roles_hold_for_what_was_missed_too(running, platform, lists, heard):
     platform.roles[ANN] = [MEMBERS]

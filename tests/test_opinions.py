@@ -13,6 +13,7 @@ from bot.config import AccessConfig, PrivacyConfig, ReactionsConfig
 from bot.deliveries import Deliveries
 from bot.dialogue import DialogueManager
 from bot.feedback import standing
+from bot.forgetting import forget_person
 from bot.memory import Memory
 from bot.policy import Policy
 from bot.reactions import Reactions
@@ -195,6 +196,25 @@ async def test_reading_the_api_adds_no_reactions_of_people_who_are_not_admitted(
     assert (await opinions_on(answers, turn_id)).keys() == {"ann", "mallory"}
     await answers.reconcile(turn_id, Reading([message], there, now()), access.admits)  # it is there: nobody took it back
     assert (await opinions_on(answers, turn_id)).keys() == {"ann", "mallory"}
+
+
+async def test_of_whoever_was_forgotten_only_opinions_on_later_answers_are_read_from_the_api(
+    answers, store, tokenizer, database, registry
+):
+    (old, old_message), (grew, grew_message) = [await shown_turn(answers, store, tokenizer) for _ in range(2)]
+    forget_person(database, registry, "test", "bob")
+    part = new_id()
+    answers.deliveries.add("test", "channel", part, grew, 1)  # the second part of an answer that was half shown
+    answers.users.decide("test", "bob", True)
+    new, new_message = await shown_turn(answers, store, tokenizer)
+    for turn_id, messages in ((old, [old_message]), (grew, [grew_message, part]), (new, [new_message])):
+        there = {(messages[-1], user, "👍") for user in ("ann", "bob")}
+        await answers.reconcile(turn_id, Reading(messages, there, now()), lambda user: True)
+    assert [(await opinions_on(answers, one)).keys() for one in (old, grew, new)] == [{"ann"}, {"ann"}, {"ann", "bob"}]
+    forget_person(database, registry, "test", "bob")  # once more: the last time counts
+    reading = Reading([new_message], {(new_message, "bob", "👍")}, now())
+    await answers.reconcile(new, reading, lambda user: True)
+    assert "bob" not in await opinions_on(answers, new)
 
 
 async def test_who_is_not_listed_has_taken_nothing_back_where_not_all_are_listed(answers, store, tokenizer):

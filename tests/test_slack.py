@@ -610,6 +610,79 @@ async def test_what_was_refused_or_came_too_fast_is_not_answered_after_a_restart
     assert [sum(map(platform.done, platform.answers(one))) for one in (place, missed)] == [2, 2]
 
 
+async def texts(live, bot: Slack, answers: list[dict]) -> list[str]:
+    """The questions of these answers, as they were stored."""
+    turns = [(await told(live, bot, answer)).turn for answer in answers]
+    return [(await live.database.call(live.store.message, turn.message_id)).text for turn in turns]
+
+
+async def test_of_a_flood_that_was_missed_the_newest_are_answered_within_the_limit_and_the_rest_never(live, platform):
+    platform.gives_up = True
+    place, other, few = channel(), channel(), AccessConfig(messages_per_minute=4)
+    for number in range(12):
+        await platform.say((place, other)[number % 2], ANN, f"spam {number}")
+    await platform.say(place, BOB, "hello")
+    platform.gives_up = False
+    for _ in range(2):
+        bot, running = await connected(live, platform, few)
+        await answered(platform, place, 3)
+        await answered(platform, other, 2)
+        await quiet(bot)
+        assert await texts(live, bot, platform.answers(place)) == ["spam 8", "spam 10", "hello"]
+        assert await texts(live, bot, platform.answers(other)) == ["spam 9", "spam 11"]
+        await closed(bot, running)
+
+
+@pytest.mark.parametrize("follows", [False, True])
+async def test_what_was_missed_in_a_thread_is_answered_if_it_would_have_been_heard(live, platform, follows):
+    bot, running = await connected(live, platform, follow_threads=follows)
+    place = channel()
+    root = await platform.say(place, ANN, "hello")
+    await answered(platform, place)
+    other = await platform.say(place, ANN, "lunch?", mention=False)
+    await platform.say(place, BOB, "before its first answer here", thread=other, mention=False)
+    await platform.say(place, ANN, "where?", thread=other)
+    await answered(platform, place, 2)
+    await quiet(bot)
+    await closed(bot, running)
+    platform.gives_up = True
+    await platform.say(place, BOB, "and you?", thread=root, mention=False)
+    await platform.say(place, BOB, "not for you", mention=False)
+    await platform.say(place, BOB, "are you there?", thread=root)
+    platform.gives_up = False
+    for _ in range(2):
+        bot, running = await connected(live, platform, follow_threads=follows)
+        await answered(platform, place, 3 + follows)
+        await quiet(bot)
+        missed = ["and you?", "are you there?"] if follows else ["are you there?"]
+        assert await texts(live, bot, platform.answers(place)) == ["hello", "where?", *missed]
+        assert await texts(live, bot, platform.answers(place, root)) == ["hello", *missed]
+        await closed(bot, running)
+
+
+async def test_who_was_forgotten_and_came_back_is_counted_also_after_an_outage(live, platform):
+    bot, running = await connected(live, platform)
+    place, back = channel(), "UBACK"
+    await platform.say(place, ANN, "hello")
+    before = await answered(platform, place)
+    await platform.react(back, before, "+1")
+    assert (await told(live, bot, before)).feedback
+    await platform.command(back, place, "/kibitz-forget-me")
+    await platform.command(back, place, "/kibitz-privacy", "on")
+    await platform.say(place, back, "I am back")
+    after = await answered(platform, place, 2)
+    await quiet(bot)
+    await closed(bot, running)
+    platform.gives_up = True
+    await platform.react(back, after, "+1")
+    platform.gives_up = False
+    bot, running = await connected(live, platform)
+    await quiet(bot)
+    assert await opinions(live, bot, after) == {back: 1.0}
+    assert await opinions(live, bot, before) == {}, "their reaction still stands on Slack"
+    await closed(bot, running)
+
+
 async def test_what_happened_while_nobody_listened_is_read_from_the_api(live, platform):
     bot, running = await connected(live, platform)
     place, direct = channel(), channel("D")

@@ -17,16 +17,19 @@ import sqlalchemy as sa
 from conftest import PATIENT
 from fake_vllm import FakeVllm
 
+from bot import tables
 from bot.config import AccessConfig, ReactionsConfig, WebConfig
 from bot.conversations import ConversationStore
 from bot.deliveries import Deliveries
 from bot.dialogue import DialogueManager
 from bot.errors import ConfigError
+from bot.forgetting import forget_person
 from bot.memory import Memory
 from bot.policy import Policy
 from bot.reactions import Reactions
 from bot.readiness import Readiness, looks_at
 from bot.recall import Recall, weights
+from bot.registry import PolicyRegistry
 from bot.tracker import StateTracker
 from bot.types import FeedbackKind
 from bot.users import Users
@@ -71,7 +74,11 @@ async def serving(config, database, tokenizer, web: WebConfig, access: AccessCon
     tracker = StateTracker(store, tokenizer, recall, config.dialogue, config.policy.context_tokens)
     dialogue, readiness = DialogueManager(store, tracker, policy), Readiness(looks_at(policy, database, config.data))
     failing: list[str] = []
-    desk = SimpleNamespace(faults=readiness.faults, failing=lambda: failing)
+
+    async def forget(platform: str, user: str) -> str:
+        return str(await database.call(forget_person, database, PolicyRegistry(database), platform, user))
+
+    desk = SimpleNamespace(faults=readiness.faults, failing=lambda: failing, forget=forget)
     ledger, reactions, users = Deliveries(database), Reactions(ReactionsConfig()), Users(database, config.privacy)
     door = Door.open(web)
     server = Web(Shared(dialogue, ledger, reactions, Access(access), users, desk), door)
@@ -343,6 +350,45 @@ async def test_a_client_that_makes_names_up_is_held_to_what_its_token_and_its_ad
             for number in range(15)
         ]
         assert [answer.status_code for answer in judged] == [200] * 10 + [429] * 5
+
+
+async def test_decisions_and_what_is_taken_back_have_the_limits_of_messages_and_opinions(
+    config, database, tokenizer, registry, monkeypatch
+):
+    monkeypatch.setenv("KIBITZ_TOKENS", "app:one,other:two")
+    access = AccessConfig(messages_per_minute=2, opinions_per_minute=2, source_messages_per_minute=5)
+    web = WebConfig(port=0, tokens_env="KIBITZ_TOKENS")
+    async with serving(config, database, tokenizer, web, access) as server:
+        server.http.headers["Authorization"] = "Bearer one"
+
+        async def decide(method: str, user: str) -> int:
+            body = {"json": {"consent": True}} if method == "PUT" else {}
+            answer = await server.http.request(method, "/v1/privacy", params={"user": user}, **body)
+            assert answer.status_code == 200 or answer.headers["Retry-After"] == "60"
+            return answer.status_code
+
+        assert [await decide("PUT", "ann") for _ in range(3)] == [200, 200, 429]
+        assert await decide("DELETE", "ann") == 429
+        assert await decide("GET", "ann") == 200
+        names = [f"name{number}" for number in range(10)]
+        assert [await decide(method, name) for name in names[:2] for method in ("PUT", "DELETE")] == [200] * 3 + [429]
+        assert {await decide(method, name) for name in names for method in ("PUT", "DELETE")} == {429}
+        server.http.headers["Authorization"] = "Bearer two"  # at the same address
+        assert await decide("PUT", "ann") == 429
+        with database.read() as connection:
+            decided = connection.execute(sa.select(tables.users.c.user_id)).scalars()
+            assert set(decided) == {"app/ann", "app/name0", "app/name1"}
+
+
+async def test_to_take_an_opinion_back_counts_as_one(config, database, tokenizer, registry):
+    access = AccessConfig(messages_per_minute=100, opinions_per_minute=3)
+    async with serving(config, database, tokenizer, WebConfig(port=0), access) as server:
+        said = await server.chat()
+        given = await server.http.post("/v1/feedback", json={"inference_id": said["id"], "value": True})
+        path = f"/v1/feedback/{given.json()['feedback_id']}"
+        assert [(await server.http.delete(path)).status_code for _ in range(4)] == [200, 200, 429, 429]
+        turn = server.turn(said["id"])
+        assert len(server.store.feedback_of([turn.id])[turn.id]) == 3
 
 
 async def test_feedback_without_a_name_is_that_of_who_asked_and_dry_runs_are_not_recorded(server):
