@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import logging
 import sqlite3
+import subprocess
+import sys
 import threading
 import traceback
 from collections.abc import Iterator
@@ -242,3 +244,36 @@ def test_a_database_from_the_future_says_what_to_install(config, database, here)
         connection.execute(sa.text("update alembic_version set version_num = '9999'"))
     wanted = "has schema 9999, which this kibitz does not know; install the kibitz that wrote it, or newer"
     refused(here("status", "--data-dir", config.data), wanted)
+
+
+@pytest.mark.parametrize(
+    ("url", "wanted"),
+    [
+        ("sqlite://", "keeps nothing when kibitz ends; write sqlite:///FILE"),
+        ("sqlite:///:memory:", "keeps nothing when kibitz ends"),
+        ("sqlite:///file:x?mode=memory&uri=true", "keeps nothing when kibitz ends"),
+        ("mysql://ann:hunter2@here/there", "another database; write sqlite:///FILE, or postgresql+psycopg://"),
+        ("postgresql+nothing://ann:hunter2@here/there", "write sqlite:///FILE, or postgresql+psycopg://"),
+        ("postgresql://ann:hunter2@here:port/there", "is no URL; write sqlite:///FILE, or postgresql+psycopg://"),
+    ],
+)
+def test_a_url_that_names_no_database_that_is_kept_is_refused(tmp_path, here, url, wanted):
+    (tmp_path / "config.toml").write_text(f'data_dir = "{tmp_path}"\n[database]\nurl = "{url}"\n')
+    done = here("policies", "--config", tmp_path / "config.toml")
+    refused(done, wanted)
+    assert "hunter2" not in done.stderr
+
+
+def test_a_disk_without_room_to_begin_reading_is_told_as_full(config, database):
+    database.close()
+    code = (
+        "import resource, sys\nfrom bot.database import Database\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))  # no file may grow\n"
+        "Database(sys.argv[1]).find_revision()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, config.database_url], capture_output=True, text=True)
+    assert "has no room left on its disk; free some space" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace("(0, ", "(2**20, "), config.database_url], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr  # the control
