@@ -20,7 +20,7 @@ try:
 
     import typer
 
-    from bot import backup_commands, cli, doctor_command
+    from bot import backup_commands, cli, doctor_command, forget_command
     from bot.app import Kibitz, desk, run, running, shared
     from bot.cli import ConfigFile, DataDir, JsonFile, ModelName, PlotFile, Seed, announce, app, bench, configured, console
     from bot.config import AccessConfig, Config, DatabaseConfig
@@ -37,7 +37,7 @@ finally:
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 # Importing a module of commands adds them.
-__all__ = ["backup_commands", "bench_commands", "commands", "doctor_command", "main"]
+__all__ = ["backup_commands", "bench_commands", "commands", "doctor_command", "forget_command", "main"]
 
 Progress = Callable[[str, int, int], None]
 

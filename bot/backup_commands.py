@@ -11,7 +11,7 @@ from bot.cli import ConfigFile, DataDir, Seed, app, configured, console
 
 @app.command()
 def backup(
-    file: Annotated[Path, typer.Argument(help="The file to write; an older backup there is replaced.")],
+    file: Annotated[Path, cli.path_argument("The file to write; an older backup there is replaced.")],
     config: ConfigFile = None,
     data_dir: DataDir = None,
     seed: Seed = None,
@@ -25,7 +25,7 @@ def backup(
 
 @app.command()
 def restore(
-    file: Annotated[Path, typer.Argument(help="A file that `kibitz backup` wrote.")],
+    file: Annotated[Path, cli.path_argument("A file that `kibitz backup` wrote.")],
     replace: Annotated[bool, typer.Option("--replace", help="Put it in the place of the database that is there.")] = False,
     config: ConfigFile = None,
     data_dir: DataDir = None,

@@ -4,7 +4,6 @@ SQLite only: PostgreSQL has its own tools. The weights of versions lie beside th
 by whatever copies directories. It knows no server.
 """
 
-import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -13,13 +12,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from bot import output_files
 from bot.config import Config
 from bot.data_directory import held
 from bot.database import Database
+from bot.erasures import Erasures
 from bot.errors import DataError
 from bot.forgetting import forget_again, remove_purged
 from bot.registry import PolicyRegistry
 from bot.users import decide
+
+_COUNT_OUR_TABLES = "SELECT count(*) FROM sqlite_master WHERE name IN ('alembic_version', 'conversations')"
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ def back_up(config: Config, file: Path) -> None:
     if not source.is_file():
         raise DataError(f"there is no database {source} to back up")
     _refuse_same(source, file)
+    if file.is_file() and file.stat().st_size and not _is_backup(file):
+        raise DataError(f"{file}: is no backup of kibitz, and is not replaced; name another file, or remove it")
     with _whole(file) as unfinished:
         _copy(source, unfinished)
 
@@ -56,6 +61,7 @@ def restore(config: Config, file: Path, replaces: bool = False) -> Restored:
     _refuse_same(target, file)
     if not file.is_file():
         raise DataError(f"{file}: there is no such file; name one that `kibitz backup` wrote")
+    Erasures(config.data).read()  # what cannot be read is told before anything is replaced
     with held(config.data, "serve"), held(config.data, "train"):
         if target.exists() and not replaces:
             raise DataError(f"there is a database already, {target}; add --replace to put the backup in its place")
@@ -92,20 +98,12 @@ def _refuse_same(database: Path, file: Path) -> None:
 
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """A file that only its owner may read, to be written; it takes the place of `path` at the end, or nothing changes."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    try:
-        unfinished.unlink(missing_ok=True)
-        unfinished.touch(mode=0o600)
-        yield unfinished
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        unfinished.rename(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror}); nothing was changed") from error
-    finally:
-        _remove_log(unfinished)
-        unfinished.unlink(missing_ok=True)
+    """Give a file for a database. At the end it takes the place of `path`, without its log; on an error nothing changes."""
+    with output_files.replace(path) as unfinished:
+        try:
+            yield unfinished
+        finally:
+            _remove_log(unfinished)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -115,7 +113,7 @@ def _copy(source: Path, target: Path) -> None:
             closing(sqlite3.connect(_uri(source, "ro"), uri=True)) as old,
             closing(sqlite3.connect(target)) as new,
         ):
-            if old.execute("SELECT count(*) FROM sqlite_master WHERE name = 'alembic_version'").fetchone() == (0,):
+            if old.execute(_COUNT_OUR_TABLES).fetchone() != (2,):
                 raise DataError(f"{source}: is no database of kibitz; name a file that `kibitz backup` wrote")
             old.backup(new)
             new.execute("PRAGMA journal_mode = DELETE")  # one file, without a log
@@ -124,6 +122,11 @@ def _copy(source: Path, target: Path) -> None:
                 raise DataError(f"{source}: is broken ({' '.join(found.split())}); name another backup")
     except sqlite3.Error as error:
         raise DataError(f"{source}: cannot be copied to {target} ({error}); nothing was changed") from error
+
+
+def _is_backup(file: Path) -> bool:
+    """Whether `back_up` may have written a file: a database of kibitz in use has a log, a backup has none."""
+    return _read(file, _COUNT_OUR_TABLES) == [(2,)] and _read(file, "PRAGMA journal_mode") == [("delete",)]
 
 
 def _read(database: Path, query: str) -> list[tuple[Any, ...]]:

@@ -19,14 +19,13 @@ from rich.table import Table
 from rich.text import Text
 
 from bot import config as configuration
-from bot import environment
+from bot import environment, output_files
 from bot.config import Config
 from bot.conversations import ConversationStore
 from bot.data_directory import HEALTH, is_held, prepare
 from bot.database import Database
 from bot.embeddings import Embedder
 from bot.errors import KibitzError, cause_of
-from bot.forgetting import forget_person
 from bot.memory import Memory
 from bot.recall import Recall, weights
 from bot.registry import BASE, PolicyRegistry
@@ -54,7 +53,12 @@ app.add_typer(bench, name="bench")
 
 def path_option(*names: str, help: str) -> Any:
     """An option for a path; a `~` at its beginning is the home directory, as the shell does not see it in `--out=~/x`."""
-    return typer.Option(*names, help=help, parser=lambda text: Path(environment.expand_home(text)), metavar="<path>")
+    return typer.Option(*names, help=help, parser=environment.read_path, metavar="<path>")
+
+
+def path_argument(help: str) -> Any:
+    """An argument that is a path, read as those of options are."""
+    return typer.Argument(help=help, parser=environment.read_path)
 
 
 ConfigFile = Annotated[Path | None, path_option("--config", help="The config file; ./config.toml if there is one.")]
@@ -117,15 +121,8 @@ def write_json(path: Path | None, name: str, figures: dict[str, Any], setup: dic
     """Write `{"name", "figures", "setup"}`, whole or not at all."""
     if path is None:
         return
-    write_whole(path, json.dumps({"name": name, "figures": figures, "setup": setup}, indent=1, sort_keys=True))
+    output_files.write_text(path, json.dumps({"name": name, "figures": figures, "setup": setup}, indent=1, sort_keys=True))
     console.print(f"figures: {path}")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.rename(path)
 
 
 def print_figures(figures: dict[str, Any]) -> None:
@@ -149,8 +146,8 @@ def print_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def check_writable(*paths: Path | None) -> None:
     """Refuse an output file that could not be written, before the work and not after it."""
     for path in paths:
-        if path is not None and not path.absolute().parent.is_dir():
-            raise configuration.ConfigError(f"output file '{path}': there is no directory {path.absolute().parent}")
+        if path is not None:
+            output_files.check_replaceable(path)
 
 
 @contextmanager
@@ -284,20 +281,6 @@ def privacy_text(consents: bool) -> str:
 
 
 @app.command()
-def forget(
-    platform: Annotated[str, typer.Argument(help="discord, slack, web or terminal.")],
-    user: Annotated[str, typer.Argument(help="The platform's id of the person.")],
-    config: ConfigFile = None,
-    data_dir: DataDir = None,
-    seed: Seed = None,
-) -> None:
-    """Erase what a person wrote and reacted to, and every version that learned from it; also while kibitz runs."""
-    database, _, registry = opened(configured(config, data_dir, seed))
-    console.print(f"{forget_person(database, registry, platform, user)}; they teach no more until they consent")
-    database.close()
-
-
-@app.command()
 def status(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
     """What is live, what was said, what was learned."""
     found = configured(config, data_dir, seed)
@@ -340,6 +323,7 @@ def main(application: typer.Typer = app) -> None:
     os.umask(0o077)  # what we and our children write may hold what people said
     environment.open_standard_streams()
     try:
+        environment.check_arguments(sys.argv[1:])
         code = application(standalone_mode=False)
         if code == INTERRUPTED:  # typer turns Ctrl-C into this return value
             raise KeyboardInterrupt

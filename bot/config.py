@@ -54,6 +54,7 @@ def _address(value: str) -> str:
 Plain = Annotated[bool | int | float | str, BeforeValidator(_plain)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
+Hours = Annotated[float, Field(ge=0, le=24 * 365)]
 Variable = Annotated[str, AfterValidator(_variable)]  # the name of an environment variable that holds a secret
 PathName = Annotated[str, AfterValidator(expand_home)]  # a path, or a name that does not begin with ~
 
@@ -244,7 +245,7 @@ class DiscordConfig(Section):
     edits: Positive = 4
     edit_seconds: Annotated[float, Field(gt=0)] = 5.0
     waiting: Positive = 8
-    reconcile_hours: Annotated[float, Field(ge=0)] = 24.0
+    reconcile_hours: Hours = 24.0
 
 
 class SlackConfig(Section):
@@ -259,7 +260,7 @@ class SlackConfig(Section):
     streams: Positive = 18
     edits: Positive = 40
     waiting: Positive = 8
-    reconcile_hours: Annotated[float, Field(ge=0)] = 24.0
+    reconcile_hours: Hours = 24.0
 
 
 class DatabaseConfig(Section):

@@ -4,6 +4,7 @@ Of what is kept in it, it knows the names alone.
 """
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import filelock
 from bot.errors import ConfigError
 
 HEALTH = "failing.json"  # which tasks of the serving process fail now (bot.supervision)
+FULL = {errno.ENOSPC, errno.EDQUOT}
 WITNESS = bytes(2**16)  # a full disk still takes empty files
 CONTENTS = (
     *("kibitz.db*", "policies", "doctor-*", "models", "embedders", "bench", "home", "cache", ".cache", ".triton"),
@@ -23,23 +25,34 @@ CONTENTS = (
 
 
 def prepare(data: Path) -> None:
-    """Make the directory, show that it can be written before anything else is begun, and close it to other users."""
+    """Make the directory, check that this user may write in it, and close it to other users.
+
+    A full disk is passed over: what only reads goes on. Raises ConfigError.
+    """
     with _errors_for_people(data):
         if not data.is_dir():
             data.mkdir(parents=True)
             data.chmod(0o700)
-    check_writable(data)
+        try:
+            _write_witness(data)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
     _close(data)
 
 
 def check_writable(data: Path) -> None:
     """Write a file in the directory and remove it. Raises ConfigError where that fails, for instance on a full disk."""
-    witness = data / f".writable-{os.getpid()}"
     with _errors_for_people(data):
-        try:
-            witness.write_bytes(WITNESS)
-        finally:
-            witness.unlink(missing_ok=True)
+        _write_witness(data)
+
+
+def _write_witness(data: Path) -> None:
+    witness = data / f".writable-{os.getpid()}"
+    try:
+        witness.write_bytes(WITNESS)
+    finally:
+        witness.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 Job = tuple[Callable[..., Any], tuple[Any, ...], Future[Any]]
 
 BUSY_SECONDS = 10.0  # how long SQLite waits for another program's transaction
-_POSTGRESQL = "postgresql+psycopg://USER:PASSWORD@HOST/DATABASE"
+_FORMS = "write sqlite:///FILE, or postgresql+psycopg://USER:PASSWORD@HOST/DATABASE"
 
 
 class _Local(threading.local):
@@ -51,19 +51,16 @@ class Database:
 
     def __init__(self, url: str, directory: Path | None = None, is_read_only: bool = False):
         """Open nothing yet. What `is_read_only` leaves a file of SQLite as it is, and makes none."""
+        parts = _read_url(url)
+        self.url = _without_secrets(parts)
+        self.dialect = parts.get_backend_name()
         try:
             # Error messages must not spell what people wrote.
-            self.engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"), hide_parameters=True)
+            self.engine = sa.create_engine(parts, pool_pre_ping=self.dialect != "sqlite", hide_parameters=True)
         except ImportError as error:
             raise DataError(f"config key database.url needs a driver: {error}; pip install 'kibitz[postgresql]'") from error
         except sa.exc.ArgumentError as error:
-            raise DataError(
-                "config key database.url has a value that is no URL; write sqlite:///FILE, or " + _POSTGRESQL
-            ) from error
-        self.url = self.engine.url.set(query={}).render_as_string(hide_password=True)  # a query may hold a password too
-        self.dialect = self.engine.dialect.name
-        if self.dialect not in ("sqlite", "postgresql"):
-            raise DataError(f"config key database.url has value '{self.url}'; write sqlite:///FILE, or " + _POSTGRESQL)
+            raise DataError(f"config key database.url has value '{self.url}'; {_FORMS}") from error
         if self.dialect == "sqlite" and not is_read_only:
             sa.event.listen(self.engine, "connect", _configure_sqlite)
             sa.event.listen(self.engine, "begin", _begin_immediate)
@@ -274,6 +271,27 @@ def _do(work: Callable[[], None]) -> None:
         work()
     except Exception:
         log.exception("work after a commit failed; what was committed stays")
+
+
+def _read_url(url: str) -> sa.URL:
+    """The parts of a database's URL. Raises DataError for what is none, or names no database that is kept."""
+    try:
+        parts = sa.make_url(url)
+    except (sa.exc.ArgumentError, ValueError) as error:  # ValueError: of a port that is no number
+        raise DataError(f"config key database.url has a value that is no URL; {_FORMS}") from error
+    if parts.get_backend_name() not in ("sqlite", "postgresql"):
+        raise DataError(f"config key database.url has value '{_without_secrets(parts)}', another database; {_FORMS}")
+    if parts.get_backend_name() == "sqlite" and (
+        not parts.database or ":memory:" in parts.database or parts.query.get("mode") == "memory"
+    ):
+        raise DataError(
+            f"config key database.url has value '{_without_secrets(parts)}', which keeps nothing when kibitz ends; {_FORMS}"
+        )
+    return parts
+
+
+def _without_secrets(url: sa.URL) -> str:
+    return url.set(query={}).render_as_string(hide_password=True)  # a query may hold a password too
 
 
 def _configure_sqlite(connection: Any, _: Any) -> None:

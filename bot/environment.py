@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import urllib.request
+from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -42,6 +43,32 @@ def expand_home(path: str) -> str:
     if expanded.startswith("~"):
         raise ConfigError(f"the path '{path}' begins with ~, but there is no such home directory; write the whole path")
     return expanded
+
+
+def read_path(text: str) -> Path:
+    """Return the path that a command line names, with the home directory for a `~`.
+
+    Raises ConfigError for an empty name, which would be the working directory, and for one that the system refuses.
+    """
+    if not text:
+        raise ConfigError("an empty path was given; name a file or a directory, '.' is this one")
+    path = Path(expand_home(text))
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # whoever needs it says so
+    except OSError as error:
+        raise ConfigError(f"the path '{text}' cannot be used ({error.strerror}); name another") from error
+    return path
+
+
+def check_arguments(arguments: Iterable[str]) -> None:
+    """Check that the arguments of a command line are text, as no database takes others. Raises ConfigError."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"the argument {os.fsencode(argument)!r} is not UTF-8 text; write it in UTF-8") from error
 
 
 def open_standard_streams() -> None:

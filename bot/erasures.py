@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
@@ -49,13 +49,19 @@ class Erasures:
     def read(self) -> Erased:
         """Return all that was noted. Raises DataError where the file cannot be read."""
         found = Erased()
-        for line in self._lines()[1:]:
+        for number, line in enumerate(self._lines()[1:], 2):
             match line.split(" "):
                 case ["person", digest, at, "."]:
-                    found.people[digest] = datetime.fromisoformat(at)
+                    found.people[digest] = self._read_time(at, number)
                 case ["message", message_id, _, "."]:
                     found.messages.add(message_id)
         return found  # a line without its end was cut off by a crash, and nothing was forgotten then
+
+    def _read_time(self, text: str, number: int) -> datetime:
+        try:
+            return datetime.fromisoformat(text).astimezone(UTC)
+        except (ValueError, OverflowError) as error:
+            raise DataError(f"{self.path}: line {number} has the date '{text}', which is none; restore the file") from error
 
     def digest(self, person: Person) -> str:
         """Return what stands for a person in this file."""

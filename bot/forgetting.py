@@ -39,7 +39,7 @@ from bot.tables import (
     users,
     words,
 )
-from bot.types import FORGOTTEN, PolicyState, Role, now
+from bot.types import FORGOTTEN, Person, PolicyState, Role, now
 from bot.users import decide, decided_since
 
 log = logging.getLogger(__name__)
@@ -121,13 +121,19 @@ def forget_again(database: Database, registry: PolicyRegistry) -> int:
         ]
         known = {erasures.digest((row.platform, row.user_id)): row.forgotten_at for row in connection.execute(_FORGOTTEN)}
         wanted = {digest for digest, at in noted.people.items() if digest not in known or known[digest] < at}
-        people = {(row[0], row[1]) for query in _PEOPLE for row in connection.execute(query)} if wanted else set()
     for message_id in late:
         forget_message(database, message_id)
+    people = find_people(database) if wanted else set()
     found = sorted(person for person in people if erasures.digest(person) in wanted)
     for person in found:
         forget_person(database, registry, *person, until=noted.people[erasures.digest(person)])
     return len(late) + len(found)
+
+
+def find_people(database: Database) -> set[Person]:
+    """Return everybody who wrote, judged, taught a version or decided something about themselves."""
+    with database.read() as connection:
+        return {(platform, user) for query in _PEOPLE for platform, user in connection.execute(query) if user != FORGOTTEN}
 
 
 _KEPT = sa.select(messages.c.id).where(messages.c.author_id != FORGOTTEN)

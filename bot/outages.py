@@ -49,7 +49,8 @@ def outage(error: sa.exc.DBAPIError, url: str) -> DatabaseUnavailable | None:
 
 
 def _of_sqlite(error: Any) -> str | None:
-    return _OF_SQLITE.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
+    code = getattr(error, "sqlite_errorcode", 0)
+    return _FULL if code == sqlite3.SQLITE_IOERR_SHMSIZE else _OF_SQLITE.get(code & 0xFF)  # there: no room for its index
 
 
 def _of_postgresql(error: sa.exc.DBAPIError) -> str | None:

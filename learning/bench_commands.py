@@ -17,7 +17,7 @@ from learning.commands import with_model
 
 @bench.command("recall")
 def bench_recall(
-    file: Annotated[Path, typer.Argument(help="Conversations with questions and their evidence, one a line.")],
+    file: Annotated[Path, cli.path_argument("Conversations with questions and their evidence, one a line.")],
     json_file: JsonFile = None,
     config: ConfigFile = None,
     data_dir: DataDir = None,

@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from bot import cli
+from bot import cli, output_files
 from bot.cli import (
     ConfigFile,
     DataDir,
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def pretrain(
-    pairs: Annotated[Path | None, typer.Argument(help="JSON lines of messages, or the Cornell corpus's folder.")] = None,
+    pairs: Annotated[Path | None, cli.path_argument("JSON lines of messages, or the Cornell corpus's folder.")] = None,
     out: Annotated[Path | None, cli.path_option("--out", help="Where the model goes; below --data-dir by default.")] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 1,
     learning_rate: Annotated[float, typer.Option(min=0.0)] = 5e-4,
@@ -55,7 +55,9 @@ def pretrain(
     from learning.pairs import pairs as read_pairs
 
     found = configured(config, data_dir, seed)
-    cli.check_writable(json_file, out)
+    cli.check_writable(json_file)
+    if out is not None:
+        pretraining.check_place(out)
     if pairs is None:
         console.print(f"model: {with_model(configured(config, data_dir, seed, 'toy'))[1]}")
         return
@@ -150,7 +152,7 @@ def _tell(**values: Any) -> None:
 
 @app.command()
 def replay(
-    file: Annotated[Path, typer.Argument(help="Recorded conversations with reactions: a file, a directory or a ZIP.")],
+    file: Annotated[Path, cli.path_argument("Recorded conversations with reactions: a file, a directory or a ZIP.")],
     format: Annotated[str, typer.Option(help="auto finds it out; a name that is not known lists those that are.")] = "auto",
     json_file: JsonFile = None,
     plot: PlotFile = None,
@@ -232,14 +234,19 @@ def report(
     cli.check_writable(page, json_file)
     collected = reports.collected(version, ran.get(name, "was not made by a run"))
     database.close()
-    cli.write_whole(page, reports.html(collected))
+    output_files.write_text(page, reports.html(collected))
     console.print(f"report: {page}")
     if json_file is not None:
         cli.write_json(json_file, "report", collected, {"run": name})
 
 
 @app.command()
-def export(file: Path, config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
+def export(
+    file: Annotated[Path, cli.path_argument("The file to write; an older one there is replaced.")],
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+) -> None:
     """Write every conversation that may teach, with its feedback, to FILE, in the form that `kibitz replay` reads."""
     from learning import kibitz_export
     from learning.replay import tokenizer_fingerprint
@@ -288,7 +295,7 @@ def fit_retrieval(
             setup["dialogues"] = dialogues
     cli.print_figures(learned)
     if out is not None:
-        cli.write_whole(out, json.dumps({"weights": learned, "setup": setup}, indent=2) + "\n")
+        output_files.write_text(out, json.dumps({"weights": learned, "setup": setup}, indent=2) + "\n")
 
 
 def _from_feedback(config: Config, embedder: Embedder, progress: Any) -> tuple[dict[str, float], dict[str, Any]]:
@@ -309,7 +316,7 @@ def _from_feedback(config: Config, embedder: Embedder, progress: Any) -> tuple[d
 
 @app.command("fit-topics")
 def fit_topics(
-    train: Annotated[Path, typer.Argument(help="Dialogues with marked topics, in TIAGE's form.")],
+    train: Annotated[Path, cli.path_argument("Dialogues with marked topics, in TIAGE's form.")],
     test: Annotated[Path, cli.path_option("--test", help="Others, to judge by.")],
     out: Annotated[Path | None, cli.path_option("--out", help="Where the weights go.")] = None,
     json_file: JsonFile = None,
@@ -329,7 +336,7 @@ def fit_topics(
     cli.print_figures(figures)
     cli.write_json(json_file, "fit-topics", figures, {"train": train.name, "test": test.name})
     if out is not None:
-        cli.write_whole(out, json.dumps(learned, indent=2) + "\n")
+        output_files.write_text(out, json.dumps(learned, indent=2) + "\n")
 
 
 @app.command("fit-followups")
@@ -351,4 +358,4 @@ def fit_followups(
     cli.print_figures(figures)
     cli.write_json(json_file, "fit-followups", figures, {"seed": found.seed, "embedder": found.dialogue.embedder})
     if out is not None:
-        cli.write_whole(out, json.dumps(learned) + "\n")
+        output_files.write_text(out, json.dumps(learned) + "\n")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from bot import output_files
 from bot.config import PrivacyConfig
 from bot.conversations import ConversationStore, Dialogue
-from bot.errors import DataError
 from bot.types import Conversation, Feedback, Message, Role, Turn
 from bot.users import Users
 from learning.recorded_files import Row
@@ -55,28 +55,21 @@ def export(store: ConversationStore, path: Path, tokenizer_sha256: str, privacy:
     """
     written: Counter[str] = Counter()
     users = Users(store.database, privacy)
-    unfinished = path.with_name(path.name + ".unfinished")
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(json.dumps({MARK: VERSION, "tokenizer_sha256": tokenizer_sha256}) + "\n")
-            for dialogue in store.dialogues():
-                conversation, messages, turns, feedback = _with_consent(dialogue, store, users)
-                written["messages left out (no consent, or erased)"] += len(dialogue[1]) - len(messages)
-                if not messages:
-                    continue
-                row = {
-                    "conversation": asdict(conversation),
-                    "messages": [asdict(one) for one in messages],
-                    "turns": [asdict(one) for one in turns],
-                    "feedback": [asdict(one) for one in feedback],
-                }
-                file.write(json.dumps(row, default=datetime.isoformat, ensure_ascii=False) + "\n")
-                written.update(conversations=1, messages=len(messages), turns=len(turns), feedback=len(feedback))
-        unfinished.rename(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror}); name a file in a directory with room") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with output_files.replace(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+        file.write(json.dumps({MARK: VERSION, "tokenizer_sha256": tokenizer_sha256}) + "\n")
+        for dialogue in store.dialogues():
+            conversation, messages, turns, feedback = _with_consent(dialogue, store, users)
+            written["messages left out (no consent, or erased)"] += len(dialogue[1]) - len(messages)
+            if not messages:
+                continue
+            row = {
+                "conversation": asdict(conversation),
+                "messages": [asdict(one) for one in messages],
+                "turns": [asdict(one) for one in turns],
+                "feedback": [asdict(one) for one in feedback],
+            }
+            file.write(json.dumps(row, default=datetime.isoformat, ensure_ascii=False) + "\n")
+            written.update(conversations=1, messages=len(messages), turns=len(turns), feedback=len(feedback))
     return +written
 
 

@@ -18,7 +18,7 @@ from bot.config import Config
 from bot.errors import TrainingError, cause_of
 from bot.vllm_server import served_dtype
 from learning.prefix import share_prefixes
-from learning.version_files import WHOLE, is_whole, weights_folder
+from learning.version_files import WHOLE, is_whole, missing_files, weights_folder
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -57,11 +57,24 @@ def to_train(config: Config, base_model: str, found: "Model") -> "Model":
 def served(config: Config, base_model: str, version: str | None = None) -> "Model":
     """The base model, or the version in a directory, as it is served."""
     from peft import PeftModel
+    from safetensors import SafetensorError
 
-    if version is not None and is_whole(Path(version)):
-        return _pretrained(config, str(weights_folder(Path(version))))
+    if version is None:
+        return _pretrained(config, base_model)
+    directory = Path(version)
+    if is_whole(directory):
+        return _pretrained(config, str(weights_folder(directory)), _advice(directory))
+    if missing := missing_files(directory):
+        raise TrainingError(f"{directory.name} cannot be loaded, {missing[0]} is missing; {_advice(directory)}")
     base = _pretrained(config, base_model)
-    return base if version is None else PeftModel.from_pretrained(base, version, is_trainable=True)
+    try:
+        return PeftModel.from_pretrained(base, version, is_trainable=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise TrainingError(f"{directory.name} cannot be loaded ({cause_of(error)}); {_advice(directory)}") from error
+
+
+def _advice(version: Path) -> str:
+    return f"restore its directory {version}, or take the version back with `kibitz rollback`"
 
 
 def as_base(model: "Model") -> AbstractContextManager[Any]:
@@ -188,8 +201,9 @@ def not_finite(model: "Model") -> list[str]:
     return [name for name, value in model.named_parameters() if not value.isfinite().all()]
 
 
-def _pretrained(config: Config, source: str) -> "PreTrainedModel":
+def _pretrained(config: Config, source: str, advice: str = "put it back, or name another") -> "PreTrainedModel":
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
@@ -202,10 +216,8 @@ def _pretrained(config: Config, source: str) -> "PreTrainedModel":
             f"out of memory while loading '{source}'; lower serving.memory_share so that vLLM leaves room for it, end what "
             "else uses the GPU, or set serving.sleep_while_training = true"
         ) from error
-    except (OSError, ValueError, ImportError) as error:
-        raise TrainingError(
-            f"the base model '{source}' cannot be loaded ({cause_of(error)}); put it back, or name another"
-        ) from error
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise TrainingError(f"the model '{source}' cannot be loaded ({cause_of(error)}); {advice}") from error
 
 
 def divide_logits(model: "PreTrainedModel", temperature: float) -> None:

@@ -176,6 +176,18 @@ def make_demo(recipe: DemoRecipe, data: Path, progress: Progress) -> Path:
     return directory
 
 
+def check_place(directory: Path) -> None:
+    """Check that a model can be written there: in a new or empty directory, or in the place of a model.
+
+    Raises ConfigError where something else is, which would be removed.
+    """
+    if not directory.absolute().parent.is_dir():
+        raise ConfigError(f"--out {directory}: there is no directory {directory.absolute().parent}; make it first")
+    is_model = (directory / "config.json").is_file()
+    if directory.exists() and not is_model and not (directory.is_dir() and not any(directory.iterdir())):
+        raise ConfigError(f"--out {directory}: is there already and holds no model; name a new directory")
+
+
 def warm_start(
     model_path: str,
     dialogues: list[Dialogue],

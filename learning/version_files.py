@@ -29,6 +29,11 @@ def weights_folder(directory: Path) -> Path:
     return directory / WHOLE if is_whole(directory) else directory
 
 
+def missing_files(directory: Path) -> list[str]:
+    """The names of the files that are missing in a version that should hold an adapter."""
+    return [name for name in sorted(ADAPTER_FILES) if not (directory / name).is_file()]
+
+
 def fingerprint(directory: Path) -> str:
     """The sha256 of a version's weights."""
     digest = hashlib.sha256()
@@ -75,6 +80,8 @@ def prune(directories: Iterable[Path]) -> tuple[int, int]:
 def faults(directory: Path, base_model: str, max_rank: int) -> list[str]:
     """What is wrong with a version's weights; empty where vLLM may load them."""
     folder = weights_folder(directory)
+    if not folder.is_dir():
+        return [f"{folder}: is missing"]
     found = [f"{path.name}: is a link" for path in folder.iterdir() if path.is_symlink()]
     pickles = [path.name for path in folder.iterdir() if path.suffix in PICKLES]
     found += [f"{name}: a pickle file; weights are safetensors only" for name in pickles]
@@ -84,8 +91,7 @@ def faults(directory: Path, base_model: str, max_rank: int) -> list[str]:
 def _of_adapter(adapter: Path, base_model: str, max_rank: int) -> list[str]:
     from safetensors import SafetensorError, safe_open
 
-    missing = [name for name in sorted(ADAPTER_FILES) if not (adapter / name).is_file()]
-    if missing:
+    if missing := missing_files(adapter):
         return [f"{name}: is missing" for name in missing]
     faults = []
     settings = json.loads((adapter / "adapter_config.json").read_text())

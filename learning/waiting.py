@@ -14,12 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bot.cli import embedder, interruptible, write_whole
+from bot.cli import embedder, interruptible
 from bot.config import Config
 from bot.conversations import ConversationStore
 from bot.data_directory import held
 from bot.database import Database
 from bot.errors import RegistryError, VerdictOutdated
+from bot.output_files import write_text
 from bot.registry import PolicyRegistry
 from bot.tokenizer import ChatTokenizer
 from bot.types import PolicyState, PolicyVersion, now
@@ -124,7 +125,7 @@ def _judge(
     metrics = version.metrics | found | {"judged_at": judged_at.isoformat(), "waits_for": 0}
     state = PolicyState.CANDIDATE if verdict.passed else PolicyState.REJECTED
     registry.record_verdict(version.name, state, metrics, "passed" if verdict.passed else "; ".join(verdict.reasons))
-    write_whole(path / "metrics.json", json.dumps(metrics, indent=1, sort_keys=True))  # of the report
+    write_text(path / "metrics.json", json.dumps(metrics, indent=1, sort_keys=True))  # of the report
     if not verdict.passed:
         discard_weights(path)
     return Judgement(version.name, verdict.passed, waits=False, reasons=verdict.reasons)

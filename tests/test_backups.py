@@ -297,3 +297,41 @@ def test_a_line_that_a_crash_cut_off_is_passed_by_and_a_lost_salt_is_told(tmp_pa
     noted.path.write_text("no salt\n")
     with pytest.raises(DataError, match="line 1 is not the salt"):
         Erasures(tmp_path).digest(("test", "ann"))
+
+
+def test_a_backup_replaces_an_older_backup_and_no_other_file(config, store, tokenizer, file, here):
+    answered(store, tokenizer, "hello", "ok")
+    directory = ("--data-dir", config.data)
+    notes, foreign, other = (file.with_name(name) for name in ("notes.toml", "foreign.db", "kibitz.db"))
+    notes.write_text("my only notes")
+    sqlite3.connect(foreign).execute("CREATE TABLE alembic_version (version_num)").connection.close()
+    in_use = Database(f"sqlite:///{other}")  # of another data directory
+    in_use.upgrade()
+    before = [one.read_bytes() for one in (notes, foreign, other)]
+    for one in (notes, foreign, other):
+        refused(here("backup", one, *directory), "is no backup of kibitz, and is not replaced")
+    assert [one.read_bytes() for one in (notes, foreign, other)] == before
+    in_use.close()
+    file.touch()  # as `mktemp` leaves it
+    for _ in range(2):
+        succeeded(here("backup", file, *directory))
+    restore(config, file, replaces=True)
+    assert store.counts()["turns"] == 1
+
+
+def test_a_date_that_is_none_is_told_before_anything_is_restored(config, database, store, registry, tokenizer, file, here):
+    back_up(config, file)
+    turn = answered(store, tokenizer, "hello", "ok")
+    Erasures(config.data).add_person(("test", "ann"), now())
+    noted = config.data / "erasures.txt"
+    sound = noted.read_text()
+    database.close()
+    for odd in ("notadate", "9999-99-99"):
+        noted.write_text(f"{sound}\nperson 0123 {odd} .")
+        wanted = f"line 3 has the date '{odd}', which is none; restore the file"
+        refused(here("restore", file, "--replace", "--data-dir", config.data), wanted)
+    again = Database(config.database_url)
+    assert ConversationStore(again).turn(turn.id) == turn
+    again.close()
+    noted.write_text(f"{sound}\nperson 0123 2026-01-01T00:00:00 .")  # the control
+    succeeded(here("restore", file, "--replace", "--data-dir", config.data))

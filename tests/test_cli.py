@@ -25,6 +25,7 @@ from bot.data_directory import held
 from bot.database import Database
 from bot.errors import ConfigError
 from bot.types import Conversation
+from bot.users import Users
 from learning import simulated_people, simulation
 
 ROOT = Path(__file__).parent.parent
@@ -124,7 +125,8 @@ def test_a_replay_of_a_broken_or_useless_file_is_refused_and_stores_no_half_of_i
     refused(here("replay", file, "--config", config), "no usable reward: nobody judged an answer")
     assert "messages: 0" in here("status", "--config", config).stdout
     refused(here("replay", file, "--config", config, "--format", "yaml"), "must be auto or one of kibitz, oasst")
-    refused(here("export", tmp_path, "--config", config), "cannot be written (Is a directory)")
+    refused(here("export", tmp_path, "--config", config), "cannot be written (it is a directory)")
+    refused(here("replay", "", "--config", config), "an empty path was given")
 
 
 def rated(count: int) -> str:
@@ -447,3 +449,90 @@ def test_a_candidate_is_deployed_by_its_name_and_rejected_ones_are_pruned(tmp_pa
     assert Path(registry.get(wanted).path).exists()
     assert Path(registry.get(outdated).path).exists(), "a candidate may still be deployed"
     assert "removed the files of 0 rejected versions, 0.0 MB" in here("prune", *options).stdout
+
+
+def test_an_output_file_takes_the_place_of_a_plain_file_and_of_nothing_else(tmp_path, registry, config, here):
+    config.save(tmp_path / "config.json")
+    pipe, plugged = tmp_path / "pipe", tmp_path / "socket"
+    os.mkfifo(pipe)
+    options = ("--config", tmp_path / "config.json")
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as listener:
+        listener.bind(str(plugged))
+        for command in (("backup",), ("export",), ("simulate", "--json"), ("simulate", "--plot")):
+            for one in (pipe, plugged):
+                refused(here(*command, one, *options), "it is a device, a pipe or a socket")
+            for one in (".", "/", tmp_path):
+                refused(here(*command, one, *options), "it is a directory")
+            refused(here(*command, "", *options), "an empty path was given")
+            refused(here(*command, "x" * 5000, *options), "cannot be used (File name too long)")
+        for command in (("backup",), ("export",)):  # the name fits, and that of the unfinished file does not
+            refused(here(*command, tmp_path / ("x" * 250), *options), "cannot be written (File name too long)")
+    assert pipe.is_fifo()
+    assert plugged.is_socket()
+    assert not list(tmp_path.glob("*.unfinished"))
+    plain = tmp_path / "plain"
+    plain.write_text("an older export")
+    assert here("export", plain, *options).returncode == 0, "the control"
+    assert "kibitz-export" in plain.read_text()
+
+
+def test_pretraining_removes_no_directory_that_holds_something_else_than_a_model(tmp_path, demo_model, here):
+    config = write_config(tmp_path, demo_model)
+    pairs, mine = tmp_path / "pairs.jsonl", tmp_path / "mine"
+    said = [{"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}]
+    pairs.write_text(json.dumps({"messages": said}))
+    mine.mkdir()
+    options = ("--config", config, "--out", mine)
+    refused(here("pretrain", pairs, *options), "holds 1 pairs")  # an empty one is taken
+    (mine / "notes.txt").write_text("my only notes")
+    refused(here("pretrain", pairs, *options), "is there already and holds no model")
+    refused(here("pretrain", pairs, "--config", config, "--out", pairs), "is there already and holds no model")
+    (mine / "config.json").write_text("{}")
+    refused(here("pretrain", pairs, *options), "holds 1 pairs")
+
+
+@pytest.mark.parametrize("command", ["state", "why", "deploy", "report", "forget discord", "forget", "backup", "restore"])
+def test_an_argument_that_is_no_text_is_refused_in_a_line(tmp_path, demo_model, here, command):
+    odd = os.fsdecode(b"a\xffb")
+    last = ("ann",) if command == "forget" else ()
+    refused(here(*command.split(), odd, *last, "--data-dir", tmp_path), "the argument b'a\\xffb' is not UTF-8 text")
+
+
+@pytest.mark.parametrize("command", ["restore", "replay", "pretrain", "bench recall", "status --config"])
+def test_a_path_that_the_system_refuses_is_refused_in_a_line(tmp_path, here, command):
+    refused(here(*command.split(), "x" * 5000, "--data-dir", tmp_path), "cannot be used (File name too long)")
+
+
+def test_on_a_full_disk_a_command_goes_on_and_what_must_not_be_written_is_told(tmp_path, database, config, here):
+    config.save(tmp_path / "config.json")
+    options = ("--config", tmp_path / "config.json")
+    witness = config.data / f".writable-{os.getpid()}"
+    for command in (("status",), ("policies",), ("backup", tmp_path / "out")):
+        witness.symlink_to("/dev/full")  # the real error of a full disk
+        done = here(*command, *options)
+        assert done.returncode == 0, done.stderr
+        assert not witness.is_symlink()
+    witness.symlink_to("/proc/version")  # the control: an error that is not that of a full disk
+    refused(here("status", *options), "data_dir has value")
+
+
+def test_only_somebody_who_is_known_can_be_forgotten(tmp_path, database, store, registry, tokenizer, config, here):
+    turn = answered(store, tokenizer, "hello", "Hey there!", author="ann")
+    react(store, turn, approves=True, user="bob")
+    Users(database, config.privacy).decide("slack", "U1", consent=False)
+    config.save(tmp_path / "config.json")
+    options = ("--config", tmp_path / "config.json")
+    for platform, user, wanted in (
+        ("discrod", "ann", "there is no platform 'discrod'; write one of discord, slack, terminal, test, web"),
+        ("Discord", "ann", "there is no platform 'Discord'"),
+        ("test", "", "nobody on test has the id ''"),
+        ("test", "cleo", "nobody on test has the id 'cleo', and nothing was forgotten"),
+        ("web", "ann", "ids there are TOKEN-NAME/PERSON, such as local/ann"),
+        ("discord", "ann", "ids there are numbers"),
+    ):
+        refused(here("forget", platform, user, *options), wanted)
+    assert not (config.data / "erasures.txt").exists(), "nothing was noted"
+    assert store.message(turn.message_id).text == "hello"
+    for person in (("test", "bob"), ("test", "ann"), ("test", "ann"), ("slack", "U1")):
+        assert here("forget", *person, *options).returncode == 0, person
+    assert store.message(turn.message_id).text == ""

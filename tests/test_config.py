@@ -54,6 +54,8 @@ def test_the_example_file_holds_every_key_at_its_default_with_a_comment():
         ),
         ({"gate": {"probe_tolerance": float("nan")}}, "'gate.probe_tolerance' has value nan"),
         ({"training": {"batch_size": 10**9}}, "'training.batch_size' has value 1000000000"),
+        ({"discord": {"reconcile_hours": 1e9}}, "'discord.reconcile_hours' has value 1000000000.0; input should be less"),
+        ({"slack": {"reconcile_hours": 1e9}}, "'slack.reconcile_hours' has value 1000000000.0; input should be less"),
         ({"training": {"max_length": 16}}, "'training.max_length' has value 16"),
         ({"training": {"processes": 99}}, "training.processes has value 99, too many for training.batch_size (16)"),
         ({"training": {"processes": 3, "batch_size": 4}}, "each needs 2 answers a step; lower the first"),

@@ -18,6 +18,7 @@ from bot import write_ahead_log
 from bot.database import Database
 from bot.errors import DatabaseUnavailable
 from bot.forgetting import forget_person, remove_purged
+from bot.outages import outage
 from bot.registry import BASE, withdraw
 from bot.tables import messages
 from bot.types import Conversation, Message
@@ -242,3 +243,29 @@ def test_a_database_from_the_future_says_what_to_install(config, database, here)
         connection.execute(sa.text("update alembic_version set version_num = '9999'"))
     wanted = "has schema 9999, which this kibitz does not know; install the kibitz that wrote it, or newer"
     refused(here("status", "--data-dir", config.data), wanted)
+
+
+@pytest.mark.parametrize(
+    ("url", "wanted"),
+    [
+        ("sqlite://", "keeps nothing when kibitz ends; write sqlite:///FILE"),
+        ("sqlite:///:memory:", "keeps nothing when kibitz ends"),
+        ("sqlite:///file:x?mode=memory&uri=true", "keeps nothing when kibitz ends"),
+        ("mysql://ann:hunter2@here/there", "another database; write sqlite:///FILE, or postgresql+psycopg://"),
+        ("postgresql+nothing://ann:hunter2@here/there", "write sqlite:///FILE, or postgresql+psycopg://"),
+        ("postgresql://ann:hunter2@here:port/there", "is no URL; write sqlite:///FILE, or postgresql+psycopg://"),
+    ],
+)
+def test_a_url_that_names_no_database_that_is_kept_is_refused(tmp_path, here, url, wanted):
+    (tmp_path / "config.toml").write_text(f'data_dir = "{tmp_path}"\n[database]\nurl = "{url}"\n')
+    done = here("policies", "--config", tmp_path / "config.toml")
+    refused(done, wanted)
+    assert "hunter2" not in done.stderr
+
+
+def test_a_disk_without_room_to_begin_reading_is_told_as_full():
+    """The code is what SQLite says on a full tmpfs, where its index of the log cannot be made."""
+    for code, wanted in ((sqlite3.SQLITE_IOERR_SHMSIZE, "has no room left"), (sqlite3.SQLITE_IOERR_READ, "cannot be read")):
+        found = sqlite3.OperationalError("disk I/O error")
+        found.sqlite_errorcode = code
+        assert wanted in str(outage(sa.exc.OperationalError("", {}, found), "sqlite:///x"))

@@ -143,7 +143,7 @@ def test_an_export_of_a_newer_kibitz_is_not_guessed_at(tmp_path):
 def test_an_export_that_cannot_be_written_is_one_line_and_leaves_no_half(tmp_path, store, tokenizer):
     answered(store, tokenizer, "hello", "Hey there!")
     (tmp_path / "out").mkdir()
-    with pytest.raises(DataError, match=r"out: cannot be written \(Is a directory\)"):
+    with pytest.raises(DataError, match=r"out: cannot be written \(it is a directory\)"):
         export(store, tmp_path / "out", "", PrivacyConfig())
     assert [file.name for file in tmp_path.iterdir() if "unfinished" in file.name] == []
 

@@ -1,5 +1,7 @@
 """The model that a run trains: whole weights beside the base that they are held to, and what becomes of them."""
 
+import shutil
+
 import pytest
 import torch
 import transformers
@@ -200,3 +202,21 @@ def test_the_reference_is_computed_in_float32_and_the_weights_come_back_exactly(
         value.dtype == kept[name].dtype and torch.equal(value, kept[name]) for name, value in narrow.named_parameters()
     )
     assert set(before) == set(weights(narrow))
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_version_whose_files_are_gone_or_broken_is_named_with_what_to_do(demo_model, tmp_path, kind):
+    version = tmp_path / "policy-7"
+    random_version(Config(training={"weights": kind}), demo_model, version, seed=0)
+    served(Config(), demo_model, str(version))  # the control
+    (weights,) = version.rglob("*.safetensors")
+    wanted = r"policy-7.* cannot be loaded.*policy-7, or take the version back with `kibitz rollback`"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(TrainingError, match=wanted):
+        served(Config(), demo_model, str(version))
+    weights.unlink()
+    with pytest.raises(TrainingError, match=wanted):
+        served(Config(), demo_model, str(version))
+    shutil.rmtree(version)
+    with pytest.raises(TrainingError, match=wanted):
+        served(Config(), demo_model, str(version))

@@ -58,7 +58,8 @@ from learning.version_files import fingerprint
 from learning.waiting import judge_waiting
 
 HISTORIES, STEPS = 200, 10
-SAID_BEFORE = [32, 6]  # turns of others: enough to judge a version by, or so few that it waits for more
+# How many turns others had said before, and whether a version is live: enough to judge one by, or so few that it waits.
+SAID_BEFORE = [(32, False), (6, False), (32, True)]
 WORD = re.compile(r"zq\d+x")
 PLACES = [Conversation("test", channel, "space") for channel in ("one", "two", "direct")]
 Result = TypeVar("Result")
@@ -81,6 +82,15 @@ class Said:
     is_gone: bool = False
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What had been said, thought and learned when somebody asked to be forgotten and the database refused it."""
+
+    said: int
+    feedback: frozenset[str]
+    versions: frozenset[str]
+
+
 @dataclass
 class Ledger:
     """What people did, as the test knows it, and what kibitz told them."""
@@ -90,7 +100,8 @@ class Ledger:
     feedback: dict[str, Feedback] = field(default_factory=dict)
     consent: dict[str, bool] = field(default_factory=dict)
     forgotten: set[str] = field(default_factory=set)  # words
-    noted: set[str] = field(default_factory=set)  # people whose forgetting failed: the next start makes it good
+    noted: dict[str, Asked] = field(default_factory=dict)  # by person: the next start makes it good
+    decided_since: set[str] = field(default_factory=set)  # people, since it was noted
     runs: dict[str, set[str]] = field(default_factory=dict)  # by version: who taught it
     forgotten_teachers: set[str] = field(default_factory=set)  # versions
     versions: dict[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -273,11 +284,12 @@ class Histories(RuleBasedStateMachine):
     def decide(self, person: str, consent: bool) -> None:
         self.stage.do(app.desk(self.kibitz).privacy("test", person, "on" if consent else "off"))
         self.ledger.consent[person] = consent
+        self.ledger.decided_since.add(person)
 
     @rule(person=people)
     def forget(self, person: str) -> None:
         self.stage.do(app.desk(self.kibitz).forget("test", person))
-        self._forget_people({person})
+        self._forget_person(person)
         self._follow()  # as the watcher does within a second
 
     @rule(deploys=st.booleans())
@@ -330,7 +342,9 @@ class Histories(RuleBasedStateMachine):
         self.stage.vllm.adapters.clear()  # it was started again too
         self.start()
         there = {one.person for one in self.ledger.said if not one.is_gone} | self.ledger.consent.keys()
-        self._forget_people(self.ledger.noted & (there | {row.user_id for row in self.ledger.feedback.values()}))
+        there |= {row.user_id for row in self.ledger.feedback.values()}
+        for person in sorted(self.ledger.noted.keys() & there):
+            self._forget_person(person, self.ledger.noted[person])
 
     @rule(person=people, place=places, is_locked=st.booleans(), forgets=st.booleans())
     def lose_the_database_for_a_moment(self, person: str, place: int, is_locked: bool, forgets: bool) -> None:
@@ -338,7 +352,9 @@ class Histories(RuleBasedStateMachine):
         self.stage.do(self._outage(person, place, is_locked, forgets))
         assert self.kibitz.store.counts() == before, "law 1: what was not acknowledged is not there"
         if forgets and is_locked:  # it was noted before the database refused it
-            self.ledger.noted.add(person)
+            versions = frozenset(self.ledger.runs)
+            self.ledger.noted[person] = Asked(len(self.ledger.said), frozenset(self.ledger.feedback), versions)
+            self.ledger.decided_since.discard(person)
 
     async def _outage(self, person: str, place: int, is_locked: bool, forgets: bool) -> None:
         health, is_failing = self.kibitz.health, "law 9: a supervised task fails, is reported, and goes on"
@@ -468,6 +484,8 @@ class Histories(RuleBasedStateMachine):
             assert version.state == PolicyState.REJECTED or not Path(version.path).exists()
         if not self.ledger.forgotten:
             return
+        # While somebody reads, the log is emptied a moment later.
+        self.stage.do(_soon(lambda: not self.kibitz.database._wal.is_waiting, "law 10: in the end the log is emptied"))
         spelled = [one for word in self.ledger.forgotten for one in self._spellings(word)]
         pattern = re.compile(b"|".join(re.escape(one.encode()) + rb"(?!\d)" for one in sorted(spelled)))
         for path in self.data.rglob("*"):
@@ -510,14 +528,18 @@ class Histories(RuleBasedStateMachine):
         self.stage.seen["a run with teachers"] += bool(teachers)
         self.stage.seen["a version waits"] += self.kibitz.registry.get(name).state == PolicyState.WAITING
 
-    def _forget_people(self, gone: set[str]) -> None:
+    def _forget_person(self, person: str, asked: Asked | None = None) -> None:
+        """Note that a person is forgotten, and, if they had `asked` for it earlier, that what came since is not."""
         ledger = self.ledger
-        ledger.noted -= gone
-        ledger.consent |= dict.fromkeys(gone, False)
-        ledger.forgotten_teachers |= {name for name, teachers in ledger.runs.items() if gone & teachers}
+        if asked is None or person not in ledger.decided_since:
+            ledger.consent[person] = False
+        asked = asked or Asked(len(ledger.said), frozenset(ledger.feedback), frozenset(ledger.runs))
+        ledger.noted.pop(person, None)
+        ledger.forgotten_teachers |= {name for name in asked.versions if person in ledger.runs[name]}
         self.stage.seen["a version loses its teacher"] += bool(ledger.forgotten_teachers)
-        ledger.feedback = {key: row for key, row in ledger.feedback.items() if row.user_id not in gone}
-        self._forget([one for one in ledger.said if one.person in gone])
+        gone = {row.id for row in ledger.feedback.values() if row.user_id == person and row.id in asked.feedback}
+        ledger.feedback = {key: row for key, row in ledger.feedback.items() if key not in gone}
+        self._forget([one for one in ledger.said[: asked.said] if one.person == person])
 
     def _forget(self, gone: list[Said]) -> None:
         """Note that messages are forgotten, and with them all answers that were shown any of their words."""
@@ -625,11 +647,14 @@ def stage(demo_model, tokenizer, tmp_path_factory) -> Iterator[Stage]:
         # What watches in the background looks when a history wants it to, so that a history can be repeated.
         patch.setattr(Deployment, "watch", partialmethod(Deployment.watch, 3600.0))
         patch.setattr("bot.app.PAUSE_SECONDS", 3600.0)
-        for turns in SAID_BEFORE:
+        for turns, is_trained in SAID_BEFORE:
             made.beginnings.append((_talked(made, tmp_path_factory.mktemp("template"), turns), Ledger()))
             first = _histories(made)()
             first.begin(-1)
             first.say_something()
+            if is_trained:
+                first.train(deploys=True)
+                first.law_6_no_evidence_no_promotion()
             first.stop()
             made.beginnings[-1] = first.data, first.ledger
         yield made
