@@ -182,6 +182,8 @@ def test_weights_that_torch_saved_are_whole_archives(model):
     weights = load_file(model / "model.safetensors")
     (model / "model.safetensors").unlink()
     file = model / "pytorch_model.bin"
+    torch.save({one: value for one, value in weights.items() if one != "model.norm.weight"}, file)
+    refused(model, r"its weights lack model\.norm\.weight")
     torch.save(weights, file)
     check(configured(model), str(model))
     cut(file, file.stat().st_size - 1)
