@@ -7,6 +7,8 @@ chat, serve, simulate, measure or look (`kibitz doctor`) all ask here.
 import re
 import shutil
 import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from bot.accelerator import GIB, Card, free_memory, has_gpu, read_card
@@ -43,6 +45,7 @@ def check_model(config: Config, model: str, serves: bool = True) -> MemoryPlan |
     check_extra_args(config)
     shape = read_shape(model)
     check_architecture(config, model)
+    check_weights(config, model)
     tokenizer = check_tokenizer(config, model, shape)
     served = config.model_copy(update={"policy": tokenizer.with_thoughts(config.policy)})
     check_context(served, shape)
@@ -134,6 +137,63 @@ def _check_tensors(name: str, directory: Path) -> None:
             )
 
 
+def check_weights(config: Config, model: str) -> None:
+    """Refuse a directory whose weights are not those that its config.json describes, as transformers itself finds.
+
+    It loads the model onto torch's meta device: it reads headers, renames and puts together as for training, and keeps no
+    weights. Those of a hub model are checked by whoever loads them.
+    """
+    if not Path(model).is_dir():
+        return
+    from transformers import AutoModelForCausalLM
+
+    name = config.policy.model
+    try:
+        with _quiet_transformers():
+            _, found = AutoModelForCausalLM.from_pretrained(
+                model, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    except Exception as error:  # each architecture has code of its own, which raises anything
+        raise ConfigError(
+            f"policy.model '{name}': transformers cannot make the model that its config.json describes ({cause_of(error)}); "
+            "take the config.json that belongs to the weights"
+        ) from error
+    if missing := sorted(found["missing_keys"]):
+        raise ConfigError(
+            f"policy.model '{name}': its weights lack {missing[0]}{_and_more(missing)}, which its config.json asks for; "
+            "take the config.json that belongs to the weights, or download both again"
+        )
+    if mismatched := sorted(found["mismatched_keys"]):
+        key, has, wanted = mismatched[0]
+        raise ConfigError(
+            f"policy.model '{name}': its weights have {key}{_and_more(mismatched)} with the shape {_dimensions(has)}, its "
+            f"config.json describes {_dimensions(wanted)}; take the config.json that belongs to the weights, or download "
+            "both again"
+        )
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Inside, transformers draws no bar and logs nothing: what it finds is told as an error."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _and_more(found: Sequence[object]) -> str:
+    return f" and {len(found) - 1} more" if len(found) > 1 else ""
+
+
+def _dimensions(shape: Iterable[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
 def check_architecture(config: Config, model: str) -> None:
     """Refuse a model that vLLM does not serve with adapters, or that transformers does not train."""
     name = config.policy.model
@@ -172,8 +232,13 @@ def check_architecture(config: Config, model: str) -> None:
 
 
 def check_context(config: Config, shape: ModelShape) -> None:
-    """Refuse prompts and answers that are longer than a model can read."""
+    """Refuse prompts and answers that are longer than a model can read, and a model that reads next to nothing."""
     policy = config.policy
+    if shape.positions and shape.positions <= LEAST_CONTEXT:
+        raise ConfigError(
+            f"policy.model '{policy.model}': its config.json says that it reads {shape.positions} tokens "
+            f"(max_position_embeddings), and kibitz needs more than {LEAST_CONTEXT}; correct it, or name another model"
+        )
     longest = policy.context_tokens + policy.max_tokens
     if shape.positions and longest > shape.positions:
         context, answer = shape.positions - policy.max_tokens, shape.positions - policy.context_tokens
@@ -196,11 +261,11 @@ def check_tokenizer(config: Config, model: str, shape: ModelShape) -> ChatTokeni
     """
     name = config.policy.model
     tokenizer = ChatTokenizer(model, config.policy.template_args)
-    tokens = len(tokenizer.hf)
-    if tokens > shape.vocabulary:
+    token, last = max(tokenizer.hf.get_vocab().items(), key=lambda one: one[1], default=("", -1))  # ids may have gaps
+    if last >= shape.vocabulary:
         raise ConfigError(
-            f"policy.model '{name}': its tokenizer has {tokens} tokens, its embedding {shape.vocabulary} rows; take the "
-            "tokenizer that belongs to it, or grow the model with resize_token_embeddings"
+            f"policy.model '{name}': its tokenizer has the id {last} ({token!r}), its embedding {shape.vocabulary} rows, "
+            "counted from 0; take the tokenizer that belongs to it, or grow the model with resize_token_embeddings"
         )
     try:
         ids = tokenizer.prompt_ids([{"role": "user", "content": "hello"}])

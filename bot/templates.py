@@ -56,8 +56,8 @@ class Template:
         try:
             with _limit_computing(LONGEST):
                 self._check_arguments()
-                if "enable_thinking" not in self.arguments and self._knows_thinking():
-                    self.arguments["enable_thinking"] = False  # people who chat wait for an answer, not for thoughts
+                if self.thinks is None:  # people who chat wait for an answer, not for thoughts
+                    self.arguments |= {name: False for name in THINKING if self._knows(name)}
                 self.rules = self._find_rules()
         except _Endless:
             raise ConfigError(
@@ -66,9 +66,10 @@ class Template:
             ) from None
 
     @property
-    def is_asked_to_think(self) -> bool:
-        """Whether the operator switched thoughts on."""
-        return any(self.arguments.get(name) for name in THINKING)
+    def thinks(self) -> bool | None:
+        """Whether thoughts are switched on; None where no switch is set."""
+        given = [self.arguments[name] for name in THINKING if name in self.arguments]
+        return any(given) if given else None
 
     def shape(self, messages: ChatMessages, *, is_prompt: bool = True) -> list[dict[str, str]]:
         """Bring a conversation, whatever it is, into a shape that the template accepts; shaping it again changes nothing.
@@ -178,8 +179,8 @@ class Template:
         others = (without, {**self.arguments, name: changed})
         return any(self._differ(self.arguments, other) for other in others)
 
-    def _knows_thinking(self) -> bool:
-        on, off = ({**self.arguments, "enable_thinking": value} for value in (True, False))
+    def _knows(self, switch: str) -> bool:
+        on, off = ({**self.arguments, switch: value} for value in (True, False))
         return self._differ(on, off)
 
     def _differ(self, arguments: Mapping[str, Scalar], others: Mapping[str, Scalar]) -> bool:

@@ -116,10 +116,23 @@ class ChatTokenizer:
         return CHANNEL in self.hf.get_chat_template()
 
     def with_thoughts(self, policy: PolicyConfig) -> PolicyConfig:
-        """Give a model that thinks first `policy.thought_tokens` beside `policy.max_tokens`; others answer as configured."""
-        if not (self.thoughts.begins_open or self.template.is_asked_to_think):
+        """Give a model that may think first `policy.thought_tokens` beside `policy.max_tokens`; leave others as they are."""
+        if not self._may_think:
             return policy
         return policy.model_copy(update={"max_tokens": policy.max_tokens + policy.thought_tokens})
+
+    @property
+    def _may_think(self) -> bool:
+        """Whether an answer may begin with a thought: the prompt opens one, somebody asked for them, or the model has marks
+        for them, and neither a switch nor the end of the prompt says that it should not.
+        """
+        if self.thoughts.begins_open:
+            return True
+        if self.template.thinks is not None:
+            return self.template.thinks
+        question = trial_chat()[:1]
+        is_closed = self.thoughts.closing in self.template.render(question).rpartition(question[0]["content"])[2]
+        return self.thoughts != UNMARKED and not is_closed
 
     @cached_property
     def _turn_end(self) -> int:

@@ -181,7 +181,8 @@ class VllmServer:
             cause = first_cause(log.read().decode(errors="replace"))
         if not cause:
             return f"see {self.log}"
-        advice = "; correct serving.extra_args" if self._process is not None and self._process.returncode == USAGE else ""
+        is_misread = self._process is not None and self._process.returncode == USAGE
+        advice = "; correct serving.extra_args" if is_misread and self.config.serving.extra_args else ""
         if any(sign in cause for sign in NO_MEMORY):
             advice = "; lower policy.context_tokens or serving.memory_share, or end what else uses the memory"
         return f"vLLM says: {cause}{advice} (its log: {self.log})"
@@ -286,7 +287,8 @@ def _exceptions(lines: list[str]) -> Iterator[str]:
 def served_dtype(config: Config, model: str) -> str:
     """Return the number format of server and trainer alike: as configured, or as the model was saved.
 
-    On a GPU it has 16 bits: vLLM's LoRA kernels take no others. Raises ConfigError where float32 is asked for there.
+    What was saved in a format that vLLM does not compute in, such as float64, has float32. On a GPU it has 16 bits: vLLM's
+    LoRA kernels take no others. Raises ConfigError where float32 is asked for there.
     """
     on_gpu = has_gpu()
     wanted = config.serving.dtype
@@ -301,8 +303,10 @@ def served_dtype(config: Config, model: str) -> str:
 
     dtype = AutoConfig.from_pretrained(model).dtype
     saved = str(dtype).removeprefix("torch.") if dtype is not None else "auto"
-    if not on_gpu or saved in ("bfloat16", "float16"):
+    if saved in ("bfloat16", "float16"):
         return saved
+    if not on_gpu:
+        return saved if saved == "auto" else "float32"
     card = read_card()
     return "float16" if card is not None and card.capability < 8 else "bfloat16"
 

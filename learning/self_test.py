@@ -25,7 +25,7 @@ from bot.config import Config, load
 from bot.data_directory import is_held
 from bot.doctor import Check, Skipped
 from bot.errors import KibitzError, ServingError, TrainingError, cause_of
-from bot.model_check import check_architecture, check_context, check_disk, check_memory, check_tokenizer
+from bot.model_check import check_architecture, check_context, check_disk, check_memory, check_tokenizer, check_weights
 from bot.model_shape import read_shape
 from bot.policy import Policy
 from bot.tokenizer import ChatTokenizer
@@ -91,6 +91,7 @@ class SelfTest:
         self.config, model = self._find()
         shape = read_shape(model)
         check_architecture(self.config, model)
+        check_weights(self.config, model)
         check_context(self.config, shape)
         self._model = model
         dtype = served_dtype(self.config, model)

@@ -156,6 +156,17 @@ def test_a_quick_look_at_a_model_that_is_broken(tmp_path, demo_model, here):
         refused(here(*command, "--config", config), "there are no weights")
 
 
+def test_a_look_at_weights_that_are_not_those_of_the_config(tmp_path, demo_model):
+    model = shutil.copytree(demo_model, tmp_path / "model")
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(settings | {"intermediate_size": 512}))
+    config = load(data_dir=str(tmp_path), policy={"model": str(model)})
+    with SelfTest(config, lambda: (config, str(model))) as test:
+        row = next(row for row in examine(test.checks(quick=True)) if row.what == "model")
+    assert row.outcome == "not"
+    assert "its config.json describes 128 x 512" in row.found
+
+
 async def test_one_token_and_one_training_step(live, config):
     """On the one vLLM of the run, given by its URL; the step is a child process."""
     serving = config.serving.model_copy(update={"url": live.policy.url})

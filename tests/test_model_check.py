@@ -25,6 +25,7 @@ from bot.model_check import (
     check_files,
     check_memory,
     check_model,
+    check_weights,
     explain_refusal,
 )
 from bot.model_shape import read_shape
@@ -181,6 +182,8 @@ def test_weights_that_torch_saved_are_whole_archives(model):
     weights = load_file(model / "model.safetensors")
     (model / "model.safetensors").unlink()
     file = model / "pytorch_model.bin"
+    torch.save({one: value for one, value in weights.items() if one != "model.norm.weight"}, file)
+    refused(model, r"its weights lack model\.norm\.weight")
     torch.save(weights, file)
     check(configured(model), str(model))
     cut(file, file.stat().st_size - 1)
@@ -196,6 +199,58 @@ def test_a_config_that_belongs_to_other_weights(model, key, value, has):
     layers = {"layer_types": ["full_attention"] * value} if key == "num_hidden_layers" else {}
     change(model / "config.json", **{key: value}, **layers)
     refused(model, f"has {key} {value}, its weights have {has}; take the config")
+
+
+@pytest.mark.parametrize("gone", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_weights_that_lack_a_tensor(model, gone):
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[gone]
+    save_file(tensors, file, metadata={"format": "pt"})
+    refused(model, rf"its weights lack {gone}, which its config\.json asks for; take the config")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "found"),
+    [
+        ({"intermediate_size": 512}, r"mlp\.down_proj\.weight and 8 more with the shape 128 x \d+, its .* 128 x 512;"),
+        ({"num_attention_heads": 8, "num_key_value_heads": 8}, r"self_attn\.k_proj\.weight and \d+ more with the shape"),
+        ({"head_dim": 64}, r"self_attn\.k_norm\.weight and \d+ more with the shape 32, its config\.json describes 64;"),
+        ({"tie_word_embeddings": False}, r"its weights lack lm_head\.weight, which"),
+        ({"rope_parameters": {"rope_type": "nonsense", "rope_theta": 10000}}, "the model that its .* describes .*nonsense"),
+    ],
+)
+def test_a_config_that_describes_other_tensors_than_the_weights_have(model, wrong, found, capfd):
+    change(model / "config.json", **wrong)
+    refused(model, found)
+    said = capfd.readouterr().err
+    assert "LOAD REPORT" not in said
+    assert "Loading weights" not in said
+
+
+KINDS = {
+    "Llama, its output layer apart": ("Llama", {"tie_word_embeddings": False}),
+    "Gemma 2": ("Gemma2", {"head_dim": 16}),
+    "Phi 3, which joins its projections": ("Phi3", {}),
+    "Mixtral, whose experts are saved one by one": ("Mixtral", {"num_local_experts": 4}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_pass_under_whatever_names_an_architecture_saves_them(model, kind):
+    import transformers
+
+    name, settings = KINDS[kind]
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1536, "pad_token_id": 0}
+    made = getattr(transformers, f"{name}Config")(**sizes, **heads, **settings)
+    getattr(transformers, f"{name}ForCausalLM")(made).save_pretrained(model)
+    check_weights(configured(model), str(model))
+    tensors = load_file(model / "model.safetensors")
+    tensors.pop(max(one for one in tensors if "layers.1" in one and ("experts" in one or name != "Mixtral")))
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"download both again|transformers cannot make"):  # the control
+        check_weights(configured(model), str(model))
 
 
 def test_a_config_that_says_nothing(model):
@@ -238,6 +293,9 @@ def test_a_context_that_is_longer_than_the_model_reads(model):
     refused(model, "; lower policy.max_tokens to 3072$", policy={"max_tokens": 10**6})
     check_model(configured(model, policy={"max_tokens": 3072}), str(model))
     refused(model, "; lower both to 2048$", policy={"max_tokens": 10**6, "context_tokens": 10**6})
+    for nothing in (-1, 8):
+        change(model / "config.json", max_position_embeddings=nothing)
+        refused(model, rf"says that it reads {nothing} tokens \(max_position_embeddings\).*; correct it")
 
 
 def test_a_tokenizer_without_a_chat_template_and_with_one_that_fails(model):
@@ -256,7 +314,16 @@ def test_a_tokenizer_that_has_grown(model):
     tensors[name] = tensors[name][:-100].clone()
     save_file(tensors, file, metadata={"format": "pt"})
     change(model / "config.json", vocab_size=len(tensors[name]))
-    refused(model, r"tokenizer has \d+ tokens, its embedding \d+ rows; take the tokenizer")
+    refused(model, r"tokenizer has the id 1535 \('.*'\), its embedding 1436 rows, counted from 0; take the tokenizer")
+
+
+def test_a_tokenizer_whose_ids_have_a_gap(model):
+    file = model / "tokenizer.json"
+    settings = json.loads(file.read_text())
+    words = settings["model"]["vocab"]
+    words[max(words, key=words.get)] = 9999  # as many tokens as before
+    file.write_text(json.dumps(settings))
+    refused(model, r"tokenizer has the id 9999 \('.*'\), its embedding 1536 rows, .*; take the tokenizer")
 
 
 def test_float32_on_a_gpu_and_cards_that_are_small_or_full(model, monkeypatch):

@@ -409,6 +409,42 @@ def test_a_model_that_may_think_is_not_asked_to_unless_somebody_wants_it(demo_mo
         _ = family_tokenizer("Qwen 2.5", demo_model, tmp_path, enable_thinking=False).template
 
 
+def test_a_switch_for_thoughts_is_turned_off_whatever_its_name(demo_model, tmp_path):
+    plain = PolicyConfig(max_tokens=100, thought_tokens=400)
+    known = FAMILIES["Qwen 3.5"]
+    source = known.template.replace("enable_thinking", "thinking")
+
+    def made(**arguments: bool) -> ChatTokenizer:
+        return ChatTokenizer(make_tokenizer(demo_model, replace(known, template=source), tmp_path / "tokenizer"), arguments)
+
+    quiet, loud = made(), made(thinking=True)
+    assert quiet.template.arguments == {"thinking": False}
+    assert quiet.hf.decode(quiet.prompt_ids(chat_of("u"))).endswith("<think>\n\n</think>\n\n")
+    assert quiet.with_thoughts(plain).max_tokens == 100
+    assert loud.template.arguments == {"thinking": True}
+    assert loud.thoughts.begins_open
+    assert loud.with_thoughts(plain).max_tokens == 500
+
+
+@pytest.mark.parametrize(
+    ("opens", "marks", "room"),
+    [
+        ("", ["<think>", "</think>"], 500),
+        ("", ["<seed:think>", "</seed:think>"], 500),
+        ("", ["[THINK]", "[/THINK]"], 500),
+        ("<think>\n", ["<think>", "</think>"], 500),
+        ("<think>\n\n</think>\n\n", ["<think>", "</think>"], 100),
+        ("", [], 100),
+    ],
+)
+def test_a_model_that_opens_its_thoughts_itself_has_room_for_them(demo_model, tmp_path, opens, marks, room):
+    known = FAMILIES["Qwen 2.5"]
+    source = known.template + "{% if add_generation_prompt %}" + opens + "{% endif %}"
+    family = replace(known, template=source, plain=marks)
+    thinker = ChatTokenizer(make_tokenizer(demo_model, family, tmp_path / "tokenizer"))
+    assert thinker.with_thoughts(PolicyConfig(max_tokens=100, thought_tokens=400)).max_tokens == room
+
+
 def test_a_template_that_opens_a_thought_is_known_to(demo_model, tmp_path):
     thinker = family_tokenizer("a thinker", demo_model, tmp_path)
     assert thinker.thoughts.begins_open

@@ -2,6 +2,9 @@
 
 import asyncio
 import importlib.metadata
+import json
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -103,6 +106,32 @@ def test_on_a_gpu_a_model_that_was_saved_as_float32_is_served_in_16_bits(config,
         served_dtype(asked, config.policy.model)
     on_a_gpu(monkeypatch, None)
     assert served_dtype(asked, config.policy.model) == "float32"
+
+
+def test_a_model_that_was_saved_in_a_format_that_vllm_does_not_compute_in_is_served_as_float32(demo_model, tmp_path):
+    model = Path(shutil.copytree(demo_model, tmp_path / "model"))
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(settings | {"dtype": "float64"}))
+    assert served_dtype(load(), str(model)) == "float32"
+    (model / "config.json").write_text(json.dumps(settings | {"dtype": "float16"}))
+    assert served_dtype(load(), str(model)) == "float16", "the control"
+
+
+@pytest.mark.parametrize("extra", [[], ["--nonsense"]])
+async def test_extra_arguments_are_blamed_only_where_there_are_some(config, extra):
+    """A process stands for a vLLM that cannot read its command line."""
+    serving = config.serving.model_copy(update={"extra_args": extra})
+    server = VllmServer(config.model_copy(update={"serving": serving}), config.policy.model)
+    code = "import sys; sys.stderr.write('vllm: error: argument --x: invalid\\n'); sys.exit(2)"
+    server._command = lambda: [sys.executable, "-c", code]
+    policy = Policy(server.url, config.policy)
+    try:
+        with pytest.raises(ServingError, match="vLLM says: argument --x: invalid") as error:
+            await server.start(policy)
+    finally:
+        await policy.close()
+        await server.stop()
+    assert ("correct serving.extra_args" in str(error.value)) == bool(extra)
 
 
 def test_the_entry_point_is_that_of_the_vllm_that_is_installed():
