@@ -160,6 +160,11 @@ class Histories(RuleBasedStateMachine):
         self.ledger = copy.deepcopy(ledger)
         self.data = Path(tempfile.mkdtemp(prefix="kibitz-history-", dir=_quick_directory()))
         shutil.copytree(template, self.data, dirs_exist_ok=True)
+        moved = str(template), str(self.data)
+        with contextlib.closing(sqlite3.connect(self.data / "kibitz.db")) as database, database:
+            database.execute("UPDATE policies SET path = replace(path, ?, ?)", moved)
+        for name, (parent, path, *known) in self.ledger.versions.items():
+            self.ledger.versions[name] = parent, path.replace(*moved), *known
         self.stage.vllm.adapters.clear()
         self.stage.vllm.asked.clear()
         serving = self.stage.config.serving.model_copy(update={"url": self.stage.vllm.url})
