@@ -9,3 +9,6 @@ __version__ = "0.1.0"
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 for _name, _value in WAITING.items():
     os.environ.setdefault(_name, _value)
+# A Python that we start, or that vLLM or torchrun starts, imports nothing from the directory in which kibitz was started: a
+# `bot.py` there is the operator's own. Read when Python starts; so it is for our children, and theirs, and not for us.
+os.environ["PYTHONSAFEPATH"] = "1"

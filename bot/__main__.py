@@ -172,7 +172,7 @@ def measure(
     cli.check_writable(json_file)
     config, model = with_model(config)
     figures: dict[str, Any] = {}
-    scratch = config.data / "bench"
+    scratch = config.data / "bench" / "serving"  # beside the points that `bench learning` keeps
     if not is_held(scratch, "serve"):
         shutil.rmtree(scratch, ignore_errors=True)
     apart = config.model_copy(update={"data_dir": scratch, "database": DatabaseConfig()})

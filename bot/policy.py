@@ -14,7 +14,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 
@@ -32,7 +32,9 @@ TOP_LOGPROBS = 20  # as many as vLLM gives unless it is told otherwise
 RESETS = 50  # of the prefix cache that are tried, a tenth of a second apart
 LULL_SECONDS = 5.0  # how long a moment without requests is waited for, before requests are made to wait
 IDLE_SECONDS = 2.0  # after which a connection is closed: vLLM closes its own after 5, and a request may meet that moment
+MISSHAPEN = (ValueError, LookupError, TypeError, AttributeError)  # of JSON that is not what was expected
 
+T = TypeVar("T")
 OnText = Callable[[str], Awaitable[None] | None]
 
 
@@ -179,7 +181,7 @@ class Policy:
                         break
         except ServingError as error:
             raise _translated(str(error), text, version) from error
-        except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError) as error:
+        except (aiohttp.ClientError, TimeoutError, *MISSHAPEN) as error:
             raise _translated(str(error) or type(error).__name__, text, version) from error
         if not finish_reason:
             raise _translated("the stream ended early", text, version)
@@ -248,8 +250,7 @@ class Policy:
 
     async def connect(self) -> None:
         """Learn the name under which the server knows the base model, and whose weights it holds."""
-        listed = (await self._admin("GET", "/v1/models"))["data"]
-        bases = [model["id"] for model in listed if not model.get("parent")]
+        bases = [name for name, parent in (await self._models()).items() if not parent]
         if not bases:
             raise ServingError(f"the server at {self.url} lists no base model; check serving.url")
         self.base_name = bases[0]
@@ -270,8 +271,8 @@ class Policy:
         return version in await self.loaded()
 
     async def _weights(self) -> str:
-        told = (await self._admin("GET", "/weight_info"))["weight_version"]
-        return self.base if told == FRESH else str(told)
+        version = await self._ask("GET", "/weight_info", None, lambda told: str(told["weight_version"]))
+        return self.base if version == FRESH else version
 
     async def replace(self, version: str, path: str) -> None:
         """Put the weights of a whole model in the place of the server's. Nobody may be answered: see `held`."""
@@ -279,7 +280,7 @@ class Policy:
         body = {"method": "reload_weights", "kwargs": {"weights_path": path}}
         await self._admin("POST", "/collective_rpc", body)
         for _ in range(RESETS):  # it is refused while any request runs, such as one that asks whether the server is well
-            if (await self._admin("POST", "/reset_prefix_cache"))["success"]:
+            if await self._ask("POST", "/reset_prefix_cache", None, lambda told: bool(told["success"])):
                 break
             await asyncio.sleep(0.1)
         else:
@@ -295,7 +296,7 @@ class Policy:
         body = {"model": self.base_name, "prompt": [1], "max_tokens": 1, "logprobs": 0, "return_token_ids": True}
         try:
             async with asyncio.timeout(seconds):
-                await self._admin("POST", "/v1/completions", body)
+                await self._ask("POST", "/v1/completions", body, lambda told: told["choices"][0])
         except (ServingError, TimeoutError):
             return False
         return True
@@ -318,8 +319,13 @@ class Policy:
 
     async def loaded(self) -> set[str]:
         """The names of the adapters that the server holds."""
-        listed = (await self._admin("GET", "/v1/models"))["data"]
-        return {model["id"] for model in listed if model.get("parent")}
+        return {name for name, parent in (await self._models()).items() if parent}
+
+    async def _models(self) -> dict[str, str | None]:
+        """What the server lists: base models with None, adapters with what they adapt."""
+        return await self._ask(
+            "GET", "/v1/models", None, lambda told: {model["id"]: model.get("parent") for model in told["data"]}
+        )
 
     async def next_logprobs(self, version: str, prompt_ids: Sequence[int], temperature: float) -> dict[int, float]:
         """The server's log-probabilities (nats) of the likeliest tokens to follow `prompt_ids`, at a temperature.
@@ -335,16 +341,29 @@ class Policy:
             "temperature": temperature,
             "return_tokens_as_token_ids": True,
         }
-        answer = await self._admin("POST", "/v1/completions", body)
-        listed = answer["choices"][0]["logprobs"]["top_logprobs"][0]
-        return {int(token.removeprefix("token_id:")): logprob for token, logprob in listed.items()}
+
+        def read(told: Any) -> dict[int, float]:
+            listed = told["choices"][0]["logprobs"]["top_logprobs"][0]
+            return {int(token.removeprefix("token_id:")): float(logprob) for token, logprob in listed.items()}
+
+        return await self._ask("POST", "/v1/completions", body, read)
 
     async def close(self) -> None:
         """Close the connections."""
         await self._http.close()
 
+    async def _ask(self, method: str, path: str, body: dict[str, Any] | None, read: Callable[[Any], T]) -> T:
+        """Return what `read` finds in the server's answer. Raises ServingError where it is not there: that is no vLLM."""
+        told = await self._admin(method, path, body)
+        try:
+            return read(told)
+        except MISSHAPEN as error:
+            advice = f"see {self.log}" if self.log else "check serving.url"
+            came = " ".join(str(told).split())[:100]
+            raise ServingError(f"{self.url}{path} gave '{came}', which is no answer of vLLM's; {advice}") from error
+
     async def _admin(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """What the server answers: JSON, or None where it is not."""
+        """What the server answers: JSON, or its text where it is not."""
         try:
             async with self._http.request(method, f"{self.url}{path}", json=body) as response:
                 said = await response.text()
@@ -352,7 +371,7 @@ class Policy:
                     raise Unavailable(f"vLLM failed at {path} ({response.status}): {said[:300]}")
                 if response.status != 200:
                     raise ServingError(f"vLLM refused {path} ({response.status}): {said[:300]}")
-                return json.loads(said) if response.content_type == "application/json" else None
+                return json.loads(said) if response.content_type == "application/json" else said
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             advice = f"see {self.log}" if self.log else "check that it runs, and serving.url"
             raise Unavailable(f"vLLM at {self.url} does not answer ({type(error).__name__}); {advice}") from error

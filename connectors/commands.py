@@ -46,6 +46,11 @@ class Asker:
     roles: Iterable[str] = ()
 
 
+def ask_for_one(choices: Iterable[str]) -> str:
+    """What to say to somebody who chose what there is not."""
+    return f"Say one of {', '.join(choices)}."
+
+
 class Commands:
     """The commands of one platform."""
 
@@ -59,7 +64,7 @@ class Commands:
         if command.for_operators and not self.access.operates(asker.user, asker.roles):
             return "Only an operator may do that (config keys access.operators, access.operator_roles)."
         if command.choices and choice not in ("", *command.choices):
-            return f"Say one of {', '.join(command.choices)}."
+            return ask_for_one(command.choices)
         try:
             return await self._do(command.name, asker, choice or "status")
         except KibitzError as error:

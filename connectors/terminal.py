@@ -14,9 +14,10 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.patch_stdout import patch_stdout
 
 from bot.dialogue import DialogueManager, ReplyOptions, spoken
-from bot.errors import ServingError, TemplateError
+from bot.errors import KibitzError, ServingError, TemplateError
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn
 from connectors.base import Desk
+from connectors.commands import CONSENT, ask_for_one
 
 PLATFORM = SIGNAL = "terminal"
 HELP = """say something, or:
@@ -84,8 +85,9 @@ class Terminal:
             elif command == "/status":
                 print(await self.desk.status())
             elif command == "/privacy":
-                choice = rest.strip() if rest.strip() in ("on", "off") else "status"
-                print(await self.desk.privacy(PLATFORM, self.user, choice))
+                choice = rest.strip().lower() or CONSENT[0]
+                is_known = choice in CONSENT
+                print(await self.desk.privacy(PLATFORM, self.user, choice) if is_known else ask_for_one(CONSENT))
             elif command == "/forget-me":
                 print(await self.desk.forget(PLATFORM, self.user))
                 return None
@@ -101,6 +103,8 @@ class Terminal:
                 print(await self._react(command, rest.strip(), turn))
         except (ServingError, TemplateError) as error:
             print(f"sorry, I cannot answer now: {error}", flush=True)
+        except KibitzError as error:  # what this speaks of was forgotten elsewhere, or nothing can be stored just now
+            print(f"sorry, that did not work: {error}", flush=True)
         return turn
 
     async def _react(self, command: str, text: str, turn: Turn) -> str:

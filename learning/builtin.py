@@ -23,6 +23,7 @@ from typing import IO, Any
 import filelock
 
 from bot.config import PERSONA
+from bot.environment import expand_home
 from bot.errors import ConfigError
 
 Progress = Callable[[str, int, int], None]
@@ -65,9 +66,9 @@ _in_use: dict[Path, IO[bytes]] = {}  # what this process uses until it ends: its
 
 
 def cache_directory() -> Path:
-    """Return the directory for what is made once for each user."""
+    """Return the directory for what is made once for each user. Raises ConfigError where `~` names nobody's home."""
     if named := os.environ.get("KIBITZ_CACHE"):
-        return Path(named).expanduser().absolute()
+        return Path(expand_home(named)).absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kibitz"
 
 

@@ -30,7 +30,8 @@ from bot.cli import (
 from bot.config import Config
 from bot.data_directory import is_held
 from bot.embeddings import Embedder
-from bot.errors import ConfigError, NothingToLearn, VerdictOutdated
+from bot.errors import ConfigError, DataError, NothingToLearn, VerdictOutdated
+from bot.registry import PolicyRegistry
 from bot.types import PolicyState
 from learning import pretrain as pretraining
 from learning import version_files
@@ -199,7 +200,7 @@ def why(
     found = configured(config, data_dir, seed)
     database, store, registry = cli.opened(found)
     if turn:
-        tokenizer = ChatTokenizer(registry.base().base_model, found.policy.template_args)
+        tokenizer = ChatTokenizer(_spoken_model(registry), found.policy.template_args)
         for line in explain(turn, ReplayBuffer(store, tokenizer, found), registry).lines():
             console.print(line, markup=False, highlight=False)
     else:
@@ -254,9 +255,16 @@ def export(
     found = configured(config, data_dir, seed)
     cli.check_writable(file)
     database, store, registry = cli.opened(found)
-    written = kibitz_export.export(store, file, tokenizer_fingerprint(registry.base().base_model), found.privacy)
+    written = kibitz_export.export(store, file, tokenizer_fingerprint(_spoken_model(registry)), found.privacy)
     database.close()
     console.print(", ".join(f"{name}: {count}" for name, count in written.items()) or "nothing was said yet")
+
+
+def _spoken_model(registry: PolicyRegistry) -> str:
+    """The model that people talked with. Raises DataError where nobody talked yet: none is chosen before that."""
+    if not registry.directories():
+        raise DataError("nothing was said yet in this data directory; talk with `kibitz chat`, or name another --data-dir")
+    return registry.base().base_model
 
 
 def _embedder(config: Config) -> Embedder:

@@ -2,16 +2,24 @@
 
 import asyncio
 import logging
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 from aiolimiter import AsyncLimiter
+from fake_vllm import FakeVllm
 from test_opinions import answers  # noqa: F401 (a fixture)
 
+from bot import app
+from bot.database import Database
 from bot.errors import DataError, Forgotten
+from bot.forgetting import forget_person
+from bot.registry import PolicyRegistry
 from bot.types import Message, new_id
 from connectors.access import Access
 from connectors.answers import SORRY
 from connectors.commands import COMMANDS, Asker, Commands
+from connectors.terminal import PLATFORM, Terminal
 
 
 class Screen:
@@ -75,3 +83,58 @@ async def test_of_what_was_not_said_to_kibitz_only_words_of_the_willing_and_admi
     assert await answers.overheard(said, lambda user: user != "mallory") == said[:1]
     answers.users.decide("test", "bob", True)
     assert await answers.overheard(said, lambda user: True) == said[:3]
+
+
+async def talk_in_the_terminal(config, tokenizer, monkeypatch, lines: Callable[[Terminal], Iterator[str]]) -> None:
+    """A whole kibitz whose vLLM says what it is told, and somebody who types `lines`.
+
+    What stands between two lines happens when the first is answered.
+    """
+    vllm = FakeVllm(tokenizer)
+    serving = config.serving.model_copy(update={"url": await vllm.start()})
+    dialogue = config.dialogue.model_copy(update={"embedder": "none"})
+    config = config.model_copy(update={"serving": serving, "dialogue": dialogue})
+    async with app.running(config, config.policy.model, lambda text: None) as kibitz:
+        terminal = Terminal(kibitz.dialogue, app.desk(kibitz))
+        typed = lines(terminal)
+        monkeypatch.setattr(sys.stdin, "readline", lambda: next(typed, ""), raising=False)
+        terminal.interactive = False
+        await terminal.run()
+    await vllm.stop()
+
+
+@pytest.mark.parametrize("command", ["/good", "/undo", "/regenerate", "/correct Hi!", "/why"])
+async def test_a_chat_in_the_terminal_goes_on_where_what_it_speaks_of_was_forgotten_elsewhere(
+    command, config, tokenizer, monkeypatch, capsys
+):
+    def lines(terminal: Terminal) -> Iterator[str]:
+        yield "hello\n"
+        database = Database(config.database_url)  # of `kibitz forget` in another process
+        forget_person(database, PolicyRegistry(database), PLATFORM, terminal.user)
+        database.close()
+        yield f"{command}\n"
+        yield "are you there?\n"
+
+    await talk_in_the_terminal(config, tokenizer, monkeypatch, lines)
+    first, _, then = capsys.readouterr().out.partition(f"you: {command}\n")
+    assert "kibitz: Hey there!\n" in first
+    told, _, last = then.partition("you: are you there?\n")
+    assert told.removeprefix("kibitz: ").startswith("sorry, that did not work: there is no turn ")
+    assert len(told.splitlines()) == 1
+    assert last == "kibitz: Hey there!\n"
+
+
+async def test_privacy_in_the_terminal_takes_on_and_off_in_any_case_and_says_what_it_takes(
+    config, tokenizer, monkeypatch, capsys
+):
+    said = []
+
+    def lines(terminal: Terminal) -> Iterator[str]:
+        for choice in ("off", "ON", "perhaps", "", "Status", "OFF", ""):
+            yield f"/privacy {choice}\n"
+            said.append(capsys.readouterr().out.partition("\n")[2].strip())
+
+    await talk_in_the_terminal(config, tokenizer, monkeypatch, lines)
+    refused, allowed = said[0], said[1]
+    assert refused != allowed
+    assert said[2:] == ["Say one of status, on, off.", allowed, allowed, refused, refused]

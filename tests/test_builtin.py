@@ -144,6 +144,12 @@ def test_a_cache_that_cannot_be_written_is_told_in_a_line(tmp_path, monkeypatch)
         builtin.model(quiet, quiet)
 
 
+def test_a_cache_in_the_home_of_nobody_is_told_in_a_line(monkeypatch):
+    monkeypatch.setenv("KIBITZ_CACHE", "~nobody-has-this-name/cache")
+    with pytest.raises(ConfigError, match="'~nobody-has-this-name/cache' begins with ~, but there is no such home"):
+        builtin.model(quiet, quiet)
+
+
 @contextmanager
 def another_user() -> Iterator[None]:
     """Inside, we are somebody who may not read what root keeps to itself; without root, ourselves."""

@@ -1,22 +1,32 @@
-"""Child processes do not outlive what started them, also where that is killed; they are told secrets by no file."""
+"""Child processes do not outlive what started them, also where that is killed; they are told secrets by no file.
 
+They import nothing from the directory in which kibitz was started.
+"""
+
+import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 from conftest import converse
 
+from bot import architectures, vllm_server
 from bot.config import load
 from bot.conversations import ConversationStore
 from bot.database import Database
+from bot.errors import ConfigError, TrainingError
 from bot.registry import PolicyRegistry
 from bot.tables import runs
+from learning import processes
 from learning.loop import train_in_child
+from learning.self_test import SelfTest
 
 PARENT = """
 import subprocess, sys, time
@@ -75,3 +85,86 @@ async def test_a_training_process_finds_the_database_and_its_password_is_in_noth
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert tmp_path / "train-config.json" in files
     assert [path for path in files if b"hunter2" in path.read_bytes()] == []
+
+
+THEIRS = "the operator's own file runs"
+USES_OURS = "import html, bot.children, learning.processes"
+
+
+@pytest.fixture
+def _elsewhere(tmp_path, monkeypatch):
+    """We stand where the operator keeps files that are named as what our children import."""
+    place = tmp_path / "theirs"
+    (place / "learning").mkdir(parents=True)
+    for name in ("bot.py", "learning/__init__.py", "html.py", "pickle.py"):
+        (place / name).write_text(f'raise SystemExit("{THEIRS}")')
+    monkeypatch.chdir(place)
+
+
+@pytest.mark.usefixtures("_elsewhere")
+async def test_a_training_process_imports_nothing_from_where_kibitz_was_started(tmp_path):
+    config = load(data_dir=str(tmp_path / "data"), policy={"model": "/no/model"})
+    config.data.mkdir()
+    with pytest.raises(TrainingError, match=r"policy\.model has value '/no/model'"):
+        await train_in_child(config, lambda stage, done, total: None, "--deploy")
+
+
+@pytest.mark.usefixtures("_elsewhere")
+def test_the_step_of_the_doctor_imports_nothing_from_where_kibitz_was_started(tmp_path):
+    config = load(data_dir=str(tmp_path / "data"))
+    config.data.mkdir()
+    with SelfTest(config, lambda: (config, "/no/model")) as found:
+        found._model = "/no/model"
+        with pytest.raises(TrainingError, match="/no/model"):
+            found.check_step()
+
+
+class Mark:
+    """A directory is made when this is read from a file."""
+
+    def __init__(self, place: Path):
+        self.place = place
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.place),)
+
+
+@pytest.mark.usefixtures("_elsewhere")
+def test_processes_that_train_together_import_nothing_from_where_kibitz_was_started(tmp_path):
+    """They read their job, which is none."""
+    (tmp_path / "job").write_bytes(pickle.dumps(Mark(tmp_path / "read")))
+    with pytest.raises(TrainingError, match="training in 1 processes failed"):
+        processes._run(tmp_path, 1, lambda stage, done, total: None)
+    assert (tmp_path / "read").is_dir(), (tmp_path / "errors").read_text()
+
+
+@pytest.mark.usefixtures("_elsewhere")
+def test_what_asks_vllm_imports_nothing_from_where_kibitz_was_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(architectures, "vllm_table", lambda: {"another": ("module", "class")})
+    config = load(data_dir=str(tmp_path), serving={"extra_args": ["--seed", "1"]})
+    for program, is_sound in ((USES_OURS, True), (f"raise SystemExit({THEIRS!r})", False)):
+        monkeypatch.setattr(architectures, "ASK_VLLM", program)
+        monkeypatch.setattr(vllm_server, "READ_ARGUMENTS", program)
+        assert architectures.is_served("ours", "model") == is_sound
+        if is_sound:
+            vllm_server.read_extra_args(config)
+        else:
+            with pytest.raises(ConfigError, match="vLLM refuses"):
+                vllm_server.read_extra_args(config)
+
+
+@pytest.mark.usefixtures("_elsewhere")
+def test_vllm_imports_nothing_from_where_kibitz_was_started(tmp_path, monkeypatch):
+    """Nor do the processes that it starts, which inherit this."""
+    server = vllm_server.VllmServer(load(data_dir=str(tmp_path)), "model")
+    run = [sys.executable, "-c", USES_OURS]
+    assert subprocess.run(run, env=server._environment(), capture_output=True).returncode == 0
+    unsafe = {name: value for name, value in server._environment().items() if name != "PYTHONSAFEPATH"}
+    without = subprocess.run(run, env=unsafe, capture_output=True, text=True)
+    assert without.stderr.strip() == THEIRS, "the control"
+
+
+@pytest.mark.usefixtures("_elsewhere")
+def test_the_processes_of_a_benchmark_import_nothing_from_where_kibitz_was_started():
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(os.getpid).result() != os.getpid()

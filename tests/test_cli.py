@@ -267,9 +267,28 @@ async def test_a_benchmark_leaves_the_operators_data_alone(live, tmp_path, demo_
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out.json").read_text())["figures"]
     assert "messages: 0" in kibitz("status", "--config", config).stdout
-    apart = Database(f"sqlite:///{tmp_path / 'data' / 'bench' / 'kibitz.db'}")
+    apart = Database(f"sqlite:///{tmp_path / 'data' / 'bench' / 'serving' / 'kibitz.db'}")
     assert ConversationStore(apart).counts()["turns"] > 0
     apart.close()
+
+
+def test_a_benchmark_that_serves_leaves_what_an_interrupted_one_of_learning_kept(tmp_path, demo_model, here):
+    config = write_config(tmp_path, demo_model)
+    config.write_text(f'{config.read_text()}[serving]\nurl = "http://127.0.0.1:9"\n[dialogue]\nembedder = "none"\n')
+    kept, old = tmp_path / "data" / "bench" / "learning-ci.jsonl", tmp_path / "data" / "bench" / "serving" / "old"
+    old.parent.mkdir(parents=True)
+    for file in (kept, old):
+        file.write_text("{}")
+    refused(here("bench", "overhead", "--config", config), "vLLM at http://127.0.0.1:9 does not answer")
+    assert kept.read_text() == "{}"
+    assert not old.exists(), "the control: it begins with nothing of its own"
+
+
+def test_of_a_data_directory_where_nobody_talked_it_is_said_that_nothing_was_said(tmp_path, demo_model, here):
+    config = write_config(tmp_path, demo_model)
+    for command in (("export", tmp_path / "out.jsonl"), ("why", "some-turn")):
+        refused(here(*command, "--config", config), "nothing was said yet in this data directory")
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,20 @@
 """vLLM as a child process: how it is started, and what is said where it does not start."""
 
 import asyncio
+import contextlib
 import importlib.metadata
 import json
 import shutil
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 
 from bot import accelerator
 from bot.accelerator import Card, parse_card
-from bot.config import load
+from bot.config import Config, load
 from bot.data_directory import held
 from bot.doctor import check_vllm
 from bot.errors import ConfigError, ServingError
@@ -223,3 +226,63 @@ def test_what_nvidia_smi_prints_is_read():
 def test_main_memory_is_known_here():
     assert 0 < accelerator.free_memory() < 2**45
     assert not Path("/dev/nvidia0").exists() or accelerator.read_card()
+
+
+ELSE = {
+    "a page": ("text/html", "<html>\n<p>hello</p>\n</html>"),
+    "JSON of something else": ("application/json", '{"object": "list"}'),
+    "a list": ("application/json", "[]"),
+    "a word": ("application/json", '"hello"'),
+    "nothing": ("application/json", "null"),
+    "models without names": ("application/json", '{"data": [{"name": "x"}]}'),
+    "models that are words": ("application/json", '{"data": ["x"]}'),
+    "choices that are words": ("application/json", '{"data": 1, "choices": ["x"]}'),
+}
+
+
+@contextlib.asynccontextmanager
+async def always_says(config: Config, said: str, content_type: str) -> AsyncIterator[Policy]:
+    """A server that answers whatever it is asked with the same, as if all were well, and who takes it for a vLLM."""
+
+    async def answer(request: web.Request) -> web.Response:
+        return web.Response(text=said, content_type=content_type)
+
+    application = web.Application()
+    application.router.add_route("*", "/{path:.*}", answer)
+    runner = web.AppRunner(application)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    policy = Policy(f"http://127.0.0.1:{runner.addresses[0][1]}", config.policy)
+    try:
+        yield policy
+    finally:
+        await policy.close()
+        await runner.cleanup()
+
+
+@pytest.mark.parametrize("kind", ELSE)
+async def test_a_server_that_is_no_vllm_is_told_in_one_line(kind, config):
+    content_type, said = ELSE[kind]
+    quoted = " ".join(said.split()) if content_type == "text/html" else str(json.loads(said))
+    async with always_says(config, said, content_type) as policy:
+        for ask, path in (
+            (policy.connect, "/v1/models"),
+            (policy.loaded, "/v1/models"),
+            (lambda: policy.holds("policy-1"), "/v1/models"),
+            (lambda: policy.next_logprobs(policy.base, [1], 1.0), "/v1/completions"),
+            (lambda: policy.replace("policy-1", "/some/path"), "/reset_prefix_cache"),
+        ):
+            with pytest.raises(ServingError, match=r"which is no answer of vLLM's; check serving\.url") as error:
+                await ask()
+            assert str(error.value).startswith(f"{policy.url}{path} gave '{quoted}'")
+            assert "\n" not in str(error.value)
+        policy.name_base(policy.base)  # nothing was replaced
+        assert await policy.ready(300) == ("choices" in said)
+        with pytest.raises(ServingError, match="policy-0 did not answer"):
+            await policy.reply([1])
+
+
+async def test_an_answer_in_pieces_that_are_none_of_vllms_is_told_in_one_line(config):
+    async with always_says(config, 'data: {"choices": ["x"]}\n\n', "text/event-stream") as policy:
+        with pytest.raises(ServingError, match="policy-0 did not answer"):
+            await policy.reply([1])
