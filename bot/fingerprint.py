@@ -6,37 +6,56 @@ It reads a little of each tensor, so that a model of any size takes a moment.
 import hashlib
 import json
 import struct
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 SAMPLE = 4096  # bytes, at the beginning, in the middle and at the end of each tensor
+SLICES = 1024  # of a pickle of older days, which does not say where its tensors are
+LOCAL_HEADER = 30  # bytes, of an entry of a ZIP archive; its name and what else it has follow
+
+Span = tuple[str, int, int]  # what a tensor is called, and where in its file it begins and ends, in bytes
 
 
 def fingerprint_model(model: str) -> str:
     """Return the sha256 of samples of all weights of the model in a directory; "" where there are none to read."""
     digest = hashlib.sha256()
     try:
-        files = sorted(Path(model).glob("*.safetensors"))
+        files = sorted(Path(model).glob("*.safetensors")) or sorted(Path(model).glob("pytorch_model*.bin"))
         for file in files:
-            tensors, start = _read_header(file)
+            spans = _safetensors_spans(file) if file.suffix == ".safetensors" else _torch_spans(file)
             with file.open("rb") as opened:
-                for name in sorted(tensors):
-                    begin, end = tensors[name]["data_offsets"]
-                    digest.update(f"{name} {tensors[name]['dtype']} {tensors[name]['shape']}\n".encode())
+                for name, begin, end in spans:
+                    digest.update(f"{name}\n".encode())
                     for offset in (begin, (begin + end) // 2, max(begin, end - SAMPLE)):
-                        opened.seek(start + offset)
+                        opened.seek(offset)
                         digest.update(opened.read(min(SAMPLE, end - offset)))
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, struct.error, zipfile.BadZipFile):
         return ""
     return digest.hexdigest() if files else ""
 
 
-def _read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """Read what a safetensors file says of each tensor, and where its data begins. Raises ValueError where it is none."""
+def _safetensors_spans(file: Path) -> Iterator[Span]:
+    """Read from a safetensors file's header where its tensors are. Raises ValueError where it is none."""
     with file.open("rb") as opened:
         start = opened.read(8)
         size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= size <= min(100_000_000, file.stat().st_size):
             raise ValueError(f"{file.name} is no safetensors file")
         header = json.loads(opened.read(size))
-    return {name: entry for name, entry in header.items() if name != "__metadata__"}, 8 + size
+    for name in sorted(header.keys() - {"__metadata__"}):
+        begin, end = (8 + size + offset for offset in header[name]["data_offsets"])
+        yield f"{name} {header[name]['dtype']} {header[name]['shape']}", begin, end
+
+
+def _torch_spans(file: Path) -> Iterator[Span]:
+    """Find the tensors of a file that torch saved: entries of an archive, or, of older days, anywhere in a pickle."""
+    if not zipfile.is_zipfile(file):
+        size = file.stat().st_size
+        yield from ((f"{part} of {size}", size * part // SLICES, size * (part + 1) // SLICES) for part in range(SLICES))
+        return
+    with zipfile.ZipFile(file) as archive, file.open("rb") as opened:
+        for entry in sorted(archive.infolist(), key=lambda entry: entry.filename):
+            opened.seek(entry.header_offset + LOCAL_HEADER - 4)
+            begin = entry.header_offset + LOCAL_HEADER + sum(struct.unpack("<HH", opened.read(4)))
+            yield f"{entry.filename} {entry.file_size}", begin, begin + entry.compress_size

@@ -1,11 +1,12 @@
-"""Lineage: which versions come from which base model, and which of them may take another's place.
+"""Lineage: which versions come from which base model, where that is, and which of them may take another's place.
 
 It knows versions and the files of models, and no database.
 """
 
 from collections.abc import Collection, Sequence
-from pathlib import Path
+from dataclasses import replace
 
+from bot.errors import RegistryError
 from bot.fingerprint import fingerprint_model
 from bot.types import PolicyState, PolicyVersion
 
@@ -15,14 +16,32 @@ LIVE_BEFORE = "live when the base model was changed"  # a key of a base version'
 def is_same_base(base: PolicyVersion, model: str, weights: str) -> bool:
     """Return whether a base version is of this model, perhaps at another place: of the same weights where both are known.
 
-    `weights` is the fingerprint of the model. Hub models, whose weights are elsewhere, go by their whole name, and
-    directories that are gone by their own.
+    `weights` is the fingerprint of the model. Where one has none (a hub model's weights are elsewhere, a directory may be
+    gone), both must have the same name, with all of its path.
     """
     known = base.sha256 or fingerprint_model(base.base_model)
-    if known and weights:
-        return known == weights
-    are_places = Path(base.base_model).is_absolute() or Path(model).is_absolute()
-    return Path(base.base_model).name == Path(model).name if are_places else base.base_model == model
+    return known == weights if known and weights else base.base_model == model
+
+
+def check_same_base(base: PolicyVersion, model: str, weights: str) -> None:
+    """Raise RegistryError where a base version is of another model."""
+    if not is_same_base(base, model, weights):
+        raise RegistryError(
+            f"the model is '{model}', but this data directory's versions come from '{base.base_model}'; set "
+            "policy.model (or --model) back, use another --data-dir, or change the model with `kibitz serve`"
+        )
+
+
+def follow_base(base: PolicyVersion, versions: Sequence[PolicyVersion], model: str, weights: str) -> list[PolicyVersion]:
+    """Return the versions that change where the weights of a base are at `model` now: it and all that come from it.
+
+    A fingerprint that is known stays so where the files of the model cannot be read.
+    """
+    moved = replace(base, base_model=model, path=model, sha256=weights or base.sha256)
+    bases = find_bases(versions)
+    ours = [one for one in versions if bases[one.name].name == base.name and not one.is_base]
+    changed = [] if moved == base else [moved]
+    return changed + [replace(one, base_model=model) for one in ours if one.base_model != model]
 
 
 def find_bases(versions: Sequence[PolicyVersion]) -> dict[str, PolicyVersion]:

@@ -20,6 +20,7 @@ from bot.model_shape import (
     BITS,
     ModelShape,
     all_tensor_shapes,
+    has_output_bias,
     read_settings,
     read_shape,
     tensor_shapes,
@@ -46,6 +47,8 @@ def check_model(config: Config, model: str, serves: bool = True) -> MemoryPlan |
     shape = read_shape(model)
     check_architecture(config, model)
     check_weights(config, model)
+    if config.learning.enabled or not serves:
+        check_temperature(config, model)
     tokenizer = check_tokenizer(config, model, shape)
     served = config.model_copy(update={"policy": tokenizer.with_thoughts(config.policy)})
     check_context(served, shape)
@@ -228,6 +231,17 @@ def check_architecture(config: Config, model: str) -> None:
         raise ConfigError(
             f"policy.model '{name}' has the architecture '{architecture}', on which the installed vLLM serves no LoRA "
             "adapters; name another model, such as one of the Llama, Qwen or Gemma families"
+        )
+
+
+def check_temperature(config: Config, model: str) -> None:
+    """Refuse a temperature at which answers would be sampled, and which training cannot reproduce (`learning.model`)."""
+    policy = config.policy
+    if policy.temperature != 1.0 and has_output_bias(model):
+        raise ConfigError(
+            f"config key policy.temperature has value {policy.temperature:g}, which training cannot reproduce for "
+            f"'{policy.model}', whose output layer has a bias; set policy.temperature = 1.0, use another model, or set "
+            "learning.enabled = false to serve without learning"
         )
 
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from bot.errors import ConfigError, cause_of
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
+BIASED = {"CodeGenForCausalLM", "GPTJForCausalLM", "PhiForCausalLM"}  # architectures whose output layer has a bias
 POINTER = b"version https://git-lfs"  # what Git leaves in the place of a large file that it did not fetch
 BITS = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
@@ -140,6 +141,16 @@ def all_tensor_shapes(directory: Path) -> dict[str, list[int]]:
     """Read the shape of each tensor of a directory's safetensors files; empty where there are none."""
     files = [file for file in weight_files(directory) if file.suffix == ".safetensors"]
     return {name: shape for file in files for name, shape in tensor_shapes(file).items()}
+
+
+def has_output_bias(model: str) -> bool:
+    """Return whether the output layer adds a bias to the logits: by the weights, where their headers are here, or by name.
+
+    Raises ConfigError where config.json or a header cannot be read.
+    """
+    settings = read_settings(model)
+    is_known = bool(set(settings.get("architectures") or []) & BIASED) or bool(settings.get("lm_head_bias"))
+    return is_known or any(name.endswith("lm_head.bias") for name in all_tensor_shapes(Path(model)))
 
 
 def tensor_shapes(file: Path) -> dict[str, list[int]]:

@@ -1,8 +1,9 @@
 """PolicyRegistry: the policy versions and their life cycle, and the tables that hold them.
 
-A version is immutable: its name and its directory are never used again (vLLM keys its prefix cache by adapter name). The
-live version is the one row in state LIVE; promoting is one transaction. It knows no torch and no server, so that a
-rollback works while training is broken.
+A version is immutable: its name and its directory are never used again (vLLM keys its prefix cache by adapter name). Only
+where its base model is may change, if the weights of that are the same (`bot.lineage.follow_base`). The live version is the
+one row in state LIVE; promoting is one transaction. It knows no torch and no server, so that a rollback works while
+training is broken.
 """
 
 from collections.abc import Collection, Sequence
@@ -17,7 +18,7 @@ from sqlalchemy.exc import IntegrityError
 from bot.database import Database
 from bot.errors import RegistryError, VerdictOutdated
 from bot.fingerprint import fingerprint_model
-from bot.lineage import LIVE_BEFORE, find_bases, is_same_base, last_live, servable_before
+from bot.lineage import LIVE_BEFORE, check_same_base, find_bases, follow_base, is_same_base, last_live, servable_before
 from bot.sources import people_behind
 from bot.tables import policies, run_feedback, run_followups, run_teachers, runs, switches
 from bot.types import Person, PolicyState, PolicyVersion, new_id, now
@@ -54,14 +55,15 @@ class PolicyRegistry:
         weights = fingerprint_model(base_model)
         with self.database.read() as connection:
             if connection.execute(_BASES).first() is not None:
-                _check_base(connection, base_model, weights)
+                check_same_base(_base(connection), base_model, weights)
 
     def ensure_base(self, base_model: str, may_change: bool = False) -> PolicyVersion:
         """Return the version that is the base model itself, live from the start; made now if there is none.
 
         Where the versions come from another base model, it is refused unless it `may_change`: then the new one goes live
         under a name of its own, and nothing that was trained on the other serves until that model comes back. A model that
-        comes back has its old name, and what was live when it went is live again. What people said stays.
+        comes back has its old name, and what was live when it went is live again. What people said stays. A model that is at
+        another place, with the same weights, is noted to be there, in its version and in all that come from it.
         """
         weights = fingerprint_model(base_model)
         with self.database.begin() as connection:
@@ -70,16 +72,16 @@ class PolicyRegistry:
                 version = PolicyVersion(BASE, None, base_model, base_model, S.LIVE, sha256=weights)
                 connection.execute(policies.insert().values(number=0, **asdict(version)))
                 return version
-            current = _base(connection) if may_change else _check_base(connection, base_model, weights)
+            current = _base(connection)
+            if not may_change:
+                check_same_base(current, base_model, weights)
             if is_same_base(current, base_model, weights):
-                if current.sha256 != weights:  # made before fingerprints were kept, or of a model that was not here
-                    connection.execute(policies.update().where(policies.c.name == current.name).values(sha256=weights))
-                return replace(current, sha256=weights)
+                return _follow(connection, current, base_model, weights)
             _set_aside(connection, current)
             back = next((base for base in bases if is_same_base(base, base_model, weights)), None)
             if back is not None:
                 _move(connection, last_live(back, _all(connection)).name, S.LIVE)
-                return next(version for version in _all(connection) if version.name == back.name)
+                return _follow(connection, back, base_model, weights)
             number = _next_number(connection)
             version = PolicyVersion(f"policy-{number}", None, base_model, base_model, S.LIVE, sha256=weights)
             connection.execute(policies.insert().values(number=number, **asdict(version)))
@@ -353,14 +355,14 @@ def _base(connection: sa.Connection) -> PolicyVersion:
     return find_bases(_all(connection))[_live(connection).name]
 
 
-def _check_base(connection: sa.Connection, base_model: str, weights: str) -> PolicyVersion:
-    base = _base(connection)
-    if not is_same_base(base, base_model, weights):
-        raise RegistryError(
-            f"the model is '{base_model}', but this data directory's versions come from '{base.base_model}'; set "
-            "policy.model (or --model) back, use another --data-dir, or change the model with `kibitz serve`"
-        )
-    return base
+def _follow(connection: sa.Connection, base: PolicyVersion, model: str, weights: str) -> PolicyVersion:
+    """Note where the weights of a base are now, and return the base."""
+    versions = _all(connection)
+    current = next(version for version in versions if version.name == base.name)
+    for one in follow_base(current, versions, model, weights):
+        place = {"base_model": one.base_model, "path": one.path, "sha256": one.sha256}
+        connection.execute(policies.update().where(policies.c.name == one.name).values(place))
+    return replace(current, base_model=model, path=model, sha256=weights or current.sha256)
 
 
 def _set_aside(connection: sa.Connection, base: PolicyVersion) -> None:

@@ -100,8 +100,6 @@ def _of_adapter(adapter: Path, base_model: str, max_rank: int) -> list[str]:
     for key, allowed in {"bias": "none", "use_dora": False, "modules_to_save": None}.items():
         if settings.get(key, allowed) not in (allowed, None, []):
             faults.append(f"adapter_config.json: {key} is {settings[key]!r}, which vLLM does not serve")
-    if Path(settings.get("base_model_name_or_path", "")).name != Path(base_model).name:
-        faults.append(f"made for another base model ({settings.get('base_model_name_or_path')})")
     try:
         with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -111,8 +109,23 @@ def _of_adapter(adapter: Path, base_model: str, max_rank: int) -> list[str]:
     pairs = Counter(name.rsplit(".lora_", 1)[0] for name in tensors)
     faults += [f"{name}: half of a LoRA pair is missing" for name, parts in pairs.items() if parts != 2]
     faults += _of_layers(tensors)
+    faults += _of_pairs({name: list(tensor.shape) for name, tensor in tensors.items()}, base_model)
     if not any(tensor.any() for name, tensor in tensors.items() if ".lora_B" in name):
         faults.append("all weights are zero: it changes nothing")
+    return faults
+
+
+def _of_pairs(adapter: dict[str, list[int]], base_model: str) -> list[str]:
+    """What does not fit the layers of a base model that is a folder. Where that is may have changed since training."""
+    base = _shapes(Path(base_model))
+    faults = []
+    for name, shape in adapter.items():
+        layer, _, half = name.removeprefix("base_model.model.").partition(".lora_")
+        other = adapter.get(name.replace(".lora_A", ".lora_B"))
+        if half.startswith("A") and other is not None and f"{layer}.weight" in base:
+            widths = sorted([shape[-1], other[0]])  # some architectures keep the transpose
+            if widths != sorted(base[f"{layer}.weight"]):
+                faults.append(f"made for another base model, whose {layer} has other dimensions")
     return faults
 
 

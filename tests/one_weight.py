@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from bot.model_shape import all_tensor_shapes
 from bot.tokenizer import ChatTokenizer
 from learning import evidence, trainer, waiting
 from learning.evaluation import Rows, Sample
@@ -76,7 +77,13 @@ def learn_in_an_instant(tokenizer: ChatTokenizer) -> Iterator[pytest.MonkeyPatch
         (directory / "adapter_config.json").write_text(
             json.dumps({"r": 1, "bias": "none", "base_model_name_or_path": model.base_model})
         )
-        halves = {LAYER.format(half): np.full((1, 1), model.weight, np.float32) for half in "AB"}
+        rows, columns = all_tensor_shapes(Path(model.base_model))[
+            LAYER.removeprefix("base_model.model.").replace("lora_{}.", "")
+        ]
+        halves = {
+            LAYER.format(half): np.full(shape, model.weight, np.float32)
+            for half, shape in (("A", (1, columns)), ("B", (rows, 1)))
+        }
         save_file(halves, directory / "adapter_model.safetensors")
 
     def logprobs(model: OneWeight, rows: Rows) -> list[torch.Tensor]:

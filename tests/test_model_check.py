@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import transformers
 from safetensors.torch import load_file, save_file
 
 from bot import model_check
@@ -29,6 +30,7 @@ from bot.model_check import (
     explain_refusal,
 )
 from bot.model_shape import read_shape
+from learning.model import divide_logits
 from learning.model import served as load_served
 from learning.model_choice import sized_model, with_model
 from learning.pretrain import is_toy
@@ -286,6 +288,33 @@ def test_an_architecture_that_vllm_serves_without_adapters(model):
 def test_an_architecture_that_vllm_does_not_know(model):
     change(model / "config.json", architectures=["NobodysForCausalLM"])
     refused(model, "architecture 'NobodysForCausalLM', which the installed vLLM does not serve")
+
+
+def test_a_temperature_that_training_cannot_reproduce_is_refused_where_something_is_trained(model, tmp_path):
+    import torch
+
+    warm = {"temperature": 0.7}
+    sizes = {"vocab_size": 1536, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    for folder in ("phi", "older"):
+        phi = Path(shutil.copytree(model, tmp_path / folder))
+        made = transformers.PhiForCausalLM(transformers.PhiConfig(**sizes, num_attention_heads=4))
+        torch.nn.init.normal_(made.lm_head.bias)
+        made.save_pretrained(phi)
+        if folder == "older":
+            torch.save(made.state_dict(), phi / "pytorch_model.bin")
+            (phi / "model.safetensors").unlink()
+        with pytest.raises(TrainingError, match=r"value 0\.7, which training cannot reproduce"):
+            divide_logits(made, 0.7)  # what is refused would fail
+        refused(
+            phi,
+            r"policy\.temperature has value 0\.7, .*output layer has a bias; set policy\.temperature = 1\.0",
+            policy=warm,
+        )
+        check(configured(phi, policy={"temperature": 1.0}), str(phi))
+        still = configured(phi, policy=warm, learning={"enabled": False})
+        check(still, str(phi))  # it only serves
+        with pytest.raises(ConfigError, match="output layer has a bias"):
+            check_model(still, str(phi), serves=False)  # it only trains
 
 
 def test_a_context_that_is_longer_than_the_model_reads(model):

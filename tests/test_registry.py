@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from bot.conversations import ConversationStore
 from bot.errors import RegistryError, VerdictOutdated
+from bot.fingerprint import fingerprint_model
 from bot.forgetting import forget_person
 from bot.registry import BASE, TRANSITIONS, PolicyRegistry, withdraw
 from bot.tables import policies
@@ -51,7 +52,8 @@ def test_a_changed_base_model_goes_live_under_a_name_of_its_own_and_nothing_of_t
         registry.rollback()
     version = registry.reserve(registry.live(), tmp_path)
     assert (version.name, version.base_model) == ("policy-4", "/models/another")
-    assert registry.ensure_base("/elsewhere/another").name == base.name, "the same model at another place"
+    with pytest.raises(RegistryError, match="versions come from"):  # nobody can tell whether they are the same
+        registry.ensure_base("/elsewhere/another")
     assert registry.ensure_base("/models/third", may_change=True).name == "policy-5", "a name is never used again"
 
 
@@ -119,13 +121,77 @@ def test_a_base_model_from_before_fingerprints_were_kept_is_known_again(database
     assert registry.ensure_base(one).sha256 == registry.get(BASE).sha256 != ""
 
 
+def places(registry):
+    return {version.name: version.base_model for version in registry.all()}
+
+
+def test_a_base_model_that_moved_is_where_it_is_now_for_itself_and_for_all_that_come_from_it(database, tmp_path):
+    registry = PolicyRegistry(database)
+    one = weights(tmp_path / "one", 1.0)
+    registry.ensure_base(one)
+    trained = candidate(registry, tmp_path)
+    trained = candidate(registry, tmp_path, registry.promote(trained.name).name)
+    shutil.move(one, tmp_path / "two")
+    two = str(tmp_path / "two")
+    registry.check_base(two)
+    assert set(places(registry).values()) == {one}, "who only looks writes nothing"
+    base = registry.ensure_base(two)
+    assert (base.base_model, base.path, base) == (two, two, registry.base())
+    assert places(registry) == dict.fromkeys([BASE, "policy-1", "policy-2"], two)
+    assert registry.get(trained.name).path == trained.path, "its own weights stay where they are"
+    shutil.rmtree(two)
+    assert registry.ensure_base(two).sha256 == base.sha256 == registry.base().sha256, "what cannot be read is not forgotten"
+
+
+def test_a_base_model_that_comes_back_from_another_place_is_there_and_what_took_its_place_stays(database, tmp_path):
+    registry = PolicyRegistry(database)
+    one = weights(tmp_path / "one", 1.0)
+    registry.ensure_base(one)
+    trained = candidate(registry, tmp_path)
+    registry.promote(trained.name)
+    shutil.rmtree(one)
+    weights(tmp_path / "one", 2.0)  # in place
+    assert registry.ensure_base(one, may_change=True).name == "policy-2"
+    two = weights(tmp_path / "two", 1.0)
+    back = registry.ensure_base(two, may_change=True)
+    assert (back.name, back.path, registry.live().name) == (BASE, two, trained.name)
+    assert places(registry) == {BASE: two, "policy-1": two, "policy-2": one}
+    assert fingerprint_model(registry.live().base_model) == registry.base().sha256
+
+
+@pytest.mark.parametrize("archive", [True, False], ids=["an archive", "a pickle of older days"])
+def test_models_that_torch_saved_are_told_apart_by_their_weights(database, tmp_path, archive):
+    import torch
+
+    def saved(place, value):
+        place.mkdir(parents=True)
+        tensors = {"one": torch.zeros(20_000), "two": torch.full((3, 2), value)}
+        torch.save(tensors, place / "pytorch_model.bin", _use_new_zipfile_serialization=archive)
+        return str(place)
+
+    registry = PolicyRegistry(database)
+    one = saved(tmp_path / "one" / "final", 1.0)
+    assert registry.ensure_base(one).sha256 == fingerprint_model(one) != ""
+    with pytest.raises(RegistryError, match=r"versions come from"):
+        registry.ensure_base(saved(tmp_path / "two" / "final", 2.0))
+    elsewhere = str(shutil.copytree(one, tmp_path / "elsewhere"))
+    assert registry.ensure_base(elsewhere).base_model == elsewhere
+
+
+def test_a_fingerprint_is_the_same_in_every_version_of_kibitz(tmp_path):
+    """Otherwise each data directory that there is would take its own base model for another one."""
+    known = "37e253af1c0c5515db6404f94fae552ccbf0e8fb203d4081bbf670dd85bed8e2"
+    assert fingerprint_model(weights(tmp_path / "model", 1.0)) == known
+
+
 def test_hub_models_are_told_apart_by_their_whole_names(database):
     registry = PolicyRegistry(database)
     assert registry.ensure_base("somebody/llama").sha256 == ""
     assert registry.ensure_base("somebody/llama").name == BASE
     with pytest.raises(RegistryError, match=r"versions come from"):
         registry.ensure_base("somebody-else/llama")
-    assert registry.ensure_base("/models/llama").name == BASE, "a copy of it, perhaps: nobody can tell"
+    with pytest.raises(RegistryError, match=r"versions come from"):  # a copy of it, perhaps: nobody can tell
+        registry.ensure_base("/models/llama")
 
 
 def test_names_and_directories_are_never_used_again(registry, tmp_path):

@@ -56,7 +56,12 @@ OF_ADAPTER = {
     "rank": (_setting(r=64), "rank 64 is above"),
     "dora": (_setting(use_dora=True), "use_dora"),
     "modules": (_setting(modules_to_save=["lm_head"]), "modules_to_save"),
-    "base": (_setting(base_model_name_or_path="/models/other"), "another base model"),
+    "base": (
+        _weights(
+            lambda t: {n: np.repeat(v, 2, 1) if n.endswith("1.mlp.up_proj.lora_A.weight") else v for n, v in t.items()}
+        ),
+        "made for another base model, whose model.layers.1.mlp.up_proj has other dimensions",
+    ),
     "nan": (_weights(lambda t: {name: value * np.nan for name, value in t.items()}), "not finite"),
     "zero": (_weights(lambda t: {name: value * 0 for name, value in t.items()}), "all weights are zero"),
     "half": (_weights(lambda t: dict(list(t.items())[1:])), "half of a LoRA pair"),
@@ -84,6 +89,11 @@ def test_sound_weights_have_no_faults_and_a_kind_and_a_name_of_their_own(sound, 
         assert faults(directory, demo_model, max_rank=16) == []
         assert is_whole(directory) == (kind == "full")
         assert fingerprint(directory) == hashlib.sha256(_file(directory).read_bytes()).hexdigest()
+
+
+def test_an_adapter_is_sound_wherever_its_base_model_is_now(sound, demo_model, tmp_path):
+    moved = shutil.copytree(demo_model, tmp_path / "under another name")
+    assert faults(sound["lora"], str(moved), max_rank=16) == []
 
 
 def test_of_a_base_model_that_is_no_folder_the_layers_are_looked_at(sound, tmp_path):
