@@ -25,7 +25,7 @@ from bot.conversations import ConversationStore
 from bot.data_directory import HEALTH, is_held, prepare
 from bot.database import Database
 from bot.embeddings import Embedder
-from bot.errors import KibitzError, cause_of
+from bot.errors import ConfigError, KibitzError, cause_of
 from bot.memory import Memory
 from bot.recall import Recall, weights
 from bot.registry import BASE, PolicyRegistry
@@ -51,9 +51,9 @@ bench = typer.Typer(no_args_is_help=True, help="Measure what the project claims.
 app.add_typer(bench, name="bench")
 
 
-def path_option(*names: str, help: str) -> Any:
+def path_option(*names: str, help: str, parser: Callable[[str], Path] = environment.read_path) -> Any:
     """An option for a path; a `~` at its beginning is the home directory, as the shell does not see it in `--out=~/x`."""
-    return typer.Option(*names, help=help, parser=environment.read_path, metavar="<path>")
+    return typer.Option(*names, help=help, parser=parser, metavar="<path>")
 
 
 def path_argument(help: str) -> Any:
@@ -61,12 +61,20 @@ def path_argument(help: str) -> Any:
     return typer.Argument(help=help, parser=environment.read_path)
 
 
+def _read_plot(text: str) -> Path:
+    if not text.lower().endswith(".png"):
+        raise configuration.ConfigError(
+            f"option --plot has value '{text}', which is no PNG file; name one that ends in .png"
+        )
+    return environment.read_path(text)
+
+
 ConfigFile = Annotated[Path | None, path_option("--config", help="The config file; ./config.toml if there is one.")]
 DataDir = Annotated[Path | None, path_option("--data-dir", help="Everything that kibitz writes is under it.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="The seed of everything that is drawn.")]
 ModelName = Annotated[str | None, typer.Option("--model", help="toy, builtin, a model's directory or a hub name.")]
 JsonFile = Annotated[Path | None, path_option("--json", help="Write the figures to this file.")]
-PlotFile = Annotated[Path | None, path_option("--plot", help="Draw the result into this PNG file.")]
+PlotFile = Annotated[Path | None, path_option("--plot", help="Draw the result into this PNG file.", parser=_read_plot)]
 
 
 def configured(config: Path | None, data_dir: Path | None, seed: int | None, model: str | None = None) -> Config:

@@ -54,6 +54,10 @@ def test_mistakes_in_the_config_and_on_the_command_line(tmp_path, demo_model, he
     config = write_config(tmp_path, demo_model)
     refused(here("simulate", "--config", config, "--users", "nobody"), "--users has value 'nobody'")
     refused(here("simulate", "--config", config, "--json", "/no/where.json"), "there is no directory /no")
+    refused(here("simulate", "--config", config, "--json", tmp_path), "it is a directory")
+    refused(
+        here("simulate", "--config", config, "--plot", "curve.foo"), "--plot has value 'curve.foo', which is no PNG file"
+    )
     refused(here("rollback", "--config", config), "kibitz policies")
     refused(here("dance"), "No such command")
     refused(kibitz("dance"), "No such command")  # the same at the console
