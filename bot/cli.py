@@ -63,9 +63,7 @@ def path_argument(help: str) -> Any:
 
 def _read_plot(text: str) -> Path:
     if not text.lower().endswith(".png"):
-        raise configuration.ConfigError(
-            f"option --plot has value '{text}', which is no PNG file; name one that ends in .png"
-        )
+        raise ConfigError(f"option --plot has value '{text}', which is no PNG file; name one that ends in .png")
     return environment.read_path(text)
 
 
