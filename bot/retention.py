@@ -3,8 +3,7 @@
 Text and opinions go, as when a person is forgotten; places stay. What is younger stays too: if the policy was shown
 something older for a younger answer, the answer stays, and its token ids, which spell the older text, go; who had written
 that is kept, so that they can be forgotten later. Versions that learned from what goes stay, and so does the record of who
-taught them. It knows no
-platform and no server.
+taught them. It knows no platform and no server.
 """
 
 from collections.abc import Awaitable, Callable, Collection

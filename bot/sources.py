@@ -40,7 +40,10 @@ def authors_behind(connection: sa.Connection, turn_ids: Iterable[str]) -> dict[s
     made_from: defaultdict[str, set[str]] = defaultdict(set)
     for some in chunks(wanted):
         for turn_id, author, source in connection.execute(_STEPS, {"turns": some}):
-            (people[turn_id].add(author) if source is None else made_from[turn_id].add(source))
+            if source is None:
+                people[turn_id].add(author)
+            else:
+                made_from[turn_id].add(source)
         for turn_id, author in connection.execute(_ORIGINS, {"turns": some}):
             people[turn_id].add(author)
     changes = True

@@ -60,12 +60,14 @@ def voice(platform: str, user_id: str, config: WebConfig) -> str:
 
 def decided_since(connection: sa.Connection, person: Person, at: datetime) -> bool:
     """Whether a person decided about their consent after a time."""
-    key = (users.c.platform == person[0]) & (users.c.user_id == person[1])
-    return bool(connection.execute(sa.select(sa.exists().where(key, users.c.at > at))).scalar_one())
+    return bool(connection.execute(sa.select(sa.exists().where(_is(person), users.c.at > at))).scalar_one())
 
 
 def decide(connection: sa.Connection, person: Person, **values: object) -> None:
     """Write a person's decision in the transaction of `connection`."""
-    key = (users.c.platform == person[0]) & (users.c.user_id == person[1])
-    if not connection.execute(users.update().where(key).values(at=now(), **values)).rowcount:
+    if not connection.execute(users.update().where(_is(person)).values(at=now(), **values)).rowcount:
         connection.execute(users.insert().values(platform=person[0], user_id=person[1], at=now(), **values))
+
+
+def _is(person: Person) -> sa.ColumnElement[bool]:
+    return (users.c.platform == person[0]) & (users.c.user_id == person[1])

@@ -313,13 +313,14 @@ class ReplayBuffer:
         recent = [said[one] for one in ids if one in said and said[one].conversation_id == turn.conversation_id]
         chain = [said[turn.message_id]]
         if recent:
-            return self._chat([one for one in [*recent, *chain] if not one.is_forgotten])
+            return self._chat([*recent, *chain])
         while (before := chain[-1].reply_to) is not None:
             found = self.store.messages_of([before]).get(before)
             if found is None or found.conversation_id != turn.conversation_id:
                 break
             chain.append(found)
-        return self._chat([one for one in chain[::-1] if not one.is_forgotten])
+        return self._chat(chain[::-1])
 
     def _chat(self, messages: Sequence[Message]) -> list[dict[str, str]]:
-        return [{"role": one.role.value, "content": self.tokenizer.neutralise(one.text)} for one in messages]
+        kept = [one for one in messages if not one.is_forgotten]  # what is too old leaves its place, and no words
+        return [{"role": one.role.value, "content": self.tokenizer.neutralise(one.text)} for one in kept]
