@@ -131,7 +131,7 @@ def forget_again(database: Database, registry: PolicyRegistry) -> int:
 
 
 def find_people(database: Database) -> set[Person]:
-    """Return everybody who wrote, judged, taught a version or decided something about themselves."""
+    """Return everybody who wrote, is behind an answer, judged, taught a version or decided something about themselves."""
     with database.read() as connection:
         return {(platform, user) for query in _PEOPLE for platform, user in connection.execute(query) if user != FORGOTTEN}
 
@@ -143,6 +143,10 @@ _PEOPLE = (
     sa.select(conversations.c.platform, feedback.c.user_id)
     .join(turns, turns.c.conversation_id == conversations.c.id)
     .join(feedback, feedback.c.turn_id == turns.c.id)
+    .distinct(),
+    sa.select(conversations.c.platform, origins.c.user_id)
+    .join(turns, turns.c.conversation_id == conversations.c.id)
+    .join(origins, origins.c.turn_id == turns.c.id)
     .distinct(),
     sa.select(run_teachers.c.platform, run_teachers.c.user_id).distinct(),
     sa.select(users.c.platform, users.c.user_id),

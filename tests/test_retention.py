@@ -14,7 +14,7 @@ from bot import app, retention
 from bot.caches import Caches
 from bot.config import PrivacyConfig
 from bot.erasures import Erasures
-from bot.forgetting import SAMPLES, forget_person
+from bot.forgetting import SAMPLES, find_people, forget_person
 from bot.memory import Memory
 from bot.recall import Recall, weights
 from bot.registry import BASE
@@ -171,6 +171,7 @@ async def test_who_is_behind_a_young_answer_can_be_forgotten_and_say_no_after_th
         return sorted(one.turn_id for one in snapshot.training + snapshot.held_out)
 
     assert used() == sorted([second.id, third.id]), "the control"
+    assert ("test", "ann") in find_people(database), "`kibitz forget` knows her by what was made from her words"
     users.decide("test", "ann", consent=False)
     assert used() == []
     version = registry.reserve(registry.get(BASE), tmp_path / "policies")
