@@ -62,9 +62,11 @@ def path_argument(help: str) -> Any:
 
 
 def _read_plot(text: str) -> Path:
-    if not text.lower().endswith(".png"):
+    path = environment.read_path(text)
+    output_files.check_replaceable(path)
+    if path.suffix.lower() != ".png":
         raise ConfigError(f"option --plot has value '{text}', which is no PNG file; name one that ends in .png")
-    return environment.read_path(text)
+    return path
 
 
 ConfigFile = Annotated[Path | None, path_option("--config", help="The config file; ./config.toml if there is one.")]
