@@ -5,6 +5,7 @@ It knows no config: whoever asks names the key that an error should speak of.
 
 import errno
 import getpass
+import io
 import os
 import socket
 import sys
@@ -72,10 +73,16 @@ def check_arguments(arguments: Iterable[str]) -> None:
 
 
 def open_standard_streams() -> None:
-    """Open /dev/null in place of each standard stream that is closed, so that no other file gets its number."""
+    """Open /dev/null in place of each standard stream that is closed, so that no other file gets its number.
+
+    A character that the encoding of an output does not have is shown as "?", as what people say has all kinds.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (it stays open as long as we run)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def ensure_user(data: Path) -> None:

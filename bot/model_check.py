@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bot.accelerator import GIB, Card, free_memory, has_gpu, read_card
 from bot.architectures import is_served, is_trained, takes_adapters
-from bot.config import Config
+from bot.config import Config, PolicyConfig
 from bot.errors import ConfigError, KibitzError, cause_of
 from bot.memory_budget import MemoryPlan, plan_memory, weights_bytes
 from bot.model_shape import (
@@ -51,7 +51,7 @@ def check_model(config: Config, model: str, serves: bool = True) -> MemoryPlan |
         check_temperature(config, model)
     tokenizer = check_tokenizer(config, model, shape)
     served = config.model_copy(update={"policy": tokenizer.with_thoughts(config.policy)})
-    check_context(served, shape)
+    check_context(served.policy, shape)
     check_disk(config, shape)
     check_download(config, model, shape)
     return check_memory(served, model, shape) if serves else None
@@ -245,9 +245,8 @@ def check_temperature(config: Config, model: str) -> None:
         )
 
 
-def check_context(config: Config, shape: ModelShape) -> None:
+def check_context(policy: PolicyConfig, shape: ModelShape) -> None:
     """Refuse prompts and answers that are longer than a model can read, and a model that reads next to nothing."""
-    policy = config.policy
     if shape.positions and shape.positions <= LEAST_CONTEXT:
         raise ConfigError(
             f"policy.model '{policy.model}': its config.json says that it reads {shape.positions} tokens "

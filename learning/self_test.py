@@ -92,14 +92,15 @@ class SelfTest:
         shape = read_shape(model)
         check_architecture(self.config, model)
         check_weights(self.config, model)
-        check_context(self.config, shape)
         self._model = model
         dtype = served_dtype(self.config, model)
         return f"{self.config.policy.model}: {shape.family}, {shape.size} parameters, as {dtype}"
 
     def check_template(self) -> str:
         """Check the tokenizer and its chat template."""
-        tokenizer = check_tokenizer(self.config, self.model, read_shape(self.model))
+        shape = read_shape(self.model)
+        tokenizer = check_tokenizer(self.config, self.model, shape)
+        check_context(tokenizer.with_thoughts(self.config.policy), shape)
         return f"a greeting is {len(tokenizer.prompt_ids(QUESTION))} tokens"
 
     def check_room(self) -> str:

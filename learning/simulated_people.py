@@ -4,8 +4,10 @@ Each kind has a deterministic utility over texts, in [-1, 1], that a program can
 """
 
 import inspect
+import numbers
 import re
 import runpy
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +130,7 @@ def users(name: str) -> Utility:
         raise ConfigError(
             f"--users has value '{name}', which is neither a file nor one of the built-in users ({', '.join(USERS)})"
         )
+    sys.path.append(str(path.absolute().parent))  # it may import what lies beside it
     try:
         found = runpy.run_path(str(path)).get("utility")
     except (Exception, SystemExit) as error:  # whatever the user's own file raises
@@ -150,7 +153,7 @@ def check_calls(name: str, utility: Callable[[str, str], object]) -> Utility:
             raise ConfigError(
                 f"--users {name}: utility({prompt!r}, {reply!r}) failed ({describe_exception(error)}); fix it"
             ) from error
-        if not isinstance(value, int | float) or not -1 <= value <= 1:
+        if not isinstance(value, numbers.Real) or not -1 <= value <= 1:
             raise ConfigError(
                 f"--users {name}: utility({prompt!r}, {reply!r}) returned {value!r}; return a number in [-1, 1]"
             )

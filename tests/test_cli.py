@@ -85,6 +85,13 @@ def test_users_of_a_file_must_give_a_number_between_minus_one_and_one(tmp_path, 
         assert not done.stdout, "nothing was started"
 
 
+def test_users_of_a_file_may_give_a_number_of_numpys_and_import_what_lies_beside_it(tmp_path):
+    (tmp_path / "taste_beside.py").write_text("import numpy\nliked = numpy.float32(0.5)")
+    file = tmp_path / "people.py"
+    file.write_text("from taste_beside import liked\ndef utility(prompt, reply): return liked")
+    assert simulated_people.users(str(file))("hello", "Hey!") == 0.5
+
+
 def test_simulated_people_do_not_teach_a_policy_that_people_talk_with(tmp_path, demo_model, here):
     config = write_config(tmp_path, demo_model)
     assert here("status", "--config", config).returncode == 0

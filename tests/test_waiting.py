@@ -17,6 +17,7 @@ from bot.forgetting import forget_person
 from bot.registry import BASE, PolicyRegistry
 from bot.types import Feedback, FeedbackKind, PolicyState, PolicyVersion, Turn, now
 from learning import benchmark, demo
+from learning.error_budget import level_of_next
 from learning.evaluation import batched_logprobs
 from learning.loop import TRIES, OnlineLearner
 from learning.model import served
@@ -116,6 +117,18 @@ def test_one_that_people_like_less_is_rejected_for_a_price(waiting):
     assert waiting.state == PolicyState.REJECTED
     assert not waiting.has_weights
     assert earlier_verdicts(waiting.registry) == [False]
+
+
+def test_what_earlier_verdicts_spent_is_not_there_for_one_that_waited(waiting):
+    level_of_first = level_of_next(1 - waiting.config.gate.confidence, [])
+    spent = waiting.registry.reserve(waiting.registry.live(), waiting.config.data / "policies")
+    verdict = {"had_enough_evidence": True, "is_better": False, "judged_at": now().isoformat()}
+    waiting.registry.complete(spent.name, "hash", verdict)
+    waiting.registry.move(spent.name, PolicyState.REJECTED)
+    waiting.like(waiting.say(24))
+    waiting.judge()
+    level = waiting.registry.get(waiting.version.name).metrics["level"]
+    assert level == level_of_next(1 - waiting.config.gate.confidence, [False]) < level_of_first
 
 
 def test_looks_that_cannot_suffice_spend_nothing_and_end_with_the_limit(waiting):
