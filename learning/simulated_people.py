@@ -153,7 +153,7 @@ def check_calls(name: str, utility: Callable[[str, str], object]) -> Utility:
             raise ConfigError(
                 f"--users {name}: utility({prompt!r}, {reply!r}) failed ({describe_exception(error)}); fix it"
             ) from error
-        if not isinstance(value, numbers.Real) or not -1 <= value <= 1:
+        if not isinstance(value, numbers.Real) or not -1 <= float(value) <= 1:
             raise ConfigError(
                 f"--users {name}: utility({prompt!r}, {reply!r}) returned {value!r}; return a number in [-1, 1]"
             )
