@@ -6,6 +6,8 @@ Run: ``kibitz COMMAND`` or ``python -m bot COMMAND``.
 import os
 import signal
 
+from bot.types import Progress
+
 # Ctrl-C while modules are loaded ends the process at once: libraries lose the exception, or print what they were doing.
 _usual = signal.getsignal(signal.SIGINT)
 if _usual is signal.default_int_handler:
@@ -22,9 +24,11 @@ try:
 
     from bot import backup_commands, cli, doctor_command, forget_command
     from bot.app import Kibitz, desk, run, running, shared
-    from bot.cli import ConfigFile, DataDir, JsonFile, ModelName, PlotFile, Seed, announce, app, bench, configured, console
+    from bot.cli import ConfigFile, DataDir, JsonFile, ModelName, PlotFile, Seed, app, bench, configured
     from bot.config import AccessConfig, Config, DatabaseConfig
     from bot.data_directory import is_held
+    from bot.output import announce, check_writable, console, print_figures, progress_bar, write_json
+    from bot.stores import open_stores
     from connectors.access import Access
     from connectors.base import Connector
     from learning import bench_commands, commands
@@ -38,8 +42,6 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 # Importing a module of commands adds them.
 __all__ = ["backup_commands", "bench_commands", "commands", "doctor_command", "forget_command", "main"]
-
-Progress = Callable[[str, int, int], None]
 
 
 @app.command()
@@ -127,13 +129,13 @@ def simulate(
     from learning import simulated_people, simulation
 
     found = configured(config, data_dir, seed, model)
-    cli.check_writable(json_file, plot)
+    check_writable(json_file, plot)
     usual = simulated_people.usual(is_toy(found.policy.model))
     users, rounds = users or usual.users, rounds or usual.rounds
     messages = messages or usual.messages
     reaction_rate = usual.reaction_rate if reaction_rate is None else reaction_rate
     utility = simulated_people.users(users)
-    database, _, _ = cli.opened(found)
+    database, _, _ = open_stores(found)
     simulation.check_only_simulated(database)
     database.close()
     found, base = with_model(found)
@@ -141,7 +143,7 @@ def simulate(
 
     async def main() -> None:
         async with running(found, base, announce) as kibitz:
-            with cli.progress_bar() as progress:
+            with progress_bar() as progress:
                 learner = OnlineLearner(kibitz.store, kibitz.deployment, found, announce, progress)
                 people = simulated_people.People(utility, reaction_rate, noise, found.seed)
                 asked = simulated_people.prompts(is_toy(base))
@@ -158,7 +160,7 @@ def simulate(
     setup = {"users": users, "rounds": rounds, "messages": messages, "reaction_rate": reaction_rate, "noise": noise}
     setup |= {"samples": samples, "seed": found.seed, "model": found.policy.model}
     setup |= {"training": found.training.model_dump(), "gate": found.gate.model_dump()}
-    cli.write_json(json_file, "simulate", simulation.figures(played[0], found.policy.model), setup)
+    write_json(json_file, "simulate", simulation.figures(played[0], found.policy.model), setup)
 
 
 def measure(
@@ -169,7 +171,7 @@ def measure(
     setup: dict[str, Any],
 ) -> None:
     """Run a benchmark on a kibitz that serves, with a database and versions of its own; print its figures and write them."""
-    cli.check_writable(json_file)
+    check_writable(json_file)
     config, model = with_model(config)
     figures: dict[str, Any] = {}
     scratch = config.data / "bench" / "serving"  # beside the points that `bench learning` keeps
@@ -179,13 +181,13 @@ def measure(
 
     async def main() -> None:
         async with running(apart, model, announce) as kibitz:
-            with cli.progress_bar() as progress:
+            with progress_bar() as progress:
                 figures.update(await job(kibitz, progress))
 
     run(main())
-    cli.print_figures(figures)
+    print_figures(figures)
     figures["model"] = config.policy.model
-    cli.write_json(json_file, name, figures, setup | {"seed": config.seed})
+    write_json(json_file, name, figures, setup | {"seed": config.seed})
 
 
 @bench.command("swap")

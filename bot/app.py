@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from bot import cli
 from bot.caches import PAUSE_SECONDS, Caches
 from bot.config import Config
 from bot.conversations import ConversationStore
@@ -23,13 +22,17 @@ from bot.dialogue import DialogueManager
 from bot.erasures import Erasures
 from bot.errors import ServingError
 from bot.forgetting import forget_again, forget_person, remove_purged
+from bot.output import tenths
 from bot.policy import Policy
 from bot.reactions import Reactions
 from bot.readiness import Readiness, looks_at
+from bot.recall import recall_of
 from bot.registry import PolicyRegistry
 from bot.retention import EVERY, erase_expired
 from bot.state import LATEST, derived
+from bot.stores import open_stores
 from bot.supervision import Health, Start, background_tasks, failing_lines, supervise
+from bot.texts import pause_text, privacy_text, state_text, status_text
 from bot.tokenizer import ChatTokenizer
 from bot.tracker import StateTracker
 from bot.users import Users
@@ -70,14 +73,14 @@ async def running(config: Config, model: str, tell: Announce, may_change: bool =
     its place once vLLM has generated a token with it.
     """
     with held(config.data, "serve"):
-        database, store, registry = cli.opened(config)
+        database, store, registry = open_stores(config)
         if not may_change:
             registry.check_base(model)
         if again := forget_again(database, registry):
             tell(f"the database is older than what was forgotten since: {again} people and messages are forgotten again")
         remove_purged(registry)
         database.scrub()
-        recall = cli.recall(config, database)
+        recall = recall_of(config, database)
         tokenizer = ChatTokenizer(model, config.policy.template_args)
         tracker = StateTracker(store, tokenizer, recall, config.dialogue, config.policy.context_tokens)
         served = config.model_copy(update={"policy": tokenizer.with_thoughts(config.policy)})
@@ -112,7 +115,7 @@ async def running(config: Config, model: str, tell: Announce, may_change: bool =
                 caches = Caches(Erasures(config.data), recall, tokenizer)
                 start(supervise("caches", caches.look, health, PAUSE_SECONDS))
                 kibitz.keep("readiness", readiness.watch)
-                kibitz.keep("embedding", lambda: recall.catch_up(cli.tenths(tell)))
+                kibitz.keep("embedding", lambda: recall.catch_up(tenths(tell)))
                 expire = partial(erase_expired, database, config.privacy.retention_days, caches.drop)
                 start(supervise("retention", expire, health, EVERY))
                 gc.collect()
@@ -170,7 +173,7 @@ def desk(kibitz: Kibitz) -> Desk:
     call, users = kibitz.database.call, Users(kibitz.database, kibitz.config.privacy)
 
     async def status() -> str:
-        told = await call(cli.status_text, kibitz.store, kibitz.registry)
+        told = await call(status_text, kibitz.store, kibitz.registry)
         return "\n".join([told, *failing_lines(kibitz.health.failing)])
 
     async def rollback() -> str:
@@ -178,16 +181,16 @@ def desk(kibitz: Kibitz) -> Desk:
         return f"{before.name} is taken back; {after.name} answers again in a moment"
 
     async def pause_learning() -> str:
-        return cli.pause_text(await call(kibitz.registry.pause_learning))
+        return pause_text(await call(kibitz.registry.pause_learning))
 
     async def privacy(platform: str, user: str, choice: str) -> str:
         if choice != "status":
             await call(users.decide, platform, user, choice == "on")
-        return cli.privacy_text(await call(users.consents, platform, user))
+        return privacy_text(await call(users.consents, platform, user))
 
     async def forget(platform: str, user: str) -> str:
         erased = await call(forget_person, kibitz.database, kibitz.registry, platform, user)
-        return f"{erased}. {cli.privacy_text(False)} What stands in the channels of this platform is yours to delete."
+        return f"{erased}. {privacy_text(False)} What stands in the channels of this platform is yours to delete."
 
     def failing() -> list[str]:
         return sorted(kibitz.health.failing)
@@ -204,4 +207,4 @@ async def _why(kibitz: Kibitz, turn_id: str) -> str:
     account = await kibitz.database.call(explain, turn_id, buffer, kibitz.registry)
     said = await kibitz.database.call(kibitz.store.messages, account.turn.conversation_id, LATEST)
     known = await asyncio.to_thread(derived, said, kibitz.dialogue.tracker.recall.embedder)
-    return "\n".join([*account.lines(names=False), *cli.state_text(known).splitlines()[:12]])
+    return "\n".join([*account.lines(names=False), *state_text(known).splitlines()[:12]])

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from bot import backups, cli
-from bot.cli import ConfigFile, DataDir, Seed, app, configured, console
+from bot.cli import ConfigFile, DataDir, Seed, app, configured
+from bot.output import check_writable, console
 
 
 @app.command()
@@ -18,7 +19,7 @@ def backup(
 ) -> None:
     """Copy the database into FILE; also while kibitz runs."""
     found = configured(config, data_dir, seed)
-    cli.check_writable(file)
+    check_writable(file)
     backups.back_up(found, file)
     console.print(f"backup: {file}; to keep the weights of the versions copy {found.data / 'policies'} too", soft_wrap=True)
 

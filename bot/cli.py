@@ -3,37 +3,27 @@
 Commands that train, simulate or connect are added by `bot.__main__`; each command is a few lines over a function elsewhere.
 """
 
-import json
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from rich.text import Text
 
 from bot import config as configuration
 from bot import environment, output_files
 from bot.config import Config
-from bot.conversations import ConversationStore
 from bot.data_directory import HEALTH, is_held, prepare
-from bot.database import Database
-from bot.embeddings import Embedder
+from bot.embeddings import embedder_of
 from bot.errors import ConfigError, KibitzError, cause_of
-from bot.memory import Memory
-from bot.recall import Recall, weights
-from bot.registry import BASE, PolicyRegistry
-from bot.state import LATEST, State, derived
+from bot.output import console, errors
+from bot.state import LATEST, derived
+from bot.stores import open_stores
 from bot.supervision import failing_lines, read_failing
-from bot.types import PolicyState, PolicyVersion
-
-Report = Callable[[str, int, int], None]
+from bot.texts import pause_text, state_text, status_text
+from bot.types import PolicyState
 
 INTERRUPTED = 130
 BAD_INPUT = 2  # the exit code of every error that the person at the keyboard can put right
@@ -45,8 +35,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
-errors = Console(stderr=True, soft_wrap=True, highlight=False)
 bench = typer.Typer(no_args_is_help=True, help="Measure what the project claims.")
 app.add_typer(bench, name="bench")
 
@@ -90,117 +78,6 @@ def configured(config: Path | None, data_dir: Path | None, seed: int | None, mod
     return found
 
 
-def announce(text: str) -> None:
-    """Tell the person at the console what happens."""
-    console.print(f"* {text}", markup=False, highlight=False)
-
-
-def tenths(tell: Callable[[str], None]) -> Report:
-    """A report of progress for a log: a line for each tenth."""
-    told: dict[str, int] = {}
-
-    def report(stage: str, done: int, total: int) -> None:
-        if done * 10 // total > told.get(stage, 0):
-            told[stage] = done * 10 // total
-            tell(f"{stage}: {done:,} of {total:,}")
-
-    return report
-
-
-def embedder(config: Config) -> Embedder | None:
-    """The embedding model that the config names, kept under the data directory; None for "none"."""
-    return None if config.dialogue.embedder == "none" else Embedder(config.dialogue.embedder, config.data)
-
-
-def recall(config: Config, database: Database) -> Recall:
-    """What may be remembered, found as the config says."""
-    learned = weights(config.dialogue.retrieval_weights)
-    return Recall(Memory(database, config.dialogue.across_channels), embedder(config), learned)
-
-
-def opened(config: Config) -> tuple[Database, ConversationStore, PolicyRegistry]:
-    """The database at this program's schema, with the stores on it."""
-    database = Database(config.database_url, config.data)
-    database.upgrade()
-    return database, ConversationStore(database), PolicyRegistry(database)
-
-
-def write_json(path: Path | None, name: str, figures: dict[str, Any], setup: dict[str, Any]) -> None:
-    """Write `{"name", "figures", "setup"}`, whole or not at all."""
-    if path is None:
-        return
-    output_files.write_text(path, json.dumps({"name": name, "figures": figures, "setup": setup}, indent=1, sort_keys=True))
-    console.print(f"figures: {path}")
-
-
-def print_figures(figures: dict[str, Any]) -> None:
-    """Show figures as a table."""
-    table = Table("figure", "value")
-    for name, value in figures.items():
-        if isinstance(value, dict):
-            value = "\n".join(f"{count} {reason}" for reason, count in value.items()) or "nothing"
-        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
-    console.print(table)
-
-
-def print_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Show rows of text as a table."""
-    table = Table(*header)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console.print(table)
-
-
-def check_writable(*paths: Path | None) -> None:
-    """Refuse an output file that could not be written, before the work and not after it."""
-    for path in paths:
-        if path is not None:
-            output_files.check_replaceable(path)
-
-
-@contextmanager
-def progress_bar() -> Iterator[Report]:
-    """A rich progress bar, fed by (stage, done, total); on something that is no terminal it is silent."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("starting", total=None)
-        current = ""
-
-        def report(stage: str, done: int, total: int) -> None:
-            nonlocal current
-            if stage != current:
-                current = stage
-                progress.reset(task, description=stage, total=total)
-            progress.update(task, completed=done, total=total, description=stage)
-
-        yield report
-
-
-@contextmanager
-def interruptible(report: Report) -> Iterator[Report]:
-    """A report that ends the work where Ctrl-C was pressed, also if a library lost the exception: many have a bare `except`
-    around their imports. For work in the main thread, outside an event loop.
-    """
-    pressed = False
-    before = signal.getsignal(signal.SIGINT)
-
-    def press(*_: Any) -> None:
-        nonlocal pressed
-        pressed = True
-        raise KeyboardInterrupt
-
-    def heard(stage: str, done: int, total: int) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        report(stage, done, total)
-
-    signal.signal(signal.SIGINT, press)
-    try:
-        yield heard
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 @app.command()
 def state(
     conversation: Annotated[str, typer.Argument(help="A conversation's id; without one the latest are listed.")] = "",
@@ -210,10 +87,10 @@ def state(
 ) -> None:
     """What a conversation is about, who takes part, what is open, what people said of themselves."""
     found = configured(config, data_dir, seed)
-    database, store, _ = opened(found)
+    database, store, _ = open_stores(found)
     if conversation:
         said = store.messages(store.conversation(conversation).id, LATEST)
-        console.print(state_text(derived(said, embedder(found))), markup=False)
+        console.print(state_text(derived(said, embedder_of(found))), markup=False)
     else:
         table = Table("conversation", "platform", "channel", "thread", "messages", "last")
         for one, messages, last in store.latest(20):
@@ -222,28 +99,10 @@ def state(
     database.close()
 
 
-def state_text(found: State) -> str:
-    """A conversation's state, for people."""
-    lines = (
-        [f"topic since {found.topic[0].at:%Y-%m-%d %H:%M}: {_short(found.topic[0].text)}"]
-        if found.topic
-        else ["nothing was said"]
-    )
-    lines += [f"takes part: {name} ({count} messages)" for name, count in found.participants.items()]
-    lines += [f"open: {message.author_id}: {_short(message.text)}" for message in found.open]
-    lines += [f"fact: {fact} ({fact.message.at:%Y-%m-%d})" for fact in found.facts]
-    lines += [f"once: {fact} ({fact.message.at:%Y-%m-%d})" for fact in found.former_facts]
-    return "\n".join(lines)
-
-
-def _short(text: str) -> str:
-    return " ".join(text[:200].split())[:100]
-
-
 @app.command()
 def policies(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
     """List every policy version."""
-    _, _, registry = opened(configured(config, data_dir, seed))
+    _, _, registry = open_stores(configured(config, data_dir, seed))
     table = Table("version", "state", "parent", "KL", "gain", "made", "why not")
     for version in registry.all():
         figures = version.metrics
@@ -263,7 +122,7 @@ def policies(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = N
 def rollback(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
     """Take the live version back; the one that it replaced answers again."""
     found = configured(config, data_dir, seed)
-    _, _, registry = opened(found)
+    _, _, registry = open_stores(found)
     taken_back, live = registry.rollback()
     running = "; the running kibitz follows at once" if is_held(found.data, "serve") else ""
     console.print(f"{taken_back.name} was taken back, {live.name} is live{running}")
@@ -272,20 +131,8 @@ def rollback(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = N
 @app.command("pause-learning")
 def pause_learning(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
     """Train no new versions; used again, go on. A running kibitz follows."""
-    _, _, registry = opened(configured(config, data_dir, seed))
+    _, _, registry = open_stores(configured(config, data_dir, seed))
     console.print(pause_text(registry.pause_learning()))
-
-
-def pause_text(paused: bool) -> str:
-    """What pausing came to."""
-    return "learning is paused; the same command again ends that" if paused else "learning goes on"
-
-
-def privacy_text(consents: bool) -> str:
-    """What somebody's consent means."""
-    if consents:
-        return "kibitz may learn from what you write and how you react (/privacy off ends that, /forget-me erases all)."
-    return "kibitz learns nothing from you and reminds nobody of what you wrote (/privacy on changes that)."
 
 
 @app.command()
@@ -296,34 +143,8 @@ def status(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = Non
     # First: the database may be what fails.
     lines = failing_lines(read_failing(found.data / HEALTH)) if is_running else []
     console.print("\n".join([f"running: {'yes' if is_running else 'no'}", *lines]), markup=False)
-    _, store, registry = opened(found)
+    _, store, registry = open_stores(found)
     console.print(status_text(store, registry))
-
-
-def status_text(store: ConversationStore, registry: PolicyRegistry) -> str:
-    """The lines of `kibitz status` and of `/status`."""
-    counts = store.counts()
-    versions = registry.all()
-    live = next((version.name for version in versions if version.state == PolicyState.LIVE), f"{BASE} (not started yet)")
-    lines = [
-        f"live: {live}",
-        f"versions: {max(len(versions), 1)}",
-        ", ".join(f"{name}: {count}" for name, count in counts.items()),
-    ]
-    lines += [waiting_text(version, store) for version in registry.waiting()]
-    if registry.learning_is_paused():
-        lines.append("learning: paused")
-    runs = registry.runs()
-    if runs:
-        last = runs[-1]
-        lines.append(f"last run: {last['policy']}, taught by {last['n']} reactions: {last['outcome']}")
-    return "\n".join(lines)
-
-
-def waiting_text(version: PolicyVersion, store: ConversationStore) -> str:
-    """What a version waits for."""
-    more = max(1, version.waits_for - store.reactions(version.drawn_at))
-    return f"{version.name} waits for about {more} more reaction{'s' * (more > 1)} to be judged on"
 
 
 def main(application: typer.Typer = app) -> None:

@@ -18,7 +18,7 @@ from bot.data_directory import is_held
 from bot.database import Database
 from bot.environment import listen
 from bot.errors import ConfigError, KibitzError, cause_of
-from bot.vllm_server import check_extra_args, read_extra_args
+from bot.vllm_arguments import check_extra_args, read_extra_args
 
 Outcome = Literal["ok", "not", "skip"]
 PYTHONS = ((3, 11), (3, 13))

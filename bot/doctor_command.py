@@ -9,9 +9,10 @@ from typing import Annotated
 import typer
 
 from bot import cli
-from bot.cli import ConfigFile, DataDir, JsonFile, Seed, announce, app, configured
+from bot.cli import ConfigFile, DataDir, JsonFile, Seed, app, configured
 from bot.config import Config
 from bot.doctor import examine, machine_checks, works
+from bot.output import announce, check_writable, print_rows, write_json
 
 
 @app.command()
@@ -27,12 +28,12 @@ def doctor(
     from learning.self_test import SelfTest
 
     found = configured(config, data_dir, seed)
-    cli.check_writable(json_file)
+    check_writable(json_file)
     with SelfTest(found, lambda: sized_model(found)) as test:
         checks = [*machine_checks(found), ("tokens", lambda: _tokens(found)), *test.checks(quick)]
         rows = examine(checks, lambda row: announce(f"{row.what}: {row.outcome}"))
-    cli.print_rows(("what", "works", "found", "what to do"), [(row.what, row.outcome, row.found, row.to_do) for row in rows])
-    cli.write_json(json_file, "doctor", {row.what: asdict(row) for row in rows}, {"model": found.policy.model})
+    print_rows(("what", "works", "found", "what to do"), [(row.what, row.outcome, row.found, row.to_do) for row in rows])
+    write_json(json_file, "doctor", {row.what: asdict(row) for row in rows}, {"model": found.policy.model})
     if not works(rows):
         raise typer.Exit(cli.BAD_INPUT)
 

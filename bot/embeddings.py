@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bot.config import Config
 from bot.errors import ConfigError, cause_of
 
 if TYPE_CHECKING:
@@ -150,3 +151,8 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         root.setLevel(level)
+
+
+def embedder_of(config: Config) -> Embedder | None:
+    """Return the embedding model that a config names, kept under its data directory; None for "none"."""
+    return None if config.dialogue.embedder == "none" else Embedder(config.dialogue.embedder, config.data)

@@ -4,10 +4,11 @@ from typing import Annotated
 
 import typer
 
-from bot import cli
-from bot.cli import ConfigFile, DataDir, Seed, app, configured, console
+from bot.cli import ConfigFile, DataDir, Seed, app, configured
 from bot.errors import DataError
 from bot.forgetting import find_people, forget_person
+from bot.output import console
+from bot.stores import open_stores
 from bot.types import Person
 
 ID_FORMS = {  # what people's ids look like on each platform of kibitz's own
@@ -27,7 +28,7 @@ def forget(
     seed: Seed = None,
 ) -> None:
     """Erase what a person wrote and reacted to, and every version that learned from it; also while kibitz runs."""
-    database, _, registry = cli.opened(configured(config, data_dir, seed))
+    database, _, registry = open_stores(configured(config, data_dir, seed))
     check_known((platform, user), find_people(database))
     console.print(f"{forget_person(database, registry, platform, user)}; they teach no more until they consent")
     database.close()

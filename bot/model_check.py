@@ -14,6 +14,7 @@ from pathlib import Path
 from bot.accelerator import GIB, Card, free_memory, has_gpu, read_card
 from bot.architectures import is_served, is_trained, takes_adapters
 from bot.config import Config, PolicyConfig
+from bot.dtype import served_dtype
 from bot.errors import ConfigError, KibitzError, cause_of
 from bot.memory_budget import MemoryPlan, plan_memory, weights_bytes
 from bot.model_shape import (
@@ -30,7 +31,6 @@ from bot.model_shape import (
 )
 from bot.thoughts import CHANNEL
 from bot.tokenizer import ChatTokenizer
-from bot.vllm_server import check_extra_args, served_dtype
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 LEAST_CONTEXT = 64  # tokens, of policy.context_tokens
@@ -43,7 +43,6 @@ def check_model(config: Config, model: str, serves: bool = True) -> MemoryPlan |
 
     Returns how the GPU's memory is shared, or None where it is not. Raises ConfigError for the first thing that is wrong.
     """
-    check_extra_args(config)
     shape = read_shape(model)
     check_architecture(config, model)
     check_weights(config, model)

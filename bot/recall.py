@@ -12,19 +12,21 @@ import contextlib
 import json
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from bot.embeddings import BATCH, Embedder
+from bot.config import Config
+from bot.database import Database
+from bot.embeddings import BATCH, Embedder, embedder_of
 from bot.errors import ConfigError
 from bot.memory import Memory, Text
 from bot.retrieval import Entry, ScopeIndex, Weights
 from bot.tables import CHUNK
-from bot.types import Conversation, Message
+from bot.types import Conversation, Message, Progress
 from bot.words import forget_words
 
 log = logging.getLogger(__name__)
@@ -39,8 +41,6 @@ FEW = 16  # texts
 WRITTEN = 4  # vectors written at once: whoever waits for an answer comes in between
 OVERLAP = 64  # messages that are read again: what was said at the same moment may have been written in another order
 SPARE = 4  # times as many are looked up as are wanted: some may not be shown
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -264,3 +264,9 @@ def _add(index: ScopeIndex, unread: Sequence[Entry]) -> None:
 def _complete(indexes: Sequence[ScopeIndex], vectors: Mapping[str, np.ndarray]) -> None:
     for index in indexes:
         index.complete(vectors)
+
+
+def recall_of(config: Config, database: Database) -> Recall:
+    """Return what finds what may be remembered, as a config says."""
+    learned = weights(config.dialogue.retrieval_weights)
+    return Recall(Memory(database, config.dialogue.across_channels), embedder_of(config), learned)

@@ -3,6 +3,7 @@
 They know no database, no platform and no model. Ids are text; times are timezone-aware and in UTC.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -21,6 +22,7 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
+Progress = Callable[[str, int, int], None]  # is told what is done: the stage, how much of it, of how much
 Person = tuple[str, str]  # a platform, and its id for somebody
 FORGOTTEN = ""  # stands for the author of an erased message; nobody is called so
 

@@ -26,10 +26,8 @@ import numpy as np
 
 from bot.dialogue import DialogueManager
 from bot.errors import ConfigError
-from bot.types import FeedbackKind, Reply, Turn
+from bot.types import FeedbackKind, Progress, Reply, Turn
 from connectors.base import Shared
-
-Progress = Callable[[str, int, int], None]
 
 TEXTS = ["hello", "i can't sleep", "good night", "tell me a joke", "what should i eat", "how are you"]
 LINES = 8  # messages in one conversation

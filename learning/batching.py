@@ -13,7 +13,7 @@ from bot.accelerator import free_memory
 from bot.config import TrainingConfig
 from bot.memory_budget import SAMPLED, BatchFit, fit_batch, sampled_at_once, state_bytes
 from bot.model_shape import ModelShape, shape_of
-from learning.processes import agreed
+from learning.ranks import agreed
 
 RESERVED = 0.9  # the share of the free memory that a run may count on
 

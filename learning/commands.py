@@ -15,23 +15,15 @@ from rich.table import Table
 from rich.text import Text
 
 from bot import cli, output_files
-from bot.cli import (
-    ConfigFile,
-    DataDir,
-    JsonFile,
-    ModelName,
-    PlotFile,
-    Seed,
-    announce,
-    app,
-    configured,
-    console,
-)
+from bot.cli import ConfigFile, DataDir, JsonFile, ModelName, PlotFile, Seed, app, configured
 from bot.config import Config
 from bot.data_directory import is_held
-from bot.embeddings import Embedder
+from bot.embeddings import Embedder, embedder_of
 from bot.errors import ConfigError, DataError, NothingToLearn, VerdictOutdated
+from bot.output import announce, check_writable, console, print_figures, progress_bar, write_json
 from bot.registry import PolicyRegistry
+from bot.stores import open_stores
+from bot.texts import waiting_text
 from bot.types import PolicyState
 from learning import pretrain as pretraining
 from learning import version_files
@@ -56,7 +48,7 @@ def pretrain(
     from learning.pairs import pairs as read_pairs
 
     found = configured(config, data_dir, seed)
-    cli.check_writable(json_file)
+    check_writable(json_file)
     if out is not None:
         pretraining.check_place(out)
     if pairs is None:
@@ -67,12 +59,12 @@ def pretrain(
         raise ConfigError(f"{pairs}: holds {len(dialogues)} pairs; at least 2 are needed, one is held out")
     found, model = with_model(found)
     directory = out or found.data / "models" / f"pretrained-{pairs.stem}"
-    with cli.progress_bar() as progress:
+    with progress_bar() as progress:
         recipe = found.seed, epochs, learning_rate, progress, found.policy.template_args
         measures = pretraining.warm_start(model, dialogues, directory, *recipe)
-    cli.print_figures(measures)
+    print_figures(measures)
     console.print(f'model: {directory}\nuse it: [policy] model = "{directory}", with a new data directory', markup=False)
-    cli.write_json(json_file, "pretrain", measures, {"pairs": pairs.name, "epochs": epochs, "seed": found.seed})
+    write_json(json_file, "pretrain", measures, {"pairs": pairs.name, "epochs": epochs, "seed": found.seed})
 
 
 @app.command()
@@ -91,7 +83,7 @@ def train(
     is_told = progress == "json"  # by whoever started this process, who has told of the model already
     tell = (lambda text: None) if is_told else announce
     found, model = with_model(configured(config, data_dir, seed), tell, serves=False)
-    database, _, registry = cli.opened(found)
+    database, _, registry = open_stores(found)
     registry.ensure_base(model)
     database.close()
 
@@ -99,7 +91,7 @@ def train(
         return judge_waiting(found, report) if judge else trainer.run(found, report, deploys=deploy)
 
     if progress != "json":
-        with cli.progress_bar() as report:
+        with progress_bar() as report:
             outcome = work(report)
         verdict = "passed the gate" if outcome.passed else "; ".join(outcome.reasons)
         console.print(f"{outcome.policy}: {verdict}{'; it waits for more reactions' if outcome.waits else ''}")
@@ -119,14 +111,14 @@ def deploy(
 ) -> None:
     """Take a candidate live: a running kibitz, or the next one that starts, proves it on its vLLM first."""
     found = configured(config, data_dir, seed)
-    database, store, registry = cli.opened(found)
+    database, store, registry = open_stores(found)
     candidate, live = registry.get(version), registry.live()
     is_waiting = candidate.state == PolicyState.WAITING
     if (is_waiting or candidate.state == PolicyState.CANDIDATE) and candidate.judged_against != live.name:
         raise VerdictOutdated(version, candidate.judged_against, live.name)
     registry.request_deployment(version)
     if is_waiting:
-        told = f"{cli.waiting_text(candidate, store)}; if it passes the gate then, it is proven and goes live"
+        told = f"{waiting_text(candidate, store)}; if it passes the gate then, it is proven and goes live"
     else:
         when = "is proven now" if is_held(found.data, "serve") else "will be proven when kibitz starts"
         told = f"{version} {when}, and goes live if vLLM serves it as it was trained; `kibitz policies` tells"
@@ -138,7 +130,7 @@ def deploy(
 def prune(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
     """Remove what is left of rejected versions: reports, samples, records. Their weights went when they were rejected."""
     found = configured(config, data_dir, seed)
-    database, _, registry = cli.opened(found)
+    database, _, registry = open_stores(found)
     rejected = [Path(version.path) for version in registry.all() if version.state == PolicyState.REJECTED]
     count, size = version_files.prune(rejected)
     database.close()
@@ -167,22 +159,22 @@ def replay(
     from learning import replay as offline
 
     found = configured(config, data_dir, seed, model)
-    cli.check_writable(json_file, plot)
+    check_writable(json_file, plot)
     recording = importers.read(file, format, found.reactions)
     for line in recording.lines():
         announce(line)
     found, base = with_model(found, serves=False, replays=True)
-    database, store, registry = cli.opened(found)
+    database, store, registry = open_stores(found)
     registry.ensure_base(base)
-    with cli.progress_bar() as progress:
+    with progress_bar() as progress:
         figures = offline.replay(recording, store, base, found, progress)
     database.close()
-    cli.print_figures(figures)
+    print_figures(figures)
     if plot is not None:
         offline.plot(figures, plot)
         console.print(f"plot: {plot}")
     setup = {"file": file.name, "format": recording.format, "seed": found.seed, "model": found.policy.model}
-    cli.write_json(json_file, "replay", figures, setup | {"training": found.training.model_dump()})
+    write_json(json_file, "replay", figures, setup | {"training": found.training.model_dump()})
 
 
 @app.command()
@@ -198,7 +190,7 @@ def why(
     from learning.replay_buffer import ReplayBuffer
 
     found = configured(config, data_dir, seed)
-    database, store, registry = cli.opened(found)
+    database, store, registry = open_stores(found)
     if turn:
         tokenizer = ChatTokenizer(_spoken_model(registry), found.policy.template_args)
         for line in explain(turn, ReplayBuffer(store, tokenizer, found), registry).lines():
@@ -224,7 +216,7 @@ def report(
     from learning import report as reports
 
     found = configured(config, data_dir, seed)
-    database, _, registry = cli.opened(found)
+    database, _, registry = open_stores(found)
     ran = {row["policy"]: row["outcome"] for row in registry.runs()}
     if not ran:
         raise ConfigError("kibitz report: there was no training run yet; `kibitz train` makes one")
@@ -232,13 +224,13 @@ def report(
     name = run or (whole or list(ran))[-1]
     version = registry.get(name)
     page = out or Path(f"{name}.html")
-    cli.check_writable(page, json_file)
+    check_writable(page, json_file)
     collected = reports.collected(version, ran.get(name, "was not made by a run"))
     database.close()
     output_files.write_text(page, reports.html(collected))
     console.print(f"report: {page}")
     if json_file is not None:
-        cli.write_json(json_file, "report", collected, {"run": name})
+        write_json(json_file, "report", collected, {"run": name})
 
 
 @app.command()
@@ -253,8 +245,8 @@ def export(
     from learning.replay import tokenizer_fingerprint
 
     found = configured(config, data_dir, seed)
-    cli.check_writable(file)
-    database, store, registry = cli.opened(found)
+    check_writable(file)
+    database, store, registry = open_stores(found)
     written = kibitz_export.export(store, file, tokenizer_fingerprint(_spoken_model(registry)), found.privacy)
     database.close()
     console.print(", ".join(f"{name}: {count}" for name, count in written.items()) or "nothing was said yet")
@@ -269,7 +261,7 @@ def _spoken_model(registry: PolicyRegistry) -> str:
 
 def _embedder(config: Config) -> Embedder:
     """The embedding model, for what cannot be learned without one."""
-    found = cli.embedder(config)
+    found = embedder_of(config)
     if found is None:
         raise ConfigError("config key dialogue.embedder has value 'none'; name a model to learn with")
     return found
@@ -291,17 +283,17 @@ def fit_retrieval(
     from learning.dialogues import dialogue
 
     found = configured(config, data_dir, seed)
-    cli.check_writable(out)
+    check_writable(out)
     embedder = _embedder(found)
     setup: dict[str, Any] = {"seed": found.seed, "embedder": found.dialogue.embedder}
-    with cli.progress_bar() as progress:
+    with progress_bar() as progress:
         if from_feedback:
             learned, setup["judged"] = _from_feedback(found, embedder, progress)
         else:
             made = (dialogue(1000 * found.seed + number, people=(2, 6, 12)[number % 3]) for number in range(dialogues))
             learned = retrieval_training.fit(list(retrieval_training.made_examples(made, embedder, progress)))
             setup["dialogues"] = dialogues
-    cli.print_figures(learned)
+    print_figures(learned)
     if out is not None:
         output_files.write_text(out, json.dumps({"weights": learned, "setup": setup}, indent=2) + "\n")
 
@@ -314,7 +306,7 @@ def _from_feedback(config: Config, embedder: Embedder, progress: Any) -> tuple[d
     from learning import reminders, retrieval_training
     from learning.replay_buffer import ReplayBuffer
 
-    database, store, _ = cli.opened(config)
+    database, store, _ = open_stores(config)
     config, model = with_model(config)
     rated = ReplayBuffer(store, ChatTokenizer(model, config.policy.template_args), config).rated()
     memory = Memory(database, config.dialogue.across_channels)
@@ -336,13 +328,13 @@ def fit_topics(
     from learning import topic_training as topics
 
     found = configured(config, data_dir, seed)
-    cli.check_writable(out, json_file)
+    check_writable(out, json_file)
     embedder = _embedder(found)
     known, unknown = topics.read(train), topics.read(test)
-    with cli.progress_bar() as progress:
+    with progress_bar() as progress:
         learned, figures = topics.judged(known, unknown, embedder, progress)
-    cli.print_figures(figures)
-    cli.write_json(json_file, "fit-topics", figures, {"train": train.name, "test": test.name})
+    print_figures(figures)
+    write_json(json_file, "fit-topics", figures, {"train": train.name, "test": test.name})
     if out is not None:
         output_files.write_text(out, json.dumps(learned, indent=2) + "\n")
 
@@ -359,11 +351,11 @@ def fit_followups(
     from learning import followup_training
 
     found = configured(config, data_dir, seed)
-    cli.check_writable(out, json_file)
+    check_writable(out, json_file)
     embedder = _embedder(found)
-    with cli.progress_bar() as progress:
+    with progress_bar() as progress:
         learned, figures = followup_training.fit(found.seed, embedder, progress)
-    cli.print_figures(figures)
-    cli.write_json(json_file, "fit-followups", figures, {"seed": found.seed, "embedder": found.dialogue.embedder})
+    print_figures(figures)
+    write_json(json_file, "fit-followups", figures, {"seed": found.seed, "embedder": found.dialogue.embedder})
     if out is not None:
         output_files.write_text(out, json.dumps(learned) + "\n")

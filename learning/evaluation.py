@@ -6,7 +6,7 @@ whether vLLM serves the same policy that of the probe. It knows no database and 
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 Rows = Sequence[tuple[Sequence[int], Sequence[int]]]
 BATCH_TOKENS = 2048  # of one forward pass
-CONFIDENCE = 0.95  # of intervals
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "min_p": None}
 
 
@@ -48,30 +47,6 @@ def manner(samples: Sequence[Sample]) -> dict[str, float]:
         "ended": float(np.mean([one.finished for one in samples])),
         "well_formed": float(np.mean([one.well_formed for one in samples])),
     }
-
-
-def accuracy(values: np.ndarray, signs: np.ndarray) -> float:
-    """How often a liked answer has a higher value than a disliked one, ties half (the area under the ROC curve)."""
-    differences = values[signs > 0][:, None] - values[signs < 0][None, :]
-    return float((differences > 0).mean() + 0.5 * (differences == 0).mean())
-
-
-def bootstrap(
-    statistic: Callable[[np.ndarray], float], signs: np.ndarray, confidence: float, seed: int, draws: int = 2000
-) -> tuple[float, float, float]:
-    """`statistic` over all rows, with a percentile interval over resampled rows (stratified by sign)."""
-    rng = np.random.default_rng(seed)
-    groups = [np.flatnonzero(signs == sign) for sign in np.unique(signs)]
-    drawn = [statistic(np.concatenate([rng.choice(group, len(group)) for group in groups])) for _ in range(draws)]
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(drawn, [tail, 1 - tail])
-    return statistic(np.arange(len(signs))), float(low), float(high)
-
-
-def mean_interval(values: Sequence[float], seed: int, confidence: float = CONFIDENCE) -> tuple[float, float, float]:
-    """The mean of `values` with its bootstrap interval."""
-    array = np.asarray(values, dtype=float)
-    return bootstrap(lambda pick: float(array[pick].mean()), np.ones(len(array)), confidence, seed)
 
 
 def is_well_formed(text: str) -> bool:
@@ -215,20 +190,6 @@ def kl_to_base(model: Any, samples: Sequence[Sample]) -> float:
     return total / max(tokens, 1)
 
 
-def calibration(chances: np.ndarray, came_true: np.ndarray, bins: int = 10) -> list[tuple[float, float, int]]:
-    """For each bin of chances (n,) that is not empty: the mean chance, the share that came true (n,), how many there are."""
-    bin_of = np.minimum((chances * bins).astype(int), bins - 1)
-    return [
-        (float(chances[bin_of == one].mean()), float(came_true[bin_of == one].mean()), int((bin_of == one).sum()))
-        for one in np.unique(bin_of)
-    ]
-
-
-def calibration_error(chances: np.ndarray, came_true: np.ndarray) -> float:
-    """How far chances are from what came true, on average over ten bins."""
-    return sum(abs(said - true) * count for said, true, count in calibration(chances, came_true)) / len(chances)
-
-
 @contextmanager
 def preserve_random_state() -> Iterator[None]:
     """Inside, what is sampled does not change what is drawn after it."""
@@ -292,3 +253,8 @@ def generate(
             text = tokenizer.answer_text(said[:end])
             samples[row] = Sample(tuple(prompt), tuple(said[:end]), text, finished=end is not None)
     return [samples[row] for row in range(len(prompts))]
+
+
+def means(rows: Sequence["torch.Tensor"]) -> list[float]:
+    """Return the mean of each row."""
+    return [float(row.mean()) for row in rows]

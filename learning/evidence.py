@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 from bot.config import Config
 from bot.embeddings import Embedder
 from bot.tokenizer import ChatTokenizer
-from learning.evaluation import Sample, batched_logprobs, generate, token_rows
+from learning.evaluation import Sample, batched_logprobs, generate, means, token_rows
 from learning.experience import Experience
 from learning.gate import gain_of, opinions_of
 from learning.selection import kinds_of
-from learning.teaching import means
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,6 @@ Run: ``kibitz fit-followups``.
 
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ from scipy.special import softmax
 
 from bot.embeddings import Embedder
 from bot.followups import KINDS, features
-from learning.evaluation import calibration_error
+from bot.types import Progress
+from learning.statistics import calibration_error
 
-Progress = Callable[[str, int, int], None]
 TEXTS = json.loads(Path(__file__).with_name("followups.json").read_text(encoding="utf-8"))
 PHRASES = {kind: TEXTS["again" if kind == "repetition" else kind] for kind in KINDS}
 EACH = 8  # examples of one phrase

@@ -28,10 +28,11 @@ import numpy as np
 from bot.config import GateConfig
 from bot.embeddings import Embedder
 from learning.error_budget import level_of_next
-from learning.evaluation import CONFIDENCE, Sample, bootstrap
+from learning.evaluation import Sample
 from learning.features import features, ridge
 from learning.permutation import least_p_value, permutation_p_value, sign_flip_p_value
 from learning.selection import limited
+from learning.statistics import CONFIDENCE, bootstrap
 
 if TYPE_CHECKING:
     from learning.experience import Experience

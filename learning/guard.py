@@ -14,7 +14,7 @@ from scipy.stats import binomtest, fisher_exact, norm
 from transformers import TrainerCallback
 
 from learning.model import restore, weights
-from learning.processes import agreed
+from learning.ranks import agreed
 
 CHECKS = 3  # in a run
 LUCK = 0.05  # what a policy at a limit would show more often than this is luck, and no fault

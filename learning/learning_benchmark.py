@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from bot.cli import embedder
 from bot.config import Config
+from bot.embeddings import embedder_of
 from bot.errors import NothingToLearn
 from bot.tokenizer import ChatTokenizer
 from learning import demo
@@ -26,8 +26,7 @@ from learning.drift import changed
 from learning.evaluation import Sample, batched_logprobs, generate, kl_to_base, perplexity, token_rows
 from learning.experience import Experience
 from learning.followup_training import PHRASES
-from learning.model import as_base, load, restore, weights
-from learning.pretrain import quiet
+from learning.model import as_base, load, quiet, restore, weights
 from learning.selection import parted
 from learning.simulated_people import Utility
 from learning.simulated_people import users as simulated_users
@@ -80,7 +79,7 @@ class Arena:
         self.seed = seed
         self.base_model = base_model
         self.tokenizer = ChatTokenizer(base_model, config.policy.template_args)
-        self.embedder = embedder(config)
+        self.embedder = embedder_of(config)
         self.prompts = [text for text, _ in demo.prompts(held_out=True) for _ in range(SAMPLES)]
         self.untouched = [self._row(dialogue) for dialogue in demo.dialogues(128, seed=10_000 + seed)]
         self.model = load(config, base_model)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -22,10 +22,9 @@ import numpy as np
 from bot.children import end_with_parent
 from bot.config import Config
 from bot.errors import ConfigError
-from learning.evaluation import mean_interval
+from bot.types import Progress
 from learning.learning_benchmark import STEPS, Point, measured
-
-Progress = Callable[[str, int, int], None]
+from learning.statistics import mean_interval
 
 OBJECTIVES = ("kto", "dpo", "sft", "pg", "hindsight", "mixed")
 CONTROLS = ("frozen", "placebo")

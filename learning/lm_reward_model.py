@@ -14,7 +14,7 @@ import numpy as np
 from bot.config import Config
 from learning.evaluation import batches, padded, token_rows
 from learning.experience import Experience
-from learning.reward_model import Judged, calibrated, is_enough
+from learning.reward_scores import Judged, calibrated, is_enough
 
 FOLDS = 3
 STEPS = 60  # of a run, at most
@@ -55,7 +55,7 @@ class LmRewardModel:
         from trl import RewardConfig, RewardTrainer
 
         from learning.batching import fit_to_machine, machine_arguments
-        from learning.objectives import report_progress
+        from learning.reporter import report_progress
 
         set_seed(self.config.seed)
         model = AutoModelForSequenceClassification.from_pretrained(self.base_model, num_labels=1, dtype=torch.float32)

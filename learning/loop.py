@@ -18,11 +18,10 @@ from bot.config import Config, DatabaseConfig
 from bot.conversations import ConversationStore
 from bot.errors import KibitzError, NothingToLearn, TrainingError, Unavailable
 from bot.supervision import Health, supervise
-from bot.types import PolicyState, PolicyVersion
+from bot.types import PolicyState, PolicyVersion, Progress
 from learning.deployment import Deployment
 
 Announce = Callable[[str], None]
-Progress = Callable[[str, int, int], None]
 TRIES = 3  # to judge a version that waits, while that fails; each after another reaction
 DATABASE_URL = "KIBITZ_DATABASE_URL"  # the variable that tells a training process the database: its URL is in no file
 

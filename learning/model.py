@@ -9,14 +9,15 @@ answers are sampled with: the output of the final norm is, which no fused head p
 and no server.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from bot.config import Config
+from bot.dtype import served_dtype
 from bot.errors import TrainingError, cause_of
-from bot.vllm_server import served_dtype
 from learning.prefix import share_prefixes
 from learning.version_files import WHOLE, is_whole, missing_files, weights_folder
 
@@ -274,3 +275,14 @@ def _with_base_weights(model: Any) -> Iterator[None]:
     finally:
         for name, value in own.items():
             parameters[name].data = value
+
+
+def quiet() -> None:
+    """Keep the libraries' own progress bars and warnings out of ours."""
+    os.environ["TQDM_DISABLE"] = "1"  # read when a library makes its bars: before it is imported
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

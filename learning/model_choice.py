@@ -5,12 +5,12 @@ Every command that chats, serves, simulates, measures or trains begins here, bef
 
 from collections.abc import Callable
 
-from bot import cli
-from bot.cli import announce
 from bot.config import PERSONA, Config
 from bot.model_check import check_files, check_model
+from bot.output import announce, progress_bar
 from bot.sampling import apply_sampling_defaults, describe_sampling
 from bot.sizes import apply_size_defaults, describe_sizes
+from bot.vllm_arguments import check_extra_args
 from learning import builtin
 from learning import pretrain as pretraining
 
@@ -19,7 +19,7 @@ Announce = Callable[[str], None]
 
 def base_model(config: Config, tell: Announce = announce) -> str:
     """The base model that the config names, as something that transformers and vLLM load; the toy is made on first use."""
-    with cli.progress_bar() as progress:
+    with progress_bar() as progress:
         return pretraining.base_model(config, tell, progress)
 
 
@@ -43,6 +43,7 @@ def with_model(config: Config, tell: Announce = announce, serves: bool = True, r
     Raises ConfigError, before anything starts or connects, where it cannot be trained here or, if it `serves`, be served.
     """
     found, model = sized_model(config, tell, replays)
+    check_extra_args(config)
     plan = check_model(found, model, serves)
     if not pretraining.is_toy(model):
         tell(describe_sampling(config, model))

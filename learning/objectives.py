@@ -14,8 +14,7 @@ adapter as it was, and the policy walks away from its base.
 
 import math
 import random
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -23,22 +22,23 @@ import torch
 import trl.trainer.utils
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
 from bot.config import TrainingConfig
 from bot.errors import NothingToLearn, TrainingError
 from bot.memory_budget import BatchFit, describe_fit
+from bot.types import Progress
 from learning.batching import fit_to_machine, machine_arguments
 from learning.evaluation import pad_id
 from learning.experience import Experience
 from learning.model import as_base, draw_to_base
-from learning.processes import count_processes, share, shared
+from learning.ranks import count_processes, share, shared
+from learning.reporter import report_progress
 from learning.selection import draw_batches, learnable
 from learning.weighted_trainer import weighted_trainer
 
-Progress = Callable[[str, int, int], None]
 ENOUGH = 64  # rows from which steps are of full size: the noise in a mean goes with the square root of how many there are
 
 
@@ -253,33 +253,6 @@ def arguments(config: TrainingConfig, batch_size: int, rows: int, seed: int, fit
         "seed": seed,
         **machine_arguments(fit or BatchFit(share(batch_size), 1, False)),
     }
-
-
-class Reporter(TrainerCallback):
-    """Reports steps, and counts the seconds that were spent in them."""
-
-    def __init__(self, stage: str, progress: Progress):
-        self.stage, self.progress = stage, progress
-        self.seconds = 0.0
-        self._began = 0.0
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at the clock."""
-        self._began = time.monotonic()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add what the step took, and report it."""
-        self.seconds += time.monotonic() - self._began
-        self.progress(self.stage, state.global_step, state.max_steps)
-
-
-def report_progress(trainer: Trainer, stage: str, progress: Progress) -> Reporter:
-    """Report the steps of `trainer` to `progress(stage, done, total)` instead of printing them."""
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    reporter = Reporter(stage, progress)
-    trainer.add_callback(reporter)
-    return reporter
 
 
 def _longest(row: Experience) -> int:

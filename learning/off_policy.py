@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from learning.evaluation import Sample, calibration, mean_interval
+from learning.evaluation import Sample
 from learning.experience import Experience
-from learning.reward_model import AnyRewardModel, figures
+from learning.reward_model import AnyRewardModel
+from learning.reward_scores import figures
+from learning.statistics import calibration, mean_interval
 
 if TYPE_CHECKING:
     import torch

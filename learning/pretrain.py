@@ -9,7 +9,6 @@ Run: ``kibitz pretrain`` for the demo policy, ``kibitz pretrain PAIRS`` for one'
 
 import hashlib
 import json
-import os
 import random
 import shutil
 from collections.abc import Callable, Mapping
@@ -21,10 +20,11 @@ from bot.data_directory import held
 from bot.errors import ConfigError, cause_of
 from bot.model_check import explain_refusal
 from bot.tokenizer import ChatTokenizer
+from bot.types import Progress
 from learning import builtin, demo
+from learning.model import quiet
 
 Dialogue = list[dict[str, str]]
-Progress = Callable[[str, int, int], None]
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -120,17 +120,6 @@ def _first_cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return cause_of(error)
-
-
-def quiet() -> None:
-    """Keep the libraries' own progress bars and warnings out of ours."""
-    os.environ["TQDM_DISABLE"] = "1"  # read when a library makes its bars: before it is imported
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
 
 
 def make_demo(recipe: DemoRecipe, data: Path, progress: Progress) -> Path:
@@ -258,7 +247,7 @@ def fine_tune(
     from trl import SFTConfig, SFTTrainer
 
     from learning.batching import fit_to_machine, machine_arguments
-    from learning.objectives import report_progress
+    from learning.reporter import report_progress
 
     rows = [_row(tokenizer, dialogue) for dialogue in dialogues]
     longest = min(1024, max(len(row["input_ids"]) for row in rows))

@@ -12,7 +12,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +20,12 @@ from bot.children import end_with_parent
 from bot.config import Config
 from bot.errors import KibitzError, NothingToLearn, TrainingError
 from bot.tokenizer import ChatTokenizer
+from bot.types import Progress
 from learning.experience import Experience
+from learning.ranks import is_first
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
-Progress = Callable[[str, int, int], None]
+    pass
 
 
 def teach_together(
@@ -83,50 +83,10 @@ def _run(job: Path, processes: int, progress: Progress) -> None:
             raise TrainingError(f"training in {processes} processes failed ({why}); lower training.batch_size or processes")
 
 
-def is_first() -> bool:
-    """Whether this process speaks for all that train together."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def agreed(decision: Any) -> Any:
-    """What the first of the processes that train together decided; alone, one's own decision."""
-    import torch.distributed
-
-    if not torch.distributed.is_initialized():
-        return decision
-    told = [decision]
-    torch.distributed.broadcast_object_list(told)
-    return told[0]
-
-
-def shared(dataset: "Dataset") -> "Dataset":
-    """A dataset in a place where all that train together find it, and what is cached beside it; alone, as it is."""
-    from datasets import load_from_disk
-
-    if "RANK" not in os.environ:
-        return dataset
-    place = agreed(tempfile.mkdtemp())
-    if is_first():
-        dataset.save_to_disk(place)
-    agreed(None)  # by then it is there
-    return load_from_disk(place)
-
-
-def count_processes() -> int:
-    """Count the processes that train together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def share(batch_size: int) -> int:
-    """How much of a batch is for each of the processes that train together."""
-    return -(-batch_size // count_processes())
-
-
 def _work(job: Path) -> None:
     import torch
 
-    from learning.model import load, save
-    from learning.pretrain import quiet
+    from learning.model import load, quiet, save
     from learning.teaching import teach
 
     quiet()

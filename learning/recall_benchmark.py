@@ -11,7 +11,7 @@ import json
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,9 +25,8 @@ from bot.embeddings import Embedder
 from bot.errors import DataError
 from bot.memory import Memory
 from bot.recall import Recall
-from bot.types import Conversation, Message, new_id
+from bot.types import Conversation, Message, Progress, new_id
 
-Progress = Callable[[str, int, int], None]
 FIRST = (5, 10, 20)
 ALONE: dict[str, dict[str, float]] = {"dense": {"dense": 1.0}, "bm25": {"bm25": 1.0}}
 

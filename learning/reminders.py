@@ -8,18 +8,16 @@ Run: ``kibitz fit-retrieval --from-feedback``.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from bot.conversations import ConversationStore
 from bot.embeddings import Embedder
 from bot.memory import Memory
 from bot.retrieval import Entry, ScopeIndex
-from bot.types import Turn
+from bot.types import Progress, Turn
 from learning.experience import Experience
 from learning.retrieval_training import Example, signals
-
-Progress = Callable[[str, int, int], None]
 
 
 def judged(

@@ -14,21 +14,21 @@ from typing import Any
 
 import numpy as np
 
-from bot.cli import embedder
 from bot.config import Config
 from bot.conversations import ConversationStore
+from bot.embeddings import embedder_of
 from bot.errors import NothingToLearn
 from bot.tokenizer import ChatTokenizer
+from bot.types import Progress
 from learning import trainer
-from learning.evaluation import accuracy
 from learning.experience import Snapshot
 from learning.gate import margin
 from learning.recording import Recording, listed
 from learning.replay_buffer import ReplayBuffer
-from learning.reward_model import figures as reward_model_figures
 from learning.reward_model import reward_model
+from learning.reward_scores import figures as reward_model_figures
+from learning.statistics import accuracy
 
-Progress = Callable[[str, int, int], None]
 CONFIDENCE = 0.95
 DRAWS = 2000
 
@@ -96,7 +96,7 @@ def _left_out(recording: Recording) -> str:
 
 def _reward_model(snapshot: Snapshot, config: Config, base_model: str) -> dict[str, Any]:
     """What a reward model makes of rated answers in conversations that it did not see."""
-    model = reward_model(config, embedder(config), base_model)
+    model = reward_model(config, embedder_of(config), base_model)
     judged = None if model is None else model.fit(snapshot.rated)
     return {"reward_model_auc": None} if judged is None else reward_model_figures(judged, config.seed)
 

@@ -17,8 +17,9 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from bot.errors import DataError
 from bot.forgetting import SAMPLES
 from bot.types import PolicyVersion
-from learning.evaluation import Sample, mean_interval
+from learning.evaluation import Sample
 from learning.features import NAMED
+from learning.statistics import mean_interval
 
 SHOWN = 12  # answers side by side
 

@@ -8,7 +8,7 @@ and no tracker.
 Run: ``kibitz fit-retrieval``.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,8 @@ import numpy as np
 from bot.embeddings import Embedder
 from bot.errors import DataError
 from bot.retrieval import Entry, ScopeIndex
+from bot.types import Progress
 from learning.dialogues import Dialogue
-
-Progress = Callable[[str, int, int], None]
 
 PRIOR = {
     **{"dense": 0.5, "pooled": 0.9, "bm25": 0.4, "bm25_window": 0.6, "bm25_next": 0.1},

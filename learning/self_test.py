@@ -24,13 +24,14 @@ from bot.children import end_with_parent
 from bot.config import Config, load
 from bot.data_directory import is_held
 from bot.doctor import Check, Skipped
+from bot.dtype import served_dtype
 from bot.errors import KibitzError, ServingError, TrainingError, cause_of
 from bot.model_check import check_architecture, check_context, check_disk, check_memory, check_tokenizer, check_weights
 from bot.model_shape import read_shape
 from bot.policy import Policy
 from bot.tokenizer import ChatTokenizer
 from bot.types import new_id
-from bot.vllm_server import VllmServer, served_dtype
+from bot.vllm_server import VllmServer
 
 if TYPE_CHECKING:
     from learning.experience import Experience
@@ -235,7 +236,7 @@ def made_rows(tokenizer: ChatTokenizer, count: int, length: int) -> list["Experi
 
 
 def _step(config: Config, model: str, version: Path) -> dict[str, float]:
-    from learning.pretrain import quiet
+    from learning.model import quiet
 
     quiet()
     import torch

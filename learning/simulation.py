@@ -25,12 +25,11 @@ from bot.dialogue import DialogueManager, ReplyOptions
 from bot.errors import ConfigError, NothingToLearn, ProbeFailed
 from bot.policy import Policy
 from bot.tables import conversations
-from bot.types import Conversation, Feedback, FeedbackKind, Message, Reply, Turn, new_id
-from learning.evaluation import is_well_formed, mean_interval
+from bot.types import Conversation, Feedback, FeedbackKind, Message, Progress, Reply, Turn, new_id
+from learning.evaluation import is_well_formed
 from learning.loop import OnlineLearner
 from learning.simulated_people import People, Prompts
-
-Progress = Callable[[str, int, int], None]
+from learning.statistics import mean_interval
 
 PLATFORM = "simulation"  # where simulated people talk
 CONCURRENT = 16

@@ -4,7 +4,7 @@ What a training run does between reading and measuring; `bench learning` does th
 processes. It knows no database and no version.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,11 +13,13 @@ from scipy.stats import sem
 from bot.config import Config
 from bot.errors import TrainingError
 from bot.tokenizer import ChatTokenizer
+from bot.types import Progress
 from learning.evaluation import (
     Sample,
     batched_logprobs,
     generate,
     kl_to_base,
+    means,
     next_logprobs,
     preserve_random_state,
     token_rows,
@@ -26,11 +28,8 @@ from learning.experience import Experience
 from learning.gate import margin_interval
 
 if TYPE_CHECKING:
-    import torch
-
     from learning.model import Model
 
-Progress = Callable[[str, int, int], None]
 WATCHED = 16  # samples, and held-out liked answers, that are looked at while training
 
 
@@ -85,8 +84,3 @@ def teach(
     guard = Guard(health, Limits(config.gate.kl_budget, config.gate.well_formed, config.policy.temperature))
     trained = train(model, tokenizer.hf, training, config.training, config.seed, progress, [guard])
     return {**trained, "stopped": guard.stopped, "kept": guard.kept, "checks": guard.checks}
-
-
-def means(rows: Sequence["torch.Tensor"]) -> list[float]:
-    """Return the mean of each row."""
-    return [float(row.mean()) for row in rows]

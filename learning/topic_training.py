@@ -7,7 +7,6 @@ Run: ``kibitz fit-topics TRAIN --test TEST``.
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,7 @@ import numpy as np
 from bot.embeddings import Embedder
 from bot.errors import DataError
 from bot.topics import features
-
-Progress = Callable[[str, int, int], None]
+from bot.types import Progress
 
 
 def read(path: Path) -> list[tuple[list[str], np.ndarray]]:

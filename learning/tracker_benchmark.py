@@ -19,7 +19,7 @@ import re
 import resource
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +27,10 @@ from typing import Any
 
 import numpy as np
 
-from bot import cli
 from bot.config import Config, DialogueConfig
 from bot.conversations import ConversationStore
 from bot.database import Database
-from bot.embeddings import Embedder
+from bot.embeddings import Embedder, embedder_of
 from bot.errors import DataError
 from bot.forgetting import forget_message
 from bot.memory import Memory
@@ -39,10 +38,9 @@ from bot.recall import Recall, weights
 from bot.tables import embeddings
 from bot.tokenizer import ChatTokenizer
 from bot.tracker import StateTracker
-from bot.types import Conversation, Feedback, FeedbackKind, Message, Role, Turn, new_id
+from bot.types import Conversation, Feedback, FeedbackKind, Message, Progress, Role, Turn, new_id
 from learning.dialogues import dialogue
 
-Progress = Callable[[str, int, int], None]
 SIZES = {"1e3": 1_000, "1e5": 100_000, "1e6": 1_000_000}  # turns in many channels
 CHANNELS = {"2k": 2_000, "150k": 150_000}  # mentions in one channel, which is compared with
 SMALL = 1_000  # mentions
@@ -93,7 +91,7 @@ def _measure_in_child(ours: Any, config: Config, model: str, size: str) -> None:
     tokenizer = ChatTokenizer(model, config.policy.template_args)
     learned = weights(config.dialogue.retrieval_weights)
     try:
-        job = measure(cli.embedder(config), tokenizer, learned, [size], lambda *done: ours.send(done))
+        job = measure(embedder_of(config), tokenizer, learned, [size], lambda *done: ours.send(done))
         ours.send(asyncio.run(job))
     except Exception as error:
         ours.send(error)

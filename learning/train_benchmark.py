@@ -12,7 +12,7 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,13 +22,13 @@ from bot.accelerator import has_gpu, read_card
 from bot.children import end_with_parent
 from bot.config import Config, DatabaseConfig
 from bot.model_shape import read_shape
+from bot.stores import open_stores
 from bot.tokenizer import ChatTokenizer
+from bot.types import Progress
 from learning import demo
 from learning.comparison import told
 from learning.experience import Experience
 from learning.pretrain import is_toy
-
-Progress = Callable[[str, int, int], None]
 
 OBJECTIVES = ("kto", "dpo", "sft", "pg", "hindsight", "mixed")
 
@@ -82,7 +82,6 @@ def measure(config: Config, base_model: str, progress: Progress) -> dict[str, fl
 
 def _steps_share(config: Config, base_model: str) -> float:
     """The share of one whole run, from reading what people said to the verdict, that is spent in training steps."""
-    from bot.cli import opened
     from learning import importers, trainer
 
     place = Path(tempfile.mkdtemp(prefix="bench-", dir=config.data))
@@ -95,7 +94,7 @@ def _steps_share(config: Config, base_model: str) -> float:
         ]
         rated.write_text("\n".join(rows), encoding="utf-8")
         recording = importers.read(rated, "openai")
-        database, store, registry = opened(apart)
+        database, store, registry = open_stores(apart)
         registry.ensure_base(base_model)
         store.add_dialogues(recording.dialogues)
         database.close()
@@ -115,9 +114,8 @@ def _measured(config: Config, base_model: str, plain: bool, size: Size) -> tuple
     """Tokens/s, of the tokens that the steps of one run read, and its peak memory (bytes)."""
     import torch
 
-    from learning.model import load
+    from learning.model import load, quiet
     from learning.objectives import train
-    from learning.pretrain import quiet
     from learning.selection import usable_rows
 
     quiet()
@@ -152,7 +150,8 @@ def _plain(model: Any, tokenizer: ChatTokenizer, rows: Sequence[Experience], con
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
-    from learning.objectives import TokenDPOTrainer, TokenKTOTrainer, arguments, dpo_examples, kto_examples, report_progress
+    from learning.objectives import TokenDPOTrainer, TokenKTOTrainer, arguments, dpo_examples, kto_examples
+    from learning.reporter import report_progress
 
     common = arguments(config.training, config.training.batch_size, len(rows), config.seed)
     if config.training.objective == "kto":

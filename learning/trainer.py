@@ -8,32 +8,30 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bot.cli import embedder, interruptible
 from bot.config import Config
 from bot.conversations import ConversationStore
 from bot.data_directory import held
 from bot.database import Database
-from bot.embeddings import Embedder
+from bot.embeddings import Embedder, embedder_of
 from bot.errors import NothingToLearn
 from bot.forgetting import SAMPLES, UNFINISHED
+from bot.output import interruptible
 from bot.registry import PolicyRegistry
 from bot.tokenizer import ChatTokenizer
-from bot.types import PolicyState, PolicyVersion
+from bot.types import PolicyState, PolicyVersion, Progress
 from learning import probe
 from learning.drift import changed
 from learning.evaluation import kl_to_base, manner
 from learning.evidence import Measured, answer, choose_prompts, compare, measure
 from learning.experience import Experience, Snapshot
 from learning.gate import ROOM, Evidence, Verdict, allowed_p, judge, newest_that_suffice
-from learning.model import as_base, not_finite, save, served, settle, to_train
+from learning.model import as_base, not_finite, quiet, save, served, settle, to_train
 from learning.off_policy import estimated
-from learning.pretrain import quiet
 from learning.processes import teach_together
 from learning.replay_buffer import ReplayBuffer
 from learning.report import write_samples
@@ -45,7 +43,6 @@ from learning.waiting import earlier_verdicts, reject_unjudged
 if TYPE_CHECKING:
     from learning.model import Model
 
-Progress = Callable[[str, int, int], None]
 ENOUGH = 64  # samples for a share of well-formed answers, or for a KL
 
 
@@ -113,7 +110,7 @@ def _run(
     parent = _parent(config, registry, live, from_base)
     tokenizer = ChatTokenizer(parent.base_model, config.policy.template_args)
     progress("reading feedback", 0, 1)
-    embedding = embedder(config)
+    embedding = embedder_of(config)
     buffer = ReplayBuffer(ConversationStore(database), tokenizer, config, embedding)
     thinking = config.model_copy(update={"policy": tokenizer.with_thoughts(config.policy)})
     lesson = _lesson(thinking, registry, live, parent, buffer, space, progress)

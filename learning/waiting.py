@@ -7,23 +7,23 @@ candidate makes of them (`learning.gate`), so it is judged once, and looks befor
 """
 
 import json
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bot.cli import embedder, interruptible
 from bot.config import Config
 from bot.conversations import ConversationStore
 from bot.data_directory import held
 from bot.database import Database
+from bot.embeddings import embedder_of
 from bot.errors import RegistryError, VerdictOutdated
+from bot.output import interruptible
 from bot.output_files import write_text
 from bot.registry import PolicyRegistry
 from bot.tokenizer import ChatTokenizer
-from bot.types import PolicyState, PolicyVersion, now
+from bot.types import PolicyState, PolicyVersion, Progress, now
 from learning.evidence import choose_prompts, compare, measure
 from learning.experience import Experience
 from learning.gate import (
@@ -38,12 +38,10 @@ from learning.gate import (
     newest_that_suffice,
     opinions_of,
 )
-from learning.model import served
-from learning.pretrain import quiet
+from learning.model import quiet, served
 from learning.replay_buffer import ReplayBuffer
 from learning.version_files import discard_weights, faults, fingerprint, read_since
 
-Progress = Callable[[str, int, int], None]
 MEASURED_ONCE = ("kl", "well_formed", "base_well_formed", "change", "rounding", "is_no_change")
 
 
@@ -101,7 +99,7 @@ def _judge(
     assert drawn_at is not None  # a version that waits has it
     progress("reading feedback", 0, 1)
     store, tokenizer = ConversationStore(database), ChatTokenizer(version.base_model, config.policy.template_args)
-    embedding = embedder(config)
+    embedding = embedder_of(config)
     rows = ReplayBuffer(store, tokenizer, config, embedding).unseen(read_since(path), drawn_at)
     judged_at, came = now(), store.reactions(drawn_at)
     is_last = came >= config.learning.wait_reactions

@@ -208,7 +208,7 @@ def trained_once(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> t
     PolicyRegistry(database).ensure_base(demo_model)
     converse(store, ChatTokenizer(demo_model), likes_emoji=True, count=48)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("learning.reward_model.ENOUGH", 4)
+        patched.setattr("learning.reward_scores.ENOUGH", 4)
         outcome = trainer.run(config, lambda stage, done, total: None)
     database.close()
     return config, outcome
@@ -217,7 +217,7 @@ def trained_once(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> t
 @pytest.fixture
 def trained(trained_once: tuple[Config, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Trained]:
     """A copy of the one trained data directory, to do with as one likes."""
-    monkeypatch.setattr("learning.reward_model.ENOUGH", 4)
+    monkeypatch.setattr("learning.reward_scores.ENOUGH", 4)
     original, outcome = trained_once
     data = shutil.copytree(original.data, tmp_path / "trained")
     config = original.model_copy(update={"data_dir": str(data)})

@@ -17,7 +17,7 @@ import pytest
 import sqlalchemy as sa
 from conftest import converse
 
-from bot import architectures, vllm_server
+from bot import architectures, vllm_arguments, vllm_server
 from bot.config import load
 from bot.conversations import ConversationStore
 from bot.database import Database
@@ -144,13 +144,13 @@ def test_what_asks_vllm_imports_nothing_from_where_kibitz_was_started(tmp_path, 
     config = load(data_dir=str(tmp_path), serving={"extra_args": ["--seed", "1"]})
     for program, is_sound in ((USES_OURS, True), (f"raise SystemExit({THEIRS!r})", False)):
         monkeypatch.setattr(architectures, "ASK_VLLM", program)
-        monkeypatch.setattr(vllm_server, "READ_ARGUMENTS", program)
+        monkeypatch.setattr(vllm_arguments, "READ_ARGUMENTS", program)
         assert architectures.is_served("ours", "model") == is_sound
         if is_sound:
-            vllm_server.read_extra_args(config)
+            vllm_arguments.read_extra_args(config)
         else:
             with pytest.raises(ConfigError, match="vLLM refuses"):
-                vllm_server.read_extra_args(config)
+                vllm_arguments.read_extra_args(config)
 
 
 @pytest.mark.usefixtures("_elsewhere")

@@ -19,11 +19,11 @@ import pytest
 from conftest import Done, answered, react, refused
 
 import bot.__main__  # noqa: F401 (it adds the commands)
-from bot.cli import interruptible
 from bot.conversations import ConversationStore
 from bot.data_directory import held
 from bot.database import Database
 from bot.errors import ConfigError
+from bot.output import interruptible
 from bot.types import Conversation
 from bot.users import Users
 from learning import simulated_people, simulation
@@ -316,6 +316,7 @@ def test_sigterm_drains_and_a_second_one_ends_at_once(signals, options, end):
     script = """
 import asyncio, sys
 from bot.app import run
+from bot.output import interruptible
 async def main():
     goes_on = asyncio.Event()
     asyncio.get_running_loop().add_reader(sys.stdin, goes_on.set)

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from learning.evaluation import accuracy, is_well_formed, mean_interval
+from learning.evaluation import is_well_formed
+from learning.statistics import accuracy, mean_interval
 
 
 @pytest.mark.parametrize(

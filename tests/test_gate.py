@@ -9,7 +9,7 @@ import pytest
 from bot.config import GateConfig
 from learning import demo
 from learning.error_budget import level_of_next
-from learning.evaluation import Sample, bootstrap
+from learning.evaluation import Sample
 from learning.experience import Experience
 from learning.gate import (
     ROOM,
@@ -28,6 +28,7 @@ from learning.gate import (
     subtract_kind_means,
 )
 from learning.permutation import permutation_p_value, sign_flip_p_value
+from learning.statistics import bootstrap
 
 
 def opinions(signs: list[int], kinds: list[int] | None = None) -> Opinions:

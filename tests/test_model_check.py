@@ -356,8 +356,8 @@ def test_a_tokenizer_whose_ids_have_a_gap(model):
 
 
 def test_float32_on_a_gpu_and_cards_that_are_small_or_full(model, monkeypatch):
-    monkeypatch.setattr("bot.vllm_server.has_gpu", lambda: True)
-    monkeypatch.setattr("bot.vllm_server.read_card", lambda: None)
+    monkeypatch.setattr("bot.dtype.has_gpu", lambda: True)
+    monkeypatch.setattr("bot.dtype.read_card", lambda: None)
     monkeypatch.setattr(model_check, "read_card", lambda: Card("a GPU", 8 * GIB, 8 * GIB))
     assert check_model(configured(model), str(model)) is not None
     refused(model, "float32", serving={"dtype": "float32"})

@@ -49,7 +49,7 @@ from bot.supervision import supervise
 from bot.tables import run_feedback, runs
 from bot.tokenizer import ChatTokenizer
 from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, Turn
-from learning import evaluation, trainer
+from learning import statistics, trainer
 from learning.deployment import Deployment
 from learning.error_budget import level_of_next
 from learning.gate import Evidence, Gain, Opinions, judge
@@ -688,7 +688,7 @@ def _talked(stage: Stage, data: Path, turns: int) -> Path:
 
 
 def _bootstrap(statistic, signs, confidence, seed, draws):
-    return evaluation.bootstrap(statistic, signs, confidence, seed, draws)
+    return statistics.bootstrap(statistic, signs, confidence, seed, draws)
 
 
 def _histories(stage: Stage, kind: type[Histories] = Histories) -> type[Histories]:

@@ -8,10 +8,11 @@ import pytest
 
 from bot.config import Config
 from learning import demo
-from learning.evaluation import calibration
 from learning.experience import Experience
 from learning.lm_reward_model import LmRewardModel, pairs
-from learning.reward_model import Judged, RewardModel, figures
+from learning.reward_model import RewardModel
+from learning.reward_scores import Judged, figures
+from learning.statistics import calibration
 
 ABOUT = {
     "cats": ["my cat sleeps all day", "kittens love to play with wool", "a cat purrs when it is happy", "cats hate water"],

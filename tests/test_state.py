@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bot.cli import state_text
 from bot.facts import sorted_out, stated
 from bot.state import derived
+from bot.texts import state_text
 from bot.types import FORGOTTEN, Message, Role
 from learning import topic_training
 

@@ -17,9 +17,12 @@ from bot.accelerator import Card, parse_card
 from bot.config import Config, load
 from bot.data_directory import held
 from bot.doctor import check_vllm
+from bot.dtype import served_dtype
 from bot.errors import ConfigError, ServingError
 from bot.policy import Policy
-from bot.vllm_server import VllmServer, check_extra_args, entry_point, first_cause, served_dtype
+from bot.vllm_arguments import check_extra_args, entry_point
+from bot.vllm_log import first_cause
+from bot.vllm_server import VllmServer
 from learning.model_choice import with_model
 
 # What the engine and the API server of vLLM 0.24 to 0.33 write where memory is short, shortened.
@@ -43,8 +46,10 @@ startup is less than desired GPU memory utilization (0.92, 73.3 GiB).
 
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch, card: Card | None) -> None:
     """What kibitz is told of the machine, as if it had a card: there is none where these tests run."""
-    monkeypatch.setattr("bot.vllm_server.has_gpu", lambda: card is not None)
-    monkeypatch.setattr("bot.vllm_server.read_card", lambda: card)
+    for module in ("dtype", "vllm_arguments", "vllm_server"):
+        monkeypatch.setattr(f"bot.{module}.has_gpu", lambda: card is not None)
+    for module in ("dtype", "vllm_server"):
+        monkeypatch.setattr(f"bot.{module}.read_card", lambda: card)
 
 
 def test_of_vllms_errors_the_engines_own_is_quoted():

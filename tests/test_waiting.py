@@ -9,21 +9,20 @@ import pytest
 from conftest import answered, react, succeeded
 from test_deployment import source, stage, vllm  # noqa: F401 (fixtures)
 
-from bot import cli
 from bot.config import Config
 from bot.conversations import ConversationStore
 from bot.errors import RegistryError, TrainingError
 from bot.forgetting import forget_person
 from bot.registry import BASE, PolicyRegistry
+from bot.texts import status_text
 from bot.types import Feedback, FeedbackKind, PolicyState, PolicyVersion, Turn, now
 from learning import benchmark, demo
 from learning.error_budget import level_of_next
-from learning.evaluation import batched_logprobs
+from learning.evaluation import batched_logprobs, means
 from learning.loop import TRIES, OnlineLearner
 from learning.model import served
 from learning.replay_buffer import ReplayBuffer
 from learning.selection import is_held_out, question_key
-from learning.teaching import means
 from learning.version_files import ADAPTER_FILES
 from learning.waiting import earlier_verdicts, judge_waiting
 
@@ -139,7 +138,7 @@ def test_looks_that_cannot_suffice_spend_nothing_and_end_with_the_limit(waiting)
     found = waiting.registry.get(waiting.version.name)
     assert 8 < found.waits_for <= waiting.config.learning.wait_reactions
     assert waiting.has_weights
-    text = cli.status_text(waiting.store, waiting.registry)
+    text = status_text(waiting.store, waiting.registry)
     assert f"{found.name} waits for about {found.waits_for - 8} more reactions to be judged on" in text
     for turn in waiting.say(16, "liked by all"):
         react(waiting.store, turn, approves=True)

@@ -1,0 +1,113 @@
+"""Output: what commands print, draw as progress, and write into files. It knows no command."""
+
+import json
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich import progress
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bot import output_files
+from bot.types import Progress
+
+console = Console()
+errors = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def announce(text: str) -> None:
+    """Tell the person at the console what happens."""
+    console.print(f"* {text}", markup=False, highlight=False)
+
+
+def tenths(tell: Callable[[str], None]) -> Progress:
+    """A report of progress for a log: a line for each tenth."""
+    told: dict[str, int] = {}
+
+    def report(stage: str, done: int, total: int) -> None:
+        if done * 10 // total > told.get(stage, 0):
+            told[stage] = done * 10 // total
+            tell(f"{stage}: {done:,} of {total:,}")
+
+    return report
+
+
+def write_json(path: Path | None, name: str, figures: dict[str, Any], setup: dict[str, Any]) -> None:
+    """Write `{"name", "figures", "setup"}`, whole or not at all."""
+    if path is None:
+        return
+    output_files.write_text(path, json.dumps({"name": name, "figures": figures, "setup": setup}, indent=1, sort_keys=True))
+    console.print(f"figures: {path}")
+
+
+def print_figures(figures: dict[str, Any]) -> None:
+    """Show figures as a table."""
+    table = Table("figure", "value")
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            value = "\n".join(f"{count} {reason}" for reason, count in value.items()) or "nothing"
+        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    console.print(table)
+
+
+def print_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Show rows of text as a table."""
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
+def check_writable(*paths: Path | None) -> None:
+    """Refuse an output file that could not be written, before the work and not after it."""
+    for path in paths:
+        if path is not None:
+            output_files.check_replaceable(path)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A rich progress bar, fed by (stage, done, total); on something that is no terminal it is silent."""
+    text = progress.TextColumn("{task.description}")
+    columns = text, progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeElapsedColumn()
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task("starting", total=None)
+        current = ""
+
+        def report(stage: str, done: int, total: int) -> None:
+            nonlocal current
+            if stage != current:
+                current = stage
+                shown.reset(task, description=stage, total=total)
+            shown.update(task, completed=done, total=total, description=stage)
+
+        yield report
+
+
+@contextmanager
+def interruptible(report: Progress) -> Iterator[Progress]:
+    """A report that ends the work where Ctrl-C was pressed, also if a library lost the exception: many have a bare `except`
+    around their imports. For work in the main thread, outside an event loop.
+    """
+    pressed = False
+    before = signal.getsignal(signal.SIGINT)
+
+    def press(*_: Any) -> None:
+        nonlocal pressed
+        pressed = True
+        raise KeyboardInterrupt
+
+    def heard(stage: str, done: int, total: int) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        report(stage, done, total)
+
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield heard
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,33 @@
+"""vLLM's log: the error that ended it, among what its processes made of that."""
+
+import re
+from collections.abc import Iterator
+
+# vLLM's processes name themselves before each line, its logger adds level, time and place.
+LOG_PREFIX = re.compile(r"^(\(\w+(?: \w+)* pid=\d+\) ?)?([A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]+\] ?)?")
+EXCEPTION = re.compile(r"^(?:[\w]+\.)*(\w*(?:Error|Exception|Interrupt)): ?(.*)$")
+WRAPPERS = ("Engine core initialization failed", "cancelled", "Engine process failed to start")
+
+
+def first_cause(log: str) -> str:
+    """Return the first error in vLLM's log that ended it, not what its other processes made of that; "" without one."""
+    lines = [LOG_PREFIX.sub("", line, count=1).rstrip() for line in log.splitlines()]
+    found = list(_exceptions(lines))
+    own = [text for text in found if not any(wrapper in text for wrapper in WRAPPERS)]
+    return next(iter(own or found), "")[:400]
+
+
+def _exceptions(lines: list[str]) -> Iterator[str]:
+    """The last lines of tracebacks, and the usage errors of vLLM's command line."""
+    in_traceback = False
+    for number, line in enumerate(lines):
+        if line.startswith("Traceback (most recent call last)"):
+            in_traceback = True
+        elif re.match(r"^[\w.-]+: error: ", line):
+            yield line.partition(": error: ")[2]
+        elif in_traceback and line and not line.startswith(" ") and (match := EXCEPTION.match(line)):
+            in_traceback = False
+            kind, text = match.groups()
+            if re.match(r"\d+ validation errors? for", text):  # pydantic says what is wrong in the line below
+                text = lines[number + 1].strip().partition(" [type=")[0] if number + 1 < len(lines) else text
+            yield f"{kind}: {text}" if text else kind
