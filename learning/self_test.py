@@ -20,10 +20,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from bot.checks import Check, Skipped
 from bot.children import end_with_parent
 from bot.config import Config, load
 from bot.data_directory import is_held
-from bot.doctor import Check, Skipped
 from bot.dtype import served_dtype
 from bot.errors import KibitzError, ServingError, TrainingError, cause_of
 from bot.model_check import check_architecture, check_context, check_disk, check_memory, check_tokenizer, check_weights

@@ -34,10 +34,9 @@ from alembic.config import Config as AlembicConfig
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
-import bot.__main__  # noqa: F401 (it adds the commands)
 from bot import app as kibitz
-from bot import cli
 from bot import database as database_module
+from bot.cli.main import app, main
 from bot.config import AccessConfig, Config, load
 from bot.conversations import ConversationStore
 from bot.database import Database
@@ -51,7 +50,7 @@ from connectors.access import Access
 from connectors.answers import Answers
 from connectors.base import Shared
 from learning import demo, trainer
-from learning.commands import with_model
+from learning.model_choice import with_model
 from learning.trainer import Outcome
 
 MIGRATIONS = Path(database_module.__file__).parent / "migrations"
@@ -268,12 +267,12 @@ async def live(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> Asy
 def here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
     """A command in this process: the same arguments, output, errors and exit code, without the start of a process."""
 
-    def run(*arguments: object, application: typer.Typer = cli.app) -> Done:
+    def run(*arguments: object, application: typer.Typer = app) -> Done:
         monkeypatch.setattr(sys, "argv", ["kibitz", *map(str, arguments)])
         said, errors, usual = io.StringIO(), io.StringIO(), os.umask(0o022)
         try:
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as ended:
-                cli.main(application)
+                main(application)
         finally:
             os.umask(usual)  # a command is its own process's; this one goes on
         return subprocess.CompletedProcess(sys.argv, ended.value.code, said.getvalue(), errors.getvalue())

@@ -17,7 +17,7 @@ from bot.config import PERSONA, load
 from bot.errors import ConfigError
 from bot.tokenizer import ChatTokenizer
 from learning import builtin
-from learning.commands import with_model
+from learning.model_choice import with_model
 
 
 def quiet(*_: object) -> None:

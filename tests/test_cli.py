@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 from conftest import Done, answered, react, refused
 
-import bot.__main__  # noqa: F401 (it adds the commands)
 from bot.conversations import ConversationStore
 from bot.data_directory import held
 from bot.database import Database
@@ -221,7 +220,7 @@ def test_ctrl_c_in_the_middle_of_a_run_leaves_nothing_half_written(tmp_path, dem
     assert "policy-1" in here("policies", "--config", config).stdout
 
 
-@pytest.mark.parametrize("module", ["typer", "sqlalchemy", "learning.commands"])
+@pytest.mark.parametrize("module", ["typer", "sqlalchemy", "learning.loop"])
 def test_ctrl_c_while_modules_are_loaded_ends_the_command_silently(module):
     code = (
         "import os, signal, sys\n"
@@ -230,7 +229,7 @@ def test_ctrl_c_while_modules_are_loaded_ends_the_command_silently(module):
         f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it\n"
         "sys.meta_path.insert(0, Interrupted())\n"
-        "from bot.__main__ import main\n"
+        "from bot.cli.main import main\n"
         "main()\n"
     )
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, env=ENV, cwd=ROOT)

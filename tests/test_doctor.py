@@ -11,11 +11,11 @@ from conftest import migrate, refused
 from fake_vllm import FakeVllm
 from test_cli import write_config
 
-import bot.__main__  # noqa: F401 (it adds the commands)
+from bot.checks import Row, Skipped, examine, works
+from bot.cli.doctor import check_ports, machine_checks
 from bot.config import load
 from bot.data_directory import held
 from bot.database import Database
-from bot.doctor import Row, Skipped, check_ports, examine, machine_checks, works
 from bot.errors import ConfigError
 from learning.selection import usable_rows
 from learning.self_test import SelfTest, made_rows

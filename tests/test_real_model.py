@@ -17,9 +17,9 @@ from bot.dialogue import ReplyOptions
 from bot.errors import ProbeFailed
 from bot.types import Conversation, Message, PolicyState, new_id
 from learning import benchmark
-from learning.commands import with_model
 from learning.evaluation import answer_logprobs
 from learning.model import served
+from learning.model_choice import with_model
 from learning.probe import mean_distance
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vLLM")]  # two servers would wait for each other

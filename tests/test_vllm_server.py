@@ -14,9 +14,9 @@ from aiohttp import web
 
 from bot import accelerator
 from bot.accelerator import Card, parse_card
+from bot.cli.doctor import check_vllm
 from bot.config import Config, load
 from bot.data_directory import held
-from bot.doctor import check_vllm
 from bot.dtype import served_dtype
 from bot.errors import ConfigError, ServingError
 from bot.policy import Policy

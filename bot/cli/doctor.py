@@ -1,70 +1,70 @@
-"""Doctor: what kibitz needs of this machine and this config, each as one row: what, whether it works, found, what to do.
-
-It runs checks and makes a table of them; the checks that need connectors or training are given to it. An error for people
-(`bot.errors`) is a row that does not work, and what it says after its last semicolon is what to do.
-"""
+"""`kibitz doctor`: the checks of the machine, of the platforms and of the model, joined."""
 
 import importlib.metadata
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
 
 from bot.accelerator import GIB, free_memory, has_gpu, read_card
+from bot.checks import Check, Skipped, examine, works
+from bot.cli.options import BAD_INPUT, ConfigFile, DataDir, JsonFile, Seed, app, configured
 from bot.config import Config
 from bot.data_directory import is_held
 from bot.database import Database
 from bot.environment import listen
-from bot.errors import ConfigError, KibitzError, cause_of
+from bot.errors import ConfigError
+from bot.output import announce, check_writable, print_rows, write_json
 from bot.vllm_arguments import check_extra_args, read_extra_args
 
-Outcome = Literal["ok", "not", "skip"]
 PYTHONS = ((3, 11), (3, 13))
 LEAST_MEMORY = 3 * GIB  # vLLM's processes and the bot, without a model
 
 
-@dataclass(frozen=True)
-class Row:
-    """One thing that kibitz needs, and whether it is there."""
+@app.command()
+def doctor(
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out the answer and the training step.")] = False,
+    json_file: JsonFile = None,
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+) -> None:
+    """Look whether all that kibitz needs is here: one table of what works, and what to do where it does not."""
+    from learning.model_choice import sized_model
+    from learning.self_test import SelfTest
 
-    what: str
-    outcome: Outcome
-    found: str
-    to_do: str = ""
-
-
-class Skipped(Exception):
-    """A check does not apply here; its text says why."""
-
-
-Check = tuple[str, Callable[[], str]]
-
-
-def examine(checks: Sequence[Check], tell: Callable[[Row], None] = lambda row: None) -> list[Row]:
-    """Run checks in order. Each returns what it found, or raises KibitzError (it does not work) or Skipped.
-
-    Any other error is a fault of kibitz or of a library. It is a row too, so that the rest is still looked at.
-    """
-    rows = []
-    for what, check in checks:
-        try:
-            row = Row(what, "ok", check())
-        except Skipped as reason:
-            row = Row(what, "skip", str(reason))
-        except KibitzError as error:
-            row = _failed(what, cause_of(error))
-        except Exception as error:
-            row = Row(what, "not", f"the check broke off ({cause_of(error)})", "report this as a bug of kibitz")
-        rows.append(row)
-        tell(row)
-    return rows
+    found = configured(config, data_dir, seed)
+    check_writable(json_file)
+    with SelfTest(found, lambda: sized_model(found)) as test:
+        checks = [*machine_checks(found), ("tokens", lambda: _tokens(found)), *test.checks(quick)]
+        rows = examine(checks, lambda row: announce(f"{row.what}: {row.outcome}"))
+    print_rows(("what", "works", "found", "what to do"), [(row.what, row.outcome, row.found, row.to_do) for row in rows])
+    write_json(json_file, "doctor", {row.what: asdict(row) for row in rows}, {"model": found.policy.model})
+    if not works(rows):
+        raise typer.Exit(BAD_INPUT)
 
 
-def works(rows: Sequence[Row]) -> bool:
-    """Tell whether nothing that is needed is missing."""
-    return all(row.outcome != "not" for row in rows)
+def _tokens(config: Config) -> str:
+    """Which platforms are turned on, with secrets that look right."""
+    names = []
+    if config.discord.token_env:
+        from connectors.discord import token
+
+        token(config.discord)
+        names.append("Discord")
+    if config.slack.bot_token_env or config.slack.app_token_env or config.slack.signing_secret_env:
+        from connectors.slack import check_secrets
+
+        check_secrets(config.slack)
+        names.append("Slack")
+    if config.web.enabled:
+        from connectors.web import users
+
+        names.append(f"web ({len(users(config.web)) or 'no'} tokens)")
+    return ", ".join(names) or "no platform is turned on: kibitz chat needs none"
 
 
 def machine_checks(config: Config) -> list[Check]:
@@ -110,6 +110,13 @@ def check_vllm(config: Config) -> str:
     check_extra_args(config)
     read_extra_args(config)
     return check_package(found[0])
+
+
+def _has(package: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def check_gpu() -> str:
@@ -161,15 +168,3 @@ def check_database(config: Config) -> str:
         return database.url + ("" if found == newest else f" will be migrated, from schema {found} to {newest}")
     finally:
         database.close()
-
-
-def _has(package: str) -> bool:
-    try:
-        return bool(importlib.metadata.version(package))
-    except importlib.metadata.PackageNotFoundError:
-        return False
-
-
-def _failed(what: str, said: str) -> Row:
-    found, _, to_do = said.rpartition("; ")
-    return Row(what, "not", found or said, to_do if found else "")

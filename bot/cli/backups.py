@@ -5,14 +5,14 @@ from typing import Annotated
 
 import typer
 
-from bot import backups, cli
-from bot.cli import ConfigFile, DataDir, Seed, app, configured
+from bot import backups
+from bot.cli.options import ConfigFile, DataDir, Seed, app, configured, path_argument
 from bot.output import check_writable, console
 
 
 @app.command()
 def backup(
-    file: Annotated[Path, cli.path_argument("The file to write; an older backup there is replaced.")],
+    file: Annotated[Path, path_argument("The file to write; an older backup there is replaced.")],
     config: ConfigFile = None,
     data_dir: DataDir = None,
     seed: Seed = None,
@@ -26,7 +26,7 @@ def backup(
 
 @app.command()
 def restore(
-    file: Annotated[Path, cli.path_argument("A file that `kibitz backup` wrote.")],
+    file: Annotated[Path, path_argument("A file that `kibitz backup` wrote.")],
     replace: Annotated[bool, typer.Option("--replace", help="Put it in the place of the database that is there.")] = False,
     config: ConfigFile = None,
     data_dir: DataDir = None,

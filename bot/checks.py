@@ -1,0 +1,58 @@
+"""Checks: what kibitz needs, each as one row: what, whether it works, found, what to do.
+
+An error for people (`bot.errors`) is a row that does not work, and what it says after its last semicolon is what to do."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from bot.errors import KibitzError, cause_of
+
+Outcome = Literal["ok", "not", "skip"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that kibitz needs, and whether it is there."""
+
+    what: str
+    outcome: Outcome
+    found: str
+    to_do: str = ""
+
+
+class Skipped(Exception):
+    """A check does not apply here; its text says why."""
+
+
+Check = tuple[str, Callable[[], str]]
+
+
+def examine(checks: Sequence[Check], tell: Callable[[Row], None] = lambda row: None) -> list[Row]:
+    """Run checks in order. Each returns what it found, or raises KibitzError (it does not work) or Skipped.
+
+    Any other error is a fault of kibitz or of a library. It is a row too, so that the rest is still looked at.
+    """
+    rows = []
+    for what, check in checks:
+        try:
+            row = Row(what, "ok", check())
+        except Skipped as reason:
+            row = Row(what, "skip", str(reason))
+        except KibitzError as error:
+            row = _failed(what, cause_of(error))
+        except Exception as error:
+            row = Row(what, "not", f"the check broke off ({cause_of(error)})", "report this as a bug of kibitz")
+        rows.append(row)
+        tell(row)
+    return rows
+
+
+def works(rows: Sequence[Row]) -> bool:
+    """Tell whether nothing that is needed is missing."""
+    return all(row.outcome != "not" for row in rows)
+
+
+def _failed(what: str, said: str) -> Row:
+    found, _, to_do = said.rpartition("; ")
+    return Row(what, "not", found or said, to_do if found else "")

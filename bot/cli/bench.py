@@ -1,0 +1,233 @@
+"""The benchmarks: what the project claims, measured."""
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bot.app import Kibitz, run, running, shared
+from bot.cli.options import ConfigFile, DataDir, JsonFile, ModelName, PlotFile, Seed, bench, configured, path_argument
+from bot.config import AccessConfig, Config, DatabaseConfig
+from bot.data_directory import is_held
+from bot.embeddings import embedder_of
+from bot.errors import ConfigError
+from bot.output import announce, check_writable, console, print_figures, progress_bar, write_json
+from bot.types import Progress
+from connectors.access import Access
+from learning.model_choice import with_model
+
+
+def measure(
+    name: str,
+    config: Config,
+    job: Callable[[Kibitz, Progress], Awaitable[dict[str, Any]]],
+    json_file: Path | None,
+    setup: dict[str, Any],
+) -> None:
+    """Run a benchmark on a kibitz that serves, with a database and versions of its own; print its figures and write them."""
+    check_writable(json_file)
+    config, model = with_model(config)
+    figures: dict[str, Any] = {}
+    scratch = config.data / "bench" / "serving"  # beside the points that `bench learning` keeps
+    if not is_held(scratch, "serve"):
+        shutil.rmtree(scratch, ignore_errors=True)
+    apart = config.model_copy(update={"data_dir": scratch, "database": DatabaseConfig()})
+
+    async def main() -> None:
+        async with running(apart, model, announce) as kibitz:
+            with progress_bar() as progress:
+                figures.update(await job(kibitz, progress))
+
+    run(main())
+    print_figures(figures)
+    figures["model"] = config.policy.model
+    write_json(json_file, name, figures, setup | {"seed": config.seed})
+
+
+@bench.command("swap")
+def bench_swap(
+    swaps: Annotated[int | None, typer.Option(min=1)] = None,
+    requests: Annotated[int | None, typer.Option(min=16, help="Requests without swaps; at least as many with them.")] = None,
+    concurrent: Annotated[int, typer.Option(min=1)] = 16,
+    json_file: JsonFile = None,
+    model: ModelName = "toy",
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+) -> None:
+    """Swap versions under streaming load: failed, mixed and stalled answers, and what it costs."""
+    from learning import benchmark
+
+    found = configured(config, data_dir, seed, model)
+    usual = benchmark.usual(found.policy.model)
+    swaps, requests = swaps or usual.swaps, requests or usual.requests
+
+    async def job(kibitz: Kibitz, progress: Progress) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory(dir=found.data) as scratch:
+            sources = [Path(scratch) / f"weights-{number}" for number in range(2)]
+            base = kibitz.registry.base().base_model
+            for number, source in enumerate(sources):
+                benchmark.random_version(kibitz.config, base, source, found.seed + number)
+            tokenizer = kibitz.dialogue.tracker.tokenizer
+            return await benchmark.swap(kibitz.deployment, tokenizer, sources, swaps, requests, concurrent, progress)
+
+    measure("bench swap", found, job, json_file, {"concurrent": concurrent, "swaps": swaps, "requests": requests})
+
+
+@bench.command("overhead")
+def bench_overhead(
+    messages: Annotated[int | None, typer.Option(min=16, help="Messages in one block.")] = None,
+    blocks: Annotated[int | None, typer.Option(min=1)] = None,
+    json_file: JsonFile = None,
+    model: ModelName = "toy",
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+) -> None:
+    """What DialogueManager adds to the same prompts straight to vLLM."""
+    from learning import benchmark
+
+    found = configured(config, data_dir, seed, model)
+    usual = benchmark.usual(found.policy.model)
+    alone = 0 if messages else usual.alone
+    messages, blocks = messages or usual.messages, blocks or usual.blocks
+
+    async def job(kibitz: Kibitz, progress: Progress) -> dict[str, Any]:
+        return await benchmark.overhead(kibitz.dialogue, kibitz.policy, messages, blocks, found.seed, progress, alone)
+
+    measure("bench overhead", found, job, json_file, {"messages": messages, "blocks": blocks})
+
+
+@bench.command("connectors")
+def bench_connectors(
+    messages: Annotated[int, typer.Option(min=64, help="Messages for each number of conversations.")] = 256,
+    think: Annotated[float, typer.Option(min=0.1, help="Seconds that people think, but at full load.")] = 1.0,
+    json_file: JsonFile = None,
+    model: ModelName = "toy",
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+) -> None:
+    """What Discord, Slack and the web add to vLLM's own time, over local servers of each (in a checkout)."""
+    from connectors import benchmark
+
+    found = configured(config, data_dir, seed, model)
+    platforms = benchmark.local_platforms()
+    unlimited = Access(AccessConfig(messages_per_minute=10**6, opinions_per_minute=10**6))
+
+    async def job(kibitz: Kibitz, progress: Progress) -> dict[str, Any]:
+        figures: dict[str, Any] = {}
+        for make in platforms:
+            platform = make(shared(kibitz, unlimited))
+            figures |= await benchmark.measure(kibitz.dialogue, platform, messages, think, found.seed, progress)
+        return figures
+
+    measure("bench connectors", found, job, json_file, {"messages": messages, "think": think})
+
+
+@bench.command("recall")
+def bench_recall(
+    file: Annotated[Path, path_argument("Conversations with questions and their evidence, one a line.")],
+    json_file: JsonFile = None,
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+) -> None:
+    """Whether the tracker finds the turns that answer a question, beside recency, dense vectors alone and BM25 alone."""
+    from bot.recall import weights
+    from learning import recall_benchmark
+
+    found = configured(config, data_dir, seed)
+    check_writable(json_file)
+    asked = recall_benchmark.read(file)
+    with progress_bar() as progress:
+        figures = asyncio.run(
+            recall_benchmark.measure(asked, embedder_of(found), weights(found.dialogue.retrieval_weights), progress)
+        )
+    print_figures(figures)
+    write_json(json_file, "bench recall", figures, {"file": file.name, "embedder": found.dialogue.embedder})
+
+
+@bench.command("learning")
+def bench_learning(
+    part: Annotated[str, typer.Option("--slice", help="ci (some ten minutes), rates, regimes or full (hours).")] = "full",
+    arms: Annotated[str | None, typer.Option(help="Objectives and controls, with commas between; all if not given.")] = None,
+    users: Annotated[str | None, typer.Option(help="Built-in users, or a Python file with utility(prompt, reply).")] = None,
+    json_file: JsonFile = None,
+    plot: PlotFile = None,
+    model: ModelName = "toy",
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+) -> None:
+    """What each objective learns from simulated people's reactions, beside a frozen and a placebo control."""
+    from learning import learning_grid, simulated_people
+
+    found = configured(config, data_dir, seed, model)
+    check_writable(json_file, plot)
+    if users is not None:
+        simulated_people.users(users)  # refused here, before anything runs
+    wanted = learning_grid.cells(part, users, arms, found.seed)
+    found, base = with_model(found, serves=False)
+    with progress_bar() as progress:
+        points = learning_grid.run(found, base, wanted, found.data / "bench" / f"learning-{part}.jsonl", progress)
+    figures = learning_grid.figures(points, found.training.objective)
+    print_figures(figures)
+    if plot is not None:
+        learning_grid.plot(points, plot)
+        console.print(f"plot: {plot}")
+    setup = {"slice": part, "arms": arms, "users": users, "seeds": learning_grid.SEEDS, "seed": found.seed}
+    setup["model"] = found.policy.model
+    write_json(json_file, "bench learning", figures, setup | {"training": found.training.model_dump()})
+
+
+@bench.command("train")
+def bench_train(
+    json_file: JsonFile = None,
+    model: ModelName = "toy",
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+) -> None:
+    """What each objective costs in time and memory, against a plain TRL script on the same rows."""
+    from learning import train_benchmark
+
+    found = configured(config, data_dir, seed, model)
+    check_writable(json_file)
+    found, base = with_model(found, serves=False)
+    with progress_bar() as progress:
+        figures = train_benchmark.measure(found, base, progress)
+    print_figures(figures)
+    write_json(json_file, "bench train", figures, {"model": found.policy.model, "rows": train_benchmark.SIZE.rows})
+
+
+@bench.command("tracker")
+def bench_tracker(
+    sizes: Annotated[
+        str, typer.Option(help="Stored turns (1e3, 1e5, 1e6) and mentions in one channel (2k, 150k), with commas between.")
+    ] = "1e3,1e5,1e6,150k",
+    json_file: JsonFile = None,
+    model: ModelName = "toy",
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+) -> None:
+    """What remembering costs: a message, with a thousand to a million stored turns, and one channel that has grown."""
+    from learning import tracker_benchmark
+
+    found = configured(config, data_dir, seed, model)
+    check_writable(json_file)
+    wanted = [size.strip() for size in sizes.split(",")]
+    known = [*tracker_benchmark.SIZES, *tracker_benchmark.CHANNELS]
+    unknown = [size for size in wanted if size not in known]
+    if unknown:
+        raise ConfigError(f"--sizes has value '{unknown[0]}'; choose from {', '.join(known)}")
+    found, base = with_model(found, serves=False)
+    with progress_bar() as progress:
+        figures = tracker_benchmark.measure_apart(found, base, wanted, progress)
+    print_figures(figures)
+    write_json(json_file, "bench tracker", figures, {"embedder": found.dialogue.embedder, "sizes": wanted})

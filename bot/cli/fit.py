@@ -1,0 +1,118 @@
+"""The commands that learn what the tracker uses: weights of retrieval, of topics and of follow-ups."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bot import output_files
+from bot.cli.options import ConfigFile, DataDir, JsonFile, Seed, app, configured, path_argument, path_option
+from bot.config import Config
+from bot.embeddings import Embedder, embedder_of
+from bot.errors import ConfigError
+from bot.output import check_writable, print_figures, progress_bar, write_json
+from bot.stores import open_stores
+from learning.model_choice import with_model
+
+
+def _embedder(config: Config) -> Embedder:
+    """The embedding model, for what cannot be learned without one."""
+    found = embedder_of(config)
+    if found is None:
+        raise ConfigError("config key dialogue.embedder has value 'none'; name a model to learn with")
+    return found
+
+
+@app.command("fit-retrieval")
+def fit_retrieval(
+    out: Annotated[Path | None, path_option("--out", help="Where the weights go.")] = None,
+    dialogues: Annotated[int, typer.Option(min=1, help="How many dialogues to make and learn from.")] = 24,
+    from_feedback: Annotated[
+        bool, typer.Option("--from-feedback", help="Learn from the answers that people judged.")
+    ] = False,
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+) -> None:
+    """Learn what each signal of retrieval counts: from dialogues that are made here, or from what your people liked."""
+    from learning import retrieval_training
+    from learning.dialogues import dialogue
+
+    found = configured(config, data_dir, seed)
+    check_writable(out)
+    embedder = _embedder(found)
+    setup: dict[str, Any] = {"seed": found.seed, "embedder": found.dialogue.embedder}
+    with progress_bar() as progress:
+        if from_feedback:
+            learned, setup["judged"] = _from_feedback(found, embedder, progress)
+        else:
+            made = (dialogue(1000 * found.seed + number, people=(2, 6, 12)[number % 3]) for number in range(dialogues))
+            learned = retrieval_training.fit(list(retrieval_training.made_examples(made, embedder, progress)))
+            setup["dialogues"] = dialogues
+    print_figures(learned)
+    if out is not None:
+        output_files.write_text(out, json.dumps({"weights": learned, "setup": setup}, indent=2) + "\n")
+
+
+def _from_feedback(config: Config, embedder: Embedder, progress: Any) -> tuple[dict[str, float], dict[str, Any]]:
+    """The weights in use, moved by what people judged, and how well they do where they did not learn."""
+    from bot.memory import Memory
+    from bot.recall import weights
+    from bot.tokenizer import ChatTokenizer
+    from learning import reminders, retrieval_training
+    from learning.replay_buffer import ReplayBuffer
+
+    database, store, _ = open_stores(config)
+    config, model = with_model(config)
+    rated = ReplayBuffer(store, ChatTokenizer(model, config.policy.template_args), config).rated()
+    memory = Memory(database, config.dialogue.across_channels)
+    judged = list(reminders.judged(rated, store, memory, embedder, progress))
+    return retrieval_training.proven(judged, weights(config.dialogue.retrieval_weights))
+
+
+@app.command("fit-topics")
+def fit_topics(
+    train: Annotated[Path, path_argument("Dialogues with marked topics, in TIAGE's form.")],
+    test: Annotated[Path, path_option("--test", help="Others, to judge by.")],
+    out: Annotated[Path | None, path_option("--out", help="Where the weights go.")] = None,
+    json_file: JsonFile = None,
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+) -> None:
+    """Learn where conversations turn to another topic, from dialogues in which people marked it."""
+    from learning import topic_training as topics
+
+    found = configured(config, data_dir, seed)
+    check_writable(out, json_file)
+    embedder = _embedder(found)
+    known, unknown = topics.read(train), topics.read(test)
+    with progress_bar() as progress:
+        learned, figures = topics.judged(known, unknown, embedder, progress)
+    print_figures(figures)
+    write_json(json_file, "fit-topics", figures, {"train": train.name, "test": test.name})
+    if out is not None:
+        output_files.write_text(out, json.dumps(learned, indent=2) + "\n")
+
+
+@app.command("fit-followups")
+def fit_followups(
+    out: Annotated[Path | None, path_option("--out", help="Where the weights go.")] = None,
+    json_file: JsonFile = None,
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+) -> None:
+    """Learn what people mean by what they say after an answer, from phrases that come with kibitz."""
+    from learning import followup_training
+
+    found = configured(config, data_dir, seed)
+    check_writable(out, json_file)
+    embedder = _embedder(found)
+    with progress_bar() as progress:
+        learned, figures = followup_training.fit(found.seed, embedder, progress)
+    print_figures(figures)
+    write_json(json_file, "fit-followups", figures, {"seed": found.seed, "embedder": found.dialogue.embedder})
+    if out is not None:
+        output_files.write_text(out, json.dumps(learned) + "\n")

@@ -1,0 +1,64 @@
+"""The command line: all commands, and what becomes of their errors."""
+
+import os
+import signal
+import sys
+
+# Ctrl-C while modules are loaded ends the process at once: libraries lose the exception, or print what they were doing.
+_usual = signal.getsignal(signal.SIGINT)
+if _usual is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+try:
+    import typer
+
+    from bot import environment
+
+    # Importing a module of commands adds them, in the order of `kibitz --help`.
+    # isort: off
+    from bot.cli import serve, people, versions, train, simulate, bench, doctor, backups, fit  # noqa: F401
+
+    # isort: on
+    from bot.cli.options import BAD_INPUT, INTERRUPTED, app
+    from bot.errors import KibitzError, cause_of
+    from bot.output import errors
+finally:
+    signal.signal(signal.SIGINT, _usual)
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def main(application: typer.Typer = app) -> None:
+    """Run a command; an error for people is one line and exit code 2, anything else a traceback."""
+    os.umask(0o077)  # what we and our children write may hold what people said
+    environment.open_standard_streams()
+    try:
+        environment.check_arguments(sys.argv[1:])
+        code = application(standalone_mode=False)
+        if code == INTERRUPTED:  # typer turns Ctrl-C into this return value
+            raise KeyboardInterrupt
+    except BaseException as error:
+        line = _line(_leaf(error))
+        if line is None:
+            raise
+        if line:
+            errors.print(f"kibitz: {line}", markup=False)
+        sys.exit(BAD_INPUT)
+    sys.exit(code or 0)
+
+
+def _line(error: BaseException) -> str | None:
+    """What to tell a person, or None for a bug."""
+    if isinstance(error, KibitzError):
+        return cause_of(error)
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return "interrupted; what was said and stored is kept, an unfinished training run left nothing behind"
+    if hasattr(error, "format_message"):  # a usage error of typer's, which keeps its own copy of click
+        said = error.format_message()  # empty where the help was shown instead
+        return said and f"{said} (kibitz --help shows what there is)"
+    return None
+
+
+def _leaf(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,76 @@
+"""Options: the application, the options that its commands share, and the config that they make."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bot import config as configuration
+from bot import environment, output_files
+from bot.config import Config
+from bot.data_directory import prepare
+from bot.errors import ConfigError
+
+INTERRUPTED = 130
+BAD_INPUT = 2  # the exit code of every error that the person at the keyboard can put right
+
+
+app = typer.Typer(
+    name="kibitz",
+    help="A chatbot that learns from its users' reactions.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+bench = typer.Typer(no_args_is_help=True, help="Measure what the project claims.")
+app.add_typer(bench, name="bench")
+
+
+def path_option(*names: str, help: str, parser: Callable[[str], Path] = environment.read_path) -> Any:
+    """An option for a path; a `~` at its beginning is the home directory, as the shell does not see it in `--out=~/x`."""
+    return typer.Option(*names, help=help, parser=parser, metavar="<path>")
+
+
+def path_argument(help: str) -> Any:
+    """An argument that is a path, read as those of options are."""
+    return typer.Argument(help=help, parser=environment.read_path)
+
+
+def _read_plot(text: str) -> Path:
+    path = environment.read_path(text)
+    output_files.check_replaceable(path)
+    if path.suffix.lower() != ".png":
+        raise ConfigError(f"option --plot has value '{text}', which is no PNG file; name one that ends in .png")
+    return path
+
+
+ConfigFile = Annotated[Path | None, path_option("--config", help="The config file; ./config.toml if there is one.")]
+
+
+DataDir = Annotated[Path | None, path_option("--data-dir", help="Everything that kibitz writes is under it.")]
+
+
+Seed = Annotated[int | None, typer.Option("--seed", help="The seed of everything that is drawn.")]
+
+
+ModelName = Annotated[str | None, typer.Option("--model", help="toy, builtin, a model's directory or a hub name.")]
+
+
+JsonFile = Annotated[Path | None, path_option("--json", help="Write the figures to this file.")]
+
+
+PlotFile = Annotated[Path | None, path_option("--plot", help="Draw the result into this PNG file.", parser=_read_plot)]
+
+
+def configured(config: Path | None, data_dir: Path | None, seed: int | None, model: str | None = None) -> Config:
+    """The config of a command, with its options on top and a data directory that can be written."""
+    if config is None and Path("config.toml").exists():
+        config = Path("config.toml")
+    found = configuration.load(config, data_dir=None if data_dir is None else str(data_dir), seed=seed)
+    if model is not None:
+        chosen = {"model": environment.expand_home(model)}
+        found = found.model_copy(update={"policy": found.policy.model_copy(update=chosen)})
+    prepare(found.data)
+    environment.ensure_user(found.data)
+    return found

@@ -1,0 +1,79 @@
+"""The commands that talk with people: in the terminal, and on the platforms that the config turns on."""
+
+import asyncio
+from collections.abc import Callable
+
+from bot.app import Kibitz, desk, run, running, shared
+from bot.cli.options import ConfigFile, DataDir, Seed, app, configured
+from bot.config import Config
+from bot.output import announce
+from connectors.access import Access
+from connectors.base import Connector
+from learning.loop import OnlineLearner
+from learning.model_choice import with_model
+
+
+@app.command()
+def chat(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
+    """Talk in the terminal; learning goes on in the background."""
+    from connectors.terminal import Terminal
+
+    found, model = with_model(configured(config, data_dir, seed))
+
+    async def main() -> None:
+        async with running(found, model, announce, may_change=True) as kibitz:
+            terminal = Terminal(kibitz.dialogue, desk(kibitz))
+            kibitz.deployment.announce = kibitz.health.tell = terminal.announce
+            if found.learning.enabled:
+                learner = OnlineLearner(kibitz.store, kibitz.deployment, found, terminal.announce)
+                kibitz.start(learner.run(kibitz.health))
+            await terminal.run()
+
+    run(main())
+
+
+@app.command()
+def serve(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
+    """Serve and learn until stopped (Ctrl-C or SIGTERM)."""
+    found = configured(config, data_dir, seed)
+    made = _connectors(found)
+    found, model = with_model(found)
+
+    async def main() -> None:
+        async with running(found, model, announce, may_change=True) as kibitz:
+            announce(f"serving {kibitz.policy.version}; vLLM answers at {kibitz.policy.url}")
+            connectors = [make(kibitz) for make in made]
+            for connector in connectors:
+                kibitz.keep(connector.name, connector.run)
+            if found.learning.enabled:
+                learner = OnlineLearner(kibitz.store, kibitz.deployment, found, announce)
+                kibitz.start(learner.run(kibitz.health))
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await asyncio.gather(*(connector.stop() for connector in connectors), return_exceptions=True)
+
+    run(main(), until_stopped=True)
+
+
+def _connectors(config: Config) -> list[Callable[[Kibitz], Connector]]:
+    """What makes each connector that the config turns on. Tokens and addresses are looked at now, before anything starts."""
+    access = Access(config.access)
+    made: list[Callable[[Kibitz], Connector]] = []
+    if config.discord.token_env:
+        from connectors.discord import Discord, token
+
+        bot_token = token(config.discord)
+        made.append(lambda kibitz: Discord(shared(kibitz, access), config.discord, bot_token))
+    if config.slack.bot_token_env or config.slack.app_token_env or config.slack.signing_secret_env:
+        from connectors.slack import Secrets, Slack
+
+        secrets = Secrets.of(config.slack)
+        made.append(lambda kibitz: Slack(shared(kibitz, access), config.slack, secrets))
+    if config.web.enabled:
+        from connectors.web import Door, Web
+
+        door = Door.open(config.web)
+        announce(f"chat and API: {door.url}")
+        made.append(lambda kibitz: Web(shared(kibitz, access), door))
+    return made

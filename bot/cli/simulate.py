@@ -1,0 +1,66 @@
+"""`kibitz simulate`: people with hidden preferences talk, react, and are learned from."""
+
+from typing import Annotated
+
+import typer
+
+from bot.app import run, running
+from bot.cli.options import ConfigFile, DataDir, JsonFile, ModelName, PlotFile, Seed, app, configured
+from bot.output import announce, check_writable, console, progress_bar, write_json
+from bot.stores import open_stores
+from learning.loop import OnlineLearner
+from learning.model_choice import with_model
+from learning.pretrain import is_toy
+
+
+@app.command()
+def simulate(
+    users: Annotated[str | None, typer.Option(help="Built-in users, or a file with utility(prompt, reply).")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1)] = None,
+    messages: Annotated[int | None, typer.Option(min=1, help="Exchanges a round.")] = None,
+    reaction_rate: Annotated[float | None, typer.Option(min=0, max=1, help="How often a user reacts.")] = None,
+    noise: Annotated[float, typer.Option(min=0, max=1, help="How often a reaction is the wrong one.")] = 0.1,
+    samples: Annotated[int, typer.Option(min=1, help="Answers to each held-out prompt when judging.")] = 3,
+    json_file: JsonFile = None,
+    plot: PlotFile = None,
+    model: ModelName = "toy",
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+) -> None:
+    """Simulated users with hidden preferences talk, react, and are learned from."""
+    from learning import simulated_people, simulation
+
+    found = configured(config, data_dir, seed, model)
+    check_writable(json_file, plot)
+    usual = simulated_people.usual(is_toy(found.policy.model))
+    users, rounds = users or usual.users, rounds or usual.rounds
+    messages = messages or usual.messages
+    reaction_rate = usual.reaction_rate if reaction_rate is None else reaction_rate
+    utility = simulated_people.users(users)
+    database, _, _ = open_stores(found)
+    simulation.check_only_simulated(database)
+    database.close()
+    found, base = with_model(found)
+    played: list[simulation.Simulation] = []
+
+    async def main() -> None:
+        async with running(found, base, announce) as kibitz:
+            with progress_bar() as progress:
+                learner = OnlineLearner(kibitz.store, kibitz.deployment, found, announce, progress)
+                people = simulated_people.People(utility, reaction_rate, noise, found.seed)
+                asked = simulated_people.prompts(is_toy(base))
+                play = simulation.Simulation(kibitz.dialogue, kibitz.policy, learner, people, asked, progress)
+                await play.run(rounds, messages, samples, lambda row: announce(row.line()))
+                played.append(play)
+
+    run(main())
+    rows = played[0].rows
+    console.print(simulation.table(rows), simulation.samples_table(played[0].samples))
+    if plot is not None:
+        simulation.plot(rows, plot, f"users: {users}, {noise:.0%} noise, {reaction_rate:.0%} react")
+        console.print(f"learning curve: {plot}")
+    setup = {"users": users, "rounds": rounds, "messages": messages, "reaction_rate": reaction_rate, "noise": noise}
+    setup |= {"samples": samples, "seed": found.seed, "model": found.policy.model}
+    setup |= {"training": found.training.model_dump(), "gate": found.gate.model_dump()}
+    write_json(json_file, "simulate", simulation.figures(played[0], found.policy.model), setup)

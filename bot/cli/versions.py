@@ -1,0 +1,135 @@
+"""The commands that show versions of the policy, take them live and take them back."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from bot import output_files
+from bot.cli.options import ConfigFile, DataDir, JsonFile, Seed, app, configured, path_option
+from bot.data_directory import HEALTH, is_held
+from bot.errors import ConfigError, VerdictOutdated
+from bot.output import check_writable, console, write_json
+from bot.stores import open_stores
+from bot.supervision import failing_lines, read_failing
+from bot.texts import pause_text, status_text, waiting_text
+from bot.types import PolicyState
+from learning import version_files
+
+
+@app.command()
+def status(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
+    """What is live, what was said, what was learned."""
+    found = configured(config, data_dir, seed)
+    is_running = is_held(found.data, "serve")
+    # First: the database may be what fails.
+    lines = failing_lines(read_failing(found.data / HEALTH)) if is_running else []
+    console.print("\n".join([f"running: {'yes' if is_running else 'no'}", *lines]), markup=False)
+    _, store, registry = open_stores(found)
+    console.print(status_text(store, registry))
+
+
+@app.command()
+def policies(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
+    """List every policy version."""
+    _, _, registry = open_stores(configured(config, data_dir, seed))
+    table = Table("version", "state", "parent", "KL", "gain", "made", "why not")
+    for version in registry.all():
+        figures = version.metrics
+        table.add_row(
+            version.name,
+            f"[bold green]{version.state}" if version.state == PolicyState.LIVE else version.state,
+            version.parent or "",
+            _number(figures.get("kl")),
+            _number(figures.get("gain")),
+            f"{version.created_at:%Y-%m-%d %H:%M}",
+            "; ".join(figures.get("reasons", [])) or figures.get("outcome", ""),
+        )
+    console.print(table)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, int | float) else ""
+
+
+@app.command()
+def rollback(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
+    """Take the live version back; the one that it replaced answers again."""
+    found = configured(config, data_dir, seed)
+    _, _, registry = open_stores(found)
+    taken_back, live = registry.rollback()
+    running = "; the running kibitz follows at once" if is_held(found.data, "serve") else ""
+    console.print(f"{taken_back.name} was taken back, {live.name} is live{running}")
+
+
+@app.command()
+def deploy(
+    version: Annotated[str, typer.Argument(help="A candidate that `kibitz train` or `kibitz replay` made.")],
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+) -> None:
+    """Take a candidate live: a running kibitz, or the next one that starts, proves it on its vLLM first."""
+    found = configured(config, data_dir, seed)
+    database, store, registry = open_stores(found)
+    candidate, live = registry.get(version), registry.live()
+    is_waiting = candidate.state == PolicyState.WAITING
+    if (is_waiting or candidate.state == PolicyState.CANDIDATE) and candidate.judged_against != live.name:
+        raise VerdictOutdated(version, candidate.judged_against, live.name)
+    registry.request_deployment(version)
+    if is_waiting:
+        told = f"{waiting_text(candidate, store)}; if it passes the gate then, it is proven and goes live"
+    else:
+        when = "is proven now" if is_held(found.data, "serve") else "will be proven when kibitz starts"
+        told = f"{version} {when}, and goes live if vLLM serves it as it was trained; `kibitz policies` tells"
+    database.close()
+    console.print(told)
+
+
+@app.command("pause-learning")
+def pause_learning(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
+    """Train no new versions; used again, go on. A running kibitz follows."""
+    _, _, registry = open_stores(configured(config, data_dir, seed))
+    console.print(pause_text(registry.pause_learning()))
+
+
+@app.command()
+def prune(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
+    """Remove what is left of rejected versions: reports, samples, records. Their weights went when they were rejected."""
+    found = configured(config, data_dir, seed)
+    database, _, registry = open_stores(found)
+    rejected = [Path(version.path) for version in registry.all() if version.state == PolicyState.REJECTED]
+    count, size = version_files.prune(rejected)
+    database.close()
+    console.print(f"removed the files of {count} rejected versions, {size / 1e6:.1f} MB")
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(help="The version that the run made; without one the newest that left files.")] = "",
+    out: Annotated[Path | None, path_option("--out", help="Where the page goes; RUN.html if not given.")] = None,
+    json_file: JsonFile = None,
+    config: ConfigFile = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+) -> None:
+    """What a training run read, learned and left out, and what the policy said before and after, as a page with plots."""
+    from learning import report as reports
+
+    found = configured(config, data_dir, seed)
+    database, _, registry = open_stores(found)
+    ran = {row["policy"]: row["outcome"] for row in registry.runs()}
+    if not ran:
+        raise ConfigError("kibitz report: there was no training run yet; `kibitz train` makes one")
+    whole = [one for one in ran if (Path(registry.get(one).path) / "manifest.json").is_file()]
+    name = run or (whole or list(ran))[-1]
+    version = registry.get(name)
+    page = out or Path(f"{name}.html")
+    check_writable(page, json_file)
+    collected = reports.collected(version, ran.get(name, "was not made by a run"))
+    database.close()
+    output_files.write_text(page, reports.html(collected))
+    console.print(f"report: {page}")
+    if json_file is not None:
+        write_json(json_file, "report", collected, {"run": name})
