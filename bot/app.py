@@ -12,34 +12,34 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from bot.caches import PAUSE_SECONDS, Caches
+from bot.chat.dialogue import DialogueManager
+from bot.chat.reactions import Reactions
+from bot.chat.texts import pause_text, privacy_text, state_text, status_text
+from bot.chat.tracker import StateTracker
 from bot.config import Config
-from bot.conversations import ConversationStore
 from bot.data_directory import HEALTH, held
-from bot.database import Database
-from bot.deliveries import Deliveries
-from bot.dialogue import DialogueManager
-from bot.erasures import Erasures
 from bot.errors import ServingError
-from bot.forgetting import forget_again, forget_person, remove_purged
+from bot.memory.caches import PAUSE_SECONDS, Caches
+from bot.memory.recall import recall_of
+from bot.memory.state import LATEST, derived
+from bot.models.tokenizer import ChatTokenizer
 from bot.output import tenths
-from bot.policy import Policy
-from bot.reactions import Reactions
-from bot.readiness import Readiness, looks_at
-from bot.recall import recall_of
-from bot.registry import PolicyRegistry
-from bot.retention import EVERY, erase_expired
-from bot.state import LATEST, derived
-from bot.stores import open_stores
+from bot.serving.policy import Policy
+from bot.serving.readiness import Readiness, looks_at
+from bot.serving.vllm_server import VllmServer
+from bot.store.conversations import ConversationStore
+from bot.store.database import Database
+from bot.store.deliveries import Deliveries
+from bot.store.erasures import Erasures
+from bot.store.forgetting import forget_again, forget_person, remove_purged
+from bot.store.registry import PolicyRegistry
+from bot.store.retention import EVERY, erase_expired
+from bot.store.stores import open_stores
+from bot.store.users import Users
 from bot.supervision import Health, Start, background_tasks, failing_lines, supervise
-from bot.texts import pause_text, privacy_text, state_text, status_text
-from bot.tokenizer import ChatTokenizer
-from bot.tracker import StateTracker
-from bot.users import Users
-from bot.vllm_server import VllmServer
 from connectors.access import Access
 from connectors.base import Desk, Shared
-from learning.deployment import Deployment
+from learning.rollout.deployment import Deployment
 
 Announce = Callable[[str], None]
 
@@ -200,8 +200,8 @@ def desk(kibitz: Kibitz) -> Desk:
 
 
 async def _why(kibitz: Kibitz, turn_id: str) -> str:
-    from learning.explanation import explain
-    from learning.replay_buffer import ReplayBuffer
+    from learning.data.explanation import explain
+    from learning.data.replay_buffer import ReplayBuffer
 
     buffer = ReplayBuffer(kibitz.store, kibitz.dialogue.tracker.tokenizer, kibitz.config)
     account = await kibitz.database.call(explain, turn_id, buffer, kibitz.registry)

@@ -48,7 +48,7 @@ class FeedbackKind(StrEnum):
 
 
 class PolicyState(StrEnum):
-    """Where a policy version is in its life; `bot.registry` holds the transitions."""
+    """Where a policy version is in its life; `bot.store.registry` holds the transitions."""
 
     TRAINING = "training"
     CANDIDATE = "candidate"
@@ -80,7 +80,7 @@ class Message:
     """One message of a conversation. `event_id` is the platform's id of the event that brought it, claimed once.
 
     `author_name` is what people saw its author called when it was written; "" where nobody else is there.
-    Of a message that was erased (`bot.forgetting`) only its place is left: its author is FORGOTTEN, its text empty.
+    Of a message that was erased (`bot.store.forgetting`) only its place is left: its author is FORGOTTEN, its text empty.
     """
 
     conversation_id: str

@@ -13,9 +13,9 @@ from typing import Protocol, TypeVar
 
 from aiolimiter import AsyncLimiter
 
-from bot.dialogue import ReplyOptions, spoken
+from bot.chat.dialogue import ReplyOptions, spoken
 from bot.errors import Asleep, DatabaseUnavailable, Forgotten, KibitzError
-from bot.feedback import held
+from bot.store.feedback import held
 from bot.types import Feedback, FeedbackKind, Message, Turn
 from connectors.base import Shared
 from connectors.opinions import Opinions, Reading

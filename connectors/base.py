@@ -11,11 +11,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from bot.deliveries import Deliveries
-from bot.dialogue import DialogueManager
+from bot.chat.dialogue import DialogueManager
+from bot.chat.reactions import Reactions
 from bot.environment import listen
-from bot.reactions import Reactions
-from bot.users import Users
+from bot.store.deliveries import Deliveries
+from bot.store.users import Users
 from connectors.access import Access
 
 log = logging.getLogger(__name__)

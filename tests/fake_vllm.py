@@ -13,9 +13,9 @@ from typing import Any
 
 from aiohttp import web
 
-from bot.registry import BASE
-from bot.tokenizer import ChatTokenizer
-from learning import probe
+from bot.models.tokenizer import ChatTokenizer
+from bot.store.registry import BASE
+from learning.judging import probe
 
 FITS = 2**63
 Says = str | Callable[[str], str]

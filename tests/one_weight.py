@@ -16,12 +16,13 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from bot.model_shape import all_tensor_shapes
-from bot.tokenizer import ChatTokenizer
-from learning import evidence, trainer, waiting
-from learning.evaluation import Rows, Sample
-from learning.probe import Probe
-from learning.replay_buffer import Experience
+from bot.models.shape import all_tensor_shapes
+from bot.models.tokenizer import ChatTokenizer
+from learning.data.replay_buffer import Experience
+from learning.judging import evidence, waiting
+from learning.judging.evaluation import Rows, Sample
+from learning.judging.probe import Probe
+from learning.training import trainer
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
 VOCABULARY = 16  # tokens that a probe looks at
@@ -115,6 +116,6 @@ def learn_in_an_instant(tokenizer: ChatTokenizer) -> Iterator[pytest.MonkeyPatch
             assert places, f"nothing uses {name} any more"
             for module in places:
                 patch.setattr(module, name, stand_in)
-        patch.setattr("learning.probe.prefixes", lambda model, *_: [[1, 2, 3]])
-        patch.setattr("learning.probe.measure", lambda model, places: Probe([model.likely()], [model.likely()]))
+        patch.setattr("learning.judging.probe.prefixes", lambda model, *_: [[1, 2, 3]])
+        patch.setattr("learning.judging.probe.measure", lambda model, places: Probe([model.likely()], [model.likely()]))
         yield patch

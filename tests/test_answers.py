@@ -11,10 +11,10 @@ from fake_vllm import FakeVllm
 from test_opinions import answers  # noqa: F401 (a fixture)
 
 from bot import app
-from bot.database import Database
 from bot.errors import DataError, Forgotten
-from bot.forgetting import forget_person
-from bot.registry import PolicyRegistry
+from bot.store.database import Database
+from bot.store.forgetting import forget_person
+from bot.store.registry import PolicyRegistry
 from bot.types import Message, new_id
 from connectors.access import Access
 from connectors.answers import SORRY

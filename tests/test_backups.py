@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 from conftest import answered, react, refused, succeeded
 
-from bot.backups import back_up, restore
-from bot.conversations import ConversationStore
 from bot.data_directory import held
-from bot.database import Database
-from bot.erasures import Erasures
 from bot.errors import DatabaseUnavailable, DataError
-from bot.forgetting import forget_again, forget_message, forget_person
-from bot.registry import BASE, PolicyRegistry
+from bot.store.backups import back_up, restore
+from bot.store.conversations import ConversationStore
+from bot.store.database import Database
+from bot.store.erasures import Erasures
+from bot.store.forgetting import forget_again, forget_message, forget_person
+from bot.store.registry import BASE, PolicyRegistry
+from bot.store.users import Users
 from bot.types import PolicyState, now
-from bot.users import Users
 
 SECRET = "xyzzy-4711"
 
@@ -155,7 +155,7 @@ def test_what_could_not_be_forgotten_is_at_the_next_start_and_what_was_said_sinc
     config, database, store, registry, tokenizer, monkeypatch
 ):
     answered(store, tokenizer, SECRET, "ok", author="ann")
-    monkeypatch.setattr("bot.database.BUSY_SECONDS", 0.01)
+    monkeypatch.setattr("bot.store.database.BUSY_SECONDS", 0.01)
     with closing(sqlite3.connect(database.file, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         with closing(Database(config.database_url)) as hurried, pytest.raises(DatabaseUnavailable):

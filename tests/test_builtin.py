@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bot.config import PERSONA, load
 from bot.errors import ConfigError
-from bot.tokenizer import ChatTokenizer
-from learning import builtin
-from learning.model_choice import with_model
+from bot.models.tokenizer import ChatTokenizer
+from learning.models import builtin
+from learning.training.choice import with_model
 
 
 def quiet(*_: object) -> None:
@@ -93,7 +93,7 @@ OLD = f"{builtin.NAME}-0123456789ab"
 IN_USE = """
 import sys
 from pathlib import Path
-from learning import builtin
+from learning.models import builtin
 builtin.directory = lambda: Path(sys.argv[1])
 builtin.model(print, print)
 print("in use", flush=True)

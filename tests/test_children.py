@@ -17,20 +17,21 @@ import pytest
 import sqlalchemy as sa
 from conftest import converse
 
-from bot import architectures, vllm_arguments, vllm_server
 from bot.config import load
-from bot.conversations import ConversationStore
-from bot.database import Database
 from bot.errors import ConfigError, TrainingError
-from bot.registry import PolicyRegistry
-from bot.tables import runs
-from learning import processes
-from learning.loop import train_in_child
-from learning.self_test import SelfTest
+from bot.models import architectures
+from bot.serving import vllm_arguments, vllm_server
+from bot.store.conversations import ConversationStore
+from bot.store.database import Database
+from bot.store.registry import PolicyRegistry
+from bot.store.tables import runs
+from learning.rollout.loop import train_in_child
+from learning.rollout.self_test import SelfTest
+from learning.training import processes
 
 PARENT = """
 import subprocess, sys, time
-from bot.children import end_with_parent
+from bot.serving.children import end_with_parent
 child = subprocess.Popen(["sleep", "600"], preexec_fn=end_with_parent if sys.argv[1] == "ends" else None)
 print(child.pid, flush=True)
 time.sleep(600)
@@ -88,7 +89,7 @@ async def test_a_training_process_finds_the_database_and_its_password_is_in_noth
 
 
 THEIRS = "the operator's own file runs"
-USES_OURS = "import html, bot.children, learning.processes"
+USES_OURS = "import html, bot.serving.children, learning.training.processes"
 
 
 @pytest.fixture

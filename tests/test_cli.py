@@ -18,14 +18,14 @@ from pathlib import Path
 import pytest
 from conftest import Done, answered, react, refused
 
-from bot.conversations import ConversationStore
 from bot.data_directory import held
-from bot.database import Database
 from bot.errors import ConfigError
 from bot.output import interruptible
+from bot.store.conversations import ConversationStore
+from bot.store.database import Database
+from bot.store.users import Users
 from bot.types import Conversation
-from bot.users import Users
-from learning import simulated_people, simulation
+from learning.bench import simulated_people, simulation
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
@@ -220,7 +220,7 @@ def test_ctrl_c_in_the_middle_of_a_run_leaves_nothing_half_written(tmp_path, dem
     assert "policy-1" in here("policies", "--config", config).stdout
 
 
-@pytest.mark.parametrize("module", ["typer", "sqlalchemy", "learning.loop"])
+@pytest.mark.parametrize("module", ["typer", "sqlalchemy", "learning.rollout.loop"])
 def test_ctrl_c_while_modules_are_loaded_ends_the_command_silently(module):
     code = (
         "import os, signal, sys\n"

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from bot.config import Config, known_keys, load
-from bot.database import Database
 from bot.errors import ConfigError
+from bot.store.database import Database
 
 ROOT = Path(__file__).parent.parent
 

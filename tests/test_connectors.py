@@ -11,8 +11,8 @@ from conftest import until
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bot.chat.reactions import Reactions, canonical
 from bot.config import ReactionsConfig
-from bot.reactions import Reactions, canonical
 from bot.types import FeedbackKind
 from connectors.base import Lanes
 from connectors.splitting import open_fence, split, utf16_units

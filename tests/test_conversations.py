@@ -12,10 +12,10 @@ import pytest
 import sqlalchemy as sa
 from conftest import answered, migrate, react
 
-from bot.conversations import ConversationStore
-from bot.database import Database
 from bot.errors import DataError
-from bot.tables import feedback, metadata
+from bot.store.conversations import ConversationStore
+from bot.store.database import Database
+from bot.store.tables import feedback, metadata
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Role, new_id, now
 
 
@@ -45,8 +45,8 @@ def test_what_is_acknowledged_survives_a_kill(config, store, tokenizer):
     turn = answered(store, tokenizer, "hello", "Hey there!")
     script = f"""
 import os, signal
-from bot.conversations import ConversationStore
-from bot.database import Database
+from bot.store.conversations import ConversationStore
+from bot.store.database import Database
 from bot.types import Feedback, FeedbackKind
 store = ConversationStore(Database({config.database_url!r}))
 for number in range(20):

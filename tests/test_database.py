@@ -13,14 +13,14 @@ import pytest
 import sqlalchemy as sa
 from conftest import answered, migrate, refused, succeeded, until
 
-from bot import database as database_module
-from bot import write_ahead_log
-from bot.database import Database
 from bot.errors import DatabaseUnavailable
-from bot.forgetting import forget_person, remove_purged
-from bot.outages import outage
-from bot.registry import BASE, withdraw
-from bot.tables import messages
+from bot.store import database as database_module
+from bot.store import write_ahead_log
+from bot.store.database import Database
+from bot.store.forgetting import forget_person, remove_purged
+from bot.store.outages import outage
+from bot.store.registry import BASE, withdraw
+from bot.store.tables import messages
 from bot.types import Conversation, Message
 
 SECRET = "xyzzy-4711"
@@ -192,7 +192,7 @@ def test_what_cannot_be_removed_is_named_and_stops_nothing_else(database, regist
             raise PermissionError(13, "Permission denied")
         Path(path).rmdir()
 
-    monkeypatch.setattr("bot.forgetting.shutil.rmtree", refuse)
+    monkeypatch.setattr("bot.store.forgetting.shutil.rmtree", refuse)
     remove_purged(registry)
     assert [Path(version.path).exists() for version in versions] == [True, False]
     assert f"remove {stuck}" in caplog.text

@@ -16,12 +16,12 @@ from fake_vllm import FakeVllm
 
 from bot import app
 from bot.errors import DatabaseUnavailable, ProbeFailed, RegistryError, ServingError, Unavailable, VerdictOutdated
-from bot.policy import Policy
-from bot.registry import BASE, PolicyRegistry
+from bot.serving.policy import Policy
+from bot.store.registry import BASE, PolicyRegistry
 from bot.types import PolicyState, PolicyVersion
-from learning import benchmark
-from learning.deployment import TRIES, Deployment
-from learning.version_files import ADAPTER_FILES
+from learning.bench import serving
+from learning.models.version_files import ADAPTER_FILES
+from learning.rollout.deployment import TRIES, Deployment
 
 
 @pytest_asyncio.fixture
@@ -43,7 +43,7 @@ class Stage:
 
     def candidate(self) -> PolicyVersion:
         """A candidate that was judged against what is live now."""
-        return benchmark.register_copy(self.registry, self.source, self.deployment.config.data / "policies")
+        return serving.register_copy(self.registry, self.source, self.deployment.config.data / "policies")
 
     def state(self, version: PolicyVersion) -> PolicyState:
         return self.registry.get(version.name).state
@@ -55,7 +55,7 @@ def source(demo_model, tmp_path_factory) -> Path:
     from bot.config import Config
 
     directory = tmp_path_factory.mktemp("weights") / "source"
-    benchmark.random_version(Config(), demo_model, directory, seed=0)
+    serving.random_version(Config(), demo_model, directory, seed=0)
     return directory
 
 
@@ -192,7 +192,7 @@ async def test_a_candidate_waits_until_the_server_answers(stage, vllm):
 
 
 async def test_a_candidate_that_a_sound_server_fails_at_each_time_is_rejected_in_the_end(stage, vllm, monkeypatch):
-    monkeypatch.setattr("learning.deployment.RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("learning.rollout.deployment.RETRY_SECONDS", 0.01)
     one = stage.candidate()
     stage.registry.request_deployment(one.name)
     vllm.broken.add("/v1/load_lora_adapter")

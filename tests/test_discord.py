@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import pytest_asyncio
 from conftest import PATIENT, explained, shared, until
-from fake_discord import BOT, GUILD, SEE, TOKEN, FakeDiscord
 
 from bot.config import AccessConfig, DiscordConfig
 from bot.errors import ConfigError, ConnectorError
@@ -15,22 +14,24 @@ from bot.types import FeedbackKind
 from connectors.access import TOO_FAST
 from connectors.answers import BUSY
 from connectors.commands import COMMANDS
-from connectors.discord import LIMIT, Discord, token
-from learning.rewards import reward
+from connectors.discord.connector import LIMIT, Discord, token
+from connectors.local.discord import LocalDiscord
+from connectors.local.discord_state import BOT, GUILD, SEE, TOKEN
+from learning.data.rewards import reward
 
 ANN, BOB = 11, 12
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def platform() -> AsyncIterator[FakeDiscord]:
-    fake = FakeDiscord()
+async def platform() -> AsyncIterator[LocalDiscord]:
+    fake = LocalDiscord()
     await fake.start()
     yield fake
     await fake.stop()
 
 
 async def connected(
-    live, platform: FakeDiscord, config: DiscordConfig | None = None, access: AccessConfig = PATIENT
+    live, platform: LocalDiscord, config: DiscordConfig | None = None, access: AccessConfig = PATIENT
 ) -> tuple[Discord, asyncio.Task[None]]:
     platform.identified.clear()
     config = config or DiscordConfig(edits=50, edit_seconds=1)
@@ -48,7 +49,7 @@ async def bot(live, platform) -> AsyncIterator[Discord]:
     await asyncio.wait_for(running, 300)
 
 
-async def answered(platform: FakeDiscord, channel: int, count: int = 1) -> dict:
+async def answered(platform: LocalDiscord, channel: int, count: int = 1) -> dict:
     """The newest of `count` answers in a channel, when all of them stand whole, with their buttons."""
 
     def whole() -> bool:
@@ -133,7 +134,7 @@ async def test_replies_go_on_with_a_conversation_and_mentions_begin_one(live, pl
 
 async def test_a_long_answer_is_whole_and_its_last_part_carries_the_turn(live, platform, bot, monkeypatch):
     channel = platform.channel()
-    monkeypatch.setattr("connectors.discord_messages.LIMIT", 200)
+    monkeypatch.setattr("connectors.discord.messages.LIMIT", 200)
     text = "\n".join(f"{number}. this is a line of a long answer" for number in range(40))
     reply = live.policy.reply
 
@@ -201,11 +202,11 @@ async def test_what_takes_long_is_seen_to_be_typed_and_where_that_fails_the_answ
         return await respond(message, options, place=place)
 
     monkeypatch.setattr(live.dialogue, "respond", late)
-    monkeypatch.setattr("connectors.discord_messages.TYPING", 0.0)
+    monkeypatch.setattr("connectors.discord.messages.TYPING", 0.0)
     platform.typing_status = 403
     await platform.say(slow, ANN, "hello")
     await answered(platform, slow)
-    monkeypatch.setattr("connectors.discord_messages.TYPING", 60.0)
+    monkeypatch.setattr("connectors.discord.messages.TYPING", 60.0)
     await platform.say(quick, ANN, "hello")
     await answered(platform, quick)
     assert quick not in platform.typed  # the control
@@ -442,7 +443,7 @@ async def test_operators_pause_learning_and_others_do_not(live, platform):
     await running
 
 
-async def begins_anew(platform: FakeDiscord) -> None:
+async def begins_anew(platform: LocalDiscord) -> None:
     """The connection is cut, and Discord does not know the session any more: nothing is replayed."""
     platform.forgets_sessions = True
     platform.identified.clear()
@@ -451,7 +452,7 @@ async def begins_anew(platform: FakeDiscord) -> None:
     platform.forgets_sessions = False
 
 
-async def reconciled(platform: FakeDiscord) -> None:
+async def reconciled(platform: LocalDiscord) -> None:
     """A new session has read what was missed: a message to nobody has its answer, which comes after all reactions."""
     channel = platform.channel()
     platform.gives_up = True
@@ -538,7 +539,7 @@ async def test_a_reaction_to_any_part_of_a_long_answer_stands_when_the_session_i
         return replace(await reply(*prompt, **options), text="word " * 60)
 
     with monkeypatch.context() as patched:
-        patched.setattr("connectors.discord_messages.LIMIT", 200)
+        patched.setattr("connectors.discord.messages.LIMIT", 200)
         patched.setattr(live.policy, "reply", long)
         await platform.say(channel, ANN, "tell me all")
         last = await answered(platform, channel)

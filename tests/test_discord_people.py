@@ -10,16 +10,17 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 from conftest import PATIENT, explained, shared, until
-from fake_discord import BOT, OWN_ROLE, TOKEN, FakeDiscord
 from fake_vllm import FakeVllm
 
 from bot import app as kibitz
 from bot.config import AccessConfig, DiscordConfig, load
-from bot.feedback import standing
-from connectors import discord_reconciliation
+from bot.store.feedback import standing
 from connectors.access import TOO_FAST
 from connectors.answers import SORRY
-from connectors.discord import Discord
+from connectors.discord import reconciliation
+from connectors.discord.connector import Discord
+from connectors.local.discord import LocalDiscord
+from connectors.local.discord_state import BOT, OWN_ROLE, TOKEN
 from connectors.reading import NOTHING_SAID
 
 ANN, BOB, MALLORY = 11, 12, 13
@@ -45,11 +46,11 @@ async def running(vllm, demo_model, tmp_path_factory) -> AsyncIterator[kibitz.Ki
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def platform(vllm) -> AsyncIterator[FakeDiscord]:
+async def platform(vllm) -> AsyncIterator[LocalDiscord]:
     vllm.says = "Hello!"
     vllm.goes_on.set()
     vllm.asked.clear()
-    fake = FakeDiscord()
+    fake = LocalDiscord()
     fake.allowed_intents = -1
     await fake.start()
     yield fake
@@ -58,7 +59,7 @@ async def platform(vllm) -> AsyncIterator[FakeDiscord]:
 
 @contextlib.asynccontextmanager
 async def connected(
-    running: kibitz.Kibitz, platform: FakeDiscord, config: DiscordConfig = MENTIONS_ONLY, access: AccessConfig = PATIENT
+    running: kibitz.Kibitz, platform: LocalDiscord, config: DiscordConfig = MENTIONS_ONLY, access: AccessConfig = PATIENT
 ) -> AsyncIterator[Discord]:
     """A bot that has read what it missed."""
     last = platform.channel()  # it is read after all others
@@ -71,7 +72,7 @@ async def connected(
 
 @contextlib.asynccontextmanager
 async def started(
-    running: kibitz.Kibitz, platform: FakeDiscord, config: DiscordConfig = MENTIONS_ONLY, access: AccessConfig = PATIENT
+    running: kibitz.Kibitz, platform: LocalDiscord, config: DiscordConfig = MENTIONS_ONLY, access: AccessConfig = PATIENT
 ) -> AsyncIterator[Discord]:
     """A bot that is connected, and may still read what it missed."""
     platform.identified.clear()
@@ -94,22 +95,22 @@ def patient(**lists: list[str]) -> AccessConfig:
     return AccessConfig(**{**PATIENT.model_dump(), **lists})
 
 
-def whole(platform: FakeDiscord, channel: int) -> list[dict]:
+def whole(platform: LocalDiscord, channel: int) -> list[dict]:
     """The answers that stand whole in a channel."""
     return [one for one in platform.answers(channel) if "up" in platform.buttons(int(one["id"]))]
 
 
-def lines(platform: FakeDiscord, channel: int) -> list[str]:
+def lines(platform: LocalDiscord, channel: int) -> list[str]:
     """What the bot said in a channel that is no answer."""
     return [one["content"] for one in platform.answers(channel) if not platform.buttons(int(one["id"]))]
 
 
-async def answered(platform: FakeDiscord, channel: int, count: int = 1) -> dict:
+async def answered(platform: LocalDiscord, channel: int, count: int = 1) -> dict:
     await until(lambda: len(whole(platform, channel)) >= count)
     return whole(platform, channel)[-1]
 
 
-async def nothing_happens_before(platform: FakeDiscord, bot: Discord) -> None:
+async def nothing_happens_before(platform: LocalDiscord, bot: Discord) -> None:
     """All that was said before this has had its effect: a message after it is answered, and no lane is busy."""
     after = platform.channel(1)
     await platform.say(after, ANN, "hello")
@@ -253,7 +254,7 @@ async def test_of_a_flood_that_was_missed_the_newest_are_answered_within_the_lim
 
 
 async def test_the_newest_messages_of_a_busy_channel_are_read_and_not_the_oldest(running, platform, monkeypatch):
-    monkeypatch.setattr(discord_reconciliation, "MOST_MESSAGES", 5)
+    monkeypatch.setattr(reconciliation, "MOST_MESSAGES", 5)
     channel = platform.channel()
     await platform.say(channel, ANN, "an old question")
     for number in range(6):

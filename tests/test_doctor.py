@@ -15,10 +15,10 @@ from bot.checks import Row, Skipped, examine, works
 from bot.cli.doctor import check_ports, machine_checks
 from bot.config import load
 from bot.data_directory import held
-from bot.database import Database
 from bot.errors import ConfigError
-from learning.selection import usable_rows
-from learning.self_test import SelfTest, made_rows
+from bot.store.database import Database
+from learning.data.selection import usable_rows
+from learning.rollout.self_test import SelfTest, made_rows
 
 
 def rows_of(config) -> dict[str, Row]:

@@ -8,9 +8,9 @@ from conftest import converse, react
 from test_training import quiet
 
 from bot.errors import NothingToLearn
-from bot.registry import BASE
-from learning import trainer
-from learning.drift import FEWEST, Drift, drift
+from bot.store.registry import BASE
+from learning.training import trainer
+from learning.training.drift import FEWEST, Drift, drift
 
 NOBODY: tuple[str, ...] = ()
 

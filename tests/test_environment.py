@@ -9,22 +9,23 @@ import sys
 
 import pytest
 from conftest import until
-from fake_discord import TOKEN, FakeDiscord
 
+from bot.chat.dialogue import DialogueManager
+from bot.chat.reactions import Reactions
+from bot.chat.tracker import StateTracker
 from bot.config import DiscordConfig, PrivacyConfig, ReactionsConfig
-from bot.deliveries import Deliveries
-from bot.dialogue import DialogueManager
 from bot.environment import ensure_user, expand_home, find_proxy, read_secret, read_variable
 from bot.errors import ConfigError
-from bot.memory import Memory
-from bot.policy import Policy
-from bot.reactions import Reactions
-from bot.recall import Recall, weights
-from bot.tracker import StateTracker
-from bot.users import Users
+from bot.memory.recall import Recall, weights
+from bot.memory.scope import Memory
+from bot.serving.policy import Policy
+from bot.store.deliveries import Deliveries
+from bot.store.users import Users
 from connectors.access import Access
 from connectors.base import Desk, Shared
-from connectors.discord import Discord
+from connectors.discord.connector import Discord
+from connectors.local.discord import LocalDiscord
+from connectors.local.discord_state import TOKEN
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
@@ -113,7 +114,7 @@ async def test_discord_is_reached_through_the_proxy_that_the_environment_names(
     dialogue, users = DialogueManager(store, tracker, policy), Users(database, PrivacyConfig())
     nobody = Desk(*[None] * 8)
     parts = dialogue, Deliveries(database), Reactions(ReactionsConfig()), Access(config.access), users, nobody
-    fake, proxy = FakeDiscord(), Proxy()
+    fake, proxy = LocalDiscord(), Proxy()
     await fake.start()
     address = await proxy.start(fake.port)
     if is_named:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learning.error_budget import level_of_next
+from learning.judging.error_budget import level_of_next
 
 
 def levels(budget: float, verdicts: list[bool]) -> list[float]:

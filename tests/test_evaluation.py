@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from learning.evaluation import is_well_formed
-from learning.statistics import accuracy, mean_interval
+from learning.judging.evaluation import is_well_formed
+from learning.judging.statistics import accuracy, mean_interval
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bot.config import PrivacyConfig, load
-from bot.conversations import ConversationStore
-from bot.database import Database
 from bot.errors import DataError
+from bot.store.conversations import ConversationStore
+from bot.store.database import Database
+from bot.store.users import Users
 from bot.types import Conversation, Feedback, FeedbackKind, new_id
-from bot.users import Users
-from learning.importers import read
-from learning.kibitz_export import export
+from learning.importers.formats import read
+from learning.importers.kibitz_export import export
 
 # What no database keeps is replaced before it is stored.
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1) | st.sampled_from(

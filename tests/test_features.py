@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from learning.features import NAMED, expected, features, ridge
+from learning.data.features import NAMED, expected, features, ridge
 
 WORDS = ("tea", "bread", "rain", "a walk", "the garden", "an old song")
 

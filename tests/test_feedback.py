@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bot.config import RewardsConfig
-from bot.feedback import OPINIONS, standing
+from bot.store.feedback import OPINIONS, standing
 from bot.types import Feedback, FeedbackKind
-from learning.rewards import reward
+from learning.data.rewards import reward
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 USERS = ["asker", "ann", "bob"]

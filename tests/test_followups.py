@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bot.dialogue import DialogueManager
-from bot.followups import KINDS, FollowUps, chances, features
-from bot.forgetting import forget_message
-from bot.memory import Memory
-from bot.recall import Recall, weights
+from bot.chat.dialogue import DialogueManager
+from bot.memory.followups import KINDS, FollowUps, chances, features
+from bot.memory.recall import Recall, weights
+from bot.memory.scope import Memory
+from bot.store.forgetting import forget_message
 from bot.types import Conversation, Message, Turn, new_id
-from learning import followup_training
+from learning.fitting import followups
 
 QUESTION, ANSWER = "how do i cook rice?", "Boil it in milk for an hour."
 
@@ -42,12 +42,12 @@ def test_the_same_words_after_another_question_are_no_repetition(embedder):
 
 
 def test_what_is_shipped_is_what_the_script_learns_and_it_is_calibrated(embedder):
-    learned, figures = followup_training.fit(0, embedder, lambda *_: None)
-    shipped = json.loads(Path(__file__).parent.parent.joinpath("bot/followup_weights.json").read_text())
+    learned, figures = followups.fit(0, embedder, lambda *_: None)
+    shipped = json.loads(Path(__file__).parent.parent.joinpath("bot/memory/followup_weights.json").read_text())
     assert np.allclose(learned["weights"], shipped["weights"], atol=0.02)
     assert figures["accuracy"] > 0.7
     assert figures["calibration_error"] < 0.15
-    inputs, kinds = followup_training.examples("judge", 0, embedder, lambda *_: None)
+    inputs, kinds = followups.examples("judge", 0, embedder, lambda *_: None)
     shuffled = np.random.default_rng(0).permutation(kinds)
     guessed = np.array([KINDS.index(max(found, key=found.get)) for found in map(chances, inputs)])
     assert (

@@ -13,15 +13,15 @@ from conftest import answered, migrate, react
 
 from bot.config import PrivacyConfig
 from bot.errors import DataError, RegistryError
-from bot.forgetting import SAMPLES, forget_message, forget_person
-from bot.memory import Memory
-from bot.registry import BASE
-from bot.tables import followups, run_teachers, sources
-from bot.teachers import find_pupils
+from bot.memory.scope import Memory
+from bot.store.forgetting import SAMPLES, forget_message, forget_person
+from bot.store.registry import BASE
+from bot.store.tables import followups, run_teachers, sources
+from bot.store.teachers import find_pupils
+from bot.store.users import Users
 from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, Turn, new_id, now
-from bot.users import Users
-from learning.kibitz_export import export
-from learning.replay_buffer import ReplayBuffer
+from learning.data.replay_buffer import ReplayBuffer
+from learning.importers.kibitz_export import export
 
 SECRET = "xyzzy-4711"  # what Ann says, and nobody else
 

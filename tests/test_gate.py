@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 from bot.config import GateConfig
-from learning import demo
-from learning.error_budget import level_of_next
-from learning.evaluation import Sample
-from learning.experience import Experience
-from learning.gate import (
+from learning.data.experience import Experience
+from learning.judging.error_budget import level_of_next
+from learning.judging.evaluation import Sample
+from learning.judging.gate import (
     ROOM,
     Evidence,
     Gain,
@@ -27,8 +26,9 @@ from learning.gate import (
     opinions_of,
     subtract_kind_means,
 )
-from learning.permutation import permutation_p_value, sign_flip_p_value
-from learning.statistics import bootstrap
+from learning.judging.permutation import permutation_p_value, sign_flip_p_value
+from learning.judging.statistics import bootstrap
+from learning.models import toy
 
 
 def opinions(signs: list[int], kinds: list[int] | None = None) -> Opinions:
@@ -160,9 +160,9 @@ def answers(rng: np.random.Generator, count: int, emoji: float) -> list[Sample]:
     """Answers of the toy policy's kind to twelve prompts; that share of them has an emoji."""
     found = []
     for number in range(count):
-        styles = [style for style in demo.STYLES if style.emoji == (rng.random() < emoji)]
-        intent = demo.INTENTS[int(rng.integers(len(demo.INTENTS)))]
-        text = demo.answer(intent, styles[int(rng.integers(len(styles)))])
+        styles = [style for style in toy.STYLES if style.emoji == (rng.random() < emoji)]
+        intent = toy.INTENTS[int(rng.integers(len(toy.INTENTS)))]
+        text = toy.answer(intent, styles[int(rng.integers(len(styles)))])
         found.append(Sample((number % 12,), (), text, True))
     return found
 

@@ -12,18 +12,18 @@ from alembic.migration import MigrationContext
 from fake_vllm import FakeVllm
 
 import bot
-from bot.dialogue import DialogueManager, History, ReplyOptions
+from bot.chat.dialogue import DialogueManager, History, ReplyOptions
+from bot.chat.tracker import StateTracker
 from bot.errors import DataError
-from bot.forgetting import forget_message, forget_person
-from bot.histories import fingerprint
-from bot.memory import Memory
-from bot.policy import Policy
-from bot.recall import Recall, weights
-from bot.tables import fingerprints
-from bot.tracker import StateTracker
+from bot.memory.recall import Recall, weights
+from bot.memory.scope import Memory
+from bot.serving.policy import Policy
+from bot.store.forgetting import forget_message, forget_person
+from bot.store.histories import fingerprint
+from bot.store.tables import fingerprints
+from bot.store.users import Users
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Role, Turn, new_id
-from bot.users import Users
-from learning.replay_buffer import ReplayBuffer
+from learning.data.replay_buffer import ReplayBuffer
 
 SECRET = "my secret is swordfish"
 
@@ -183,7 +183,7 @@ def test_what_clients_said_before_the_upgrade_is_known_after_it(config, database
     for message in (asked, answer, Message(elsewhere.id, "ann", SECRET)):
         store.add_message(message)
     script = AlembicConfig()
-    script.set_main_option("script_location", str(Path(bot.__file__).parent / "migrations"))
+    script.set_main_option("script_location", str(Path(bot.__file__).parent / "store" / "migrations"))
     with database.engine.begin() as connection:
         script.attributes["connection"] = connection
         command.downgrade(script, "0009")

@@ -14,10 +14,10 @@ import pytest
 from bot.config import ReactionsConfig
 from bot.errors import ConfigError, DataError
 from bot.types import FeedbackKind
-from learning.importers import read
-from learning.pairs import pairs
-from learning.replay_buffer import ReplayBuffer
-from learning.selection import limited
+from learning.data.replay_buffer import ReplayBuffer
+from learning.data.selection import limited
+from learning.importers.formats import read
+from learning.importers.pairs import pairs
 
 OASST = Path(__file__).parent.parent.parent / "shared" / "data" / "oasst-reactions.trees.jsonl"
 QUESTION = {"role": "user", "content": "hello"}

@@ -11,9 +11,9 @@ import torch
 
 from bot.config import Config
 from bot.errors import ConfigError
-from learning import learning_grid
-from learning.learning_benchmark import STEPS, Arena, People, Point, learn, measured, shuffled, talk
-from learning.learning_grid import CONTROLS, OBJECTIVES, SEEDS, Cell, cells, figures, reactions_to, recovered, run
+from learning.bench import grid
+from learning.bench.grid import CONTROLS, OBJECTIVES, SEEDS, Cell, cells, figures, reactions_to, recovered, run
+from learning.bench.learning import STEPS, Arena, People, Point, learn, measured, shuffled, talk
 
 ROUNDS = 10
 
@@ -34,16 +34,16 @@ def test_people_react_as_they_mean_it_but_for_the_noise():
 
 
 def test_where_nothing_can_be_learned_the_policy_stays_as_it_was(demo_model, monkeypatch):
-    monkeypatch.setattr("learning.learning_benchmark.STEPS", (8,))
-    monkeypatch.setattr("learning.learning_benchmark.simulated_users", lambda name: lambda prompt, reply: 1.0)
+    monkeypatch.setattr("learning.bench.learning.STEPS", (8,))
+    monkeypatch.setattr("learning.bench.learning.simulated_users", lambda name: lambda prompt, reply: 1.0)
     [found] = measured(Config(), demo_model, "dpo", "content", 0, noise=0.0, rate=1.0, regime="fresh")
     assert found.kl == 0
     assert found.win_rate == 0.5, "everybody likes everything: there is nothing to tell apart"
 
 
 def test_a_cell_gives_the_same_whatever_its_process_did_before(demo_model, monkeypatch):
-    monkeypatch.setattr("learning.learning_benchmark.STEPS", (16,))
-    monkeypatch.setattr("learning.learning_benchmark.SAMPLES", 1)
+    monkeypatch.setattr("learning.bench.learning.STEPS", (16,))
+    monkeypatch.setattr("learning.bench.learning.SAMPLES", 1)
 
     def cell(seed: int) -> list[Point]:
         torch.rand(5)  # something drawn before
@@ -104,14 +104,14 @@ def test_an_interrupted_grid_goes_on_where_it_was(tmp_path, monkeypatch):
         rows = [{"mark": mark, "cell": asdict(one), "points": [asdict(p) for p in curve(*[0.9] * 5)]} for one in wanted[:2]]
         kept.write_text("\n".join([*map(json.dumps, rows), '{"mark": "cut o']))
 
-    monkeypatch.setattr(learning_grid, "measured", None)  # nothing is run
+    monkeypatch.setattr(grid, "measured", None)  # nothing is run
     config = Config()
-    half(learning_grid.mark_of(config, "model"))
+    half(grid.mark_of(config, "model"))
     found = run(config, "model", wanted[:2], kept, lambda *_: None)
     assert [points[-1].win_rate for points in found.values()] == [0.9, 0.9]
     assert not kept.exists(), "all is done"
     half("of other settings")
-    assert list(learning_grid.kept_points(kept, learning_grid.mark_of(config, "model"))) == []
+    assert list(grid.kept_points(kept, grid.mark_of(config, "model"))) == []
 
 
 @pytest.mark.slow

@@ -12,18 +12,19 @@ import httpx
 import pytest
 from conftest import until
 
+from bot.chat.dialogue import DialogueManager, ReplyOptions
 from bot.config import TrainingConfig
-from bot.dialogue import DialogueManager, ReplyOptions
 from bot.errors import Asleep, DataError, ReplyInterrupted, ServingError, VerdictOutdated
-from bot.policy import Policy
-from bot.registry import BASE
+from bot.serving.policy import Policy
+from bot.serving.vllm_server import VllmServer
+from bot.store.registry import BASE
 from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, new_id
-from bot.vllm_server import VllmServer
-from learning import benchmark, demo, simulated_people, simulation
-from learning.deployment import Deployment
-from learning.evaluation import answer_logprobs
-from learning.loop import OnlineLearner
-from learning.probe import mean_distance
+from learning.bench import serving, simulated_people, simulation
+from learning.judging.evaluation import answer_logprobs
+from learning.judging.probe import mean_distance
+from learning.models import toy
+from learning.rollout.deployment import Deployment
+from learning.rollout.loop import OnlineLearner
 
 
 async def say(live, text: str, **details) -> object:
@@ -34,8 +35,8 @@ async def say(live, text: str, **details) -> object:
 async def version_of(live, source: Path, seed: int, kind: str = "lora") -> str:
     """A candidate of random weights; they stay in `source` too."""
     config = live.config.model_copy(update={"training": TrainingConfig(weights=kind)})
-    await asyncio.to_thread(benchmark.random_version, config, live.registry.get(BASE).base_model, source, seed)
-    return benchmark.register_copy(live.registry, source, live.config.data / "policies").name
+    await asyncio.to_thread(serving.random_version, config, live.registry.get(BASE).base_model, source, seed)
+    return serving.register_copy(live.registry, source, live.config.data / "policies").name
 
 
 async def swapped_in(live, tmp_path: Path, seed: int, kind: str = "lora") -> str:
@@ -99,7 +100,7 @@ async def test_reactions_train_a_version_that_answers_next_and_is_taken_back(liv
 
     async def one(number: int) -> None:
         async with together:
-            turn = await say(live, rng.choice(demo.prompts(held_out=False))[0])
+            turn = await say(live, rng.choice(toy.prompts(held_out=False))[0])
         kind = FeedbackKind.APPROVAL if simulated_people.emoji("", turn.text) > 0 else FeedbackKind.DISAPPROVAL
         await live.dialogue.record_feedback(Feedback(turn.id, "ann", kind, signal="test"))
 
@@ -153,11 +154,11 @@ async def test_enough_new_reactions_start_a_run_by_themselves_and_a_failed_one_d
 
 async def test_a_candidate_that_the_server_serves_differently_is_rejected(live, tmp_path):
     source = tmp_path / "weights"
-    await asyncio.to_thread(benchmark.random_version, live.config, live.registry.get(BASE).base_model, source, 5)
+    await asyncio.to_thread(serving.random_version, live.config, live.registry.get(BASE).base_model, source, 5)
     other = tmp_path / "other"
-    await asyncio.to_thread(benchmark.random_version, live.config, live.registry.get(BASE).base_model, other, 6)
+    await asyncio.to_thread(serving.random_version, live.config, live.registry.get(BASE).base_model, other, 6)
     shutil.copy(other / "probe.json", source / "probe.json")  # the trainer's figures are of other weights
-    version = benchmark.register_copy(live.registry, source, live.config.data / "policies")
+    version = serving.register_copy(live.registry, source, live.config.data / "policies")
     before = live.policy.version
     with pytest.raises(ServingError, match="failed its probe"):
         await live.deployment.deploy(version.name)
@@ -170,8 +171,8 @@ async def test_a_version_is_proven_at_the_temperature_that_it_was_trained_for(li
     """An operator may change policy.temperature: that must not make the live version fail its probe at the next start."""
     warm = live.config.model_copy(update={"policy": live.config.policy.model_copy(update={"temperature": 0.6})})
     base = live.registry.base().base_model
-    await asyncio.to_thread(benchmark.random_version, warm, base, tmp_path / "warm", 41)
-    version = benchmark.register_copy(live.registry, tmp_path / "warm", live.config.data / "policies")
+    await asyncio.to_thread(serving.random_version, warm, base, tmp_path / "warm", 41)
+    version = serving.register_copy(live.registry, tmp_path / "warm", live.config.data / "policies")
     assert live.policy.config.temperature == 1.0
     await live.deployment.deploy(version.name)
     places = json.loads((Path(version.path) / "probe.json").read_text())
@@ -184,8 +185,8 @@ async def test_a_version_is_proven_at_the_temperature_that_it_was_trained_for(li
 async def test_a_version_whose_files_changed_after_it_was_registered_is_refused(live, tmp_path):
     sources = [tmp_path / "one", tmp_path / "two"]
     for seed, source in enumerate(sources):
-        await asyncio.to_thread(benchmark.random_version, live.config, live.registry.get(BASE).base_model, source, seed)
-    version = benchmark.register_copy(live.registry, sources[0], live.config.data / "policies")
+        await asyncio.to_thread(serving.random_version, live.config, live.registry.get(BASE).base_model, source, seed)
+    version = serving.register_copy(live.registry, sources[0], live.config.data / "policies")
     shutil.copy(sources[1] / "adapter_model.safetensors", version.path)
     with pytest.raises(ServingError, match="not those that were registered"):
         await live.deployment.deploy(version.name)
@@ -193,11 +194,11 @@ async def test_a_version_whose_files_changed_after_it_was_registered_is_refused(
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 async def test_swaps_under_load_fail_and_mix_nothing(live, tokenizer, tmp_path, kind, monkeypatch):
-    monkeypatch.setattr("bot.policy.LULL_SECONDS", 0.5)
+    monkeypatch.setattr("bot.serving.policy.LULL_SECONDS", 0.5)
     sources = [tmp_path / "one", tmp_path / "two"]
     for seed, source in enumerate(sources):
         await version_of(live, source, seed, kind)
-    figures = await benchmark.swap(live.deployment, tokenizer, sources, 2, 96, 8, lambda *_: None)
+    figures = await serving.swap(live.deployment, tokenizer, sources, 2, 96, 8, lambda *_: None)
     assert (figures["swaps"], figures["failed"], figures["mixed"]) == (2, 0, 0)
     assert figures["requests"] >= 96
 
@@ -238,7 +239,7 @@ async def test_whole_weights_that_fail_their_probe_give_way_to_those_before_and_
 
 
 async def test_weights_are_not_changed_under_an_answer_that_does_not_end(live, monkeypatch):
-    monkeypatch.setattr("bot.policy.LULL_SECONDS", 0.05)
+    monkeypatch.setattr("bot.serving.policy.LULL_SECONDS", 0.05)
     goes_on = asyncio.Event()
     prompt = live.dialogue.tracker.tokenizer.prompt_ids([{"role": "user", "content": "tell me a joke"}])
     begun = asyncio.Event()
@@ -332,18 +333,18 @@ async def test_a_server_that_keeps_its_weights_is_an_error_for_people(live, tmp_
 async def test_a_reload_under_one_name_is_caught(live, tokenizer, tmp_path):
     """Law 3's control: kibitz never does this; where somebody does, the check for mixed answers must see it."""
     name = await swapped_in(live, tmp_path, seed=11)
-    prompts = benchmark.long_prompts(tokenizer, 8)
-    expected = {name: await benchmark.references(live.policy, name, prompts)}
-    answers, _, _ = await benchmark.load(live.policy, iter(prompts), 4, lambda: None)
-    limit = max(benchmark.distances(answers, expected)) + 0.01
+    prompts = serving.long_prompts(tokenizer, 8)
+    expected = {name: await serving.references(live.policy, name, prompts)}
+    answers, _, _ = await serving.load(live.policy, iter(prompts), 4, lambda: None)
+    limit = max(serving.distances(answers, expected)) + 0.01
     assert limit < 0.1, "float32 rounds less than that"
     other = tmp_path / "weights-12"
-    await asyncio.to_thread(benchmark.random_version, live.config, live.registry.get(BASE).base_model, other, 12)
+    await asyncio.to_thread(serving.random_version, live.config, live.registry.get(BASE).base_model, other, 12)
     body = {"lora_name": name, "lora_path": str(other), "load_inplace": True}
     async with httpx.AsyncClient(base_url=live.policy.url, timeout=300) as client:
         (await client.post("/v1/load_lora_adapter", json=body)).raise_for_status()
-    answers, _, _ = await benchmark.load(live.policy, iter(prompts), 4, lambda: None)
-    assert benchmark.mixed(answers, expected, limit) > 0
+    answers, _, _ = await serving.load(live.policy, iter(prompts), 4, lambda: None)
+    assert serving.mixed(answers, expected, limit) > 0
     with pytest.raises(ServingError, match="failed its probe"):
         await live.deployment._probe(live.registry.get(name))
 
@@ -377,8 +378,8 @@ async def test_a_server_that_is_not_there_is_an_error_for_people_and_a_broken_st
 
 
 async def test_overhead_is_measured_against_the_same_prompts(live, monkeypatch):
-    monkeypatch.setattr(benchmark, "LENGTH", 8)
-    figures = await benchmark.overhead(live.dialogue, live.policy, 16, 1, 0, lambda *_: None)
+    monkeypatch.setattr(serving, "LENGTH", 8)
+    figures = await serving.overhead(live.dialogue, live.policy, 16, 1, 0, lambda *_: None)
     wanted = {"throughput_ratio_1", "throughput_ratio_16", "p50_added_ms_1", "p50_added_ms_16", "p99_added_ms_16"}
     assert wanted <= set(figures)
     assert all(figures[name] > 0 for name in wanted if name.startswith("throughput"))
@@ -430,7 +431,7 @@ async def test_a_connection_that_the_server_may_be_closing_is_not_used_again(liv
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     for idle_seconds, wanted in ((0.05, 2), (600.0, 1)):  # the second is the control: it is used again
-        monkeypatch.setattr("bot.policy.IDLE_SECONDS", idle_seconds)
+        monkeypatch.setattr("bot.serving.policy.IDLE_SECONDS", idle_seconds)
         policy = Policy(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", live.config.policy)
         connections = 0
         assert (await policy.reply([1, 2, 3])).text == "Hi"
@@ -443,7 +444,7 @@ async def test_a_connection_that_the_server_may_be_closing_is_not_used_again(liv
 
 async def test_while_vllm_sleeps_nobody_is_answered_and_what_it_serves_is_proven_afterwards(live, tmp_path, monkeypatch):
     """vLLM's CPU build takes the requests and keeps its memory: what kibitz makes of them is the same."""
-    monkeypatch.setattr("bot.policy.LULL_SECONDS", 0.5)
+    monkeypatch.setattr("bot.serving.policy.LULL_SECONDS", 0.5)
     name = await swapped_in(live, tmp_path, 11)
     told: list[str] = []
     monkeypatch.setattr(live.deployment, "announce", told.append)
@@ -468,7 +469,7 @@ async def test_while_vllm_sleeps_nobody_is_answered_and_what_it_serves_is_proven
 
 
 async def test_a_run_that_fails_wakes_vllm(live, monkeypatch):
-    monkeypatch.setattr("bot.policy.LULL_SECONDS", 0.5)
+    monkeypatch.setattr("bot.serving.policy.LULL_SECONDS", 0.5)
     with pytest.raises(ZeroDivisionError):
         async with live.deployment.asleep():
             raise ZeroDivisionError

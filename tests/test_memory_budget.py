@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from bot.accelerator import GIB, Card
 from bot.config import TrainingConfig, load
 from bot.errors import ConfigError
-from bot.memory_budget import (
+from bot.models.memory_budget import (
     GRAPHS,
     SAMPLED,
     SPARE,
@@ -22,7 +22,7 @@ from bot.memory_budget import (
     serving_bytes,
     training_bytes,
 )
-from bot.model_shape import shape_of
+from bot.models.shape import shape_of
 
 DIMENSIONS = [  # hidden, intermediate, heads, key heads, head width: SmolLM2's, Qwen3's, the demo policy's
     (LlamaConfig, 576, 1536, 9, 3, 64),

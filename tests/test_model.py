@@ -10,9 +10,9 @@ from trl.trainer import add_fused_lm_head
 
 from bot.config import Config
 from bot.errors import TrainingError
-from learning.benchmark import random_version
-from learning.evaluation import answer_logprobs
-from learning.model import (
+from learning.bench.serving import random_version
+from learning.judging.evaluation import answer_logprobs
+from learning.models.trainable import (
     adopt,
     as_base,
     as_float32,

@@ -14,12 +14,12 @@ import pytest
 import transformers
 from safetensors.torch import load_file, save_file
 
-from bot import model_check
 from bot.accelerator import GIB, Card
-from bot.architectures import is_served, is_trained, takes_adapters, vllm_table
 from bot.config import Config, load
 from bot.errors import ConfigError, TrainingError
-from bot.model_check import (
+from bot.models import check as model_check
+from bot.models.architectures import is_served, is_trained, takes_adapters, vllm_table
+from bot.models.check import (
     check_architecture,
     check_disk,
     check_download,
@@ -29,11 +29,11 @@ from bot.model_check import (
     check_weights,
     explain_refusal,
 )
-from bot.model_shape import read_shape
-from learning.model import divide_logits
-from learning.model import served as load_served
-from learning.model_choice import sized_model, with_model
-from learning.pretrain import is_toy
+from bot.models.shape import read_shape
+from learning.models.trainable import divide_logits
+from learning.models.trainable import served as load_served
+from learning.training.choice import sized_model, with_model
+from learning.training.pretrain import is_toy
 
 ASKED = [
     "LlamaForCausalLM",
@@ -356,8 +356,8 @@ def test_a_tokenizer_whose_ids_have_a_gap(model):
 
 
 def test_float32_on_a_gpu_and_cards_that_are_small_or_full(model, monkeypatch):
-    monkeypatch.setattr("bot.dtype.has_gpu", lambda: True)
-    monkeypatch.setattr("bot.dtype.read_card", lambda: None)
+    monkeypatch.setattr("bot.models.dtype.has_gpu", lambda: True)
+    monkeypatch.setattr("bot.models.dtype.read_card", lambda: None)
     monkeypatch.setattr(model_check, "read_card", lambda: Card("a GPU", 8 * GIB, 8 * GIB))
     assert check_model(configured(model), str(model)) is not None
     refused(model, "float32", serving={"dtype": "float32"})
@@ -455,7 +455,8 @@ def test_what_a_hub_answers_is_quoted(tmp_path, answer, headers, said):
         place = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
         code = (
             "import time\ntime.sleep = lambda seconds: None\n"  # huggingface_hub waits longer after each 429
-            "from bot.config import load\nfrom bot.errors import ConfigError\nfrom learning.model_choice import base_model\n"
+            "from bot.config import load\nfrom bot.errors import ConfigError\n"
+            "from learning.training.choice import base_model\n"
             "try:\n    base_model(load(policy={'model': 'owner/name'}), print)\n"
             "except ConfigError as error:\n    print('told', error)\n"
         )

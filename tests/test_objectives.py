@@ -14,15 +14,16 @@ from hypothesis import strategies as st
 
 from bot.config import Config, TrainingConfig
 from bot.errors import NothingToLearn, TrainingError
-from learning import batching, demo, objectives
-from learning.comparison import told
-from learning.evaluation import batched_logprobs, batches
-from learning.experience import Experience
-from learning.guard import CHECKS, Guard, Health, Limits, due
-from learning.model import load, restore, weights
-from learning.objectives import TokenDPOTrainer, TokenKTOTrainer, arguments, train
-from learning.selection import draw_batches, learnable, usable_rows
-from learning.weighted_trainer import CUT, TERMS, WeightedTrainer, row_losses, weighted_trainer
+from learning.data.comparison import told
+from learning.data.experience import Experience
+from learning.data.selection import draw_batches, learnable, usable_rows
+from learning.judging.evaluation import batched_logprobs, batches
+from learning.models import batching, toy
+from learning.models.trainable import load, restore, weights
+from learning.training import objectives
+from learning.training.guard import CHECKS, Guard, Health, Limits, due
+from learning.training.objectives import TokenDPOTrainer, TokenKTOTrainer, arguments, train
+from learning.training.weighted_trainer import CUT, TERMS, WeightedTrainer, row_losses, weighted_trainer
 
 OBJECTIVES = ("kto", "dpo", "sft", "pg", "hindsight", "mixed")
 
@@ -49,11 +50,11 @@ def lessons(model, tokenizer, count: int = 32) -> list[Experience]:
     rng = random.Random(0)
     found = []
     for number in range(count):
-        prompt, intent = rng.choice(demo.prompts(held_out=False))
-        style = rng.choice(demo.STYLES)
+        prompt, intent = rng.choice(toy.prompts(held_out=False))
+        style = rng.choice(toy.STYLES)
         ids = tuple(tokenizer.prompt_ids([{"role": "user", "content": prompt}]))
         said, other = (
-            tuple(tokenizer.completion_ids(demo.answer(intent, replace(style, emoji=emoji)))) for emoji in (True, False)
+            tuple(tokenizer.completion_ids(toy.answer(intent, replace(style, emoji=emoji)))) for emoji in (True, False)
         )
         likes = number % 2 == 0
         found.append(

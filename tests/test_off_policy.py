@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from test_reward_model import rated
 
-from learning.evaluation import Sample
-from learning.experience import Experience
-from learning.off_policy import CUT, doubly_robust, estimated, importance
-from learning.reward_model import RewardModel
+from learning.data.experience import Experience
+from learning.judging.evaluation import Sample
+from learning.judging.off_policy import CUT, doubly_robust, estimated, importance
+from learning.judging.reward_model import RewardModel
 
 
 def drawn(seed: int = 0, count: int = 200_000) -> dict[str, np.ndarray]:

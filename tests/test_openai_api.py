@@ -6,7 +6,7 @@ import pytest
 
 from bot.errors import DataError
 from bot.types import FeedbackKind
-from connectors.openai_api import UNSEEN, Completion, FeedbackRequest, parsed
+from connectors.web.openai_api import UNSEEN, Completion, FeedbackRequest, parsed
 
 USER = {"role": "user", "content": "hello"}
 PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}

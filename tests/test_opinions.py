@@ -9,18 +9,18 @@ from conftest import answered, until
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from bot.chat.dialogue import DialogueManager
+from bot.chat.reactions import Reactions
+from bot.chat.tracker import StateTracker
 from bot.config import AccessConfig, PrivacyConfig, ReactionsConfig
-from bot.deliveries import Deliveries
-from bot.dialogue import DialogueManager
-from bot.feedback import standing
-from bot.forgetting import forget_person
-from bot.memory import Memory
-from bot.policy import Policy
-from bot.reactions import Reactions
-from bot.recall import Recall, weights
-from bot.tracker import StateTracker
+from bot.memory.recall import Recall, weights
+from bot.memory.scope import Memory
+from bot.serving.policy import Policy
+from bot.store.deliveries import Deliveries
+from bot.store.feedback import standing
+from bot.store.forgetting import forget_person
+from bot.store.users import Users
 from bot.types import Feedback, FeedbackKind, new_id, now
-from bot.users import Users
 from connectors import opinions
 from connectors.access import Access
 from connectors.answers import Answers

@@ -25,18 +25,20 @@ from conftest import until
 from fake_vllm import FakeVllm
 from one_weight import EXCLAIMS, STATES, learn_in_an_instant
 
-from bot import app, words
+from bot import app
+from bot.chat.dialogue import History, ReplyOptions
 from bot.config import Config
-from bot.dialogue import History, ReplyOptions
-from bot.embeddings import Embedder
 from bot.errors import RegistryError
-from bot.forgetting import SAMPLES, UNFINISHED
-from bot.tables import embeddings, messages, metadata
-from bot.tokenizer import ChatTokenizer
+from bot.memory.embedder import Embedder
+from bot.models.tokenizer import ChatTokenizer
+from bot.store import words
+from bot.store.forgetting import SAMPLES, UNFINISHED
+from bot.store.tables import embeddings, messages, metadata
 from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, Turn, new_id, now
-from learning import probe, report, trainer
-from learning.kibitz_export import export
-from learning.selection import is_held_out, question_key
+from learning.data.selection import is_held_out, question_key
+from learning.importers.kibitz_export import export
+from learning.judging import probe, report
+from learning.training import trainer
 
 WORD = "zyxquon"  # what Ann says, and nobody else but those who repeat her
 ANN, BOB = "ann", "bob"

@@ -9,7 +9,7 @@ from test_importers import chats, opinions
 
 from bot.errors import DataError
 from bot.types import FeedbackKind
-from learning.importers import read
+from learning.importers.formats import read
 
 BOTS = {"kibitz", "newsbot"}
 

@@ -15,12 +15,12 @@ import pytest
 from conftest import shared, until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from platforms import PEOPLE, PLATFORMS, DiscordPlatform, Platform, Shown, SlackPlatform, WebPlatform
 
-from bot.dialogue import LONGEST, spoken
-from bot.feedback import standing
+from bot.chat.dialogue import LONGEST, spoken
+from bot.store.feedback import standing
 from bot.types import FeedbackKind, Turn
-from connectors.benchmark import whole
+from connectors.local.benchmark import whole
+from connectors.local.platforms import PEOPLE, PLATFORMS, DiscordPlatform, Platform, Shown, SlackPlatform, WebPlatform
 
 OPINION = {FeedbackKind.APPROVAL: True, FeedbackKind.DISAPPROVAL: False}
 WORDS = ["hello", "i can't sleep", "good night", "tell me a joke", "what should i eat"]

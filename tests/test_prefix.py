@@ -4,8 +4,8 @@ import pytest
 import torch
 import transformers
 
-from learning.evaluation import batched_logprobs, padded
-from learning.prefix import LEAST, common_length, share_prefixes
+from learning.judging.evaluation import batched_logprobs, padded
+from learning.models.prefix import LEAST, common_length, share_prefixes
 
 TINY = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 TINY |= {"num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from bot.config import Config
-from learning import probe
-from learning.benchmark import random_version
-from learning.deployment import Probed
-from learning.evaluation import next_logprobs
-from learning.gate import Evidence, Gain, Opinions, judge
-from learning.model import load, restore, served, weights
+from learning.bench.serving import random_version
+from learning.judging import probe
+from learning.judging.evaluation import next_logprobs
+from learning.judging.gate import Evidence, Gain, Opinions, judge
+from learning.models.trainable import load, restore, served, weights
+from learning.rollout.deployment import Probed
 
 NARROW = Config(serving={"dtype": "bfloat16"})
 

@@ -41,21 +41,22 @@ from one_weight import EXCLAIMS, STATES, learn_in_an_instant
 
 from bot import app
 from bot.config import Config, load
-from bot.conversations import ConversationStore
-from bot.database import Database
 from bot.errors import DatabaseUnavailable, NothingToLearn, RegistryError
-from bot.registry import BASE, PolicyRegistry
+from bot.models.tokenizer import ChatTokenizer
+from bot.store.conversations import ConversationStore
+from bot.store.database import Database
+from bot.store.registry import BASE, PolicyRegistry
+from bot.store.tables import run_feedback, runs
 from bot.supervision import supervise
-from bot.tables import run_feedback, runs
-from bot.tokenizer import ChatTokenizer
 from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, Turn
-from learning import statistics, trainer
-from learning.deployment import Deployment
-from learning.error_budget import level_of_next
-from learning.gate import Evidence, Gain, Opinions, judge
-from learning.replay_buffer import ReplayBuffer
-from learning.version_files import fingerprint
-from learning.waiting import judge_waiting
+from learning.data.replay_buffer import ReplayBuffer
+from learning.judging import statistics
+from learning.judging.error_budget import level_of_next
+from learning.judging.gate import Evidence, Gain, Opinions, judge
+from learning.judging.waiting import judge_waiting
+from learning.models.version_files import fingerprint
+from learning.rollout.deployment import Deployment
+from learning.training import trainer
 
 HISTORIES, STEPS = 200, 10
 # How many turns others had said before, and whether a version is live: enough to judge one by, or so few that it waits.
@@ -648,10 +649,10 @@ def stage(demo_model, tokenizer, tmp_path_factory) -> Iterator[Stage]:
     )
     made = Stage(config, tokenizer)
     with learn_in_an_instant(tokenizer) as patch:
-        patch.setattr("learning.gate.bootstrap", partial(_bootstrap, draws=10))  # intervals, which decide nothing
+        patch.setattr("learning.judging.gate.bootstrap", partial(_bootstrap, draws=10))  # intervals, which decide nothing
         patch.setattr("bot.app.ChatTokenizer", lambda *_: tokenizer)
         patch.setattr("bot.app.gc", SimpleNamespace(collect=lambda: 0, freeze=lambda: None))
-        patch.setattr("bot.database.BUSY_SECONDS", 0.01)
+        patch.setattr("bot.store.database.BUSY_SECONDS", 0.01)
         # What watches in the background looks when a history wants it to, so that a history can be repeated.
         patch.setattr(Deployment, "watch", partialmethod(Deployment.watch, 3600.0))
         patch.setattr("bot.app.PAUSE_SECONDS", 3600.0)
@@ -713,10 +714,10 @@ def test_the_laws_hold_in_every_history(stage, request):
 @pytest.mark.parametrize(
     ("place", "does", "law"),
     [
-        ("bot.forgetting.answers_from", {}, "law 10: what was made from forgotten words goes"),
-        ("bot.registry.PolicyRegistry.purge", [], "learned from who is forgotten"),
-        ("learning.voices.Consent.of", True, "law 7"),
-        ("learning.trainer.earlier_verdicts", [], "law 6"),
+        ("bot.store.forgetting.answers_from", {}, "law 10: what was made from forgotten words goes"),
+        ("bot.store.registry.PolicyRegistry.purge", [], "learned from who is forgotten"),
+        ("learning.data.voices.Consent.of", True, "law 7"),
+        ("learning.training.trainer.earlier_verdicts", [], "law 6"),
     ],
     ids=["answers-stay", "versions-stay", "all-teach", "nothing-is-spent"],
 )

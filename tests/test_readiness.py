@@ -7,9 +7,9 @@ import sqlite3
 from conftest import until
 from fake_vllm import FakeVllm
 
-from bot import readiness
-from bot.policy import Policy
-from bot.readiness import Readiness, looks_at
+from bot.serving import readiness
+from bot.serving.policy import Policy
+from bot.serving.readiness import Readiness, looks_at
 
 
 async def test_readiness_says_what_is_wrong_with_vllm_the_database_or_the_disk(config, database, tokenizer, monkeypatch):

@@ -10,21 +10,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bot.chat.dialogue import cleaned
+from bot.chat.tracker import StateTracker
 from bot.config import DialogueConfig, PrivacyConfig
-from bot.conversations import ConversationStore
-from bot.dialogue import cleaned
-from bot.embeddings import Embedder
 from bot.errors import ConfigError, DataError
-from bot.forgetting import forget_message, forget_person
-from bot.memory import Memory
-from bot.recall import OVERLAP, Recall, weights
-from bot.retrieval import Entry, ScopeIndex
-from bot.tables import embeddings
-from bot.tracker import StateTracker
+from bot.memory.embedder import Embedder
+from bot.memory.index import Entry, ScopeIndex
+from bot.memory.recall import OVERLAP, Recall, weights
+from bot.memory.scope import Memory
+from bot.store.conversations import ConversationStore
+from bot.store.forgetting import forget_message, forget_person
+from bot.store.tables import embeddings
+from bot.store.users import Users
 from bot.types import Conversation, Message, Turn, new_id, now
-from bot.users import Users
-from learning import recall_benchmark, tracker_benchmark
-from learning.dialogues import dialogue
+from learning.bench import tracker
+from learning.fitting.dialogues import dialogue
 
 FACT = "my sister keeps eleven green parrots in the attic"
 QUESTION = "how many parrots does her sister have?"
@@ -289,25 +289,25 @@ async def test_the_benchmark_of_recall_counts_what_is_found_and_says_what_it_can
     file = tmp_path / "asked.jsonl"
     made = dialogue(3, turns=120)
     made.questions += [{"text": "what?", "evidence": []}, {"text": "who?", "evidence": ["nowhere"]}]
-    file.write_text(recall_benchmark.as_lines([made]))
+    file.write_text(recall.as_lines([made]))
     told: list[int] = []
-    asked = recall_benchmark.read(file)
-    figures = await recall_benchmark.measure(asked, another(), weights(), lambda *progress: told.append(progress[1]))
+    asked = recall.read(file)
+    figures = await recall.measure(asked, another(), weights(), lambda *progress: told.append(progress[1]))
     assert figures["questions"] == len(made.questions) - 2
     assert figures["left_out"] == 2
     assert figures["recall_at_10"] > 70 > 30 > figures["recency_recall_at_10"]
-    blind = await recall_benchmark.measure(asked, another(), {"length": -1.0}, lambda *_: None)
+    blind = await recall.measure(asked, another(), {"length": -1.0}, lambda *_: None)
     assert blind["recall_at_10"] < 30  # the control: with a signal that knows nothing it finds nothing
     assert told == [1]
     for bad in ("", "{}", '{"conversation": [], "questions": []}', json.dumps(vars(dialogue(3)) | {"questions": []})):
         file.write_text(bad)
         with pytest.raises(DataError, match=r"asked\.jsonl"):
-            recall_benchmark.read(file)
+            recall.read(file)
 
 
 async def test_what_is_older_than_what_is_in_memory_is_found_by_its_words(store, recall, monkeypatch):
-    monkeypatch.setattr("bot.recall.WINDOW", 40)
-    monkeypatch.setattr("bot.recall.OVERLAP", 8)
+    monkeypatch.setattr("bot.memory.recall.WINDOW", 40)
+    monkeypatch.setattr("bot.memory.recall.OVERLAP", 8)
     place = store.open(Conversation("test", "general", thread="0"))
     tell(store, place, FACT)
     for number in range(1, 120):  # one conversation a mention
@@ -320,13 +320,13 @@ async def test_what_is_older_than_what_is_in_memory_is_found_by_its_words(store,
         assert (await found(recall, newest))[0] == FACT
         assert 40 <= len(index) <= 50
     assert recall.read(newest).index is index
-    monkeypatch.setattr("bot.recall.OLDER", 0)
+    monkeypatch.setattr("bot.memory.recall.OLDER", 0)
     assert FACT not in await found(recall, newest), "the control: it is not in memory"
 
 
 async def test_what_was_said_while_nobody_asked_is_in_memory_without_a_gap(store, recall, monkeypatch):
-    monkeypatch.setattr("bot.recall.WINDOW", 40)
-    monkeypatch.setattr("bot.recall.OVERLAP", 8)
+    monkeypatch.setattr("bot.memory.recall.WINDOW", 40)
+    monkeypatch.setattr("bot.memory.recall.OVERLAP", 8)
     place = crowded(store)
     await found(recall, place)
     said = [tell(store, place, f"then the red banana number {number} came") for number in range(100)]
@@ -379,17 +379,17 @@ def test_an_index_without_its_oldest_ranks_as_one_that_never_had_them_and_with_o
 async def test_the_benchmark_of_the_tracker_asks_one_conversation_a_mention_and_counts_what_leaks(
     embedder, tokenizer, monkeypatch, scope
 ):
-    monkeypatch.setattr(tracker_benchmark, "SIZES", {"1e3": 400})
-    monkeypatch.setattr(tracker_benchmark, "CHANNELS", {"2k": 60})
-    monkeypatch.setattr(tracker_benchmark, "SMALL", 20)
-    monkeypatch.setattr(tracker_benchmark, "QUESTIONS", 80)
+    monkeypatch.setattr(tracker, "SIZES", {"1e3": 400})
+    monkeypatch.setattr(tracker, "CHANNELS", {"2k": 60})
+    monkeypatch.setattr(tracker, "SMALL", 20)
+    monkeypatch.setattr(tracker, "QUESTIONS", 80)
     if scope == "wide":  # the control: a memory that sees all channels
-        monkeypatch.setattr("bot.memory.scope_of", lambda *channel: 0)
-        monkeypatch.setattr("bot.tables.scope_of", lambda *channel: 0)
+        monkeypatch.setattr("bot.memory.scope.scope_of", lambda *channel: 0)
+        monkeypatch.setattr("bot.store.tables.scope_of", lambda *channel: 0)
         monkeypatch.setattr(Memory, "visible", lambda self, place, ids: ConversationStore(self.database).messages_of(ids))
     told: list[tuple[str, int, int]] = []
     own = Embedder(embedder.name, embedder._file.parent.parent)  # the benchmark closes its own
-    figures = await tracker_benchmark.measure(own, tokenizer, weights(), ["1e3", "2k"], lambda *one: told.append(one))
+    figures = await tracker.measure(own, tokenizer, weights(), ["1e3", "2k"], lambda *one: told.append(one))
     assert (figures.pop("leaks") > 0) == (scope == "wide")
     assert set(figures) == {
         *("added_p50_ms_1e3", "added_p99_ms_1e3", "file_mb_1e3", "memory_mb_1e3", "inserts_per_s"),
@@ -402,10 +402,10 @@ async def test_the_benchmark_of_the_tracker_asks_one_conversation_a_mention_and_
 def test_each_size_of_the_benchmark_is_measured_in_a_process_of_its_own(config, monkeypatch, tmp_path):
     told: list[tuple[str, int, int]] = []
     plain = config.model_copy(update={"dialogue": DialogueConfig(embedder="none")})
-    figures = tracker_benchmark.measure_apart(plain, config.policy.model, ["1e3"], lambda *one: told.append(one))
+    figures = tracker.measure_apart(plain, config.policy.model, ["1e3"], lambda *one: told.append(one))
     assert told[-1][1:] == (1000, 1000)
     assert figures["leaks"] == 0
     assert 0 < figures["memory_mb_1e3"] < 400, "the libraries of training are not loaded there"
     wrong = config.model_copy(update={"dialogue": DialogueConfig(embedder="/nowhere/model")})
     with pytest.raises(ConfigError, match=r"dialogue\.embedder"):
-        tracker_benchmark.measure_apart(wrong, config.policy.model, ["1e3"], lambda *_: None)
+        tracker.measure_apart(wrong, config.policy.model, ["1e3"], lambda *_: None)

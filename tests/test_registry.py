@@ -9,15 +9,15 @@ import sqlalchemy as sa
 from conftest import answered, react
 from safetensors.numpy import save_file
 
-from bot.conversations import ConversationStore
 from bot.errors import RegistryError, VerdictOutdated
-from bot.fingerprint import fingerprint_model
-from bot.forgetting import forget_person
-from bot.registry import BASE, TRANSITIONS, PolicyRegistry, withdraw
-from bot.tables import policies
+from bot.store.conversations import ConversationStore
+from bot.store.fingerprint import fingerprint_model
+from bot.store.forgetting import forget_person
+from bot.store.registry import BASE, TRANSITIONS, PolicyRegistry, withdraw
+from bot.store.tables import policies
 from bot.types import PolicyState
-from learning.deployment import Deployment
-from learning.loop import OnlineLearner
+from learning.rollout.deployment import Deployment
+from learning.rollout.loop import OnlineLearner
 
 
 def candidate(registry, tmp_path, parent=BASE):

@@ -9,13 +9,13 @@ from conftest import answered, react
 
 from bot.config import PrivacyConfig, load
 from bot.errors import ConfigError, DataError
-from bot.memory import Memory
-from bot.recall import weights
+from bot.memory.recall import weights
+from bot.memory.scope import Memory
+from bot.store.users import Users
 from bot.types import Conversation, Message
-from bot.users import Users
-from learning.reminders import judged
-from learning.replay_buffer import ReplayBuffer
-from learning.retrieval_training import PRIOR, Example, loss, moved, proven
+from learning.data.replay_buffer import ReplayBuffer
+from learning.fitting.reminders import judged
+from learning.fitting.retrieval import PRIOR, Example, loss, moved, proven
 
 PLACES = 48
 THINGS = ["train", "garden", "soup", "guitar", "river", "exam", "dog", "bread", "bike", "winter"]

@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 from conftest import answered, react
 
+from bot.chat.dialogue import INTERRUPTED
 from bot.config import load
-from bot.dialogue import INTERRUPTED
-from bot.followups import KINDS
-from bot.policy import STOPPED
-from bot.tables import followups
+from bot.memory.followups import KINDS
+from bot.serving.policy import STOPPED
+from bot.store.tables import followups
 from bot.types import Conversation, Feedback, FeedbackKind, Message, new_id
-from learning.replay_buffer import ReplayBuffer
+from learning.data.replay_buffer import ReplayBuffer
 
 
 def snapshot(store, tokenizer, config=None):
@@ -226,7 +226,7 @@ def test_a_run_reads_no_more_turns_than_it_draws_from_and_draws_what_it_would_dr
     found, read = {}, {}
     turns_of = store.turns_of
     for page in (10_000, 7):
-        monkeypatch.setattr("learning.replay_buffer.PAGE", page)
+        monkeypatch.setattr("learning.data.replay_buffer.PAGE", page)
         counted: list[str] = []
 
         def count(ids, counted=counted):

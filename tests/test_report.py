@@ -11,11 +11,12 @@ from conftest import answered, converse, react
 from test_training import quiet
 
 from bot.errors import DataError
-from bot.forgetting import forget_message
+from bot.store.forgetting import forget_message
 from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, new_id, now
-from learning import report, trainer
-from learning.explanation import Used, explain
-from learning.replay_buffer import ReplayBuffer
+from learning.data.explanation import Used, explain
+from learning.data.replay_buffer import ReplayBuffer
+from learning.judging import report
+from learning.training import trainer
 
 
 def test_a_report_says_what_was_learned_and_why_the_rest_was_not(trained):

@@ -10,20 +10,21 @@ from conftest import answered, react, until
 from fake_vllm import FakeVllm
 from pydantic import ValidationError
 
-from bot import app, retention
-from bot.caches import Caches
+from bot import app
 from bot.config import PrivacyConfig
-from bot.erasures import Erasures
-from bot.forgetting import SAMPLES, find_people, forget_person
-from bot.memory import Memory
-from bot.recall import Recall, weights
-from bot.registry import BASE
-from bot.retention import erase_expired
-from bot.tables import embeddings, feedback, messages, metadata, run_teachers, sources, turns, words
+from bot.memory.caches import Caches
+from bot.memory.recall import Recall, weights
+from bot.memory.scope import Memory
+from bot.store import retention
+from bot.store.erasures import Erasures
+from bot.store.forgetting import SAMPLES, find_people, forget_person
+from bot.store.registry import BASE
+from bot.store.retention import erase_expired
+from bot.store.tables import embeddings, feedback, messages, metadata, run_teachers, sources, turns, words
+from bot.store.users import Users
 from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, Turn, new_id, now
-from bot.users import Users
-from learning.explanation import explain
-from learning.replay_buffer import ReplayBuffer
+from learning.data.explanation import explain
+from learning.data.replay_buffer import ReplayBuffer
 
 SECRET = "xyzzy parrots in the attic"
 YOUNG = "the young tulips bloom early"

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from bot.config import Config
-from learning import demo
-from learning.experience import Experience
-from learning.lm_reward_model import LmRewardModel, pairs
-from learning.reward_model import RewardModel
-from learning.reward_scores import Judged, figures
-from learning.statistics import calibration
+from learning.data.experience import Experience
+from learning.judging.lm_reward_model import LmRewardModel, pairs
+from learning.judging.reward_model import RewardModel
+from learning.judging.reward_scores import Judged, figures
+from learning.judging.statistics import calibration
+from learning.models import toy
 
 ABOUT = {
     "cats": ["my cat sleeps all day", "kittens love to play with wool", "a cat purrs when it is happy", "cats hate water"],
@@ -77,10 +77,10 @@ def words_of(tokenizer, likes, count: int = 288, seed: int = 0) -> list[Experien
     rng = random.Random(seed)
     found = []
     for number in range(count):
-        prompt, intent = rng.choice(demo.prompts(held_out=False))
-        style = rng.choice(demo.STYLES)
+        prompt, intent = rng.choice(toy.prompts(held_out=False))
+        style = rng.choice(toy.STYLES)
         ids = tuple(tokenizer.prompt_ids([{"role": "user", "content": prompt}]))
-        answer = demo.answer(intent, style)
+        answer = toy.answer(intent, style)
         worth = 1.0 if likes(style, rng) else -1.0
         row = Experience(str(number), str(number), ids, tuple(tokenizer.completion_ids(answer)), None, worth, ())
         found.append(replace(row, question=prompt, answer=answer))

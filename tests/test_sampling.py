@@ -7,9 +7,9 @@ from conftest import answered, react
 
 from bot.config import load
 from bot.errors import ConfigError
-from bot.sampling import advised, apply_sampling_defaults, is_truncated
-from learning import builtin
-from learning.replay_buffer import ReplayBuffer
+from bot.models.sampling import advised, apply_sampling_defaults, is_truncated
+from learning.data.replay_buffer import ReplayBuffer
+from learning.models import builtin
 
 
 def model_with(tmp_path, generation: dict | None, family: str) -> str:

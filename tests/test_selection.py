@@ -11,10 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bot.config import Config
-from learning.comparison import compared, paired
-from learning.experience import Experience
-from learning.rewards import advantages
-from learning.selection import draw_batches, fresh_and_old, group_by_length, is_held_out, kinds_of, limited, thinned, weighed
+from learning.data.comparison import compared, paired
+from learning.data.experience import Experience
+from learning.data.rewards import advantages
+from learning.data.selection import (
+    draw_batches,
+    fresh_and_old,
+    group_by_length,
+    is_held_out,
+    kinds_of,
+    limited,
+    thinned,
+    weighed,
+)
 
 REWARDS = st.lists(st.floats(-1, 1), min_size=1, max_size=40)
 

@@ -7,8 +7,8 @@ import pytest
 
 from bot.config import Config, load
 from bot.errors import ConfigError
-from bot.model_shape import count_parameters, read_shape, shape_of
-from bot.sizes import apply_size_defaults, defaults_for, describe_sizes
+from bot.models.shape import count_parameters, read_shape, shape_of
+from bot.models.sizes import apply_size_defaults, defaults_for, describe_sizes
 
 # From the models' own config.json: hidden, intermediate, layers, heads, key heads, head width, vocabulary, tied.
 MODELS = {
@@ -75,7 +75,7 @@ def test_without_a_gpu_a_replay_is_shorter_than_a_run_beside_the_chat(tmp_path, 
     (tmp_path / "config.json").write_text(json.dumps(settings("SmolLM2-135M")))
     asked = load(gate={"samples": 48})
     for has_gpu, steps, samples in ((False, 24, 96), (True, 36, 192)):
-        monkeypatch.setattr("bot.sizes.has_gpu", lambda found=has_gpu: found)
+        monkeypatch.setattr("bot.models.sizes.has_gpu", lambda found=has_gpu: found)
         found = apply_size_defaults(load(), str(tmp_path), replays=True)
         assert (found.training.max_steps, found.gate.samples) == (steps, samples)
         assert apply_size_defaults(load(), str(tmp_path)).training.max_steps == 36

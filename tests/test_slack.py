@@ -11,31 +11,32 @@ import httpx
 import pytest
 import pytest_asyncio
 from conftest import PATIENT, explained, shared, until
-from fake_slack import APP_TOKEN, BOT, BOT_TOKEN, NUMBERS, FakeSlack
 from slack_sdk.signature import SignatureVerifier
 
 from bot.config import AccessConfig, SlackConfig
 from bot.errors import ConfigError, ConnectorError
 from bot.types import FeedbackKind
 from connectors.answers import BUSY, NOT_RECORDED, SORRY
-from connectors.slack import GREETING, Secrets, Slack
-from connectors.slack_interactions import NOT_ADMITTED, NOTED
-from connectors.slack_messages import harmless
-from learning.rewards import reward
+from connectors.local.slack import LocalSlack
+from connectors.local.slack_state import APP_TOKEN, BOT, BOT_TOKEN, NUMBERS
+from connectors.slack.connector import GREETING, Secrets, Slack
+from connectors.slack.interactions import NOT_ADMITTED, NOTED
+from connectors.slack.messages import harmless
+from learning.data.rewards import reward
 
 ANN, BOB = "UANN", "UBOB"
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def platform() -> AsyncIterator[FakeSlack]:
-    fake = FakeSlack()
+async def platform() -> AsyncIterator[LocalSlack]:
+    fake = LocalSlack()
     await fake.start()
     yield fake
     await fake.stop()
 
 
 async def connected(
-    live, platform: FakeSlack, access: AccessConfig = PATIENT, **settings: object
+    live, platform: LocalSlack, access: AccessConfig = PATIENT, **settings: object
 ) -> tuple[Slack, asyncio.Task[None]]:
     platform.connected.clear()
     config = SlackConfig(**{"edits": 1000, "streams": 1000, **settings})
@@ -71,7 +72,7 @@ def channel(kind: str = "C") -> str:
     return f"{kind}{next(NUMBERS)}"
 
 
-async def answered(platform: FakeSlack, place: str, count: int = 1) -> dict:
+async def answered(platform: LocalSlack, place: str, count: int = 1) -> dict:
     """The newest of `count` answers in a channel, when all of them stand whole, with their buttons."""
     await until(lambda: sum(platform.done(one) for one in platform.answers(place)) >= count)
     return platform.answers(place)[-1]
@@ -323,7 +324,7 @@ async def test_after_a_thumb_down_people_may_say_why(live, platform, bot):
     assert kinds == [(FeedbackKind.DISAPPROVAL, None), (FeedbackKind.COMMENT, "It was rude.")]
 
 
-async def whispered(platform: FakeSlack, count: int) -> list[tuple[str, str]]:
+async def whispered(platform: LocalSlack, count: int) -> list[tuple[str, str]]:
     await until(lambda: len(platform.whispers) >= count)
     return platform.whispers
 

@@ -7,31 +7,32 @@ import aiohttp
 import pytest
 import pytest_asyncio
 import yaml
-from fake_slack import BOT, BOT_TOKEN, FakeSlack
 from slack_sdk.web.async_client import AsyncWebClient
 
+from bot.chat.reactions import Reactions
+from bot.chat.slack_emoji import character
 from bot.config import ReactionsConfig
-from bot.reactions import Reactions
-from bot.slack_emoji import character
 from bot.types import FeedbackKind
 from connectors.commands import COMMANDS
+from connectors.local.slack import LocalSlack
+from connectors.local.slack_state import BOT, BOT_TOKEN
 from connectors.reading import LARGEST_FILE, NOTHING_SAID
-from connectors.slack_reader import SlackReader
+from connectors.slack.reader import SlackReader
 
 DOCS = Path(__file__).parent.parent / "docs"
 MANIFESTS = {file.stem: yaml.safe_load(file.read_text()) for file in sorted(DOCS.glob("slack-manifest*.yaml"))}
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def platform() -> AsyncIterator[FakeSlack]:
-    fake = FakeSlack()
+async def platform() -> AsyncIterator[LocalSlack]:
+    fake = LocalSlack()
     await fake.start()
     yield fake
     await fake.stop()
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def reader(platform: FakeSlack) -> AsyncIterator[SlackReader]:
+async def reader(platform: LocalSlack) -> AsyncIterator[SlackReader]:
     async with aiohttp.ClientSession() as session:
         found = SlackReader(AsyncWebClient(token=BOT_TOKEN, base_url=platform.api, session=session))
         found.me = BOT

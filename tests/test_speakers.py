@@ -8,15 +8,15 @@ from conftest import answered
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bot.chat.dialogue import DialogueManager
+from bot.chat.speakers import LONGEST_NAME, clean_name, with_speakers
+from bot.chat.tracker import StateTracker
 from bot.config import DialogueConfig
-from bot.deliveries import Deliveries
-from bot.dialogue import DialogueManager
-from bot.forgetting import forget_message
-from bot.memory import Memory
-from bot.policy import Policy
-from bot.recall import Recall, weights
-from bot.speakers import LONGEST_NAME, clean_name, with_speakers
-from bot.tracker import StateTracker
+from bot.memory.recall import Recall, weights
+from bot.memory.scope import Memory
+from bot.serving.policy import Policy
+from bot.store.deliveries import Deliveries
+from bot.store.forgetting import forget_message
 from bot.types import FORGOTTEN, Conversation, Heard, Message, Role, now
 
 HERE = Conversation("test", "lobby", "server", "1")

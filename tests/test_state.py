@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bot.facts import sorted_out, stated
-from bot.state import derived
-from bot.texts import state_text
+from bot.chat.texts import state_text
+from bot.memory.facts import sorted_out, stated
+from bot.memory.state import derived
 from bot.types import FORGOTTEN, Message, Role
-from learning import topic_training
+from learning.fitting import topics
 
 TIAGE = Path(__file__).parent.parent.parent / "shared" / "data" / "tiage"
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -93,8 +93,8 @@ def test_a_topic_begins_where_something_else_is_talked_about(embedder):
 
 @pytest.mark.skipif(not TIAGE.is_dir(), reason="the data set is not beside the project")
 def test_topics_are_told_apart_about_as_well_as_on_what_was_learned_from(embedder):
-    known, unknown = (topic_training.read(TIAGE / f"{name}.json") for name in ("train", "test"))
-    learned, figures = topic_training.judged(known[:100], unknown, embedder, lambda *_: None)
+    known, unknown = (topics.read(TIAGE / f"{name}.json") for name in ("train", "test"))
+    learned, figures = topics.judged(known[:100], unknown, embedder, lambda *_: None)
     assert figures["f1"] > figures["cosine_f1"] > figures["always_f1"]
     assert len(learned["weights"]) == 10
 
@@ -114,5 +114,5 @@ def test_a_file_that_is_no_marked_dialogues_is_refused(tmp_path):
     bad = tmp_path / "bad.json"
     bad.write_text(json.dumps([1, 2]))
     with pytest.raises(Exception, match=r"bad\.json cannot be read"):
-        topic_training.read(bad)
-    assert topic_training.f1(np.array([True, False]), np.array([True, True])) == pytest.approx(2 / 3)
+        topics.read(bad)
+    assert topics.f1(np.array([True, False]), np.array([True, True])) == pytest.approx(2 / 3)

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bot.stops import StopFilter
+from bot.models.stops import StopFilter
 
 
 def shown(pieces: list[str], stops: list[str]) -> tuple[str, bool]:

@@ -15,16 +15,16 @@ from test_cli import write_config
 
 from bot.app import desk, run
 from bot.config import load
-from bot.conversations import ConversationStore
 from bot.data_directory import HEALTH, held
-from bot.database import Database
 from bot.errors import ConfigError, ConnectorError, ServingError
-from bot.policy import Policy
-from bot.registry import PolicyRegistry
+from bot.serving.policy import Policy
+from bot.serving.vllm_server import VllmServer
+from bot.store.conversations import ConversationStore
+from bot.store.database import Database
+from bot.store.registry import PolicyRegistry
 from bot.supervision import Health, background_tasks, read_failing, supervise
-from bot.vllm_server import VllmServer
-from learning.deployment import Deployment
-from learning.loop import OnlineLearner
+from learning.rollout.deployment import Deployment
+from learning.rollout.loop import OnlineLearner
 
 
 @pytest.fixture(autouse=True)

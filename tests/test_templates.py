@@ -13,19 +13,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from bot.chat.dialogue import cleaned
+from bot.chat.tracker import CUT, StateTracker
 from bot.config import DialogueConfig, PolicyConfig, load
-from bot.conversations import ConversationStore
-from bot.dialogue import cleaned
 from bot.errors import ConfigError, KibitzError, TemplateError
-from bot.memory import Memory
-from bot.recall import Recall, weights
-from bot.templates import STRICTEST, Template
-from bot.thoughts import UNMARKED
-from bot.tokenizer import ChatTokenizer
-from bot.tracker import CUT, StateTracker
+from bot.memory.recall import Recall, weights
+from bot.memory.scope import Memory
+from bot.models.templates import STRICTEST, Template
+from bot.models.thoughts import UNMARKED
+from bot.models.tokenizer import ChatTokenizer
+from bot.store.conversations import ConversationStore
 from bot.types import Conversation, Message, Role, new_id
-from learning.comparison import told
-from learning.pretrain import _row
+from learning.data.comparison import told
+from learning.training.pretrain import _row
 
 ROLES = {"s": "system", "u": "user", "a": "assistant"}
 TEXTS = st.one_of(
@@ -178,7 +178,7 @@ LOOPS = {"always": LOOP, "where the conversation goes on": "{% if messages|lengt
 
 @pytest.mark.parametrize("when", LOOPS)
 def test_a_template_that_comes_to_no_end_is_told_in_a_line(demo_model, tmp_path, monkeypatch, when):
-    monkeypatch.setattr("bot.templates.LONGEST", 1.0)
+    monkeypatch.setattr("bot.models.templates.LONGEST", 1.0)
     source = LOOPS[when] + ChatTokenizer(demo_model).hf.chat_template
     model = make_tokenizer(demo_model, Family(source, "<|im_end|>", "<|im_end|>"), tmp_path / "tokenizer")
     with pytest.raises(

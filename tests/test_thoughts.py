@@ -15,23 +15,23 @@ from fake_vllm import FakeVllm
 from families import FAMILIES, Family, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from platforms import DiscordPlatform, Platform, SlackPlatform, WebPlatform
 
 from bot import app as kibitz
+from bot.chat.dialogue import NO_ANSWER, DialogueManager, spoken
 from bot.config import PolicyConfig, load
-from bot.dialogue import NO_ANSWER, DialogueManager, spoken
 from bot.errors import ConfigError, TemplateError
-from bot.model_check import check_tokenizer
-from bot.model_shape import read_shape
-from bot.policy import Policy
-from bot.tables import messages, turns
-from bot.thoughts import UNMARKED, ThoughtFilter, Thoughts
-from bot.tokenizer import ChatTokenizer
+from bot.models.check import check_tokenizer
+from bot.models.shape import read_shape
+from bot.models.thoughts import UNMARKED, ThoughtFilter, Thoughts
+from bot.models.tokenizer import ChatTokenizer
+from bot.serving.policy import Policy
+from bot.store.tables import messages, turns
 from bot.types import Conversation, Message, new_id
 from connectors.answers import SORRY
-from learning.evaluation import generate
-from learning.explanation import explain
-from learning.replay_buffer import ReplayBuffer
+from connectors.local.platforms import DiscordPlatform, Platform, SlackPlatform, WebPlatform
+from learning.data.explanation import explain
+from learning.data.replay_buffer import ReplayBuffer
+from learning.judging.evaluation import generate
 
 MARKS = Thoughts("<think>", "</think>")
 OPENED = Thoughts("<think>", "</think>", begins_open=True)

@@ -8,13 +8,13 @@ from conftest import answered
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bot.chat.dialogue import cleaned
+from bot.chat.tracker import CUT, StateTracker
 from bot.config import PERSONA, DialogueConfig
-from bot.dialogue import cleaned
 from bot.errors import ConfigError
-from bot.memory import Memory
-from bot.recall import Recall, weights
-from bot.tokenizer import PLAIN
-from bot.tracker import CUT, StateTracker
+from bot.memory.recall import Recall, weights
+from bot.memory.scope import Memory
+from bot.models.tokenizer import PLAIN
 from bot.types import Conversation, Message, Role, new_id
 
 FACT = "my sister keeps eleven green parrots in the attic"
@@ -129,7 +129,7 @@ def test_a_context_that_the_template_alone_fills_is_not_blamed_on_a_persona_that
 def test_a_tokenizer_that_is_the_plain_one_is_loaded_as_transformers_would_and_without_torch(demo_model):
     code = """
 import sys
-from bot import tokenizer
+from bot.models import tokenizer
 tokenizer.PLAIN = sys.argv[2]
 made = tokenizer.ChatTokenizer(sys.argv[1])
 print(type(made.hf).__name__, made.prompt_ids([{"role": "user", "content": "hi"}]), "torch" in sys.modules)

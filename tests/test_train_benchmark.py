@@ -3,16 +3,16 @@
 import pytest
 
 from bot.config import Config
-from learning import train_benchmark
-from learning.experience import Experience
+from learning.bench import train
+from learning.data.experience import Experience
 
 
 @pytest.mark.slow
 def test_each_objective_is_measured_beside_the_plain_script(demo_model, monkeypatch, tmp_path):
-    monkeypatch.setattr(train_benchmark, "OBJECTIVES", ("mixed",))
-    monkeypatch.setattr(train_benchmark, "SIZE", train_benchmark.Size(rows=64, steps=2, rounds=1))
+    monkeypatch.setattr(train, "OBJECTIVES", ("mixed",))
+    monkeypatch.setattr(train, "SIZE", train.Size(rows=64, steps=2, rounds=1))
     stages = []
-    figures = train_benchmark.measure(Config(data_dir=str(tmp_path)), demo_model, lambda *told: stages.append(told))
+    figures = train.measure(Config(data_dir=str(tmp_path)), demo_model, lambda *told: stages.append(told))
     compared = {"mixed_tokens_per_s", "mixed_tokens_per_s_ratio", "mixed_peak_memory_ratio"}
     assert set(figures) == compared | {"steps_share_of_run"}
     assert all(value > 0 for value in figures.values())
@@ -23,5 +23,5 @@ def test_each_objective_is_measured_beside_the_plain_script(demo_model, monkeypa
 
 def test_tokens_that_are_read_are_counted():
     row = Experience("", "", (1, 2, 3), (4, 5), None, 1.0, (), rejected_ids=(6,))
-    assert train_benchmark._length(row, reads_pairs=False) == 5
-    assert train_benchmark._length(row, reads_pairs=True) == 9
+    assert train._length(row, reads_pairs=False) == 5
+    assert train._length(row, reads_pairs=True) == 9

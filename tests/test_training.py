@@ -13,19 +13,20 @@ from conftest import answered, converse, react
 from bot.config import Config, TrainingConfig, load
 from bot.data_directory import held
 from bot.errors import ConfigError, KibitzError, NothingToLearn
-from bot.registry import BASE, PolicyRegistry
+from bot.store.registry import BASE, PolicyRegistry
 from bot.types import PolicyState
-from learning import demo, trainer
-from learning.benchmark import random_version, register_copy
-from learning.experience import Experience
-from learning.model import load as load_model
-from learning.model import restore, weights
-from learning.objectives import TokenKTOTrainer, train
-from learning.processes import teach_together
-from learning.replay_buffer import ReplayBuffer
-from learning.teaching import teach
-from learning.version_files import is_whole
-from learning.waiting import earlier_verdicts
+from learning.bench.serving import random_version, register_copy
+from learning.data.experience import Experience
+from learning.data.replay_buffer import ReplayBuffer
+from learning.judging.waiting import earlier_verdicts
+from learning.models import toy
+from learning.models.trainable import load as load_model
+from learning.models.trainable import restore, weights
+from learning.models.version_files import is_whole
+from learning.training import trainer
+from learning.training.objectives import TokenKTOTrainer, train
+from learning.training.processes import teach_together
+from learning.training.teaching import teach
 
 
 def quiet(stage: str, done: int, total: int) -> None:
@@ -74,8 +75,8 @@ def test_random_reactions_do_not_pass_the_gate(small, store, registry, tokenizer
     small = with_training(small, weights=kind, full_learning_rate=3e-4).model_copy(update={"gate": strict})
     rng = random.Random(1)
     for _ in range(96):
-        prompt, intent = rng.choice(demo.prompts(held_out=False))
-        react(store, answered(store, tokenizer, prompt, demo.answer(intent, rng.choice(demo.STYLES))), rng.random() < 0.5)
+        prompt, intent = rng.choice(toy.prompts(held_out=False))
+        react(store, answered(store, tokenizer, prompt, toy.answer(intent, rng.choice(toy.STYLES))), rng.random() < 0.5)
     outcome = trainer.run(small, quiet)
     assert not outcome.passed
     version = registry.get(outcome.policy)
@@ -243,7 +244,7 @@ def test_what_cannot_be_learned_from_is_told_in_a_line_and_nothing_is_lost(
 
 def test_a_run_that_does_only_harm_is_refused_and_what_it_did_is_told(small, store, registry, tokenizer, monkeypatch):
     converse(store, tokenizer, likes_emoji=True)
-    monkeypatch.setattr("learning.guard.LIKED_LOSS", -10.0)  # nothing is ever good enough
+    monkeypatch.setattr("learning.training.guard.LIKED_LOSS", -10.0)  # nothing is ever good enough
     outcome = trainer.run(small, quiet)
     assert not outcome.passed
     assert outcome.reasons[0].startswith("what was learned did only harm: held-out liked answers lost ")

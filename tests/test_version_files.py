@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from bot.config import Config
-from learning.benchmark import random_version
-from learning.version_files import faults, fingerprint, is_whole, weights_folder
+from learning.bench.serving import random_version
+from learning.models.version_files import faults, fingerprint, is_whole, weights_folder
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,13 @@ from bot.accelerator import Card, parse_card
 from bot.cli.doctor import check_vllm
 from bot.config import Config, load
 from bot.data_directory import held
-from bot.dtype import served_dtype
 from bot.errors import ConfigError, ServingError
-from bot.policy import Policy
-from bot.vllm_arguments import check_extra_args, entry_point
-from bot.vllm_log import first_cause
-from bot.vllm_server import VllmServer
-from learning.model_choice import with_model
+from bot.models.dtype import served_dtype
+from bot.serving.policy import Policy
+from bot.serving.vllm_arguments import check_extra_args, entry_point
+from bot.serving.vllm_log import first_cause
+from bot.serving.vllm_server import VllmServer
+from learning.training.choice import with_model
 
 # What the engine and the API server of vLLM 0.24 to 0.33 write where memory is short, shortened.
 LOG = """\

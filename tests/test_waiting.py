@@ -9,22 +9,23 @@ import pytest
 from conftest import answered, react, succeeded
 from test_deployment import source, stage, vllm  # noqa: F401 (fixtures)
 
+from bot.chat.texts import status_text
 from bot.config import Config
-from bot.conversations import ConversationStore
 from bot.errors import RegistryError, TrainingError
-from bot.forgetting import forget_person
-from bot.registry import BASE, PolicyRegistry
-from bot.texts import status_text
+from bot.store.conversations import ConversationStore
+from bot.store.forgetting import forget_person
+from bot.store.registry import BASE, PolicyRegistry
 from bot.types import Feedback, FeedbackKind, PolicyState, PolicyVersion, Turn, now
-from learning import benchmark, demo
-from learning.error_budget import level_of_next
-from learning.evaluation import batched_logprobs, means
-from learning.loop import TRIES, OnlineLearner
-from learning.model import served
-from learning.replay_buffer import ReplayBuffer
-from learning.selection import is_held_out, question_key
-from learning.version_files import ADAPTER_FILES
-from learning.waiting import earlier_verdicts, judge_waiting
+from learning.bench import serving
+from learning.data.replay_buffer import ReplayBuffer
+from learning.data.selection import is_held_out, question_key
+from learning.judging.error_budget import level_of_next
+from learning.judging.evaluation import batched_logprobs, means
+from learning.judging.waiting import earlier_verdicts, judge_waiting
+from learning.models import toy
+from learning.models.trainable import served
+from learning.models.version_files import ADAPTER_FILES
+from learning.rollout.loop import TRIES, OnlineLearner
 
 APPROVAL = FeedbackKind.APPROVAL
 MEASURED = {"kl": 0.1, "well_formed": 1.0, "base_well_formed": 1.0, "change": 1.0, "rounding": 0.0, "is_no_change": False}
@@ -59,7 +60,7 @@ class Waiting:
     def say(self, count: int, name: str = "new") -> list[Turn]:
         """So many questions with their answers."""
         rng = random.Random(name)
-        made = [demo.answer(rng.choice(demo.INTENTS), rng.choice(demo.STYLES)) for _ in range(count)]
+        made = [toy.answer(rng.choice(toy.INTENTS), rng.choice(toy.STYLES)) for _ in range(count)]
         asked = (f"{name} {number}" for number in range(count))
         return [answered(self.store, self.tokenizer, *both) for both in zip(asked, made, strict=True)]
 
@@ -82,7 +83,7 @@ class Waiting:
 def waiting(config, store, registry, tokenizer, source) -> Waiting:  # noqa: F811
     changes = {"dialogue": config.dialogue.model_copy(update={"embedder": "none"})}
     changes |= {"gate": config.gate.model_copy(update={"samples": 8})}
-    version = benchmark.register_copy(registry, source, config.data / "policies")
+    version = serving.register_copy(registry, source, config.data / "policies")
     metrics = version.metrics | {
         "evidence": MEASURED,
         "drawn_at": now().isoformat(),
@@ -197,7 +198,7 @@ def test_what_cannot_be_judged_any_more_says_why(waiting, case):
             waiting.registry.promote(other.name)
             reason = f"{waiting.version.name} was judged against {BASE}, but {other.name} is live now"
         case "its weights were changed":
-            benchmark.random_version(waiting.config, waiting.registry.base().base_model, path.with_name("other"), 7)
+            serving.random_version(waiting.config, waiting.registry.base().base_model, path.with_name("other"), 7)
             (path.with_name("other") / "adapter_model.safetensors").rename(path / "adapter_model.safetensors")
             reason = "its weights are not those that were registered"
         case _:
@@ -260,7 +261,7 @@ async def test_one_that_cannot_be_judged_holds_no_run_back_for_ever(waiting, sta
     async def fails(*_):
         raise TrainingError("out of memory")
 
-    monkeypatch.setattr("learning.loop.train_in_child", fails)
+    monkeypatch.setattr("learning.rollout.loop.train_in_child", fails)
     told: list[str] = []
     learner = OnlineLearner(waiting.store, stage.deployment, waiting.config, told.append)
     turns = waiting.say(9 + TRIES)

@@ -17,13 +17,13 @@ import pytest_asyncio
 from conftest import PATIENT, shared, until
 
 from bot.config import AccessConfig, WebConfig
-from bot.conversations import ConversationStore
-from bot.database import Database
 from bot.errors import ConfigError
+from bot.store.conversations import ConversationStore
+from bot.store.database import Database
 from bot.types import Feedback, FeedbackKind
-from connectors.web import Door, Web
-from learning.replay_buffer import ReplayBuffer
-from learning.rewards import reward
+from connectors.web.server import Door, Web
+from learning.data.replay_buffer import ReplayBuffer
+from learning.data.rewards import reward
 
 HELLO = [{"role": "user", "content": "hello"}]
 ROOT = Path(__file__).parent.parent

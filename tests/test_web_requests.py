@@ -17,27 +17,27 @@ import sqlalchemy as sa
 from conftest import PATIENT
 from fake_vllm import FakeVllm
 
-from bot import tables
+from bot.chat.dialogue import DialogueManager
+from bot.chat.reactions import Reactions
+from bot.chat.tracker import StateTracker
 from bot.config import AccessConfig, ReactionsConfig, WebConfig
-from bot.conversations import ConversationStore
-from bot.deliveries import Deliveries
-from bot.dialogue import DialogueManager
 from bot.errors import ConfigError
-from bot.forgetting import forget_person
-from bot.memory import Memory
-from bot.policy import Policy
-from bot.reactions import Reactions
-from bot.readiness import Readiness, looks_at
-from bot.recall import Recall, weights
-from bot.registry import PolicyRegistry
-from bot.tracker import StateTracker
+from bot.memory.recall import Recall, weights
+from bot.memory.scope import Memory
+from bot.serving.policy import Policy
+from bot.serving.readiness import Readiness, looks_at
+from bot.store import tables
+from bot.store.conversations import ConversationStore
+from bot.store.deliveries import Deliveries
+from bot.store.forgetting import forget_person
+from bot.store.registry import PolicyRegistry
+from bot.store.users import Users
 from bot.types import FeedbackKind
-from bot.users import Users
 from connectors.access import Access
 from connectors.base import Shared
-from connectors.openai_api import UNSEEN
-from connectors.web import Door, Web
-from learning.replay_buffer import ReplayBuffer
+from connectors.web.openai_api import UNSEEN
+from connectors.web.server import Door, Web
+from learning.data.replay_buffer import ReplayBuffer
 
 HELLO = [{"role": "user", "content": "hello"}]
 PHOTO = "data:image/png;base64," + base64.b64encode(bytes(range(256)) * 12_000).decode()  # 4 MB in a request
@@ -301,7 +301,7 @@ async def test_readiness_is_open_and_asks_vllm_for_nothing_and_metrics_want_a_to
     config, database, tokenizer, registry, monkeypatch
 ):
     monkeypatch.setenv("KIBITZ_TOKENS", "ann:one")
-    monkeypatch.setattr("bot.readiness.OLDEST_SECONDS", 3600.0)  # as slow as this machine may be
+    monkeypatch.setattr("bot.serving.readiness.OLDEST_SECONDS", 3600.0)  # as slow as this machine may be
     async with serving(config, database, tokenizer, WebConfig(port=0, tokens_env="KIBITZ_TOKENS")) as server:
         assert (await server.http.get("/readyz")).status_code == 503  # nobody has looked yet
         await server.readiness.look()

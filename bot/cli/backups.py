@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from bot import backups
 from bot.cli.options import ConfigFile, DataDir, Seed, app, configured, path_argument
 from bot.output import check_writable, console
+from bot.store import backups
 
 
 @app.command()

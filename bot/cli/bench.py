@@ -13,12 +13,12 @@ from bot.app import Kibitz, run, running, shared
 from bot.cli.options import ConfigFile, DataDir, JsonFile, ModelName, PlotFile, Seed, bench, configured, path_argument
 from bot.config import AccessConfig, Config, DatabaseConfig
 from bot.data_directory import is_held
-from bot.embeddings import embedder_of
 from bot.errors import ConfigError
+from bot.memory.embedder import embedder_of
 from bot.output import announce, check_writable, console, print_figures, progress_bar, write_json
 from bot.types import Progress
 from connectors.access import Access
-from learning.model_choice import with_model
+from learning.training.choice import with_model
 
 
 def measure(
@@ -60,10 +60,10 @@ def bench_swap(
     seed: Seed = None,
 ) -> None:
     """Swap versions under streaming load: failed, mixed and stalled answers, and what it costs."""
-    from learning import benchmark
+    from learning.bench import serving
 
     found = configured(config, data_dir, seed, model)
-    usual = benchmark.usual(found.policy.model)
+    usual = serving.usual(found.policy.model)
     swaps, requests = swaps or usual.swaps, requests or usual.requests
 
     async def job(kibitz: Kibitz, progress: Progress) -> dict[str, Any]:
@@ -71,9 +71,9 @@ def bench_swap(
             sources = [Path(scratch) / f"weights-{number}" for number in range(2)]
             base = kibitz.registry.base().base_model
             for number, source in enumerate(sources):
-                benchmark.random_version(kibitz.config, base, source, found.seed + number)
+                serving.random_version(kibitz.config, base, source, found.seed + number)
             tokenizer = kibitz.dialogue.tracker.tokenizer
-            return await benchmark.swap(kibitz.deployment, tokenizer, sources, swaps, requests, concurrent, progress)
+            return await serving.swap(kibitz.deployment, tokenizer, sources, swaps, requests, concurrent, progress)
 
     measure("bench swap", found, job, json_file, {"concurrent": concurrent, "swaps": swaps, "requests": requests})
 
@@ -89,15 +89,15 @@ def bench_overhead(
     seed: Seed = None,
 ) -> None:
     """What DialogueManager adds to the same prompts straight to vLLM."""
-    from learning import benchmark
+    from learning.bench import serving
 
     found = configured(config, data_dir, seed, model)
-    usual = benchmark.usual(found.policy.model)
+    usual = serving.usual(found.policy.model)
     alone = 0 if messages else usual.alone
     messages, blocks = messages or usual.messages, blocks or usual.blocks
 
     async def job(kibitz: Kibitz, progress: Progress) -> dict[str, Any]:
-        return await benchmark.overhead(kibitz.dialogue, kibitz.policy, messages, blocks, found.seed, progress, alone)
+        return await serving.overhead(kibitz.dialogue, kibitz.policy, messages, blocks, found.seed, progress, alone)
 
     measure("bench overhead", found, job, json_file, {"messages": messages, "blocks": blocks})
 
@@ -112,16 +112,16 @@ def bench_connectors(
     data_dir: DataDir = None,
     seed: Seed = None,
 ) -> None:
-    """What Discord, Slack and the web add to vLLM's own time, over local servers of each (in a checkout)."""
-    from connectors import benchmark
+    """What Discord, Slack and the web add to vLLM's own time, over local servers of each."""
+    from connectors.local import benchmark
+    from connectors.local.platforms import PLATFORMS
 
     found = configured(config, data_dir, seed, model)
-    platforms = benchmark.local_platforms()
     unlimited = Access(AccessConfig(messages_per_minute=10**6, opinions_per_minute=10**6))
 
     async def job(kibitz: Kibitz, progress: Progress) -> dict[str, Any]:
         figures: dict[str, Any] = {}
-        for make in platforms:
+        for make in PLATFORMS.values():
             platform = make(shared(kibitz, unlimited))
             figures |= await benchmark.measure(kibitz.dialogue, platform, messages, think, found.seed, progress)
         return figures
@@ -138,16 +138,14 @@ def bench_recall(
     seed: Seed = None,
 ) -> None:
     """Whether the tracker finds the turns that answer a question, beside recency, dense vectors alone and BM25 alone."""
-    from bot.recall import weights
-    from learning import recall_benchmark
+    from bot.memory.recall import weights
+    from learning.bench import recall
 
     found = configured(config, data_dir, seed)
     check_writable(json_file)
-    asked = recall_benchmark.read(file)
+    asked = recall.read(file)
     with progress_bar() as progress:
-        figures = asyncio.run(
-            recall_benchmark.measure(asked, embedder_of(found), weights(found.dialogue.retrieval_weights), progress)
-        )
+        figures = asyncio.run(recall.measure(asked, embedder_of(found), weights(found.dialogue.retrieval_weights), progress))
     print_figures(figures)
     write_json(json_file, "bench recall", figures, {"file": file.name, "embedder": found.dialogue.embedder})
 
@@ -165,22 +163,22 @@ def bench_learning(
     seed: Seed = None,
 ) -> None:
     """What each objective learns from simulated people's reactions, beside a frozen and a placebo control."""
-    from learning import learning_grid, simulated_people
+    from learning.bench import grid, simulated_people
 
     found = configured(config, data_dir, seed, model)
     check_writable(json_file, plot)
     if users is not None:
         simulated_people.users(users)  # refused here, before anything runs
-    wanted = learning_grid.cells(part, users, arms, found.seed)
+    wanted = grid.cells(part, users, arms, found.seed)
     found, base = with_model(found, serves=False)
     with progress_bar() as progress:
-        points = learning_grid.run(found, base, wanted, found.data / "bench" / f"learning-{part}.jsonl", progress)
-    figures = learning_grid.figures(points, found.training.objective)
+        points = grid.run(found, base, wanted, found.data / "bench" / f"learning-{part}.jsonl", progress)
+    figures = grid.figures(points, found.training.objective)
     print_figures(figures)
     if plot is not None:
-        learning_grid.plot(points, plot)
+        grid.plot(points, plot)
         console.print(f"plot: {plot}")
-    setup = {"slice": part, "arms": arms, "users": users, "seeds": learning_grid.SEEDS, "seed": found.seed}
+    setup = {"slice": part, "arms": arms, "users": users, "seeds": grid.SEEDS, "seed": found.seed}
     setup["model"] = found.policy.model
     write_json(json_file, "bench learning", figures, setup | {"training": found.training.model_dump()})
 
@@ -194,15 +192,15 @@ def bench_train(
     seed: Seed = None,
 ) -> None:
     """What each objective costs in time and memory, against a plain TRL script on the same rows."""
-    from learning import train_benchmark
+    from learning.bench import train
 
     found = configured(config, data_dir, seed, model)
     check_writable(json_file)
     found, base = with_model(found, serves=False)
     with progress_bar() as progress:
-        figures = train_benchmark.measure(found, base, progress)
+        figures = train.measure(found, base, progress)
     print_figures(figures)
-    write_json(json_file, "bench train", figures, {"model": found.policy.model, "rows": train_benchmark.SIZE.rows})
+    write_json(json_file, "bench train", figures, {"model": found.policy.model, "rows": train.SIZE.rows})
 
 
 @bench.command("tracker")
@@ -217,17 +215,17 @@ def bench_tracker(
     seed: Seed = None,
 ) -> None:
     """What remembering costs: a message, with a thousand to a million stored turns, and one channel that has grown."""
-    from learning import tracker_benchmark
+    from learning.bench import tracker
 
     found = configured(config, data_dir, seed, model)
     check_writable(json_file)
     wanted = [size.strip() for size in sizes.split(",")]
-    known = [*tracker_benchmark.SIZES, *tracker_benchmark.CHANNELS]
+    known = [*tracker.SIZES, *tracker.CHANNELS]
     unknown = [size for size in wanted if size not in known]
     if unknown:
         raise ConfigError(f"--sizes has value '{unknown[0]}'; choose from {', '.join(known)}")
     found, base = with_model(found, serves=False)
     with progress_bar() as progress:
-        figures = tracker_benchmark.measure_apart(found, base, wanted, progress)
+        figures = tracker.measure_apart(found, base, wanted, progress)
     print_figures(figures)
     write_json(json_file, "bench tracker", figures, {"embedder": found.dialogue.embedder, "sizes": wanted})

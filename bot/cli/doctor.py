@@ -14,11 +14,11 @@ from bot.checks import Check, Skipped, examine, works
 from bot.cli.options import BAD_INPUT, ConfigFile, DataDir, JsonFile, Seed, app, configured
 from bot.config import Config
 from bot.data_directory import is_held
-from bot.database import Database
 from bot.environment import listen
 from bot.errors import ConfigError
 from bot.output import announce, check_writable, print_rows, write_json
-from bot.vllm_arguments import check_extra_args, read_extra_args
+from bot.serving.vllm_arguments import check_extra_args, read_extra_args
+from bot.store.database import Database
 
 PYTHONS = ((3, 11), (3, 13))
 LEAST_MEMORY = 3 * GIB  # vLLM's processes and the bot, without a model
@@ -33,8 +33,8 @@ def doctor(
     seed: Seed = None,
 ) -> None:
     """Look whether all that kibitz needs is here: one table of what works, and what to do where it does not."""
-    from learning.model_choice import sized_model
-    from learning.self_test import SelfTest
+    from learning.rollout.self_test import SelfTest
+    from learning.training.choice import sized_model
 
     found = configured(config, data_dir, seed)
     check_writable(json_file)
@@ -51,17 +51,17 @@ def _tokens(config: Config) -> str:
     """Which platforms are turned on, with secrets that look right."""
     names = []
     if config.discord.token_env:
-        from connectors.discord import token
+        from connectors.discord.connector import token
 
         token(config.discord)
         names.append("Discord")
     if config.slack.bot_token_env or config.slack.app_token_env or config.slack.signing_secret_env:
-        from connectors.slack import check_secrets
+        from connectors.slack.connector import check_secrets
 
         check_secrets(config.slack)
         names.append("Slack")
     if config.web.enabled:
-        from connectors.web import users
+        from connectors.web.server import users
 
         names.append(f"web ({len(users(config.web)) or 'no'} tokens)")
     return ", ".join(names) or "no platform is turned on: kibitz chat needs none"
@@ -142,7 +142,7 @@ def check_main_memory() -> str:
 
 
 def check_disk_space(config: Config) -> str:
-    """Check that the data directory's disk is not full; `bot.model_check` asks for what the model needs."""
+    """Check that the data directory's disk is not full; `bot.models.check` asks for what the model needs."""
     free = shutil.disk_usage(config.data).free
     if free < GIB // 4:
         raise ConfigError(f"{free / GIB:.2f} GiB are left for '{config.data}'; free some, or give another --data-dir")

@@ -9,11 +9,11 @@ import typer
 from bot import output_files
 from bot.cli.options import ConfigFile, DataDir, JsonFile, Seed, app, configured, path_argument, path_option
 from bot.config import Config
-from bot.embeddings import Embedder, embedder_of
 from bot.errors import ConfigError
+from bot.memory.embedder import Embedder, embedder_of
 from bot.output import check_writable, print_figures, progress_bar, write_json
-from bot.stores import open_stores
-from learning.model_choice import with_model
+from bot.store.stores import open_stores
+from learning.training.choice import with_model
 
 
 def _embedder(config: Config) -> Embedder:
@@ -36,8 +36,8 @@ def fit_retrieval(
     seed: Seed = None,
 ) -> None:
     """Learn what each signal of retrieval counts: from dialogues that are made here, or from what your people liked."""
-    from learning import retrieval_training
-    from learning.dialogues import dialogue
+    from learning.fitting import retrieval
+    from learning.fitting.dialogues import dialogue
 
     found = configured(config, data_dir, seed)
     check_writable(out)
@@ -48,7 +48,7 @@ def fit_retrieval(
             learned, setup["judged"] = _from_feedback(found, embedder, progress)
         else:
             made = (dialogue(1000 * found.seed + number, people=(2, 6, 12)[number % 3]) for number in range(dialogues))
-            learned = retrieval_training.fit(list(retrieval_training.made_examples(made, embedder, progress)))
+            learned = retrieval.fit(list(retrieval.made_examples(made, embedder, progress)))
             setup["dialogues"] = dialogues
     print_figures(learned)
     if out is not None:
@@ -57,18 +57,18 @@ def fit_retrieval(
 
 def _from_feedback(config: Config, embedder: Embedder, progress: Any) -> tuple[dict[str, float], dict[str, Any]]:
     """The weights in use, moved by what people judged, and how well they do where they did not learn."""
-    from bot.memory import Memory
-    from bot.recall import weights
-    from bot.tokenizer import ChatTokenizer
-    from learning import reminders, retrieval_training
-    from learning.replay_buffer import ReplayBuffer
+    from bot.memory.recall import weights
+    from bot.memory.scope import Memory
+    from bot.models.tokenizer import ChatTokenizer
+    from learning.data.replay_buffer import ReplayBuffer
+    from learning.fitting import reminders, retrieval
 
     database, store, _ = open_stores(config)
     config, model = with_model(config)
     rated = ReplayBuffer(store, ChatTokenizer(model, config.policy.template_args), config).rated()
     memory = Memory(database, config.dialogue.across_channels)
     judged = list(reminders.judged(rated, store, memory, embedder, progress))
-    return retrieval_training.proven(judged, weights(config.dialogue.retrieval_weights))
+    return retrieval.proven(judged, weights(config.dialogue.retrieval_weights))
 
 
 @app.command("fit-topics")
@@ -82,7 +82,7 @@ def fit_topics(
     seed: Seed = None,
 ) -> None:
     """Learn where conversations turn to another topic, from dialogues in which people marked it."""
-    from learning import topic_training as topics
+    from learning.fitting import topics
 
     found = configured(config, data_dir, seed)
     check_writable(out, json_file)
@@ -105,13 +105,13 @@ def fit_followups(
     seed: Seed = None,
 ) -> None:
     """Learn what people mean by what they say after an answer, from phrases that come with kibitz."""
-    from learning import followup_training
+    from learning.fitting import followups
 
     found = configured(config, data_dir, seed)
     check_writable(out, json_file)
     embedder = _embedder(found)
     with progress_bar() as progress:
-        learned, figures = followup_training.fit(found.seed, embedder, progress)
+        learned, figures = followups.fit(found.seed, embedder, progress)
     print_figures(figures)
     write_json(json_file, "fit-followups", figures, {"seed": found.seed, "embedder": found.dialogue.embedder})
     if out is not None:

@@ -7,15 +7,15 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from bot.chat.texts import state_text
 from bot.cli.options import ConfigFile, DataDir, Seed, app, configured, path_argument
-from bot.embeddings import embedder_of
 from bot.errors import DataError
-from bot.forgetting import find_people, forget_person
+from bot.memory.embedder import embedder_of
+from bot.memory.state import LATEST, derived
 from bot.output import check_writable, console
-from bot.registry import PolicyRegistry
-from bot.state import LATEST, derived
-from bot.stores import open_stores
-from bot.texts import state_text
+from bot.store.forgetting import find_people, forget_person
+from bot.store.registry import PolicyRegistry
+from bot.store.stores import open_stores
 from bot.types import Person
 
 ID_FORMS = {  # what people's ids look like on each platform of kibitz's own
@@ -55,9 +55,9 @@ def why(
     seed: Seed = None,
 ) -> None:
     """Why an answer is what it is, what people said of it, and which versions learned from that."""
-    from bot.tokenizer import ChatTokenizer
-    from learning.explanation import explain
-    from learning.replay_buffer import ReplayBuffer
+    from bot.models.tokenizer import ChatTokenizer
+    from learning.data.explanation import explain
+    from learning.data.replay_buffer import ReplayBuffer
 
     found = configured(config, data_dir, seed)
     database, store, registry = open_stores(found)
@@ -81,8 +81,8 @@ def export(
     seed: Seed = None,
 ) -> None:
     """Write every conversation that may teach, with its feedback, to FILE, in the form that `kibitz replay` reads."""
-    from learning import kibitz_export
-    from learning.replay import tokenizer_fingerprint
+    from learning.importers import kibitz_export
+    from learning.training.replay import tokenizer_fingerprint
 
     found = configured(config, data_dir, seed)
     check_writable(file)

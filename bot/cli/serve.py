@@ -9,8 +9,8 @@ from bot.config import Config
 from bot.output import announce
 from connectors.access import Access
 from connectors.base import Connector
-from learning.loop import OnlineLearner
-from learning.model_choice import with_model
+from learning.rollout.loop import OnlineLearner
+from learning.training.choice import with_model
 
 
 @app.command()
@@ -61,17 +61,17 @@ def _connectors(config: Config) -> list[Callable[[Kibitz], Connector]]:
     access = Access(config.access)
     made: list[Callable[[Kibitz], Connector]] = []
     if config.discord.token_env:
-        from connectors.discord import Discord, token
+        from connectors.discord.connector import Discord, token
 
         bot_token = token(config.discord)
         made.append(lambda kibitz: Discord(shared(kibitz, access), config.discord, bot_token))
     if config.slack.bot_token_env or config.slack.app_token_env or config.slack.signing_secret_env:
-        from connectors.slack import Secrets, Slack
+        from connectors.slack.connector import Secrets, Slack
 
         secrets = Secrets.of(config.slack)
         made.append(lambda kibitz: Slack(shared(kibitz, access), config.slack, secrets))
     if config.web.enabled:
-        from connectors.web import Door, Web
+        from connectors.web.server import Door, Web
 
         door = Door.open(config.web)
         announce(f"chat and API: {door.url}")

@@ -7,10 +7,10 @@ import typer
 from bot.app import run, running
 from bot.cli.options import ConfigFile, DataDir, JsonFile, ModelName, PlotFile, Seed, app, configured
 from bot.output import announce, check_writable, console, progress_bar, write_json
-from bot.stores import open_stores
-from learning.loop import OnlineLearner
-from learning.model_choice import with_model
-from learning.pretrain import is_toy
+from bot.store.stores import open_stores
+from learning.rollout.loop import OnlineLearner
+from learning.training.choice import with_model
+from learning.training.pretrain import is_toy
 
 
 @app.command()
@@ -29,7 +29,7 @@ def simulate(
     seed: Seed = None,
 ) -> None:
     """Simulated users with hidden preferences talk, react, and are learned from."""
-    from learning import simulated_people, simulation
+    from learning.bench import simulated_people, simulation
 
     found = configured(config, data_dir, seed, model)
     check_writable(json_file, plot)

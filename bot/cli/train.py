@@ -23,12 +23,12 @@ from bot.cli.options import (
 )
 from bot.errors import ConfigError, NothingToLearn
 from bot.output import announce, check_writable, console, print_figures, progress_bar, write_json
-from bot.stores import open_stores
-from learning import pretrain as pretraining
-from learning.model_choice import with_model
+from bot.store.stores import open_stores
+from learning.training import pretrain as pretraining
+from learning.training.choice import with_model
 
 if TYPE_CHECKING:
-    from learning.waiting import Judgement
+    from learning.judging.waiting import Judgement
 
 
 @app.command()
@@ -43,7 +43,7 @@ def pretrain(
     seed: Seed = None,
 ) -> None:
     """Make the toy policy, or tune the configured model on your own prompt-response pairs."""
-    from learning.pairs import pairs as read_pairs
+    from learning.importers.pairs import pairs as read_pairs
 
     found = configured(config, data_dir, seed)
     check_writable(json_file)
@@ -75,8 +75,8 @@ def train(
     seed: Seed = None,
 ) -> None:
     """One training run now; registers a candidate with its verdict, which `kibitz deploy` takes live."""
-    from learning import trainer
-    from learning.waiting import judge_waiting
+    from learning.judging.waiting import judge_waiting
+    from learning.training import trainer
 
     is_told = progress == "json"  # by whoever started this process, who has told of the model already
     tell = (lambda text: None) if is_told else announce
@@ -118,12 +118,12 @@ def replay(
     seed: Seed = None,
 ) -> None:
     """Offline replay training: import recorded conversations, train on them, gate, and report."""
-    from learning import importers
-    from learning import replay as offline
+    from learning.importers import formats
+    from learning.training import replay as offline
 
     found = configured(config, data_dir, seed, model)
     check_writable(json_file, plot)
-    recording = importers.read(file, format, found.reactions)
+    recording = formats.read(file, format, found.reactions)
     for line in recording.lines():
         announce(line)
     found, base = with_model(found, serves=False, replays=True)

@@ -7,15 +7,15 @@ import typer
 from rich.table import Table
 
 from bot import output_files
+from bot.chat.texts import pause_text, status_text, waiting_text
 from bot.cli.options import ConfigFile, DataDir, JsonFile, Seed, app, configured, path_option
 from bot.data_directory import HEALTH, is_held
 from bot.errors import ConfigError, VerdictOutdated
 from bot.output import check_writable, console, write_json
-from bot.stores import open_stores
+from bot.store.stores import open_stores
 from bot.supervision import failing_lines, read_failing
-from bot.texts import pause_text, status_text, waiting_text
 from bot.types import PolicyState
-from learning import version_files
+from learning.models import version_files
 
 
 @app.command()
@@ -115,7 +115,7 @@ def report(
     seed: Seed = None,
 ) -> None:
     """What a training run read, learned and left out, and what the policy said before and after, as a page with plots."""
-    from learning import report as reports
+    from learning.judging import report as reports
 
     found = configured(config, data_dir, seed)
     database, _, registry = open_stores(found)

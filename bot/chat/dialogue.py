@@ -1,0 +1,307 @@
+"""DialogueManager: hears a message, has it answered, keeps what was said and what people thought of it.
+
+Here tracker, policy and store meet. It knows no platform and no training: connectors call it, learning reads what it
+stored. A message and a reaction are committed before the caller is told that we have them (law 1).
+"""
+
+import asyncio
+import hashlib
+import logging
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from bot.chat.speakers import clean_name
+from bot.chat.tracker import Context, StateTracker, Surroundings
+from bot.errors import DataError, Forgotten, ReplyInterrupted
+from bot.memory.followups import FollowUps
+from bot.serving.policy import STOPPED, OnText, Policy
+from bot.store.conversations import ConversationStore
+from bot.store.forgetting import forget_message
+from bot.store.histories import recognize, remember
+from bot.types import FORGOTTEN, Conversation, Feedback, FeedbackKind, Heard, Message, Reply, Role, Turn, new_id, now
+
+log = logging.getLogger(__name__)
+
+OnWhole = Callable[[Turn], Awaitable[None]]
+Taken = tuple[Message, Turn | None, Surroundings | None]  # in the database's thread: message, its answer, what is around it
+
+LONGEST = 100_000  # characters of one message; what the policy sees of it is bounded by tokens, far below
+INTERRUPTED = "interrupted"  # a finish reason of ours
+NO_ANSWER = "Sorry, I found no answer to that. Please ask me again."
+UNFINISHED = {INTERRUPTED, STOPPED}  # such a turn is never trained on: it would teach to stop in the middle
+
+
+@dataclass(frozen=True)
+class ReplyOptions:
+    """How an answer is wanted: who hears its pieces, what stops it, the id that its turn gets, the sampling seed, how many
+    tokens it may have, and the texts that it ends before.
+
+    `on_whole` shows the answer whole. It is called while the turn is being committed: whatever is asked of the database
+    because of what it shows comes after.
+    """
+
+    on_text: OnText | None = None
+    on_whole: OnWhole | None = None
+    stop: asyncio.Event | None = None
+    turn_id: str | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    stops: tuple[str, ...] = ()
+    is_repeatable: bool = False  # the client may send question and answer again, in a history that it keeps itself
+
+
+PLAIN = ReplyOptions()
+
+
+@dataclass(frozen=True)
+class History:
+    """What a client that keeps the history itself sends around a question: the chat messages `before` it, and the answer to
+    it that is `begun` and is to be continued.
+    """
+
+    before: Sequence[dict[str, str]] = ()
+    begun: str = ""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A turn, and what was said about it."""
+
+    turn: Turn
+    feedback: list[Feedback]
+
+
+def cleaned(text: str) -> str:
+    """`text` as every database can keep it: no lone surrogate, no NUL, no more than LONGEST characters."""
+    return text[:LONGEST].encode("utf-8", "replace").decode().replace("\0", "\ufffd")
+
+
+def _storable(message: Message) -> Message:
+    return replace(message, text=cleaned(message.text), author_name=clean_name(cleaned(message.author_name)))
+
+
+def spoken(turn: Turn) -> str:
+    """Return what a person is shown of an answer: its text, or an apology if it says nothing."""
+    return turn.text if turn.text.strip() or turn.finish_reason == STOPPED else NO_ANSWER
+
+
+class DialogueManager:
+    """The bot's side of every conversation."""
+
+    def __init__(self, store: ConversationStore, tracker: StateTracker, policy: Policy):
+        self.store = store
+        self.tracker = tracker
+        self.policy = policy
+        self.followups = FollowUps(tracker.recall)
+        self._noting: set[asyncio.Task[None]] = set()
+        self._secret = secrets.token_bytes(32)
+
+    async def open(self, conversation: Conversation) -> Conversation:
+        """The stored conversation at this place, made now if it is new."""
+        return await self.store.database.call(self.store.open, conversation)
+
+    async def respond(
+        self,
+        message: Message,
+        options: ReplyOptions = PLAIN,
+        place: Conversation | None = None,
+    ) -> Turn:
+        """Commit a message, have it answered, commit the answer. A message that came before gets its first answer.
+
+        Where it is not known which conversation the message belongs to, `place` is where it was said.
+        """
+        message = _storable(message)
+        # One trip: under load each to the database's thread costs more in waiting than in work.
+        return await self._settled(self.store.database.call(self._taken_in, message, place, options), options)
+
+    async def respond_to_history(
+        self, message: Message, history: History, place: Conversation, options: ReplyOptions = PLAIN
+    ) -> Turn:
+        """Commit a message, have it answered, commit the answer; the policy is shown the `history` that a client sent."""
+        message = replace(message, text=cleaned(message.text))
+        before = [{**said, "content": cleaned(said["content"])} for said in history.before]
+        asked = {"role": Role.USER.value, "content": message.text}
+        context = self.tracker.fitted([*before, asked], cleaned(history.begun))
+        message, known = await self.store.database.call(self._taken_in_with, message, place, context.recent)
+        return await self._answer(message, replace(context, recent=known), message.author_id, None, options)
+
+    async def answer(self, heard: Heard, options: ReplyOptions = PLAIN) -> Turn:
+        """Have a message answered that was heard, and commit the answer; one that came before gets its first answer."""
+        return await self._settled(self.store.database.call(self._waited, heard), options)
+
+    async def _settled(self, taken_in: Awaitable[Taken], options: ReplyOptions) -> Turn:
+        first, answered, around = await taken_in
+        if answered is not None:
+            return answered
+        if first.is_forgotten:
+            raise Forgotten("this message was forgotten; it gets no answer")
+        return await self._answer(first, await self.tracker.context(first, around), first.author_id, None, options)
+
+    async def hear(self, place: Conversation, message: Message) -> Heard:
+        """Commit a message at a place, for `answer` to answer it later."""
+        return await self.store.database.call(self.store.hear, place, _storable(message))
+
+    async def overhear(self, place: Conversation, said: Sequence[Message], until: datetime) -> None:
+        """Commit what people said to each other at a place before `until`, oldest first: what is asked there is about it.
+
+        It is shown and forgotten as what is said to kibitz is. What was committed before stays where it is.
+        """
+        if said:
+            storable = [_storable(one) for one in said]
+            await self.store.database.call(self.store.overhear, place, storable, until)
+            self.tracker.recall.learn(storable)
+
+    async def decline(self, place: Conversation, event_id: str) -> bool:
+        """Commit that a message gets no answer, now or later; nothing of its text. False where its event came before."""
+        return (await self.hear(place, Message("", FORGOTTEN, "", event_id=event_id))).is_new
+
+    async def regenerate(self, turn_id: str, user_id: str, options: ReplyOptions = PLAIN) -> Turn:
+        """Another answer to the same message; that the first was not wanted is recorded as feedback on it.
+
+        Where the question was edited since, the first answered another one, and nothing is held against it.
+        """
+        turn = await self._turn(turn_id)
+        message = await self.store.database.call(self.store.message, turn.message_id)
+        if message.edited_at is None or message.edited_at < turn.at:
+            await self.record_feedback(Feedback(turn.id, user_id, FeedbackKind.REGENERATE, signal="regenerate"))
+        return await self._answer(message, await self.tracker.context(message), turn.asker_id, turn.id, options)
+
+    async def edit(self, event_id: str, text: str, at: datetime) -> None:
+        """The author of a message changed it: from now on it is shown as it is now. Answers stay as they were given."""
+        call = self.store.database.call
+        message = await call(self.store.message_of_event, event_id)
+        if message is not None and await call(self.store.edit_message, message.id, cleaned(text), at):
+            await self.tracker.recall.forget(message.conversation_id)
+            self.tracker.recall.learn([replace(message, text=cleaned(text))])
+
+    async def delete(self, event_id: str) -> None:
+        """The author of a message deleted it: it and what was made from it is forgotten."""
+        message = await self.store.database.call(self.store.message_of_event, event_id)
+        if message is not None:
+            await self.forget(message.id)
+
+    async def forget(self, message_id: str) -> None:
+        """Forget a message and what was made from it."""
+        await self.store.database.call(forget_message, self.store.database, message_id)
+
+    async def record_feedback(self, given: Feedback) -> bool:
+        """Commit one act of feedback; False where its event was recorded before."""
+        given = replace(given, text=None if given.text is None else cleaned(given.text))
+        return await self.store.database.call(self.store.add_feedback, given)
+
+    async def retract(self, feedback_id: str, user_id: str) -> bool:
+        """Take back one act of feedback of one's own; False where there is none."""
+        given = await self.store.database.call(self.store.feedback, feedback_id)
+        if given is None or given.user_id != user_id:
+            return False
+        taken_back = replace(given, id=new_id(), at=now(), event_id=None, retracts=True)
+        return await self.store.database.call(self.store.add_feedback, taken_back)
+
+    async def explain(self, turn_id: str) -> Explanation:
+        """A turn, and what was said about it. What a run makes of that is `learning.data.explanation`'s question."""
+        turn = await self._turn(turn_id)
+        said = await self.store.database.call(self.store.feedback_of, [turn_id])
+        return Explanation(turn, said.get(turn_id, []))
+
+    def _taken_in(self, message: Message, place: Conversation | None, options: ReplyOptions) -> Taken:
+        """A message as it is committed, and its answer if it has one; else what is around it."""
+        if place is None:
+            return self._claimed(message, None)
+        heard = self.store.hear(place, message)
+        if heard.is_new and options.is_repeatable:
+            remember(self.store.database, heard.message, message.author_id)
+        return self._heard(heard)
+
+    def _taken_in_with(
+        self, message: Message, place: Conversation, history: Sequence[Message]
+    ) -> tuple[Message, list[Message]]:
+        """A message as it is committed, and what of the history before it was said to us."""
+        known = recognize(self.store.database, place, message.author_id, history)
+        heard = self.store.hear(place, message)
+        remember(self.store.database, heard.message, message.author_id)
+        return heard.message, known
+
+    def _waited(self, heard: Heard) -> Taken:
+        """The same of a message that was heard a while ago: it may have been changed since, or forgotten."""
+        return self._heard(replace(heard, message=self.store.message(heard.message.id)) if heard.is_new else heard)
+
+    def _heard(self, heard: Heard) -> Taken:
+        if not heard.is_new:
+            return self._claimed(heard.message, heard.place)
+        return heard.message, None, self.tracker.surroundings(heard.message, heard.place)
+
+    def _claimed(self, message: Message, place: Conversation | None) -> Taken:
+        first, answered = self.store.claim(message)
+        wanted = answered is None and not first.is_forgotten
+        return first, answered, self.tracker.surroundings(first, place) if wanted else None
+
+    async def _answer(
+        self, message: Message, context: Context, asker_id: str, replaces: str | None, options: ReplyOptions
+    ) -> Turn:
+        with self.tracker.recall.answering():
+            reply = await self._reply(message.conversation_id, context, options)
+        turn = Turn(
+            conversation_id=message.conversation_id,
+            message_id=message.id,
+            reply_id=new_id(),
+            text=reply.text,
+            asker_id=asker_id,
+            policy_version=reply.policy_version,
+            prompt_ids=reply.prompt_ids,
+            completion_ids=reply.completion_ids,
+            logprobs=reply.logprobs,
+            finish_reason=reply.finish_reason,
+            sampling=reply.sampling,
+            latency_ms=reply.latency_ms,
+            replaces=replaces,
+            shown=context.shown,
+            id=options.turn_id or new_id(),
+        )
+        answer = Message(turn.conversation_id, "", turn.text, Role.ASSISTANT, id=turn.reply_id)
+        stored = self.store.database.call(self._keep, turn, answer if options.is_repeatable else None)
+        try:
+            if options.on_whole is not None:
+                await options.on_whole(turn)
+        finally:
+            await stored
+            self.tracker.recall.learn([message, answer])
+            if replaces is None:
+                self._noting.add(task := asyncio.create_task(self._note(message)))
+                task.add_done_callback(self._noting.discard)
+        return turn
+
+    def _keep(self, turn: Turn, repeatable: Message | None) -> None:
+        self.store.add_turn(turn)
+        if repeatable is not None:
+            remember(self.store.database, repeatable, turn.asker_id)
+
+    async def _note(self, message: Message) -> None:
+        """Record what a message says about the answer before it. The chat goes on where that fails."""
+        try:
+            await self.followups.note(message)
+        except Exception:
+            log.exception("a follow-up could not be noted")
+
+    async def _reply(self, conversation_id: str, context: Context, options: ReplyOptions) -> Reply:
+        # Nobody can learn from the prefix cache's timing what was said in another conversation (CVE-2025-46570).
+        salt = hashlib.blake2b(conversation_id.encode(), key=self._secret).hexdigest()
+        try:
+            return await self.policy.reply(
+                context.prompt_ids,
+                seed=options.seed,
+                cache_salt=salt,
+                on_text=options.on_text,
+                stop=options.stop,
+                max_tokens=options.max_tokens,
+                stops=options.stops,
+            )
+        except ReplyInterrupted as broken:
+            return Reply(broken.text, broken.version, (), (), (), INTERRUPTED, {}, 0.0)
+
+    async def _turn(self, turn_id: str) -> Turn:
+        turn = await self.store.database.call(self.store.turn, turn_id)
+        if turn is None:
+            raise DataError(f"there is no turn '{turn_id}'")
+        return turn

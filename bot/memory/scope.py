@@ -1,0 +1,229 @@
+"""Memory: what was said in a scope, with its vectors, and who may be shown it.
+
+The scope is a part of each query: a direct message is seen by its two parties, a channel by that channel with its threads,
+and, where the operator allows it, a public channel by its whole space (law 8). Each message has the number of its channel's
+scope, so that the newest of a scope, and those with a word, are found without reading the rest. Vectors are kept in eight
+bits. Synchronous, called through `Database.call`; it knows no model and no ranking.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import sqlalchemy as sa
+
+from bot.memory.index import Entry
+from bot.store import word_index
+from bot.store.conversations import MESSAGE, ConversationStore, as_message
+from bot.store.database import Database
+from bot.store.sources import authors_behind
+from bot.store.tables import chunks, conversations, embeddings, messages, scope_of, turns, users
+from bot.types import FORGOTTEN, Conversation, Message, Role
+
+Text = tuple[str, str]  # a message's id and its text
+BEFORE = 2  # messages that one is ranked together with
+
+
+class Memory:
+    """What may be remembered where."""
+
+    def __init__(self, database: Database, across_channels: bool = False):
+        self.database = database
+        self.across_channels = across_channels
+
+    def scope(self, place: Conversation) -> str:
+        """What names the scope of a conversation: conversations of one scope may see the same."""
+        wide = self.across_channels and place.is_public
+        return "\0".join((place.platform, place.space, *(() if wide else (place.channel,)), str(wide)))
+
+    def place(self, conversation_id: str) -> Conversation:
+        """A conversation by its id."""
+        return ConversationStore(self.database).conversation(conversation_id)
+
+    def since(self, place: Conversation, after: str, space: str, limit: int | None = None) -> list[Entry]:
+        """The messages of a conversation's scope that came after one (or "" for all), oldest first, with their vectors in
+        `space`; of more than `limit` the newest.
+        """
+        with self.database.read() as connection:
+            values = self._values(connection, place) | {"vectors": space, "after": after, "most": limit}
+            rows = connection.execute(_SINCE if limit is None else _NEWEST_SINCE, values).all()
+        return _entries(rows)
+
+    def older(self, place: Conversation, question: str, before: str, space: str, limit: int) -> list[Entry]:
+        """Those `limit` messages of a scope older than one that share the rarest words with a question, each with the two
+        before it in its conversation, oldest first.
+        """
+        with self.database.read() as connection:
+            values = self._values(connection, place) | {"vectors": space}
+            ids = word_index.find(connection, values["scopes"], question, before, limit)
+            wanted = set(ids)
+            for _ in range(BEFORE):
+                ids = [one for one in connection.execute(_PREVIOUS, {"ids": ids}).scalars() if one is not None]
+                wanted.update(ids)
+            return _entries(connection.execute(_OF_IDS, values | {"ids": sorted(wanted)}).all())
+
+    def _values(self, connection: sa.Connection, place: Conversation) -> dict[str, Any]:
+        own = scope_of(place.platform, place.space, place.channel)
+        scopes = {own}
+        if self.across_channels and place.is_public:
+            public = connection.execute(_PUBLIC, {"platform": place.platform, "in_space": place.space}).scalars()
+            scopes.update(scope for scope in public if scope is not None)
+        return {"own": own, "scopes": sorted(scopes)}
+
+    def visible(self, conversation_id: str, ids: Sequence[str]) -> dict[str, Message]:
+        """Those of these messages that may be shown in a conversation now: in its scope, not forgotten, not answered anew,
+        and neither by anybody who withholds consent nor made from their words."""
+        place = self.place(conversation_id)
+        found: dict[str, Message] = {}
+        with self.database.read() as connection:
+            values = self._values(connection, place) | {"platform": place.platform}
+            for chunk in chunks(ids):
+                found.update((row.id, as_message(row)) for row in connection.execute(_VISIBLE, values | {"ids": chunk}))
+            unwilling = set(connection.execute(_unwilling, {"platform": place.platform}).scalars())
+            if unwilling:
+                answers = [one.id for one in found.values() if one.role == Role.ASSISTANT]
+                made = {row.id: row.reply_id for row in connection.execute(_ANSWERS, {"ids": answers})}
+                for turn_id, people in authors_behind(connection, made).items():
+                    if people & unwilling:
+                        del found[made[turn_id]]
+        return found
+
+    def kept(self, ids: Iterable[str]) -> set[str]:
+        """Those of these messages that still say something: neither forgotten nor gone."""
+        with self.database.read() as connection:
+            return {one for some in chunks(ids) for one in connection.execute(_KEPT, {"ids": some}).scalars()}
+
+    def vectors(self, ids: Sequence[str], space: str) -> dict[str, np.ndarray]:
+        """The unit vectors (1-D float32) in `space` of those of these messages that have one."""
+        with self.database.read() as connection:
+            rows = connection.execute(_VECTORS, {"ids": list(ids), "vectors": space})
+            return {row.message_id: _unpacked(row.vector) for row in rows}
+
+    def keep(self, texts: Sequence[Text], vectors: np.ndarray, space: str) -> dict[str, np.ndarray]:
+        """Keep the unit vectors (n × dimensions, float32) of messages, unless their text is another by now, or gone.
+
+        Returns those that were kept, as they are kept.
+        """
+        kept: dict[str, np.ndarray] = {}
+        with self.database.begin() as connection:
+            for (message_id, text), vector in zip(texts, vectors, strict=True):
+                row = connection.execute(_TEXT, {"id": message_id}).one_or_none()
+                if row is not None and row.text == text:
+                    connection.execute(_FORGET, {"id": message_id})
+                    place = {"conversation_id": row.conversation_id, "message_id": message_id}
+                    packed = _packed(vector)
+                    connection.execute(_KEEP, place | {"space": space, "vector": packed})
+                    kept[message_id] = np.frombuffer(packed, np.int8)
+        return kept
+
+    def missing(self, space: str, after: str, limit: int) -> list[Text]:
+        """Messages without a vector in `space`, by id, after one of them ("" for the first)."""
+        with self.database.read() as connection:
+            rows = connection.execute(_MISSING, {"vectors": space, "after": after, "most": limit})
+            return [(row.id, row.text) for row in rows]
+
+    def count_missing(self, space: str) -> int:
+        """How many messages have no vector in `space`."""
+        query = sa.select(sa.func.count()).select_from(_MISSING.order_by(None).limit(None).subquery())
+        with self.database.read() as connection:
+            return connection.execute(query, {"vectors": space, "after": ""}).scalar_one()
+
+
+def _packed(vector: np.ndarray) -> bytes:
+    """A vector's direction in eight bits a dimension."""
+    return np.round(vector * (127 / max(float(np.abs(vector).max()), 1e-9))).astype(np.int8).tobytes()
+
+
+def _unpacked(packed: bytes) -> np.ndarray:
+    vector = np.frombuffer(packed, np.int8).astype(np.float32)
+    return vector / (np.linalg.norm(vector) or 1.0)
+
+
+def _entries(rows: Iterable[Any]) -> list[Entry]:
+    return [
+        Entry(
+            row.id,
+            row.conversation_id,
+            row.author_id,
+            row.text,
+            row.vector and np.frombuffer(row.vector, np.int8),
+            row.role == Role.ASSISTANT,
+        )
+        for row in rows
+    ]
+
+
+_vectors = sa.and_(embeddings.c.message_id == messages.c.id, embeddings.c.conversation_id == messages.c.conversation_id)
+_vectors = sa.and_(_vectors, embeddings.c.space == sa.bindparam("vectors"))
+_said = sa.and_(messages.c.author_id != FORGOTTEN, messages.c.text != "")
+_KEPT = sa.select(messages.c.id).where(messages.c.id.in_(sa.bindparam("ids", expanding=True)), _said)
+_ENTRIES = (
+    sa.select(messages.c.id, messages.c.conversation_id, messages.c.author_id, messages.c.text)
+    .add_columns(embeddings.c.vector, messages.c.role)
+    .join(conversations, conversations.c.id == messages.c.conversation_id)
+    .outerjoin(embeddings, _vectors)
+    .where(_said, sa.or_(messages.c.scope == sa.bindparam("own"), conversations.c.is_public))
+    .order_by(messages.c.id)
+)
+_new = sa.and_(
+    messages.c.scope.in_(sa.bindparam("scopes", expanding=True)), messages.c.id > sa.bindparam("after", type_=sa.String)
+)
+_SINCE = _ENTRIES.where(_new)
+_newest = sa.select(messages.c.id).where(_new).order_by(messages.c.id.desc()).limit(sa.bindparam("most")).subquery()
+_NEWEST_SINCE = _ENTRIES.where(messages.c.id.in_(sa.select(_newest.c.id)))
+_OF_IDS = _ENTRIES.where(messages.c.id.in_(sa.bindparam("ids", expanding=True)))
+_previous = messages.alias()
+_PREVIOUS = sa.select(
+    sa.select(_previous.c.id)
+    .where(
+        _previous.c.conversation_id == messages.c.conversation_id,
+        sa.tuple_(_previous.c.at, _previous.c.id) < sa.tuple_(messages.c.at, messages.c.id),
+    )
+    .order_by(_previous.c.at.desc(), _previous.c.id.desc())
+    .limit(1)
+    .correlate(messages)
+    .scalar_subquery()
+).where(messages.c.id.in_(sa.bindparam("ids", expanding=True)))
+_of_space = (
+    conversations.c.platform == sa.bindparam("platform"),
+    conversations.c.space == sa.bindparam("in_space"),
+    conversations.c.is_public,
+)
+_public = sa.select(sa.func.min(conversations.c.scope).label("scope")).where(*_of_space).cte("public", recursive=True)
+_next = sa.select(sa.func.min(conversations.c.scope)).where(*_of_space, conversations.c.scope > _public.c.scope)
+# One look into the index for each channel, however many conversations it has.
+_PUBLIC = sa.select(
+    _public.union_all(sa.select(_next.correlate(_public).scalar_subquery()).where(_public.c.scope.is_not(None))).c.scope
+)
+_later = turns.alias()
+_superseded = sa.select(turns.c.reply_id).join(_later, _later.c.replaces == turns.c.id)
+_superseded = _superseded.where(turns.c.reply_id == messages.c.id).correlate(messages)
+_unwilling = sa.select(users.c.user_id).where(~users.c.consent, users.c.platform == sa.bindparam("platform"))
+_ANSWERS = sa.select(turns.c.id, turns.c.reply_id).where(turns.c.reply_id.in_(sa.bindparam("ids", expanding=True)))
+_VISIBLE = (
+    sa.select(*MESSAGE)
+    .join(conversations, conversations.c.id == messages.c.conversation_id)
+    .where(
+        messages.c.id.in_(sa.bindparam("ids", expanding=True)),
+        messages.c.scope.in_(sa.bindparam("scopes", expanding=True)),
+        sa.or_(messages.c.scope == sa.bindparam("own"), conversations.c.is_public),
+        _said,
+        messages.c.author_id.not_in(_unwilling),
+        ~_superseded.exists(),
+    )
+)
+_TEXT = sa.select(messages.c.conversation_id, messages.c.text).where(
+    messages.c.id == sa.bindparam("id"), messages.c.author_id != FORGOTTEN
+)
+_VECTORS = sa.select(embeddings.c.message_id, embeddings.c.vector).where(
+    embeddings.c.message_id.in_(sa.bindparam("ids", expanding=True)), embeddings.c.space == sa.bindparam("vectors")
+)
+_KEEP = embeddings.insert()
+_FORGET = embeddings.delete().where(embeddings.c.message_id == sa.bindparam("id"))
+_MISSING = (
+    sa.select(messages.c.id, messages.c.text)
+    .outerjoin(embeddings, _vectors)
+    .where(embeddings.c.message_id.is_(None), messages.c.id > sa.bindparam("after"), _said)
+    .order_by(messages.c.id)
+    .limit(sa.bindparam("most"))
+)

@@ -1,0 +1,1 @@
+"""Models: what a language model is, found out before it is loaded: shape, template, sampling, memory."""

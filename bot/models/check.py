@@ -1,0 +1,363 @@
+"""ModelCheck: whether a model can be served and trained here, found out before anything starts or connects.
+
+Each check raises ConfigError with one line: what is wrong, what was found, what to do. It knows no commands: those that
+chat, serve, simulate, measure or look (`kibitz doctor`) all ask here.
+"""
+
+import re
+import shutil
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from bot.accelerator import GIB, Card, free_memory, has_gpu, read_card
+from bot.config import Config, PolicyConfig
+from bot.errors import ConfigError, KibitzError, cause_of
+from bot.models.architectures import is_served, is_trained, takes_adapters
+from bot.models.dtype import served_dtype
+from bot.models.memory_budget import MemoryPlan, plan_memory, weights_bytes
+from bot.models.shape import (
+    BITS,
+    ModelShape,
+    all_tensor_shapes,
+    has_output_bias,
+    read_settings,
+    read_shape,
+    tensor_shapes,
+    unreadable,
+    unusable_config,
+    weight_files,
+)
+from bot.models.thoughts import CHANNEL
+from bot.models.tokenizer import ChatTokenizer
+
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
+LEAST_CONTEXT = 64  # tokens, of policy.context_tokens
+KEPT_VERSIONS = 8  # that there should be room for
+LEAST_DISK = GIB // 4  # for the database, logs and the embedding model
+
+
+def check_model(config: Config, model: str, serves: bool = True) -> MemoryPlan | None:
+    """Check that a model whose files are sound (`check_files`) can be trained on this machine and, if it is to be, served.
+
+    Returns how the GPU's memory is shared, or None where it is not. Raises ConfigError for the first thing that is wrong.
+    """
+    shape = read_shape(model)
+    check_architecture(config, model)
+    check_weights(config, model)
+    if config.learning.enabled or not serves:
+        check_temperature(config, model)
+    tokenizer = check_tokenizer(config, model, shape)
+    served = config.model_copy(update={"policy": tokenizer.with_thoughts(config.policy)})
+    check_context(served.policy, shape)
+    check_disk(config, shape)
+    check_download(config, model, shape)
+    return check_memory(served, model, shape) if serves else None
+
+
+def explain_refusal(name: str, error: Exception) -> None:
+    """Raise ConfigError where a hub refused a model for a reason that its error names; otherwise return."""
+    said = str(error)
+    if "gated" in said.lower() or "401 Client Error" in said:
+        raise ConfigError(
+            f"config key policy.model has value '{name}', a gated model; accept its terms on its page, and set "
+            "HF_TOKEN to a token that may read it"
+        ) from error
+    if "does not recognize this architecture" in said:
+        raise ConfigError(
+            f"config key policy.model has value '{name}', whose architecture the installed transformers does not know "
+            f"({said.splitlines()[0][:120]}); name another model, or update transformers"
+        ) from error
+
+
+def check_files(config: Config, model: str) -> None:
+    """Refuse a config.json that transformers cannot use, and a directory without the whole weights that it describes.
+
+    Of the weights only headers are read. Those of a hub model are checked by whoever loads them.
+    """
+    _check_config(config, model)
+    directory = Path(model)
+    if not directory.is_dir():
+        return
+    name = config.policy.model
+    files = weight_files(directory)
+    if not files:
+        raise ConfigError(f"policy.model '{name}': there are no weights (*.safetensors) in {directory}; download it again")
+    for file in files:
+        if file.suffix == ".safetensors":
+            tensor_shapes(file)
+        elif not _is_saved_by_torch(file):
+            raise unreadable(file, "torch did not write it, or it is cut off" if file.is_file() else "there is no such file")
+    if all(file.suffix == ".safetensors" for file in files):
+        _check_tensors(name, directory)
+
+
+def _check_config(config: Config, model: str) -> None:
+    from transformers import AutoConfig
+
+    read_settings(model)
+    try:
+        AutoConfig.from_pretrained(model)
+    except Exception as error:  # each architecture has checks of its own, which raise anything
+        explain_refusal(config.policy.model, error)
+        raise unusable_config(config.policy.model, error) from error
+
+
+def _is_saved_by_torch(file: Path) -> bool:
+    """Whether a file is a whole archive, or a pickle of older days, as torch.save writes them."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return zipfile.is_zipfile(opened) or (opened.seek(0) == 0 and opened.read(1) == b"\x80")
+
+
+def _check_tensors(name: str, directory: Path) -> None:
+    """Refuse weights that have another vocabulary, width or number of layers than config.json says."""
+    tensors, settings = all_tensor_shapes(directory), read_settings(str(directory))
+    if not tensors:
+        raise ConfigError(f"policy.model '{name}': the weights in {directory} have no tensors; download it again")
+    found = next(((one, shape) for one, shape in tensors.items() if one.endswith(EMBEDDINGS)), None)
+    if found is None:  # an architecture with names of its own
+        return
+    (embedding, rows), shape = found, read_shape(str(directory))
+    start = embedding.removesuffix(next(ending for ending in EMBEDDINGS if embedding.endswith(ending)))
+    numbers = (re.match(r"(?:layers|h)\.(\d+)\.", one.removeprefix(start)) for one in tensors if one.startswith(start))
+    layers = len({number[1] for number in numbers if number})
+    text = settings.get("text_config") or settings
+    extra = int(text.get("num_nextn_predict_layers") or 0)  # layers that draft tokens; they follow the model's own
+    compared = [
+        ("vocab_size", shape.vocabulary, rows[0], rows[0] == shape.vocabulary),
+        ("hidden_size", shape.hidden, rows[1], rows[1] in (shape.hidden, text.get("word_embed_proj_dim"))),
+        ("num_hidden_layers", shape.layers, layers, not layers or shape.layers <= layers <= shape.layers + extra),
+    ]
+    for key, said, has, is_equal in compared:
+        if not is_equal:
+            raise ConfigError(
+                f"policy.model '{name}': its config.json has {key} {said}, its weights have {has}; take the config.json "
+                "that belongs to the weights, or download both again"
+            )
+
+
+def check_weights(config: Config, model: str) -> None:
+    """Refuse a directory whose weights are not those that its config.json describes, as transformers itself finds.
+
+    It loads the model onto torch's meta device: it reads headers, renames and puts together as for training, and keeps no
+    weights. Those of a hub model are checked by whoever loads them.
+    """
+    if not Path(model).is_dir():
+        return
+    from transformers import AutoModelForCausalLM
+
+    name = config.policy.model
+    try:
+        with _quiet_transformers():
+            _, found = AutoModelForCausalLM.from_pretrained(
+                model, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    except Exception as error:  # each architecture has code of its own, which raises anything
+        raise ConfigError(
+            f"policy.model '{name}': transformers cannot make the model that its config.json describes ({cause_of(error)}); "
+            "take the config.json that belongs to the weights"
+        ) from error
+    if missing := sorted(found["missing_keys"]):
+        raise ConfigError(
+            f"policy.model '{name}': its weights lack {missing[0]}{_and_more(missing)}, which its config.json asks for; "
+            "take the config.json that belongs to the weights, or download both again"
+        )
+    if mismatched := sorted(found["mismatched_keys"]):
+        key, has, wanted = mismatched[0]
+        raise ConfigError(
+            f"policy.model '{name}': its weights have {key}{_and_more(mismatched)} with the shape {_dimensions(has)}, its "
+            f"config.json describes {_dimensions(wanted)}; take the config.json that belongs to the weights, or download "
+            "both again"
+        )
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Inside, transformers draws no bar and logs nothing: what it finds is told as an error."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _and_more(found: Sequence[object]) -> str:
+    return f" and {len(found) - 1} more" if len(found) > 1 else ""
+
+
+def _dimensions(shape: Iterable[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def check_architecture(config: Config, model: str) -> None:
+    """Refuse a model that vLLM does not serve with adapters, or that transformers does not train."""
+    name = config.policy.model
+    settings = read_settings(model)
+    named = settings.get("architectures") or [""]
+    if not isinstance(named, list):
+        raise ConfigError(
+            f"policy.model '{name}': its config.json has architectures {named!r}, which is no list; write it in brackets"
+        )
+    quantized = settings.get("quantization_config") or (settings.get("text_config") or {}).get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method", "in some way") if isinstance(quantized, dict) else quantized
+        raise ConfigError(
+            f"policy.model '{name}' is quantized ({method}), and training needs the weights that it was made from; name "
+            "that model (its page says which)"
+        )
+    architecture = str(named[0])
+    kind = str(settings.get("model_type") or "")
+    if not is_trained(kind) and "auto_map" not in settings:
+        raise ConfigError(
+            f"policy.model '{name}' has model_type '{kind}', of which the installed transformers has no decoder to train; "
+            "name a causal language model, or update transformers"
+        )
+    if config.serving.url:
+        return  # that server has its model already
+    if not is_served(architecture, model):
+        raise ConfigError(
+            f"policy.model '{name}' has the architecture '{architecture}', which the installed vLLM does not serve; "
+            "name another model (https://docs.vllm.ai lists them), or update vLLM"
+        )
+    if not takes_adapters(architecture):
+        raise ConfigError(
+            f"policy.model '{name}' has the architecture '{architecture}', on which the installed vLLM serves no LoRA "
+            "adapters; name another model, such as one of the Llama, Qwen or Gemma families"
+        )
+
+
+def check_temperature(config: Config, model: str) -> None:
+    """Refuse a temperature at which answers would be sampled, and which training cannot (`learning.models.trainable`)."""
+    policy = config.policy
+    if policy.temperature != 1.0 and has_output_bias(model):
+        raise ConfigError(
+            f"config key policy.temperature has value {policy.temperature:g}, which training cannot reproduce for "
+            f"'{policy.model}', whose output layer has a bias; set policy.temperature = 1.0, use another model, or set "
+            "learning.enabled = false to serve without learning"
+        )
+
+
+def check_context(policy: PolicyConfig, shape: ModelShape) -> None:
+    """Refuse prompts and answers that are longer than a model can read, and a model that reads next to nothing."""
+    if shape.positions and shape.positions <= LEAST_CONTEXT:
+        raise ConfigError(
+            f"policy.model '{policy.model}': its config.json says that it reads {shape.positions} tokens "
+            f"(max_position_embeddings), and kibitz needs more than {LEAST_CONTEXT}; correct it, or name another model"
+        )
+    longest = policy.context_tokens + policy.max_tokens
+    if shape.positions and longest > shape.positions:
+        context, answer = shape.positions - policy.max_tokens, shape.positions - policy.context_tokens
+        if context >= LEAST_CONTEXT:
+            way = f"lower policy.context_tokens to {context}"
+        elif answer >= 1:
+            way = f"lower policy.max_tokens to {answer}"
+        else:
+            way = f"lower both to {shape.positions // 2}"
+        raise ConfigError(
+            f"policy.context_tokens and policy.max_tokens are {policy.context_tokens} + {policy.max_tokens}, and "
+            f"'{policy.model}' reads {shape.positions} tokens; {way}"
+        )
+
+
+def check_tokenizer(config: Config, model: str, shape: ModelShape) -> ChatTokenizer:
+    """Refuse a model without a chat template, with one that raises, or whose tokenizer has tokens that it does not know.
+
+    Returns the tokenizer otherwise.
+    """
+    name = config.policy.model
+    tokenizer = ChatTokenizer(model, config.policy.template_args)
+    token, last = max(tokenizer.hf.get_vocab().items(), key=lambda one: one[1], default=("", -1))  # ids may have gaps
+    if last >= shape.vocabulary:
+        raise ConfigError(
+            f"policy.model '{name}': its tokenizer has the id {last} ({token!r}), its embedding {shape.vocabulary} rows, "
+            "counted from 0; take the tokenizer that belongs to it, or grow the model with resize_token_embeddings"
+        )
+    try:
+        ids = tokenizer.prompt_ids([{"role": "user", "content": "hello"}])
+        _ = tokenizer.end_ids  # it raises where nothing ends an answer
+    except KibitzError:
+        raise
+    except Exception as error:  # a template is a program: it may raise anything
+        raise ConfigError(
+            f"policy.model '{name}': its chat template fails on a single message ({cause_of(error)}); "
+            "correct chat_template.jinja, or take another model"
+        ) from error
+    if tokenizer.has_channels:
+        raise ConfigError(
+            f"policy.model '{name}' answers in channels ({CHANNEL}), in which kibitz cannot tell thoughts from what is "
+            "said; name a model that thinks between two marks, such as <think>, or not at all"
+        )
+    if not ids:
+        raise ConfigError(
+            f"policy.model '{name}': its chat template makes nothing of a message; correct chat_template.jinja, or take "
+            "another model"
+        )
+    return tokenizer
+
+
+def check_memory(config: Config, model: str, shape: ModelShape, card: Card | None = None) -> MemoryPlan | None:
+    """Refuse a model that the GPU, or without one the main memory, has no room for; how a GPU is shared."""
+    if config.serving.sleep_while_training and not config.serving.url and not has_gpu():
+        raise ConfigError(
+            "config key serving.sleep_while_training has value true, and there is no GPU here whose memory vLLM could give "
+            "away; set it to false"
+        )
+    dtype = served_dtype(config, model)
+    element = BITS.get(dtype, 2)
+    card = card or read_card()
+    if card is not None:
+        return None if config.serving.url else plan_memory(shape, config, card, element)
+    free = free_memory()
+    need = weights_bytes(shape, element) * (1 if config.serving.url else 2)
+    if free and not has_gpu() and need > free:
+        raise ConfigError(
+            f"policy.model '{config.policy.model}' needs {need / GIB:.1f} GiB of memory (its weights twice, to serve and to "
+            f"train), {free / GIB:.1f} GiB are free; take a smaller model, or free some"
+        )
+    return None
+
+
+def check_disk(config: Config, shape: ModelShape) -> None:
+    """Refuse a data directory without room for a few versions."""
+    whole = config.training.weights == "full"
+    version = weights_bytes(shape, 2) if whole else shape.adapter_parameters(config.training.lora_rank) * 4
+    need = LEAST_DISK + (2 if whole else KEPT_VERSIONS) * version
+    free = _free_disk(config.data)
+    if free < need:
+        raise ConfigError(
+            f"data_dir '{config.data}' has {free / GIB:.2f} GiB of disk left, and kibitz needs {need / GIB:.2f} GiB for "
+            f"'{config.policy.model}' and its versions; free some, or give another with --data-dir"
+        )
+
+
+def check_download(config: Config, model: str, shape: ModelShape) -> None:
+    """Refuse a hub model that is not here yet and for which the hub's cache has no room."""
+    if Path(model).is_dir():
+        return
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    files = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    if any(isinstance(try_to_load_from_cache(model, file), str) for file in files):
+        return
+    need = int(1.05 * weights_bytes(shape, BITS.get(shape.saved_as, 2)))
+    place = Path(HF_HUB_CACHE)
+    free = _free_disk(place)
+    if free < need:
+        raise ConfigError(
+            f"policy.model '{config.policy.model}' is {need / GIB:.1f} GiB to download, and {place} has "
+            f"{free / GIB:.1f} GiB of disk left; free some, or name another place with HF_HUB_CACHE"
+        )
+
+
+def _free_disk(place: Path) -> int:
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return shutil.disk_usage(place).free

@@ -1,0 +1,181 @@
+"""ModelShape: how large a model is, read from its config and the headers of its weights, without torch.
+
+It knows no memory and no settings: `bot.models.memory_budget` and `bot.models.sizes` ask it.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from bot.errors import ConfigError, cause_of
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
+BIASED = {"CodeGenForCausalLM", "GPTJForCausalLM", "PhiForCausalLM"}  # architectures whose output layer has a bias
+POINTER = b"version https://git-lfs"  # what Git leaves in the place of a large file that it did not fetch
+BITS = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The dimensions of a decoder, and how many parameters it has."""
+
+    family: str
+    parameters: int
+    layers: int
+    hidden: int
+    intermediate: int
+    queries: int  # width of all query heads together
+    keys: int  # width of all key heads together, which is that of the values
+    vocabulary: int
+    positions: int = 0  # 0: not known
+    saved_as: str = ""
+
+    @property
+    def billions(self) -> float:
+        """Parameters, in billions."""
+        return self.parameters / 1e9
+
+    @property
+    def size(self) -> str:
+        """How many parameters it has, as people say it: 135M, 1.72B."""
+        return f"{self.billions:.3g}B" if self.billions >= 1 else f"{self.parameters / 1e6:.3g}M"
+
+    def adapter_parameters(self, rank: int) -> int:
+        """Count the parameters of a LoRA adapter on all linear layers but the output layer."""
+        widths = 2 * (self.hidden + self.queries) + 2 * (self.hidden + self.keys) + 3 * (self.hidden + self.intermediate)
+        return rank * self.layers * widths
+
+
+def read_shape(model: str) -> ModelShape:
+    """Read the shape of a model in a directory, or of a hub model that transformers can find.
+
+    Raises ConfigError where its config or its weights cannot be read.
+    """
+    settings, parameters = read_settings(model), count_parameters(Path(model))
+    try:
+        return shape_of(settings, parameters)
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise unusable_config(model, error) from error
+
+
+def read_settings(model: str) -> dict[str, Any]:
+    """Read the config.json of a model in a directory, or of a hub model. Raises ConfigError where that fails."""
+    file = Path(model) / "config.json"
+    try:
+        if file.is_file():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError(f"it is a JSON {type(found).__name__}, not an object")
+            return found
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(model).to_dict()
+    except Exception as error:  # transformers runs the checks of each architecture: they raise anything
+        raise unusable_config(model, error) from error
+
+
+def unusable_config(model: str, error: Exception) -> ConfigError:
+    """Make the error for a model whose config.json is wrong."""
+    return ConfigError(
+        f"policy.model '{model}': its config.json cannot be used ({cause_of(error)}); "
+        "name a decoder model as transformers saves it"
+    )
+
+
+def shape_of(settings: dict[str, Any], parameters: int = 0) -> ModelShape:
+    """Make a shape from the settings in a config.json; without a count, parameters are computed from the dimensions."""
+    text = settings.get("text_config") or settings
+    hidden = int(text.get("hidden_size") or text["n_embd"])
+    layers = int(text.get("num_hidden_layers") or text["n_layer"])
+    heads = int(text.get("num_attention_heads") or text["n_head"])
+    intermediate = int(text.get("intermediate_size") or text.get("n_inner") or 4 * hidden)
+    vocabulary = int(text.get("vocab_size") or settings["vocab_size"])
+    width = int(text.get("head_dim") or hidden // heads)
+    queries, keys = width * heads, width * int(text.get("num_key_value_heads") or heads)
+    experts = int(text.get("num_local_experts") or text.get("num_experts") or 1)
+    feed_forward = 3 * hidden * (experts * int(text.get("moe_intermediate_size") or intermediate))
+    layer = 2 * hidden * (queries + keys) + feed_forward + 2 * hidden
+    is_tied = bool(settings.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
+    return ModelShape(
+        family=str(text.get("model_type") or settings.get("model_type") or ""),
+        parameters=parameters or (1 if is_tied else 2) * vocabulary * hidden + layers * layer + hidden,
+        layers=layers,
+        hidden=hidden,
+        intermediate=intermediate,
+        queries=queries,
+        keys=keys,
+        vocabulary=vocabulary,
+        positions=int(text.get("max_position_embeddings") or text.get("n_positions") or 0),
+        saved_as=str(text.get("dtype") or text.get("torch_dtype") or settings.get("torch_dtype") or ""),
+    )
+
+
+def count_parameters(directory: Path) -> int:
+    """Count the parameters in the safetensors files of a directory; 0 where there are none."""
+    return sum(prod(shape) for shape in all_tensor_shapes(directory).values())
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """List the files that transformers would load: one file, or the shards that an index names. Some may be missing.
+
+    Raises ConfigError where an index cannot be read.
+    """
+    for name in WEIGHTS:
+        whole, index = directory / name, directory / f"{name}.index.json"
+        if os.path.lexists(whole):  # a link that leads nowhere is there too: it is told when it is read
+            return [whole]
+        if index.is_file():
+            try:
+                return [directory / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise unreadable(index, cause_of(error)) from error
+    return []
+
+
+def all_tensor_shapes(directory: Path) -> dict[str, list[int]]:
+    """Read the shape of each tensor of a directory's safetensors files; empty where there are none."""
+    files = [file for file in weight_files(directory) if file.suffix == ".safetensors"]
+    return {name: shape for file in files for name, shape in tensor_shapes(file).items()}
+
+
+def has_output_bias(model: str) -> bool:
+    """Return whether the output layer adds a bias to the logits: by the weights, where their headers are here, or by name.
+
+    Raises ConfigError where config.json or a header cannot be read.
+    """
+    settings = read_settings(model)
+    is_known = bool(set(settings.get("architectures") or []) & BIASED) or bool(settings.get("lm_head_bias"))
+    return is_known or any(name.endswith("lm_head.bias") for name in all_tensor_shapes(Path(model)))
+
+
+def tensor_shapes(file: Path) -> dict[str, list[int]]:
+    """Read the shape of each tensor from the header of a safetensors file, which must fit the size of the file.
+
+    Raises ConfigError where the file is missing, damaged or cut off.
+    """
+    try:
+        with safe_open(file, framework="np") as opened:
+            return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118 (it is no dict)
+    except (OSError, SafetensorError) as error:
+        raise unreadable(file, cause_of(error)) from error
+
+
+def unreadable(file: Path, why: str) -> ConfigError:
+    """Make the error for a file of weights that is missing or damaged."""
+    if _is_pointer(file):
+        return ConfigError(f"{file} cannot be read (it is a Git LFS pointer, not the file itself); run git lfs pull")
+    return ConfigError(f"{file} cannot be read ({why}); download it again")
+
+
+def _is_pointer(file: Path) -> bool:
+    """Whether a file is what Git LFS leaves in the place of one that it did not fetch."""
+    try:
+        with file.open("rb") as opened:
+            return opened.read(len(POINTER)) == POINTER
+    except OSError:
+        return False

@@ -1,0 +1,114 @@
+"""vLLM's arguments: those that kibitz gives it, and those that an operator adds. It starts no server."""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+from bot.accelerator import has_gpu
+from bot.config import VLLM_HOST, Config
+from bot.errors import ConfigError
+from bot.serving import children
+from bot.serving.vllm_log import first_cause
+from bot.store.registry import BASE
+
+# What reads vLLM's command line, at its places in the versions that there are; it is importing this that takes its time.
+READ_ARGUMENTS = """
+import sys
+try:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+except ImportError:
+    from vllm.entrypoints.openai.cli_args import make_arg_parser
+try:
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+except ImportError:
+    from vllm.utils import FlexibleArgumentParser
+make_arg_parser(FlexibleArgumentParser(prog="vllm")).parse_args(sys.argv[1:])
+"""
+
+
+# What sets an option of vLLM that kibitz gives it.
+KEYS = {
+    "--model": "policy.model",
+    "--port": "serving.port",
+    "--dtype": "serving.dtype",
+    "--max-model-len": "policy.context_tokens and policy.max_tokens",
+    "--gpu-memory-utilization": "serving.memory_share",
+    "--max-loras": "serving.max_loras",
+    "--max-lora-rank": "serving.max_lora_rank",
+}
+READ_AT_ONCE = 2048  # tokens, on CPUs: at least as many as the longest prompt
+
+
+def own_options(config: Config) -> dict[str, str]:
+    """The options of our own vLLM with their values, "" of those that have none, but for what is found out at start."""
+    serving = config.serving
+    longest = config.policy.context_tokens + config.policy.max_tokens
+    found = {
+        "--served-model-name": BASE,
+        "--host": VLLM_HOST,
+        "--max-model-len": str(longest),
+        "--max-loras": str(serving.max_loras),
+        "--max-lora-rank": str(serving.max_lora_rank),
+        "--logprobs-mode": "processed_logprobs",
+        "--generation-config": "vllm",
+        "--enable-lora": "",
+        "--disable-uvicorn-access-log": "",
+    }
+    if serving.sleep_while_training:
+        found["--enable-sleep-mode"] = ""
+    if not has_gpu():
+        # A prompt that is read in pieces ends the CPU engine (0.32) where its answer is sampled with a seed.
+        found |= {"--enforce-eager": "", "--no-enable-chunked-prefill": ""}
+        found["--max-num-batched-tokens"] = str(max(longest, READ_AT_ONCE))
+    elif serving.memory_share:
+        found["--gpu-memory-utilization"] = f"{serving.memory_share:g}"
+    return found
+
+
+def check_extra_args(config: Config) -> None:
+    """Refuse arguments in `serving.extra_args` that kibitz gives vLLM itself. Raises ConfigError."""
+
+    def name(argument: str) -> str:
+        return argument.partition("=")[0].replace("_", "-").replace("--no-", "--")
+
+    first = next(iter(config.serving.extra_args), "-")
+    if not first.startswith("-"):  # it would be taken for the name of a model
+        raise ConfigError(f"config key serving.extra_args begins with '{first}', which is no option; write --OPTION first")
+    ours = {name(option) for option in ("--model", "--port", "--dtype", "--gpu-memory-utilization", *own_options(config))}
+    for argument in config.serving.extra_args:
+        if argument.startswith("--") and name(argument) in ours:
+            key = KEYS.get(name(argument), "")
+            raise ConfigError(
+                f"config key serving.extra_args has {argument.partition('=')[0]}, which kibitz sets itself; remove it"
+                + (f", and set {key}" if key else "")
+            )
+
+
+def read_extra_args(config: Config) -> None:
+    """Have the installed vLLM read `serving.extra_args`, without starting it (about 10 s). Raises ConfigError."""
+    if not config.serving.extra_args:
+        return
+    command = [sys.executable, "-c", READ_ARGUMENTS, *config.serving.extra_args]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=children.end_with_parent)
+    if done.returncode != 0:
+        cause = first_cause(done.stderr) or f"code {done.returncode}"
+        raise ConfigError(f"config key serving.extra_args has a value that vLLM refuses ({cause}); correct it")
+
+
+def entry_point(model: str) -> list[str]:
+    """Return the command that starts vLLM's OpenAI server for a model.
+
+    From 0.33 on that is `vllm serve`, as a module. It asks for the metadata of a package named "vllm", which the CPU build
+    does not have: there the server's own module is run, under the name that the installed version has for it.
+    """
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("vllm")
+        return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
+    found = importlib.util.find_spec("vllm")
+    place = Path((found.submodule_search_locations or [""])[0]) if found else Path()
+    newer = place / "entrypoints" / "launchers" / "api_server" / "entry.py"
+    module = "launchers.api_server.entry" if newer.is_file() else "openai.api_server"
+    return [sys.executable, "-m", f"vllm.entrypoints.{module}", "--model", model]

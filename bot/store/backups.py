@@ -1,0 +1,163 @@
+"""Backups: the database in one file, copied while kibitz runs, and put back without what was forgotten since.
+
+SQLite only: PostgreSQL has its own tools. The weights of versions lie beside the database and never change; they are copied
+by whatever copies directories. It knows no server.
+"""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from bot import output_files
+from bot.config import Config
+from bot.data_directory import held
+from bot.errors import DataError
+from bot.store.database import Database
+from bot.store.erasures import Erasures
+from bot.store.forgetting import forget_again, remove_purged
+from bot.store.registry import PolicyRegistry
+from bot.store.users import decide
+
+_COUNT_OUR_TABLES = "SELECT count(*) FROM sqlite_master WHERE name IN ('alembic_version', 'conversations')"
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a restored database is without."""
+
+    forgotten: int
+    withdrawn: list[str]
+
+    def __str__(self) -> str:
+        gone = f"; {', '.join(self.withdrawn)} never serve again" if self.withdrawn else ""
+        return f"restored; {self.forgotten} people and messages that were forgotten since are forgotten again{gone}"
+
+
+def back_up(config: Config, file: Path) -> None:
+    """Write the database as it is at this moment into a file, whole or not at all. Nobody waits for it."""
+    source = _sqlite_file(config, f"pg_dump --format=custom --file={file}")
+    if not source.is_file():
+        raise DataError(f"there is no database {source} to back up")
+    _refuse_same(source, file)
+    if file.is_file() and file.stat().st_size and not _is_backup(file):
+        raise DataError(f"{file}: is no backup of kibitz, and is not replaced; name another file, or remove it")
+    with _whole(file) as unfinished:
+        _copy(source, unfinished)
+
+
+def restore(config: Config, file: Path, replaces: bool = False) -> Restored:
+    """Take the database from a file that `back_up` wrote, in the place of the one that is there if it `replaces` it.
+
+    Who was forgotten since is forgotten again, and what people decided about their consent since stays decided, as far as
+    the database that is replaced can still be read. Versions that the backup does not know, or whose files are gone, never
+    serve again.
+    """
+    target = _sqlite_file(config, f"pg_restore --clean --dbname=DATABASE {file}, and start kibitz: it forgets again")
+    policies = config.data / "policies"
+    _refuse_same(target, file)
+    if not file.is_file():
+        raise DataError(f"{file}: there is no such file; name one that `kibitz backup` wrote")
+    Erasures(config.data).read()  # what cannot be read is told before anything is replaced
+    with held(config.data, "serve"), held(config.data, "train"):
+        if target.exists() and not replaces:
+            raise DataError(f"there is a database already, {target}; add --replace to put the backup in its place")
+        names = {name for (name,) in _read(target, "SELECT name FROM policies")}
+        used = {path.name for path in policies.glob("policy-*") if path.is_dir()} | names
+        decisions = _read(target, "SELECT platform, user_id, consent, at FROM users")
+        with _whole(target) as unfinished:
+            _copy(file, unfinished)
+            with closing(Database(f"sqlite:///{unfinished}", config.data)) as database:
+                database.upgrade()
+                withdrawn = PolicyRegistry(database).settle_in(policies, used)
+                _decide_again(unfinished, database, decisions)
+                database.scrub()
+            _empty_log(target)
+        with closing(Database(config.database_url, config.data)) as database:
+            registry = PolicyRegistry(database)
+            forgotten = forget_again(database, registry)  # a crash before this: `kibitz serve` begins with the same
+            remove_purged(registry)
+    return Restored(forgotten, withdrawn)
+
+
+def _sqlite_file(config: Config, instead: str) -> Path:
+    database = Database(config.database_url)
+    database.close()
+    if database.file is None:
+        raise DataError(f"the database {database.url} is PostgreSQL's, which has its own tools; run {instead}")
+    return database.file
+
+
+def _refuse_same(database: Path, file: Path) -> None:
+    if database.resolve() == file.resolve():
+        raise DataError(f"{file}: is the database itself; name another file")
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """Give a file for a database. At the end it takes the place of `path`, without its log; on an error nothing changes."""
+    with output_files.replace(path) as unfinished:
+        try:
+            yield unfinished
+        finally:
+            _remove_log(unfinished)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a database of ours, of any version, into a single file."""
+    try:
+        with (
+            closing(sqlite3.connect(_uri(source, "ro"), uri=True)) as old,
+            closing(sqlite3.connect(target)) as new,
+        ):
+            if old.execute(_COUNT_OUR_TABLES).fetchone() != (2,):
+                raise DataError(f"{source}: is no database of kibitz; name a file that `kibitz backup` wrote")
+            old.backup(new)
+            new.execute("PRAGMA journal_mode = DELETE")  # one file, without a log
+            found = new.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if found != "ok":
+                raise DataError(f"{source}: is broken ({' '.join(found.split())}); name another backup")
+    except sqlite3.Error as error:
+        raise DataError(f"{source}: cannot be copied to {target} ({error}); nothing was changed") from error
+
+
+def _is_backup(file: Path) -> bool:
+    """Whether `back_up` may have written a file: a database of kibitz in use has a log, a backup has none."""
+    return _read(file, _COUNT_OUR_TABLES) == [(2,)] and _read(file, "PRAGMA journal_mode") == [("delete",)]
+
+
+def _read(database: Path, query: str) -> list[tuple[Any, ...]]:
+    """The rows of a query, as far as a database can still be read."""
+    try:
+        with closing(sqlite3.connect(_uri(database, "ro"), uri=True)) as old:
+            return old.execute(query).fetchall()
+    except sqlite3.Error:
+        return []
+
+
+def _decide_again(file: Path, database: Database, decisions: list[tuple[Any, ...]]) -> None:
+    """Write people's decisions (platform, person, consent, when in SQLite's form) that are newer than the database's own."""
+    known = {(platform, user): at for platform, user, at in _read(file, "SELECT platform, user_id, at FROM users")}
+    with database.begin() as connection:
+        for platform, user, consent, at in decisions:
+            if known.get((platform, user), "") < at:
+                decide(connection, (platform, user), consent=bool(consent))
+
+
+def _empty_log(database: Path) -> None:
+    """Write the log of a database that is to be replaced into it, and remove it: SQLite would read it into the new one."""
+    with suppress(sqlite3.Error), closing(sqlite3.connect(_uri(database, "rw"), uri=True)) as old:
+        old.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    _remove_log(database)
+
+
+def _remove_log(database: Path) -> None:
+    for suffix in ("-wal", "-shm"):
+        database.with_name(database.name + suffix).unlink(missing_ok=True)
+
+
+def _uri(database: Path, mode: str) -> str:
+    return f"file:{quote(str(database.absolute()))}?mode={mode}"

@@ -1,0 +1,214 @@
+"""Forgetting: a person or a message is erased, with all that was made from their words (law 10).
+
+Of a message only its place is left, so that its event, delivered again, is still known. Every answer that was made from it
+goes (its policy was shown the text and may repeat it), every answer that was made from such an answer, and what people said
+about them. With a person also the policy versions go that were trained on any of it. What stands in the platform's own
+channels is not ours to delete. What is forgotten is noted outside of the database (`bot.store.erasures`), so that a backup
+does not bring it back. It knows no platform and no server: a running kibitz follows the registry.
+"""
+
+import logging
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from bot.store.database import Database
+from bot.store.erasures import Erasures
+from bot.store.registry import PolicyRegistry
+from bot.store.sources import answers_from
+from bot.store.tables import (
+    chunks,
+    conversations,
+    deliveries,
+    embeddings,
+    feedback,
+    fingerprints,
+    followups,
+    messages,
+    origins,
+    run_feedback,
+    run_followups,
+    run_teachers,
+    sources,
+    turns,
+    users,
+    words,
+)
+from bot.store.users import decide, decided_since
+from bot.types import FORGOTTEN, Person, PolicyState, Role, now
+
+log = logging.getLogger(__name__)
+
+UNFINISHED = ".unfinished"  # what the name of a version's directory ends with while its run is under way
+SAMPLES = "samples.json"  # beside a version's weights: what was answered before and after its training
+
+
+@dataclass(frozen=True)
+class Erased:
+    """How much is gone."""
+
+    messages: int
+    answers: int
+    opinions: int
+    policies: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.messages} messages, {self.answers} answers, {self.opinions} opinions "
+            f"and {self.policies} policy versions are gone"
+        )
+
+
+def forget_person(
+    database: Database, registry: PolicyRegistry, platform: str, user_id: str, until: datetime | None = None
+) -> Erased:
+    """Erase all that a person wrote, all that they said about answers, and all that was made from either.
+
+    Their consent is withheld from now on. With `until` it is done again, as they asked for it then: what they said, taught
+    and decided since stays. Nothing is half erased: it is one transaction.
+    """
+    at = until or now()
+    if database.directory is not None and until is None:
+        Erasures(database.directory).add_person((platform, user_id), at)
+    with database.begin() as connection:
+        written = sa.select(messages.c.id).join(conversations)
+        written = written.where(
+            messages.c.author_id == user_id, messages.c.role == Role.USER, conversations.c.platform == platform
+        )
+        said = sa.select(feedback.c.id).join(turns, turns.c.id == feedback.c.turn_id).join(conversations)
+        said = said.where(feedback.c.user_id == user_id, conversations.c.platform == platform)
+        made = sa.select(origins.c.turn_id).join(turns, turns.c.id == origins.c.turn_id).join(conversations)
+        made = made.where(origins.c.user_id == user_id, conversations.c.platform == platform)
+        if until is not None:
+            written, said = written.where(messages.c.at <= until), said.where(feedback.c.at <= until)
+        erased = _erase(connection, written, said, made)
+        purged = registry.purge(connection, (platform, user_id), until)
+        is_newer = until is not None and decided_since(connection, (platform, user_id), until)
+        decide(connection, (platform, user_id), **({} if is_newer else {"consent": False}), forgotten_at=at)
+    database.afterwards(partial(remove_purged, registry))
+    database.afterwards(partial(remove_samples, registry))
+    database.afterwards(database.scrub)
+    return replace(erased, policies=len(purged))
+
+
+def forget_message(database: Database, message_id: str) -> Erased:
+    """Erase one message, as its author deleted it. Versions that learned from it stay: one deletion must not move them."""
+    if database.directory is not None:
+        Erasures(database.directory).add_message(message_id, now())
+    with database.begin() as connection:
+        erased = _erase(connection, sa.select(messages.c.id).where(messages.c.id == message_id))
+    database.afterwards(partial(remove_samples, PolicyRegistry(database)))
+    database.afterwards(database.scrub)
+    return erased
+
+
+def forget_again(database: Database, registry: PolicyRegistry) -> int:
+    """Forget who and what is noted as forgotten and yet is here: the database is older than that. Return how many."""
+    if database.directory is None:
+        return 0
+    erasures = Erasures(database.directory)
+    noted = erasures.read()
+    with database.read() as connection:
+        late = [
+            one
+            for ids in chunks(sorted(noted.messages))
+            for one in connection.execute(_KEPT.where(messages.c.id.in_(ids))).scalars()
+        ]
+        known = {erasures.digest((row.platform, row.user_id)): row.forgotten_at for row in connection.execute(_FORGOTTEN)}
+        wanted = {digest for digest, at in noted.people.items() if digest not in known or known[digest] < at}
+    for message_id in late:
+        forget_message(database, message_id)
+    people = find_people(database) if wanted else set()
+    found = sorted(person for person in people if erasures.digest(person) in wanted)
+    for person in found:
+        forget_person(database, registry, *person, until=noted.people[erasures.digest(person)])
+    return len(late) + len(found)
+
+
+def find_people(database: Database) -> set[Person]:
+    """Return everybody who wrote, is behind an answer, judged, taught a version or decided something about themselves."""
+    with database.read() as connection:
+        return {(platform, user) for query in _PEOPLE for platform, user in connection.execute(query) if user != FORGOTTEN}
+
+
+_KEPT = sa.select(messages.c.id).where(messages.c.author_id != FORGOTTEN)
+_FORGOTTEN = sa.select(users).where(users.c.forgotten_at.is_not(None))
+_PEOPLE = (
+    sa.select(conversations.c.platform, messages.c.author_id).join(messages).where(messages.c.role == Role.USER).distinct(),
+    sa.select(conversations.c.platform, feedback.c.user_id)
+    .join(turns, turns.c.conversation_id == conversations.c.id)
+    .join(feedback, feedback.c.turn_id == turns.c.id)
+    .distinct(),
+    sa.select(conversations.c.platform, origins.c.user_id)
+    .join(turns, turns.c.conversation_id == conversations.c.id)
+    .join(origins, origins.c.turn_id == turns.c.id)
+    .distinct(),
+    sa.select(run_teachers.c.platform, run_teachers.c.user_id).distinct(),
+    sa.select(users.c.platform, users.c.user_id),
+)
+
+
+def remove_purged(registry: PolicyRegistry) -> None:
+    """Remove the files of purged versions; also what a crash left behind. What cannot be removed is logged."""
+    for name, path in registry.directories(PolicyState.PURGED).items():
+        if Path(path).is_dir():
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                log.error("%s was forgotten, but its files cannot be removed (%s); remove %s", name, error, path)
+
+
+def remove_samples(registry: PolicyRegistry) -> None:
+    """Remove the samples that reports show: questions that were held out stand in them, and whose they are is not said.
+
+    Those of runs under way go too; a run that writes some afterwards looks itself for what was forgotten meanwhile.
+    """
+    for samples in [Path(f"{path}{end}") / SAMPLES for path in registry.directories().values() for end in ("", UNFINISHED)]:
+        try:
+            samples.unlink(missing_ok=True)
+        except OSError as error:
+            log.error("what was forgotten may be in %s, which cannot be removed (%s); remove it", samples, error.strerror)
+
+
+def _erase(
+    connection: sa.Connection, written: sa.Select, said: sa.Select | None = None, turn_ids: sa.Select | None = None
+) -> Erased:
+    """Erase messages and turns, all that was made from them and said about that, and the feedback that `said` selects."""
+    own = list(connection.execute(written).scalars())
+    opinions = [] if said is None else list(connection.execute(said).scalars())
+    return erase(connection, own, answers_from(connection, written, turn_ids), opinions)
+
+
+def erase(connection: sa.Connection, own: list[str], made: dict[str, str], said: Iterable[str] = ()) -> Erased:
+    """Erase the text and the author of the messages `own`, the answers `made` (reply ids by turn id) with all that was said
+    about them, and the feedback `said`.
+    """
+    opinions = set(said)
+    for ids in chunks(made):
+        opinions.update(connection.execute(sa.select(feedback.c.id).where(feedback.c.turn_id.in_(ids))).scalars())
+    for column, values in (
+        (run_feedback.c.feedback_id, opinions),
+        (run_followups.c.message_id, own),
+        (feedback.c.id, opinions),
+        (deliveries.c.turn_id, made),
+        (followups.c.turn_id, made),
+        (followups.c.message_id, own),
+        (sources.c.turn_id, made),
+        (origins.c.turn_id, made),
+        (turns.c.id, made),
+        (embeddings.c.message_id, [*own, *made.values()]),
+        (words.c.message_id, [*own, *made.values()]),
+        (fingerprints.c.message_id, [*own, *made.values()]),
+        (messages.c.id, made.values()),
+    ):
+        for ids in chunks(values):
+            connection.execute(column.table.delete().where(column.in_(ids)))
+    blank = {"text": "", "author_id": FORGOTTEN, "author_name": ""}
+    for ids in chunks(own):
+        connection.execute(messages.update().where(messages.c.id.in_(ids)).values(**blank))
+    return Erased(len(own), len(made), len(opinions), 0)

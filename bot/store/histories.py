@@ -1,0 +1,87 @@
+"""Histories: find our own messages in a history that a client keeps itself.
+
+Clients of the OpenAI API send all that was said before with each question. A turn that was shown such a history names our
+messages in it, as any other turn does (`Turn.shown`), so that consent and forgetting hold there too (laws 7 and 10). They
+are found by a fingerprint of their words within the space of the client: a history has no ids. What stands in it and was
+never said to us belongs to the question that it came with. Synchronous, called through `Database.call`; it knows no tokens.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import sqlalchemy as sa
+
+from bot.store.conversations import MESSAGE, as_message
+from bot.store.database import Database
+from bot.store.tables import chunks, conversations, fingerprints, messages
+from bot.types import Conversation, Message, Role
+
+ALIKE = 1000  # of very many messages with the same words the newest are looked at
+
+
+def fingerprint(role: Role, text: str) -> str:
+    """Return what tells the words of a message from others, however a client changed the white space between them."""
+    return hashlib.blake2b(f"{role}\0{' '.join(text.split())}".encode(), digest_size=16).hexdigest()
+
+
+def remember(database: Database, message: Message, person: str) -> None:
+    """Keep the fingerprint of a stored message, for `recognize`. `person` wrote it, or was answered by it."""
+    if message.text.strip():
+        values = {"id": message.id, "place": message.conversation_id, "of": person}
+        with database.begin() as connection:
+            connection.execute(_REMEMBER, values | {"words": fingerprint(message.role, message.text)})
+
+
+def recognize(database: Database, place: Conversation, person: str, history: Sequence[Message]) -> list[Message]:
+    """Return the stored messages that a history (oldest first) repeats, and the questions of those that are answers.
+
+    They were said in the space of `place`. Of several with the same words it is the one that belongs to the message before
+    or after it in the history, as answer and question; else the newest of the same person, else the newest.
+    """
+    found: set[str] = set()
+    asked = ""  # the id of what the answer after a message answers
+    with database.read() as connection:
+        words = [fingerprint(said.role, said.text) for said in history]
+        for said, before in reversed(list(zip(words, ["", *words], strict=False))):
+            values = {"platform": place.platform, "space": place.space, "person": person, "asked": asked, "before": before}
+            row = connection.execute(_RECOGNIZE, values | {"words": said}).one_or_none()
+            asked = "" if row is None else row.reply_to or ""
+            found |= set() if row is None else {row.message_id, asked} - {""}
+        query = sa.select(*MESSAGE)
+        return [
+            as_message(row)
+            for ids in chunks(sorted(found))
+            for row in connection.execute(query.where(messages.c.id.in_(ids)))
+        ]
+
+
+def _text(name: str) -> sa.BindParameter[str]:
+    return sa.bindparam(name, type_=sa.String)
+
+
+_REMEMBER = fingerprints.insert().from_select(
+    ["message_id", "platform", "space", "person", "words"],
+    sa.select(_text("id"), conversations.c.platform, conversations.c.space, _text("of"), _text("words")).where(
+        conversations.c.id == sa.bindparam("place")
+    ),
+)
+_same_words = (
+    sa.select(fingerprints.c.message_id, fingerprints.c.person)
+    .where(*(fingerprints.c[name] == _text(name) for name in ("platform", "space", "words")))
+    .order_by(fingerprints.c.message_id.desc())
+    .limit(ALIKE)
+    .subquery()
+)
+_question = fingerprints.alias()
+_RECOGNIZE = (
+    sa.select(_same_words.c.message_id, messages.c.reply_to)
+    .join(messages, messages.c.id == _same_words.c.message_id)
+    .outerjoin(_question, _question.c.message_id == messages.c.reply_to)
+    .order_by(
+        (_same_words.c.message_id == _text("asked")).desc(),
+        (sa.func.coalesce(_question.c.words, "") == _text("before")).desc(),
+        (_same_words.c.person == _text("person")).desc(),
+        _same_words.c.message_id.desc(),
+    )
+    .limit(1)
+)

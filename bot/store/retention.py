@@ -1,0 +1,69 @@
+"""Retention: what was said longer ago than `privacy.retention_days` is erased.
+
+Text and opinions go, as when a person is forgotten; places stay. What is younger stays too: if the policy was shown
+something older for a younger answer, the answer stays, and its token ids, which spell the older text, go; who had written
+that is kept, so that they can be forgotten later. Versions that learned from what goes stay, and so does the record of who
+taught them. It knows no platform and no server.
+"""
+
+from collections.abc import Awaitable, Callable, Collection
+from datetime import datetime, timedelta
+from typing import Any
+
+import sqlalchemy as sa
+
+from bot.store.database import Database
+from bot.store.forgetting import erase, remove_samples
+from bot.store.registry import PolicyRegistry
+from bot.store.sources import keep_origins
+from bot.store.tables import UTCDateTime, messages, sources, turns
+from bot.types import now
+
+EVERY = 3600.0  # seconds between two looks
+AT_ONCE = 32  # messages in one transaction, so that nobody waits long for the database
+
+Tell = Callable[[Collection[str]], Awaitable[None]]
+
+
+async def erase_expired(database: Database, days: int, tell: Tell) -> None:
+    """Erase what is older than so many days; 0 is for ever. `tell` is called with the ids of the messages that are gone."""
+    if not days:
+        return
+    before = now() - timedelta(days=days)
+    gone: list[str] = []
+    while some := await database.call(erase_before, database, before, AT_ONCE):
+        gone += some
+    if gone:
+        await tell(gone)
+        await database.call(remove_samples, PolicyRegistry(database))
+        await database.call(database.scrub)
+
+
+def erase_before(database: Database, before: datetime, limit: int) -> list[str]:
+    """Erase the `limit` oldest messages that were written before a time, in one transaction; return their ids."""
+    with database.begin() as connection:
+        rows = connection.execute(_OLDEST, {"before": before, "most": limit}).all()
+        ids = [row.id for row in rows]
+        if not ids:
+            return []
+        made = {row.id: row.reply_id for row in connection.execute(_ANSWERS, {"ids": ids})}
+        # A younger answer may be shown both: it is kept, without the ids of what it was shown.
+        of_these = sources.c.message_id.in_([*ids, *made.values()])
+        spelt = turns.c.id.in_(sa.select(sources.c.turn_id).where(of_these)) & turns.c.id.not_in(list(made))
+        keep_origins(connection, connection.execute(sa.select(turns.c.id).where(spelt)).scalars().all())
+        connection.execute(turns.update().where(spelt).values(dict.fromkeys(_IDS, sa.null())))
+        connection.execute(sources.delete().where(sources.c.message_id.in_(list(made.values()))))
+        replies = set(made.values())
+        erase(connection, [one for one in ids if one not in replies], made)
+    return sorted({*ids, *replies})
+
+
+_IDS = ("prompt_ids", "completion_ids", "logprobs")
+_OLDEST = (
+    sa.select(messages.c.id)
+    .where(messages.c.at < sa.bindparam("before", type_=UTCDateTime()), sa.text("messages.author_id <> ''"))
+    .order_by(messages.c.at, messages.c.id)
+    .limit(sa.bindparam("most"))
+)
+_of_ids: sa.BindParameter[Any] = sa.bindparam("ids", expanding=True)
+_ANSWERS = sa.select(turns.c.id, turns.c.reply_id).where(turns.c.message_id.in_(_of_ids) | turns.c.reply_id.in_(_of_ids))

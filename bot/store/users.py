@@ -1,0 +1,73 @@
+"""Users: what people decided about themselves, and the table that holds it.
+
+Only those may teach who consent (law 7). Whoever has decided nothing is taken as `privacy.consent` says. It knows no
+platform's client: people are known by their platform and its id for them.
+"""
+
+from collections.abc import Iterable
+from datetime import datetime
+
+import sqlalchemy as sa
+
+from bot.config import PrivacyConfig, WebConfig
+from bot.store.database import Database
+from bot.store.tables import users
+from bot.types import Person, now
+
+
+class Users:
+    """Everybody who decided something."""
+
+    def __init__(self, database: Database, config: PrivacyConfig):
+        self.database = database
+        self.assumed = config.consent == "assumed"
+
+    def consents(self, platform: str, user_id: str) -> bool:
+        """Whether a person may be learned from."""
+        return self.decided().get((platform, user_id), self.assumed)
+
+    def consenting(self, platform: str, user_ids: Iterable[str]) -> set[str]:
+        """Those of these people who may be learned from."""
+        decided = self.decided()
+        return {one for one in user_ids if decided.get((platform, one), self.assumed)}
+
+    def decide(self, platform: str, user_id: str, consent: bool) -> None:
+        """Give or withhold consent; the last decision holds."""
+        with self.database.begin() as connection:
+            decide(connection, (platform, user_id), consent=consent)
+
+    def decided(self) -> dict[Person, bool]:
+        """The consent of everybody who said something about it."""
+        with self.database.read() as connection:
+            rows = connection.execute(sa.select(users.c.platform, users.c.user_id, users.c.consent))
+            return {(row.platform, row.user_id): row.consent for row in rows}
+
+    def forgotten_since(self, platform: str, at: datetime) -> set[str]:
+        """Return everybody on a platform who was forgotten at a time or later."""
+        gone = (users.c.platform == platform) & (users.c.forgotten_at >= at)
+        with self.database.read() as connection:
+            return set(connection.execute(sa.select(users.c.user_id).where(gone)).scalars())
+
+
+def voice(platform: str, user_id: str, config: WebConfig) -> str:
+    """Return whom a person counts as in training, where nobody may count more than once (law 7).
+
+    Clients of the web say themselves which people they speak for, as "TOKEN'S NAME/PERSON". Unless the operator trusts those
+    names, everybody behind one token counts as one person. For consent and forgetting each of them is their own.
+    """
+    return user_id if platform != "web" or config.trust_user_names else user_id.partition("/")[0]
+
+
+def decided_since(connection: sa.Connection, person: Person, at: datetime) -> bool:
+    """Whether a person decided about their consent after a time."""
+    return bool(connection.execute(sa.select(sa.exists().where(_is(person), users.c.at > at))).scalar_one())
+
+
+def decide(connection: sa.Connection, person: Person, **values: object) -> None:
+    """Write a person's decision in the transaction of `connection`."""
+    if not connection.execute(users.update().where(_is(person)).values(at=now(), **values)).rowcount:
+        connection.execute(users.insert().values(platform=person[0], user_id=person[1], at=now(), **values))
+
+
+def _is(person: Person) -> sa.ColumnElement[bool]:
+    return (users.c.platform == person[0]) & (users.c.user_id == person[1])

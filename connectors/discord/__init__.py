@@ -1,0 +1,1 @@
+"""Discord: mentions, replies, threads and direct messages; buttons, reactions, slash commands."""

@@ -1,0 +1,108 @@
+"""Reading: what a Discord message says, as text.
+
+Its words with names as people see them, what it forwards, polls, and text files, which Discord makes of long pastes. What
+cannot be read is named. It knows no event, no policy, and not whether a message is for us.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from pathlib import PurePath
+
+import aiohttp
+import discord
+
+from bot.types import Message
+from connectors.discord.markup import Markup
+from connectors.reading import KINDS, LARGEST_FILE, TEXT_TYPES, Read
+
+log = logging.getLogger(__name__)
+
+SPEECH = {  # all other types tell that something happened, such as a renamed thread
+    discord.MessageType.default,
+    discord.MessageType.reply,
+    discord.MessageType.chat_input_command,
+    discord.MessageType.thread_starter_message,
+    discord.MessageType.context_menu_command,
+}
+FILE_SECONDS = 10.0
+TEXT_NAMES = {".txt", ".md", ".log", ".csv", ".json", ".yaml", ".yml", ".toml", ".xml", ".ini", ".py", ".js", ".html"}
+
+Said = discord.Message | discord.MessageSnapshot
+
+
+def event_of(message_id: int) -> str:
+    """What names a message's event in the database."""
+    return f"discord:{message_id}"
+
+
+def is_speech(message: discord.Message) -> bool:
+    """Whether a person says something with a message."""
+    return message.type in SPEECH and not message.author.bot and message.webhook_id is None
+
+
+def as_message(message: discord.Message, text: str) -> Message:
+    """A message of a person as the dialogue keeps it; it does not say yet of which conversation."""
+    author, event = message.author, event_of(message.id)
+    return Message("", str(author.id), text, event_id=event, at=message.created_at, author_name=author.display_name)
+
+
+async def read(message: discord.Message, markup: Markup) -> Read:
+    """Read all of a message, text files too."""
+    files: dict[int, str] = {}
+    left = LARGEST_FILE
+    for one in (one for part in _parts(message) for one in part.attachments if _is_text(one)):
+        content = await _content(one) if one.size <= left else None
+        if content is not None:
+            files[one.id], left = content, left - one.size
+    return _read(message, markup, files)
+
+
+def read_words(message: discord.Message, markup: Markup) -> str:
+    """Read what a message says by itself, as people see it who scroll past it; its files are only named."""
+    return _read(message, markup, {}).text
+
+
+def _read(message: discord.Message, markup: Markup, files: dict[int, str]) -> Read:
+    words, named, unread = [], [], dict[str, None]()
+    for part in _parts(message):
+        words.append(markup.readable(part.content, message))
+        for one in part.attachments:
+            if one.id in files:
+                words.append(f"{one.filename}:\n{files[one.id]}")
+            else:
+                unread[_kind(one)] = None
+                named.append(f"[{one.filename}: not readable]")
+        for sticker in part.stickers:
+            unread["stickers"] = None
+            named.append(f"[sticker: {sticker.name}]")
+    if message.poll is not None:
+        words.append(f"{message.poll.question}\n" + "\n".join(f"- {answer.text or ''}" for answer in message.poll.answers))
+    text = "\n".join(one for one in words if one)
+    return Read("\n".join([text, *named]) if text else "", tuple(unread))
+
+
+def _parts(message: discord.Message) -> Sequence[Said]:
+    """The message itself and what it forwards."""
+    return [message, *message.message_snapshots]
+
+
+def _kind(attachment: discord.Attachment) -> str:
+    if attachment.is_voice_message():
+        return "voice messages"
+    return KINDS.get((attachment.content_type or "").partition("/")[0], "such files")
+
+
+def _is_text(attachment: discord.Attachment) -> bool:
+    known = (attachment.content_type or "").startswith(TEXT_TYPES)
+    return known or PurePath(attachment.filename).suffix.lower() in TEXT_NAMES
+
+
+async def _content(attachment: discord.Attachment) -> str | None:
+    """What stands in a text file; None where it cannot be read."""
+    try:
+        async with asyncio.timeout(FILE_SECONDS):
+            return (await attachment.read()).decode("utf-8-sig", "replace").strip()
+    except (discord.HTTPException, aiohttp.ClientError, TimeoutError) as error:
+        log.info("the file %s cannot be read: %r", attachment.filename, error)
+        return None

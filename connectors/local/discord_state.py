@@ -1,0 +1,151 @@
+"""What the local Discord knows: channels, messages, people, and the payloads that describe them."""
+
+import asyncio
+import itertools
+import time
+from collections import defaultdict
+from typing import Any
+
+from aiohttp import web
+
+TOKEN = "fake.discord.token"
+BOT = 1001
+GUILD = 2001
+OWN_ROLE = 3001  # that Discord made for the bot
+MESSAGE_CONTENT = 1 << 15
+VIA = {"Via": "1.1 fake"}
+
+SEE = 1 << 10  # the permission to view a channel
+SPEECH = (0, 19, 20, 21, 23)  # types of messages that can be replied to
+ROLE = {"color": 0, "colors": {"primary_color": 0}, "hoist": False, "managed": False, "mentionable": False, "flags": 0}
+
+
+class DiscordState:
+    """One guild, its channels and messages, and the connection to one bot."""
+
+    def __init__(self) -> None:
+        self.port = 0
+        self.channels: dict[int, dict[str, Any]] = {}
+        self.messages: dict[int, dict[str, Any]] = {}
+        self.reactions: dict[int, set[tuple[int, str]]] = defaultdict(set)
+        self.bursts: dict[int, set[tuple[int, str]]] = defaultdict(set)  # super reactions
+        self.unlisted: set[int] = set()  # people who are not in the lists of who reacted
+        self.roles: dict[int, list[int]] = defaultdict(list)  # of people
+        self.files: dict[str, bytes] = {}  # by name
+        self.callbacks: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self.told: asyncio.Queue[dict[str, Any]] = asyncio.Queue()  # what followed a deferred answer
+        self.commands: list[str] = []
+        self.refused: list[str] = []
+        self.limit, self.window = 1000, 1.0  # of posts and edits in one channel
+        self.met_429 = 0
+        self.typed: list[int] = []  # channels
+        self.typing_status = 204
+        self.gives_up = False  # events are delivered to nobody
+        self.interaction_seconds = 60.0  # in which an interaction must be answered (Discord: 3)
+        self.forgets_sessions = False  # who wants to resume must begin anew
+        self.written: dict[str, list[float]] = defaultdict(list)  # when the bot wrote or changed each of its messages
+        self.changed: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)  # by channel
+        self.allowed_intents = ~MESSAGE_CONTENT
+        self.identified = asyncio.Event()
+        self.resumed = asyncio.Event()
+        self._ids = itertools.count((int(time.time() * 1000) - 1420070400000) << 22)
+        self._nonces: dict[tuple[int, str], int] = {}
+        self._used: dict[int, list[float]] = defaultdict(list)
+        self._events: list[dict[str, Any]] = []
+        self._socket: web.WebSocketResponse | None = None
+        self._intents = 0
+        self._deadlines: dict[str, float] = {}
+
+    def channel(self, kind: int = 0) -> int:
+        """A new channel: 0 text, 1 direct message, 11 public thread."""
+        number = next(self._ids)
+        made: dict[str, Any] = {"id": str(number), "type": kind, "last_message_id": None}
+        if kind == 1:
+            made["recipients"] = [self._user(1)]
+        else:
+            made |= {"name": "somewhere", "position": 0, "permission_overwrites": [], "nsfw": False, "guild_id": str(GUILD)}
+        self.channels[number] = made
+        return number
+
+    def thread(self, parent: int, owner: int = 1, private: bool = False, starter: int | None = None) -> int:
+        """A new thread; one that begins at a message (`starter`) has its id."""
+        made = self.channels.pop(self.channel(12 if private else 11))
+        number = starter or int(made["id"])
+        times = {"archive_timestamp": "2026-01-01T00:00:00+00:00", "create_timestamp": "2026-01-01T00:00:00+00:00"}
+        about = {"id": str(number), "parent_id": str(parent), "owner_id": str(owner), "name": "a thread", "flags": 0}
+        counts = {"message_count": 1, "member_count": 2, "total_message_sent": 1, "rate_limit_per_user": 0}
+        state = {"thread_metadata": {**times, "archived": False, "auto_archive_duration": 60, "locked": False}}
+        self.channels[number] = made | about | counts | state
+        return number
+
+    def file(self, name: str, kind: str, content: bytes = b"") -> dict[str, Any]:
+        """An attachment of a message."""
+        self.files[name] = content
+        url = f"http://127.0.0.1:{self.port}/files/{name}"
+        about = {"filename": name, "content_type": kind, "size": len(content), "url": url, "proxy_url": url}
+        return {"id": str(next(self._ids)), **about}
+
+    def buttons(self, message: int) -> list[str]:
+        """What the buttons under a message do."""
+        return [one["custom_id"].split(":")[1] for row in self.messages[message]["components"] for one in row["components"]]
+
+    def answers(self, channel: int) -> list[dict[str, Any]]:
+        """The bot's messages in a channel, oldest first."""
+        found = [one for one in self.messages.values() if one["channel_id"] == str(channel)]
+        return sorted((one for one in found if one["author"]["id"] == str(BOT)), key=lambda one: int(one["id"]))
+
+    async def dispatch(self, name: str, data: dict[str, Any]) -> None:
+        """Send an event, or keep it for RESUME."""
+        event = {"op": 0, "t": name, "s": len(self._events) + 1, "d": data}
+        self._events.append(event)
+        if self._socket is not None and not self._socket.closed and not self.gives_up:
+            await self._socket.send_json(event)
+
+    def _user(self, number: int) -> dict[str, Any]:
+        bot = number == BOT
+        return {"id": str(number), "username": f"user{number}", "discriminator": "0", "avatar": None, "bot": bot}
+
+    def _in_guild(self, channel: int, user: int) -> dict[str, Any]:
+        if self.channels[channel]["type"] == 1:
+            return {}
+        return {"guild_id": str(GUILD), "member": self._member(user)}
+
+    def _member(self, user: int) -> dict[str, Any]:
+        roles = [str(role) for role in ([OWN_ROLE] if user == BOT else self.roles[user])]
+        member = {"roles": roles, "joined_at": "2026-01-01T00:00:00+00:00", "deaf": False, "mute": False, "flags": 0}
+        return {**member, "user": self._user(user)}
+
+    def _message(self, channel: int, author: int, content: str) -> dict[str, Any]:
+        number = next(self._ids)
+        message: dict[str, Any] = {
+            "id": str(number),
+            "channel_id": str(channel),
+            "author": self._user(author),
+            "content": content,
+            "timestamp": "2026-01-01T00:00:00+00:00",
+            "edited_timestamp": None,
+            "tts": False,
+            "mention_everyone": False,
+            "mentions": [],
+            "mention_roles": [],
+            "attachments": [],
+            "embeds": [],
+            "components": [],
+            "pinned": False,
+            "type": 0,
+            "flags": 0,
+        }
+        self.messages[number] = message
+        self.channels[channel]["last_message_id"] = str(number)
+        return message
+
+    def _wrote(self, message: dict[str, Any]) -> None:
+        self.written[message["id"]].append(time.monotonic())
+        self.changed[message["channel_id"]].set()
+        self.changed[message["channel_id"]].clear()
+
+    def _as_seen(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A message as the API shows it to an application that may not read all contents."""
+        direct = self.channels[int(message["channel_id"])]["type"] == 1
+        to_us = direct or message["mentions"] or message["mention_roles"] or message["author"]["id"] == str(BOT)
+        return message if to_us or self._intents & MESSAGE_CONTENT else message | {"content": ""}

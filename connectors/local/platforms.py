@@ -1,0 +1,315 @@
+"""Every platform, driven in one way: people say, react, take back, ask again, edit and delete on a server of our own.
+
+The connector on the other side is the real one, with the platform's unmodified client library. The scenarios of the tests
+and `kibitz bench connectors` use these. They know no database.
+"""
+
+import asyncio
+import json
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import aiohttp
+
+from bot.config import DiscordConfig, SlackConfig, WebConfig
+from connectors.base import Connector, Shared
+from connectors.discord.connector import Discord
+from connectors.local import benchmark
+from connectors.local.discord import LocalDiscord
+from connectors.local.discord_state import TOKEN
+from connectors.local.slack import LocalSlack
+from connectors.local.slack_state import APP_TOKEN, BOT_TOKEN
+from connectors.slack.connector import Secrets, Slack
+from connectors.web.server import Door, Web
+
+PEOPLE = {"ann": 11, "bob": 12, "cleo": 13}
+
+
+@dataclass
+class Shown:
+    """An answer as people see it. `first` and `final` are when its first and its last words appeared (monotonic, s)."""
+
+    id: str
+    question: str
+    text: str
+    first: float
+    final: float
+    whole: bool
+    edits: int
+
+
+class Platform(benchmark.Platform, Protocol):
+    """One platform with the connector to it: what the benchmark needs, and what else people do."""
+
+    async def restart(self, meanwhile: Callable[[], Awaitable[None]]) -> None:
+        """Stop the connector and start a new one, as another process would be; people go on in between where they can."""
+
+    async def take_back(self, user: str, answer: Shown, likes: bool) -> None:
+        """A person removes 👍 or 👎."""
+
+    async def again(self, user: str, answer: Shown) -> None:
+        """A person wants another answer."""
+
+    async def edit(self, place: str, question: str, text: str) -> None:
+        """The author of a question changes it."""
+
+    async def delete(self, place: str, question: str) -> None:
+        """The author of a question deletes it."""
+
+
+class _Connected:
+    """Starting and stopping a connector is the same everywhere."""
+
+    connector: Any
+
+    def __init__(self, make: Callable[[], Connector], ready: Callable[[], Any]):
+        self._make, self._ready = make, ready
+
+    async def start(self) -> None:
+        self.connector = self._make()
+        self._running = asyncio.create_task(self.connector.run())
+        await asyncio.wait_for(self._ready(), 300)
+
+    async def stop(self) -> None:
+        await self.connector.stop()
+        await asyncio.wait_for(self._running, 300)
+
+
+class _OnServer:
+    """A platform with a server of our own, and the connector to it."""
+
+    def __init__(self, fake: LocalDiscord | LocalSlack, online: asyncio.Event, make: Callable[[], Connector]):
+        self.fake: Any = fake
+        self._online = online
+        self._bot = _Connected(make, online.wait)
+
+    @property
+    def met_429(self) -> int:
+        return self.fake.met_429
+
+    async def start(self) -> None:
+        await self.fake.start()
+        await self._bot.start()
+
+    async def stop(self) -> None:
+        await self._bot.stop()
+        await self.fake.stop()
+
+    async def restart(self, meanwhile: Callable[[], Awaitable[None]]) -> None:
+        await self._bot.stop()
+        self._online.clear()
+        self.fake.gives_up = True  # so long away that nothing is delivered later
+        await meanwhile()
+        self.fake.gives_up = False
+        await self._bot.start()
+
+    async def changed(self, place: str) -> None:
+        await self.fake.changed[place].wait()
+
+
+class DiscordPlatform(_OnServer):
+    """Discord."""
+
+    name = "discord"
+
+    def __init__(self, shared: Shared):
+        fake = LocalDiscord()
+        super().__init__(fake, fake.identified, lambda: Discord(shared, DiscordConfig(), TOKEN))
+
+    def place(self, direct: bool = False) -> str:
+        return str(self.fake.channel(1 if direct else 0))
+
+    async def say(self, place: str, user: str, text: str) -> str:
+        return str(await self.fake.say(int(place), number(user), text))
+
+    def answers(self, place: str) -> list[Shown]:
+        return [
+            Shown(
+                one["id"],
+                one["message_reference"]["message_id"],
+                one["content"],
+                self.fake.written[one["id"]][0],
+                self.fake.written[one["id"]][-1],
+                "up" in self.fake.buttons(int(one["id"])),
+                len(self.fake.written[one["id"]]) - 1,
+            )
+            for one in self.fake.answers(int(place))
+            if "message_reference" in one
+        ]
+
+    async def turn_of(self, answer: Shown) -> str:
+        return await self._bot.connector.answers.turn_of(answer.id) or ""
+
+    async def react(self, user: str, answer: Shown, likes: bool) -> None:
+        await self.fake.react(number(user), int(answer.id), "👍" if likes else "👎")
+
+    async def take_back(self, user: str, answer: Shown, likes: bool) -> None:
+        await self.fake.react(number(user), int(answer.id), "👍" if likes else "👎", remove=True)
+
+    async def again(self, user: str, answer: Shown) -> None:
+        await self.fake.press(number(user), int(answer.id), "again")
+
+    async def edit(self, place: str, question: str, text: str) -> None:
+        await self.fake.edit(int(question), text)
+
+    async def delete(self, place: str, question: str) -> None:
+        await self.fake.delete(int(question))
+
+
+class SlackPlatform(_OnServer):
+    """Slack, in Socket Mode."""
+
+    name = "slack"
+
+    def __init__(self, shared: Shared):
+        fake = LocalSlack()
+        secrets = Secrets(BOT_TOKEN, APP_TOKEN)
+        super().__init__(fake, fake.connected, lambda: Slack(shared, SlackConfig(), secrets, fake.api))
+
+    def place(self, direct: bool = False) -> str:
+        return f"{'D' if direct else 'C'}{next(self.fake.numbers)}"
+
+    async def say(self, place: str, user: str, text: str) -> str:
+        return await self.fake.say(place, user.upper(), text)
+
+    def answers(self, place: str) -> list[Shown]:
+        return [
+            Shown(
+                one["ts"],
+                one.get("thread_ts", ""),
+                one["text"],
+                self.fake.written[one["ts"]][0],
+                self.fake.written[one["ts"]][-1],
+                self.fake.done(one),
+                len(self.fake.written[one["ts"]]) - 1,
+            )
+            for one in self.fake.answers(place)
+        ]
+
+    async def turn_of(self, answer: Shown) -> str:
+        return (
+            await self._bot.connector.workspace.answers.turn_of(f"{self.fake.messages[answer.id]['channel']}:{answer.id}")
+            or ""
+        )
+
+    async def react(self, user: str, answer: Shown, likes: bool) -> None:
+        await self.fake.react(user.upper(), self.fake.messages[answer.id], "+1" if likes else "-1")
+
+    async def take_back(self, user: str, answer: Shown, likes: bool) -> None:
+        await self.fake.react(user.upper(), self.fake.messages[answer.id], "+1" if likes else "-1", remove=True)
+
+    async def again(self, user: str, answer: Shown) -> None:
+        await self.fake.click(user.upper(), self.fake.messages[answer.id], "again")
+
+    async def edit(self, place: str, question: str, text: str) -> None:
+        await self.fake.edit(place, question, text)
+
+    async def delete(self, place: str, question: str) -> None:
+        await self.fake.delete(place, question)
+
+
+class WebPlatform:
+    """The HTTP API, with a client that keeps what it was sent."""
+
+    name = "web"
+    met_429 = 0
+
+    def __init__(self, shared: Shared):
+        self._bot = _Connected(lambda: Web(shared, self._door), self._ready)
+        self._shown: dict[str, list[Shown]] = {}
+        self._given: dict[tuple[str, str, bool], str] = {}
+        self._asking: set[asyncio.Task[None]] = set()
+        self._changed: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
+        self._count = 0
+
+    async def start(self) -> None:
+        self._door = Door.open(WebConfig(port=0))
+        self._http = aiohttp.ClientSession(self._door.url, connector=aiohttp.TCPConnector(limit=0), raise_for_status=True)
+        await self._bot.start()
+
+    async def stop(self) -> None:
+        await asyncio.gather(*self._asking)
+        await self._http.close()
+        await self._bot.stop()
+
+    async def restart(self, meanwhile: Callable[[], Awaitable[None]]) -> None:
+        await self.stop()
+        await self.start()
+        await meanwhile()
+
+    def place(self, direct: bool = False) -> str:
+        self._count += 1
+        return f"{self.name}-{id(self)}-{self._count}"
+
+    async def say(self, place: str, user: str, text: str) -> str:
+        self._count += 1
+        asked = {"conversation": place, "messages": [{"role": "user", "content": text}]}
+        return self._ask(place, user, str(self._count), asked)
+
+    def answers(self, place: str) -> list[Shown]:
+        return self._shown.get(place, [])
+
+    async def changed(self, place: str) -> None:
+        await self._changed[place].wait()
+
+    async def turn_of(self, answer: Shown) -> str:
+        return answer.id.removeprefix("chatcmpl-")
+
+    async def react(self, user: str, answer: Shown, likes: bool) -> None:
+        body = {"inference_id": answer.id, "metric_name": "thumb", "value": likes, "user": user}
+        async with self._http.post("/v1/feedback", json=body) as response:
+            self._given[user, answer.id, likes] = (await response.json())["feedback_id"]
+
+    async def take_back(self, user: str, answer: Shown, likes: bool) -> None:
+        given = self._given[user, answer.id, likes]
+        await self._http.delete(f"/v1/feedback/{given}", params={"user": user})
+
+    async def again(self, user: str, answer: Shown) -> None:
+        place = next(place for place, all_ in self._shown.items() if answer in all_)
+        last = {"messages": [{"role": "user", "content": "again"}], "regenerates": answer.id}
+        self._ask(place, user, answer.question, last)
+
+    async def edit(self, place: str, question: str, text: str) -> None:
+        raise NotImplementedError("clients of the API keep the history themselves")
+
+    async def delete(self, place: str, question: str) -> None:
+        answer = next(one for one in self.answers(place) if one.question == question)
+        await self._http.delete(f"/v1/chat/completions/{answer.id}")
+
+    def _ask(self, place: str, user: str, question: str, body: dict[str, Any]) -> str:
+        asking = asyncio.create_task(self._stream(place, question, {"stream": True, "user": user, **body}))
+        self._asking.add(asking)
+        asking.add_done_callback(self._asking.discard)
+        return question
+
+    async def _stream(self, place: str, question: str, body: dict[str, Any]) -> None:
+        shown = Shown("", question, "", 0.0, 0.0, whole=False, edits=0)
+        async with self._http.post("/v1/chat/completions", json=body) as response:
+            async for raw in response.content:
+                line = raw.decode().rstrip("\n")
+                if line == "data: [DONE]":
+                    shown.whole = True
+                elif line.startswith("data: "):
+                    event = json.loads(line.removeprefix("data: "))
+                    shown.id = event["id"]
+                    shown.text += event["choices"][0]["delta"].get("content", "")
+                    shown.final = time.monotonic()
+                if (shown.text or shown.whole) and not shown.first:  # an answer may be empty
+                    shown.first = time.monotonic()
+                    self._shown.setdefault(place, []).append(shown)
+        self._changed[place].set()
+        self._changed[place].clear()
+
+    async def _ready(self) -> None:
+        await self._http.get("/healthz")  # the socket listens already: whoever connects waits
+
+
+PLATFORMS = {platform.name: platform for platform in (DiscordPlatform, SlackPlatform, WebPlatform)}
+
+
+def number(user: str) -> int:
+    """A person's id on Discord."""
+    return PEOPLE.get(user) or 100_000 + int(user.removeprefix("user"))

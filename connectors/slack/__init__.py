@@ -1,0 +1,1 @@
+"""Slack: mentions, threads, direct messages; native streams, buttons, reactions; Socket Mode or HTTP."""

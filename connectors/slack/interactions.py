@@ -1,0 +1,112 @@
+"""SlackInteractions: buttons under answers, the modal that asks why, and slash commands.
+
+Slack waits for 3 seconds to be told that we have an act. A command may take longer, so it is acked first and answered later.
+It knows no event and no conversation.
+"""
+
+import logging
+import re
+from typing import Any
+
+from slack_bolt.async_app import AsyncApp
+from slack_sdk.errors import SlackApiError
+
+from bot.chat.dialogue import ReplyOptions
+from bot.types import Feedback, FeedbackKind, Turn
+from connectors.answers import BUSY, NOT_RECORDED, SORRY
+from connectors.commands import COMMANDS, Asker
+from connectors.slack.messages import give, reason
+from connectors.slack.places import Place, refusal
+from connectors.slack.reader import fetch
+from connectors.slack.workspace import Workspace
+
+log = logging.getLogger(__name__)
+
+NOTED = "Noted, thank you."
+NOT_ADMITTED = "You may not do that here."
+
+
+class SlackInteractions:
+    """What people do with what Slack shows them."""
+
+    def __init__(self, workspace: Workspace):
+        self.workspace = workspace
+
+    def listen(self, app: AsyncApp) -> None:
+        """Take over the buttons, modals and commands of an app."""
+        app.action(re.compile("opinion|again|stop"))(self._pressed)
+        app.view("reason")(self._explained)
+        for command in COMMANDS:
+            app.command(f"/kibitz-{command.name}")(self._commanded)
+
+    async def _commanded(self, ack: Any, respond: Any, command: dict[str, Any]) -> None:
+        asker = Asker(command["user_id"], command["channel_id"])
+        wanted = next(one for one in COMMANDS if command["command"] == f"/kibitz-{one.name}")
+
+        async def run() -> None:
+            await respond(await self.workspace.commands.run(wanted, asker, command.get("text", "").strip()))
+
+        if self.workspace.lanes.put(f"commands of {asker.user}", run):
+            await ack()
+        else:
+            await ack(text=BUSY)
+
+    async def _pressed(self, ack: Any, body: dict[str, Any], action: dict[str, Any]) -> None:
+        """A button under an answer. What it says is committed before Slack is told."""
+        user, container = body["user"]["id"], body["container"]
+        place = Place(container["channel_id"], container.get("thread_ts", ""), body["team"]["id"])
+        try:
+            notice = await self._do(user, place, action, body["trigger_id"])
+        except Exception as error:  # whatever fails: who pressed it is told, and operators why, in one line
+            log.error("a button failed: %r", error, exc_info=log.isEnabledFor(logging.DEBUG))
+            notice = SORRY
+        if notice:
+            self.workspace.lanes.put(f"notices to {user}", lambda: self._whisper(place, user, notice))
+        await ack()
+
+    async def _do(self, user: str, place: Place, action: dict[str, Any], trigger: str) -> str:
+        """Do what a button says; returns what to tell the person who pressed it, if anything."""
+        if not self.workspace.access.admits(user, place.channel):
+            return NOT_ADMITTED
+        if action["action_id"] == "opinion":
+            return await self._judge(user, action, trigger)
+        if action["action_id"] == "again":
+            return await self._regenerate(user, place, action["value"])
+        self.workspace.answers.stop(action["value"])
+        return ""
+
+    async def _judge(self, user: str, action: dict[str, Any], trigger: str) -> str:
+        """A click on 👍 or 👎. Slack does not say when one is taken back: the last click counts."""
+        act, _, turn_id = action["value"].partition(":")
+        kind = FeedbackKind.APPROVAL if act == "up" else FeedbackKind.DISAPPROVAL
+        event = f"slack:{turn_id}:{user}:{action['action_ts']}"
+        if not await self.workspace.answers.record(Feedback(turn_id, user, kind, signal="button", event_id=event)):
+            return NOT_RECORDED
+        if act == "down":
+            try:
+                await self.workspace.web.views_open(trigger_id=trigger, view=reason(turn_id))
+            except SlackApiError as error:  # too late, most likely: the opinion is recorded all the same
+                log.info("nobody could be asked why: %s", refusal(error))
+        return NOTED
+
+    async def _regenerate(self, user: str, place: Place, turn_id: str) -> str:
+        lane = (await self.workspace.dialogue.explain(turn_id)).turn.conversation_id
+
+        async def regenerate(options: ReplyOptions) -> Turn:
+            return await self.workspace.dialogue.regenerate(turn_id, user, options)
+
+        return "" if self.workspace.lanes.put(lane, lambda: give(self.workspace, place, user, regenerate)) else BUSY
+
+    async def _explained(self, ack: Any, body: dict[str, Any], view: dict[str, Any]) -> None:
+        """Why somebody did not like an answer."""
+        said = view["state"]["values"]["reason"]["text"].get("value") or ""
+        if said.strip():
+            turn_id, user, event = view["private_metadata"], body["user"]["id"], f"slack:{view['id']}"
+            given = Feedback(turn_id, user, FeedbackKind.COMMENT, signal="reason", text=said, event_id=event)
+            await self.workspace.answers.record(given)
+        await ack()
+
+    async def _whisper(self, place: Place, user: str, text: str) -> None:
+        """Tell one person something that nobody else sees."""
+        whispered = self.workspace.web.chat_postEphemeral
+        await fetch(whispered(channel=place.channel, user=user, text=text, thread_ts=place.thread or None))

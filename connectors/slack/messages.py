@@ -1,0 +1,178 @@
+"""SlackMessages: the messages that show one answer on Slack.
+
+A native stream in a thread while Slack's limits allow it, else a post that is edited; feedback buttons under the last
+part. It knows no event and no conversation.
+"""
+
+import logging
+import re
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from slack_sdk.errors import SlackApiError
+
+from bot.chat.dialogue import ReplyOptions
+from bot.types import Turn, new_id
+from connectors.answers import SORRY
+from connectors.slack.places import Place, refusal
+from connectors.slack.workspace import Workspace
+from connectors.splitting import split
+
+log = logging.getLogger(__name__)
+
+LIMIT = 11_000  # characters of one markdown block: 12,000, and some for what is put between
+Blocks = list[dict[str, Any]]
+
+
+def harmless(text: str) -> str:
+    """What the model says, with no mention in it that would ring anybody: <!channel>, <@U…>, <#C…>."""
+    return re.sub(r"<(?=[!@#])", "<\u200b", text)
+
+
+def reason(turn_id: str) -> dict[str, Any]:
+    """The modal that asks why somebody did not like an answer."""
+
+    def plain(text: str) -> dict[str, str]:
+        return {"type": "plain_text", "text": text}
+
+    field = {"type": "plain_text_input", "action_id": "text", "max_length": 300}
+    question = {"type": "input", "block_id": "reason", "optional": True, "label": plain("In a few words"), "element": field}
+    frame = {"title": plain("What was wrong?"), "submit": plain("Send"), "close": plain("Skip")}
+    return {"type": "modal", "callback_id": "reason", "private_metadata": turn_id, **frame, "blocks": [question]}
+
+
+class SlackMessages:
+    """One answer, from its first words to its buttons."""
+
+    def __init__(self, workspace: Workspace, place: Place, user: str):
+        self.workspace, self.place, self.user = workspace, place, user
+        self.turn_id = new_id()
+        self._ts = ""
+        self._streaming = False
+        self._sent = ""  # what the stream holds
+        self._halted = False  # somebody used Slack's own stop
+
+    async def grow(self, text: str) -> None:
+        """Show the beginning of a growing answer."""
+        text = harmless(split(text, LIMIT)[0].body)
+        if not text.strip():
+            return
+        if not self._ts:
+            await self._begin(text)
+        elif self._streaming:
+            await self._append(text)
+        else:
+            await self._edit(text, [self._button("stop", "⏹ Stop")])
+
+    async def whole(self, text: str) -> None:
+        """Show the final answer: every part of it, and the buttons under the last."""
+        parts = [harmless(part.text) for part in split(text or "…", LIMIT) if part.text.strip()] or ["…"]
+        for number, part in enumerate(parts):
+            buttons = self._opinions() if number == len(parts) - 1 else []
+            if number or not self._ts:
+                await self._post(part, buttons, number)
+            else:
+                await self._finish(part, buttons)
+
+    async def sorry(self, text: str = SORRY) -> None:
+        """Say that there will be no answer."""
+        if self._streaming:
+            await self._finish(f"{self._sent}\n\n{text}", [])
+        else:
+            await self.workspace.say(self.place, text)
+
+    async def _begin(self, text: str) -> None:
+        if self.place.thread and self.workspace.streams.has_capacity():
+            await self.workspace.streams.acquire()
+            async with self.workspace.answers.posting(self.place.channel):
+                try:
+                    sent = await self.workspace.web.chat_startStream(
+                        channel=self.place.channel,
+                        thread_ts=self.place.thread,
+                        markdown_text=text,
+                        recipient_team_id=self.place.team,
+                        recipient_user_id=self.user,
+                    )
+                except SlackApiError as error:
+                    log.info("no stream (%s); the answer is posted and edited", refusal(error))
+                else:
+                    self._streaming, self._sent = True, text
+                    await self._deliver(sent["ts"], 0)
+                    return
+        await self._post(text, [self._button("stop", "⏹ Stop")], 0)
+
+    async def _append(self, text: str) -> None:
+        more = text[len(self._sent) :]
+        if not more or self._halted:
+            return
+        try:
+            await self.workspace.web.chat_appendStream(channel=self.place.channel, ts=self._ts, markdown_text=more)
+            self._sent = text
+        except SlackApiError as error:
+            if refusal(error) != "stopped_by_user":
+                raise
+            self._halted = True
+            self.workspace.answers.stop(self.turn_id)
+
+    async def _finish(self, text: str, buttons: Blocks) -> None:
+        """End the stream with the rest of the text; where that cannot be, edit what is there."""
+        if self._streaming:
+            follows = text.startswith(self._sent)
+            try:
+                await self.workspace.web.chat_stopStream(
+                    channel=self.place.channel,
+                    ts=self._ts,
+                    markdown_text=(text[len(self._sent) :] or None) if follows else None,
+                    blocks=buttons,
+                )
+            except SlackApiError as error:
+                log.info("a stream could not be ended (%s); its message is edited", refusal(error))
+            else:
+                if follows:
+                    return
+        await self._edit(text, buttons)
+
+    async def _post(self, text: str, buttons: Blocks, part: int) -> None:
+        blocks = [{"type": "markdown", "text": text}, *buttons]
+        async with self.workspace.answers.posting(self.place.channel):
+            sent = await self.workspace.web.chat_postMessage(
+                channel=self.place.channel, text=text[:3000], blocks=blocks, thread_ts=self.place.thread or None
+            )
+            await self._deliver(sent["ts"], part)
+
+    async def _edit(self, text: str, buttons: Blocks) -> None:
+        blocks = [{"type": "markdown", "text": text}, *buttons]
+        await self.workspace.web.chat_update(channel=self.place.channel, ts=self._ts, text=text[:3000], blocks=blocks)
+
+    async def _deliver(self, ts: str, part: int) -> None:
+        if part == 0:
+            self._ts = ts
+        channel = self.place.channel
+        await self.workspace.answers.deliver(channel, f"{channel}:{ts}", self.turn_id, part)
+
+    def _opinions(self) -> Blocks:
+        """The native feedback buttons, and one to answer again (Slack has no icon for that: `trash` is the only one)."""
+
+        def thumb(symbol: str, act: str, label: str) -> dict[str, Any]:
+            text = {"type": "plain_text", "text": symbol}
+            return {"text": text, "value": f"{act}:{self.turn_id}", "accessibility_label": label}
+
+        feedback = {
+            "type": "feedback_buttons",
+            "action_id": "opinion",
+            "positive_button": thumb("👍", "up", "Good answer"),
+            "negative_button": thumb("👎", "down", "Bad answer"),
+        }
+        return [{"type": "context_actions", "elements": [feedback]}, self._button("again", "🔄 Answer again")]
+
+    def _button(self, act: str, label: str) -> dict[str, Any]:
+        text = {"type": "plain_text", "text": label, "emoji": True}
+        button = {"type": "button", "action_id": act, "text": text, "value": self.turn_id}
+        return {"type": "actions", "elements": [button]}
+
+
+async def give(workspace: Workspace, place: Place, user: str, ask: Callable[[ReplyOptions], Awaitable[Turn]]) -> None:
+    """Ask for an answer and show it to a person at a place."""
+    shown = SlackMessages(workspace, place, user)
+    async with workspace.sessions.processing(place, shown.turn_id):
+        await workspace.answers.give(ask, shown, workspace.budgets.of(place.channel))

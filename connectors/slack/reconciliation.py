@@ -1,0 +1,126 @@
+"""Reconciliation: what happened on Slack while nobody listened is learned from its API.
+
+Slack delivers an event for some minutes and then no more. Messages that are for us and were not heard are answered, those
+that were changed are changed, those that are gone are forgotten, and the reactions on our recent answers are compared with
+what we recorded. All go the ways that live events go, which claim each event once. What the app's scopes do not let us read
+is left. It knows no socket.
+"""
+
+import logging
+from datetime import timedelta
+from typing import Any, Protocol
+
+from bot.types import now
+from connectors.answers import catch_up
+from connectors.opinions import Reading
+from connectors.slack.places import Place, event_of
+from connectors.slack.reader import fetch
+from connectors.slack.workspace import Workspace
+
+log = logging.getLogger(__name__)
+
+MOST_ANSWERS = 200  # whose reactions are compared, newest first
+MOST_MESSAGES = 200  # of one channel or thread that are looked at
+TOMBSTONE = "tombstone"  # what Slack leaves of a deleted message that was answered in its thread
+
+
+class App(Protocol):
+    """What hears the live events, and is told of those that were missed."""
+
+    async def take_missed(self, event: dict[str, Any], team: str) -> bool:
+        """Return whether to answer a message now that may have been missed."""
+
+    async def answer_missed(self, event: dict[str, Any], team: str) -> None:
+        """Have a message answered that was missed."""
+
+    async def edited(self, event: dict[str, Any]) -> None:
+        """Take over what the author of a message changed."""
+
+
+async def reconcile(workspace: Workspace, app: App, team: str) -> None:
+    """Bring messages and reactions of the last `slack.reconcile_hours` up to date; what cannot be read is logged."""
+    try:
+        await _reconcile(workspace, app, team)
+    except Exception:  # what is live must not end because of what was missed
+        log.exception("what was missed on Slack could not be read")
+
+
+async def _reconcile(workspace: Workspace, app: App, team: str) -> None:
+    until = now()  # what comes later is heard
+    since = until - timedelta(hours=workspace.config.reconcile_hours)
+    call, store, answers = workspace.dialogue.store.database.call, workspace.dialogue.store, workspace.answers
+    shown = await call(answers.deliveries.since, answers.platform, since, MOST_ANSWERS)
+    places: dict[str, Place] = {}  # by conversation
+    of_turn: dict[str, Place] = {}
+    parts: dict[str, list[str]] = {}  # the messages of each turn: a reaction to any of them is an opinion on the turn
+    for answer in shown:
+        parts.setdefault(answer.turn_id, []).append(answer.message_id)
+    for turn_id, messages in parts.items():
+        await _reactions(workspace, turn_id, messages)
+        turn = await call(store.turn, turn_id)
+        if turn is not None:
+            if turn.conversation_id not in places:
+                known = await call(store.conversation, turn.conversation_id)
+                places[turn.conversation_id] = Place(known.channel, known.thread, team)
+            of_turn[turn.id] = places[turn.conversation_id]
+    window = {"oldest": f"{since.timestamp():.6f}", "latest": f"{until.timestamp():.6f}"}
+    listed = await fetch(workspace.web.users_conversations(types="im,public_channel,private_channel", limit=200))
+    channels = {place.channel for place in places.values()} | {one["id"] for one in listed.get("channels", [])}
+    readable = [Place(channel, "", team) for channel in sorted(channels)]
+    readable += [place for place in places.values() if place.thread]
+    said: dict[str, dict[str, Any]] = {}  # by event: the first message of a thread is in its channel too
+    for place in readable:
+        for message in await _said(workspace, place, window) or []:
+            at = {"channel": place.channel, "thread_ts": message.get("thread_ts") or place.thread}
+            said[event_of(place.channel, message["ts"])] = {**message, **at}
+    asked = await call(store.questions, list(of_turn))
+    questions = {event: of_turn[turn_id] for turn_id, event in asked.items()}
+    if any(place.is_direct and event == event_of(place.channel, place.thread) for event, place in questions.items()):
+        workspace.sessions.is_agent = True  # it answered in a thread that a direct message began
+    for event, place in questions.items():
+        if event not in said and await _is_gone(workspace, place, event.rpartition(":")[-1]):
+            await workspace.dialogue.delete(event)  # before anything is answered that would be shown it
+    await catch_up(
+        sorted(said.values(), key=_written_at),
+        take=lambda message: app.take_missed(message, team),
+        answer=lambda message: app.answer_missed(message, team),
+        edit=lambda message: app.edited({"channel": message["channel"], "message": message}),
+    )
+
+
+async def _said(workspace: Workspace, place: Place, window: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Return the messages that are there in a thread, or in a channel; None where Slack refuses."""
+    wanted = {"channel": place.channel, "limit": MOST_MESSAGES, **window}
+    web = workspace.web
+    asked = web.conversations_replies(ts=place.thread, **wanted) if place.thread else web.conversations_history(**wanted)
+    got = await fetch(asked)
+    if "messages" not in got:
+        return None
+    return [message for message in got["messages"] if message.get("subtype") != TOMBSTONE]
+
+
+def _written_at(message: dict[str, Any]) -> float:
+    """When a message was written (seconds since 1970)."""
+    return float(message["ts"])
+
+
+async def _is_gone(workspace: Workspace, place: Place, ts: str) -> bool:
+    found = await _said(workspace, place, {"oldest": ts, "latest": ts, "inclusive": True})
+    return found is not None and ts not in {message["ts"] for message in found}
+
+
+async def _reactions(workspace: Workspace, turn_id: str, messages: list[str]) -> None:
+    read_at, there, partial = now(), set(), set()
+    for message_id in messages:
+        channel, _, ts = message_id.partition(":")
+        got = await fetch(workspace.web.reactions_get(channel=channel, timestamp=ts, full=True))
+        if "message" not in got:
+            return  # what is not known of one part may be on it
+        listed = [one for one in got["message"].get("reactions", []) if workspace.reactions.kind(one["name"]) is not None]
+        partial |= {one["name"] for one in listed if len(one["users"]) < one.get("count", 0)}
+        there |= {(message_id, user, one["name"]) for one in listed for user in one["users"] if user != workspace.reader.me}
+
+    def admits(user: str) -> bool:
+        return workspace.access.admits(user, messages[0].partition(":")[0])
+
+    await workspace.answers.reconcile(turn_id, Reading(messages, there, read_at, partial), admits)

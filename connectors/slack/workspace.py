@@ -1,0 +1,39 @@
+"""Workspace: what all parts of the Slack connector share: the dialogue, access, the limits, and the way to Slack."""
+
+from aiolimiter import AsyncLimiter
+from slack_sdk.http_retry.builtin_async_handlers import AsyncRateLimitErrorRetryHandler
+from slack_sdk.web.async_client import AsyncWebClient
+
+from bot.config import SlackConfig
+from connectors.answers import Answers
+from connectors.base import Lanes, Shared
+from connectors.commands import Commands
+from connectors.slack.places import Place
+from connectors.slack.reader import SlackReader
+from connectors.slack.sessions import SlackSessions
+from connectors.streaming import Budgets
+
+SLACK = "slack"
+
+
+class Workspace:
+    """One app in one workspace, seen from within kibitz. It hears no event."""
+
+    def __init__(self, shared: Shared, config: SlackConfig, token: str, api: str):
+        self.config = config
+        self.dialogue = shared.dialogue
+        self.reactions = shared.reactions
+        self.access = shared.access
+        self.lanes = Lanes(config.waiting)
+        self.budgets = Budgets(config.edits, 60)
+        self.streams = AsyncLimiter(config.streams, 60)
+        self.answers = Answers(shared, SLACK)
+        self.commands = Commands(shared.desk, shared.access, self.answers)
+        self.web = AsyncWebClient(token=token, base_url=api)
+        self.web.retry_handlers.append(AsyncRateLimitErrorRetryHandler(max_retry_count=5))
+        self.reader = SlackReader(self.web)
+        self.sessions = SlackSessions(self.web)
+
+    async def say(self, place: Place, text: str) -> None:
+        """Post a text of our own."""
+        await self.web.chat_postMessage(channel=place.channel, text=text, thread_ts=place.thread or None)

@@ -1,0 +1,1 @@
+"""The web: the chat page and the OpenAI-compatible API."""

@@ -1,0 +1,262 @@
+"""The shapes of the OpenAI chat API, and of feedback as TensorZero's users know it. It knows no server and no store."""
+
+import json
+import time
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AliasChoices, BaseModel, Field, StrictBool, StrictFloat, StrictInt, ValidationError, model_validator
+
+from bot.chat.dialogue import History, spoken
+from bot.errors import DataError
+from bot.types import Feedback, FeedbackKind, Role, Turn
+
+MODEL = "kibitz"
+UNSEEN = "(I can read text only; I have not seen what came with it.)\n\n"  # before an answer to a message with a picture
+INT64 = 2**63
+
+Name = Annotated[str, Field(max_length=64, pattern=r"^[^\x00]*$")]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class Shape(BaseModel):
+    """A JSON object in which an optional field may be null: clients write out what they leave to us."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        return {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else given
+
+
+class ContentPart(Shape):
+    """A piece of a message. Of one that is no text only its kind is told."""
+
+    type: str = "text"
+    text: str = ""
+    refusal: str = ""
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it can be read."""
+        return self.type in ("text", "input_text", "output_text", "refusal")
+
+    @property
+    def shown(self) -> str:
+        """What the policy is shown of it."""
+        kind = self.type.removeprefix("input_").removesuffix("_url")
+        return self.text or self.refusal if self.is_text else f"[{kind[:20]}]"
+
+
+class ChatMessage(Shape):
+    """One message of a chat. What a tool or a function answered is taken as said by the user."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[ContentPart] = ""
+
+    @property
+    def parts(self) -> list[ContentPart]:
+        """What it consists of."""
+        return [ContentPart(text=self.content)] if isinstance(self.content, str) else self.content
+
+    @property
+    def text(self) -> str:
+        """What the policy is shown of it; of an answer, what the policy itself said."""
+        text = "".join(part.shown for part in self.parts)
+        return text.removeprefix(UNSEEN) if self.speaker == Role.ASSISTANT else text
+
+    @property
+    def speaker(self) -> Role:
+        """Whose words they are to the policy."""
+        match self.role:
+            case "system" | "developer":
+                return Role.SYSTEM
+            case "assistant":
+                return Role.ASSISTANT
+            case _:
+                return Role.USER
+
+
+class StreamOptions(Shape):
+    """What a stream also tells."""
+
+    include_usage: bool = False
+
+
+class ResponseFormat(Shape):
+    """The form that an answer should have."""
+
+    type: str = "text"
+
+
+class Completion(Shape):
+    """A request for an answer. Temperature and the like are not followed: they are those that training assumes.
+
+    `conversation` names a conversation whose history kibitz keeps; `regenerates` a completion that was not wanted.
+    """
+
+    messages: list[ChatMessage] = []
+    model: str = MODEL
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] = []
+    n: int = 1
+    tool_choice: Any = "auto"
+    function_call: Any = "auto"
+    response_format: ResponseFormat = ResponseFormat()
+    user: Annotated[Name, Field(validation_alias=AliasChoices("user", "safety_identifier"))] = ""
+    conversation: Name = ""
+    regenerates: Name = ""
+
+    @model_validator(mode="after")
+    def _can_be_answered(self) -> "Completion":
+        if not self.messages and not self.regenerates:
+            raise ValueError("messages is empty; send one at least")
+        if self.n != 1:
+            raise ValueError("n must be 1: kibitz gives one answer at a time; ask again for another")
+        for name in ("tool_choice", "function_call"):
+            if getattr(self, name) not in ("auto", "none"):
+                raise ValueError(f"{name} must be 'auto' or 'none': kibitz calls no tools")
+        if self.response_format.type != "text":
+            raise ValueError("response_format.type must be 'text': kibitz cannot promise JSON")
+        return self
+
+    @property
+    def limit(self) -> int | None:
+        """How many tokens the answer may have at most, if the client says so."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The texts that the answer ends before."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def has_unseen(self) -> bool:
+        """Whether there is something that cannot be read in what is asked: in the user's messages since the last answer."""
+        said = [one for one in self.messages if one.speaker != Role.SYSTEM]
+        while said and said[-1].speaker == Role.USER:
+            if not all(part.is_text for part in said.pop().parts):
+                return True
+        return False
+
+    def asked(self) -> tuple[str, History]:
+        """Return the question, and what is around it.
+
+        It is the last message of the user. Notes of the system after that bear on it; after an answer they are the question.
+        An answer at the end is to be continued.
+        """
+        said = [one for one in self.messages if one.text.strip()]
+        notes: list[ChatMessage] = []
+        while said and said[-1].speaker == Role.SYSTEM:
+            notes.insert(0, said.pop())
+        if notes and (not said or said[-1].speaker == Role.ASSISTANT):
+            return "\n".join(note.text for note in notes), _history(said)
+        begun: list[str] = []
+        while said and said[-1].speaker == Role.ASSISTANT:
+            begun.insert(0, said.pop().text)
+        question = said.pop().text if said and said[-1].speaker == Role.USER else ""
+        return question, _history([*said, *notes], "\n".join(begun))
+
+
+class FeedbackRequest(Shape):
+    """What somebody thinks of a completion: `value` is true or false (or 1 or 0), a number in [-1, 1], or text.
+
+    Text is a comment where `metric_name` is "comment", and what should have been said where it is "demonstration".
+    `episode_id`, in place of `inference_id`, means the last answer in a conversation; with `dryrun` nothing is recorded.
+    """
+
+    inference_id: Annotated[Name, Field(validation_alias=AliasChoices("inference_id", "completion_id"))] = ""
+    episode_id: Name = ""
+    metric_name: Name = "rating"
+    value: StrictBool | StrictInt | StrictFloat | str
+    user: Name = ""
+    dryrun: bool = False
+
+    @model_validator(mode="after")
+    def _has_a_meaning(self) -> "FeedbackRequest":
+        if bool(self.inference_id) == bool(self.episode_id):
+            raise ValueError("give either inference_id, the id of a completion, or episode_id")
+        textual = self.metric_name in ("comment", "demonstration")
+        if isinstance(self.value, str) != textual:
+            raise ValueError("value must be text for comment and demonstration, and a boolean or a number for all else")
+        if textual and not str(self.value).strip():
+            raise ValueError("value is empty; say something")
+        if not isinstance(self.value, str) and not -1 <= self.value <= 1:
+            raise ValueError("value must be in [-1, 1]")
+        if isinstance(self.value, float) and self.value == 0:
+            raise ValueError("value is 0.0, which is neither good nor bad and teaches nothing; for a dislike send false")
+        return self
+
+    def feedback(self, turn_id: str, user: str) -> Feedback:
+        """The act of feedback that this is."""
+        if isinstance(self.value, str):
+            kind = FeedbackKind.COMMENT if self.metric_name == "comment" else FeedbackKind.CORRECTION
+            return Feedback(turn_id, user, kind, signal=self.metric_name, text=self.value)
+        if self.value in (0, 1) and not isinstance(self.value, float):
+            kind = FeedbackKind.APPROVAL if self.value else FeedbackKind.DISAPPROVAL
+            return Feedback(turn_id, user, kind, signal=self.metric_name)
+        return Feedback(turn_id, user, FeedbackKind.RATING, signal=self.metric_name, value=float(self.value))
+
+
+class Privacy(BaseModel):
+    """Whether somebody may be learned from."""
+
+    consent: bool
+
+
+class Person(BaseModel):
+    """One of the people whom a client tells apart; "" for the client itself."""
+
+    user: Name = ""
+
+
+Parsed = TypeVar("Parsed", bound=BaseModel)
+
+
+def parsed(shape: type[Parsed], given: bytes | dict[str, str]) -> Parsed:
+    """A request's body, or its query, as `shape`. Raises DataError with one line."""
+    try:
+        return shape.model_validate(given) if isinstance(given, dict) else shape.model_validate_json(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"{where or 'body'}: {first['msg']}") from error
+
+
+def model_card() -> dict[str, Any]:
+    """The one model that there is."""
+    return {"id": MODEL, "object": "model", "created": 0, "owned_by": MODEL}
+
+
+def completion(turn: Turn, before: str = "") -> dict[str, Any]:
+    """A turn as a chat completion, its text after what we say ourselves `before` it."""
+    prompt, answer = len(turn.prompt_ids or ()), len(turn.completion_ids or ())
+    said = {"role": "assistant", "content": before + spoken(turn)}
+    return {
+        **_frame(turn.id, "chat.completion"),
+        "system_fingerprint": turn.policy_version,
+        "episode_id": turn.conversation_id,
+        "choices": [{"index": 0, "message": said, "finish_reason": _reason(turn)}],
+        "usage": {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer},
+    }
+
+
+def chunk(turn_id: str, delta: dict[str, str], turn: Turn | None = None) -> str:
+    """One server-sent event of a streamed completion; the last one carries the finished turn."""
+    choice = {"index": 0, "delta": delta, "finish_reason": None if turn is None else _reason(turn)}
+    ended = {} if turn is None else {"system_fingerprint": turn.policy_version, "episode_id": turn.conversation_id}
+    return f"data: {json.dumps({**_frame(turn_id, 'chat.completion.chunk'), **ended, 'choices': [choice]})}\n\n"
+
+
+def _history(before: list[ChatMessage], begun: str = "") -> History:
+    return History([{"role": one.speaker.value, "content": one.text} for one in before], begun)
+
+
+def _frame(turn_id: str, kind: str) -> dict[str, Any]:
+    return {"id": f"chatcmpl-{turn_id}", "object": kind, "created": int(time.time()), "model": MODEL}
+
+
+def _reason(turn: Turn) -> str:
+    return "length" if turn.finish_reason == "length" else "stop"

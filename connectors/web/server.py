@@ -1,0 +1,377 @@
+"""The web: an OpenAI-compatible API, feedback on its completions, a chat page, and what operators scrape.
+
+`POST /v1/chat/completions` shows the policy the messages that the client sends, as any OpenAI server does; with
+`conversation` in the body kibitz keeps the history itself and takes the last message only. A completion's id is the
+turn's, so `POST /v1/feedback` may come days later. It knows no model and no training.
+
+Run: ``kibitz serve``, then http://127.0.0.1:8080/.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from bot.chat.dialogue import ReplyOptions, spoken
+from bot.config import WebConfig
+from bot.environment import http_url
+from bot.errors import ConfigError
+from bot.types import Conversation, Feedback, Message, Turn, new_id
+from connectors.access import TOO_FAST
+from connectors.base import Shared, listening
+from connectors.web import metrics
+from connectors.web.http_errors import KnownHosts, KnownOrigins, ToldErrors, describe, tell_refusal
+from connectors.web.openai_api import (
+    MODEL,
+    UNSEEN,
+    Completion,
+    FeedbackRequest,
+    Person,
+    Privacy,
+    chunk,
+    completion,
+    model_card,
+    parsed,
+)
+from connectors.web.request_body import read_json
+
+Pieces = asyncio.Queue[str | Turn | None]  # of an answer, then all of it, then the end
+
+LONGEST_NAME = 48  # characters of a user's name, which stands before those of its people
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+PAGE = Path(__file__).with_name("page.html")
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+
+
+@dataclass(frozen=True)
+class Door:
+    """Where the server listens, the names of its users by token, and the other sites whose pages may talk to it.
+
+    It is opened before anything else starts.
+    """
+
+    users: dict[str, str]
+    socket: socket.socket
+    origins: tuple[str, ...] = ()
+
+    @classmethod
+    def open(cls, config: WebConfig) -> "Door":
+        """Raises ConfigError where the address cannot be had, or others could come in without a token."""
+        known = users(config)
+        if "*" in config.cors_origins and not known:
+            raise ConfigError(
+                "config key web.cors_origins has value '*', with which any page could talk to kibitz without a token; "
+                "name the origins, or set web.tokens_env"
+            )
+        return cls(known, listening("web", config.host, config.port), tuple(config.cors_origins))
+
+    @property
+    def url(self) -> str:
+        """Where the server listens."""
+        host, port = self.socket.getsockname()[:2]
+        return http_url(host, port)
+
+
+class Web:
+    """One HTTP server in the event loop of kibitz."""
+
+    name = "web"
+
+    def __init__(self, shared: Shared, door: Door):
+        self.dialogue = shared.dialogue
+        self.access = shared.access
+        self.desk = shared.desk
+        self.users = shared.users
+        self._users, self._socket, self._origins = door.users, door.socket, door.origins
+        self._answering: set[asyncio.Task[Turn]] = set()
+        self._server = _Server(
+            uvicorn.Config(self._app(), log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=10)
+        )
+
+    async def run(self) -> None:
+        """Serve until `stop`."""
+        await self._server.serve(sockets=[self._socket])
+
+    async def stop(self) -> None:
+        """Take nothing new in, let what is under way end, and close."""
+        self._server.should_exit = True
+        if self._answering:
+            await asyncio.wait(self._answering, timeout=10)
+
+    def _app(self) -> Starlette:
+        routes = [
+            Route("/", self._page),
+            Route("/v1/models", self._models),
+            Route("/v1/models/{model:path}", self._model),
+            Route("/v1/chat/completions", self._complete, methods=["POST"]),
+            Route("/v1/chat/completions/{completion_id}", self._delete, methods=["DELETE"]),
+            Route("/v1/privacy", self._privacy, methods=["GET", "PUT", "DELETE"]),
+            Route("/v1/feedback", self._feedback, methods=["POST"]),
+            Route("/v1/feedback/{feedback_id}", self._retract, methods=["DELETE"]),
+            Route("/healthz", self._health),
+            Route("/readyz", self._ready),
+            Route("/metrics", self._metrics),
+        ]
+        middleware = [Middleware(KnownOrigins, origins=self._origins), Middleware(ToldErrors)]
+        if not self._users:
+            middleware.insert(1, Middleware(KnownHosts, hosts=LOOPBACK))
+        return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: tell_refusal})
+
+    async def _page(self, request: Request) -> Response:
+        return FileResponse(PAGE, headers={"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer"})
+
+    async def _models(self, request: Request) -> Response:
+        self._user(request)
+        return JSONResponse({"object": "list", "data": [model_card()]})
+
+    async def _model(self, request: Request) -> Response:
+        self._user(request)
+        if request.path_params["model"] != MODEL:
+            raise HTTPException(404, f"there is no model '{request.path_params['model']}'; the one here is '{MODEL}'")
+        return JSONResponse(model_card())
+
+    async def _complete(self, request: Request) -> Response:
+        user = self._user(request)
+        asked = parsed(Completion, await read_json(request))
+        author = _author(user, asked.user)
+        self._limit(self.access.in_time, author, request, user)
+        pieces: Pieces = asyncio.Queue()
+        options = ReplyOptions(
+            on_text=pieces.put_nowait,
+            on_whole=pieces.put,
+            stop=asyncio.Event(),
+            turn_id=new_id(),
+            seed=asked.seed,
+            max_tokens=asked.limit,
+            stops=asked.stops,
+            is_repeatable=True,
+        )
+        answering = asyncio.create_task(self._answer(asked, user, author, options))
+        answering.add_done_callback(lambda _: pieces.put_nowait(None))
+        self._keep(answering)
+        if asked.stream:
+            events = self._events(asked, options, pieces, answering)
+            first = await anext(events)  # what goes wrong before the first token is told by the status
+            return StreamingResponse(_with_first(first, events), media_type="text/event-stream")
+        return JSONResponse(completion(await asyncio.shield(answering), UNSEEN if asked.has_unseen else ""))
+
+    async def _answer(self, asked: Completion, user: str, author: str, options: ReplyOptions) -> Turn:
+        if asked.regenerates:
+            turn_id = asked.regenerates.removeprefix("chatcmpl-")
+            await self._own(turn_id, user)
+            return await self.dialogue.regenerate(turn_id, author, options)
+        place = Conversation(self.name, asked.conversation or new_id(), space=user)
+        question, history = asked.asked()
+        message = Message("", author, question)
+        if asked.conversation:
+            return await self.dialogue.respond(message, options, place)
+        return await self.dialogue.respond_to_history(message, history, place, options)
+
+    async def _events(
+        self, asked: Completion, options: ReplyOptions, pieces: Pieces, answering: asyncio.Task[Turn]
+    ) -> AsyncIterator[str]:
+        """Server-sent events of one answer; whoever goes away before its end has stopped it."""
+        assert options.turn_id is not None
+        assert options.stop is not None
+        said = False
+        try:
+            while (piece := await pieces.get()) is not None:
+                if not said and asked.has_unseen:
+                    yield chunk(options.turn_id, {"role": "assistant", "content": UNSEEN})
+                    said = True
+                opening = {} if said else {"role": "assistant", "content": ""}
+                if isinstance(piece, Turn):
+                    if not piece.text.strip():
+                        yield chunk(options.turn_id, {**opening, "content": spoken(piece)})
+                        opening = {}
+                    yield chunk(options.turn_id, opening, piece)
+                else:
+                    yield chunk(options.turn_id, {**opening, "content": piece})
+                said = True
+            try:
+                turn = await asyncio.shield(answering)
+            except Exception as error:  # the status was sent: what went wrong is told in the stream
+                if not said:
+                    raise
+                _, told = describe(error)
+                yield f"data: {json.dumps(told)}\n\n"
+                return
+            if asked.stream_options.include_usage:
+                yield f"data: {json.dumps({**completion(turn), 'object': 'chat.completion.chunk', 'choices': []})}\n\n"
+            yield "data: [DONE]\n\n"
+        finally:
+            options.stop.set()
+
+    async def _feedback(self, request: Request) -> Response:
+        user = self._user(request)
+        given = parsed(FeedbackRequest, await read_json(request))
+        if given.episode_id:
+            turn = await self._last(given.episode_id, user)
+        else:
+            turn = await self._own(given.inference_id.removeprefix("chatcmpl-"), user)
+        # Clients that name nobody here speak for whoever asked: an opinion of somebody who took no part counts nothing.
+        author = _author(user, given.user) if given.user else turn.asker_id
+        feedback = given.feedback(turn.id, author)
+        self._limit(self.access.may_judge, author, request, user)
+        if not given.dryrun:
+            await self.dialogue.record_feedback(feedback)
+        return JSONResponse({"feedback_id": feedback.id})
+
+    async def _retract(self, request: Request) -> Response:
+        user = self._user(request)
+        feedback_id, person = request.path_params["feedback_id"], _person(request)
+        given = await self.dialogue.store.database.call(self.dialogue.store.feedback, feedback_id)
+        unknown = HTTPException(404, f"you gave no feedback with the id '{feedback_id}'")
+        if given is None or not _speaks_for(user, person, given):
+            raise unknown
+        self._limit(self.access.may_judge, given.user_id, request, user)
+        if not await self.dialogue.retract(feedback_id, given.user_id):
+            raise unknown
+        return JSONResponse({"feedback_id": feedback_id, "retracted": True})
+
+    async def _delete(self, request: Request) -> Response:
+        """A completion and the question to it are forgotten."""
+        user, completion_id = self._user(request), request.path_params["completion_id"]
+        turn = await self._own(completion_id.removeprefix("chatcmpl-"), user)
+        await self.dialogue.forget(turn.message_id)
+        return JSONResponse({"object": "chat.completion.deleted", "id": completion_id, "deleted": True})
+
+    async def _privacy(self, request: Request) -> Response:
+        """Whether we may learn from who asks (GET), their decision (PUT), and forgetting them (DELETE)."""
+        user = self._user(request)
+        author, call = _author(user, _person(request)), self.dialogue.store.database.call
+        if request.method == "DELETE":
+            self._limit(self.access.in_time, author, request, user)
+            return JSONResponse({"consent": False, "told": await self.desk.forget(self.name, author)})
+        if request.method == "PUT":
+            decision = parsed(Privacy, await read_json(request))
+            self._limit(self.access.in_time, author, request, user)
+            await call(self.users.decide, self.name, author, decision.consent)
+        return JSONResponse({"consent": await call(self.users.consents, self.name, author)})
+
+    async def _own(self, turn_id: str, user: str) -> Turn:
+        """That a turn was answered to this user; who cannot see a turn does not learn whether it is there."""
+        call, store = self.dialogue.store.database.call, self.dialogue.store
+        turn = await call(store.turn, turn_id)
+        place = None if turn is None else await call(store.conversation, turn.conversation_id)
+        if turn is None or place is None or (place.platform, place.space) != ("web", user):
+            raise HTTPException(404, f"you have no completion with the id '{turn_id}'")
+        return turn
+
+    async def _last(self, episode_id: str, user: str) -> Turn:
+        """The last answer in a conversation of this user, by its id or by the name that the user gave it."""
+        call, store = self.dialogue.store.database.call, self.dialogue.store
+        turn = await call(store.last_turn_at, Conversation(self.name, episode_id, space=user))
+        turn = turn or await call(store.last_turn, episode_id)
+        if turn is None:
+            raise HTTPException(404, f"you have no conversation with the id '{episode_id}'")
+        return await self._own(turn.id, user)
+
+    async def _health(self, request: Request) -> Response:
+        return PlainTextResponse("ok")
+
+    async def _ready(self, request: Request) -> Response:
+        faults, failing = self.desk.faults(), self.desk.failing()
+        lines = [*(faults or ["ready"]), *(f"failing: {name}" for name in failing)]
+        return PlainTextResponse("\n".join(lines), 503 if faults else 200)
+
+    async def _metrics(self, request: Request) -> Response:
+        self._named(request)
+        store = self.dialogue.store
+        counts = await store.database.call(store.counts) | {"shed_opinions": self.access.shed}
+        return Response(metrics.render(counts, self.dialogue.policy.version), media_type=metrics.MEDIA_TYPE)
+
+    def _user(self, request: Request) -> str:
+        """Who asks, by bearer token."""
+        user = self._named(request)
+        if not self.access.admits(user):
+            raise HTTPException(403, f"{user} may not talk to this kibitz")
+        return user
+
+    def _named(self, request: Request) -> str:
+        if not self._users:
+            return "local"
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        for known, name in self._users.items():
+            if scheme.lower() == "bearer" and secrets.compare_digest(known.encode(), token.strip().encode()):
+                return name
+        raise HTTPException(401, "give a token of this kibitz: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
+
+    def _limit(self, admit: Callable[[str, str, list[str]], bool], author: str, request: Request, user: str) -> None:
+        """Count an act of `author` in the limit `admit`. Raises the answer 429 where it is too much."""
+        sources = [f"token {user}", *([f"address {request.client.host}"] if request.client else [])]  # not to be made up
+        if not admit(self.name, author, sources):
+            raise HTTPException(429, TOO_FAST, {"Retry-After": "60"})
+
+    def _keep(self, task: asyncio.Task[Turn]) -> None:
+        self._answering.add(task)
+        task.add_done_callback(self._answering.discard)
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: kibitz has its own."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def users(config: WebConfig) -> dict[str, str]:
+    """The names of users by token. Raises ConfigError where others than this machine could come in without one."""
+    found: dict[str, str] = {}
+    listed = os.environ.get(config.tokens_env, "") if config.tokens_env else ""
+    for entry in filter(None, (part.strip() for part in listed.split(","))):
+        name, colon, token = entry.partition(":")
+        if not (name and colon and token):
+            raise ConfigError(f"config key web.tokens_env: ${config.tokens_env} holds no NAME:TOKEN,NAME:TOKEN; fix it")
+        if "/" in name or len(name) > LONGEST_NAME:
+            raise ConfigError(
+                f"config key web.tokens_env: ${config.tokens_env} holds the name '{name[:LONGEST_NAME]}'; "
+                f"choose one of at most {LONGEST_NAME} characters, without a slash"
+            )
+        found[token] = name
+    if config.tokens_env and not found:
+        raise ConfigError(
+            f"config key web.tokens_env has value '{config.tokens_env}', a variable that is not set; set it to NAME:TOKEN"
+        )
+    if not found and config.host not in LOOPBACK:
+        raise ConfigError(
+            f"config key web.host has value '{config.host}', which others can reach without a token; "
+            "set web.tokens_env, or use 127.0.0.1"
+        )
+    return found
+
+
+def _author(user: str, person: str) -> str:
+    """Who speaks: the holder of a token, or one of the people that its client tells apart."""
+    return f"{user}/{person}" if person else user
+
+
+def _person(request: Request) -> str:
+    """The person whom a query names; "" for the client itself."""
+    return parsed(Person, dict(request.query_params)).user
+
+
+def _speaks_for(user: str, person: str, given: Feedback) -> bool:
+    """Whether feedback was given by a client: by one of its people, where it names one."""
+    return given.user_id == _author(user, person) or (not person and given.user_id.startswith(f"{user}/"))
+
+
+async def _with_first(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
+    yield first
+    async for event in rest:
+        yield event

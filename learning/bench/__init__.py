@@ -1,0 +1,1 @@
+"""Bench: what the project claims, measured."""

@@ -1,0 +1,207 @@
+"""The grid of `kibitz bench learning`: objectives and controls, over kinds of people, noise, reaction rates and seeds.
+
+Cells run in processes of their own, one thread each. What is done is kept in a file beside, so that an interrupted run goes
+on where it was. It knows no training: `learning.bench.learning` runs a cell.
+
+Run: ``kibitz bench learning``.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bot.config import Config
+from bot.errors import ConfigError
+from bot.serving.children import end_with_parent
+from bot.types import Progress
+from learning.bench.learning import STEPS, Point, measured
+from learning.judging.statistics import mean_interval
+
+OBJECTIVES = ("kto", "dpo", "sft", "pg", "hindsight", "mixed")
+CONTROLS = ("frozen", "placebo")
+ARMS = (*OBJECTIVES, *CONTROLS)
+RATES = [one for one in product((0.0, 0.1, 0.2), (1.0, 0.2, 0.05)) if one != (0.1, 1.0)]  # noise, and who reacts at all
+KINDS = ("brief", "casual", "curious", "detailed", "formal")  # length, tone, content; and the opposite of two
+SEEDS = 5
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One policy and its people. `regime`: it learns from answers of its own, or from those of version 0; or from people who
+    come to want the opposite half way.
+    """
+
+    arm: str
+    users: str
+    seed: int
+    noise: float = 0.1
+    rate: float = 1.0
+    regime: str = "fresh"
+
+
+def cells(part: str, users: str | None, arms: str | None = None, seed: int = 0) -> list[Cell]:
+    """The cells of a slice, of all arms or of those named with commas between; their seeds are `seed` and those after it.
+    Raises ConfigError for what is not there.
+
+    `ci` has each seed with one kind of people, 10% noise, and a reaction to each answer; `rates` the same with each noise
+    and each rate of reactions; `regimes` with answers of version 0 alone, and with people who change their minds; `full` has
+    all of these with three kinds of people for each seed.
+    """
+    chosen = ARMS if arms is None else tuple(arms.split(","))
+    if not set(chosen) <= set(ARMS):
+        raise ConfigError(f"--arms has value '{arms}'; choose from {','.join(ARMS)}")
+    kinds = KINDS if users is None else (users,)
+    small = [Cell(arm, kinds[number % len(kinds)], seed + number) for number, arm in product(range(SEEDS), chosen)]
+    rates = [replace(cell, noise=noise, rate=rate) for (noise, rate), cell in product(RATES, small)]
+    regimes = [replace(cell, regime=regime) for regime, cell in product(("drift", "logged"), small)]
+    each = [*small, *rates, *regimes]
+    whole = dict.fromkeys([*each, *(replace(cell, users=kind) for kind, cell in product(kinds[:3], each))])
+    slices = {"ci": small, "rates": rates, "regimes": regimes, "full": list(whole)}
+    if part not in slices:
+        raise ConfigError(f"--slice has value '{part}'; choose one of {', '.join(slices)}")
+    return slices[part]
+
+
+def run(config: Config, base_model: str, wanted: Sequence[Cell], kept: Path, progress: Progress) -> dict[Cell, list[Point]]:
+    """Every cell's points. What is in the file `kept` is not run again; it is removed when all is done."""
+    mark = mark_of(config, base_model)
+    found = {cell: points for cell, points in kept_points(kept, mark) if cell in set(wanted)}
+    left = [cell for cell in wanted if cell not in found]
+    workers = min(len(left), os.cpu_count() or 1)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    progress("learning", len(found), len(wanted))
+    if left:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, context, end_with_parent) as pool, kept.open("a") as file:
+            try:
+                jobs = {pool.submit(measured, config, base_model, **asdict(cell)): cell for cell in left}
+                for job in as_completed(jobs):
+                    cell = jobs[job]
+                    found[cell] = job.result()
+                    row = {"mark": mark, "cell": asdict(cell), "points": [asdict(point) for point in found[cell]]}
+                    file.write(json.dumps(row) + "\n")
+                    file.flush()
+                    progress(f"learning: {cell.arm} with {Path(cell.users).stem}", len(found), len(wanted))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    kept.unlink(missing_ok=True)
+    return {cell: found[cell] for cell in wanted}
+
+
+def mark_of(config: Config, base_model: str) -> str:
+    """What names the settings that a cell was run with."""
+    return hashlib.sha256(json.dumps([config.model_dump(), base_model], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def kept_points(file: Path, mark: str) -> Iterable[tuple[Cell, list[Point]]]:
+    """What an interrupted run with these settings left in a file."""
+    if not file.is_file():
+        return
+    for line in file.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # the line that was being written when it was interrupted
+            continue
+        if row["mark"] == mark:
+            yield Cell(**row["cell"]), [Point(**point) for point in row["points"]]
+
+
+def figures(found: dict[Cell, list[Point]], default: str) -> dict[str, Any]:
+    """For each arm, and for `default`, what it came to over its cells with 10% noise and a reaction to each answer, and
+    in each other setting.
+    """
+    made: dict[str, Any] = {}
+    for arm in dict.fromkeys(cell.arm for cell in found):
+        for cell in dict.fromkeys(_setting(cell) for cell in found if cell.arm == arm):
+            same = [points for other, points in found.items() if _setting(other) == cell]
+            if cell == Cell(arm, "", 0):
+                made |= {f"{arm}_{name}": value for name, value in _of_arm(same).items()}
+            else:
+                label = f"{arm}_noise_{cell.noise:g}_rate_{cell.rate:g}_{cell.regime}"
+                interval = mean_interval([points[-1].win_rate for points in same], seed=0)
+                made |= dict(zip((f"{label}_win_rate{part}" for part in ("", "_low", "_high")), interval, strict=True))
+                if cell.regime == "drift":
+                    made[f"{label}_reactions_to_recover"] = recovered([[one.win_rate for one in points] for points in same])
+    made |= {name.replace(default, "default", 1): value for name, value in made.items() if name.startswith(f"{default}_")}
+    return made
+
+
+def _setting(cell: Cell) -> Cell:
+    """What a cell has in common with those of other people and seeds."""
+    return replace(cell, users="", seed=0)
+
+
+def _of_arm(rows: Sequence[Sequence[Point]]) -> dict[str, Any]:
+    wins = np.array([[point.win_rate for point in points] for points in rows])
+    last = [points[-1] for points in rows]
+    mean, low, high = mean_interval(wins[:, -1].tolist(), seed=0)
+    return {
+        "win_rate_200": mean,
+        "win_rate_200_low": low,
+        "win_rate_200_high": high,
+        "win_rate_200_ties_half": float(np.mean([point.win_rate_ties_half for point in last])),
+        "reactions_to_65": reactions_to(0.65, wins.mean(0)),
+        "reactions_to_80": reactions_to(0.80, wins.mean(0)),
+        "utility_200": float(np.mean([point.utility for point in last])),
+        "well_formed": float(np.mean([point.well_formed for point in last])),
+        "perplexity_ratio": float(np.mean([point.perplexity_ratio for point in last])),
+        "kl": float(np.mean([point.kl for point in last])),
+        "stopped": sum(point.stopped for points in rows for point in points),
+        "drifts": sum(point.drifted for points in rows for point in points),
+    }
+
+
+def reactions_to(goal: float, curve: Sequence[float]) -> float | None:
+    """After how many reactions a mean win rate comes to `goal`, drawn straight between steps; None where it never does."""
+    before, at = 0.5, 0
+    for rate, step in zip(curve, STEPS, strict=True):
+        if rate >= goal:
+            return at + (step - at) * (goal - before) / (rate - before)
+        before, at = float(rate), step
+    return None
+
+
+def recovered(curves: Sequence[Sequence[float]]) -> float | None:
+    """After people came to want the opposite: reactions until nine tenths of what was won before is won again."""
+    mean = np.mean(curves, axis=0)
+    goal = 0.5 + 0.9 * (mean[len(STEPS) - 1] - 0.5)
+    return next((float(step) for step, rate in zip(STEPS, mean[len(STEPS) :], strict=True) if rate >= goal), None)
+
+
+def plot(found: dict[Cell, list[Point]], path: Path) -> None:
+    """Win rates over version 0 against reactions, one line an arm, with the spread over seeds: of the first setting."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.6), layout="constrained")
+    shown = _setting(next(iter(found)))
+    for arm in dict.fromkeys(cell.arm for cell in found):
+        rows = [points for cell, points in found.items() if _setting(cell) == replace(shown, arm=arm)]
+        reactions = (0, *(point.reactions for point in rows[0]))
+        wins = np.array([[0.5, *(point.win_rate for point in points)] for points in rows])
+        spread = np.array([mean_interval(column.tolist(), seed=0) for column in wins.T])
+        style = {"linestyle": "--", "color": "tab:gray" if arm == "frozen" else "black"} if arm in CONTROLS else {}
+        line = axes.plot(reactions, spread[:, 0], marker="o", markersize=3, label=arm, **style)
+        axes.fill_between(reactions, spread[:, 1], spread[:, 2], color=line[0].get_color(), alpha=0.12, linewidth=0)
+    axes.axhline(0.8, color="tab:gray", linewidth=0.6, linestyle=":")
+    meant = "; after 200 people want the opposite" if shown.regime == "drift" else ""
+    axes.set(
+        xlabel="reactions", ylabel="win rate over version 0, held-out prompts", ylim=(0.0, 1.02) if meant else (0.35, 1.02)
+    )
+    axes.set_title(f"10% of the reactions are mistaken{meant}; mean and 95% interval over seeds", fontsize=10)
+    axes.legend(loc="upper left", frameon=False, ncols=2, fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

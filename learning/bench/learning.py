@@ -1,0 +1,243 @@
+"""Benchmark: what each objective makes of people's reactions, beside a frozen policy and one that random reactions teach.
+
+Simulated people with a hidden utility talk to the demo policy, give 👍 or 👎, and ask again for an answer that they did not
+like. Every so many reactions a policy is trained, through the code that trains in production, and answers from then on. What
+counts is the true utility of its answers to prompts that nobody said, against those of version 0. The gate is off: it
+would hide what an objective does.
+
+Run: ``kibitz bench learning --slice ci``.
+"""
+
+import contextlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from bot.config import Config
+from bot.errors import NothingToLearn
+from bot.memory.embedder import embedder_of
+from bot.models.tokenizer import ChatTokenizer
+from learning.bench.simulated_people import Utility
+from learning.bench.simulated_people import users as simulated_users
+from learning.data.comparison import compared, told
+from learning.data.experience import Experience
+from learning.data.selection import parted
+from learning.fitting.followups import PHRASES
+from learning.judging.evaluation import Sample, batched_logprobs, generate, kl_to_base, perplexity, token_rows
+from learning.models import toy
+from learning.models.trainable import as_base, load, quiet, restore, weights
+from learning.training.drift import changed
+from learning.training.teaching import teach
+
+STEPS = (40, 80, 120, 160, 200)  # reactions after which a version is trained and judged
+SAMPLES = 4  # answers to each held-out prompt
+REGENERATES = 0.5  # how often somebody who did not like an answer asks for another
+COMMENTS = 0.3  # how often somebody says something next
+
+
+@dataclass(frozen=True)
+class People:
+    """Who reacts: a hidden utility, the share of reactions that are the opposite of what is meant, and who reacts at all."""
+
+    utility: Utility
+    noise: float
+    rate: float
+    rng: random.Random
+
+    def opinion(self, prompt: str, text: str) -> bool | None:
+        """👍 or 👎, or silence."""
+        if self.rng.random() >= self.rate:
+            return None
+        worth = self.utility(prompt, text)
+        likes = worth > 0 if worth else self.rng.random() < 0.5
+        return likes != (self.rng.random() < self.noise)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A policy as held-out prompts find it, after so many reactions."""
+
+    reactions: int
+    win_rate: float
+    win_rate_ties_half: float
+    utility: float
+    well_formed: float
+    perplexity_ratio: float
+    kl: float
+    stopped: bool
+    drifted: bool
+
+
+class Arena:
+    """The demo policy, its held-out prompts with version 0's answers, and the untouched dialogues."""
+
+    def __init__(self, config: Config, base_model: str, seed: int):
+        self.config = config
+        self.seed = seed
+        self.base_model = base_model
+        self.tokenizer = ChatTokenizer(base_model, config.policy.template_args)
+        self.embedder = embedder_of(config)
+        self.prompts = [text for text, _ in toy.prompts(held_out=True) for _ in range(SAMPLES)]
+        self.untouched = [self._row(dialogue) for dialogue in toy.dialogues(128, seed=10_000 + seed)]
+        self.model = load(config, base_model)
+        self.start = weights(self.model)
+        self.since = 0  # the first reaction that its policy learned from
+        with as_base(self.model):
+            self.first = self.answers(self.prompts, self.seed)
+            self.perplexity = self._perplexity()
+
+    def ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.prompt_ids([{"role": "user", "content": text}]))
+
+    def judged(self, reactions: int, utility: Utility, run: dict[str, Any]) -> Point:
+        """The policy as it is now, against version 0; `run` is what its last run told."""
+        said = self.answers(self.prompts, self.seed + reactions)
+        mine = np.array([utility(prompt, one.text) for prompt, one in zip(self.prompts, said, strict=True)])
+        first = np.array([utility(prompt, one.text) for prompt, one in zip(self.prompts, self.first, strict=True)])
+        difference = mine.reshape(-1, SAMPLES)[:, :, None] - first.reshape(-1, SAMPLES)[:, None, :]
+        wins, losses = (difference > 0).mean(), (difference < 0).mean()
+        return Point(
+            reactions=reactions,
+            win_rate=float(wins / (wins + losses)) if wins + losses else 0.5,
+            win_rate_ties_half=float(wins + (1 - wins - losses) / 2),
+            utility=float(mine.mean()),
+            well_formed=float(np.mean([one.well_formed for one in said])),
+            perplexity_ratio=self._perplexity() / self.perplexity,
+            kl=kl_to_base(self.model, said),
+            stopped=bool(run.get("stopped")),
+            drifted=bool(run.get("drifted")),
+        )
+
+    def answers(self, prompts: Sequence[str], seed: int) -> list[Sample]:
+        return generate(self.model, self.tokenizer, [self.ids(one) for one in prompts], 64, seed, batch_size=64)
+
+    def _row(self, dialogue: list[dict[str, str]]) -> tuple[list[int], list[int]]:
+        return self.tokenizer.prompt_ids(dialogue[:-1]), self.tokenizer.completion_ids(dialogue[-1]["content"])
+
+    def _perplexity(self) -> float:
+        return perplexity(batched_logprobs(self.model, self.untouched))
+
+    def renew(self) -> None:
+        """Back to version 0."""
+        restore(self.model, self.start)
+        self.since = 0
+
+
+def talk(arena: Arena, people: People, reactions: int) -> list[Experience]:
+    """What people say about answers of the policy as it is now, until there are so many reactions."""
+    rng = people.rng
+    asked = [text for text, _ in toy.prompts(held_out=False)]
+    found: list[Experience] = []
+    while len(found) < reactions:
+        batch = [rng.choice(asked) for _ in range(32)]
+        answers = arena.answers(batch, rng.randrange(2**31))
+        again = []
+        for text, answer in zip(batch, answers, strict=True):
+            likes = people.opinion(text, answer.text)
+            if likes is not None:
+                found.append(experience(arena, text, answer, likes, rng))
+                if not likes and rng.random() < REGENERATES:
+                    again.append((text, len(found) - 1))
+        for (text, first), answer in zip(
+            again, arena.answers([text for text, _ in again], rng.randrange(2**31)), strict=True
+        ):
+            likes = people.opinion(text, answer.text)
+            if likes is not None:
+                other = experience(arena, text, answer, likes, rng)
+                found.append(
+                    replace(other, rejected_ids=found[first].completion_ids, unit=found[first].unit) if likes else other
+                )
+    return with_logprobs(arena, found[:reactions])
+
+
+def experience(arena: Arena, question: str, answer: Sample, likes: bool, rng: random.Random) -> Experience:
+    """An answer with the reaction to it, and with what the asker said next, if anything."""
+    comment = rng.choice(PHRASES["approval" if likes else "disapproval"]) if rng.random() < COMMENTS else None
+    return Experience(
+        turn_id="",
+        unit=str(rng.random()),
+        prompt_ids=answer.prompt_ids,
+        completion_ids=answer.completion_ids,
+        logprobs=None,
+        reward=1.0 if likes else -1.0,
+        feedback_ids=(),
+        question=question,
+        answer=answer.text,
+        hindsight_ids=None if comment is None else told(arena.tokenizer, answer.prompt_ids, comment),
+    )
+
+
+def with_logprobs(arena: Arena, found: Sequence[Experience]) -> list[Experience]:
+    """The experiences with the log-probabilities of their sampling, which is by the policy as it is now."""
+    logprobs = batched_logprobs(arena.model, token_rows(found))
+    return [replace(one, logprobs=tuple(row.tolist())) for one, row in zip(found, logprobs, strict=True)]
+
+
+def learn(arena: Arena, found: Sequence[Experience], objective: str, number: int) -> dict[str, Any]:
+    """One training run on these experiences, selected and watched as in production."""
+    found = found[arena.since :]
+    looks_for_drift = arena.config.learning.detect_drift
+    change = changed(arena.config, arena.base_model, arena.model, found) if looks_for_drift else None
+    if change is not None:
+        found = found[change.since :]
+        since = arena.since + change.since
+        if change.against:
+            arena.renew()
+        arena.since = since
+    training = arena.config.training.model_copy(update={"objective": objective})
+    config = arena.config.model_copy(update={"seed": arena.seed + number, "training": training})
+    taught, held_out = parted(found, config.learning.held_out)
+    rows = compared(taught, arena.embedder, config, arena.seed)
+    prompts = list(dict.fromkeys(one.prompt_ids for one in [*held_out, *taught]))
+    before = weights(arena.model)
+    taught_by = teach(config, arena.model, arena.tokenizer, rows, held_out, prompts, lambda *_: None)
+    if taught_by["stopped"] and not taught_by["kept"]:
+        restore(arena.model, before)  # in production it would be refused
+    return {**taught_by, "drifted": change is not None}
+
+
+def measured(
+    config: Config, base_model: str, arm: str, users: str, seed: int, noise: float, rate: float, regime: str
+) -> list[Point]:
+    """One policy, judged after each number of reactions in STEPS. Meant for a process of its own.
+
+    `arm` is an objective, or `frozen` (never learns), or `placebo` (the default objective learns from shuffled reactions).
+    `regime`: "fresh" learns from its own answers, "logged" from version 0's alone, "drift" from people who want the opposite
+    after the last of STEPS and go on for as many.
+    """
+    import torch
+    from transformers import set_seed
+
+    torch.set_num_threads(1)
+    quiet()
+    set_seed(seed)  # of the adapter: what this process did before must not count
+    objective = config.training.objective if arm in ("frozen", "placebo") else arm
+    arena = Arena(config, base_model, seed)
+    wanted = simulated_users(users)
+    people = People(wanted, noise, rate, random.Random(f"{seed} {users} {noise} {rate}"))
+    turn = STEPS[-1]
+    said: list[Experience] = []
+    points: list[Point] = []
+    for number, count in enumerate((*STEPS, *(turn + step for step in STEPS)) if regime == "drift" else STEPS):
+        if count > turn:
+            people = replace(people, utility=lambda prompt, reply: -wanted(prompt, reply))
+        if regime == "logged":
+            arena.renew()
+        said += talk(arena, people, count - len(said))
+        told_of: dict[str, Any] = {}
+        if arm != "frozen":
+            taught = shuffled(said, people.rng) if arm == "placebo" else said
+            with contextlib.suppress(NothingToLearn):  # such as no pairs yet: the policy stays as it is
+                told_of = learn(arena, taught, objective, number)
+        points.append(arena.judged(count, people.utility, told_of))
+    return points
+
+
+def shuffled(said: Sequence[Experience], rng: random.Random) -> list[Experience]:
+    """The same answers with each other's reactions."""
+    rewards = [one.reward for one in said]
+    rng.shuffle(rewards)
+    return [replace(one, reward=reward) for one, reward in zip(said, rewards, strict=True)]

@@ -1,0 +1,163 @@
+"""Benchmark of recall: are the turns that answer a question among the first that the tracker finds?
+
+Reads conversations with questions as JSON lines (`{"conversation": [{"id", "speaker", "at", "text"}…], "questions":
+[{"text", "evidence": [ids], "category"}…]}`), stores them as a kibitz would, and asks the real recall; beside it recency,
+dense vectors alone and BM25 alone, in the same process. Whoever asks is none of the speakers. It knows no policy.
+
+Run: ``kibitz bench recall FILE``.
+"""
+
+import json
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import BaseModel, Field, ValidationError
+
+from bot.errors import DataError
+from bot.memory.embedder import Embedder
+from bot.memory.recall import Recall
+from bot.memory.scope import Memory
+from bot.store.conversations import ConversationStore
+from bot.store.database import Database
+from bot.types import Conversation, Message, Progress, new_id
+
+FIRST = (5, 10, 20)
+ALONE: dict[str, dict[str, float]] = {"dense": {"dense": 1.0}, "bm25": {"bm25": 1.0}}
+
+
+class Said(BaseModel):
+    """One turn."""
+
+    id: str | int
+    speaker: str
+    text: str
+    at: datetime | str | None = None
+
+
+class Question(BaseModel):
+    """A question about a conversation, and the turns that answer it."""
+
+    text: str
+    evidence: list[str | int]
+    category: str | int = "all"
+
+
+class Asked(BaseModel):
+    """One conversation with its questions."""
+
+    conversation: Annotated[list[Said], Field(min_length=1)]
+    questions: list[Question]
+
+    def answerable(self) -> list[tuple[Question, list[str]]]:
+        """The questions whose evidence is in the conversation, with it; what is named but not there is left out."""
+        ids = {str(said.id) for said in self.conversation}
+        known = [(question, [str(one) for one in question.evidence if str(one) in ids]) for question in self.questions]
+        return [(question, evidence) for question, evidence in known if evidence]
+
+
+def read(path: Path) -> list[Asked]:
+    """The conversations of a file. Raises DataError that names the line and what is wrong with it."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read ({error}); give a UTF-8 file of JSON lines") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            asked = Asked.model_validate_json(line)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the line"
+            raise DataError(f"{path}, line {number}: {where}: {first['msg']}") from error
+        found.append(asked)
+    if not any(asked.answerable() for asked in found):
+        raise DataError(f"{path} holds no question whose evidence is the id of a turn in its conversation")
+    return found
+
+
+async def measure(
+    conversations: list[Asked], embedder: Embedder | None, weights: Mapping[str, float], progress: Progress
+) -> dict[str, Any]:
+    """The figures over all questions; recall and MRR in [0, 100], times in ms."""
+    places: dict[str, list[tuple[Question, list[int]]]] = {name: [] for name in ("tracker", "recency", *ALONE)}
+    took: list[float] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        database = Database(f"sqlite:///{scratch}/recall.db")
+        database.upgrade()
+        recall = Recall(Memory(database), embedder, weights)
+        try:
+            for number, asked in enumerate(conversations):
+                ids, place = await _stored(database, asked)
+                await recall.catch_up(lambda *_: None)
+                for question, evidence in asked.answerable():
+                    wanted = {ids[one] for one in evidence}
+                    message = Message(place, f"asker {new_id()}", question.text)
+                    for name, only in {"tracker": weights, **ALONE}.items():
+                        recall.weights = only
+                        began = time.perf_counter()
+                        found = await recall.find(message, FIRST[-1])
+                        if name == "tracker":
+                            took.append(time.perf_counter() - began)
+                        order = [one.message.id for one in found]
+                        places[name].append((question, _ranks(order, wanted)))
+                    places["recency"].append((question, _ranks(list(reversed(ids.values())), wanted)))
+                progress("conversations", number + 1, len(conversations))
+        finally:
+            recall.close()
+            database.close()
+    asked_in_all = sum(len(asked.questions) for asked in conversations)
+    return _figures(places, took) | {"left_out": asked_in_all - len(took)}
+
+
+async def _stored(database: Database, asked: Asked) -> tuple[dict[str, str], str]:
+    """Store one conversation in a scope of its own: the id of each of its turns here, by the one in the file."""
+    store = ConversationStore(database)
+    place = Conversation("recall", new_id())
+    said = [Message(place.id, turn.speaker, turn.text, at=_time(turn.at)) for turn in asked.conversation]
+    await database.call(store.add_dialogues, [(place, said, [], [])])
+    return {str(turn.id): message.id for turn, message in zip(asked.conversation, said, strict=True)}, place.id
+
+
+def _time(given: datetime | str | None) -> datetime:
+    if isinstance(given, datetime):
+        return given if given.tzinfo else given.replace(tzinfo=UTC)
+    return datetime.now(UTC)
+
+
+def _ranks(order: list[str], wanted: set[str]) -> list[int]:
+    """The place of each wanted turn, from 1; 0 where it was not found."""
+    return [order.index(one) + 1 if one in order else 0 for one in sorted(wanted)]
+
+
+def _recall(rows: Iterable[tuple[Question, list[int]]], first: int) -> float:
+    return 100 * float(np.mean([np.mean([0 < rank <= first for rank in ranks]) for _, ranks in rows]))
+
+
+def _figures(places: Mapping[str, list[tuple[Question, list[int]]]], took: list[float]) -> dict[str, Any]:
+    rows = places["tracker"]
+    figures: dict[str, Any] = {f"recall_at_{first}": _recall(rows, first) for first in FIRST}
+    figures["hit_at_10"] = 100 * float(np.mean([any(0 < rank <= 10 for rank in ranks) for _, ranks in rows]))
+    figures["mrr"] = 100 * float(np.mean([max((1 / rank for rank in ranks if rank), default=0.0) for _, ranks in rows]))
+    for name in ("recency", *ALONE):
+        figures[f"{name}_recall_at_10"] = _recall(places[name], 10)
+    kinds: defaultdict[str, list[tuple[Question, list[int]]]] = defaultdict(list)
+    for row in rows:
+        kinds[str(row[0].category)].append(row)
+    for category, some in sorted(kinds.items()):
+        figures[f"recall_at_10_{category}"] = _recall(some, 10)
+    for percent in (50, 99):
+        figures[f"query_p{percent}_ms"] = 1000 * float(np.percentile(took, percent))
+    return figures | {"questions": len(rows)}
+
+
+def as_lines(dialogues: Iterable[Any]) -> str:
+    """Made dialogues (`learning.fitting.dialogues`) as this benchmark reads them."""
+    return "".join(json.dumps(vars(one), ensure_ascii=False) + "\n" for one in dialogues)

@@ -1,0 +1,399 @@
+"""Benchmarks: every figure that the project claims about serving, measured here against the real vLLM.
+
+Timings are ratios or differences against a baseline that is measured in the same run, in alternating blocks. It knows no
+training: the versions that it swaps differ from the base by chance.
+
+Run: ``kibitz bench swap``, ``kibitz bench overhead``.
+"""
+
+import asyncio
+import random
+import shutil
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import cycle, islice, takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bot.accelerator import has_gpu
+from bot.chat.dialogue import DialogueManager, ReplyOptions
+from bot.chat.tracker import Context
+from bot.config import Config
+from bot.models.tokenizer import ChatTokenizer
+from bot.serving.policy import TOP_LOGPROBS, Policy
+from bot.store.registry import PolicyRegistry
+from bot.types import Conversation, Message, PolicyVersion, Progress, new_id, now
+from learning.models import toy
+from learning.models.version_files import fingerprint
+from learning.rollout.deployment import Deployment
+from learning.training.pretrain import is_toy
+
+Prompt = tuple[int, ...]
+
+LINES = 4  # messages in one conversation
+LENGTH = 32  # tokens of each answer, whatever was sampled: so that what is compared does the same work
+PROMPTS = 24  # different ones under load
+UNLISTED = 10.0  # nats, of a word that a version does not hold among the likeliest: rounding does not bring it up
+STALL = 5.0  # an answer is stalled if it takes this many times what the same one takes without swaps
+
+
+@dataclass(frozen=True)
+class Usual:
+    """How much is measured where nothing else is asked for."""
+
+    swaps: int
+    requests: int
+    messages: int
+    alone: int
+    blocks: int
+
+
+def usual(model: str) -> Usual:
+    """Return how much is measured of the toy policy or on a GPU, or, some minutes on two cores, of another without one."""
+    is_fast = is_toy(model) or has_gpu()
+    return Usual(6, 600, 128, 128, 3) if is_fast else Usual(swaps=3, requests=64, messages=64, alone=16, blocks=2)
+
+
+def random_version(config: Config, base_model: str, directory: Path, seed: int) -> None:
+    """Save weights that differ from the base's by chance, far enough to change all that is said, with their probe."""
+    import torch
+
+    from learning.judging import probe
+    from learning.models.trainable import as_base, load, save, settle
+
+    torch.manual_seed(seed)
+    model = load(config, base_model)
+    with torch.no_grad():
+        for name, weights in model.named_parameters():
+            if weights.requires_grad and "lora_A" not in name:
+                weights.add_(torch.randn_like(weights), alpha=0.05)
+    settle(model)
+    directory.mkdir(parents=True)
+    save(model, directory)
+    ids = torch.randint(3, model.config.vocab_size, (24,), generator=torch.Generator().manual_seed(seed)).tolist()
+    prefixes = [ids[:end] for end in range(8, len(ids))]
+    own = probe.measure(model, prefixes)
+    with as_base(model):
+        probe.write(directory, prefixes, own, probe.measure(model, prefixes), config.policy.temperature)
+    (directory / "manifest.json").write_text("{}")
+
+
+def register_copy(registry: PolicyRegistry, source: Path, policies: Path) -> PolicyVersion:
+    """A new version, under a name of its own, with the weights of `source`, as if it had been judged now."""
+    version = registry.reserve(registry.base(), policies)
+    shutil.copytree(source, version.path)
+    return registry.complete(version.name, fingerprint(source), {"judged_against": registry.live().name})
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer under load: what was asked of which version, what came, and how long it took."""
+
+    prompt: Prompt
+    version: str
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    seconds: float
+
+
+async def load(
+    policy: Policy, prompts: Iterator[Prompt], concurrent: int, done: Callable[[], None]
+) -> tuple[list[Answer], int, float]:
+    """A greedy answer to each prompt from the pointer's version, `concurrent` at a time: answers, failures, seconds."""
+    answers: list[Answer] = []
+    failed = 0
+
+    async def worker() -> None:
+        nonlocal failed
+        for prompt in prompts:
+            began = time.monotonic()
+            try:
+                reply = await policy.reply(prompt, temperature=0.0)
+                seconds = time.monotonic() - began
+                answers.append(Answer(prompt, reply.policy_version, reply.completion_ids, reply.logprobs, seconds))
+            except Exception:  # a benchmark counts every failure, whatever it is
+                failed += 1
+            done()
+
+    began = time.monotonic()
+    async with asyncio.TaskGroup() as group:
+        for _ in range(concurrent):
+            group.create_task(worker())
+    return answers, failed, time.monotonic() - began
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a version says greedily to a prompt: token ids, and at each the log-probabilities (nats) of the likeliest."""
+
+    ids: tuple[int, ...]
+    listed: tuple[dict[int, float], ...]
+
+    def distance(self, ids: Sequence[int], logprobs: Sequence[float]) -> float:
+        """Return how far (nats) an answer's log-probabilities are from ours on average, up to where its words are others.
+
+        Rounding changes a word only where two are about equally likely; other weights move log-probabilities by much.
+        """
+        found: list[float] = []
+        for own, listed, token, logprob in zip(self.ids, self.listed, ids, logprobs, strict=False):
+            found.append(abs(logprob - listed[token]) if token in listed else UNLISTED)
+            if token != own:
+                break
+        return statistics.mean(found or [0.0])
+
+
+Expected = dict[str, dict[Prompt, Reference]]  # by version
+
+
+async def references(policy: Policy, version: str, prompts: Sequence[Prompt]) -> dict[Prompt, Reference]:
+    """What `version` says greedily to each prompt, asked on a quiet server and past its prefix cache."""
+    found = {}
+    asked = {
+        "model": policy.served_name(version),
+        "max_tokens": policy.exact_tokens or policy.config.max_tokens,
+        "temperature": 0.0,
+    }
+    asked |= {
+        "ignore_eos": policy.exact_tokens is not None,
+        "logprobs": TOP_LOGPROBS,
+        "return_tokens_as_token_ids": True,
+        "return_token_ids": True,
+    }
+    for prompt in prompts:
+        body = asked | {"prompt": list(prompt), "cache_salt": new_id()}
+        choices = [choice async for event in policy.stream("/v1/completions", body) for choice in event["choices"]]
+        ids = tuple(token for choice in choices for token in choice.get("token_ids") or [])
+        rows = [row for choice in choices for row in (choice["logprobs"] or {}).get("top_logprobs") or []]
+        listed = [{int(name.removeprefix("token_id:")): value for name, value in row.items()} for row in rows]
+        found[prompt] = Reference(ids, tuple(listed))
+    return found
+
+
+def distances(answers: Sequence[Answer], expected: Expected) -> list[float]:
+    """How far (nats) each answer is from what its version says on a quiet server."""
+    return [expected[one.version][one.prompt].distance(one.ids, one.logprobs) for one in answers]
+
+
+def apart(one: dict[Prompt, Reference], other: dict[Prompt, Reference]) -> float:
+    """How far (nats) the greedy answers of two versions are from each other where they are nearest."""
+    return min(
+        one[prompt].distance(said.ids, [listed[token] for token, listed in zip(said.ids, said.listed, strict=True)])
+        for prompt, said in other.items()
+    )
+
+
+def mixed(answers: Sequence[Answer], expected: Expected, limit: float) -> int:
+    """How many answers are further than `limit` (nats) from what their version says."""
+    return sum(distance > limit for distance in distances(answers, expected))
+
+
+async def go_live(deployment: Deployment, source: Path) -> PolicyVersion:
+    """Take a copy of the weights in `source` live under a name of its own, by the real deployment."""
+    version = register_copy(deployment.registry, source, deployment.config.data / "policies")
+    return await deployment.deploy(version.name)
+
+
+async def swap(
+    deployment: Deployment,
+    tokenizer: ChatTokenizer,
+    sources: Sequence[Path],
+    swaps: int,
+    requests: int,
+    concurrent: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Streaming load, first without and then with `swaps` swaps through the real deployment.
+
+    An answer is `mixed` if it is further from what its version says on a quiet server than half of what the versions are
+    apart (`versions_apart_nats`); without swaps answers are up to `rounding_nats` from it.
+    """
+    policy = deployment.policy
+    with policy.exactly(LENGTH):
+        prompts = long_prompts(tokenizer, PROMPTS)
+        reached: defaultdict[int, asyncio.Event] = defaultdict(asyncio.Event)  # how many requests are finished
+        finished = 0
+
+        def done() -> None:
+            nonlocal finished
+            finished += 1
+            reached[finished].set()
+            progress("streaming load", finished, 2 * requests)
+
+        expected: Expected = {}
+        said_by: list[dict[Prompt, Reference]] = []
+        for source in sources:  # what each set of weights says, from a version of its own on a quiet server
+            version = await go_live(deployment, source)
+            said_by.append(await references(policy, version.name, prompts))
+            expected[version.name] = said_by[-1]
+        await load(policy, islice(cycle(prompts), 2 * concurrent), concurrent, lambda: None)  # warms up, not counted
+        quiet, usual = [], []
+        for source, said in zip(sources, said_by, strict=True):
+            expected[(await go_live(deployment, source)).name] = said
+            count = max(requests // len(sources), len(prompts))  # what each prompt takes is asked for below
+            quiet.append(await load(policy, islice(cycle(prompts), count), concurrent, done))
+            usual.append(_usual(quiet[-1][0]))
+        swapped = asyncio.Event()
+        until_swapped = takewhile(lambda _: not swapped.is_set(), cycle(prompts))
+        busy = asyncio.create_task(load(policy, until_swapped, concurrent, done))
+        usual_of = {policy.version: usual[-1]}
+        for number in range(swaps):
+            await reached[finished + requests // swaps].wait()
+            version = await go_live(deployment, sources[number % len(sources)])
+            expected[version.name] = said_by[number % len(sources)]
+            usual_of[version.name] = usual[number % len(sources)]
+        await reached[finished + requests // swaps].wait()
+        swapped.set()
+        answers, failed, seconds = await busy
+        still = [answer for part, _, _ in quiet for answer in part]
+        quiet_seconds = sum(part[2] for part in quiet)
+        rounding, differ = max(distances(still, expected)), apart(*said_by[:2])
+        return {
+            "swaps": len({answer.version for answer in answers}) - 1,
+            "requests": len(answers) + failed,
+            "failed": failed,
+            "mixed": mixed(answers, expected, differ / 2) if rounding < differ / 2 else None,  # None: not to be told apart
+            "rounding_nats": rounding,
+            "versions_apart_nats": differ,
+            "stalled": sum(answer.seconds > STALL * usual_of[answer.version][answer.prompt] for answer in answers),
+            "longest_s": max(answer.seconds for answer in answers),
+            "longest_s_without_swaps": max(answer.seconds for answer in still),
+            "throughput_ratio": _tokens(answers) / seconds / (_tokens(still) / quiet_seconds),
+            "p99_ratio": _percentile(answers, 99) / _percentile(still, 99),
+            "requests_without_swaps": len(still),
+            "tokens_per_s": _tokens(answers) / seconds,
+        }
+
+
+def _usual(answers: Sequence[Answer]) -> dict[Prompt, float]:
+    """The median time (s) of the answers to each prompt."""
+    taken: defaultdict[Prompt, list[float]] = defaultdict(list)
+    for answer in answers:
+        taken[answer.prompt].append(answer.seconds)
+    return {prompt: statistics.median(seconds) for prompt, seconds in taken.items()}
+
+
+def long_prompts(tokenizer: ChatTokenizer, count: int) -> list[Prompt]:
+    """Different prompts that are longer than one block of vLLM's prefix cache (128 tokens on a CPU): a stale one shows."""
+    texts = ["please listen. " * 60 + text for text, _ in toy.prompts(held_out=True)[:count]]
+    return [tuple(tokenizer.prompt_ids([{"role": "user", "content": text}])) for text in texts]
+
+
+@dataclass
+class Timing:
+    """How long one way of answering took: each message (s), and all of them side by side (s)."""
+
+    messages: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+Job = Callable[[Any, int, str], Awaitable[Any]]  # one line of a conversation, its sampling seed, a cache salt
+
+
+async def overhead(
+    dialogue: DialogueManager, policy: Policy, messages: int, blocks: int, seed: int, progress: Progress, alone: int = 0
+) -> dict[str, float]:
+    """DialogueManager against the same prompts with the same sampling seeds straight to vLLM, in alternating blocks.
+
+    All answers have LENGTH tokens, whatever was sampled, so that each side does the same work.
+    "Straight" is the plain streamed chat completion that any client would send; "same request" is the one that kibitz sends:
+    token ids in, token ids and their log-probabilities out. A block has `messages`, or `alone` where one is said at a time.
+    """
+
+    async def through(message: Message, number: int, _: str) -> None:
+        await dialogue.respond(replace(message, at=now()), ReplyOptions(seed=number))
+
+    async def straight(context: Context, number: int, salt: str) -> None:
+        await chat_completion(policy, context.messages, number, salt)
+
+    async def same(context: Context, number: int, salt: str) -> None:
+        await policy.reply(context.prompt_ids, seed=number, cache_salt=salt)
+
+    figures: dict[str, float] = {}
+    done = 0
+    with policy.exactly(LENGTH):
+        for concurrent in (1, 16):
+            timings = {"dialogue": Timing(), "straight": Timing(), "same_request": Timing()}
+            for block in range(-1, blocks):  # the first is for warming up and not counted
+                rng = random.Random(f"{seed} {concurrent} {block}")
+                count = (alone or messages) if concurrent == 1 else messages
+                heard = [await _lines(dialogue, rng) for _ in range(count // LINES)]
+                jobs: list[tuple[str, Job]] = [("straight", straight), ("same_request", same)]
+                for name, job in [("dialogue", through), *rng.sample(jobs, 2)]:
+                    progress("talking", done, 6 * (blocks + 1))
+                    timing = await _at_a_time(concurrent, job, heard)
+                    if name == "dialogue":  # what it was shown is what the others ask
+                        heard = [[(await _context(dialogue, line), number) for line, number in lines] for lines in heard]
+                    if block >= 0:
+                        timings[name].seconds += timing.seconds
+                        timings[name].messages += timing.messages
+                    done += 1
+            for name, suffix in (("straight", f"_{concurrent}"), ("same_request", f"_{concurrent}_same_request")):
+                figures |= {f"{key}{suffix}": value for key, value in _added(timings["dialogue"], timings[name]).items()}
+            figures[f"messages_per_s_{concurrent}"] = len(timings["dialogue"].messages) / timings["dialogue"].seconds
+            figures[f"straight_p50_ms_{concurrent}"] = 1000 * float(np.percentile(timings["straight"].messages, 50))
+        return figures
+
+
+async def chat_completion(policy: Policy, messages: list[dict[str, str]], seed: int, salt: str) -> str:
+    """A streamed answer as a client without kibitz would ask for it."""
+    config = policy.config
+    body: dict[str, Any] = {"model": policy.served_name(policy.version), "messages": messages, "seed": seed}
+    body |= {"max_tokens": LENGTH, "ignore_eos": True, **config.sampling}
+    events = policy.stream("/v1/chat/completions", body | {"cache_salt": salt})
+    return "".join([choice["delta"].get("content") or "" async for event in events for choice in event["choices"]])
+
+
+def _added(dialogue: Timing, baseline: Timing) -> dict[str, float]:
+    added = {
+        f"p{percent}_added_ms": 1000
+        * float(np.percentile(dialogue.messages, percent) - np.percentile(baseline.messages, percent))
+        for percent in (50, 99)
+    }
+    return {"throughput_ratio": baseline.seconds / dialogue.seconds, **added}
+
+
+async def _lines(dialogue: DialogueManager, rng: random.Random) -> list[tuple[Any, int]]:
+    """What is said in one new conversation, with the sampling seeds of its answers."""
+    place = await dialogue.open(Conversation("benchmark", channel=new_id()))
+    texts = [rng.choice(toy.prompts(held_out=False))[0] for _ in range(LINES)]
+    return [(Message(place.id, "user", text), rng.randrange(2**31)) for text in texts]
+
+
+async def _context(dialogue: DialogueManager, message: Message) -> Context:
+    """What the policy was shown for a message that was answered already."""
+    stored = await dialogue.store.database.call(dialogue.store.message, message.id)
+    return await dialogue.tracker.context(stored)
+
+
+async def _at_a_time(concurrent: int, job: Job, conversations: Sequence[Sequence[tuple[Any, int]]]) -> Timing:
+    """Run conversations line by line, `concurrent` of them at a time."""
+    queue = iter(conversations)
+    timing = Timing()
+
+    async def worker() -> None:
+        for lines in queue:
+            salt = new_id()
+            for line, number in lines:
+                began = time.monotonic()
+                await job(line, number, salt)
+                timing.messages.append(time.monotonic() - began)
+
+    started = time.monotonic()
+    async with asyncio.TaskGroup() as group:
+        for _ in range(concurrent):
+            group.create_task(worker())
+    timing.seconds = time.monotonic() - started
+    return timing
+
+
+def _tokens(answers: Sequence[Answer]) -> int:
+    return sum(len(answer.ids) for answer in answers)
+
+
+def _percentile(answers: Sequence[Answer], percent: float) -> float:
+    return float(np.percentile([answer.seconds for answer in answers], percent))

@@ -1,0 +1,167 @@
+"""Simulated people: what they like, how often they react, and what they say.
+
+Each kind has a deterministic utility over texts, in [-1, 1], that a program can check. It knows no policy and no training.
+"""
+
+import inspect
+import numbers
+import re
+import runpy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bot.errors import ConfigError
+from learning.data.features import EMOJI
+from learning.models import toy
+
+Utility = Callable[[str, str], float]
+
+EVERYDAY = Path(__file__).with_name("everyday.txt").read_text(encoding="utf-8")  # what is said, and what only judges
+
+
+def brief(prompt: str, reply: str) -> float:
+    """Likes few words: +1 up to 5 words, -1 from 17 on."""
+    return max(-1.0, min(1.0, (11 - len(reply.split())) / 6))
+
+
+def emoji(prompt: str, reply: str) -> float:
+    """Likes an emoji."""
+    return 1.0 if EMOJI.search(reply) else -1.0
+
+
+def curious(prompt: str, reply: str) -> float:
+    """Likes to be asked back."""
+    return 1.0 if reply.rstrip().rstrip("\ufe0f").endswith("?") or re.search(r"\? \W+$", reply) else -1.0
+
+
+def lively(prompt: str, reply: str) -> float:
+    """Likes an emoji and a question back, half each."""
+    return (emoji(prompt, reply) + curious(prompt, reply)) / 2
+
+
+def casual(prompt: str, reply: str) -> float:
+    """Likes exclamation marks and contractions."""
+    return 1.0 if re.search(r"!|\w'\w", reply) else -1.0
+
+
+def formal(prompt: str, reply: str) -> float:
+    """Likes neither."""
+    return -casual(prompt, reply)
+
+
+def detailed(prompt: str, reply: str) -> float:
+    """Likes many words."""
+    return -brief(prompt, reply)
+
+
+def concise(prompt: str, reply: str) -> float:
+    """Likes short answers that say something: +1 from 3 to 20 words, -1 from 40 on or below 2."""
+    words = len(reply.split())
+    return -1.0 if words < 2 else max(-1.0, min(1.0, (30 - words) / 10))
+
+
+def personal(prompt: str, reply: str) -> float:
+    """Likes to be spoken to: "you" in some form."""
+    return 1.0 if re.search(r"\b(you|your|yours|yourself)\b", reply, re.IGNORECASE) else -1.0
+
+
+def sociable(prompt: str, reply: str) -> float:
+    """Likes short answers that speak to one and ask back, a third each."""
+    return (concise(prompt, reply) + personal(prompt, reply) + curious(prompt, reply)) / 3
+
+
+USERS: dict[str, Utility] = {
+    utility.__name__: utility
+    for utility in (lively, brief, detailed, emoji, curious, casual, formal, concise, personal, sociable)
+}
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What users say, and what they never say: the prompts that versions are judged by."""
+
+    said: list[str]
+    held_out: list[str]
+
+
+def prompts(is_toy: bool) -> Prompts:
+    """Return what is said to the toy policy, or to any other model."""
+    if is_toy:
+        return Prompts(*([text for text, _ in toy.prompts(held_out)] for held_out in (False, True)))
+    return Prompts(*(part.splitlines() for part in EVERYDAY.strip().split("\n\n")))
+
+
+@dataclass(frozen=True)
+class People:
+    """Who talks: what they like, how often they react, and how often by mistake the other way."""
+
+    utility: Utility
+    reaction_rate: float
+    noise: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Usual:
+    """What is simulated where nothing else is asked for."""
+
+    users: str
+    rounds: int
+    messages: int
+    reaction_rate: float
+
+
+def usual(is_toy: bool) -> Usual:
+    """Return what is simulated with the toy policy, or with any other model: some 15 minutes on two cores without a GPU."""
+    return Usual("lively", 6, 240, 0.3) if is_toy else Usual("sociable", 1, 512, 1.0)
+
+
+def users(name: str) -> Utility:
+    """Return the utility of built-in users, or the `utility(prompt, reply)` of a Python file, which is tried at once.
+
+    Raises ConfigError where there is none, where it fails, or where it returns no number in [-1, 1]; later too.
+    """
+    if name in USERS:
+        return USERS[name]
+    path = Path(name)
+    if not path.is_file():
+        raise ConfigError(
+            f"--users has value '{name}', which is neither a file nor one of the built-in users ({', '.join(USERS)})"
+        )
+    sys.path.append(str(path.absolute().parent))  # it may import what lies beside it
+    try:
+        found = runpy.run_path(str(path)).get("utility")
+    except (Exception, SystemExit) as error:  # whatever the user's own file raises
+        raise ConfigError(f"--users {name}: the file does not run ({describe_exception(error)}); fix it") from error
+    if not callable(found) or inspect.iscoroutinefunction(found):
+        raise ConfigError(f"--users {name}: has no function utility(prompt: str, reply: str) -> float; add it")
+    checked = check_calls(name, found)
+    for reply in ("Hello! How are you?", ""):
+        checked("hello", reply)
+    return checked
+
+
+def check_calls(name: str, utility: Callable[[str, str], object]) -> Utility:
+    """Wrap a function of somebody else's file: each call returns a number in [-1, 1] or raises ConfigError."""
+
+    def checked(prompt: str, reply: str) -> float:
+        try:
+            value = utility(prompt, reply)
+        except (Exception, SystemExit) as error:
+            raise ConfigError(
+                f"--users {name}: utility({prompt!r}, {reply!r}) failed ({describe_exception(error)}); fix it"
+            ) from error
+        if not isinstance(value, numbers.Real) or not -1 <= float(value) <= 1:
+            raise ConfigError(
+                f"--users {name}: utility({prompt!r}, {reply!r}) returned {value!r}; return a number in [-1, 1]"
+            )
+        return float(value)
+
+    return checked
+
+
+def describe_exception(error: BaseException) -> str:
+    """Name an exception and what it says, in one line."""
+    return f"{type(error).__name__}: {error}"

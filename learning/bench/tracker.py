@@ -1,0 +1,251 @@
+"""Benchmark of the tracker: what remembering costs, with a thousand to a million stored turns.
+
+One conversation is one mention, a question and its answer, as platforms make them. Vectors are random directions, which cost
+what real ones cost. Two things are measured:
+
+- What remembering adds to a message. The turns are spread over channels of a hundred, and one of ten thousand that is
+  asked. "Added" is the time of `StateTracker.context` beyond the same without remembering; the new message's own embedding
+  is in it.
+- What one channel costs that has grown: its first message after a restart and later ones, from the moment they are heard
+  until the prompt is made, and the deletion of a message, beside later messages in a channel of a thousand mentions.
+
+Each size is measured in a process of its own, which loads no more than remembering needs, and not the libraries of training.
+It knows no policy. Run: ``kibitz bench tracker``.
+"""
+
+import asyncio
+import multiprocessing
+import re
+import resource
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bot.chat.tracker import StateTracker
+from bot.config import Config, DialogueConfig
+from bot.errors import DataError
+from bot.memory.embedder import Embedder, embedder_of
+from bot.memory.recall import Recall, weights
+from bot.memory.scope import Memory
+from bot.models.tokenizer import ChatTokenizer
+from bot.store.conversations import ConversationStore
+from bot.store.database import Database
+from bot.store.forgetting import forget_message
+from bot.store.tables import embeddings
+from bot.types import Conversation, Feedback, FeedbackKind, Message, Progress, Role, Turn, new_id
+from learning.fitting.dialogues import dialogue
+
+SIZES = {"1e3": 1_000, "1e5": 100_000, "1e6": 1_000_000}  # turns in many channels
+CHANNELS = {"2k": 2_000, "150k": 150_000}  # mentions in one channel, which is compared with
+SMALL = 1_000  # mentions
+ASKED, USUAL = 10_000, 100  # turns in the channel that is asked, and in each other
+QUESTIONS = 200
+DELETED = 5  # messages
+DIMENSIONS = 384
+BLOCK = 1_000  # conversations written at once
+PROMPT, ANSWER = tuple(range(300, 600)), tuple(range(300, 360))  # token ids of a mention
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is measured with."""
+
+    embedder: Embedder | None
+    tokenizer: ChatTokenizer
+    learned: dict[str, float]
+    progress: Progress
+
+
+def measure_apart(config: Config, model: str, sizes: Sequence[str], progress: Progress) -> dict[str, Any]:
+    """The figures of `measure`, each size in a process of its own. Raises what fails there."""
+    figures: dict[str, Any] = {"leaks": 0}
+    context = multiprocessing.get_context("spawn")
+    for size in sizes:
+        ours, theirs = context.Pipe(duplex=False)
+        child = context.Process(target=_measure_in_child, args=(theirs, config, model, size), daemon=True)
+        child.start()
+        theirs.close()
+        found: Any = None
+        with ours:
+            while not isinstance(found, dict):
+                try:
+                    found = ours.recv()
+                except EOFError:
+                    raise DataError(f"the measuring of {size} ended before it was done; is there memory and disk?") from None
+                if isinstance(found, Exception):
+                    raise found
+                if isinstance(found, tuple):
+                    progress(*found)
+        child.join()
+        figures |= found | {"leaks": figures["leaks"] + found["leaks"]}
+    return figures
+
+
+def _measure_in_child(ours: Any, config: Config, model: str, size: str) -> None:
+    tokenizer = ChatTokenizer(model, config.policy.template_args)
+    learned = weights(config.dialogue.retrieval_weights)
+    try:
+        job = measure(embedder_of(config), tokenizer, learned, [size], lambda *done: ours.send(done))
+        ours.send(asyncio.run(job))
+    except Exception as error:
+        ours.send(error)
+
+
+async def measure(
+    embedder: Embedder | None, tokenizer: ChatTokenizer, learned: dict[str, float], sizes: Sequence[str], progress: Progress
+) -> dict[str, Any]:
+    """The figures for each of the sizes (keys of SIZES and CHANNELS): s, ms, MB, turns/s."""
+    parts = Parts(embedder, tokenizer, learned, progress)
+    figures: dict[str, Any] = {"leaks": 0}
+    for size in sizes:
+        found = await (_measure_channel(size, parts) if size in CHANNELS else _measure_added(size, parts))
+        figures |= found | {"leaks": figures["leaks"] + found.get("leaks", 0)}
+    return figures
+
+
+@asynccontextmanager
+async def _stored(parts: Parts) -> AsyncIterator[tuple[Recall, Path]]:
+    """An empty database of its own."""
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "tracker.db"
+        database = Database(f"sqlite:///{file}")
+        database.upgrade()
+        recall = Recall(Memory(database), parts.embedder, parts.learned)
+        try:
+            yield recall, file
+        finally:
+            recall.close()
+            database.close()
+
+
+async def _measure_added(size: str, parts: Parts) -> dict[str, Any]:
+    async with _stored(parts) as (recall, file):
+        turns = SIZES[size]
+        asked = min(ASKED, turns // 2)
+        sizes = [asked, *[USUAL] * ((turns - asked) // USUAL)]
+        channels = [new_id() for _ in sizes]
+        mentions = [channel for channel, size in zip(channels, sizes, strict=True) for _ in range(size // 2)]
+        began = time.perf_counter()
+        await asyncio.to_thread(_fill, recall, mentions, parts.progress)
+        rate = turns / (time.perf_counter() - began)
+        added, leaks = await _added(recall, parts.tokenizer, channels[0])
+        figures: dict[str, Any] = {"leaks": leaks, "inserts_per_s": rate}
+        for percent in (50, 99):
+            figures[f"added_p{percent}_ms_{size}"] = 1000 * float(np.percentile(added, percent))
+        figures[f"file_mb_{size}"] = sum(one.stat().st_size for one in file.parent.glob("tracker.db*")) / 1e6
+    return figures | {f"memory_mb_{size}": _peak_memory()}
+
+
+def _peak_memory() -> float:
+    """The most memory that this process ever took (MB). The kernel's other figure is inherited from who started it."""
+    status = Path("/proc/self/status")
+    if found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text() if status.exists() else ""):
+        return int(found[1]) / 1e3
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+async def _measure_channel(size: str, parts: Parts) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    p99 = []
+    for mentions in (SMALL, CHANNELS[size]):
+        async with _stored(parts) as (recall, _):
+            channel = new_id()
+            first_ids = await asyncio.to_thread(_fill, recall, [channel] * mentions, parts.progress, True)
+            took = await _answered(recall, parts.tokenizer, channel)
+            p99.append(1000 * float(np.percentile(took[1:], 99)))
+            began = time.perf_counter()
+            for message_id in first_ids[:DELETED]:
+                await recall.memory.database.call(forget_message, recall.memory.database, message_id)
+            figures[f"delete_message_s_{size}"] = (time.perf_counter() - began) / DELETED
+            figures[f"first_message_s_{size}"] = took[0]
+    return figures | {f"later_message_p99_ms_{size}": p99[1], f"later_message_p99_ratio_{size}": p99[1] / p99[0]}
+
+
+def _fill(recall: Recall, channels: list[str], progress: Progress, are_turns: bool = False) -> list[str]:
+    """Store a mention, with vectors, in each of these channels (which may repeat); the ids of some questions.
+
+    Where they `are_turns`, each has all that an answer of ours has, and one in ten was liked.
+    """
+    database, rng, total = recall.memory.database, np.random.default_rng(0), 2 * len(channels)
+    store, texts = ConversationStore(database), [turn["text"] for seed in range(20) for turn in dialogue(seed).conversation]
+    for start in range(0, len(channels), BLOCK):
+        block = [
+            _mention(channel, number, texts, are_turns)
+            for number, channel in enumerate(channels[start : start + BLOCK], start)
+        ]
+        store.add_dialogues(block)
+        said = [(place.id, message.id) for place, some, *_ in block for message in some]
+        vectors = rng.integers(-127, 128, (len(said), DIMENSIONS), np.int8)
+        with database.begin() as connection:
+            connection.execute(embeddings.insert(), list(_rows(said, vectors, recall.space)))
+        progress(f"storing {total:,} turns", 2 * min(len(channels), start + BLOCK), total)
+    return [some[0].id for _, some, *_ in block]
+
+
+def _mention(
+    channel: str, number: int, texts: list[str], is_turn: bool
+) -> tuple[Conversation, list[Message], list[Turn], list[Feedback]]:
+    place = Conversation("bench", channel, thread=str(number))
+    user = f"user {number % 7}"
+    asked, said = (f"{texts[(2 * number + one) % len(texts)]} {channel[-6:]}" for one in (0, 1))
+    question = Message(place.id, user, asked)
+    answer = Message(place.id, "kibitz", said, Role.ASSISTANT, reply_to=question.id)
+    if not is_turn:
+        return place, [question, answer], [], []
+    sampled = (PROMPT, ANSWER, (-0.5,) * len(ANSWER))
+    turn = Turn(place.id, question.id, answer.id, said, user, "policy-0", *sampled, "stop", {}, 1.0)
+    liked = [Feedback(turn.id, user, FeedbackKind.APPROVAL, "bench")] if number % 10 == 0 else []
+    return place, [question, answer], [turn], liked
+
+
+def _rows(said: list[tuple[str, str]], vectors: Any, space: str) -> Iterator[dict[str, Any]]:
+    for (place, message_id), vector in zip(said, vectors, strict=True):
+        yield {"conversation_id": place, "message_id": message_id, "space": space, "vector": vector.tobytes()}
+
+
+def _questions() -> list[str]:
+    asked = [question["text"] for seed in range(40, 60) for question in dialogue(seed).questions][:QUESTIONS]
+    return [asked[0], *asked]
+
+
+async def _added(recall: Recall, tokenizer: ChatTokenizer, channel: str) -> tuple[list[float], int]:
+    """What remembering adds to each of the questions (s), after one that reads the channel; and what came from elsewhere."""
+    store = ConversationStore(recall.memory.database)
+    plain = StateTracker(store, tokenizer, recall, DialogueConfig(remembered=0), 1024)
+    whole = StateTracker(store, tokenizer, recall, DialogueConfig(), 1024)
+    asked = store.open(Conversation("bench", channel, thread="asked"))
+    added, leaks = [], 0
+    for text in _questions():
+        message = Message(asked.id, "somebody", text)
+        began = time.perf_counter()
+        await plain.context(message)
+        between = time.perf_counter()
+        context = await whole.context(message)
+        added.append(time.perf_counter() - between - (between - began))
+        leaks += sum(store.conversation(one.message.conversation_id).channel != channel for one in context.remembered)
+    return added[1:], leaks
+
+
+async def _answered(recall: Recall, tokenizer: ChatTokenizer, channel: str) -> list[float]:
+    """How long each of the questions, a mention of its own, takes from being heard until its prompt is made (s)."""
+    store, call = ConversationStore(recall.memory.database), recall.memory.database.call
+    tracker = StateTracker(store, tokenizer, recall, DialogueConfig(), 1024)
+    if recall.embedder is not None:
+        recall.embedder.encode(["ready"])  # it is loaded when kibitz starts
+    took = []
+
+    def hear(place: Conversation, text: str) -> Any:
+        heard = store.hear(place, Message("", "somebody", text))
+        return heard.message, tracker.surroundings(heard.message, heard.place)
+
+    for number, text in enumerate(_questions()):
+        began = time.perf_counter()
+        await tracker.context(*await call(hear, Conversation("bench", channel, thread=f"asked {number}"), text))
+        took.append(time.perf_counter() - began)
+    return took

@@ -1,0 +1,195 @@
+"""Benchmark: what a training run costs, against a plain TRL script of the same trainer on the same rows.
+
+The plain script is what TRL's documentation shows: the stock trainer on token ids, references computed in every step. Each
+measurement has a process of its own, so that its peak of memory is its own; the two are run in turn.
+
+Run: ``kibitz bench train``.
+"""
+
+import json
+import multiprocessing
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bot.accelerator import has_gpu, read_card
+from bot.config import Config, DatabaseConfig
+from bot.models.shape import read_shape
+from bot.models.tokenizer import ChatTokenizer
+from bot.serving.children import end_with_parent
+from bot.store.stores import open_stores
+from bot.types import Progress
+from learning.data.comparison import told
+from learning.data.experience import Experience
+from learning.models import toy
+from learning.training.pretrain import is_toy
+
+OBJECTIVES = ("kto", "dpo", "sft", "pg", "hindsight", "mixed")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured: rows, steps of each run, and runs of each kind."""
+
+    rows: int
+    steps: int
+    rounds: int
+
+
+SIZE = Size(256, 48, 2)
+ON_CPUS = Size(32, 4, 1)  # of a model that is no toy, without a GPU
+RATED = 96  # answers with an opinion, of which one whole run is made
+# Dense bfloat16 FLOP/s, from the makers' data sheets.
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "A10": 125e12, "3090": 71e12}
+
+
+def measure(config: Config, base_model: str, progress: Progress) -> dict[str, float]:
+    """For each objective tokens/s and peak memory as ratios to the plain script, the better of some rounds for each."""
+    figures: dict[str, float] = {}
+    size = SIZE if is_toy(base_model) or has_gpu() else ON_CPUS
+    training = config.training.model_copy(update={"max_steps": size.steps, "epochs": size.steps})
+    context = multiprocessing.get_context("spawn")
+    for number, objective in enumerate(OBJECTIVES):
+        settings = config.model_copy(update={"training": training.model_copy(update={"objective": objective})})
+        speeds: dict[bool, list[float]] = {True: [], False: []}
+        peaks: dict[bool, list[float]] = {True: [], False: []}
+        for turn in range(size.rounds):
+            for plain in (True, False):
+                done = number * size.rounds * 2 + turn * 2 + (not plain)
+                progress(objective, done, len(OBJECTIVES) * size.rounds * 2)
+                with ProcessPoolExecutor(1, context, end_with_parent) as pool:
+                    speed, used = pool.submit(_measured, settings, base_model, plain, size).result()
+                speeds[plain].append(speed)
+                peaks[plain].append(used)
+        figures[f"{objective}_tokens_per_s"] = max(speeds[False])
+        figures[f"{objective}_tokens_per_s_ratio"] = max(speeds[False]) / max(speeds[True])
+        figures[f"{objective}_peak_memory_ratio"] = min(peaks[False]) / min(peaks[True])
+    progress("one whole run", 0, 1)
+    with ProcessPoolExecutor(1, context, end_with_parent) as pool:
+        figures["steps_share_of_run"] = pool.submit(_steps_share, config, base_model).result()
+    if (peak := _card_peak()) is not None:
+        parameters = read_shape(base_model).parameters
+        for objective in OBJECTIVES:  # 4 · parameters · tokens: an adapter needs no gradients of the weights
+            figures[f"{objective}_share_of_peak"] = 4 * parameters * figures[f"{objective}_tokens_per_s"] / peak
+    return figures
+
+
+def _steps_share(config: Config, base_model: str) -> float:
+    """The share of one whole run, from reading what people said to the verdict, that is spent in training steps."""
+    from learning.importers import formats
+    from learning.training import trainer
+
+    place = Path(tempfile.mkdtemp(prefix="bench-", dir=config.data))
+    try:
+        apart = config.model_copy(update={"data_dir": str(place), "database": DatabaseConfig()})
+        rated = place / "rated.jsonl"
+        rows = [
+            json.dumps({"messages": dialogue, "rating": bool(number % 2)})
+            for number, dialogue in enumerate(toy.dialogues(RATED, config.seed))
+        ]
+        rated.write_text("\n".join(rows), encoding="utf-8")
+        recording = formats.read(rated, "openai")
+        database, store, registry = open_stores(apart)
+        registry.ensure_base(base_model)
+        store.add_dialogues(recording.dialogues)
+        database.close()
+        outcome = trainer.run(apart, lambda *_: None, space=recording.space, from_base=True)
+        return float(outcome.figures["steps_share_of_run"])
+    finally:
+        shutil.rmtree(place)
+
+
+def _card_peak() -> float | None:
+    """The bfloat16 peak (FLOP/s, dense) of the GPU, by its name; None without one that is known."""
+    card = read_card()
+    return None if card is None else next((peak for name, peak in PEAKS.items() if name in card.name), None)
+
+
+def _measured(config: Config, base_model: str, plain: bool, size: Size) -> tuple[float, float]:
+    """Tokens/s, of the tokens that the steps of one run read, and its peak memory (bytes)."""
+    import torch
+
+    from learning.data.selection import usable_rows
+    from learning.models.trainable import load, quiet
+    from learning.training.objectives import train
+
+    quiet()
+    tokenizer = ChatTokenizer(base_model, config.policy.template_args)
+    rows = _rows(tokenizer, size.rows, config.seed)
+    model = load(config, base_model)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    used = usable_rows(rows, config.training.objective)
+    began = time.monotonic()
+    if plain:
+        _plain(model, tokenizer, used, config)
+    else:
+        train(model, tokenizer.hf, rows, config.training, config.seed, lambda *_: None)
+    seconds = time.monotonic() - began
+    reads_pairs = config.training.objective == "dpo" or (config.training.objective == "mixed" and not plain)
+    share = size.steps * config.training.batch_size / len(used)
+    speed = share * sum(_length(row, reads_pairs) for row in used) / seconds
+    if torch.cuda.is_available():
+        return speed, float(torch.cuda.max_memory_allocated())
+    return speed, 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _length(row: Experience, reads_pairs: bool) -> int:
+    """How many tokens a step reads of a row: prompt and answer, and both again where the rejected answer is read too."""
+    own = len(row.prompt_ids) + len(row.completion_ids)
+    return own + len(row.prompt_ids) + len(row.rejected_ids or ()) if reads_pairs else own
+
+
+def _plain(model: Any, tokenizer: ChatTokenizer, rows: Sequence[Experience], config: Config) -> None:
+    """The stock TRL trainer for an objective; where TRL has none, its supervised one on the same rows."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+
+    from learning.models.reporter import report_progress
+    from learning.training.objectives import TokenDPOTrainer, TokenKTOTrainer, arguments, dpo_examples, kto_examples
+
+    common = arguments(config.training, config.training.batch_size, len(rows), config.seed)
+    if config.training.objective == "kto":
+        data = [{key: row[key] for key in ("prompt_ids", "completion_ids", "label")} for row in kto_examples(rows)]
+        trainer: Any = type("PlainKTO", (KTOTrainer,), {"_prepare_dataset": TokenKTOTrainer._prepare_dataset})
+        args: Any = KTOConfig(**common, beta=config.training.beta)
+    elif config.training.objective == "dpo":
+        data = dpo_examples(rows)
+        trainer = type("PlainDPO", (DPOTrainer,), {"_prepare_dataset": TokenDPOTrainer._prepare_dataset})
+        args = DPOConfig(**common, beta=config.training.beta)
+    else:
+        data = [
+            {
+                "input_ids": [*row.prompt_ids, *row.completion_ids],
+                "labels": [-100] * len(row.prompt_ids) + [*row.completion_ids],
+            }
+            for row in rows
+        ]
+        trainer = SFTTrainer
+        args = SFTConfig(**common, dataset_kwargs={"skip_prepare_dataset": True})
+    made = trainer(model=model, args=args, train_dataset=Dataset.from_list(data), processing_class=tokenizer.hf)
+    report_progress(made, "plain", lambda *_: None)
+    made.train()
+
+
+def _rows(tokenizer: ChatTokenizer, count: int, seed: int) -> list[Experience]:
+    """Answers of the demo set, every other one liked, each with a worse one to the same prompt and a comment."""
+    found = []
+    for number, dialogue in enumerate(toy.dialogues(count, seed)):
+        prompt = tuple(tokenizer.prompt_ids(dialogue[:-1]))
+        answer = tuple(tokenizer.completion_ids(dialogue[-1]["content"]))
+        sign = 1.0 if number % 2 else -1.0
+        logprobs = (-1.0,) * len(answer)
+        found.append(Experience(str(number), str(number), prompt, answer, logprobs, sign, (), advantage=sign))
+    others = [found[-1].completion_ids, *(one.completion_ids for one in found[:-1])]
+    comment = "that was not what i asked for"
+    return [
+        replace(one, rejected_ids=other, hindsight_ids=told(tokenizer, one.prompt_ids, comment))
+        for one, other in zip(found, others, strict=True)
+    ]

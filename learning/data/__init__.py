@@ -1,0 +1,1 @@
+"""Data: reactions become rewards, and rows to learn from."""

@@ -1,0 +1,145 @@
+"""Explanation: why a turn is what it is, and what became of what people said about it.
+
+The version that answered, the earlier messages that it was shown and how well they ranked, each opinion and why it does not
+count if it does not (the replay buffer decides, as it does for a run), and the runs that learned from it, with what weight.
+It reads the database and the versions' manifests. `/why` in a chat and `kibitz why` say the same; a chat names nobody.
+
+Run: ``kibitz why TURN``; without a turn it lists the latest that people said something about.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from bot.errors import DataError
+from bot.store.registry import PolicyRegistry
+from bot.store.teachers import find_pupils
+from bot.types import Message, Turn
+from learning.data.replay_buffer import Decision, ReplayBuffer
+
+SHOWN = 8  # runs, the newest
+
+
+@dataclass(frozen=True)
+class Used:
+    """That a run learned from a turn: what the turn was worth to it (None where its files are gone), how much it counted
+    beside others, and which share of the worth is that of answers like it (`rewards.smoothing`).
+    """
+
+    policy: str
+    advantage: float | None
+    weight: float = 1.0
+    smoothing: float = 0.0
+
+    def line(self) -> str:
+        """What the run made of it, for people."""
+        if self.advantage is None:
+            return f"used by {self.policy}, whose files are gone"
+        meaning = "against what is usual"
+        if self.smoothing:
+            meaning = (
+                f"({self.smoothing:.0%} of it is what answers like it earned, the rest its own reward against the usual; "
+                "all is its own where it was compared with another answer)"
+            )
+        less = ", for its age or because its people say more than their share" if self.weight < 1 else ""
+        return f"used by {self.policy}: {self.advantage:+.2f} {meaning}, weight {self.weight:.2f}{less}"
+
+
+@dataclass(frozen=True)
+class Account:
+    """A turn with all that bears on it; `remembered` are older messages that it was shown, with their scores. `earlier` is
+    how many runs used it besides those that are shown.
+    """
+
+    turn: Turn
+    question: Message
+    remembered: list[tuple[Message, float]]
+    decision: Decision
+    used: list[Used]
+    earlier: int = 0
+    is_outdated: bool = False
+
+    def lines(self, names: bool = True) -> list[str]:
+        """All of it, for people; without `names` nobody is called by theirs."""
+        turn, decision = self.turn, self.decision
+
+        def name(person: str) -> str:
+            return person if names else "the asker" if person == turn.asker_id else "somebody else"
+
+        found = [
+            f"asked by {name(self.question.author_id)}, {self.question.at:%Y-%m-%d %H:%M}: {_short(self.question.text)}",
+            f"answered by {turn.policy_version} in {turn.latency_ms:.0f} ms ({turn.finish_reason}): {_short(turn.text)}",
+            f"prompt {len(turn.prompt_ids or ())} tokens, answer {len(turn.completion_ids or ())} tokens, log-probability "
+            f"{sum(turn.logprobs or ()):.2f}, sampled with {turn.sampling}",
+        ]
+        found += [
+            f"remembered ({score:.2f}): {name(said.author_id)}: {_short(said.text)}" for said, score in self.remembered
+        ]
+        for row, reason in decision.opinions:
+            said = f"said by {name(row.user_id)}, {row.at:%Y-%m-%d %H:%M}: {row.kind} ({row.signal or 'no signal'})"
+            found.append(f"{said}, {_counts(reason)}")
+        if decision.followup is not None:
+            kind = decision.followup.kind
+            chance = decision.followup.chances[kind]
+            found.append(f"said next: {kind} (chance {chance:.2f}), {_counts(decision.followup_reason)}")
+        if decision.reward is None:
+            found.append("reward: none")
+        else:
+            parts = ", ".join(f"{name(who)} {worth:+.2f}" for who, worth in decision.reward.opinions.items())
+            found.append(f"reward: {decision.reward.value:+.2f} ({parts})")
+        if decision.reason is not None:
+            found.append(f"teaches nothing: {decision.reason}")
+        elif decision.is_held_out:
+            found.append("held out: it judges candidates and teaches none")
+        elif self.is_outdated:
+            found.append("teaches nothing more: said before people came to want the opposite")
+        found += [one.line() for one in self.used]
+        if self.earlier:
+            found.append(f"used by {self.earlier} earlier versions too")
+        return found if self.used else [*found, "used by no version yet"]
+
+
+def explain(turn_id: str, buffer: ReplayBuffer, registry: PolicyRegistry) -> Account:
+    """Why a turn is what it is. Raises DataError where there is no such turn."""
+    store = buffer.store
+    turn = store.turn(turn_id)
+    if turn is None:
+        raise DataError(f"there is no turn '{turn_id}'; `kibitz why` lists the latest that people said something about")
+    decision = buffer.decide(turn)
+    there = store.messages_of(turn.remembered)
+    shown = sorted(((score, one) for one, score in turn.remembered.items() if one in there), reverse=True)
+    followups = [decision.followup.message_id] if decision.followup is not None else []
+    taught = set(find_pupils(registry.database, [row.id for row, _ in decision.opinions], followups))
+    used = [(name, path) for name, path in registry.directories().items() if name in taught]
+    return Account(
+        turn=turn,
+        question=store.message(turn.message_id),
+        remembered=[(there[one], score) for score, one in shown],
+        decision=decision,
+        used=[one for name, path in used[-SHOWN:] for one in _used(name, Path(path), turn_id)],
+        earlier=len(used[:-SHOWN]),
+        is_outdated=turn_id < _manifest(Path(registry.live().path)).get("since", ""),
+    )
+
+
+def _used(policy: str, directory: Path, turn_id: str) -> list[Used]:
+    """What a version's manifest says of a turn; a version whose files are gone is named all the same."""
+    manifest = _manifest(directory)
+    if not manifest:
+        return [Used(policy, None)]
+    smoothing = manifest["rewards"]["smoothing"]
+    rows = manifest["rows"]
+    return [Used(policy, advantage, weight, smoothing) for name, _, _, advantage, weight, _ in rows if name == turn_id]
+
+
+def _manifest(directory: Path) -> dict:
+    file = directory / "manifest.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _counts(reason: str | None) -> str:
+    return "counts" if reason is None else f"does not count: {reason}"
+
+
+def _short(text: str) -> str:
+    return " ".join(text[:400].split())[:160]

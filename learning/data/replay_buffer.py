@@ -1,0 +1,326 @@
+"""ReplayBuffer: experiences derived from turns and feedback, for one training run.
+
+Nothing is kept here: a snapshot is rebuilt from the facts each time, and says of every turn that it leaves out why. It
+knows no objective and no model weights.
+"""
+
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from bot.chat.dialogue import UNFINISHED
+from bot.config import Config
+from bot.memory.embedder import Embedder
+from bot.models.sampling import is_truncated
+from bot.models.tokenizer import ChatTokenizer
+from bot.store.conversations import ConversationStore
+from bot.store.feedback import standing
+from bot.store.judged import Judged, find_judged, find_reconsidered
+from bot.store.registry import PolicyRegistry
+from bot.store.teachers import find_turns_that_taught, select_teachers
+from bot.store.users import Users
+from bot.types import Feedback, FeedbackKind, FollowUp, Message, Turn, now
+from learning.data.comparison import compared, paired, told
+from learning.data.experience import Experience, Snapshot
+from learning.data.rewards import Reward, reward
+from learning.data.selection import (
+    count_fresh,
+    fresh_and_old,
+    is_held_out,
+    learnable,
+    not_drawn,
+    order_of_draw,
+    parted,
+    thinned,
+)
+from learning.data.voices import Voices
+
+PAGE = 256  # turns that are read at once
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What counts of what people said about a turn, and why the rest does not.
+
+    `opinions` are all acts of feedback, each with the reason why it counts nothing (None: it counts); `reward` is made of
+    those that count, and of `followup` where `followup_reason` is None. `reason` is why the turn teaches nothing, if so.
+    """
+
+    opinions: list[tuple[Feedback, str | None]]
+    followup: FollowUp | None
+    followup_reason: str | None
+    reward: Reward | None
+    reason: str | None
+    is_held_out: bool
+
+    @property
+    def counted(self) -> list[Feedback]:
+        """The acts of feedback that count."""
+        return [row for row, reason in self.opinions if reason is None]
+
+    def said_at(self, turn: Turn) -> datetime:
+        """When the first of what counts was said; where a follow-up counts, when it was answered."""
+        is_followed_up = self.followup is not None and self.followup_reason is None
+        return min([row.at for row in self.counted] + [turn.at] * is_followed_up, default=turn.at)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What is the same for all turns that are read: the versions of another base model, and how many versions came after
+    each one.
+    """
+
+    foreign: set[str]
+    age: dict[str, int]
+
+
+class ReplayBuffer:
+    """Draws snapshots from what the ConversationStore holds.
+
+    With an embedder, answers are compared with what is usual for their kind of prompt, and what somebody says again and
+    again counts once.
+    """
+
+    def __init__(self, store: ConversationStore, tokenizer: ChatTokenizer, config: Config, embedder: Embedder | None = None):
+        self.store = store
+        self.tokenizer = tokenizer
+        self.config = config
+        self.embedder = embedder
+        self.users = Users(store.database, config.privacy)
+
+    def snapshot(self, space: str | None = None, since: str = "") -> Snapshot:
+        """All that can be learned from now: of one imported `space`, or from the turn `since` on, where they are given.
+
+        Only the turns are read that are drawn, and those that must be read to find out which those are.
+        """
+        learning = self.config.learning
+        drawn_at = now()
+        found = self._drawn(space, since)
+        found.drawn_at = drawn_at
+        drawn, dropped = fresh_and_old(found.training, learning.max_turns, learning.fresh)
+        found.dropped += dropped
+        training, found.held_out = parted(drawn, learning.held_out)
+        if self.embedder is not None and training:
+            training, dropped = thinned(
+                training, self.embedder.encode([f"{one.question}\n{one.answer}" for one in training])
+            )
+            found.dropped += dropped
+        found.training = compared(training, self.embedder, self.config, self.config.seed)
+        found.learned, dropped = learnable(found.training, self.config.training, self.config.seed)
+        found.dropped += dropped
+        found.without_logprobs = sum(one.logprobs is None for one in drawn)
+        return found
+
+    def unseen(self, since: str, drawn_at: datetime) -> list[Experience]:
+        """The judged answers, from the turn `since` on, that no version learned from which drew its rows at `drawn_at` or
+        before: those that are held out, and those to other questions on which all was said after that.
+        """
+        learning = self.config.learning
+        found = self._drawn(None, since)
+        judged = [one for one in found.training if not one.is_correction]
+        drawn, _ = fresh_and_old(judged, learning.max_turns, learning.fresh)
+        known = self._taught_units() | {one.unit for one in found.rated if one.said_at < drawn_at}
+        return [one for one in drawn if is_held_out(one.unit, learning.held_out) or one.unit not in known]
+
+    def _taught_units(self) -> set[str]:
+        """The units of all turns of which an opinion ever taught a version."""
+        taught, found = sorted(find_turns_that_taught(self.store.database)), set[str]()
+        for start in range(0, len(taught), PAGE):
+            turns = self.store.turns_of(taught[start : start + PAGE])
+            voices = Voices(self.store, self.users, turns, self.config.web)
+            found |= {voices.unit(turn) for turn in turns}
+        return found
+
+    def rated(self) -> list[Experience]:
+        """All answers with a reward, oldest first, however many."""
+        found, reader = Snapshot(), self._reader()
+        judged = self._judged()
+        for start in range(0, len(judged), PAGE):
+            self._read(judged[start : start + PAGE], reader, found)
+        return found.rated
+
+    def _judged(self, space: str | None = None) -> list[Judged]:
+        return find_judged(self.store.database, space, self.config.rewards.followup > 0)
+
+    def _drawn(self, space: str | None, since: str) -> Snapshot:
+        """The experiences that a run is drawn from, as if all were for training, and why the other turns are none.
+
+        They are read a page at a time, the newest first and then the older ones in the order of `order_of_draw`, until as
+        many can be learned from as are wanted of either.
+        """
+        everything = self._judged(space)
+        judged = [one for one in everything if one.turn_id >= since]
+        found = Snapshot(turns=len(everything), taken_back=self._taken_back({one.turn_id for one in everything}))
+        if len(judged) < len(everything):
+            found.dropped["said before people came to want the opposite"] = len(everything) - len(judged)
+        most = self.config.learning.max_turns
+        newest = count_fresh(most, self.config.learning.fresh)
+        answers: defaultdict[str, list[Judged]] = defaultdict(list)
+        for one in judged:
+            answers[one.message_id].append(one)
+        reader, read = self._reader(), set[Judged]()
+        usable: Counter[str] = Counter()
+        for wanted, in_order in ((newest, reversed(judged)), (most - newest, self._in_order_of_draw(judged, read))):
+            while wanted > 0 and (page := list(itertools.islice(in_order, PAGE))):
+                unread = {other for one in page for other in answers[one.message_id]} - read
+                read |= unread
+                usable.update(self._read(unread, reader, found))
+                wanted -= sum(usable[one.turn_id] for one in page)
+        found.dropped[not_drawn(most)] += len(judged) - len(read)
+        found.dropped = +found.dropped
+        found.training.sort(key=lambda one: one.turn_id)
+        found.rated.sort(key=lambda one: one.turn_id)
+        return found
+
+    def _in_order_of_draw(self, judged: Sequence[Judged], read: set[Judged]) -> Iterator[Judged]:
+        yield from sorted(set(judged) - read, key=lambda one: order_of_draw(one.turn_id))
+
+    def _taken_back(self, turn_ids: set[str]) -> list[str]:
+        """The turn of each opinion that taught an earlier version and no longer stands."""
+        said = self.store.feedback_of(find_reconsidered(self.store.database) & turn_ids)
+        given = [row for rows in said.values() for row in rows]
+        gone = {row.id for row in given} - {row.id for row in standing(given)}
+        taught = select_teachers(self.store.database, sorted(gone))
+        return sorted(row.turn_id for row in given if row.id in taught)
+
+    def _reader(self) -> "Reader":
+        registry = PolicyRegistry(self.store.database)
+        age = {name: age for age, name in enumerate(reversed(registry.directories()))}
+        return Reader(registry.foreign(), age)
+
+    def _read(self, judged: Iterable[Judged], reader: "Reader", found: Snapshot) -> list[str]:
+        """Read some turns, all answers to a question together, into a snapshot; return the turn of each experience."""
+        turns = self.store.turns_of(one.turn_id for one in judged)
+        voices = Voices(self.store, self.users, turns, self.config.web)
+        answers: dict[str, list[tuple[float, Experience]]] = defaultdict(list)
+        for turn in (self._ours(turn, reader.foreign) for turn in turns):
+            decision = self._decide(turn, voices)
+            earned = decision.reward
+            if decision.reason is not None or earned is None:
+                found.dropped[decision.reason or ""] += 1
+                continue
+            wanted = [row.text for row in decision.counted if row.kind == FeedbackKind.CORRECTION and row.text]
+            age, wish = reader.age.get(turn.policy_version, 0), wanted[-1] if wanted else None
+            for one in self._of_turn(turn, voices, earned, wish, age):
+                ranks = tuple(row.id for row in voices.ranks(turn))
+                one = replace(one, said_at=decision.said_at(turn), rank_ids=ranks)
+                found.rated.append(one)
+                if (reason := self._too_long(one)) is not None:
+                    found.dropped[reason] += 1
+                else:
+                    answers[turn.message_id].append((voices.rank(turn), one))
+        usable = [one for ranked in answers.values() for one in paired(ranked)]
+        found.training += usable
+        return [one.turn_id for one in usable]
+
+    def decide(self, turn: Turn) -> Decision:
+        """What counts of what people said about one turn, as a run that began now would take it."""
+        turn = self._ours(turn, PolicyRegistry(self.store.database).foreign())
+        voices = Voices(self.store, self.users, [turn], self.config.web)
+        decision = self._decide(turn, voices)
+        if decision.reason is None and decision.reward is not None:
+            first = next(self._of_turn(turn, voices, decision.reward, None, 0))
+            return replace(decision, reason=self._too_long(first))
+        return decision
+
+    def _too_long(self, one: Experience) -> str | None:
+        most = self.config.training.max_length
+        return f"longer than training.max_length ({most})" if one.length > most else None
+
+    def _decide(self, turn: Turn, voices: Voices) -> Decision:
+        opinions = voices.judge(turn)
+        followup, followup_reason = voices.judge_followup(turn, self.config.rewards)
+        counted = [replace(row, user_id=voices.voice(turn, row.user_id)) for row, reason in opinions if reason is None]
+        asker = voices.voice(turn, turn.asker_id)
+        earned = reward(counted, asker, self.config.rewards, None if followup_reason else followup)
+        is_kept_out = is_held_out(voices.unit(turn), self.config.learning.held_out)
+        return Decision(opinions, followup, followup_reason, earned, self._why_not(turn, earned, voices), is_kept_out)
+
+    def _why_not(self, turn: Turn, earned: Reward | None, voices: Voices) -> str | None:
+        if not voices.consent.to(turn):
+            return "somebody in it does not consent"
+        if earned is None:
+            return "no standing opinion of anybody who took part"
+        if earned.value == 0:
+            return "opinions cancel out"
+        if turn.finish_reason in UNFINISHED:
+            return "the answer broke off"
+        if not turn.text.strip():
+            return "the answer is empty"
+        if turn.completion_ids is not None and not self._are_ours(turn, turn.completion_ids):
+            return "its token ids are those of another tokenizer"
+        return None
+
+    def _ours(self, turn: Turn, foreign: set[str]) -> Turn:
+        """A turn as this base model reads it: what a version of another one answered is a text."""
+        if turn.policy_version not in foreign:  # of another tokenizer, and of another policy
+            return turn
+        return replace(turn, prompt_ids=None, completion_ids=None, logprobs=None)
+
+    def _are_ours(self, turn: Turn, completion: Sequence[int]) -> bool:
+        """Whether token ids are in our vocabulary, and those of an answer spell its text, and a stop if it had one."""
+        prompt, text, has_stops = turn.prompt_ids or (), turn.text, "stop" in turn.sampling
+        ids, size = [*prompt, *completion], len(self.tokenizer.hf)
+        if ids and not 0 <= min(ids) <= max(ids) < size:
+            return False
+        said = self.tokenizer.answer_text(completion).strip()
+        return said == text.strip() or (has_stops and said.startswith(text.strip()))
+
+    def _of_turn(self, turn: Turn, voices: Voices, earned: Reward, correction: str | None, age: int) -> Iterator[Experience]:
+        if turn.prompt_ids is None or turn.completion_ids is None:
+            prompt = tuple(self.tokenizer.prompt_ids(self._asked(turn)))
+            completion = tuple(self.tokenizer.completion_ids(self.tokenizer.neutralise(turn.text)))
+        else:
+            prompt, completion = turn.prompt_ids, turn.completion_ids
+        comment = voices.comment(turn)
+        is_sampled = not is_truncated(turn.sampling) and age <= self.config.learning.max_age
+        first = Experience(
+            turn_id=turn.id,
+            unit=voices.unit(turn),
+            prompt_ids=prompt,
+            completion_ids=completion,
+            logprobs=turn.logprobs if is_sampled else None,
+            reward=earned.value,
+            feedback_ids=earned.feedback_ids,
+            followup_id=earned.followup_id,
+            asker=turn.asker_id,
+            opinions=tuple(earned.opinions),
+            question=voices.questions[turn.message_id],
+            question_id=turn.message_id,
+            answer=turn.text,
+            hindsight_ids=None if comment is None else told(self.tokenizer, prompt, comment),
+        )
+        yield first
+        if correction is not None:
+            wanted = tuple(self.tokenizer.completion_ids(self.tokenizer.neutralise(correction)))
+            yield replace(
+                first,
+                completion_ids=wanted,
+                logprobs=None,
+                reward=1.0,
+                answer=correction,
+                rejected_ids=completion,
+                hindsight_ids=None,
+                is_correction=True,
+            )
+
+    def _asked(self, turn: Turn) -> list[dict[str, str]]:
+        """The chat messages that led to a turn: the chain of replies to an imported one, else what the policy was shown."""
+        ids = [one for one, score in turn.shown.items() if score is None]
+        said = self.store.messages_of([*ids, turn.message_id])
+        recent = [said[one] for one in ids if one in said and said[one].conversation_id == turn.conversation_id]
+        chain = [said[turn.message_id]]
+        if recent:
+            return self._chat([*recent, *chain])
+        while (before := chain[-1].reply_to) is not None:
+            found = self.store.messages_of([before]).get(before)
+            if found is None or found.conversation_id != turn.conversation_id:
+                break
+            chain.append(found)
+        return self._chat(chain[::-1])
+
+    def _chat(self, messages: Sequence[Message]) -> list[dict[str, str]]:
+        kept = [one for one in messages if not one.is_forgotten]  # what is too old leaves its place, and no words
+        return [{"role": one.role.value, "content": self.tokenizer.neutralise(one.text)} for one in kept]

@@ -1,0 +1,74 @@
+"""Rewards: feedback on a turn -> one number in [-1, 1]. Pure functions of the record (law 2).
+
+Silence is not disapproval: without standing feedback there is no reward, which is not a reward of zero.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from bot.config import RewardsConfig
+from bot.store.feedback import standing
+from bot.types import Feedback, FeedbackKind, FollowUp
+
+FOLLOW_UPS = {  # what somebody says next, as the act that would say the same
+    "approval": FeedbackKind.APPROVAL,
+    "disapproval": FeedbackKind.DISAPPROVAL,
+    "correction": FeedbackKind.CORRECTION,
+    "repetition": FeedbackKind.REGENERATE,
+}
+
+
+@dataclass(frozen=True)
+class Reward:
+    """What a turn earned, from whom, and the feedback that says so."""
+
+    value: float
+    opinions: dict[str, float]
+    feedback_ids: tuple[str, ...]
+    followup_id: str | None = None
+
+
+def reward(
+    feedback: Iterable[Feedback], asker_id: str, config: RewardsConfig, followup: FollowUp | None = None
+) -> Reward | None:
+    """The weighted mean over people of what each one's standing feedback is worth, or None where nothing stands.
+
+    Each person's acts add up and are capped to [-1, 1], so that nobody counts more than once; the asker weighs more than
+    a bystander. The order of `feedback` does not matter. What the asker said next counts as what it most likely is, by how
+    likely that is, where `rewards.followup` lets it.
+    """
+    worth = {
+        FeedbackKind.APPROVAL: config.approval,
+        FeedbackKind.DISAPPROVAL: config.disapproval,
+        FeedbackKind.REGENERATE: config.regenerate,
+        FeedbackKind.CORRECTION: config.correction,
+    }
+    counted = [row for row in standing(feedback) if row.kind in worth or row.kind == FeedbackKind.RATING]
+    sums: dict[str, float] = defaultdict(float)
+    for row in counted:
+        sums[row.user_id] += worth.get(row.kind, row.value or 0.0)
+    used = followup if followup and config.followup and followup.kind in FOLLOW_UPS else None
+    if used is not None:
+        sums[asker_id] += config.followup * used.chances[used.kind] * worth[FOLLOW_UPS[used.kind]]
+    if not sums:
+        return None
+    opinions = {user: max(-1.0, min(1.0, total)) for user, total in sorted(sums.items())}
+    weights = {user: config.asker_weight if user == asker_id else config.bystander_weight for user in opinions}
+    value = sum(weights[user] * opinion for user, opinion in opinions.items()) / sum(weights.values())
+    return Reward(value, opinions, tuple(sorted(row.id for row in counted)), None if used is None else used.message_id)
+
+
+def advantages(rewards: np.ndarray, kinds: np.ndarray, prior: float) -> np.ndarray:
+    """Rewards (n,) less what prompts of their kind (n,) usually earn: so an easy prompt's 👍 is no credit.
+
+    A kind's mean is drawn to the overall one, and that to zero, as if `prior` more rewards of that size had been seen.
+    """
+    usual = rewards.sum() / (len(rewards) + prior) if len(rewards) else 0.0
+    found = np.empty(len(rewards))
+    for kind in np.unique(kinds):
+        same = kinds == kind
+        found[same] = rewards[same] - (rewards[same].sum() + prior * usual) / (same.sum() + prior)
+    return found

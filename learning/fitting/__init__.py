@@ -1,0 +1,1 @@
+"""Fitting: the small models that memory and chat use, learned."""

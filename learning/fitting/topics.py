@@ -1,0 +1,73 @@
+"""Learns where conversations turn to another topic, from dialogues in which people marked it.
+
+Reads TIAGE's form: a JSON object of dialogues, each a list of [utterance, label], where "1" begins a new topic, "0" goes on
+and "-1" is the first utterance. It knows no database.
+
+Run: ``kibitz fit-topics TRAIN --test TEST``.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from bot.errors import DataError
+from bot.memory.embedder import Embedder
+from bot.memory.topics import features
+from bot.types import Progress
+
+
+def read(path: Path) -> list[tuple[list[str], np.ndarray]]:
+    """The utterances of each dialogue, and which of them (but the first) begin a topic."""
+    try:
+        dialogues = json.loads(path.read_text(encoding="utf-8")).values()
+        return [([text for text, _ in one], np.array([label == "1" for _, label in one[1:]])) for one in dialogues]
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise DataError(
+            f"{path} cannot be read as labelled dialogues ({error}); give TIAGE's train, dev or test file"
+        ) from error
+
+
+def examples(
+    dialogues: list[tuple[list[str], np.ndarray]], embedder: Embedder, progress: Progress
+) -> tuple[np.ndarray, np.ndarray]:
+    """The features of all messages (n × features) and whether each begins a topic (n)."""
+    rows = []
+    for number, (texts, _) in enumerate(dialogues):
+        rows.append(features(texts, embedder.encode(texts)))
+        progress("dialogues", number + 1, len(dialogues))
+    return np.concatenate(rows), np.concatenate([labels for _, labels in dialogues])
+
+
+def fit(inputs: np.ndarray, labels: np.ndarray) -> dict[str, object]:
+    """Weights, bias, and the threshold that gives the best F1 on what was learned from."""
+    from sklearn.linear_model import LogisticRegression
+
+    mean, spread = inputs.mean(axis=0), inputs.std(axis=0) + 1e-9
+    model = LogisticRegression(C=1.0, class_weight="balanced", max_iter=1000).fit((inputs - mean) / spread, labels)
+    weights = model.coef_[0] / spread
+    bias = float(model.intercept_[0] - (model.coef_[0] * mean / spread).sum())
+    scores = inputs @ weights + bias
+    best = max(np.quantile(scores, np.linspace(0.3, 0.95, 100)), key=lambda one: f1(scores > one, labels))
+    return {"weights": weights.round(4).tolist(), "bias": round(bias, 4), "threshold": round(float(best), 4)}
+
+
+def f1(found: np.ndarray, labels: np.ndarray) -> float:
+    """The harmonic mean of precision and recall of the beginnings of topics."""
+    hits = float((found & labels).sum())
+    return 2 * hits / max(1.0, float(found.sum() + labels.sum()))
+
+
+def judged(
+    train: list[tuple[list[str], np.ndarray]],
+    test: list[tuple[list[str], np.ndarray]],
+    embedder: Embedder,
+    progress: Progress,
+) -> tuple[dict[str, object], dict[str, float]]:
+    """What was learned from `train`, and its figures on `test`, beside the best threshold on one cosine there."""
+    learned = fit(*examples(train, embedder, progress))
+    inputs, labels = examples(test, embedder, progress)
+    scores = inputs @ np.array(learned["weights"]) + learned["bias"]
+    cosine = max(f1(inputs[:, 0] < threshold, labels) for threshold in np.linspace(0, 0.6, 31))
+    figures = {"f1": f1(scores > learned["threshold"], labels), "cosine_f1": cosine, "always_f1": f1(labels | True, labels)}
+    return learned, figures | {"messages": float(len(labels))}

@@ -1,0 +1,1 @@
+"""Importers: other programs' recorded conversations, in kibitz's form."""

@@ -1,0 +1,123 @@
+"""Chat messages: the many ways in which a chat is written down, as one; and the rated chats in JSON rows.
+
+OpenAI's `messages` with `role` and `content`, ShareGPT's `conversations` with `from` and `value`, plain texts. What a model
+did with tools, and what is no text, is left out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import AliasChoices, BaseModel, Field
+
+from bot.types import Role
+from learning.importers.ratings import find_rating
+from learning.importers.recorded_files import Row
+from learning.importers.recording import Draft, OddRow, Recording
+
+ROLES = {
+    **dict.fromkeys(("system", "developer"), Role.SYSTEM),
+    **dict.fromkeys(("user", "human", "prompter", "customer"), Role.USER),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "ai"), Role.ASSISTANT),
+}
+TOOLS = ("tool", "function", "function_call", "function-call", "tool_call", "observation", "tool_response")
+
+
+class ChatMessage(BaseModel):
+    """One message as files have it."""
+
+    role: str = Field(validation_alias=AliasChoices("role", "from"))
+    content: str | list[str | dict[str, Any]] | None = Field(None, validation_alias=AliasChoices("content", "value", "text"))
+
+    @property
+    def text(self) -> str:
+        """The text of a message, without what is no text."""
+        if not isinstance(self.content, list):
+            return self.content or ""
+        parts = [part if isinstance(part, str) else part.get("text") for part in self.content]
+        return "".join(part for part in parts if isinstance(part, str))
+
+    @property
+    def has_more_than_text(self) -> bool:
+        """Whether there is a picture, a sound or a file in it."""
+        parts = self.content if isinstance(self.content, list) else []
+        return any(not isinstance(part, str) and not isinstance(part.get("text"), str) for part in parts)
+
+
+class RatedChat(BaseModel):
+    """A row with a chat."""
+
+    messages: Annotated[
+        list[Any], Field(min_length=1, validation_alias=AliasChoices("messages", "conversations", "conversation"))
+    ]
+
+
+@dataclass(frozen=True)
+class Said:
+    """One message that somebody said, and what it was rated with."""
+
+    role: Role
+    text: str
+    rating: Any = None
+
+
+def role_of(name: str) -> Role:
+    """Return who speaks under a name. Raises OddRow where nobody knows it."""
+    found = ROLES.get(name.strip().lower())
+    if found is None:
+        raise OddRow(f"has role {name[:40]!r}, which is not known")
+    return found
+
+
+def read_chat(value: Any, speaker: Role, recording: Recording, row: Row) -> list[Said]:
+    """Return what is said in a text (by `speaker`), a message, or a list of those; what is left out is counted."""
+    if isinstance(value, str):
+        return [Said(speaker, value)]
+    found = []
+    for one in value if isinstance(value, list) else [value]:
+        if isinstance(one, str):
+            found.append(Said(speaker, one))
+            continue
+        message = ChatMessage.model_validate(one)
+        if message.has_more_than_text:
+            recording.leave_out("part of a message that is no text", row.place)
+        if message.role.lower() in TOOLS:
+            recording.leave_out("message of a tool", row.place)
+        elif message.content is None:
+            recording.leave_out("message without content", row.place)
+        else:
+            found.append(Said(role_of(message.role), message.text, find_rating(one)))
+    return found
+
+
+def add_chat(
+    draft: Draft, said: Sequence[Said], previous: str | None = None, start: int = 0
+) -> tuple[str | None, str | None]:
+    """Add messages to a conversation, each a reply to the one before; return the last message and the last turn."""
+    turn, is_asked = None, previous is not None
+    for index, one in enumerate(said, start):
+        message = draft.say(str(index), one.role, one.text, previous)
+        if one.role == Role.ASSISTANT and previous is not None and is_asked:
+            turn = draft.answer(str(index), previous, message, one.text)
+            if one.rating is not None:
+                draft.rate(turn, one.rating)
+        is_asked = is_asked or one.role == Role.USER
+        previous = message
+    return previous, turn
+
+
+def read_rated_chat(row: Row, recording: Recording) -> None:
+    """Read one row: a chat, rated as a whole (then its last answer is meant) or message by message."""
+    said = read_chat(RatedChat.model_validate(row.value).messages, Role.USER, recording, row)
+    draft = recording.draft(row.place)
+    _, turn = add_chat(draft, said)
+    if not draft.messages:
+        raise OddRow("has no message with text")
+    rating = find_rating(row.value)
+    if rating is not None:
+        if turn is None:
+            raise OddRow("has a rating but no answer to a message")
+        draft.rate(turn, rating)
+    recording.add(draft, row)
+    if not draft.ratings:
+        recording.leave_out("conversation without a rating", row.place)

@@ -1,0 +1,120 @@
+"""DiscordChatExporter: its JSON files, one or several for each channel, with the reactions on what bots answered."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from learning.importers.channel_history import Post, Reaction, read_channel
+from learning.importers.recorded_files import Row
+from learning.importers.recording import OddRow, Recording
+
+SPEECH = {"Default", "Reply", "ChatInputCommand", "ContextMenuCommand", "0", "19", "20", "23"}  # not pins, joins, calls …
+
+
+class _Lenient(BaseModel):
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
+
+class User(_Lenient):
+    """Somebody on Discord."""
+
+    id: str
+    name: str = ""
+    nickname: str | None = None
+    isBot: bool = False
+
+
+class Emoji(_Lenient):
+    """An emoji: a character, or a name with an id."""
+
+    id: str | None = None
+    name: str = ""
+
+
+class ReactionCount(_Lenient):
+    """Who reacted with one emoji; files without names have the count only."""
+
+    emoji: Emoji
+    count: int = 0
+    users: list[User] | None = None
+
+
+class Reference(_Lenient):
+    """The message that another one replies to."""
+
+    messageId: str | None = None
+
+
+class DiscordMessage(_Lenient):
+    """One message of a channel."""
+
+    id: str
+    type: str = "Default"
+    timestamp: datetime
+    content: str = ""
+    author: User
+    mentions: list[User] = []
+    reactions: list[ReactionCount] = []
+    reference: Reference | None = None
+
+
+class Channel(_Lenient):
+    """Where messages were said."""
+
+    id: str
+    type: str = ""
+
+
+class ChannelFile(_Lenient):
+    """One exported file."""
+
+    channel: Channel
+    messages: list[Any]
+
+
+def read_discord(rows: Sequence[Row], recording: Recording) -> None:
+    """Read all channels of a recording."""
+    channels: dict[str, tuple[Row, list[Post]]] = {}
+    for row in rows:
+        with recording.leaving_out(row.place):
+            file = ChannelFile.model_validate(row.value)
+            is_dialogue = file.channel.type.startswith("Direct") or "Thread" in file.channel.type
+            thread = file.channel.id if "Thread" in file.channel.type else ""
+            _, posts = channels.setdefault(file.channel.id, (row, []))
+            for value in file.messages:
+                with recording.leaving_out(row.place, "message"):
+                    posts.append(_post(DiscordMessage.model_validate(value), thread, is_dialogue, row, recording))
+    for key, (row, posts) in channels.items():
+        read_channel(key, posts, row, recording)
+
+
+def _post(message: DiscordMessage, thread: str, is_dialogue: bool, row: Row, recording: Recording) -> Post:
+    """Return a message as a post. Raises OddRow where nobody says anything in it."""
+    if message.type not in SPEECH:
+        raise OddRow("is of the platform itself", message.type)
+    text = message.content
+    for user in message.mentions if not message.author.isBot else ():
+        if user.isBot:
+            for name in (user.nickname, user.name):
+                text = text.replace(f"@{name}", "", 1) if name else text
+    reactions = []
+    for one in message.reactions:
+        users = one.users or []
+        people = [user.id for user in users if not user.isBot]
+        recording.leave_out("reaction of a bot", row.place, one.emoji.name, len(users) - len(people))
+        unnamed = max(min(one.count, 100_000) - len(users), 0)
+        reactions.append(Reaction(one.emoji.name, tuple(people), unnamed))
+    return Post(
+        id=message.id,
+        author=message.author.id,
+        text=text.strip(),
+        at=message.timestamp.timestamp(),
+        is_bot=message.author.isBot,
+        reply_to=(message.reference.messageId if message.reference else None) or "",
+        asks=frozenset(user.id for user in message.mentions),
+        thread=thread,
+        is_dialogue=is_dialogue,
+        reactions=tuple(reactions),
+    )

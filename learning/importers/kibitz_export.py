@@ -1,0 +1,121 @@
+"""kibitz's own export: every conversation in a file of JSON lines, and read back from it."""
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from bot import output_files
+from bot.config import PrivacyConfig
+from bot.store.conversations import ConversationStore, Dialogue
+from bot.store.users import Users
+from bot.types import Conversation, Feedback, Message, Role, Turn
+from learning.data.voices import Consent
+from learning.importers.recorded_files import Row
+from learning.importers.recording import OddRow, Recording
+
+MARK = "kibitz-export"
+VERSION = 1
+RECORDED = (
+    "policy_version",
+    "prompt_ids",
+    "completion_ids",
+    "logprobs",
+    "finish_reason",
+    "sampling",
+    "latency_ms",
+)  # of a turn
+
+
+class Header(BaseModel):
+    """The first line."""
+
+    tokenizer_sha256: str = ""
+
+
+class Line(BaseModel):
+    """One conversation."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    conversation: Conversation
+    messages: list[Message]
+    turns: list[Turn]
+    feedback: list[Feedback]
+
+
+def export(store: ConversationStore, path: Path, tokenizer_sha256: str, privacy: PrivacyConfig) -> Counter[str]:
+    """Write every conversation to a file, as far as it may teach; return how much was written and left out.
+
+    What people said who do not consent is left out, with what answers them or was shown it, and what they thought of
+    answers. The file is whole or not there. Raises DataError where it cannot be written.
+    """
+    written: Counter[str] = Counter()
+    users = Users(store.database, privacy)
+    with output_files.replace(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+        file.write(json.dumps({MARK: VERSION, "tokenizer_sha256": tokenizer_sha256}) + "\n")
+        for dialogue in store.dialogues():
+            conversation, messages, turns, feedback = _with_consent(dialogue, store, users)
+            written["messages left out (no consent, or erased)"] += len(dialogue[1]) - len(messages)
+            if not messages:
+                continue
+            row = {
+                "conversation": asdict(conversation),
+                "messages": [asdict(one) for one in messages],
+                "turns": [asdict(one) for one in turns],
+                "feedback": [asdict(one) for one in feedback],
+            }
+            file.write(json.dumps(row, default=datetime.isoformat, ensure_ascii=False) + "\n")
+            written.update(conversations=1, messages=len(messages), turns=len(turns), feedback=len(feedback))
+    return +written
+
+
+def _with_consent(dialogue: Dialogue, store: ConversationStore, users: Users) -> Dialogue:
+    """Return what may teach of a conversation."""
+    conversation, messages, turns, feedback = dialogue
+    consent = Consent(users, {conversation.id: conversation.platform}, store.authors_behind(turn.id for turn in turns))
+    teaching = {turn.id: turn for turn in turns if consent.to(turn)}
+    silent = {turn.reply_id for turn in turns if turn.id not in teaching}
+    silent |= {
+        one.id for one in messages if one.is_forgotten or (one.role == Role.USER and not consent.of(one, one.author_id))
+    }
+    return (
+        conversation,
+        [one for one in messages if one.id not in silent],
+        list(teaching.values()),
+        [one for one in feedback if one.turn_id in teaching and consent.of(teaching[one.turn_id], one.user_id)],
+    )
+
+
+def read_export(row: Row, recording: Recording) -> None:
+    """Read one line of an export."""
+    if MARK in row.value:
+        if row.value[MARK] != VERSION:
+            raise OddRow(f"is of an export of version {str(row.value[MARK])[:20]}; this kibitz reads version {VERSION}")
+        recording.tokenizer_sha256 = Header.model_validate(row.value).tokenizer_sha256
+        return
+    line = Line.model_validate(row.value)
+    draft = recording.draft(line.conversation.id)
+    ids: dict[str, str] = {}
+    for message in line.messages:
+        reply_to = ids.get(message.reply_to or "")
+        ids[message.id] = draft.say(message.id, message.role, message.text, reply_to)
+    for turn in line.turns:
+        if not {turn.message_id, turn.reply_id} <= ids.keys():
+            raise OddRow("has an answer without its messages", turn.id)
+        recorded = {name: getattr(turn, name) for name in RECORDED}
+        replaces = ids.get(turn.replaces or "")
+        question, reply = ids[turn.message_id], ids[turn.reply_id]
+        shown = {ids[one]: score for one, score in turn.shown.items() if one in ids}
+        ids[turn.id] = draft.answer(
+            turn.id, question, reply, turn.text, turn.asker_id, replaces=replaces, shown=shown, **recorded
+        )
+    for given in line.feedback:
+        if given.turn_id not in ids:
+            raise OddRow("has feedback without its answer", given.turn_id)
+        details = {name: getattr(given, name) for name in ("retracts", "value", "text", "at")}
+        draft.react(ids[given.turn_id], given.user_id, given.kind, given.signal, **details)
+    recording.add(draft, row)

@@ -1,0 +1,168 @@
+"""Open WebUI: its exported chats with 👍 and 👎 on answers, and its exported feedback, which holds the chats too.
+
+Both may be given together: what is said about one answer by one person counts once.
+"""
+
+import re
+import reprlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from bot.types import FeedbackKind
+from learning.importers.chat_messages import ChatMessage, role_of
+from learning.importers.message_trees import Node, add_tree
+from learning.importers.ratings import parse
+from learning.importers.recorded_files import Row
+from learning.importers.recording import OddRow, Recording
+
+DETAILS = re.compile(r'<details type="(?:reasoning|tool_calls|code_interpreter)".*?</details>\s*', re.DOTALL)
+
+
+class Opinion(BaseModel):
+    """What somebody thinks of an answer: an annotation in a chat, or the data of feedback."""
+
+    rating: Any = None
+    comment: Any = None
+
+    @property
+    def kind(self) -> FeedbackKind | None:
+        """Whether it is 👍 (1) or 👎 (-1); None for anything else."""
+        found = parse(self.rating)
+        opinion = 0.0 if found is None else found.value if found.scale is None else found.scale.opinion(found.value)
+        return None if not opinion else FeedbackKind.APPROVAL if opinion > 0 else FeedbackKind.DISAPPROVAL
+
+
+class ChatNode(ChatMessage):
+    """A message of a chat."""
+
+    id: str | None = None
+    parent: str | None = Field(None, validation_alias="parentId")
+    annotation: Any = None
+
+
+class History(BaseModel):
+    """The tree of a chat."""
+
+    messages: dict[str, Any] = {}
+
+
+class Chat(BaseModel):
+    """What is said in a chat; older exports have the list only."""
+
+    history: History = History()
+    messages: list[Any] = []
+
+
+class ChatRecord(BaseModel):
+    """An exported chat."""
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
+    id: str | None = None
+    user_id: str = "user"
+    chat: Chat
+
+
+class Meta(BaseModel):
+    """Which answer feedback is about."""
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
+    message_id: str
+    chat_id: str
+
+
+class Snapshot(BaseModel):
+    """The chat as it was when somebody gave feedback, as a record or as a bare chat."""
+
+    chat: dict[str, Any] | None = None
+
+
+class FeedbackRecord(BaseModel):
+    """An exported act of feedback."""
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
+    user_id: str = "user"
+    type: str = "rating"
+    data: Opinion
+    meta: Meta
+    snapshot: Snapshot | None = None
+
+
+@dataclass
+class RatedChat:
+    """All that is known of one chat: its messages, and the newest opinion of each person on each."""
+
+    row: Row
+    nodes: dict[str, Node] = field(default_factory=dict)
+    opinions: dict[tuple[str, str], Opinion] = field(default_factory=dict)
+
+
+def read_open_webui(rows: Sequence[Row], recording: Recording) -> None:
+    """Read all chats, then all feedback, of a recording."""
+    chats: dict[str, RatedChat] = {}
+    records = []
+    for row in rows:
+        with recording.leaving_out(row.place):
+            if "chat" in row.value:
+                record = ChatRecord.model_validate(row.value)
+                chat = chats.setdefault(record.id or row.place, RatedChat(row))
+                _read_chat(record.chat, record.user_id, chat, recording)
+            else:
+                records.append((row, FeedbackRecord.model_validate(row.value)))
+    for row, given in records:
+        with recording.leaving_out(row.place):
+            _read_feedback(row, given, chats, recording)
+    for key, chat in chats.items():
+        with recording.leaving_out(chat.row.place):
+            _add(key, chat, recording)
+
+
+def _read_chat(found: Chat, user: str, chat: RatedChat, recording: Recording) -> None:
+    """Add the messages of a chat, and what its user thinks of them."""
+    is_tree = bool(found.history.messages)
+    previous = None
+    for name, value in (found.history.messages or {str(at): one for at, one in enumerate(found.messages)}).items():
+        with recording.leaving_out(chat.row.place, "message"):
+            message = ChatNode.model_validate(value)
+            id = name if is_tree else message.id or name
+            parent = message.parent or (None if is_tree else previous)
+            text = DETAILS.sub("", message.text)
+            chat.nodes.setdefault(id, Node(id, parent, role_of(message.role), text, user))
+            if isinstance(message.annotation, dict):
+                chat.opinions.setdefault((id, user), Opinion.model_validate(message.annotation))
+            previous = id
+
+
+def _read_feedback(row: Row, given: FeedbackRecord, chats: dict[str, RatedChat], recording: Recording) -> None:
+    """Add an act of feedback, with the chat that it brings along."""
+    if given.type != "rating":
+        raise OddRow(f"is feedback of type {given.type[:40]!r}, no rating")
+    key, snapshot = given.meta.chat_id, given.snapshot.chat if given.snapshot else None
+    if snapshot:
+        found = Chat.model_validate(snapshot.get("chat", snapshot))  # a record, or a bare chat
+        _read_chat(found, given.user_id, chats.setdefault(key, RatedChat(row)), recording)
+    if key not in chats:
+        raise OddRow("is feedback without its chat: export the chats as well")
+    chats[key].opinions[given.meta.message_id, given.user_id] = given.data
+
+
+def _add(key: str, chat: RatedChat, recording: Recording) -> None:
+    draft = recording.draft(key)
+    turns = add_tree(draft, chat.nodes.values(), recording, chat.row.place)
+    for (message, person), opinion in chat.opinions.items():
+        turn = turns.get(message)
+        if turn is None:
+            recording.leave_out("rating of a message that is no answer, or not there", chat.row.place, message)
+            continue
+        if isinstance(opinion.comment, str) and opinion.comment.strip():
+            draft.react(turn, person, FeedbackKind.COMMENT, "comment", text=opinion.comment)
+        if opinion.kind is not None:
+            draft.react(turn, person, opinion.kind, "rating")
+        elif opinion.rating is not None:
+            recording.leave_out("rating that is not understood", chat.row.place, reprlib.repr(opinion.rating))
+    recording.add(draft, chat.row)

@@ -1,0 +1,242 @@
+"""Recording: the conversations of a file, ready to be stored, and what was left out of them.
+
+The readers of formats fill it, one `Draft` a conversation. Ids are derived from the file and the place in it, so that the
+same file gives the same rows. It knows no format, no tokenizer and no training.
+"""
+
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from pydantic import ValidationError
+
+from bot.chat.reactions import Reactions
+from bot.store.conversations import Dialogue
+from bot.types import Conversation, Feedback, FeedbackKind, Message, Role, Turn
+from learning.data.voices import IMPORTED
+from learning.importers.recorded_files import Row
+
+EPOCH = datetime(2000, 1, 1, tzinfo=UTC)  # imported things have an order but no time of their own
+LONGEST_NAME = 128  # characters of a channel or a person, as the tables have them
+LONGEST_SIGNAL = 64
+
+
+class OddRow(Exception):
+    """A row that cannot be read. `predicate` says why ("is not JSON"); `detail` shows what was found."""
+
+    def __init__(self, predicate: str, detail: str = ""):
+        super().__init__(predicate)
+        self.predicate, self.detail = predicate, detail
+
+
+class Draft:
+    """One conversation while it is read. Raises OddRow where an id comes twice."""
+
+    def __init__(self, space: str, key: str):
+        self.space, self.key = space, key
+        channel = key if len(key) <= LONGEST_NAME else self.id("channel")
+        self.conversation = Conversation(IMPORTED, channel=channel, space=space, id=self.id("conversation"))
+        self.messages: list[Message] = []
+        self.turns: list[Turn] = []
+        self.feedback: list[Feedback] = []
+        self.ratings: list[tuple[str, Any]] = []  # of turns, as they are written
+        self._names: set[str] = set()
+
+    def id(self, name: str) -> str:
+        """Return the id of what has this name in the conversation."""
+        return str(uuid.uuid5(uuid.NAMESPACE_OID, f"{self.space}/{self.key}/{name}"))
+
+    def say(self, name: str, role: Role, text: str, reply_to: str | None, author: str = "") -> str:
+        """Add a message; return its id."""
+        if f"message {name}" in self._names:
+            raise OddRow("has a message whose id came before", name)
+        self._names.add(f"message {name}")
+        author = (author or role.value)[:LONGEST_NAME]
+        at = EPOCH + timedelta(seconds=len(self.messages))
+        message = Message(self.conversation.id, author, text, role, reply_to, at=at, id=self.id(name))
+        self.messages.append(message)
+        return message.id
+
+    def answer(self, name: str, question: str, reply: str, text: str, asker: str = "user", **recorded: Any) -> str:
+        """Say that the message `reply` answers the message `question`; return the turn's id."""
+        if not self._names.isdisjoint({f"turn {name}", f"reply {reply}"}):
+            raise OddRow("has an answer whose id came before", name)
+        self._names |= {f"turn {name}", f"reply {reply}"}
+        values: dict[str, Any] = {
+            "policy_version": "imported",
+            "prompt_ids": None,
+            "completion_ids": None,
+            "logprobs": None,
+            "finish_reason": "stop",
+            "sampling": {},
+            "latency_ms": 0.0,
+        }
+        turn = Turn(
+            conversation_id=self.conversation.id,
+            message_id=question,
+            reply_id=reply,
+            text=text,
+            asker_id=asker[:LONGEST_NAME],
+            at=EPOCH + timedelta(seconds=len(self.messages)),
+            id=self.id(f"turn {name}"),
+            **{**values, **recorded},
+        )
+        self.turns.append(turn)
+        return turn.id
+
+    def react(self, turn: str, user: str, kind: FeedbackKind, signal: str, **details: Any) -> None:
+        """Add one act of feedback on a turn."""
+        count = len(self.feedback)
+        values = {"at": EPOCH + timedelta(days=1, seconds=count), "id": self.id(f"feedback {count}"), **details}
+        self.feedback.append(Feedback(turn, user[:LONGEST_NAME], kind, signal[:LONGEST_SIGNAL], **values))
+
+    def react_unnamed(self, turn: str, people: int, kind: FeedbackKind, signal: str, **details: Any) -> None:
+        """Add the same act by people whom the file counts and does not name.
+
+        Nobody knows who they are, so they have other names at each answer: one person who likes all that is liked would be
+        held back by rewards.person_cap, and be compared with themselves alone by the gate.
+        """
+        for number in range(people):
+            self.react(turn, f"unnamed {turn} {number} {signal}", kind, signal, **details)
+
+    def rate(self, turn: str, rating: Any) -> None:
+        """Keep a rating of an answer as it was found."""
+        self.ratings.append((turn, rating))
+
+
+@dataclass(frozen=True)
+class RawRating:
+    """A rating of an answer as it is written. What a number means depends on all others of its file."""
+
+    draft: Draft
+    turn: str
+    raw: Any
+    place: str
+
+
+@dataclass
+class Recording:
+    """What a file held, ready to be stored, and what was left out.
+
+    `kinds` says which emoji are opinions. `rows` counts what was read, by format. `dropped` counts by reason; `first` has
+    the place and the detail of the first of each reason. `scales` says by file how its ratings were understood.
+    """
+
+    space: str
+    kinds: Reactions
+    dialogues: list[Dialogue] = field(default_factory=list)
+    rows: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    first: dict[str, tuple[str, str]] = field(default_factory=dict)
+    scales: dict[str, str] = field(default_factory=dict)
+    tokenizer_sha256: str = ""
+    ratings: dict[str, list[RawRating]] = field(default_factory=dict)
+    keys: set[str] = field(default_factory=set)  # of the conversations
+
+    def draft(self, key: str) -> Draft:
+        """Begin a conversation."""
+        return Draft(self.space, key)
+
+    def add(self, draft: Draft, row: Row) -> None:
+        """Keep a conversation that `row` holds or begins. Raises OddRow where one with its key was kept before."""
+        if draft.key in self.keys:
+            raise OddRow("has the id of a conversation that came before", draft.key)
+        self.keys.add(draft.key)
+        self.dialogues.append((draft.conversation, draft.messages, draft.turns, draft.feedback))
+        if draft.ratings:
+            kept = self.ratings.setdefault(row.file, [])
+            kept += [RawRating(draft, turn, raw, row.place) for turn, raw in draft.ratings]
+
+    def leave_out(self, reason: str, place: str, detail: str = "", count: int = 1) -> None:
+        """Count something as left out; `reason` is a noun phrase, `place` where it was."""
+        if count:
+            self.dropped[reason] += count
+            self.first.setdefault(reason, (place, detail[:80]))
+
+    def explain(self, reason: str) -> str:
+        """Say what was left out for a reason: the first of it, and how many more."""
+        place, detail = self.first[reason]
+        noun, _, predicate = reason.partition(" that ")
+        what = f"{place} {predicate}" if noun in ("row", "file") else f"{place}: {reason}"
+        more = self.dropped[reason] - 1
+        return what + (f" ({detail})" if detail else "") + (f", and {more:,} more like it" if more else "")
+
+    @contextmanager
+    def leaving_out(self, place: str, noun: str = "row") -> Iterator[None]:
+        """Leave out what raises OddRow, or is not of its format's shape, and go on."""
+        try:
+            yield
+        except OddRow as odd:
+            self.leave_out(f"{noun} that {odd.predicate}", place, odd.detail)
+        except ValidationError as error:
+            found = shape_error(error)
+            self.leave_out(f"{noun} that {found.predicate}", place, found.detail)
+
+    @property
+    def format(self) -> str:
+        """The names of the formats that were found."""
+        return ", ".join(self.rows)
+
+    @property
+    def scale(self) -> str:
+        """How the ratings were understood, for people."""
+        if len(set(self.scales.values())) > 1:
+            return "; ".join(f"{file}: {scale}" for file, scale in self.scales.items())
+        return next(iter(self.scales.values()), "")
+
+    def count(self, kind: FeedbackKind) -> int:
+        """How many acts of one kind of feedback were read."""
+        return sum(row.kind == kind and not row.retracts for *_, given in self.dialogues for row in given)
+
+    @property
+    def assistant_messages(self) -> int:
+        """How many answers were read."""
+        return sum(len(turns) for _, _, turns, _ in self.dialogues)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How much was read, as the report of a replay has it."""
+        return {
+            "conversations": len(self.dialogues),
+            "assistant_messages": self.assistant_messages,
+            "approvals": self.count(FeedbackKind.APPROVAL),
+            "disapprovals": self.count(FeedbackKind.DISAPPROVAL),
+            "ranks": self.count(FeedbackKind.RANK),
+        }
+
+    def lines(self) -> list[str]:
+        """Say what was read, how, and what was left out and why."""
+        rows = ", ".join(f"{name} ({count:,} rows)" for name, count in self.rows.items())
+        found = [f"format: {rows}", f"read: {listed(self.counts)}"]
+        found += [f"ratings: {self.scale}"] if self.scales else []
+        return found + [f"left out: {self.explain(reason)}" for reason in self.first]
+
+    def forget_ids(self) -> None:
+        """Drop recorded token ids, which are another tokenizer's; the texts stay and are tokenized anew."""
+        self.dialogues = [
+            (
+                conversation,
+                said,
+                [replace(turn, prompt_ids=None, completion_ids=None, logprobs=None) for turn in turns],
+                given,
+            )
+            for conversation, said, turns, given in self.dialogues
+        ]
+
+
+def listed(counts: dict[str, int]) -> str:
+    """Return figures as one line."""
+    return ", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in counts.items())
+
+
+def shape_error(error: ValidationError) -> OddRow:
+    """Say in a few words what is wrong with the shape of a row."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(part for part in first["loc"] if isinstance(part, str))
+    if first["type"] == "missing":
+        return OddRow(f"has no '{key}'")
+    return OddRow(f"has a value of the wrong kind in '{key}'" if key else "has a value of the wrong kind", first["msg"])

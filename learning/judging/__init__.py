@@ -1,0 +1,1 @@
+"""Judging: whether a version is better, from what people said."""

@@ -1,0 +1,114 @@
+"""LmRewardModel: how likely people are to like an answer, from the policy's base model with a head that gives one number.
+
+TRL's RewardTrainer on pairs of a liked and a disliked answer (Bradley and Terry, 1952, "Rank Analysis of Incomplete Block
+Designs"), to one prompt where there are such and else to any two. It reads every word where `RewardModel` reads a
+sentence's embedding, and takes a training run for each fold. It judges, for the report; it does not teach.
+"""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from bot.config import Config
+from learning.data.experience import Experience
+from learning.judging.evaluation import batches, padded, token_rows
+from learning.judging.reward_scores import Judged, calibrated, is_enough
+
+FOLDS = 3
+STEPS = 60  # of a run, at most
+PASSES = 12  # over the pairs, at most
+
+
+class LmRewardModel:
+    """Fitted to rated answers; `chances` judges others."""
+
+    def __init__(self, base_model: str, config: Config):
+        self.base_model = base_model
+        self.config = config
+        self._fitted: Any = None
+
+    def fit(self, rated: Sequence[Experience]) -> Judged | None:
+        """Learn from rated answers; what it makes of each when it has not seen its unit. None where there are too few."""
+        from sklearn.model_selection import GroupKFold
+
+        if not is_enough(rated, FOLDS):
+            return None
+        scores = np.empty(len(rated))
+        folds = GroupKFold(FOLDS, shuffle=True, random_state=self.config.seed)
+        for seen, unseen in folds.split(rated, groups=[one.unit for one in rated]):
+            scores[unseen] = self._scores(self._trained([rated[row] for row in seen]), [rated[row] for row in unseen])
+        self._fitted = self._trained(rated)
+        judged, self._platt = calibrated(scores, rated, folds)
+        return judged
+
+    def chances(self, answers: Sequence[Experience]) -> np.ndarray:
+        """The probability (n,) that each answer is liked."""
+        return self._platt.predict_proba(self._scores(self._fitted, answers)[:, None])[:, 1]
+
+    def _trained(self, rated: Sequence[Experience]) -> Any:
+        import torch
+        from datasets import Dataset
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+        from trl import RewardConfig, RewardTrainer
+
+        from learning.models.batching import fit_to_machine, machine_arguments
+        from learning.models.reporter import report_progress
+
+        set_seed(self.config.seed)
+        model = AutoModelForSequenceClassification.from_pretrained(self.base_model, num_labels=1, dtype=torch.float32)
+        rank = self.config.training.lora_rank
+        settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="SEQ_CLS")
+        rows = pairs(rated, random.Random(self.config.seed))
+        batch_size = min(self.config.training.batch_size, len(rows))
+        adapted = get_peft_model(model, settings)
+        pairwise = self.config.training.model_copy(update={"objective": "dpo", "weights": "lora"})  # two answers a row
+        longest = max(len(ids) for row in rows for ids in row.values())
+        trainer = RewardTrainer(
+            model=adapted,
+            args=RewardConfig(
+                output_dir="unused",
+                max_steps=max(1, min(STEPS, PASSES * len(rows) // batch_size)),
+                learning_rate=self.config.training.learning_rate,
+                max_length=None,
+                seed=self.config.seed,
+                **machine_arguments(fit_to_machine(adapted, pairwise, batch_size, longest)),
+            ),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(self.base_model),
+        )
+        report_progress(trainer, "reward model", lambda *_: None)
+        trainer.train()
+        return trainer.model.eval()
+
+    def _scores(self, model: Any, answers: Sequence[Experience]) -> np.ndarray:
+        import torch
+
+        found: list[float] = []
+        with torch.no_grad():
+            for batch in batches(token_rows(answers)):
+                inputs = padded(batch, model.device, model.config.pad_token_id)
+                found += model(**inputs).logits[:, 0].float().tolist()
+        return np.array(found)
+
+
+def pairs(rated: Sequence[Experience], rng: random.Random) -> list[dict[str, list[int]]]:
+    """Each answer beside one of the other kind, to the same prompt where there is any."""
+    sides: dict[bool, list[Experience]] = {True: [], False: []}
+    for one in rated:
+        sides[one.reward > 0].append(one)
+    found = []
+    for one in rated:
+        likes = one.reward > 0
+        others = [other for other in sides[not likes] if other.prompt_ids == one.prompt_ids] or sides[not likes]
+        pair = one, rng.choice(others)
+        liked, disliked = pair if likes else pair[::-1]
+        found.append(
+            {
+                "chosen_ids": [*liked.prompt_ids, *liked.completion_ids],
+                "rejected_ids": [*disliked.prompt_ids, *disliked.completion_ids],
+            }
+        )
+    return found

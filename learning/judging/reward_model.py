@@ -1,0 +1,89 @@
+"""RewardModel: how likely people are to like an answer, from frozen sentence embeddings of it and of what was asked.
+
+A logistic regression on the two embeddings, on what they have in common, and on how long the answer is; how strongly it is
+held back is chosen on questions that it did not see, and its probabilities are those of such questions too (Platt, 1999,
+"Probabilistic Outputs for Support Vector Machines"). It judges, for the report; it does not teach.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from bot.config import Config
+from bot.memory.embedder import Embedder
+from learning.data.experience import Experience
+from learning.judging.reward_scores import Judged, calibrated, is_enough
+
+FOLDS = 5
+STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)  # inverse weights of the penalty that are tried
+TYPICAL = 4.0  # the logarithm of an answer's words
+
+
+class AnyRewardModel(Protocol):
+    """What both kinds can do."""
+
+    def fit(self, rated: Sequence[Experience]) -> Judged | None:
+        """Learn from rated answers; what it makes of each when it has not seen its unit. None where there are too few."""
+
+    def chances(self, answers: Sequence[Experience]) -> np.ndarray:
+        """The probability (n,) that each answer is liked."""
+
+
+class RewardModel:
+    """Fitted to rated answers; `chances` judges others."""
+
+    def __init__(self, embedder: Embedder, seed: int):
+        self.embedder = embedder
+        self.seed = seed
+        self._fitted: Any = None
+
+    def fit(self, rated: Sequence[Experience]) -> Judged | None:
+        """Learn from rated answers; what it makes of each when it has not seen its unit. None where there are too few."""
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.model_selection import GroupKFold, cross_val_predict
+
+        if not is_enough(rated, FOLDS):
+            return None
+        liked, units = np.array([one.reward > 0 for one in rated]), [one.unit for one in rated]
+        inputs = self._features(rated)
+        folds = GroupKFold(FOLDS, shuffle=True, random_state=self.seed)
+        scored = []
+        for strength in STRENGTHS:
+            model = LogisticRegression(C=strength, class_weight="balanced", max_iter=2000)
+            scores = cross_val_predict(model, inputs, liked, groups=units, cv=folds, method="decision_function")
+            scored.append((_log_loss(scores, liked), strength, scores))
+        _, strength, scores = min(scored, key=lambda row: row[0])
+        self._fitted = LogisticRegression(C=strength, class_weight="balanced", max_iter=2000).fit(inputs, liked)
+        judged, self._platt = calibrated(scores, rated, folds)
+        return judged
+
+    def chances(self, answers: Sequence[Experience]) -> np.ndarray:
+        """The probability (n,) that each answer is liked."""
+        scores = self._fitted.decision_function(self._features(answers))
+        return self._platt.predict_proba(scores[:, None])[:, 1]
+
+    def _features(self, answers: Sequence[Experience]) -> np.ndarray:
+        asked = self.embedder.encode([one.question for one in answers])
+        said = self.embedder.encode([one.answer for one in answers])
+        near = (asked * said).sum(1, keepdims=True)
+        # All dimensions of an embedding together weigh as much as how long the answer is: it is what people go by first.
+        length = (np.log1p([[len(one.answer.split())] for one in answers]) - TYPICAL) / 2
+        return np.hstack([said, asked * said, near, length, length**2])
+
+
+def reward_model(config: Config, embedder: Embedder | None, base_model: str) -> AnyRewardModel | None:
+    """The kind that `reward_model.kind` names; None where that is made of embeddings and there are none."""
+    if config.reward_model.kind == "lm":
+        from learning.judging.lm_reward_model import LmRewardModel
+
+        return LmRewardModel(base_model, config)
+    return None if embedder is None else RewardModel(embedder, config.seed)
+
+
+def _log_loss(scores: np.ndarray, liked: np.ndarray) -> float:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import log_loss
+
+    chances = LogisticRegression(C=1e6).fit(scores[:, None], liked).predict_proba(scores[:, None])
+    return float(log_loss(liked, chances[:, 1]))

@@ -1,0 +1,62 @@
+"""Reward scores: what a reward model makes of answers that it did not see, and how good that is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from learning.data.experience import Experience
+from learning.judging.statistics import calibration_error
+
+ENOUGH = 20  # answers of each kind, from which on it is worth asking
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Answers with their length and the probability that they are liked (n,), by a model that saw nothing of their units."""
+
+    chances: np.ndarray
+    liked: np.ndarray
+    units: list[str]
+    words: np.ndarray
+
+
+def is_enough(rated: Sequence[Experience], folds: int) -> bool:
+    """Whether there are so many answers of each kind, in so many units, that it is worth asking."""
+    liked = sum(one.reward > 0 for one in rated)
+    return min(liked, len(rated) - liked) >= ENOUGH and len({one.unit for one in rated}) >= 2 * folds
+
+
+def calibrated(scores: np.ndarray, rated: Sequence[Experience], folds: Any) -> tuple[Judged, Any]:
+    """Scores (n,) of units that were not seen, as probabilities, and what makes such of other scores."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import cross_val_predict
+
+    liked, units = np.array([one.reward > 0 for one in rated]), [one.unit for one in rated]
+    platt = LogisticRegression(C=1e6)
+    chances = cross_val_predict(platt, scores[:, None], liked, groups=units, cv=folds, method="predict_proba")[:, 1]
+    words = np.array([len(one.answer.split()) for one in rated])
+    return Judged(chances, liked, units, words), platt.fit(scores[:, None], liked)
+
+
+def figures(judged: Judged, seed: int, draws: int = 2000) -> dict[str, float]:
+    """The area under the ROC curve with its 95% interval over units, that of length alone, the error in ten bins."""
+    from sklearn.metrics import roc_auc_score
+
+    rng = np.random.default_rng(seed)
+    units = np.array(judged.units)
+    rows = {unit: np.flatnonzero(units == unit) for unit in dict.fromkeys(judged.units)}
+    drawn = []
+    for _ in range(draws):
+        pick = np.concatenate([rows[unit] for unit in rng.choice(list(rows), len(rows))])
+        if 0 < judged.liked[pick].sum() < len(pick):
+            drawn.append(roc_auc_score(judged.liked[pick], judged.chances[pick]))
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return {
+        "reward_model_auc": float(roc_auc_score(judged.liked, judged.chances)),
+        "reward_model_auc_low": float(low),
+        "reward_model_auc_high": float(high),
+        "length_alone_auc": float(roc_auc_score(judged.liked, judged.words)),
+        "reward_model_calibration_error": calibration_error(judged.chances, judged.liked),
+    }

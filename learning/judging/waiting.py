@@ -1,0 +1,168 @@
+"""Waiting: a candidate with too little evidence is judged once people have said enough, or is given up.
+
+What judges it are the answers that are held out, and those to new questions that came after its training rows were drawn:
+neither it nor what it was trained on has learned from them. Only the opinions say when there are enough, never what the
+candidate makes of them (`learning.judging.gate`), so it is judged once, and looks before that are free. After
+`learning.wait_reactions` what there is must do. It is meant for the training process and knows no server.
+"""
+
+import json
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bot.config import Config
+from bot.data_directory import held
+from bot.errors import RegistryError, VerdictOutdated
+from bot.memory.embedder import embedder_of
+from bot.models.tokenizer import ChatTokenizer
+from bot.output import interruptible
+from bot.output_files import write_text
+from bot.store.conversations import ConversationStore
+from bot.store.database import Database
+from bot.store.registry import PolicyRegistry
+from bot.types import PolicyState, PolicyVersion, Progress, now
+from learning.data.experience import Experience
+from learning.data.replay_buffer import ReplayBuffer
+from learning.judging.evidence import choose_prompts, compare, measure
+from learning.judging.gate import (
+    ROOM,
+    Evidence,
+    Verdict,
+    allowed_p,
+    can_suffice,
+    count_wanted,
+    explain_too_little,
+    judge,
+    newest_that_suffice,
+    opinions_of,
+)
+from learning.models.trainable import quiet, served
+from learning.models.version_files import discard_weights, faults, fingerprint, read_since
+
+MEASURED_ONCE = ("kl", "well_formed", "base_well_formed", "change", "rounding", "is_no_change")
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What became of a version that waited."""
+
+    policy: str
+    passed: bool
+    waits: bool
+    reasons: list[str]
+
+
+def earlier_verdicts(registry: PolicyRegistry) -> list[bool]:
+    """Return the verdicts that had enough evidence, in their order: True for each that found its version better."""
+    metrics = sorted((version.metrics for version in registry.all()), key=lambda one: one.get("judged_at", ""))
+    return [one["is_better"] for one in metrics if one.get("had_enough_evidence")]
+
+
+def reject_unjudged(registry: PolicyRegistry, version: PolicyVersion, reason: str) -> None:
+    """Reject a version that waits. Nothing was asked of the opinions, so it spends nothing; its weights may go."""
+    metrics = version.metrics | {"reasons": [reason], "waits_for": 0}
+    registry.record_verdict(version.name, PolicyState.REJECTED, metrics, reason)
+
+
+def give_up(registry: PolicyRegistry, version: PolicyVersion, reason: str) -> None:
+    """As `reject_unjudged`, and its weights go."""
+    reject_unjudged(registry, version, reason)
+    registry.database.afterwards(partial(discard_weights, Path(version.path)))
+
+
+def judge_waiting(config: Config, progress: Progress) -> Judgement:
+    """Look at the evidence for the version that waits; judge it where that is enough.
+
+    Raises RegistryError where no version waits.
+    """
+    with (
+        held(config.data, "train"),
+        closing(Database(config.database_url)) as database,
+        interruptible(progress) as report,
+    ):
+        registry = PolicyRegistry(database)
+        waiting = registry.waiting()
+        if not waiting:
+            raise RegistryError("no version waits to be judged; `kibitz policies` lists them all")
+        return _judge(config, database, registry, waiting[-1], report)
+
+
+def _judge(
+    config: Config, database: Database, registry: PolicyRegistry, version: PolicyVersion, progress: Progress
+) -> Judgement:
+    live, drawn_at, path = registry.live(), version.drawn_at, Path(version.path)
+    if reason := _why_never(config, version, live):
+        return _given_up(registry, version, reason)
+    assert drawn_at is not None  # a version that waits has it
+    progress("reading feedback", 0, 1)
+    store, tokenizer = ConversationStore(database), ChatTokenizer(version.base_model, config.policy.template_args)
+    embedding = embedder_of(config)
+    rows = ReplayBuffer(store, tokenizer, config, embedding).unseen(read_since(path), drawn_at)
+    judged_at, came = now(), store.reactions(drawn_at)
+    is_last = came >= config.learning.wait_reactions
+    earlier, cap = earlier_verdicts(registry), config.rewards.person_cap
+    allowed = allowed_p(config.gate, earlier)
+    least = allowed if is_last else allowed / ROOM
+    judged = newest_that_suffice(rows, live.judged_at, config.gate, allowed / ROOM, cap)
+    opinions = opinions_of(judged, [0] * len(judged), cap)
+    if not can_suffice(opinions, config.gate, least):
+        reason = explain_too_little(opinions, config.gate, least)
+        if is_last:
+            return _given_up(registry, version, f"{reason}; it has waited for {came} reactions (learning.wait_reactions)")
+        most = max(config.learning.wait_reactions, came + 1)
+        waits_for = min(came + count_wanted(opinions, config.gate, least), most)
+        metrics = version.metrics | {"reasons": [reason], "waits_for": waits_for}
+        registry.record_verdict(version.name, PolicyState.WAITING, metrics, reason)
+        return Judgement(version.name, passed=False, waits=True, reasons=[reason])
+    thinking = config.model_copy(update={"policy": tokenizer.with_thoughts(config.policy)})
+    evidence, verdict = _weigh(thinking, tokenizer, version, live, judged, earlier, embedding, progress)
+    found = verdict.figures | {"reasons": verdict.reasons, "evidence": asdict(evidence)}
+    metrics = version.metrics | found | {"judged_at": judged_at.isoformat(), "waits_for": 0}
+    state = PolicyState.CANDIDATE if verdict.passed else PolicyState.REJECTED
+    registry.record_verdict(version.name, state, metrics, "passed" if verdict.passed else "; ".join(verdict.reasons))
+    write_text(path / "metrics.json", json.dumps(metrics, indent=1, sort_keys=True))  # of the report
+    if not verdict.passed:
+        discard_weights(path)
+    return Judgement(version.name, verdict.passed, waits=False, reasons=verdict.reasons)
+
+
+def _why_never(config: Config, version: PolicyVersion, live: PolicyVersion) -> str | None:
+    """Why a version cannot be judged any more."""
+    if live.name != version.judged_against:
+        return str(VerdictOutdated(version.name, version.judged_against, live.name))
+    if not (Path(version.path) / "manifest.json").is_file():
+        return "its files are gone"
+    found = faults(Path(version.path), version.base_model, config.serving.max_lora_rank)
+    if not found and fingerprint(Path(version.path)) != version.sha256:
+        found = ["its weights are not those that were registered"]
+    return found[0] if found else None
+
+
+def _given_up(registry: PolicyRegistry, version: PolicyVersion, reason: str) -> Judgement:
+    give_up(registry, version, reason)
+    return Judgement(version.name, passed=False, waits=False, reasons=[reason])
+
+
+def _weigh(
+    config: Config,
+    tokenizer: ChatTokenizer,
+    version: PolicyVersion,
+    live: PolicyVersion,
+    judged: list[Experience],
+    earlier: list[bool],
+    embedding: Any,
+    progress: Progress,
+) -> tuple[Evidence, Verdict]:
+    """Measure a version and the live one on the `judged` answers. What no reaction changes was measured by its run."""
+    progress("measuring", 0, 1)
+    quiet()
+    asked = choose_prompts(judged, config.gate.samples)
+    of_live, of_version = (
+        measure(config, served(config, one.base_model, one.weights), tokenizer, judged, asked) for one in (live, version)
+    )
+    kept = {name: version.metrics["evidence"][name] for name in MEASURED_ONCE}
+    evidence = Evidence(**compare(config, judged, [], of_live, of_version, embedding), **kept)
+    return evidence, judge(evidence, config.gate, config.seed, earlier)

@@ -1,0 +1,1 @@
+"""Models: the models that are trained, and the files of their versions."""

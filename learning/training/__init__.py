@@ -1,0 +1,1 @@
+"""Training: one run, from rows to a candidate."""

@@ -1,0 +1,114 @@
+"""Guard: stops a training run that harms the policy, and takes the weights back to where it was last well in the run.
+
+Where it never was, they stay as they are: they are measured and refused, so that people see what was learned.
+
+Margins look perfect while a policy collapses, so other things are watched: how likely the held-out answers are that people
+liked, how far the policy is from the base, and whether its samples still read as text. It knows no objective.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from scipy.stats import binomtest, fisher_exact, norm
+from transformers import TrainerCallback
+
+from learning.models.ranks import agreed
+from learning.models.trainable import restore, weights
+
+CHECKS = 3  # in a run
+LUCK = 0.05  # what a policy at a limit would show more often than this is luck, and no fault
+# Nats a token that held-out answers that people liked may lose against the start of the run, at temperature 1: where a lower
+# temperature sharpens the distribution, the same step costs as much more.
+LIKED_LOSS = 0.15
+
+
+@dataclass(frozen=True)
+class Health:
+    """How a policy is: nats a token of held-out liked answers (None without any), KL to the base, well-formed samples; and
+    what liked over disliked held-out answers gained since the run began, with its 95% interval (None without both).
+    `liked_error` is the standard error of what liked answers changed since then: there are few of them.
+    """
+
+    liked: float | None
+    kl: float
+    well_formed: int
+    samples: int
+    gained: tuple[float, float, float] | None = None
+    liked_error: float = 0.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest KL to the base (nats a token), the smallest share of well-formed samples, and the policy's temperature."""
+
+    kl: float
+    well_formed: float
+    temperature: float = 1.0
+
+    @property
+    def liked_loss(self) -> float:
+        """How much held-out answers that people liked may lose (nats a token)."""
+        return LIKED_LOSS / self.temperature
+
+
+def due(steps: int) -> set[int]:
+    """After which of a run's steps it is looked at: its thirds, and so always the last one."""
+    return {-(-steps * part // CHECKS) for part in range(1, CHECKS + 1)}
+
+
+class Guard(TrainerCallback):
+    """Checks a model at the start of a run and CHECKS times in it; `stopped` says why it was stopped, if it was."""
+
+    def __init__(self, measure: Callable[[], Health], limits: Limits):
+        self.measure = measure
+        self.limits = limits
+        self.first: Health | None = None
+        self.stopped: str | None = None
+        self.kept = 0  # the step whose weights a stopped run ends with; 0: it did only harm
+        self.checks: list[dict[str, Any]] = []
+        self._good: dict[str, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Remember how the policy was."""
+        if self.first is None:
+            self.first = self._check(0)
+        self._good = weights(model)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Check at every third of the run; where something is wrong, go back and stop."""
+        if state.global_step not in due(state.max_steps):
+            return
+        assert self.first is not None
+        self.stopped = agreed(self.fault(self.first, self._check(state.global_step)))
+        model.train()
+        if self.stopped is None:
+            self._good, self.kept = weights(model), state.global_step
+            return
+        if self.kept:
+            restore(model, self._good)
+        self.stopped += f"; stopped after {state.global_step} of {state.max_steps} steps"
+        control.should_training_stop = True
+
+    def _check(self, step: int) -> Health:
+        found = self.measure()
+        self.checks.append({"step": step, **asdict(found)})
+        return found
+
+    def fault(self, first: Health, now: Health) -> str | None:
+        """What is wrong, if anything."""
+        if not now.kl <= max(self.limits.kl, first.kl):
+            return f"KL to the base came to {now.kl:.3f} nats a token (gate.kl_budget {self.limits.kl:g})"
+        most = self.limits.liked_loss + norm.isf(LUCK) * now.liked_error
+        if first.liked is not None and now.liked is not None and not now.liked >= first.liked - most:
+            return f"held-out liked answers lost {first.liked - now.liked:.2f} nats a token"
+        if self._breaks(first, now):
+            return f"only {now.well_formed} of {now.samples} samples were well-formed"
+        return None
+
+    def _breaks(self, first: Health, now: Health) -> bool:
+        """Whether fewer samples are well-formed than the limit asks for, or than at the start if those were fewer."""
+        if first.well_formed >= self.limits.well_formed * first.samples:
+            return binomtest(now.well_formed, now.samples, self.limits.well_formed, "less").pvalue < LUCK
+        table = [[one.well_formed, one.samples - one.well_formed] for one in (now, first)]
+        return fisher_exact(table, "less").pvalue < LUCK

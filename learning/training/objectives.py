@@ -1,0 +1,263 @@
+"""Objectives: what a training run minimises. The only module that knows TRL's trainers.
+
+Every objective learns from the same rows: exact recorded token ids, an advantage (the reward less what such a prompt earns
+on average) and a weight. `selection.learnable` says which of them; each of those is read in every epoch, in an order that
+is drawn anew. The reference is always the base model, also where an adapter is continued: TRL would keep a copy of the
+adapter as it was, and the policy walks away from its base.
+
+- `kto`: Ethayarajh et al. (2024), "KTO: Model Alignment as Prospect Theoretic Optimization", arXiv:2402.01306. Approval
+  and disapproval, unpaired.
+- `dpo`: Rafailov et al. (2023), "Direct Preference Optimization", arXiv:2305.18290. Pairs, with an SFT term, without which
+  the likelihood of both answers falls.
+- `sft`, `pg`, `hindsight`, `mixed`: the terms of `learning.training.weighted_trainer`.
+"""
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+import trl.trainer.utils
+from datasets import Dataset
+from peft import PeftModel
+from transformers import Trainer, TrainerCallback
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
+
+from bot.config import TrainingConfig
+from bot.errors import NothingToLearn, TrainingError
+from bot.models.memory_budget import BatchFit, describe_fit
+from bot.types import Progress
+from learning.data.experience import Experience
+from learning.data.selection import draw_batches, learnable
+from learning.judging.evaluation import pad_id
+from learning.models.batching import fit_to_machine, machine_arguments
+from learning.models.ranks import count_processes, share, shared
+from learning.models.reporter import report_progress
+from learning.models.trainable import as_base, draw_to_base
+from learning.training.weighted_trainer import weighted_trainer
+
+ENOUGH = 64  # rows from which steps are of full size: the noise in a mean goes with the square root of how many there are
+
+
+class AnchoredTrainer(Trainer):
+    """A TRL trainer whose reference is the base model, not the policy as it is at the start of the run."""
+
+    def anchor_to_base(self) -> AbstractContextManager[Any]:
+        """Inside, the model is what TRL takes as the reference. Of a continued adapter it would take a copy: that goes."""
+        if isinstance(self.model, PeftModel) and "ref" in self.model.peft_config:
+            self.model.delete_adapter("ref")
+        return as_base(self.model)
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        with self.anchor_to_base():
+            return super()._precompute_ref_logps(shared(dataset), name, batch_size)
+
+
+@contextmanager
+def answers_alone() -> Iterator[None]:
+    """Inside, TRL's fused head scores the tokens of answers alone, as it does on GPUs. On CPUs it would score those of
+    prompts too, which are most of a chat, and leave them out afterwards.
+    """
+    theirs = trl.trainer.utils._use_triton
+    trl.trainer.utils._use_triton = lambda device: True
+    try:
+        yield
+    finally:
+        trl.trainer.utils._use_triton = theirs
+
+
+class _WeightedCollator(DataCollatorForUnpairedPreference):
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        return super().torch_call(examples) | {"weight": torch.tensor([example["weight"] for example in examples])}
+
+
+class DrawnToBase(TrainerCallback):
+    """The weight decay of a whole model: in each step back to the base by the share that an adapter loses."""
+
+    def __init__(self, config: TrainingConfig):
+        self.config = config
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **given: Any) -> None:
+        """Go back, the less the smaller the step was."""
+        share = given["lr_scheduler"].get_last_lr()[0] / self.config.full_learning_rate
+        draw_to_base(model, share * self.config.learning_rate * self.config.weight_decay)
+
+
+class TokenKTOTrainer(AnchoredTrainer, KTOTrainer):
+    """KTOTrainer on rows of `prompt_ids`, `completion_ids`, `label` and `weight`, in the order in which they are read.
+
+    The KL term reads each prompt with the answer of its neighbour in the batch: in another order it is another one.
+    """
+
+    def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: KTOConfig, name: str) -> Dataset:
+        def rotated(batch: dict[str, list]) -> dict[str, list]:
+            completions = batch["completion_ids"]
+            return {"KL_completion_ids": [completions[-1], *completions[:-1]]}
+
+        return dataset.map(rotated, batched=True, batch_size=args.per_device_train_batch_size)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        weight, liked = inputs.pop("weight"), inputs["label"].bool()
+        self.desirable_weight, self.undesirable_weight = weight[liked], weight[~liked]
+        return super()._compute_loss(model, inputs, return_outputs)
+
+
+class TokenDPOTrainer(AnchoredTrainer, DPOTrainer):
+    """DPOTrainer on rows of `prompt_ids`, `chosen_ids` and `rejected_ids`, read in a given `order`."""
+
+    order: Sequence[int]
+
+    def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: DPOConfig, name: str) -> Dataset:
+        return dataset
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sequence[int]:
+        return self.order
+
+
+def train(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Experience],
+    config: TrainingConfig,
+    seed: int,
+    progress: Progress,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict[str, float]:
+    """Train a model in place with the objective that `config` names; the averages of the last steps' metrics.
+
+    Raises NothingToLearn where the objective can use none of the rows, and TrainingError where the loss is not finite. A
+    batch is read in as many parts as the memory needs; out of memory all the same, in twice as many, and the run goes on
+    from where the weights are.
+    """
+    make = {"kto": _kto, "dpo": _dpo}.get(config.objective, weighted_trainer)
+    usable, _ = learnable(rows, config, seed)
+    if not usable:
+        raise NothingToLearn(f"none of {len(rows)} answers is of use to training.objective '{config.objective}'")
+    batch_size = min(config.batch_size, len(usable))
+    fit = fit_to_machine(model, config, share(batch_size), max(map(_longest, usable)))
+    if fit.times > 1 or fit.checkpointing:
+        progress(f"memory: {describe_fit(fit)}", 0, 1)
+    while True:
+        try:
+            with answers_alone():
+                common = arguments(config, batch_size, len(usable), seed, fit)
+                read = fit.answers * fit.times * count_processes()  # in one step
+                order = draw_batches(len(usable), read, common["max_steps"], random.Random(seed))
+                trainer = make(model, tokenizer, usable, order, config, common)
+                reporter = report_progress(trainer, "train", progress)
+                for callback in (*([DrawnToBase(config)] if config.weights == "full" else []), *callbacks):
+                    trainer.add_callback(callback)
+                outcome = trainer.train()
+            break
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            if fit.answers <= 4 or config.processes > 1:  # several cannot begin anew at different moments
+                raise TrainingError(
+                    f"out of memory with {fit.answers} answers at a time; lower training.max_length"
+                ) from error
+            fit = fit.smaller()
+            progress(f"out of memory; going on with {fit.answers} answers at a time", 0, 1)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    if not all(entry["loss"] == entry["loss"] for entry in logged) or not outcome.training_loss == outcome.training_loss:
+        raise TrainingError("the loss became NaN; lower training.learning_rate")
+    tail = logged[-max(1, len(logged) // 4) :]
+    measures = {key: _mean([entry[key] for entry in tail if key in entry]) for key in ("loss", "rewards/margins", "kl")}
+    return {
+        **{f"trl/{key}": value for key, value in measures.items()},
+        "trl/first_reward": logged[0].get("rewards/chosen", 0.0) if logged else 0.0,
+        "steps": outcome.global_step,
+        "step_seconds": reporter.seconds,
+        "train_loss": outcome.training_loss,
+        "rows": len(usable),
+        "loss": [entry["loss"] for entry in logged],
+    }
+
+
+def kto_examples(rows: Sequence[Experience]) -> list[dict[str, Any]]:
+    """Rows as KTO takes them. An answer weighs what it is above or below what is usual, so both classes weigh the same."""
+    return [
+        {
+            "prompt_ids": [*row.prompt_ids],
+            "completion_ids": [*row.completion_ids],
+            "label": row.advantage > 0,
+            "weight": row.weight * abs(row.advantage),
+        }
+        for row in rows
+    ]
+
+
+def dpo_examples(rows: Sequence[Experience]) -> list[dict[str, Any]]:
+    """Rows with a pair as DPO takes them."""
+    return [
+        {
+            "prompt_ids": [*row.prompt_ids],
+            "chosen_ids": [*row.completion_ids],
+            "rejected_ids": [*(row.rejected_ids or ())],
+        }
+        for row in rows
+    ]
+
+
+def _kto(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Experience],
+    order: Sequence[int],
+    config: TrainingConfig,
+    common: dict[str, Any],
+) -> KTOTrainer:
+    settings = KTOConfig(
+        **common, beta=config.beta, max_length=None, precompute_ref_log_probs=True, remove_unused_columns=False
+    )
+    return TokenKTOTrainer(
+        model=model,
+        args=settings,
+        train_dataset=Dataset.from_list(kto_examples([rows[row] for row in order])),
+        processing_class=tokenizer,
+        data_collator=_WeightedCollator(pad_token_id=pad_id(tokenizer)),
+    )
+
+
+def _dpo(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Experience],
+    order: Sequence[int],
+    config: TrainingConfig,
+    common: dict[str, Any],
+) -> DPOTrainer:
+    settings = DPOConfig(
+        **common, beta=config.beta, max_length=None, loss_type=["sigmoid", "sft"], precompute_ref_log_probs=True
+    )
+    trainer = TokenDPOTrainer(
+        model=model, args=settings, train_dataset=Dataset.from_list(dpo_examples(rows)), processing_class=tokenizer
+    )
+    trainer.order = order
+    return trainer
+
+
+def arguments(config: TrainingConfig, batch_size: int, rows: int, seed: int, fit: BatchFit | None = None) -> dict[str, Any]:
+    """What all objectives have in common. Little evidence is learned from in few steps, and in small ones."""
+    steps = min(config.max_steps, math.ceil(config.epochs * rows / batch_size))
+    rate = config.learning_rate if config.weights == "lora" else config.full_learning_rate
+    return {
+        "output_dir": "unused",
+        "max_steps": steps,
+        "learning_rate": rate * min(1.0, (rows / ENOUGH) ** 0.5),
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "weight_decay": config.weight_decay if config.weights == "lora" else 0.0,
+        "train_sampling_strategy": "sequential",
+        "seed": seed,
+        **machine_arguments(fit or BatchFit(share(batch_size), 1, False)),
+    }
+
+
+def _longest(row: Experience) -> int:
+    return len(row.prompt_ids) + max(len(row.completion_ids), len(row.rejected_ids or ()))
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

@@ -1,0 +1,161 @@
+"""Replay: offline training on recorded conversations, with a report of what was read, learned and left out.
+
+Imports a file, trains a new version from the base model on that file alone, and measures held-out answers before and
+after. The same file, config and seed give the same manifest and the same adapter bytes. It needs no server.
+
+Run: ``kibitz replay FILE_OR_DIRECTORY``.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bot.config import Config
+from bot.errors import NothingToLearn
+from bot.memory.embedder import embedder_of
+from bot.models.tokenizer import ChatTokenizer
+from bot.store.conversations import ConversationStore
+from bot.types import Progress
+from learning.data.experience import Snapshot
+from learning.data.replay_buffer import ReplayBuffer
+from learning.importers.recording import Recording, listed
+from learning.judging.gate import margin
+from learning.judging.reward_model import reward_model
+from learning.judging.reward_scores import figures as reward_model_figures
+from learning.judging.statistics import accuracy
+from learning.training import trainer
+
+CONFIDENCE = 0.95
+DRAWS = 2000
+
+
+def tokenizer_fingerprint(model: str) -> str:
+    """What names a tokenizer: the hash of its file, or the hub name of its model."""
+    file = Path(model) / "tokenizer.json"
+    return hashlib.sha256(file.read_bytes() if file.is_file() else model.encode()).hexdigest()
+
+
+def replay(
+    recording: Recording, store: ConversationStore, base_model: str, config: Config, progress: Progress
+) -> dict[str, Any]:
+    """Store a recording, train on it, and return the figures of the report.
+
+    Raises NothingToLearn; where nobody judged anything, nothing is stored then.
+    """
+    read = recording.counts
+    if not any(given for *_, given in recording.dialogues):
+        raise NothingToLearn(f"no usable reward: nobody judged an answer ({listed(read)}){_left_out(recording)}")
+    if recording.tokenizer_sha256 and recording.tokenizer_sha256 != tokenizer_fingerprint(base_model):
+        recording.forget_ids()
+        recording.dropped["recorded token ids of another tokenizer (tokenized anew)"] = recording.assistant_messages
+    store.add_dialogues(recording.dialogues)
+    try:
+        outcome = trainer.run(config, progress, space=recording.space, from_base=True)
+    except NothingToLearn as error:
+        raise NothingToLearn(f"{error} ({listed(read)}){_left_out(recording)}") from error
+    dropped = dict(recording.dropped) | outcome.dropped
+    silent = recording.assistant_messages - outcome.turns
+    if silent:
+        dropped["answer without any feedback"] = silent
+    snapshot = ReplayBuffer(store, ChatTokenizer(base_model, config.policy.template_args), config).snapshot(recording.space)
+    return {
+        **read,
+        "format": recording.format,
+        "scale": recording.scale,
+        "dropped": dropped,
+        "dropped_first": {reason: place for reason, (place, _) in recording.first.items()},
+        "trained_on": outcome.training,
+        "held_out": outcome.held_out,
+        "without_logprobs": outcome.without_logprobs,
+        **_held_out(outcome.figures["evidence"], [one.unit for one in snapshot.judged], config.seed),
+        "kl": outcome.figures["kl"],
+        "well_formed": outcome.figures["well_formed"],
+        **{name: outcome.figures.get(name) for name in ("gain", "gain_low", "gain_high")},
+        **{
+            f"{name}_{when}": value
+            for when in ("before", "after")
+            for name, value in outcome.figures[f"answers_{when}"].items()
+        },
+        "policy": outcome.policy,
+        "passed": outcome.passed,
+        "reasons": outcome.reasons,
+        **_reward_model(snapshot, config, base_model),
+        "manifest_sha256": outcome.manifest_sha256,
+        "adapter_sha256": outcome.adapter_sha256,
+    }
+
+
+def _left_out(recording: Recording) -> str:
+    """Return what was left out, as the end of an error's line."""
+    return "".join(f"; left out: {recording.explain(reason)}" for reason in recording.first)
+
+
+def _reward_model(snapshot: Snapshot, config: Config, base_model: str) -> dict[str, Any]:
+    """What a reward model makes of rated answers in conversations that it did not see."""
+    model = reward_model(config, embedder_of(config), base_model)
+    judged = None if model is None else model.fit(snapshot.rated)
+    return {"reward_model_auc": None} if judged is None else reward_model_figures(judged, config.seed)
+
+
+def _held_out(evidence: dict[str, Any], units: Sequence[str], seed: int) -> dict[str, Any]:
+    """Liked-over-disliked accuracy and margin (nats a token) before and after, with 95% intervals over conversations."""
+    signs = np.array(evidence["opinions"]["signs"])
+    found: dict[str, Any] = {"held_out_liked": int((signs > 0).sum()), "held_out_disliked": int((signs < 0).sum())}
+    for name, statistic in (("accuracy", accuracy), ("margin", margin)):
+        for when, key in (("before", "live"), ("after", "candidate")):
+            value, low, high = _interval(statistic, np.array(evidence[key]), signs, units, seed)
+            label = f"held_out_{name}_{when}"
+            found |= {label: value, f"{label}_low": low, f"{label}_high": high}
+    return found
+
+
+def _interval(
+    statistic: Callable[[np.ndarray, np.ndarray], float],
+    values: np.ndarray,
+    signs: np.ndarray,
+    units: Sequence[str],
+    seed: int,
+) -> tuple[float | None, float | None, float | None]:
+    """A statistic with its interval, resampling whole conversations; None where one kind of answer is missing."""
+    if len(np.unique(signs)) < 2:
+        return None, None, None
+    of_unit: dict[str, list[int]] = defaultdict(list)
+    for index, unit in enumerate(units):
+        of_unit[unit].append(index)
+    groups = [np.array(indices) for indices in of_unit.values()]
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(DRAWS):
+        pick = np.concatenate([groups[index] for index in rng.integers(len(groups), size=len(groups))])
+        if len(np.unique(signs[pick])) == 2:
+            drawn.append(statistic(values[pick], signs[pick]))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(drawn, [tail, 1 - tail]) if drawn else (None, None)
+    return statistic(values, signs), low if low is None else float(low), high if high is None else float(high)
+
+
+def plot(figures: dict[str, Any], path: Path) -> None:
+    """Held-out accuracy and margin before and after, with their intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(7.5, 3.6), layout="constrained")
+    for axes, name, chance in zip(panels, ("accuracy", "margin"), (0.5, 0.0), strict=True):
+        labels = [f"held_out_{name}_{when}" for when in ("before", "after")]
+        if figures[labels[0]] is None:
+            axes.text(0.5, 0.5, "held-out answers are all of one kind", ha="center", transform=axes.transAxes)
+            continue
+        values = [figures[label] for label in labels]
+        below = [value - (figures[f"{label}_low"]) for value, label in zip(values, labels, strict=True)]
+        above = [figures[f"{label}_high"] - value for value, label in zip(values, labels, strict=True)]
+        axes.errorbar(["before", "after"], values, yerr=[below, above], fmt="o", capsize=6)
+        axes.axhline(chance, color="tab:gray", linestyle=":")
+        axes.set(title=f"liked over disliked: {name}", xlim=(-0.5, 1.5))
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

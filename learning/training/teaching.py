@@ -1,0 +1,86 @@
+"""Teaching: one model trained in place on experiences, and watched meanwhile.
+
+What a training run does between reading and measuring; `bench learning` does the same, and so does each of several
+processes. It knows no database and no version.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy.stats import sem
+
+from bot.config import Config
+from bot.errors import TrainingError
+from bot.models.tokenizer import ChatTokenizer
+from bot.types import Progress
+from learning.data.experience import Experience
+from learning.judging.evaluation import (
+    Sample,
+    batched_logprobs,
+    generate,
+    kl_to_base,
+    means,
+    next_logprobs,
+    preserve_random_state,
+    token_rows,
+)
+from learning.judging.gate import margin_interval
+
+if TYPE_CHECKING:
+    from learning.models.trainable import Model
+
+WATCHED = 16  # samples, and held-out liked answers, that are looked at while training
+
+
+def teach(
+    config: Config,
+    model: "Model",
+    tokenizer: ChatTokenizer,
+    training: Sequence[Experience],
+    held_out: Sequence[Experience],
+    prompts: Sequence[Sequence[int]],
+    progress: Progress,
+    earlier: Sequence[Sample] = (),
+) -> dict[str, Any]:
+    """Train a model in place, watched by a Guard on held-out answers and on samples to the first of `prompts`.
+
+    `earlier` are samples of the model as it is now, if there are any.
+    """
+    from transformers import set_seed
+
+    from learning.training.guard import Guard, Health, Limits
+    from learning.training.objectives import train
+
+    liked, disliked = ([one for one in held_out if (one.reward > 0) == sign][:WATCHED] for sign in (True, False))
+    watched = token_rows([*liked, *disliked])
+    signs = np.array([1] * len(liked) + [-1] * len(disliked))
+    start: list[np.ndarray] = []  # of the run, nats a token of what is watched
+
+    def health() -> Health:
+        with preserve_random_state():
+            told = batched_logprobs(model, watched)
+            if not all(row.isfinite().all() for row in (*told, *next_logprobs(model, prompts[:WATCHED]))):
+                # nothing can be sampled from it, nor measured of it
+                raise TrainingError("what the policy gives became NaN; lower training.learning_rate")
+            now = np.array(means(told))
+            is_first = not start
+            if is_first:
+                start.append(now)
+            samples = earlier[:WATCHED] if is_first else ()
+            if not samples:
+                asked = prompts[:WATCHED], config.policy.max_tokens, config.seed, config.policy.truncation
+                samples = generate(model, tokenizer, *asked)
+            return Health(
+                liked=float(now[: len(liked)].mean()) if liked else None,
+                kl=kl_to_base(model, samples),
+                well_formed=sum(sample.well_formed for sample in samples),
+                samples=len(samples),
+                gained=margin_interval(now - start[0], signs, config.seed) if liked and disliked else None,
+                liked_error=float(sem((now - start[0])[: len(liked)])) if len(liked) > 1 else 0.0,
+            )
+
+    set_seed(config.seed)
+    guard = Guard(health, Limits(config.gate.kl_budget, config.gate.well_formed, config.policy.temperature))
+    trained = train(model, tokenizer.hf, training, config.training, config.seed, progress, [guard])
+    return {**trained, "stopped": guard.stopped, "kept": guard.kept, "checks": guard.checks}

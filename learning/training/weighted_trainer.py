@@ -1,0 +1,196 @@
+"""WeightedTrainer: TRL's SFTTrainer with a term of its own for every row, and a hold on the base model.
+
+Terms, each on exact token ids, each times the row's weight; Δ is the log-ratio of an answer to the base model:
+
+- `imitate`: -log p, the mean over tokens: supervised fine-tuning.
+- `reinforce`: -A · min(p/b, 2) · log p, the mean over tokens: the policy gradient of J = Σ A·p(b) for answers that another
+  version b sampled, with importance weights cut at 2 (Munos et al., 2016, "Safe and Efficient Off-Policy Reinforcement
+  Learning", arXiv:1606.02647, cut at 1). The weight is that of a token, or of the whole answer.
+- `prospect`: -|A| · σ(±β·Δ): bounded, so that a disliked answer cannot be pushed down for ever (the loss of
+  `apo_zero_unpaired`, D'Oosterlinck et al., 2024, "Anchored Preference Optimization", arXiv:2408.06266).
+- `prefer`: -log σ(β·(Δ of the answer - Δ of the rejected one)): DPO's, for rows with a pair.
+- `hindsight`: -a · log p, a token by token how much likelier the answer is to somebody who knows what the asker said next,
+  cut to ±1 (as in "learning from user interactions", 2026).
+
+To each row is added `anchor` times an estimate of its KL to the base (Schulman's k3, "Approximating KL Divergence", 2020).
+It knows no reward and no database.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
+from trl import SFTConfig, SFTTrainer
+
+from bot.config import TrainingConfig
+from learning.data.experience import Experience
+from learning.data.selection import group_by_length
+from learning.judging.evaluation import batched_logprobs, pad_id, token_rows
+from learning.models.trainable import as_base
+
+CUT = 2.0  # of importance weights
+TERMS = ("imitate", "reinforce", "prospect", "prefer", "hindsight")
+
+
+class WeightedTrainer(SFTTrainer):
+    """Rows of `input_ids`, `labels`, and what their term needs (`_examples`)."""
+
+    terms: TrainingConfig
+    usual_length: float
+    order: Sequence[int]
+    loss_is_scaled_for_ga = False  # a part's loss is its own mean, whatever `num_items_in_batch` says
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sequence[int]:
+        return self.order
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
+        """The mean over rows of each one's term and of its hold on the base."""
+        names = ("input_ids", "attention_mask", "labels")
+        outputs = model(**{name: inputs[name] for name in names}, use_cache=False, fused_lm_head=True)
+        mask = (inputs["labels"][:, 1:] != -100).float()
+        logps = outputs.log_probs[:, -mask.shape[1] :] * mask
+        losses = row_losses(logps, mask, inputs, self.terms, self.usual_length)
+        loss = losses.sum() / inputs["weight"].gt(0).sum().clamp(min=1)
+        self._metrics["train"]["kl"].append(((logps.detach() - inputs["reference"]) * mask).sum().item() / mask.sum().item())
+        return (loss, outputs) if return_outputs else loss
+
+
+def row_losses(
+    logps: torch.Tensor,
+    mask: torch.Tensor,
+    inputs: dict[str, torch.Tensor],
+    config: TrainingConfig,
+    lengths: float,
+) -> torch.Tensor:
+    """The loss of each row (n,), from the log-probabilities of its tokens (n × tokens, zero where `mask` is).
+
+    Of a pair the preferred answer comes first and the rejected one right after it, with weight 0.
+    """
+    advantage, weight, term = inputs["advantage"], inputs["weight"], inputs["term"]
+    ratio = ((logps - inputs["reference"]) * mask).sum(1)
+    behind = (logps - inputs["behaviour"]) * mask
+    if config.importance == "sequence":
+        importance = behind.sum(1, keepdim=True).clamp(max=10).exp().clamp(max=CUT).detach()
+    else:
+        importance = behind.clamp(max=10).exp().clamp(max=CUT).detach()
+    values = {
+        "imitate": -logps.sum(1) / lengths,
+        "reinforce": -advantage * (importance * logps).sum(1) / lengths,
+        "prospect": -advantage.abs() * torch.sigmoid(config.beta * ratio * advantage.sign()),
+        "prefer": -F.logsigmoid(config.beta * (ratio - ratio.roll(-1))) - logps.sum(1) / lengths,
+        "hindsight": -(inputs["hindsight"] * logps).sum(1) / lengths,
+    }
+    own = sum((term == number).float() * values[name] for number, name in enumerate(TERMS))
+    away = (inputs["reference"] - logps) * mask
+    k3 = ((away.clamp(max=10).exp() - away - 1) * mask).sum(1) / lengths
+    return weight * (own + config.anchor * k3)
+
+
+def weighted_trainer(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Experience],
+    order: Sequence[int],
+    config: TrainingConfig,
+    common: dict[str, Any],
+) -> WeightedTrainer:
+    """Make a trainer for `sft`, `pg`, `hindsight` or `mixed` that reads the rows about in this `order`: prompts of about the
+    same length are read together. Not answers: batches of short ones move the policy more than those of long ones do.
+    """
+    pad = pad_id(tokenizer)
+    settings = SFTConfig(
+        **common, max_length=None, remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True}
+    )
+    trainer = WeightedTrainer(
+        model=model,
+        args=settings,
+        train_dataset=Dataset.from_list(_examples(model, rows, config)),
+        processing_class=tokenizer,
+        data_collator=lambda chosen: _collated(chosen, pad),
+    )
+    trainer.terms = config
+    trainer.usual_length = sum(len(row.completion_ids) for row in rows) / len(rows)
+    trainer.order = group_by_length(order, [len(row.prompt_ids) for row in rows], len(order) // common["max_steps"])
+    return trainer
+
+
+def term_of(row: Experience, objective: str) -> str:
+    """The term that a row's feedback supports under an objective."""
+    match objective:
+        case "sft":
+            return "imitate"
+        case "hindsight":
+            return "hindsight"
+        case "pg":
+            return "imitate" if row.logprobs is None else "reinforce"
+        case _ if row.rejected_ids is not None:
+            return "prefer"
+        case _:
+            return term_of(row, "pg") if row.logprobs is not None or row.advantage > 0 else "prospect"
+
+
+def _examples(model: Any, rows: Sequence[Experience], config: TrainingConfig) -> list[dict[str, Any]]:
+    """One example a row, with the answer that it is preferred to inside. References are computed once."""
+    chosen = token_rows(rows)
+    terms = [term_of(row, config.objective) for row in rows]
+    rejected = [row.rejected_ids if term == "prefer" else None for row, term in zip(rows, terms, strict=True)]
+    with as_base(model):
+        references = batched_logprobs(model, chosen)
+        below = iter(
+            batched_logprobs(model, [(row.prompt_ids, ids) for row, ids in zip(rows, rejected, strict=True) if ids])
+        )
+    return [
+        {
+            "prompt": [*row.prompt_ids],
+            "completion": [*row.completion_ids],
+            "rejected": [*(ids or ())],
+            "reference": reference.tolist(),
+            "rejected_reference": next(below).tolist() if ids else [],
+            "behaviour": [*(row.logprobs or reference.tolist())],
+            "hindsight": told_more.tolist(),
+            "advantage": row.advantage,
+            "weight": row.weight,
+            "term": TERMS.index(term),
+        }
+        for row, ids, reference, told_more, term in zip(
+            rows, rejected, references, _hindsight(model, rows, terms), terms, strict=True
+        )
+    ]
+
+
+def _hindsight(model: Any, rows: Sequence[Experience], terms: Sequence[str]) -> list[torch.Tensor]:
+    """For each token of each answer how much likelier it is to somebody who knows what the asker said next, cut to ±1."""
+    if "hindsight" not in terms:
+        return [torch.zeros(len(row.completion_ids)) for row in rows]
+    known = batched_logprobs(model, [(row.hindsight_ids or row.prompt_ids, row.completion_ids) for row in rows])
+    unknown = batched_logprobs(model, token_rows(rows))
+    return [(told - asked).clamp(-1, 1) for told, asked in zip(known, unknown, strict=True)]
+
+
+def _collated(examples: list[dict[str, Any]], pad: int) -> dict[str, torch.Tensor]:
+    ids, labels = [], []
+    per_token: dict[str, list[torch.Tensor]] = {"reference": [], "behaviour": [], "hindsight": []}
+    per_row: dict[str, list[float]] = {"advantage": [], "weight": [], "term": []}
+    for example in examples:
+        parts = [(example["completion"], example)]
+        if example["rejected"]:
+            below = example["rejected_reference"]
+            lower = {"reference": below, "behaviour": below, "hindsight": [0.0] * len(below), "weight": 0.0}
+            parts.append((example["rejected"], example | lower))
+        for answer, values in parts:
+            ids.append(torch.tensor(example["prompt"] + answer))
+            labels.append(torch.tensor([-100] * len(example["prompt"]) + answer))
+            for name, column in per_token.items():
+                column.append(torch.tensor([0.0] * (len(example["prompt"]) - 1) + list(values[name])))
+            for name, scalars in per_row.items():
+                scalars.append(values[name])
+    found = {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+    }
+    found |= {name: pad_sequence(column, batch_first=True) for name, column in per_token.items()}
+    return found | {name: torch.tensor(scalars) for name, scalars in per_row.items()}
