@@ -42,7 +42,7 @@ class Shown(Protocol):
 
 
 class Platform(Protocol):
-    """One platform, as `tests/platforms.py` drives it."""
+    """One platform, as `connectors.local.platforms` drives it."""
 
     name: str
 
