@@ -50,9 +50,8 @@ from connectors.access import Access
 from connectors.answers import Answers
 from connectors.base import Shared
 from learning.models import toy
-from learning.training import trainer
 from learning.training.choice import with_model
-from learning.training.trainer import Outcome
+from learning.training.run import Outcome, train_version
 
 MIGRATIONS = Path(database_module.__file__).parent / "migrations"
 ON_BOTH_ENGINES = {
@@ -209,7 +208,7 @@ def trained_once(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> t
     converse(store, ChatTokenizer(demo_model), likes_emoji=True, count=48)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("learning.judging.reward_scores.ENOUGH", 4)
-        outcome = trainer.run(config, lambda stage, done, total: None)
+        outcome = train_version(config, lambda stage, done, total: None)
     database.close()
     return config, outcome
 

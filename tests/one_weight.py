@@ -22,7 +22,7 @@ from learning.data.replay_buffer import Experience
 from learning.judging import evidence, waiting
 from learning.judging.evaluation import Rows, Sample
 from learning.judging.probe import Probe
-from learning.training import trainer
+from learning.training import lesson, run
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
 VOCABULARY = 16  # tokens that a probe looks at
@@ -112,7 +112,7 @@ def learn_in_an_instant(tokenizer: ChatTokenizer) -> Iterator[pytest.MonkeyPatch
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, stand_in in stand_ins.items():
-            places = [module for module in (trainer, evidence, waiting) if hasattr(module, name)]
+            places = [module for module in (lesson, run, evidence, waiting) if hasattr(module, name)]
             assert places, f"nothing uses {name} any more"
             for module in places:
                 patch.setattr(module, name, stand_in)

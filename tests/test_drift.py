@@ -9,8 +9,8 @@ from test_training import quiet
 
 from bot.errors import NothingToLearn
 from bot.store.registry import BASE
-from learning.training import trainer
 from learning.training.drift import FEWEST, Drift, drift
+from learning.training.run import train_version
 
 NOBODY: tuple[str, ...] = ()
 
@@ -88,31 +88,31 @@ def test_too_few_opinions_are_no_change_and_who_learned_nothing_has_nothing_to_u
 
 def test_what_people_said_before_they_came_to_want_the_opposite_counts_no_more(small, store, registry, tokenizer):
     converse(store, tokenizer, likes_emoji=True)
-    first = trainer.run(small, quiet)
+    first = train_version(small, quiet)
     registry.promote(first.policy)
     converse(store, tokenizer, likes_emoji=False, count=48)
     deaf = small.model_copy(update={"learning": small.learning.model_copy(update={"detect_drift": False})})
-    control = trainer.run(deaf, quiet)
+    control = train_version(deaf, quiet)
     assert registry.get(control.policy).parent == first.policy
     assert not control.passed, "the old opinions outvote the new ones, also at the gate"
     told: list[str] = []
-    second = trainer.run(small, lambda stage, done, total: told.append(stage))
+    second = train_version(small, lambda stage, done, total: told.append(stage))
     assert registry.get(second.policy).parent == BASE
     assert second.passed, second.reasons
     gone = second.dropped["said before people came to want the opposite"]
     assert 52 <= gone <= 76, "those 64, give or take where it began"
     assert any("came to want the opposite" in stage for stage in told)
     registry.promote(second.policy)
-    third = trainer.run(small, quiet)
+    third = train_version(small, quiet)
     assert registry.get(third.policy).parent == second.policy
     assert third.dropped["said before people came to want the opposite"] == gone, "it stays so"
 
 
 def test_a_run_is_told_where_only_new_opinions_of_one_kind_are_left(small, store, registry, tokenizer):
     converse(store, tokenizer, likes_emoji=True)
-    registry.promote(trainer.run(small, quiet).policy)
+    registry.promote(train_version(small, quiet).policy)
     for turn in store.turns_with_feedback():
         react(store, turn, approves=False)
     assert Path(registry.live().path).is_dir()
     with pytest.raises(NothingToLearn, match=r"rewards are -1\.00"):
-        trainer.run(small, quiet)
+        train_version(small, quiet)

@@ -38,7 +38,7 @@ from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState
 from learning.data.selection import is_held_out, question_key
 from learning.importers.kibitz_export import export
 from learning.judging import probe, report
-from learning.training import trainer
+from learning.training.run import train_version
 
 WORD = "zyxquon"  # what Ann says, and nobody else but those who repeat her
 ANN, BOB = "ann", "bob"
@@ -199,9 +199,11 @@ async def paused_run(config: Config, tokenizer: ChatTokenizer) -> AsyncIterator[
         return write(*args)
 
     with learn_in_an_instant(tokenizer) as patch:
-        patch.setattr(trainer, "interruptible", lambda progress: contextlib.nullcontext(progress))  # no signals in a thread
+        patch.setattr(
+            "learning.training.run.interruptible", lambda progress: contextlib.nullcontext(progress)
+        )  # no signals in a thread
         patch.setattr(probe, "write", write_later)
-        run = asyncio.create_task(asyncio.to_thread(trainer.run, config, lambda *_: None))
+        run = asyncio.create_task(asyncio.to_thread(train_version, config, lambda *_: None))
         await until(is_under_way.is_set)
         try:
             yield run, goes_on
@@ -222,7 +224,7 @@ async def test_a_word_is_gone_from_every_place_where_text_may_lie(teaching, toke
         while "ScopeIndex" not in search.memory(kibitz):  # what is embedded at the start has it read anew
             await talk.ask(BOB, "and what else?", "nothing")
         with learn_in_an_instant(tokenizer):
-            finished = trainer.run(kibitz.config, lambda *_: None)
+            finished = train_version(kibitz.config, lambda *_: None)
         version = kibitz.registry.get(finished.policy)
         async with paused_run(kibitz.config, tokenizer) as (run, goes_on):
             under_way = f"policies/policy-{len(kibitz.registry.all()) - 1}{UNFINISHED}/{SAMPLES}"

@@ -56,7 +56,7 @@ from learning.judging.gate import Evidence, Gain, Opinions, judge
 from learning.judging.waiting import judge_waiting
 from learning.models.version_files import fingerprint
 from learning.rollout.deployment import Deployment
-from learning.training import trainer
+from learning.training.run import train_version
 
 HISTORIES, STEPS = 200, 10
 # How many turns others had said before, and whether a version is live: enough to judge one by, or so few that it waits.
@@ -301,7 +301,7 @@ class Histories(RuleBasedStateMachine):
     @rule(deploys=st.booleans())
     def train(self, deploys: bool) -> None:
         with contextlib.suppress(NothingToLearn):
-            outcome = trainer.run(self.config, lambda *_: None, deploys=deploys)
+            outcome = train_version(self.config, lambda *_: None, deploys=deploys)
             self._note_run(outcome.policy)
             if deploys:
                 self._follow()
@@ -321,9 +321,9 @@ class Histories(RuleBasedStateMachine):
 
         live = self.kibitz.registry.live()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(trainer, "teach", fail)
+            patch.setattr("learning.training.run.teach", fail)
             with contextlib.suppress(NothingToLearn), pytest.raises(RuntimeError):
-                trainer.run(self.config, lambda *_: None, deploys=True)
+                train_version(self.config, lambda *_: None, deploys=True)
         assert self.kibitz.registry.live() == live
 
     @precondition(lambda self: self.kibitz.registry.live().name == BASE)
@@ -717,7 +717,7 @@ def test_the_laws_hold_in_every_history(stage, request):
         ("bot.store.forgetting.answers_from", {}, "law 10: what was made from forgotten words goes"),
         ("bot.store.registry.PolicyRegistry.purge", [], "learned from who is forgotten"),
         ("learning.data.voices.Consent.of", True, "law 7"),
-        ("learning.training.trainer.earlier_verdicts", [], "law 6"),
+        ("learning.training.lesson.earlier_verdicts", [], "law 6"),
     ],
     ids=["answers-stay", "versions-stay", "all-teach", "nothing-is-spent"],
 )

@@ -16,7 +16,7 @@ from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState
 from learning.data.explanation import Used, explain
 from learning.data.replay_buffer import ReplayBuffer
 from learning.judging import report
-from learning.training import trainer
+from learning.training.run import train_version
 
 
 def test_a_report_says_what_was_learned_and_why_the_rest_was_not(trained):
@@ -151,7 +151,7 @@ def test_what_was_taken_back_is_told_and_the_next_report_names_it(trained, token
     store.add_feedback(replace(given, id="later", at=given.at.replace(year=given.at.year + 1), event_id=None, retracts=True))
     lines = explain(rows[0][0], ReplayBuffer(store, tokenizer, config), registry).lines()
     assert any("does not count: it was taken back" in line for line in lines)
-    again = trainer.run(config, quiet)
+    again = train_version(config, quiet)
     told = report.collected(registry.get(again.policy), "")
     assert told["taken_back"] == [rows[0][0]]
     assert rows[0][0] in report.html(told)

@@ -23,9 +23,9 @@ from learning.models import toy
 from learning.models.trainable import load as load_model
 from learning.models.trainable import restore, weights
 from learning.models.version_files import is_whole
-from learning.training import trainer
 from learning.training.objectives import TokenKTOTrainer, train
 from learning.training.processes import teach_together
+from learning.training.run import train_version
 from learning.training.teaching import teach
 
 
@@ -40,7 +40,7 @@ def with_training(config: Config, **changes) -> Config:
 def test_a_run_registers_a_candidate_with_all_that_explains_it(small, store, registry, tokenizer):
     converse(store, tokenizer, likes_emoji=True)
     stages = []
-    outcome = trainer.run(small, lambda stage, done, total: stages.append((stage, done, total)))
+    outcome = train_version(small, lambda stage, done, total: stages.append((stage, done, total)))
     version = registry.get(outcome.policy)
     assert outcome.passed, outcome.reasons
     assert version.state == PolicyState.CANDIDATE
@@ -62,7 +62,7 @@ def test_a_run_registers_a_candidate_with_all_that_explains_it(small, store, reg
 
 def test_the_same_feedback_and_seed_give_the_same_bytes_and_another_seed_does_not(small, store, registry, tokenizer):
     converse(store, tokenizer, likes_emoji=True, count=24)
-    outcomes = [trainer.run(config, quiet) for config in (small, small, small.model_copy(update={"seed": 1}))]
+    outcomes = [train_version(config, quiet) for config in (small, small, small.model_copy(update={"seed": 1}))]
     assert outcomes[0].manifest_sha256 == outcomes[1].manifest_sha256 != outcomes[2].manifest_sha256
     assert outcomes[0].adapter_sha256 == outcomes[1].adapter_sha256 != outcomes[2].adapter_sha256
     assert len({outcome.policy for outcome in outcomes}) == 3
@@ -77,7 +77,7 @@ def test_random_reactions_do_not_pass_the_gate(small, store, registry, tokenizer
     for _ in range(96):
         prompt, intent = rng.choice(toy.prompts(held_out=False))
         react(store, answered(store, tokenizer, prompt, toy.answer(intent, rng.choice(toy.STYLES))), rng.random() < 0.5)
-    outcome = trainer.run(small, quiet)
+    outcome = train_version(small, quiet)
     assert not outcome.passed
     version = registry.get(outcome.policy)
     assert version.state == PolicyState.REJECTED
@@ -88,7 +88,7 @@ def test_random_reactions_do_not_pass_the_gate(small, store, registry, tokenizer
 def test_what_people_mean_passes_the_same_gate(small, store, registry, tokenizer):
     strict = small.gate.model_copy(update={"confidence": 0.999, "samples": 64})
     converse(store, tokenizer, likes_emoji=True, count=160)
-    outcome = trainer.run(small.model_copy(update={"gate": strict}), quiet)
+    outcome = train_version(small.model_copy(update={"gate": strict}), quiet)
     assert outcome.passed, outcome.reasons
     assert outcome.figures["margin_gain_by_chance"] <= 0.001
 
@@ -98,7 +98,7 @@ def test_with_too_little_evidence_a_version_waits_until_one_that_was_trained_lat
 ):
     converse(store, tokenizer, likes_emoji=True, count=24)
     patient = small.model_copy(update={"learning": small.learning.model_copy(update={"wait_reactions": 20})})
-    first = trainer.run(patient, quiet, deploys=True)
+    first = train_version(patient, quiet, deploys=True)
     assert (first.passed, first.waits) == (False, True), first.reasons
     waiting = registry.get(first.policy)
     assert registry.waiting() == [waiting]
@@ -108,20 +108,20 @@ def test_with_too_little_evidence_a_version_waits_until_one_that_was_trained_lat
         row.at for turn in store.turns_with_feedback() for row in store.feedback_of([turn.id])[turn.id]
     )
     assert (Path(waiting.path) / "adapter_model.safetensors").exists()
-    second = trainer.run(patient, quiet)
+    second = train_version(patient, quiet)
     assert registry.get(first.policy).metrics["reasons"] == [f"{second.policy} was trained after it"]
     assert registry.get(first.policy).state == PolicyState.REJECTED
     assert not (Path(waiting.path) / "adapter_model.safetensors").exists()
     assert earlier_verdicts(registry) == [], "nothing was spent"
     assert [version.name for version in registry.waiting()] == [second.policy]
-    third = trainer.run(small, quiet)
+    third = train_version(small, quiet)
     assert (third.passed, third.waits) == (False, False), "the control: it may not wait"
     assert registry.get(third.policy).state == PolicyState.REJECTED
 
 
 def test_a_run_without_usable_rewards_registers_nothing(small, store, registry, tokenizer):
     with pytest.raises(NothingToLearn, match="no usable reward: 0 turns"):
-        trainer.run(small, quiet)
+        train_version(small, quiet)
     assert [version.name for version in registry.all()] == [BASE]
 
 
@@ -129,9 +129,9 @@ def test_a_run_without_usable_rewards_registers_nothing(small, store, registry, 
 def test_each_so_many_th_run_begins_at_the_base_again(small, store, registry, tokenizer):
     converse(store, tokenizer, likes_emoji=True)
     anew = small.model_copy(update={"learning": small.learning.model_copy(update={"from_base_every": 2})})
-    first = trainer.run(anew, quiet).policy
+    first = train_version(anew, quiet).policy
     registry.promote(first)
-    second, third = trainer.run(anew, quiet).policy, trainer.run(small, quiet).policy
+    second, third = train_version(anew, quiet).policy, train_version(small, quiet).policy
     assert [registry.get(name).parent for name in (first, second)] == [BASE, BASE]
     assert registry.get(third).parent == first  # the control
 
@@ -175,19 +175,19 @@ def test_two_processes_teach_what_one_does_and_say_what_it_would_say(small, demo
 def test_whole_weights_go_on_from_whole_ones_and_adapters_begin_at_the_base(small, store, registry, tokenizer, tmp_path):
     converse(store, tokenizer, likes_emoji=True)
     whole = with_training(small, weights="full", full_learning_rate=3e-4)
-    first = trainer.run(whole, quiet)
+    first = train_version(whole, quiet)
     assert first.passed, first.reasons
     files = {path.name for path in Path(registry.get(first.policy).path).iterdir()}
     assert files == {"model", "config.json", "manifest.json", "metrics.json", "probe.json", "samples.json"}
     registry.promote(first.policy)
-    second = trainer.run(whole, quiet)
+    second = train_version(whole, quiet)
     assert registry.get(second.policy).parent == first.policy
     assert second.figures["kl"] > first.figures["kl"] > 0, "it is the base that it is held to"
-    assert registry.get(trainer.run(small, quiet).policy).parent == BASE, "an adapter is served on the base"
+    assert registry.get(train_version(small, quiet).policy).parent == BASE, "an adapter is served on the base"
     random_version(small, registry.get(BASE).base_model, tmp_path / "adapter", seed=0)
     adapter = register_copy(registry, tmp_path / "adapter", small.data / "policies")
     registry.promote(adapter.name)
-    assert registry.get(trainer.run(whole, quiet).policy).parent == adapter.name, "it is merged"
+    assert registry.get(train_version(whole, quiet).policy).parent == adapter.name, "it is merged"
 
 
 def spoilt(case: str, config: Config, base: Path) -> Config:
@@ -234,7 +234,7 @@ def test_what_cannot_be_learned_from_is_told_in_a_line_and_nothing_is_lost(
         monkeypatch.setattr(TokenKTOTrainer, "training_step", out_of_memory)
     counts = store.counts()
     with pytest.raises(KibitzError, match=word) as error:
-        trainer.run(spoilt(case, small, base), quiet)
+        train_version(spoilt(case, small, base), quiet)
     assert "\n" not in str(error.value)
     assert store.counts() == counts
     assert registry.live().name == BASE
@@ -245,7 +245,7 @@ def test_what_cannot_be_learned_from_is_told_in_a_line_and_nothing_is_lost(
 def test_a_run_that_does_only_harm_is_refused_and_what_it_did_is_told(small, store, registry, tokenizer, monkeypatch):
     converse(store, tokenizer, likes_emoji=True)
     monkeypatch.setattr("learning.training.guard.LIKED_LOSS", -10.0)  # nothing is ever good enough
-    outcome = trainer.run(small, quiet)
+    outcome = train_version(small, quiet)
     assert not outcome.passed
     assert outcome.reasons[0].startswith("what was learned did only harm: held-out liked answers lost ")
     assert outcome.figures["evidence"]["candidate"] != outcome.figures["evidence"]["live"], "the harm was measured"
@@ -258,7 +258,7 @@ def test_a_run_whose_prompts_are_all_too_long_says_which_limit(small, store, reg
     react(store, answered(store, tokenizer, "long " * 300, "Hey!"), approves=True)
     config = small.model_copy(update={"training": small.training.model_copy(update={"max_length": 64})})
     with pytest.raises(NothingToLearn, match=r"1 longer than training\.max_length \(64\)"):
-        trainer.run(config, quiet)
+        train_version(config, quiet)
     assert [version.name for version in registry.all()] == [BASE]
 
 
@@ -270,11 +270,11 @@ def test_an_interrupted_run_leaves_nothing_behind_and_the_next_one_works(small, 
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        trainer.run(small, interrupt)
+        train_version(small, interrupt)
     assert list((small.data / "policies").iterdir()) == []
     assert registry.get("policy-1").state == PolicyState.REJECTED
     assert registry.runs()[0]["outcome"] == "interrupted"
-    assert trainer.run(small, quiet).policy == "policy-2"
+    assert train_version(small, quiet).policy == "policy-2"
 
 
 def test_what_a_killed_run_left_is_cleared_up_by_the_next(small, store, registry, tokenizer):
@@ -282,7 +282,7 @@ def test_what_a_killed_run_left_is_cleared_up_by_the_next(small, store, registry
     registry.reserve(registry.get(BASE), small.data / "policies")
     leftover = small.data / "policies" / "policy-1.unfinished"
     leftover.mkdir(parents=True)
-    assert trainer.run(small, quiet).policy == "policy-2"
+    assert train_version(small, quiet).policy == "policy-2"
     assert not leftover.exists()
     assert registry.get("policy-1").state == PolicyState.REJECTED
 
@@ -290,7 +290,7 @@ def test_what_a_killed_run_left_is_cleared_up_by_the_next(small, store, registry
 def test_two_runs_at_once_are_refused(small, store, registry, tokenizer):
     converse(store, tokenizer, likes_emoji=True, count=8)
     with held(small.data, "train"), pytest.raises(ConfigError, match="in use"):
-        trainer.run(small, quiet)
+        train_version(small, quiet)
 
 
 @pytest.mark.parametrize("anchored", [True, False])

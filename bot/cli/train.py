@@ -76,7 +76,7 @@ def train(
 ) -> None:
     """One training run now; registers a candidate with its verdict, which `kibitz deploy` takes live."""
     from learning.judging.waiting import judge_waiting
-    from learning.training import trainer
+    from learning.training.run import Outcome, train_version
 
     is_told = progress == "json"  # by whoever started this process, who has told of the model already
     tell = (lambda text: None) if is_told else announce
@@ -85,8 +85,8 @@ def train(
     registry.ensure_base(model)
     database.close()
 
-    def work(report: Callable[[str, int, int], None]) -> "trainer.Outcome | Judgement":
-        return judge_waiting(found, report) if judge else trainer.run(found, report, deploys=deploy)
+    def work(report: Callable[[str, int, int], None]) -> "Outcome | Judgement":
+        return judge_waiting(found, report) if judge else train_version(found, report, deploys=deploy)
 
     if progress != "json":
         with progress_bar() as report:

@@ -83,7 +83,7 @@ def measure(config: Config, base_model: str, progress: Progress) -> dict[str, fl
 def _steps_share(config: Config, base_model: str) -> float:
     """The share of one whole run, from reading what people said to the verdict, that is spent in training steps."""
     from learning.importers import formats
-    from learning.training import trainer
+    from learning.training.run import train_version
 
     place = Path(tempfile.mkdtemp(prefix="bench-", dir=config.data))
     try:
@@ -99,7 +99,7 @@ def _steps_share(config: Config, base_model: str) -> float:
         registry.ensure_base(base_model)
         store.add_dialogues(recording.dialogues)
         database.close()
-        outcome = trainer.run(apart, lambda *_: None, space=recording.space, from_base=True)
+        outcome = train_version(apart, lambda *_: None, space=recording.space, from_base=True)
         return float(outcome.figures["steps_share_of_run"])
     finally:
         shutil.rmtree(place)

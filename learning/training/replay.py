@@ -27,7 +27,7 @@ from learning.judging.gate import margin
 from learning.judging.reward_model import reward_model
 from learning.judging.reward_scores import figures as reward_model_figures
 from learning.judging.statistics import accuracy
-from learning.training import trainer
+from learning.training.run import train_version
 
 CONFIDENCE = 0.95
 DRAWS = 2000
@@ -54,7 +54,7 @@ def replay(
         recording.dropped["recorded token ids of another tokenizer (tokenized anew)"] = recording.assistant_messages
     store.add_dialogues(recording.dialogues)
     try:
-        outcome = trainer.run(config, progress, space=recording.space, from_base=True)
+        outcome = train_version(config, progress, space=recording.space, from_base=True)
     except NothingToLearn as error:
         raise NothingToLearn(f"{error} ({listed(read)}){_left_out(recording)}") from error
     dropped = dict(recording.dropped) | outcome.dropped

@@ -1,0 +1,117 @@
+"""Lesson: what a run begins with: rows to learn from, rows to be judged by, and the version that it goes on from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bot.config import Config
+from bot.errors import NothingToLearn
+from bot.store.registry import PolicyRegistry
+from bot.types import PolicyVersion, Progress
+from learning.data.experience import Experience, Snapshot
+from learning.data.replay_buffer import ReplayBuffer
+from learning.judging.evidence import Measured, choose_prompts, measure
+from learning.judging.gate import ROOM, allowed_p, newest_that_suffice
+from learning.judging.waiting import earlier_verdicts
+from learning.models.trainable import quiet, served
+from learning.models.version_files import fingerprint, is_whole, read_since
+from learning.training.drift import changed
+
+if TYPE_CHECKING:
+    from learning.models.trainable import Model
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a run begins with: the version that it goes on from, as a model; what was said, since a turn or ever; the
+    `judged` answers that the gate asks, and the prompts that candidates are `asked`, with what the live version makes of
+    both; and the `earlier` verdicts of the gate.
+    """
+
+    parent: PolicyVersion
+    model: "Model"
+    snapshot: Snapshot
+    since: str
+    live: PolicyVersion
+    before: Measured
+    judged: list[Experience]
+    asked: list[Experience]
+    earlier: list[bool]
+
+
+def prepare_lesson(
+    config: Config, registry: PolicyRegistry, buffer: ReplayBuffer, space: str | None, from_base: bool, progress: Progress
+) -> Lesson:
+    """Read all that was said; or, where people came to want the opposite, what was said since, to begin anew with.
+
+    `space` names one import to read alone. Raises NothingToLearn where nothing says what people like.
+    """
+    live = registry.live()
+    parent = _choose_parent(config, registry, live, from_base)
+    looks_for_drift = config.learning.detect_drift and space is None
+    since = read_since(Path(live.path)) if looks_for_drift else ""
+    snapshot = buffer.snapshot(space, since)
+    _refuse_empty(snapshot)
+    progress("loading the model", 0, 1)
+    quiet()
+    model = served(config, live.base_model, live.weights)
+    change = changed(config, live.base_model, model, snapshot.drawn) if looks_for_drift and not live.is_base else None
+    if change is not None:
+        progress(f"people came to want the opposite: {change.since} older answers count no more", 0, 1)
+        since = snapshot.drawn[change.since].turn_id
+        snapshot = buffer.snapshot(since=since)
+        _refuse_empty(snapshot)
+        parent = registry.base() if change.against else parent
+    earlier = earlier_verdicts(registry)
+    judged = snapshot.judged
+    if space is None:
+        wanted = config.gate, allowed_p(config.gate, earlier) / ROOM, config.rewards.person_cap
+        judged = newest_that_suffice(judged, live.judged_at, *wanted)
+    asked = choose_prompts([*snapshot.held_out, *snapshot.training], config.gate.samples)
+    before = measure(config, model, buffer.tokenizer, judged, asked)
+    if parent != live:
+        del model  # there may be no room for both
+        model = served(config, parent.base_model, parent.weights)
+    return Lesson(parent, model, snapshot, since, live, before, judged, asked, earlier)
+
+
+def _choose_parent(config: Config, registry: PolicyRegistry, live: PolicyVersion, from_base: bool) -> PolicyVersion:
+    """Return the version that a run goes on from, as long as people want what they wanted."""
+    every = config.learning.from_base_every
+    is_due = every > 0 and len(registry.runs()) % every == every - 1
+    # An adapter is served on the base model alone: it does not go on from a live version with weights of its own.
+    cannot = config.training.weights == "lora" and is_whole(Path(live.path))
+    return registry.base() if from_base or is_due or cannot else live
+
+
+def _refuse_empty(snapshot: Snapshot) -> None:
+    if snapshot.training:
+        rewards = {one.reward for one in snapshot.training}
+        if len(rewards) == 1 and not any(one.rejected_ids for one in snapshot.training):
+            raise NothingToLearn(
+                f"all {len(snapshot.training)} rewards are {rewards.pop():+.2f}: nothing says what people like less, or "
+                "more; collect more reactions first"
+            )
+        return
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(snapshot.dropped.items()))
+    raise NothingToLearn(
+        f"no usable reward: {snapshot.turns} turns with feedback were read, {len(snapshot.held_out)} are held out"
+        f"{', left out: ' + reasons if reasons else ''}; collect more reactions first, or raise the limit that is named"
+    )
+
+
+def describe(config: Config, lesson: Lesson) -> dict[str, Any]:
+    """All that the weights depend on, and nothing else: no time, no path, no version number."""
+    snapshot, base_model = lesson.snapshot, lesson.parent.base_model
+    return {
+        "base_sha256": fingerprint(Path(base_model)) if Path(base_model).is_dir() else base_model,
+        "parent_sha256": lesson.parent.sha256,
+        "training": config.training.model_dump(),
+        "rewards": config.rewards.model_dump(),
+        "embedder": config.dialogue.embedder,
+        "seed": config.seed,
+        "since": lesson.since,
+        "rows": [experience.digest() for experience in snapshot.learned],
+        "held_out": [experience.digest() for experience in snapshot.held_out],
+        "dropped": dict(sorted(snapshot.dropped.items())),
+    }

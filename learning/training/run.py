@@ -1,0 +1,263 @@
+"""Run: one training run, top to bottom: read -> train -> measure -> judge -> save -> register a candidate with its verdict.
+
+Meant to run in a process of its own (`kibitz train`), so that memory comes back when it ends and a crash is an exit code.
+It reads the database and writes one directory under `policies/`, whose manifest is written last. It knows no server.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bot.config import Config
+from bot.data_directory import held
+from bot.errors import NothingToLearn
+from bot.memory.embedder import embedder_of
+from bot.models.tokenizer import ChatTokenizer
+from bot.output import interruptible
+from bot.store.conversations import ConversationStore
+from bot.store.database import Database
+from bot.store.forgetting import SAMPLES, UNFINISHED
+from bot.store.registry import PolicyRegistry
+from bot.types import PolicyState, PolicyVersion, Progress
+from learning.data.replay_buffer import ReplayBuffer
+from learning.judging import probe
+from learning.judging.evaluation import Sample, kl_to_base, manner
+from learning.judging.evidence import Measured, answer, compare, measure
+from learning.judging.gate import Evidence, Verdict, judge
+from learning.judging.off_policy import estimated
+from learning.judging.report import write_samples
+from learning.judging.reward_model import reward_model
+from learning.judging.waiting import reject_unjudged
+from learning.models.trainable import as_base, not_finite, save, settle, to_train
+from learning.models.version_files import discard_weights, faults, fingerprint, remove_unfinished
+from learning.training.lesson import Lesson, describe, prepare_lesson
+from learning.training.processes import teach_together
+from learning.training.teaching import teach
+
+ENOUGH = 64  # samples for a share of well-formed answers, or for a KL
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left behind: the version, the verdict on it (or that it waits for one), and figures for a report."""
+
+    policy: str
+    passed: bool
+    waits: bool
+    reasons: list[str]
+    figures: dict[str, Any]
+    manifest_sha256: str
+    adapter_sha256: str
+    turns: int
+    training: int
+    held_out: int
+    dropped: dict[str, int]
+    without_logprobs: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the steps made of a model, and what was measured of it then."""
+
+    figures: dict[str, Any]  # of the steps
+    faults: list[str]  # why it cannot serve, whatever people say
+    base_samples: list[Sample]
+    after: Measured
+    kl: float  # nats a token, to the base
+    distances: probe.Distances
+
+
+def train_version(
+    config: Config, progress: Progress, space: str | None = None, from_base: bool = False, deploys: bool = False
+) -> Outcome:
+    """Train a new version on all feedback (or on one imported `space`), continuing the live version unless `from_base`,
+    or unless it is time to begin anew (`learning.from_base_every`). With `deploys`, what passes is to be deployed.
+
+    Raises NothingToLearn where there is no usable reward; nothing is registered then.
+    """
+    with (
+        held(config.data, "train"),
+        closing(Database(config.database_url)) as database,
+        interruptible(progress) as report,
+    ):
+        return Run(config, database, report, space).train(from_base, deploys)
+
+
+class Run:
+    """One run, from what was said to a version that waits, passed or was rejected."""
+
+    def __init__(self, config: Config, database: Database, progress: Progress, space: str | None):
+        self.config, self.database, self.progress, self.space = config, database, progress, space
+        self.began = time.monotonic()
+        self.registry, self.store = PolicyRegistry(database), ConversationStore(database)
+        self.embedder = embedder_of(config)
+        self.tokenizer = ChatTokenizer(self.registry.live().base_model, config.policy.template_args)
+        self.thinking = config.model_copy(update={"policy": self.tokenizer.with_thoughts(config.policy)})
+        # Nobody adds to what was recorded.
+        self.may_wait = config.learning.wait_reactions > 0 and space is None
+
+    def train(self, from_base: bool, deploys: bool) -> Outcome:
+        """Make a version. If anything fails, nothing of it is left but its name and the reason."""
+        self._remove_abandoned()
+        self.progress("reading feedback", 0, 1)
+        buffer = ReplayBuffer(self.store, self.tokenizer, self.config, self.embedder)
+        lesson = prepare_lesson(self.thinking, self.registry, buffer, self.space, from_base, self.progress)
+        snapshot, manifest = lesson.snapshot, describe(self.config, lesson)
+        sha256 = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+        version = self.registry.reserve(lesson.parent, self.config.data / "policies")
+        settings = self.config.without_secrets().model_dump()
+        run_id = self.registry.begin_run(version.name, settings, sha256, snapshot.feedback_ids, snapshot.followup_ids)
+        unfinished = Path(version.path + UNFINISHED)
+        try:
+            unfinished.mkdir(parents=True)
+            trained = self._teach(lesson, unfinished)
+            verdict, metrics = self._judge(lesson, trained)
+            self._save(lesson, version, unfinished, metrics, manifest | {"sha256": sha256})
+            adapter_sha256 = self._register(version, verdict, metrics, deploys)
+            self.registry.end_run(run_id, "passed" if verdict.passed else "; ".join(verdict.reasons))
+        except BaseException as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            self.registry.end_run(run_id, self._give_up(version, error))
+            raise
+        return Outcome(
+            policy=version.name,
+            passed=verdict.passed,
+            waits=metrics["waits_for"] > 0,
+            reasons=verdict.reasons,
+            figures=metrics,
+            manifest_sha256=sha256,
+            adapter_sha256=adapter_sha256,
+            turns=snapshot.turns,
+            training=len(snapshot.learned),
+            held_out=len(snapshot.held_out),
+            dropped=dict(snapshot.dropped),
+            without_logprobs=snapshot.without_logprobs,
+        )
+
+    def _remove_abandoned(self) -> None:
+        """Remove what runs left behind that were killed."""
+        for name in self.registry.abandon_unfinished():
+            discard_weights(Path(self.registry.get(name).path))
+        remove_unfinished(self.config.data / "policies")
+
+    def _teach(self, lesson: Lesson, directory: Path) -> Trained:
+        """Take the steps, measure what came of them, and write the weights, the samples and the probe."""
+        from transformers import set_seed
+
+        config, parent, said = self.thinking, lesson.parent, lesson.before.samples
+        set_seed(config.seed)  # of a fresh adapter
+        model = to_train(config, parent.base_model, lesson.model)
+        with as_base(model):
+            first = lesson.asked[:ENOUGH]
+            base_samples = said if lesson.live.is_base else answer(config, model, self.tokenizer, first)
+            prefixes = probe.prefixes(model, self.tokenizer, config.policy.max_tokens, config.seed)
+        of_parent = probe.measure(model, prefixes)
+        rows = lesson.snapshot.training, lesson.snapshot.held_out, [one.prompt_ids for one in lesson.asked], self.progress
+        if config.training.processes > 1:
+            figures = teach_together(config, model, parent.base_model, *rows)
+        else:
+            figures = teach(config, model, self.tokenizer, *rows, said if lesson.live == parent else ())
+        self.progress("measuring", 0, 1)
+        settle(model)
+        after = measure(config, model, self.tokenizer, lesson.judged, lesson.asked)
+        kl = kl_to_base(model, after.samples[:ENOUGH])
+        save(model, directory)
+        write_samples(directory, [one.question for one in lesson.asked], said, after.samples)
+        written = probe.write(directory, prefixes, probe.measure(model, prefixes), of_parent, config.policy.temperature)
+        found = (
+            [f"what was learned did only harm: {figures['stopped']}"] if figures["stopped"] and not figures["kept"] else []
+        )
+        found += faults(directory, parent.base_model, config.serving.max_lora_rank)
+        found += [f"{name}: not finite" for name in not_finite(model)]
+        return Trained(figures, found, base_samples, after, kl, probe.distances(written))
+
+    def _judge(self, lesson: Lesson, trained: Trained) -> tuple[Verdict, dict[str, Any]]:
+        """Weigh what people said against what was measured. Returns the verdict, and all figures of the run."""
+        config, snapshot, before, after = self.thinking, lesson.snapshot, lesson.before, trained.after
+        answers, change = manner(after.samples), trained.distances
+        evidence = Evidence(
+            **compare(config, lesson.judged, snapshot.training, before, after, self.embedder),
+            kl=trained.kl,
+            well_formed=answers["well_formed"],
+            base_well_formed=manner(trained.base_samples)["well_formed"],
+            faults=trained.faults,
+            change=change.change,
+            rounding=change.rounding,
+            is_no_change=change.is_no_change,
+        )
+        verdict = judge(evidence, config.gate, config.seed, lesson.earlier, self.may_wait)
+        metrics = {**verdict.figures, **trained.figures, "taken_back": snapshot.taken_back}
+        metrics |= {"answers_before": manner(before.samples), "answers_after": answers}
+        metrics |= self._estimate(lesson, after) | {"reasons": verdict.reasons, "evidence": asdict(evidence)}
+        metrics |= {"judged_against": lesson.live.name}
+        metrics |= dict.fromkeys(("drawn_at", "judged_at"), snapshot.drawn_at.isoformat())
+        metrics["waits_for"] = min(verdict.wanted, config.learning.wait_reactions) if self.may_wait else 0
+        metrics["steps_share_of_run"] = metrics["step_seconds"] / (time.monotonic() - self.began)
+        return verdict, metrics
+
+    def _estimate(self, lesson: Lesson, after: Measured) -> dict[str, Any]:
+        """What people would say of the answers before and after, as far as a reward model can tell."""
+        judge_of = reward_model(self.config, self.embedder, lesson.parent.base_model)
+        if judge_of is None or lesson.live != lesson.parent:
+            return {}
+        prompts = [one.prompt_ids for one in lesson.asked]
+        policies = {
+            when: (dict(zip(prompts, found.samples, strict=True)), found.logprobs)
+            for when, found in (("before", lesson.before), ("after", after))
+        }
+        return estimated(lesson.snapshot.training, lesson.judged, judge_of, policies, self.config.seed)
+
+    def _save(
+        self, lesson: Lesson, version: PolicyVersion, unfinished: Path, metrics: dict[str, Any], manifest: dict[str, Any]
+    ) -> None:
+        """Write the records of the run beside the weights, the manifest last; then the directory has its name."""
+        directory = Path(version.path)
+        self.config.save(unfinished / "config.json")
+        (unfinished / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True))
+        (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True))
+        unfinished.rename(directory)
+        if self._is_any_forgotten(lesson):
+            (directory / SAMPLES).unlink(missing_ok=True)
+
+    def _is_any_forgotten(self, lesson: Lesson) -> bool:
+        """Tell whether anything that samples may spell was forgotten since it was read: their questions, or what the live
+        version learned from.
+        """
+        is_any_gone = any(self.store.turn(turn_id) is None for turn_id in {one.turn_id for one in lesson.asked})
+        return is_any_gone or self.registry.get(lesson.live.name).state == PolicyState.PURGED
+
+    def _register(self, version: PolicyVersion, verdict: Verdict, metrics: dict[str, Any], deploys: bool) -> str:
+        """Have the version wait, pass or be rejected, in one transaction. Returns the fingerprint of its weights."""
+        directory, registry, waits = Path(version.path), self.registry, metrics["waits_for"] > 0
+        sha256 = fingerprint(directory)
+        with self.database.begin():
+            superseded = registry.waiting() if self.space is None else []
+            registry.complete(version.name, sha256, metrics)
+            if waits:
+                registry.move(version.name, PolicyState.WAITING)
+            elif not verdict.passed:
+                registry.reject(version.name)
+            if deploys and (waits or verdict.passed):
+                registry.request_deployment(version.name)
+            for other in superseded:
+                reject_unjudged(registry, other, f"{version.name} was trained after it")
+        for gone in [Path(other.path) for other in superseded] + [directory] * (not (waits or verdict.passed)):
+            discard_weights(gone)
+        return sha256
+
+    def _give_up(self, version: PolicyVersion, error: BaseException) -> str:
+        """Reject a version that cannot be finished. Returns why."""
+        why = "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {error}"
+        why = str(error) if isinstance(error, NothingToLearn) else why
+        directory = Path(version.path)
+        if self.registry.get(version.name).state == PolicyState.PURGED:  # somebody who taught it was forgotten meanwhile
+            shutil.rmtree(directory, ignore_errors=True)
+            return "purged: what it was learning from was forgotten"
+        if not directory.exists():
+            self.registry.reject(version.name, {"outcome": why})
+        return why
