@@ -1,6 +1,6 @@
 """The composition root: the parts of a kibitz that serves are made and joined here, nowhere else.
 
-It imports all three packages; only the commands of `bot.__main__` import it.
+It imports all three packages; only the commands import it.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from bot.config import Config
 from bot.data_directory import HEALTH, held
 from bot.errors import ServingError
 from bot.memory.caches import PAUSE_SECONDS, Caches
-from bot.memory.recall import recall_of
+from bot.memory.recall import Recall, recall_of
 from bot.memory.state import LATEST, derived
 from bot.models.tokenizer import ChatTokenizer
 from bot.output import tenths
@@ -76,48 +76,26 @@ async def running(config: Config, model: str, tell: Announce, may_change: bool =
         database, store, registry = open_stores(config)
         if not may_change:
             registry.check_base(model)
-        if again := forget_again(database, registry):
-            tell(f"the database is older than what was forgotten since: {again} people and messages are forgotten again")
-        remove_purged(registry)
-        database.scrub()
+        _make_good(database, registry, tell)
         recall = recall_of(config, database)
         tokenizer = ChatTokenizer(model, config.policy.template_args)
         tracker = StateTracker(store, tokenizer, recall, config.dialogue, config.policy.context_tokens)
-        served = config.model_copy(update={"policy": tokenizer.with_thoughts(config.policy)})
-        key = config.serving.read_key()
-        server = None if config.serving.url else VllmServer(served, model)
-        url = config.serving.url if server is None else server.url
-        thinks = tokenizer.end_ids, tokenizer.thoughts
-        policy = Policy(url, served.policy, config.serving.reply_seconds, key, *thinks)
+        policy, server = _serving(config, model, tokenizer)
         health = Health(tell, config.data / HEALTH)
         deployment = Deployment(policy, registry, config, tell)
         try:
             if server is not None:
-                policy.log = str(server.log)
                 tell(f"starting vLLM (its log: {server.log})")
             async with asyncio.TaskGroup() as group:
                 group.create_task(recall.ready())
                 group.create_task(_reach(policy, config) if server is None else server.start(policy))
-            base = registry.ensure_base(model, may_change)
-            policy.name_base(base.name)
-            if foreign := registry.foreign():
-                changed = f"policy.model was changed: {base.name} is {model}, and {registry.live().name} is live"
-                tell(f"{changed}; {len(foreign)} versions of another model serve again only when it comes back")
+            _take_base(registry, policy, model, may_change, tell)
             async with background_tasks() as start:
                 dialogue = DialogueManager(store, tracker, policy)
                 readiness = Readiness(looks_at(policy, database, config.data))
                 parts = store, registry, policy, dialogue, deployment, server, readiness, health, start
                 kibitz = Kibitz(config, database, *parts)
-                if server is not None:
-                    start(server.watch(policy, deployment.restore, health))
-                await deployment.restore()
-                start(deployment.watch(health=health))
-                caches = Caches(Erasures(config.data), recall, tokenizer)
-                start(supervise("caches", caches.look, health, PAUSE_SECONDS))
-                kibitz.keep("readiness", readiness.watch)
-                kibitz.keep("embedding", lambda: recall.catch_up(tenths(tell)))
-                expire = partial(erase_expired, database, config.privacy.retention_days, caches.drop)
-                start(supervise("retention", expire, health, EVERY))
+                await _start_tasks(kibitz, recall, tokenizer, tell)
                 gc.collect()
                 gc.freeze()  # what was loaded stays: to look through it again would stop every answer for 0.3 s
                 yield kibitz
@@ -129,11 +107,54 @@ async def running(config: Config, model: str, tell: Announce, may_change: bool =
             database.close()
 
 
+def _make_good(database: Database, registry: PolicyRegistry, tell: Announce) -> None:
+    """Finish what a crash left unfinished: what was forgotten is forgotten here too, and leaves no trace."""
+    if again := forget_again(database, registry):
+        tell(f"the database is older than what was forgotten since: {again} people and messages are forgotten again")
+    remove_purged(registry)
+    database.scrub()
+
+
+def _serving(config: Config, model: str, tokenizer: ChatTokenizer) -> tuple[Policy, VllmServer | None]:
+    """Return the client of the vLLM that the config names; or of one of our own, which is not started yet."""
+    served = config.model_copy(update={"policy": tokenizer.with_thoughts(config.policy)})
+    key, thinks = config.serving.read_key(), (tokenizer.end_ids, tokenizer.thoughts)
+    server = None if config.serving.url else VllmServer(served, model)
+    url = config.serving.url if server is None else server.url
+    policy = Policy(url, served.policy, config.serving.reply_seconds, key, *thinks)
+    policy.admin.log = "" if server is None else str(server.log)
+    return policy, server
+
+
+def _take_base(registry: PolicyRegistry, policy: Policy, model: str, may_change: bool, tell: Announce) -> None:
+    """Take the model as the base of the versions to come, now that vLLM generates with it."""
+    base = registry.ensure_base(model, may_change)
+    policy.name_base(base.name)
+    if foreign := registry.foreign():
+        changed = f"policy.model was changed: {base.name} is {model}, and {registry.live().name} is live"
+        tell(f"{changed}; {len(foreign)} versions of another model serve again only when it comes back")
+
+
+async def _start_tasks(kibitz: Kibitz, recall: Recall, tokenizer: ChatTokenizer, tell: Announce) -> None:
+    """Bring the live version back, and start what runs beside the answers."""
+    config, health, deployment = kibitz.config, kibitz.health, kibitz.deployment
+    if kibitz.server is not None:
+        kibitz.start(kibitz.server.watch(kibitz.policy, deployment.restore, health))
+    await deployment.restore()
+    kibitz.start(deployment.watch(health=health))
+    caches = Caches(Erasures(config.data), recall, tokenizer)
+    kibitz.start(supervise("caches", caches.look, health, PAUSE_SECONDS))
+    kibitz.keep("readiness", kibitz.readiness.watch)
+    kibitz.keep("embedding", lambda: recall.catch_up(tenths(tell)))
+    expire = partial(erase_expired, kibitz.database, config.privacy.retention_days, caches.drop)
+    kibitz.start(supervise("retention", expire, health, EVERY))
+
+
 async def _reach(policy: Policy, config: Config) -> None:
     """Have a vLLM that is not ours generate a token. Raises ServingError where it does not."""
-    await policy.connect()
-    if not await policy.ready(config.serving.reply_seconds):
-        raise ServingError(f"the vLLM at {policy.url} generates no token; see its log")
+    await policy.admin.connect()
+    if not await policy.admin.ready(config.serving.reply_seconds):
+        raise ServingError(f"the vLLM at {policy.admin.url} generates no token; see its log")
 
 
 def run(main: Coroutine[Any, Any, None], until_stopped: bool = False) -> None:

@@ -271,7 +271,7 @@ def test_pretraining_on_ones_own_pairs_prints_measures_of_held_out_answers(tmp_p
 @pytest.mark.slow
 async def test_a_benchmark_leaves_the_operators_data_alone(live, tmp_path, demo_model):
     config = write_config(tmp_path, demo_model)
-    config.write_text(config.read_text() + f'[serving]\nurl = "{live.policy.url}"\n')
+    config.write_text(config.read_text() + f'[serving]\nurl = "{live.policy.admin.url}"\n')
     command = ["bench", "overhead", "--messages", 16, "--blocks", 1, "--config", config, "--json", tmp_path / "out.json"]
     done = await asyncio.to_thread(kibitz, *command)
     assert done.returncode == 0, done.stderr
@@ -373,7 +373,7 @@ def test_a_user_without_a_name_and_a_home_and_with_closed_streams_is_served_like
 
 async def test_a_chat_whose_input_is_closed_ends_as_one_whose_input_is_empty(live, tmp_path, demo_model):
     config = write_config(tmp_path, demo_model)
-    config.write_text(config.read_text() + f'[serving]\nurl = "{live.policy.url}/v1/"\n')
+    config.write_text(config.read_text() + f'[serving]\nurl = "{live.policy.admin.url}/v1/"\n')
     line = f"{shlex.join([sys.executable, '-m', 'bot', 'chat', '--config', str(config)])} <&-"
     run = ["bash", "-c", line]
     done = await asyncio.to_thread(subprocess.run, run, capture_output=True, text=True, env=ENV, cwd=ROOT)
@@ -431,7 +431,7 @@ def test_the_database_lies_in_the_data_directory_whatever_that_is_called(tmp_pat
 async def test_a_scripted_chat_answers_reacts_and_explains(live, tmp_path, demo_model):
     """The terminal without a terminal, on the one vLLM of the run, given by its URL."""
     config = write_config(tmp_path, demo_model)
-    config.write_text(config.read_text() + f'[serving]\nurl = "{live.policy.url}"\n')
+    config.write_text(config.read_text() + f'[serving]\nurl = "{live.policy.admin.url}"\n')
     lines = ["/good", "hello", "/good", "/why", "/regenerate", "/bad", "/undo", "/correct Hi!", "/correct", "/dance"]
     done = await asyncio.to_thread(kibitz, "chat", "--config", config, stdin="\n".join([*lines, "/status", "/quit"]) + "\n")
     assert done.returncode == 0, done.stderr

@@ -62,7 +62,7 @@ def source(demo_model, tmp_path_factory) -> Path:
 @pytest_asyncio.fixture
 async def stage(vllm, config, registry, source) -> AsyncIterator[Stage]:
     policy = Policy(vllm.url, config.policy, base=BASE)
-    await policy.connect()
+    await policy.admin.connect()
     told: list[str] = []
     yield Stage(Deployment(policy, registry, config, told.append), registry, source, told)
     await policy.close()
@@ -219,5 +219,5 @@ async def test_a_base_model_is_changed_only_once_it_has_generated_a_token(vllm, 
     vllm.broken.clear()
     told: list[str] = []
     async with app.running(config, str(another), told.append, may_change=True) as kibitz:
-        assert kibitz.policy.version == kibitz.policy.base == registry.live().name == "policy-1"
+        assert kibitz.policy.version == kibitz.policy.admin.base == registry.live().name == "policy-1"
     assert any("policy-1 is live; 1 versions of another model" in line for line in told), told

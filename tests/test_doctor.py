@@ -169,20 +169,20 @@ def test_a_look_at_weights_that_are_not_those_of_the_config(tmp_path, demo_model
 
 async def test_one_token_and_one_training_step(live, config):
     """On the one vLLM of the run, given by its URL; the step is a child process."""
-    serving = config.serving.model_copy(update={"url": live.policy.url})
+    serving = config.serving.model_copy(update={"url": live.policy.admin.url})
     config = config.model_copy(update={"serving": serving})
 
     def look() -> dict[str, Row]:
         with SelfTest(config, lambda: (config, config.policy.model)) as test:
             return {row.what: row for row in examine(test.checks(quick=False))}
 
-    before = await live.policy.loaded()
+    before = await live.policy.admin.loaded()
     rows = await asyncio.to_thread(look)
     assert works(list(rows.values())), rows
     assert "log-probability -" in rows["one token"].found
     assert "loss" in rows["one training step"].found
     assert rows["one version"].found == "an adapter was loaded, asked and unloaded"
-    assert await live.policy.loaded() == before
+    assert await live.policy.admin.loaded() == before
     assert not list(config.data.glob("doctor-*"))
 
 

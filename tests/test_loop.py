@@ -116,7 +116,7 @@ async def test_reactions_train_a_version_that_answers_next_and_is_taken_back(liv
     assert "train" in stages
     after = await say(live, "hello")
     assert (before.policy_version, after.policy_version) == (BASE, outcome["policy"])
-    assert await live.policy.loaded() == {outcome["policy"]}
+    assert await live.policy.admin.loaded() == {outcome["policy"]}
     assert live.registry.get(outcome["policy"]).state == PolicyState.LIVE
     live.registry.rollback()  # as another process would: `kibitz rollback`
     await until(lambda: live.policy.version == BASE)
@@ -164,7 +164,7 @@ async def test_a_candidate_that_the_server_serves_differently_is_rejected(live, 
         await live.deployment.deploy(version.name)
     assert live.policy.version == before
     assert live.registry.get(version.name).state == PolicyState.REJECTED
-    assert version.name not in await live.policy.loaded()
+    assert version.name not in await live.policy.admin.loaded()
 
 
 async def test_a_version_is_proven_at_the_temperature_that_it_was_trained_for(live, tmp_path):
@@ -206,22 +206,22 @@ async def test_swaps_under_load_fail_and_mix_nothing(live, tokenizer, tmp_path, 
 async def test_adapters_and_whole_weights_make_way_for_each_other(live, tmp_path):
     """Each is proven by its probe, which would not pass on the weights of another; what is taken back is served again."""
     adapter = await swapped_in(live, tmp_path, 31)
-    assert live.policy.weights == BASE
+    assert live.policy.admin.weights == BASE
     whole = await swapped_in(live, tmp_path, 32, "full")
-    assert (live.policy.weights, (await say(live, "hello")).policy_version) == (whole, whole)
+    assert (live.policy.admin.weights, (await say(live, "hello")).policy_version) == (whole, whole)
     with pytest.raises(ServingError, match=f"{BASE} is not served: the weights of {whole} are"):
         await live.policy.reply([1, 2, 3], version=BASE)
     other = await swapped_in(live, tmp_path, 33, "full")
     with pytest.raises(ServingError, match="failed its probe"):
-        live.policy.weights = whole  # the control: they are those of the other
+        live.policy.admin.weights = whole  # the control: they are those of the other
         await live.deployment._probe(live.registry.get(whole))
-    live.policy.weights = other
+    live.policy.admin.weights = other
     again = await swapped_in(live, tmp_path, 34)
-    assert (live.policy.weights, live.policy.version) == (BASE, again)
+    assert (live.policy.admin.weights, live.policy.version) == (BASE, again)
     for expected, weights in ((other, other), (whole, whole), (adapter, BASE)):
         live.registry.rollback()
         await until(lambda expected=expected: live.policy.version == expected)
-        assert live.policy.weights == weights
+        assert live.policy.admin.weights == weights
         await live.deployment._probe(live.registry.get(expected))
 
 
@@ -233,7 +233,7 @@ async def test_whole_weights_that_fail_their_probe_give_way_to_those_before_and_
     with pytest.raises(ServingError, match="failed its probe"):
         await live.deployment.deploy(name)
     assert {turn.policy_version for turn in await asyncio.gather(*talk)} == {before}
-    assert (live.policy.weights, live.policy.version) == (before, before)
+    assert (live.policy.admin.weights, live.policy.version) == (before, before)
     await live.deployment._probe(live.registry.get(before))
     assert live.registry.get(name).state == PolicyState.REJECTED
 
@@ -264,18 +264,20 @@ async def test_weights_are_not_changed_under_an_answer_that_does_not_end(live, m
 
 async def test_a_server_that_was_started_again_by_somebody_else_is_given_its_weights_again(live, tmp_path):
     name = await swapped_in(live, tmp_path, 51, "full")
-    elsewhere = live.config.model_copy(update={"serving": live.config.serving.model_copy(update={"url": live.policy.url})})
+    elsewhere = live.config.model_copy(
+        update={"serving": live.config.serving.model_copy(update={"url": live.policy.admin.url})}
+    )
     deployment = Deployment(live.policy, live.registry, elsewhere)
     assert not await deployment.follow(), "nothing has changed"
-    await live.policy.replace("default", live.registry.get(BASE).base_model)  # as a fresh one would be
-    live.policy.weights = name
+    await live.policy.admin.replace("default", live.registry.get(BASE).base_model)  # as a fresh one would be
+    live.policy.admin.weights = name
     with pytest.raises(ServingError, match="failed its probe"):
         await deployment._probe(live.registry.get(name))
     assert await deployment.follow()
     assert live.policy.version == name
     await deployment._probe(live.registry.get(name))
     adapter = await swapped_in(live, tmp_path, 52)
-    await live.policy.unload(adapter)
+    await live.policy.admin.unload(adapter)
     assert await deployment.follow()
     assert (await say(live, "hello")).policy_version == adapter
 
@@ -312,18 +314,18 @@ async def test_a_running_kibitz_deploys_what_another_process_asks_for_and_no_out
     with pytest.raises(VerdictOutdated):
         await live.deployment.deploy(later)
     assert live.registry.live().name == live.policy.version == before
-    assert not {wanted, outdated, later} & await live.policy.loaded()
+    assert not {wanted, outdated, later} & await live.policy.admin.loaded()
 
 
 async def test_a_server_that_keeps_its_weights_is_an_error_for_people(live, tmp_path, monkeypatch):
     name = await version_of(live, tmp_path / "candidate", 61, "full")
-    live.policy.takes_weights = False
+    live.policy.admin.takes_weights = False
     try:
         with pytest.raises(ServingError, match="does not let its own be changed"):
             await live.deployment.deploy(name)
     finally:
-        await live.policy.connect()
-    assert live.policy.takes_weights
+        await live.policy.admin.connect()
+    assert live.policy.admin.takes_weights
     monkeypatch.delenv("VLLM_SERVER_DEV_MODE")
     whole = live.config.model_copy(update={"training": TrainingConfig(weights="full")})
     assert VllmServer(whole, "model")._environment()["VLLM_SERVER_DEV_MODE"] == "1"
@@ -341,7 +343,7 @@ async def test_a_reload_under_one_name_is_caught(live, tokenizer, tmp_path):
     other = tmp_path / "weights-12"
     await asyncio.to_thread(serving.random_version, live.config, live.registry.get(BASE).base_model, other, 12)
     body = {"lora_name": name, "lora_path": str(other), "load_inplace": True}
-    async with httpx.AsyncClient(base_url=live.policy.url, timeout=300) as client:
+    async with httpx.AsyncClient(base_url=live.policy.admin.url, timeout=300) as client:
         (await client.post("/v1/load_lora_adapter", json=body)).raise_for_status()
     answers, _, _ = await serving.load(live.policy, iter(prompts), 4, lambda: None)
     assert serving.mixed(answers, expected, limit) > 0
@@ -410,7 +412,9 @@ async def test_a_server_that_dies_is_restarted_and_serves_the_live_version_again
     process.kill()
     await until(lambda: live.server._process not in (process, None))
     async with asyncio.timeout(600):
-        while not (await live.policy.ready(5) and live.policy.version == name and name in await live.policy.loaded()):
+        while not (
+            await live.policy.admin.ready(5) and live.policy.version == name and name in await live.policy.admin.loaded()
+        ):
             await asyncio.sleep(0.5)
     assert (await say(live, "hello")).policy_version == name
 
@@ -461,8 +465,8 @@ async def test_while_vllm_sleeps_nobody_is_answered_and_what_it_serves_is_proven
     other = tmp_path / "other"
     await version_of(live, other, 12)
     async with live.deployment.asleep():
-        await live.policy.unload(name)
-        await live.policy.load(name, str(other))
+        await live.policy.admin.unload(name)
+        await live.policy.admin.load(name, str(other))
     assert any(f"{name} is not the same after sleeping" in text for text in told), told
     await until(lambda: live.policy.version == name)  # the watcher loads what was registered, and proves it
     await live.deployment.rollback()

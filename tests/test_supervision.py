@@ -220,10 +220,10 @@ async def test_a_vllm_that_cannot_be_restarted_is_tried_until_it_can(config, mon
         assert server._process is not None
         server._process.kill()
         await until(lambda: "vLLM" in health.failing)
-        assert policy.weights is None
+        assert policy.admin.weights is None
         await until(lambda: not health.failing)
         assert (len(starts), len(restored)) == (8, 1)
-        assert await policy.ready()
+        assert await policy.admin.ready()
     await policy.close()
     await server.stop()
     assert told[-1] == "vLLM works again"

@@ -186,7 +186,7 @@ async def test_thoughts_are_recorded_and_neither_handed_over_nor_in_the_text(liv
     first, *_, last = re.findall(r"\w+", plain.text)
     marks = Thoughts(first[-2:], last[:2], is_special=True)
     assert marks.remove_from(plain.text) != plain.text, plain.text
-    thinker = Policy(live.policy.url, live.config.policy, thoughts=marks)
+    thinker = Policy(live.policy.admin.url, live.config.policy, thoughts=marks)
     pieces: list[str] = []
     reply = await thinker.reply(prompt, temperature=0.0, on_text=pieces.append)
     await thinker.close()
@@ -200,7 +200,7 @@ async def test_the_server_stops_where_the_template_ends_an_answer(live, tokenize
     plain = await live.policy.reply(prompt, temperature=0.0)
     assert (plain.finish_reason, plain.completion_ids[-1]) == ("stop", tokenizer.hf.eos_token_id)
     end = plain.completion_ids[len(plain.completion_ids) // 2]
-    sooner = Policy(live.policy.url, live.config.policy, end_ids=[end])
+    sooner = Policy(live.policy.admin.url, live.config.policy, end_ids=[end])
     reply = await sooner.reply(prompt, temperature=0.0)
     await sooner.close()
     cut = plain.completion_ids.index(end)
@@ -227,7 +227,7 @@ def test_sampling_for_the_gate_stops_there_too(demo_model, tokenizer, tmp_path):
 
 
 async def test_a_thought_that_does_not_end_is_an_answer_of_nothing_and_is_not_remembered(live, tokenizer):
-    lost = Policy(live.policy.url, PolicyConfig(max_tokens=3), thoughts=NEVER)
+    lost = Policy(live.policy.admin.url, PolicyConfig(max_tokens=3), thoughts=NEVER)
     dialogue = DialogueManager(live.store, live.dialogue.tracker, lost)
     place = await dialogue.open(Conversation("test", new_id()))
     turn = await dialogue.respond(Message(place.id, "ann", "hello"))

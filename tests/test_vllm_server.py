@@ -271,18 +271,18 @@ async def test_a_server_that_is_no_vllm_is_told_in_one_line(kind, config):
     quoted = " ".join(said.split()) if content_type == "text/html" else str(json.loads(said))
     async with always_says(config, said, content_type) as policy:
         for ask, path in (
-            (policy.connect, "/v1/models"),
-            (policy.loaded, "/v1/models"),
-            (lambda: policy.holds("policy-1"), "/v1/models"),
-            (lambda: policy.next_logprobs(policy.base, [1], 1.0), "/v1/completions"),
-            (lambda: policy.replace("policy-1", "/some/path"), "/reset_prefix_cache"),
+            (policy.admin.connect, "/v1/models"),
+            (policy.admin.loaded, "/v1/models"),
+            (lambda: policy.admin.holds("policy-1"), "/v1/models"),
+            (lambda: policy.admin.next_logprobs(policy.admin.base, [1], 1.0), "/v1/completions"),
+            (lambda: policy.admin.replace("policy-1", "/some/path"), "/reset_prefix_cache"),
         ):
             with pytest.raises(ServingError, match=r"which is no answer of vLLM's; check serving\.url") as error:
                 await ask()
-            assert str(error.value).startswith(f"{policy.url}{path} gave '{quoted}'")
+            assert str(error.value).startswith(f"{policy.admin.url}{path} gave '{quoted}'")
             assert "\n" not in str(error.value)
-        policy.name_base(policy.base)  # nothing was replaced
-        assert await policy.ready(300) == ("choices" in said)
+        policy.name_base(policy.admin.base)  # nothing was replaced
+        assert await policy.admin.ready(300) == ("choices" in said)
         with pytest.raises(ServingError, match="policy-0 did not answer"):
             await policy.reply([1])
 

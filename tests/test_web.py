@@ -308,7 +308,7 @@ async def test_sigterm_ends_answers_whole_and_then_the_process(live, tmp_path):
     config = tmp_path / "config.toml"
     config.write_text(
         f'data_dir = "{tmp_path / "data"}"\n[policy]\nmodel = "{live.config.policy.model}"\n'
-        f'[serving]\nurl = "{live.policy.url}"\n[web]\nport = {port}\n[learning]\nenabled = false\n'
+        f'[serving]\nurl = "{live.policy.admin.url}"\n[web]\nport = {port}\n[learning]\nenabled = false\n'
     )
     command = [sys.executable, "-m", "bot", "serve", "--config", str(config)]
     process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=asyncio.subprocess.DEVNULL)

@@ -41,7 +41,7 @@ def serve(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None
 
     async def main() -> None:
         async with running(found, model, announce, may_change=True) as kibitz:
-            announce(f"serving {kibitz.policy.version}; vLLM answers at {kibitz.policy.url}")
+            announce(f"serving {kibitz.policy.version}; vLLM answers at {kibitz.policy.admin.url}")
             connectors = [make(kibitz) for make in made]
             for connector in connectors:
                 kibitz.keep(connector.name, connector.run)

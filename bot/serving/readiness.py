@@ -57,7 +57,7 @@ def looks_at(policy: Policy, database: Database, data: Path) -> dict[str, Look]:
     async def vllm() -> str | None:
         if policy.is_asleep:
             return "vLLM sleeps while a version is trained"
-        return None if await policy.ready(LOOK_SECONDS) else "vLLM generates nothing"
+        return None if await policy.admin.ready(LOOK_SECONDS) else "vLLM generates nothing"
 
     async def database_() -> str | None:
         try:

@@ -57,7 +57,7 @@ class VllmServer:
                 env=self._environment(),
             )
         deadline = asyncio.get_running_loop().time() + self.config.serving.startup_seconds
-        while not await policy.ready(PROBE_SECONDS):
+        while not await policy.admin.ready(PROBE_SECONDS):
             if self._process.returncode is not None:
                 raise ServingError(f"vLLM ended with code {self._process.returncode} while starting; {self._why()}")
             if asyncio.get_running_loop().time() > deadline:
@@ -74,7 +74,7 @@ class VllmServer:
         async def look() -> None:
             if self._process is not None:
                 await self._wait_for_death(policy)
-                policy.lost()
+                policy.admin.lost()
                 await self.stop()
                 raise ServingError(f"it does not answer any more and is started again; {self._why()}")
             await self.wait_for_memory(health.tell)
@@ -109,7 +109,7 @@ class VllmServer:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), PROBE_SECONDS)
                 return
-            silent = 0 if policy.is_asleep or await policy.ready(PROBE_SECONDS) else silent + 1
+            silent = 0 if policy.is_asleep or await policy.admin.ready(PROBE_SECONDS) else silent + 1
 
     async def wait_for_memory(self, tell: Callable[[str], None]) -> None:
         """Wait while a training run holds the GPU memory that vLLM needs: it would refuse to start."""

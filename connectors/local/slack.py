@@ -246,49 +246,71 @@ class LocalSlack(SlackState):
         return web.json_response({"ok": "error" not in answer, **answer})
 
     def _call(self, method: str, body: dict[str, Any]) -> dict[str, Any]:
-        if method == "auth.test":
-            return {"user_id": BOT, "bot_id": "B1", "team_id": TEAM, "user": "kibitz", "team": "team", "url": self.api}
-        if method == "apps.connections.open":
-            return {"url": f"ws://127.0.0.1:{self.port}/link?ticket=1"}
-        if method == "views.open":
-            self.views.put_nowait(body["view"] if isinstance(body["view"], dict) else json.loads(body["view"]))
-            return {"view": {"id": "V1"}}
-        if method == "assistant.threads.setStatus":
-            if body["thread_ts"] not in self.assistants:
-                return {"error": "invalid_thread_ts"}
-            self.statuses.append(body["status"])
-            return {}
-        if method == "agents.sessions.setStatus":
-            if not self.is_agent:
-                return {"error": "not_allowed"}
-            self.sessions[body["channel_id"], body["thread_ts"]].append(body["status"])
-            return {}
-        if method == "chat.postEphemeral":
-            self.whispers.append((body["user"], body["text"]))
-            return {"message_ts": self.ts()}
-        if method == "users.info":
-            known = self.names.get(body["user"])
-            profile = {"display_name": known, "real_name": f"{known} Doe"}
-            return {"user": {"id": body["user"], "profile": profile}} if known else {"error": "user_not_found"}
-        if method == "conversations.info":
-            known = self.names.get(body["channel"])
-            return {"channel": {"id": body["channel"], "name": known}} if known else {"error": "channel_not_found"}
-        if method == "users.conversations":
-            return {"channels": [{"id": one} for one in sorted(self.channels)]}
-        if method in ("conversations.history", "conversations.replies"):
-            return self._read(body, threads=method.endswith("replies"))
-        if method == "reactions.get":
-            return self._reactions(body)
-        if method == "chat.postMessage":
-            return self._refuse(body) or self._new(body, streaming=False, text=self._text(body))
-        if method == "chat.startStream":
-            if self.no_streams:
-                return {"error": "not_allowed"}
-            if not body.get("thread_ts"):
-                return {"error": "missing_thread_ts"}
-            if not (body.get("recipient_team_id") and body.get("recipient_user_id")):
-                return {"error": "missing_recipient"}
-            return self._new(body, streaming=True, text=body.get("markdown_text") or "")
+        asked = {
+            "auth.test": lambda: {
+                "user_id": BOT,
+                "bot_id": "B1",
+                "team_id": TEAM,
+                "user": "kibitz",
+                "team": "team",
+                "url": self.api,
+            },
+            "apps.connections.open": lambda: {"url": f"ws://127.0.0.1:{self.port}/link?ticket=1"},
+            "views.open": lambda: self._open_view(body["view"]),
+            "assistant.threads.setStatus": lambda: self._show_status(body),
+            "agents.sessions.setStatus": lambda: self._set_session(body),
+            "users.info": lambda: self._person(body["user"]),
+            "users.conversations": lambda: {"channels": [{"id": one} for one in sorted(self.channels)]},
+            "conversations.info": lambda: self._channel(body["channel"]),
+            "conversations.history": lambda: self._read(body, threads=False),
+            "conversations.replies": lambda: self._read(body, threads=True),
+            "reactions.get": lambda: self._reactions(body),
+            "chat.postEphemeral": lambda: self._whisper(body),
+            "chat.postMessage": lambda: self._refuse(body) or self._new(body, streaming=False, text=self._text(body)),
+            "chat.startStream": lambda: self._start_stream(body),
+        }
+        return asked[method]() if method in asked else self._change(method, body)
+
+    def _open_view(self, view: Any) -> dict[str, Any]:
+        self.views.put_nowait(view if isinstance(view, dict) else json.loads(view))
+        return {"view": {"id": "V1"}}
+
+    def _show_status(self, body: dict[str, Any]) -> dict[str, Any]:
+        if body["thread_ts"] not in self.assistants:
+            return {"error": "invalid_thread_ts"}
+        self.statuses.append(body["status"])
+        return {}
+
+    def _set_session(self, body: dict[str, Any]) -> dict[str, Any]:
+        if not self.is_agent:
+            return {"error": "not_allowed"}
+        self.sessions[body["channel_id"], body["thread_ts"]].append(body["status"])
+        return {}
+
+    def _whisper(self, body: dict[str, Any]) -> dict[str, Any]:
+        self.whispers.append((body["user"], body["text"]))
+        return {"message_ts": self.ts()}
+
+    def _person(self, user: str) -> dict[str, Any]:
+        known = self.names.get(user)
+        profile = {"display_name": known, "real_name": f"{known} Doe"}
+        return {"user": {"id": user, "profile": profile}} if known else {"error": "user_not_found"}
+
+    def _channel(self, channel: str) -> dict[str, Any]:
+        known = self.names.get(channel)
+        return {"channel": {"id": channel, "name": known}} if known else {"error": "channel_not_found"}
+
+    def _start_stream(self, body: dict[str, Any]) -> dict[str, Any]:
+        if self.no_streams:
+            return {"error": "not_allowed"}
+        if not body.get("thread_ts"):
+            return {"error": "missing_thread_ts"}
+        if not (body.get("recipient_team_id") and body.get("recipient_user_id")):
+            return {"error": "missing_recipient"}
+        return self._new(body, streaming=True, text=body.get("markdown_text") or "")
+
+    def _change(self, method: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Change a message that is there: `chat.update`, `chat.appendStream`, `chat.stopStream`."""
         message = self.messages.get(body.get("ts", ""))
         if message is None:
             return {"error": "message_not_found"}

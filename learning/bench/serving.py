@@ -25,7 +25,8 @@ from bot.chat.dialogue import DialogueManager, ReplyOptions
 from bot.chat.tracker import Context
 from bot.config import Config
 from bot.models.tokenizer import ChatTokenizer
-from bot.serving.policy import TOP_LOGPROBS, Policy
+from bot.serving.admin import TOP_LOGPROBS
+from bot.serving.policy import Policy
 from bot.store.registry import PolicyRegistry
 from bot.types import Conversation, Message, PolicyVersion, Progress, new_id, now
 from learning.models import toy
@@ -154,7 +155,7 @@ async def references(policy: Policy, version: str, prompts: Sequence[Prompt]) ->
     """What `version` says greedily to each prompt, asked on a quiet server and past its prefix cache."""
     found = {}
     asked = {
-        "model": policy.served_name(version),
+        "model": policy.admin.served_name(version),
         "max_tokens": policy.exact_tokens or policy.config.max_tokens,
         "temperature": 0.0,
     }
@@ -166,7 +167,7 @@ async def references(policy: Policy, version: str, prompts: Sequence[Prompt]) ->
     }
     for prompt in prompts:
         body = asked | {"prompt": list(prompt), "cache_salt": new_id()}
-        choices = [choice async for event in policy.stream("/v1/completions", body) for choice in event["choices"]]
+        choices = [choice async for event in policy.admin.stream("/v1/completions", body) for choice in event["choices"]]
         ids = tuple(token for choice in choices for token in choice.get("token_ids") or [])
         rows = [row for choice in choices for row in (choice["logprobs"] or {}).get("top_logprobs") or []]
         listed = [{int(name.removeprefix("token_id:")): value for name, value in row.items()} for row in rows]
@@ -342,9 +343,9 @@ async def overhead(
 async def chat_completion(policy: Policy, messages: list[dict[str, str]], seed: int, salt: str) -> str:
     """A streamed answer as a client without kibitz would ask for it."""
     config = policy.config
-    body: dict[str, Any] = {"model": policy.served_name(policy.version), "messages": messages, "seed": seed}
+    body: dict[str, Any] = {"model": policy.admin.served_name(policy.version), "messages": messages, "seed": seed}
     body |= {"max_tokens": LENGTH, "ignore_eos": True, **config.sampling}
-    events = policy.stream("/v1/chat/completions", body | {"cache_salt": salt})
+    events = policy.admin.stream("/v1/chat/completions", body | {"cache_salt": salt})
     return "".join([choice["delta"].get("content") or "" async for event in events for choice in event["choices"]])
 
 

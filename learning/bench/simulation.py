@@ -114,7 +114,7 @@ class Simulation:
 
     async def run(self, rounds: int, messages: int, samples: int, show: Callable[[Row], None]) -> list[Row]:
         """`rounds` times: talk (`messages` exchanges), learn, judge the live version on `samples` answers a prompt."""
-        self._frozen = await self._answered(self.policy.base, samples)
+        self._frozen = await self._answered(self.policy.admin.base, samples)
         await self._judge(samples, approval=None, kl=0.0, note="the start", show=show)
         for number in range(1, rounds + 1):
             approvals = await self._talk(messages, f"round {number}: talking")
@@ -177,9 +177,8 @@ class Simulation:
     ) -> Answered:
         """True utility of the live version on the held-out prompts, beside that of the frozen one."""
         seed = self.people.seed
-        live = (
-            await self._answered(self.policy.version, samples) if self.policy.version != self.policy.base else self._frozen
-        )
+        version = self.policy.version
+        live = self._frozen if version == self.policy.admin.base else await self._answered(version, samples)
         mean, low, high = mean_interval([*live.utilities.values()], seed)
         frozen_mean, frozen_low, frozen_high = mean_interval([*self._frozen.utilities.values()], seed)
         gains = [live.utilities[prompt] - self._frozen.utilities[prompt] for prompt in self.asked.held_out]

@@ -75,7 +75,7 @@ class Deployment:
     """Keeps one vLLM server at the version that the registry calls live."""
 
     def __init__(self, policy: Policy, registry: PolicyRegistry, config: Config, announce: Announce = lambda text: None):
-        self.policy = policy
+        self.policy, self.admin = policy, policy.admin
         self.registry = registry
         self.config = config
         self.announce = announce
@@ -138,7 +138,7 @@ class Deployment:
     async def _try_to_deploy(self, version: PolicyVersion) -> bool:
         """Deploy or reject a candidate; False where it must wait for the server."""
         async with self._swapping:
-            if not await self.policy.ready(self.config.serving.reply_seconds):
+            if not await self.admin.ready(self.config.serving.reply_seconds):
                 return False
         try:
             await self.deploy(version.name)
@@ -170,10 +170,10 @@ class Deployment:
         async with self._swapping:
             live = await self.registry.database.call(self.registry.live)
             before = self.policy.version
-            if live.name == before and (not self.config.serving.url or await self.policy.holds(before)):
+            if live.name == before and (not self.config.serving.url or await self.admin.holds(before)):
                 return False
             if self.config.serving.url:
-                await self.policy.connect()
+                await self.admin.connect()
             async with self._proven(live):
                 self.policy.version = live.name
             if before != live.name:
@@ -209,12 +209,12 @@ class Deployment:
     async def restore(self) -> None:
         """After a (re)start of the server: serve the live version again, or the base model where it cannot be proven."""
         async with self._swapping:
-            await self.policy.connect()
-            if self.policy.weights == self.policy.base:
-                self.policy.version = self.policy.base
-            if self.config.training.weights == "full" and not self.policy.takes_weights:
+            await self.admin.connect()
+            if self.admin.weights == self.admin.base:
+                self.policy.version = self.admin.base
+            if self.config.training.weights == "full" and not self.admin.takes_weights:
                 raise ConfigError(
-                    f"config key training.weights has value 'full', but the vLLM at {self.policy.url} does not let its "
+                    f"config key training.weights has value 'full', but the vLLM at {self.admin.url} does not let its "
                     "weights be changed; start it with VLLM_SERVER_DEV_MODE=1 in its environment, or set "
                     'training.weights = "lora"'
                 )
@@ -224,8 +224,8 @@ class Deployment:
                     self.policy.version = live.name
             except ServingError as error:
                 async with self._proven(await self.registry.database.call(self.registry.base)):
-                    self.policy.version = self.policy.base
-                self.announce(f"{live.name} cannot be served ({error}); {self.policy.base} answers until it can")
+                    self.policy.version = self.admin.base
+                self.announce(f"{live.name} cannot be served ({error}); {self.admin.base} answers until it can")
 
     @contextlib.asynccontextmanager
     async def asleep(self) -> AsyncIterator[None]:
@@ -238,11 +238,11 @@ class Deployment:
                 self.policy.is_asleep = True
             self.announce("vLLM sleeps while a version is trained; nobody is answered until that ends")
             try:
-                await self.policy.sleep()
+                await self.admin.sleep()
                 try:
                     yield
                 finally:
-                    await self.policy.wake()
+                    await self.admin.wake()
                     await self._prove_again()
             finally:
                 self.policy.is_asleep = False
@@ -251,20 +251,20 @@ class Deployment:
     async def _prove_again(self) -> None:
         """Probe every version that the server holds; one that it serves otherwise than before goes."""
         call = self.registry.database.call
-        whole = {self.policy.weights} if self.policy.weights and self.policy.weights != self.policy.base else set()
-        for name in sorted({*await self.policy.loaded(), *whole}):
+        whole = {self.admin.weights} if self.admin.weights and self.admin.weights != self.admin.base else set()
+        for name in sorted({*await self.admin.loaded(), *whole}):
             try:
                 await self._probe(await call(self.registry.get, name))
             except ServingError as error:
                 self.announce(
-                    f"{name} is not the same after sleeping, {self.policy.base} answers until it can be served: {error}"
+                    f"{name} is not the same after sleeping, {self.admin.base} answers until it can be served: {error}"
                 )
                 if name in whole:
-                    await self._replace(self.policy.base)
+                    await self._replace(self.admin.base)
                 else:
                     await self._unload(name)
                 if self.policy.version == name:
-                    self.policy.version = self.policy.base
+                    self.policy.version = self.admin.base
 
     async def rollback(self) -> PolicyVersion:
         """Take the live version back and serve the one before it."""
@@ -276,9 +276,9 @@ class Deployment:
     async def _proven(self, version: PolicyVersion) -> AsyncIterator[None]:
         """Inside, the server is known to serve `version`. Where other weights make way for its own, replies wait."""
         whole = not version.is_base and is_whole(Path(version.path))
-        wanted = version.name if whole else self.policy.base
-        stays = wanted == self.policy.weights
-        if not stays and not self.policy.takes_weights:
+        wanted = version.name if whole else self.admin.base
+        stays = wanted == self.admin.weights
+        if not stays and not self.admin.takes_weights:
             raise ServingError(
                 f"{version.name} needs the weights of {wanted}, and this vLLM does not let its own be changed; set "
                 'training.weights = "full" (and VLLM_SERVER_DEV_MODE=1 where the server is not started by kibitz)'
@@ -287,8 +287,8 @@ class Deployment:
         if found:
             raise ServingError(f"{version.name} is not sound: {found[0]}")
         async with contextlib.nullcontext() if stays else self._weights(wanted):
-            if version.name != wanted and version.name not in await self.policy.loaded():
-                await self.policy.load(version.name, version.path)
+            if version.name != wanted and version.name not in await self.admin.loaded():
+                await self.admin.load(version.name, version.path)
             if not version.is_base:
                 await self._probe(version)
             yield
@@ -296,7 +296,7 @@ class Deployment:
     @contextlib.asynccontextmanager
     async def _weights(self, name: str) -> AsyncIterator[None]:
         """Inside, nobody is answered and the server holds the whole weights of a version; on an error those before again."""
-        before = self.policy.weights
+        before = self.admin.weights
         async with self.policy.held(self.config.serving.reply_seconds):
             try:
                 await self._replace(name)
@@ -307,7 +307,7 @@ class Deployment:
                 raise
 
     async def _replace(self, name: str) -> None:
-        await self.policy.replace(name, await self.registry.database.call(self._source, name))
+        await self.admin.replace(name, await self.registry.database.call(self._source, name))
 
     def _source(self, name: str) -> str:
         """Where vLLM finds the whole weights of a version."""
@@ -336,7 +336,7 @@ class Deployment:
         try:
             places = await asyncio.to_thread(probe.read, Path(version.path))
             for place in places:
-                listed = await self.policy.next_logprobs(version.name, place.prompt_ids, place.temperature)
+                listed = await self.admin.next_logprobs(version.name, place.prompt_ids, place.temperature)
                 floor = min(listed.values())  # a token that the server does not list is at most as likely as the last
                 served += [listed.get(token, floor) for token in place.tokens]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -357,11 +357,11 @@ class Deployment:
 
     async def _retire(self, name: str) -> None:
         """Wait for the last answer of a version that is no longer live, then let the server forget it."""
-        if name != self.policy.base and await self.policy.drain(name):
+        if name != self.admin.base and await self.policy.drain(name):
             await self._unload(name)
 
     async def _unload(self, name: str) -> None:
         """Let the server forget an adapter; one that is away is given none but the live one when it comes back."""
         with contextlib.suppress(Unavailable):
-            if name in await self.policy.loaded():
-                await self.policy.unload(name)
+            if name in await self.admin.loaded():
+                await self.admin.unload(name)

@@ -136,7 +136,7 @@ class SelfTest:
             if self._server is not None:
                 await self._server.start(policy)
                 waited = f"; vLLM was ready after {time.monotonic() - began:.0f} s"
-            await policy.connect()
+            await policy.admin.connect()
             reply = await policy.reply(ChatTokenizer(model, self.config.policy.template_args).prompt_ids(QUESTION))
         finally:
             await policy.close()
@@ -185,20 +185,20 @@ class SelfTest:
         serving, rank, name = self.config.serving, self.config.training.lora_rank, f"doctor-{new_id()}"
         policy = Policy(url, self.config.policy, serving.reply_seconds, serving.read_key())
         try:
-            await policy.connect()
+            await policy.admin.connect()
             if self.config.training.weights == "full":
-                if not policy.takes_weights:
+                if not policy.admin.takes_weights:
                     raise ServingError(
                         f"the vLLM at {url} lets nobody change its weights, and training.weights is 'full'; start it with "
                         "VLLM_SERVER_DEV_MODE=1, or train adapters"
                     )
                 return "its weights can be changed"
             try:
-                await policy.load(name, version)
+                await policy.admin.load(name, version)
                 try:
-                    await policy.next_logprobs(name, [1], 1.0)
+                    await policy.admin.next_logprobs(name, [1], 1.0)
                 finally:
-                    await policy.unload(name)
+                    await policy.admin.unload(name)
             except ServingError as error:
                 raise ServingError(
                     f"the vLLM at {url} serves no version ({cause_of(error).replace(';', ',')}); start it with "
