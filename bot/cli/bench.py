@@ -10,7 +10,13 @@ from typing import Annotated, Any
 import typer
 
 from bot.app import Kibitz, run, running, shared
-from bot.cli.options import ConfigFile, DataDir, JsonFile, ModelName, PlotFile, Seed, bench, configured, path_argument
+from bot.cli.options import (
+    JsonFile,
+    PlotFile,
+    bench,
+    command,
+    path_argument,
+)
 from bot.config import AccessConfig, Config, DatabaseConfig
 from bot.data_directory import is_held
 from bot.errors import ConfigError
@@ -48,184 +54,159 @@ def measure(
     write_json(json_file, name, figures, setup | {"seed": config.seed})
 
 
-@bench.command("swap")
+@command("swap", group=bench, default_model="toy")
 def bench_swap(
+    config: Config,
     swaps: Annotated[int | None, typer.Option(min=1)] = None,
     requests: Annotated[int | None, typer.Option(min=16, help="Requests without swaps; at least as many with them.")] = None,
     concurrent: Annotated[int, typer.Option(min=1)] = 16,
     json_file: JsonFile = None,
-    model: ModelName = "toy",
-    config: ConfigFile = None,
-    data_dir: DataDir = None,
-    seed: Seed = None,
 ) -> None:
     """Swap versions under streaming load: failed, mixed and stalled answers, and what it costs."""
     from learning.bench import serving
 
-    found = configured(config, data_dir, seed, model)
-    usual = serving.usual(found.policy.model)
+    usual = serving.usual(config.policy.model)
     swaps, requests = swaps or usual.swaps, requests or usual.requests
 
     async def job(kibitz: Kibitz, progress: Progress) -> dict[str, Any]:
-        with tempfile.TemporaryDirectory(dir=found.data) as scratch:
+        with tempfile.TemporaryDirectory(dir=config.data) as scratch:
             sources = [Path(scratch) / f"weights-{number}" for number in range(2)]
             base = kibitz.registry.base().base_model
             for number, source in enumerate(sources):
-                serving.random_version(kibitz.config, base, source, found.seed + number)
+                serving.random_version(kibitz.config, base, source, config.seed + number)
             tokenizer = kibitz.dialogue.tracker.tokenizer
             return await serving.swap(kibitz.deployment, tokenizer, sources, swaps, requests, concurrent, progress)
 
-    measure("bench swap", found, job, json_file, {"concurrent": concurrent, "swaps": swaps, "requests": requests})
+    measure("bench swap", config, job, json_file, {"concurrent": concurrent, "swaps": swaps, "requests": requests})
 
 
-@bench.command("overhead")
+@command("overhead", group=bench, default_model="toy")
 def bench_overhead(
+    config: Config,
     messages: Annotated[int | None, typer.Option(min=16, help="Messages in one block.")] = None,
     blocks: Annotated[int | None, typer.Option(min=1)] = None,
     json_file: JsonFile = None,
-    model: ModelName = "toy",
-    config: ConfigFile = None,
-    data_dir: DataDir = None,
-    seed: Seed = None,
 ) -> None:
     """What DialogueManager adds to the same prompts straight to vLLM."""
     from learning.bench import serving
 
-    found = configured(config, data_dir, seed, model)
-    usual = serving.usual(found.policy.model)
+    usual = serving.usual(config.policy.model)
     alone = 0 if messages else usual.alone
     messages, blocks = messages or usual.messages, blocks or usual.blocks
 
     async def job(kibitz: Kibitz, progress: Progress) -> dict[str, Any]:
-        return await serving.overhead(kibitz.dialogue, kibitz.policy, messages, blocks, found.seed, progress, alone)
+        return await serving.overhead(kibitz.dialogue, kibitz.policy, messages, blocks, config.seed, progress, alone)
 
-    measure("bench overhead", found, job, json_file, {"messages": messages, "blocks": blocks})
+    measure("bench overhead", config, job, json_file, {"messages": messages, "blocks": blocks})
 
 
-@bench.command("connectors")
+@command("connectors", group=bench, default_model="toy")
 def bench_connectors(
+    config: Config,
     messages: Annotated[int, typer.Option(min=64, help="Messages for each number of conversations.")] = 256,
     think: Annotated[float, typer.Option(min=0.1, help="Seconds that people think, but at full load.")] = 1.0,
     json_file: JsonFile = None,
-    model: ModelName = "toy",
-    config: ConfigFile = None,
-    data_dir: DataDir = None,
-    seed: Seed = None,
 ) -> None:
     """What Discord, Slack and the web add to vLLM's own time, over local servers of each."""
     from connectors.local import benchmark
     from connectors.local.platforms import PLATFORMS
 
-    found = configured(config, data_dir, seed, model)
     unlimited = Access(AccessConfig(messages_per_minute=10**6, opinions_per_minute=10**6))
 
     async def job(kibitz: Kibitz, progress: Progress) -> dict[str, Any]:
         figures: dict[str, Any] = {}
         for make in PLATFORMS.values():
             platform = make(shared(kibitz, unlimited))
-            figures |= await benchmark.measure(kibitz.dialogue, platform, messages, think, found.seed, progress)
+            figures |= await benchmark.measure(kibitz.dialogue, platform, messages, think, config.seed, progress)
         return figures
 
-    measure("bench connectors", found, job, json_file, {"messages": messages, "think": think})
+    measure("bench connectors", config, job, json_file, {"messages": messages, "think": think})
 
 
-@bench.command("recall")
+@command("recall", group=bench)
 def bench_recall(
+    config: Config,
     file: Annotated[Path, path_argument("Conversations with questions and their evidence, one a line.")],
     json_file: JsonFile = None,
-    config: ConfigFile = None,
-    data_dir: DataDir = None,
-    seed: Seed = None,
 ) -> None:
     """Whether the tracker finds the turns that answer a question, beside recency, dense vectors alone and BM25 alone."""
     from bot.memory.recall import weights
     from learning.bench import recall
 
-    found = configured(config, data_dir, seed)
     check_writable(json_file)
     asked = recall.read(file)
     with progress_bar() as progress:
-        figures = asyncio.run(recall.measure(asked, embedder_of(found), weights(found.dialogue.retrieval_weights), progress))
+        figures = asyncio.run(
+            recall.measure(asked, embedder_of(config), weights(config.dialogue.retrieval_weights), progress)
+        )
     print_figures(figures)
-    write_json(json_file, "bench recall", figures, {"file": file.name, "embedder": found.dialogue.embedder})
+    write_json(json_file, "bench recall", figures, {"file": file.name, "embedder": config.dialogue.embedder})
 
 
-@bench.command("learning")
+@command("learning", group=bench, default_model="toy")
 def bench_learning(
+    config: Config,
     part: Annotated[str, typer.Option("--slice", help="ci (some ten minutes), rates, regimes or full (hours).")] = "full",
     arms: Annotated[str | None, typer.Option(help="Objectives and controls, with commas between; all if not given.")] = None,
     users: Annotated[str | None, typer.Option(help="Built-in users, or a Python file with utility(prompt, reply).")] = None,
     json_file: JsonFile = None,
     plot: PlotFile = None,
-    model: ModelName = "toy",
-    config: ConfigFile = None,
-    data_dir: DataDir = None,
-    seed: Seed = None,
 ) -> None:
     """What each objective learns from simulated people's reactions, beside a frozen and a placebo control."""
     from learning.bench import grid, simulated_people
 
-    found = configured(config, data_dir, seed, model)
     check_writable(json_file, plot)
     if users is not None:
         simulated_people.users(users)  # refused here, before anything runs
-    wanted = grid.cells(part, users, arms, found.seed)
-    found, base = with_model(found, serves=False)
+    wanted = grid.cells(part, users, arms, config.seed)
+    config, base = with_model(config, serves=False)
     with progress_bar() as progress:
-        points = grid.run(found, base, wanted, found.data / "bench" / f"learning-{part}.jsonl", progress)
-    figures = grid.figures(points, found.training.objective)
+        points = grid.run(config, base, wanted, config.data / "bench" / f"learning-{part}.jsonl", progress)
+    figures = grid.figures(points, config.training.objective)
     print_figures(figures)
     if plot is not None:
         grid.plot(points, plot)
         console.print(f"plot: {plot}")
-    setup = {"slice": part, "arms": arms, "users": users, "seeds": grid.SEEDS, "seed": found.seed}
-    setup["model"] = found.policy.model
-    write_json(json_file, "bench learning", figures, setup | {"training": found.training.model_dump()})
+    setup = {"slice": part, "arms": arms, "users": users, "seeds": grid.SEEDS, "seed": config.seed}
+    setup["model"] = config.policy.model
+    write_json(json_file, "bench learning", figures, setup | {"training": config.training.model_dump()})
 
 
-@bench.command("train")
+@command("train", group=bench, default_model="toy")
 def bench_train(
+    config: Config,
     json_file: JsonFile = None,
-    model: ModelName = "toy",
-    config: ConfigFile = None,
-    data_dir: DataDir = None,
-    seed: Seed = None,
 ) -> None:
     """What each objective costs in time and memory, against a plain TRL script on the same rows."""
     from learning.bench import train
 
-    found = configured(config, data_dir, seed, model)
     check_writable(json_file)
-    found, base = with_model(found, serves=False)
+    config, base = with_model(config, serves=False)
     with progress_bar() as progress:
-        figures = train.measure(found, base, progress)
+        figures = train.measure(config, base, progress)
     print_figures(figures)
-    write_json(json_file, "bench train", figures, {"model": found.policy.model, "rows": train.SIZE.rows})
+    write_json(json_file, "bench train", figures, {"model": config.policy.model, "rows": train.SIZE.rows})
 
 
-@bench.command("tracker")
+@command("tracker", group=bench, default_model="toy")
 def bench_tracker(
+    config: Config,
     sizes: Annotated[
         str, typer.Option(help="Stored turns (1e3, 1e5, 1e6) and mentions in one channel (2k, 150k), with commas between.")
     ] = "1e3,1e5,1e6,150k",
     json_file: JsonFile = None,
-    model: ModelName = "toy",
-    config: ConfigFile = None,
-    data_dir: DataDir = None,
-    seed: Seed = None,
 ) -> None:
     """What remembering costs: a message, with a thousand to a million stored turns, and one channel that has grown."""
     from learning.bench import tracker
 
-    found = configured(config, data_dir, seed, model)
     check_writable(json_file)
     wanted = [size.strip() for size in sizes.split(",")]
     known = [*tracker.SIZES, *tracker.CHANNELS]
     unknown = [size for size in wanted if size not in known]
     if unknown:
         raise ConfigError(f"--sizes has value '{unknown[0]}'; choose from {', '.join(known)}")
-    found, base = with_model(found, serves=False)
+    config, base = with_model(config, serves=False)
     with progress_bar() as progress:
-        figures = tracker.measure_apart(found, base, wanted, progress)
+        figures = tracker.measure_apart(config, base, wanted, progress)
     print_figures(figures)
-    write_json(json_file, "bench tracker", figures, {"embedder": found.dialogue.embedder, "sizes": wanted})
+    write_json(json_file, "bench tracker", figures, {"embedder": config.dialogue.embedder, "sizes": wanted})

@@ -11,7 +11,7 @@ import typer
 
 from bot.accelerator import GIB, free_memory, has_gpu, read_card
 from bot.checks import Check, Skipped, examine, works
-from bot.cli.options import BAD_INPUT, ConfigFile, DataDir, JsonFile, Seed, app, configured
+from bot.cli.options import BAD_INPUT, JsonFile, command
 from bot.config import Config
 from bot.data_directory import is_held
 from bot.environment import listen
@@ -24,25 +24,22 @@ PYTHONS = ((3, 11), (3, 13))
 LEAST_MEMORY = 3 * GIB  # vLLM's processes and the bot, without a model
 
 
-@app.command()
+@command()
 def doctor(
+    config: Config,
     quick: Annotated[bool, typer.Option("--quick", help="Leave out the answer and the training step.")] = False,
     json_file: JsonFile = None,
-    config: ConfigFile = None,
-    data_dir: DataDir = None,
-    seed: Seed = None,
 ) -> None:
     """Look whether all that kibitz needs is here: one table of what works, and what to do where it does not."""
     from learning.rollout.self_test import SelfTest
     from learning.training.choice import sized_model
 
-    found = configured(config, data_dir, seed)
     check_writable(json_file)
-    with SelfTest(found, lambda: sized_model(found)) as test:
-        checks = [*machine_checks(found), ("tokens", lambda: _tokens(found)), *test.checks(quick)]
+    with SelfTest(config, lambda: sized_model(config)) as test:
+        checks = [*machine_checks(config), ("tokens", lambda: _tokens(config)), *test.checks(quick)]
         rows = examine(checks, lambda row: announce(f"{row.what}: {row.outcome}"))
     print_rows(("what", "works", "found", "what to do"), [(row.what, row.outcome, row.found, row.to_do) for row in rows])
-    write_json(json_file, "doctor", {row.what: asdict(row) for row in rows}, {"model": found.policy.model})
+    write_json(json_file, "doctor", {row.what: asdict(row) for row in rows}, {"model": config.policy.model})
     if not works(rows):
         raise typer.Exit(BAD_INPUT)
 

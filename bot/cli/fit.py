@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from bot import output_files
-from bot.cli.options import ConfigFile, DataDir, JsonFile, Seed, app, configured, path_argument, path_option
+from bot.cli.options import JsonFile, command, path_argument, path_option
 from bot.config import Config
 from bot.errors import ConfigError
 from bot.memory.embedder import Embedder, embedder_of
@@ -24,30 +24,27 @@ def _embedder(config: Config) -> Embedder:
     return found
 
 
-@app.command("fit-retrieval")
+@command("fit-retrieval")
 def fit_retrieval(
+    config: Config,
     out: Annotated[Path | None, path_option("--out", help="Where the weights go.")] = None,
     dialogues: Annotated[int, typer.Option(min=1, help="How many dialogues to make and learn from.")] = 24,
     from_feedback: Annotated[
         bool, typer.Option("--from-feedback", help="Learn from the answers that people judged.")
     ] = False,
-    config: ConfigFile = None,
-    data_dir: DataDir = None,
-    seed: Seed = None,
 ) -> None:
     """Learn what each signal of retrieval counts: from dialogues that are made here, or from what your people liked."""
     from learning.fitting import retrieval
     from learning.fitting.dialogues import dialogue
 
-    found = configured(config, data_dir, seed)
     check_writable(out)
-    embedder = _embedder(found)
-    setup: dict[str, Any] = {"seed": found.seed, "embedder": found.dialogue.embedder}
+    embedder = _embedder(config)
+    setup: dict[str, Any] = {"seed": config.seed, "embedder": config.dialogue.embedder}
     with progress_bar() as progress:
         if from_feedback:
-            learned, setup["judged"] = _from_feedback(found, embedder, progress)
+            learned, setup["judged"] = _from_feedback(config, embedder, progress)
         else:
-            made = (dialogue(1000 * found.seed + number, people=(2, 6, 12)[number % 3]) for number in range(dialogues))
+            made = (dialogue(1000 * config.seed + number, people=(2, 6, 12)[number % 3]) for number in range(dialogues))
             learned = retrieval.fit(list(retrieval.made_examples(made, embedder, progress)))
             setup["dialogues"] = dialogues
     print_figures(learned)
@@ -71,22 +68,19 @@ def _from_feedback(config: Config, embedder: Embedder, progress: Any) -> tuple[d
     return retrieval.proven(judged, weights(config.dialogue.retrieval_weights))
 
 
-@app.command("fit-topics")
+@command("fit-topics")
 def fit_topics(
+    config: Config,
     train: Annotated[Path, path_argument("Dialogues with marked topics, in TIAGE's form.")],
     test: Annotated[Path, path_option("--test", help="Others, to judge by.")],
     out: Annotated[Path | None, path_option("--out", help="Where the weights go.")] = None,
     json_file: JsonFile = None,
-    config: ConfigFile = None,
-    data_dir: DataDir = None,
-    seed: Seed = None,
 ) -> None:
     """Learn where conversations turn to another topic, from dialogues in which people marked it."""
     from learning.fitting import topics
 
-    found = configured(config, data_dir, seed)
     check_writable(out, json_file)
-    embedder = _embedder(found)
+    embedder = _embedder(config)
     known, unknown = topics.read(train), topics.read(test)
     with progress_bar() as progress:
         learned, figures = topics.judged(known, unknown, embedder, progress)
@@ -96,23 +90,20 @@ def fit_topics(
         output_files.write_text(out, json.dumps(learned, indent=2) + "\n")
 
 
-@app.command("fit-followups")
+@command("fit-followups")
 def fit_followups(
+    config: Config,
     out: Annotated[Path | None, path_option("--out", help="Where the weights go.")] = None,
     json_file: JsonFile = None,
-    config: ConfigFile = None,
-    data_dir: DataDir = None,
-    seed: Seed = None,
 ) -> None:
     """Learn what people mean by what they say after an answer, from phrases that come with kibitz."""
     from learning.fitting import followups
 
-    found = configured(config, data_dir, seed)
     check_writable(out, json_file)
-    embedder = _embedder(found)
+    embedder = _embedder(config)
     with progress_bar() as progress:
-        learned, figures = followups.fit(found.seed, embedder, progress)
+        learned, figures = followups.fit(config.seed, embedder, progress)
     print_figures(figures)
-    write_json(json_file, "fit-followups", figures, {"seed": found.seed, "embedder": found.dialogue.embedder})
+    write_json(json_file, "fit-followups", figures, {"seed": config.seed, "embedder": config.dialogue.embedder})
     if out is not None:
         output_files.write_text(out, json.dumps(learned) + "\n")

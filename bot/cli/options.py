@@ -1,8 +1,10 @@
 """Options: the application, the options that its commands share, and the config that they make."""
 
+import functools
+import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -63,14 +65,51 @@ JsonFile = Annotated[Path | None, path_option("--json", help="Write the figures 
 PlotFile = Annotated[Path | None, path_option("--plot", help="Draw the result into this PNG file.", parser=_read_plot)]
 
 
+def command(
+    name: str | None = None, group: typer.Typer = app, *, default_model: str | Literal[False] | None = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command. Its first parameter is the config that --config, --data-dir and --seed make.
+
+    With a `default_model` there is --model too; None leaves the model to the config.
+    """
+    shared: dict[str, Any] = {"config": ConfigFile, "data_dir": DataDir, "seed": Seed}
+    if default_model is not False:
+        shared["model"] = ModelName
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        _, *own = inspect.signature(function).parameters.values()
+
+        @functools.wraps(function)
+        def run(**options: Any) -> None:
+            given = {key: options.pop(key) for key in shared}
+            function(configured(**given), **options)
+
+        defaults = {"model": default_model}
+        added = [
+            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, annotation=option, default=defaults.get(key))
+            for key, option in shared.items()
+        ]
+        run.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+        run.__annotations__ = {one.name: one.annotation for one in (*own, *added)}
+        group.command(name)(run)
+        return function
+
+    return register
+
+
 def configured(config: Path | None, data_dir: Path | None, seed: int | None, model: str | None = None) -> Config:
     """The config of a command, with its options on top and a data directory that can be written."""
     if config is None and Path("config.toml").exists():
         config = Path("config.toml")
     found = configuration.load(config, data_dir=None if data_dir is None else str(data_dir), seed=seed)
     if model is not None:
-        chosen = {"model": environment.expand_home(model)}
-        found = found.model_copy(update={"policy": found.policy.model_copy(update=chosen)})
+        found = choose_model(found, model)
     prepare(found.data)
     environment.ensure_user(found.data)
     return found
+
+
+def choose_model(config: Config, model: str) -> Config:
+    """Return the config with another model."""
+    chosen = {"model": environment.expand_home(model)}
+    return config.model_copy(update={"policy": config.policy.model_copy(update=chosen)})

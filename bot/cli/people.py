@@ -8,7 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from bot.chat.texts import state_text
-from bot.cli.options import ConfigFile, DataDir, Seed, app, configured, path_argument
+from bot.cli.options import command, path_argument
+from bot.config import Config
 from bot.errors import DataError
 from bot.memory.embedder import embedder_of
 from bot.memory.state import LATEST, derived
@@ -26,19 +27,16 @@ ID_FORMS = {  # what people's ids look like on each platform of kibitz's own
 }
 
 
-@app.command()
+@command()
 def state(
+    config: Config,
     conversation: Annotated[str, typer.Argument(help="A conversation's id; without one the latest are listed.")] = "",
-    config: ConfigFile = None,
-    data_dir: DataDir = None,
-    seed: Seed = None,
 ) -> None:
     """What a conversation is about, who takes part, what is open, what people said of themselves."""
-    found = configured(config, data_dir, seed)
-    database, store, _ = open_stores(found)
+    database, store, _ = open_stores(config)
     if conversation:
         said = store.messages(store.conversation(conversation).id, LATEST)
-        console.print(state_text(derived(said, embedder_of(found))), markup=False)
+        console.print(state_text(derived(said, embedder_of(config))), markup=False)
     else:
         table = Table("conversation", "platform", "channel", "thread", "messages", "last")
         for one, messages, last in store.latest(20):
@@ -47,23 +45,20 @@ def state(
     database.close()
 
 
-@app.command()
+@command()
 def why(
+    config: Config,
     turn: Annotated[str, typer.Argument(help="A turn's id; without one the latest that people spoke of are listed.")] = "",
-    config: ConfigFile = None,
-    data_dir: DataDir = None,
-    seed: Seed = None,
 ) -> None:
     """Why an answer is what it is, what people said of it, and which versions learned from that."""
     from bot.models.tokenizer import ChatTokenizer
     from learning.data.explanation import explain
     from learning.data.replay_buffer import ReplayBuffer
 
-    found = configured(config, data_dir, seed)
-    database, store, registry = open_stores(found)
+    database, store, registry = open_stores(config)
     if turn:
-        tokenizer = ChatTokenizer(_spoken_model(registry), found.policy.template_args)
-        for line in explain(turn, ReplayBuffer(store, tokenizer, found), registry).lines():
+        tokenizer = ChatTokenizer(_spoken_model(registry), config.policy.template_args)
+        for line in explain(turn, ReplayBuffer(store, tokenizer, config), registry).lines():
             console.print(line, markup=False, highlight=False)
     else:
         table = Table("turn", "version", "answer")
@@ -73,21 +68,18 @@ def why(
     database.close()
 
 
-@app.command()
+@command()
 def export(
+    config: Config,
     file: Annotated[Path, path_argument("The file to write; an older one there is replaced.")],
-    config: ConfigFile = None,
-    data_dir: DataDir = None,
-    seed: Seed = None,
 ) -> None:
     """Write every conversation that may teach, with its feedback, to FILE, in the form that `kibitz replay` reads."""
     from learning.importers import kibitz_export
     from learning.training.replay import tokenizer_fingerprint
 
-    found = configured(config, data_dir, seed)
     check_writable(file)
-    database, store, registry = open_stores(found)
-    written = kibitz_export.export(store, file, tokenizer_fingerprint(_spoken_model(registry)), found.privacy)
+    database, store, registry = open_stores(config)
+    written = kibitz_export.export(store, file, tokenizer_fingerprint(_spoken_model(registry)), config.privacy)
     database.close()
     console.print(", ".join(f"{name}: {count}" for name, count in written.items()) or "nothing was said yet")
 
@@ -99,16 +91,14 @@ def _spoken_model(registry: PolicyRegistry) -> str:
     return registry.base().base_model
 
 
-@app.command()
+@command()
 def forget(
+    config: Config,
     platform: Annotated[str, typer.Argument(help="discord, slack, web or terminal.")],
     user: Annotated[str, typer.Argument(help="The platform's id of the person.")],
-    config: ConfigFile = None,
-    data_dir: DataDir = None,
-    seed: Seed = None,
 ) -> None:
     """Erase what a person wrote and reacted to, and every version that learned from it; also while kibitz runs."""
-    database, _, registry = open_stores(configured(config, data_dir, seed))
+    database, _, registry = open_stores(config)
     check_known((platform, user), find_people(database))
     console.print(f"{forget_person(database, registry, platform, user)}; they teach no more until they consent")
     database.close()

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 
 from bot.app import Kibitz, desk, run, running, shared
-from bot.cli.options import ConfigFile, DataDir, Seed, app, configured
+from bot.cli.options import command
 from bot.config import Config
 from bot.output import announce
 from connectors.access import Access
@@ -13,40 +13,39 @@ from learning.rollout.loop import OnlineLearner
 from learning.training.choice import with_model
 
 
-@app.command()
-def chat(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
+@command()
+def chat(config: Config) -> None:
     """Talk in the terminal; learning goes on in the background."""
     from connectors.terminal import Terminal
 
-    found, model = with_model(configured(config, data_dir, seed))
+    config, model = with_model(config)
 
     async def main() -> None:
-        async with running(found, model, announce, may_change=True) as kibitz:
+        async with running(config, model, announce, may_change=True) as kibitz:
             terminal = Terminal(kibitz.dialogue, desk(kibitz))
             kibitz.deployment.announce = kibitz.health.tell = terminal.announce
-            if found.learning.enabled:
-                learner = OnlineLearner(kibitz.store, kibitz.deployment, found, terminal.announce)
+            if config.learning.enabled:
+                learner = OnlineLearner(kibitz.store, kibitz.deployment, config, terminal.announce)
                 kibitz.start(learner.run(kibitz.health))
             await terminal.run()
 
     run(main())
 
 
-@app.command()
-def serve(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
+@command()
+def serve(config: Config) -> None:
     """Serve and learn until stopped (Ctrl-C or SIGTERM)."""
-    found = configured(config, data_dir, seed)
-    made = _connectors(found)
-    found, model = with_model(found)
+    made = _connectors(config)
+    config, model = with_model(config)
 
     async def main() -> None:
-        async with running(found, model, announce, may_change=True) as kibitz:
+        async with running(config, model, announce, may_change=True) as kibitz:
             announce(f"serving {kibitz.policy.version}; vLLM answers at {kibitz.policy.admin.url}")
             connectors = [make(kibitz) for make in made]
             for connector in connectors:
                 kibitz.keep(connector.name, connector.run)
-            if found.learning.enabled:
-                learner = OnlineLearner(kibitz.store, kibitz.deployment, found, announce)
+            if config.learning.enabled:
+                learner = OnlineLearner(kibitz.store, kibitz.deployment, config, announce)
                 kibitz.start(learner.run(kibitz.health))
             try:
                 await asyncio.Event().wait()

@@ -5,7 +5,8 @@ from typing import Annotated
 import typer
 
 from bot.app import run, running
-from bot.cli.options import ConfigFile, DataDir, JsonFile, ModelName, PlotFile, Seed, app, configured
+from bot.cli.options import JsonFile, PlotFile, command
+from bot.config import Config
 from bot.output import announce, check_writable, console, progress_bar, write_json
 from bot.store.stores import open_stores
 from learning.rollout.loop import OnlineLearner
@@ -13,8 +14,9 @@ from learning.training.choice import with_model
 from learning.training.pretrain import is_toy
 
 
-@app.command()
+@command(default_model="toy")
 def simulate(
+    config: Config,
     users: Annotated[str | None, typer.Option(help="Built-in users, or a file with utility(prompt, reply).")] = None,
     rounds: Annotated[int | None, typer.Option(min=1)] = None,
     messages: Annotated[int | None, typer.Option(min=1, help="Exchanges a round.")] = None,
@@ -23,32 +25,27 @@ def simulate(
     samples: Annotated[int, typer.Option(min=1, help="Answers to each held-out prompt when judging.")] = 3,
     json_file: JsonFile = None,
     plot: PlotFile = None,
-    model: ModelName = "toy",
-    config: ConfigFile = None,
-    data_dir: DataDir = None,
-    seed: Seed = None,
 ) -> None:
     """Simulated users with hidden preferences talk, react, and are learned from."""
     from learning.bench import simulated_people, simulation
 
-    found = configured(config, data_dir, seed, model)
     check_writable(json_file, plot)
-    usual = simulated_people.usual(is_toy(found.policy.model))
+    usual = simulated_people.usual(is_toy(config.policy.model))
     users, rounds = users or usual.users, rounds or usual.rounds
     messages = messages or usual.messages
     reaction_rate = usual.reaction_rate if reaction_rate is None else reaction_rate
     utility = simulated_people.users(users)
-    database, _, _ = open_stores(found)
+    database, _, _ = open_stores(config)
     simulation.check_only_simulated(database)
     database.close()
-    found, base = with_model(found)
+    config, base = with_model(config)
     played: list[simulation.Simulation] = []
 
     async def main() -> None:
-        async with running(found, base, announce) as kibitz:
+        async with running(config, base, announce) as kibitz:
             with progress_bar() as progress:
-                learner = OnlineLearner(kibitz.store, kibitz.deployment, found, announce, progress)
-                people = simulated_people.People(utility, reaction_rate, noise, found.seed)
+                learner = OnlineLearner(kibitz.store, kibitz.deployment, config, announce, progress)
+                people = simulated_people.People(utility, reaction_rate, noise, config.seed)
                 asked = simulated_people.prompts(is_toy(base))
                 play = simulation.Simulation(kibitz.dialogue, kibitz.policy, learner, people, asked, progress)
                 await play.run(rounds, messages, samples, lambda row: announce(row.line()))
@@ -61,6 +58,6 @@ def simulate(
         simulation.plot(rows, plot, f"users: {users}, {noise:.0%} noise, {reaction_rate:.0%} react")
         console.print(f"learning curve: {plot}")
     setup = {"users": users, "rounds": rounds, "messages": messages, "reaction_rate": reaction_rate, "noise": noise}
-    setup |= {"samples": samples, "seed": found.seed, "model": found.policy.model}
-    setup |= {"training": found.training.model_dump(), "gate": found.gate.model_dump()}
-    write_json(json_file, "simulate", simulation.figures(played[0], found.policy.model), setup)
+    setup |= {"samples": samples, "seed": config.seed, "model": config.policy.model}
+    setup |= {"training": config.training.model_dump(), "gate": config.gate.model_dump()}
+    write_json(json_file, "simulate", simulation.figures(played[0], config.policy.model), setup)

@@ -10,17 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bot.cli.options import (
-    ConfigFile,
-    DataDir,
     JsonFile,
-    ModelName,
     PlotFile,
-    Seed,
-    app,
-    configured,
+    choose_model,
+    command,
     path_argument,
     path_option,
 )
+from bot.config import Config
 from bot.errors import ConfigError, NothingToLearn
 from bot.output import announce, check_writable, console, print_figures, progress_bar, write_json
 from bot.store.stores import open_stores
@@ -31,48 +28,43 @@ if TYPE_CHECKING:
     from learning.judging.waiting import Judgement
 
 
-@app.command()
+@command()
 def pretrain(
+    config: Config,
     pairs: Annotated[Path | None, path_argument("JSON lines of messages, or the Cornell corpus's folder.")] = None,
     out: Annotated[Path | None, path_option("--out", help="Where the model goes; below --data-dir by default.")] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 1,
     learning_rate: Annotated[float, typer.Option(min=0.0)] = 5e-4,
     json_file: JsonFile = None,
-    config: ConfigFile = None,
-    data_dir: DataDir = None,
-    seed: Seed = None,
 ) -> None:
     """Make the toy policy, or tune the configured model on your own prompt-response pairs."""
     from learning.importers.pairs import pairs as read_pairs
 
-    found = configured(config, data_dir, seed)
     check_writable(json_file)
     if out is not None:
         pretraining.check_place(out)
     if pairs is None:
-        console.print(f"model: {with_model(configured(config, data_dir, seed, 'toy'))[1]}")
+        console.print(f"model: {with_model(choose_model(config, 'toy'))[1]}")
         return
     dialogues = list(read_pairs(pairs))
     if len(dialogues) < 2:
         raise ConfigError(f"{pairs}: holds {len(dialogues)} pairs; at least 2 are needed, one is held out")
-    found, model = with_model(found)
-    directory = out or found.data / "models" / f"pretrained-{pairs.stem}"
+    config, model = with_model(config)
+    directory = out or config.data / "models" / f"pretrained-{pairs.stem}"
     with progress_bar() as progress:
-        recipe = found.seed, epochs, learning_rate, progress, found.policy.template_args
+        recipe = config.seed, epochs, learning_rate, progress, config.policy.template_args
         measures = pretraining.warm_start(model, dialogues, directory, *recipe)
     print_figures(measures)
     console.print(f'model: {directory}\nuse it: [policy] model = "{directory}", with a new data directory', markup=False)
-    write_json(json_file, "pretrain", measures, {"pairs": pairs.name, "epochs": epochs, "seed": found.seed})
+    write_json(json_file, "pretrain", measures, {"pairs": pairs.name, "epochs": epochs, "seed": config.seed})
 
 
-@app.command()
+@command()
 def train(
+    config: Config,
     progress: Annotated[str, typer.Option(help="How to report: bar, or json for a parent process.")] = "bar",
     deploy: Annotated[bool, typer.Option("--deploy", help="Have what passes the gate deployed.")] = False,
     judge: Annotated[bool, typer.Option("--judge", help="Train nothing; judge the candidate that waits.")] = False,
-    config: ConfigFile = None,
-    data_dir: DataDir = None,
-    seed: Seed = None,
 ) -> None:
     """One training run now; registers a candidate with its verdict, which `kibitz deploy` takes live."""
     from learning.judging.waiting import judge_waiting
@@ -80,13 +72,13 @@ def train(
 
     is_told = progress == "json"  # by whoever started this process, who has told of the model already
     tell = (lambda text: None) if is_told else announce
-    found, model = with_model(configured(config, data_dir, seed), tell, serves=False)
-    database, _, registry = open_stores(found)
+    config, model = with_model(config, tell, serves=False)
+    database, _, registry = open_stores(config)
     registry.ensure_base(model)
     database.close()
 
     def work(report: Callable[[str, int, int], None]) -> "Outcome | Judgement":
-        return judge_waiting(found, report) if judge else train_version(found, report, deploys=deploy)
+        return judge_waiting(config, report) if judge else train_version(config, report, deploys=deploy)
 
     if progress != "json":
         with progress_bar() as report:
@@ -106,35 +98,31 @@ def _tell(**values: Any) -> None:
     sys.stdout.flush()
 
 
-@app.command()
+@command(default_model=None)
 def replay(
+    config: Config,
     file: Annotated[Path, path_argument("Recorded conversations with reactions: a file, a directory or a ZIP.")],
     format: Annotated[str, typer.Option(help="auto finds it out; a name that is not known lists those that are.")] = "auto",
     json_file: JsonFile = None,
     plot: PlotFile = None,
-    model: ModelName = None,
-    config: ConfigFile = None,
-    data_dir: DataDir = None,
-    seed: Seed = None,
 ) -> None:
     """Offline replay training: import recorded conversations, train on them, gate, and report."""
     from learning.importers import formats
     from learning.training import replay as offline
 
-    found = configured(config, data_dir, seed, model)
     check_writable(json_file, plot)
-    recording = formats.read(file, format, found.reactions)
+    recording = formats.read(file, format, config.reactions)
     for line in recording.lines():
         announce(line)
-    found, base = with_model(found, serves=False, replays=True)
-    database, store, registry = open_stores(found)
+    config, base = with_model(config, serves=False, replays=True)
+    database, store, registry = open_stores(config)
     registry.ensure_base(base)
     with progress_bar() as progress:
-        figures = offline.replay(recording, store, base, found, progress)
+        figures = offline.replay(recording, store, base, config, progress)
     database.close()
     print_figures(figures)
     if plot is not None:
         offline.plot(figures, plot)
         console.print(f"plot: {plot}")
-    setup = {"file": file.name, "format": recording.format, "seed": found.seed, "model": found.policy.model}
-    write_json(json_file, "replay", figures, setup | {"training": found.training.model_dump()})
+    setup = {"file": file.name, "format": recording.format, "seed": config.seed, "model": config.policy.model}
+    write_json(json_file, "replay", figures, setup | {"training": config.training.model_dump()})

@@ -8,7 +8,8 @@ from rich.table import Table
 
 from bot import output_files
 from bot.chat.texts import pause_text, status_text, waiting_text
-from bot.cli.options import ConfigFile, DataDir, JsonFile, Seed, app, configured, path_option
+from bot.cli.options import JsonFile, command, path_option
+from bot.config import Config
 from bot.data_directory import HEALTH, is_held
 from bot.errors import ConfigError, VerdictOutdated
 from bot.output import check_writable, console, write_json
@@ -18,22 +19,21 @@ from bot.types import PolicyState
 from learning.models import version_files
 
 
-@app.command()
-def status(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
+@command()
+def status(config: Config) -> None:
     """What is live, what was said, what was learned."""
-    found = configured(config, data_dir, seed)
-    is_running = is_held(found.data, "serve")
+    is_running = is_held(config.data, "serve")
     # First: the database may be what fails.
-    lines = failing_lines(read_failing(found.data / HEALTH)) if is_running else []
+    lines = failing_lines(read_failing(config.data / HEALTH)) if is_running else []
     console.print("\n".join([f"running: {'yes' if is_running else 'no'}", *lines]), markup=False)
-    _, store, registry = open_stores(found)
+    _, store, registry = open_stores(config)
     console.print(status_text(store, registry))
 
 
-@app.command()
-def policies(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
+@command()
+def policies(config: Config) -> None:
     """List every policy version."""
-    _, _, registry = open_stores(configured(config, data_dir, seed))
+    _, _, registry = open_stores(config)
     table = Table("version", "state", "parent", "KL", "gain", "made", "why not")
     for version in registry.all():
         figures = version.metrics
@@ -53,26 +53,22 @@ def _number(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, int | float) else ""
 
 
-@app.command()
-def rollback(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
+@command()
+def rollback(config: Config) -> None:
     """Take the live version back; the one that it replaced answers again."""
-    found = configured(config, data_dir, seed)
-    _, _, registry = open_stores(found)
+    _, _, registry = open_stores(config)
     taken_back, live = registry.rollback()
-    running = "; the running kibitz follows at once" if is_held(found.data, "serve") else ""
+    running = "; the running kibitz follows at once" if is_held(config.data, "serve") else ""
     console.print(f"{taken_back.name} was taken back, {live.name} is live{running}")
 
 
-@app.command()
+@command()
 def deploy(
+    config: Config,
     version: Annotated[str, typer.Argument(help="A candidate that `kibitz train` or `kibitz replay` made.")],
-    config: ConfigFile = None,
-    data_dir: DataDir = None,
-    seed: Seed = None,
 ) -> None:
     """Take a candidate live: a running kibitz, or the next one that starts, proves it on its vLLM first."""
-    found = configured(config, data_dir, seed)
-    database, store, registry = open_stores(found)
+    database, store, registry = open_stores(config)
     candidate, live = registry.get(version), registry.live()
     is_waiting = candidate.state == PolicyState.WAITING
     if (is_waiting or candidate.state == PolicyState.CANDIDATE) and candidate.judged_against != live.name:
@@ -81,44 +77,40 @@ def deploy(
     if is_waiting:
         told = f"{waiting_text(candidate, store)}; if it passes the gate then, it is proven and goes live"
     else:
-        when = "is proven now" if is_held(found.data, "serve") else "will be proven when kibitz starts"
+        when = "is proven now" if is_held(config.data, "serve") else "will be proven when kibitz starts"
         told = f"{version} {when}, and goes live if vLLM serves it as it was trained; `kibitz policies` tells"
     database.close()
     console.print(told)
 
 
-@app.command("pause-learning")
-def pause_learning(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
+@command("pause-learning")
+def pause_learning(config: Config) -> None:
     """Train no new versions; used again, go on. A running kibitz follows."""
-    _, _, registry = open_stores(configured(config, data_dir, seed))
+    _, _, registry = open_stores(config)
     console.print(pause_text(registry.pause_learning()))
 
 
-@app.command()
-def prune(config: ConfigFile = None, data_dir: DataDir = None, seed: Seed = None) -> None:
+@command()
+def prune(config: Config) -> None:
     """Remove what is left of rejected versions: reports, samples, records. Their weights went when they were rejected."""
-    found = configured(config, data_dir, seed)
-    database, _, registry = open_stores(found)
+    database, _, registry = open_stores(config)
     rejected = [Path(version.path) for version in registry.all() if version.state == PolicyState.REJECTED]
     count, size = version_files.prune(rejected)
     database.close()
     console.print(f"removed the files of {count} rejected versions, {size / 1e6:.1f} MB")
 
 
-@app.command()
+@command()
 def report(
+    config: Config,
     run: Annotated[str, typer.Argument(help="The version that the run made; without one the newest that left files.")] = "",
     out: Annotated[Path | None, path_option("--out", help="Where the page goes; RUN.html if not given.")] = None,
     json_file: JsonFile = None,
-    config: ConfigFile = None,
-    data_dir: DataDir = None,
-    seed: Seed = None,
 ) -> None:
     """What a training run read, learned and left out, and what the policy said before and after, as a page with plots."""
     from learning.judging import report as reports
 
-    found = configured(config, data_dir, seed)
-    database, _, registry = open_stores(found)
+    database, _, registry = open_stores(config)
     ran = {row["policy"]: row["outcome"] for row in registry.runs()}
     if not ran:
         raise ConfigError("kibitz report: there was no training run yet; `kibitz train` makes one")
