@@ -174,7 +174,6 @@ class LearningConfig(Section):
     max_turns: Positive = 512
     fresh: Share = 0.5
     detect_drift: bool = True
-    half_life: Annotated[int, Field(ge=0)] = 0
     max_age: Positive = 8
     from_base_every: Annotated[int, Field(ge=0)] = 0
 
@@ -182,9 +181,8 @@ class LearningConfig(Section):
 class TrainingConfig(Section):
     """One training run."""
 
-    objective: Literal["kto", "dpo", "sft", "pg", "hindsight", "mixed"] = "kto"
+    objective: Literal["kto", "dpo", "sft", "pg", "mixed"] = "kto"
     weights: Literal["lora", "full"] = "lora"
-    importance: Literal["token", "sequence"] = "token"
     anchor: Annotated[float, Field(ge=0)] = 0.1
     weight_decay: Annotated[float, Field(ge=0)] = 20.0
     lora_rank: Literal[1, 8, 16, 32, 64, 128, 256] = 16

@@ -134,7 +134,7 @@ def test_the_doctor_leaves_the_file_of_another_program_as_it_is(config, tmp_path
 def test_what_a_step_is_made_on_is_of_use_to_every_objective(tokenizer):
     rows = made_rows(tokenizer, 8, 40)
     assert all(len(row.prompt_ids) + len(row.completion_ids) == 40 for row in rows)
-    for objective in ("kto", "dpo", "sft", "pg", "hindsight", "mixed"):
+    for objective in ("kto", "dpo", "sft", "pg", "mixed"):
         assert len(usable_rows(rows, objective)) >= 4
 
 

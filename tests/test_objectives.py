@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from bot.config import Config, TrainingConfig
 from bot.errors import NothingToLearn, TrainingError
-from learning.data.comparison import told
 from learning.data.experience import Experience
 from learning.data.selection import draw_batches, learnable, usable_rows
 from learning.judging.evaluation import batched_logprobs, batches
@@ -25,7 +24,7 @@ from learning.training.guard import CHECKS, Guard, Health, Limits, due
 from learning.training.objectives import TokenDPOTrainer, TokenKTOTrainer, arguments, train
 from learning.training.weighted_trainer import CUT, TERMS, WeightedTrainer, row_losses, weighted_trainer
 
-OBJECTIVES = ("kto", "dpo", "sft", "pg", "hindsight", "mixed")
+OBJECTIVES = ("kto", "dpo", "sft", "pg", "mixed")
 
 
 def quiet(stage: str, done: int, total: int) -> None:
@@ -62,7 +61,6 @@ def lessons(model, tokenizer, count: int = 32) -> list[Experience]:
                 *(str(number), str(number), ids, said if likes else other, None, 1.0 if likes else -1.0, ()),
                 advantage=1.0 if likes else -1.0,
                 rejected_ids=other if likes else None,
-                hindsight_ids=told(tokenizer, ids, "love it" if likes else "that was bad"),
             )
         )
     logprobs = batched_logprobs(model, [(one.prompt_ids, one.completion_ids) for one in found])
@@ -76,7 +74,7 @@ def margin(model, rows) -> float:
     return sum(liked) / len(liked) - sum(disliked) / len(disliked)
 
 
-@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "hindsight"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_an_objective_makes_liked_answers_likelier_than_disliked_ones(fresh, tokenizer, objective):
     rows = lessons(fresh, tokenizer)
     before = margin(fresh, rows)
@@ -111,33 +109,21 @@ def test_little_evidence_is_learned_from_in_few_and_small_steps():
 
 
 def test_without_an_advantage_nothing_is_learned(fresh, tokenizer):
-    rows = [replace(one, advantage=0.0, rejected_ids=None, hindsight_ids=None) for one in lessons(fresh, tokenizer, 8)]
+    rows = [replace(one, advantage=0.0, rejected_ids=None) for one in lessons(fresh, tokenizer, 8)]
     for objective in OBJECTIVES:
         with pytest.raises(NothingToLearn, match="none of 8 answers"):
             train(fresh, tokenizer.hf, rows, TrainingConfig(objective=objective), 0, quiet)
 
 
-def test_hindsight_moves_to_what_somebody_who_knows_the_comment_would_have_said(fresh, tokenizer):
-    rows = lessons(fresh, tokenizer)
-    told_of = [(one.hindsight_ids, one.completion_ids) for one in rows]
-    asked = [(one.prompt_ids, one.completion_ids) for one in rows]
-    wanted = torch.cat(batched_logprobs(fresh, told_of)) - torch.cat(batched_logprobs(fresh, asked))
-    before = torch.cat(batched_logprobs(fresh, asked))
-    train(fresh, tokenizer.hf, rows, TrainingConfig(objective="hindsight", max_steps=8, anchor=0.0), 0, quiet)
-    moved = torch.cat(batched_logprobs(fresh, asked)) - before
-    assert float((wanted.clamp(-1, 1) * moved).mean()) > 0
-
-
 def test_each_objective_uses_what_it_can(model, tokenizer):
     pair, liked, disliked = lessons(model, tokenizer, 2)[0], *lessons(model, tokenizer, 2)
-    liked = replace(liked, rejected_ids=None, logprobs=None, hindsight_ids=None)
-    rows = [pair, liked, disliked, replace(disliked, logprobs=None, hindsight_ids=None)]
+    liked = replace(liked, rejected_ids=None, logprobs=None)
+    rows = [pair, liked, disliked, replace(disliked, logprobs=None)]
     used = {name: [rows.index(one) for one in usable_rows(rows, name)] for name in OBJECTIVES}
     assert used["kto"] == used["mixed"] == [0, 1, 2, 3]
     assert used["dpo"] == [0]
     assert used["sft"] == [0, 1]
     assert used["pg"] == [0, 1, 2], "how likely a disliked answer was when it was sampled must be known"
-    assert used["hindsight"] == [0, 2]
 
 
 def test_who_counts_less_moves_the_policy_less(fresh, tokenizer):
@@ -189,7 +175,6 @@ def different(tokenizer, count: int) -> list[Experience]:
             *(1.0, ()),
             advantage=1.0,
             rejected_ids=tuple(tokenizer.completion_ids("No.")),
-            hindsight_ids=told(tokenizer, tokenizer.prompt_ids([{"role": "user", "content": f"hello {number}"}]), "yes"),
         )
         for number in range(count)
     ]
@@ -232,13 +217,13 @@ def test_what_a_run_does_not_read_is_not_said_to_be_learned(tokenizer):
         assert (len(learned), sum(dropped.values())) == (20, 20), "chance says which, not how many"
 
 
-def losses(term: str, shift: float, advantage: float = 1.0, anchor: float = 0.0, importance: str = "token") -> torch.Tensor:
+def losses(term: str, shift: float, advantage: float = 1.0, anchor: float = 0.0) -> torch.Tensor:
     """The losses of a term for two answers of three tokens, whose log-probabilities are `shift` above the base's."""
     reference = torch.full((2, 3), -1.0)
-    inputs = {"reference": reference, "behaviour": reference, "hindsight": torch.ones(2, 3)}
+    inputs = {"reference": reference, "behaviour": reference}
     inputs |= {"advantage": torch.tensor([advantage] * 2), "weight": torch.tensor([1.0, 0.5])}
     inputs["term"] = torch.tensor([TERMS.index(term)] * 2)
-    settings = TrainingConfig(anchor=anchor, importance=importance)
+    settings = TrainingConfig(anchor=anchor)
     return row_losses(reference + torch.tensor([[shift], [0.0]]), torch.ones(2, 3), inputs, settings, 3.0)
 
 
@@ -246,11 +231,9 @@ def test_the_terms_are_what_they_are_called():
     assert losses("imitate", 0.0).tolist() == pytest.approx([1.0, 0.5])
     assert losses("reinforce", 0.0, advantage=-2.0).tolist() == pytest.approx([-2.0, -1.0])
     assert losses("reinforce", 5.0)[0] == pytest.approx(-CUT * 4.0), "importance weights are cut"
-    assert losses("reinforce", 0.2, importance="sequence")[0] == pytest.approx(math.exp(0.6) * 0.8)
     assert losses("prospect", -100.0, advantage=-1.0)[0] == pytest.approx(-1.0), "a disliked answer is pushed only so far"
     assert losses("prefer", 0.0)[0] == pytest.approx(math.log(2) + 1.0)
     assert losses("prefer", 1.0)[0] < math.log(2), "and less where the preferred one is ahead"
-    assert losses("hindsight", 0.0)[0] == pytest.approx(1.0)
 
 
 def test_the_anchor_pulls_back_from_both_sides():

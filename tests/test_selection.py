@@ -142,18 +142,6 @@ def test_the_best_answer_to_a_question_is_preferred_to_the_worst():
     assert all(one.rejected_ids is None for one in paired([(0.0, bad), (0.0, replace(good, prompt_ids=(9,)))]))
 
 
-def test_what_is_old_counts_less_where_it_may():
-    said = [experience(str(number), 1.0 if number % 2 else -1.0) for number in range(40)]
-    weights = [one.weight for one in weighed(said, np.zeros(40, int), prior=0.0, cap=1.0, half_life=10)]
-    assert weights[-1] == 1.0
-    assert weights[-11] == pytest.approx(0.5)
-    assert weights[-31] == pytest.approx(0.125)
-    assert [one.weight for one in weighed(said, np.zeros(40, int), prior=0.0, cap=1.0)] == [1.0] * 40, "the control"
-    by_one = [replace(one, opinions=("a",) if number < 30 else (f"b{number}",)) for number, one in enumerate(said)]
-    told = weighed(by_one, np.zeros(40, int), prior=0.0, cap=0.25, half_life=10)
-    assert sum(one.weight for one in told[:30]) == pytest.approx(0.25 * sum(one.weight for one in told), rel=0.01)
-
-
 def test_what_is_weighed_has_equal_weight_on_both_sides():
     said = [experience(str(number), 1.0 if number < 30 else -1.0) for number in range(40)]
     worth = [one.advantage for one in weighed(said, np.zeros(40, int), prior=0.0, cap=1.0)]

@@ -107,11 +107,6 @@ class Template:
             )
         return rendered[0]  # it writes texts in a way of its own
 
-    def note(self, text: str) -> str:
-        """Render a line that stands before a prompt: as a system message, or as a user's where there are none."""
-        role = SYSTEM if self.rules.system and self.rules.no_user else USER
-        return self.render([{"role": role, "content": text}], is_prompt=False)
-
     def _try(self, chat: ChatMessages, is_prompt: bool = True, arguments: Mapping[str, Scalar] | None = None) -> str | None:
         """The chat as the template renders it; None where it refuses."""
         given = self.arguments if arguments is None else arguments

@@ -58,13 +58,6 @@ class ChatTokenizer:
         """Give the ids of `messages`, in the shape that the template wants, with the opening of the assistant's answer."""
         return self._encode(self.template.render(messages))
 
-    def note_ids(self, text: str, prompt_ids: Sequence[int]) -> list[int]:
-        """Put a line, as a system message if the template has those, before a prompt that is given as token ids."""
-        before = self._encode(self.template.note(text))
-        bos, prompt = self.hf.bos_token_id, list(prompt_ids)
-        begins_twice = before[:1] == prompt[:1] == [bos] and prompt.count(bos) == 1  # some begin every turn with it
-        return [*before, *prompt[begins_twice:]]
-
     def completion_ids(self, text: str) -> list[int]:
         """Give the ids of an answer as vLLM would have sampled them, with the token that ends the turn.
 

@@ -26,7 +26,7 @@ from bot.types import Progress
 from learning.bench.learning import STEPS, Point, measured
 from learning.judging.statistics import mean_interval
 
-OBJECTIVES = ("kto", "dpo", "sft", "pg", "hindsight", "mixed")
+OBJECTIVES = ("kto", "dpo", "sft", "pg", "mixed")
 CONTROLS = ("frozen", "placebo")
 ARMS = (*OBJECTIVES, *CONTROLS)
 RATES = [one for one in product((0.0, 0.1, 0.2), (1.0, 0.2, 0.05)) if one != (0.1, 1.0)]  # noise, and who reacts at all

@@ -22,10 +22,9 @@ from bot.memory.embedder import embedder_of
 from bot.models.tokenizer import ChatTokenizer
 from learning.bench.simulated_people import Utility
 from learning.bench.simulated_people import users as simulated_users
-from learning.data.comparison import compared, told
+from learning.data.comparison import compared
 from learning.data.experience import Experience
 from learning.data.selection import parted
-from learning.fitting.followups import PHRASES
 from learning.judging.evaluation import Sample, batched_logprobs, generate, kl_to_base, perplexity, token_rows
 from learning.models import toy
 from learning.models.trainable import as_base, load, quiet, restore, weights
@@ -35,7 +34,6 @@ from learning.training.teaching import teach
 STEPS = (40, 80, 120, 160, 200)  # reactions after which a version is trained and judged
 SAMPLES = 4  # answers to each held-out prompt
 REGENERATES = 0.5  # how often somebody who did not like an answer asks for another
-COMMENTS = 0.3  # how often somebody says something next
 
 
 @dataclass(frozen=True)
@@ -154,8 +152,7 @@ def talk(arena: Arena, people: People, reactions: int) -> list[Experience]:
 
 
 def experience(arena: Arena, question: str, answer: Sample, likes: bool, rng: random.Random) -> Experience:
-    """An answer with the reaction to it, and with what the asker said next, if anything."""
-    comment = rng.choice(PHRASES["approval" if likes else "disapproval"]) if rng.random() < COMMENTS else None
+    """An answer with the reaction to it."""
     return Experience(
         turn_id="",
         unit=str(rng.random()),
@@ -166,7 +163,6 @@ def experience(arena: Arena, question: str, answer: Sample, likes: bool, rng: ra
         feedback_ids=(),
         question=question,
         answer=answer.text,
-        hindsight_ids=None if comment is None else told(arena.tokenizer, answer.prompt_ids, comment),
     )
 
 

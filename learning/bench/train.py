@@ -25,12 +25,11 @@ from bot.models.tokenizer import ChatTokenizer
 from bot.serving.children import end_with_parent
 from bot.store.stores import open_stores
 from bot.types import Progress
-from learning.data.comparison import told
 from learning.data.experience import Experience
 from learning.models import toy
 from learning.training.pretrain import is_toy
 
-OBJECTIVES = ("kto", "dpo", "sft", "pg", "hindsight", "mixed")
+OBJECTIVES = ("kto", "dpo", "sft", "pg", "mixed")
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,7 @@ def _plain(model: Any, tokenizer: ChatTokenizer, rows: Sequence[Experience], con
 
 
 def _rows(tokenizer: ChatTokenizer, count: int, seed: int) -> list[Experience]:
-    """Answers of the demo set, every other one liked, each with a worse one to the same prompt and a comment."""
+    """Answers of the demo set, every other one liked, each with a worse one to the same prompt."""
     found = []
     for number, dialogue in enumerate(toy.dialogues(count, seed)):
         prompt = tuple(tokenizer.prompt_ids(dialogue[:-1]))
@@ -188,8 +187,4 @@ def _rows(tokenizer: ChatTokenizer, count: int, seed: int) -> list[Experience]:
         logprobs = (-1.0,) * len(answer)
         found.append(Experience(str(number), str(number), prompt, answer, logprobs, sign, (), advantage=sign))
     others = [found[-1].completion_ids, *(one.completion_ids for one in found[:-1])]
-    comment = "that was not what i asked for"
-    return [
-        replace(one, rejected_ids=other, hindsight_ids=told(tokenizer, one.prompt_ids, comment))
-        for one, other in zip(found, others, strict=True)
-    ]
+    return [replace(one, rejected_ids=other) for one, other in zip(found, others, strict=True)]

@@ -1,4 +1,4 @@
-"""Comparison: answers beside what is usual, beside other answers to the same question, and in hindsight.
+"""Comparison: answers beside what is usual, and beside other answers to the same question.
 
 It knows no database and no objective.
 """
@@ -11,7 +11,6 @@ import numpy as np
 
 from bot.config import Config
 from bot.memory.embedder import Embedder
-from bot.models.tokenizer import ChatTokenizer
 from learning.data.features import expected, features
 from learning.data.selection import kinds_of, weighed
 
@@ -40,7 +39,6 @@ def compared(found: Sequence["Experience"], embedder: Embedder | None, config: C
         kind_of,
         config.rewards.prior,
         config.rewards.person_cap,
-        config.learning.half_life,
         smooth if share and found else None,
     )
 
@@ -59,9 +57,3 @@ def paired(answers: Sequence[tuple[float, "Experience"]]) -> list["Experience"]:
         both = tuple(sorted(said))  # the other may be left out of the run, but taught it all the same
         ones[best] = replace(ones[best], rejected_ids=ones[worst].completion_ids, feedback_ids=both)
     return ones
-
-
-def told(tokenizer: ChatTokenizer, prompt_ids: Sequence[int], comment: str) -> tuple[int, ...]:
-    """A prompt as somebody would have it who knows what the asker said next."""
-    line = f"What the user will say to the answer: {tokenizer.neutralise(comment)}"
-    return tuple(tokenizer.note_ids(line, prompt_ids))

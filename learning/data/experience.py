@@ -16,15 +16,14 @@ LONG_AGO = datetime.min.replace(tzinfo=UTC)
 class Experience:
     """One answer to learn from, as exact token ids.
 
-    `unit` is what the held-out part is drawn by: an imported conversation, or the words of the question; `question_id` is
-    the message that it answers, as others may. `opinions` names those whose opinions the reward is made of, and
-    `followup_id` is the message that it counts too. `logprobs` (nats, one for each of `completion_ids`) are those of its
-    sampling, or None for a text that was not sampled so (imported, a person's correction, a truncated distribution).
-    `rejected_ids` is an answer to the same prompt that people liked less; `hindsight_ids` is the prompt as somebody would
-    have it who knows what the asker said next. `feedback_ids` is what the reward is made of, and of an answer that is paired
-    also what was said of the other and who ranked either (`rank_ids`). `said_at` is when the first of it was said.
-    `advantage` (in [-2, 2]) is what `compared` makes of the reward; `weight` (in (0, 1]) is less for those who say more than
-    their share.
+    `unit` is what the held-out part is drawn by: an imported conversation, or the words of the question; `question_id`
+    is the message that it answers, as others may. `opinions` names those whose opinions the reward is made of, and
+    `followup_id` is the message that it counts too. `logprobs` (nats, one for each of `completion_ids`) are those of
+    its sampling, or None for a text that was not sampled so (imported, a person's correction, a truncated
+    distribution). `rejected_ids` is an answer to the same prompt that people liked less. `feedback_ids` is what the
+    reward is made of, and of an answer that is paired also what was said of the other and who ranked either
+    (`rank_ids`). `said_at` is when the first of it was said. `advantage` (in [-2, 2]) is what `compared` makes of the
+    reward; `weight` (in (0, 1]) is less for those who say more than their share.
     """
 
     turn_id: str
@@ -41,7 +40,6 @@ class Experience:
     answer: str = ""
     question_id: str = ""
     rejected_ids: tuple[int, ...] | None = None
-    hindsight_ids: tuple[int, ...] | None = None
     is_correction: bool = False
     rank_ids: tuple[str, ...] = ()
     said_at: datetime = LONG_AGO
@@ -51,12 +49,11 @@ class Experience:
     @property
     def length(self) -> int:
         """How many tokens its longest sequence has."""
-        asked = max(len(self.prompt_ids), len(self.hindsight_ids or ()))
-        return asked + max(len(self.completion_ids), len(self.rejected_ids or ()))
+        return len(self.prompt_ids) + max(len(self.completion_ids), len(self.rejected_ids or ()))
 
     def digest(self) -> list[Any]:
         """What a manifest records of it."""
-        texts = [self.prompt_ids, self.completion_ids, self.rejected_ids, self.hindsight_ids]
+        texts = [self.prompt_ids, self.completion_ids, self.rejected_ids]
         ids = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
         worth = [round(value, 6) for value in (self.reward, self.advantage, self.weight)]
         return [self.turn_id, ids, *worth, list(self.feedback_ids)]

@@ -22,7 +22,7 @@ from bot.store.registry import PolicyRegistry
 from bot.store.teachers import find_turns_that_taught, select_teachers
 from bot.store.users import Users
 from bot.types import Feedback, FeedbackKind, FollowUp, Message, Turn, now
-from learning.data.comparison import compared, paired, told
+from learning.data.comparison import compared, paired
 from learning.data.experience import Experience, Snapshot
 from learning.data.rewards import Reward, reward
 from learning.data.selection import (
@@ -274,7 +274,6 @@ class ReplayBuffer:
             completion = tuple(self.tokenizer.completion_ids(self.tokenizer.neutralise(turn.text)))
         else:
             prompt, completion = turn.prompt_ids, turn.completion_ids
-        comment = voices.comment(turn)
         is_sampled = not is_truncated(turn.sampling) and age <= self.config.learning.max_age
         first = Experience(
             turn_id=turn.id,
@@ -290,7 +289,6 @@ class ReplayBuffer:
             question=voices.questions[turn.message_id],
             question_id=turn.message_id,
             answer=turn.text,
-            hindsight_ids=None if comment is None else told(self.tokenizer, prompt, comment),
         )
         yield first
         if correction is not None:
@@ -302,7 +300,6 @@ class ReplayBuffer:
                 reward=1.0,
                 answer=correction,
                 rejected_ids=completion,
-                hindsight_ids=None,
                 is_correction=True,
             )
 

@@ -109,27 +109,20 @@ def weighed(
     kind_of: np.ndarray,
     prior: float,
     cap: float,
-    half_life: int = 0,
     smooth: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
 ) -> list["Experience"]:
     """The experiences (oldest first) with their advantages, and with less weight for those of somebody who says more than
-    their share, and for old ones. `smooth` makes other advantages (n,) of those and the weights (n,).
+    their share. `smooth` makes other advantages (n,) of those and the weights (n,).
     """
     worth = advantages(np.array([one.reward for one in found]), kind_of, prior)
-    recent = recency(len(found), half_life)
     opinions = [one.opinions for one in found]
     if smooth is not None:
-        worth = smooth(worth, recent * limited(opinions, recent, cap))
-    weights = recent * limited(opinions, recent * np.abs(worth), cap)
+        worth = smooth(worth, limited(opinions, np.ones(len(found)), cap))
+    weights = limited(opinions, np.abs(worth), cap)
     return [
         replace(one, advantage=float(value), weight=float(weight))
         for one, value, weight in zip(found, worth, weights, strict=True)
     ]
-
-
-def recency(count: int, half_life: int) -> np.ndarray:
-    """A weight in (0, 1] for each of so many turns (oldest first), half after each `half_life` newer ones; 0: never."""
-    return np.exp2(-np.arange(count)[::-1] / half_life) if half_life else np.ones(count)
 
 
 def limited(opinions: Sequence[tuple[str, ...]], worth: np.ndarray, cap: float) -> np.ndarray:
@@ -170,8 +163,6 @@ def usable_rows(found: Sequence["Experience"], objective: str) -> list["Experien
             return [one for one in found if one.advantage > 0]
         case "pg":
             return [one for one in found if one.advantage and (one.logprobs is not None or one.advantage > 0)]
-        case "hindsight":
-            return [one for one in found if one.hindsight_ids is not None]
         case _:
             return [one for one in found if one.advantage]
 

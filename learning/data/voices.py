@@ -98,12 +98,6 @@ class Voices:
             return followup, "rewards.followup is off"
         return followup, None if followup.kind in FOLLOW_UPS else "it says nothing about the answer"
 
-    def comment(self, turn: Turn) -> str | None:
-        """What the asker said next, where they consent."""
-        _, message = self._said_next.get(turn.id, (None, None))
-        is_theirs = message is not None and message.author_id == turn.asker_id and self.consent.of(turn, turn.asker_id)
-        return message.text if message is not None and is_theirs else None
-
     def ranks(self, turn: Turn) -> list[Feedback]:
         """The acts that rank a turn among its siblings, and count."""
         counted = [row for row, reason in self.judge(turn) if reason is None]

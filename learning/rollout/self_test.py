@@ -229,7 +229,6 @@ def made_rows(tokenizer: ChatTokenizer, count: int, length: int) -> list["Experi
                 *(str(number), str(number), prompt, own, (-1.0,) * len(own), sign, ()),
                 advantage=sign,
                 rejected_ids=other if likes else None,
-                hindsight_ids=prompt,
             )
         )
     return found

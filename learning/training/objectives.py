@@ -9,7 +9,7 @@ adapter as it was, and the policy walks away from its base.
   and disapproval, unpaired.
 - `dpo`: Rafailov et al. (2023), "Direct Preference Optimization", arXiv:2305.18290. Pairs, with an SFT term, without which
   the likelihood of both answers falls.
-- `sft`, `pg`, `hindsight`, `mixed`: the terms of `learning.training.weighted_trainer`.
+- `sft`, `pg`, `mixed`: the terms of `learning.training.weighted_trainer`.
 """
 
 import math

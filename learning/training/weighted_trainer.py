@@ -5,12 +5,10 @@ Terms, each on exact token ids, each times the row's weight; Δ is the log-ratio
 - `imitate`: -log p, the mean over tokens: supervised fine-tuning.
 - `reinforce`: -A · min(p/b, 2) · log p, the mean over tokens: the policy gradient of J = Σ A·p(b) for answers that another
   version b sampled, with importance weights cut at 2 (Munos et al., 2016, "Safe and Efficient Off-Policy Reinforcement
-  Learning", arXiv:1606.02647, cut at 1). The weight is that of a token, or of the whole answer.
+  Learning", arXiv:1606.02647, cut at 1). The weight is that of a token.
 - `prospect`: -|A| · σ(±β·Δ): bounded, so that a disliked answer cannot be pushed down for ever (the loss of
   `apo_zero_unpaired`, D'Oosterlinck et al., 2024, "Anchored Preference Optimization", arXiv:2408.06266).
 - `prefer`: -log σ(β·(Δ of the answer - Δ of the rejected one)): DPO's, for rows with a pair.
-- `hindsight`: -a · log p, a token by token how much likelier the answer is to somebody who knows what the asker said next,
-  cut to ±1 (as in "learning from user interactions", 2026).
 
 To each row is added `anchor` times an estimate of its KL to the base (Schulman's k3, "Approximating KL Divergence", 2020).
 It knows no reward and no database.
@@ -32,7 +30,7 @@ from learning.judging.evaluation import batched_logprobs, pad_id, token_rows
 from learning.models.trainable import as_base
 
 CUT = 2.0  # of importance weights
-TERMS = ("imitate", "reinforce", "prospect", "prefer", "hindsight")
+TERMS = ("imitate", "reinforce", "prospect", "prefer")
 
 
 class WeightedTrainer(SFTTrainer):
@@ -72,16 +70,12 @@ def row_losses(
     advantage, weight, term = inputs["advantage"], inputs["weight"], inputs["term"]
     ratio = ((logps - inputs["reference"]) * mask).sum(1)
     behind = (logps - inputs["behaviour"]) * mask
-    if config.importance == "sequence":
-        importance = behind.sum(1, keepdim=True).clamp(max=10).exp().clamp(max=CUT).detach()
-    else:
-        importance = behind.clamp(max=10).exp().clamp(max=CUT).detach()
+    importance = behind.clamp(max=10).exp().clamp(max=CUT).detach()
     values = {
         "imitate": -logps.sum(1) / lengths,
         "reinforce": -advantage * (importance * logps).sum(1) / lengths,
         "prospect": -advantage.abs() * torch.sigmoid(config.beta * ratio * advantage.sign()),
         "prefer": -F.logsigmoid(config.beta * (ratio - ratio.roll(-1))) - logps.sum(1) / lengths,
-        "hindsight": -(inputs["hindsight"] * logps).sum(1) / lengths,
     }
     own = sum((term == number).float() * values[name] for number, name in enumerate(TERMS))
     away = (inputs["reference"] - logps) * mask
@@ -97,7 +91,7 @@ def weighted_trainer(
     config: TrainingConfig,
     common: dict[str, Any],
 ) -> WeightedTrainer:
-    """Make a trainer for `sft`, `pg`, `hindsight` or `mixed` that reads the rows about in this `order`: prompts of about the
+    """Make a trainer for `sft`, `pg` or `mixed` that reads the rows about in this `order`: prompts of about the
     same length are read together. Not answers: batches of short ones move the policy more than those of long ones do.
     """
     pad = pad_id(tokenizer)
@@ -122,8 +116,6 @@ def term_of(row: Experience, objective: str) -> str:
     match objective:
         case "sft":
             return "imitate"
-        case "hindsight":
-            return "hindsight"
         case "pg":
             return "imitate" if row.logprobs is None else "reinforce"
         case _ if row.rejected_ids is not None:
@@ -150,35 +142,23 @@ def _examples(model: Any, rows: Sequence[Experience], config: TrainingConfig) ->
             "reference": reference.tolist(),
             "rejected_reference": next(below).tolist() if ids else [],
             "behaviour": [*(row.logprobs or reference.tolist())],
-            "hindsight": told_more.tolist(),
             "advantage": row.advantage,
             "weight": row.weight,
             "term": TERMS.index(term),
         }
-        for row, ids, reference, told_more, term in zip(
-            rows, rejected, references, _hindsight(model, rows, terms), terms, strict=True
-        )
+        for row, ids, reference, term in zip(rows, rejected, references, terms, strict=True)
     ]
-
-
-def _hindsight(model: Any, rows: Sequence[Experience], terms: Sequence[str]) -> list[torch.Tensor]:
-    """For each token of each answer how much likelier it is to somebody who knows what the asker said next, cut to ±1."""
-    if "hindsight" not in terms:
-        return [torch.zeros(len(row.completion_ids)) for row in rows]
-    known = batched_logprobs(model, [(row.hindsight_ids or row.prompt_ids, row.completion_ids) for row in rows])
-    unknown = batched_logprobs(model, token_rows(rows))
-    return [(told - asked).clamp(-1, 1) for told, asked in zip(known, unknown, strict=True)]
 
 
 def _collated(examples: list[dict[str, Any]], pad: int) -> dict[str, torch.Tensor]:
     ids, labels = [], []
-    per_token: dict[str, list[torch.Tensor]] = {"reference": [], "behaviour": [], "hindsight": []}
+    per_token: dict[str, list[torch.Tensor]] = {"reference": [], "behaviour": []}
     per_row: dict[str, list[float]] = {"advantage": [], "weight": [], "term": []}
     for example in examples:
         parts = [(example["completion"], example)]
         if example["rejected"]:
             below = example["rejected_reference"]
-            lower = {"reference": below, "behaviour": below, "hindsight": [0.0] * len(below), "weight": 0.0}
+            lower = {"reference": below, "behaviour": below, "weight": 0.0}
             parts.append((example["rejected"], example | lower))
         for answer, values in parts:
             ids.append(torch.tensor(example["prompt"] + answer))
