@@ -1,12 +1,8 @@
 """Statistics: intervals, areas under curves and calibration of what was measured. It knows no torch and no tokens."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    pass
 
 CONFIDENCE = 0.95  # of intervals
 
@@ -27,6 +23,35 @@ def bootstrap(
     tail = (1 - confidence) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail])
     return statistic(np.arange(len(signs))), float(low), float(high)
+
+
+def unit_bootstrap(
+    statistic: Callable[[np.ndarray, np.ndarray], float],
+    values: np.ndarray,
+    signs: np.ndarray,
+    units: Sequence[str],
+    seed: int,
+    draws: int = 2000,
+) -> tuple[float | None, float | None, float | None]:
+    """Return a statistic of values and signs (n,) with its interval over resampled units, each with all of its rows.
+
+    None where all signs are alike.
+    """
+    if len(np.unique(signs)) < 2:
+        return None, None, None
+    names = np.array(units)
+    groups = [np.flatnonzero(names == unit) for unit in dict.fromkeys(units)]
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(draws):
+        pick = np.concatenate([groups[index] for index in rng.integers(len(groups), size=len(groups))])
+        if len(np.unique(signs[pick])) == 2:
+            drawn.append(statistic(values[pick], signs[pick]))
+    if not drawn:
+        return statistic(values, signs), None, None
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(drawn, [tail, 1 - tail])
+    return statistic(values, signs), float(low), float(high)
 
 
 def mean_interval(values: Sequence[float], seed: int, confidence: float = CONFIDENCE) -> tuple[float, float, float]:

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bot.config import Config
 from bot.errors import KibitzError, NothingToLearn, TrainingError
@@ -23,9 +23,6 @@ from bot.serving.children import end_with_parent
 from bot.types import Progress
 from learning.data.experience import Experience
 from learning.models.ranks import is_first
-
-if TYPE_CHECKING:
-    pass
 
 
 def teach_together(

@@ -7,8 +7,7 @@ Run: ``kibitz replay FILE_OR_DIRECTORY``.
 """
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,10 @@ from learning.importers.recording import Recording, listed
 from learning.judging.gate import margin
 from learning.judging.reward_model import reward_model
 from learning.judging.reward_scores import figures as reward_model_figures
-from learning.judging.statistics import accuracy
+from learning.judging.statistics import accuracy, unit_bootstrap
 from learning.training.run import train_version
 
 CONFIDENCE = 0.95
-DRAWS = 2000
 
 
 def tokenizer_fingerprint(model: str) -> str:
@@ -107,35 +105,10 @@ def _held_out(evidence: dict[str, Any], units: Sequence[str], seed: int) -> dict
     found: dict[str, Any] = {"held_out_liked": int((signs > 0).sum()), "held_out_disliked": int((signs < 0).sum())}
     for name, statistic in (("accuracy", accuracy), ("margin", margin)):
         for when, key in (("before", "live"), ("after", "candidate")):
-            value, low, high = _interval(statistic, np.array(evidence[key]), signs, units, seed)
+            value, low, high = unit_bootstrap(statistic, np.array(evidence[key]), signs, units, seed)
             label = f"held_out_{name}_{when}"
             found |= {label: value, f"{label}_low": low, f"{label}_high": high}
     return found
-
-
-def _interval(
-    statistic: Callable[[np.ndarray, np.ndarray], float],
-    values: np.ndarray,
-    signs: np.ndarray,
-    units: Sequence[str],
-    seed: int,
-) -> tuple[float | None, float | None, float | None]:
-    """A statistic with its interval, resampling whole conversations; None where one kind of answer is missing."""
-    if len(np.unique(signs)) < 2:
-        return None, None, None
-    of_unit: dict[str, list[int]] = defaultdict(list)
-    for index, unit in enumerate(units):
-        of_unit[unit].append(index)
-    groups = [np.array(indices) for indices in of_unit.values()]
-    rng = np.random.default_rng(seed)
-    drawn = []
-    for _ in range(DRAWS):
-        pick = np.concatenate([groups[index] for index in rng.integers(len(groups), size=len(groups))])
-        if len(np.unique(signs[pick])) == 2:
-            drawn.append(statistic(values[pick], signs[pick]))
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(drawn, [tail, 1 - tail]) if drawn else (None, None)
-    return statistic(values, signs), low if low is None else float(low), high if high is None else float(high)
 
 
 def plot(figures: dict[str, Any], path: Path) -> None:
