@@ -353,7 +353,7 @@ async def test_a_reload_under_one_name_is_caught(live, tokenizer, tmp_path):
 
 async def test_a_server_that_is_not_there_is_an_error_for_people_and_a_broken_stream_keeps_what_was_said(live):
     nobody = Policy("http://127.0.0.1:9", live.config.policy)
-    assert not await nobody.ready(1)
+    assert not await nobody.admin.ready(1)
     with pytest.raises(ServingError, match="did not answer"):
         await nobody.reply([1, 2, 3])
     await nobody.close()
@@ -435,7 +435,7 @@ async def test_a_connection_that_the_server_may_be_closing_is_not_used_again(liv
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     for idle_seconds, wanted in ((0.05, 2), (600.0, 1)):  # the second is the control: it is used again
-        monkeypatch.setattr("bot.serving.policy.IDLE_SECONDS", idle_seconds)
+        monkeypatch.setattr("bot.serving.admin.IDLE_SECONDS", idle_seconds)
         policy = Policy(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", live.config.policy)
         connections = 0
         assert (await policy.reply([1, 2, 3])).text == "Hi"

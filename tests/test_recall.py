@@ -23,6 +23,7 @@ from bot.store.forgetting import forget_message, forget_person
 from bot.store.tables import embeddings
 from bot.store.users import Users
 from bot.types import Conversation, Message, Turn, new_id, now
+from learning.bench import recall as recall_benchmark
 from learning.bench import tracker
 from learning.fitting.dialogues import dialogue
 
@@ -289,20 +290,20 @@ async def test_the_benchmark_of_recall_counts_what_is_found_and_says_what_it_can
     file = tmp_path / "asked.jsonl"
     made = dialogue(3, turns=120)
     made.questions += [{"text": "what?", "evidence": []}, {"text": "who?", "evidence": ["nowhere"]}]
-    file.write_text(recall.as_lines([made]))
+    file.write_text(recall_benchmark.as_lines([made]))
     told: list[int] = []
-    asked = recall.read(file)
-    figures = await recall.measure(asked, another(), weights(), lambda *progress: told.append(progress[1]))
+    asked = recall_benchmark.read(file)
+    figures = await recall_benchmark.measure(asked, another(), weights(), lambda *progress: told.append(progress[1]))
     assert figures["questions"] == len(made.questions) - 2
     assert figures["left_out"] == 2
     assert figures["recall_at_10"] > 70 > 30 > figures["recency_recall_at_10"]
-    blind = await recall.measure(asked, another(), {"length": -1.0}, lambda *_: None)
+    blind = await recall_benchmark.measure(asked, another(), {"length": -1.0}, lambda *_: None)
     assert blind["recall_at_10"] < 30  # the control: with a signal that knows nothing it finds nothing
     assert told == [1]
     for bad in ("", "{}", '{"conversation": [], "questions": []}', json.dumps(vars(dialogue(3)) | {"questions": []})):
         file.write_text(bad)
         with pytest.raises(DataError, match=r"asked\.jsonl"):
-            recall.read(file)
+            recall_benchmark.read(file)
 
 
 async def test_what_is_older_than_what_is_in_memory_is_found_by_its_words(store, recall, monkeypatch):

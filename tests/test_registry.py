@@ -1,15 +1,18 @@
 """Policy versions: immutable, never reused, and one of them live."""
 
 import shutil
+from collections.abc import AsyncIterator
 from itertools import product
 
 import numpy as np
 import pytest
+import pytest_asyncio
 import sqlalchemy as sa
 from conftest import answered, react
 from safetensors.numpy import save_file
 
 from bot.errors import RegistryError, VerdictOutdated
+from bot.serving.policy import Policy
 from bot.store.conversations import ConversationStore
 from bot.store.fingerprint import fingerprint_model
 from bot.store.forgetting import forget_person
@@ -316,11 +319,19 @@ def test_deployments_are_requested_of_candidates_alone_and_stay_requested(regist
             registry.request_deployment(version.name)
 
 
+@pytest_asyncio.fixture
+async def nobody(config) -> AsyncIterator[Policy]:
+    """A server that is not there."""
+    policy = Policy("http://127.0.0.1:9", config.policy)
+    yield policy
+    await policy.close()
+
+
 async def test_what_a_forgotten_person_taught_is_learned_anew_also_where_kibitz_was_stopped_meanwhile(
-    registry, database, tmp_path, config, tokenizer
+    registry, database, tmp_path, config, tokenizer, nobody
 ):
     store = ConversationStore(database)
-    learner = OnlineLearner(store, Deployment(None, registry, config), config)
+    learner = OnlineLearner(store, Deployment(nobody, registry, config), config)
     given = [react(store, answered(store, tokenizer, "hello", "ok", author=one), True, one) for one in ("ann", "bob")]
     assert await learner._taught() == 0
     version = registry.reserve(registry.get(BASE), tmp_path / "policies")
@@ -331,13 +342,13 @@ async def test_what_a_forgotten_person_taught_is_learned_anew_also_where_kibitz_
     assert await learner._taught() == 0, "and the rest is learned anew"
 
 
-def test_a_look_at_the_versions_reads_none_of_their_metrics(registry, database, tmp_path, config):
+async def test_a_look_at_the_versions_reads_none_of_their_metrics(registry, database, tmp_path, config, nobody):
     version = candidate(registry, tmp_path)
     registry.move(version.name, PolicyState.PURGED)
     read: list[str] = []
     listen = database.engine, "before_cursor_execute", lambda *details: read.append(details[2])
     sa.event.listen(*listen)
-    learner = OnlineLearner(ConversationStore(database), Deployment(None, registry, config), config)  # no server is asked
+    learner = OnlineLearner(ConversationStore(database), Deployment(nobody, registry, config), config)  # no server is asked
     assert learner._look()[1] == 1
     assert registry.directories(PolicyState.PURGED) == {version.name: version.path}
     assert list(registry.directories()) == [BASE, version.name]

@@ -64,7 +64,7 @@ async def quiet(bot: Slack) -> None:
     def reads() -> bool:
         return any(getattr(task.get_coro(), "__name__", "") == "reconcile" for task in asyncio.all_tasks())
 
-    await until(lambda: not bot.lanes._workers and not reads())
+    await until(lambda: not bot.workspace.lanes._workers and not reads())
 
 
 def channel(kind: str = "C") -> str:
@@ -80,7 +80,7 @@ async def answered(platform: LocalSlack, place: str, count: int = 1) -> dict:
 
 async def told(live, bot: Slack, answer: dict):
     """The turn of an answer, as soon as it is stored: people see it a moment before."""
-    return await explained(live, bot.answers, f"{answer['channel']}:{answer['ts']}")
+    return await explained(live, bot.workspace.answers, f"{answer['channel']}:{answer['ts']}")
 
 
 async def opinions(live, bot: Slack, answer: dict) -> dict[str, float]:
@@ -541,7 +541,7 @@ async def shown(live, bot: Slack, answer: dict) -> str:
 async def test_the_policy_is_shown_the_thread_that_it_is_asked_about(live, platform):
     bot, running = await connected(live, platform, AccessConfig(deny_users=["UEVE"], messages_per_minute=100_000))
     platform.names |= {ANN: "Ann", BOB: "Bob", "UZOE": "Zoe", "UEVE": "Eve"}
-    await live.database.call(bot.answers.users.decide, "slack", "UZOE", False)
+    await live.database.call(bot.workspace.answers.users.decide, "slack", "UZOE", False)
     place = channel()
     root = await platform.say(place, BOB, "the build is broken since noon", mention=False)
     await platform.say(place, "UZOE", "do not learn from me", mention=False, thread=root)
@@ -749,7 +749,7 @@ async def test_a_slash_command_is_acked_before_the_work_and_answered_after_it(pl
         await until(lambda: "/kibitz-status" in platform.acked)  # Slack would not wait for it
         return "all is well"
 
-    monkeypatch.setattr(bot.commands, "desk", replace(bot.commands.desk, status=slow))
+    monkeypatch.setattr(bot.workspace.commands, "desk", replace(bot.workspace.commands.desk, status=slow))
     assert await platform.command(BOB, channel(), "/kibitz-status") == "all is well"
 
 
@@ -757,7 +757,7 @@ async def test_a_slash_command_that_fails_says_so(platform, bot, monkeypatch):
     async def broken() -> str:
         raise OSError("disk full")
 
-    monkeypatch.setattr(bot.commands, "desk", replace(bot.commands.desk, status=broken))
+    monkeypatch.setattr(bot.workspace.commands, "desk", replace(bot.workspace.commands.desk, status=broken))
     assert await platform.command(BOB, channel(), "/kibitz-status") == SORRY
 
 

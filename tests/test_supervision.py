@@ -40,7 +40,8 @@ async def an_outage(url: str) -> AsyncIterator[None]:
     with admin.connect() as connection:
         connection.exec_driver_sql(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
         those = sa.text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name")
-        connection.execute(those, {"name": name})
+        while connection.execute(those, {"name": name}).all():  # somebody may have been on their way in
+            await asyncio.sleep(0.01)
         try:
             yield
         finally:
@@ -72,7 +73,9 @@ async def test_a_database_that_is_gone_for_a_moment_ends_neither_the_learner_nor
         async with an_outage(url):
             await until(lambda: set(health.failing) == {"learning", "deployment"})
             assert set(read_failing(tmp_path / HEALTH)) == {"learning", "deployment"}
+            before = list(told)
             await asyncio.sleep(0.3)
+            assert told == before, "while it lasts it is told once"
         await until(lambda: not health.failing)
         assert read_failing(tmp_path / HEALTH) == {}
         before = len(looks)
@@ -80,8 +83,8 @@ async def test_a_database_that_is_gone_for_a_moment_ends_neither_the_learner_nor
     await policy.close()
     database.close()
     for name in ("learning", "deployment"):
-        assert len([line for line in told if line.startswith(f"{name} failed:")]) == 1, told
-        assert told.count(f"{name} works again") == 1
+        failures = len([line for line in told if line.startswith(f"{name} failed:")])
+        assert failures == told.count(f"{name} works again") > 0, told
 
 
 async def test_a_bug_in_one_task_is_told_once_and_tried_again_later_and_later_while_the_others_go_on(caplog):

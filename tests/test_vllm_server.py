@@ -46,9 +46,9 @@ startup is less than desired GPU memory utilization (0.92, 73.3 GiB).
 
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch, card: Card | None) -> None:
     """What kibitz is told of the machine, as if it had a card: there is none where these tests run."""
-    for module in ("dtype", "vllm_arguments", "vllm_server"):
+    for module in ("models.dtype", "serving.vllm_arguments", "serving.vllm_server"):
         monkeypatch.setattr(f"bot.{module}.has_gpu", lambda: card is not None)
-    for module in ("dtype", "vllm_server"):
+    for module in ("models.dtype", "serving.vllm_server"):
         monkeypatch.setattr(f"bot.{module}.read_card", lambda: card)
 
 
