@@ -271,7 +271,7 @@ def test_pretraining_on_ones_own_pairs_prints_measures_of_held_out_answers(tmp_p
 @pytest.mark.slow
 async def test_a_benchmark_leaves_the_operators_data_alone(live, tmp_path, demo_model):
     config = write_config(tmp_path, demo_model)
-    config.write_text(config.read_text() + f'[serving]\nurl = "{live.policy.admin.url}"\n')
+    config.write_text(f'{config.read_text()}[serving]\nurl = "{live.policy.admin.url}"\n[dialogue]\nembedder = "none"\n')
     command = ["bench", "overhead", "--messages", 16, "--blocks", 1, "--config", config, "--json", tmp_path / "out.json"]
     done = await asyncio.to_thread(kibitz, *command)
     assert done.returncode == 0, done.stderr
