@@ -24,7 +24,6 @@ from bot.models.thoughts import UNMARKED
 from bot.models.tokenizer import ChatTokenizer
 from bot.store.conversations import ConversationStore
 from bot.types import Conversation, Message, Role, new_id
-from learning.data.comparison import told
 from learning.training.pretrain import _row
 
 ROLES = {"s": "system", "u": "user", "a": "assistant"}
@@ -314,17 +313,6 @@ def test_prompt_and_answer_are_what_the_template_makes_of_both(family, chats, qu
     if answer.strip() == answer != "" and family.ends_with != "<｜end｜>":  # which is opened otherwise than it is written
         whole = chats.template.render([*asked, {"role": "assistant", "content": answer}], is_prompt=False)
         assert whole.startswith(chats.hf.decode(ids))
-
-
-def test_a_line_before_a_prompt_begins_no_second_text(family, chats):
-    prompt = chats.prompt_ids(chat_of("u"))
-    told_so = list(told(chats, prompt, "that was nice"))
-    assert "that was nice" in chats.hf.decode(told_so)
-    if "bos_token" in family.template:
-        assert told_so[0] == prompt[0] == chats.hf.bos_token_id
-        prompt = prompt[1:]
-        assert told_so.count(chats.hf.bos_token_id) == 1
-    assert told_so[-len(prompt) :] == prompt
 
 
 def test_training_rows_are_made_in_every_family(chats):
