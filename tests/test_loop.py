@@ -405,6 +405,7 @@ async def test_a_simulation_judges_every_version_beside_a_frozen_control(live):
         assert -most <= figures[f"{name}_low"] <= figures[name] <= figures[f"{name}_high"] <= most
 
 
+@pytest.mark.usefixtures("owns_vllm")
 async def test_a_server_that_dies_is_restarted_and_serves_the_live_version_again(live, tmp_path):
     """Last in this file: it ends the vLLM that the others use, and waits for its successor."""
     name = await swapped_in(live, tmp_path, seed=21)
