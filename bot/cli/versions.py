@@ -1,5 +1,6 @@
 """The commands that show versions of the policy, take them live and take them back."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -124,4 +125,4 @@ def report(
     output_files.write_text(page, reports.html(collected))
     console.print(f"report: {page}")
     if json_file is not None:
-        write_json(json_file, "report", collected, {"run": name})
+        write_json(json_file, "report", asdict(collected), {"run": name})

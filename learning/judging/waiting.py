@@ -24,6 +24,7 @@ from bot.store.database import Database
 from bot.store.registry import PolicyRegistry
 from bot.types import Metrics, PolicyState, PolicyVersion, Progress, Record, now
 from learning.data.experience import Experience
+from learning.data.manifest import read_since
 from learning.data.replay_buffer import ReplayBuffer
 from learning.judging.evidence import choose_prompts, compare, measure
 from learning.judging.gate import (
@@ -42,7 +43,7 @@ from learning.judging.gate import (
 from learning.judging.judgement import Judgement
 from learning.judging.metrics import EvidenceMetrics
 from learning.models.trainable import quiet, served
-from learning.models.version_files import discard_weights, faults, fingerprint, read_since
+from learning.models.version_files import discard_weights, faults, fingerprint
 
 BEFORE_ALL = datetime.min.replace(tzinfo=UTC)  # of a verdict whose time is not recorded
 

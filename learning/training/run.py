@@ -4,14 +4,12 @@ Meant to run in a process of its own (`kibitz train`), so that memory comes back
 It reads the database and writes one directory under `policies/`, whose manifest is written last. It knows no server.
 """
 
-import hashlib
 import json
 import shutil
 import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bot.config import Config
 from bot.data_directory import held
@@ -24,6 +22,7 @@ from bot.store.database import Database
 from bot.store.forgetting import SAMPLES, UNFINISHED
 from bot.store.registry import PolicyRegistry
 from bot.types import Metrics, PolicyState, PolicyVersion, Progress
+from learning.data.manifest import Manifest
 from learning.data.replay_buffer import ReplayBuffer
 from learning.judging import probe
 from learning.judging.evaluation import Sample, kl_to_base, manner
@@ -106,16 +105,17 @@ class Run:
         buffer = ReplayBuffer(self.store, self.tokenizer, self.config, self.embedder)
         lesson = prepare_lesson(self.thinking, self.registry, buffer, self.space, from_base, self.progress)
         snapshot, manifest = lesson.snapshot, describe(self.config, lesson)
-        sha256 = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
         version = self.registry.reserve(lesson.parent, self.config.data / "policies")
         settings = self.config.without_secrets().model_dump()
-        run_id = self.registry.begin_run(version.name, settings, sha256, snapshot.feedback_ids, snapshot.followup_ids)
+        run_id = self.registry.begin_run(
+            version.name, settings, manifest.sha256, snapshot.feedback_ids, snapshot.followup_ids
+        )
         unfinished = Path(version.path + UNFINISHED)
         try:
             unfinished.mkdir(parents=True)
             trained = self._teach(lesson, unfinished)
             verdict, metrics = self._judge(lesson, trained)
-            self._save(lesson, version, unfinished, metrics, manifest | {"sha256": sha256})
+            self._save(lesson, version, unfinished, metrics, manifest)
             adapter_sha256 = self._register(version, verdict, metrics, deploys)
             self.registry.end_run(run_id, "passed" if verdict.passed else "; ".join(verdict.reasons))
         except BaseException as error:
@@ -128,7 +128,7 @@ class Run:
             waits=metrics.waits_for > 0,
             reasons=verdict.reasons,
             figures=metrics,
-            manifest_sha256=sha256,
+            manifest_sha256=manifest.sha256,
             adapter_sha256=adapter_sha256,
             turns=snapshot.turns,
             training=len(snapshot.learned),
@@ -214,13 +214,13 @@ class Run:
         return estimated(lesson.snapshot.training, lesson.judged, judge_of, old, new, self.config.seed)
 
     def _save(
-        self, lesson: Lesson, version: PolicyVersion, unfinished: Path, metrics: AllMetrics, manifest: dict[str, Any]
+        self, lesson: Lesson, version: PolicyVersion, unfinished: Path, metrics: AllMetrics, manifest: Manifest
     ) -> None:
         """Write the records of the run beside the weights, the manifest last; then the directory has its name."""
         directory = Path(version.path)
         self.config.save(unfinished / "config.json")
         (unfinished / "metrics.json").write_text(json.dumps(metrics.as_json(), indent=1, sort_keys=True))
-        (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True))
+        manifest.write(unfinished)
         unfinished.rename(directory)
         if self._is_any_forgotten(lesson):
             (directory / SAMPLES).unlink(missing_ok=True)
