@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any, Self
 
 import uuid_utils
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
 
 
 def new_id() -> str:
@@ -199,6 +200,55 @@ class Feedback:
     id: str = field(default_factory=new_id)
 
 
+Time = Annotated[datetime, PlainSerializer(datetime.isoformat)]  # in a Record
+
+
+class Record(BaseModel):
+    """What is kept as JSON, typed. A key that was never said stays away from the JSON; one that is not known is kept, since
+    another version of kibitz wrote it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """Read what `as_json` gave. Raises pydantic's ValidationError, a ValueError, where that does not fit."""
+        return cls.model_validate(values)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what was said, and no defaults."""
+        return self.model_dump(by_alias=True, exclude_unset=True)
+
+    def __or__(self, other: "Record") -> Self:
+        """Return this with all that `other` says, which goes before what this says of the same."""
+        return self.from_json(self.as_json() | other.as_json())
+
+
+class Metrics(Record):
+    """What is recorded of a policy version: the verdict on it, and what the life of versions depends on.
+
+    `judged_against` is the version that was live then, `drawn_at` when the rows that it learned from were drawn, `judged_at`
+    when the opinions that judged it were. `gain` is what its answers gain, in rewards; `kl` is nats a token, to the base.
+    What else a run measured (`learning.judging.metrics`) is kept with it.
+    """
+
+    reasons: list[str] = []  # why it does not serve
+    outcome: str = ""  # why its run ended without a verdict
+    judged_against: str | None = None
+    drawn_at: Time | None = None
+    judged_at: Time | None = None
+    waits_for: int = 0  # reactions after `drawn_at`
+    had_enough_evidence: bool = False
+    is_better: bool = False
+    kl: float | None = None
+    gain: float | None = None
+    live_before: str | None = Field(  # of a base model that made way for another: the version that was live
+        default=None,
+        validation_alias="live when the base model was changed",
+        serialization_alias="live when the base model was changed",
+    )
+
+
 @dataclass(frozen=True)
 class PolicyVersion:
     """One immutable version of the policy: the base model (version 0), an adapter on it, or weights of its own.
@@ -213,7 +263,7 @@ class PolicyVersion:
     state: PolicyState
     sha256: str = ""
     replaced: str | None = None
-    metrics: dict[str, Any] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=Metrics)
     created_at: datetime = field(default_factory=now)
 
     @property
@@ -224,28 +274,24 @@ class PolicyVersion:
     @property
     def judged_against(self) -> str | None:
         """The name of the version that was live when it was judged: its verdict holds beside that one alone."""
-        return self.metrics.get("judged_against", self.parent)
+        return self.metrics.judged_against or self.parent
 
     @property
     def waits_for(self) -> int:
         """How many reactions must come after `drawn_at` until its evidence is looked at again, while it is WAITING."""
-        return int(self.metrics.get("waits_for", 0))
+        return self.metrics.waits_for
 
     @property
     def drawn_at(self) -> datetime | None:
         """When the rows that it learned from were drawn; None where nothing is recorded."""
-        return _time(self.metrics.get("drawn_at"))
+        return self.metrics.drawn_at
 
     @property
     def judged_at(self) -> datetime | None:
         """When the opinions that judged it were drawn; None for a base model, which nobody judged."""
-        return _time(self.metrics.get("judged_at"))
+        return self.metrics.judged_at
 
     @property
     def weights(self) -> str | None:
         """The directory of its own weights; None for a base model."""
         return None if self.is_base else self.path
-
-
-def _time(text: str | None) -> datetime | None:
-    return None if text is None else datetime.fromisoformat(text)

@@ -21,6 +21,7 @@ from bot.models.tokenizer import ChatTokenizer
 from learning.data.replay_buffer import Experience
 from learning.judging import evidence, waiting
 from learning.judging.evaluation import Rows, Sample
+from learning.judging.metrics import TrainingMetrics
 from learning.judging.probe import Probe
 from learning.training import lesson, run
 
@@ -63,11 +64,11 @@ def learn_in_an_instant(tokenizer: ChatTokenizer) -> Iterator[pytest.MonkeyPatch
 
     def teach(
         config: Any, model: OneWeight, tokenizer: ChatTokenizer, training: Sequence[Experience], *_: Any
-    ) -> dict[str, Any]:
+    ) -> TrainingMetrics:
         exclaims = np.array([1.0 if "!" in one.answer else -1.0 for one in training])
         worth = np.array([one.advantage * one.weight for one in training])
         model.weight += PACE * float(np.tanh(exclaims @ worth))
-        return {"stopped": None, "kept": 1, "checks": [], "step_seconds": 0.0}
+        return TrainingMetrics(stopped=None, kept=1, checks=[], step_seconds=0.0)
 
     def generate(model: OneWeight, tokenizer: ChatTokenizer, prompts: Sequence[Sequence[int]], *_: Any) -> list[Sample]:
         said = EXCLAIMS if model.weight > 0 else STATES

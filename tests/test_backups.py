@@ -17,7 +17,7 @@ from bot.store.erasures import Erasures
 from bot.store.forgetting import forget_again, forget_message, forget_person
 from bot.store.registry import BASE, PolicyRegistry
 from bot.store.users import Users
-from bot.types import PolicyState, now
+from bot.types import Metrics, PolicyState, now
 
 SECRET = "xyzzy-4711"
 
@@ -28,7 +28,7 @@ def taught(registry, data: Path, feedback_id: str) -> str:
     registry.begin_run(version.name, {}, "", [feedback_id])
     Path(version.path).mkdir(parents=True)
     (Path(version.path) / "manifest.json").write_text("{}")
-    registry.complete(version.name, "", {})
+    registry.complete(version.name, "", Metrics())
     registry.promote(version.name)
     return version.name
 

@@ -76,7 +76,7 @@ async def test_a_training_process_finds_the_database_and_its_password_is_in_noth
     PolicyRegistry(database).ensure_base(demo_model)
     converse(ConversationStore(database), tokenizer, likes_emoji=True, count=48)
     outcome = await train_in_child(config, lambda stage, done, total: None, "--deploy")
-    assert (tmp_path / "policies" / outcome["policy"] / "config.json").is_file()
+    assert (tmp_path / "policies" / outcome.policy / "config.json").is_file()
     assert not (tmp_path / "kibitz.db").exists()
     with database.read() as connection:
         stored = connection.execute(sa.select(runs.c.config)).scalars().all()

@@ -24,7 +24,7 @@ from bot.output import interruptible
 from bot.store.conversations import ConversationStore
 from bot.store.database import Database
 from bot.store.users import Users
-from bot.types import Conversation
+from bot.types import Conversation, Metrics
 from learning.bench import simulated_people, simulation
 
 ROOT = Path(__file__).parent.parent
@@ -460,7 +460,7 @@ def test_a_candidate_is_deployed_by_its_name_and_rejected_ones_are_pruned(tmp_pa
         version = registry.reserve(registry.live(), tmp_path / "policies")
         Path(version.path).mkdir(parents=True)
         (Path(version.path) / "samples.json").write_text("what somebody asked")
-        return registry.complete(version.name, "hash", {"judged_against": registry.live().name}).name
+        return registry.complete(version.name, "hash", Metrics(judged_against=registry.live().name)).name
 
     wanted, outdated, rejected = candidate(), candidate(), candidate()
     refused(here("deploy", "policy-9", *options), "there is no such policy version; `kibitz policies` lists them all")

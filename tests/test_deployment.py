@@ -87,7 +87,7 @@ async def test_a_run_under_way_does_not_undo_a_rollback(stage, vllm):
         await stage.deployment.deploy(two.name)
     assert stage.registry.live().name == BASE
     assert stage.state(two) == PolicyState.REJECTED
-    assert "was judged against" in stage.registry.get(two.name).metrics["reasons"][0]
+    assert "was judged against" in stage.registry.get(two.name).metrics.reasons[0]
     assert vllm.adapters == {}
 
 

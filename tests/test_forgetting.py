@@ -19,7 +19,7 @@ from bot.store.registry import BASE
 from bot.store.tables import followups, run_teachers, sources
 from bot.store.teachers import find_pupils
 from bot.store.users import Users
-from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, Turn, new_id, now
+from bot.types import Conversation, Feedback, FeedbackKind, Message, Metrics, PolicyState, Turn, new_id, now
 from learning.data.replay_buffer import ReplayBuffer
 from learning.importers.kibitz_export import export
 
@@ -56,7 +56,7 @@ def taught(registry, tmp_path: Path, feedback: list[str], parent: str = BASE, pr
     registry.begin_run(version.name, {}, "", feedback)
     Path(version.path).mkdir(parents=True)
     (Path(version.path) / "probe.json").write_text(probe)
-    registry.complete(version.name, "", {})
+    registry.complete(version.name, "", Metrics())
     registry.promote(version.name)
     return version
 
@@ -72,7 +72,7 @@ def test_with_a_person_the_versions_go_that_learned_from_what_they_said_next(
         connection.execute(followups.insert(), {"turn_id": turn.id, "message_id": after.id, "chances": {"approval": 1.0}})
     version = registry.reserve(registry.get(BASE), tmp_path / "policies")
     registry.begin_run(version.name, {}, "", [], [after.id])
-    registry.complete(version.name, "", {})
+    registry.complete(version.name, "", Metrics())
     assert find_pupils(registry.database, [], [after.id]) == [version.name]
     erased = forget_person(database, registry, "test", person)
     assert erased.policies == (person == "ann")  # the control: Bob said nothing
@@ -164,7 +164,7 @@ def test_a_run_whose_teacher_is_forgotten_meanwhile_leaves_no_version(database, 
     registry.begin_run(version.name, {}, "", [given.id])
     forget_person(database, registry, "test", "ann")
     with pytest.raises(Exception, match="purged and cannot become candidate"):
-        registry.complete(version.name, "", {})
+        registry.complete(version.name, "", Metrics())
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_what_taught_a_version_outlives_the_message_and_is_forgotten_with_the_pe
         connection.execute(followups.insert(), {"turn_id": second.id, "message_id": after.id, "chances": {"approval": 1.0}})
     version = registry.reserve(registry.get(BASE), tmp_path / "policies")
     registry.begin_run(version.name, {}, "", [given.id], [after.id] if how == "followed up" else [])
-    registry.complete(version.name, "", {})
+    registry.complete(version.name, "", Metrics())
     registry.promote(version.name)
     if deletes:
         for message in {"followed up": [after.id], "judged": [second.message_id]}.get(

@@ -64,8 +64,8 @@ LUCK = Gain([0.3, 0.3, 0.3, -0.3, -0.3, -0.3] * 4, [0.3, -0.3] * 12)
 def test_a_candidate_that_is_better_safe_and_sound_passes():
     verdict = judge(evidence(), GateConfig(), seed=0)
     assert verdict.passed
-    assert verdict.figures["gain"] == pytest.approx(0.3, abs=0.1)
-    assert verdict.figures["margin_gain"] == pytest.approx(0.3, abs=0.1)
+    assert verdict.figures.gain == pytest.approx(0.3, abs=0.1)
+    assert verdict.figures.margin_gain == pytest.approx(0.3, abs=0.1)
 
 
 @pytest.mark.parametrize(
@@ -98,10 +98,10 @@ def test_either_way_to_ask_is_enough_and_each_may_be_luck_half_as_often(way):
     gained = Gain(for_way[0], [1.0] * 12)
     found = evidence(signs=[1] * 4 + [-1] * 3, live=nothing, candidate=for_way[1], gain=gained)
     verdict = judge(found, GateConfig(confidence=0.7), seed=0)
-    p_value = verdict.figures[{"worth": "gain", "likelier": "margin_gain"}[way] + "_by_chance"]
+    p_value = getattr(verdict.figures, {"worth": "gain", "likelier": "margin_gain"}[way] + "_by_chance")
     assert p_value == pytest.approx(2 / 35, abs=0.015)
-    assert verdict.figures["level"] == pytest.approx(level_of_next(0.3, ()))
-    assert verdict.figures["level"] / 2 < p_value < verdict.figures["level"]
+    assert verdict.figures.level == pytest.approx(level_of_next(0.3, ()))
+    assert verdict.figures.level / 2 < p_value < verdict.figures.level
     assert not verdict.passed, "it is more than half of the level"
     assert judge(found, GateConfig(confidence=0.6), seed=0).passed, "the control"
 
@@ -279,7 +279,7 @@ def test_one_voice_cannot_carry_a_candidate_that_is_worse_for_the_twelve_others(
         found = opinions_of([*rows, *others], [0] * 52, person_cap=0.25)
         verdict = judge(evidence(opinions=found, live=[0.0] * 52, candidate=candidate, gain=nothing), GateConfig(), seed=0)
         assert verdict.passed == carried, "forty people of fifty-two may carry it: the control"
-    assert verdict.figures["margin_gain"] == pytest.approx(2 * 0.2 * 28 / 52, abs=0.05)
+    assert verdict.figures.margin_gain == pytest.approx(2 * 0.2 * 28 / 52, abs=0.05)
 
 
 def test_who_likes_everything_or_nothing_proves_nothing():
@@ -317,9 +317,9 @@ def test_the_answers_to_one_question_keep_their_opinions_together():
 
 def test_a_verdict_without_enough_evidence_spends_nothing():
     few = evidence(signs=[1, 1, 1, -1, -1, -1], live=[-1.0] * 6, candidate=[0.0] * 6, gain=Gain([0.0] * 6, [0.0] * 12))
-    assert not judge(few, GateConfig(), seed=0).figures["had_enough_evidence"]
+    assert not judge(few, GateConfig(), seed=0).figures.had_enough_evidence
     nothing = evidence(worth=0.0, likelier=0.0)
-    assert judge(nothing, GateConfig(), seed=0).figures["had_enough_evidence"], "the control"
+    assert judge(nothing, GateConfig(), seed=0).figures.had_enough_evidence, "the control"
 
 
 def test_after_many_verdicts_more_evidence_is_needed():
@@ -335,7 +335,7 @@ def test_a_candidate_that_may_wait_is_judged_once_there_is_room_to_show_anything
     assert judge(barely, GateConfig(), seed=0).passed, "the control: it cannot wait"
     verdict = judge(barely, GateConfig(), seed=0, may_wait=True)
     assert not verdict.passed
-    assert not verdict.figures["had_enough_evidence"], "it spends nothing"
+    assert not verdict.figures.had_enough_evidence, "it spends nothing"
     assert verdict.reasons[0].startswith("too little evidence: 5 liked and 5 disliked answers are held out")
     assert "7 of each would do" in verdict.reasons[0]
     assert verdict.wanted == 4
@@ -429,7 +429,7 @@ def test_of_placebo_runs_in_a_row_at_most_one_series_in_twenty_promotes_anything
             if waits_often and run < 20 and not has_peeked:  # whoever looks at each reaction what it does to the candidate
                 each = (first_of(found, all_rows, at) for at in looks)
                 has_peeked = any(
-                    can_suffice(one.opinions, gate, allowed) and ask_opinions(one, allowed, seed=run)["is_better"]
+                    can_suffice(one.opinions, gate, allowed) and ask_opinions(one, allowed, seed=run).is_better
                     for one in each
                 )
         promoted += any(earlier)

@@ -13,7 +13,7 @@ from bot.config import Config
 from bot.errors import ConfigError
 from learning.bench import grid
 from learning.bench.grid import CONTROLS, OBJECTIVES, SEEDS, Cell, cells, figures, reactions_to, recovered, run
-from learning.bench.learning import STEPS, Arena, People, Point, learn, measured, shuffled, talk
+from learning.bench.learning import STEPS, Arena, People, Point, RunEnd, learn, measured, shuffled, talk
 
 ROUNDS = 10
 
@@ -128,10 +128,10 @@ def test_random_reactions_do_not_move_the_policy_and_without_the_anchor_they_do(
     for number in range(ROUNDS):
         said += talk(arena, people, 24)
         learn(arena, shuffled(said, people.rng), "kto", number)
-    found = arena.judged(len(said), people.utility, run={})
+    found = arena.judged(len(said), people.utility, run=RunEnd())
     held = found.kl < settings.gate.kl_budget and found.perplexity_ratio < 1.05
     assert held == anchored, (found.kl, found.perplexity_ratio)
     assert found.kl != 0
     arena.renew()
-    assert arena.judged(0, people.utility, run={}).kl == 0, "it is version 0 again"
+    assert arena.judged(0, people.utility, run=RunEnd()).kl == 0, "it is version 0 again"
     assert np.isfinite(found.perplexity_ratio)

@@ -112,16 +112,16 @@ async def test_reactions_train_a_version_that_answers_next_and_is_taken_back(liv
         live.store, live.deployment, live.config, told.append, lambda stage, done, total: stages.append(stage)
     )
     outcome = await learner.step()
-    assert outcome["passed"], outcome["reasons"]
+    assert outcome.passed, outcome.reasons
     assert "train" in stages
     after = await say(live, "hello")
-    assert (before.policy_version, after.policy_version) == (BASE, outcome["policy"])
-    assert await live.policy.admin.loaded() == {outcome["policy"]}
-    assert live.registry.get(outcome["policy"]).state == PolicyState.LIVE
+    assert (before.policy_version, after.policy_version) == (BASE, outcome.policy)
+    assert await live.policy.admin.loaded() == {outcome.policy}
+    assert live.registry.get(outcome.policy).state == PolicyState.LIVE
     live.registry.rollback()  # as another process would: `kibitz rollback`
     await until(lambda: live.policy.version == BASE)
     assert (await say(live, "hello")).policy_version == BASE
-    await until(lambda: live.registry.get(outcome["policy"]).state == PolicyState.RETIRED)
+    await until(lambda: live.registry.get(outcome.policy).state == PolicyState.RETIRED)
 
 
 async def test_enough_new_reactions_start_a_run_by_themselves_and_a_failed_one_does_not_end_the_chat(live):

@@ -80,8 +80,8 @@ def test_an_objective_makes_liked_answers_likelier_than_disliked_ones(fresh, tok
     before = margin(fresh, rows)
     figures = train(fresh, tokenizer.hf, rows, TrainingConfig(objective=objective, max_steps=8), 0, quiet)
     assert margin(fresh, rows) > before + 0.5
-    assert 0 < figures["steps"] <= 8
-    assert math.isfinite(figures["train_loss"])
+    assert 0 < figures.steps <= 8
+    assert math.isfinite(figures.train_loss)
 
 
 @pytest.mark.slow
@@ -136,9 +136,9 @@ def test_who_counts_less_moves_the_policy_less(fresh, tokenizer):
             used.append(train(fresh, tokenizer.hf, taught, TrainingConfig(objective=objective, max_steps=1), 0, quiet))
             restore(fresh, start)
         if objective == "dpo":
-            assert used[0]["rows"] < used[1]["rows"] < 32
+            assert used[0].rows < used[1].rows < 32
         else:
-            assert abs(used[0]["train_loss"]) < abs(used[1]["train_loss"])
+            assert abs(used[0].train_loss) < abs(used[1].train_loss)
 
 
 def read_by(model, tokenizer, rows, settings: TrainingConfig, monkeypatch) -> list[list[int]]:
@@ -276,7 +276,7 @@ def test_a_run_that_does_harm_is_stopped_where_the_policy_was_last_well(fresh, t
 
     guard = Guard(measure, Limits(kl=0.5, well_formed=0.95))
     figures = train(fresh, tokenizer.hf, rows, TrainingConfig(objective="pg", max_steps=6, epochs=50), 0, quiet, [guard])
-    assert figures["steps"] == 4
+    assert figures.steps == 4
     assert "lost 2.00 nats" in str(guard.stopped)
     assert guard.kept == 2
     assert margin(fresh, rows) == pytest.approx(seen[1], abs=1e-4), "as it was at the last good check"
@@ -325,7 +325,7 @@ def test_what_did_harm_from_the_first_check_on_stays_to_be_measured(fresh, token
     start = margin(fresh, rows)
     guard = Guard(lambda: next(health), Limits(kl=0.5, well_formed=0.95))
     figures = train(fresh, tokenizer.hf, rows, TrainingConfig(objective="pg", max_steps=6, epochs=50), 0, quiet, [guard])
-    assert (figures["steps"], guard.kept) == (2, 0)
+    assert (figures.steps, guard.kept) == (2, 0)
     assert margin(fresh, rows) != pytest.approx(start, abs=1e-3)
 
 
@@ -387,7 +387,7 @@ def test_out_of_memory_the_batch_is_halved_and_the_run_goes_on(fresh, tokenizer,
     settings = TrainingConfig(objective="pg", max_steps=2)
     figures = train(fresh, tokenizer.hf, lessons(fresh, tokenizer, 16), settings, 0, lambda *row: said.append(row[0]))
     assert sizes == [16, 8, 4]
-    assert figures["steps"] == 2
+    assert figures.steps == 2
     assert "out of memory; going on with 8 answers at a time" in said
 
 
@@ -416,7 +416,7 @@ def test_the_tokens_of_answers_alone_are_scored(fresh, tokenizer, monkeypatch):
             monkeypatch.setattr(objectives, "answers_alone", contextlib.nullcontext)
         scored.clear()
         start = weights(fresh)
-        losses.append(train(fresh, tokenizer.hf, rows, TrainingConfig(max_steps=1), 0, quiet)["loss"])
+        losses.append(train(fresh, tokenizer.hf, rows, TrainingConfig(max_steps=1), 0, quiet).loss)
         restore(fresh, start)
         answers = sum(len(row.completion_ids) for row in rows)
         assert (max(scored) > 2 * answers) if scores_prompts else (set(scored) == {answers})

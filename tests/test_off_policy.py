@@ -6,7 +6,7 @@ from test_reward_model import rated
 
 from learning.data.experience import Experience
 from learning.judging.evaluation import Sample
-from learning.judging.off_policy import CUT, doubly_robust, estimated, importance
+from learning.judging.off_policy import CUT, Answers, Estimate, doubly_robust, estimated, importance
 from learning.judging.reward_model import RewardModel
 
 
@@ -45,12 +45,14 @@ def test_a_policy_that_says_what_people_like_is_worth_more(embedder):
     liked = rated(lambda about, rng: (about == "cats") != (rng.random() < 0.1))
     held_out = [Experience(str(n), str(n), (n,), (1,), None, 1.0, (), question="tell me", answer="cats") for n in range(8)]
     logprobs = [torch.zeros(1)] * 8
-    about = {"before": "income tax is due every year", "after": "my cat sleeps all day"}
-    policies = {when: ({(n,): Sample((), (), text, True) for n in range(8)}, logprobs) for when, text in about.items()}
+    before, after = (
+        Answers({(n,): Sample((), (), text, True) for n in range(8)}, logprobs)
+        for text in ("income tax is due every year", "my cat sleeps all day")
+    )
     model = RewardModel(embedder, seed=0)
-    found = estimated(liked, held_out, model, policies, seed=0)
-    assert found["estimated_gain"][1] > 0.5
-    assert found["reward_model"]["calibration"]
-    same = estimated(liked, held_out, model, dict.fromkeys(policies, policies["before"]), seed=0)
-    assert same["estimated_gain"] == [0.0, 0.0, 0.0]  # the control
-    assert estimated(liked[:8], held_out, model, policies, seed=0) == {}, "too little is rated"
+    found = estimated(liked, held_out, model, before, after, seed=0)
+    assert found.estimated_gain.low > 0.5
+    assert found.reward_model.calibration
+    same = estimated(liked, held_out, model, before, before, seed=0)
+    assert same.estimated_gain == (0.0, 0.0, 0.0)  # the control
+    assert estimated(liked[:8], held_out, model, before, after, seed=0) == Estimate(), "too little is rated"

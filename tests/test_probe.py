@@ -27,7 +27,7 @@ def asked_of_server(config: Config, base: str, version: str, places: list[probe.
 def probed(answers: list[float], places: list[probe.Place], least: float = 0.05) -> Probed:
     candidate, parent = ([one for place in places for one in getattr(place, name)] for name in ("candidate", "parent"))
     distance, from_parent = probe.mean_distance(answers, candidate), probe.mean_distance(answers, parent)
-    return Probed(distance, from_parent, probe.distances(places).tolerance(least))
+    return Probed(distance=distance, from_parent=from_parent, tolerance=probe.distances(places).tolerance(least))
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_a_server_that_is_as_near_as_it_may_be_passes_wherever_the_candidate_is_
     for rounding, change in ((0.01, 0.031), (0.05, 0.151), (0.0, 0.001)):
         found = probe.Distances(rounding, change)
         assert not found.is_no_change
-        assert Probed(rounding, change - rounding, found.tolerance(0.0)).passed
+        assert Probed(distance=rounding, from_parent=change - rounding, tolerance=found.tolerance(0.0)).passed
 
 
 def test_a_probe_of_an_older_kibitz_is_read(versions, tmp_path):

@@ -52,7 +52,8 @@ from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState
 from learning.data.replay_buffer import ReplayBuffer
 from learning.judging import statistics
 from learning.judging.error_budget import level_of_next
-from learning.judging.gate import Evidence, Gain, Opinions, judge
+from learning.judging.gate import judge
+from learning.judging.metrics import EvidenceMetrics
 from learning.judging.waiting import judge_waiting
 from learning.models.version_files import fingerprint
 from learning.rollout.deployment import Deployment
@@ -450,18 +451,17 @@ class Histories(RuleBasedStateMachine):
         versions = self.kibitz.registry.all()
         earlier: list[bool] = []
         for version in versions:
-            if version.metrics.get("had_enough_evidence"):
+            if version.metrics.had_enough_evidence:
                 expected = level_of_next(1 - self.config.gate.confidence, earlier)
-                assert version.metrics["level"] == pytest.approx(expected), "law 6: each verdict spends from one budget"
+                assert version.metrics.level == pytest.approx(expected), "law 6: each verdict spends from one budget"
             if version.replaced is not None and version.name not in self.ledger.judged:
                 self.ledger.judged.add(version.name)
                 self.stage.seen["goes live"] += 1
-                stored = version.metrics["evidence"]
-                evidence = Evidence(**stored | {"opinions": Opinions(**stored["opinions"]), "gain": Gain(**stored["gain"])})
+                evidence = EvidenceMetrics.from_json(version.metrics.as_json()).evidence
                 assert judge(evidence, self.config.gate, self.config.seed, earlier).passed
                 assert version.judged_against == version.replaced
-            if version.metrics.get("had_enough_evidence"):
-                earlier.append(version.metrics["is_better"])
+            if version.metrics.had_enough_evidence:
+                earlier.append(version.metrics.is_better)
         self.ledger.were_live |= {one.name for one in versions if one.replaced is not None}
 
     @invariant()

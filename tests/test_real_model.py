@@ -80,7 +80,7 @@ async def test_a_version_is_proven_in_bfloat16_and_a_swapped_one_is_caught(real,
     names.append(await version_of(real, tmp_path / "1", 1))
     assert (await say(real, "hello")).policy_version == names[0]
     figures = real.registry.get(names[0]).metrics
-    assert figures["probe_distance"] <= figures["probe_from_parent"] / 2
+    assert figures.probe_distance <= figures.probe_from_parent / 2
     await real.policy.admin.load(names[1], real.registry.get(names[0]).path)  # the other's weights under its name
     with pytest.raises(ProbeFailed, match="failed its probe"):
         await real.deployment.deploy(names[1])

@@ -18,14 +18,14 @@ from bot.store.fingerprint import fingerprint_model
 from bot.store.forgetting import forget_person
 from bot.store.registry import BASE, TRANSITIONS, PolicyRegistry, withdraw
 from bot.store.tables import policies
-from bot.types import PolicyState
+from bot.types import Metrics, PolicyState
 from learning.rollout.deployment import Deployment
 from learning.rollout.loop import OnlineLearner
 
 
 def candidate(registry, tmp_path, parent=BASE):
     version = registry.reserve(registry.get(parent), tmp_path / "policies")
-    return registry.complete(version.name, "hash", {"kl": 0.1})
+    return registry.complete(version.name, "hash", Metrics(kl=0.1))
 
 
 def test_version_0_is_the_base_and_live_from_the_start(registry, demo_model):
@@ -50,7 +50,7 @@ def test_a_changed_base_model_goes_live_under_a_name_of_its_own_and_nothing_of_t
     assert registry.base() == registry.live() == base
     assert registry.foreign() == {BASE, live.name, waiting.name}
     assert registry.get(live.name).state == PolicyState.RETIRED
-    assert registry.get(waiting.name).metrics["outcome"] == "the base model was changed"
+    assert registry.get(waiting.name).metrics.outcome == "the base model was changed"
     with pytest.raises(RegistryError, match="no version to go back to"):
         registry.rollback()
     version = registry.reserve(registry.live(), tmp_path)
@@ -197,6 +197,24 @@ def test_hub_models_are_told_apart_by_their_whole_names(database):
         registry.ensure_base("/models/llama")
 
 
+def test_what_older_and_newer_versions_of_kibitz_recorded_is_read_and_kept(registry, database, tmp_path):
+    older = {"kl": 0.2}
+    newer = older | {"judged_at": "2026-01-02T03:04:05.678900+00:00", "a figure of next year": [1, None]}
+    versions = [candidate(registry, tmp_path) for _ in (older, newer)]
+    stored = sa.table("policies", sa.column("name"), sa.column("metrics", sa.JSON))
+    with database.begin() as connection:
+        for version, metrics in zip(versions, (older, newer), strict=True):
+            connection.execute(stored.update().where(stored.c.name == version.name).values(metrics=metrics))
+    first, second = (registry.get(version.name) for version in versions)
+    assert (first.metrics.kl, first.metrics.reasons, first.judged_at, first.waits_for) == (0.2, [], None, 0)
+    assert (first.judged_against, second.judged_at.year) == (BASE, 2026)
+    registry.promote(second.name, second.metrics | Metrics(reasons=["none"]))
+    assert registry.rollback()[1].name == BASE
+    with database.read() as connection:
+        kept = connection.execute(sa.select(stored.c.metrics).where(stored.c.name == second.name)).scalar_one()
+    assert kept == newer | {"reasons": ["none"]}, "what is not known is kept, and what was not said stays away"
+
+
 def test_names_and_directories_are_never_used_again(registry, tmp_path):
     first = registry.reserve(registry.get(BASE), tmp_path)
     registry.reject(first.name)
@@ -336,7 +354,7 @@ async def test_what_a_forgotten_person_taught_is_learned_anew_also_where_kibitz_
     assert await learner._taught() == 0
     version = registry.reserve(registry.get(BASE), tmp_path / "policies")
     registry.begin_run(version.name, {}, "", [given[0].id])
-    registry.complete(version.name, "hash", {})
+    registry.complete(version.name, "hash", Metrics())
     assert await learner._taught() == 2, "a restart does not train again on them"
     forget_person(database, registry, "test", "ann")
     assert await learner._taught() == 0, "and the rest is learned anew"

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -22,24 +22,26 @@ from learning.training.run import train_version
 def test_a_report_says_what_was_learned_and_why_the_rest_was_not(trained):
     outcome, version = trained.outcome, trained.version
     found = report.collected(version, "passed")
-    assert found["trained_on"] == outcome.training
-    assert found["held_out"] == outcome.held_out
-    assert sum(found["left_out"].values()) == outcome.turns - outcome.training - outcome.held_out
-    assert len(found["loss"]) == 6
-    assert [check["step"] for check in found["checks"]] == [0, 2, 4, 6]
-    assert found["checks"][0]["gained"] == [0.0, 0.0, 0.0], "nothing has been learned yet"
-    gain, low, high = found["checks"][-1]["gained"]
+    assert found.trained_on == outcome.training
+    assert found.held_out == outcome.held_out
+    assert sum(found.left_out.values()) == outcome.turns - outcome.training - outcome.held_out
+    assert len(found.loss) == 6
+    assert [check.step for check in found.checks] == [0, 2, 4, 6]
+    assert found.checks[0].gained == (0.0, 0.0, 0.0), "nothing has been learned yet"
+    gain, low, high = found.checks[-1].gained
     assert low < gain < high
-    assert len(found["samples"]) == 12
-    assert {row["name"] for row in found["style"]} >= {"words", "emoji"}
-    assert json.loads(json.dumps(found)) == found
-    found["samples"][0]["question"] = "<script>alert(1)</script>"
+    assert len(found.samples) == 12
+    assert {row.name for row in found.style} >= {"words", "emoji"}
+    written = json.loads(json.dumps(asdict(found)))
+    assert written["checks"][0]["gained"] == [0.0, 0.0, 0.0]
+    assert list(written["samples"][0]) == ["question", "before", "after"]
+    found = replace(found, samples=[replace(found.samples[0], question="<script>alert(1)</script>")])
     page = report.html(found)
     assert page.count("data:image/png;base64,") == 3
     assert "doubly robust" in page
-    assert found["worth_gain"][1] <= found["worth_gain"][0] <= found["worth_gain"][2]
-    assert found["worth"][1] - found["worth"][0] == pytest.approx(found["worth_gain"][0], abs=0.2)
-    without = found | {"reward_model": None, "worth_gain": None}
+    assert found.worth_gain[1] <= found.worth_gain[0] <= found.worth_gain[2]
+    assert found.worth[1] - found.worth[0] == pytest.approx(found.worth_gain[0], abs=0.2)
+    without = replace(found, reward_model=None, worth_gain=None)
     assert "doubly robust" not in report.html(without)  # the control: too little was rated
     assert "<script>" not in page
     assert "&lt;script&gt;alert(1)" in page, "the control: the question is there"
@@ -54,9 +56,20 @@ def test_a_report_without_samples_or_files_says_so(trained):
         report.collected(version, "passed")
 
 
+def test_a_run_of_an_older_kibitz_that_measured_less_has_a_report(trained):
+    file = Path(trained.version.path) / "metrics.json"
+    kept = json.loads(file.read_text())
+    older = {name: kept[name] for name in ("kl", "checks", "loss")} | {"evidence": {"of": "another shape"}}
+    older["checks"] = [{name: value for name, value in check.items() if name != "liked_error"} for check in kept["checks"]]
+    file.write_text(json.dumps(older))
+    found = report.collected(trained.version, "passed")
+    assert (found.kl, found.gain, found.well_formed, found.stopped) == (kept["kl"], (None, None, None), None, None)
+    assert report.html(found).count("not recorded") == 1
+
+
 def test_what_changed_most_comes_first():
-    rows = [{"question": "", "before": "one two three", "after": f"one two {word}😀"} for word in ("three", "four")] * 5
-    assert report.style(rows)[0]["name"] == "emoji"
+    rows = [report.Answered("", "one two three", f"one two {word}😀") for word in ("three", "four")] * 5
+    assert report.style(rows)[0].name == "emoji"
     assert report.style([]) == []
 
 
@@ -153,9 +166,9 @@ def test_what_was_taken_back_is_told_and_the_next_report_names_it(trained, token
     assert any("does not count: it was taken back" in line for line in lines)
     again = train_version(config, quiet)
     told = report.collected(registry.get(again.policy), "")
-    assert told["taken_back"] == [rows[0][0]]
+    assert told.taken_back == [rows[0][0]]
     assert rows[0][0] in report.html(told)
-    assert rows[0][0] not in report.html(told | {"taken_back": []}), "the control"
+    assert rows[0][0] not in report.html(replace(told, taken_back=[])), "the control"
     assert registry.get(version.name).state in (PolicyState.CANDIDATE, PolicyState.REJECTED)
 
 

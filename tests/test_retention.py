@@ -22,7 +22,7 @@ from bot.store.registry import BASE
 from bot.store.retention import erase_expired
 from bot.store.tables import embeddings, feedback, messages, metadata, run_teachers, sources, turns, words
 from bot.store.users import Users
-from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, Turn, new_id, now
+from bot.types import Conversation, Feedback, FeedbackKind, Message, Metrics, PolicyState, Turn, new_id, now
 from learning.data.explanation import explain
 from learning.data.replay_buffer import ReplayBuffer
 
@@ -80,7 +80,7 @@ async def test_what_is_too_old_is_erased_and_what_is_younger_stays(
     version = registry.reserve(registry.get(BASE), tmp_path / "policies")
     [given] = [row for row in store.feedback_of([old.id])[old.id] if row.text is None]
     registry.begin_run(version.name, {}, "", [given.id])
-    registry.complete(version.name, "", {})
+    registry.complete(version.name, "", Metrics())
     registry.promote(version.name)
     Path(version.path).mkdir(parents=True)
     (Path(version.path) / SAMPLES).write_text(SECRET)
@@ -177,7 +177,7 @@ async def test_who_is_behind_a_young_answer_can_be_forgotten_and_say_no_after_th
     assert used() == []
     version = registry.reserve(registry.get(BASE), tmp_path / "policies")
     registry.begin_run(version.name, {}, "", [one.id for one in given])
-    registry.complete(version.name, "", {})
+    registry.complete(version.name, "", Metrics())
     erased = forget_person(database, registry, "test", "ann")
     assert (erased.answers, erased.policies) == (2, 1)
     assert SECRET not in everything_stored(database)

@@ -10,7 +10,7 @@ from bot.config import Config
 from learning.data.experience import Experience
 from learning.judging.lm_reward_model import LmRewardModel, pairs
 from learning.judging.reward_model import RewardModel
-from learning.judging.reward_scores import Judged, figures
+from learning.judging.reward_scores import Judged, score
 from learning.judging.statistics import calibration
 from learning.models import toy
 
@@ -39,9 +39,9 @@ def rated(likes, seed: int = 0) -> list[Experience]:
 def test_what_people_like_is_found_on_conversations_that_were_not_seen(embedder):
     model = RewardModel(embedder, seed=0)
     judged = model.fit(rated(lambda about, rng: (about == "cats") != (rng.random() < 0.1)))
-    found = figures(judged, seed=0)
-    assert found["reward_model_auc_low"] > 0.75
-    assert found["reward_model_calibration_error"] < 0.1
+    found = score(judged, seed=0)
+    assert found.reward_model_auc_low > 0.75
+    assert found.reward_model_calibration_error < 0.1
     cat, tax = model.chances(
         [
             Experience("", "", (), (), None, 0.0, (), question="tell me", answer=text)
@@ -54,8 +54,8 @@ def test_what_people_like_is_found_on_conversations_that_were_not_seen(embedder)
 @pytest.mark.slow
 def test_where_there_is_nothing_to_find_it_finds_nothing(embedder):
     model = RewardModel(embedder, seed=0)
-    found = [figures(model.fit(rated(lambda about, rng: rng.random() < 0.5, seed)), seed=0) for seed in range(6)]
-    assert sum(one["reward_model_auc"] for one in found) / 6 == pytest.approx(0.5, abs=0.1)
+    found = [score(model.fit(rated(lambda about, rng: rng.random() < 0.5, seed)), seed=0) for seed in range(6)]
+    assert sum(one.reward_model_auc for one in found) / 6 == pytest.approx(0.5, abs=0.1)
 
 
 def test_too_few_answers_of_a_kind_are_not_judged(embedder):
@@ -92,15 +92,15 @@ def test_the_base_model_with_a_head_learns_what_people_like_and_nothing_from_cha
     config = Config()
     model = LmRewardModel(demo_model, config)
     judged = model.fit(words_of(tokenizer, lambda style, rng: style.emoji))
-    assert figures(judged, seed=0)["reward_model_auc_low"] > 0.7
+    assert score(judged, seed=0).reward_model_auc_low > 0.7
     plain, lively = (
         [one for one in words_of(tokenizer, lambda style, rng: style.emoji, seed=1) if (one.reward > 0) == emoji]
         for emoji in (False, True)
     )
     assert 1 > model.chances(lively).mean() > model.chances(plain).mean() > 0
     chance = LmRewardModel(demo_model, config).fit(words_of(tokenizer, lambda style, rng: rng.random() < 0.5))
-    control = figures(chance, seed=0)
-    assert control["reward_model_auc_low"] < 0.5 < control["reward_model_auc_high"]
+    control = score(chance, seed=0)
+    assert control.reward_model_auc_low < 0.5 < control.reward_model_auc_high
     assert model.fit(words_of(tokenizer, lambda style, rng: style.emoji, count=20)) is None
 
 

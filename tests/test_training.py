@@ -28,6 +28,18 @@ from learning.training.processes import teach_together
 from learning.training.run import train_version
 from learning.training.teaching import teach
 
+METRICS = {  # what a run leaves in metrics.json and in the registry
+    *("reasons", "judged_against", "drawn_at", "judged_at", "waits_for", "level", "had_enough_evidence", "is_better"),
+    *("kl", "well_formed", "base_well_formed", "held_out_liked", "held_out_disliked", "margin_before", "margin_after"),
+    *("margin_gain", "margin_gain_low", "margin_gain_high", "margin_gain_by_chance"),
+    *("gain", "gain_low", "gain_high", "gain_by_chance", "gain_by_luck"),
+    *("trl/loss", "trl/rewards/margins", "trl/kl", "trl/first_reward", "steps", "step_seconds", "train_loss", "rows"),
+    *("loss", "stopped", "kept", "checks", "taken_back", "answers_before", "answers_after", "evidence"),
+    *("estimated_worth_before", "estimated_worth_after", "estimated_gain", "reward_model", "steps_share_of_run"),
+}
+EVIDENCE = {"opinions", "live", "candidate", "gain", "kl", "well_formed", "base_well_formed", "faults"}
+EVIDENCE |= {"change", "rounding", "is_no_change"}
+
 
 def quiet(stage: str, done: int, total: int) -> None:
     pass
@@ -53,8 +65,12 @@ def test_a_run_registers_a_candidate_with_all_that_explains_it(small, store, reg
     assert load(Path(version.path) / "config.json") == small
     assert json.loads((Path(version.path) / "manifest.json").read_text())["sha256"] == outcome.manifest_sha256
     assert ("train", 12, 12) in stages
-    assert outcome.figures["margin_gain_low"] > 0
-    assert outcome.figures["gain_low"] > 0
+    kept = json.loads((Path(version.path) / "metrics.json").read_text())
+    assert set(kept) == METRICS, "the keys are documented"
+    assert set(kept["evidence"]) == EVIDENCE
+    assert kept == json.loads(json.dumps(version.metrics.as_json())) == json.loads(json.dumps(outcome.figures.as_json()))
+    assert outcome.figures.margin_gain_low > 0
+    assert outcome.figures.gain_low > 0
     taught = registry.runs()[0]
     assert taught["n"] == outcome.training
     assert taught["outcome"] == "passed"
@@ -90,7 +106,7 @@ def test_what_people_mean_passes_the_same_gate(small, store, registry, tokenizer
     converse(store, tokenizer, likes_emoji=True, count=160)
     outcome = train_version(small.model_copy(update={"gate": strict}), quiet)
     assert outcome.passed, outcome.reasons
-    assert outcome.figures["margin_gain_by_chance"] <= 0.001
+    assert outcome.figures.margin_gain_by_chance <= 0.001
 
 
 def test_with_too_little_evidence_a_version_waits_until_one_that_was_trained_later_takes_its_place(
@@ -109,7 +125,7 @@ def test_with_too_little_evidence_a_version_waits_until_one_that_was_trained_lat
     )
     assert (Path(waiting.path) / "adapter_model.safetensors").exists()
     second = train_version(patient, quiet)
-    assert registry.get(first.policy).metrics["reasons"] == [f"{second.policy} was trained after it"]
+    assert registry.get(first.policy).metrics.reasons == [f"{second.policy} was trained after it"]
     assert registry.get(first.policy).state == PolicyState.REJECTED
     assert not (Path(waiting.path) / "adapter_model.safetensors").exists()
     assert earlier_verdicts(registry) == [], "nothing was spent"
@@ -160,7 +176,7 @@ def test_two_processes_teach_what_one_does_and_say_what_it_would_say(small, demo
             figures = teach(config, model, tokenizer, *lesson)
         else:
             figures = teach_together(config, model, demo_model, *lesson)
-        assert figures["steps"] == 12
+        assert figures.steps == 12
         moved = {name: value - start[name] for name, value in weights(model).items()}
         taught.append(torch.cat([value.flatten() for value in moved.values()]))
     assert stages[-1] == ("train", 12, 12)
@@ -182,7 +198,7 @@ def test_whole_weights_go_on_from_whole_ones_and_adapters_begin_at_the_base(smal
     registry.promote(first.policy)
     second = train_version(whole, quiet)
     assert registry.get(second.policy).parent == first.policy
-    assert second.figures["kl"] > first.figures["kl"] > 0, "it is the base that it is held to"
+    assert second.figures.kl > first.figures.kl > 0, "it is the base that it is held to"
     assert registry.get(train_version(small, quiet).policy).parent == BASE, "an adapter is served on the base"
     random_version(small, registry.get(BASE).base_model, tmp_path / "adapter", seed=0)
     adapter = register_copy(registry, tmp_path / "adapter", small.data / "policies")
@@ -248,7 +264,7 @@ def test_a_run_that_does_only_harm_is_refused_and_what_it_did_is_told(small, sto
     outcome = train_version(small, quiet)
     assert not outcome.passed
     assert outcome.reasons[0].startswith("what was learned did only harm: held-out liked answers lost ")
-    assert outcome.figures["evidence"]["candidate"] != outcome.figures["evidence"]["live"], "the harm was measured"
+    assert outcome.figures.evidence.candidate != outcome.figures.evidence.live, "the harm was measured"
     assert registry.live().name == BASE
     assert [version.state for version in registry.all()] == [PolicyState.LIVE, PolicyState.REJECTED]
     assert "did only harm" in registry.runs()[0]["outcome"]
@@ -308,5 +324,5 @@ def test_a_continued_policy_is_anchored_to_the_base(demo_model, tokenizer, tmp_p
         for text, worth in (("Hey!", 1.0), ("No.", -1.0), ("Hello.", 1.0), ("Hi there", 1.0))
     ]
     settings = TrainingConfig(objective="kto", epochs=1, batch_size=4, learning_rate=1e-6, weights=kind)
-    first = train(model, tokenizer.hf, rows, settings, seed=0, progress=quiet)["trl/first_reward"]
+    first = train(model, tokenizer.hf, rows, settings, seed=0, progress=quiet).trl_first_reward
     assert (abs(first) > 1e-3) == anchored

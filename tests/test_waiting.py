@@ -15,7 +15,7 @@ from bot.errors import RegistryError, TrainingError
 from bot.store.conversations import ConversationStore
 from bot.store.forgetting import forget_person
 from bot.store.registry import BASE, PolicyRegistry
-from bot.types import Feedback, FeedbackKind, PolicyState, PolicyVersion, Turn, now
+from bot.types import Feedback, FeedbackKind, Metrics, PolicyState, PolicyVersion, Record, Turn, now
 from learning.bench import serving
 from learning.data.replay_buffer import ReplayBuffer
 from learning.data.selection import is_held_out, question_key
@@ -51,7 +51,7 @@ class Waiting:
 
     @property
     def reason(self) -> str:
-        return self.registry.get(self.version.name).metrics["reasons"][0]
+        return self.registry.get(self.version.name).metrics.reasons[0]
 
     @property
     def has_weights(self) -> bool:
@@ -84,12 +84,8 @@ def waiting(config, store, registry, tokenizer, source) -> Waiting:  # noqa: F81
     changes = {"dialogue": config.dialogue.model_copy(update={"embedder": "none"})}
     changes |= {"gate": config.gate.model_copy(update={"samples": 8})}
     version = serving.register_copy(registry, source, config.data / "policies")
-    metrics = version.metrics | {
-        "evidence": MEASURED,
-        "drawn_at": now().isoformat(),
-        "waits_for": 10,
-        "reasons": ["too few"],
-    }
+    drawn = Metrics(drawn_at=now(), waits_for=10, reasons=["too few"])
+    metrics = version.metrics | drawn | Record(evidence=MEASURED)
     registry.begin_run(version.name, {}, "", [])
     version = registry.move(version.name, PolicyState.WAITING, metrics=metrics)
     return Waiting(config.model_copy(update=changes), store, registry, tokenizer, version)
@@ -103,7 +99,7 @@ def test_what_came_after_its_rows_were_drawn_promotes_a_better_one(waiting):
     assert judgement.passed, judgement.reasons
     found = waiting.registry.get(waiting.version.name)
     assert (found.state, waiting.registry.requested()) == (PolicyState.CANDIDATE, [found])
-    assert found.metrics["held_out_liked"] == found.metrics["held_out_disliked"] == 12
+    assert found.metrics.held_out_liked == found.metrics.held_out_disliked == 12
     assert found.judged_at > found.drawn_at
     assert waiting.registry.runs()[0]["outcome"] == "passed"
     assert earlier_verdicts(waiting.registry) == [True]
@@ -122,12 +118,12 @@ def test_one_that_people_like_less_is_rejected_for_a_price(waiting):
 def test_what_earlier_verdicts_spent_is_not_there_for_one_that_waited(waiting):
     level_of_first = level_of_next(1 - waiting.config.gate.confidence, [])
     spent = waiting.registry.reserve(waiting.registry.live(), waiting.config.data / "policies")
-    verdict = {"had_enough_evidence": True, "is_better": False, "judged_at": now().isoformat()}
+    verdict = Metrics(had_enough_evidence=True, is_better=False, judged_at=now())
     waiting.registry.complete(spent.name, "hash", verdict)
     waiting.registry.move(spent.name, PolicyState.REJECTED)
     waiting.like(waiting.say(24))
     waiting.judge()
-    level = waiting.registry.get(waiting.version.name).metrics["level"]
+    level = waiting.registry.get(waiting.version.name).metrics.level
     assert level == level_of_next(1 - waiting.config.gate.confidence, [False]) < level_of_first
 
 
@@ -194,7 +190,7 @@ def test_what_cannot_be_judged_any_more_says_why(waiting, case):
     match case:
         case "another version is live":
             other = waiting.registry.reserve(waiting.registry.live(), waiting.config.data / "policies")
-            waiting.registry.complete(other.name, "hash", {})
+            waiting.registry.complete(other.name, "hash", Metrics())
             waiting.registry.promote(other.name)
             reason = f"{waiting.version.name} was judged against {BASE}, but {other.name} is live now"
         case "its weights were changed":

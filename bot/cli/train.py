@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,7 +24,7 @@ from learning.training import pretrain as pretraining
 from learning.training.choice import with_model
 
 if TYPE_CHECKING:
-    from learning.judging.waiting import Judgement
+    from learning.judging.judgement import Judgement
 
 
 @command()
@@ -68,7 +67,7 @@ def train(
 ) -> None:
     """One training run now; registers a candidate with its verdict, which `kibitz deploy` takes live."""
     from learning.judging.waiting import judge_waiting
-    from learning.training.run import Outcome, train_version
+    from learning.training.run import train_version
 
     is_told = progress == "json"  # by whoever started this process, who has told of the model already
     tell = (lambda text: None) if is_told else announce
@@ -77,7 +76,7 @@ def train(
     registry.ensure_base(model)
     database.close()
 
-    def work(report: Callable[[str, int, int], None]) -> "Outcome | Judgement":
+    def work(report: Callable[[str, int, int], None]) -> "Judgement":
         return judge_waiting(config, report) if judge else train_version(config, report, deploys=deploy)
 
     if progress != "json":
@@ -87,7 +86,7 @@ def train(
         console.print(f"{outcome.policy}: {verdict}{'; it waits for more reactions' if outcome.waits else ''}")
         return
     try:
-        _tell(outcome=asdict(work(lambda stage, done, total: _tell(stage=stage, done=done, total=total))))
+        _tell(outcome=work(lambda stage, done, total: _tell(stage=stage, done=done, total=total)).as_json())
     except NothingToLearn as error:
         _tell(nothing_to_learn=str(error))
 

@@ -1,7 +1,8 @@
 """The commands that show versions of the policy, take them live and take them back."""
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -41,16 +42,16 @@ def policies(config: Config) -> None:
             version.name,
             f"[bold green]{version.state}" if version.state == PolicyState.LIVE else version.state,
             version.parent or "",
-            _number(figures.get("kl")),
-            _number(figures.get("gain")),
+            _number(figures.kl),
+            _number(figures.gain),
             f"{version.created_at:%Y-%m-%d %H:%M}",
-            "; ".join(figures.get("reasons", [])) or figures.get("outcome", ""),
+            "; ".join(figures.reasons) or figures.outcome,
         )
     console.print(table)
 
 
-def _number(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, int | float) else ""
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 @command()
@@ -124,4 +125,4 @@ def report(
     output_files.write_text(page, reports.html(collected))
     console.print(f"report: {page}")
     if json_file is not None:
-        write_json(json_file, "report", collected, {"run": name})
+        write_json(json_file, "report", asdict(collected), {"run": name})

@@ -10,8 +10,6 @@ from bot.errors import RegistryError
 from bot.store.fingerprint import fingerprint_model
 from bot.types import PolicyState, PolicyVersion
 
-LIVE_BEFORE = "live when the base model was changed"  # a key of a base version's metrics: the name of a version
-
 
 def is_same_base(base: PolicyVersion, model: str, weights: str) -> bool:
     """Return whether a base version is of this model, perhaps at another place: of the same weights where both are known.
@@ -75,5 +73,5 @@ def servable_before(
 
 def last_live(base: PolicyVersion, versions: Sequence[PolicyVersion]) -> PolicyVersion:
     """Return what was live when a base model was set aside; where that was purged since, the newest before it."""
-    last = next((version for version in versions if version.name == base.metrics.get(LIVE_BEFORE)), base)
+    last = next((version for version in versions if version.name == base.metrics.live_before), base)
     return last if last.state == PolicyState.RETIRED else servable_before(last, versions) or base

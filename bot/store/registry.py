@@ -18,10 +18,10 @@ from sqlalchemy.exc import IntegrityError
 from bot.errors import RegistryError, VerdictOutdated
 from bot.store.database import Database
 from bot.store.fingerprint import fingerprint_model
-from bot.store.lineage import LIVE_BEFORE, check_same_base, find_bases, follow_base, is_same_base, last_live, servable_before
+from bot.store.lineage import check_same_base, find_bases, follow_base, is_same_base, last_live, servable_before
 from bot.store.sources import people_behind
 from bot.store.tables import policies, run_feedback, run_followups, run_teachers, runs, switches
-from bot.types import Person, PolicyState, PolicyVersion, new_id, now
+from bot.types import Metrics, Person, PolicyState, PolicyVersion, new_id, now
 
 S = PolicyState
 TRANSITIONS: dict[PolicyState, set[PolicyState]] = {
@@ -40,7 +40,6 @@ BASE = "policy-0"  # the first base model; each that takes its place has a name 
 LEARNING_PAUSED = "learning paused"  # the name of a switch
 DEPLOY = "deploy "  # the name of a switch, with that of a version after it
 _BASES = sa.select(policies).where(policies.c.parent.is_(None)).order_by(policies.c.number.desc())  # the newest first
-
 _WITHOUT_METRICS = sa.select(*(column for column in policies.c if column.name != "metrics")).order_by(policies.c.number)
 
 
@@ -112,11 +111,11 @@ class PolicyRegistry:
             connection.execute(policies.insert().values(number=number, **asdict(version)))
         return version
 
-    def complete(self, name: str, sha256: str, metrics: dict[str, Any]) -> PolicyVersion:
+    def complete(self, name: str, sha256: str, metrics: Metrics) -> PolicyVersion:
         """The version's files are whole: it is a candidate from now on."""
         return self.move(name, S.CANDIDATE, sha256=sha256, metrics=metrics)
 
-    def reject(self, name: str, metrics: dict[str, Any] | None = None) -> PolicyVersion:
+    def reject(self, name: str, metrics: Metrics | None = None) -> PolicyVersion:
         """The version will never serve."""
         return self.move(name, S.REJECTED, **({} if metrics is None else {"metrics": metrics}))
 
@@ -126,7 +125,7 @@ class PolicyRegistry:
             query = sa.select(policies).where(policies.c.state == S.WAITING).order_by(policies.c.number)
             return [_version(row) for row in connection.execute(query)]
 
-    def record_verdict(self, name: str, state: PolicyState, metrics: dict[str, Any], outcome: str) -> PolicyVersion:
+    def record_verdict(self, name: str, state: PolicyState, metrics: Metrics, outcome: str) -> PolicyVersion:
         """Make a waiting version a candidate, reject it, or have it wait on; its run ends so too. One transaction."""
         with self.database.begin() as connection:
             connection.execute(runs.update().where(runs.c.policy == name).values(outcome=outcome))
@@ -152,7 +151,7 @@ class PolicyRegistry:
         with self.database.read() as connection:
             return [_version(row) for row in connection.execute(query.order_by(policies.c.number))]
 
-    def promote(self, name: str, metrics: dict[str, Any] | None = None, instead_of: str | None = None) -> PolicyVersion:
+    def promote(self, name: str, metrics: Metrics | None = None, instead_of: str | None = None) -> PolicyVersion:
         """Make a version live, with other metrics where they are given, and retire the one that was, in one transaction.
 
         Raises VerdictOutdated where `instead_of` is given, and another version is live by now.
@@ -268,7 +267,7 @@ class PolicyRegistry:
         """Reject what a dead process left in training; returns the names."""
         stale = [version.name for version in self.all() if version.state == S.TRAINING]
         for name in stale:
-            self.reject(name, {"outcome": "the run did not end"})
+            self.reject(name, Metrics(outcome="the run did not end"))
         return stale
 
     def begin_run(
@@ -370,10 +369,11 @@ def _set_aside(connection: sa.Connection, base: PolicyVersion) -> None:
     for version in _all(connection):
         if version.state == S.LIVE:
             _move(connection, version.name, S.RETIRED)
-            metrics = base.metrics | {LIVE_BEFORE: version.name}
+            metrics = base.metrics | Metrics(live_before=version.name)
             connection.execute(policies.update().where(policies.c.name == base.name).values(metrics=metrics))
         elif version.state in (S.CANDIDATE, S.WAITING, S.CANARY):
-            _move(connection, version.name, S.REJECTED, metrics=version.metrics | {"outcome": "the base model was changed"})
+            metrics = version.metrics | Metrics(outcome="the base model was changed")
+            _move(connection, version.name, S.REJECTED, metrics=metrics)
 
 
 def _live(connection: sa.Connection) -> PolicyVersion:

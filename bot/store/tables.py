@@ -12,6 +12,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from bot.types import Metrics, Record
+
 metadata = sa.MetaData()
 
 
@@ -26,6 +28,23 @@ class UTCDateTime(sa.TypeDecorator):
 
     def process_result_value(self, value: datetime | None, dialect: Any) -> datetime | None:
         return None if value is None else value.replace(tzinfo=UTC)
+
+
+class RecordJSON(sa.TypeDecorator):
+    """A Record of this kind, stored as its JSON."""
+
+    impl = sa.JSON
+    cache_ok = True
+
+    def __init__(self, kind: type[Record]):
+        super().__init__()
+        self.kind = kind
+
+    def process_bind_param(self, value: Record | None, dialect: Any) -> dict[str, Any] | None:
+        return None if value is None else value.as_json()
+
+    def process_result_value(self, value: dict[str, Any] | None, dialect: Any) -> Record | None:
+        return None if value is None else self.kind.from_json(value)
 
 
 def scope_of(platform: str, space: str, channel: str) -> int:
@@ -181,7 +200,7 @@ policies = sa.Table(
     sa.Column("sha256", sa.String(64), nullable=False),
     sa.Column("state", sa.String(16), nullable=False),
     sa.Column("replaced", sa.String(64)),
-    sa.Column("metrics", sa.JSON, nullable=False),
+    sa.Column("metrics", RecordJSON(Metrics), nullable=False),
     sa.Column("created_at", UTCDateTime, nullable=False),
     sa.Index(
         "only_one_live",

@@ -12,7 +12,6 @@ import contextlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -69,6 +68,14 @@ class Point:
     drifted: bool
 
 
+@dataclass(frozen=True)
+class RunEnd:
+    """How a training run ended: whether the guard stopped it, and whether people had come to want the opposite."""
+
+    stopped: bool = False
+    drifted: bool = False
+
+
 class Arena:
     """The demo policy, its held-out prompts with version 0's answers, and the untouched dialogues."""
 
@@ -90,8 +97,8 @@ class Arena:
     def ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.prompt_ids([{"role": "user", "content": text}]))
 
-    def judged(self, reactions: int, utility: Utility, run: dict[str, Any]) -> Point:
-        """The policy as it is now, against version 0; `run` is what its last run told."""
+    def judged(self, reactions: int, utility: Utility, run: RunEnd) -> Point:
+        """The policy as it is now, against version 0; `run` is how its last run ended."""
         said = self.answers(self.prompts, self.seed + reactions)
         mine = np.array([utility(prompt, one.text) for prompt, one in zip(self.prompts, said, strict=True)])
         first = np.array([utility(prompt, one.text) for prompt, one in zip(self.prompts, self.first, strict=True)])
@@ -105,8 +112,8 @@ class Arena:
             well_formed=float(np.mean([one.well_formed for one in said])),
             perplexity_ratio=self._perplexity() / self.perplexity,
             kl=kl_to_base(self.model, said),
-            stopped=bool(run.get("stopped")),
-            drifted=bool(run.get("drifted")),
+            stopped=run.stopped,
+            drifted=run.drifted,
         )
 
     def answers(self, prompts: Sequence[str], seed: int) -> list[Sample]:
@@ -172,7 +179,7 @@ def with_logprobs(arena: Arena, found: Sequence[Experience]) -> list[Experience]
     return [replace(one, logprobs=tuple(row.tolist())) for one, row in zip(found, logprobs, strict=True)]
 
 
-def learn(arena: Arena, found: Sequence[Experience], objective: str, number: int) -> dict[str, Any]:
+def learn(arena: Arena, found: Sequence[Experience], objective: str, number: int) -> RunEnd:
     """One training run on these experiences, selected and watched as in production."""
     found = found[arena.since :]
     looks_for_drift = arena.config.learning.detect_drift
@@ -189,10 +196,10 @@ def learn(arena: Arena, found: Sequence[Experience], objective: str, number: int
     rows = compared(taught, arena.embedder, config, arena.seed)
     prompts = list(dict.fromkeys(one.prompt_ids for one in [*held_out, *taught]))
     before = weights(arena.model)
-    taught_by = teach(config, arena.model, arena.tokenizer, rows, held_out, prompts, lambda *_: None)
-    if taught_by["stopped"] and not taught_by["kept"]:
+    figures = teach(config, arena.model, arena.tokenizer, rows, held_out, prompts, lambda *_: None)
+    if figures.stopped and not figures.kept:
         restore(arena.model, before)  # in production it would be refused
-    return {**taught_by, "drifted": change is not None}
+    return RunEnd(figures.stopped is not None, change is not None)
 
 
 def measured(
@@ -223,12 +230,12 @@ def measured(
         if regime == "logged":
             arena.renew()
         said += talk(arena, people, count - len(said))
-        told_of: dict[str, Any] = {}
+        run = RunEnd()
         if arm != "frozen":
             taught = shuffled(said, people.rng) if arm == "placebo" else said
             with contextlib.suppress(NothingToLearn):  # such as no pairs yet: the policy stays as it is
-                told_of = learn(arena, taught, objective, number)
-        points.append(arena.judged(count, people.utility, told_of))
+                run = learn(arena, taught, objective, number)
+        points.append(arena.judged(count, people.utility, run))
     return points
 
 

@@ -28,7 +28,7 @@ from bot.models.tokenizer import ChatTokenizer
 from bot.serving.admin import TOP_LOGPROBS
 from bot.serving.policy import Policy
 from bot.store.registry import PolicyRegistry
-from bot.types import Conversation, Message, PolicyVersion, Progress, new_id, now
+from bot.types import Conversation, Message, Metrics, PolicyVersion, Progress, new_id, now
 from learning.models import toy
 from learning.models.version_files import fingerprint
 from learning.rollout.deployment import Deployment
@@ -88,7 +88,7 @@ def register_copy(registry: PolicyRegistry, source: Path, policies: Path) -> Pol
     """A new version, under a name of its own, with the weights of `source`, as if it had been judged now."""
     version = registry.reserve(registry.base(), policies)
     shutil.copytree(source, version.path)
-    return registry.complete(version.name, fingerprint(source), {"judged_against": registry.live().name})
+    return registry.complete(version.name, fingerprint(source), Metrics(judged_against=registry.live().name))
 
 
 @dataclass(frozen=True)

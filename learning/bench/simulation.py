@@ -156,7 +156,7 @@ class Simulation:
         await self.learner.judge_waiting()  # as the loop does before a run; what waits on is superseded by the run
         if self.policy.version != served:
             self.promoted.append(self.policy.version)
-            kl = float(self.learner.deployment.registry.get(self.policy.version).metrics["kl"])
+            kl = self._kl_of(self.policy.version)
         try:
             outcome = await self.learner.step()
         except NothingToLearn as error:
@@ -166,11 +166,14 @@ class Simulation:
             self.refused.append(str(error))
             self.learner.announce(str(error))
             return kl, str(error)
-        if not outcome["passed"]:
-            verdict = "waits" if outcome["waits"] else "rejected"
-            return kl, f"{outcome['policy']} {verdict}: {'; '.join(outcome['reasons'])}"
-        self.promoted.append(outcome["policy"])
-        return outcome["figures"]["kl"], ""
+        if not outcome.passed:
+            verdict = "waits" if outcome.waits else "rejected"
+            return kl, f"{outcome.policy} {verdict}: {'; '.join(outcome.reasons)}"
+        self.promoted.append(outcome.policy)
+        return self._kl_of(outcome.policy), ""
+
+    def _kl_of(self, version: str) -> float:
+        return self.learner.deployment.registry.get(version).metrics.kl or 0.0
 
     async def _judge(
         self, samples: int, approval: float | None, kl: float, note: str, show: Callable[[Row], None]

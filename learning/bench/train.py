@@ -99,7 +99,7 @@ def _steps_share(config: Config, base_model: str) -> float:
         store.add_dialogues(recording.dialogues)
         database.close()
         outcome = train_version(apart, lambda *_: None, space=recording.space, from_base=True)
-        return float(outcome.figures["steps_share_of_run"])
+        return outcome.figures.steps_share_of_run
     finally:
         shutil.rmtree(place)
 

@@ -5,9 +5,9 @@ import json
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
 
 from bot.types import now
+from learning.data.manifest import Row
 
 LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
@@ -51,12 +51,12 @@ class Experience:
         """How many tokens its longest sequence has."""
         return len(self.prompt_ids) + max(len(self.completion_ids), len(self.rejected_ids or ()))
 
-    def digest(self) -> list[Any]:
+    def digest(self) -> Row:
         """What a manifest records of it."""
         texts = [self.prompt_ids, self.completion_ids, self.rejected_ids]
         ids = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
-        worth = [round(value, 6) for value in (self.reward, self.advantage, self.weight)]
-        return [self.turn_id, ids, *worth, list(self.feedback_ids)]
+        reward, advantage, weight = (round(value, 6) for value in (self.reward, self.advantage, self.weight))
+        return Row(self.turn_id, ids, reward, advantage, weight, list(self.feedback_ids))
 
 
 @dataclass

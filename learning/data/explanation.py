@@ -7,7 +7,6 @@ It reads the database and the versions' manifests. `/why` in a chat and `kibitz 
 Run: ``kibitz why TURN``; without a turn it lists the latest that people said something about.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from bot.errors import DataError
 from bot.store.registry import PolicyRegistry
 from bot.store.teachers import find_pupils
 from bot.types import Message, Turn
+from learning.data.manifest import read_manifest, read_since
 from learning.data.replay_buffer import Decision, ReplayBuffer
 
 SHOWN = 8  # runs, the newest
@@ -118,23 +118,17 @@ def explain(turn_id: str, buffer: ReplayBuffer, registry: PolicyRegistry) -> Acc
         decision=decision,
         used=[one for name, path in used[-SHOWN:] for one in _used(name, Path(path), turn_id)],
         earlier=len(used[:-SHOWN]),
-        is_outdated=turn_id < _manifest(Path(registry.live().path)).get("since", ""),
+        is_outdated=turn_id < read_since(Path(registry.live().path)),
     )
 
 
 def _used(policy: str, directory: Path, turn_id: str) -> list[Used]:
     """What a version's manifest says of a turn; a version whose files are gone is named all the same."""
-    manifest = _manifest(directory)
-    if not manifest:
+    manifest = read_manifest(directory)
+    if manifest is None:
         return [Used(policy, None)]
-    smoothing = manifest["rewards"]["smoothing"]
-    rows = manifest["rows"]
-    return [Used(policy, advantage, weight, smoothing) for name, _, _, advantage, weight, _ in rows if name == turn_id]
-
-
-def _manifest(directory: Path) -> dict:
-    file = directory / "manifest.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    smoothing = manifest.rewards["smoothing"]
+    return [Used(policy, row.advantage, row.weight, smoothing) for row in manifest.rows if row.turn_id == turn_id]
 
 
 def _counts(reason: str | None) -> str:

@@ -40,13 +40,22 @@ class Sample:
         return self.finished and is_well_formed(self.text)
 
 
-def manner(samples: Sequence[Sample]) -> dict[str, float]:
+@dataclass(frozen=True)
+class Manner:
     """What answers are like: their mean number of words, the share that ended by themselves and that is well-formed."""
-    return {
-        "words": float(np.mean([len(one.text.split()) for one in samples])),
-        "ended": float(np.mean([one.finished for one in samples])),
-        "well_formed": float(np.mean([one.well_formed for one in samples])),
-    }
+
+    words: float
+    ended: float
+    well_formed: float
+
+
+def manner(samples: Sequence[Sample]) -> Manner:
+    """Return what answers are like."""
+    return Manner(
+        words=float(np.mean([len(one.text.split()) for one in samples])),
+        ended=float(np.mean([one.finished for one in samples])),
+        well_formed=float(np.mean([one.well_formed for one in samples])),
+    )
 
 
 def is_well_formed(text: str) -> bool:

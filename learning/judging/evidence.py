@@ -6,7 +6,7 @@ from them, is the question of `learning.judging.gate`. It knows no database and 
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from bot.config import Config
@@ -15,7 +15,7 @@ from bot.models.tokenizer import ChatTokenizer
 from learning.data.experience import Experience
 from learning.data.selection import kinds_of
 from learning.judging.evaluation import Sample, batched_logprobs, generate, means, token_rows
-from learning.judging.gate import gain_of, opinions_of
+from learning.judging.gate import Evidence, Soundness, gain_of, opinions_of
 
 if TYPE_CHECKING:
     import torch
@@ -55,12 +55,14 @@ def compare(
     live: Measured,
     candidate: Measured,
     embedder: Embedder | None,
-) -> dict[str, Any]:
-    """Return what the `judged` answers say of a candidate beside the live version: the fields of `Evidence` of these names.
+    soundness: Soundness,
+    faults: Sequence[str] = (),
+) -> Evidence:
+    """Return what the `judged` answers say of a candidate beside the live version, with what its run measured.
 
     The questions of the `others` help to tell kinds of questions apart.
     """
     kinds = kinds_of([row.question for row in (*judged, *others)], embedder, config.seed)[: len(judged)]
     opinions = opinions_of(judged, kinds.tolist(), config.rewards.person_cap)
     gain = gain_of([row.answer for row in judged], opinions, live.samples, candidate.samples, embedder)
-    return {"opinions": opinions, "live": means(live.logprobs), "candidate": means(candidate.logprobs), "gain": gain}
+    return Evidence(opinions, means(live.logprobs), means(candidate.logprobs), gain, [*faults], **asdict(soundness))

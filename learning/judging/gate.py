@@ -21,18 +21,19 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bot.config import GateConfig
 from bot.memory.embedder import Embedder
+from bot.types import Metrics
 from learning.data.features import features, ridge
 from learning.data.selection import limited
 from learning.judging.error_budget import level_of_next
 from learning.judging.evaluation import Sample
 from learning.judging.permutation import least_p_value, permutation_p_value, sign_flip_p_value
-from learning.judging.statistics import CONFIDENCE, bootstrap
+from learning.judging.statistics import CONFIDENCE, Interval, bootstrap
 
 if TYPE_CHECKING:
     from learning.data.experience import Experience
@@ -72,27 +73,57 @@ class Gain:
     by_prompt: list[float]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Soundness:
+    """What a run measured of its candidate, and no reaction changes.
+
+    `kl` is nats for each sampled token of the candidate, against the base. `change` is how far its log-probabilities are
+    from its parent's, `rounding` how far the served number format moves them (mean, nats).
+    """
+
+    kl: float
+    well_formed: float
+    base_well_formed: float
+    change: float = math.inf
+    rounding: float = 0.0
+    is_no_change: bool = False
+
+
 @dataclass(frozen=True)
-class Evidence:
+class Evidence(Soundness):
     """What was measured of a candidate against the live version, on the same held-out answers and the same prompts.
 
-    `live` and `candidate` are the mean log-probability for each token (nats) of each answer of the `opinions`. `kl` is nats
-    for each sampled token of the candidate, against the base. `faults` are what is wrong already: with its training, with
-    its files. `change` is how far its log-probabilities are from its
-    parent's, `rounding` how far the served number format moves them (mean, nats).
+    `live` and `candidate` are the mean log-probability for each token (nats) of each answer of the `opinions`. `faults` are
+    what is wrong already: with its training, with its files.
     """
 
     opinions: Opinions
     live: list[float]
     candidate: list[float]
     gain: Gain
-    kl: float
-    well_formed: float
-    base_well_formed: float
     faults: list[str] = field(default_factory=list)
-    change: float = math.inf
-    rounding: float = 0.0
-    is_no_change: bool = False
+
+
+class VerdictMetrics(Metrics):
+    """The figures behind a verdict. Gains, and the margins that they are of, are None where there is no answer of each kind;
+    what is `by_chance` or `by_luck` is a p-value, and None where the opinions could show nothing.
+    """
+
+    held_out_liked: int = 0
+    held_out_disliked: int = 0
+    well_formed: float | None = None
+    base_well_formed: float | None = None
+    level: float | None = None  # of significance, that was left to this verdict
+    margin_before: float | None = None
+    margin_after: float | None = None
+    margin_gain: float | None = None
+    margin_gain_low: float | None = None
+    margin_gain_high: float | None = None
+    margin_gain_by_chance: float | None = None
+    gain_low: float | None = None
+    gain_high: float | None = None
+    gain_by_chance: float | None = None
+    gain_by_luck: float | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +135,7 @@ class Verdict:
 
     passed: bool
     reasons: list[str]
-    figures: dict[str, Any]
+    figures: VerdictMetrics
     wanted: int = 0
 
 
@@ -139,18 +170,13 @@ def judge(evidence: Evidence, gate: GateConfig, seed: int, earlier: Sequence[boo
     opinions = evidence.opinions
     liked, disliked = _count(opinions)
     level, allowed = level_of_next(1 - gate.confidence, earlier), allowed_p(gate, earlier)
-    figures: dict[str, Any] = {"held_out_liked": liked, "held_out_disliked": disliked, "kl": evidence.kl}
-    figures |= {"well_formed": evidence.well_formed, "base_well_formed": evidence.base_well_formed, "level": level}
-    figures["had_enough_evidence"] = figures["is_better"] = False
-    if min(liked, disliked) >= 2:
-        figures |= _measure_gains(evidence, seed)
+    gains = _measure_gains(evidence, seed) if min(liked, disliked) >= 2 else None
     least = allowed / ROOM if may_wait else allowed
-    if not can_suffice(opinions, gate, least):
+    p_values = ask_opinions(evidence, allowed, seed) if can_suffice(opinions, gate, least) else None
+    if gains is None or p_values is None:
         reasons.append(explain_too_little(opinions, gate, least))
-    else:
-        figures |= {"had_enough_evidence": True} | ask_opinions(evidence, allowed, seed)
-        if not figures["is_better"]:
-            reasons.append(_explain_not_better(evidence, figures, allowed))
+    elif not p_values.is_better:
+        reasons.append(_explain_not_better(evidence, gains, p_values))
     if evidence.is_no_change:
         reasons.append(
             f"no change: log-probabilities are {evidence.change:.4f} nats from its parent's, and the number format that is "
@@ -161,7 +187,19 @@ def judge(evidence: Evidence, gate: GateConfig, seed: int, earlier: Sequence[boo
     wanted = min(gate.well_formed, evidence.base_well_formed)
     if not evidence.well_formed >= wanted:
         reasons.append(f"answers break: {evidence.well_formed:.0%} well-formed, {wanted:.0%} wanted")
-    is_all = len(reasons) == 1 and not figures["had_enough_evidence"]
+    is_all = len(reasons) == 1 and p_values is None
+    figures = VerdictMetrics(
+        held_out_liked=liked,
+        held_out_disliked=disliked,
+        kl=evidence.kl,
+        well_formed=evidence.well_formed,
+        base_well_formed=evidence.base_well_formed,
+        level=level,
+        had_enough_evidence=p_values is not None,
+        is_better=p_values is not None and p_values.is_better,
+    )
+    for found in (gains, p_values):
+        figures = figures if found is None else figures | found.metrics
     return Verdict(not reasons, reasons, figures, count_wanted(opinions, gate, least) if is_all else 0)
 
 
@@ -257,16 +295,58 @@ def margin(values: np.ndarray, signs: np.ndarray, weights: np.ndarray | None = N
     return float(np.average(values[liked], weights=weights[liked]) - np.average(values[disliked], weights=weights[disliked]))
 
 
-def margin_interval(
-    values: np.ndarray, signs: np.ndarray, seed: int, weights: np.ndarray | None = None
-) -> tuple[float, float, float]:
+def margin_interval(values: np.ndarray, signs: np.ndarray, seed: int, weights: np.ndarray | None = None) -> Interval:
     """Return the margin of `values` with its bootstrap interval."""
     of = np.ones(len(values)) if weights is None else weights
     return bootstrap(lambda pick: margin(values[pick], signs[pick], of[pick]), signs, CONFIDENCE, seed)
 
 
-def ask_opinions(evidence: Evidence, allowed: float, seed: int) -> dict[str, Any]:
-    """Ask the held-out opinions in both ways: the p-values, and whether they show that the candidate is better."""
+@dataclass(frozen=True)
+class PValues:
+    """How often chance does as well, in both ways of asking, and `by_luck` of the answers; what is `allowed` of each."""
+
+    by_margin: float
+    by_gain: float
+    by_luck: float
+    allowed: float
+
+    @property
+    def is_better(self) -> bool:
+        """Whether they show that the candidate is better."""
+        return min(self.by_margin, max(self.by_gain, self.by_luck)) <= self.allowed
+
+    @property
+    def metrics(self) -> VerdictMetrics:
+        """The same, for the record of a version."""
+        return VerdictMetrics(margin_gain_by_chance=self.by_margin, gain_by_chance=self.by_gain, gain_by_luck=self.by_luck)
+
+
+@dataclass(frozen=True)
+class Gains:
+    """Both gains with their 95% intervals, and the margins before and after."""
+
+    margin_before: float
+    margin_after: float
+    by_margin: Interval
+    by_gain: Interval
+
+    @property
+    def metrics(self) -> VerdictMetrics:
+        """The same, for the record of a version."""
+        return VerdictMetrics(
+            margin_before=self.margin_before,
+            margin_after=self.margin_after,
+            margin_gain=self.by_margin.value,
+            margin_gain_low=self.by_margin.low,
+            margin_gain_high=self.by_margin.high,
+            gain=self.by_gain.value,
+            gain_low=self.by_gain.low,
+            gain_high=self.by_gain.high,
+        )
+
+
+def ask_opinions(evidence: Evidence, allowed: float, seed: int) -> PValues:
+    """Ask the held-out opinions in both ways."""
     opinions, gain = evidence.opinions, evidence.gain
     signs, of = np.array(opinions.signs), (opinions.units, opinions.strata)
     likelier = subtract_kind_means(np.subtract(evidence.candidate, evidence.live), opinions.kinds)
@@ -274,28 +354,20 @@ def ask_opinions(evidence: Evidence, allowed: float, seed: int) -> dict[str, Any
     by_margin = permutation_p_value(likelier, signs, *of, seed, allowed)
     by_gain = permutation_p_value(np.array(gain.counts), signs, *of, seed, allowed)
     at = allowed if by_gain <= allowed else ROUGH
-    by_luck = sign_flip_p_value(np.array(gain.by_prompt), seed, at)
-    return {
-        "margin_gain_by_chance": by_margin,
-        "gain_by_chance": by_gain,
-        "gain_by_luck": by_luck,
-        "is_better": min(by_margin, max(by_gain, by_luck)) <= allowed,
-    }
+    return PValues(by_margin, by_gain, sign_flip_p_value(np.array(gain.by_prompt), seed, at), allowed)
 
 
-def _measure_gains(evidence: Evidence, seed: int) -> dict[str, float]:
-    """Both gains with their 95% intervals, and the margins before and after."""
+def _measure_gains(evidence: Evidence, seed: int) -> Gains:
     live, candidate, counts = np.array(evidence.live), np.array(evidence.candidate), np.array(evidence.gain.counts)
     opinions = evidence.opinions
     signs, weights = np.array(opinions.signs), np.array(opinions.weights)
     worth = counts * subtract_kind_means(signs, opinions.kinds)
-    found = {"margin_before": margin(live, signs, weights), "margin_after": margin(candidate, signs, weights)}
-    for name, (value, low, high) in (
-        ("margin_gain", margin_interval(candidate - live, signs, seed, weights)),
-        ("gain", bootstrap(lambda pick: float(worth[pick].sum()), signs, CONFIDENCE, seed)),
-    ):
-        found |= {name: value, f"{name}_low": low, f"{name}_high": high}
-    return found
+    return Gains(
+        margin_before=margin(live, signs, weights),
+        margin_after=margin(candidate, signs, weights),
+        by_margin=margin_interval(candidate - live, signs, seed, weights),
+        by_gain=bootstrap(lambda pick: float(worth[pick].sum()), signs, CONFIDENCE, seed),
+    )
 
 
 def explain_too_little(opinions: Opinions, gate: GateConfig, allowed: float) -> str:
@@ -311,12 +383,13 @@ def explain_too_little(opinions: Opinions, gate: GateConfig, allowed: float) -> 
     )
 
 
-def _explain_not_better(evidence: Evidence, found: dict[str, Any], allowed: float) -> str:
+def _explain_not_better(evidence: Evidence, gains: Gains, p_values: PValues) -> str:
+    allowed, (gain, low, high) = p_values.allowed, gains.by_gain
     prompts = len(evidence.gain.by_prompt)
     too_few = f"; {prompts} different prompts are too few to tell its answers from luck" if 2.0**-prompts > allowed else ""
     return (
-        f"not shown to be better: by the held-out opinions its answers gain {found['gain']:+.3f} of a reward, 95% interval "
-        f"{found['gain_low']:+.3f} to {found['gain_high']:+.3f} (permutation test p = {found['gain_by_chance']:.2g}, "
-        f"sign-flip test p = {found['gain_by_luck']:.2g}); liked over disliked gains {found['margin_gain']:+.4f} nats a "
-        f"token (permutation test p = {found['margin_gain_by_chance']:.2g}); required p ≤ {allowed:.2g}{too_few}"
+        f"not shown to be better: by the held-out opinions its answers gain {gain:+.3f} of a reward, 95% interval "
+        f"{low:+.3f} to {high:+.3f} (permutation test p = {p_values.by_gain:.2g}, "
+        f"sign-flip test p = {p_values.by_luck:.2g}); liked over disliked gains {gains.by_margin.value:+.4f} nats a "
+        f"token (permutation test p = {p_values.by_margin:.2g}); required p ≤ {allowed:.2g}{too_few}"
     )

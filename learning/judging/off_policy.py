@@ -6,22 +6,48 @@ policy makes it likelier. It is right where either the reward model or the weigh
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bot.types import Record
 from learning.data.experience import Experience
 from learning.judging.evaluation import Sample
 from learning.judging.reward_model import AnyRewardModel
-from learning.judging.reward_scores import figures
-from learning.judging.statistics import calibration, mean_interval
+from learning.judging.reward_scores import Scores, score
+from learning.judging.statistics import Bin, Interval, calibration, mean_interval
 
 if TYPE_CHECKING:
     import torch
 
 CUT = 2.0  # of importance weights: without it one answer that became much likelier would be the whole estimate
-Said = Mapping[tuple[int, ...], Sample]  # a policy's own answer to each prompt
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A policy's own answer to each held-out prompt, and the log-probabilities (nats) that it gives the held-out answers."""
+
+    own: Mapping[tuple[int, ...], Sample]
+    logprobs: Sequence["torch.Tensor"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality(Scores):
+    """How good the reward model is, and how its probabilities fit what people said."""
+
+    calibration: list[Bin]
+
+
+class Estimate(Record):
+    """The worth (in [-1, 1]) of the policies before and after a run, the gain with its 95% interval, and the quality of the
+    reward model that says so; None where too little is rated to fit one.
+    """
+
+    estimated_worth_before: float | None = None
+    estimated_worth_after: float | None = None
+    estimated_gain: Interval | None = None
+    reward_model: Quality | None = None
 
 
 def doubly_robust(expected: np.ndarray, weights: np.ndarray, rewards: np.ndarray, predicted: np.ndarray) -> np.ndarray:
@@ -47,36 +73,35 @@ def estimated(
     training: Sequence[Experience],
     held_out: Sequence[Experience],
     model: AnyRewardModel,
-    policies: Mapping[str, tuple[Said, Sequence["torch.Tensor"]]],
+    before: Answers,
+    after: Answers,
     seed: int,
-) -> dict[str, Any]:
-    """The worth (in [-1, 1]) of the policies `before` and `after` with the gain and its 95% interval, and the reward model's
-    own quality; nothing where too little is rated to fit one.
-
-    Of each policy its answers to held-out prompts are given, and the log-probabilities of the held-out answers.
-    """
+) -> Estimate:
+    """Estimate the worth of a policy `before` and `after`; nothing where too little is rated to fit the reward model."""
     quality = model.fit(training)
-    rows = [row for row, one in enumerate(held_out) if all(one.prompt_ids in said for said, _ in policies.values())]
+    rows = [row for row, one in enumerate(held_out) if one.prompt_ids in before.own and one.prompt_ids in after.own]
     if quality is None or not rows:
-        return {}
+        return Estimate()
     judged = [held_out[row] for row in rows]
     rewards = np.array([one.reward for one in judged])
     predicted = 2 * model.chances(judged) - 1
-    worth = {}
-    for name, (said, logprobs) in policies.items():
-        answers = [said[one.prompt_ids] for one in judged]
+
+    def worth(policy: Answers) -> np.ndarray:
+        answers = [policy.own[one.prompt_ids] for one in judged]
         own = [
             replace(one, answer=sample.text, completion_ids=sample.completion_ids)
             for one, sample in zip(judged, answers, strict=True)
         ]
-        weights = importance([logprobs[row] for row in rows], judged)
-        worth[name] = doubly_robust(2 * model.chances(own) - 1, weights, rewards, predicted)
+        weights = importance([policy.logprobs[row] for row in rows], judged)
+        return doubly_robust(2 * model.chances(own) - 1, weights, rewards, predicted)
+
+    old, new = worth(before), worth(after)
     units = np.array([one.unit for one in judged])
-    gains = worth["after"] - worth["before"]
-    gain, low, high = mean_interval([float(gains[units == unit].mean()) for unit in np.unique(units)], seed)
-    return {
-        "estimated_worth_before": float(worth["before"].mean()),
-        "estimated_worth_after": float(worth["after"].mean()),
-        "estimated_gain": [gain, low, high],
-        "reward_model": figures(quality, seed) | {"calibration": calibration(quality.chances, quality.liked)},
-    }
+    gains = new - old
+    scores = asdict(score(quality, seed))
+    return Estimate(
+        estimated_worth_before=float(old.mean()),
+        estimated_worth_after=float(new.mean()),
+        estimated_gain=mean_interval([float(gains[units == unit].mean()) for unit in np.unique(units)], seed),
+        reward_model=Quality(**scores, calibration=calibration(quality.chances, quality.liked)),
+    )

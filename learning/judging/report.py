@@ -8,6 +8,7 @@ import base64
 import io
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from bot.errors import DataError
 from bot.store.forgetting import SAMPLES
 from bot.types import PolicyVersion
 from learning.data.features import NAMED
+from learning.data.manifest import read_manifest
 from learning.judging.evaluation import Sample
-from learning.judging.statistics import mean_interval
+from learning.judging.metrics import Check, RunMetrics
+from learning.judging.off_policy import Quality
+from learning.judging.statistics import Interval, mean_interval
 
 SHOWN = 12  # answers side by side
 
@@ -27,75 +31,130 @@ STYLE: dict[str, Callable[[str], float]] = {"words": lambda text: len(text.split
 del STYLE["length"]  # people count words
 
 
+MaybeInterval = tuple[float | None, float | None, float | None]  # as Interval; all None where there was too little to tell
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What the policy said to a question before and after a run."""
+
+    question: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Change:
+    """A counter of words or signs: its mean before and after, the change with its 95% interval, and how large that is in
+    standard deviations.
+    """
+
+    name: str
+    before: float
+    after: float
+    change: float
+    low: float
+    high: float
+    size: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a report says, under the keys of its JSON. `worth` is that of an answer before and after."""
+
+    version: str
+    parent: str | None
+    made: str
+    outcome: str
+    objective: str
+    trained_on: int
+    liked: int
+    disliked: int
+    held_out: int
+    left_out: dict[str, int]
+    taken_back: list[str]
+    kl: float | None
+    well_formed: float | None
+    margin_before: float | None
+    margin_after: float | None
+    gain: MaybeInterval
+    margin_gain: MaybeInterval
+    worth: tuple[float | None, float | None]
+    worth_gain: Interval | None
+    reward_model: Quality | None
+    stopped: str | None
+    loss: list[float]
+    checks: list[Check]
+    style: list[Change]
+    samples: list[Answered]
+
+
 def write_samples(directory: Path, questions: Sequence[str], before: Sequence[Sample], after: Sequence[Sample]) -> None:
     """Keep what was answered to the same prompts before and after a run."""
-    rows = [
-        {"question": question, "before": old.text, "after": new.text}
-        for question, old, new in zip(questions, before, after, strict=True)
-    ]
-    (directory / SAMPLES).write_text(json.dumps(rows))
+    rows = [Answered(question, old.text, new.text) for question, old, new in zip(questions, before, after, strict=True)]
+    (directory / SAMPLES).write_text(json.dumps([asdict(row) for row in rows]))
 
 
-def collected(version: PolicyVersion, outcome: str) -> dict[str, Any]:
-    """All that a report says, as JSON. Raises DataError where the files of the version are gone."""
+def collected(version: PolicyVersion, outcome: str) -> Report:
+    """All that a report says. Raises DataError where the files of the version are gone."""
     directory = Path(version.path)
-    if not (directory / "manifest.json").is_file():
+    manifest = read_manifest(directory)
+    if manifest is None:
         raise DataError(f"version '{version.name}' left no files ({outcome}); `kibitz policies` lists those that did")
-    manifest = json.loads((directory / "manifest.json").read_text())
-    metrics = json.loads((directory / "metrics.json").read_text())
+    metrics = RunMetrics.from_json(json.loads((directory / "metrics.json").read_text()))
     kept = directory / SAMPLES
-    samples = json.loads(kept.read_text()) if kept.is_file() else []
-    rewards = [row[2] for row in manifest["rows"]]
-    return {
-        "version": version.name,
-        "parent": version.parent,
-        "made": f"{version.created_at:%Y-%m-%d %H:%M} UTC",
-        "outcome": outcome,
-        "objective": manifest["training"]["objective"],
-        "trained_on": len(rewards),
-        "liked": sum(reward > 0 for reward in rewards),
-        "disliked": sum(reward < 0 for reward in rewards),
-        "held_out": len(manifest["held_out"]),
-        "left_out": manifest["dropped"],
-        "taken_back": metrics["taken_back"],
-        "kl": metrics["kl"],
-        "well_formed": metrics["well_formed"],
-        "margin_before": metrics.get("margin_before"),
-        "margin_after": metrics.get("margin_after"),
-        "gain": [metrics.get(f"gain{part}") for part in ("", "_low", "_high")],
-        "margin_gain": [metrics.get(f"margin_gain{part}") for part in ("", "_low", "_high")],
-        "worth": [metrics.get(f"estimated_worth_{when}") for when in ("before", "after")],
-        "worth_gain": metrics.get("estimated_gain"),
-        "reward_model": metrics.get("reward_model"),
-        "stopped": metrics.get("stopped"),
-        "loss": metrics.get("loss", []),
-        "checks": metrics.get("checks", []),
-        "style": style(samples),
-        "samples": samples[:SHOWN],
-    }
+    samples = [Answered(**row) for row in json.loads(kept.read_text())] if kept.is_file() else []
+    rewards = [row.reward for row in manifest.rows]
+    return Report(
+        version=version.name,
+        parent=version.parent,
+        made=f"{version.created_at:%Y-%m-%d %H:%M} UTC",
+        outcome=outcome,
+        objective=manifest.training["objective"],
+        trained_on=len(rewards),
+        liked=sum(reward > 0 for reward in rewards),
+        disliked=sum(reward < 0 for reward in rewards),
+        held_out=len(manifest.held_out),
+        left_out=manifest.dropped,
+        taken_back=metrics.taken_back,
+        kl=metrics.kl,
+        well_formed=metrics.well_formed,
+        margin_before=metrics.margin_before,
+        margin_after=metrics.margin_after,
+        gain=(metrics.gain, metrics.gain_low, metrics.gain_high),
+        margin_gain=(metrics.margin_gain, metrics.margin_gain_low, metrics.margin_gain_high),
+        worth=(metrics.estimated_worth_before, metrics.estimated_worth_after),
+        worth_gain=metrics.estimated_gain,
+        reward_model=metrics.reward_model,
+        stopped=metrics.stopped,
+        loss=metrics.loss,
+        checks=metrics.checks,
+        style=style(samples),
+        samples=samples[:SHOWN],
+    )
 
 
-def style(samples: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
+def style(samples: Sequence[Answered]) -> list[Change]:
     """For each counter its mean before and after, and the change with its 95% interval; what changed most comes first."""
     found = []
+    texts = [row.before for row in samples], [row.after for row in samples]
     for name, count in STYLE.items():
-        old, new = (np.array([count(row[when]) for row in samples]) for when in ("before", "after"))
+        old, new = (np.array([count(text) for text in said]) for said in texts)
         if not len(old) or not (old.any() or new.any()):
             continue
         change, low, high = mean_interval((new - old).tolist(), seed=0)
         spread = float(np.concatenate([old, new]).std()) or 1.0
-        row = {"name": name, "before": float(old.mean()), "after": float(new.mean())}
-        found.append(row | {"change": change, "low": low, "high": high, "size": abs(change) / spread})
-    return sorted(found, key=lambda row: -row["size"])
+        found.append(Change(name, float(old.mean()), float(new.mean()), change, low, high, abs(change) / spread))
+    return sorted(found, key=lambda row: -row.size)
 
 
-def html(found: dict[str, Any]) -> str:
+def html(found: Report) -> str:
     """The report as one HTML page with its plots in it."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape())
-    return environment.get_template("report.html").render(**found, plots=_plots(found))
+    return environment.get_template("report.html").render(**vars(found), plots=_plots(found))
 
 
-def _plots(found: dict[str, Any]) -> list[tuple[str, str]]:
+def _plots(found: Report) -> list[tuple[str, str]]:
     """Titles, and pictures as data URLs."""
     import matplotlib
 
@@ -103,36 +162,36 @@ def _plots(found: dict[str, Any]) -> list[tuple[str, str]]:
     from matplotlib import pyplot
 
     made = []
-    if found["loss"]:
+    if found.loss:
         figure, panels = pyplot.subplots(1, 3, figsize=(11, 3), layout="constrained")
-        panels[0].plot(range(1, len(found["loss"]) + 1), found["loss"])
+        panels[0].plot(range(1, len(found.loss) + 1), found.loss)
         panels[0].set(xlabel="step", title="loss")
-        steps = [check["step"] for check in found["checks"]]
-        panels[1].plot(steps, [check["kl"] for check in found["checks"]], marker="o", label="KL to the base")
-        if all(check["liked"] is not None for check in found["checks"]):
-            panels[1].plot(steps, [check["liked"] for check in found["checks"]], marker="o", label="held-out liked answers")
+        steps = [check.step for check in found.checks]
+        panels[1].plot(steps, [check.kl for check in found.checks], marker="o", label="KL to the base")
+        if all(check.liked is not None for check in found.checks):
+            panels[1].plot(steps, [check.liked for check in found.checks], marker="o", label="held-out liked answers")
         panels[1].set(xlabel="step", title="nats a token")
         panels[1].legend(frameon=False, fontsize=8)
-        if all(check["gained"] is not None for check in found["checks"]):
-            gained = np.array([check["gained"] for check in found["checks"]]).T
+        if all(check.gained is not None for check in found.checks):
+            gained = np.array([check.gained for check in found.checks]).T
             panels[2].plot(steps, gained[0], marker="o")
             panels[2].fill_between(steps, gained[1], gained[2], alpha=0.2, linewidth=0)
             panels[2].axhline(0, color="tab:gray", linestyle=":")
         panels[2].set(xlabel="step", title="held-out liked over disliked, gained (95%)")
         made.append(("The run", _picture(figure)))
-    if found["style"]:
-        figure, axes = pyplot.subplots(figsize=(6, 0.5 + 0.4 * len(found["style"])), layout="constrained")
-        names = [row["name"] for row in found["style"]][::-1]
+    if found.style:
+        figure, axes = pyplot.subplots(figsize=(6, 0.5 + 0.4 * len(found.style)), layout="constrained")
+        names = [row.name for row in found.style][::-1]
         for shift, when, colour in ((-0.18, "before", "tab:gray"), (0.18, "after", "tab:blue")):
-            values = [row[when] / (max(row["before"], row["after"]) or 1) for row in found["style"]][::-1]
+            values = [getattr(row, when) / (max(row.before, row.after) or 1) for row in found.style][::-1]
             axes.barh(np.arange(len(names)) + shift, values, height=0.34, color=colour, label=when)
         axes.set_yticks(range(len(names)), names)
         axes.set(title="style of answers to held-out prompts, the larger of the two as 1")
         axes.legend(frameon=False, fontsize=8)
         made.append(("What changed", _picture(figure)))
-    if found["reward_model"]:
+    if found.reward_model:
         figure, axes = pyplot.subplots(figsize=(3.6, 3.4), layout="constrained")
-        said, true, counts = zip(*found["reward_model"]["calibration"], strict=True)
+        said, true, counts = zip(*found.reward_model.calibration, strict=True)
         axes.plot([0, 1], [0, 1], color="tab:gray", linestyle=":")
         axes.scatter(said, true, s=[8 + 2 * count for count in counts])
         axes.set(xlabel="chance that it is liked", ylabel="share that was", title="on questions it did not see")

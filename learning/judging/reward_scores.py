@@ -40,8 +40,21 @@ def calibrated(scores: np.ndarray, rated: Sequence[Experience], folds: Any) -> t
     return Judged(chances, liked, units, words), platt.fit(scores[:, None], liked)
 
 
-def figures(judged: Judged, seed: int, draws: int = 2000) -> dict[str, float]:
-    """The area under the ROC curve with its 95% interval over units, that of length alone, the error in ten bins."""
+@dataclass(frozen=True)
+class Scores:
+    """How good a reward model is: the area under the ROC curve with its 95% interval over units, that of length alone, and
+    the error of its probabilities in ten bins.
+    """
+
+    reward_model_auc: float
+    reward_model_auc_low: float
+    reward_model_auc_high: float
+    length_alone_auc: float
+    reward_model_calibration_error: float
+
+
+def score(judged: Judged, seed: int, draws: int = 2000) -> Scores:
+    """Return how good a reward model is."""
     from sklearn.metrics import roc_auc_score
 
     rng = np.random.default_rng(seed)
@@ -53,10 +66,10 @@ def figures(judged: Judged, seed: int, draws: int = 2000) -> dict[str, float]:
         if 0 < judged.liked[pick].sum() < len(pick):
             drawn.append(roc_auc_score(judged.liked[pick], judged.chances[pick]))
     low, high = np.quantile(drawn, [0.025, 0.975])
-    return {
-        "reward_model_auc": float(roc_auc_score(judged.liked, judged.chances)),
-        "reward_model_auc_low": float(low),
-        "reward_model_auc_high": float(high),
-        "length_alone_auc": float(roc_auc_score(judged.liked, judged.words)),
-        "reward_model_calibration_error": calibration_error(judged.chances, judged.liked),
-    }
+    return Scores(
+        reward_model_auc=float(roc_auc_score(judged.liked, judged.chances)),
+        reward_model_auc_low=float(low),
+        reward_model_auc_high=float(high),
+        length_alone_auc=float(roc_auc_score(judged.liked, judged.words)),
+        reward_model_calibration_error=calibration_error(judged.chances, judged.liked),
+    )

@@ -1,10 +1,27 @@
 """Statistics: intervals, areas under curves and calibration of what was measured. It knows no torch and no tokens."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 CONFIDENCE = 0.95  # of intervals
+
+
+class Interval(NamedTuple):
+    """A figure, and the limits of its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Bin(NamedTuple):
+    """Of chances that are about the same: their mean, the share that came true, and how many there are."""
+
+    chance: float
+    came_true: float
+    size: int
 
 
 def accuracy(values: np.ndarray, signs: np.ndarray) -> float:
@@ -15,14 +32,14 @@ def accuracy(values: np.ndarray, signs: np.ndarray) -> float:
 
 def bootstrap(
     statistic: Callable[[np.ndarray], float], signs: np.ndarray, confidence: float, seed: int, draws: int = 2000
-) -> tuple[float, float, float]:
+) -> Interval:
     """`statistic` over all rows, with a percentile interval over resampled rows (stratified by sign)."""
     rng = np.random.default_rng(seed)
     groups = [np.flatnonzero(signs == sign) for sign in np.unique(signs)]
     drawn = [statistic(np.concatenate([rng.choice(group, len(group)) for group in groups])) for _ in range(draws)]
     tail = (1 - confidence) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail])
-    return statistic(np.arange(len(signs))), float(low), float(high)
+    return Interval(statistic(np.arange(len(signs))), float(low), float(high))
 
 
 def unit_bootstrap(
@@ -54,17 +71,17 @@ def unit_bootstrap(
     return statistic(values, signs), float(low), float(high)
 
 
-def mean_interval(values: Sequence[float], seed: int, confidence: float = CONFIDENCE) -> tuple[float, float, float]:
+def mean_interval(values: Sequence[float], seed: int, confidence: float = CONFIDENCE) -> Interval:
     """The mean of `values` with its bootstrap interval."""
     array = np.asarray(values, dtype=float)
     return bootstrap(lambda pick: float(array[pick].mean()), np.ones(len(array)), confidence, seed)
 
 
-def calibration(chances: np.ndarray, came_true: np.ndarray, bins: int = 10) -> list[tuple[float, float, int]]:
-    """For each bin of chances (n,) that is not empty: the mean chance, the share that came true (n,), how many there are."""
+def calibration(chances: np.ndarray, came_true: np.ndarray, bins: int = 10) -> list[Bin]:
+    """Return the bins of chances (n,), of what came true (n,), that are not empty."""
     bin_of = np.minimum((chances * bins).astype(int), bins - 1)
     return [
-        (float(chances[bin_of == one].mean()), float(came_true[bin_of == one].mean()), int((bin_of == one).sum()))
+        Bin(float(chances[bin_of == one].mean()), float(came_true[bin_of == one].mean()), int((bin_of == one).sum()))
         for one in np.unique(bin_of)
     ]
 

@@ -8,28 +8,29 @@ candidate makes of them (`learning.judging.gate`), so it is judged once, and loo
 
 import json
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from bot.config import Config
 from bot.data_directory import held
 from bot.errors import RegistryError, VerdictOutdated
-from bot.memory.embedder import embedder_of
+from bot.memory.embedder import Embedder, embedder_of
 from bot.models.tokenizer import ChatTokenizer
 from bot.output import interruptible
 from bot.output_files import write_text
 from bot.store.conversations import ConversationStore
 from bot.store.database import Database
 from bot.store.registry import PolicyRegistry
-from bot.types import PolicyState, PolicyVersion, Progress, now
+from bot.types import Metrics, PolicyState, PolicyVersion, Progress, Record, now
 from learning.data.experience import Experience
+from learning.data.manifest import read_since
 from learning.data.replay_buffer import ReplayBuffer
 from learning.judging.evidence import choose_prompts, compare, measure
 from learning.judging.gate import (
     ROOM,
     Evidence,
+    Soundness,
     Verdict,
     allowed_p,
     can_suffice,
@@ -39,31 +40,29 @@ from learning.judging.gate import (
     newest_that_suffice,
     opinions_of,
 )
+from learning.judging.judgement import Judgement
+from learning.judging.metrics import EvidenceMetrics
 from learning.models.trainable import quiet, served
-from learning.models.version_files import discard_weights, faults, fingerprint, read_since
+from learning.models.version_files import discard_weights, faults, fingerprint
 
-MEASURED_ONCE = ("kl", "well_formed", "base_well_formed", "change", "rounding", "is_no_change")
+BEFORE_ALL = datetime.min.replace(tzinfo=UTC)  # of a verdict whose time is not recorded
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """What became of a version that waited."""
+class _Measured(Record):
+    """What of a version's metrics is not measured again."""
 
-    policy: str
-    passed: bool
-    waits: bool
-    reasons: list[str]
+    evidence: Soundness
 
 
 def earlier_verdicts(registry: PolicyRegistry) -> list[bool]:
     """Return the verdicts that had enough evidence, in their order: True for each that found its version better."""
-    metrics = sorted((version.metrics for version in registry.all()), key=lambda one: one.get("judged_at", ""))
-    return [one["is_better"] for one in metrics if one.get("had_enough_evidence")]
+    metrics = sorted((version.metrics for version in registry.all()), key=lambda one: one.judged_at or BEFORE_ALL)
+    return [one.is_better for one in metrics if one.had_enough_evidence]
 
 
 def reject_unjudged(registry: PolicyRegistry, version: PolicyVersion, reason: str) -> None:
     """Reject a version that waits. Nothing was asked of the opinions, so it spends nothing; its weights may go."""
-    metrics = version.metrics | {"reasons": [reason], "waits_for": 0}
+    metrics = version.metrics | Metrics(reasons=[reason], waits_for=0)
     registry.record_verdict(version.name, PolicyState.REJECTED, metrics, reason)
 
 
@@ -114,16 +113,16 @@ def _judge(
             return _given_up(registry, version, f"{reason}; it has waited for {came} reactions (learning.wait_reactions)")
         most = max(config.learning.wait_reactions, came + 1)
         waits_for = min(came + count_wanted(opinions, config.gate, least), most)
-        metrics = version.metrics | {"reasons": [reason], "waits_for": waits_for}
+        metrics = version.metrics | Metrics(reasons=[reason], waits_for=waits_for)
         registry.record_verdict(version.name, PolicyState.WAITING, metrics, reason)
         return Judgement(version.name, passed=False, waits=True, reasons=[reason])
     thinking = config.model_copy(update={"policy": tokenizer.with_thoughts(config.policy)})
     evidence, verdict = _weigh(thinking, tokenizer, version, live, judged, earlier, embedding, progress)
-    found = verdict.figures | {"reasons": verdict.reasons, "evidence": asdict(evidence)}
-    metrics = version.metrics | found | {"judged_at": judged_at.isoformat(), "waits_for": 0}
+    metrics = version.metrics | verdict.figures | EvidenceMetrics(evidence=evidence)
+    metrics |= Metrics(reasons=verdict.reasons, judged_at=judged_at, waits_for=0)
     state = PolicyState.CANDIDATE if verdict.passed else PolicyState.REJECTED
     registry.record_verdict(version.name, state, metrics, "passed" if verdict.passed else "; ".join(verdict.reasons))
-    write_text(path / "metrics.json", json.dumps(metrics, indent=1, sort_keys=True))  # of the report
+    write_text(path / "metrics.json", json.dumps(metrics.as_json(), indent=1, sort_keys=True))  # of the report
     if not verdict.passed:
         discard_weights(path)
     return Judgement(version.name, verdict.passed, waits=False, reasons=verdict.reasons)
@@ -153,7 +152,7 @@ def _weigh(
     live: PolicyVersion,
     judged: list[Experience],
     earlier: list[bool],
-    embedding: Any,
+    embedding: Embedder | None,
     progress: Progress,
 ) -> tuple[Evidence, Verdict]:
     """Measure a version and the live one on the `judged` answers. What no reaction changes was measured by its run."""
@@ -163,6 +162,6 @@ def _weigh(
     of_live, of_version = (
         measure(config, served(config, one.base_model, one.weights), tokenizer, judged, asked) for one in (live, version)
     )
-    kept = {name: version.metrics["evidence"][name] for name in MEASURED_ONCE}
-    evidence = Evidence(**compare(config, judged, [], of_live, of_version, embedding), **kept)
+    kept = _Measured.from_json(version.metrics.as_json()).evidence
+    evidence = compare(config, judged, [], of_live, of_version, embedding, kept)
     return evidence, judge(evidence, config.gate, config.seed, earlier)

@@ -44,12 +44,6 @@ def fingerprint(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def read_since(directory: Path) -> str:
-    """Return the turn from which on what was said counts for a version: where people came to want the opposite, if ever."""
-    manifest = directory / "manifest.json"
-    return str(json.loads(manifest.read_text()).get("since", "")) if manifest.is_file() else ""
-
-
 def discard_weights(directory: Path) -> None:
     """Remove the weights of a version that will never serve: the same facts and seed make the same bytes again.
 

@@ -16,6 +16,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import Field
+
 from bot.config import Config
 from bot.errors import (
     ConfigError,
@@ -30,7 +32,7 @@ from bot.errors import (
 from bot.serving.policy import Policy
 from bot.store.registry import PolicyRegistry
 from bot.supervision import Health, supervise
-from bot.types import PolicyState, PolicyVersion
+from bot.types import Metrics, PolicyState, PolicyVersion, Record
 from learning.judging import probe
 from learning.models.version_files import discard_weights, faults, fingerprint, is_whole, weights_folder
 
@@ -40,25 +42,19 @@ RETRY_SECONDS = 600.0  # at most
 TRIES = 5  # of a candidate, while a server that was well goes away or fails in the middle of them
 
 
-@dataclass(frozen=True)
-class Probed:
+class Probed(Record):
     """What a probe found: the mean distances (nats) of the server's log-probabilities from those that the trainer computed
     of the candidate and of its parent, and how far from the candidate a sound server may be.
     """
 
-    distance: float
-    from_parent: float
-    tolerance: float
+    distance: float = Field(validation_alias="probe_distance", serialization_alias="probe_distance")
+    from_parent: float = Field(validation_alias="probe_from_parent", serialization_alias="probe_from_parent")
+    tolerance: float = Field(validation_alias="probe_tolerance", serialization_alias="probe_tolerance")
 
     @property
     def passed(self) -> bool:
         """Whether the server serves the candidate: is near it and, the real test, half as far from it as from its parent."""
         return self.distance <= self.tolerance and self.distance <= self.from_parent / 2
-
-    @property
-    def figures(self) -> dict[str, float]:
-        """The distances, for the record of a version."""
-        return {"probe_distance": self.distance, "probe_from_parent": self.from_parent, "probe_tolerance": self.tolerance}
 
 
 @dataclass(frozen=True)
@@ -107,8 +103,8 @@ class Deployment:
                 if live.name != version.judged_against:
                     raise VerdictOutdated(name, version.judged_against, live.name)
                 async with self._proven(version):
-                    figures = {**version.metrics, **self.probed[name].figures}
-                    promoted = await call(self.registry.promote, name, figures, version.judged_against)
+                    metrics = version.metrics | self.probed[name]
+                    promoted = await call(self.registry.promote, name, metrics, version.judged_against)
                     self.policy.version = name
             except Exception as error:
                 await self._unload(name)
@@ -156,9 +152,9 @@ class Deployment:
     async def _reject(self, version: PolicyVersion, error: KibitzError) -> None:
         """Reject a candidate; its weights go. One that was purged meanwhile is left as it is."""
         self._rejections[version.name] = error
-        found = self.probed[version.name].figures if isinstance(error, ProbeFailed) else {}
+        found = self.probed[version.name] if isinstance(error, ProbeFailed) else Record()
         with contextlib.suppress(RegistryError):
-            metrics = {**version.metrics, **found, "reasons": [str(error)]}
+            metrics = version.metrics | found | Metrics(reasons=[str(error)])
             await self.registry.database.call(self.registry.reject, version.name, metrics)
             await asyncio.to_thread(discard_weights, Path(version.path))
 
@@ -344,9 +340,9 @@ class Deployment:
         if not served:
             raise ServingError(f"{version.name} carries an empty probe; train it again")
         found = Probed(
-            probe.mean_distance(served, [one for place in places for one in place.candidate]),
-            probe.mean_distance(served, [one for place in places for one in place.parent]),
-            probe.distances(places).tolerance(self.config.gate.probe_tolerance),
+            distance=probe.mean_distance(served, [one for place in places for one in place.candidate]),
+            from_parent=probe.mean_distance(served, [one for place in places for one in place.parent]),
+            tolerance=probe.distances(places).tolerance(self.config.gate.probe_tolerance),
         )
         self.probed[version.name] = found
         if not found.passed:

@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
 
 from bot.config import Config, DatabaseConfig
 from bot.errors import KibitzError, NothingToLearn, TrainingError, Unavailable
@@ -19,6 +18,7 @@ from bot.serving import children
 from bot.store.conversations import ConversationStore
 from bot.supervision import Health, supervise
 from bot.types import PolicyState, PolicyVersion, Progress
+from learning.judging.judgement import Judgement
 from learning.rollout.deployment import Deployment
 
 Announce = Callable[[str], None]
@@ -70,17 +70,17 @@ class OnlineLearner:
         except KibitzError as error:
             self.announce(f"learning failed, the chat goes on: {error}")
 
-    async def step(self) -> dict[str, Any]:
-        """One round; returns the run's outcome. A candidate that did not pass the gate is not deployed.
+    async def step(self) -> Judgement:
+        """One round; returns what became of its version. A candidate that did not pass the gate is not deployed.
 
         One that passed is deployed now, or by `Deployment.watch` where that fails for a while or this process ends here.
         """
         outcome = await self._in_child("--deploy")
-        if outcome["passed"]:
+        if outcome.passed:
             try:
-                await self.deployment.deploy(outcome["policy"])
+                await self.deployment.deploy(outcome.policy)
             except Unavailable as error:
-                self.announce(f"{outcome['policy']} passed, and is deployed as soon as vLLM can be asked: {error}")
+                self.announce(f"{outcome.policy} passed, and is deployed as soon as vLLM can be asked: {error}")
         else:
             self._tell(outcome)
         return outcome
@@ -110,7 +110,7 @@ class OnlineLearner:
                 await self.store.database.call(give_up, self.deployment.registry, version, f"it cannot be judged: {error}")
             return True
         self._failures = self._tries_from = 0
-        if outcome["passed"]:
+        if outcome.passed:
             self.announce(f"{version.name} has waited, and passed")
             await self.deployment.deploy_requested()
         else:
@@ -127,15 +127,15 @@ class OnlineLearner:
         enough = min(version.waits_for, self.config.learning.wait_reactions)
         return version, came, came >= enough or registry.live().name != version.judged_against
 
-    async def _in_child(self, option: str) -> dict[str, Any]:
-        """Train a version, or judge one, in a child process; its outcome."""
+    async def _in_child(self, option: str) -> Judgement:
+        """Train a version, or judge one, in a child process; what became of it."""
         sleeps = self.config.serving.sleep_while_training
         async with self.deployment.asleep() if sleeps else contextlib.nullcontext():
             return await train_in_child(self.config, self.progress, option)
 
-    def _tell(self, outcome: dict[str, Any]) -> None:
-        verdict = "waits for more reactions" if outcome["waits"] else "rejected"
-        self.announce(f"{outcome['policy']} {verdict}: {'; '.join(outcome['reasons'])}")
+    def _tell(self, outcome: Judgement) -> None:
+        verdict = "waits for more reactions" if outcome.waits else "rejected"
+        self.announce(f"{outcome.policy} {verdict}: {'; '.join(outcome.reasons)}")
 
     def _look(self) -> tuple[int, int, bool]:
         """How many reactions there are, how many versions were purged, and whether learning is paused."""
@@ -158,8 +158,8 @@ class OnlineLearner:
         return await self.store.database.call(count)
 
 
-async def train_in_child(config: Config, progress: Progress, option: str) -> dict[str, Any]:
-    """Run `kibitz train` with an option as a child process and return its outcome.
+async def train_in_child(config: Config, progress: Progress, option: str) -> Judgement:
+    """Run `kibitz train` with an option as a child process and return what became of the version.
 
     Raises TrainingError with the child's own line.
     """
@@ -177,13 +177,13 @@ async def train_in_child(config: Config, progress: Progress, option: str) -> dic
     assert child.stdout is not None
     assert child.stderr is not None
     errors = asyncio.create_task(child.stderr.read())
-    outcome: dict[str, Any] = {}
+    outcome: Judgement | None = None
     try:
         async for line in child.stdout:
             with contextlib.suppress(ValueError):
                 row = json.loads(line)
                 if "outcome" in row:
-                    outcome = row["outcome"]
+                    outcome = Judgement(**row["outcome"])
                 elif "nothing_to_learn" in row:
                     raise NothingToLearn(row["nothing_to_learn"])
                 else:
@@ -193,7 +193,7 @@ async def train_in_child(config: Config, progress: Progress, option: str) -> dic
         await _stop(child)
     said = (await errors).decode(errors="replace").strip().splitlines()
     last = said[-1].removeprefix("kibitz: ") if said else f"the training process ended with code {code}"
-    if code != 0 or not outcome:
+    if code != 0 or outcome is None:
         advice = "; lower training.max_length or serving.memory_share" if "OutOfMemoryError" in last else ""
         raise TrainingError(last + advice)
     return outcome

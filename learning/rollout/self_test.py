@@ -259,7 +259,7 @@ def _step(config: Config, model: str, version: Path) -> dict[str, float]:
         save(made, version)
     memory = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     size = min(config.training.batch_size, len(rows))
-    return {"seconds": seconds, "loss": figures["train_loss"], "rows": size, "length": length, "memory": memory}
+    return {"seconds": seconds, "loss": figures.train_loss, "rows": size, "length": length, "memory": memory}
 
 
 def _main(config: str, model: str, version: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from scipy.stats import binomtest, fisher_exact, norm
 from transformers import TrainerCallback
 
+from learning.judging.metrics import Check, Health
 from learning.models.ranks import agreed
 from learning.models.trainable import restore, weights
 
@@ -21,21 +22,6 @@ LUCK = 0.05  # what a policy at a limit would show more often than this is luck,
 # Nats a token that held-out answers that people liked may lose against the start of the run, at temperature 1: where a lower
 # temperature sharpens the distribution, the same step costs as much more.
 LIKED_LOSS = 0.15
-
-
-@dataclass(frozen=True)
-class Health:
-    """How a policy is: nats a token of held-out liked answers (None without any), KL to the base, well-formed samples; and
-    what liked over disliked held-out answers gained since the run began, with its 95% interval (None without both).
-    `liked_error` is the standard error of what liked answers changed since then: there are few of them.
-    """
-
-    liked: float | None
-    kl: float
-    well_formed: int
-    samples: int
-    gained: tuple[float, float, float] | None = None
-    liked_error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +52,7 @@ class Guard(TrainerCallback):
         self.first: Health | None = None
         self.stopped: str | None = None
         self.kept = 0  # the step whose weights a stopped run ends with; 0: it did only harm
-        self.checks: list[dict[str, Any]] = []
+        self.checks: list[Check] = []
         self._good: dict[str, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -92,7 +78,7 @@ class Guard(TrainerCallback):
 
     def _check(self, step: int) -> Health:
         found = self.measure()
-        self.checks.append({"step": step, **asdict(found)})
+        self.checks.append(Check(**asdict(found), step=step))
         return found
 
     def fault(self, first: Health, now: Health) -> str | None:

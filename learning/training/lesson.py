@@ -2,19 +2,20 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bot.config import Config
 from bot.errors import NothingToLearn
 from bot.store.registry import PolicyRegistry
 from bot.types import PolicyVersion, Progress
 from learning.data.experience import Experience, Snapshot
+from learning.data.manifest import Manifest, read_since
 from learning.data.replay_buffer import ReplayBuffer
 from learning.judging.evidence import Measured, choose_prompts, measure
 from learning.judging.gate import ROOM, allowed_p, newest_that_suffice
 from learning.judging.waiting import earlier_verdicts
 from learning.models.trainable import quiet, served
-from learning.models.version_files import fingerprint, is_whole, read_since
+from learning.models.version_files import fingerprint, is_whole
 from learning.training.drift import changed
 
 if TYPE_CHECKING:
@@ -100,18 +101,19 @@ def _refuse_empty(snapshot: Snapshot) -> None:
     )
 
 
-def describe(config: Config, lesson: Lesson) -> dict[str, Any]:
+def describe(config: Config, lesson: Lesson) -> Manifest:
     """All that the weights depend on, and nothing else: no time, no path, no version number."""
     snapshot, base_model = lesson.snapshot, lesson.parent.base_model
-    return {
-        "base_sha256": fingerprint(Path(base_model)) if Path(base_model).is_dir() else base_model,
-        "parent_sha256": lesson.parent.sha256,
-        "training": config.training.model_dump(),
-        "rewards": config.rewards.model_dump(),
-        "embedder": config.dialogue.embedder,
-        "seed": config.seed,
-        "since": lesson.since,
-        "rows": [experience.digest() for experience in snapshot.learned],
-        "held_out": [experience.digest() for experience in snapshot.held_out],
-        "dropped": dict(sorted(snapshot.dropped.items())),
-    }
+    manifest = Manifest(
+        base_sha256=fingerprint(Path(base_model)) if Path(base_model).is_dir() else base_model,
+        parent_sha256=lesson.parent.sha256,
+        training=config.training.model_dump(),
+        rewards=config.rewards.model_dump(),
+        embedder=config.dialogue.embedder,
+        seed=config.seed,
+        since=lesson.since,
+        rows=[experience.digest() for experience in snapshot.learned],
+        held_out=[experience.digest() for experience in snapshot.held_out],
+        dropped=dict(sorted(snapshot.dropped.items())),
+    )
+    return manifest.sign()

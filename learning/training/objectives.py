@@ -33,6 +33,7 @@ from bot.types import Progress
 from learning.data.experience import Experience
 from learning.data.selection import draw_batches, learnable
 from learning.judging.evaluation import pad_id
+from learning.judging.metrics import TrainingMetrics
 from learning.models.batching import fit_to_machine, machine_arguments
 from learning.models.ranks import count_processes, share, shared
 from learning.models.reporter import report_progress
@@ -125,8 +126,8 @@ def train(
     seed: int,
     progress: Progress,
     callbacks: Sequence[TrainerCallback] = (),
-) -> dict[str, float]:
-    """Train a model in place with the objective that `config` names; the averages of the last steps' metrics.
+) -> TrainingMetrics:
+    """Train a model in place with the objective that `config` names.
 
     Raises NothingToLearn where the objective can use none of the rows, and TrainingError where the loss is not finite. A
     batch is read in as many parts as the memory needs; out of memory all the same, in twice as many, and the run goes on
@@ -163,16 +164,21 @@ def train(
     if not all(entry["loss"] == entry["loss"] for entry in logged) or not outcome.training_loss == outcome.training_loss:
         raise TrainingError("the loss became NaN; lower training.learning_rate")
     tail = logged[-max(1, len(logged) // 4) :]
-    measures = {key: _mean([entry[key] for entry in tail if key in entry]) for key in ("loss", "rewards/margins", "kl")}
-    return {
-        **{f"trl/{key}": value for key, value in measures.items()},
-        "trl/first_reward": logged[0].get("rewards/chosen", 0.0) if logged else 0.0,
-        "steps": outcome.global_step,
-        "step_seconds": reporter.seconds,
-        "train_loss": outcome.training_loss,
-        "rows": len(usable),
-        "loss": [entry["loss"] for entry in logged],
-    }
+
+    def mean(key: str) -> float:
+        return _mean([entry[key] for entry in tail if key in entry])
+
+    return TrainingMetrics(
+        trl_loss=mean("loss"),
+        trl_margins=mean("rewards/margins"),
+        trl_kl=mean("kl"),
+        trl_first_reward=logged[0].get("rewards/chosen", 0.0) if logged else 0.0,
+        steps=outcome.global_step,
+        step_seconds=reporter.seconds,
+        train_loss=outcome.training_loss,
+        rows=len(usable),
+        loss=[entry["loss"] for entry in logged],
+    )
 
 
 def kto_examples(rows: Sequence[Experience]) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from bot.models.tokenizer import ChatTokenizer
 from bot.serving.children import end_with_parent
 from bot.types import Progress
 from learning.data.experience import Experience
+from learning.judging.metrics import TrainingMetrics
 from learning.models.ranks import is_first
 
 
@@ -33,7 +34,7 @@ def teach_together(
     held_out: Sequence[Experience],
     prompts: Sequence[Sequence[int]],
     progress: Progress,
-) -> dict[str, Any]:
+) -> TrainingMetrics:
     """As `learning.training.teaching.teach`, in `training.processes` processes of their own. Raises what they raise."""
     from learning.models.trainable import adopt, save
 
@@ -49,7 +50,7 @@ def teach_together(
         if "error" in told:
             raise (NothingToLearn if told["is_nothing"] else TrainingError)(told["error"])
         adopt(model, job / "taught")
-    return told
+    return TrainingMetrics.from_json(told)
 
 
 def _run(job: Path, processes: int, progress: Progress) -> None:
@@ -99,9 +100,8 @@ def _work(job: Path) -> None:
             sys.stdout.flush()
 
     try:
-        told = teach(
-            config, model, ChatTokenizer(base_model, config.policy.template_args), training, held_out, prompts, report
-        )
+        tokenizer = ChatTokenizer(base_model, config.policy.template_args)
+        told = teach(config, model, tokenizer, training, held_out, prompts, report).as_json()
     except KibitzError as error:
         told = {"error": str(error), "is_nothing": isinstance(error, NothingToLearn)}
     if is_first():

@@ -8,6 +8,7 @@ Run: ``kibitz replay FILE_OR_DIRECTORY``.
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,13 @@ from bot.types import Progress
 from learning.data.experience import Snapshot
 from learning.data.replay_buffer import ReplayBuffer
 from learning.importers.recording import Recording, listed
-from learning.judging.gate import margin
+from learning.judging.evaluation import Manner
+from learning.judging.gate import Evidence, margin
 from learning.judging.reward_model import reward_model
-from learning.judging.reward_scores import figures as reward_model_figures
+from learning.judging.reward_scores import score
 from learning.judging.statistics import accuracy, unit_bootstrap
 from learning.training.run import train_version
 
-CONFIDENCE = 0.95
 
 
 def tokenizer_fingerprint(model: str) -> str:
@@ -69,15 +70,14 @@ def replay(
         "trained_on": outcome.training,
         "held_out": outcome.held_out,
         "without_logprobs": outcome.without_logprobs,
-        **_held_out(outcome.figures["evidence"], [one.unit for one in snapshot.judged], config.seed),
-        "kl": outcome.figures["kl"],
-        "well_formed": outcome.figures["well_formed"],
-        **{name: outcome.figures.get(name) for name in ("gain", "gain_low", "gain_high")},
-        **{
-            f"{name}_{when}": value
-            for when in ("before", "after")
-            for name, value in outcome.figures[f"answers_{when}"].items()
-        },
+        **_held_out(outcome.figures.evidence, [one.unit for one in snapshot.judged], config.seed),
+        "kl": outcome.figures.kl,
+        "well_formed": outcome.figures.well_formed,
+        "gain": outcome.figures.gain,
+        "gain_low": outcome.figures.gain_low,
+        "gain_high": outcome.figures.gain_high,
+        **_manner(outcome.figures.answers_before, "before"),
+        **_manner(outcome.figures.answers_after, "after"),
         "policy": outcome.policy,
         "passed": outcome.passed,
         "reasons": outcome.reasons,
@@ -96,16 +96,20 @@ def _reward_model(snapshot: Snapshot, config: Config, base_model: str) -> dict[s
     """What a reward model makes of rated answers in conversations that it did not see."""
     model = reward_model(config, embedder_of(config), base_model)
     judged = None if model is None else model.fit(snapshot.rated)
-    return {"reward_model_auc": None} if judged is None else reward_model_figures(judged, config.seed)
+    return {"reward_model_auc": None} if judged is None else asdict(score(judged, config.seed))
 
 
-def _held_out(evidence: dict[str, Any], units: Sequence[str], seed: int) -> dict[str, Any]:
+def _manner(answers: Manner, when: str) -> dict[str, float]:
+    return {f"{name}_{when}": value for name, value in asdict(answers).items()}
+
+
+def _held_out(evidence: Evidence, units: Sequence[str], seed: int) -> dict[str, Any]:
     """Liked-over-disliked accuracy and margin (nats a token) before and after, with 95% intervals over conversations."""
-    signs = np.array(evidence["opinions"]["signs"])
+    signs = np.array(evidence.opinions.signs)
     found: dict[str, Any] = {"held_out_liked": int((signs > 0).sum()), "held_out_disliked": int((signs < 0).sum())}
     for name, statistic in (("accuracy", accuracy), ("margin", margin)):
-        for when, key in (("before", "live"), ("after", "candidate")):
-            value, low, high = unit_bootstrap(statistic, np.array(evidence[key]), signs, units, seed)
+        for when, logprobs in (("before", evidence.live), ("after", evidence.candidate)):
+            value, low, high = unit_bootstrap(statistic, np.array(logprobs), signs, units, seed)
             label = f"held_out_{name}_{when}"
             found |= {label: value, f"{label}_low": low, f"{label}_high": high}
     return found

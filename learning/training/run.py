@@ -4,14 +4,12 @@ Meant to run in a process of its own (`kibitz train`), so that memory comes back
 It reads the database and writes one directory under `policies/`, whose manifest is written last. It knows no server.
 """
 
-import hashlib
 import json
 import shutil
 import time
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bot.config import Config
 from bot.data_directory import held
@@ -23,13 +21,16 @@ from bot.store.conversations import ConversationStore
 from bot.store.database import Database
 from bot.store.forgetting import SAMPLES, UNFINISHED
 from bot.store.registry import PolicyRegistry
-from bot.types import PolicyState, PolicyVersion, Progress
+from bot.types import Metrics, PolicyState, PolicyVersion, Progress
+from learning.data.manifest import Manifest
 from learning.data.replay_buffer import ReplayBuffer
 from learning.judging import probe
 from learning.judging.evaluation import Sample, kl_to_base, manner
 from learning.judging.evidence import Measured, answer, compare, measure
-from learning.judging.gate import Evidence, Verdict, judge
-from learning.judging.off_policy import estimated
+from learning.judging.gate import Soundness, Verdict, judge
+from learning.judging.judgement import Judgement
+from learning.judging.metrics import AllMetrics, TrainingMetrics
+from learning.judging.off_policy import Answers, Estimate, estimated
 from learning.judging.report import write_samples
 from learning.judging.reward_model import reward_model
 from learning.judging.waiting import reject_unjudged
@@ -43,14 +44,10 @@ ENOUGH = 64  # samples for a share of well-formed answers, or for a KL
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Outcome(Judgement):
     """What a run left behind: the version, the verdict on it (or that it waits for one), and figures for a report."""
 
-    policy: str
-    passed: bool
-    waits: bool
-    reasons: list[str]
-    figures: dict[str, Any]
+    figures: AllMetrics
     manifest_sha256: str
     adapter_sha256: str
     turns: int
@@ -64,7 +61,7 @@ class Outcome:
 class Trained:
     """What the steps made of a model, and what was measured of it then."""
 
-    figures: dict[str, Any]  # of the steps
+    figures: TrainingMetrics
     faults: list[str]  # why it cannot serve, whatever people say
     base_samples: list[Sample]
     after: Measured
@@ -108,16 +105,17 @@ class Run:
         buffer = ReplayBuffer(self.store, self.tokenizer, self.config, self.embedder)
         lesson = prepare_lesson(self.thinking, self.registry, buffer, self.space, from_base, self.progress)
         snapshot, manifest = lesson.snapshot, describe(self.config, lesson)
-        sha256 = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
         version = self.registry.reserve(lesson.parent, self.config.data / "policies")
         settings = self.config.without_secrets().model_dump()
-        run_id = self.registry.begin_run(version.name, settings, sha256, snapshot.feedback_ids, snapshot.followup_ids)
+        run_id = self.registry.begin_run(
+            version.name, settings, manifest.sha256, snapshot.feedback_ids, snapshot.followup_ids
+        )
         unfinished = Path(version.path + UNFINISHED)
         try:
             unfinished.mkdir(parents=True)
             trained = self._teach(lesson, unfinished)
             verdict, metrics = self._judge(lesson, trained)
-            self._save(lesson, version, unfinished, metrics, manifest | {"sha256": sha256})
+            self._save(lesson, version, unfinished, metrics, manifest)
             adapter_sha256 = self._register(version, verdict, metrics, deploys)
             self.registry.end_run(run_id, "passed" if verdict.passed else "; ".join(verdict.reasons))
         except BaseException as error:
@@ -127,10 +125,10 @@ class Run:
         return Outcome(
             policy=version.name,
             passed=verdict.passed,
-            waits=metrics["waits_for"] > 0,
+            waits=metrics.waits_for > 0,
             reasons=verdict.reasons,
             figures=metrics,
-            manifest_sha256=sha256,
+            manifest_sha256=manifest.sha256,
             adapter_sha256=adapter_sha256,
             turns=snapshot.turns,
             training=len(snapshot.learned),
@@ -169,57 +167,60 @@ class Run:
         save(model, directory)
         write_samples(directory, [one.question for one in lesson.asked], said, after.samples)
         written = probe.write(directory, prefixes, probe.measure(model, prefixes), of_parent, config.policy.temperature)
-        found = (
-            [f"what was learned did only harm: {figures['stopped']}"] if figures["stopped"] and not figures["kept"] else []
-        )
+        found = [f"what was learned did only harm: {figures.stopped}"] if figures.stopped and not figures.kept else []
         found += faults(directory, parent.base_model, config.serving.max_lora_rank)
         found += [f"{name}: not finite" for name in not_finite(model)]
         return Trained(figures, found, base_samples, after, kl, probe.distances(written))
 
-    def _judge(self, lesson: Lesson, trained: Trained) -> tuple[Verdict, dict[str, Any]]:
+    def _judge(self, lesson: Lesson, trained: Trained) -> tuple[Verdict, AllMetrics]:
         """Weigh what people said against what was measured. Returns the verdict, and all figures of the run."""
         config, snapshot, before, after = self.thinking, lesson.snapshot, lesson.before, trained.after
         answers, change = manner(after.samples), trained.distances
-        evidence = Evidence(
-            **compare(config, lesson.judged, snapshot.training, before, after, self.embedder),
+        soundness = Soundness(
             kl=trained.kl,
-            well_formed=answers["well_formed"],
-            base_well_formed=manner(trained.base_samples)["well_formed"],
-            faults=trained.faults,
+            well_formed=answers.well_formed,
+            base_well_formed=manner(trained.base_samples).well_formed,
             change=change.change,
             rounding=change.rounding,
             is_no_change=change.is_no_change,
         )
+        rows = config, lesson.judged, snapshot.training
+        evidence = compare(*rows, before, after, self.embedder, soundness, trained.faults)
         verdict = judge(evidence, config.gate, config.seed, lesson.earlier, self.may_wait)
-        metrics = {**verdict.figures, **trained.figures, "taken_back": snapshot.taken_back}
-        metrics |= {"answers_before": manner(before.samples), "answers_after": answers}
-        metrics |= self._estimate(lesson, after) | {"reasons": verdict.reasons, "evidence": asdict(evidence)}
-        metrics |= {"judged_against": lesson.live.name}
-        metrics |= dict.fromkeys(("drawn_at", "judged_at"), snapshot.drawn_at.isoformat())
-        metrics["waits_for"] = min(verdict.wanted, config.learning.wait_reactions) if self.may_wait else 0
-        metrics["steps_share_of_run"] = metrics["step_seconds"] / (time.monotonic() - self.began)
-        return verdict, metrics
+        estimate = self._estimate(lesson, after)
+        metrics = AllMetrics(
+            taken_back=snapshot.taken_back,
+            answers_before=manner(before.samples),
+            answers_after=answers,
+            reasons=verdict.reasons,
+            evidence=evidence,
+            judged_against=lesson.live.name,
+            drawn_at=snapshot.drawn_at,
+            judged_at=snapshot.drawn_at,
+            waits_for=min(verdict.wanted, config.learning.wait_reactions) if self.may_wait else 0,
+            steps_share_of_run=trained.figures.step_seconds / (time.monotonic() - self.began),
+        )
+        return verdict, metrics | verdict.figures | trained.figures | estimate
 
-    def _estimate(self, lesson: Lesson, after: Measured) -> dict[str, Any]:
+    def _estimate(self, lesson: Lesson, after: Measured) -> Estimate:
         """What people would say of the answers before and after, as far as a reward model can tell."""
         judge_of = reward_model(self.config, self.embedder, lesson.parent.base_model)
         if judge_of is None or lesson.live != lesson.parent:
-            return {}
+            return Estimate()
         prompts = [one.prompt_ids for one in lesson.asked]
-        policies = {
-            when: (dict(zip(prompts, found.samples, strict=True)), found.logprobs)
-            for when, found in (("before", lesson.before), ("after", after))
-        }
-        return estimated(lesson.snapshot.training, lesson.judged, judge_of, policies, self.config.seed)
+        old, new = (
+            Answers(dict(zip(prompts, found.samples, strict=True)), found.logprobs) for found in (lesson.before, after)
+        )
+        return estimated(lesson.snapshot.training, lesson.judged, judge_of, old, new, self.config.seed)
 
     def _save(
-        self, lesson: Lesson, version: PolicyVersion, unfinished: Path, metrics: dict[str, Any], manifest: dict[str, Any]
+        self, lesson: Lesson, version: PolicyVersion, unfinished: Path, metrics: AllMetrics, manifest: Manifest
     ) -> None:
         """Write the records of the run beside the weights, the manifest last; then the directory has its name."""
         directory = Path(version.path)
         self.config.save(unfinished / "config.json")
-        (unfinished / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True))
-        (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True))
+        (unfinished / "metrics.json").write_text(json.dumps(metrics.as_json(), indent=1, sort_keys=True))
+        manifest.write(unfinished)
         unfinished.rename(directory)
         if self._is_any_forgotten(lesson):
             (directory / SAMPLES).unlink(missing_ok=True)
@@ -231,9 +232,9 @@ class Run:
         is_any_gone = any(self.store.turn(turn_id) is None for turn_id in {one.turn_id for one in lesson.asked})
         return is_any_gone or self.registry.get(lesson.live.name).state == PolicyState.PURGED
 
-    def _register(self, version: PolicyVersion, verdict: Verdict, metrics: dict[str, Any], deploys: bool) -> str:
+    def _register(self, version: PolicyVersion, verdict: Verdict, metrics: AllMetrics, deploys: bool) -> str:
         """Have the version wait, pass or be rejected, in one transaction. Returns the fingerprint of its weights."""
-        directory, registry, waits = Path(version.path), self.registry, metrics["waits_for"] > 0
+        directory, registry, waits = Path(version.path), self.registry, metrics.waits_for > 0
         sha256 = fingerprint(directory)
         with self.database.begin():
             superseded = registry.waiting() if self.space is None else []
@@ -259,5 +260,5 @@ class Run:
             shutil.rmtree(directory, ignore_errors=True)
             return "purged: what it was learning from was forgotten"
         if not directory.exists():
-            self.registry.reject(version.name, {"outcome": why})
+            self.registry.reject(version.name, Metrics(outcome=why))
         return why

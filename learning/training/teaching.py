@@ -5,7 +5,7 @@ processes. It knows no database and no version.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.stats import sem
@@ -26,6 +26,7 @@ from learning.judging.evaluation import (
     token_rows,
 )
 from learning.judging.gate import margin_interval
+from learning.judging.metrics import Health, TrainingMetrics
 
 if TYPE_CHECKING:
     from learning.models.trainable import Model
@@ -42,14 +43,14 @@ def teach(
     prompts: Sequence[Sequence[int]],
     progress: Progress,
     earlier: Sequence[Sample] = (),
-) -> dict[str, Any]:
+) -> TrainingMetrics:
     """Train a model in place, watched by a Guard on held-out answers and on samples to the first of `prompts`.
 
     `earlier` are samples of the model as it is now, if there are any.
     """
     from transformers import set_seed
 
-    from learning.training.guard import Guard, Health, Limits
+    from learning.training.guard import Guard, Limits
     from learning.training.objectives import train
 
     liked, disliked = ([one for one in held_out if (one.reward > 0) == sign][:WATCHED] for sign in (True, False))
@@ -83,4 +84,4 @@ def teach(
     set_seed(config.seed)
     guard = Guard(health, Limits(config.gate.kl_budget, config.gate.well_formed, config.policy.temperature))
     trained = train(model, tokenizer.hf, training, config.training, config.seed, progress, [guard])
-    return {**trained, "stopped": guard.stopped, "kept": guard.kept, "checks": guard.checks}
+    return trained | TrainingMetrics(stopped=guard.stopped, kept=guard.kept, checks=guard.checks)
