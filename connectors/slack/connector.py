@@ -21,11 +21,13 @@ from aiohttp import web as http
 from slack_bolt.adapter.socket_mode.async_handler import AsyncSocketModeHandler
 from slack_bolt.async_app import AsyncApp
 from slack_bolt.request.async_request import AsyncBoltRequest
+from slack_bolt.response import BoltResponse
 
 from bot.chat.dialogue import ReplyOptions
 from bot.config import SlackConfig
 from bot.errors import ConfigError, ConnectorError
-from bot.types import Conversation, Feedback, Heard, Message, Turn
+from bot.logs import working_on
+from bot.types import Conversation, Feedback, Heard, Message, Turn, new_id
 from connectors.access import TOO_FAST
 from connectors.answers import BUSY, SORRY
 from connectors.base import Shared, listening, pause
@@ -166,6 +168,7 @@ class Slack:
 
     def _listen(self) -> None:
         app = self._app
+        app.use(_identified)
         app.event("app_mention")(self._mentioned)
         app.event({"type": "message", "subtype": "message_changed"})(self.edited)
         app.event({"type": "message", "subtype": "message_deleted"})(self._deleted)
@@ -363,6 +366,12 @@ def _event_id(place: Place, event: dict[str, Any]) -> str:
 def _attempt(request: AsyncBoltRequest) -> int:
     """How often Slack sent an event before."""
     return int(request.headers.get("x-slack-retry-num", ["0"])[0])
+
+
+async def _identified(body: dict[str, Any], next: Callable[[], Awaitable[BoltResponse]]) -> BoltResponse:
+    """Log with the id of the event; what people do with buttons and commands has none of its own."""
+    with working_on(request=f"slack:{body.get('event_id') or new_id()}"):
+        return await next()
 
 
 @http.middleware
