@@ -220,17 +220,19 @@ def told(format: str, stdout: str, stderr: str) -> tuple[str, str]:
     pipes = {"terminal": end, "pipe": subprocess.PIPE}
     code = TELL.format(format=format)
     child = subprocess.Popen([sys.executable, "-c", code], stdout=pipes[stdout], stderr=pipes[stderr], text=True)
-    piped = child.communicate(timeout=300)
     os.close(end)
-    shown = ""
-    with contextlib.suppress(OSError), open(terminal, "rb", buffering=0) as screen:  # OSError: all was read
-        while part := screen.read(4096):
-            shown += part.decode()
-    shown = shown.replace("\r\n", "\n")
+    shown = b""
+    if "terminal" in (stdout, stderr):  # it is read while it is written to
+        with contextlib.suppress(OSError):  # the child has ended, and all was read
+            while part := os.read(terminal, 4096):
+                shown += part
+    os.close(terminal)
+    piped = child.communicate(timeout=300)
+    screen = shown.decode().replace("\r\n", "\n")
     assert child.returncode == 0
     if stdout == stderr == "terminal":
-        return shown, ""
-    return (shown if stdout == "terminal" else piped[0]), (shown if stderr == "terminal" else piped[1])
+        return screen, ""
+    return (screen if stdout == "terminal" else piped[0]), (screen if stderr == "terminal" else piped[1])
 
 
 def test_the_operator_is_told_once_in_what_is_read():

@@ -218,7 +218,7 @@ class Database:
             finally:
                 self._local.group, self._local.shared = None, False
         while self._local.afterwards:
-            _do(self._local.afterwards.pop(0))
+            self._local.afterwards.pop(0)()
 
     @contextmanager
     def _outages(self) -> Iterator[None]:
@@ -239,7 +239,7 @@ class Database:
         if self._local.group is None:
             _do(work)
         else:
-            self._local.afterwards.append(partial(copy_context().run, work))
+            self._local.afterwards.append(partial(copy_context().run, _do, work))
 
     def scrub(self) -> None:
         """Leave nothing of what was deleted in the files: SQLite's log is emptied; free pages are zeroed as they come.

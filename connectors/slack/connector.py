@@ -97,7 +97,7 @@ class Slack:
     def __init__(self, shared: Shared, config: SlackConfig, secrets: Secrets, api: str = API):
         self.workspace = Workspace(shared, config, secrets.bot_token, api)
         # Acked when the handler has committed. (bolt would look for a signing secret of its own in the environment.)
-        self._app = AsyncApp(
+        self._app = _App(
             client=self.workspace.web, signing_secret=secrets.signing_secret or "none", process_before_response=True
         )
         self._socket = secrets.listening_on
@@ -168,7 +168,6 @@ class Slack:
 
     def _listen(self) -> None:
         app = self._app
-        app.use(_identified)
         app.event("app_mention")(self._mentioned)
         app.event({"type": "message", "subtype": "message_changed"})(self.edited)
         app.event({"type": "message", "subtype": "message_deleted"})(self._deleted)
@@ -355,6 +354,15 @@ class Slack:
             log.warning("nothing could be said in %s: %s", place.channel, refusal(error) or repr(error))
 
 
+class _App(AsyncApp):
+    """bolt, with an id in the log for whatever arrives."""
+
+    async def async_dispatch(self, req: AsyncBoltRequest) -> BoltResponse:
+        """Handle an event, a button or a command; only events have an id of their own."""
+        with working_on(request=f"slack:{req.body.get('event_id') or new_id()}"):
+            return await super().async_dispatch(req)
+
+
 def _conversation(place: Place) -> Conversation:
     return Conversation(SLACK, place.channel, place.team, place.thread)
 
@@ -366,12 +374,6 @@ def _event_id(place: Place, event: dict[str, Any]) -> str:
 def _attempt(request: AsyncBoltRequest) -> int:
     """How often Slack sent an event before."""
     return int(request.headers.get("x-slack-retry-num", ["0"])[0])
-
-
-async def _identified(body: dict[str, Any], next: Callable[[], Awaitable[BoltResponse]]) -> BoltResponse:
-    """Log with the id of the event; what people do with buttons and commands has none of its own."""
-    with working_on(request=f"slack:{body.get('event_id') or new_id()}"):
-        return await next()
 
 
 @http.middleware
