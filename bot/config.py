@@ -261,6 +261,14 @@ class SlackConfig(Section):
     reconcile_hours: Hours = 24.0
 
 
+class LogConfig(Section):
+    """What is logged, and how."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["text", "json"] = "text"
+    text: bool = False
+
+
 class DatabaseConfig(Section):
     """Where conversations and feedback are kept."""
 
@@ -288,6 +296,7 @@ class Config(Section):
     web: WebConfig = WebConfig()
     discord: DiscordConfig = DiscordConfig()
     slack: SlackConfig = SlackConfig()
+    log: LogConfig = LogConfig()
 
     @property
     def data(self) -> Path:

@@ -12,16 +12,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bot import output_files
+from bot import logs, output_files
 from bot.types import Progress
 
 console = Console()
-errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def announce(text: str) -> None:
-    """Tell the person at the console what happens."""
-    console.print(f"* {text}", markup=False, highlight=False)
+    """Tell the operator what happens: on the terminal or in the log, as `logs.set_up` decided."""
+    logs.OPERATOR.info("%s", text)
 
 
 def tenths(tell: Callable[[str], None]) -> Progress:

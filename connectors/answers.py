@@ -15,8 +15,9 @@ from aiolimiter import AsyncLimiter
 
 from bot.chat.dialogue import ReplyOptions, spoken
 from bot.errors import Asleep, DatabaseUnavailable, Forgotten, KibitzError
+from bot.logs import working_on
 from bot.store.feedback import held
-from bot.types import Feedback, FeedbackKind, Message, Turn
+from bot.types import Feedback, FeedbackKind, Message, Turn, new_id
 from connectors.base import Shared
 from connectors.opinions import Opinions, Reading
 from connectors.streaming import GrowingText
@@ -111,6 +112,10 @@ class Answers:
 
     async def give(self, ask: Callable[[ReplyOptions], Awaitable[Turn]], shown: Shown, budget: AsyncLimiter) -> None:
         """Ask, show the answer while it grows, then whole. One that was given before is shown if it never was."""
+        with working_on(turn=shown.turn_id):
+            await self._give(ask, shown, budget)
+
+    async def _give(self, ask: Callable[[ReplyOptions], Awaitable[Turn]], shown: Shown, budget: AsyncLimiter) -> None:
         turn_id = shown.turn_id
         growing = GrowingText(shown.grow, budget)
 
@@ -188,7 +193,7 @@ class Answers:
         except DatabaseUnavailable:
             raise  # it is not stored, and so not acknowledged (law 1)
         except KibitzError as error:
-            log.warning("an opinion was dropped: %s", error)
+            log.warning("an opinion on turn %s was dropped: %s", given.turn_id, error)
             return False
 
     async def reconcile(self, turn_id: str, reading: Reading, admits: Callable[[str], bool]) -> None:
@@ -248,9 +253,11 @@ async def catch_up(
     """
     missed = []
     for message in reversed(said):  # the newest first: of too many those are answered that people still wait for
-        if await take(message):
-            missed.append(message)
-        else:
-            await edit(message)
+        with working_on(request=new_id()):
+            if await take(message):
+                missed.append(message)
+            else:
+                await edit(message)
     for message in reversed(missed):
-        await answer(message)
+        with working_on(request=new_id()):
+            await answer(message)

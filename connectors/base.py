@@ -9,11 +9,13 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from bot.chat.dialogue import DialogueManager
 from bot.chat.reactions import Reactions
 from bot.environment import listen
+from bot.logs import keep_ids
 from bot.store.deliveries import Deliveries
 from bot.store.users import Users
 from connectors.access import Access
@@ -79,7 +81,8 @@ class Lanes:
     """One queue and one worker for each conversation, so that what arrived first is done first.
 
     `put` never waits: it is called before the first await of an event's handler, while events are still in order. A lane
-    holds at most `depth` pieces of work, all lanes together `total`; what does not fit is refused.
+    holds at most `depth` pieces of work, all lanes together `total`; what does not fit is refused. Each
+    piece of work logs with the ids of the event that put it there.
     """
 
     def __init__(self, depth: int = 8, total: int = 1024):
@@ -96,7 +99,7 @@ class Lanes:
         if not self._open or self._waiting >= self.total or queue.full():
             return False
         self._waiting += 1
-        queue.put_nowait(work)
+        queue.put_nowait(keep_ids(partial(self._do, key, work)))
         if key not in self._workers:
             self._queues[key] = queue
             self._workers[key] = asyncio.create_task(self._serve(key, queue))
@@ -122,18 +125,21 @@ class Lanes:
                 worker.cancel()
             await asyncio.gather(*late, return_exceptions=True)
 
+    async def _do(self, key: str, work: Work) -> None:
+        try:
+            await work()
+        except Exception:  # one event that fails must not end its conversation
+            log.exception("an event in %s failed", key)
+        finally:
+            self._freed.set()
+
     async def _serve(self, key: str, queue: asyncio.Queue[Work]) -> None:
         try:
             with contextlib.suppress(asyncio.QueueEmpty):
                 while True:
                     work = queue.get_nowait()
                     self._waiting -= 1
-                    try:
-                        await work()
-                    except Exception:  # one event that fails must not end its conversation
-                        log.exception("an event in %s failed", key)
-                    finally:
-                        self._freed.set()
+                    await work()
         finally:  # no await since the queue was found empty: nothing can have been put in between
             self._waiting -= queue.qsize()
             del self._queues[key], self._workers[key]

@@ -15,7 +15,8 @@ from prompt_toolkit.patch_stdout import patch_stdout
 
 from bot.chat.dialogue import DialogueManager, ReplyOptions, spoken
 from bot.errors import KibitzError, ServingError, TemplateError
-from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn
+from bot.logs import working_on
+from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn, new_id
 from connectors.base import Desk
 from connectors.commands import CONSENT, ask_for_one
 
@@ -56,11 +57,8 @@ class Terminal:
                 if text and not self.interactive:
                     print(f"you: {text}", flush=True)  # on a terminal it stands there already
                 if text:
-                    turn = await self._handle(text, place, turn)
-
-    def announce(self, text: str) -> None:
-        """Tell of something that happened meanwhile."""
-        print(f"* {text}", flush=True)
+                    with working_on(request=new_id()):
+                        turn = await self._handle(text, place, turn)
 
     async def _lines(self) -> AsyncGenerator[str, None]:
         if not self.interactive:

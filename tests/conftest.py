@@ -6,6 +6,7 @@
 import asyncio
 import contextlib
 import io
+import logging
 import os
 import random
 import shutil
@@ -16,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -37,9 +39,10 @@ from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 from bot import app as kibitz
+from bot import logs
 from bot.chat.dialogue import Explanation
 from bot.cli.main import app, main
-from bot.config import AccessConfig, Config, load
+from bot.config import AccessConfig, Config, LogConfig, load
 from bot.errors import KibitzError
 from bot.memory.embedder import Embedder
 from bot.models.tokenizer import ChatTokenizer
@@ -307,6 +310,37 @@ def owns_vllm(live: kibitz.Kibitz) -> None:
         pytest.skip("it ends the vLLM, and that of --vllm-url stays up")
 
 
+@contextlib.contextmanager
+def restore_logging() -> Iterator[None]:
+    """Undo what is set up inside: a command's logging is its own process's, and this one goes on."""
+    root = logging.getLogger()
+    levels = {name: logging.getLogger(name).level for name in (None, *logs.OURS)}
+    handlers, is_silent = list(root.handlers), logs.SAID.disabled
+    operators, goes_up = list(logs.OPERATOR.handlers), logs.OPERATOR.propagate
+    try:
+        yield
+    finally:
+        root.handlers, logs.SAID.disabled = handlers, is_silent
+        logs.OPERATOR.handlers, logs.OPERATOR.propagate = operators, goes_up
+        logging.captureWarnings(False)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+@pytest.fixture
+def log_lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., io.StringIO]]:
+    """Logging as a config's section says; what is given back holds the lines."""
+
+    def begin(**section: Any) -> io.StringIO:
+        lines = io.StringIO()
+        monkeypatch.setattr(sys, "stderr", lines)
+        logs.set_up(LogConfig(**section))
+        return lines
+
+    with restore_logging():
+        yield begin
+
+
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
     """A command in this process: the same arguments, output, errors and exit code, without the start of a process."""
@@ -315,7 +349,12 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
         monkeypatch.setattr(sys, "argv", ["kibitz", *map(str, arguments)])
         said, errors, usual = io.StringIO(), io.StringIO(), os.umask(0o022)
         try:
-            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as ended:
+            with (
+                restore_logging(),
+                contextlib.redirect_stdout(said),
+                contextlib.redirect_stderr(errors),
+                pytest.raises(SystemExit) as ended,
+            ):
                 main(application)
         finally:
             os.umask(usual)  # a command is its own process's; this one goes on

@@ -261,6 +261,19 @@ async def test_a_word_is_gone_from_every_place_where_text_may_lie(teaching, toke
     assert search.files(data) == set(), "nor when kibitz has ended"
 
 
+@pytest.mark.parametrize("shows_text", [False, True], ids=["by default", "the control"])
+async def test_the_log_quotes_what_is_said_only_if_the_config_says_so(config, tokenizer, log_lines, shows_text):
+    lines = log_lines(level="debug", text=shows_text)
+    quiet = config.model_copy(update={"dialogue": config.dialogue.model_copy(update={"embedder": "none"})})
+    async with talking(quiet, tokenizer) as talk:
+        await talk.all_about_it(is_held_out_alone=True)
+    logged = lines.getvalue()
+    assert all(f"bot.chat.dialogue{ids}" in logged for ids in (": stored message", " turn=")), "all of it is logged"
+    assert Search(tokenizer).spells(logged) == shows_text
+    for text in ("my word is", "I remember", "nobody knows", "again", "I tell the web"):
+        assert (f"{text} {WORD}" in logged) == shows_text
+
+
 def said_by_ann(kibitz: app.Kibitz) -> list[str]:
     """The ids of all that she wrote."""
     with kibitz.database.read() as connection:

@@ -15,6 +15,7 @@ from datetime import datetime
 from bot.chat.speakers import clean_name
 from bot.chat.tracker import Context, StateTracker, Surroundings
 from bot.errors import DataError, Forgotten, ReplyInterrupted
+from bot.logs import log_text, working_on
 from bot.memory.followups import FollowUps
 from bot.serving.policy import STOPPED, OnText, Policy
 from bot.store.conversations import ConversationStore
@@ -82,6 +83,12 @@ def _storable(message: Message) -> Message:
     return replace(message, text=cleaned(message.text), author_name=clean_name(cleaned(message.author_name)))
 
 
+def _log_stored(message: Message) -> None:
+    log.debug("stored message %s of event %s in conversation %s", message.id, message.event_id, message.conversation_id)
+    if message.text:
+        log_text("message", message.text)
+
+
 def spoken(turn: Turn) -> str:
     """Return what a person is shown of an answer: its text, or an apology if it says nothing."""
     return turn.text if turn.text.strip() or turn.finish_reason == STOPPED else NO_ANSWER
@@ -114,7 +121,9 @@ class DialogueManager:
         """
         message = _storable(message)
         # One trip: under load each to the database's thread costs more in waiting than in work.
-        return await self._settled(self.store.database.call(self._taken_in, message, place, options), options)
+        taken_in = await self.store.database.call(self._taken_in, message, place, options)
+        _log_stored(taken_in[0])
+        return await self._settled(taken_in, options)
 
     async def respond_to_history(
         self, message: Message, history: History, place: Conversation, options: ReplyOptions = PLAIN
@@ -125,14 +134,15 @@ class DialogueManager:
         asked = {"role": Role.USER.value, "content": message.text}
         context = self.tracker.fitted([*before, asked], cleaned(history.begun))
         message, known = await self.store.database.call(self._taken_in_with, message, place, context.recent)
+        _log_stored(message)
         return await self._answer(message, replace(context, recent=known), message.author_id, None, options)
 
     async def answer(self, heard: Heard, options: ReplyOptions = PLAIN) -> Turn:
         """Have a message answered that was heard, and commit the answer; one that came before gets its first answer."""
-        return await self._settled(self.store.database.call(self._waited, heard), options)
+        return await self._settled(await self.store.database.call(self._waited, heard), options)
 
-    async def _settled(self, taken_in: Awaitable[Taken], options: ReplyOptions) -> Turn:
-        first, answered, around = await taken_in
+    async def _settled(self, taken_in: Taken, options: ReplyOptions) -> Turn:
+        first, answered, around = taken_in
         if answered is not None:
             return answered
         if first.is_forgotten:
@@ -141,7 +151,9 @@ class DialogueManager:
 
     async def hear(self, place: Conversation, message: Message) -> Heard:
         """Commit a message at a place, for `answer` to answer it later."""
-        return await self.store.database.call(self.store.hear, place, _storable(message))
+        heard = await self.store.database.call(self.store.hear, place, _storable(message))
+        _log_stored(heard.message)
+        return heard
 
     async def overhear(self, place: Conversation, said: Sequence[Message], until: datetime) -> None:
         """Commit what people said to each other at a place before `until`, oldest first: what is asked there is about it.
@@ -189,7 +201,13 @@ class DialogueManager:
     async def record_feedback(self, given: Feedback) -> bool:
         """Commit one act of feedback; False where its event was recorded before."""
         given = replace(given, text=None if given.text is None else cleaned(given.text))
-        return await self.store.database.call(self.store.add_feedback, given)
+        with working_on(turn=given.turn_id):
+            is_new = await self.store.database.call(self.store.add_feedback, given)
+            act = "takes back" if given.retracts else "gives"
+            log.debug("stored feedback %s, which %s %s%s", given.id, act, given.kind, "" if is_new else " again")
+            if given.text and not given.retracts:
+                log_text("feedback", given.text)
+        return is_new
 
     async def retract(self, feedback_id: str, user_id: str) -> bool:
         """Take back one act of feedback of one's own; False where there is none."""
@@ -197,7 +215,7 @@ class DialogueManager:
         if given is None or given.user_id != user_id:
             return False
         taken_back = replace(given, id=new_id(), at=now(), event_id=None, retracts=True)
-        return await self.store.database.call(self.store.add_feedback, taken_back)
+        return await self.record_feedback(taken_back)
 
     async def explain(self, turn_id: str) -> Explanation:
         """A turn, and what was said about it. What a run makes of that is `learning.data.explanation`'s question."""
@@ -240,36 +258,42 @@ class DialogueManager:
     async def _answer(
         self, message: Message, context: Context, asker_id: str, replaces: str | None, options: ReplyOptions
     ) -> Turn:
-        with self.tracker.recall.answering():
-            reply = await self._reply(message.conversation_id, context, options)
-        turn = Turn(
-            conversation_id=message.conversation_id,
-            message_id=message.id,
-            reply_id=new_id(),
-            text=reply.text,
-            asker_id=asker_id,
-            policy_version=reply.policy_version,
-            prompt_ids=reply.prompt_ids,
-            completion_ids=reply.completion_ids,
-            logprobs=reply.logprobs,
-            finish_reason=reply.finish_reason,
-            sampling=reply.sampling,
-            latency_ms=reply.latency_ms,
-            replaces=replaces,
-            shown=context.shown,
-            id=options.turn_id or new_id(),
-        )
-        answer = Message(turn.conversation_id, "", turn.text, Role.ASSISTANT, id=turn.reply_id)
-        stored = self.store.database.call(self._keep, turn, answer if options.is_repeatable else None)
-        try:
-            if options.on_whole is not None:
-                await options.on_whole(turn)
-        finally:
-            await stored
-            self.tracker.recall.learn([message, answer])
-            if replaces is None:
-                self._noting.add(task := asyncio.create_task(self._note(message)))
-                task.add_done_callback(self._noting.discard)
+        turn_id = options.turn_id or new_id()
+        with working_on(turn=turn_id):
+            with self.tracker.recall.answering():
+                reply = await self._reply(message.conversation_id, context, options)
+            turn = Turn(
+                conversation_id=message.conversation_id,
+                message_id=message.id,
+                reply_id=new_id(),
+                text=reply.text,
+                asker_id=asker_id,
+                policy_version=reply.policy_version,
+                prompt_ids=reply.prompt_ids,
+                completion_ids=reply.completion_ids,
+                logprobs=reply.logprobs,
+                finish_reason=reply.finish_reason,
+                sampling=reply.sampling,
+                latency_ms=reply.latency_ms,
+                replaces=replaces,
+                shown=context.shown,
+                id=turn_id,
+            )
+            answer = Message(turn.conversation_id, "", turn.text, Role.ASSISTANT, id=turn.reply_id)
+            stored = self.store.database.call(self._keep, turn, answer if options.is_repeatable else None)
+            try:
+                if options.on_whole is not None:
+                    await options.on_whole(turn)
+            finally:
+                await stored
+                self.tracker.recall.learn([message, answer])
+                if replaces is None:
+                    self._noting.add(task := asyncio.create_task(self._note(message)))
+                    task.add_done_callback(self._noting.discard)
+            tokens = len(turn.completion_ids or ())
+            told = turn.policy_version, tokens, turn.latency_ms, turn.finish_reason
+            log.debug("answered message %s: %s, %d tokens in %.0f ms (%s)", message.id, *told)
+            log_text("answer", turn.text)
         return turn
 
     def _keep(self, turn: Turn, repeatable: Message | None) -> None:

@@ -11,7 +11,7 @@ if _usual is signal.default_int_handler:
 try:
     import typer
 
-    from bot import environment
+    from bot import environment, logs
 
     # Importing a module of commands adds them, in the order of `kibitz --help`.
     # isort: off
@@ -20,7 +20,6 @@ try:
     # isort: on
     from bot.cli.options import BAD_INPUT, INTERRUPTED, app
     from bot.errors import KibitzError, cause_of
-    from bot.output import errors
 finally:
     signal.signal(signal.SIGINT, _usual)
 
@@ -41,7 +40,7 @@ def main(application: typer.Typer = app) -> None:
         if line is None:
             raise
         if line:
-            errors.print(f"kibitz: {line}", markup=False)
+            logs.OPERATOR.error("%s", line)
         sys.exit(BAD_INPUT)
     sys.exit(code or 0)
 

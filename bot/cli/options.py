@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from bot import config as configuration
-from bot import environment, output_files
+from bot import environment, logs, output_files
 from bot.config import Config
 from bot.data_directory import prepare
 from bot.errors import ConfigError
@@ -82,7 +82,9 @@ def command(
         @functools.wraps(function)
         def run(**options: Any) -> None:
             given = {key: options.pop(key) for key in shared}
-            function(configured(**given), **options)
+            config = configured(**given)
+            logs.set_up(config.log)
+            function(config, **options)
 
         defaults = {"model": default_model}
         added = [

@@ -23,9 +23,8 @@ def chat(config: Config) -> None:
     async def main() -> None:
         async with running(config, model, announce, may_change=True) as kibitz:
             terminal = Terminal(kibitz.dialogue, desk(kibitz))
-            kibitz.deployment.announce = kibitz.health.tell = terminal.announce
             if config.learning.enabled:
-                learner = OnlineLearner(kibitz.store, kibitz.deployment, config, terminal.announce)
+                learner = OnlineLearner(kibitz.store, kibitz.deployment, config, announce)
                 kibitz.start(learner.run(kibitz.health))
             await terminal.run()
 

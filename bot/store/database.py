@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
+from contextvars import copy_context
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -149,7 +150,8 @@ class Database:
         more than all else.
         """
         future: Future[Result] = Future()
-        self._waiting.append((function, args, future))
+        with_ids = partial(copy_context().run, function)  # what it logs has the ids of who asked
+        self._waiting.append((with_ids, args, future))
         self._thread.submit(self._work)
         return asyncio.wrap_future(future)
 
@@ -216,7 +218,7 @@ class Database:
             finally:
                 self._local.group, self._local.shared = None, False
         while self._local.afterwards:
-            _do(self._local.afterwards.pop(0))
+            self._local.afterwards.pop(0)()
 
     @contextmanager
     def _outages(self) -> Iterator[None]:
@@ -237,7 +239,7 @@ class Database:
         if self._local.group is None:
             _do(work)
         else:
-            self._local.afterwards.append(work)
+            self._local.afterwards.append(partial(copy_context().run, _do, work))
 
     def scrub(self) -> None:
         """Leave nothing of what was deleted in the files: SQLite's log is emptied; free pages are zeroed as they come.

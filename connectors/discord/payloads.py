@@ -1,4 +1,4 @@
-"""Payloads: an event about a message that discord.py cannot read costs that event, and not the connection.
+"""Payloads: an event that discord.py cannot read costs that event, and not the connection. Each has an id in the log.
 
 discord.py lets whatever goes wrong in a payload end the client, which loses the session and all that happens until the next
 one. It knows no conversation.
@@ -10,27 +10,31 @@ from typing import Any
 
 import discord
 
+from bot.logs import working_on
+from bot.types import new_id
+
 log = logging.getLogger(__name__)
 
 Parse = Callable[[dict[str, Any]], None]
 
 
 def tolerate_bad_messages(client: discord.Client) -> None:
-    """Have a client log what it cannot read of events about messages, and go on."""
+    """Have a client log what it cannot read of messages, reactions and interactions, and go on."""
     parsers: dict[str, Parse] = client._connection.parsers
     for name, parse in parsers.items():
-        if name.startswith("MESSAGE_"):
+        if name.startswith(("MESSAGE_", "INTERACTION_")):
             parsers[name] = _tolerant(name, parse)
 
 
 def _tolerant(name: str, parse: Parse) -> Parse:
     def read(data: dict[str, Any]) -> None:
-        try:
-            poll = data.get("poll")
-            if poll and poll.get("expiry") is None:  # Discord documents polls that never end; discord.py 2.7 fails on them
-                data = {**data, "poll": {**poll, "expiry": data["timestamp"]}}
-            parse(data)
-        except Exception as error:  # whatever a payload makes discord.py raise
-            log.warning("an event of Discord (%s %s) cannot be read: %r", name, data.get("id", ""), error)
+        with working_on(request=f"discord:{data.get('message_id') or data.get('id') or new_id()}"):
+            try:
+                poll = data.get("poll")
+                if poll and poll.get("expiry") is None:  # a poll without an end, which discord.py 2.7 cannot read
+                    data = {**data, "poll": {**poll, "expiry": data["timestamp"]}}
+                parse(data)
+            except Exception as error:  # whatever a payload makes discord.py raise
+                log.warning("an event of Discord (%s %s) cannot be read: %r", name, data.get("id", ""), error)
 
     return read

@@ -104,5 +104,5 @@ async def _content(attachment: discord.Attachment) -> str | None:
         async with asyncio.timeout(FILE_SECONDS):
             return (await attachment.read()).decode("utf-8-sig", "replace").strip()
     except (discord.HTTPException, aiohttp.ClientError, TimeoutError) as error:
-        log.info("the file %s cannot be read: %r", attachment.filename, error)
+        log.info("the file %s cannot be read: %r", attachment.id, error)
         return None

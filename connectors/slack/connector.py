@@ -21,11 +21,13 @@ from aiohttp import web as http
 from slack_bolt.adapter.socket_mode.async_handler import AsyncSocketModeHandler
 from slack_bolt.async_app import AsyncApp
 from slack_bolt.request.async_request import AsyncBoltRequest
+from slack_bolt.response import BoltResponse
 
 from bot.chat.dialogue import ReplyOptions
 from bot.config import SlackConfig
 from bot.errors import ConfigError, ConnectorError
-from bot.types import Conversation, Feedback, Heard, Message, Turn
+from bot.logs import working_on
+from bot.types import Conversation, Feedback, Heard, Message, Turn, new_id
 from connectors.access import TOO_FAST
 from connectors.answers import BUSY, SORRY
 from connectors.base import Shared, listening, pause
@@ -95,7 +97,7 @@ class Slack:
     def __init__(self, shared: Shared, config: SlackConfig, secrets: Secrets, api: str = API):
         self.workspace = Workspace(shared, config, secrets.bot_token, api)
         # Acked when the handler has committed. (bolt would look for a signing secret of its own in the environment.)
-        self._app = AsyncApp(
+        self._app = _App(
             client=self.workspace.web, signing_secret=secrets.signing_secret or "none", process_before_response=True
         )
         self._socket = secrets.listening_on
@@ -350,6 +352,15 @@ class Slack:
             await self.workspace.say(place, text)
         except Exception as error:  # whatever Slack refuses, or a broken network raises
             log.warning("nothing could be said in %s: %s", place.channel, refusal(error) or repr(error))
+
+
+class _App(AsyncApp):
+    """bolt, with an id in the log for whatever arrives."""
+
+    async def async_dispatch(self, req: AsyncBoltRequest) -> BoltResponse:
+        """Handle an event, a button or a command; only events have an id of their own."""
+        with working_on(request=f"slack:{req.body.get('event_id') or new_id()}"):
+            return await super().async_dispatch(req)
 
 
 def _conversation(place: Place) -> Conversation:

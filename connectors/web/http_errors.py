@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bot.errors import DatabaseUnavailable, DataError, KibitzError, ServingError, cause_of
+from bot.logs import working_on
 from bot.types import new_id
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ async def tell_refusal(request: Request, error: Exception) -> Response:
 
 
 class ToldErrors:
-    """Tell of every error while a request is handled, if the answer has not begun."""
+    """Give each request an id in the log, and tell of every error while it is handled, if the answer has not begun."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -71,14 +72,15 @@ class ToldErrors:
             has_begun = True
             await send(message)
 
-        try:
-            await self.app(scope, receive, watched)
-        except ClientDisconnect:
-            return  # nobody listens
-        except Exception as error:  # a bug or a full disk: this request ends, and the others do not
-            status, told = describe(error)
-            if not has_begun:
-                await JSONResponse(told, status)(scope, receive, send)
+        with working_on(request=new_id()):
+            try:
+                await self.app(scope, receive, watched)
+            except ClientDisconnect:
+                return  # nobody listens
+            except Exception as error:  # a bug or a full disk: this request ends, and the others do not
+                status, told = describe(error)
+                if not has_begun:
+                    await JSONResponse(told, status)(scope, receive, send)
 
 
 class KnownHosts:

@@ -98,7 +98,14 @@ class Web:
         self._users, self._socket, self._origins = door.users, door.socket, door.origins
         self._answering: set[asyncio.Task[Turn]] = set()
         self._server = _Server(
-            uvicorn.Config(self._app(), log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=10)
+            uvicorn.Config(
+                self._app(),
+                log_config=None,  # uvicorn logs as all others do
+                log_level="warning",
+                access_log=False,
+                lifespan="off",
+                timeout_graceful_shutdown=10,
+            )
         )
 
     async def run(self) -> None:

@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from bot.config import Config, DatabaseConfig
+from bot.config import Config, DatabaseConfig, LogConfig
 from bot.errors import KibitzError, NothingToLearn, TrainingError, Unavailable
 from bot.serving import children
 from bot.store.conversations import ConversationStore
@@ -164,7 +164,7 @@ async def train_in_child(config: Config, progress: Progress, option: str) -> Jud
     Raises TrainingError with the child's own line.
     """
     resolved = config.data / "train-config.json"
-    handed = config.model_copy(update={"database": DatabaseConfig(url_env=DATABASE_URL)})
+    handed = config.model_copy(update={"database": DatabaseConfig(url_env=DATABASE_URL), "log": LogConfig()})
     handed.save(resolved)
     child = await children.start(
         *[sys.executable, "-m", "bot", "train", "--config", str(resolved), option, "--progress", "json"],

@@ -31,7 +31,6 @@ from learning.judging.statistics import accuracy, unit_bootstrap
 from learning.training.run import train_version
 
 
-
 def tokenizer_fingerprint(model: str) -> str:
     """What names a tokenizer: the hash of its file, or the hub name of its model."""
     file = Path(model) / "tokenizer.json"

@@ -1,0 +1,158 @@
+"""Logging: where lines go, how they look, and the ids of what is being worked on.
+
+Each line has the ids that `working_on` sets: `request` is the platform's id of an event (or one made here), `turn` is
+the answer. Tasks inherit them; `keep_ids` carries them to a task that was there before. What people say is logged only if
+`log.text` is true: else `log_text` does nothing, and tracebacks do not quote the errors of libraries. It knows no platform
+and no store.
+"""
+
+import contextlib
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from types import TracebackType
+
+from bot.config import LogConfig
+from bot.errors import KibitzError, cause_of
+
+OURS = ("bot", "connectors", "learning")
+OPERATOR = logging.getLogger("kibitz")  # what happens to kibitz as a whole; its operator is told, whatever the level is
+SAID = logging.getLogger("said")  # what people and kibitz say
+SHOWN = 200  # characters of a text
+
+Raised = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
+
+_ids: ContextVar[Mapping[str, str]] = ContextVar("ids", default={})  # noqa: B039 (nobody changes it)
+
+
+@contextlib.contextmanager
+def working_on(**ids: str) -> Iterator[None]:
+    """Add ids to each line that is logged inside, also by tasks that begin there."""
+    before = _ids.set({**_ids.get(), **ids})
+    try:
+        yield
+    finally:
+        _ids.reset(before)
+
+
+def keep_ids(work: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
+    """Return `work` with the ids of this moment, for a task that may have begun with other ones."""
+    ids = _ids.get()
+
+    async def kept() -> None:
+        before = _ids.set(ids)
+        try:
+            await work()
+        finally:
+            _ids.reset(before)
+
+    return kept
+
+
+def log_text(what: str, text: str) -> None:
+    """Log the beginning of a text that somebody said, if `log.text` is true."""
+    SAID.info("%s: %r%s", what, text[:SHOWN], "…" if len(text) > SHOWN else "")
+
+
+class _Lines(logging.Formatter):
+    """Lines that quote an error of a library only where `quotes_people`: it may hold what somebody said."""
+
+    def __init__(self, quotes_people: bool):
+        super().__init__()
+        self.quotes_people = quotes_people
+
+    def formatException(self, ei: Raised) -> str:
+        """Return the places that an error went through, and its kind; of our own errors also what they say."""
+        error = ei[1]
+        if self.quotes_people or error is None:
+            return super().formatException(ei)
+        told = cause_of(error) if isinstance(error, KibitzError) else type(error).__name__
+        return f"{''.join(traceback.format_tb(error.__traceback__))}{told}"
+
+
+class TextLines(_Lines):
+    """Lines for people: time, level, logger, ids, message; a traceback follows on lines of its own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a record as text."""
+        ids = "".join(f" {name}={value}" for name, value in _ids.get().items())
+        line = f"{_time(record)} {record.levelname} {record.name}{ids}: {record.getMessage()}"
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+class JsonLines(_Lines):
+    """Lines for programs: an object with `time` (ISO 8601, UTC), `level`, `logger`, the ids, `message` and `traceback`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a record as JSON, in one line."""
+        row = {"time": _time(record), "level": record.levelname.lower(), "logger": record.name, **_ids.get()}
+        row["message"] = record.getMessage()
+        if record.exc_info:
+            row["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(row)
+
+
+class StandardError(logging.Handler):
+    """Writes to what `sys.stderr` is at the moment: progress bars and prompts put something in its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line."""
+        try:
+            print(self.format(record), file=sys.stderr, flush=True)
+        except Exception:
+            self.handleError(record)
+
+
+class Terminal(logging.Handler):
+    """Shows the operator what happens, as the commands always did; an error that ends a command only if the log does not."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line."""
+        try:
+            if record.levelno < logging.ERROR:
+                print(f"* {record.getMessage()}", flush=True)
+            elif not OPERATOR.propagate:
+                print(f"kibitz: {record.getMessage()}", file=sys.stderr, flush=True)
+        except Exception:
+            self.handleError(record)
+
+
+def set_up(config: LogConfig) -> None:
+    """Log to standard error as the config says. Other libraries log warnings only: their details quote what people say.
+
+    What the operator is told stands on the terminal or in the log; in both where the terminal does not show the log.
+    """
+    root, is_json = logging.getLogger(), config.format == "json"
+    for handler in [one for one in root.handlers if isinstance(one, StandardError)]:
+        root.removeHandler(handler)
+    handler = StandardError()
+    handler.setFormatter((JsonLines if is_json else TextLines)(config.text))
+    root.addHandler(handler)
+    level = logging.getLevelNamesMapping()[config.level.upper()]
+    root.setLevel(max(level, logging.WARNING))
+    for name in OURS:
+        logging.getLogger(name).setLevel(level)
+    SAID.disabled = not config.text
+    logging.captureWarnings(is_json)
+    is_apart = sys.stdout.isatty() and not sys.stderr.isatty()
+    _tell_operator(on_terminal=is_apart or not is_json, in_log=is_apart or is_json)
+
+
+def _tell_operator(on_terminal: bool, in_log: bool) -> None:
+    OPERATOR.handlers = [Terminal()] if on_terminal else []
+    OPERATOR.propagate = in_log
+
+
+def _time(record: logging.LogRecord) -> str:
+    return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+
+
+# Until `set_up`: what the operator is told is shown, and nothing that people say is logged.
+for _logger in (OPERATOR, SAID):
+    _logger.setLevel(logging.INFO)
+SAID.disabled = True
+_tell_operator(on_terminal=True, in_log=False)
