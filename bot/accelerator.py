@@ -62,7 +62,7 @@ def parse_card(told: str) -> Card | None:
     return Card(fields[0], int(fields[1]) * 2**20, int(fields[2]) * 2**20, float(capability))
 
 
-def free_memory() -> int:
+def read_free_memory() -> int:
     """Return how many bytes of main memory a new process could use, within a container's limit; 0 if nobody can tell."""
     try:
         found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), flags=re.M)

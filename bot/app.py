@@ -14,31 +14,31 @@ from typing import Any
 
 from bot.chat.dialogue import DialogueManager
 from bot.chat.reactions import Reactions
-from bot.chat.texts import pause_text, privacy_text, state_text, status_text
+from bot.chat.texts import describe_consent, describe_pause, describe_state, describe_status
 from bot.chat.tracker import StateTracker
 from bot.config import Config
-from bot.data_directory import HEALTH, held
+from bot.data_directory import HEALTH_FILE, lock_directory
 from bot.errors import ServingError
 from bot.memory.caches import PAUSE_SECONDS, Caches
-from bot.memory.recall import Recall, recall_of
-from bot.memory.state import LATEST, derived
+from bot.memory.recall import Recall, make_recall
+from bot.memory.state import LATEST_MESSAGES, derive_state
 from bot.models.tokenizer import ChatTokenizer
-from bot.output import tenths
+from bot.output import make_log_progress
 from bot.serving.policy import Policy
-from bot.serving.readiness import Readiness, looks_at
+from bot.serving.readiness import Readiness, make_checks
 from bot.serving.vllm_server import VllmServer
 from bot.store.conversations import ConversationStore
 from bot.store.database import Database
 from bot.store.deliveries import Deliveries
 from bot.store.erasures import Erasures
-from bot.store.forgetting import forget_again, forget_person, remove_purged
+from bot.store.forgetting import forget_again, forget_person, remove_purged_files
 from bot.store.registry import PolicyRegistry
-from bot.store.retention import EVERY, erase_expired
+from bot.store.retention import ERASE_SECONDS, erase_expired
 from bot.store.stores import open_stores
 from bot.store.users import Users
-from bot.supervision import Health, Start, background_tasks, failing_lines, supervise
+from bot.supervision import Health, Start, background_tasks, describe_failures, supervise
 from connectors.access import Access
-from connectors.base import Desk, Shared
+from connectors.base import Desk, Services
 from learning.rollout.deployment import Deployment
 
 Announce = Callable[[str], None]
@@ -60,7 +60,7 @@ class Kibitz:
     health: Health
     start: Start
 
-    def keep(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+    def keep_running(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
         """Start a task that is tried again whenever it fails, until this kibitz is stopped."""
         self.start(supervise(name, work, self.health))
 
@@ -72,27 +72,27 @@ async def running(config: Config, model: str, tell: Announce, may_change: bool =
     A data directory whose versions come from another base model is refused, unless the model `may_change`: then it takes
     its place once vLLM has generated a token with it.
     """
-    with held(config.data, "serve"):
+    with lock_directory(config.data, "serve"):
         database, store, registry = open_stores(config)
         if not may_change:
             registry.check_base(model)
-        _make_good(database, registry, tell)
-        recall = recall_of(config, database)
+        _finish_forgetting(database, registry, tell)
+        recall = make_recall(config, database)
         tokenizer = ChatTokenizer(model, config.policy.template_args)
         tracker = StateTracker(store, tokenizer, recall, config.dialogue, config.policy.context_tokens)
-        policy, server = _serving(config, model, tokenizer)
-        health = Health(tell, config.data / HEALTH)
+        policy, server = _make_policy(config, model, tokenizer)
+        health = Health(tell, config.data / HEALTH_FILE)
         deployment = Deployment(policy, registry, config, tell)
         try:
             if server is not None:
-                tell(f"starting vLLM (its log: {server.log})")
+                tell(f"starting vLLM (its log: {server.log_path})")
             async with asyncio.TaskGroup() as group:
-                group.create_task(recall.ready())
-                group.create_task(_reach(policy, config) if server is None else server.start(policy))
-            _take_base(registry, policy, model, may_change, tell)
+                group.create_task(recall.load_embedder())
+                group.create_task(_check_reachable(policy, config) if server is None else server.start(policy))
+            _register_base(registry, policy, model, may_change, tell)
             async with background_tasks() as start:
                 dialogue = DialogueManager(store, tracker, policy)
-                readiness = Readiness(looks_at(policy, database, config.data))
+                readiness = Readiness(make_checks(policy, database, config.data))
                 parts = store, registry, policy, dialogue, deployment, server, readiness, health, start
                 kibitz = Kibitz(config, database, *parts)
                 await _start_tasks(kibitz, recall, tokenizer, tell)
@@ -107,31 +107,31 @@ async def running(config: Config, model: str, tell: Announce, may_change: bool =
             database.close()
 
 
-def _make_good(database: Database, registry: PolicyRegistry, tell: Announce) -> None:
+def _finish_forgetting(database: Database, registry: PolicyRegistry, tell: Announce) -> None:
     """Finish what a crash left unfinished: what was forgotten is forgotten here too, and leaves no trace."""
     if again := forget_again(database, registry):
         tell(f"the database is older than what was forgotten since: {again} people and messages are forgotten again")
-    remove_purged(registry)
+    remove_purged_files(registry)
     database.scrub()
 
 
-def _serving(config: Config, model: str, tokenizer: ChatTokenizer) -> tuple[Policy, VllmServer | None]:
+def _make_policy(config: Config, model: str, tokenizer: ChatTokenizer) -> tuple[Policy, VllmServer | None]:
     """Return the client of the vLLM that the config names; or of one of our own, which is not started yet."""
-    served = config.model_copy(update={"policy": tokenizer.with_thoughts(config.policy)})
+    served = config.model_copy(update={"policy": tokenizer.with_thought_tokens(config.policy)})
     key, thinks = config.serving.read_key(), (tokenizer.end_ids, tokenizer.thoughts)
     server = None if config.serving.url else VllmServer(served, model)
     url = config.serving.url if server is None else server.url
     policy = Policy(url, served.policy, config.serving.reply_seconds, key, *thinks)
-    policy.admin.log = "" if server is None else str(server.log)
+    policy.admin.log_path = "" if server is None else str(server.log_path)
     return policy, server
 
 
-def _take_base(registry: PolicyRegistry, policy: Policy, model: str, may_change: bool, tell: Announce) -> None:
+def _register_base(registry: PolicyRegistry, policy: Policy, model: str, may_change: bool, tell: Announce) -> None:
     """Take the model as the base of the versions to come, now that vLLM generates with it."""
     base = registry.ensure_base(model, may_change)
-    policy.name_base(base.name)
-    if foreign := registry.foreign():
-        changed = f"policy.model was changed: {base.name} is {model}, and {registry.live().name} is live"
+    policy.set_base(base.name)
+    if foreign := registry.find_foreign():
+        changed = f"policy.model was changed: {base.name} is {model}, and {registry.get_live().name} is live"
         tell(f"{changed}; {len(foreign)} versions of another model serve again only when it comes back")
 
 
@@ -139,21 +139,21 @@ async def _start_tasks(kibitz: Kibitz, recall: Recall, tokenizer: ChatTokenizer,
     """Bring the live version back, and start what runs beside the answers."""
     config, health, deployment = kibitz.config, kibitz.health, kibitz.deployment
     if kibitz.server is not None:
-        kibitz.start(kibitz.server.watch(kibitz.policy, deployment.restore, health))
-    await deployment.restore()
+        kibitz.start(kibitz.server.watch(kibitz.policy, deployment.restore_live, health))
+    await deployment.restore_live()
     kibitz.start(deployment.watch(health=health))
     caches = Caches(Erasures(config.data), recall, tokenizer)
-    kibitz.start(supervise("caches", caches.look, health, PAUSE_SECONDS))
-    kibitz.keep("readiness", kibitz.readiness.watch)
-    kibitz.keep("embedding", lambda: recall.catch_up(tenths(tell)))
+    kibitz.start(supervise("caches", caches.drop_forgotten, health, PAUSE_SECONDS))
+    kibitz.keep_running("readiness", kibitz.readiness.watch)
+    kibitz.keep_running("embedding", lambda: recall.embed_missing(make_log_progress(tell)))
     expire = partial(erase_expired, kibitz.database, config.privacy.retention_days, caches.drop)
-    kibitz.start(supervise("retention", expire, health, EVERY))
+    kibitz.start(supervise("retention", expire, health, ERASE_SECONDS))
 
 
-async def _reach(policy: Policy, config: Config) -> None:
+async def _check_reachable(policy: Policy, config: Config) -> None:
     """Have a vLLM that is not ours generate a token. Raises ServingError where it does not."""
     await policy.admin.connect()
-    if not await policy.admin.ready(config.serving.reply_seconds):
+    if not await policy.admin.is_ready(config.serving.reply_seconds):
         raise ServingError(f"the vLLM at {policy.admin.url} generates no token; see its log")
 
 
@@ -183,49 +183,51 @@ def run(main: Coroutine[Any, Any, None], until_stopped: bool = False) -> None:
             raise KeyboardInterrupt from None
 
 
-def shared(kibitz: Kibitz, access: Access) -> Shared:
+def make_services(kibitz: Kibitz, access: Access) -> Services:
     """What the chat platforms of one kibitz share."""
     reactions, users = Reactions(kibitz.config.reactions), Users(kibitz.database, kibitz.config.privacy)
-    return Shared(kibitz.dialogue, Deliveries(kibitz.database), reactions, access, users, desk(kibitz))
+    return Services(kibitz.dialogue, Deliveries(kibitz.database), reactions, access, users, make_desk(kibitz))
 
 
-def desk(kibitz: Kibitz) -> Desk:
+def make_desk(kibitz: Kibitz) -> Desk:
     """What people may ask about this kibitz, and for themselves."""
     call, users = kibitz.database.call, Users(kibitz.database, kibitz.config.privacy)
 
     async def status() -> str:
-        told = await call(status_text, kibitz.store, kibitz.registry)
-        return "\n".join([told, *failing_lines(kibitz.health.failing)])
+        told = await call(describe_status, kibitz.store, kibitz.registry)
+        return "\n".join([told, *describe_failures(kibitz.health.failures)])
 
     async def rollback() -> str:
-        before, after = await call(kibitz.registry.rollback)
+        before, after = await call(kibitz.registry.roll_back)
         return f"{before.name} is taken back; {after.name} answers again in a moment"
 
     async def pause_learning() -> str:
-        return pause_text(await call(kibitz.registry.pause_learning))
+        return describe_pause(await call(kibitz.registry.toggle_learning))
 
     async def privacy(platform: str, user: str, choice: str) -> str:
         if choice != "status":
-            await call(users.decide, platform, user, choice == "on")
-        return privacy_text(await call(users.consents, platform, user))
+            await call(users.record_consent, platform, user, choice == "on")
+        return describe_consent(await call(users.has_consent, platform, user))
 
     async def forget(platform: str, user: str) -> str:
         erased = await call(forget_person, kibitz.database, kibitz.registry, platform, user)
-        return f"{erased}. {privacy_text(False)} What stands in the channels of this platform is yours to delete."
+        return f"{erased}. {describe_consent(False)} What stands in the channels of this platform is yours to delete."
 
     def failing() -> list[str]:
-        return sorted(kibitz.health.failing)
+        return sorted(kibitz.health.failures)
 
-    faults = kibitz.readiness.faults
-    return Desk(lambda turn_id: _why(kibitz, turn_id), status, rollback, pause_learning, privacy, forget, faults, failing)
+    faults = kibitz.readiness.list_faults
+    return Desk(
+        lambda turn_id: _explain_turn(kibitz, turn_id), status, rollback, pause_learning, privacy, forget, faults, failing
+    )
 
 
-async def _why(kibitz: Kibitz, turn_id: str) -> str:
+async def _explain_turn(kibitz: Kibitz, turn_id: str) -> str:
     from learning.data.explanation import explain
     from learning.data.replay_buffer import ReplayBuffer
 
     buffer = ReplayBuffer(kibitz.store, kibitz.dialogue.tracker.tokenizer, kibitz.config)
     account = await kibitz.database.call(explain, turn_id, buffer, kibitz.registry)
-    said = await kibitz.database.call(kibitz.store.messages, account.turn.conversation_id, LATEST)
-    known = await asyncio.to_thread(derived, said, kibitz.dialogue.tracker.recall.embedder)
-    return "\n".join([*account.lines(names=False), *state_text(known).splitlines()[:12]])
+    said = await kibitz.database.call(kibitz.store.read_messages, account.turn.conversation_id, LATEST_MESSAGES)
+    known = await asyncio.to_thread(derive_state, said, kibitz.dialogue.tracker.recall.embedder)
+    return "\n".join([*account.lines(names=False), *describe_state(known).splitlines()[:12]])

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from bot.errors import KibitzError, cause_of
+from bot.errors import KibitzError, quote_error
 
 Outcome = Literal["ok", "not", "skip"]
 
 
 @dataclass(frozen=True)
-class Row:
+class CheckResult:
     """One thing that kibitz needs, and whether it is there."""
 
     what: str
@@ -28,7 +28,7 @@ class Skipped(Exception):
 Check = tuple[str, Callable[[], str]]
 
 
-def examine(checks: Sequence[Check], tell: Callable[[Row], None] = lambda row: None) -> list[Row]:
+def run_checks(checks: Sequence[Check], tell: Callable[[CheckResult], None] = lambda row: None) -> list[CheckResult]:
     """Run checks in order. Each returns what it found, or raises KibitzError (it does not work) or Skipped.
 
     Any other error is a fault of kibitz or of a library. It is a row too, so that the rest is still looked at.
@@ -36,23 +36,23 @@ def examine(checks: Sequence[Check], tell: Callable[[Row], None] = lambda row: N
     rows = []
     for what, check in checks:
         try:
-            row = Row(what, "ok", check())
+            row = CheckResult(what, "ok", check())
         except Skipped as reason:
-            row = Row(what, "skip", str(reason))
+            row = CheckResult(what, "skip", str(reason))
         except KibitzError as error:
-            row = _failed(what, cause_of(error))
+            row = _make_failed_result(what, quote_error(error))
         except Exception as error:
-            row = Row(what, "not", f"the check broke off ({cause_of(error)})", "report this as a bug of kibitz")
+            row = CheckResult(what, "not", f"the check broke off ({quote_error(error)})", "report this as a bug of kibitz")
         rows.append(row)
         tell(row)
     return rows
 
 
-def works(rows: Sequence[Row]) -> bool:
+def has_passed(rows: Sequence[CheckResult]) -> bool:
     """Tell whether nothing that is needed is missing."""
     return all(row.outcome != "not" for row in rows)
 
 
-def _failed(what: str, said: str) -> Row:
+def _make_failed_result(what: str, said: str) -> CheckResult:
     found, _, to_do = said.rpartition("; ")
-    return Row(what, "not", found or said, to_do if found else "")
+    return CheckResult(what, "not", found or said, to_do if found else "")

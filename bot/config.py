@@ -25,19 +25,19 @@ from bot.errors import ConfigError
 SECRET = "secret"  # the type of errors about values that are never shown
 
 
-def _plain(value: Any) -> Any:
+def _check_plain(value: Any) -> Any:
     if not isinstance(value, bool | int | float | str):
         raise PydanticCustomError("plain", "use true, false, a number or a text")
     return value
 
 
-def _variable(value: str) -> str:
+def _check_variable(value: str) -> str:
     if value and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
         raise PydanticCustomError(SECRET, "name an environment variable here, and put the secret itself into that variable")
     return value
 
 
-def _address(value: str) -> str:
+def _normalize_address(value: str) -> str:
     """A server's address as clients write it, with or without /v1, as ours adds its paths to it."""
     parts = urlsplit(value.strip())
     if not value.strip():
@@ -51,16 +51,18 @@ def _address(value: str) -> str:
     return f"{parts.scheme}://{parts.netloc}{path}"
 
 
-Plain = Annotated[bool | int | float | str, BeforeValidator(_plain)]
+Plain = Annotated[bool | int | float | str, BeforeValidator(_check_plain)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 Hours = Annotated[float, Field(ge=0, le=24 * 365)]
-Variable = Annotated[str, AfterValidator(_variable)]  # the name of an environment variable that holds a secret
+Variable = Annotated[str, AfterValidator(_check_variable)]  # the name of an environment variable that holds a secret
 PathName = Annotated[str, AfterValidator(expand_home)]  # a path, or a name that does not begin with ~
 
 
 VLLM_HOST = "127.0.0.1"  # of our own vLLM, whose --api-key guards only /v1: nobody but this machine may reach the rest
-PERSONA = "You are kibitz, a friendly regular of this chat."  # of every model but the toy, where dialogue.persona is not set
+DEFAULT_PERSONA = (
+    "You are kibitz, a friendly regular of this chat."  # of every model but the toy, where dialogue.persona is not set
+)
 
 
 class Section(BaseModel):
@@ -100,7 +102,7 @@ class PolicyConfig(Section):
 class ServingConfig(Section):
     """The vLLM server."""
 
-    url: Annotated[str, AfterValidator(_address)] = ""
+    url: Annotated[str, AfterValidator(_normalize_address)] = ""
     api_key_env: Variable = ""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -350,7 +352,7 @@ def load(path: Path | None = None, **overrides: Any) -> Config:
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_first_line(error)) from None  # the cause quotes values, some of them secret
+        raise ConfigError(_describe_first_error(error)) from None  # the cause quotes values, some of them secret
     if config.database.url and config.database.url_env:
         raise ConfigError("config key database.url_env is set beside database.url; remove one of them")
     keys: dict[int, str] = {}
@@ -370,22 +372,22 @@ def load(path: Path | None = None, **overrides: Any) -> Config:
     return config
 
 
-def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
+def list_known_keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
     """Every dotted key of the config with its default."""
     keys: dict[str, Any] = {}
     for name, info in model.model_fields.items():
         if isinstance(info.default, Section):
-            keys.update(known_keys(type(info.default), f"{prefix}{name}."))
+            keys.update(list_known_keys(type(info.default), f"{prefix}{name}."))
         else:
             keys[prefix + name] = info.default
     return keys
 
 
-def _first_line(error: ValidationError) -> str:
+def _describe_first_error(error: ValidationError) -> str:
     detail = error.errors()[0]
     key = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
-        known = [*known_keys(), *{name.split(".")[0] for name in known_keys()}]
+        known = [*list_known_keys(), *{name.split(".")[0] for name in list_known_keys()}]
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         tail = key.split(".")[-1]
         near = near or [name for name in known if name.split(".")[-1] == tail][:1]

@@ -15,21 +15,21 @@ import filelock
 
 from bot.errors import ConfigError
 
-HEALTH = "failing.json"  # which tasks of the serving process fail now (bot.supervision)
+HEALTH_FILE = "failing.json"  # which tasks of the serving process fail now (bot.supervision)
 FULL = {errno.ENOSPC, errno.EDQUOT}
 WITNESS = bytes(2**16)  # a full disk still takes empty files
-CONTENTS = (
+OWN_FILE_PATTERNS = (
     *("kibitz.db*", "policies", "doctor-*", "models", "embedders", "bench", "home", "cache", ".cache", ".triton"),
-    *("vllm.log", "train-config.json", "erasures.txt", "config.toml", "*.lock", ".writable-*", HEALTH),
+    *("vllm.log", "train-config.json", "erasures.txt", "config.toml", "*.lock", ".writable-*", HEALTH_FILE),
 )
 
 
-def prepare(data: Path) -> None:
+def prepare_directory(data: Path) -> None:
     """Make the directory, check that this user may write in it, and close it to other users.
 
     A full disk is passed over: what only reads goes on. Raises ConfigError.
     """
-    with _errors_for_people(data):
+    with _translate_os_errors(data):
         if not data.is_dir():
             data.mkdir(parents=True)
             data.chmod(0o700)
@@ -38,12 +38,12 @@ def prepare(data: Path) -> None:
         except OSError as error:
             if error.errno not in FULL:
                 raise
-    _close(data)
+    _make_private(data)
 
 
-def check_writable(data: Path) -> None:
+def check_directory_writable(data: Path) -> None:
     """Write a file in the directory and remove it. Raises ConfigError where that fails, for instance on a full disk."""
-    with _errors_for_people(data):
+    with _translate_os_errors(data):
         _write_witness(data)
 
 
@@ -56,7 +56,7 @@ def _write_witness(data: Path) -> None:
 
 
 @contextlib.contextmanager
-def _errors_for_people(data: Path) -> Iterator[None]:
+def _translate_os_errors(data: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -66,7 +66,7 @@ def _errors_for_people(data: Path) -> Iterator[None]:
         ) from error
 
 
-def _close(data: Path) -> None:
+def _make_private(data: Path) -> None:
     """Let nobody else read what earlier versions of kibitz wrote with the permissions that are usual.
 
     The directory itself is closed only if nothing else lies in it: somebody may have named one that others use.
@@ -75,7 +75,7 @@ def _close(data: Path) -> None:
         entries = list(data.iterdir())
     except OSError:  # somebody lets us write here and not look
         return
-    ours = [entry for entry in entries if any(fnmatch(entry.name, pattern) for pattern in CONTENTS)]
+    ours = [entry for entry in entries if any(fnmatch(entry.name, pattern) for pattern in OWN_FILE_PATTERNS)]
     for path in [*ours, *([data] if len(ours) == len(entries) else [])]:
         with contextlib.suppress(OSError):  # of another user, or just removed
             mode = path.stat().st_mode
@@ -84,9 +84,9 @@ def _close(data: Path) -> None:
 
 
 @contextlib.contextmanager
-def held(data: Path, purpose: str) -> Iterator[None]:
+def lock_directory(data: Path, purpose: str) -> Iterator[None]:
     """Hold the directory for `purpose` ("serve", "train"): one process at a time. The kernel frees it if we die."""
-    prepare(data)
+    prepare_directory(data)
     path = data / f"{purpose}.lock"
     lock = filelock.FileLock(path, timeout=0)
     try:
@@ -101,7 +101,7 @@ def held(data: Path, purpose: str) -> Iterator[None]:
         lock.release()
 
 
-def is_held(data: Path, purpose: str) -> bool:
+def is_locked(data: Path, purpose: str) -> bool:
     """Whether some process holds the directory for `purpose` now."""
     if not (data / f"{purpose}.lock").exists():
         return False

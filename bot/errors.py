@@ -17,7 +17,7 @@
     '-- RegistryError          a policy version cannot make the transition that was asked for
         '-- VerdictOutdated    a candidate was judged against a version that is not live any more
 
-The command line shows the message and exits with code 2; everything else is a bug and keeps its traceback. `cause_of` quotes
+The command line shows the message and exits with code 2; everything else is a bug with a traceback. `quote_error` quotes
 any error in one line.
 """
 
@@ -42,7 +42,7 @@ class DatabaseUnavailable(DataError):
     """The database is locked, full, gone or broken. Nothing was stored; the same may succeed later."""
 
 
-class Forgotten(DataError):
+class ForgottenError(DataError):
     """What was to be answered was forgotten, before its answer or meanwhile; nobody waits for it."""
 
 
@@ -59,11 +59,11 @@ class ReplyInterrupted(ServingError):
         self.version = version
 
 
-class Unavailable(ServingError):
+class ServerUnavailable(ServingError):
     """vLLM could not be asked just now: it is away, failing or busy. It says nothing about what was asked."""
 
 
-class Asleep(ServingError):
+class ServerAsleep(ServingError):
     """vLLM sleeps while a version is trained: nobody is answered until that ends."""
 
     def __init__(self) -> None:
@@ -100,7 +100,7 @@ class VerdictOutdated(RegistryError):
         )
 
 
-def cause_of(error: BaseException, only_first_line: bool = False) -> str:
+def quote_error(error: BaseException, only_first_line: bool = False) -> str:
     """Return what an error says, in one line: ours whole, anybody else's with its kind and cut to 240 characters.
 
     `only_first_line` is for errors whose further lines may quote what people wrote. Of a database's error it is what the

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 
 from bot.config import LogConfig
-from bot.errors import KibitzError, cause_of
+from bot.errors import KibitzError, quote_error
 
 OURS = ("bot", "connectors", "learning")
 OPERATOR = logging.getLogger("kibitz")  # what happens to kibitz as a whole; its operator is told, whatever the level is
@@ -70,7 +70,7 @@ class _Lines(logging.Formatter):
         error = ei[1]
         if self.quotes_people or error is None:
             return super().formatException(ei)
-        told = cause_of(error) if isinstance(error, KibitzError) else type(error).__name__
+        told = quote_error(error) if isinstance(error, KibitzError) else type(error).__name__
         return f"{''.join(traceback.format_tb(error.__traceback__))}{told}"
 
 

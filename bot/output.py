@@ -23,7 +23,7 @@ def announce(text: str) -> None:
     logs.OPERATOR.info("%s", text)
 
 
-def tenths(tell: Callable[[str], None]) -> Progress:
+def make_log_progress(tell: Callable[[str], None]) -> Progress:
     """A report of progress for a log: a line for each tenth."""
     told: dict[str, int] = {}
 

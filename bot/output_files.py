@@ -16,14 +16,14 @@ def check_replaceable(path: Path) -> None:
     except FileNotFoundError:
         parent = path.absolute().parent
         if not parent.is_dir():
-            raise _unwritable(path, f"there is no directory {parent}") from None
+            raise _make_write_error(path, f"there is no directory {parent}") from None
         return
     except OSError as error:
-        raise _unwritable(path, error.strerror) from error
+        raise _make_write_error(path, error.strerror) from error
     if stat.S_ISDIR(mode):
-        raise _unwritable(path, "it is a directory")
+        raise _make_write_error(path, "it is a directory")
     if not stat.S_ISREG(mode):
-        raise _unwritable(path, "it is a device, a pipe or a socket")
+        raise _make_write_error(path, "it is a device, a pipe or a socket")
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def replace(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         unfinished.rename(path)
     except OSError as error:
-        raise _unwritable(path, error.strerror) from error
+        raise _make_write_error(path, error.strerror) from error
     finally:
         with suppress(OSError):  # the name may be too long
             unfinished.unlink(missing_ok=True)
@@ -54,5 +54,5 @@ def write_text(path: Path, text: str) -> None:
         unfinished.write_text(text, encoding="utf-8")
 
 
-def _unwritable(path: Path, reason: str | None) -> DataError:
+def _make_write_error(path: Path, reason: str | None) -> DataError:
     return DataError(f"{path}: cannot be written ({reason}); nothing was changed, name another file")

@@ -14,14 +14,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from bot.errors import ConfigError, KibitzError, cause_of
+from bot.errors import ConfigError, KibitzError, quote_error
 from bot.types import now
 
 log = logging.getLogger(__name__)
 
 FIRST_PAUSE = 1.0  # seconds before the first new try; each further one waits twice as long
 LONGEST_PAUSE = 60.0
-SETTLED = 120.0  # seconds after which a task without steps counts as working again
+STABLE_SECONDS = 120.0  # seconds after which a task without steps counts as working again
 
 Tell = Callable[[str], None]
 Start = Callable[[Coroutine[Any, Any, None]], None]
@@ -38,19 +38,19 @@ class Failure:
 class Health:
     """Which tasks fail now. Tells the operator when one begins to fail and when it works again.
 
-    With a `file`, what fails is written there, so that another process can read it (`read_failing`).
+    With a `file`, what fails is written there, so that another process can read it (`read_failures`).
     """
 
     def __init__(self, tell: Tell, file: Path | None = None):
         self.tell = tell
-        self.failing: dict[str, Failure] = {}
+        self.failures: dict[str, Failure] = {}
         self._told: dict[str, set[str]] = {}
         self._file = file
         self._write()
 
-    def fail(self, name: str, error: Exception) -> None:
+    def record_failure(self, name: str, error: Exception) -> None:
         """Record that a task failed. Each reason is told once until the task works again."""
-        before, reason = self.failing.get(name), cause_of(error, only_first_line=True)
+        before, reason = self.failures.get(name), quote_error(error, only_first_line=True)
         is_ours = isinstance(error, KibitzError)
         told = self._told.setdefault(name, set())
         kind = reason if is_ours else type(error).__name__  # texts of libraries hold addresses and numbers
@@ -60,12 +60,12 @@ class Health:
             if not is_ours:  # only where, not what: error texts of libraries may quote what people said
                 log.error("%s failed at\n%s", name, "".join(traceback.format_tb(error.__traceback__)))
         if before is None or before.reason != reason:
-            self.failing[name] = Failure(before.since if before else now(), reason)
+            self.failures[name] = Failure(before.since if before else now(), reason)
             self._write()
 
-    def recover(self, name: str) -> None:
+    def record_recovery(self, name: str) -> None:
         """Record that a task works."""
-        if self.failing.pop(name, None) is not None:
+        if self.failures.pop(name, None) is not None:
             del self._told[name]
             self.tell(f"{name} works again")
             self._write()
@@ -73,7 +73,7 @@ class Health:
     def _write(self) -> None:
         if self._file is None:
             return
-        rows = {name: [one.since.isoformat(), one.reason] for name, one in self.failing.items()}
+        rows = {name: [one.since.isoformat(), one.reason] for name, one in self.failures.items()}
         try:
             unfinished = self._file.with_suffix(".unfinished")
             unfinished.write_text(json.dumps(rows), encoding="utf-8")
@@ -82,7 +82,7 @@ class Health:
             log.warning("%s cannot be written: %s", self._file, error.strerror)
 
 
-def read_failing(file: Path) -> dict[str, Failure]:
+def read_failures(file: Path) -> dict[str, Failure]:
     """Read which tasks of another process fail; nothing where it wrote no file."""
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
@@ -91,7 +91,7 @@ def read_failing(file: Path) -> dict[str, Failure]:
         return {}
 
 
-def failing_lines(failing: dict[str, Failure]) -> list[str]:
+def describe_failures(failing: dict[str, Failure]) -> list[str]:
     """What fails, for people."""
     return [f"failing: {name} since {one.since:%Y-%m-%d %H:%M} UTC: {one.reason}" for name, one in failing.items()]
 
@@ -112,7 +112,7 @@ async def supervise(
     first_pause = pause = min(FIRST_PAUSE, longest_pause)
     while True:
         began, failure = loop.time(), None
-        settled = None if every is not None else loop.call_later(SETTLED, health.recover, name)
+        settled = None if every is not None else loop.call_later(STABLE_SECONDS, health.record_recovery, name)
         try:
             await work()
         except ConfigError:
@@ -123,14 +123,14 @@ async def supervise(
             if settled is not None:
                 settled.cancel()
         if failure is None:
-            health.recover(name)
+            health.record_recovery(name)
             if every is None:
                 return
             pause = first_pause
             await asyncio.sleep(every)
         else:
-            health.fail(name, failure)
-            if settled is not None and loop.time() - began >= SETTLED:
+            health.record_failure(name, failure)
+            if settled is not None and loop.time() - began >= STABLE_SECONDS:
                 pause = first_pause
             await asyncio.sleep(pause)
             pause = min(2 * pause, longest_pause)

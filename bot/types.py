@@ -134,7 +134,7 @@ class FollowUp:
 
 
 @dataclass(frozen=True)
-class Heard:
+class StoredMessage:
     """A message that is committed, where it was said, and whether its event is new."""
 
     message: Message
@@ -277,7 +277,7 @@ class PolicyVersion:
         return self.metrics.judged_against or self.parent
 
     @property
-    def waits_for(self) -> int:
+    def awaited_reactions(self) -> int:
         """How many reactions must come after `drawn_at` until its evidence is looked at again, while it is WAITING."""
         return self.metrics.waits_for
 

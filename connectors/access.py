@@ -17,7 +17,7 @@ class Access:
 
     def __init__(self, config: AccessConfig):
         self.config = config
-        self.shed = 0  # opinions that were too many, and are not recorded (connectors/opinions.py counts them)
+        self.shed_count = 0  # opinions that were too many, and are not recorded (connectors/opinions.py counts them)
         self._messages = MovingWindow(config.messages_per_minute)
         self._opinions = MovingWindow(config.opinions_per_minute)
         self._messages_of_sources = MovingWindow(config.source_messages_per_minute)
@@ -41,20 +41,24 @@ class Access:
         named = config.allow_users or config.allow_roles
         return not named or user in config.allow_users or bool(known & set(config.allow_roles))
 
-    def operates(self, user: str, roles: Iterable[str] = ()) -> bool:
+    def is_operator(self, user: str, roles: Iterable[str] = ()) -> bool:
         """Whether a user may take versions back and pause learning."""
         return user in self.config.operators or bool(set(roles) & set(self.config.operator_roles))
 
-    def in_time(self, platform: str, user: str, sources: Iterable[str] = ()) -> bool:
+    def may_write(self, platform: str, user: str, sources: Iterable[str] = ()) -> bool:
         """Whether a user may write one more message now; counts it.
 
         `sources` are what it came through, for clients that may name any user: each has a limit of its own.
         """
-        return _admit(platform, [(self._messages, user), *((self._messages_of_sources, source) for source in sources)])
+        return _try_acquire_all(
+            platform, [(self._messages, user), *((self._messages_of_sources, source) for source in sources)]
+        )
 
     def may_judge(self, platform: str, user: str, sources: Iterable[str] = ()) -> bool:
         """Whether one more opinion of a user is taken now, with `sources` as for `in_time`; counts it."""
-        return _admit(platform, [(self._opinions, user), *((self._opinions_of_sources, source) for source in sources)])
+        return _try_acquire_all(
+            platform, [(self._opinions, user), *((self._opinions_of_sources, source) for source in sources)]
+        )
 
 
 class MovingWindow:
@@ -64,7 +68,7 @@ class MovingWindow:
         self.limit, self.seconds, self.keys = limit, seconds, keys
         self._acts: OrderedDict[str, deque[float]] = OrderedDict()
 
-    def admits(self, key: str) -> bool:
+    def try_acquire(self, key: str) -> bool:
         """Whether one more act of `key` is within the limit now; counts it if so."""
         if not self.has_room(key):
             return False
@@ -85,7 +89,7 @@ class MovingWindow:
         acts.append(time.monotonic())  # the oldest goes where there are `limit` of them
 
 
-def _admit(platform: str, limits: Sequence[tuple["MovingWindow", str]]) -> bool:
+def _try_acquire_all(platform: str, limits: Sequence[tuple["MovingWindow", str]]) -> bool:
     """Whether an act is within all its limits (each a window and a key) now; counts it in all of them, or in none."""
     if not all(window.has_room(f"{platform}:{key}") for window, key in limits):
         return False

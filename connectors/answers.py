@@ -13,13 +13,13 @@ from typing import Protocol, TypeVar
 
 from aiolimiter import AsyncLimiter
 
-from bot.chat.dialogue import ReplyOptions, spoken
-from bot.errors import Asleep, DatabaseUnavailable, Forgotten, KibitzError
+from bot.chat.dialogue import ReplyOptions, render_answer
+from bot.errors import DatabaseUnavailable, ForgottenError, KibitzError, ServerAsleep
 from bot.logs import working_on
-from bot.store.feedback import held
+from bot.store.feedback import not_retracted
 from bot.types import Feedback, FeedbackKind, Message, Turn, new_id
-from connectors.base import Shared
-from connectors.opinions import Opinions, Reading
+from connectors.base import Services
+from connectors.opinions import Opinions, ReactionSnapshot
 from connectors.streaming import GrowingText
 
 log = logging.getLogger(__name__)
@@ -28,28 +28,28 @@ BUSY = "I am still busy with what was said here before; please say that again in
 SORRY = "Sorry, I cannot answer now."
 NOT_RECORDED = "Sorry, that is not recorded; please try again in a minute."
 
-Said = TypeVar("Said")
+PlatformMessage = TypeVar("PlatformMessage")
 
 
-class Shown(Protocol):
+class AnswerView(Protocol):
     """The messages that show one answer. `turn_id` is known before the turn is stored."""
 
     turn_id: str
 
-    async def grow(self, text: str) -> None:
+    async def show_partial(self, text: str) -> None:
         """Show a growing answer, with a way to stop it."""
 
-    async def whole(self, text: str) -> None:
+    async def show_final(self, text: str) -> None:
         """Show the final answer, all of it, with the buttons."""
 
-    async def sorry(self, text: str = SORRY) -> None:
+    async def apologize(self, text: str = SORRY) -> None:
         """Say that there will be no answer, and why where people should know."""
 
 
 class Answers:
     """The answers of one platform: those that are growing now, and where each is shown."""
 
-    def __init__(self, shared: Shared, platform: str):
+    def __init__(self, shared: Services, platform: str):
         self.dialogue = shared.dialogue
         self.deliveries = shared.deliveries
         self.reactions = shared.reactions
@@ -59,48 +59,48 @@ class Answers:
         self._call = shared.dialogue.store.database.call
         self._stops: dict[str, asyncio.Event] = {}
         self._stored: dict[str, asyncio.Event] = {}
-        self._posting: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
+        self._posts_in_flight: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
 
-    async def turn_of(self, message_id: str, channel: str = "") -> str | None:
+    async def find_turn_id(self, message_id: str, channel: str = "") -> str | None:
         """The turn that a message shows; None where the message is not ours.
 
         People are quick: what is being posted in the `channel` at this moment is in the ledger before this returns.
         """
-        found = await self._call(self.deliveries.turn_of, self.platform, message_id)
-        if found is None and channel in self._posting:
-            for posted in list(self._posting[channel]):
+        found = await self._call(self.deliveries.find_turn_id, self.platform, message_id)
+        if found is None and channel in self._posts_in_flight:
+            for posted in list(self._posts_in_flight[channel]):
                 await posted.wait()
-            found = await self._call(self.deliveries.turn_of, self.platform, message_id)
+            found = await self._call(self.deliveries.find_turn_id, self.platform, message_id)
         return found
 
     @contextlib.asynccontextmanager
     async def posting(self, channel: str) -> AsyncIterator[None]:
         """Around the sending of a message and its `deliver`: opinions on it wait until the ledger has it."""
         posted = asyncio.Event()
-        self._posting[channel].add(posted)
+        self._posts_in_flight[channel].add(posted)
         try:
             yield
         finally:
             posted.set()
-            self._posting[channel].discard(posted)
-            if not self._posting[channel]:
-                del self._posting[channel]
+            self._posts_in_flight[channel].discard(posted)
+            if not self._posts_in_flight[channel]:
+                del self._posts_in_flight[channel]
 
-    async def deliver(self, channel: str, message_id: str, turn_id: str, part: int) -> None:
+    async def record_delivery(self, channel: str, message_id: str, turn_id: str, part: int) -> None:
         """Record that a message shows a part of a turn."""
         await self._call(self.deliveries.add, self.platform, channel, message_id, turn_id, part)
 
-    async def last_turn(self, channel: str) -> str | None:
+    async def find_last_turn_id(self, channel: str) -> str | None:
         """The newest turn that was shown in a channel."""
-        return await self._call(self.deliveries.last_turn, self.platform, channel)
+        return await self._call(self.deliveries.find_last_turn_id, self.platform, channel)
 
     async def needs_answer(self, event_id: str) -> bool:
         """Whether the message of an event was never heard, or its answer never shown. A forgotten one needs none."""
         store = self.dialogue.store
-        message = await self._call(store.message_of_event, event_id)
+        message = await self._call(store.find_message_of_event, event_id)
         if message is None:
             return True
-        turn = await self._call(store.turn_answering, message.id)
+        turn = await self._call(store.find_answer, message.id)
         if turn is None:
             return not message.is_forgotten
         return not await self._call(self.deliveries.is_shown, self.platform, turn.id)
@@ -110,18 +110,20 @@ class Answers:
         if turn_id in self._stops:
             self._stops[turn_id].set()
 
-    async def give(self, ask: Callable[[ReplyOptions], Awaitable[Turn]], shown: Shown, budget: AsyncLimiter) -> None:
+    async def ask_and_show(
+        self, ask: Callable[[ReplyOptions], Awaitable[Turn]], shown: AnswerView, budget: AsyncLimiter
+    ) -> None:
         """Ask, show the answer while it grows, then whole. One that was given before is shown if it never was."""
         with working_on(turn=shown.turn_id):
             await self._give(ask, shown, budget)
 
-    async def _give(self, ask: Callable[[ReplyOptions], Awaitable[Turn]], shown: Shown, budget: AsyncLimiter) -> None:
+    async def _give(self, ask: Callable[[ReplyOptions], Awaitable[Turn]], shown: AnswerView, budget: AsyncLimiter) -> None:
         turn_id = shown.turn_id
-        growing = GrowingText(shown.grow, budget)
+        growing = GrowingText(shown.show_partial, budget)
 
         async def whole(turn: Turn) -> None:
             await growing.abandon()
-            await shown.whole(spoken(turn))
+            await shown.show_final(render_answer(turn))
 
         stop = self._stops[turn_id] = asyncio.Event()
         stored = self._stored[turn_id] = asyncio.Event()
@@ -133,36 +135,36 @@ class Answers:
                 await growing.abandon()
             if turn.id != turn_id and not await self._call(self.deliveries.is_shown, self.platform, turn.id):
                 shown.turn_id = turn.id
-                await shown.whole(spoken(turn))
-        except Forgotten as error:
+                await shown.show_final(render_answer(turn))
+        except ForgottenError as error:
             log.info("no answer (turn %s): %s", turn_id, error)
-        except Asleep as error:
-            await self._apologise(shown, f"{str(error).replace('; ', ': ')}.")
+        except ServerAsleep as error:
+            await self._try_to_apologize(shown, f"{str(error).replace('; ', ': ')}.")
         except KibitzError as error:
             log.warning("no answer (turn %s): %s", turn_id, error)
-            await self._apologise(shown)
+            await self._try_to_apologize(shown)
         except Exception as error:  # whatever fails: people are told that there is no answer, operators why, in one line
             log.error("no answer (turn %s): %r", turn_id, error, exc_info=log.isEnabledFor(logging.DEBUG))
-            await self._apologise(shown)
+            await self._try_to_apologize(shown)
         finally:
             del self._stops[turn_id], self._stored[turn_id]
 
-    async def _apologise(self, shown: Shown, text: str = SORRY) -> None:
+    async def _try_to_apologize(self, shown: AnswerView, text: str = SORRY) -> None:
         try:
-            await shown.sorry(text)
+            await shown.apologize(text)
         except Exception as error:  # whatever a platform's client raises: the question may be gone, or the channel closed
             log.warning("an apology could not be shown (turn %s): %r", shown.turn_id, error)
 
-    async def overheard(self, said: Sequence[Message], admits: Callable[[str], bool]) -> list[Message]:
+    async def select_overheard(self, said: Sequence[Message], admits: Callable[[str], bool]) -> list[Message]:
         """Choose from messages that nobody addressed to kibitz those that it may be shown beside one that is.
 
         They have words, and their authors may take part here (`admits`) and consent to be learned from.
         """
         spoken = [one for one in said if one.text.strip() and admits(one.author_id)]
-        willing = await self._call(self.users.consenting, self.platform, {one.author_id for one in spoken})
+        willing = await self._call(self.users.filter_consenting, self.platform, {one.author_id for one in spoken})
         return [one for one in spoken if one.author_id in willing]
 
-    async def reacted(self, channel: str, message_id: str, reaction: Feedback, is_admitted: bool = True) -> None:
+    async def record_reaction(self, channel: str, message_id: str, reaction: Feedback, is_admitted: bool = True) -> None:
         """Commit a reaction on a message, if it shows a turn of ours (which `reaction` does not name yet).
 
         Whoever is not admitted may still take back what they gave: the lists may have changed, and a platform may not say
@@ -171,11 +173,11 @@ class Answers:
         if not (is_admitted or reaction.retracts):
             return
         with self.opinions.take(reaction, message_id) as taken:
-            turn_id = await self.turn_of(message_id, channel) if taken else None
+            turn_id = await self.find_turn_id(message_id, channel) if taken else None
             if turn_id is not None:
                 await self._commit(replace(reaction, turn_id=turn_id), only_if_given=not is_admitted)
 
-    async def record(self, given: Feedback) -> bool:
+    async def record_opinion(self, given: Feedback) -> bool:
         """Commit an opinion; one on an answer that still grows waits for its turn. False where it is not recorded."""
         with self.opinions.take(given) as taken:
             return taken and await self._commit(given)
@@ -185,7 +187,7 @@ class Answers:
             await self._stored[given.turn_id].wait()
         try:
             if only_if_given:
-                recorded = self._reactions_among(await self._said_of(given.turn_id))
+                recorded = self._select_reactions(await self._read_feedback(given.turn_id))
                 if (given.user_id, given.signal) not in recorded:
                     return False
             await self.dialogue.record_feedback(given)
@@ -196,56 +198,62 @@ class Answers:
             log.warning("an opinion on turn %s was dropped: %s", given.turn_id, error)
             return False
 
-    async def reconcile(self, turn_id: str, reading: Reading, admits: Callable[[str], bool]) -> None:
+    async def reconcile_reactions(self, turn_id: str, reading: ReactionSnapshot, admits: Callable[[str], bool]) -> None:
         """Make the recorded reactions on a turn those that the platform's API showed.
 
         Add what is missing, of people who may react there (`admits`). Add nothing of those who were forgotten after the turn
         was shown: they may have reacted before that. Take back what is gone: not what is only not listed. Events that arrive
         meanwhile are counted once.
         """
-        shown_at = await self._call(self.deliveries.shown_at, self.platform, turn_id)
+        shown_at = await self._call(self.deliveries.find_first_shown_at, self.platform, turn_id)
         if shown_at is None:
             return
-        forgotten = await self._call(self.users.forgotten_since, self.platform, shown_at)
-        said = await self._said_of(turn_id)
+        forgotten = await self._call(self.users.find_forgotten_since, self.platform, shown_at)
+        said = await self._read_feedback(turn_id)
         # No await from here until all are claimed: of what comes later nothing is missing in `said`.
-        newer = {(row.user_id, row.signal) for row in said if row.at > reading.at}
-        recorded = self._reactions_among(said)
-        shown = {(user, symbol): message for message, user, symbol in reading.there}
+        newer = {(row.user_id, row.signal) for row in said if row.at > reading.read_at}
+        recorded = self._select_reactions(said)
+        shown = {(user, symbol): message for message, user, symbol in reading.reactions}
         rows = []
         for user, symbol in sorted(shown.keys() - recorded.keys() - newer):
-            kind = self.reactions.kind(symbol)
+            kind = self.reactions.classify(symbol)
             if kind is None or user in forgotten or not admits(user):
                 continue
-            if self.opinions.claim([shown[user, symbol]], user, symbol, False, reading.at):
-                rows.append(Feedback(turn_id, user, kind, symbol, at=reading.at))
+            if self.opinions.claim([shown[user, symbol]], user, symbol, False, reading.read_at):
+                rows.append(Feedback(turn_id, user, kind, symbol, at=reading.read_at))
         for user, symbol in sorted(recorded.keys() - shown.keys() - newer):
-            if symbol not in reading.partial and self.opinions.claim(reading.messages, user, symbol, True, reading.at):
-                rows.append(Feedback(turn_id, user, recorded[user, symbol], symbol, retracts=True, at=reading.at))
+            if symbol not in reading.incomplete and self.opinions.claim(
+                reading.messages, user, symbol, True, reading.read_at
+            ):
+                rows.append(Feedback(turn_id, user, recorded[user, symbol], symbol, retracts=True, at=reading.read_at))
         for row in rows:
             await self._commit(row)
 
-    async def cleared(self, turn_id: str, message_id: str, symbol: str | None) -> None:
+    async def retract_reactions(self, turn_id: str, message_id: str, symbol: str | None) -> None:
         """All reactions on a message are gone, or all with one emoji: every one of them is taken back."""
-        recorded = self._reactions_among(await self._said_of(turn_id))
+        recorded = self._select_reactions(await self._read_feedback(turn_id))
         for (user, given), kind in sorted(recorded.items()):
             if symbol in (None, given):
-                self.opinions.forget((message_id, user, given))
+                self.opinions.expect_new_event((message_id, user, given))
                 await self.dialogue.record_feedback(Feedback(turn_id, user, kind, given, retracts=True))
 
-    async def _said_of(self, turn_id: str) -> list[Feedback]:
-        return (await self._call(self.dialogue.store.feedback_of, [turn_id])).get(turn_id, [])
+    async def _read_feedback(self, turn_id: str) -> list[Feedback]:
+        return (await self._call(self.dialogue.store.read_feedback_on, [turn_id])).get(turn_id, [])
 
-    def _reactions_among(self, said: list[Feedback]) -> dict[tuple[str, str], FeedbackKind]:
+    def _select_reactions(self, said: list[Feedback]) -> dict[tuple[str, str], FeedbackKind]:
         """The reactions that are recorded and were not taken back: who gave which emoji, and the opinion that it is."""
-        return {(row.user_id, row.signal): row.kind for row in held(said) if self.reactions.kind(row.signal) == row.kind}
+        return {
+            (row.user_id, row.signal): row.kind
+            for row in not_retracted(said)
+            if self.reactions.classify(row.signal) == row.kind
+        }
 
 
-async def catch_up(
-    said: Sequence[Said],
-    take: Callable[[Said], Awaitable[bool]],
-    answer: Callable[[Said], Awaitable[None]],
-    edit: Callable[[Said], Awaitable[None]],
+async def catch_up_on_messages(
+    said: Sequence[PlatformMessage],
+    take: Callable[[PlatformMessage], Awaitable[bool]],
+    answer: Callable[[PlatformMessage], Awaitable[None]],
+    edit: Callable[[PlatformMessage], Awaitable[None]],
 ) -> None:
     """Have those of the messages `said` (oldest first) answered that were missed; update the others where they were edited.
 

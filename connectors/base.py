@@ -41,18 +41,18 @@ class Connector(Protocol):
 class Desk:
     """Where people ask about kibitz itself; each answer is a text to show."""
 
-    why: Callable[[str], Awaitable[str]]  # what made a turn, by its id, and what came of what was said about it
-    status: Callable[[], Awaitable[str]]
-    rollback: Callable[[], Awaitable[str]]
+    explain_turn: Callable[[str], Awaitable[str]]  # what made a turn, by its id, and what came of what was said about it
+    describe_status: Callable[[], Awaitable[str]]
+    roll_back: Callable[[], Awaitable[str]]
     pause_learning: Callable[[], Awaitable[str]]
-    privacy: Callable[[str, str, str], Awaitable[str]]  # platform, user, and status, on or off
-    forget: Callable[[str, str], Awaitable[str]]  # platform, user
-    faults: Callable[[], list[str]]  # what keeps kibitz from answering now, as it was last seen
-    failing: Callable[[], list[str]]  # the names of the tasks that fail now
+    manage_consent: Callable[[str, str, str], Awaitable[str]]  # platform, user, and status, on or off
+    forget_person: Callable[[str, str], Awaitable[str]]  # platform, user
+    find_faults: Callable[[], list[str]]  # what keeps kibitz from answering now, as it was last seen
+    list_failing_tasks: Callable[[], list[str]]  # the names of the tasks that fail now
 
 
 @dataclass(frozen=True)
-class Shared:
+class Services:
     """What the chat platforms share: made once, by the composition root."""
 
     dialogue: DialogueManager
@@ -63,13 +63,13 @@ class Shared:
     desk: Desk
 
 
-async def pause(stopping: asyncio.Event, seconds: float) -> None:
+async def sleep_unless_stopped(stopping: asyncio.Event, seconds: float) -> None:
     """Wait `seconds`, or until `stopping` is set."""
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(stopping.wait(), seconds)
 
 
-def listening(section: str, host: str, port: int) -> socket.socket:
+def open_listener(section: str, host: str, port: int) -> socket.socket:
     """The socket of a server. Raises ConfigError that names the keys of `section` where the address cannot be had."""
     found = listen(f"{section}.port", host, port, otherwise=f", or turn [{section}] off")
     # asyncio does this only for sockets that it makes itself; without it each piece of a stream waits 40 ms for an ACK.
@@ -102,7 +102,7 @@ class Lanes:
         queue.put_nowait(keep_ids(partial(self._do, key, work)))
         if key not in self._workers:
             self._queues[key] = queue
-            self._workers[key] = asyncio.create_task(self._serve(key, queue))
+            self._workers[key] = asyncio.create_task(self._work_off(key, queue))
         return True
 
     async def put_patiently(self, key: str, work: Work) -> bool:
@@ -133,7 +133,7 @@ class Lanes:
         finally:
             self._freed.set()
 
-    async def _serve(self, key: str, queue: asyncio.Queue[Work]) -> None:
+    async def _work_off(self, key: str, queue: asyncio.Queue[Work]) -> None:
         try:
             with contextlib.suppress(asyncio.QueueEmpty):
                 while True:

@@ -9,13 +9,13 @@ NOTHING_SAID = "Yes? Ask me anything."
 
 
 @dataclass(frozen=True)
-class Read:
+class MessageContent:
     """What a message says: `text` for the policy ("" where there are no words), and which kinds of things are not in it."""
 
     text: str
-    unread: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
 
     @property
     def refusal(self) -> str:
         """One line to say where there are no words."""
-        return f"Sorry, I can read words only, not {' or '.join(self.unread)}." if self.unread else NOTHING_SAID
+        return f"Sorry, I can read words only, not {' or '.join(self.unreadable)}." if self.unreadable else NOTHING_SAID

@@ -18,7 +18,7 @@ CUTS = (re.compile(r"\n\s*\n"), re.compile(r"\n"), re.compile(r"[.!?…。！？
 JOINERS = "\u200d\ufe0e\ufe0f"
 
 
-def utf16_units(text: str) -> int:
+def count_utf16_units(text: str) -> int:
     """The length of `text` in UTF-16 code units, never less than in code points."""
     return len(text) + sum(character > "\uffff" for character in text)
 
@@ -37,7 +37,7 @@ class Part:
         return self.opening + self.body + self.closing
 
 
-def split(text: str, limit: int, units: Units = utf16_units) -> list[Part]:
+def split(text: str, limit: int, units: Units = count_utf16_units) -> list[Part]:
     """Parts of at most `limit` units whose bodies, joined, are `text`. Raises ValueError for a limit below 200."""
     if limit < 200:
         raise ValueError(f"limit is {limit}; parts of less than 200 units have no room for a fence")
@@ -49,16 +49,16 @@ def split(text: str, limit: int, units: Units = utf16_units) -> list[Part]:
         rest = text[start : start + limit]
         whole = start + len(rest) == len(text) and units(rest) <= room
         body = rest if whole else ""
-        fence = open_fence(opening + body) if whole else ""
-        if not whole or units(body) + units(_closing(body, fence)) > room:
-            body = rest[: _cut(rest, room - LONGEST_MARKER - 1, units)]
-            fence = open_fence(opening + body)
-        parts.append(Part(opening, body, _closing(body, fence)))
+        fence = find_open_fence(opening + body) if whole else ""
+        if not whole or units(body) + units(_make_closing_fence(body, fence)) > room:
+            body = rest[: _find_cut(rest, room - LONGEST_MARKER - 1, units)]
+            fence = find_open_fence(opening + body)
+        parts.append(Part(opening, body, _make_closing_fence(body, fence)))
         start += len(body)
     return parts
 
 
-def open_fence(text: str) -> str:
+def find_open_fence(text: str) -> str:
     """The line that opened the code fence which `text` leaves open, or "" where all are closed."""
     opened, marker = "", ""
     for line in text.split("\n"):
@@ -72,27 +72,27 @@ def open_fence(text: str) -> str:
     return opened
 
 
-def _closing(body: str, fence: str) -> str:
+def _make_closing_fence(body: str, fence: str) -> str:
     if not fence:
         return ""
     marker = fence[: len(fence) - len(fence.lstrip(fence[0]))]
     return marker if body.endswith("\n") or not body else "\n" + marker
 
 
-def _cut(text: str, room: int, units: Units) -> int:
+def _find_cut(text: str, room: int, units: Units) -> int:
     """How much of `text` goes into `room` units, up to the best place to cut in the second half of it."""
-    end = _fitting(text, room, units)
+    end = _find_fitting_length(text, room, units)
     for pattern in CUTS:
         places = [match.end() for match in pattern.finditer(text, 0, end) if match.end() > end // 2]
         if places:
             return places[-1]
     best = end
-    while best > end // 2 and _joins(text, best):
+    while best > end // 2 and _is_inside_character(text, best):
         best -= 1
     return best if best > end // 2 else end
 
 
-def _fitting(text: str, room: int, units: Units) -> int:
+def _find_fitting_length(text: str, room: int, units: Units) -> int:
     """The longest beginning of `text` (in code points) that is at most `room` units; at least 1."""
     low, high = 1, min(len(text), room)
     while low < high:
@@ -104,7 +104,7 @@ def _fitting(text: str, room: int, units: Units) -> int:
     return low
 
 
-def _joins(text: str, place: int) -> bool:
+def _is_inside_character(text: str, place: int) -> bool:
     """Whether what stands before and after `place` is seen as one character."""
     if place >= len(text):
         return False

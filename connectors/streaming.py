@@ -22,7 +22,7 @@ class Budgets:
         self.edits, self.seconds, self.channels = edits, seconds, channels
         self._limiters: OrderedDict[str, AsyncLimiter] = OrderedDict()
 
-    def of(self, channel: str) -> AsyncLimiter:
+    def get_limiter(self, channel: str) -> AsyncLimiter:
         """The limiter of a channel; those that were used least lately are forgotten."""
         limiter = self._limiters.pop(channel, None) or AsyncLimiter(self.edits, self.seconds)
         self._limiters[channel] = limiter

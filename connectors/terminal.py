@@ -13,12 +13,12 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from prompt_toolkit import PromptSession
 from prompt_toolkit.patch_stdout import patch_stdout
 
-from bot.chat.dialogue import DialogueManager, ReplyOptions, spoken
+from bot.chat.dialogue import DialogueManager, ReplyOptions, render_answer
 from bot.errors import KibitzError, ServingError, TemplateError
 from bot.logs import working_on
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn, new_id
 from connectors.base import Desk
-from connectors.commands import CONSENT, ask_for_one
+from connectors.commands import CONSENT_CHOICES, ask_for_choice
 
 PLATFORM = SIGNAL = "terminal"
 HELP = """say something, or:
@@ -41,27 +41,27 @@ class Terminal:
         self.dialogue = dialogue
         self.desk = desk
         self.user = getpass.getuser()
-        self._aloud = ReplyOptions(on_text=self._print)
-        self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
+        self._reply_options = ReplyOptions(on_text=self._print)
+        self.is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
 
     async def run(self) -> None:
         """Talk until the end of input or /quit."""
         place = await self.dialogue.open(Conversation(PLATFORM, channel=self.user))
-        turn = await self.dialogue.store.database.call(self.dialogue.store.last_turn, place.id)
-        print("Talk to kibitz. /help lists the commands." if self.interactive else "", end="\n" * self.interactive)
-        async with contextlib.aclosing(self._lines()) as lines:
+        turn = await self.dialogue.store.database.call(self.dialogue.store.find_last_turn, place.id)
+        print("Talk to kibitz. /help lists the commands." if self.is_interactive else "", end="\n" * self.is_interactive)
+        async with contextlib.aclosing(self._read_lines()) as lines:
             async for line in lines:
                 text = line.strip()
                 if text == "/quit":
                     break
-                if text and not self.interactive:
+                if text and not self.is_interactive:
                     print(f"you: {text}", flush=True)  # on a terminal it stands there already
                 if text:
                     with working_on(request=new_id()):
                         turn = await self._handle(text, place, turn)
 
-    async def _lines(self) -> AsyncGenerator[str, None]:
-        if not self.interactive:
+    async def _read_lines(self) -> AsyncGenerator[str, None]:
+        if not self.is_interactive:
             while line := await asyncio.to_thread(sys.stdin.readline):
                 yield line
             return
@@ -77,24 +77,30 @@ class Terminal:
         command, _, rest = text.partition(" ")
         try:
             if not command.startswith("/"):
-                return await self._stream(lambda: self.dialogue.respond(Message(place.id, self.user, text), self._aloud))
+                return await self._stream(
+                    lambda: self.dialogue.respond(Message(place.id, self.user, text), self._reply_options)
+                )
             if command == "/help":
                 print(HELP)
             elif command == "/status":
-                print(await self.desk.status())
+                print(await self.desk.describe_status())
             elif command == "/privacy":
-                choice = rest.strip().lower() or CONSENT[0]
-                is_known = choice in CONSENT
-                print(await self.desk.privacy(PLATFORM, self.user, choice) if is_known else ask_for_one(CONSENT))
+                choice = rest.strip().lower() or CONSENT_CHOICES[0]
+                is_known = choice in CONSENT_CHOICES
+                print(
+                    await self.desk.manage_consent(PLATFORM, self.user, choice)
+                    if is_known
+                    else ask_for_choice(CONSENT_CHOICES)
+                )
             elif command == "/forget-me":
-                print(await self.desk.forget(PLATFORM, self.user))
+                print(await self.desk.forget_person(PLATFORM, self.user))
                 return None
             elif turn is None:
                 print("there is no answer yet")
             elif command == "/regenerate":
-                return await self._stream(lambda: self.dialogue.regenerate(turn.id, self.user, self._aloud))
+                return await self._stream(lambda: self.dialogue.regenerate(turn.id, self.user, self._reply_options))
             elif command == "/why":
-                print(await self.desk.why(turn.id))
+                print(await self.desk.explain_turn(turn.id))
             elif command == "/correct" and not rest.strip():
                 print("say what the answer should have been: /correct TEXT")
             else:
@@ -125,7 +131,7 @@ class Terminal:
         print("kibitz: ", end="", flush=True)
         turn = await answer()
         if not turn.text.strip():
-            print(spoken(turn), end="")
+            print(render_answer(turn), end="")
         if turn.finish_reason not in ("stop", ""):
             print(f" […] ({turn.finish_reason})", end="")
         print(flush=True)

@@ -54,9 +54,9 @@ from bot.store.tables import policies
 from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyVersion, Turn, new_id
 from connectors.access import Access
 from connectors.answers import Answers
-from connectors.base import Shared
+from connectors.base import Services
 from learning.models import toy
-from learning.training.choice import with_model
+from learning.training.choice import prepare_model
 from learning.training.run import Outcome, train_version
 
 CACHE = Path(__file__).parent / ".cache"
@@ -91,7 +91,7 @@ def find_demo_model() -> str:
         usual = torch.get_num_threads()
         torch.set_num_threads(os.cpu_count() or 1)
         try:
-            return with_model(load(data_dir=str(CACHE), policy={"model": "toy"}))[1]
+            return prepare_model(load(data_dir=str(CACHE), policy={"model": "toy"}))[1]
         finally:
             torch.set_num_threads(usual)
 
@@ -113,7 +113,7 @@ def embedder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedder]:
 def servers_are_told_at_once() -> Iterator[None]:
     """The local Discord tells of all servers in one breath: discord.py need not wait long for another."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("connectors.discord.connector.READY", 0.5)
+        patched.setattr("connectors.discord.connector.READY_SECONDS", 0.5)
         yield
 
 
@@ -238,7 +238,7 @@ def trained_once(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> t
     PolicyRegistry(database).ensure_base(demo_model)
     converse(store, ChatTokenizer(demo_model), likes_emoji=True, count=48)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("learning.judging.reward_scores.ENOUGH", 4)
+        patched.setattr("learning.judging.reward_scores.MIN_PER_KIND", 4)
         outcome = train_version(config, lambda stage, done, total: None)
     database.close()
     return config, outcome
@@ -247,7 +247,7 @@ def trained_once(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> t
 @pytest.fixture
 def trained(trained_once: tuple[Config, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Trained]:
     """A copy of the one trained data directory, to do with as one likes."""
-    monkeypatch.setattr("learning.judging.reward_scores.ENOUGH", 4)
+    monkeypatch.setattr("learning.judging.reward_scores.MIN_PER_KIND", 4)
     original, outcome = trained_once
     data = shutil.copytree(original.data, tmp_path / "trained")
     config = original.model_copy(update={"data_dir": str(data)})
@@ -376,17 +376,17 @@ def succeeded(done: Done) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def shared(running: kibitz.Kibitz, access: AccessConfig = PATIENT) -> Shared:
+def shared(running: kibitz.Kibitz, access: AccessConfig = PATIENT) -> Services:
     """What a connector is given, by default without a limit that tests would run into."""
-    return kibitz.shared(running, Access(access))
+    return kibitz.make_services(running, Access(access))
 
 
 async def explained(running: kibitz.Kibitz, answers: Answers, message_id: str) -> Explanation:
     """What a message of ours shows and what people said of it; waits until it is in the ledger and its turn is stored."""
     async with asyncio.timeout(300):
         while True:
-            turn_id = await answers.turn_of(message_id)
-            if turn_id is not None and await running.database.call(running.store.turn, turn_id) is not None:
+            turn_id = await answers.find_turn_id(message_id)
+            if turn_id is not None and await running.database.call(running.store.find_turn, turn_id) is not None:
                 return await running.dialogue.explain(turn_id)
             await asyncio.sleep(0.02)
 
@@ -401,7 +401,7 @@ def answered(
     **details: object,
 ) -> Turn:
     """A stored turn, as if the policy had sampled `reply`."""
-    place = place or store.open(Conversation("test", channel=new_id()))
+    place = place or store.open_conversation(Conversation("test", channel=new_id()))
     message = Message(place.id, author, prompt)
     store.add_message(message)
     completion = tuple(tokenizer.completion_ids(reply))
@@ -443,9 +443,9 @@ def converse(store: ConversationStore, tokenizer: ChatTokenizer, likes_emoji: bo
     """People who like (or dislike) answers with an emoji have talked and reacted."""
     rng = random.Random(0)
     for _ in range(count):
-        prompt, intent = rng.choice(toy.prompts(held_out=False))
+        prompt, intent = rng.choice(toy.list_prompts(held_out=False))
         style = rng.choice(toy.STYLES)
-        turn = answered(store, tokenizer, prompt, toy.answer(intent, style))
+        turn = answered(store, tokenizer, prompt, toy.compose_answer(intent, style))
         react(store, turn, approves=style.emoji == likes_emoji)
 
 

@@ -16,13 +16,13 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from bot.models.shape import all_tensor_shapes
+from bot.models.shape import read_all_tensor_shapes
 from bot.models.tokenizer import ChatTokenizer
 from learning.data.replay_buffer import Experience
 from learning.judging import evidence, waiting
 from learning.judging.evaluation import Rows, Sample
 from learning.judging.metrics import TrainingMetrics
-from learning.judging.probe import Probe
+from learning.judging.probe import ProbeLogprobs
 from learning.training import lesson, run
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
@@ -73,13 +73,13 @@ def learn_in_an_instant(tokenizer: ChatTokenizer) -> Iterator[pytest.MonkeyPatch
     def generate(model: OneWeight, tokenizer: ChatTokenizer, prompts: Sequence[Sequence[int]], *_: Any) -> list[Sample]:
         said = EXCLAIMS if model.weight > 0 else STATES
         ids = tuple(tokenizer.completion_ids(said))
-        return [Sample(tuple(prompt), ids, said, finished=True) for prompt in prompts]
+        return [Sample(tuple(prompt), ids, said, is_finished=True) for prompt in prompts]
 
     def save(model: OneWeight, directory: Path) -> None:
         (directory / "adapter_config.json").write_text(
             json.dumps({"r": 1, "bias": "none", "base_model_name_or_path": model.base_model})
         )
-        rows, columns = all_tensor_shapes(Path(model.base_model))[
+        rows, columns = read_all_tensor_shapes(Path(model.base_model))[
             LAYER.removeprefix("base_model.model.").replace("lora_{}.", "")
         ]
         halves = {
@@ -98,17 +98,17 @@ def learn_in_an_instant(tokenizer: ChatTokenizer) -> Iterator[pytest.MonkeyPatch
         model.weight = own
 
     stand_ins = {
-        "served": served,
-        "to_train": lambda config, base_model, model: model,
-        "teach": teach,
+        "load_served": served,
+        "make_trainable": lambda config, base_model, model: model,
+        "train_with_guard": teach,
         "generate": generate,
         "save": save,
         "batched_logprobs": logprobs,
         "as_base": as_base,
         "kl_to_base": lambda model, samples: abs(model.weight) / 100,
-        "settle": lambda model: None,
-        "not_finite": lambda model: [],
-        "quiet": lambda: None,
+        "cast_for_serving": lambda model: None,
+        "find_not_finite": lambda model: [],
+        "silence_libraries": lambda: None,
         "ChatTokenizer": lambda *_: tokenizer,
     }
     with pytest.MonkeyPatch.context() as patch:
@@ -117,6 +117,8 @@ def learn_in_an_instant(tokenizer: ChatTokenizer) -> Iterator[pytest.MonkeyPatch
             assert places, f"nothing uses {name} any more"
             for module in places:
                 patch.setattr(module, name, stand_in)
-        patch.setattr("learning.judging.probe.prefixes", lambda model, *_: [[1, 2, 3]])
-        patch.setattr("learning.judging.probe.measure", lambda model, places: Probe([model.likely()], [model.likely()]))
+        patch.setattr("learning.judging.probe.sample_prefixes", lambda model, *_: [[1, 2, 3]])
+        patch.setattr(
+            "learning.judging.probe.measure", lambda model, places: ProbeLogprobs([model.likely()], [model.likely()])
+        )
         yield patch

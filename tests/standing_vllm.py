@@ -16,7 +16,7 @@ import pytest
 
 from bot import app as kibitz
 from bot.config import Config
-from bot.data_directory import held
+from bot.data_directory import lock_directory
 from bot.errors import ServingError
 from bot.serving.admin import FRESH, ServerAdmin
 from bot.serving.policy import Policy
@@ -46,9 +46,9 @@ async def make_fresh(admin: ServerAdmin, model: str) -> None:
     Each run counts its versions from policy-1, and the prefix cache knows adapters by name: it is emptied too.
     """
     await admin.connect()
-    for name in await admin.loaded():
-        await admin.unload(name)
-    await admin.replace(FRESH, model)
+    for name in await admin.list_adapters():
+        await admin.unload_adapter(name)
+    await admin.replace_weights(FRESH, model)
 
 
 @contextlib.asynccontextmanager
@@ -77,15 +77,15 @@ def used_alone(url: str) -> Iterator[None]:
 
 async def keep(config: Config, model: str) -> None:
     """Start a vLLM, say where it is, and keep it until this task is cancelled. Raises ServingError where it ends before."""
-    with held(config.data, "serve"):
+    with lock_directory(config.data, "serve"):
         server = VllmServer(config, model)
         policy = Policy(server.url, config.policy)
-        print(f"starting vLLM (its log: {server.log})", flush=True)
+        print(f"starting vLLM (its log: {server.log_path})", flush=True)
         try:
             await server.start(policy)
             print(f"vLLM stays up until Ctrl-C; use it with pytest --vllm-url {server.url}", flush=True)
             assert server._process is not None
-            raise ServingError(f"vLLM ended with code {await server._process.wait()}; see {server.log}")
+            raise ServingError(f"vLLM ended with code {await server._process.wait()}; see {server.log_path}")
         finally:
             await policy.close()
             await server.stop()

@@ -11,7 +11,7 @@ from fake_vllm import FakeVllm
 from test_opinions import answers  # noqa: F401 (a fixture)
 
 from bot import app
-from bot.errors import DataError, Forgotten
+from bot.errors import DataError, ForgottenError
 from bot.store.database import Database
 from bot.store.forgetting import forget_person
 from bot.store.registry import PolicyRegistry
@@ -66,7 +66,7 @@ async def test_an_apology_that_fails_too_ends_quietly_and_cancelling_still_cance
 
 async def test_nobody_is_told_about_a_question_that_they_deleted(answers):  # noqa: F811
     screen = Screen()
-    await answers.give(fails(Forgotten("gone")), screen, AsyncLimiter(9))
+    await answers.give(fails(ForgottenError("gone")), screen, AsyncLimiter(9))
     assert screen.told == []
 
 
@@ -95,10 +95,10 @@ async def talk_in_the_terminal(config, tokenizer, monkeypatch, lines: Callable[[
     dialogue = config.dialogue.model_copy(update={"embedder": "none"})
     config = config.model_copy(update={"serving": serving, "dialogue": dialogue})
     async with app.running(config, config.policy.model, lambda text: None) as kibitz:
-        terminal = Terminal(kibitz.dialogue, app.desk(kibitz))
+        terminal = Terminal(kibitz.dialogue, app.make_desk(kibitz))
         typed = lines(terminal)
         monkeypatch.setattr(sys.stdin, "readline", lambda: next(typed, ""), raising=False)
-        terminal.interactive = False
+        terminal.is_interactive = False
         await terminal.run()
     await vllm.stop()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import answered, react, refused, succeeded
 
-from bot.data_directory import held
+from bot.data_directory import lock_directory
 from bot.errors import DatabaseUnavailable, DataError
 from bot.store.backups import back_up, restore
 from bot.store.conversations import ConversationStore
@@ -50,9 +50,9 @@ def test_what_is_restored_is_what_was_backed_up(config, store, registry, tokeniz
     assert (restored.forgotten, restored.withdrawn) == (0, [])
     database = Database(config.database_url)
     found = ConversationStore(database)
-    assert found.turn(turn.id) == turn
-    assert found.counts()["turns"] == 1
-    assert PolicyRegistry(database).live().name == version
+    assert found.find_turn(turn.id) == turn
+    assert found.count_rows()["turns"] == 1
+    assert PolicyRegistry(database).get_live().name == version
     database.close()
 
 
@@ -71,17 +71,17 @@ def test_a_restore_revives_nobody_who_was_forgotten_since_nor_serves_what_they_t
     assert restore(config, file, replaces=True).forgotten == 2
     again = Database(config.database_url)
     store, registry = ConversationStore(again), PolicyRegistry(again)
-    assert store.turn(anns.id) is store.turn(deleted.id) is None
-    assert store.turn(bobs.id) == bobs  # the control
-    assert (store.message(anns.message_id).text, store.message(deleted.message_id).text) == ("", "")
+    assert store.find_turn(anns.id) is store.find_turn(deleted.id) is None
+    assert store.find_turn(bobs.id) == bobs  # the control
+    assert (store.read_message(anns.message_id).text, store.read_message(deleted.message_id).text) == ("", "")
     assert registry.get(theirs).state == PolicyState.PURGED
-    assert registry.live().name == clean
-    assert not Users(again, config.privacy).consents("test", "ann")
+    assert registry.get_live().name == clean
+    assert not Users(again, config.privacy).has_consent("test", "ann")
     again.close()
     (config.data / "erasures.txt").unlink()
     restore(config, file, replaces=True)  # the control: without the list she would be back
     again = Database(config.database_url)
-    assert ConversationStore(again).message(anns.message_id).text == SECRET
+    assert ConversationStore(again).read_message(anns.message_id).text == SECRET
     again.close()
 
 
@@ -89,28 +89,30 @@ def test_what_people_decided_after_the_backup_stays_decided(config, database, st
     users, began = Users(database, config.privacy), now()
     for name in ("bob", "dora"):
         answered(store, tokenizer, "hello", "ok", author=name)
-    users.decide("test", "dora", consent=False)
+    users.record_consent("test", "dora", consent=False)
     back_up(config, file)
-    users.decide("test", "bob", consent=False)
-    users.decide("test", "dora", consent=True)
+    users.record_consent("test", "bob", consent=False)
+    users.record_consent("test", "dora", consent=True)
     answered(store, tokenizer, SECRET, "ok", author="cleo")
     forget_person(database, PolicyRegistry(database), "test", "cleo")
     database.close()
     restore(config, file, replaces=True)
     again = Database(config.database_url)
     users = Users(again, config.privacy)
-    assert users.decided() == {("test", "bob"): False, ("test", "dora"): True, ("test", "cleo"): False}
-    assert users.forgotten_since("test", began) == {"cleo"}
+    assert users.read_decisions() == {("test", "bob"): False, ("test", "dora"): True, ("test", "cleo"): False}
+    assert users.find_forgotten_since("test", began) == {"cleo"}
     since = answered(ConversationStore(again), tokenizer, "hello again", "ok", author="cleo")
     assert forget_again(again, PolicyRegistry(again)) == 0, "what she says when she comes back stays"
-    assert ConversationStore(again).turn(since.id) == since
+    assert ConversationStore(again).find_turn(since.id) == since
     back_up(config, newer := file.with_name("newer"))
-    users.decide("test", "bob", consent=True)
+    users.record_consent("test", "bob", consent=True)
     again.close()
     restore(config, file, replaces=True)
     restore(config, newer, replaces=True)
     again = Database(config.database_url)
-    assert Users(again, config.privacy).decided()["test", "bob"], "the newest decision holds, whichever file it stood in"
+    assert Users(again, config.privacy).read_decisions()["test", "bob"], (
+        "the newest decision holds, whichever file it stood in"
+    )
     again.close()
 
 
@@ -128,11 +130,11 @@ def test_who_comes_back_keeps_what_they_say_and_decide_where_the_database_knows_
     store, registry, users = ConversationStore(again), PolicyRegistry(again), Users(again, config.privacy)
     registry.ensure_base("base")
     since = answered(store, tokenizer, "hello again", "ok", author="ann")
-    users.decide("test", "ann", consent=True)
+    users.record_consent("test", "ann", consent=True)
     version = taught(registry, config.data, react(store, since, True, "ann").id)
     assert forget_again(again, registry) == 1
-    assert (store.turn(since.id), registry.live().name) == (since, version)
-    assert users.consents("test", "ann")
+    assert (store.find_turn(since.id), registry.get_live().name) == (since, version)
+    assert users.has_consent("test", "ann")
     assert forget_again(again, registry) == 0
     again.close()
 
@@ -147,7 +149,7 @@ def test_who_is_forgotten_twice_is_forgotten_again_as_of_the_second_time(config,
     database.close()
     assert restore(config, file, replaces=True).forgotten == 1
     again = Database(config.database_url)
-    assert SECRET not in {one.text for row in ConversationStore(again).dialogues() for one in row[1]}
+    assert SECRET not in {one.text for row in ConversationStore(again).read_dialogues() for one in row[1]}
     again.close()
 
 
@@ -163,8 +165,8 @@ def test_what_could_not_be_forgotten_is_at_the_next_start_and_what_was_said_sinc
         other.execute("ROLLBACK")
     since = answered(store, tokenizer, "hello again", "ok", author="ann")
     assert forget_again(database, registry) == 1
-    assert store.turn(since.id) == since
-    assert SECRET not in {one.text for row in store.dialogues() for one in row[1]}
+    assert store.find_turn(since.id) == since
+    assert SECRET not in {one.text for row in store.read_dialogues() for one in row[1]}
 
 
 def test_a_list_of_who_was_forgotten_that_a_full_disk_left_empty_is_begun_anew(config, database, store, registry, tokenizer):
@@ -188,7 +190,7 @@ def test_who_comes_back_after_being_forgotten_keeps_what_a_later_backup_has(
     assert restore(config, file, replaces=True).forgotten == 0
     assert forget_again(database, registry) == 0
     again = Database(config.database_url)
-    assert ConversationStore(again).turn(since.id) == since
+    assert ConversationStore(again).find_turn(since.id) == since
     again.close()
 
 
@@ -196,7 +198,7 @@ def test_a_database_that_was_put_back_by_hand_is_told_at_the_next_start(config, 
     turn = answered(store, tokenizer, SECRET, "ok", author="ann")
     Erasures(config.data).add_person(("test", "ann"), turn.at)  # as the list says after another tool restored an old copy
     assert forget_again(database, registry) == 1
-    assert store.turn(turn.id) is None
+    assert store.find_turn(turn.id) is None
     assert forget_again(database, registry) == 0
 
 
@@ -212,9 +214,9 @@ def test_names_that_were_used_since_are_never_used_again_and_their_versions_are_
     assert restore(config, file, replaces=True).withdrawn == [since, failed]
     again = Database(config.database_url)
     found = PolicyRegistry(again)
-    assert found.live().name == before
+    assert found.get_live().name == before
     assert not Path(found.get(since).path).exists()
-    assert found.reserve(found.live(), config.data / "policies").name == "policy-4"
+    assert found.reserve(found.get_live(), config.data / "policies").name == "policy-4"
     again.close()
 
 
@@ -228,7 +230,7 @@ def test_a_version_whose_weights_are_not_there_does_not_serve_in_a_new_data_dire
     shutil.copytree(config.data / "policies" / first, new.data / "policies" / first)
     assert restore(new, file).withdrawn == [second]
     again = Database(new.database_url)
-    live = PolicyRegistry(again).live()
+    live = PolicyRegistry(again).get_live()
     assert (live.name, Path(live.path)) == (first, new.data / "policies" / first)
     assert (config.data / "policies" / second).is_dir()  # nothing outside of the new directory is touched
     again.close()
@@ -242,8 +244,8 @@ def test_a_backup_from_before_the_first_start_can_be_restored_after_it(config, d
     assert restore(config, file, replaces=True).withdrawn == [used]
     again = Database(config.database_url)
     found = PolicyRegistry(again)
-    assert found.ensure_base(demo_model).name == found.live().name == BASE
-    assert found.reserve(found.live(), config.data / "policies").name == "policy-2"
+    assert found.ensure_base(demo_model).name == found.get_live().name == BASE
+    assert found.reserve(found.get_live(), config.data / "policies").name == "policy-2"
     again.close()
 
 
@@ -265,10 +267,10 @@ def test_what_cannot_be_restored_is_refused_in_a_line_and_changes_nothing(config
     ):
         refused(here("restore", one, "--replace", *directory), wanted)
     refused(here("restore", good, *directory), "add --replace")
-    with held(config.data, "serve"):
+    with lock_directory(config.data, "serve"):
         refused(here("restore", good, "--replace", *directory), "is in use")
     refused(here("backup", config.data / "kibitz.db", *directory), "is the database itself")
-    assert store.counts()["turns"] == 1
+    assert store.count_rows()["turns"] == 1
     assert not list(config.data.glob("*.unfinished*"))
     succeeded(here("backup", good, *directory))  # the control
     succeeded(here("restore", good, "--replace", *directory))
@@ -316,7 +318,7 @@ def test_a_backup_replaces_an_older_backup_and_no_other_file(config, store, toke
     for _ in range(2):
         succeeded(here("backup", file, *directory))
     restore(config, file, replaces=True)
-    assert store.counts()["turns"] == 1
+    assert store.count_rows()["turns"] == 1
 
 
 def test_a_date_that_is_none_is_told_before_anything_is_restored(config, database, store, registry, tokenizer, file, here):
@@ -331,7 +333,7 @@ def test_a_date_that_is_none_is_told_before_anything_is_restored(config, databas
         wanted = f"line 3 has the date '{odd}', which is none; restore the file"
         refused(here("restore", file, "--replace", "--data-dir", config.data), wanted)
     again = Database(config.database_url)
-    assert ConversationStore(again).turn(turn.id) == turn
+    assert ConversationStore(again).find_turn(turn.id) == turn
     again.close()
     noted.write_text(f"{sound}\nperson 0123 2026-01-01T00:00:00 .")  # the control
     succeeded(here("restore", file, "--replace", "--data-dir", config.data))

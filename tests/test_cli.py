@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from conftest import Done, answered, react, refused
 
-from bot.data_directory import held
+from bot.data_directory import lock_directory
 from bot.errors import ConfigError
 from bot.output import interruptible
 from bot.store.conversations import ConversationStore
@@ -88,7 +88,7 @@ def test_users_of_a_file_may_give_a_number_of_numpys_and_import_what_lies_beside
     (tmp_path / "taste_beside.py").write_text("import numpy\nliked = numpy.float32(0.5)")
     file = tmp_path / "people.py"
     file.write_text("from taste_beside import liked\ndef utility(prompt, reply): return liked")
-    assert simulated_people.users(str(file))("hello", "Hey!") == 0.5
+    assert simulated_people.find_utility(str(file))("hello", "Hey!") == 0.5
 
 
 def test_simulated_people_do_not_teach_a_policy_that_people_talk_with(tmp_path, demo_model, here):
@@ -96,9 +96,9 @@ def test_simulated_people_do_not_teach_a_policy_that_people_talk_with(tmp_path, 
     assert here("status", "--config", config).returncode == 0
     database = Database(f"sqlite:///{tmp_path / 'data' / 'kibitz.db'}")
     store = ConversationStore(database)
-    store.open(Conversation(simulation.PLATFORM, channel="1"))
+    store.open_conversation(Conversation(simulation.PLATFORM, channel="1"))
     simulation.check_only_simulated(database)
-    store.open(Conversation("discord", channel="1"))
+    store.open_conversation(Conversation("discord", channel="1"))
     refused(here("simulate", "--config", config), "holds conversations of people (discord)")
     database.close()
 
@@ -106,7 +106,7 @@ def test_simulated_people_do_not_teach_a_policy_that_people_talk_with(tmp_path, 
 def test_users_of_a_file_that_fail_later_are_told_as_well(tmp_path):
     users = tmp_path / "users.py"
     users.write_text("def utility(prompt, reply): return {'hello': 0.5}[prompt]")
-    utility = simulated_people.users(str(users))
+    utility = simulated_people.find_utility(str(users))
     assert utility("hello", "Hi!") == 0.5
     with pytest.raises(ConfigError, match=r"utility\('bye', 'Hi!'\) failed \(KeyError: 'bye'\); fix it"):
         utility("bye", "Hi!")
@@ -118,7 +118,7 @@ def test_a_port_in_use_and_a_second_kibitz_are_refused(tmp_path, demo_model):
         config = write_config(tmp_path, demo_model)
         config.write_text(config.read_text() + f"[serving]\nport = {port}\n")
         refused(kibitz("serve", "--config", config), f"serving.port has value {port}, which is in use")
-    with held(tmp_path / "data", "serve"):
+    with lock_directory(tmp_path / "data", "serve"):
         refused(kibitz("serve", "--config", config), "is in use: another kibitz")
 
 
@@ -278,7 +278,7 @@ async def test_a_benchmark_leaves_the_operators_data_alone(live, tmp_path, demo_
     assert json.loads((tmp_path / "out.json").read_text())["figures"]
     assert "messages: 0" in kibitz("status", "--config", config).stdout
     apart = Database(f"sqlite:///{tmp_path / 'data' / 'bench' / 'serving' / 'kibitz.db'}")
-    assert ConversationStore(apart).counts()["turns"] > 0
+    assert ConversationStore(apart).count_rows()["turns"] > 0
     apart.close()
 
 
@@ -457,17 +457,17 @@ def test_a_candidate_is_deployed_by_its_name_and_rejected_ones_are_pruned(tmp_pa
     options = ("--config", tmp_path / "config.json")
 
     def candidate() -> str:
-        version = registry.reserve(registry.live(), tmp_path / "policies")
+        version = registry.reserve(registry.get_live(), tmp_path / "policies")
         Path(version.path).mkdir(parents=True)
         (Path(version.path) / "samples.json").write_text("what somebody asked")
-        return registry.complete(version.name, "hash", Metrics(judged_against=registry.live().name)).name
+        return registry.complete(version.name, "hash", Metrics(judged_against=registry.get_live().name)).name
 
     wanted, outdated, rejected = candidate(), candidate(), candidate()
     refused(here("deploy", "policy-9", *options), "there is no such policy version; `kibitz policies` lists them all")
     done = here("deploy", wanted, *options)
     assert done.returncode == 0, done.stderr
     assert f"{wanted} will be proven when kibitz starts" in done.stdout
-    assert [version.name for version in registry.requested()] == [wanted]
+    assert [version.name for version in registry.find_requested()] == [wanted]
     registry.promote(wanted)
     refused(
         here("deploy", outdated, *options), f"was judged against policy-0, but {wanted} is live now; `kibitz train` makes"
@@ -549,7 +549,7 @@ def test_on_a_full_disk_a_command_goes_on_and_what_must_not_be_written_is_told(t
 def test_only_somebody_who_is_known_can_be_forgotten(tmp_path, database, store, registry, tokenizer, config, here):
     turn = answered(store, tokenizer, "hello", "Hey there!", author="ann")
     react(store, turn, approves=True, user="bob")
-    Users(database, config.privacy).decide("slack", "U1", consent=False)
+    Users(database, config.privacy).record_consent("slack", "U1", consent=False)
     config.save(tmp_path / "config.json")
     options = ("--config", tmp_path / "config.json")
     for platform, user, wanted in (
@@ -562,7 +562,7 @@ def test_only_somebody_who_is_known_can_be_forgotten(tmp_path, database, store, 
     ):
         refused(here("forget", platform, user, *options), wanted)
     assert not (config.data / "erasures.txt").exists(), "nothing was noted"
-    assert store.message(turn.message_id).text == "hello"
+    assert store.read_message(turn.message_id).text == "hello"
     for person in (("test", "bob"), ("test", "ann"), ("test", "ann"), ("slack", "U1")):
         assert here("forget", *person, *options).returncode == 0, person
-    assert store.message(turn.message_id).text == ""
+    assert store.read_message(turn.message_id).text == ""

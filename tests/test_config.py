@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bot.config import Config, known_keys, load
+from bot.config import Config, list_known_keys, load
 from bot.errors import ConfigError
 from bot.store.database import Database
 
@@ -23,7 +23,7 @@ def test_the_example_file_holds_every_key_at_its_default_with_a_comment():
     shown = tomllib.loads(text)
     keys = [f"{section}.{key}" for section, found in shown.items() if isinstance(found, dict) for key in found]
     keys += [key for key, value in shown.items() if not isinstance(value, dict)]
-    assert sorted(keys) == sorted(known_keys())
+    assert sorted(keys) == sorted(list_known_keys())
     assert Config.model_validate(shown) == Config()
     for line in text.splitlines():
         if re.match(r"\w+ =", line):

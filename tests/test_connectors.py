@@ -11,11 +11,11 @@ from conftest import until
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bot.chat.reactions import Reactions, canonical
+from bot.chat.reactions import Reactions, normalise_symbol
 from bot.config import ReactionsConfig
 from bot.types import FeedbackKind
 from connectors.base import Lanes
-from connectors.splitting import open_fence, split, utf16_units
+from connectors.splitting import count_utf16_units, find_open_fence, split
 from connectors.streaming import Budgets, GrowingText
 
 LINES = st.one_of(
@@ -44,14 +44,14 @@ def fences_balance(text: str) -> bool:
 def test_parts_are_within_the_limit_whole_in_their_fences_and_give_the_text_back(text, limit):
     parts = split(text, limit)
     assert "".join(part.body for part in parts) == text
-    assert all(utf16_units(part.text) <= limit for part in parts)
+    assert all(count_utf16_units(part.text) <= limit for part in parts)
     assert all(fences_balance(part.text) for part in parts)
     assert all(part.body for part in parts[:-1]) or not text
 
 
 def test_the_check_of_fences_would_notice_an_open_one():
     assert not fences_balance("```python\nx = 1")
-    assert open_fence("```python\nx = 1") == "```python"
+    assert find_open_fence("```python\nx = 1") == "```python"
 
 
 def test_code_that_is_cut_is_closed_and_opened_again_with_its_language():
@@ -98,14 +98,14 @@ def test_a_megabyte_is_split_in_bounded_time():
     ],
 )
 def test_an_emoji_has_one_form_on_every_platform(symbol, plain):
-    assert canonical(symbol) == plain
+    assert normalise_symbol(symbol) == plain
 
 
 def test_an_emoji_is_the_opinion_that_the_config_says_and_others_are_neutral():
     reactions = Reactions(ReactionsConfig(approval=["👍", "party_parrot"], disapproval=["👎"]))
-    assert reactions.kind("👍🏿") == reactions.kind("party_parrot") == FeedbackKind.APPROVAL
-    assert reactions.kind("-1::skin-tone-2") == FeedbackKind.DISAPPROVAL
-    assert reactions.kind("🤔") is None
+    assert reactions.classify("👍🏿") == reactions.classify("party_parrot") == FeedbackKind.APPROVAL
+    assert reactions.classify("-1::skin-tone-2") == FeedbackKind.DISAPPROVAL
+    assert reactions.classify("🤔") is None
 
 
 async def test_a_growing_text_is_shown_newest_first_within_its_budget_and_in_the_end_whole():
@@ -138,7 +138,7 @@ async def test_an_edit_that_fails_is_made_good_and_a_final_one_that_fails_is_tol
             raise OSError("down")
         shown.append(text)
 
-    growing = GrowingText(show, Budgets(1000, 1).of("here"))
+    growing = GrowingText(show, Budgets(1000, 1).get_limiter("here"))
     for piece in "abcdef":
         growing.add(piece)
         await asyncio.sleep(0.01)
@@ -150,10 +150,10 @@ async def test_an_edit_that_fails_is_made_good_and_a_final_one_that_fails_is_tol
 
 def test_a_channel_keeps_its_budget_and_old_ones_are_forgotten():
     budgets = Budgets(1, 60, channels=2)
-    assert budgets.of("a") is budgets.of("a")
-    first = budgets.of("a")
-    budgets.of("b"), budgets.of("c")
-    assert budgets.of("a") is not first
+    assert budgets.get_limiter("a") is budgets.get_limiter("a")
+    first = budgets.get_limiter("a")
+    budgets.get_limiter("b"), budgets.get_limiter("c")
+    assert budgets.get_limiter("a") is not first
 
 
 async def test_a_lane_keeps_the_order_and_lanes_run_side_by_side():

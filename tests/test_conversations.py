@@ -29,8 +29,8 @@ def test_the_migrations_make_the_tables_that_the_code_uses(database):
 
 
 def test_a_message_and_a_reaction_of_one_event_are_stored_once(store, tokenizer):
-    place = store.open(Conversation("test", "one"))
-    assert store.open(Conversation("test", "one")) == place
+    place = store.open_conversation(Conversation("test", "one"))
+    assert store.open_conversation(Conversation("test", "one")) == place
     message = Message(place.id, "ann", "hello", event_id="e1")
     assert store.add_message(message)
     assert not store.add_message(replace(message, id=new_id()))
@@ -38,7 +38,7 @@ def test_a_message_and_a_reaction_of_one_event_are_stored_once(store, tokenizer)
     given = Feedback(turn.id, "ann", FeedbackKind.APPROVAL, event_id="e2")
     assert store.add_feedback(given)
     assert not store.add_feedback(replace(given, id=new_id()))
-    assert store.counts()["feedback"] == 1
+    assert store.count_rows()["feedback"] == 1
 
 
 def test_what_is_acknowledged_survives_a_kill(config, store, tokenizer):
@@ -56,7 +56,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ})
     assert done.returncode == -signal.SIGKILL
-    assert store.counts()["feedback"] == done.stdout.count("acknowledged") == 20
+    assert store.count_rows()["feedback"] == done.stdout.count("acknowledged") == 20
 
 
 async def test_calls_that_wait_together_are_committed_together_and_one_that_fails_harms_no_other(store, database, tokenizer):
@@ -71,17 +71,17 @@ async def test_calls_that_wait_together_are_committed_together_and_one_that_fail
     assert stored == [True, False] * 5  # the second of each event sees the first, which is in the same transaction
     assert isinstance(failed, DataError)
     assert len(commits) == 1
-    assert {given.user_id for given in store.feedback_of([turn.id])[turn.id]} == {"0", "2", "4", "6", "8"}
+    assert {given.user_id for given in store.read_feedback_on([turn.id])[turn.id]} == {"0", "2", "4", "6", "8"}
 
 
 @pytest.mark.parametrize("beside", [False, True])
 async def test_a_call_that_fails_half_way_has_written_nothing(store, database, tokenizer, beside):
-    place = store.open(Conversation("test", "here"))
+    place = store.open_conversation(Conversation("test", "here"))
 
     def say(*texts: str, fails: bool = False) -> None:
         for text in texts:
             store.add_message(Message(place.id, "ann", text))
-        database.afterwards(lambda: done.append(texts))
+        database.run_after_commit(lambda: done.append(texts))
         if fails:
             raise DataError("half way")
 
@@ -92,10 +92,10 @@ async def test_a_call_that_fails_half_way_has_written_nothing(store, database, t
     _, failed, *_ = await asyncio.gather(busy, failing, *others, return_exceptions=True)
     assert isinstance(failed, DataError)
     said = ["three", "four"] if beside else []
-    assert [message.text for message in store.messages(place.id)] == said
+    assert [message.text for message in store.read_messages(place.id)] == said
     assert [text for texts in done for text in texts] == said
     await database.call(say, "five", "six")  # the control
-    assert [message.text for message in store.messages(place.id)] == [*said, "five", "six"]
+    assert [message.text for message in store.read_messages(place.id)] == [*said, "five", "six"]
 
 
 async def test_where_the_commit_fails_nobody_is_told_that_it_is_stored(store, database, tokenizer):
@@ -108,19 +108,19 @@ async def test_where_the_commit_fails_nobody_is_told_that_it_is_stored(store, da
     waits = [database.call(time.sleep, 0.05)]
     waits += [database.call(store.add_feedback, Feedback(turn.id, "ann", FeedbackKind.APPROVAL)) for _ in range(3)]
     done: list[str] = []
-    waits += [database.call(database.afterwards, lambda: done.append("files of the purged are removed"))]
+    waits += [database.call(database.run_after_commit, lambda: done.append("files of the purged are removed"))]
     _, *told = await asyncio.gather(*waits, return_exceptions=True)
     sa.event.remove(database.engine, "commit", full)
     assert all(isinstance(error, OSError) for error in told)
     assert done == []
     work = [
         (time.sleep, 0.05),
-        (store.open, Conversation("test", "x")),
-        (database.afterwards, lambda: done.append("removed")),
+        (store.open_conversation, Conversation("test", "x")),
+        (database.run_after_commit, lambda: done.append("removed")),
     ]
     await asyncio.gather(*(database.call(*one) for one in work))  # the control: what is committed is followed by it
     assert done == ["removed"]
-    assert store.counts()["feedback"] == 0
+    assert store.count_rows()["feedback"] == 0
 
 
 def test_what_was_not_committed_is_not_there(store, database, tokenizer):
@@ -129,15 +129,15 @@ def test_what_was_not_committed_is_not_there(store, database, tokenizer):
         row = Feedback(turn.id, "ann", FeedbackKind.APPROVAL)
         connection.execute(feedback.insert().values(**{name: getattr(row, name) for name in feedback.c.keys()}))  # noqa: SIM118
         raise ZeroDivisionError
-    assert store.counts()["feedback"] == 0
+    assert store.count_rows()["feedback"] == 0
 
 
 def test_a_turn_comes_back_as_it_was_recorded(store, tokenizer):
     turn = answered(store, tokenizer, "hello", "Hey there! 👋")
-    assert store.turn(turn.id) == turn
-    assert store.turn_answering(turn.message_id) == turn
-    assert store.last_turn(turn.conversation_id) == turn
-    assert store.turn("nobody") is None
+    assert store.find_turn(turn.id) == turn
+    assert store.find_answer(turn.message_id) == turn
+    assert store.find_last_turn(turn.conversation_id) == turn
+    assert store.find_turn("nobody") is None
 
 
 def test_history_shows_the_answer_that_was_kept_and_the_askers_correction(store, tokenizer):
@@ -146,23 +146,23 @@ def test_history_shows_the_answer_that_was_kept_and_the_askers_correction(store,
     store.add_turn(again)
     later = Message(turn.conversation_id, "asker", "thanks")
     store.add_message(later)
-    assert [said.text for said in store.recent(turn.conversation_id, later, 10)] == ["hello", "Hey there!"]
+    assert [said.text for said in store.read_recent_messages(turn.conversation_id, later, 10)] == ["hello", "Hey there!"]
     store.add_feedback(Feedback(again.id, "stranger", FeedbackKind.CORRECTION, text="Buy now!"))
-    assert store.recent(turn.conversation_id, later, 10)[-1].text == "Hey there!"
+    assert store.read_recent_messages(turn.conversation_id, later, 10)[-1].text == "Hey there!"
     store.add_feedback(Feedback(again.id, "asker", FeedbackKind.CORRECTION, text="Hi!"))
-    said = store.recent(turn.conversation_id, later, 10)
+    said = store.read_recent_messages(turn.conversation_id, later, 10)
     assert [(one.role, one.text) for one in said] == [(Role.USER, "hello"), (Role.ASSISTANT, "Hi!")]
     store.add_feedback(Feedback(again.id, "asker", FeedbackKind.CORRECTION, retracts=True))
-    assert store.recent(turn.conversation_id, later, 10)[-1].text == "Hey there!"
+    assert store.read_recent_messages(turn.conversation_id, later, 10)[-1].text == "Hey there!"
 
 
 def test_feedback_is_counted_for_the_next_run_and_ranks_are_not(store, tokenizer):
     turn = answered(store, tokenizer, "hello", "Hey there!")
     react(store, turn, approves=True)
     store.add_feedback(Feedback(turn.id, "ann", FeedbackKind.RANK, value=0.0))
-    assert store.reactions() == 1
-    assert store.reactions(until=turn.at) == 0
-    assert store.reactions(since=turn.at) == store.reactions(until=now()) == 1
+    assert store.count_reactions() == 1
+    assert store.count_reactions(until=turn.at) == 0
+    assert store.count_reactions(since=turn.at) == store.count_reactions(until=now()) == 1
 
 
 def test_a_database_with_something_in_it_is_brought_back_and_forth(database, store, tokenizer):
@@ -170,8 +170,8 @@ def test_a_database_with_something_in_it_is_brought_back_and_forth(database, sto
     given = react(store, turn, approves=True)
     for revision in ("0001", "head"):
         migrate(database, revision)
-    assert store.turn(turn.id) == turn
-    assert store.feedback(given.id) == given
+    assert store.find_turn(turn.id) == turn
+    assert store.find_feedback(given.id) == given
 
 
 def test_a_database_from_the_future_is_refused(config, database):
@@ -195,4 +195,4 @@ def test_two_stores_on_one_file_do_not_lose_each_others_writes(config, store, to
     turn = answered(store, tokenizer, "hello", "Hey there!")
     for number in range(10):
         (store if number % 2 else other).add_feedback(Feedback(turn.id, str(number), FeedbackKind.APPROVAL))
-    assert len(store.feedback_of([turn.id])[turn.id]) == 10
+    assert len(store.read_feedback_on([turn.id])[turn.id]) == 10

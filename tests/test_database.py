@@ -17,9 +17,9 @@ from bot.errors import DatabaseUnavailable
 from bot.store import database as database_module
 from bot.store import write_ahead_log
 from bot.store.database import Database
-from bot.store.forgetting import forget_person, remove_purged
-from bot.store.outages import outage
-from bot.store.registry import BASE, withdraw
+from bot.store.forgetting import forget_person, remove_purged_files
+from bot.store.outages import find_outage
+from bot.store.registry import BASE, purge_versions
 from bot.store.tables import messages
 from bot.types import Conversation, Message
 
@@ -82,7 +82,7 @@ def test_a_locked_database_is_read_without_its_lock_and_says_so_where_it_must_be
 
 
 async def test_on_a_full_disk_nobody_is_told_that_it_is_stored_and_later_all_can_be(database, store):
-    place = store.open(Conversation("test", "here"))
+    place = store.open_conversation(Conversation("test", "here"))
 
     def limit(pages: int) -> None:
         with database.engine.connect().execution_options(read_only=True) as connection:
@@ -93,10 +93,10 @@ async def test_on_a_full_disk_nobody_is_told_that_it_is_stored_and_later_all_can
     told = await together(database, *((store.add_message, one) for one in said))
     assert [type(one) for one in told] == [DatabaseUnavailable] * 3
     assert "has no room left on its disk" in str(told[0])
-    assert store.messages(place.id) == []
+    assert store.read_messages(place.id) == []
     limit(10**6)
     assert await together(database, *((store.add_message, one) for one in said)) == [True] * 3  # the control
-    assert store.messages(place.id) == said
+    assert store.read_messages(place.id) == said
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ async def test_a_server_that_is_gone_for_a_moment_fails_what_was_under_way_and_s
         with database.begin() as connection:
             own = connection.execute(sa.text("SELECT pg_backend_pid()")).scalar_one()
             connection.execute(sa.text("INSERT INTO switches (name, since) VALUES (:name, now())"), {"name": name})
-            database.afterwards(lambda: done.append(name))
+            database.run_after_commit(lambda: done.append(name))
             if is_cut:
                 with other.connect() as admin:
                     admin.execute(sa.text("SELECT pg_terminate_backend(:own)"), {"own": own})
@@ -159,13 +159,13 @@ def test_an_error_of_the_database_does_not_spell_what_people_wrote(store):
 
 
 async def test_work_after_the_commit_that_fails_is_logged_and_nobody_is_told_that_the_commit_failed(database, store, caplog):
-    place = store.open(Conversation("test", "here"))
+    place = store.open_conversation(Conversation("test", "here"))
     done: list[str] = []
 
     def say(text: str, after) -> bool:
         with database.begin():
             said = store.add_message(Message(place.id, "ann", text))
-        database.afterwards(after)
+        database.run_after_commit(after)
         return said
 
     def fail() -> None:
@@ -173,10 +173,10 @@ async def test_work_after_the_commit_that_fails_is_logged_and_nobody_is_told_tha
 
     work = [(say, "one", fail), (say, "two", lambda: done.append("two"))]
     assert await together(database, *work) == [True, True]
-    assert [one.text for one in store.messages(place.id)] == ["one", "two"]
+    assert [one.text for one in store.read_messages(place.id)] == ["one", "two"]
     assert done == ["two"]  # one failure does not stop the rest
     assert "the files cannot be removed" in caplog.text
-    database.afterwards(fail)  # outside of any transaction
+    database.run_after_commit(fail)  # outside of any transaction
 
 
 def test_what_cannot_be_removed_is_named_and_stops_nothing_else(database, registry, tmp_path, caplog, monkeypatch):
@@ -184,7 +184,7 @@ def test_what_cannot_be_removed_is_named_and_stops_nothing_else(database, regist
     for version in versions:
         Path(version.path).mkdir(parents=True)
     with database.begin() as connection:
-        withdraw(connection, {version.name for version in versions})
+        purge_versions(connection, {version.name for version in versions})
     stuck = versions[0].path
 
     def refuse(path: str) -> None:
@@ -193,7 +193,7 @@ def test_what_cannot_be_removed_is_named_and_stops_nothing_else(database, regist
         Path(path).rmdir()
 
     monkeypatch.setattr("bot.store.forgetting.shutil.rmtree", refuse)
-    remove_purged(registry)
+    remove_purged_files(registry)
     assert [Path(version.path).exists() for version in versions] == [True, False]
     assert f"remove {stuck}" in caplog.text
 
@@ -201,7 +201,7 @@ def test_what_cannot_be_removed_is_named_and_stops_nothing_else(database, regist
 async def test_a_busy_log_is_emptied_later_in_the_background_and_the_operator_is_told(
     config, database, store, registry, tokenizer, monkeypatch, caplog
 ):
-    monkeypatch.setattr(write_ahead_log, "PATIENCE", 0)
+    monkeypatch.setattr(write_ahead_log, "IDLE_WAIT_SECONDS", 0)
     monkeypatch.setattr(database_module, "BUSY_SECONDS", 10**6)  # who waits for the reader waits for ever
     answered(store, tokenizer, SECRET, "hello", author="ann")
     with read_from(config.data / "kibitz.db"):
@@ -268,4 +268,4 @@ def test_a_disk_without_room_to_begin_reading_is_told_as_full():
     for code, wanted in ((sqlite3.SQLITE_IOERR_SHMSIZE, "has no room left"), (sqlite3.SQLITE_IOERR_READ, "cannot be read")):
         found = sqlite3.OperationalError("disk I/O error")
         found.sqlite_errorcode = code
-        assert wanted in str(outage(sa.exc.OperationalError("", {}, found), "sqlite:///x"))
+        assert wanted in str(find_outage(sa.exc.OperationalError("", {}, found), "sqlite:///x"))

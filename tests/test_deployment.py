@@ -15,13 +15,13 @@ from conftest import until
 from fake_vllm import FakeVllm
 
 from bot import app
-from bot.errors import DatabaseUnavailable, ProbeFailed, RegistryError, ServingError, Unavailable, VerdictOutdated
+from bot.errors import DatabaseUnavailable, ProbeFailed, RegistryError, ServerUnavailable, ServingError, VerdictOutdated
 from bot.serving.policy import Policy
 from bot.store.registry import BASE, PolicyRegistry
 from bot.types import PolicyState, PolicyVersion
 from learning.bench import serving
 from learning.models.version_files import ADAPTER_FILES
-from learning.rollout.deployment import TRIES, Deployment
+from learning.rollout.deployment import DEPLOY_TRIES, Deployment
 
 
 @pytest_asyncio.fixture
@@ -55,7 +55,7 @@ def source(demo_model, tmp_path_factory) -> Path:
     from bot.config import Config
 
     directory = tmp_path_factory.mktemp("weights") / "source"
-    serving.random_version(Config(), demo_model, directory, seed=0)
+    serving.save_random_version(Config(), demo_model, directory, seed=0)
     return directory
 
 
@@ -85,7 +85,7 @@ async def test_a_run_under_way_does_not_undo_a_rollback(stage, vllm):
     await stage.deployment.rollback()
     with pytest.raises(VerdictOutdated, match=f"was judged against {one.name}, but {BASE} is live now"):
         await stage.deployment.deploy(two.name)
-    assert stage.registry.live().name == BASE
+    assert stage.registry.get_live().name == BASE
     assert stage.state(two) == PolicyState.REJECTED
     assert "was judged against" in stage.registry.get(two.name).metrics.reasons[0]
     assert vllm.adapters == {}
@@ -98,12 +98,12 @@ async def test_a_rollback_while_a_candidate_is_being_proven_is_not_undone(stage,
 
     async def probed_and_taken_back(version):
         await real(version)
-        stage.registry.rollback()
+        stage.registry.roll_back()
 
     monkeypatch.setattr(stage.deployment, "_probe", probed_and_taken_back)
     with pytest.raises(VerdictOutdated):
         await stage.deployment.deploy(two.name)
-    assert stage.registry.live().name == BASE
+    assert stage.registry.get_live().name == BASE
     assert two.name not in vllm.adapters
     assert stage.state(two) == PolicyState.REJECTED
 
@@ -112,12 +112,12 @@ async def test_a_rollback_while_a_candidate_is_being_proven_is_not_undone(stage,
 async def test_a_server_that_is_away_for_a_moment_rejects_nothing(stage, vllm, path):
     one = stage.candidate()
     vllm.broken.add(path)
-    with pytest.raises(Unavailable):
+    with pytest.raises(ServerUnavailable):
         await stage.deployment.deploy(one.name)
     assert stage.state(one) == PolicyState.CANDIDATE
     assert path == "/v1/models" or one.name not in vllm.adapters
     vllm.broken.clear()
-    assert (await stage.deployment.deploy(one.name)).name == stage.registry.live().name == one.name
+    assert (await stage.deployment.deploy(one.name)).name == stage.registry.get_live().name == one.name
 
 
 async def test_a_server_that_refuses_a_candidate_rejects_it(stage, vllm, monkeypatch):
@@ -196,9 +196,11 @@ async def test_a_candidate_that_a_sound_server_fails_at_each_time_is_rejected_in
     one = stage.candidate()
     stage.registry.request_deployment(one.name)
     vllm.broken.add("/v1/load_lora_adapter")
-    await watched(stage.deployment, lambda: any(f"could not be proven in {TRIES} tries" in text for text in stage.told))
+    await watched(
+        stage.deployment, lambda: any(f"could not be proven in {DEPLOY_TRIES} tries" in text for text in stage.told)
+    )
     assert stage.state(one) == PolicyState.REJECTED
-    assert vllm.paths.count("/v1/load_lora_adapter") == TRIES
+    assert vllm.paths.count("/v1/load_lora_adapter") == DEPLOY_TRIES
 
 
 async def test_a_base_model_is_changed_only_once_it_has_generated_a_token(vllm, config, registry, demo_model, tmp_path):
@@ -215,9 +217,9 @@ async def test_a_base_model_is_changed_only_once_it_has_generated_a_token(vllm, 
             pass
     assert failed.group_contains(ServingError, match="generates no token")
     assert [version.name for version in registry.all()] == [BASE]
-    assert registry.live().base_model == demo_model
+    assert registry.get_live().base_model == demo_model
     vllm.broken.clear()
     told: list[str] = []
     async with app.running(config, str(another), told.append, may_change=True) as kibitz:
-        assert kibitz.policy.version == kibitz.policy.admin.base == registry.live().name == "policy-1"
+        assert kibitz.policy.version == kibitz.policy.admin.base == registry.get_live().name == "policy-1"
     assert any("policy-1 is live; 1 versions of another model" in line for line in told), told

@@ -14,10 +14,11 @@ from bot.types import FeedbackKind
 from connectors.access import TOO_FAST
 from connectors.answers import BUSY
 from connectors.commands import COMMANDS
-from connectors.discord.connector import LIMIT, Discord, token
+from connectors.discord.connector import LIMIT, Discord
+from connectors.discord.token import read_token
 from connectors.local.discord import LocalDiscord
-from connectors.local.discord_state import BOT, GUILD, SEE, TOKEN
-from learning.data.rewards import reward
+from connectors.local.discord_state import BOT, GUILD, TOKEN, VIEW_CHANNEL
+from learning.data.rewards import compute_reward
 
 ANN, BOB = 11, 12
 
@@ -66,7 +67,7 @@ async def turn_of(live, bot: Discord, answer: dict):
 
 async def opinions(live, bot: Discord, answer: dict) -> dict[str, float]:
     told = await turn_of(live, bot, answer)
-    earned = reward(told.feedback, told.turn.asker_id, live.config.rewards)
+    earned = compute_reward(told.feedback, told.turn.asker_id, live.config.rewards)
     return {} if earned is None else earned.opinions
 
 
@@ -98,7 +99,7 @@ async def test_a_mention_is_answered_in_a_reply_that_grows_and_ends_with_buttons
 
 async def test_what_everybody_on_the_server_may_read_is_public_and_nothing_else(live, platform):
     opened, closed, direct = platform.channel(), platform.channel(), platform.channel(1)
-    hidden = {"id": str(GUILD), "type": 0, "allow": "0", "deny": str(SEE)}
+    hidden = {"id": str(GUILD), "type": 0, "allow": "0", "deny": str(VIEW_CHANNEL)}
     platform.channels[closed]["permission_overwrites"] = [hidden]
     bot, running = await connected(live, platform)
     public = {}
@@ -167,9 +168,9 @@ async def test_reactions_come_and_go_whatever_their_skin_and_only_peoples_count(
     await eventually(live, bot, answer, {str(ANN): 1.0})
     await platform.react(BOB, number, "❤️")
     await eventually(live, bot, answer, {str(ANN): 1.0, str(BOB): 1.0})
-    await platform.clear(number, "❤️")
+    await platform.clear_reactions(number, "❤️")
     await eventually(live, bot, answer, {str(ANN): 1.0})
-    await platform.clear(number)
+    await platform.clear_reactions(number)
     await eventually(live, bot, answer, {})
 
 
@@ -198,18 +199,18 @@ async def test_what_takes_long_is_seen_to_be_typed_and_where_that_fails_the_answ
 
     async def late(message, options, place):
         if place.channel == str(slow):
-            await until(lambda: slow in platform.typed)
+            await until(lambda: slow in platform.typing_calls)
         return await respond(message, options, place=place)
 
     monkeypatch.setattr(live.dialogue, "respond", late)
-    monkeypatch.setattr("connectors.discord.messages.TYPING", 0.0)
+    monkeypatch.setattr("connectors.discord.messages.TYPING_DELAY", 0.0)
     platform.typing_status = 403
     await platform.say(slow, ANN, "hello")
     await answered(platform, slow)
-    monkeypatch.setattr("connectors.discord.messages.TYPING", 60.0)
+    monkeypatch.setattr("connectors.discord.messages.TYPING_DELAY", 60.0)
     await platform.say(quick, ANN, "hello")
     await answered(platform, quick)
-    assert quick not in platform.typed  # the control
+    assert quick not in platform.typing_calls  # the control
 
 
 async def test_an_answer_that_grows_can_be_stopped_and_liked_meanwhile(live, platform, bot, monkeypatch):
@@ -236,13 +237,13 @@ async def test_an_answer_that_grows_can_be_stopped_and_liked_meanwhile(live, pla
 async def test_slash_commands_tell_what_is_live_and_only_operators_take_it_back(live, platform, bot):
     channel = platform.channel()
     assert sorted(platform.commands) == sorted(command.name for command in COMMANDS)
-    assert await platform.command(BOB, channel, "why") == "There is no answer here yet."
+    assert await platform.use_command(BOB, channel, "why") == "There is no answer here yet."
     await platform.say(channel, ANN, "hello")
     answer = await answered(platform, channel)
-    assert (await turn_of(live, bot, answer)).turn.policy_version in await platform.command(BOB, channel, "why")
-    assert live.policy.version in await platform.command(BOB, channel, "status")
+    assert (await turn_of(live, bot, answer)).turn.policy_version in await platform.use_command(BOB, channel, "why")
+    assert live.policy.version in await platform.use_command(BOB, channel, "status")
     before = live.registry.live()
-    assert "Only an operator" in await platform.command(BOB, channel, "rollback")
+    assert "Only an operator" in await platform.use_command(BOB, channel, "rollback")
     assert live.registry.live() == before
 
 
@@ -353,7 +354,7 @@ async def test_what_happened_while_the_connection_was_gone_arrives_with_resume(l
     channel = platform.channel()
     await platform.say(channel, ANN, "hello")
     answer = await answered(platform, channel)
-    await platform.drop(4000)
+    await platform.drop_connection(4000)
     await platform.react(ANN, int(answer["id"]), "👍")
     await platform.say(channel, BOB, "hello")
     await asyncio.wait_for(platform.resumed.wait(), 300)
@@ -416,29 +417,29 @@ async def test_who_is_denied_is_neither_answered_nor_counted_and_who_is_too_fast
 
 async def test_a_person_decides_and_is_forgotten_by_command(live, platform, bot):
     channel, person = platform.channel(), 77  # who says nothing elsewhere: to forget somebody moves versions
-    assert "may learn from what you write" in await platform.command(person, channel, "privacy")
-    assert "learns nothing from you" in await platform.command(person, channel, "privacy", "off")
-    assert not await live.database.call(bot.answers.users.consents, "discord", str(person))
-    assert "may learn from what you write" in await platform.command(person, channel, "privacy", "on")
+    assert "may learn from what you write" in await platform.use_command(person, channel, "privacy")
+    assert "learns nothing from you" in await platform.use_command(person, channel, "privacy", "off")
+    assert not await live.database.call(bot.answers.users.has_consent, "discord", str(person))
+    assert "may learn from what you write" in await platform.use_command(person, channel, "privacy", "on")
     await platform.say(channel, person, "hello")
     answer = await answered(platform, channel)
     await platform.react(person, int(answer["id"]), "👍")
     await eventually(live, bot, answer, {str(person): 1.0})
-    told = await platform.command(person, channel, "forget-me")
+    told = await platform.use_command(person, channel, "forget-me")
     assert told.startswith("1 messages, 1 answers, 1 opinions and 0 policy versions are gone")
-    assert await bot.answers.turn_of(answer["id"]) is None
-    assert not await live.database.call(bot.answers.users.consents, "discord", str(person))
-    assert await platform.command(person, channel, "why") == "There is no answer here yet."
+    assert await bot.answers.find_turn_id(answer["id"]) is None
+    assert not await live.database.call(bot.answers.users.has_consent, "discord", str(person))
+    assert await platform.use_command(person, channel, "why") == "There is no answer here yet."
 
 
 async def test_operators_pause_learning_and_others_do_not(live, platform):
     bot, running = await connected(live, platform, access=AccessConfig(operators=[str(ANN)]))
     channel = platform.channel()
-    assert "Only an operator" in await platform.command(BOB, channel, "pause-learning")
-    assert "paused" in await platform.command(ANN, channel, "pause-learning")
-    assert "learning: paused" in await platform.command(BOB, channel, "status")
-    assert "goes on" in await platform.command(ANN, channel, "pause-learning")
-    assert "paused" not in await platform.command(BOB, channel, "status")
+    assert "Only an operator" in await platform.use_command(BOB, channel, "pause-learning")
+    assert "paused" in await platform.use_command(ANN, channel, "pause-learning")
+    assert "learning: paused" in await platform.use_command(BOB, channel, "status")
+    assert "goes on" in await platform.use_command(ANN, channel, "pause-learning")
+    assert "paused" not in await platform.use_command(BOB, channel, "status")
     await bot.stop()
     await running
 
@@ -447,7 +448,7 @@ async def begins_anew(platform: LocalDiscord) -> None:
     """The connection is cut, and Discord does not know the session any more: nothing is replayed."""
     platform.forgets_sessions = True
     platform.identified.clear()
-    await platform.drop(4000)
+    await platform.drop_connection(4000)
     await asyncio.wait_for(platform.identified.wait(), 300)
     platform.forgets_sessions = False
 
@@ -455,9 +456,9 @@ async def begins_anew(platform: LocalDiscord) -> None:
 async def reconciled(platform: LocalDiscord) -> None:
     """A new session has read what was missed: a message to nobody has its answer, which comes after all reactions."""
     channel = platform.channel()
-    platform.gives_up = True
+    platform.is_dropping_events = True
     await platform.say(channel, ANN, "hello")
-    platform.gives_up = False
+    platform.is_dropping_events = False
     await begins_anew(platform)
     await answered(platform, channel)
 
@@ -474,17 +475,17 @@ async def test_a_reaction_that_was_shed_and_is_read_from_the_api_later_is_counte
     number = int(answer["id"])
     await platform.react(ANN, number, "👍")
     await platform.react(ANN, number, "🎉")
-    await until(lambda: bot.access.shed == 1)
+    await until(lambda: bot.access.shed_count == 1)
     await eventually(live, bot, answer, {str(ANN): 1.0})
     assert await recorded(live, bot, answer) == 1
     await reconciled(platform)
-    assert (await recorded(live, bot, answer), bot.access.shed) == (2, 0)
+    assert (await recorded(live, bot, answer), bot.access.shed_count) == (2, 0)
     await platform.react(ANN, number, "🎉", remove=True)
-    await until(lambda: bot.access.shed == 1)
+    await until(lambda: bot.access.shed_count == 1)
     await reconciled(platform)
-    assert (await recorded(live, bot, answer), bot.access.shed) == (3, 0)
+    assert (await recorded(live, bot, answer), bot.access.shed_count) == (3, 0)
     await reconciled(platform)  # again: nothing is new
-    assert (await recorded(live, bot, answer), bot.access.shed) == (3, 0)
+    assert (await recorded(live, bot, answer), bot.access.shed_count) == (3, 0)
     await bot.stop()
     await running
 
@@ -517,10 +518,10 @@ async def test_a_reaction_whose_event_comes_after_it_was_read_from_the_api_is_st
     await platform.say(channel, ANN, "hello")
     answer = await answered(platform, channel)
     number = int(answer["id"])
-    platform.gives_up = True
+    platform.is_dropping_events = True
     await platform.react(BOB, number, "👍")
     event = platform._events[-1]
-    platform.gives_up = False
+    platform.is_dropping_events = False
     await reconciled(platform)
     await eventually(live, bot, answer, {str(BOB): 1.0})
     await platform.dispatch(event["t"], event["d"])
@@ -528,7 +529,7 @@ async def test_a_reaction_whose_event_comes_after_it_was_read_from_the_api_is_st
         await platform.react(BOB, number, "👍", remove=remove)
         await eventually(live, bot, answer, wanted)
     assert await recorded(live, bot, answer) == 4
-    assert bot.access.shed == 0
+    assert bot.access.shed_count == 0
 
 
 async def test_a_reaction_to_any_part_of_a_long_answer_stands_when_the_session_is_new(live, platform, bot, monkeypatch):
@@ -560,12 +561,12 @@ async def test_a_raid_is_stored_or_counted_as_shed_and_the_chat_goes_on(live, pl
     channel, elsewhere = platform.channel(), platform.channel(1)
     await platform.say(channel, ANN, "hello")
     answer = await answered(platform, channel)
-    turn_id = await bot.answers.turn_of(answer["id"])
+    turn_id = await bot.answers.find_turn_id(answer["id"])
     accounts, each = 500, 10
     for count in range(each):
         if count in (3, 6):
             platform.resumed.clear()
-            await platform.drop(4000)  # what comes until it is connected again is replayed
+            await platform.drop_connection(4000)  # what comes until it is connected again is replayed
         for account in range(accounts):
             await platform.react(10_000 + account, int(answer["id"]), "👎", remove=bool(count % 2))
         if count in (3, 6):
@@ -580,16 +581,16 @@ async def test_a_raid_is_stored_or_counted_as_shed_and_the_chat_goes_on(live, pl
     async def all_accounted() -> bool:
         nonlocal stored
         stored = len((await live.database.call(live.store.feedback_of, [turn_id]))[turn_id])
-        return stored + bot.access.shed >= accounts * each
+        return stored + bot.access.shed_count >= accounts * each
 
     async with asyncio.timeout(300):
         while not await all_accounted():
             await asyncio.sleep(0.1)
     await reconciled(platform)  # nor is anything counted twice later
     await all_accounted()
-    assert stored + bot.access.shed == accounts * each
+    assert stored + bot.access.shed_count == accounts * each
     assert stored > 0
-    assert bot.access.shed > 0  # the control: it was more than is taken at once
+    assert bot.access.shed_count > 0  # the control: it was more than is taken at once
     await bot.stop()
     await running
 
@@ -600,7 +601,7 @@ async def test_what_discord_refuses_is_an_error_for_people(live, platform, monke
     with pytest.raises(ConnectorError, match=r"discord\.message_content"):
         await Discord(shared(live), DiscordConfig(message_content=True), TOKEN).run()
     with pytest.raises(ConfigError, match="a variable that is not set"):
-        token(DiscordConfig(token_env="KIBITZ_NO_SUCH"))
+        read_token(DiscordConfig(token_env="KIBITZ_NO_SUCH"))
     monkeypatch.setenv("T", "xoxb-1")
     with pytest.raises(ConfigError, match="a Slack token"):
-        token(DiscordConfig(token_env="T"))
+        read_token(DiscordConfig(token_env="T"))

@@ -14,7 +14,7 @@ from fake_vllm import FakeVllm
 
 from bot import app as kibitz
 from bot.config import AccessConfig, DiscordConfig, load
-from bot.store.feedback import standing
+from bot.store.feedback import select_effective
 from connectors.access import TOO_FAST
 from connectors.answers import SORRY
 from connectors.discord import reconciliation
@@ -125,11 +125,11 @@ async def prompt_of(running: kibitz.Kibitz, bot: Discord, answer: dict) -> str:
 
 async def question_of(running: kibitz.Kibitz, bot: Discord, answer: dict):
     turn = (await explained(running, bot.answers, answer["id"])).turn
-    return await running.database.call(running.store.message, turn.message_id)
+    return await running.database.call(running.store.read_message, turn.message_id)
 
 
 async def opinions(running: kibitz.Kibitz, bot: Discord, answer: dict) -> set[str]:
-    return {row.user_id for row in standing((await explained(running, bot.answers, answer["id"])).feedback)}
+    return {row.user_id for row in select_effective((await explained(running, bot.answers, answer["id"])).feedback)}
 
 
 async def eventually(read, wanted) -> None:
@@ -145,10 +145,10 @@ async def eventually(read, wanted) -> None:
 async def test_only_messages_of_people_are_speech(running, platform, kind):
     thread = platform.thread(platform.channel())
     async with connected(running, platform, READS_ALL) as bot:
-        await platform.raw(thread, ANN, f"<@{BOT}> hello", mentions=[platform._user(BOT)])
+        await platform.send_raw(thread, ANN, f"<@{BOT}> hello", mentions=[platform._user(BOT)])
         await answered(platform, thread)
-        await platform.raw(thread, ANN, "" if kind == 21 else "holiday plans 2026", type=kind)
-        await platform.raw(thread, ANN, "hello again")  # the control: speech in the same thread
+        await platform.send_raw(thread, ANN, "" if kind == 21 else "holiday plans 2026", type=kind)
+        await platform.send_raw(thread, ANN, "hello again")  # the control: speech in the same thread
         prompt = await prompt_of(running, bot, await answered(platform, thread, 2))
         assert "holiday plans" not in prompt
         await nothing_happens_before(platform, bot)
@@ -160,10 +160,10 @@ async def test_its_threads_are_those_in_which_it_was_mentioned_or_which_it_start
     others, mentioned, own = platform.thread(parent), platform.thread(parent), platform.thread(parent, owner=BOT)
     async with connected(running, platform, READS_ALL) as bot:
         for thread in (others, mentioned, own):
-            await platform.raw(thread, BOB, "did you see the game?")
+            await platform.send_raw(thread, BOB, "did you see the game?")
         await answered(platform, own)
-        await platform.raw(mentioned, ANN, f"<@{BOT}> hello", mentions=[platform._user(BOT)])
-        await platform.raw(mentioned, BOB, "and what do you say?")
+        await platform.send_raw(mentioned, ANN, f"<@{BOT}> hello", mentions=[platform._user(BOT)])
+        await platform.send_raw(mentioned, BOB, "and what do you say?")
         await answered(platform, mentioned, 2)
         await nothing_happens_before(platform, bot)
         counts = [len(platform.answers(thread)) for thread in (others, mentioned, own)]
@@ -173,10 +173,10 @@ async def test_its_threads_are_those_in_which_it_was_mentioned_or_which_it_start
 async def test_what_was_said_in_a_thread_before_it_was_mentioned_is_not_answered_after_a_restart(running, platform):
     thread = platform.thread(platform.channel())
     async with connected(running, platform, READS_ALL):
-        await platform.raw(thread, BOB, "did you see the game?")
-        await platform.raw(thread, ANN, f"<@{BOT}> hello", mentions=[platform._user(BOT)])
+        await platform.send_raw(thread, BOB, "did you see the game?")
+        await platform.send_raw(thread, ANN, f"<@{BOT}> hello", mentions=[platform._user(BOT)])
         await answered(platform, thread)
-    await platform.raw(thread, BOB, "this is for the bot, while it is away")
+    await platform.send_raw(thread, BOB, "this is for the bot, while it is away")
     async with connected(running, platform, READS_ALL) as bot:
         answer = await answered(platform, thread, 2)
         await nothing_happens_before(platform, bot)
@@ -205,7 +205,7 @@ async def test_a_public_thread_has_the_scope_of_its_channel_and_a_private_one_it
         for channel in (parent, public, private):
             await platform.say(channel, ANN, "hello")
             turn = (await explained(running, bot.answers, (await answered(platform, channel))["id"])).turn
-            places[channel] = await running.database.call(running.store.conversation, turn.conversation_id)
+            places[channel] = await running.database.call(running.store.read_conversation, turn.conversation_id)
         assert [one.channel for one in places.values()] == [str(parent), str(parent), str(private)]
         assert [one.is_public for one in places.values()] == [True, True, False]
         assert places[public].thread == str(public)
@@ -218,8 +218,8 @@ async def test_a_thread_that_begins_at_an_answer_or_its_question_goes_on_with_it
         asked = await platform.say(parent, ANN, "i can't sleep")
         first = await answered(platform, parent)
         thread = platform.thread(parent, starter=asked if at == "question" else int(first["id"]))
-        await platform.open(thread)
-        await platform.raw(thread, ANN, "what did you just say?")
+        await platform.announce_thread(thread)
+        await platform.send_raw(thread, ANN, "what did you just say?")
         assert "i can't sleep" in await prompt_of(running, bot, await answered(platform, thread))
 
 
@@ -290,8 +290,8 @@ async def test_who_was_forgotten_and_came_back_is_counted_also_after_an_outage(r
         before = await answered(platform, channel)
         await platform.react(back, int(before["id"]), "👍")
         await eventually(lambda: opinions(running, bot, before), {str(back)})
-        await platform.command(back, channel, "forget-me")
-        await platform.command(back, channel, "privacy", "on")
+        await platform.use_command(back, channel, "forget-me")
+        await platform.use_command(back, channel, "privacy", "on")
         await platform.say(channel, back, "I am back")
         after = await answered(platform, channel, 2)
     await platform.react(back, int(after["id"]), "👍")
@@ -367,7 +367,7 @@ async def test_super_reactions_and_people_who_are_not_listed_still_count_after_a
         await platform.say(channel, ANN, "hello")
         answer = await answered(platform, channel)
         number = int(answer["id"])
-        await platform.burst(ANN, number, "👍")
+        await platform.add_super_reaction(ANN, number, "👍")
         await platform.react(BOB, number, "👍")
         await platform.react(MALLORY, number, "🎉")
         await eventually(lambda: opinions(running, bot, answer), {str(ANN), str(BOB), str(MALLORY)})
@@ -383,34 +383,34 @@ async def test_super_reactions_and_people_who_are_not_listed_still_count_after_a
 async def test_what_is_replied_to_is_shown_with_its_speaker_and_forgotten_with_them(running, platform):
     channel = platform.channel()
     async with connected(running, platform, READS_ALL) as bot:
-        other = await platform.raw(channel, BOB, "the meeting moved to ten")
+        other = await platform.send_raw(channel, BOB, "the meeting moved to ten")
         await platform.say(channel, ANN, "is this true?", reply_to=other)
         answer = await answered(platform, channel)
         prompt = await prompt_of(running, bot, answer)
         assert f"user{BOB}: the meeting moved to ten" in prompt
         assert f"user{ANN}: is this true?" in prompt
         await platform.delete(other)
-        await until(lambda: running.store.message_of_event(f"discord:{other}").is_forgotten)
-        assert await bot.answers.turn_of(answer["id"]) is None
+        await until(lambda: running.store.find_message_of_event(f"discord:{other}").is_forgotten)
+        assert await bot.answers.find_turn_id(answer["id"]) is None
 
 
 async def test_what_people_said_who_withhold_consent_or_are_denied_is_not_shown(running, platform):
     channel, unwilling = platform.channel(), 99
     access = patient(deny_users=[str(MALLORY)])
     async with connected(running, platform, READS_ALL, access) as bot:
-        await platform.command(unwilling, channel, "privacy", "off")
+        await platform.use_command(unwilling, channel, "privacy", "off")
         for count, user in enumerate((unwilling, MALLORY), 1):
-            other = await platform.raw(channel, user, "the meeting moved to ten")
+            other = await platform.send_raw(channel, user, "the meeting moved to ten")
             await platform.say(channel, ANN, "is this true?", reply_to=other)
             assert "meeting" not in await prompt_of(running, bot, await answered(platform, channel, count))
-            assert running.store.message_of_event(f"discord:{other}") is None
+            assert running.store.find_message_of_event(f"discord:{other}") is None
 
 
 async def test_a_mention_in_the_middle_of_a_thread_is_shown_what_was_said_there(running, platform):
     parent = platform.channel()
-    start = await platform.raw(parent, BOB, "shall we climb the hill?")
+    start = await platform.send_raw(parent, BOB, "shall we climb the hill?")
     thread = platform.thread(parent, starter=start)
-    await platform.raw(
+    await platform.send_raw(
         thread,
         BOB,
         "",
@@ -418,9 +418,9 @@ async def test_a_mention_in_the_middle_of_a_thread_is_shown_what_was_said_there(
         message_reference={"message_id": str(start), "channel_id": str(parent)},
         referenced_message=platform.messages[start],
     )
-    await platform.raw(thread, ANN, "it is too steep")
+    await platform.send_raw(thread, ANN, "it is too steep")
     async with connected(running, platform, READS_ALL) as bot:
-        await platform.raw(thread, MALLORY, f"<@{BOT}> who is right?", mentions=[platform._user(BOT)])
+        await platform.send_raw(thread, MALLORY, f"<@{BOT}> who is right?", mentions=[platform._user(BOT)])
         prompt = await prompt_of(running, bot, await answered(platform, thread))
         places = [prompt.index(text) for text in ("shall we climb", f"user{ANN}: it is too steep", "who is right?")]
         assert places == sorted(places)
@@ -429,7 +429,7 @@ async def test_a_mention_in_the_middle_of_a_thread_is_shown_what_was_said_there(
 async def test_a_mention_alone_is_about_what_it_replies_to(running, platform):
     channel = platform.channel()
     async with connected(running, platform, READS_ALL) as bot:
-        other = await platform.raw(channel, BOB, "the meeting moved to ten")
+        other = await platform.send_raw(channel, BOB, "the meeting moved to ten")
         await platform.say(channel, ANN, "", reply_to=other)
         assert "the meeting moved to ten" in await prompt_of(running, bot, await answered(platform, channel))
 
@@ -441,7 +441,7 @@ async def test_a_reply_to_an_answer_needs_no_ping_where_all_may_be_read(running,
         first = await answered(platform, channel)
         reference = {"message_id": first["id"], "channel_id": str(channel)}
         more = {"message_reference": reference, "referenced_message": platform.messages[int(first["id"])]}
-        await platform.raw(channel, ANN, "and you?", type=19, **more)
+        await platform.send_raw(channel, ANN, "and you?", type=19, **more)
         await answered(platform, channel, 2)
 
 
@@ -453,11 +453,13 @@ async def test_what_is_forwarded_from_elsewhere_is_read_and_opens_nothing_else(r
         content = {"content": "hello from elsewhere", "embeds": [], "attachments": [], "type": 0}
         times = {"timestamp": "2026-01-01T00:00:00+00:00", "edited_timestamp": None, "flags": 0}
         reference = {"type": 1, "message_id": first["id"], "channel_id": str(channel)}
-        await platform.raw(direct, ANN, "", message_reference=reference, message_snapshots=[{"message": content | times}])
+        await platform.send_raw(
+            direct, ANN, "", message_reference=reference, message_snapshots=[{"message": content | times}]
+        )
         answer = await answered(platform, direct)
         assert (await question_of(running, bot, answer)).text == "hello from elsewhere"
         other = platform.channel()
-        await platform.raw(other, ANN, f"<@{BOT}> see", mentions=[platform._user(BOT)], message_reference=reference)
+        await platform.send_raw(other, ANN, f"<@{BOT}> see", mentions=[platform._user(BOT)], message_reference=reference)
         assert "secret" not in await prompt_of(running, bot, await answered(platform, other))
 
 
@@ -467,8 +469,8 @@ async def test_what_is_forwarded_from_elsewhere_is_read_and_opens_nothing_else(r
 async def test_a_mention_of_its_own_role_is_a_mention(running, platform):
     channel = platform.channel()
     async with connected(running, platform) as bot:
-        await platform.raw(channel, ANN, "<@&777> hello", mention_roles=["777"])
-        await platform.raw(channel, ANN, f"<@&{OWN_ROLE}> hello", mention_roles=[str(OWN_ROLE)])
+        await platform.send_raw(channel, ANN, "<@&777> hello", mention_roles=["777"])
+        await platform.send_raw(channel, ANN, f"<@&{OWN_ROLE}> hello", mention_roles=[str(OWN_ROLE)])
         answer = await answered(platform, channel)
         assert (await question_of(running, bot, answer)).text == "hello"
         await nothing_happens_before(platform, bot)
@@ -493,8 +495,8 @@ async def test_what_cannot_be_read_is_said_once_in_one_line(running, platform, m
         more = {**more, "attachments": [platform.file(name, kind, b"\x00") | voice]}
     channel, direct = platform.channel(), platform.channel(1)
     async with connected(running, platform) as bot:
-        await platform.raw(channel, ANN, f"<@{BOT}>", mentions=[platform._user(BOT)], **more)
-        await platform.raw(direct, ANN, "", **more)
+        await platform.send_raw(channel, ANN, f"<@{BOT}>", mentions=[platform._user(BOT)], **more)
+        await platform.send_raw(direct, ANN, "", **more)
         for place in (channel, direct):
             await until(lambda place=place: lines(platform, place))
             assert line in lines(platform, place)[0]
@@ -515,7 +517,7 @@ async def test_text_files_and_polls_are_read_and_what_is_too_large_or_missing_is
     ]
     del platform.files["lost.txt"]
     async with connected(running, platform) as bot:
-        await platform.raw(direct, ANN, "summarise this", attachments=files)
+        await platform.send_raw(direct, ANN, "summarise this", attachments=files)
         text = (await question_of(running, bot, await answered(platform, direct))).text
         assert "message.txt:\na long paste, très long" in text
         assert "notes.md:\n# notes" in text
@@ -524,7 +526,7 @@ async def test_text_files_and_polls_are_read_and_what_is_too_large_or_missing_is
             assert f"[{name}: not readable]" in text
         ends = {"expiry": "2026-01-02T00:00:00+00:00", "allow_multiselect": False, "layout_type": 1}
         media = [{"answer_id": number, "poll_media": {"text": one}} for number, one in enumerate(("yes", "no"), 1)]
-        await platform.raw(direct, ANN, "", poll={"question": {"text": "pizza?"}, "answers": media, **ends})
+        await platform.send_raw(direct, ANN, "", poll={"question": {"text": "pizza?"}, "answers": media, **ends})
         text = (await question_of(running, bot, await answered(platform, direct, 2))).text
         assert text == "pizza?\n- yes\n- no"
 
@@ -534,8 +536,8 @@ async def test_a_message_that_discordpy_cannot_read_costs_neither_the_connection
     async with connected(running, platform) as bot:
         client = bot._client
         await platform.say(channel, ANN, "hello")
-        await platform.raw(broken, ANN, f"<@{BOT}> hello", mentions=[{"no": "id"}])
-        await platform.raw(broken, ANN, "vote!", poll={"question": {"text": "pizza?"}, "answers": [], "expiry": None})
+        await platform.send_raw(broken, ANN, f"<@{BOT}> hello", mentions=[{"no": "id"}])
+        await platform.send_raw(broken, ANN, "vote!", poll={"question": {"text": "pizza?"}, "answers": [], "expiry": None})
         await answered(platform, channel)
         await nothing_happens_before(platform, bot)
         assert bot._client is client
@@ -552,7 +554,7 @@ async def test_names_are_shown_as_people_see_them_and_written_back_in_answers(ru
     vllm.says = f"@user{BOB} knows :blob: in #somewhere, and @user{BOB}x not. `@user{BOB}` :tada:"
     async with connected(running, platform) as bot:
         said = f"<@{BOT}> ask <@{BOB}> <:blob:123456> in <#{channel}> at <t:0:R> with </help:7>, <@404> and <#405>"
-        await platform.raw(channel, ANN, said, mentions=[platform._user(BOT), platform._user(BOB)])
+        await platform.send_raw(channel, ANN, said, mentions=[platform._user(BOT), platform._user(BOB)])
         answer = await answered(platform, channel)
         text = (await question_of(running, bot, answer)).text
         assert text == (
@@ -585,7 +587,7 @@ async def test_who_asks_is_told_when_something_unexpected_fails(running, platfor
 
     async with connected(running, platform):
         with monkeypatch.context() as patched:
-            patched.setattr(running.dialogue.tracker, "context", broken)
+            patched.setattr(running.dialogue.tracker, "build_context", broken)
             await platform.say(channel, ANN, "hello")
             await until(lambda: platform.answers(channel))
         assert lines(platform, channel) == [SORRY]
@@ -603,7 +605,7 @@ async def test_a_question_that_is_deleted_while_it_is_answered_ends_quietly(runn
         await platform.delete(asked)
         vllm.goes_on.set()
         await nothing_happens_before(platform, bot)
-        await until(lambda: running.store.message_of_event(f"discord:{asked}").is_forgotten)
+        await until(lambda: running.store.find_message_of_event(f"discord:{asked}").is_forgotten)
         assert platform.answers(channel) == []
         await platform.say(channel, ANN, "hello")
         await answered(platform, channel)

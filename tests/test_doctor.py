@@ -11,18 +11,18 @@ from conftest import migrate, refused
 from fake_vllm import FakeVllm
 from test_cli import write_config
 
-from bot.checks import Row, Skipped, examine, works
-from bot.cli.doctor import check_ports, machine_checks
+from bot.checks import CheckResult, Skipped, has_passed, run_checks
+from bot.cli.doctor import check_ports, list_machine_checks
 from bot.config import load
-from bot.data_directory import held
+from bot.data_directory import lock_directory
 from bot.errors import ConfigError
 from bot.store.database import Database
-from learning.data.selection import usable_rows
-from learning.rollout.self_test import SelfTest, made_rows
+from learning.data.selection import select_usable
+from learning.rollout.self_test import SelfTest, make_rows
 
 
-def rows_of(config) -> dict[str, Row]:
-    return {row.what: row for row in examine(machine_checks(config))}
+def rows_of(config) -> dict[str, CheckResult]:
+    return {row.what: row for row in run_checks(list_machine_checks(config))}
 
 
 def test_an_error_for_people_is_a_row_with_what_to_do():
@@ -32,22 +32,22 @@ def test_an_error_for_people_is_a_row_with_what_to_do():
     def beside_the_point() -> str:
         raise Skipped("there is no door")
 
-    rows = examine([("key", broken), ("door", beside_the_point), ("house", lambda: "stands")])
+    rows = run_checks([("key", broken), ("door", beside_the_point), ("house", lambda: "stands")])
     assert rows == [
-        Row("key", "not", "the key is gone; look under the mat", "or in the pot"),
-        Row("door", "skip", "there is no door"),
-        Row("house", "ok", "stands"),
+        CheckResult("key", "not", "the key is gone; look under the mat", "or in the pot"),
+        CheckResult("door", "skip", "there is no door"),
+        CheckResult("house", "ok", "stands"),
     ]
-    assert not works(rows)
-    assert works(rows[1:])
+    assert not has_passed(rows)
+    assert has_passed(rows[1:])
 
 
 def test_a_check_that_breaks_off_is_a_row_and_the_rest_is_looked_at():
-    rows = examine([("bug", lambda: str(1 / 0)), ("house", lambda: "stands")])
+    rows = run_checks([("bug", lambda: str(1 / 0)), ("house", lambda: "stands")])
     found = "the check broke off (ZeroDivisionError: division by zero)"
-    assert rows == [Row("bug", "not", found, "report this as a bug of kibitz"), Row("house", "ok", "stands")]
+    assert rows == [CheckResult("bug", "not", found, "report this as a bug of kibitz"), CheckResult("house", "ok", "stands")]
     with pytest.raises(KeyboardInterrupt):  # the control: what is no error of a check ends it
-        examine([("interrupted", interrupt)])
+        run_checks([("interrupted", interrupt)])
 
 
 def interrupt() -> str:
@@ -57,7 +57,7 @@ def interrupt() -> str:
 def test_the_machine_that_passes_these_tests_is_well(config):
     config = config.model_copy(update={"web": config.web.model_copy(update={"port": 0})})
     rows = rows_of(config)
-    assert works(list(rows.values())), rows
+    assert has_passed(list(rows.values())), rows
     assert set(rows) == {"Python", "torch", "vLLM", "GPU", "memory", "disk", "ports", "database"}
 
 
@@ -69,7 +69,7 @@ def test_a_port_that_is_taken_and_a_database_that_is_none(config, tmp_path):
         assert row.outcome == "not"
         assert f"web.port has value {port}" in row.found
         assert row.to_do == "free it, or choose another"
-        with held(config.data, "serve"), pytest.raises(Skipped):
+        with lock_directory(config.data, "serve"), pytest.raises(Skipped):
             check_ports(busy)
     (tmp_path / "kibitz.db").write_text("no database " * 1000)
     assert rows_of(load(data_dir=str(tmp_path)))["database"].outcome == "not"
@@ -132,10 +132,10 @@ def test_the_doctor_leaves_the_file_of_another_program_as_it_is(config, tmp_path
 
 
 def test_what_a_step_is_made_on_is_of_use_to_every_objective(tokenizer):
-    rows = made_rows(tokenizer, 8, 40)
+    rows = make_rows(tokenizer, 8, 40)
     assert all(len(row.prompt_ids) + len(row.completion_ids) == 40 for row in rows)
     for objective in ("kto", "dpo", "sft", "pg", "mixed"):
-        assert len(usable_rows(rows, objective)) >= 4
+        assert len(select_usable(rows, objective)) >= 4
 
 
 def test_a_quick_look_at_a_model_that_is_broken(tmp_path, demo_model, here):
@@ -162,7 +162,7 @@ def test_a_look_at_weights_that_are_not_those_of_the_config(tmp_path, demo_model
     (model / "config.json").write_text(json.dumps(settings | {"intermediate_size": 512}))
     config = load(data_dir=str(tmp_path), policy={"model": str(model)})
     with SelfTest(config, lambda: (config, str(model))) as test:
-        row = next(row for row in examine(test.checks(quick=True)) if row.what == "model")
+        row = next(row for row in run_checks(test.list_checks(quick=True)) if row.what == "model")
     assert row.outcome == "not"
     assert "its config.json describes 128 x 512" in row.found
 
@@ -172,13 +172,13 @@ async def test_one_token_and_one_training_step(live, config):
     serving = config.serving.model_copy(update={"url": live.policy.admin.url})
     config = config.model_copy(update={"serving": serving})
 
-    def look() -> dict[str, Row]:
+    def look() -> dict[str, CheckResult]:
         with SelfTest(config, lambda: (config, config.policy.model)) as test:
-            return {row.what: row for row in examine(test.checks(quick=False))}
+            return {row.what: row for row in run_checks(test.list_checks(quick=False))}
 
     before = await live.policy.admin.loaded()
     rows = await asyncio.to_thread(look)
-    assert works(list(rows.values())), rows
+    assert has_passed(list(rows.values())), rows
     assert "log-probability -" in rows["one token"].found
     assert "loss" in rows["one training step"].found
     assert rows["one version"].found == "an adapter was loaded, asked and unloaded"
@@ -193,10 +193,10 @@ async def test_a_vllm_that_takes_no_adapter_is_found_out(config, tokenizer):
     serving = config.serving.model_copy(update={"url": vllm.url})
     config = config.model_copy(update={"serving": serving})
 
-    def look() -> dict[str, Row]:
+    def look() -> dict[str, CheckResult]:
         with SelfTest(config, lambda: (config, config.policy.model)) as test:
             test._model, test._url, test._version = config.policy.model, vllm.url, config.data
-            return {row.what: row for row in examine([("one version", test.check_version)])}
+            return {row.what: row for row in run_checks([("one version", test.check_version)])}
 
     row = (await asyncio.to_thread(look))["one version"]
     await vllm.stop()

@@ -9,7 +9,7 @@ from test_training import quiet
 
 from bot.errors import NothingToLearn
 from bot.store.registry import BASE
-from learning.training.drift import FEWEST, Drift, drift
+from learning.training.drift import FEWEST_OPINIONS, Drift, find_change_point
 from learning.training.run import train_version
 
 NOBODY: tuple[str, ...] = ()
@@ -22,7 +22,7 @@ def opinions(rng, good: np.ndarray, mistakes: float = 0.15) -> tuple[np.ndarray,
 
 
 def found(learned: np.ndarray, liked: np.ndarray, people=None) -> Drift | None:
-    return drift(learned, liked, people or [NOBODY] * len(liked), cap=0.25)
+    return find_change_point(learned, liked, people or [NOBODY] * len(liked), cap=0.25)
 
 
 def better_and_better(rng, count: int) -> np.ndarray:
@@ -80,7 +80,7 @@ def test_a_raid_by_one_is_no_change_and_the_same_by_many_is():
 
 def test_too_few_opinions_are_no_change_and_who_learned_nothing_has_nothing_to_unlearn():
     liked = np.arange(80) < 40
-    for count in (0, 1, FEWEST, 2 * FEWEST - 1):
+    for count in (0, 1, FEWEST_OPINIONS, 2 * FEWEST_OPINIONS - 1):
         assert found(np.ones(count), liked[:count]) is None
     assert found(np.zeros(80), liked) is None
     assert found(np.linspace(1, 2, 80), liked) is not None, "the control: it has learned to say what is liked no more"
@@ -111,8 +111,8 @@ def test_what_people_said_before_they_came_to_want_the_opposite_counts_no_more(s
 def test_a_run_is_told_where_only_new_opinions_of_one_kind_are_left(small, store, registry, tokenizer):
     converse(store, tokenizer, likes_emoji=True)
     registry.promote(train_version(small, quiet).policy)
-    for turn in store.turns_with_feedback():
+    for turn in store.find_turns_with_feedback():
         react(store, turn, approves=False)
-    assert Path(registry.live().path).is_dir()
+    assert Path(registry.get_live().path).is_dir()
     with pytest.raises(NothingToLearn, match=r"rewards are -1\.00"):
         train_version(small, quiet)

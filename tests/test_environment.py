@@ -16,13 +16,13 @@ from bot.chat.tracker import StateTracker
 from bot.config import DiscordConfig, PrivacyConfig, ReactionsConfig
 from bot.environment import ensure_user, expand_home, find_proxy, read_secret, read_variable
 from bot.errors import ConfigError
-from bot.memory.recall import Recall, weights
+from bot.memory.recall import Recall, load_retrieval_weights
 from bot.memory.scope import Memory
 from bot.serving.policy import Policy
 from bot.store.deliveries import Deliveries
 from bot.store.users import Users
 from connectors.access import Access
-from connectors.base import Desk, Shared
+from connectors.base import Desk, Services
 from connectors.discord.connector import Discord
 from connectors.local.discord import LocalDiscord
 from connectors.local.discord_state import TOKEN
@@ -109,7 +109,7 @@ class Proxy:
 async def test_discord_is_reached_through_the_proxy_that_the_environment_names(
     is_named, config, database, store, registry, tokenizer, monkeypatch
 ):
-    tracker = StateTracker(store, tokenizer, Recall(Memory(database), None, weights()), config.dialogue, 512)
+    tracker = StateTracker(store, tokenizer, Recall(Memory(database), None, load_retrieval_weights()), config.dialogue, 512)
     policy = Policy("http://127.0.0.1:9", config.policy)  # nobody is answered here
     dialogue, users = DialogueManager(store, tracker, policy), Users(database, PrivacyConfig())
     nobody = Desk(*[None] * 8)
@@ -119,7 +119,7 @@ async def test_discord_is_reached_through_the_proxy_that_the_environment_names(
     address = await proxy.start(fake.port)
     if is_named:
         monkeypatch.setenv("HTTP_PROXY", address)
-    bot = Discord(Shared(*parts), DiscordConfig(), TOKEN)
+    bot = Discord(Services(*parts), DiscordConfig(), TOKEN)
     running = asyncio.create_task(bot.run())
     await until(fake.identified.is_set)
     await bot.stop()

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learning.judging.error_budget import level_of_next
+from learning.judging.error_budget import compute_next_level
 
 
 def levels(budget: float, verdicts: list[bool]) -> list[float]:
-    return [level_of_next(budget, verdicts[:number]) for number in range(len(verdicts))]
+    return [compute_next_level(budget, verdicts[:number]) for number in range(len(verdicts))]
 
 
 def test_without_a_promotion_all_levels_together_stay_within_the_budget():
@@ -27,6 +27,6 @@ def test_all_levels_together_stay_within_a_budget_for_each_promotion(verdicts, b
 
 @pytest.mark.parametrize("quiet", [1, 10, 50])
 def test_a_promotion_gives_back_what_makes_the_next_one_possible(quiet):
-    before = level_of_next(0.05, [True] + [False] * quiet)
-    after = level_of_next(0.05, [True] + [False] * quiet + [True])
+    before = compute_next_level(0.05, [True] + [False] * quiet)
+    after = compute_next_level(0.05, [True] + [False] * quiet + [True])
     assert after > 2 * before

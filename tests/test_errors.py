@@ -5,7 +5,7 @@ import sqlite3
 import pytest
 import sqlalchemy as sa
 
-from bot.errors import ConfigError, cause_of
+from bot.errors import ConfigError, quote_error
 
 
 class Rows(Exception):
@@ -25,10 +25,10 @@ class Rows(Exception):
     ],
 )
 def test_every_error_is_one_line_and_of_a_databases_rows_nothing_is_quoted(error, line):
-    assert cause_of(error) == (line or "a key is there twice")
+    assert quote_error(error) == (line or "a key is there twice")
 
 
 def test_of_an_error_that_may_quote_people_only_the_first_line_is_told():
     error = ValueError("no such tone\nin: what somebody wrote")
-    assert cause_of(error, only_first_line=True) == "ValueError: no such tone"
-    assert "somebody" in cause_of(error), "the control"
+    assert quote_error(error, only_first_line=True) == "ValueError: no such tone"
+    assert "somebody" in quote_error(error), "the control"

@@ -13,7 +13,7 @@ from bot.store.conversations import ConversationStore
 from bot.store.database import Database
 from bot.store.users import Users
 from bot.types import Conversation, Feedback, FeedbackKind, new_id
-from learning.importers.formats import read
+from learning.importers.formats import read_recording
 from learning.importers.kibitz_export import export
 
 # What no database keeps is replaced before it is stored.
@@ -42,7 +42,7 @@ def test_an_export_reads_back_whatever_was_said(shelf, tokenizer, question, repl
     turn = answered(store, tokenizer, question, reply, author=name)
     store.add_feedback(Feedback(turn.id, name, FeedbackKind.CORRECTION, signal=name[:16], text=wanted))
     export(store, place / "out.jsonl", "hash", PrivacyConfig())
-    found = read(place / "out.jsonl")
+    found = read_recording(place / "out.jsonl")
     ((_, messages, (again,), (said,)),) = found.dialogues
     assert [message.text for message in messages] == [question, reply]
     assert (again.text, again.asker_id, again.completion_ids) == (reply, name, turn.completion_ids)
@@ -57,25 +57,25 @@ def test_an_export_reads_back_with_ids_and_feedback(tmp_path, store, tokenizer):
     store.add_feedback(Feedback(turn.id, "ann", FeedbackKind.CORRECTION, text="Hi!"))
     written = export(store, tmp_path / "out", "hash", PrivacyConfig())
     assert written == {"conversations": 1, "messages": 2, "turns": 1, "feedback": 3}
-    found = read(tmp_path / "out")
+    found = read_recording(tmp_path / "out")
     ((_, messages, (again,), feedback),) = found.dialogues
     assert found.tokenizer_sha256 == "hash"
     assert (again.prompt_ids, again.completion_ids, again.logprobs) == (turn.prompt_ids, turn.completion_ids, turn.logprobs)
     assert [message.text for message in messages] == ["hello", "Hey there!"]
     assert sorted((one.kind, one.retracts) for one in feedback) == sorted(
-        (one.kind, one.retracts) for one in store.feedback_of([turn.id])[turn.id]
+        (one.kind, one.retracts) for one in store.read_feedback_on([turn.id])[turn.id]
     )
-    found.forget_ids()
+    found.drop_token_ids()
     assert found.dialogues[0][2][0].completion_ids is None
 
 
 def test_what_an_answer_was_shown_and_replaced_is_read_back(tmp_path, store, tokenizer):
-    place = store.open(Conversation("test", channel=new_id()))
+    place = store.open_conversation(Conversation("test", channel=new_id()))
     first = answered(store, tokenizer, "hello", "Hey!", place=place)
     shown = {first.message_id: None, first.reply_id: 0.5}
     second = answered(store, tokenizer, "again", "Hi!", place=place, replaces=first.id, shown=shown)
     export(store, tmp_path / "out", "", PrivacyConfig())
-    ((_, messages, turns, _),) = read(tmp_path / "out").dialogues
+    ((_, messages, turns, _),) = read_recording(tmp_path / "out").dialogues
     again = next(turn for turn in turns if turn.text == second.text)
     before = next(turn for turn in turns if turn.text == first.text)
     assert again.replaces == before.id
@@ -85,19 +85,19 @@ def test_what_an_answer_was_shown_and_replaced_is_read_back(tmp_path, store, tok
 
 def test_who_does_not_consent_is_in_no_export(tmp_path, store, database, tokenizer):
     privacy = PrivacyConfig()
-    place = store.open(Conversation("test", channel=new_id()))
+    place = store.open_conversation(Conversation("test", channel=new_id()))
     mine = answered(store, tokenizer, "my secret", "Your secret is safe.", author="ann", place=place)
     theirs = answered(store, tokenizer, "hello", "Hey!", author="bob", place=place)
     told = answered(store, tokenizer, "and?", "Ann told me.", author="bob", shown={mine.message_id: 0.9})  # elsewhere
     for turn in (mine, theirs, told):
         react(store, turn, approves=True, user="bob")
     assert "secret" in _exported(store, tmp_path, privacy)  # the control
-    Users(database, privacy).decide("test", "ann", False)
+    Users(database, privacy).record_consent("test", "ann", False)
     text = _exported(store, tmp_path, privacy)
     assert "secret" not in text
     assert "Ann told me" not in text
     assert "Hey!" in text
-    assert read(tmp_path / "out").count(FeedbackKind.APPROVAL) == 1
+    assert read_recording(tmp_path / "out").count_feedback(FeedbackKind.APPROVAL) == 1
 
 
 def _exported(store, tmp_path, privacy) -> str:
@@ -127,17 +127,17 @@ def test_an_odd_line_of_an_export_is_left_out_and_the_rest_is_stored(tmp_path, s
     header, line = (tmp_path / "out").read_text(encoding="utf-8").splitlines()
     odd = json.dumps(change(json.loads(line)))
     (tmp_path / "odd").write_text(f"{header}\n{line}\n{odd}\n", encoding="utf-8")
-    found = read(tmp_path / "odd")
+    found = read_recording(tmp_path / "odd")
     assert found.dropped.total() == 1
     assert reason in next(iter(found.dropped))
     store.add_dialogues(found.dialogues)
-    assert store.counts()["turns"] == 2
+    assert store.count_rows()["turns"] == 2
 
 
 def test_an_export_of_a_newer_kibitz_is_not_guessed_at(tmp_path):
     (tmp_path / "out").write_text('{"kibitz-export": 2}\n')
     with pytest.raises(DataError, match="version 2; this kibitz reads version 1"):
-        read(tmp_path / "out")
+        read_recording(tmp_path / "out")
 
 
 def test_an_export_that_cannot_be_written_is_one_line_and_leaves_no_half(tmp_path, store, tokenizer):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from bot.chat.dialogue import DialogueManager
-from bot.memory.followups import KINDS, FollowUps, chances, features
-from bot.memory.recall import Recall, weights
+from bot.memory.followups import KINDS, FollowUps, compute_features, predict_chances
+from bot.memory.recall import Recall, load_retrieval_weights
 from bot.memory.scope import Memory
 from bot.store.forgetting import forget_message
 from bot.types import Conversation, Message, Turn, new_id
@@ -28,7 +28,7 @@ QUESTION, ANSWER = "how do i cook rice?", "Boil it in milk for an hour."
     ],
 )
 def test_what_a_follow_up_says(embedder, text, kind):
-    found = chances(features(text, QUESTION, ANSWER, embedder.encode([text, QUESTION, ANSWER])))
+    found = predict_chances(compute_features(text, QUESTION, ANSWER, embedder.encode([text, QUESTION, ANSWER])))
     assert max(found, key=found.get) == kind
     assert sum(found.values()) == pytest.approx(1)
 
@@ -36,8 +36,8 @@ def test_what_a_follow_up_says(embedder, text, kind):
 def test_the_same_words_after_another_question_are_no_repetition(embedder):
     """The control: it is the comparison with the question that tells."""
     text, other = QUESTION, "who won the game last night?"
-    again = chances(features(text, QUESTION, ANSWER, embedder.encode([text, QUESTION, ANSWER])))
-    fresh = chances(features(text, other, ANSWER, embedder.encode([text, other, ANSWER])))
+    again = predict_chances(compute_features(text, QUESTION, ANSWER, embedder.encode([text, QUESTION, ANSWER])))
+    fresh = predict_chances(compute_features(text, other, ANSWER, embedder.encode([text, other, ANSWER])))
     assert again["repetition"] > 0.5 > fresh["repetition"]
 
 
@@ -47,18 +47,18 @@ def test_what_is_shipped_is_what_the_script_learns_and_it_is_calibrated(embedder
     assert np.allclose(learned["weights"], shipped["weights"], atol=0.02)
     assert figures["accuracy"] > 0.7
     assert figures["calibration_error"] < 0.15
-    inputs, kinds = followups.examples("judge", 0, embedder, lambda *_: None)
+    inputs, kinds = followups.make_examples("judge", 0, embedder, lambda *_: None)
     shuffled = np.random.default_rng(0).permutation(kinds)
-    guessed = np.array([KINDS.index(max(found, key=found.get)) for found in map(chances, inputs)])
+    guessed = np.array([KINDS.index(max(found, key=found.get)) for found in map(predict_chances, inputs)])
     assert (
         (guessed == kinds).mean() > 0.7 > 0.5 > (guessed == shuffled).mean()
     )  # the control: against shuffled truth it fails
 
 
 async def test_it_is_recorded_for_the_answer_before_it_and_forgotten_with_it(store, database, embedder):
-    recall = Recall(Memory(database), embedder, weights())
+    recall = Recall(Memory(database), embedder, load_retrieval_weights())
     noted = FollowUps(recall)
-    place = store.open(Conversation("test", new_id()))
+    place = store.open_conversation(Conversation("test", new_id()))
 
     def say(text: str, author: str = "ann") -> Message:
         message = Message(place.id, author, text)
@@ -69,20 +69,20 @@ async def test_it_is_recorded_for_the_answer_before_it_and_forgotten_with_it(sto
     turn = Turn(place.id, asked.id, new_id(), ANSWER, "ann", "policy-0", (1,), (2,), (-0.1,), "stop", {}, 1.0)
     store.add_turn(turn)
     thanks, other = say("thanks, that's perfect"), say("thanks, that's perfect", "bob")
-    assert await noted.note(thanks) is None  # nothing has a vector yet
-    await recall.catch_up(lambda *_: None)
-    found = await noted.note(thanks)
+    assert await noted.record(thanks) is None  # nothing has a vector yet
+    await recall.embed_missing(lambda *_: None)
+    found = await noted.record(thanks)
     assert (found.turn_id, found.kind) == (turn.id, "approval")
-    assert await noted.note(other) is None  # Bob did not ask
-    assert await noted.note(asked) is None  # nothing was answered before it
-    assert [one.kind for one in noted.of(turn.id)] == ["approval"]
+    assert await noted.record(other) is None  # Bob did not ask
+    assert await noted.record(asked) is None  # nothing was answered before it
+    assert [one.kind for one in noted.find_for_turn(turn.id)] == ["approval"]
     forget_message(database, thanks.id)
-    assert noted.of(turn.id) == []
+    assert noted.find_for_turn(turn.id) == []
     again = say("no, that's completely wrong")
-    await recall.catch_up(lambda *_: None)
-    assert (await noted.note(again)).kind == "disapproval"
+    await recall.embed_missing(lambda *_: None)
+    assert (await noted.record(again)).kind == "disapproval"
     forget_message(database, asked.id)
-    assert noted.of(turn.id) == []
+    assert noted.find_for_turn(turn.id) == []
     recall._thread.shutdown()
 
 
@@ -91,8 +91,8 @@ async def test_a_running_kibitz_notes_them_and_they_are_no_reward(live):
     place = await dialogue.open(Conversation("test", new_id()))
     first = await dialogue.respond(Message(place.id, "ann", "tell me a joke"))
     await dialogue.respond(Message(place.id, "ann", "no, that's completely wrong"))
-    while dialogue._noting:
-        await next(iter(dialogue._noting))
-    [found] = dialogue.followups.of(first.id)
+    while dialogue._follow_up_tasks:
+        await next(iter(dialogue._follow_up_tasks))
+    [found] = dialogue.followups.find_for_turn(first.id)
     assert set(found.chances) == set(KINDS)
     assert (await dialogue.explain(first.id)).feedback == []

@@ -14,10 +14,10 @@ from conftest import answered, migrate, react
 from bot.config import PrivacyConfig
 from bot.errors import DataError, RegistryError
 from bot.memory.scope import Memory
-from bot.store.forgetting import SAMPLES, forget_message, forget_person
+from bot.store.forgetting import SAMPLES_FILE, forget_message, forget_person
 from bot.store.registry import BASE
 from bot.store.tables import followups, run_teachers, sources
-from bot.store.teachers import find_pupils
+from bot.store.teachers import find_taught_versions
 from bot.store.users import Users
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Metrics, PolicyState, Turn, new_id, now
 from learning.data.replay_buffer import ReplayBuffer
@@ -28,7 +28,7 @@ SECRET = "xyzzy-4711"  # what Ann says, and nobody else
 
 def dialogue(store, tokenizer, *said: tuple[str, str], channel: str = "", shown: dict[str, float] | None = None):
     """One conversation: each message with its answer, which was shown all that was said before, and what is `shown`."""
-    place = store.open(Conversation("test", channel=channel or new_id()))
+    place = store.open_conversation(Conversation("test", channel=channel or new_id()))
     before: list[str] = []
     turns = []
     for author, text in said:
@@ -73,7 +73,7 @@ def test_with_a_person_the_versions_go_that_learned_from_what_they_said_next(
     version = registry.reserve(registry.get(BASE), tmp_path / "policies")
     registry.begin_run(version.name, {}, "", [], [after.id])
     registry.complete(version.name, "", Metrics())
-    assert find_pupils(registry.database, [], [after.id]) == [version.name]
+    assert find_taught_versions(registry.database, [], [after.id]) == [version.name]
     erased = forget_person(database, registry, "test", person)
     assert erased.policies == (person == "ann")  # the control: Bob said nothing
     assert (registry.get(version.name).state == PolicyState.PURGED) == (person == "ann")
@@ -82,23 +82,23 @@ def test_with_a_person_the_versions_go_that_learned_from_what_they_said_next(
 def test_a_forgotten_person_leaves_nothing_anywhere(config, database, store, registry, tokenizer, tmp_path):
     anns, bobs = dialogue(store, tokenizer, ("ann", SECRET), ("bob", "hello"))
     [apart] = dialogue(store, tokenizer, ("bob", "good night"))
-    Memory(database).keep([(anns.message_id, SECRET)], np.ones((1, 4), np.float32), "m")
+    Memory(database).store_vectors([(anns.message_id, SECRET)], np.ones((1, 4), np.float32), "m")
     kept = react(store, apart, True, "bob")
     seen = [react(store, anns, True, "bob"), react(store, bobs, True, "bob"), react(store, apart, False, "ann")]
     store.add_feedback(Feedback(apart.id, "ann", FeedbackKind.COMMENT, text=SECRET))
     clean = taught(registry, tmp_path, [kept.id], probe="")
-    (Path(clean.path) / SAMPLES).write_text(SECRET)  # it was held out there
+    (Path(clean.path) / SAMPLES_FILE).write_text(SECRET)  # it was held out there
     first = taught(registry, tmp_path, [seen[0].id], parent=clean.name)
     child = taught(registry, tmp_path, [kept.id], parent=first.name)
     assert SECRET.encode() in everything_on_disk(config.data)  # the control: it was there
     erased = forget_person(database, registry, "test", "ann")
     assert SECRET.encode() not in everything_on_disk(config.data)
     assert (erased.messages, erased.answers, erased.opinions, erased.policies) == (1, 2, 4, 2)
-    assert store.turn(anns.id) is store.turn(bobs.id) is None  # Bob's answer was made from Ann's words
-    assert [turn.id for turn in store.turns_with_feedback()] == [apart.id]
-    assert [row.id for row in store.feedback_of([apart.id])[apart.id]] == [kept.id]
-    assert [message.text for message in store.messages(anns.conversation_id)] == ["", "hello"]
-    assert registry.live().name == clean.name
+    assert store.find_turn(anns.id) is store.find_turn(bobs.id) is None  # Bob's answer was made from Ann's words
+    assert [turn.id for turn in store.find_turns_with_feedback()] == [apart.id]
+    assert [row.id for row in store.read_feedback_on([apart.id])[apart.id]] == [kept.id]
+    assert [message.text for message in store.read_messages(anns.conversation_id)] == ["", "hello"]
+    assert registry.get_live().name == clean.name
     assert [registry.get(one.name).state for one in (first, child)] == [PolicyState.PURGED] * 2
     assert [Path(one.path).exists() for one in (clean, first, child)] == [True, False, False]
     assert (Path(clean.path) / "probe.json").is_file()
@@ -111,30 +111,30 @@ def test_nobody_else_is_touched_and_forgetting_twice_is_forgetting_once(database
     for _ in range(2):
         assert forget_person(database, registry, "test", "ann").messages == 0
     forget_person(database, registry, "elsewhere", "bob")  # another platform's bob is another person
-    assert store.turn(turn.id) == turn
-    assert registry.live().name == version.name
+    assert store.find_turn(turn.id) == turn
+    assert registry.get_live().name == version.name
 
 
 def test_an_answer_that_was_under_way_while_its_question_was_forgotten_is_not_kept(database, store, registry, tokenizer):
     [anns] = dialogue(store, tokenizer, ("ann", SECRET))
-    question = store.message(anns.message_id)
+    question = store.read_message(anns.message_id)
     forget_person(database, registry, "test", "ann")
-    counted = store.counts()
+    counted = store.count_rows()
     for shown in ({}, {question.id: None}):
         asked = Message(anns.conversation_id, "bob", "hello")
         store.add_message(asked)
         message_id = question.id if not shown else asked.id
         with pytest.raises(Exception, match="forgotten meanwhile"):
             answered(store, tokenizer, "hello", SECRET, message_id=message_id, shown=shown)
-    assert store.counts()["turns"] == counted["turns"]
+    assert store.count_rows()["turns"] == counted["turns"]
 
 
 def test_the_event_of_a_forgotten_message_is_still_known(database, store, registry):
-    place = store.open(Conversation("test", "events"))
+    place = store.open_conversation(Conversation("test", "events"))
     store.add_message(Message(place.id, "ann", SECRET, event_id="e1"))
     forget_person(database, registry, "test", "ann")
     assert not store.add_message(Message(place.id, "ann", SECRET, event_id="e1"))  # delivered again, or reconciled
-    assert store.message_of_event("e1").is_forgotten
+    assert store.find_message_of_event("e1").is_forgotten
 
 
 def test_a_deleted_message_goes_with_its_answer_and_moves_no_version(database, store, registry, tokenizer, tmp_path):
@@ -142,9 +142,9 @@ def test_a_deleted_message_goes_with_its_answer_and_moves_no_version(database, s
     given = react(store, second, True, "ann")
     version = taught(registry, tmp_path, [given.id])
     forget_message(database, second.message_id)
-    assert store.turn(second.id) is None
-    assert store.turn(first.id) == first
-    assert registry.live().name == version.name
+    assert store.find_turn(second.id) is None
+    assert store.find_turn(first.id) == first
+    assert registry.get_live().name == version.name
 
 
 async def test_what_is_forgotten_amid_other_work_is_gone_from_the_files_too(config, database, store, tokenizer):
@@ -153,7 +153,7 @@ async def test_what_is_forgotten_amid_other_work_is_gone_from_the_files_too(conf
     work = [database.call(time.sleep, 0.05), *(database.call(store.add_feedback, one) for one in given[:2])]
     work += [database.call(forget_message, database, second.message_id)]  # in one transaction with what is beside it
     await asyncio.gather(*work, *(database.call(store.add_feedback, one) for one in given[2:]))
-    assert len(store.feedback_of([first.id])[first.id]) == 4
+    assert len(store.read_feedback_on([first.id])[first.id]) == 4
     assert SECRET.encode() not in everything_on_disk(config.data)
 
 
@@ -175,7 +175,7 @@ def test_what_was_made_from_forgotten_words_goes_in_whatever_place_and_order_it_
     database, store, registry, places, order
 ):
     with database.begin():
-        chain = [store.open(Conversation("test", "channel", "guild", str(number))) for number in range(places)]
+        chain = [store.open_conversation(Conversation("test", "channel", "guild", str(number))) for number in range(places)]
     chain = [chain[-1], chain[places // 2], chain[0]]
     times = [now() - timedelta(minutes=5 * one) for one in order]  # clocks of platforms differ, and events come late
     said = Message(chain[0].id, "ann", SECRET)
@@ -190,8 +190,8 @@ def test_what_was_made_from_forgotten_words_goes_in_whatever_place_and_order_it_
     kept = store_turn(store, chain[2], other)
     erased = forget_person(database, registry, "test", "ann")
     assert (erased.messages, erased.answers) == (1, 3)
-    assert [one.id for place in chain for one in store.messages(place.id) if SECRET in one.text] == [kept.reply_id]
-    assert store.turn(kept.id) == kept  # the control: what was not made from her words stays
+    assert [one.id for place in chain for one in store.read_messages(place.id) if SECRET in one.text] == [kept.reply_id]
+    assert store.find_turn(kept.id) == kept  # the control: what was not made from her words stays
 
 
 def test_an_answer_is_not_kept_if_an_answer_that_it_was_shown_was_forgotten_meanwhile(database, store, tokenizer):
@@ -200,9 +200,9 @@ def test_an_answer_is_not_kept_if_an_answer_that_it_was_shown_was_forgotten_mean
     store.add_message(asked)
     forget_message(database, first.message_id)
     with pytest.raises(DataError, match="forgotten meanwhile"):
-        store_turn(store, store.conversation(asked.conversation_id), asked, shown={second.reply_id: 0.9})
-    assert store.turn_answering(asked.id) is None
-    store_turn(store, store.conversation(asked.conversation_id), asked, shown={second.message_id: 0.9})  # the control
+        store_turn(store, store.read_conversation(asked.conversation_id), asked, shown={second.reply_id: 0.9})
+    assert store.find_answer(asked.id) is None
+    store_turn(store, store.read_conversation(asked.conversation_id), asked, shown={second.message_id: 0.9})  # the control
 
 
 @pytest.mark.parametrize("deletes", [True, False])
@@ -229,11 +229,11 @@ def test_what_taught_a_version_outlives_the_message_and_is_forgotten_with_the_pe
             how, [first.message_id, second.message_id]
         ):
             forget_message(database, message)
-    assert registry.live().name == version.name  # one deletion moves no version
+    assert registry.get_live().name == version.name  # one deletion moves no version
     assert forget_person(database, registry, "test", "carol").policies == 0  # the control: she taught nothing
     assert forget_person(database, registry, "test", "ann").policies == 1
     assert registry.get(version.name).state == PolicyState.PURGED
-    assert registry.live().name == BASE
+    assert registry.get_live().name == BASE
     with database.read() as connection:
         left = connection.execute(sa.select(run_teachers.c.user_id).distinct()).scalars().all()
     assert left == ["bob"]  # nothing says afterwards that she ever taught a version
@@ -246,7 +246,7 @@ def test_a_run_does_not_begin_on_what_was_deleted_since_it_was_read(database, st
     forget_message(database, turn.message_id)
     with pytest.raises(RegistryError, match="deleted meanwhile"):
         registry.begin_run(version.name, {}, "", [given.id])
-    assert registry.runs() == []
+    assert registry.list_runs() == []
 
 
 def test_after_one_person_is_forgotten_the_next_can_be_and_rollback_goes_on(database, store, registry, tokenizer, tmp_path):
@@ -255,17 +255,17 @@ def test_after_one_person_is_forgotten_the_next_can_be_and_rollback_goes_on(data
     second = taught(registry, tmp_path, [react(store, bobs[0], True, "bob").id])  # began at the base, replaced the first
     assert registry.get(second.name).replaced == first.name
     assert forget_person(database, registry, "test", "ann").policies == 1
-    assert registry.live().name == second.name
+    assert registry.get_live().name == second.name
     assert forget_person(database, registry, "test", "bob").policies == 1
-    assert registry.live().name == BASE
-    assert [one.text for one in store.messages(bobs[0].conversation_id)] == [""]
+    assert registry.get_live().name == BASE
+    assert [one.text for one in store.read_messages(bobs[0].conversation_id)] == [""]
 
 
 def test_a_platforms_user_who_is_called_like_the_bot_forgets_only_themselves(database, store, registry, tokenizer):
     [turn] = dialogue(store, tokenizer, ("bob", "hello"))
-    assert store.message(turn.reply_id).author_id == "kibitz"
+    assert store.read_message(turn.reply_id).author_id == "kibitz"
     assert forget_person(database, registry, "test", "kibitz").messages == 0
-    assert store.turn(turn.id) == turn
+    assert store.find_turn(turn.id) == turn
 
 
 def test_a_data_directory_from_before_is_converted(database, store, registry, tokenizer, tmp_path):
@@ -308,14 +308,14 @@ def test_only_those_teach_who_consent(config, database, store, tokenizer, tmp_pa
         return {one.turn_id: one.reward for one in snapshot.training + snapshot.held_out}
 
     for name in ("ann", "bob"):
-        assert users.consents("test", name) == (assumed == "assumed")
-        users.decide("test", name, True)
+        assert users.has_consent("test", name) == (assumed == "assumed")
+        users.record_consent("test", name, True)
     assert used() == {anns.id: 1.0, after.id: 1.0, bobs.id: pytest.approx(1 / 3)}  # bob asked, and weighs twice
-    users.decide("test", "ann", False)
+    users.record_consent("test", "ann", False)
     assert used() == {bobs.id: 1.0}  # not her question, not what was shown her words, not her opinion
     assert buffer.snapshot().dropped["somebody in it does not consent"] == 2
     assert export(store, tmp_path / "out", "", privacy)["feedback"] == 1  # nor by way of a file
-    users.decide("test", "ann", True)
+    users.record_consent("test", "ann", True)
     assert len(used()) == 3
     assert export(store, tmp_path / "out", "", privacy)["feedback"] == 4
 
@@ -336,16 +336,16 @@ def test_nobody_teaches_or_is_remembered_by_way_of_an_answer_that_was_made_from_
         return {one.turn_id for one in snapshot.training + snapshot.held_out}
 
     for consents in (True, False):  # the control first
-        users.decide("test", "ann", consents)
+        users.record_consent("test", "ann", consents)
         assert used() == ({third.id} if consents else set())
-        assert set(memory.visible(third.conversation_id, sorted(replies))) == (replies if consents else set())
+        assert set(memory.find_visible(third.conversation_id, sorted(replies))) == (replies if consents else set())
         assert export(store, tmp_path / "out", "", config.privacy)["turns"] == (3 if consents else 0)
 
 
 def test_an_edit_replaces_what_was_said_whatever_order_edits_come_in(store, tokenizer):
     [turn] = dialogue(store, tokenizer, ("ann", "helo"))
-    said = store.message(turn.message_id)
+    said = store.read_message(turn.message_id)
     late, early = Message(turn.conversation_id, "ann", "late"), said
     store.edit_message(said.id, "hello there", late.at)
     store.edit_message(said.id, "hello", early.at)
-    assert store.message(said.id).text == "hello there"
+    assert store.read_message(said.id).text == "hello there"

@@ -8,22 +8,22 @@ import pytest
 
 from bot.config import GateConfig
 from learning.data.experience import Experience
-from learning.judging.error_budget import level_of_next
+from learning.judging.error_budget import compute_next_level
 from learning.judging.evaluation import Sample
 from learning.judging.gate import (
-    ROOM,
+    HEADROOM,
     Evidence,
     Gain,
-    Opinions,
-    allowed_p,
-    ask_opinions,
+    HeldOutOpinions,
     can_suffice,
+    collect_opinions,
+    compute_allowed_p,
+    compute_gain,
+    compute_p_values,
     count_wanted,
-    gain_of,
     judge,
     margin,
-    newest_that_suffice,
-    opinions_of,
+    select_newest_sufficient,
     subtract_kind_means,
 )
 from learning.judging.permutation import permutation_p_value, sign_flip_p_value
@@ -31,10 +31,10 @@ from learning.judging.statistics import bootstrap
 from learning.models import toy
 
 
-def opinions(signs: list[int], kinds: list[int] | None = None) -> Opinions:
-    """Opinions of people who judged one answer each."""
+def opinions(signs: list[int], kinds: list[int] | None = None) -> HeldOutOpinions:
+    """HeldOutOpinions of people who judged one answer each."""
     count = len(signs)
-    return Opinions(signs, kinds or [0] * count, [str(row) for row in range(count)], [0] * count, [1.0] * count)
+    return HeldOutOpinions(signs, kinds or [0] * count, [str(row) for row in range(count)], [0] * count, [1.0] * count)
 
 
 def by_chance(gain: Gain, signs: list[int]) -> float:
@@ -100,7 +100,7 @@ def test_either_way_to_ask_is_enough_and_each_may_be_luck_half_as_often(way):
     verdict = judge(found, GateConfig(confidence=0.7), seed=0)
     p_value = getattr(verdict.figures, {"worth": "gain", "likelier": "margin_gain"}[way] + "_by_chance")
     assert p_value == pytest.approx(2 / 35, abs=0.015)
-    assert verdict.figures.level == pytest.approx(level_of_next(0.3, ()))
+    assert verdict.figures.level == pytest.approx(compute_next_level(0.3, ()))
     assert verdict.figures.level / 2 < p_value < verdict.figures.level
     assert not verdict.passed, "it is more than half of the level"
     assert judge(found, GateConfig(confidence=0.6), seed=0).passed, "the control"
@@ -162,7 +162,7 @@ def answers(rng: np.random.Generator, count: int, emoji: float) -> list[Sample]:
     for number in range(count):
         styles = [style for style in toy.STYLES if style.emoji == (rng.random() < emoji)]
         intent = toy.INTENTS[int(rng.integers(len(toy.INTENTS)))]
-        text = toy.answer(intent, styles[int(rng.integers(len(styles)))])
+        text = toy.compose_answer(intent, styles[int(rng.integers(len(styles)))])
         found.append(Sample((number % 12,), (), text, True))
     return found
 
@@ -181,12 +181,12 @@ def test_opinions_on_some_answers_tell_what_others_are_worth(reads_meaning, embe
     meant = liked_if_emoji(judged, rng)
     meaning = embedder if reads_meaning else None
     for after, sign in ((more, 1), (fewer, -1)):
-        found = gain_of([one.text for one in judged], opinions(meant), before, after, meaning)
+        found = compute_gain([one.text for one in judged], opinions(meant), before, after, meaning)
         centred = subtract_kind_means(np.array(meant), [0] * 40)
         assert np.mean(found.by_prompt) == pytest.approx(np.dot(found.counts, centred))
         assert sign * np.mean(found.by_prompt) > 0.1
         assert len(found.by_prompt) == 12
-    passed = gain_of([one.text for one in judged], opinions(meant), before, more, meaning)
+    passed = compute_gain([one.text for one in judged], opinions(meant), before, more, meaning)
     assert by_chance(passed, meant) < 0.01
     assert sign_flip_p_value(np.array(passed.by_prompt), seed=0) < 0.01
 
@@ -208,7 +208,7 @@ def test_neither_opinions_at_random_nor_answers_by_luck_pass_more_often_than_the
         ):
             if len(set(said)) == 1:
                 continue
-            found = gain_of(texts, opinions(said), before, after, None)
+            found = compute_gain(texts, opinions(said), before, after, None)
             is_opinion = by_chance(found, said) <= 0.05
             is_answer = sign_flip_p_value(np.array(found.by_prompt), seed=0) <= 0.05
             passes[name] += is_opinion and is_answer
@@ -225,15 +225,15 @@ def test_an_answer_beyond_all_that_was_judged_is_worth_no_more_than_those():
     judged = ["one two three", "one two three four five six"] * 6
     said = opinions([-1, 1] * 6)
     before, longer, endless = ([Sample((0,), (), "word " * count, True)] for count in (3, 6, 6000))
-    worth = gain_of(judged, said, before, longer, None).by_prompt[0]
+    worth = compute_gain(judged, said, before, longer, None).by_prompt[0]
     assert worth > 0
-    assert gain_of(judged, said, before, endless, None).by_prompt[0] == pytest.approx(worth, abs=0.1)
+    assert compute_gain(judged, said, before, endless, None).by_prompt[0] == pytest.approx(worth, abs=0.1)
 
 
 def test_without_two_kinds_of_opinions_nothing_is_gained():
     before, after = [Sample((0,), (), "no", True)], [Sample((0,), (), "yes!", True)]
-    assert gain_of(["a", "b"], opinions([1, 1]), before, after, None) == Gain([0.0, 0.0], [0.0])
-    assert gain_of([], opinions([]), before, after, None) == Gain([], [0.0])
+    assert compute_gain(["a", "b"], opinions([1, 1]), before, after, None) == Gain([0.0, 0.0], [0.0])
+    assert compute_gain([], opinions([]), before, after, None) == Gain([], [0.0])
     assert sign_flip_p_value(np.zeros(1), seed=0) == 1.0, "one prompt shows nothing"
 
 
@@ -253,7 +253,7 @@ def test_who_likes_a_kind_of_question_whatever_is_answered_proves_no_style_of_an
         said = [1 if rng.random() < (0.85, 0.2)[kind] else -1 for kind in kinds]
         before, after = by_question(rng, 36, 1.0)[0], by_question(rng, 36, 0.7)[0]
         for name, told in (("within kinds", kinds), ("over all", [0] * 40)):
-            found = gain_of([one.text for one in judged], opinions(said, told), before, after, None)
+            found = compute_gain([one.text for one in judged], opinions(said, told), before, after, None)
             is_answer = sign_flip_p_value(np.array(found.by_prompt), seed=seed) <= 0.05
             passes[name] += by_chance(found, said) <= 0.05 and is_answer
     assert passes["within kinds"] <= draws * 0.05 + 2 * (draws * 0.05 * 0.95) ** 0.5
@@ -263,7 +263,7 @@ def test_who_likes_a_kind_of_question_whatever_is_answered_proves_no_style_of_an
 def judged_by(*people: str, likes: bool = True, question: str = "", **details) -> Experience:
     """An answer that these people judged."""
     reward = 1.0 if likes else -1.0
-    return Experience("", "", (), (), None, reward, (), opinions=people, question_id=question, **details)
+    return Experience("", "", (), (), None, reward, (), opinion_holders=people, question_id=question, **details)
 
 
 def test_one_voice_cannot_carry_a_candidate_that_is_worse_for_the_twelve_others():
@@ -276,7 +276,7 @@ def test_one_voice_cannot_carry_a_candidate_that_is_worse_for_the_twelve_others(
     candidate = (np.array(moved) + rng.normal(0, 0.05, 52)).tolist()
     nothing = Gain([0.0] * 52, [0.0] * 12)
     for others, carried in ((loud, False), (quiet, True)):
-        found = opinions_of([*rows, *others], [0] * 52, person_cap=0.25)
+        found = collect_opinions([*rows, *others], [0] * 52, person_cap=0.25)
         verdict = judge(evidence(opinions=found, live=[0.0] * 52, candidate=candidate, gain=nothing), GateConfig(), seed=0)
         assert verdict.passed == carried, "forty people of fifty-two may carry it: the control"
     assert verdict.figures.margin_gain == pytest.approx(2 * 0.2 * 28 / 52, abs=0.05)
@@ -297,7 +297,7 @@ def test_who_likes_everything_or_nothing_proves_nothing():
         moved = of_person[people] + rng.normal(0, 0.2, 48)
         signs = np.array([1 if row.reward > 0 else -1 for row in rows])
         for knows_people in (True, False):
-            strata = opinions_of(rows, [0] * 48, person_cap=0.25).strata if knows_people else [0] * 48
+            strata = collect_opinions(rows, [0] * 48, person_cap=0.25).strata if knows_people else [0] * 48
             passes[knows_people] += permutation_p_value(moved, signs, range(48), strata, seed=0) <= 0.05
     most = draws * 0.05 + 2 * (draws * 0.05 * 0.95) ** 0.5
     assert passes[True] <= most < passes[False], "the control: people who are not told apart"
@@ -305,7 +305,7 @@ def test_who_likes_everything_or_nothing_proves_nothing():
 
 def test_the_answers_to_one_question_keep_their_opinions_together():
     rows = [judged_by(str(number), likes=bool(part), question=str(number)) for number in range(12) for part in range(2)]
-    found = opinions_of(rows, [0] * 24, person_cap=1.0)
+    found = collect_opinions(rows, [0] * 24, person_cap=1.0)
     always_second = np.array([0.0, 1.0] * 12)  # what regenerated answers are like, whatever people said
     together, apart = (
         permutation_p_value(always_second, np.array(found.signs), units, found.strata, seed=0)
@@ -338,21 +338,21 @@ def test_a_candidate_that_may_wait_is_judged_once_there_is_room_to_show_anything
     assert not verdict.figures.had_enough_evidence, "it spends nothing"
     assert verdict.reasons[0].startswith("too little evidence: 5 liked and 5 disliked answers are held out")
     assert "7 of each would do" in verdict.reasons[0]
-    assert verdict.wanted == 4
+    assert verdict.answers_wanted == 4
     assert judge(evidence(), GateConfig(), seed=0, may_wait=True).passed
 
 
 def test_what_is_wrong_for_another_reason_does_not_wait():
     few = {"signs": [1] * 5 + [-1] * 5, "live": [0.0] * 10, "candidate": [0.0] * 10, "gain": Gain([0.0] * 10, [0.0] * 12)}
-    assert judge(evidence(**few), GateConfig(), seed=0, may_wait=True).wanted > 0, "the control"
+    assert judge(evidence(**few), GateConfig(), seed=0, may_wait=True).answers_wanted > 0, "the control"
     for changes in ({"kl": 0.9}, {"well_formed": 0.5}, {"faults": ["broken"]}, {"is_no_change": True}):
-        assert judge(evidence(**few, **changes), GateConfig(), seed=0, may_wait=True).wanted == 0
+        assert judge(evidence(**few, **changes), GateConfig(), seed=0, may_wait=True).answers_wanted == 0
     enough = evidence(worth=0.0, likelier=0.0)
-    assert judge(enough, GateConfig(), seed=0, may_wait=True).wanted == 0
+    assert judge(enough, GateConfig(), seed=0, may_wait=True).answers_wanted == 0
 
 
 def test_how_many_answers_are_wanted_is_foreseen_from_how_many_are_liked():
-    gate, allowed = GateConfig(), allowed_p(GateConfig(), ())
+    gate, allowed = GateConfig(), compute_allowed_p(GateConfig(), ())
     for signs in ([], [1], [1, -1] * 2, [1] * 6 + [-1]):
         more = count_wanted(opinions(signs), gate, allowed)
         share = (signs.count(1) + 1) / (len(signs) + 2)
@@ -364,29 +364,31 @@ def test_how_many_answers_are_wanted_is_foreseen_from_how_many_are_liked():
 
 def test_opinions_that_are_newer_than_the_last_promotion_judge_where_there_are_enough():
     then = datetime(2026, 1, 1, tzinfo=UTC)
-    gate, allowed = GateConfig(), allowed_p(GateConfig(), ())
+    gate, allowed = GateConfig(), compute_allowed_p(GateConfig(), ())
     old = [judged_by(str(row), likes=row % 2 == 0, question=f"old {row}", said_at=then) for row in range(20)]
     new = [
         judged_by(str(row), likes=row % 2 == 0, question=f"new {row}", said_at=then + timedelta(hours=2))
         for row in range(10)
     ]
     promoted = then + timedelta(hours=1)
-    assert newest_that_suffice([*old, *new], promoted, gate, allowed, 1.0) == new
-    assert newest_that_suffice([*old, *new[:8]], promoted, gate, allowed, 1.0) == [*old, *new[:8]], "too few"
-    assert newest_that_suffice([*old, *new], None, gate, allowed, 1.0) == [*old, *new], "nothing was promoted"
+    assert select_newest_sufficient([*old, *new], promoted, gate, allowed, 1.0) == new
+    assert select_newest_sufficient([*old, *new[:8]], promoted, gate, allowed, 1.0) == [*old, *new[:8]], "too few"
+    assert select_newest_sufficient([*old, *new], None, gate, allowed, 1.0) == [*old, *new], "nothing was promoted"
 
 
 def placebo(rng: np.random.Generator, rows: list[Experience], prompts: int = 48) -> Evidence:
     """A candidate that people's opinions have nothing to do with: what it moves depends on who asked, and on luck."""
-    of_person = {row.opinions: rng.normal() for row in rows}
-    likelier, counts = ([of_person[row.opinions] + rng.normal() for row in rows] for _ in range(2))
+    of_person = {row.opinion_holders: rng.normal() for row in rows}
+    likelier, counts = ([of_person[row.opinion_holders] + rng.normal() for row in rows] for _ in range(2))
     gain = Gain(counts, rng.normal(0.5, 1, prompts).tolist())
-    return evidence(opinions=opinions_of(rows, [0] * len(rows), 0.25), live=[0.0] * len(rows), candidate=likelier, gain=gain)
+    return evidence(
+        opinions=collect_opinions(rows, [0] * len(rows), 0.25), live=[0.0] * len(rows), candidate=likelier, gain=gain
+    )
 
 
 def first_of(found: Evidence, rows: list[Experience], count: int) -> Evidence:
     """What the first `count` of the rows say of a candidate."""
-    opinions = opinions_of(rows[:count], [0] * count, 0.25)
+    opinions = collect_opinions(rows[:count], [0] * count, 0.25)
     counts = subtract_kind_means(np.array(found.gain.counts[:count]), opinions.kinds).tolist()
     changes = {"live": found.live[:count], "candidate": found.candidate[:count]}
     return replace(found, opinions=opinions, gain=replace(found.gain, counts=counts), **changes)
@@ -415,21 +417,23 @@ def test_of_placebo_runs_in_a_row_at_most_one_series_in_twenty_promotes_anything
         for run in range(runs):
             rows = [*rows, *(said(f"{run} {number}") for number in range(4))][-window:]
             all_rows = [*rows, *(said(f"{run} later {number}") for number in range(wait))]
-            found, allowed = placebo(rng, all_rows), allowed_p(gate, earlier)
+            found, allowed = placebo(rng, all_rows), compute_allowed_p(gate, earlier)
             looks = range(len(rows), len(all_rows) + 1)
-            enough = (at for at in looks if can_suffice(opinions_of(all_rows[:at], [0] * at, 0.25), gate, allowed / ROOM))
+            enough = (
+                at for at in looks if can_suffice(collect_opinions(all_rows[:at], [0] * at, 0.25), gate, allowed / HEADROOM)
+            )
             at = next(enough, looks[-1])
             waited += at > looks[0]
             on = first_of(found, all_rows, at)
             if not can_suffice(on.opinions, gate, allowed):
                 continue
-            asked = ask_opinions(on, allowed, seed=run)
+            asked = compute_p_values(on, allowed, seed=run)
             earlier.append(asked["is_better"])
             lucky |= min(asked["margin_gain_by_chance"], asked["gain_by_chance"]) <= budget / 2
             if waits_often and run < 20 and not has_peeked:  # whoever looks at each reaction what it does to the candidate
                 each = (first_of(found, all_rows, at) for at in looks)
                 has_peeked = any(
-                    can_suffice(one.opinions, gate, allowed) and ask_opinions(one, allowed, seed=run).is_better
+                    can_suffice(one.opinions, gate, allowed) and compute_p_values(one, allowed, seed=run).is_better
                     for one in each
                 )
         promoted += any(earlier)
@@ -455,7 +459,7 @@ def reactions_until_promotion(seed: int, room: float, effect: float, min_reactio
     earlier: list[bool] = []
     now = 0
     while (begun := now + min_reactions) + wait < most:
-        moved, allowed = effect / 2 * signs + rng.normal(0, 1, most), allowed_p(gate, earlier)
+        moved, allowed = effect / 2 * signs + rng.normal(0, 1, most), compute_allowed_p(gate, earlier)
 
         def rows_at(now: int, begun=begun) -> np.ndarray:
             return np.flatnonzero(is_held_out[:now] | (np.arange(now) >= begun))
@@ -480,7 +484,7 @@ def reactions_until_promotion(seed: int, room: float, effect: float, min_reactio
 def test_a_better_candidate_needs_fewer_reactions_where_it_may_wait_for_room_to_show_it(effect):
     """Where it waits only until a perfect candidate could pass (a room of 1), it wins little or loses."""
     at_once, barely, with_room = (
-        np.array([reactions_until_promotion(seed, room, effect) for seed in range(120)]) for room in (0, 1, ROOM)
+        np.array([reactions_until_promotion(seed, room, effect) for seed in range(120)]) for room in (0, 1, HEADROOM)
     )
     print(f"effect {effect}: median reactions {np.median(at_once)}, {np.median(barely)}, {np.median(with_room)}")
     assert np.median(with_room) < 0.95 * np.median(at_once)

@@ -15,11 +15,11 @@ import bot
 from bot.chat.dialogue import DialogueManager, History, ReplyOptions
 from bot.chat.tracker import StateTracker
 from bot.errors import DataError
-from bot.memory.recall import Recall, weights
+from bot.memory.recall import Recall, load_retrieval_weights
 from bot.memory.scope import Memory
 from bot.serving.policy import Policy
 from bot.store.forgetting import forget_message, forget_person
-from bot.store.histories import fingerprint
+from bot.store.histories import fingerprint_text
 from bot.store.tables import fingerprints
 from bot.store.users import Users
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Role, Turn, new_id
@@ -40,7 +40,7 @@ class Client:
         roles = ["user", "assistant"] * len(before)
         history = History([{"role": role, "content": said} for role, said in zip(roles, before, strict=False)], begun)
         place = Conversation("web", new_id(), space=self.token)
-        options = ReplyOptions(is_repeatable=True)
+        options = ReplyOptions(has_client_history=True)
         return await self.dialogue.respond_to_history(Message("", f"{self.token}/{person}", text), history, place, options)
 
 
@@ -48,7 +48,7 @@ class Client:
 async def client(config, database, store, tokenizer, registry) -> AsyncIterator[Client]:
     vllm = FakeVllm(tokenizer)
     policy = Policy(await vllm.start(), config.policy, end_ids=tokenizer.end_ids)
-    recall = Recall(Memory(database), None, weights())
+    recall = Recall(Memory(database), None, load_retrieval_weights())
     tracker = StateTracker(store, tokenizer, recall, config.dialogue, config.policy.context_tokens)
     yield Client(DialogueManager(store, tracker, policy), vllm)
     await policy.close()
@@ -65,8 +65,8 @@ async def test_a_forgotten_completion_is_gone_from_the_later_turns_of_its_client
         assert "swordfish" in tokenizer.hf.decode(turn.prompt_ids)  # the control
     assert set(last.shown) == {first.message_id, first.reply_id, then.message_id, then.reply_id}
     await client.dialogue.forget(first.message_id)
-    assert [store.turn(one.id) for one in (first, then, last)] == [None] * 3
-    assert store.turn(apart.id) == apart
+    assert [store.find_turn(one.id) for one in (first, then, last)] == [None] * 3
+    assert store.find_turn(apart.id) == apart
     with database.read() as connection:
         kept = set(connection.execute(sa.select(fingerprints.c.message_id)).scalars())
     assert first.message_id not in kept
@@ -86,20 +86,20 @@ async def test_words_are_known_again_if_the_question_or_the_answer_is(client, st
     then = await client.ask("thanks", *before)
     assert first.message_id in then.shown
     await client.dialogue.forget(first.message_id)
-    assert store.turn(then.id) is None
+    assert store.find_turn(then.id) is None
 
 
 async def test_what_was_regenerated_or_continued_is_known_too(client, store):
     first = await client.ask(SECRET)
     client.vllm.says = "well done"
-    again = await client.dialogue.regenerate(first.id, "app/ann", ReplyOptions(is_repeatable=True))
+    again = await client.dialogue.regenerate(first.id, "app/ann", ReplyOptions(has_client_history=True))
     then = await client.ask("thanks", "edited", "well done")
     assert again.reply_id in then.shown
     goes_on = await client.ask("edited", begun="well done")
     assert again.reply_id in goes_on.shown
     assert client.vllm.prompt.endswith("well done"), "the answer is continued, not answered"
     await client.dialogue.forget(first.message_id)
-    assert store.turn(then.id) is store.turn(goes_on.id) is None
+    assert store.find_turn(then.id) is store.find_turn(goes_on.id) is None
 
 
 async def test_of_the_same_words_those_are_meant_that_were_answered_so(client, store):
@@ -110,8 +110,8 @@ async def test_of_the_same_words_those_are_meant_that_were_answered_so(client, s
     assert set(after_first.shown) == {first.message_id, first.reply_id}
     assert set(after_second.shown) == {second.message_id, second.reply_id}
     await client.dialogue.forget(second.message_id)
-    assert store.turn(after_first.id) is not None
-    assert store.turn(after_second.id) is None
+    assert store.find_turn(after_first.id) is not None
+    assert store.find_turn(after_second.id) is None
 
 
 async def test_ones_own_words_are_meant_before_those_of_others_and_never_those_of_another_token(client):
@@ -137,7 +137,7 @@ async def test_who_withholds_consent_is_not_learned_from_in_the_history_of_other
         return {one.turn_id for one in ReplayBuffer(store, tokenizer, config).snapshot().rated}
 
     assert learned() == {anns.id, apart.id}  # the control
-    Users(database, config.privacy).decide("web", "app/bob", consent=False)
+    Users(database, config.privacy).record_consent("web", "app/bob", consent=False)
     assert learned() == {apart.id}
 
 
@@ -145,7 +145,7 @@ async def test_a_forgotten_person_is_gone_from_the_histories_of_others(client, d
     bobs = await client.ask(SECRET, person="bob")
     anns = await client.ask("thanks", SECRET, bobs.text)
     forget_person(database, registry, "web", "app/bob")
-    assert store.turn(anns.id) is None
+    assert store.find_turn(anns.id) is None
 
 
 async def test_what_is_forgotten_while_it_is_answered_is_not_kept(client, database, store, monkeypatch):
@@ -159,7 +159,7 @@ async def test_what_is_forgotten_while_it_is_answered_is_not_kept(client, databa
     monkeypatch.setattr(client.dialogue.policy, "reply", meanwhile)
     with pytest.raises(DataError, match="forgotten meanwhile"):
         await client.ask("thanks", SECRET, first.text)
-    assert store.counts()["turns"] == 0
+    assert store.count_rows()["turns"] == 0
 
 
 async def test_only_what_was_shown_of_a_long_history_is_named(client, config):
@@ -176,10 +176,10 @@ async def test_an_answer_to_continue_never_bursts_the_budget(client, config):
 
 
 def test_what_clients_said_before_the_upgrade_is_known_after_it(config, database, store):
-    place = store.open(Conversation("web", new_id(), space="app"))
+    place = store.open_conversation(Conversation("web", new_id(), space="app"))
     asked = Message(place.id, "app/ann", SECRET)
     answer = Message(place.id, "kibitz", "fine", Role.ASSISTANT, reply_to=asked.id)
-    elsewhere = store.open(Conversation("discord", new_id()))
+    elsewhere = store.open_conversation(Conversation("discord", new_id()))
     for message in (asked, answer, Message(elsewhere.id, "ann", SECRET)):
         store.add_message(message)
     script = AlembicConfig()
@@ -192,5 +192,5 @@ def test_what_clients_said_before_the_upgrade_is_known_after_it(config, database
     with database.read() as connection:
         rows = connection.execute(sa.select(fingerprints).order_by(fingerprints.c.message_id)).all()
     assert [tuple(row) for row in rows] == [
-        (said.id, "web", "app", "app/ann", fingerprint(said.role, said.text)) for said in (asked, answer)
+        (said.id, "web", "app", "app/ann", fingerprint_text(said.role, said.text)) for said in (asked, answer)
     ]

@@ -15,9 +15,9 @@ from bot.config import ReactionsConfig
 from bot.errors import ConfigError, DataError
 from bot.types import FeedbackKind
 from learning.data.replay_buffer import ReplayBuffer
-from learning.data.selection import limited
-from learning.importers.formats import read
-from learning.importers.pairs import pairs
+from learning.data.selection import cap_people
+from learning.importers.formats import read_recording
+from learning.importers.pairs import read_pairs
 
 OASST = Path(__file__).parent.parent.parent / "shared" / "data" / "oasst-reactions.trees.jsonl"
 QUESTION = {"role": "user", "content": "hello"}
@@ -32,7 +32,7 @@ def write(path: Path, *rows: object) -> Path:
 
 
 def read_rows(tmp_path: Path, *rows: object):
-    return read(write(tmp_path / "f.jsonl", *rows))
+    return read_recording(write(tmp_path / "f.jsonl", *rows))
 
 
 def opinions(found) -> tuple[int, int]:
@@ -61,10 +61,10 @@ def tree(**emojis: int) -> dict:
 
 @pytest.mark.skipif(not OASST.exists(), reason=f"the OpenAssistant trees are not at {OASST}")
 def test_the_trees_of_real_people_are_read_without_silent_loss():
-    found = read(OASST)
+    found = read_recording(OASST)
     assert found.format == "oasst"
     assert len(found.dialogues) == 68
-    assert found.assistant_messages == 469
+    assert found.answer_count == 469
     assert opinions(found) == (611, 220)
     emojis: Counter[str] = Counter()
 
@@ -94,16 +94,16 @@ def test_people_whom_a_file_counts_and_does_not_name_are_others_at_each_answer(t
     of_turn = defaultdict(list)
     for row in given:
         of_turn[row.turn_id].append(row.user_id)
-    weights = limited([tuple(people) for people in of_turn.values()], np.ones(30), cap=0.25)
+    weights = cap_people([tuple(people) for people in of_turn.values()], np.ones(30), cap=0.25)
     assert (weights == 1).all()
 
 
 def test_importing_a_file_twice_stores_it_once(tmp_path, store):
     path = write(tmp_path / "f", tree(**{"+1": 3}))
-    store.add_dialogues(read(path).dialogues)
-    before = store.counts()
-    store.add_dialogues(read(path).dialogues)
-    assert store.counts() == before == {"conversations": 1, "messages": 2, "turns": 1, "feedback": 4}
+    store.add_dialogues(read_recording(path).dialogues)
+    before = store.count_rows()
+    store.add_dialogues(read_recording(path).dialogues)
+    assert store.count_rows() == before == {"conversations": 1, "messages": 2, "turns": 1, "feedback": 4}
 
 
 def test_rated_messages_are_read(tmp_path, store, tokenizer):
@@ -167,10 +167,10 @@ def test_one_odd_row_refuses_no_file_and_is_counted_with_its_place(tmp_path, row
 def test_a_format_that_is_not_known_is_refused_with_those_that_are(tmp_path):
     path = write(tmp_path / "f", RATED)
     with pytest.raises(ConfigError, match="'yaml'; it must be auto or one of kibitz, oasst, open-webui, discord, dpo"):
-        read(path, "yaml")
-    assert opinions(read(path, "openai")) == (1, 0)
+        read_recording(path, "yaml")
+    assert opinions(read_recording(path, "openai")) == (1, 0)
     with pytest.raises(DataError, match="line 1 has no 'message_tree_id'"):
-        read(path, "oasst")
+        read_recording(path, "oasst")
 
 
 ENCODINGS = {
@@ -196,7 +196,7 @@ def test_a_file_is_read_however_it_is_written_down(tmp_path, encode):
     rows = [RATED, {"messages": [{"role": "user", "content": "wie geht’s? 👋"}, ANSWER], "rating": False}]
     path = tmp_path / "f"
     path.write_bytes(encode("\n".join(json.dumps(row, ensure_ascii=False) for row in rows)))
-    found = read(path)
+    found = read_recording(path)
     assert opinions(found) == (1, 1)
     assert [chat[0][1] for chat in chats(found)] == ["hello", "wie geht’s? 👋"]
     assert not found.dropped
@@ -214,11 +214,11 @@ def test_what_no_database_keeps_is_replaced_and_counted(tmp_path, store):
         r'{"messages": [{"role": "user", "content": "a\u0000b\ud800c\ud83d\ude00"}, {"role": "assistant", "content": ""}]}'
     )
     (tmp_path / "f").write_bytes(said.encode() + b"\n" + json.dumps(RATED).encode().replace(b"hello", b"hell\xf6"))
-    found = read(tmp_path / "f")
+    found = read_recording(tmp_path / "f")
     assert [chat[0][1] for chat in chats(found)] == ["a\ufffdb\ufffdc😀", "hell\ufffd"]
     assert found.dropped["row with characters that are no text, which were replaced"] == 2
     store.add_dialogues(found.dialogues)
-    assert store.counts()["turns"] == 2
+    assert store.count_rows()["turns"] == 2
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_what_no_database_keeps_is_replaced_and_counted(tmp_path, store):
 def test_a_file_that_is_no_text_is_refused_in_one_line(tmp_path, raw, wanted):
     (tmp_path / "f").write_bytes(raw)
     with pytest.raises(DataError) as error:
-        read(tmp_path / "f")
+        read_recording(tmp_path / "f")
     assert wanted in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -252,21 +252,21 @@ def test_a_directory_and_an_archive_are_read_whole_and_say_what_is_no_recording(
     with zipfile.ZipFile(folder / "more.zip", "w") as archive:
         archive.writestr("e.jsonl", json.dumps(RATED))
         archive.writestr("notes.txt", "not read")
-    found = read(folder)
+    found = read_recording(folder)
     assert found.format == "kto, openai"
     assert opinions(found) == (3, 1)
     assert found.dropped == {"row that is not JSON": 1, "file that is not read: its name does not say that it is JSON": 2}
-    assert found.first["row that is not JSON"][0] == "a.jsonl, line 2"
+    assert found.first_dropped["row that is not JSON"][0] == "a.jsonl, line 2"
     with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
         for file in sorted(folder.rglob("*")):
             archive.write(file, file.relative_to(folder))
-    again = read(tmp_path / "all.zip")
+    again = read_recording(tmp_path / "all.zip")
     assert (opinions(again), again.dropped) == (opinions(found), found.dropped)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no file"):
-        read(tmp_path / "empty")
+        read_recording(tmp_path / "empty")
     with pytest.raises(DataError, match="cannot be read"):
-        read(tmp_path / "missing")
+        read_recording(tmp_path / "missing")
 
 
 SCALES = [  # ratings of one file, what they mean, and how the report says it
@@ -302,10 +302,10 @@ def test_a_rating_means_what_it_means_on_the_scale_of_its_file(tmp_path, ratings
 def test_files_beside_each_other_have_scales_of_their_own(tmp_path):
     write(tmp_path / "stars.jsonl", *(RATED | {"rating": rating} for rating in (1, 5)))
     write(tmp_path / "thumbs.jsonl", *(RATED | {"rating": rating} for rating in (1, 0)))
-    found = read(tmp_path)
+    found = read_recording(tmp_path)
     assert opinions(found) == (2, 2)
-    assert "stars.jsonl: 1 to 5 stars" in found.scale
-    assert "thumbs.jsonl: 0 or 1" in found.scale
+    assert "stars.jsonl: 1 to 5 stars" in found.scale_summary
+    assert "thumbs.jsonl: 0 or 1" in found.scale_summary
 
 
 @pytest.mark.parametrize("rating", [250, 10**400, "great", [1], "6 stars", "7/0"])
@@ -393,13 +393,13 @@ def test_an_id_that_comes_twice_is_left_out_and_stored_once(tmp_path, store):
     assert found.dropped["deleted message, with the replies to it"] == 1
     assert len(found.dialogues) == 2
     store.add_dialogues(found.dialogues)
-    assert store.counts()["turns"] == 2
+    assert store.count_rows()["turns"] == 2
 
 
 def test_pairs_are_read_from_messages_and_from_the_cornell_files(tmp_path):
     said = [QUESTION, ANSWER]
     rows = [{"messages": said}, {"conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "Hi!"}]}]
-    assert list(pairs(write(tmp_path / "f", *rows))) == [said, said]
+    assert list(read_pairs(write(tmp_path / "f", *rows))) == [said, said]
     folder = tmp_path / "cornell"
     folder.mkdir()
     lines = [
@@ -408,9 +408,9 @@ def test_pairs_are_read_from_messages_and_from_the_cornell_files(tmp_path):
     ]
     (folder / "movie_lines.txt").write_bytes("\r\n".join(lines).encode("iso-8859-1"))
     (folder / "movie_conversations.txt").write_text("u0 +++$+++ u2 +++$+++ m0 +++$+++ ['L1', 'L2']\n")
-    assert list(pairs(folder)) == [[{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Café\x85?"}]]
+    assert list(read_pairs(folder)) == [[{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Café\x85?"}]]
     with pytest.raises(DataError, match="corpus's folder"):
-        list(pairs(tmp_path))
+        list(read_pairs(tmp_path))
 
 
 def test_reactions_count_as_the_config_says(tmp_path):
@@ -419,5 +419,5 @@ def test_reactions_count_as_the_config_says(tmp_path):
     question = discord_message("10", "ann", "hello")
     answer = discord_message("11", "kibitz", "Hi!", reply_to="10", reactions={"🦜": ["ann"]})
     path = write(tmp_path / "f.json", discord_file(question, answer))
-    assert read(path).dropped["reaction that is no opinion"] == 1
-    assert opinions(read(path, reactions=ReactionsConfig(disapproval=["🦜"]))) == (0, 1)
+    assert read_recording(path).dropped["reaction that is no opinion"] == 1
+    assert opinions(read_recording(path, reactions=ReactionsConfig(disapproval=["🦜"]))) == (0, 1)

@@ -12,8 +12,28 @@ import torch
 from bot.config import Config
 from bot.errors import ConfigError
 from learning.bench import grid
-from learning.bench.grid import CONTROLS, OBJECTIVES, SEEDS, Cell, cells, figures, reactions_to, recovered, run
-from learning.bench.learning import STEPS, Arena, People, Point, RunEnd, learn, measured, shuffled, talk
+from learning.bench.grid import (
+    CONTROLS,
+    OBJECTIVES,
+    SEEDS,
+    Cell,
+    choose_cells,
+    compute_figures,
+    count_reactions_to,
+    count_reactions_to_recover,
+    run_cells,
+)
+from learning.bench.learning import (
+    STEPS,
+    Arena,
+    Point,
+    ReactingPeople,
+    RunEnd,
+    run_cell,
+    shuffle_rewards,
+    talk,
+    train_policy,
+)
 
 ROUNDS = 10
 
@@ -27,7 +47,9 @@ def curve(*rates: float) -> list[Point]:
 
 
 def test_people_react_as_they_mean_it_but_for_the_noise():
-    likes = [People(lambda prompt, reply: 1.0, 0.1, 0.5, random.Random(seed)).opinion("", "") for seed in range(4000)]
+    likes = [
+        ReactingPeople(lambda prompt, reply: 1.0, 0.1, 0.5, random.Random(seed)).give_opinion("", "") for seed in range(4000)
+    ]
     given = [one for one in likes if one is not None]
     assert len(given) / len(likes) == pytest.approx(0.5, abs=0.03)
     assert sum(given) / len(given) == pytest.approx(0.9, abs=0.02)
@@ -36,18 +58,18 @@ def test_people_react_as_they_mean_it_but_for_the_noise():
 def test_where_nothing_can_be_learned_the_policy_stays_as_it_was(demo_model, monkeypatch):
     monkeypatch.setattr("learning.bench.learning.STEPS", (8,))
     monkeypatch.setattr("learning.bench.learning.simulated_users", lambda name: lambda prompt, reply: 1.0)
-    [found] = measured(Config(), demo_model, "dpo", "content", 0, noise=0.0, rate=1.0, regime="fresh")
+    [found] = run_cell(Config(), demo_model, "dpo", "content", 0, noise=0.0, rate=1.0, regime="fresh")
     assert found.kl == 0
     assert found.win_rate == 0.5, "everybody likes everything: there is nothing to tell apart"
 
 
 def test_a_cell_gives_the_same_whatever_its_process_did_before(demo_model, monkeypatch):
     monkeypatch.setattr("learning.bench.learning.STEPS", (16,))
-    monkeypatch.setattr("learning.bench.learning.SAMPLES", 1)
+    monkeypatch.setattr("learning.bench.learning.SAMPLES_PER_PROMPT", 1)
 
     def cell(seed: int) -> list[Point]:
         torch.rand(5)  # something drawn before
-        return measured(Config(), demo_model, "kto", "brief", seed, noise=0.1, rate=1.0, regime="fresh")
+        return run_cell(Config(), demo_model, "kto", "brief", seed, noise=0.1, rate=1.0, regime="fresh")
 
     first = cell(0)
     assert cell(0) == first
@@ -55,27 +77,27 @@ def test_a_cell_gives_the_same_whatever_its_process_did_before(demo_model, monke
 
 
 def test_the_small_slice_has_every_arm_on_every_seed_and_the_full_one_holds_it():
-    small, whole = cells("ci", None), cells("full", None)
+    small, whole = choose_cells("ci", None), choose_cells("full", None)
     assert {(cell.arm, cell.seed) for cell in small} == {(a, s) for a in (*OBJECTIVES, *CONTROLS) for s in range(SEEDS)}
     assert set(small) < set(whole)
     assert {cell.regime for cell in whole} == {"fresh", "logged", "drift"}
-    assert {cell.regime for cell in cells("regimes", None)} == {"logged", "drift"}
+    assert {cell.regime for cell in choose_cells("regimes", None)} == {"logged", "drift"}
     assert {(cell.noise, cell.rate) for cell in whole} == {*product((0.0, 0.1, 0.2), (1.0, 0.2, 0.05))}
     for part in ("rates", "regimes"):
-        assert set(cells(part, None)) < set(whole)
-        assert not set(cells(part, None)) & set(small)
-    assert {cell.arm for cell in cells("rates", None, "kto,frozen")} == {"kto", "frozen"}
+        assert set(choose_cells(part, None)) < set(whole)
+        assert not set(choose_cells(part, None)) & set(small)
+    assert {cell.arm for cell in choose_cells("rates", None, "kto,frozen")} == {"kto", "frozen"}
     with pytest.raises(ConfigError, match="--arms has value 'kto,ppo'; choose from kto,dpo"):
-        cells("ci", None, "kto,ppo")
-    assert {cell.users for cell in cells("ci", "mine.py")} == {"mine.py"}
-    assert [cell.seed for cell in cells("ci", None, "kto", seed=100)] == [*range(100, 100 + SEEDS)]
+        choose_cells("ci", None, "kto,ppo")
+    assert {cell.users for cell in choose_cells("ci", "mine.py")} == {"mine.py"}
+    assert [cell.seed for cell in choose_cells("ci", None, "kto", seed=100)] == [*range(100, 100 + SEEDS)]
 
 
 def test_figures_are_those_of_the_default_and_of_each_arm():
     found = {Cell("kto", "brief", seed): curve(0.5, 0.6, 0.7, 0.8, 0.8 + seed / 100) for seed in range(5)}
     found |= {Cell("frozen", "brief", seed): curve(*[0.5] * 5) for seed in range(5)}
     found[Cell("kto", "brief", 0, noise=0.2)] = curve(*[0.1] * 5)
-    made = figures(found, default="kto")
+    made = compute_figures(found, default="kto")
     assert made["kto_win_rate_200"] == made["default_win_rate_200"] == pytest.approx(0.82)
     assert 0.8 <= made["default_win_rate_200_low"] < 0.82 < made["default_win_rate_200_high"] <= 0.84
     assert made["default_reactions_to_80"] == pytest.approx(160)
@@ -86,14 +108,14 @@ def test_figures_are_those_of_the_default_and_of_each_arm():
 
 
 def test_reactions_to_a_goal_are_drawn_straight_between_the_steps():
-    assert reactions_to(0.65, [0.5, 0.6, 0.7, 0.8, 0.9]) == pytest.approx(100)
-    assert reactions_to(0.6, [0.7, 0.1, 0.1, 0.1, 0.1]) == pytest.approx(20)
-    assert reactions_to(0.95, [0.5, 0.6, 0.7, 0.8, 0.9]) is None
+    assert count_reactions_to(0.65, [0.5, 0.6, 0.7, 0.8, 0.9]) == pytest.approx(100)
+    assert count_reactions_to(0.6, [0.7, 0.1, 0.1, 0.1, 0.1]) == pytest.approx(20)
+    assert count_reactions_to(0.95, [0.5, 0.6, 0.7, 0.8, 0.9]) is None
 
 
 def test_recovering_is_to_win_again_nine_tenths_of_what_was_won():
-    assert recovered([[0.5, 0.6, 0.7, 0.8, 0.9, 0.2, 0.5, 0.8, 0.87, 0.9]]) == 160
-    assert recovered([[0.5, 0.6, 0.7, 0.8, 0.9, 0.2, 0.3, 0.4, 0.4, 0.4]]) is None
+    assert count_reactions_to_recover([[0.5, 0.6, 0.7, 0.8, 0.9, 0.2, 0.5, 0.8, 0.87, 0.9]]) == 160
+    assert count_reactions_to_recover([[0.5, 0.6, 0.7, 0.8, 0.9, 0.2, 0.3, 0.4, 0.4, 0.4]]) is None
 
 
 def test_an_interrupted_grid_goes_on_where_it_was(tmp_path, monkeypatch):
@@ -104,14 +126,14 @@ def test_an_interrupted_grid_goes_on_where_it_was(tmp_path, monkeypatch):
         rows = [{"mark": mark, "cell": asdict(one), "points": [asdict(p) for p in curve(*[0.9] * 5)]} for one in wanted[:2]]
         kept.write_text("\n".join([*map(json.dumps, rows), '{"mark": "cut o']))
 
-    monkeypatch.setattr(grid, "measured", None)  # nothing is run
+    monkeypatch.setattr(grid, "run_cell", None)  # nothing is run
     config = Config()
-    half(grid.mark_of(config, "model"))
-    found = run(config, "model", wanted[:2], kept, lambda *_: None)
+    half(grid.hash_settings(config, "model"))
+    found = run_cells(config, "model", wanted[:2], kept, lambda *_: None)
     assert [points[-1].win_rate for points in found.values()] == [0.9, 0.9]
     assert not kept.exists(), "all is done"
     half("of other settings")
-    assert list(grid.kept_points(kept, grid.mark_of(config, "model"))) == []
+    assert list(grid.read_kept_points(kept, grid.hash_settings(config, "model"))) == []
 
 
 @pytest.mark.slow
@@ -123,15 +145,15 @@ def test_random_reactions_do_not_move_the_policy_and_without_the_anchor_they_do(
         training = settings.training.model_copy(update={"weight_decay": 0.0})
         settings = settings.model_copy(update={"training": training})
     arena = Arena(settings, demo_model, seed=0)
-    people = People(lambda prompt, reply: 1.0 if "?" in reply else -1.0, 0.1, 1.0, random.Random(0))
+    people = ReactingPeople(lambda prompt, reply: 1.0 if "?" in reply else -1.0, 0.1, 1.0, random.Random(0))
     said = []
     for number in range(ROUNDS):
         said += talk(arena, people, 24)
-        learn(arena, shuffled(said, people.rng), "kto", number)
-    found = arena.judged(len(said), people.utility, run=RunEnd())
+        train_policy(arena, shuffle_rewards(said, people.rng), "kto", number)
+    found = arena.judge_policy(len(said), people.utility, run=RunEnd())
     held = found.kl < settings.gate.kl_budget and found.perplexity_ratio < 1.05
     assert held == anchored, (found.kl, found.perplexity_ratio)
     assert found.kl != 0
-    arena.renew()
-    assert arena.judged(0, people.utility, run=RunEnd()).kl == 0, "it is version 0 again"
+    arena.reset_policy()
+    assert arena.judge_policy(0, people.utility, run=RunEnd()).kl == 0, "it is version 0 again"
     assert np.isfinite(found.perplexity_ratio)

@@ -64,9 +64,9 @@ async def test_one_message_and_the_reaction_to_it_are_followed_from_the_platform
         await platform.start()
         place = platform.place()
         questions = [await platform.say(place, user, f"how are you, {user}?") for user in ("ann", "bob")]
-        await until(lambda: [one.whole for one in platform.answers(place)] == [True, True])
+        await until(lambda: [one.is_whole for one in platform.answers(place)] == [True, True])
         answers = [next(one for one in platform.answers(place) if one.question == question) for question in questions]
-        turns = [await platform.turn_of(answer) for answer in answers]
+        turns = [await platform.find_turn_id(answer) for answer in answers]
         await platform.react("ann", answers[0], True)
         given = await feedback_on(kibitz, turns[0])
         await platform.stop()
@@ -100,7 +100,7 @@ def kibitz_turn(config, turn_id: str):
     from bot.store.conversations import ConversationStore
 
     database = Database(config.database_url)
-    found = ConversationStore(database).turn(turn_id)
+    found = ConversationStore(database).find_turn(turn_id)
     database.close()
     return found
 
@@ -141,7 +141,7 @@ async def test_what_the_database_logs_has_the_ids_of_who_asked(log_lines, databa
 
     def store() -> None:
         log.info("in its thread")
-        database.afterwards(later)
+        database.run_after_commit(later)
 
     with working_on(request="one"):
         await database.call(store)

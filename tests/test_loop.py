@@ -14,12 +14,12 @@ from conftest import until
 
 from bot.chat.dialogue import DialogueManager, ReplyOptions
 from bot.config import TrainingConfig
-from bot.errors import Asleep, DataError, ReplyInterrupted, ServingError, VerdictOutdated
+from bot.errors import DataError, ReplyInterrupted, ServerAsleep, ServingError, VerdictOutdated
 from bot.serving.policy import Policy
 from bot.serving.vllm_server import VllmServer
 from bot.store.registry import BASE
 from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, new_id
-from learning.bench import serving, simulated_people, simulation
+from learning.bench import overhead, serving, simulated_people, simulation
 from learning.judging.evaluation import answer_logprobs
 from learning.judging.probe import mean_distance
 from learning.models import toy
@@ -35,7 +35,7 @@ async def say(live, text: str, **details) -> object:
 async def version_of(live, source: Path, seed: int, kind: str = "lora") -> str:
     """A candidate of random weights; they stay in `source` too."""
     config = live.config.model_copy(update={"training": TrainingConfig(weights=kind)})
-    await asyncio.to_thread(serving.random_version, config, live.registry.get(BASE).base_model, source, seed)
+    await asyncio.to_thread(serving.save_random_version, config, live.registry.get(BASE).base_model, source, seed)
     return serving.register_copy(live.registry, source, live.config.data / "policies").name
 
 
@@ -100,7 +100,7 @@ async def test_reactions_train_a_version_that_answers_next_and_is_taken_back(liv
 
     async def one(number: int) -> None:
         async with together:
-            turn = await say(live, rng.choice(toy.prompts(held_out=False))[0])
+            turn = await say(live, rng.choice(toy.list_prompts(held_out=False))[0])
         kind = FeedbackKind.APPROVAL if simulated_people.emoji("", turn.text) > 0 else FeedbackKind.DISAPPROVAL
         await live.dialogue.record_feedback(Feedback(turn.id, "ann", kind, signal="test"))
 
@@ -111,7 +111,7 @@ async def test_reactions_train_a_version_that_answers_next_and_is_taken_back(liv
     learner = OnlineLearner(
         live.store, live.deployment, live.config, told.append, lambda stage, done, total: stages.append(stage)
     )
-    outcome = await learner.step()
+    outcome = await learner.learn_once()
     assert outcome.passed, outcome.reasons
     assert "train" in stages
     after = await say(live, "hello")
@@ -127,14 +127,14 @@ async def test_reactions_train_a_version_that_answers_next_and_is_taken_back(liv
 async def test_enough_new_reactions_start_a_run_by_themselves_and_a_failed_one_does_not_end_the_chat(live):
     told: list[str] = []
     learner = OnlineLearner(live.store, live.deployment, live.config, told.append)
-    looks, look = 0, learner._look
+    looks, look = 0, learner._read_counts
 
     def counted():
         nonlocal looks
         looks += 1
         return look()
 
-    learner._look = counted
+    learner._read_counts = counted
     task = asyncio.create_task(learner.run())
     await until(lambda: looks >= 4)
     assert told == [], "what was learned from before is not learned from again"
@@ -154,9 +154,9 @@ async def test_enough_new_reactions_start_a_run_by_themselves_and_a_failed_one_d
 
 async def test_a_candidate_that_the_server_serves_differently_is_rejected(live, tmp_path):
     source = tmp_path / "weights"
-    await asyncio.to_thread(serving.random_version, live.config, live.registry.get(BASE).base_model, source, 5)
+    await asyncio.to_thread(serving.save_random_version, live.config, live.registry.get(BASE).base_model, source, 5)
     other = tmp_path / "other"
-    await asyncio.to_thread(serving.random_version, live.config, live.registry.get(BASE).base_model, other, 6)
+    await asyncio.to_thread(serving.save_random_version, live.config, live.registry.get(BASE).base_model, other, 6)
     shutil.copy(other / "probe.json", source / "probe.json")  # the trainer's figures are of other weights
     version = serving.register_copy(live.registry, source, live.config.data / "policies")
     before = live.policy.version
@@ -171,7 +171,7 @@ async def test_a_version_is_proven_at_the_temperature_that_it_was_trained_for(li
     """An operator may change policy.temperature: that must not make the live version fail its probe at the next start."""
     warm = live.config.model_copy(update={"policy": live.config.policy.model_copy(update={"temperature": 0.6})})
     base = live.registry.base().base_model
-    await asyncio.to_thread(serving.random_version, warm, base, tmp_path / "warm", 41)
+    await asyncio.to_thread(serving.save_random_version, warm, base, tmp_path / "warm", 41)
     version = serving.register_copy(live.registry, tmp_path / "warm", live.config.data / "policies")
     assert live.policy.config.temperature == 1.0
     await live.deployment.deploy(version.name)
@@ -185,7 +185,7 @@ async def test_a_version_is_proven_at_the_temperature_that_it_was_trained_for(li
 async def test_a_version_whose_files_changed_after_it_was_registered_is_refused(live, tmp_path):
     sources = [tmp_path / "one", tmp_path / "two"]
     for seed, source in enumerate(sources):
-        await asyncio.to_thread(serving.random_version, live.config, live.registry.get(BASE).base_model, source, seed)
+        await asyncio.to_thread(serving.save_random_version, live.config, live.registry.get(BASE).base_model, source, seed)
     version = serving.register_copy(live.registry, sources[0], live.config.data / "policies")
     shutil.copy(sources[1] / "adapter_model.safetensors", version.path)
     with pytest.raises(ServingError, match="not those that were registered"):
@@ -198,7 +198,7 @@ async def test_swaps_under_load_fail_and_mix_nothing(live, tokenizer, tmp_path, 
     sources = [tmp_path / "one", tmp_path / "two"]
     for seed, source in enumerate(sources):
         await version_of(live, source, seed, kind)
-    figures = await serving.swap(live.deployment, tokenizer, sources, 2, 96, 8, lambda *_: None)
+    figures = await serving.measure_swaps(live.deployment, tokenizer, sources, 2, 96, 8, lambda *_: None)
     assert (figures["swaps"], figures["failed"], figures["mixed"]) == (2, 0, 0)
     assert figures["requests"] >= 96
 
@@ -268,17 +268,17 @@ async def test_a_server_that_was_started_again_by_somebody_else_is_given_its_wei
         update={"serving": live.config.serving.model_copy(update={"url": live.policy.admin.url})}
     )
     deployment = Deployment(live.policy, live.registry, elsewhere)
-    assert not await deployment.follow(), "nothing has changed"
+    assert not await deployment.follow_registry(), "nothing has changed"
     await live.policy.admin.replace("default", live.registry.get(BASE).base_model)  # as a fresh one would be
     live.policy.admin.weights = name
     with pytest.raises(ServingError, match="failed its probe"):
         await deployment._probe(live.registry.get(name))
-    assert await deployment.follow()
+    assert await deployment.follow_registry()
     assert live.policy.version == name
     await deployment._probe(live.registry.get(name))
     adapter = await swapped_in(live, tmp_path, 52)
     await live.policy.admin.unload(adapter)
-    assert await deployment.follow()
+    assert await deployment.follow_registry()
     assert (await say(live, "hello")).policy_version == adapter
 
 
@@ -286,8 +286,8 @@ async def test_what_cannot_be_served_is_tried_again_later_and_later(live, tmp_pa
     good = await swapped_in(live, tmp_path, 71)
     bad = live.registry.get(await version_of(live, tmp_path / "bad", 72))
     (Path(bad.path) / "manifest.json").unlink()
-    tries, told, really = [], [], Deployment._faults
-    monkeypatch.setattr(Deployment, "_faults", lambda self, version: tries.append(self) or really(self, version))
+    tries, told, really = [], [], Deployment._find_faults
+    monkeypatch.setattr(Deployment, "_find_faults", lambda self, version: tries.append(self) or really(self, version))
     watcher = Deployment(live.policy, live.registry, live.config, told.append)
     live.registry.promote(bad.name)
     task = asyncio.create_task(watcher.watch(0.02))
@@ -335,25 +335,25 @@ async def test_a_server_that_keeps_its_weights_is_an_error_for_people(live, tmp_
 async def test_a_reload_under_one_name_is_caught(live, tokenizer, tmp_path):
     """Law 3's control: kibitz never does this; where somebody does, the check for mixed answers must see it."""
     name = await swapped_in(live, tmp_path, seed=11)
-    prompts = serving.long_prompts(tokenizer, 8)
-    expected = {name: await serving.references(live.policy, name, prompts)}
-    answers, _, _ = await serving.load(live.policy, iter(prompts), 4, lambda: None)
-    limit = max(serving.distances(answers, expected)) + 0.01
+    prompts = serving.make_long_prompts(tokenizer, 8)
+    expected = {name: await serving.ask_greedily(live.policy, name, prompts)}
+    answers, _, _ = await serving.run_load(live.policy, iter(prompts), 4, lambda: None)
+    limit = max(serving.compute_distances(answers, expected)) + 0.01
     assert limit < 0.1, "float32 rounds less than that"
     other = tmp_path / "weights-12"
-    await asyncio.to_thread(serving.random_version, live.config, live.registry.get(BASE).base_model, other, 12)
+    await asyncio.to_thread(serving.save_random_version, live.config, live.registry.get(BASE).base_model, other, 12)
     body = {"lora_name": name, "lora_path": str(other), "load_inplace": True}
     async with httpx.AsyncClient(base_url=live.policy.admin.url, timeout=300) as client:
         (await client.post("/v1/load_lora_adapter", json=body)).raise_for_status()
-    answers, _, _ = await serving.load(live.policy, iter(prompts), 4, lambda: None)
-    assert serving.mixed(answers, expected, limit) > 0
+    answers, _, _ = await serving.run_load(live.policy, iter(prompts), 4, lambda: None)
+    assert serving.count_mixed(answers, expected, limit) > 0
     with pytest.raises(ServingError, match="failed its probe"):
         await live.deployment._probe(live.registry.get(name))
 
 
 async def test_a_server_that_is_not_there_is_an_error_for_people_and_a_broken_stream_keeps_what_was_said(live):
     nobody = Policy("http://127.0.0.1:9", live.config.policy)
-    assert not await nobody.admin.ready(1)
+    assert not await nobody.admin.is_ready(1)
     with pytest.raises(ServingError, match="did not answer"):
         await nobody.reply([1, 2, 3])
     await nobody.close()
@@ -380,8 +380,8 @@ async def test_a_server_that_is_not_there_is_an_error_for_people_and_a_broken_st
 
 
 async def test_overhead_is_measured_against_the_same_prompts(live, monkeypatch):
-    monkeypatch.setattr(serving, "LENGTH", 8)
-    figures = await serving.overhead(live.dialogue, live.policy, 16, 1, 0, lambda *_: None)
+    monkeypatch.setattr(overhead, "LENGTH", 8)
+    figures = await overhead.measure_overhead(live.dialogue, live.policy, 16, 1, 0, lambda *_: None)
     wanted = {"throughput_ratio_1", "throughput_ratio_16", "p50_added_ms_1", "p50_added_ms_16", "p99_added_ms_16"}
     assert wanted <= set(figures)
     assert all(figures[name] > 0 for name in wanted if name.startswith("throughput"))
@@ -391,12 +391,12 @@ async def test_overhead_is_measured_against_the_same_prompts(live, monkeypatch):
 async def test_a_simulation_judges_every_version_beside_a_frozen_control(live):
     learner = OnlineLearner(live.store, live.deployment, live.config)
     people = simulated_people.People(simulated_people.emoji, reaction_rate=1.0, noise=0.0, seed=0)
-    shown: list[simulation.Row] = []
-    asked = simulated_people.prompts(is_toy=True)
+    shown: list[simulation.CurveRow] = []
+    asked = simulated_people.read_prompts(is_toy=True)
     play = simulation.Simulation(live.dialogue, live.policy, learner, people, asked, lambda *_: None)
     rows = await play.run(rounds=1, messages=64, samples=1, show=shown.append)
     assert rows == shown
-    figures = simulation.figures(play, "toy")
+    figures = simulation.compute_figures(play, "toy")
     assert figures["reactions"] >= 64
     assert figures["promoted"] == figures["versions"] - 1
     assert figures["refused_by_probe"] == 0
@@ -454,7 +454,7 @@ async def test_while_vllm_sleeps_nobody_is_answered_and_what_it_serves_is_proven
     told: list[str] = []
     monkeypatch.setattr(live.deployment, "announce", told.append)
     async with live.deployment.asleep():
-        with pytest.raises(Asleep, match="ask again in a few minutes"):
+        with pytest.raises(ServerAsleep, match="ask again in a few minutes"):
             await say(live, "hello")
         assert live.policy.is_asleep
     assert (await say(live, "hello")).policy_version == name

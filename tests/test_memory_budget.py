@@ -10,19 +10,19 @@ from bot.accelerator import GIB, Card
 from bot.config import TrainingConfig, load
 from bot.errors import ConfigError
 from bot.models.memory_budget import (
-    GRAPHS,
-    SAMPLED,
-    SPARE,
+    CUDA_GRAPH_BYTES,
+    LEAST_PARALLEL_ANSWERS,
+    SPARE_BYTES,
     BatchFit,
-    activation_bytes,
-    cache_bytes,
+    count_parallel_answers,
     fit_batch,
+    layer_activation_bytes,
     plan_memory,
-    sampled_at_once,
     serving_bytes,
+    token_cache_bytes,
     training_bytes,
 )
-from bot.models.shape import shape_of
+from bot.models.shape import make_shape
 
 DIMENSIONS = [  # hidden, intermediate, heads, key heads, head width: SmolLM2's, Qwen3's, the demo policy's
     (LlamaConfig, 576, 1536, 9, 3, 64),
@@ -65,8 +65,8 @@ def test_activations_are_what_torch_keeps_and_a_little_more(dimensions, bf16):
     model = AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16 if bf16 else torch.float32)
     model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     tokens = torch.zeros((2, 128), dtype=torch.long)
-    shape, training = shape_of(made.to_dict()), TrainingConfig()
-    counted = 2 * activation_bytes(shape, training, tokens.numel(), 2 if bf16 else 4)
+    shape, training = make_shape(made.to_dict()), TrainingConfig()
+    counted = 2 * layer_activation_bytes(shape, training, tokens.numel(), 2 if bf16 else 4)
     real = kept_by_torch(model, tokens, bf16)
     assert real <= counted <= 1.35 * real
 
@@ -77,7 +77,7 @@ def test_an_adapter_has_as_many_parameters_as_peft_gives_it():
     model = AutoModelForCausalLM.from_config(made)
     adapted = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-    assert shape_of(made.to_dict()).adapter_parameters(8) == trained
+    assert make_shape(made.to_dict()).count_adapter_parameters(8) == trained
 
 
 # For each model, on 24, 48 and 80 GiB: answers at once, times a step, whether with gradient checkpointing; None: no room.
@@ -93,7 +93,7 @@ PLANS = {
 @pytest.mark.parametrize("gib", [24, 48, 80])
 @pytest.mark.parametrize("name", MODELS)
 def test_vllm_and_one_training_run_fit_on_the_card(name, gib):
-    shape, config = shape_of(settings(name)), load(policy={"model": name})
+    shape, config = make_shape(settings(name)), load(policy={"model": name})
     wanted = PLANS[name][[24, 48, 80].index(gib)]
     if wanted is None:
         with pytest.raises(ConfigError, match=r"do not fit on this GPU together.*serving\.sleep_while_training = true"):
@@ -101,31 +101,31 @@ def test_vllm_and_one_training_run_fit_on_the_card(name, gib):
         return
     plan = plan_memory(shape, config, card(gib))
     assert plan.batch is not None
-    assert (plan.batch.answers, plan.batch.times, plan.batch.checkpointing) == wanted
+    assert (plan.batch.answers, plan.batch.accumulation_steps, plan.batch.gradient_checkpointing) == wanted
     vllm, run = plan.share * gib * GIB, training_bytes(shape, config, plan.batch, 2)
-    assert vllm + GRAPHS + run + SPARE <= gib * GIB
+    assert vllm + CUDA_GRAPH_BYTES + run + SPARE_BYTES <= gib * GIB
     assert serving_bytes(shape, config, gib * GIB, 2) <= vllm
-    assert f"serving.memory_share {plan.share:g}" in plan.line
-    assert "\n" not in plan.line
+    assert f"serving.memory_share {plan.share:g}" in plan.description
+    assert "\n" not in plan.description
 
 
 def test_known_figures():
-    shape = shape_of(settings("Qwen3-8B"))
-    assert cache_bytes(shape, 2) == 147_456, "144 KiB a token, as vLLM reports for it"
-    assert shape_of(settings("Qwen3-0.6B")).adapter_parameters(16) == 10_092_544, "as PEFT reports for it"
+    shape = make_shape(settings("Qwen3-8B"))
+    assert token_cache_bytes(shape, 2) == 147_456, "144 KiB a token, as vLLM reports for it"
+    assert make_shape(settings("Qwen3-0.6B")).count_adapter_parameters(16) == 10_092_544, "as PEFT reports for it"
 
 
 def test_a_smaller_batch_and_less_memory_go_together():
-    shape, training = shape_of(settings("Qwen3-4B")), TrainingConfig()
+    shape, training = make_shape(settings("Qwen3-4B")), TrainingConfig()
     found = [fit_batch(shape, training, 16, 1024, room * GIB, 2) for room in (200, 20, 6, 3, 1)]
-    told = [(fit.answers, fit.times, fit.checkpointing) if fit else None for fit in found]
+    told = [(fit.answers, fit.accumulation_steps, fit.gradient_checkpointing) if fit else None for fit in found]
     assert told == [(16, 1, False), (16, 1, True), (8, 2, True), (4, 4, True), None]
     other = fit_batch(shape, TrainingConfig(objective="sft"), 16, 1024, GIB, 2)
     assert other is not None
     assert other.answers < 4, "only KTO needs four at once"
-    assert BatchFit(16, 1, False).smaller() == BatchFit(8, 2, True)
-    assert BatchFit(6, 1, False).smaller() == BatchFit(4, 2, True)
-    assert BatchFit(3, 1, True).smaller().answers == 3
+    assert BatchFit(16, 1, False).shrink() == BatchFit(8, 2, True)
+    assert BatchFit(6, 1, False).shrink() == BatchFit(4, 2, True)
+    assert BatchFit(3, 1, True).shrink().answers == 3
 
 
 @pytest.mark.parametrize(
@@ -141,23 +141,23 @@ def test_a_smaller_batch_and_less_memory_go_together():
 def test_what_does_not_fit_is_one_line_with_what_to_do(keys, gib, free, wanted):
     config = load(policy={"model": "Qwen/Qwen3-8B"}, **keys)
     with pytest.raises(ConfigError, match=wanted) as error:
-        plan_memory(shape_of(settings("Qwen3-8B")), config, card(gib, free))
+        plan_memory(make_shape(settings("Qwen3-8B")), config, card(gib, free))
     assert "\n" not in str(error.value)
 
 
 def test_a_vllm_that_sleeps_leaves_its_memory_to_the_run():
-    shape = shape_of(settings("Qwen3-4B"))
+    shape = make_shape(settings("Qwen3-4B"))
     config = load(serving={"sleep_while_training": True})
     plan = plan_memory(shape, config, card(24))
     assert plan.share > 0.8
-    assert plan.line.endswith("vLLM sleeps meanwhile")
+    assert plan.description.endswith("vLLM sleeps meanwhile")
 
 
 def test_as_many_answers_are_sampled_at_once_as_there_is_room_for_and_never_fewer_than_planned():
-    shape = shape_of(settings("Qwen3-8B"))
-    assert sampled_at_once(shape, 1152, 0, 2) == SAMPLED
-    assert sampled_at_once(shape, 1152, 200 * GIB, 2) == 8 * SAMPLED
-    some = sampled_at_once(shape, 1152, 20 * GIB, 2)
-    assert SAMPLED < some < 8 * SAMPLED
-    assert some * (1152 * cache_bytes(shape, 2) + 12 * shape.vocabulary) <= 20 * GIB
-    assert sampled_at_once(shape, 576, 20 * GIB, 2) > some, "shorter answers take less"
+    shape = make_shape(settings("Qwen3-8B"))
+    assert count_parallel_answers(shape, 1152, 0, 2) == LEAST_PARALLEL_ANSWERS
+    assert count_parallel_answers(shape, 1152, 200 * GIB, 2) == 8 * LEAST_PARALLEL_ANSWERS
+    some = count_parallel_answers(shape, 1152, 20 * GIB, 2)
+    assert LEAST_PARALLEL_ANSWERS < some < 8 * LEAST_PARALLEL_ANSWERS
+    assert some * (1152 * token_cache_bytes(shape, 2) + 12 * shape.vocabulary) <= 20 * GIB
+    assert count_parallel_answers(shape, 576, 20 * GIB, 2) > some, "shorter answers take less"

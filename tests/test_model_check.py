@@ -18,7 +18,7 @@ from bot.accelerator import GIB, Card
 from bot.config import Config, load
 from bot.errors import ConfigError, TrainingError
 from bot.models import check as model_check
-from bot.models.architectures import is_served, is_trained, takes_adapters, vllm_table
+from bot.models.architectures import can_serve, can_serve_adapters, can_train, read_vllm_table
 from bot.models.check import (
     check_architecture,
     check_disk,
@@ -27,12 +27,12 @@ from bot.models.check import (
     check_memory,
     check_model,
     check_weights,
-    explain_refusal,
+    raise_if_refused,
 )
 from bot.models.shape import read_shape
 from learning.models.trainable import divide_logits
-from learning.models.trainable import served as load_served
-from learning.training.choice import sized_model, with_model
+from learning.models.trainable import load_served as load_served
+from learning.training.choice import prepare_model, resolve_model
 from learning.training.pretrain import is_toy
 
 ASKED = [
@@ -95,7 +95,7 @@ def test_a_config_that_cannot_be_used_is_one_line_whoever_reads_it_first(model, 
         change(model / "config.json", **made)
     refused(model, r"config\.json cannot be used")
     with pytest.raises(ConfigError, match=r"config\.json cannot be used"):
-        sized_model(configured(model), lambda line: None)
+        resolve_model(configured(model), lambda line: None)
 
 
 def test_an_architecture_that_is_a_text(model):
@@ -159,7 +159,7 @@ def test_weights_that_are_not_whole_are_told_as_such_whoever_reads_them_first(mo
     harm(model / "model.safetensors")
     refused(model, rf"model\.safetensors cannot be read .*{wanted}")
     with pytest.raises(ConfigError, match=rf"model\.safetensors cannot be read .*{wanted}"):
-        sized_model(configured(model), lambda line: None)
+        resolve_model(configured(model), lambda line: None)
 
 
 def test_shards_that_are_missing_and_weights_without_tensors(model):
@@ -368,7 +368,7 @@ def test_float32_on_a_gpu_and_cards_that_are_small_or_full(model, monkeypatch):
 
 
 def test_a_model_that_is_larger_than_the_memory(model, monkeypatch):
-    monkeypatch.setattr(model_check, "free_memory", lambda: 2**20)
+    monkeypatch.setattr(model_check, "read_free_memory", lambda: 2**20)
     with pytest.raises(ConfigError, match=r"needs 0\.0 GiB of memory .*take a smaller model"):
         check_memory(configured(model), str(model), read_shape(str(model)))
 
@@ -394,10 +394,10 @@ def test_what_is_read_from_vllms_source_is_what_vllm_says():
         "    found = importlib.import_module('vllm.model_executor.models.' + module)\n"
         "    print('told', int(bool(supports_lora(getattr(found, name)))))\n"
     )
-    pairs = [":".join(vllm_table()[name]) for name in ASKED]
+    pairs = [":".join(read_vllm_table()[name]) for name in ASKED]
     done = subprocess.run([sys.executable, "-c", code, *pairs], capture_output=True, text=True, check=True)
     told = [line == "told 1" for line in done.stdout.splitlines() if line.startswith("told ")]
-    assert told == [takes_adapters(name) for name in ASKED] == [True, True, True, True, False, False]
+    assert told == [can_serve_adapters(name) for name in ASKED] == [True, True, True, True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -412,22 +412,22 @@ def test_what_is_read_from_vllms_source_is_what_vllm_says():
 )
 def test_what_a_hub_refuses_is_told_in_one_line(said, wanted):
     with pytest.raises(ConfigError, match=wanted) as error:
-        explain_refusal("owner/name", OSError(said))
+        raise_if_refused("owner/name", OSError(said))
     assert "\n" not in str(error.value)
-    explain_refusal("owner/name", OSError("no network"))  # the control: that is for others to say
+    raise_if_refused("owner/name", OSError("no network"))  # the control: that is for others to say
 
 
 def test_what_transformers_trains():
-    assert is_trained("llama")
-    assert is_trained("qwen3")
-    assert not is_trained("t5")
-    assert is_served("LlamaForCausalLM", "not asked")
+    assert can_train("llama")
+    assert can_train("qwen3")
+    assert not can_train("t5")
+    assert can_serve("LlamaForCausalLM", "not asked")
 
 
 @pytest.mark.parametrize("name", ["~nobody-has-this-name/x", "x" * 300, "a\0b"])
 def test_a_name_that_is_no_path_is_told_in_a_line(tmp_path, name):
     with pytest.raises(ConfigError, match=r"(policy\.model has value|the path) '.*; ") as error:
-        with_model(load(data_dir=str(tmp_path), policy={"model": name}), lambda line: None)
+        prepare_model(load(data_dir=str(tmp_path), policy={"model": name}), lambda line: None)
     assert "\n" not in str(error.value)
 
 
@@ -456,8 +456,8 @@ def test_what_a_hub_answers_is_quoted(tmp_path, answer, headers, said):
         code = (
             "import time\ntime.sleep = lambda seconds: None\n"  # huggingface_hub waits longer after each 429
             "from bot.config import load\nfrom bot.errors import ConfigError\n"
-            "from learning.training.choice import base_model\n"
-            "try:\n    base_model(load(policy={'model': 'owner/name'}), print)\n"
+            "from learning.training.choice import find_base_model\n"
+            "try:\n    find_base_model(load(policy={'model': 'owner/name'}), print)\n"
             "except ConfigError as error:\n    print('told', error)\n"
         )
         done = subprocess.run(

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from bot.config import Config, TrainingConfig
 from bot.errors import NothingToLearn, TrainingError
 from learning.data.experience import Experience
-from learning.data.selection import draw_batches, learnable, usable_rows
-from learning.judging.evaluation import batched_logprobs, batches
+from learning.data.selection import draw_batches, select_for_training, select_usable
+from learning.judging.evaluation import batched_logprobs, split_batches
 from learning.models import batching, toy
-from learning.models.trainable import load, restore, weights
+from learning.models.trainable import copy_weights, load_for_training, restore_weights
 from learning.training import objectives
-from learning.training.guard import CHECKS, Guard, Health, Limits, due
-from learning.training.objectives import TokenDPOTrainer, TokenKTOTrainer, arguments, train
-from learning.training.weighted_trainer import CUT, TERMS, WeightedTrainer, row_losses, weighted_trainer
+from learning.training.guard import CHECKS, Guard, Health, Limits, choose_check_steps
+from learning.training.objectives import TokenDPOTrainer, TokenKTOTrainer, make_training_arguments, train
+from learning.training.weighted_trainer import CUT, TERMS, WeightedTrainer, make_weighted_trainer, row_losses
 
 OBJECTIVES = ("kto", "dpo", "sft", "pg", "mixed")
 
@@ -33,15 +33,15 @@ def quiet(stage: str, done: int, total: int) -> None:
 
 @pytest.fixture(scope="module")
 def model(demo_model):
-    return load(Config(), demo_model)
+    return load_for_training(Config(), demo_model)
 
 
 @pytest.fixture
 def fresh(model):
     """The demo policy with an adapter that changes nothing yet."""
-    start = weights(model)
+    start = copy_weights(model)
     yield model
-    restore(model, start)
+    restore_weights(model, start)
 
 
 def lessons(model, tokenizer, count: int = 32) -> list[Experience]:
@@ -49,11 +49,12 @@ def lessons(model, tokenizer, count: int = 32) -> list[Experience]:
     rng = random.Random(0)
     found = []
     for number in range(count):
-        prompt, intent = rng.choice(toy.prompts(held_out=False))
+        prompt, intent = rng.choice(toy.list_prompts(held_out=False))
         style = rng.choice(toy.STYLES)
         ids = tuple(tokenizer.prompt_ids([{"role": "user", "content": prompt}]))
         said, other = (
-            tuple(tokenizer.completion_ids(toy.answer(intent, replace(style, emoji=emoji)))) for emoji in (True, False)
+            tuple(tokenizer.completion_ids(toy.compose_answer(intent, replace(style, emoji=emoji))))
+            for emoji in (True, False)
         )
         likes = number % 2 == 0
         found.append(
@@ -87,21 +88,21 @@ def test_an_objective_makes_liked_answers_likelier_than_disliked_ones(fresh, tok
 @pytest.mark.slow
 def test_whole_weights_learn_from_every_objective_and_are_drawn_to_the_base(demo_model, tokenizer):
     whole = {"weights": "full", "full_learning_rate": 3e-4}
-    model = load(Config(training=whole), demo_model)
-    rows, start = lessons(model, tokenizer), weights(model)
+    model = load_for_training(Config(training=whole), demo_model)
+    rows, start = lessons(model, tokenizer), copy_weights(model)
     before, gone = margin(model, rows), {}
     for objective in ("kto", "dpo", "sft", "pg", "mixed"):
         for decay in (0.0, 100.0):
             settings = TrainingConfig(objective=objective, max_steps=8, weight_decay=decay, **whole)
             train(model, tokenizer.hf, rows, settings, 0, quiet)
-            gone[decay] = sum(float((value - start[name]).norm()) for name, value in weights(model).items())
+            gone[decay] = sum(float((value - start[name]).norm()) for name, value in copy_weights(model).items())
             assert margin(model, rows) > before + 0.5
-            restore(model, start)
+            restore_weights(model, start)
         assert gone[100.0] < 0.9 * gone[0.0]
 
 
 def test_little_evidence_is_learned_from_in_few_and_small_steps():
-    few, some, many = (objectives.arguments(TrainingConfig(), 16, rows, seed=0) for rows in (16, 32, 256))
+    few, some, many = (objectives.make_training_arguments(TrainingConfig(), 16, rows, seed=0) for rows in (16, 32, 256))
     assert (few["max_steps"], some["max_steps"], many["max_steps"]) == (8, 16, 30)
     rate = TrainingConfig().learning_rate
     assert (few["learning_rate"], many["learning_rate"]) == (rate / 2, rate)
@@ -119,7 +120,7 @@ def test_each_objective_uses_what_it_can(model, tokenizer):
     pair, liked, disliked = lessons(model, tokenizer, 2)[0], *lessons(model, tokenizer, 2)
     liked = replace(liked, rejected_ids=None, logprobs=None)
     rows = [pair, liked, disliked, replace(disliked, logprobs=None)]
-    used = {name: [rows.index(one) for one in usable_rows(rows, name)] for name in OBJECTIVES}
+    used = {name: [rows.index(one) for one in select_usable(rows, name)] for name in OBJECTIVES}
     assert used["kto"] == used["mixed"] == [0, 1, 2, 3]
     assert used["dpo"] == [0]
     assert used["sft"] == [0, 1]
@@ -132,9 +133,9 @@ def test_who_counts_less_moves_the_policy_less(fresh, tokenizer):
     for objective in ("kto", "dpo", "mixed"):
         used = []
         for taught in (few, [*few[:32], *rows[32:]]):
-            start = weights(fresh)
+            start = copy_weights(fresh)
             used.append(train(fresh, tokenizer.hf, taught, TrainingConfig(objective=objective, max_steps=1), 0, quiet))
-            restore(fresh, start)
+            restore_weights(fresh, start)
         if objective == "dpo":
             assert used[0].rows < used[1].rows < 32
         else:
@@ -204,16 +205,19 @@ def test_kto_compares_each_answer_with_another_one_in_each_epoch(fresh, tokenize
 def test_what_a_run_does_not_read_is_not_said_to_be_learned(tokenizer):
     rows = different(tokenizer, 40)
     few = TrainingConfig(max_steps=2, batch_size=16)
-    learned, dropped = learnable(rows, few, seed=0)
+    learned, dropped = select_for_training(rows, few, seed=0)
     assert learned == rows[-32:], "the newest"
     assert dropped == {"more than 32 answers (training.max_steps times training.batch_size)": 8}
-    assert learnable(rows, TrainingConfig(), seed=0) == (rows, {}), "the control"
+    assert select_for_training(rows, TrainingConfig(), seed=0) == (rows, {}), "the control"
     plain = [replace(row, rejected_ids=None) for row in rows[:5]]
     pairs = TrainingConfig(objective="dpo")
-    assert learnable([*plain, *rows[5:]], pairs, seed=0) == (rows[5:], {"of no use to training.objective 'dpo'": 5})
+    assert select_for_training([*plain, *rows[5:]], pairs, seed=0) == (
+        rows[5:],
+        {"of no use to training.objective 'dpo'": 5},
+    )
     light = [replace(row, weight=0.5) for row in rows]
     for seed in range(8):
-        learned, dropped = learnable(light, pairs, seed)
+        learned, dropped = select_for_training(light, pairs, seed)
         assert (len(learned), sum(dropped.values())) == (20, 20), "chance says which, not how many"
 
 
@@ -255,8 +259,8 @@ def test_a_batch_holds_prompts_of_like_length_and_answers_of_any(fresh, tokenize
     rows = [Experience("", "", (3,) * own, (4,) * other, None, 1.0, (), advantage=1.0) for own, other in lengths]
     config = TrainingConfig(objective="sft")
     order = draw_batches(len(rows), 16, 16, random.Random(0))
-    common = arguments(config, 16, len(rows), seed=0) | {"max_steps": 16}
-    trainer = weighted_trainer(fresh, tokenizer.hf, rows, order, config, common)
+    common = make_training_arguments(config, 16, len(rows), seed=0) | {"max_steps": 16}
+    trainer = make_weighted_trainer(fresh, tokenizer.hf, rows, order, config, common)
     labels = [batch["labels"] for batch in trainer.get_train_dataloader()]
     assert sum(len(batch) for batch in labels) == len(rows)
     prompts = [(batch != -100).int().argmax(1).float() for batch in labels]
@@ -285,9 +289,9 @@ def test_a_run_that_does_harm_is_stopped_where_the_policy_was_last_well(fresh, t
 
 @given(st.integers(1, 1000))
 def test_the_guard_looks_at_a_run_a_few_times_and_always_at_its_end(steps):
-    assert max(due(steps)) == steps
-    assert min(due(steps)) >= 1
-    assert len(due(steps)) == min(steps, CHECKS)
+    assert max(choose_check_steps(steps)) == steps
+    assert min(choose_check_steps(steps)) >= 1
+    assert len(choose_check_steps(steps)) == min(steps, CHECKS)
 
 
 @pytest.mark.parametrize(
@@ -332,7 +336,7 @@ def test_what_did_harm_from_the_first_check_on_stays_to_be_measured(fresh, token
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40))), st.integers(1, 200))
 def test_batches_hold_all_rows_in_order_and_no_more_tokens_than_they_may(lengths, tokens):
     rows = [([0] * prompt, [0] * completion) for prompt, completion in lengths]
-    found = list(batches(rows, tokens))
+    found = list(split_batches(rows, tokens))
     assert [row for batch in found for row in batch] == rows
     for batch in found:
         assert batch
@@ -351,12 +355,12 @@ def test_a_loss_that_is_no_number_is_an_error_for_people(fresh, tokenizer):
 
 def trained(model, tokenizer, room: int, monkeypatch, objective: str) -> tuple[list[str], torch.Tensor]:
     """What a run says, and where it moves the weights, where so many bytes are free."""
-    monkeypatch.setattr(batching, "room", lambda: room)
-    start, said = weights(model), []
+    monkeypatch.setattr(batching, "find_usable_memory", lambda: room)
+    start, said = copy_weights(model), []
     settings = TrainingConfig(objective=objective, max_steps=3, batch_size=16)
     train(model, tokenizer.hf, lessons(model, tokenizer), settings, 0, lambda *row: said.append(row[0]))
-    moved = torch.cat([(value - start[name]).flatten() for name, value in weights(model).items()])
-    restore(model, start)
+    moved = torch.cat([(value - start[name]).flatten() for name, value in copy_weights(model).items()])
+    restore_weights(model, start)
     return said, moved
 
 
@@ -383,7 +387,7 @@ def test_out_of_memory_the_batch_is_halved_and_the_run_goes_on(fresh, tokenizer,
     def out_of_memory(*_, **__):
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(objectives, "weighted_trainer", short_of_memory)
+    monkeypatch.setattr(objectives, "make_weighted_trainer", short_of_memory)
     settings = TrainingConfig(objective="pg", max_steps=2)
     figures = train(fresh, tokenizer.hf, lessons(fresh, tokenizer, 16), settings, 0, lambda *row: said.append(row[0]))
     assert sizes == [16, 8, 4]
@@ -413,11 +417,11 @@ def test_the_tokens_of_answers_alone_are_scored(fresh, tokenizer, monkeypatch):
     losses = []
     for scores_prompts in (False, True):
         if scores_prompts:  # the control
-            monkeypatch.setattr(objectives, "answers_alone", contextlib.nullcontext)
+            monkeypatch.setattr(objectives, "scoring_answers_alone", contextlib.nullcontext)
         scored.clear()
-        start = weights(fresh)
+        start = copy_weights(fresh)
         losses.append(train(fresh, tokenizer.hf, rows, TrainingConfig(max_steps=1), 0, quiet).loss)
-        restore(fresh, start)
+        restore_weights(fresh, start)
         answers = sum(len(row.completion_ids) for row in rows)
         assert (max(scored) > 2 * answers) if scores_prompts else (set(scored) == {answers})
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)

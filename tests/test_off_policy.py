@@ -6,7 +6,7 @@ from test_reward_model import rated
 
 from learning.data.experience import Experience
 from learning.judging.evaluation import Sample
-from learning.judging.off_policy import CUT, Answers, Estimate, doubly_robust, estimated, importance
+from learning.judging.off_policy import MAX_IMPORTANCE, Answers, Estimate, doubly_robust, estimate_worth, importance_weights
 from learning.judging.reward_model import RewardModel
 
 
@@ -38,7 +38,7 @@ def test_it_is_right_where_the_model_or_the_weights_are():
 def test_weights_are_cut_and_what_was_not_recorded_has_none():
     rows = [Experience("", "", (), (1, 2), logprobs, 1.0, ()) for logprobs in ((-1.0, -1.0), (-3.0, -3.0), None)]
     now = [torch.tensor([-1.5, -1.0])] * 3
-    assert importance(now, rows).round(3).tolist() == [round(float(np.exp(-0.5)), 3), CUT, 0.0]
+    assert importance_weights(now, rows).round(3).tolist() == [round(float(np.exp(-0.5)), 3), MAX_IMPORTANCE, 0.0]
 
 
 def test_a_policy_that_says_what_people_like_is_worth_more(embedder):
@@ -50,9 +50,9 @@ def test_a_policy_that_says_what_people_like_is_worth_more(embedder):
         for text in ("income tax is due every year", "my cat sleeps all day")
     )
     model = RewardModel(embedder, seed=0)
-    found = estimated(liked, held_out, model, before, after, seed=0)
+    found = estimate_worth(liked, held_out, model, before, after, seed=0)
     assert found.estimated_gain.low > 0.5
     assert found.reward_model.calibration
-    same = estimated(liked, held_out, model, before, before, seed=0)
+    same = estimate_worth(liked, held_out, model, before, before, seed=0)
     assert same.estimated_gain == (0.0, 0.0, 0.0)  # the control
-    assert estimated(liked[:8], held_out, model, before, after, seed=0) == Estimate(), "too little is rated"
+    assert estimate_worth(liked[:8], held_out, model, before, after, seed=0) == Estimate(), "too little is rated"

@@ -6,19 +6,19 @@ import pytest
 
 from bot.errors import DataError
 from bot.types import FeedbackKind
-from connectors.web.openai_api import UNSEEN, Completion, FeedbackRequest, parsed
+from connectors.web.openai_api import UNSEEN, CompletionRequest, FeedbackRequest, parse
 
 USER = {"role": "user", "content": "hello"}
 PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 
 
-def completion(*messages: dict, **fields: object) -> Completion:
-    return parsed(Completion, json.dumps({"messages": messages or [USER], **fields}).encode())
+def completion(*messages: dict, **fields: object) -> CompletionRequest:
+    return parse(CompletionRequest, json.dumps({"messages": messages or [USER], **fields}).encode())
 
 
 def asked(*messages: dict) -> tuple[str, list[tuple[str, str]], str]:
-    question, history = completion(*messages).asked()
-    return question, [(said["role"], said["content"]) for said in history.before], history.begun
+    question, history = completion(*messages).split_question()
+    return question, [(said["role"], said["content"]) for said in history.before], history.partial_answer
 
 
 def test_roles_that_the_policy_does_not_know_become_those_that_it_does():
@@ -54,12 +54,12 @@ def test_a_history_may_end_with_anybody(roles, question, begun):
 
 
 def test_null_is_as_good_as_nothing_in_every_optional_field():
-    names = [name for name in Completion.model_fields if name != "messages"]
+    names = [name for name in CompletionRequest.model_fields if name != "messages"]
     assert completion(**dict.fromkeys(names)) == completion()
     assert completion(stream_options={"include_usage": None}) == completion()
     rating = FeedbackRequest(inference_id="x", value=True)
     nothing = {name: None for name in FeedbackRequest.model_fields if name not in ("inference_id", "value")}
-    assert parsed(FeedbackRequest, json.dumps({"inference_id": "x", "value": True, **nothing}).encode()) == rating
+    assert parse(FeedbackRequest, json.dumps({"inference_id": "x", "value": True, **nothing}).encode()) == rating
 
 
 def test_what_cannot_be_read_is_named_to_the_policy_and_told_to_the_person_once():
@@ -73,8 +73,8 @@ def test_what_cannot_be_read_is_named_to_the_policy_and_told_to_the_person_once(
 
 
 def test_limits_and_stops_are_read_in_each_of_their_shapes():
-    assert completion(max_tokens=7).limit == 7
-    assert completion(max_tokens=7, max_completion_tokens=5).limit == 5
+    assert completion(max_tokens=7).token_limit == 7
+    assert completion(max_tokens=7, max_completion_tokens=5).token_limit == 5
     assert completion(stop="\n").stops == ("\n",)
     assert completion(stop=["a", "b"]).stops == ("a", "b")
 
@@ -118,11 +118,11 @@ def test_what_asks_for_nothing_special_is_taken():
     ],
 )
 def test_a_dislike_is_a_dislike_also_as_a_number(value, kind, rating):
-    given = parsed(FeedbackRequest, f'{{"inference_id": "x", "value": {value}}}'.encode()).feedback("x", "ann")
+    given = parse(FeedbackRequest, f'{{"inference_id": "x", "value": {value}}}'.encode()).make_feedback("x", "ann")
     assert (given.kind, given.value) == (kind, rating)
 
 
 @pytest.mark.parametrize("fields", [{"value": 0.0}, {"value": 2}, {"episode_id": "e", "value": True}])
 def test_an_opinion_that_would_be_lost_is_refused(fields):
     with pytest.raises(DataError):
-        parsed(FeedbackRequest, json.dumps({"inference_id": "x", **fields}).encode())
+        parse(FeedbackRequest, json.dumps({"inference_id": "x", **fields}).encode())

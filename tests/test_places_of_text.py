@@ -32,7 +32,7 @@ from bot.errors import RegistryError
 from bot.memory.embedder import Embedder
 from bot.models.tokenizer import ChatTokenizer
 from bot.store import words
-from bot.store.forgetting import SAMPLES, UNFINISHED
+from bot.store.forgetting import SAMPLES_FILE, UNFINISHED_SUFFIX
 from bot.store.tables import embeddings, messages, metadata
 from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, Turn, new_id, now
 from learning.data.selection import is_held_out, question_key
@@ -156,7 +156,7 @@ class Talk:
         await self.dialogue.edit(event, "nothing to see here", now())
         await self.ask(BOB, "what was the secret word that ann told you?", f"it is {WORD}")  # shown hers and ours
         self.vllm.says = f"the web knows {WORD}"
-        asked, options = f"I tell the web {WORD}", ReplyOptions(is_repeatable=True)
+        asked, options = f"I tell the web {WORD}", ReplyOptions(has_client_history=True)
         web = await self.dialogue.respond_to_history(Message("", f"app/{ANN}", asked), History(), WEB, options)
         before = [{"role": "user", "content": asked}, {"role": "assistant", "content": web.text}]
         later = Message("", f"app/{BOB}", "and now?")
@@ -220,27 +220,27 @@ async def test_a_word_is_gone_from_every_place_where_text_may_lie(teaching, toke
         kibitz = talk.kibitz
         await talk.all_about_it(is_held_out_alone)
         await talk.others()
-        await kibitz.dialogue.tracker.recall.learned()
+        await kibitz.dialogue.tracker.recall.flush()
         while "ScopeIndex" not in search.memory(kibitz):  # what is embedded at the start has it read anew
             await talk.ask(BOB, "and what else?", "nothing")
         with learn_in_an_instant(tokenizer):
             finished = train_version(kibitz.config, lambda *_: None)
         version = kibitz.registry.get(finished.policy)
         async with paused_run(kibitz.config, tokenizer) as (run, goes_on):
-            under_way = f"policies/policy-{len(kibitz.registry.all()) - 1}{UNFINISHED}/{SAMPLES}"
+            under_way = f"policies/policy-{len(kibitz.registry.all()) - 1}{UNFINISHED_SUFFIX}/{SAMPLES_FILE}"
             # The control: it is in each of these places.
             found = search.files(data)
-            assert found >= {f"policies/{version.name}/{SAMPLES}", under_way}
+            assert found >= {f"policies/{version.name}/{SAMPLES_FILE}", under_way}
             assert bool(found & {"kibitz.db", "kibitz.db-wal"}) == (kibitz.database.dialect == "sqlite")
             assert search.columns(kibitz.database.engine) == COLUMNS
             assert search.memory(kibitz) >= {"ScopeIndex", "_lru_cache_wrapper"}
             stem = words._stem  # its cache cannot be read
             assert vectors_of(kibitz, WORD)
-            assert not is_held_out_alone or WORD in report.html(report.collected(version, "")), "it shows these first"
+            assert not is_held_out_alone or WORD in report.render_html(report.collect(version, "")), "it shows these first"
 
             if what == "person":
-                await app.desk(kibitz).forget("discord", ANN)
-                await app.desk(kibitz).forget("web", f"app/{ANN}")
+                await app.make_desk(kibitz).forget_person("discord", ANN)
+                await app.make_desk(kibitz).forget_person("web", f"app/{ANN}")
             else:
                 for message_id in said_by_ann(kibitz):
                     await talk.dialogue.forget(message_id)
@@ -254,7 +254,7 @@ async def test_a_word_is_gone_from_every_place_where_text_may_lie(teaching, toke
         assert (kibitz.registry.get(version.name).state == PolicyState.PURGED) == is_purged
         assert Path(version.path).exists() != is_purged
         if not is_purged:
-            assert WORD not in report.html(report.collected(version, ""))
+            assert WORD not in report.render_html(report.collect(version, ""))
         assert search.files(data) == search.columns(kibitz.database.engine) == set()
         assert not vectors_of(kibitz, WORD)
         assert WORD not in caplog.text
@@ -297,8 +297,8 @@ async def test_an_export_has_nothing_of_people_who_withhold_consent(teaching, to
         kept, withheld = tmp_path / "kept.jsonl", tmp_path / "withheld.jsonl"
         privacy = talk.kibitz.config.privacy
         export(talk.kibitz.store, kept, "", privacy)
-        await app.desk(talk.kibitz).privacy("discord", ANN, "off")
-        await app.desk(talk.kibitz).privacy("web", f"app/{ANN}", "off")
+        await app.make_desk(talk.kibitz).manage_consent("discord", ANN, "off")
+        await app.make_desk(talk.kibitz).manage_consent("web", f"app/{ANN}", "off")
         export(talk.kibitz.store, withheld, "", privacy)
     search = Search(tokenizer)
     assert search.spells(kept.read_text())
@@ -307,7 +307,7 @@ async def test_an_export_has_nothing_of_people_who_withhold_consent(teaching, to
 
 def test_an_error_of_the_database_quotes_nobody(database, store, registry):
     """Errors come into logs. PostgreSQL quotes the row that it refuses."""
-    place = store.open(PLACE)
+    place = store.open_conversation(PLACE)
     broken = Message(place.id, ANN, WORD, role=None)  # type: ignore[arg-type]
     with pytest.raises(sa.exc.IntegrityError) as refused:
         store.add_message(broken)

@@ -9,7 +9,7 @@ from test_importers import chats, opinions
 
 from bot.errors import DataError
 from bot.types import FeedbackKind
-from learning.importers.formats import read
+from learning.importers.formats import read_recording
 
 BOTS = {"kibitz", "newsbot"}
 
@@ -57,7 +57,7 @@ def said_of(found, text: str) -> list[tuple[str, FeedbackKind]]:
 
 
 def test_of_a_discord_channel_the_answers_are_read_and_the_talk_of_others_is_not(tmp_path):
-    found = read(
+    found = read_recording(
         write(
             tmp_path / "f.json",
             discord_file(
@@ -110,7 +110,7 @@ def test_messages_that_reply_to_each_other_end_no_import(tmp_path):
         discord_message("3", "ann", "me", reply_to="3"),
         discord_message("4", "kibitz", "You!", reply_to="3"),
     ]
-    found = read(write(tmp_path / "f.json", discord_file(*said)))
+    found = read_recording(write(tmp_path / "f.json", discord_file(*said)))
     assert chats(found) == [[("user", "hello"), ("assistant", "Hi!")], [("user", "me"), ("assistant", "You!")]]
 
 
@@ -127,9 +127,9 @@ def test_in_a_thread_and_in_direct_messages_each_message_answers_the_one_before(
         path = write(tmp_path / "f.json", discord_file(*said, *late, type=kind))
         if not conversations:
             with pytest.raises(DataError, match="no part of an exchange with a bot"):
-                read(path)
+                read_recording(path)
             continue
-        found = read(path)
+        found = read_recording(path)
         assert chats(found)[:2] == [whole[:2], whole]
         assert len(found.dialogues) == conversations
         assert opinions(found) == (2, 0)
@@ -142,7 +142,7 @@ def test_a_channel_in_several_files_is_one_and_reactions_without_names_count(tmp
     folder.mkdir()
     write(folder / "general [part 1].json", discord_file(discord_message("1", "ann", "hello")))
     write(folder / "general [part 2].json", discord_file(answer))
-    found = read(folder)
+    found = read_recording(folder)
     assert (found.format, chats(found)) == ("discord", [[("user", "hello"), ("assistant", "Hi!")]])
     assert opinions(found) == (0, 2)
 
@@ -202,7 +202,7 @@ def test_a_slack_export_is_read_with_its_threads_names_and_reactions(tmp_path, s
             for name, value in SLACK.items():
                 archive.writestr(name, json.dumps(value))
         place = place if shape == "zip" else place.parent
-    found = read(place)
+    found = read_recording(place)
     assert found.format == "slack"
     asked = [("user", "a <b> @Ann #general x"), ("assistant", "Hi!")]
     assert sorted(chats(found)) == sorted(
@@ -252,7 +252,9 @@ CHAT = webui_chat(
 
 
 def test_an_open_webui_chat_is_read_as_a_tree_with_its_ratings_and_without_thoughts(tmp_path):
-    found = read(write(tmp_path / "f.json", [CHAT, webui_chat(webui_message("u1", None, "x"), id="c2"), {"chat": 5}]))
+    found = read_recording(
+        write(tmp_path / "f.json", [CHAT, webui_chat(webui_message("u1", None, "x"), id="c2"), {"chat": 5}])
+    )
     assert found.format == "open-webui"
     asked = [("user", "hello"), ("assistant", "Hi!")]
     assert sorted(chats(found)) == sorted(
@@ -269,12 +271,12 @@ def test_open_webui_feedback_brings_its_chat_and_counts_once_beside_it(tmp_path)
         "both.json": [webui_feedback(-1, snapshot=CHAT, comment="no"), webui_feedback("1", user="u1"), CHAT],
         "feedback.json": [webui_feedback(-1, snapshot=old), webui_feedback(1, user="u1")],
     }.items():
-        found = read(write(tmp_path / name, rows))
+        found = read_recording(write(tmp_path / name, rows))
         assert len(found.dialogues) == 1
         opinions_of = [one for one in said_of(found, "Hi!") if one[1] != FeedbackKind.COMMENT]
         assert sorted(opinions_of) == [("u1", FeedbackKind.APPROVAL), ("u2", FeedbackKind.DISAPPROVAL)]
     lost = [webui_feedback(1), CHAT | {"id": "c9"}, webui_feedback(1) | {"type": "arena"}]
-    assert read(write(tmp_path / "lost.json", lost)).dropped == {
+    assert read_recording(write(tmp_path / "lost.json", lost)).dropped == {
         "row that is feedback without its chat: export the chats as well": 1,
         "row that is feedback of type 'arena', no rating": 1,
         "rating that is not understood": 1,

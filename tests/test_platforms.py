@@ -16,11 +16,11 @@ from conftest import shared, until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bot.chat.dialogue import LONGEST, spoken
-from bot.store.feedback import standing
+from bot.chat.dialogue import MAX_MESSAGE_CHARACTERS, render_answer
+from bot.store.feedback import select_effective
 from bot.types import FeedbackKind, Turn
-from connectors.local.benchmark import whole
-from connectors.local.platforms import PEOPLE, PLATFORMS, DiscordPlatform, Platform, Shown, SlackPlatform, WebPlatform
+from connectors.local.benchmark import wait_for_answers
+from connectors.local.platforms import PEOPLE, PLATFORMS, DiscordPlatform, Platform, SeenAnswer, SlackPlatform, WebPlatform
 
 OPINION = {FeedbackKind.APPROVAL: True, FeedbackKind.DISAPPROVAL: False}
 WORDS = ["hello", "i can't sleep", "good night", "tell me a joke", "what should i eat"]
@@ -60,7 +60,7 @@ class Life:
     def anybody(self) -> str:
         return self.rng.choice(sorted(PEOPLE))
 
-    def shown(self, answer: Answer) -> Shown:
+    def shown(self, answer: Answer) -> SeenAnswer:
         return next(one for one in self.platform.answers(self.place) if one.id == answer.id)
 
     async def step(self) -> None:
@@ -76,7 +76,7 @@ class Life:
 
     async def answered(self) -> None:
         """The last question has one more answer."""
-        for one in await whole(self.platform, self.place, len(self.seen) + 1):
+        for one in await wait_for_answers(self.platform, self.place, len(self.seen) + 1):
             if one.id not in self.seen:
                 self.questions[-1].answers.append(Answer(one.id))
                 self.seen.add(one.id)
@@ -96,7 +96,7 @@ class Life:
         if self.questions and not self.questions[-1].deleted:
             user, last = self.anybody(), self.questions[-1].answers[-1]
             last.unwanted.add(user)
-            await self.platform.again(user, self.shown(last))
+            await self.platform.regenerate(user, self.shown(last))
             await self.answered()
 
     async def edit(self) -> None:
@@ -129,16 +129,16 @@ class Life:
         assert len(self.platform.answers(self.place)) == len(self.seen)
         for question in self.questions:
             for answer in question.answers:
-                turn_id = await self.platform.turn_of(self.shown(answer))
+                turn_id = await self.platform.find_turn_id(self.shown(answer))
                 turn = await call(store.turn, turn_id)
                 if question.deleted:
                     assert turn is None
                     continue
                 assert turn is not None
-                assert spoken(turn).strip() == self.shown(answer).text.strip()
+                assert render_answer(turn).strip() == self.shown(answer).text.strip()
                 assert (await call(store.message, turn.message_id)).text == question.text
                 assert name_of(self.platform, turn.asker_id) == question.user
-                said = standing((await call(store.feedback_of, [turn_id])).get(turn_id, []))
+                said = select_effective((await call(store.feedback_of, [turn_id])).get(turn_id, []))
                 rows = [(name_of(self.platform, row.user_id), row.kind) for row in said]
                 assert {user: OPINION[kind] for user, kind in rows if kind in OPINION} == answer.opinions
                 assert {user for user, kind in rows if kind == FeedbackKind.REGENERATE} == answer.unwanted
@@ -151,10 +151,10 @@ class Life:
         return await self.fits(live)
 
 
-async def stored(live, platform: Platform, answer: Shown) -> Turn:
+async def stored(live, platform: Platform, answer: SeenAnswer) -> Turn:
     """The turn of an answer, as soon as it is stored: people see it a moment before."""
     async with asyncio.timeout(300):
-        while (turn := await live.database.call(live.store.turn, await platform.turn_of(answer))) is None:
+        while (turn := await live.database.call(live.store.turn, await platform.find_turn_id(answer))) is None:
             await asyncio.sleep(0.02)
     return turn
 
@@ -216,10 +216,10 @@ async def test_texts_of_every_kind_are_answered_at_bounded_cost(live, make):
     for name, text in STRANGE.items():
         await platform.say(places[name], "ann", text)
     for name, place in places.items():
-        [answer] = await whole(platform, place, 1)
+        [answer] = await wait_for_answers(platform, place, 1)
         turn = await stored(live, platform, answer)
         assert 0 < len(turn.prompt_ids) <= live.config.policy.context_tokens, name
-        assert len(live.store.message(turn.message_id).text) <= LONGEST
+        assert len(live.store.message(turn.message_id).text) <= MAX_MESSAGE_CHARACTERS
     assert platform.fake.refused == []  # what came back was fit for the platform too
     await platform.stop()
 
@@ -237,7 +237,7 @@ async def test_any_sequence_of_reactions_ends_in_what_the_platform_shows(live, m
     async def holds(moves: list[tuple[str, bool]]) -> None:
         place = platform.place(direct=True)
         await platform.say(place, "ann", "hello")
-        [answer] = await whole(platform, place, 1)
+        [answer] = await wait_for_answers(platform, place, 1)
         shown: dict[str, list[bool]] = defaultdict(list)
         for user, likes in moves:  # a person clicks: what is there goes, what is not there comes
             if likes in shown[user]:
@@ -251,7 +251,7 @@ async def test_any_sequence_of_reactions_ends_in_what_the_platform_shows(live, m
         found: dict[str, bool] = {}
 
         def as_shown() -> bool:
-            rows = standing(live.store.feedback_of([turn_id]).get(turn_id, []))
+            rows = select_effective(live.store.feedback_of([turn_id]).get(turn_id, []))
             found.clear()
             found.update({name_of(platform, row.user_id): OPINION[row.kind] for row in rows})
             return found == expected

@@ -4,8 +4,8 @@ import pytest
 import torch
 import transformers
 
-from learning.judging.evaluation import batched_logprobs, padded
-from learning.models.prefix import LEAST, common_length, share_prefixes
+from learning.judging.evaluation import batched_logprobs, pad_batch
+from learning.models.prefix import LEAST, count_common_tokens, share_prefixes
 
 TINY = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 TINY |= {"num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}
@@ -31,7 +31,7 @@ def read(model) -> list[int]:
 
 def gradient(model, mask: torch.Tensor) -> torch.Tensor:
     model.zero_grad()
-    inputs = padded(ROWS, model.device)
+    inputs = pad_batch(ROWS, model.device)
     logits = model(**inputs, use_cache=False).logits
     (logits.float().log_softmax(-1)[..., 7] * mask).sum().backward()
     return torch.cat([value.grad.flatten() for value in model.parameters() if value.grad is not None])
@@ -40,7 +40,7 @@ def gradient(model, mask: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "Mistral", "Phi3", "Olmo2"])
 def test_log_probabilities_and_gradients_are_the_same_and_fewer_tokens_are_read(family):
     model = model_of(family, **({"sliding_window": None} if family in ("Mistral", "Phi3") else {}))
-    mask = padded(ROWS, model.device)["attention_mask"]
+    mask = pad_batch(ROWS, model.device)["attention_mask"]
     plain, slopes = torch.cat(batched_logprobs(model, ROWS)), gradient(model, mask)
     share_prefixes(model)
     passes = read(model)
@@ -80,8 +80,8 @@ def test_generating_and_single_rows_are_left_alone():
 
 def test_a_common_beginning_ends_before_padding_and_before_the_last_token():
     ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]])
-    assert common_length(ids, None) == 3
-    assert common_length(ids, torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])) == 2
-    assert common_length(ids[[0, 0]], None) == 3
-    assert common_length(ids[:1], None) == 0
-    assert common_length(torch.tensor([[1, 2], [2, 2]]), None) == 0
+    assert count_common_tokens(ids, None) == 3
+    assert count_common_tokens(ids, torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])) == 2
+    assert count_common_tokens(ids[[0, 0]], None) == 3
+    assert count_common_tokens(ids[:1], None) == 0
+    assert count_common_tokens(torch.tensor([[1, 2], [2, 2]]), None) == 0

@@ -51,7 +51,7 @@ from bot.supervision import supervise
 from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, Turn
 from learning.data.replay_buffer import ReplayBuffer
 from learning.judging import statistics
-from learning.judging.error_budget import level_of_next
+from learning.judging.error_budget import compute_next_level
 from learning.judging.gate import judge
 from learning.judging.metrics import EvidenceMetrics
 from learning.judging.waiting import judge_waiting
@@ -289,13 +289,13 @@ class Histories(RuleBasedStateMachine):
 
     @rule(person=people, consent=st.booleans())
     def decide(self, person: str, consent: bool) -> None:
-        self.stage.do(app.desk(self.kibitz).privacy("test", person, "on" if consent else "off"))
+        self.stage.do(app.make_desk(self.kibitz).manage_consent("test", person, "on" if consent else "off"))
         self.ledger.consent[person] = consent
         self.ledger.decided_since.add(person)
 
     @rule(person=people)
     def forget(self, person: str) -> None:
-        self.stage.do(app.desk(self.kibitz).forget("test", person))
+        self.stage.do(app.make_desk(self.kibitz).forget_person("test", person))
         self._forget_person(person)
         self._follow()  # as the watcher does within a second
 
@@ -322,7 +322,7 @@ class Histories(RuleBasedStateMachine):
 
         live = self.kibitz.registry.live()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("learning.training.run.teach", fail)
+            patch.setattr("learning.training.run.train_with_guard", fail)
             with contextlib.suppress(NothingToLearn), pytest.raises(RuntimeError):
                 train_version(self.config, lambda *_: None, deploys=True)
         assert self.kibitz.registry.live() == live
@@ -336,7 +336,7 @@ class Histories(RuleBasedStateMachine):
     @precondition(lambda self: self.kibitz.registry.live().name != BASE)
     @rule()
     def roll_back(self) -> None:
-        self.stage.do(app.desk(self.kibitz).rollback())
+        self.stage.do(app.make_desk(self.kibitz).roll_back())
         self.stage.seen["is taken back"] += 1
 
     @rule()
@@ -373,7 +373,7 @@ class Histories(RuleBasedStateMachine):
                 await self.kibitz.dialogue.respond(message, place=PLACES[place])
             if forgets:
                 with pytest.raises(DatabaseUnavailable):
-                    await app.desk(self.kibitz).forget("test", person)
+                    await app.make_desk(self.kibitz).forget_person("test", person)
             if not is_locked:  # who only reads goes on beside a lock
                 await _soon(lambda: "watching" in health.failing, is_failing)
         await _soon(lambda: not health.failing, is_failing)
@@ -452,7 +452,7 @@ class Histories(RuleBasedStateMachine):
         earlier: list[bool] = []
         for version in versions:
             if version.metrics.had_enough_evidence:
-                expected = level_of_next(1 - self.config.gate.confidence, earlier)
+                expected = compute_next_level(1 - self.config.gate.confidence, earlier)
                 assert version.metrics.level == pytest.approx(expected), "law 6: each verdict spends from one budget"
             if version.replaced is not None and version.name not in self.ledger.judged:
                 self.ledger.judged.add(version.name)
@@ -714,10 +714,10 @@ def test_the_laws_hold_in_every_history(stage, request):
 @pytest.mark.parametrize(
     ("place", "does", "law"),
     [
-        ("bot.store.forgetting.answers_from", {}, "law 10: what was made from forgotten words goes"),
-        ("bot.store.registry.PolicyRegistry.purge", [], "learned from who is forgotten"),
-        ("learning.data.voices.Consent.of", True, "law 7"),
-        ("learning.training.lesson.earlier_verdicts", [], "law 6"),
+        ("bot.store.forgetting.find_answers_from", {}, "law 10: what was made from forgotten words goes"),
+        ("bot.store.registry.PolicyRegistry.purge_taught", [], "learned from who is forgotten"),
+        ("learning.data.voices.Consent.is_given_by", True, "law 7"),
+        ("learning.training.lesson.read_earlier_verdicts", [], "law 6"),
     ],
     ids=["answers-stay", "versions-stay", "all-teach", "nothing-is-spent"],
 )

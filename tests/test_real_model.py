@@ -19,8 +19,8 @@ from bot.types import Conversation, Message, PolicyState, new_id
 from learning.bench import serving
 from learning.judging.evaluation import answer_logprobs
 from learning.judging.probe import mean_distance
-from learning.models.trainable import served
-from learning.training.choice import with_model
+from learning.models.trainable import load_served
+from learning.training.choice import prepare_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vLLM")]  # two servers would wait for each other
 
@@ -38,7 +38,7 @@ EVERYDAY = [
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def real(builtin_model, tmp_path_factory) -> AsyncIterator[kibitz.Kibitz]:  # noqa: F811
-    config, model = with_model(load(data_dir=str(tmp_path_factory.mktemp("real"))), lambda text: None)
+    config, model = prepare_model(load(data_dir=str(tmp_path_factory.mktemp("real"))), lambda text: None)
     assert model == builtin_model
     async with kibitz.running(config, model, lambda text: None) as running:
         yield running
@@ -50,8 +50,8 @@ async def say(real: kibitz.Kibitz, text: str, seed: int = 1):
 
 
 async def version_of(real: kibitz.Kibitz, source: Path, seed: int) -> str:
-    base = real.registry.base().base_model
-    await asyncio.to_thread(serving.random_version, real.config, base, source, seed)
+    base = real.registry.get_base().base_model
+    await asyncio.to_thread(serving.save_random_version, real.config, base, source, seed)
     return serving.register_copy(real.registry, source, real.config.data / "policies").name
 
 
@@ -65,11 +65,11 @@ async def test_everyday_questions_get_answers_that_end_by_themselves(real):
 async def test_log_probabilities_are_those_of_the_trainer_at_the_policys_temperature(real):
     assert real.config.policy.temperature != 1.0
     turn = await say(real, "tell me about your day")
-    base = real.registry.base().base_model
-    model = await asyncio.to_thread(served, real.config, base)
+    base = real.registry.get_base().base_model
+    model = await asyncio.to_thread(load_served, real.config, base)
     (own,) = answer_logprobs(model, [(turn.prompt_ids, turn.completion_ids)])
     plain = real.config.model_copy(update={"policy": real.config.policy.model_copy(update={"temperature": 1.0})})
-    (other,) = answer_logprobs(await asyncio.to_thread(served, plain, base), [(turn.prompt_ids, turn.completion_ids)])
+    (other,) = answer_logprobs(await asyncio.to_thread(load_served, plain, base), [(turn.prompt_ids, turn.completion_ids)])
     assert mean_distance(own.tolist(), turn.logprobs) < 0.2
     assert mean_distance(other.tolist(), turn.logprobs) > 2 * mean_distance(own.tolist(), turn.logprobs), "the control"
 
@@ -81,7 +81,7 @@ async def test_a_version_is_proven_in_bfloat16_and_a_swapped_one_is_caught(real,
     assert (await say(real, "hello")).policy_version == names[0]
     figures = real.registry.get(names[0]).metrics
     assert figures.probe_distance <= figures.probe_from_parent / 2
-    await real.policy.admin.load(names[1], real.registry.get(names[0]).path)  # the other's weights under its name
+    await real.policy.admin.load_adapter(names[1], real.registry.get(names[0]).path)  # the other's weights under its name
     with pytest.raises(ProbeFailed, match="failed its probe"):
         await real.deployment.deploy(names[1])
     assert real.registry.get(names[1]).state == PolicyState.REJECTED
@@ -92,8 +92,8 @@ async def test_swaps_under_load_mix_nothing_and_rounding_is_not_taken_for_a_mix(
     monkeypatch.setattr(serving, "PROMPTS", 4)  # each is asked one at a time of each version, for what it says alone
     sources = [tmp_path / "one", tmp_path / "two"]
     for seed, source in enumerate(sources):
-        await asyncio.to_thread(serving.random_version, real.config, real.registry.base().base_model, source, seed)
+        await asyncio.to_thread(serving.save_random_version, real.config, real.registry.get_base().base_model, source, seed)
     tokenizer = real.dialogue.tracker.tokenizer
-    figures = await serving.swap(real.deployment, tokenizer, sources, 2, 16, 4, lambda *_: None)
+    figures = await serving.measure_swaps(real.deployment, tokenizer, sources, 2, 16, 4, lambda *_: None)
     assert (figures["swaps"], figures["failed"], figures["mixed"]) == (2, 0, 0)
     assert 0 < figures["rounding_nats"] < figures["versions_apart_nats"] / 2

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bot.chat.dialogue import cleaned
+from bot.chat.dialogue import clean_text
 from bot.chat.tracker import StateTracker
 from bot.config import DialogueConfig, PrivacyConfig
 from bot.errors import ConfigError, DataError
 from bot.memory.embedder import Embedder
 from bot.memory.index import Entry, ScopeIndex
-from bot.memory.recall import OVERLAP, Recall, weights
+from bot.memory.recall import OVERLAP, Recall, load_retrieval_weights
 from bot.memory.scope import Memory
 from bot.store.conversations import ConversationStore
 from bot.store.forgetting import forget_message, forget_person
@@ -25,7 +25,7 @@ from bot.store.users import Users
 from bot.types import Conversation, Message, Turn, new_id, now
 from learning.bench import recall as recall_benchmark
 from learning.bench import tracker
-from learning.fitting.dialogues import dialogue
+from learning.fitting.dialogues import make_dialogue
 
 FACT = "my sister keeps eleven green parrots in the attic"
 QUESTION = "how many parrots does her sister have?"
@@ -33,7 +33,7 @@ QUESTION = "how many parrots does her sister have?"
 
 @pytest.fixture
 def recall(database, embedder):
-    found = Recall(Memory(database), embedder, weights())
+    found = Recall(Memory(database), embedder, load_retrieval_weights())
     yield found
     found._thread.shutdown()  # the embedder is everybody's
 
@@ -46,7 +46,7 @@ def tell(store, place: Conversation, text: str, author: str = "ann", **details) 
 
 def crowded(store, **where) -> Conversation:
     """A place where much else was said."""
-    place = store.open(Conversation("test", **{"channel": new_id(), **where}))
+    place = store.open_conversation(Conversation("test", **{"channel": new_id(), **where}))
     for number in range(20):
         tell(store, place, f"today i did some work on part {number}", "bob")
     return place
@@ -109,9 +109,9 @@ async def test_forgotten_edited_and_withheld_text_is_gone_from_the_next_request_
     forget_message(database, said[0].id)
     assert said[0].text not in await found(recall, place)
     users = Users(database, PrivacyConfig())
-    users.decide("test", "person 1", consent=False)
+    users.record_consent("test", "person 1", consent=False)
     assert said[1].text not in await found(recall, place)
-    users.decide("test", "person 1", consent=True)
+    users.record_consent("test", "person 1", consent=True)
     assert said[1].text in await found(recall, place)  # the control: it was the consent that hid it
     forget_person(database, registry, "test", "person 1")
     assert said[1].text not in await found(recall, place)
@@ -131,9 +131,9 @@ async def test_an_answer_that_was_replaced_or_was_made_for_the_unwilling_is_not_
     made = Turn(place.id, asked.id, new_id(), FACT, "dora", "policy-0", (1,), (2,), (-0.1,), "stop", {}, 1.0)
     store.add_turn(made)
     assert FACT in await found(recall, place)
-    Users(database, PrivacyConfig()).decide("test", "dora", consent=False)
+    Users(database, PrivacyConfig()).record_consent("test", "dora", consent=False)
     assert FACT not in await found(recall, place)
-    Users(database, PrivacyConfig()).decide("test", "dora", consent=True)
+    Users(database, PrivacyConfig()).record_consent("test", "dora", consent=True)
     assert FACT in await found(recall, place)
     store.add_turn(replace(made, id=new_id(), reply_id=new_id(), text="something else", replaces=made.id))
     assert FACT not in await found(recall, place)
@@ -156,7 +156,7 @@ async def test_ten_thousand_canaries_and_no_leak(store, database, across):
         ]
         planted.append((place, [Message(place.id, "ann", line) for line in lines], [], []))
     store.add_dialogues(planted)
-    recall = Recall(Memory(database, across), None, weights())
+    recall = Recall(Memory(database, across), None, load_retrieval_weights())
     where = {place.id: place for place in places}
     leaks = seen_elsewhere = 0
     for place in places:
@@ -173,17 +173,17 @@ async def test_ten_thousand_canaries_and_no_leak(store, database, across):
 async def test_threads_of_a_channel_share_what_was_said_there(store, recall):
     thread = crowded(store, channel="general", thread="1")
     tell(store, thread, FACT)
-    assert FACT in await found(recall, store.open(Conversation("test", "general", thread="2")))
-    assert FACT not in await found(recall, store.open(Conversation("test", "other", thread="2")))
+    assert FACT in await found(recall, store.open_conversation(Conversation("test", "general", thread="2")))
+    assert FACT not in await found(recall, store.open_conversation(Conversation("test", "other", thread="2")))
 
 
 async def test_a_channel_that_was_closed_is_not_seen_from_outside_any_more(store, database):
-    recall = Recall(Memory(database, across_channels=True), None, weights())
+    recall = Recall(Memory(database, across_channels=True), None, load_retrieval_weights())
     there = crowded(store, channel="open", is_public=True)
     tell(store, there, FACT)
     here = crowded(store, channel="here", is_public=True)
     assert FACT in await found(recall, here)
-    store.open(Conversation("test", "open", is_public=False))
+    store.open_conversation(Conversation("test", "open", is_public=False))
     assert FACT not in await found(recall, here)
     recall.close()
 
@@ -210,15 +210,15 @@ async def test_who_refers_to_what_was_said_fifty_turns_ago_is_understood(store, 
     tracker = StateTracker(store, tokenizer, recall, DialogueConfig(recent=50, remembered=remembered), 2048)
     shown = []
     for seed in range(8):
-        made = dialogue(500 + seed, turns=200)
-        place = store.open(Conversation("test", new_id()))
+        made = make_dialogue(500 + seed, turns=200)
+        place = store.open_conversation(Conversation("test", new_id()))
         said = [Message(place.id, turn["speaker"], turn["text"]) for turn in made.conversation]
         store.add_dialogues([(place, said, [], [])])
         await recall.catch_up(lambda *_: None)
         for question in made.questions:
             wanted = said[int(question["evidence"][0])]
             if wanted not in said[-50:]:
-                context = await tracker.context(Message(place.id, "somebody", question["text"]))
+                context = await tracker.build_context(Message(place.id, "somebody", question["text"]))
                 assert len(context.prompt_ids) <= 2048
                 shown.append(tokenizer.neutralise(wanted.text) in str(context.messages[0]["content"]))
     assert np.mean(shown) >= 0.95 if remembered else not any(shown), np.mean(shown)
@@ -241,24 +241,24 @@ TEXTS = st.one_of(st.text(max_size=200), st.sampled_from(STRANGE))
 @given(texts=st.lists(st.tuples(st.sampled_from(["ann", "李雷", "x.y", "(", ""]), TEXTS), max_size=12), question=TEXTS)
 def test_any_text_is_ranked_in_bounded_time_and_nothing_is_lost(texts, question):
     index = ScopeIndex()
-    entries = [Entry(f"{n:03}", "c", speaker, cleaned(text)) for n, (speaker, text) in enumerate(texts)]
+    entries = [Entry(f"{n:03}", "c", speaker, clean_text(text)) for n, (speaker, text) in enumerate(texts)]
     index.add(entries[:5])
     index.add(entries)
-    order, scores = index.rank(cleaned(question), None, "ann", weights())
+    order, scores = index.rank(clean_text(question), None, "ann", load_retrieval_weights())
     assert sorted(order) == list(range(len(texts)))
     assert np.isfinite(scores).all()
-    assert index.unembedded() == [entry.id for entry in entries]
+    assert index.find_unembedded() == [entry.id for entry in entries]
 
 
 def test_a_name_in_a_question_says_who_and_is_no_word_to_look_for():
     index = ScopeIndex()
     said = [("night_owl42", "hi Emily Chen!"), ("Emily Chen", "good night, owl lovers"), ("bob", "Emily is here")]
     index.add(Entry(str(n), "c", speaker, text) for n, (speaker, text) in enumerate(said))
-    assert index.addressed("what did @night_owl42's cat eat?") == ({0}, "what did   cat eat?")
-    assert index.addressed("what does Emily like?")[0] == {1}
-    assert index.addressed("is the owl awake?") == (set(), "is the owl awake?")
-    assert index.addressed("Emily Chen") == ({1}, "Emily Chen")  # nothing else is left to look for
-    assert index.addressed("what is my name?", asker="bob")[0] == {2}
+    assert index.extract_speakers("what did @night_owl42's cat eat?") == ({0}, "what did   cat eat?")
+    assert index.extract_speakers("what does Emily like?")[0] == {1}
+    assert index.extract_speakers("is the owl awake?") == (set(), "is the owl awake?")
+    assert index.extract_speakers("Emily Chen") == ({1}, "Emily Chen")  # nothing else is left to look for
+    assert index.extract_speakers("what is my name?", asker="bob")[0] == {2}
 
 
 def test_where_words_have_no_spaces_they_are_found_all_the_same():
@@ -288,19 +288,21 @@ async def test_the_benchmark_of_recall_counts_what_is_found_and_says_what_it_can
         return Embedder(embedder.name, embedder._file.parent.parent)
 
     file = tmp_path / "asked.jsonl"
-    made = dialogue(3, turns=120)
+    made = make_dialogue(3, turns=120)
     made.questions += [{"text": "what?", "evidence": []}, {"text": "who?", "evidence": ["nowhere"]}]
-    file.write_text(recall_benchmark.as_lines([made]))
+    file.write_text(recall_benchmark.format_json_lines([made]))
     told: list[int] = []
     asked = recall_benchmark.read(file)
-    figures = await recall_benchmark.measure(asked, another(), weights(), lambda *progress: told.append(progress[1]))
+    figures = await recall_benchmark.measure(
+        asked, another(), load_retrieval_weights(), lambda *progress: told.append(progress[1])
+    )
     assert figures["questions"] == len(made.questions) - 2
     assert figures["left_out"] == 2
     assert figures["recall_at_10"] > 70 > 30 > figures["recency_recall_at_10"]
     blind = await recall_benchmark.measure(asked, another(), {"length": -1.0}, lambda *_: None)
     assert blind["recall_at_10"] < 30  # the control: with a signal that knows nothing it finds nothing
     assert told == [1]
-    for bad in ("", "{}", '{"conversation": [], "questions": []}', json.dumps(vars(dialogue(3)) | {"questions": []})):
+    for bad in ("", "{}", '{"conversation": [], "questions": []}', json.dumps(vars(make_dialogue(3)) | {"questions": []})):
         file.write_text(bad)
         with pytest.raises(DataError, match=r"asked\.jsonl"):
             recall_benchmark.read(file)
@@ -309,11 +311,15 @@ async def test_the_benchmark_of_recall_counts_what_is_found_and_says_what_it_can
 async def test_what_is_older_than_what_is_in_memory_is_found_by_its_words(store, recall, monkeypatch):
     monkeypatch.setattr("bot.memory.recall.WINDOW", 40)
     monkeypatch.setattr("bot.memory.recall.OVERLAP", 8)
-    place = store.open(Conversation("test", "general", thread="0"))
+    place = store.open_conversation(Conversation("test", "general", thread="0"))
     tell(store, place, FACT)
     for number in range(1, 120):  # one conversation a mention
-        tell(store, store.open(replace(place, id=new_id(), thread=str(number))), f"today i did some work on part {number}")
-    newest = store.open(replace(place, id=new_id(), thread="120"))
+        tell(
+            store,
+            store.open_conversation(replace(place, id=new_id(), thread=str(number))),
+            f"today i did some work on part {number}",
+        )
+    newest = store.open_conversation(replace(place, id=new_id(), thread="120"))
     assert (await found(recall, newest))[0] == FACT
     index = recall.read(newest).index
     for number in range(30):
@@ -347,7 +353,7 @@ def test_an_index_without_its_oldest_ranks_as_one_that_never_had_them_and_with_o
             f"{n:03}",
             place + "old" * (n < count),  # what is older is not followed by what is in memory
             speaker,
-            cleaned(text),
+            clean_text(text),
             rng.integers(-9, 9, 5).astype(np.int8) if n % 3 else None,
         )
         for n, (place, speaker, text) in enumerate(texts)
@@ -355,8 +361,10 @@ def test_an_index_without_its_oldest_ranks_as_one_that_never_had_them_and_with_o
     question, vector = data.draw(TEXTS), np.ones(5, np.float32)
 
     def ranked(index: ScopeIndex) -> list[tuple[str, float, bool]]:
-        _, scores = index.rank(question, vector, "ann", weights())
-        return list(zip(index.ids, np.round(scores, 5).tolist(), index.near(question, vector, "ann").tolist(), strict=True))
+        _, scores = index.rank(question, vector, "ann", load_retrieval_weights())
+        return list(
+            zip(index.ids, np.round(scores, 5).tolist(), index.find_near(question, vector, "ann").tolist(), strict=True)
+        )
 
     def index_of(some: list[Entry]) -> ScopeIndex:
         made = ScopeIndex()
@@ -369,7 +377,9 @@ def test_an_index_without_its_oldest_ranks_as_one_that_never_had_them_and_with_o
     whole.drop_oldest(count)
     assert ranked(whole) == before
     assert (whole.rows, whole.speakers.keys()) == (small.rows, small.speakers.keys())
-    assert [whole.tells(place, ()) for place in "abc"] == [small.tells(place, ()) for place in "abc"]
+    assert [whole.has_content_besides(place, ()) for place in "abc"] == [
+        small.has_content_besides(place, ()) for place in "abc"
+    ]
     extra = Entry("999", "a", "dora", "my sister keeps green parrots")
     whole.add([extra])
     small.add([extra])
@@ -385,12 +395,14 @@ async def test_the_benchmark_of_the_tracker_asks_one_conversation_a_mention_and_
     monkeypatch.setattr(tracker, "SMALL", 20)
     monkeypatch.setattr(tracker, "QUESTIONS", 80)
     if scope == "wide":  # the control: a memory that sees all channels
-        monkeypatch.setattr("bot.memory.scope.scope_of", lambda *channel: 0)
-        monkeypatch.setattr("bot.store.tables.scope_of", lambda *channel: 0)
-        monkeypatch.setattr(Memory, "visible", lambda self, place, ids: ConversationStore(self.database).messages_of(ids))
+        monkeypatch.setattr("bot.memory.scope.compute_scope", lambda *channel: 0)
+        monkeypatch.setattr("bot.store.tables.compute_scope", lambda *channel: 0)
+        monkeypatch.setattr(
+            Memory, "find_visible", lambda self, place, ids: ConversationStore(self.database).find_messages(ids)
+        )
     told: list[tuple[str, int, int]] = []
     own = Embedder(embedder.name, embedder._file.parent.parent)  # the benchmark closes its own
-    figures = await tracker.measure(own, tokenizer, weights(), ["1e3", "2k"], lambda *one: told.append(one))
+    figures = await tracker.measure(own, tokenizer, load_retrieval_weights(), ["1e3", "2k"], lambda *one: told.append(one))
     assert (figures.pop("leaks") > 0) == (scope == "wide")
     assert set(figures) == {
         *("added_p50_ms_1e3", "added_p99_ms_1e3", "file_mb_1e3", "memory_mb_1e3", "inserts_per_s"),

@@ -16,7 +16,7 @@ from bot.serving.policy import Policy
 from bot.store.conversations import ConversationStore
 from bot.store.fingerprint import fingerprint_model
 from bot.store.forgetting import forget_person
-from bot.store.registry import BASE, TRANSITIONS, PolicyRegistry, withdraw
+from bot.store.registry import BASE, TRANSITIONS, PolicyRegistry, purge_versions
 from bot.store.tables import policies
 from bot.types import Metrics, PolicyState
 from learning.rollout.deployment import Deployment
@@ -29,7 +29,7 @@ def candidate(registry, tmp_path, parent=BASE):
 
 
 def test_version_0_is_the_base_and_live_from_the_start(registry, demo_model):
-    assert registry.live().name == BASE
+    assert registry.get_live().name == BASE
     assert registry.ensure_base(demo_model).path == demo_model
 
 
@@ -44,16 +44,16 @@ def test_a_changed_base_model_goes_live_under_a_name_of_its_own_and_nothing_of_t
     live = candidate(registry, tmp_path)
     registry.promote(live.name)
     waiting = candidate(registry, tmp_path)
-    assert registry.foreign() == set()
+    assert registry.find_foreign() == set()
     base = registry.ensure_base("/models/another", may_change=True)
     assert (base.name, base.is_base, base.state) == ("policy-3", True, PolicyState.LIVE)
-    assert registry.base() == registry.live() == base
-    assert registry.foreign() == {BASE, live.name, waiting.name}
+    assert registry.get_base() == registry.get_live() == base
+    assert registry.find_foreign() == {BASE, live.name, waiting.name}
     assert registry.get(live.name).state == PolicyState.RETIRED
     assert registry.get(waiting.name).metrics.outcome == "the base model was changed"
     with pytest.raises(RegistryError, match="no version to go back to"):
-        registry.rollback()
-    version = registry.reserve(registry.live(), tmp_path)
+        registry.roll_back()
+    version = registry.reserve(registry.get_live(), tmp_path)
     assert (version.name, version.base_model) == ("policy-4", "/models/another")
     with pytest.raises(RegistryError, match="versions come from"):  # nobody can tell whether they are the same
         registry.ensure_base("/elsewhere/another")
@@ -64,24 +64,24 @@ def test_a_base_model_that_comes_back_has_its_name_and_what_was_live_of_it(regis
     one, two, three = (candidate(registry, tmp_path) for _ in range(3))
     for version in (one, two, three):
         registry.promote(version.name)
-    registry.rollback()
+    registry.roll_back()
     for other in ("/models/another", "/models/third", "/models/another"):
         registry.ensure_base(other, may_change=True)
-        assert registry.live().base_model == registry.base().base_model == other
-    assert registry.base().name == "policy-4", "under its first name"
+        assert registry.get_live().base_model == registry.get_base().base_model == other
+    assert registry.get_base().name == "policy-4", "under its first name"
     with pytest.raises(RegistryError, match=r"set policy\.model and start kibitz again"):
-        registry.rollback()
+        registry.roll_back()
     back = registry.ensure_base(demo_model, may_change=True)
-    assert (back.name, back.state, registry.base()) == (BASE, PolicyState.RETIRED, back)
-    assert registry.live().name == two.name, "not the newest, which was taken back"
-    assert registry.foreign() == {"policy-4", "policy-5"}
-    assert registry.reserve(registry.live(), tmp_path).base_model == demo_model
+    assert (back.name, back.state, registry.get_base()) == (BASE, PolicyState.RETIRED, back)
+    assert registry.get_live().name == two.name, "not the newest, which was taken back"
+    assert registry.find_foreign() == {"policy-4", "policy-5"}
+    assert registry.reserve(registry.get_live(), tmp_path).base_model == demo_model
     registry.ensure_base("/models/third", may_change=True)
     with database.begin() as connection:
-        withdraw(connection, {two.name})
+        purge_versions(connection, {two.name})
     registry.ensure_base(demo_model, may_change=True)
-    assert registry.live().name == one.name, "what was purged meanwhile is passed by"
-    assert registry.rollback()[1].name == BASE
+    assert registry.get_live().name == one.name, "what was purged meanwhile is passed by"
+    assert registry.roll_back()[1].name == BASE
 
 
 def test_whether_the_base_model_is_another_one_is_asked_without_changing_anything(registry, demo_model):
@@ -107,7 +107,7 @@ def test_models_are_told_apart_by_their_weights_and_not_by_the_name_of_their_dir
     with pytest.raises(RegistryError, match=r"versions come from"):
         registry.ensure_base(other)
     assert registry.ensure_base(other, may_change=True).name == "policy-2"
-    assert registry.foreign() == {base.name, version.name}
+    assert registry.find_foreign() == {base.name, version.name}
     shutil.rmtree(tmp_path / "two")
     with pytest.raises(RegistryError, match=r"versions come from"):  # other weights at the same place
         registry.ensure_base(weights(tmp_path / "two" / "final", 3.0))
@@ -139,11 +139,13 @@ def test_a_base_model_that_moved_is_where_it_is_now_for_itself_and_for_all_that_
     registry.check_base(two)
     assert set(places(registry).values()) == {one}, "who only looks writes nothing"
     base = registry.ensure_base(two)
-    assert (base.base_model, base.path, base) == (two, two, registry.base())
+    assert (base.base_model, base.path, base) == (two, two, registry.get_base())
     assert places(registry) == dict.fromkeys([BASE, "policy-1", "policy-2"], two)
     assert registry.get(trained.name).path == trained.path, "its own weights stay where they are"
     shutil.rmtree(two)
-    assert registry.ensure_base(two).sha256 == base.sha256 == registry.base().sha256, "what cannot be read is not forgotten"
+    assert registry.ensure_base(two).sha256 == base.sha256 == registry.get_base().sha256, (
+        "what cannot be read is not forgotten"
+    )
 
 
 def test_a_base_model_that_comes_back_from_another_place_is_there_and_what_took_its_place_stays(database, tmp_path):
@@ -157,9 +159,9 @@ def test_a_base_model_that_comes_back_from_another_place_is_there_and_what_took_
     assert registry.ensure_base(one, may_change=True).name == "policy-2"
     two = weights(tmp_path / "two", 1.0)
     back = registry.ensure_base(two, may_change=True)
-    assert (back.name, back.path, registry.live().name) == (BASE, two, trained.name)
+    assert (back.name, back.path, registry.get_live().name) == (BASE, two, trained.name)
     assert places(registry) == {BASE: two, "policy-1": two, "policy-2": one}
-    assert fingerprint_model(registry.live().base_model) == registry.base().sha256
+    assert fingerprint_model(registry.get_live().base_model) == registry.get_base().sha256
 
 
 @pytest.mark.parametrize("archive", [True, False], ids=["an archive", "a pickle of older days"])
@@ -206,10 +208,10 @@ def test_what_older_and_newer_versions_of_kibitz_recorded_is_read_and_kept(regis
         for version, metrics in zip(versions, (older, newer), strict=True):
             connection.execute(stored.update().where(stored.c.name == version.name).values(metrics=metrics))
     first, second = (registry.get(version.name) for version in versions)
-    assert (first.metrics.kl, first.metrics.reasons, first.judged_at, first.waits_for) == (0.2, [], None, 0)
+    assert (first.metrics.kl, first.metrics.reasons, first.judged_at, first.awaited_reactions) == (0.2, [], None, 0)
     assert (first.judged_against, second.judged_at.year) == (BASE, 2026)
     registry.promote(second.name, second.metrics | Metrics(reasons=["none"]))
-    assert registry.rollback()[1].name == BASE
+    assert registry.roll_back()[1].name == BASE
     with database.read() as connection:
         kept = connection.execute(sa.select(stored.c.metrics).where(stored.c.name == second.name)).scalar_one()
     assert kept == newer | {"reasons": ["none"]}, "what is not known is kept, and what was not said stays away"
@@ -229,11 +231,11 @@ def test_promoting_retires_the_live_one_and_a_rollback_brings_it_back(registry, 
     two = candidate(registry, tmp_path, parent=one.name)
     registry.promote(two.name)
     assert [version.state for version in registry.all()] == ["retired", "retired", "live"]
-    taken_back, live = registry.rollback()
-    assert (taken_back.name, live.name, registry.live().name) == (two.name, one.name, one.name)
-    assert registry.rollback()[1].name == BASE
+    taken_back, live = registry.roll_back()
+    assert (taken_back.name, live.name, registry.get_live().name) == (two.name, one.name, one.name)
+    assert registry.roll_back()[1].name == BASE
     with pytest.raises(RegistryError, match="no version to go back to"):
-        registry.rollback()
+        registry.roll_back()
 
 
 def promoted(registry, tmp_path, count):
@@ -247,31 +249,31 @@ def promoted(registry, tmp_path, count):
 def test_a_rollback_passes_by_what_was_purged(registry, database, tmp_path, purged):
     names = promoted(registry, tmp_path, 4)
     with database.begin() as connection:
-        withdraw(connection, {names[number] for number in purged})
+        purge_versions(connection, {names[number] for number in purged})
     left = [name for number, name in enumerate(names) if number not in purged]
-    assert registry.live().name == names[3]
+    assert registry.get_live().name == names[3]
     for name in [*reversed(left[:-1]), BASE]:
-        assert registry.rollback()[1].name == name
+        assert registry.roll_back()[1].name == name
     with pytest.raises(RegistryError, match="no version to go back to"):
-        registry.rollback()
+        registry.roll_back()
 
 
 def test_withdrawing_the_live_version_passes_by_what_was_purged_before(registry, database, tmp_path):
     first, second, third = promoted(registry, tmp_path, 3)
     for names, live in (({second}, third), ({third}, first), ({first}, BASE)):
         with database.begin() as connection:
-            assert [version.name for version in withdraw(connection, names)] == list(names)
-        assert registry.live().name == live
+            assert [version.name for version in purge_versions(connection, names)] == list(names)
+        assert registry.get_live().name == live
     with database.begin() as connection:
-        assert withdraw(connection, {first, second}) == []  # forgetting twice is forgetting once
+        assert purge_versions(connection, {first, second}) == []  # forgetting twice is forgetting once
 
 
 def test_versions_that_replaced_each_other_in_turn_can_all_be_withdrawn(registry, database, tmp_path):
     first, second = promoted(registry, tmp_path, 2)
     registry.promote(first)  # deployed again by hand: it has replaced its own successor now
     with database.begin() as connection:
-        withdraw(connection, {first, second})
-    assert registry.live().name == BASE
+        purge_versions(connection, {first, second})
+    assert registry.get_live().name == BASE
 
 
 @pytest.mark.parametrize(("before", "after"), list(product(PolicyState, PolicyState)))
@@ -290,7 +292,7 @@ def test_only_the_transitions_of_the_table_are_made(registry, tmp_path, before, 
         version = candidate(registry, tmp_path)
         registry.promote(version.name)
         if before == PolicyState.RETIRED:
-            registry.rollback()
+            registry.roll_back()
         elif before != PolicyState.LIVE:
             return  # a second live version cannot even be tried: promote() retires the first
     if after in TRANSITIONS[before] and after != PolicyState.LIVE:
@@ -305,13 +307,13 @@ def test_there_is_never_a_second_live_version(registry, tmp_path):
     one = candidate(registry, tmp_path)
     with pytest.raises(Exception, match=r"(?i)unique"):
         registry.move(one.name, PolicyState.LIVE)
-    assert registry.live().name == BASE
+    assert registry.get_live().name == BASE
 
 
 def test_a_version_that_is_not_there_says_so(registry):
     with pytest.raises(RegistryError, match="kibitz policies"):
         registry.promote("policy-9")
-    assert registry.live().name == BASE
+    assert registry.get_live().name == BASE
 
 
 def test_a_candidate_is_promoted_only_in_the_place_of_what_it_was_judged_against(registry, tmp_path):
@@ -320,7 +322,7 @@ def test_a_candidate_is_promoted_only_in_the_place_of_what_it_was_judged_against
     registry.promote(one.name, instead_of=one.judged_against)
     with pytest.raises(VerdictOutdated, match=f"{two.name} was judged against {BASE}, but {one.name} is live now"):
         registry.promote(two.name, instead_of=two.judged_against)
-    assert registry.live().name == one.name
+    assert registry.get_live().name == one.name
     assert registry.get(two.name).state == PolicyState.CANDIDATE
 
 
@@ -328,10 +330,10 @@ def test_deployments_are_requested_of_candidates_alone_and_stay_requested(regist
     one, two, three = (candidate(registry, tmp_path) for _ in range(3))
     for version in (two, one, one):
         registry.request_deployment(version.name)
-    assert [version.name for version in registry.requested()] == [one.name, two.name]
+    assert [version.name for version in registry.find_requested()] == [one.name, two.name]
     registry.promote(one.name)
     registry.reject(three.name)
-    assert [version.name for version in registry.requested()] == [two.name]
+    assert [version.name for version in registry.find_requested()] == [two.name]
     for version, state in ((one, "live"), (three, "rejected")):
         with pytest.raises(RegistryError, match=f"{version.name} is {state}: only a candidate can be deployed"):
             registry.request_deployment(version.name)
@@ -351,13 +353,13 @@ async def test_what_a_forgotten_person_taught_is_learned_anew_also_where_kibitz_
     store = ConversationStore(database)
     learner = OnlineLearner(store, Deployment(nobody, registry, config), config)
     given = [react(store, answered(store, tokenizer, "hello", "ok", author=one), True, one) for one in ("ann", "bob")]
-    assert await learner._taught() == 0
+    assert await learner._count_learned() == 0
     version = registry.reserve(registry.get(BASE), tmp_path / "policies")
     registry.begin_run(version.name, {}, "", [given[0].id])
     registry.complete(version.name, "hash", Metrics())
-    assert await learner._taught() == 2, "a restart does not train again on them"
+    assert await learner._count_learned() == 2, "a restart does not train again on them"
     forget_person(database, registry, "test", "ann")
-    assert await learner._taught() == 0, "and the rest is learned anew"
+    assert await learner._count_learned() == 0, "and the rest is learned anew"
 
 
 async def test_a_look_at_the_versions_reads_none_of_their_metrics(registry, database, tmp_path, config, nobody):
@@ -367,10 +369,10 @@ async def test_a_look_at_the_versions_reads_none_of_their_metrics(registry, data
     listen = database.engine, "before_cursor_execute", lambda *details: read.append(details[2])
     sa.event.listen(*listen)
     learner = OnlineLearner(ConversationStore(database), Deployment(nobody, registry, config), config)  # no server is asked
-    assert learner._look()[1] == 1
-    assert registry.directories(PolicyState.PURGED) == {version.name: version.path}
-    assert list(registry.directories()) == [BASE, version.name]
-    assert registry.foreign() == set()
+    assert learner._read_counts()[1] == 1
+    assert registry.find_directories(PolicyState.PURGED) == {version.name: version.path}
+    assert list(registry.find_directories()) == [BASE, version.name]
+    assert registry.find_foreign() == set()
     assert read
     assert not any("metrics" in statement for statement in read)
     registry.all()

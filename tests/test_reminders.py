@@ -9,13 +9,13 @@ from conftest import answered, react
 
 from bot.config import PrivacyConfig, load
 from bot.errors import ConfigError, DataError
-from bot.memory.recall import weights
+from bot.memory.recall import load_retrieval_weights
 from bot.memory.scope import Memory
 from bot.store.users import Users
 from bot.types import Conversation, Message
 from learning.data.replay_buffer import ReplayBuffer
-from learning.fitting.reminders import judged
-from learning.fitting.retrieval import PRIOR, Example, loss, moved, proven
+from learning.fitting.reminders import read_judged_examples
+from learning.fitting.retrieval import PRIOR, Example, fit_and_validate, loss, move_weights
 
 PLACES = 48
 THINGS = ["train", "garden", "soup", "guitar", "river", "exam", "dog", "bread", "bike", "winter"]
@@ -25,7 +25,7 @@ def live(store, tokenizer, likes_questions) -> None:
     """In each place some things are said and some asked; an answer is reminded of the ones or the others, and judged."""
     rng = random.Random(0)
     for number in range(PLACES):
-        place = store.open(Conversation("test", channel=str(number), id=f"place-{number:03}"))
+        place = store.open_conversation(Conversation("test", channel=str(number), id=f"place-{number:03}"))
         said = [
             Message(place.id, "bob", f"do you like my {thing}?" if row % 2 else f"i like my {thing} a lot")
             for row, thing in enumerate(rng.sample(THINGS, 6))
@@ -40,7 +40,7 @@ def live(store, tokenizer, likes_questions) -> None:
 
 def examples(store, tokenizer, database, embedder):
     rated = ReplayBuffer(store, tokenizer, load()).snapshot().rated
-    return list(judged(rated, store, Memory(database), embedder, lambda *_: None))
+    return list(read_judged_examples(rated, store, Memory(database), embedder, lambda *_: None))
 
 
 def test_what_liked_answers_were_reminded_of_counts_more_and_is_proven_on_others(store, database, tokenizer, embedder):
@@ -48,25 +48,25 @@ def test_what_liked_answers_were_reminded_of_counts_more_and_is_proven_on_others
     found = examples(store, tokenizer, database, embedder)
     assert len(found) == PLACES
     assert {one.reward for _, one in found} == {1.0, -1.0}
-    learned, figures = proven(found, weights())
-    assert learned["asks"] > weights()["asks"] + 0.1
+    learned, figures = fit_and_validate(found, load_retrieval_weights())
+    assert learned["asks"] > load_retrieval_weights()["asks"] + 0.1
     assert figures["held_out_nats_after"] < figures["held_out_nats_before"]
-    few = moved([one for _, one in found[:4]], weights())  # little evidence moves little
-    assert abs(few["asks"] - weights()["asks"]) < abs(learned["asks"] - weights()["asks"]) / 2
+    few = move_weights([one for _, one in found[:4]], load_retrieval_weights())  # little evidence moves little
+    assert abs(few["asks"] - load_retrieval_weights()["asks"]) < abs(learned["asks"] - load_retrieval_weights()["asks"]) / 2
 
 
 def test_what_does_no_better_on_others_and_what_is_too_little_moves_nothing(store, database, tokenizer, embedder):
     live(store, tokenizer, likes_questions=lambda number: number % 2 == 0)  # one half says the opposite of the other
     found = examples(store, tokenizer, database, embedder)
     with pytest.raises(DataError, match="does no better on others"):
-        proven(found, weights())
+        fit_and_validate(found, load_retrieval_weights())
     with pytest.raises(DataError, match="it takes 20"):
-        proven(found[:5], weights())
+        fit_and_validate(found[:5], load_retrieval_weights())
 
 
 def test_who_does_not_consent_teaches_nothing(store, database, tokenizer, embedder):
     live(store, tokenizer, likes_questions=lambda number: True)
-    Users(database, PrivacyConfig()).decide("test", "bob", consent=False)
+    Users(database, PrivacyConfig()).record_consent("test", "bob", consent=False)
     assert examples(store, tokenizer, database, embedder) == []
 
 
@@ -81,8 +81,8 @@ def test_the_gradient_is_that_of_the_loss():
 
 def test_weights_are_read_from_the_file_that_the_config_names(tmp_path):
     file = tmp_path / "weights.json"
-    file.write_text(json.dumps({"weights": weights() | {"asks": 1.0}}))
-    assert weights(str(file)) == weights() | {"asks": 1.0} != weights()
+    file.write_text(json.dumps({"weights": load_retrieval_weights() | {"asks": 1.0}}))
+    assert load_retrieval_weights(str(file)) == load_retrieval_weights() | {"asks": 1.0} != load_retrieval_weights()
     file.write_text("{}")
     with pytest.raises(ConfigError, match=r"dialogue\.retrieval_weights"):
-        weights(str(file))
+        load_retrieval_weights(str(file))

@@ -92,8 +92,10 @@ def test_half_an_answer_is_not_learned_from_and_a_whole_one_is(store, tokenizer,
 def test_every_turn_that_is_left_out_is_counted_under_a_reason(store, tokenizer):
     react(store, answered(store, tokenizer, "a", "Hey!", finish_reason=INTERRUPTED), approves=True)
     react(store, answered(store, tokenizer, "b", " "), approves=True)
-    split = answered(store, tokenizer, "c", "Hey!", place=store.open(Conversation("discord", "general", "guild", "1")))
-    elsewhere = store.open(Conversation("discord", "general", "guild", "2"))
+    split = answered(
+        store, tokenizer, "c", "Hey!", place=store.open_conversation(Conversation("discord", "general", "guild", "1"))
+    )
+    elsewhere = store.open_conversation(Conversation("discord", "general", "guild", "2"))
     for name in ("ann", "bob"):
         store.add_message(Message(elsewhere.id, name, "hello"))
     react(store, split, approves=True, user="ann")
@@ -126,8 +128,10 @@ def test_every_turn_that_is_left_out_is_counted_under_a_reason(store, tokenizer)
     ],
 )
 def test_who_wrote_in_the_channel_took_part_whichever_conversation_it_was(store, tokenizer, place, counts):
-    turn = answered(store, tokenizer, "a", "Hey!", place=store.open(Conversation("discord", "general", "guild", "1")))
-    store.add_message(Message(store.open(place).id, "bob", "good morning"))
+    turn = answered(
+        store, tokenizer, "a", "Hey!", place=store.open_conversation(Conversation("discord", "general", "guild", "1"))
+    )
+    store.add_message(Message(store.open_conversation(place).id, "bob", "good morning"))
     react(store, turn, approves=True, user="bob")
     found = snapshot(store, tokenizer)
     assert [one.opinions for one in found.rated] == ([("bob",)] if counts else [])
@@ -157,7 +161,7 @@ def test_who_ranked_answers_that_are_compared_taught_the_run(store, tokenizer):
     store.add_turn(second)
     thumbs = [react(store, turn, approves=True).id for turn in (first, second)]
     ranks = [Feedback(turn.id, "asker", FeedbackKind.RANK, value=rank) for turn, rank in ((first, 2.0), (second, 1.0))]
-    place, learning = store.conversation(first.conversation_id), {"held_out": 1e-9}
+    place, learning = store.read_conversation(first.conversation_id), {"held_out": 1e-9}
     for given in ranks:
         store.add_feedback(given)
     store.add_message(Message(place.id, "bob", "good morning"))
@@ -224,7 +228,7 @@ def test_a_run_reads_no_more_turns_than_it_draws_from_and_draws_what_it_would_dr
             react(store, again, approves=number % 3 == 0)
     config = load(learning={"max_turns": 24, "fresh": 0.5})
     found, read = {}, {}
-    turns_of = store.turns_of
+    turns_of = store.read_turns
     for page in (10_000, 7):
         monkeypatch.setattr("learning.data.replay_buffer.PAGE", page)
         counted: list[str] = []
@@ -234,20 +238,20 @@ def test_a_run_reads_no_more_turns_than_it_draws_from_and_draws_what_it_would_dr
             counted += wanted
             return turns_of(wanted)
 
-        monkeypatch.setattr(store, "turns_of", count)
+        monkeypatch.setattr(store, "read_turns", count)
         one = snapshot(store, tokenizer, config)
         found[page], read[page] = [one.training, one.held_out, one.turns], len(counted)
         assert one.dropped.total() == one.turns - 24
     assert found[7] == found[10_000]
     assert read[10_000] == found[7][2] == 144
     assert read[7] < 80
-    assert len(ReplayBuffer(store, tokenizer, config).rated()) > 80, "the control: there were more to read"
+    assert len(ReplayBuffer(store, tokenizer, config).read_rated()) > 80, "the control: there were more to read"
 
 
 def test_what_people_said_of_another_base_models_answers_is_learned_from_as_texts(config, store, registry, tokenizer):
     turn = answered(store, tokenizer, "hello", "Hey there!")
-    place = store.conversation(turn.conversation_id)
-    said = [one.id for one in store.messages(place.id)]
+    place = store.read_conversation(turn.conversation_id)
+    said = [one.id for one in store.read_messages(place.id)]
     elsewhere = answered(store, tokenizer, "the sky is blue", "It is.")
     later = answered(
         *(store, tokenizer, "and now?", "Good night."),
@@ -268,12 +272,12 @@ def test_what_people_said_of_another_base_models_answers_is_learned_from_as_text
 
 def test_names_that_one_client_makes_up_count_as_one_person_unless_the_operator_trusts_them(store, tokenizer):
     for number in range(200):  # one token, which names somebody else each time
-        place = store.open(Conversation("web", f"chat {number}", space="app"))
+        place = store.open_conversation(Conversation("web", f"chat {number}", space="app"))
         name = f"app/made up {number}"
         turn = answered(store, tokenizer, f"hello {number}", "Hey there!", author=name, place=place)
         react(store, turn, approves=True, user=name)
     for number in range(20):
-        place = store.open(Conversation("discord", f"room {number}", space="server"))
+        place = store.open_conversation(Conversation("discord", f"room {number}", space="server"))
         turn = answered(store, tokenizer, f"good night {number}", "Hey!", author=f"person {number}", place=place)
         react(store, turn, approves=False, user=f"person {number}")
 
@@ -294,7 +298,7 @@ def test_names_that_one_client_makes_up_count_as_one_person_unless_the_operator_
 
 
 def test_two_names_of_one_client_have_one_opinion_and_each_takes_back_their_own(store, tokenizer):
-    place = store.open(Conversation("web", "chat", space="app"))
+    place = store.open_conversation(Conversation("web", "chat", space="app"))
     turn = answered(store, tokenizer, "hello", "Hey there!", author="app/ann", place=place)
     store.add_message(Message(place.id, "app/bob", "hello too"))
     for user in ("app/ann", "app/bob"):

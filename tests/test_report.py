@@ -13,7 +13,7 @@ from test_training import quiet
 from bot.errors import DataError
 from bot.store.forgetting import forget_message
 from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, new_id, now
-from learning.data.explanation import Used, explain
+from learning.data.explanation import TrainingUse, explain
 from learning.data.replay_buffer import ReplayBuffer
 from learning.judging import report
 from learning.training.run import train_version
@@ -21,7 +21,7 @@ from learning.training.run import train_version
 
 def test_a_report_says_what_was_learned_and_why_the_rest_was_not(trained):
     outcome, version = trained.outcome, trained.version
-    found = report.collected(version, "passed")
+    found = report.collect(version, "passed")
     assert found.trained_on == outcome.training
     assert found.held_out == outcome.held_out
     assert sum(found.left_out.values()) == outcome.turns - outcome.training - outcome.held_out
@@ -36,24 +36,24 @@ def test_a_report_says_what_was_learned_and_why_the_rest_was_not(trained):
     assert written["checks"][0]["gained"] == [0.0, 0.0, 0.0]
     assert list(written["samples"][0]) == ["question", "before", "after"]
     found = replace(found, samples=[replace(found.samples[0], question="<script>alert(1)</script>")])
-    page = report.html(found)
+    page = report.render_html(found)
     assert page.count("data:image/png;base64,") == 3
     assert "doubly robust" in page
     assert found.worth_gain[1] <= found.worth_gain[0] <= found.worth_gain[2]
     assert found.worth[1] - found.worth[0] == pytest.approx(found.worth_gain[0], abs=0.2)
     without = replace(found, reward_model=None, worth_gain=None)
-    assert "doubly robust" not in report.html(without)  # the control: too little was rated
+    assert "doubly robust" not in report.render_html(without)  # the control: too little was rated
     assert "<script>" not in page
     assert "&lt;script&gt;alert(1)" in page, "the control: the question is there"
 
 
 def test_a_report_without_samples_or_files_says_so(trained):
     version, store = trained.version, trained.store
-    forget_message(store.database, store.turns_with_feedback()[0].message_id)
-    assert "No samples are kept" in report.html(report.collected(version, "passed"))
+    forget_message(store.database, store.find_turns_with_feedback()[0].message_id)
+    assert "No samples are kept" in report.render_html(report.collect(version, "passed"))
     (Path(version.path) / "manifest.json").unlink()
     with pytest.raises(DataError, match="left no files"):
-        report.collected(version, "passed")
+        report.collect(version, "passed")
 
 
 def test_a_run_of_an_older_kibitz_that_measured_less_has_a_report(trained):
@@ -62,15 +62,15 @@ def test_a_run_of_an_older_kibitz_that_measured_less_has_a_report(trained):
     older = {name: kept[name] for name in ("kl", "checks", "loss")} | {"evidence": {"of": "another shape"}}
     older["checks"] = [{name: value for name, value in check.items() if name != "liked_error"} for check in kept["checks"]]
     file.write_text(json.dumps(older))
-    found = report.collected(trained.version, "passed")
+    found = report.collect(trained.version, "passed")
     assert (found.kl, found.gain, found.well_formed, found.stopped) == (kept["kl"], (None, None, None), None, None)
-    assert report.html(found).count("not recorded") == 1
+    assert report.render_html(found).count("not recorded") == 1
 
 
 def test_what_changed_most_comes_first():
     rows = [report.Answered("", "one two three", f"one two {word}😀") for word in ("three", "four")] * 5
-    assert report.style(rows)[0].name == "emoji"
-    assert report.style([]) == []
+    assert report.compare_style(rows)[0].name == "emoji"
+    assert report.compare_style([]) == []
 
 
 def test_a_turn_is_explained_with_its_reward_and_the_runs_that_used_it(trained, tokenizer):
@@ -78,8 +78,8 @@ def test_a_turn_is_explained_with_its_reward_and_the_runs_that_used_it(trained, 
     buffer = ReplayBuffer(trained.store, tokenizer, trained.config)
     rows = json.loads((Path(version.path) / "manifest.json").read_text())["rows"]
     account = explain(rows[0][0], buffer, registry)
-    assert [used.policy for used in account.used] == [version.name]
-    assert (account.used[0].advantage, account.used[0].weight) == (rows[0][3], rows[0][4])
+    assert [used.policy for used in account.uses] == [version.name]
+    assert (account.uses[0].advantage, account.uses[0].weight) == (rows[0][3], rows[0][4])
     assert account.decision.reward.value == rows[0][2]
     lines = "\n".join(account.lines())
     assert re.search(rf"used by {version.name}: [+-]\d\.\d\d against what is usual, weight 1\.00", lines)
@@ -90,8 +90,8 @@ def test_a_turn_is_explained_with_its_reward_and_the_runs_that_used_it(trained, 
 
 
 def test_an_explanation_says_what_smoothing_makes_of_an_advantage():
-    assert Used("policy-1", 0.5).line() == "used by policy-1: +0.50 against what is usual, weight 1.00"
-    line = Used("policy-1", 0.5, 0.4, smoothing=0.9).line()
+    assert TrainingUse("policy-1", 0.5).describe() == "used by policy-1: +0.50 against what is usual, weight 1.00"
+    line = TrainingUse("policy-1", 0.5, 0.4, smoothing=0.9).describe()
     assert "+0.50 (90% of it is what answers like it earned, the rest its own reward against the usual" in line
     assert "weight 0.40, for its age or because its people say more than their share" in line
 
@@ -109,13 +109,17 @@ OPINIONS = {  # who says what -> whether it counts
 def test_why_and_a_run_count_the_same_opinions_and_it_says_why_not_the_others(config, store, registry, tokenizer):
     """Both ways to ask once computed the reward anew, without consent and without who took part."""
     turn = answered(
-        store, tokenizer, "hello", "Hey there!", place=store.open(Conversation("discord", "general", "guild", "1"))
+        store,
+        tokenizer,
+        "hello",
+        "Hey there!",
+        place=store.open_conversation(Conversation("discord", "general", "guild", "1")),
     )
-    elsewhere = store.open(Conversation("discord", "general", "guild", "2"))  # each mention is one
+    elsewhere = store.open_conversation(Conversation("discord", "general", "guild", "2"))  # each mention is one
     for name in ("regular", "silent", "regrets", "wavers"):
         store.add_message(Message(elsewhere.id, name, "good morning"))
     buffer = ReplayBuffer(store, tokenizer, config)
-    buffer.users.decide("discord", "silent", False)
+    buffer.users.record_consent("discord", "silent", False)
     for name in OPINIONS:
         given = react(store, turn, approves=True, user=name)
         if name == "regrets":
@@ -123,11 +127,11 @@ def test_why_and_a_run_count_the_same_opinions_and_it_says_why_not_the_others(co
         if name == "wavers":
             react(store, turn, approves=False, user=name)
     account = explain(turn.id, buffer, registry)
-    first = {row.user_id: reason for row, reason in reversed(account.decision.opinions)}
+    first = {row.user_id: reason for row, reason in reversed(account.decision.feedback)}
     assert first == OPINIONS
     snapshot = buffer.snapshot()
     [learned] = [*snapshot.training, *snapshot.held_out]
-    assert set(learned.opinions) == {"asker", "regular", "wavers"}
+    assert set(learned.opinion_holders) == {"asker", "regular", "wavers"}
     assert learned.reward == account.decision.reward.value
     assert learned.feedback_ids == account.decision.reward.feedback_ids
     lines = "\n".join(account.lines(names=False))
@@ -153,22 +157,22 @@ def test_why_says_that_a_turn_as_a_whole_teaches_nothing(config, store, registry
     told = {turn.id for turn in held_out if "held out: it judges candidates and teaches none" in lines(turn)}
     assert told == apart & {turn.id for turn in held_out} != set()
     assert not any("teaches nothing" in line for line in lines(unwilling)), "the control"
-    buffer.users.decide("test", "asker", False)
+    buffer.users.record_consent("test", "asker", False)
     assert "teaches nothing: somebody in it does not consent" in lines(unwilling)
 
 
 def test_what_was_taken_back_is_told_and_the_next_report_names_it(trained, tokenizer):
     config, version, store, registry = trained.config, trained.version, trained.store, trained.registry
     rows = json.loads((Path(version.path) / "manifest.json").read_text())["rows"]
-    [given] = store.feedback_of([rows[0][0]])[rows[0][0]]
+    [given] = store.read_feedback_on([rows[0][0]])[rows[0][0]]
     store.add_feedback(replace(given, id="later", at=given.at.replace(year=given.at.year + 1), event_id=None, retracts=True))
     lines = explain(rows[0][0], ReplayBuffer(store, tokenizer, config), registry).lines()
     assert any("does not count: it was taken back" in line for line in lines)
     again = train_version(config, quiet)
-    told = report.collected(registry.get(again.policy), "")
+    told = report.collect(registry.get(again.policy), "")
     assert told.taken_back == [rows[0][0]]
-    assert rows[0][0] in report.html(told)
-    assert rows[0][0] not in report.html(replace(told, taken_back=[])), "the control"
+    assert rows[0][0] in report.render_html(told)
+    assert rows[0][0] not in report.render_html(replace(told, taken_back=[])), "the control"
     assert registry.get(version.name).state in (PolicyState.CANDIDATE, PolicyState.REJECTED)
 
 

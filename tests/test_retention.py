@@ -13,11 +13,11 @@ from pydantic import ValidationError
 from bot import app
 from bot.config import PrivacyConfig
 from bot.memory.caches import Caches
-from bot.memory.recall import Recall, weights
+from bot.memory.recall import Recall, load_retrieval_weights
 from bot.memory.scope import Memory
 from bot.store import retention
 from bot.store.erasures import Erasures
-from bot.store.forgetting import SAMPLES, find_people, forget_person
+from bot.store.forgetting import SAMPLES_FILE, find_people, forget_person
 from bot.store.registry import BASE
 from bot.store.retention import erase_expired
 from bot.store.tables import embeddings, feedback, messages, metadata, run_teachers, sources, turns, words
@@ -60,14 +60,14 @@ async def tell_nobody(ids) -> None:
 @pytest.fixture
 def talk(database, store, tokenizer):
     """An old turn and a young one, in one conversation; the young one's policy was shown the old one's messages."""
-    place = store.open(Conversation("test", new_id()))
+    place = store.open_conversation(Conversation("test", new_id()))
     old = answered(store, tokenizer, SECRET, f"you said {SECRET}", author="ann", place=place)
     shown = {old.message_id: None, old.reply_id: 0.5}
     young = answered(store, tokenizer, YOUNG, "Nice!", author="bob", place=place, shown=shown)
     react(store, old, approves=True, user="bob")
     store.add_feedback(Feedback(old.id, "ann", FeedbackKind.CORRECTION, text=SECRET))
     react(store, young, approves=True, user="bob")
-    Memory(database).keep([(old.message_id, SECRET), (young.message_id, YOUNG)], np.ones((2, 4), np.float32), "m")
+    Memory(database).store_vectors([(old.message_id, SECRET), (young.message_id, YOUNG)], np.ones((2, 4), np.float32), "m")
     make_older(database, old, days=91)
     make_older(database, young, days=89)
     return old, young
@@ -78,13 +78,13 @@ async def test_what_is_too_old_is_erased_and_what_is_younger_stays(
 ):
     old, young = talk
     version = registry.reserve(registry.get(BASE), tmp_path / "policies")
-    [given] = [row for row in store.feedback_of([old.id])[old.id] if row.text is None]
+    [given] = [row for row in store.read_feedback_on([old.id])[old.id] if row.text is None]
     registry.begin_run(version.name, {}, "", [given.id])
     registry.complete(version.name, "", Metrics())
     registry.promote(version.name)
     Path(version.path).mkdir(parents=True)
-    (Path(version.path) / SAMPLES).write_text(SECRET)
-    said = store.feedback_of([young.id])[young.id]
+    (Path(version.path) / SAMPLES_FILE).write_text(SECRET)
+    said = store.read_feedback_on([young.id])[young.id]
     assert SECRET in everything_stored(database), "the control"
     told: list[str] = []
 
@@ -96,16 +96,16 @@ async def test_what_is_too_old_is_erased_and_what_is_younger_stays(
     await erase_expired(database, 90, tell)
     assert set(told) == {old.message_id, old.reply_id}
     assert "xyzzy" not in everything_stored(database)
-    assert not (Path(version.path) / SAMPLES).exists()
+    assert not (Path(version.path) / SAMPLES_FILE).exists()
     if database.dialect == "sqlite":
         assert b"xyzzy" not in b"".join(path.read_bytes() for path in config.data.rglob("kibitz.db*"))
-    assert store.turn(old.id) is None
-    assert store.message(old.message_id).is_forgotten, "its place stays, so that its event is still known"
-    left = store.turn(young.id)
+    assert store.find_turn(old.id) is None
+    assert store.read_message(old.message_id).is_forgotten, "its place stays, so that its event is still known"
+    left = store.find_turn(young.id)
     assert (left.text, left.shown) == (young.text, young.shown)
     assert (left.prompt_ids, left.completion_ids, left.logprobs) == (None, None, None), "they spelt the old text"
-    assert store.message(young.message_id).text == YOUNG
-    assert store.feedback_of([young.id])[young.id] == said
+    assert store.read_message(young.message_id).text == YOUNG
+    assert store.read_feedback_on([young.id])[young.id] == said
     counts = count_rows(database)
     assert (counts["embeddings"], counts["sources"], counts["feedback"]) == (1, 2, 1)
     with database.read() as connection:
@@ -113,7 +113,7 @@ async def test_what_is_too_old_is_erased_and_what_is_younger_stays(
         assert set(connection.execute(sa.select(embeddings.c.message_id)).scalars()) == {young.message_id}
         assert set(connection.execute(sa.select(sources.c.turn_id)).scalars()) == {young.id}
         assert set(connection.execute(sa.select(run_teachers.c.user_id)).scalars()) == {"ann", "bob"}
-    assert registry.live().name == version.name, "as when a message is deleted"
+    assert registry.get_live().name == version.name, "as when a message is deleted"
     buffer = ReplayBuffer(store, tokenizer, config)
     [row] = buffer.snapshot().rated
     assert (row.turn_id, row.logprobs) == (young.id, None)
@@ -125,12 +125,12 @@ async def test_what_is_too_old_is_erased_and_what_is_younger_stays(
 async def test_a_young_answer_that_was_shown_nothing_old_keeps_its_ids(database, store, tokenizer, talk):
     apart = answered(store, tokenizer, "hello", "Hey there!")
     await erase_expired(database, 90, tell_nobody)
-    assert store.turn(apart.id) == apart
+    assert store.find_turn(apart.id) == apart
 
 
 async def test_it_is_done_in_small_transactions_between_which_others_are_served(database, store, monkeypatch):
-    monkeypatch.setattr(retention, "AT_ONCE", 4)
-    place = store.open(Conversation("test", new_id()))
+    monkeypatch.setattr(retention, "BATCH_SIZE", 4)
+    place = store.open_conversation(Conversation("test", new_id()))
     old = now() - timedelta(days=100)
     for number in range(22):
         store.add_message(Message(place.id, "ann", f"{SECRET} {number}", at=old))
@@ -145,7 +145,7 @@ async def test_it_is_done_in_small_transactions_between_which_others_are_served(
     monkeypatch.setattr(retention, "erase_before", erase_some)
     await erase_expired(database, 90, tell_nobody)
     assert done == [4, 4, 4, 4, 4, 2, 0]
-    assert [one.text for one in store.messages(place.id)] == [""] * 22
+    assert [one.text for one in store.read_messages(place.id)] == [""] * 22
     await erase_expired(database, 90, tell_nobody)
     assert done[7:] == [0], "what is erased is not looked at again"
 
@@ -154,7 +154,7 @@ async def test_who_is_behind_a_young_answer_can_be_forgotten_and_say_no_after_th
     config, database, store, registry, tokenizer, tmp_path
 ):
     """Ann's words, of which only answers are left, by way of one answer and of two."""
-    place = store.open(Conversation("test", new_id()))
+    place = store.open_conversation(Conversation("test", new_id()))
     first = answered(store, tokenizer, SECRET, f"you said {SECRET}", author="ann", place=place)
     second, third = (
         answered(store, tokenizer, YOUNG, f"she told me of {SECRET}", author="bob", place=place, shown={one: 0.9})
@@ -163,7 +163,7 @@ async def test_who_is_behind_a_young_answer_can_be_forgotten_and_say_no_after_th
     make_older(database, first, days=91)
     given = [react(store, one, approves=True, user="bob") for one in (second, third)]
     await erase_expired(database, 90, tell_nobody)
-    assert [store.turn(one.id) is None for one in (first, second, third)] == [True, False, False]
+    assert [store.find_turn(one.id) is None for one in (first, second, third)] == [True, False, False]
     await erase_expired(database, 90, tell_nobody)
     users, buffer = Users(database, config.privacy), ReplayBuffer(store, tokenizer, config)
 
@@ -173,7 +173,7 @@ async def test_who_is_behind_a_young_answer_can_be_forgotten_and_say_no_after_th
 
     assert used() == sorted([second.id, third.id]), "the control"
     assert ("test", "ann") in find_people(database), "`kibitz forget` knows her by what was made from her words"
-    users.decide("test", "ann", consent=False)
+    users.record_consent("test", "ann", consent=False)
     assert used() == []
     version = registry.reserve(registry.get(BASE), tmp_path / "policies")
     registry.begin_run(version.name, {}, "", [one.id for one in given])
@@ -181,28 +181,28 @@ async def test_who_is_behind_a_young_answer_can_be_forgotten_and_say_no_after_th
     erased = forget_person(database, registry, "test", "ann")
     assert (erased.answers, erased.policies) == (2, 1)
     assert SECRET not in everything_stored(database)
-    assert store.messages(place.id)
+    assert store.read_messages(place.id)
 
 
 async def test_what_is_erased_is_gone_from_memory_too(database, store, talk):
-    recall = Recall(Memory(database), None, weights())
+    recall = Recall(Memory(database), None, load_retrieval_weights())
     old, _ = talk
     asked = Message(old.conversation_id, "cleo", "parrots in the attic?")
     assert SECRET in [one.message.text for one in await recall.find(asked, 4)]
-    index = recall.read(store.conversation(old.conversation_id)).index
+    index = recall.read_scope(store.read_conversation(old.conversation_id)).index
     await erase_expired(database, 90, recall.drop)
     assert {one.message.text for one in await recall.find(asked, 4)} == {"Nice!", YOUNG}
-    assert recall.read(store.conversation(old.conversation_id)).index is not index
+    assert recall.read_scope(store.read_conversation(old.conversation_id)).index is not index
     recall.close()
 
 
 async def test_what_is_erased_is_gone_from_all_caches(config, database, store, tokenizer, talk):
-    recall = Recall(Memory(database), None, weights())
+    recall = Recall(Memory(database), None, load_retrieval_weights())
     caches = Caches(Erasures(config.data), recall, tokenizer)
-    tokenizer.length(SECRET)
-    assert tokenizer.length.cache_info().currsize, "the control"
+    tokenizer.count_text_tokens(SECRET)
+    assert tokenizer.count_text_tokens.cache_info().currsize, "the control"
     await erase_expired(database, 90, caches.drop)
-    assert not tokenizer.length.cache_info().currsize
+    assert not tokenizer.count_text_tokens.cache_info().currsize
     recall.close()
 
 

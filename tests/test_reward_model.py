@@ -8,9 +8,9 @@ import pytest
 
 from bot.config import Config
 from learning.data.experience import Experience
-from learning.judging.lm_reward_model import LmRewardModel, pairs
+from learning.judging.lm_reward_model import LmRewardModel, make_pairs
 from learning.judging.reward_model import RewardModel
-from learning.judging.reward_scores import Judged, score
+from learning.judging.reward_scores import ScoredAnswers, score
 from learning.judging.statistics import calibration
 from learning.models import toy
 
@@ -42,7 +42,7 @@ def test_what_people_like_is_found_on_conversations_that_were_not_seen(embedder)
     found = score(judged, seed=0)
     assert found.reward_model_auc_low > 0.75
     assert found.reward_model_calibration_error < 0.1
-    cat, tax = model.chances(
+    cat, tax = model.predict_chances(
         [
             Experience("", "", (), (), None, 0.0, (), question="tell me", answer=text)
             for text in ("the cat chased a mouse", "the tax office wrote again")
@@ -63,7 +63,7 @@ def test_too_few_answers_of_a_kind_are_not_judged(embedder):
 
 
 def test_the_calibration_curve_names_each_bin():
-    judged = Judged(
+    judged = ScoredAnswers(
         chances=np.array([0.05, 0.15, 0.15, 1.0]),
         liked=np.array([False, True, False, True]),
         units=list("abcd"),
@@ -77,10 +77,10 @@ def words_of(tokenizer, likes, count: int = 288, seed: int = 0) -> list[Experien
     rng = random.Random(seed)
     found = []
     for number in range(count):
-        prompt, intent = rng.choice(toy.prompts(held_out=False))
+        prompt, intent = rng.choice(toy.list_prompts(held_out=False))
         style = rng.choice(toy.STYLES)
         ids = tuple(tokenizer.prompt_ids([{"role": "user", "content": prompt}]))
-        answer = toy.answer(intent, style)
+        answer = toy.compose_answer(intent, style)
         worth = 1.0 if likes(style, rng) else -1.0
         row = Experience(str(number), str(number), ids, tuple(tokenizer.completion_ids(answer)), None, worth, ())
         found.append(replace(row, question=prompt, answer=answer))
@@ -97,7 +97,7 @@ def test_the_base_model_with_a_head_learns_what_people_like_and_nothing_from_cha
         [one for one in words_of(tokenizer, lambda style, rng: style.emoji, seed=1) if (one.reward > 0) == emoji]
         for emoji in (False, True)
     )
-    assert 1 > model.chances(lively).mean() > model.chances(plain).mean() > 0
+    assert 1 > model.predict_chances(lively).mean() > model.predict_chances(plain).mean() > 0
     chance = LmRewardModel(demo_model, config).fit(words_of(tokenizer, lambda style, rng: rng.random() < 0.5))
     control = score(chance, seed=0)
     assert control.reward_model_auc_low < 0.5 < control.reward_model_auc_high
@@ -108,6 +108,6 @@ def test_each_answer_is_beside_one_of_the_other_kind_to_the_same_prompt_where_th
     def row(prompt: int, answer: int, worth: float) -> Experience:
         return Experience("", "", (prompt,), (answer,), None, worth, ())
 
-    found = pairs([row(1, 11, 1.0), row(1, 12, -1.0), row(2, 21, 1.0)], random.Random(0))
+    found = make_pairs([row(1, 11, 1.0), row(1, 12, -1.0), row(2, 21, 1.0)], random.Random(0))
     assert found[:2] == [{"chosen_ids": [1, 11], "rejected_ids": [1, 12]}] * 2
     assert found[2] == {"chosen_ids": [2, 21], "rejected_ids": [1, 12]}

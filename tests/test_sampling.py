@@ -7,7 +7,7 @@ from conftest import answered, react
 
 from bot.config import load
 from bot.errors import ConfigError
-from bot.models.sampling import advised, apply_sampling_defaults, is_truncated
+from bot.models.sampling import apply_sampling_defaults, is_truncated, recommend_sampling
 from learning.data.replay_buffer import ReplayBuffer
 from learning.models import builtin
 
@@ -29,9 +29,9 @@ def test_a_models_own_advice_comes_first_then_its_familys_and_what_the_operator_
     assert apply_sampling_defaults(said, model).policy.sampling["temperature"] == 0.9
     assert not is_truncated(apply_sampling_defaults(said, model).policy.sampling)
     (tmp_path / "generation_config.json").unlink()
-    found, source = advised(model)
+    found, source = recommend_sampling(model)
     assert (found["top_k"], source) == (64, "the family gemma2")
-    assert advised(model_with(tmp_path, {"eos_token_id": 2}, "nobody knows"))[1] == "no known family"
+    assert recommend_sampling(model_with(tmp_path, {"eos_token_id": 2}, "nobody knows"))[1] == "no known family"
 
 
 def test_the_built_in_model_is_sampled_as_was_measured_and_a_trainer_can_follow(tmp_path):
@@ -76,4 +76,4 @@ def test_advice_that_is_no_json_object_is_refused(tmp_path, content):
     model = model_with(tmp_path, None, "llama")
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(ConfigError, match=r"its generation_config\.json cannot be read \(.*\); correct it"):
-        advised(model)
+        recommend_sampling(model)

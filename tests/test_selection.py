@@ -11,18 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bot.config import Config
-from learning.data.comparison import compared, paired
+from learning.data.comparison import pair_best_with_worst, with_advantages
 from learning.data.experience import Experience
 from learning.data.rewards import advantages
 from learning.data.selection import (
+    assign_advantages,
+    cap_people,
+    cluster_questions,
     draw_batches,
-    fresh_and_old,
+    draw_fresh_and_old,
+    drop_near_duplicates,
     group_by_length,
     is_held_out,
-    kinds_of,
-    limited,
-    thinned,
-    weighed,
 )
 
 REWARDS = st.lists(st.floats(-1, 1), min_size=1, max_size=40)
@@ -30,7 +30,7 @@ REWARDS = st.lists(st.floats(-1, 1), min_size=1, max_size=40)
 
 def experience(name: str, reward: float = 1.0, **changes) -> Experience:
     made = Experience(
-        name, name, (1, 2), (3, 4), None, reward, (), asker="ann", opinions=("ann",), question=name, answer="hey"
+        name, name, (1, 2), (3, 4), None, reward, (), asker="ann", opinion_holders=("ann",), question=name, answer="hey"
     )
     return replace(made, **changes)
 
@@ -63,7 +63,7 @@ def test_a_kind_of_which_little_was_seen_is_drawn_to_what_is_usual():
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.floats(0.05, 2)), min_size=1, max_size=60), st.floats(0.2, 0.5))
 def test_nobody_counts_more_than_the_cap(given_, cap):
     opinions, worth = [(person,) for person, _ in given_], np.array([value for _, value in given_])
-    weights = limited(opinions, worth, cap)
+    weights = cap_people(opinions, worth, cap)
     assert ((weights > 0) & (weights <= 1)).all()
     people = {person for (person,) in opinions}
     total = float((weights * worth).sum())
@@ -76,7 +76,7 @@ def test_nobody_counts_more_than_the_cap(given_, cap):
 
 def test_one_voice_is_held_back_and_the_others_are_not():
     crowd = [("raider",)] * 500 + [(f"person{number}",) for number in range(12)]
-    weights = limited(crowd, np.ones(len(crowd)), cap=0.25)
+    weights = cap_people(crowd, np.ones(len(crowd)), cap=0.25)
     assert weights[:500].sum() == pytest.approx(4, rel=0.01), (
         "a quarter of all, where twelve others have said one thing each"
     )
@@ -86,7 +86,7 @@ def test_one_voice_is_held_back_and_the_others_are_not():
 @given(st.lists(st.sets(st.sampled_from("abcde"), min_size=1), min_size=1, max_size=30), st.floats(0.2, 0.5))
 def test_a_cap_that_cannot_be_kept_leaves_something_to_learn_from(others, cap):
     everywhere = [("voice", *sorted(those)) for those in others]  # somebody speaks wherever others do
-    weights = limited(everywhere, np.ones(len(everywhere)), cap)
+    weights = cap_people(everywhere, np.ones(len(everywhere)), cap)
     assert weights.max() == 1
     assert (weights >= 0).all()
 
@@ -95,23 +95,23 @@ def test_of_what_one_person_says_again_and_again_the_newest_counts():
     said = [experience(f"turn{number}") for number in range(5)]
     said += [experience("turn5", asker="bob"), experience("turn6", reward=-1.0)]
     alike = np.tile([1.0, 0.0], (7, 1))
-    kept, dropped = thinned(said, alike)
+    kept, dropped = drop_near_duplicates(said, alike)
     assert [one.turn_id for one in kept] == ["turn4", "turn5", "turn6"]
     assert sum(dropped.values()) == 4
     apart = np.eye(7)
-    assert thinned(said, apart)[0] == said, "the control: other texts are all kept"
+    assert drop_near_duplicates(said, apart)[0] == said, "the control: other texts are all kept"
 
 
 def test_old_experiences_are_drawn_beside_the_newest_and_stay_drawn():
     said = [experience(f"{number:04}") for number in range(100)]
-    kept, dropped = fresh_and_old(said, limit=20, fresh=0.5)
+    kept, dropped = draw_fresh_and_old(said, limit=20, fresh=0.5)
     names = [one.turn_id for one in kept]
     assert names == sorted(names)
     assert names[-10:] == [f"{number:04}" for number in range(90, 100)]
     assert sum(dropped.values()) == 80
-    more = [one.turn_id for one in fresh_and_old([*said, experience("0100")], 20, 0.5)[0]]
+    more = [one.turn_id for one in draw_fresh_and_old([*said, experience("0100")], 20, 0.5)[0]]
     assert len(set(names[:10]) & set(more[:10])) >= 9
-    assert fresh_and_old(said, 100, 0.5) == (said, {})
+    assert draw_fresh_and_old(said, 100, 0.5) == (said, {})
 
 
 def test_prompts_of_one_kind_are_found():
@@ -120,11 +120,11 @@ def test_prompts_of_one_kind_are_found():
     vectors = centres + rng.normal(0, 0.05, centres.shape)
     told = dict(zip(map(str, range(120)), vectors / np.linalg.norm(vectors, axis=1, keepdims=True), strict=True))
     embedder = SimpleNamespace(encode=lambda texts: np.array([told[text] for text in texts]))
-    found = kinds_of(list(told), embedder, seed=0)
+    found = cluster_questions(list(told), embedder, seed=0)
     assert len(set(found)) == 5
     assert all(len({int(np.argmax(row)) for row in centres[found == kind]}) == 1 for kind in set(found))
-    assert (kinds_of(list(told)[:30], embedder, seed=0) == 0).all(), "too few to tell kinds apart"
-    assert (kinds_of(list(told), None, seed=0) == 0).all()
+    assert (cluster_questions(list(told)[:30], embedder, seed=0) == 0).all(), "too few to tell kinds apart"
+    assert (cluster_questions(list(told), None, seed=0) == 0).all()
 
 
 def test_the_share_that_is_held_out_is_about_what_was_asked_for():
@@ -134,17 +134,17 @@ def test_the_share_that_is_held_out_is_about_what_was_asked_for():
 
 def test_the_best_answer_to_a_question_is_preferred_to_the_worst():
     bad, good = experience("a", -1.0, completion_ids=(5,)), experience("b", 1.0, completion_ids=(6,))
-    first, second = paired([(0.0, bad), (0.0, good)])
+    first, second = pair_best_with_worst([(0.0, bad), (0.0, good)])
     assert (first.rejected_ids, second.rejected_ids) == (None, (5,))
-    ranked = paired([(-1.0, replace(bad, reward=1.0)), (-2.0, good)])
+    ranked = pair_best_with_worst([(-1.0, replace(bad, reward=1.0)), (-2.0, good)])
     assert ranked[0].rejected_ids == (6,), "where rewards are equal people's ranks tell"
-    assert all(one.rejected_ids is None for one in paired([(0.0, good), (0.0, replace(good, turn_id="c"))]))
-    assert all(one.rejected_ids is None for one in paired([(0.0, bad), (0.0, replace(good, prompt_ids=(9,)))]))
+    assert all(one.rejected_ids is None for one in pair_best_with_worst([(0.0, good), (0.0, replace(good, turn_id="c"))]))
+    assert all(one.rejected_ids is None for one in pair_best_with_worst([(0.0, bad), (0.0, replace(good, prompt_ids=(9,)))]))
 
 
 def test_what_is_weighed_has_equal_weight_on_both_sides():
     said = [experience(str(number), 1.0 if number < 30 else -1.0) for number in range(40)]
-    worth = [one.advantage for one in weighed(said, np.zeros(40, int), prior=0.0, cap=1.0)]
+    worth = [one.advantage for one in assign_advantages(said, np.zeros(40, int), prior=0.0, cap=1.0)]
     assert sum(worth) == pytest.approx(0)
     assert worth[0] == pytest.approx(0.5)
     assert worth[-1] == pytest.approx(-1.5)
@@ -154,7 +154,7 @@ def test_smoothing_takes_the_place_of_a_share_of_each_advantage():
     said = [experience(str(row), (-1.0, 1.0)[row % 2], answer=("Well.", "Well?")[row % 2]) for row in range(40)]
     said[0] = replace(said[0], reward=1.0)  # a mistake
     plain, some, all_of_it = (
-        [one.advantage for one in compared(said, None, Config(rewards={"smoothing": share}), seed=0)]
+        [one.advantage for one in with_advantages(said, None, Config(rewards={"smoothing": share}), seed=0)]
         for share in (0, 0.5, 1)
     )
     assert plain[0] > 0 > all_of_it[0]
@@ -165,8 +165,8 @@ def test_a_correction_and_what_it_corrects_keep_what_was_said_of_them():
     said = [experience(str(row), (-1.0, 1.0)[row % 2], answer=("No.", "You?")[row % 2]) for row in range(40)]
     said += [experience("corrected", -0.5, prompt_ids=(9,), completion_ids=(7,), answer="You?")]
     said += [experience("correction", 1.0, prompt_ids=(9,), completion_ids=(8,), rejected_ids=(7,), answer="No.")]
-    found = compared(said, None, Config(rewards={"smoothing": 1.0}), seed=0)
-    plain = compared(said, None, Config(), seed=0)
+    found = with_advantages(said, None, Config(rewards={"smoothing": 1.0}), seed=0)
+    plain = with_advantages(said, None, Config(), seed=0)
     assert [one.advantage for one in found[-2:]] == [one.advantage for one in plain[-2:]]
     assert found[0].advantage != plain[0].advantage, "the control"
 
@@ -179,9 +179,10 @@ def test_nobody_counts_more_than_the_cap_after_smoothing_either():
         for person, count in (("ann", 300), *((f"p{number}", 10) for number in range(8)))
         for row in range(count)
     ]
-    found = compared(said, None, Config(rewards={"smoothing": 0.9}), seed=0)
+    found = with_advantages(said, None, Config(rewards={"smoothing": 0.9}), seed=0)
     counts = {
-        name: sum(abs(one.advantage) * one.weight for one in found if one.opinions == (name,)) for name in ("ann", "p0")
+        name: sum(abs(one.advantage) * one.weight for one in found if one.opinion_holders == (name,))
+        for name in ("ann", "p0")
     }
     assert counts["ann"] <= 0.2501 * sum(abs(one.advantage) * one.weight for one in found)
     assert counts["p0"] > 0

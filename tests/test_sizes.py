@@ -7,8 +7,8 @@ import pytest
 
 from bot.config import Config, load
 from bot.errors import ConfigError
-from bot.models.shape import count_parameters, read_shape, shape_of
-from bot.models.sizes import apply_size_defaults, defaults_for, describe_sizes
+from bot.models.shape import count_parameters, make_shape, read_shape
+from bot.models.sizes import apply_size_defaults, describe_sizes, find_defaults
 
 # From the models' own config.json: hidden, intermediate, layers, heads, key heads, head width, vocabulary, tied.
 MODELS = {
@@ -32,18 +32,22 @@ def settings(name: str) -> dict:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_are_those_of_the_published_models(name):
-    assert shape_of(settings(name)).billions == pytest.approx(MODELS[name][-1], rel=0.01)
+    assert make_shape(settings(name)).billions == pytest.approx(MODELS[name][-1], rel=0.01)
 
 
 def test_a_size_is_told_as_people_say_it():
-    assert [shape_of(settings(name)).size for name in ("Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-8B")] == ["596M", "1.72B", "8.19B"]
+    assert [make_shape(settings(name)).size_label for name in ("Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-8B")] == [
+        "596M",
+        "1.72B",
+        "8.19B",
+    ]
 
 
 def test_the_size_of_a_saved_model_is_counted(demo_model):
     shape = read_shape(demo_model)
     assert shape.family == "qwen3"
     assert shape.parameters == count_parameters(Path(demo_model)) > 0
-    assert shape_of(json.loads((Path(demo_model) / "config.json").read_text())).parameters == (
+    assert make_shape(json.loads((Path(demo_model) / "config.json").read_text())).parameters == (
         pytest.approx(shape.parameters, rel=0.01)
     )
     with pytest.raises(ConfigError, match=r"config\.json cannot be used"):
@@ -90,6 +94,6 @@ def test_what_is_filled_in_stays_when_the_config_goes_to_a_child(tmp_path):
 
 
 def test_the_family_counts_where_the_table_names_one():
-    llama = defaults_for(shape_of(settings("SmolLM2-135M")))
-    other = defaults_for(shape_of(settings("SmolLM2-135M") | {"model_type": "other"}))
+    llama = find_defaults(make_shape(settings("SmolLM2-135M")))
+    other = find_defaults(make_shape(settings("SmolLM2-135M") | {"model_type": "other"}))
     assert (llama.family, other.family) == ("llama", "")

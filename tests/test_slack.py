@@ -21,8 +21,8 @@ from connectors.local.slack import LocalSlack
 from connectors.local.slack_state import APP_TOKEN, BOT, BOT_TOKEN, NUMBERS
 from connectors.slack.connector import GREETING, Secrets, Slack
 from connectors.slack.interactions import NOT_ADMITTED, NOTED
-from connectors.slack.messages import harmless
-from learning.data.rewards import reward
+from connectors.slack.messages import neutralize_mentions
+from learning.data.rewards import compute_reward
 
 ANN, BOB = "UANN", "UBOB"
 
@@ -74,7 +74,7 @@ def channel(kind: str = "C") -> str:
 
 async def answered(platform: LocalSlack, place: str, count: int = 1) -> dict:
     """The newest of `count` answers in a channel, when all of them stand whole, with their buttons."""
-    await until(lambda: sum(platform.done(one) for one in platform.answers(place)) >= count)
+    await until(lambda: sum(platform.is_final(one) for one in platform.answers(place)) >= count)
     return platform.answers(place)[-1]
 
 
@@ -85,7 +85,7 @@ async def told(live, bot: Slack, answer: dict):
 
 async def opinions(live, bot: Slack, answer: dict) -> dict[str, float]:
     found = await told(live, bot, answer)
-    earned = reward(found.feedback, found.turn.asker_id, live.config.rewards)
+    earned = compute_reward(found.feedback, found.turn.asker_id, live.config.rewards)
     return {} if earned is None else earned.opinions
 
 
@@ -262,7 +262,7 @@ async def test_what_cannot_be_committed_is_not_acked_and_comes_again(live, platf
 
     def failing(message):
         if next(failures, False):
-            loop.call_soon_threadsafe(loop.call_later, 0.5, platform.lose_patience)
+            loop.call_soon_threadsafe(loop.call_later, 0.5, platform.redeliver_unacked)
             raise OSError("disk full")
         return add(message)
 
@@ -281,7 +281,7 @@ async def test_a_storm_of_429_loses_nothing_and_a_busy_conversation_refuses_poli
     for number in range(6):
         await platform.say(place, ANN, f"hello {number}")
     await until(lambda: any(one["text"] == BUSY for one in platform.answers(place)))
-    await until(lambda: sum(platform.done(one) for one in platform.answers(place)) >= 2)
+    await until(lambda: sum(platform.is_final(one) for one in platform.answers(place)) >= 2)
     assert platform.refused == []
     await closed(bot, running)
 
@@ -382,7 +382,7 @@ async def test_what_cannot_be_committed_when_slack_sends_it_again_is_apologised_
 
     def failing(message):
         if next(failures, False):
-            loop.call_soon_threadsafe(loop.call_later, 0.5, platform.lose_patience)
+            loop.call_soon_threadsafe(loop.call_later, 0.5, platform.redeliver_unacked)
             raise OSError("disk full")
         return add(message)
 
@@ -449,9 +449,9 @@ async def test_after_a_restart_what_an_agent_missed_is_answered_in_its_thread(li
     await platform.say(place, ANN, "hello")
     await answered(platform, place)
     await closed(bot, running)
-    platform.gives_up = True
+    platform.is_dropping_events = True
     missed = await platform.say(place, ANN, "are you there?")
-    platform.gives_up = False
+    platform.is_dropping_events = False
     bot, running = await connected(live, platform)
     assert (await answered(platform, place, 2))["thread_ts"] == missed
     await closed(bot, running)
@@ -541,7 +541,7 @@ async def shown(live, bot: Slack, answer: dict) -> str:
 async def test_the_policy_is_shown_the_thread_that_it_is_asked_about(live, platform):
     bot, running = await connected(live, platform, AccessConfig(deny_users=["UEVE"], messages_per_minute=100_000))
     platform.names |= {ANN: "Ann", BOB: "Bob", "UZOE": "Zoe", "UEVE": "Eve"}
-    await live.database.call(bot.workspace.answers.users.decide, "slack", "UZOE", False)
+    await live.database.call(bot.workspace.answers.users.record_consent, "slack", "UZOE", False)
     place = channel()
     root = await platform.say(place, BOB, "the build is broken since noon", mention=False)
     await platform.say(place, "UZOE", "do not learn from me", mention=False, thread=root)
@@ -599,16 +599,16 @@ async def test_what_was_refused_or_came_too_fast_is_not_answered_after_a_restart
     await answered(platform, place, 2)
     await quiet(bot)
     await closed(bot, running)
-    platform.gives_up = True
+    platform.is_dropping_events = True
     for number in range(6):
         await platform.say(missed, ANN, f"hello {number}")
-    platform.gives_up = False
+    platform.is_dropping_events = False
     for _ in range(2):
         bot, running = await connected(live, platform, few)
         await answered(platform, missed, 2)
         await quiet(bot)
         await closed(bot, running)
-    assert [sum(map(platform.done, platform.answers(one))) for one in (place, missed)] == [2, 2]
+    assert [sum(map(platform.is_final, platform.answers(one))) for one in (place, missed)] == [2, 2]
 
 
 async def texts(live, bot: Slack, answers: list[dict]) -> list[str]:
@@ -618,12 +618,12 @@ async def texts(live, bot: Slack, answers: list[dict]) -> list[str]:
 
 
 async def test_of_a_flood_that_was_missed_the_newest_are_answered_within_the_limit_and_the_rest_never(live, platform):
-    platform.gives_up = True
+    platform.is_dropping_events = True
     place, other, few = channel(), channel(), AccessConfig(messages_per_minute=4)
     for number in range(12):
         await platform.say((place, other)[number % 2], ANN, f"spam {number}")
     await platform.say(place, BOB, "hello")
-    platform.gives_up = False
+    platform.is_dropping_events = False
     for _ in range(2):
         bot, running = await connected(live, platform, few)
         await answered(platform, place, 3)
@@ -646,11 +646,11 @@ async def test_what_was_missed_in_a_thread_is_answered_if_it_would_have_been_hea
     await answered(platform, place, 2)
     await quiet(bot)
     await closed(bot, running)
-    platform.gives_up = True
+    platform.is_dropping_events = True
     await platform.say(place, BOB, "and you?", thread=root, mention=False)
     await platform.say(place, BOB, "not for you", mention=False)
     await platform.say(place, BOB, "are you there?", thread=root)
-    platform.gives_up = False
+    platform.is_dropping_events = False
     for _ in range(2):
         bot, running = await connected(live, platform, follow_threads=follows)
         await answered(platform, place, 3 + follows)
@@ -668,15 +668,15 @@ async def test_who_was_forgotten_and_came_back_is_counted_also_after_an_outage(l
     before = await answered(platform, place)
     await platform.react(back, before, "+1")
     assert (await told(live, bot, before)).feedback
-    await platform.command(back, place, "/kibitz-forget-me")
-    await platform.command(back, place, "/kibitz-privacy", "on")
+    await platform.use_command(back, place, "/kibitz-forget-me")
+    await platform.use_command(back, place, "/kibitz-privacy", "on")
     await platform.say(place, back, "I am back")
     after = await answered(platform, place, 2)
     await quiet(bot)
     await closed(bot, running)
-    platform.gives_up = True
+    platform.is_dropping_events = True
     await platform.react(back, after, "+1")
-    platform.gives_up = False
+    platform.is_dropping_events = False
     bot, running = await connected(live, platform)
     await quiet(bot)
     assert await opinions(live, bot, after) == {back: 1.0}
@@ -692,14 +692,14 @@ async def test_what_happened_while_nobody_listened_is_read_from_the_api(live, pl
     await platform.react(ANN, first, "+1")
     await platform.react(BOB, first, "heart")
     await closed(bot, running)
-    platform.gives_up = True
+    platform.is_dropping_events = True
     await platform.react(ANN, first, "+1", remove=True)
     await platform.react(BOB, first, "tada")
     await platform.react(BOB, first, "eyes")
     await platform.say(place, BOB, "hello again", thread=root)
     await platform.say(place, BOB, "not for you", mention=False)
     await platform.say(direct, ANN, "hello")
-    platform.gives_up = False
+    platform.is_dropping_events = False
     for _ in range(3):  # again and again: nothing is doubled
         bot, running = await connected(live, platform)
         await answered(platform, place, 2)
@@ -749,29 +749,29 @@ async def test_a_slash_command_is_acked_before_the_work_and_answered_after_it(pl
         await until(lambda: "/kibitz-status" in platform.acked)  # Slack would not wait for it
         return "all is well"
 
-    monkeypatch.setattr(bot.workspace.commands, "desk", replace(bot.workspace.commands.desk, status=slow))
-    assert await platform.command(BOB, channel(), "/kibitz-status") == "all is well"
+    monkeypatch.setattr(bot.workspace.commands, "desk", replace(bot.workspace.commands.desk, describe_status=slow))
+    assert await platform.use_command(BOB, channel(), "/kibitz-status") == "all is well"
 
 
 async def test_a_slash_command_that_fails_says_so(platform, bot, monkeypatch):
     async def broken() -> str:
         raise OSError("disk full")
 
-    monkeypatch.setattr(bot.workspace.commands, "desk", replace(bot.workspace.commands.desk, status=broken))
-    assert await platform.command(BOB, channel(), "/kibitz-status") == SORRY
+    monkeypatch.setattr(bot.workspace.commands, "desk", replace(bot.workspace.commands.desk, describe_status=broken))
+    assert await platform.use_command(BOB, channel(), "/kibitz-status") == SORRY
 
 
 async def test_slash_commands_tell_what_is_live_and_only_operators_take_it_back(live, platform, bot):
     place = channel()
-    assert await platform.command(BOB, place, "/kibitz-why") == "There is no answer here yet."
-    assert live.policy.version in await platform.command(BOB, place, "/kibitz-status")
+    assert await platform.use_command(BOB, place, "/kibitz-why") == "There is no answer here yet."
+    assert live.policy.version in await platform.use_command(BOB, place, "/kibitz-status")
     for name in ("rollback", "pause-learning"):
-        assert "Only an operator" in await platform.command(BOB, place, f"/kibitz-{name}")
-    assert "Say one of" in await platform.command(BOB, place, "/kibitz-privacy", "perhaps")
+        assert "Only an operator" in await platform.use_command(BOB, place, f"/kibitz-{name}")
+    assert "Say one of" in await platform.use_command(BOB, place, "/kibitz-privacy", "perhaps")
 
 
 def test_nobody_is_rung_by_what_the_model_says():
-    assert harmless("<!channel> <@U1> <#C1> a < b <https://x.example>") == (
+    assert neutralize_mentions("<!channel> <@U1> <#C1> a < b <https://x.example>") == (
         "<\u200b!channel> <\u200b@U1> <\u200b#C1> a < b <https://x.example>"
     )
 
@@ -780,12 +780,12 @@ async def test_what_slack_refuses_and_wrong_tokens_are_errors_for_people(live, p
     with pytest.raises(ConnectorError, match=r"invalid_auth.*slack\.bot_token_env"):
         await Slack(shared(live), SlackConfig(), Secrets("xoxb-wrong", APP_TOKEN), platform.api).run()
     with pytest.raises(ConfigError, match=r"slack\.bot_token_env has value 'NONE', which is not set"):
-        Secrets.of(SlackConfig(bot_token_env="NONE"))
+        Secrets.open(SlackConfig(bot_token_env="NONE"))
     monkeypatch.setenv("BOT", "xoxb-1")
     monkeypatch.setenv("APP", "xoxb-2")
     with pytest.raises(ConfigError, match=r"signing_secret_env: \$APP holds a token"):
-        Secrets.of(SlackConfig(bot_token_env="BOT", signing_secret_env="APP"))
+        Secrets.open(SlackConfig(bot_token_env="BOT", signing_secret_env="APP"))
     with pytest.raises(ConfigError, match=r"signing_secret_env has value 'BOT' beside slack\.app_token_env"):
-        Secrets.of(SlackConfig(bot_token_env="BOT", app_token_env="APP", signing_secret_env="BOT"))
+        Secrets.open(SlackConfig(bot_token_env="BOT", app_token_env="APP", signing_secret_env="BOT"))
     with pytest.raises(ConfigError, match=r"slack\.app_token_env: \$APP does not begin with xapp-"):
-        Secrets.of(SlackConfig(bot_token_env="BOT", app_token_env="APP"))
+        Secrets.open(SlackConfig(bot_token_env="BOT", app_token_env="APP"))

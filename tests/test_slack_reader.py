@@ -10,7 +10,7 @@ import yaml
 from slack_sdk.web.async_client import AsyncWebClient
 
 from bot.chat.reactions import Reactions
-from bot.chat.slack_emoji import character
+from bot.chat.slack_emoji import find_emoji
 from bot.config import ReactionsConfig
 from bot.types import FeedbackKind
 from connectors.commands import COMMANDS
@@ -56,14 +56,14 @@ async def reader(platform: LocalSlack) -> AsyncIterator[SlackReader]:
     ],
 )
 def test_slacks_names_of_emoji_are_understood(name, shown):
-    assert character(name) == shown
+    assert find_emoji(name) == shown
 
 
 @pytest.mark.parametrize(
     "name", ["smiling_face_with_3_hearts", "heart_eyes", "clap", "white_check_mark", "pray", "joy", "100"]
 )
 def test_reactions_of_the_default_config_are_understood_by_slacks_names(name):
-    assert Reactions(ReactionsConfig()).kind(name) == FeedbackKind.APPROVAL
+    assert Reactions(ReactionsConfig()).classify(name) == FeedbackKind.APPROVAL
 
 
 def test_every_emoji_of_the_default_config_that_slack_renamed_is_understood():
@@ -75,8 +75,10 @@ def test_every_emoji_of_the_default_config_that_slack_renamed_is_understood():
         "angry": "😠",
         "rage": "😡",
     }
-    assert {name: reactions.kind(name) for name in names} == {name: reactions.kind(symbol) for name, symbol in names.items()}
-    assert None not in {reactions.kind(name) for name in names}
+    assert {name: reactions.classify(name) for name in names} == {
+        name: reactions.classify(symbol) for name, symbol in names.items()
+    }
+    assert None not in {reactions.classify(name) for name in names}
 
 
 @pytest.mark.parametrize(
@@ -106,7 +108,7 @@ async def test_markup_is_read_as_people_see_it(platform, reader, raw, seen):
 async def test_whom_slack_does_not_name_is_called_by_the_id_and_asked_for_once(platform, reader):
     assert [(await reader.read({"text": "<@UZOE>"})).text for _ in range(3)] == ["@UZOE"] * 3
     platform.names["UANN"] = "Ann"
-    assert [await reader.name("UANN") for _ in range(3)] == ["Ann"] * 3
+    assert [await reader.find_name("UANN") for _ in range(3)] == ["Ann"] * 3
     assert platform.calls.count("users.info") == 2
 
 
@@ -116,15 +118,15 @@ async def test_text_files_and_forwarded_messages_are_read_and_the_rest_is_named(
     unfurled = {"title": "Example", "text": "not said by anybody"}
     read = await reader.read({"text": "see", "files": files, "attachments": [forwarded, unfurled]})
     assert read.text == "see\nBob: lunch at #cantina?\nnotes.md:\neggs & milk\n[cat.png: not readable]"
-    assert read.unread == ("pictures",)
+    assert read.unreadable == ("pictures",)
 
 
 async def test_a_long_file_is_cut_and_one_that_slack_keeps_from_us_is_not_readable(platform, reader):
     long = await reader.read({"files": [platform.file("log", "text/plain", "x" * 300_000)]})
     assert len(long.text) == len("log:\n") + LARGEST_FILE
-    reader._web.token = "xoxb-without-the-scope"
+    reader._client.token = "xoxb-without-the-scope"
     kept = await reader.read({"files": [platform.file("log", "text/plain", "secret")]})
-    assert (kept.text, kept.unread) == ("", ("such files",))
+    assert (kept.text, kept.unreadable) == ("", ("such files",))
 
 
 async def test_nobody_but_slack_is_shown_the_token(platform, reader):

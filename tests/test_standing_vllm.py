@@ -16,7 +16,7 @@ async def test_a_run_finds_nothing_of_an_earlier_one_in_the_vllm_that_stays_up(l
     url = live.policy.admin.url
     old, new = tmp_path / "old", tmp_path / "new"
     for seed, source in enumerate((old, new)):
-        await asyncio.to_thread(serving.random_version, live.config, demo_model, source, seed)
+        await asyncio.to_thread(serving.save_random_version, live.config, demo_model, source, seed)
 
     def running(name: str):
         return standing_vllm.running_on(url, live_config(tmp_path / name, demo_model), demo_model, lambda text: None)

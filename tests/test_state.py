@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bot.chat.texts import state_text
-from bot.memory.facts import sorted_out, stated
-from bot.memory.state import derived
+from bot.chat.texts import describe_state
+from bot.memory.facts import find_facts, resolve_facts
+from bot.memory.state import derive_state
 from bot.types import FORGOTTEN, Message, Role
 from learning.fitting import topics
 
@@ -41,8 +41,8 @@ def said(*lines: tuple[str, str]) -> list[Message]:
     ],
 )
 def test_facts_are_read_from_what_people_state_about_themselves(text, facts):
-    assert sorted(map(str, stated(Message("place", "ann", text)))) == sorted(facts)
-    assert stated(Message("place", "kibitz", text, Role.ASSISTANT)) == []
+    assert sorted(map(str, find_facts(Message("place", "ann", text)))) == sorted(facts)
+    assert find_facts(Message("place", "kibitz", text, Role.ASSISTANT)) == []
 
 
 def test_the_newest_fact_holds_and_the_old_one_stays_in_the_record():
@@ -54,7 +54,7 @@ def test_the_newest_fact_holds_and_the_old_one_stays_in_the_record():
         ("ann", "i love opera"),
         ("ann", "i hate jazz"),
     )
-    holding, former = sorted_out(reversed(lines))
+    holding, former = resolve_facts(reversed(lines))
     assert sorted(map(str, holding)) == [
         *("ann hates jazz", "ann is allergic to shellfish", "ann loves opera", "bob is allergic to cats"),
     ]
@@ -72,8 +72,8 @@ def test_what_is_open_is_what_nobody_answered(embedder, with_embedder):
         ("bob", "who wants pizza?"),
     )
     lines.append(Message("place", "kibitz", "Me!", Role.ASSISTANT, reply_to=lines[-1].id, at=START + timedelta(hours=1)))
-    found = derived(lines, embedder if with_embedder else None)
-    assert [one.text for one in found.open] == ["where did i leave my umbrella?", "remind me to call the dentist"]
+    found = derive_state(lines, embedder if with_embedder else None)
+    assert [one.text for one in found.unanswered] == ["where did i leave my umbrella?", "remind me to call the dentist"]
     assert found.participants == {"bob": 3, "ann": 2, "cleo": 1}
     assert next(iter(found.participants)) == "bob"
 
@@ -87,14 +87,14 @@ def test_a_topic_begins_where_something_else_is_talked_about(embedder):
         ("ann", "the stock market crashed this morning, have you read the news about the banks?"),
         ("bob", "yes, the banks are in trouble and the stock market fell by ten percent"),
     )
-    assert derived(lines, embedder).topic == lines[4:]
-    assert derived(lines[:4], embedder).topic == lines[:4]  # the control: without the turn there is one topic
+    assert derive_state(lines, embedder).topic == lines[4:]
+    assert derive_state(lines[:4], embedder).topic == lines[:4]  # the control: without the turn there is one topic
 
 
 @pytest.mark.skipif(not TIAGE.is_dir(), reason="the data set is not beside the project")
 def test_topics_are_told_apart_about_as_well_as_on_what_was_learned_from(embedder):
     known, unknown = (topics.read(TIAGE / f"{name}.json") for name in ("train", "test"))
-    learned, figures = topics.judged(known[:100], unknown, embedder, lambda *_: None)
+    learned, figures = topics.fit_and_judge(known[:100], unknown, embedder, lambda *_: None)
     assert figures["f1"] > figures["cosine_f1"] > figures["always_f1"]
     assert len(learned["weights"]) == 10
 
@@ -103,11 +103,11 @@ def test_nothing_strange_or_forgotten_harms_it(embedder):
     for texts in ([], [""], ["?"], ["👍" * 300], ["x" * 1_000_000], ["東京タワーはどこ？", "\ufffd"]):
         lines = said(*(("ann", text) for text in texts))
         for model in (embedder, None):
-            assert state_text(derived(lines, model))
+            assert describe_state(derive_state(lines, model))
     gone = Message("place", FORGOTTEN, "", at=START)
-    assert state_text(derived([gone], embedder)) == "nothing was said"
+    assert describe_state(derive_state([gone], embedder)) == "nothing was said"
     many = said(*(("ann", f"is it {number}?") for number in range(10_000)))
-    assert len(derived(many, None).open) == 400
+    assert len(derive_state(many, None).unanswered) == 400
 
 
 def test_a_file_that_is_no_marked_dialogues_is_refused(tmp_path):

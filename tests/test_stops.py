@@ -9,7 +9,7 @@ from bot.models.stops import StopFilter
 def shown(pieces: list[str], stops: list[str]) -> tuple[str, bool]:
     found = StopFilter(stops)
     text = "".join(found.add(piece) for piece in pieces)
-    return text + found.end(), found.is_hit
+    return text + found.flush(), found.is_hit
 
 
 def test_an_answer_ends_before_the_first_stop_and_one_without_stays_whole():

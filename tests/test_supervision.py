@@ -13,16 +13,16 @@ import typer
 from conftest import refused, until
 from test_cli import write_config
 
-from bot.app import desk, run
+from bot.app import make_desk, run
 from bot.config import load
-from bot.data_directory import HEALTH, held
+from bot.data_directory import HEALTH_FILE, lock_directory
 from bot.errors import ConfigError, ConnectorError, ServingError
 from bot.serving.policy import Policy
 from bot.serving.vllm_server import VllmServer
 from bot.store.conversations import ConversationStore
 from bot.store.database import Database
 from bot.store.registry import PolicyRegistry
-from bot.supervision import Health, background_tasks, read_failing, supervise
+from bot.supervision import Health, background_tasks, read_failures, supervise
 from learning.rollout.deployment import Deployment
 from learning.rollout.loop import OnlineLearner
 
@@ -59,25 +59,25 @@ async def test_a_database_that_is_gone_for_a_moment_ends_neither_the_learner_nor
     registry = PolicyRegistry(database)
     registry.ensure_base(demo_model)
     told: list[str] = []
-    health = Health(told.append, tmp_path / HEALTH)
+    health = Health(told.append, tmp_path / HEALTH_FILE)
     policy = Policy("http://127.0.0.1:9", config.policy)
     deployment = Deployment(policy, registry, config, told.append)
     looks: list[str] = []
-    look = deployment.follow
-    deployment.follow = lambda: looks.append("") or look()
+    look = deployment.follow_registry
+    deployment.follow_registry = lambda: looks.append("") or look()
     async with background_tasks() as start:
         start(deployment.watch(0.05, health))
         start(OnlineLearner(ConversationStore(database), deployment, config, told.append).run(health))
         await until(lambda: looks)
-        assert not health.failing
+        assert not health.failures
         async with an_outage(url):
-            await until(lambda: set(health.failing) == {"learning", "deployment"})
-            assert set(read_failing(tmp_path / HEALTH)) == {"learning", "deployment"}
+            await until(lambda: set(health.failures) == {"learning", "deployment"})
+            assert set(read_failures(tmp_path / HEALTH_FILE)) == {"learning", "deployment"}
             before = list(told)
             await asyncio.sleep(0.3)
             assert told == before, "while it lasts it is told once"
-        await until(lambda: not health.failing)
-        assert read_failing(tmp_path / HEALTH) == {}
+        await until(lambda: not health.failures)
+        assert read_failures(tmp_path / HEALTH_FILE) == {}
         before = len(looks)
         await until(lambda: len(looks) > before)
     await policy.close()
@@ -104,11 +104,11 @@ async def test_a_bug_in_one_task_is_told_once_and_tried_again_later_and_later_wh
         async with background_tasks() as start:
             start(supervise("connector", broken, health))
             start(supervise("other", well, health, every=0))
-            await until(lambda: "connector" in health.failing)
-            began, since = len(steps), health.failing["connector"].since
+            await until(lambda: "connector" in health.failures)
+            began, since = len(steps), health.failures["connector"].since
             await until(lambda: len(tries) == 4)
-            assert health.failing["connector"].since == since
-            await until(lambda: not health.failing)
+            assert health.failures["connector"].since == since
+            await until(lambda: not health.failures)
             assert len(steps) > began
     assert told == [
         "connector failed: RuntimeError: a bug, for the 1th time (kibitz goes on, and tries again)",
@@ -134,7 +134,7 @@ async def test_a_pause_has_a_longest_length():
 
 
 async def test_a_task_without_steps_works_again_when_it_has_run_for_a_while(monkeypatch):
-    monkeypatch.setattr("bot.supervision.SETTLED", 0.05)
+    monkeypatch.setattr("bot.supervision.STABLE_SECONDS", 0.05)
     told, tries = [], []
 
     async def runs_on() -> None:
@@ -154,13 +154,13 @@ async def test_each_reason_is_told_once_until_the_task_works():
     told: list[str] = []
     health = Health(told.append)
     for reason in ("one", "other", "one", "other"):
-        health.fail("task", ServingError(reason))
+        health.record_failure("task", ServingError(reason))
     assert len(told) == 2
-    assert health.failing["task"].reason == "other"
-    health.recover("task")
-    health.recover("task")
+    assert health.failures["task"].reason == "other"
+    health.record_recovery("task")
+    health.record_recovery("task")
     assert told[2:] == ["task works again"]
-    health.fail("task", ServingError("one"))
+    health.record_failure("task", ServingError("one"))
     assert len(told) == 4
 
 
@@ -222,11 +222,11 @@ async def test_a_vllm_that_cannot_be_restarted_is_tried_until_it_can(config, mon
         start(server.watch(policy, restore, health))
         assert server._process is not None
         server._process.kill()
-        await until(lambda: "vLLM" in health.failing)
-        assert policy.admin.weights is None
-        await until(lambda: not health.failing)
+        await until(lambda: "vLLM" in health.failures)
+        assert policy.admin.weights_version is None
+        await until(lambda: not health.failures)
         assert (len(starts), len(restored)) == (8, 1)
-        assert await policy.admin.ready()
+        assert await policy.admin.is_ready()
     await policy.close()
     await server.stop()
     assert told[-1] == "vLLM works again"
@@ -236,21 +236,21 @@ async def test_a_vllm_that_cannot_be_restarted_is_tried_until_it_can(config, mon
 def test_status_says_what_fails_in_the_kibitz_that_runs(tmp_path, demo_model, here):
     config = write_config(tmp_path, demo_model)
     (tmp_path / "data").mkdir()
-    Health(lambda text: None, tmp_path / "data" / HEALTH).fail("learning", ServingError("the [disk] is full"))
-    with held(tmp_path / "data", "serve"):
+    Health(lambda text: None, tmp_path / "data" / HEALTH_FILE).record_failure("learning", ServingError("the [disk] is full"))
+    with lock_directory(tmp_path / "data", "serve"):
         said = here("status", "--config", config).stdout
         assert "running: yes\nfailing: learning since 20" in said
         assert "UTC: the [disk] is full" in said
     said = here("status", "--config", config).stdout
     assert "running: no" in said
     assert "failing" not in said, "what a dead one left behind is no news"
-    Health(lambda text: None, tmp_path / "data" / HEALTH)
-    with held(tmp_path / "data", "serve"):
+    Health(lambda text: None, tmp_path / "data" / HEALTH_FILE)
+    with lock_directory(tmp_path / "data", "serve"):
         assert "failing" not in here("status", "--config", config).stdout
 
 
 async def test_a_running_kibitz_keeps_its_tasks_and_says_what_fails(live, monkeypatch):
-    monkeypatch.setattr("bot.supervision.SETTLED", 0.05)
+    monkeypatch.setattr("bot.supervision.STABLE_SECONDS", 0.05)
     is_mended = asyncio.Event()
 
     async def connect() -> None:
@@ -259,9 +259,9 @@ async def test_a_running_kibitz_keeps_its_tasks_and_says_what_fails(live, monkey
         await asyncio.Event().wait()
 
     live.keep("broken", connect)
-    await until(lambda: desk(live).failing() == ["broken"])
-    assert "failing: broken since" in await desk(live).status()
-    assert set(read_failing(live.config.data / HEALTH)) == {"broken"}
+    await until(lambda: make_desk(live).list_failing_tasks() == ["broken"])
+    assert "failing: broken since" in await make_desk(live).describe_status()
+    assert set(read_failures(live.config.data / HEALTH_FILE)) == {"broken"}
     is_mended.set()
-    await until(lambda: desk(live).failing() == [])
-    assert "failing" not in await desk(live).status()
+    await until(lambda: make_desk(live).list_failing_tasks() == [])
+    assert "failing" not in await make_desk(live).describe_status()

@@ -13,18 +13,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from bot.chat.dialogue import cleaned
-from bot.chat.tracker import CUT, StateTracker
+from bot.chat.dialogue import clean_text
+from bot.chat.tracker import CUT_MARK, StateTracker
 from bot.config import DialogueConfig, PolicyConfig, load
 from bot.errors import ConfigError, KibitzError, TemplateError
-from bot.memory.recall import Recall, weights
+from bot.memory.recall import Recall, load_retrieval_weights
 from bot.memory.scope import Memory
 from bot.models.templates import STRICTEST, Template
 from bot.models.thoughts import UNMARKED
 from bot.models.tokenizer import ChatTokenizer
 from bot.store.conversations import ConversationStore
 from bot.types import Conversation, Message, Role, new_id
-from learning.training.pretrain import _row
+from learning.training.pretrain import _tokenize_dialogue
 
 ROLES = {"s": "system", "u": "user", "a": "assistant"}
 TEXTS = st.one_of(
@@ -159,8 +159,8 @@ def test_what_the_rules_are_is_found_out():
     assert tried(frozenset()).rules == type(STRICTEST)(*[True] * 7)
     found = tried(frozenset({"no system", "turns", "user first", "some user", "user last", "some message", "some text"}))
     assert found.rules == STRICTEST
-    assert not tried(frozenset({"drops system"})).rules.system
-    assert not tried(frozenset({"drops repeats"})).rules.neighbours
+    assert not tried(frozenset({"drops system"})).rules.may_have_system
+    assert not tried(frozenset({"drops repeats"})).rules.may_repeat_role
 
 
 def test_answers_are_left_out_only_where_the_template_wants_a_user_first():
@@ -177,7 +177,7 @@ LOOPS = {"always": LOOP, "where the conversation goes on": "{% if messages|lengt
 
 @pytest.mark.parametrize("when", LOOPS)
 def test_a_template_that_comes_to_no_end_is_told_in_a_line(demo_model, tmp_path, monkeypatch, when):
-    monkeypatch.setattr("bot.models.templates.LONGEST", 1.0)
+    monkeypatch.setattr("bot.models.templates.TRIAL_SECONDS", 1.0)
     source = LOOPS[when] + ChatTokenizer(demo_model).hf.chat_template
     model = make_tokenizer(demo_model, Family(source, "<|im_end|>", "<|im_end|>"), tmp_path / "tokenizer")
     with pytest.raises(
@@ -287,7 +287,7 @@ def test_a_family_refuses_what_its_rules_forbid_and_drops_what_it_drops(family, 
 def test_what_a_family_accepts_is_left_to_its_template(family, chats):
     """A chat without anything odd is rendered as the template itself renders it."""
     for roles in ("u", "uau", "su", "suau"):
-        if roles.startswith("s") and not chats.template.rules.system:
+        if roles.startswith("s") and not chats.template.rules.may_have_system:
             continue
         arguments = chats.template.arguments
         raw = chats.hf.apply_chat_template(chat_of(roles), add_generation_prompt=True, return_dict=False, **arguments)
@@ -300,7 +300,7 @@ def test_an_answer_ends_as_the_template_ends_it(family, chats):
     said = chats.completion_ids("Fine, thank you!")
     assert said[-1] == end
     assert end not in said[:-1]
-    assert chats.answer_text(said).strip() == "Fine, thank you!"
+    assert chats.decode_answer(said).strip() == "Fine, thank you!"
 
 
 @settings(max_examples=30, **SLOW)
@@ -309,7 +309,7 @@ def test_prompt_and_answer_are_what_the_template_makes_of_both(family, chats, qu
     question, answer = chats.neutralise(question), chats.neutralise(answer)
     asked = [{"role": "user", "content": question}]
     ids = [*chats.prompt_ids(asked), *chats.completion_ids(answer)]
-    assert chats.answer_text(chats.completion_ids(answer)).strip() == answer.strip()
+    assert chats.decode_answer(chats.completion_ids(answer)).strip() == answer.strip()
     if answer.strip() == answer != "" and family.ends_with != "<｜end｜>":  # which is opened otherwise than it is written
         whole = chats.template.render([*asked, {"role": "assistant", "content": answer}], is_prompt=False)
         assert whole.startswith(chats.hf.decode(ids))
@@ -318,7 +318,7 @@ def test_prompt_and_answer_are_what_the_template_makes_of_both(family, chats, qu
 def test_training_rows_are_made_in_every_family(chats):
     for roles in ("ua", "uaua", "sua", "aua", "uuaaua"):
         dialogue = chat_of(roles)
-        row = _row(chats, dialogue)
+        row = _tokenize_dialogue(chats, dialogue)
         assert len(row["input_ids"]) == len(row["labels"])
         learned = chats.hf.decode([one for one in row["labels"] if one != -100])
         assert dialogue[-1]["content"] in learned
@@ -338,21 +338,21 @@ NAMES = {"Ann": Role.USER, "": Role.ASSISTANT}
 async def test_the_tracker_keeps_the_budget_and_the_persona_in_every_family(
     family, chats, store, database, said, newest, persona, recent
 ):
-    place = store.open(Conversation("test", new_id()))
+    place = store.open_conversation(Conversation("test", new_id()))
     for author, text in said:
-        store.add_message(Message(place.id, author, cleaned(text), NAMES[author]))
-    message = Message(place.id, "Ann", cleaned(newest))
+        store.add_message(Message(place.id, author, clean_text(text), NAMES[author]))
+    message = Message(place.id, "Ann", clean_text(newest))
     store.add_message(message)
-    recall = Recall(Memory(database), None, weights())
+    recall = Recall(Memory(database), None, load_retrieval_weights())
     tracker = StateTracker(store, chats, recall, DialogueConfig(persona=persona, recent=recent), 160)
-    context = await tracker.context(message)
+    context = await tracker.build_context(message)
     text = chats.hf.decode(context.prompt_ids)
     assert len(context.prompt_ids) <= 160
     assert persona in text
     last = chats.neutralise(message.text).strip()
-    assert last in text or CUT in text
+    assert last in text or CUT_MARK in text
     assert context.messages[-1]["role"] == "user"
-    if not chats.template.rules.answer_first:
+    if not chats.template.rules.may_begin_with_answer:
         assert [one.role for one in context.recent[:1]] in ([], [Role.USER]), "what is dropped is not said to be shown"
         assert next(one["role"] for one in context.messages if one["role"] != "system") == "user"
     recall.close()
@@ -360,17 +360,17 @@ async def test_the_tracker_keeps_the_budget_and_the_persona_in_every_family(
 
 async def test_a_conversation_goes_on_for_ever_in_every_family(chats, store: ConversationStore, database):
     """As answers are given, with questions that were never answered among them."""
-    place = store.open(Conversation("test", new_id()))
-    recall = Recall(Memory(database), None, weights())
+    place = store.open_conversation(Conversation("test", new_id()))
+    recall = Recall(Memory(database), None, load_retrieval_weights())
     tracker = StateTracker(store, chats, recall, DialogueConfig(persona="You are kind.", recent=8), 256)
     for number in range(40):
         message = Message(place.id, "Ann", f"question {number}")
         store.add_message(message)
-        context = await tracker.context(message)
+        context = await tracker.build_context(message)
         assert f"question {number}" in chats.hf.decode(context.prompt_ids)
         if number % 5:
             store.add_message(Message(place.id, "", f"answer {number}", Role.ASSISTANT))
-    fitted = tracker.fitted([*chat_of("asauusua"), {"role": "user", "content": "and now?"}])
+    fitted = tracker.fit_messages([*chat_of("asauusua"), {"role": "user", "content": "and now?"}])
     assert "and now?" in chats.hf.decode(fitted.prompt_ids)
     assert "text 1" in chats.hf.decode(fitted.prompt_ids)
     recall.close()
@@ -386,12 +386,12 @@ def test_a_model_that_may_think_is_not_asked_to_unless_somebody_wants_it(demo_mo
         quiet = family_tokenizer(name, demo_model, tmp_path)
         assert quiet.template.arguments == {"enable_thinking": False}
         assert quiet.hf.decode(quiet.prompt_ids(chat_of("u"))).endswith("<think>\n\n</think>\n\n")
-        assert not quiet.thoughts.begins_open
-        assert quiet.with_thoughts(plain).max_tokens == 100
+        assert not quiet.thoughts.is_opened_by_prompt
+        assert quiet.with_thought_tokens(plain).max_tokens == 100
         loud = family_tokenizer(name, demo_model, tmp_path, enable_thinking=True)
         assert "</think>" not in loud.hf.decode(loud.prompt_ids(chat_of("u")))
-        assert loud.thoughts.begins_open == (name == "Qwen 3.5")
-        assert loud.with_thoughts(plain).max_tokens == 500
+        assert loud.thoughts.is_opened_by_prompt == (name == "Qwen 3.5")
+        assert loud.with_thought_tokens(plain).max_tokens == 500
     assert family_tokenizer("Qwen 2.5", demo_model, tmp_path).template.arguments == {}
     with pytest.raises(ConfigError, match=r"policy\.template_args\.enable_thinking has value False, which changes nothing"):
         _ = family_tokenizer("Qwen 2.5", demo_model, tmp_path, enable_thinking=False).template
@@ -408,10 +408,10 @@ def test_a_switch_for_thoughts_is_turned_off_whatever_its_name(demo_model, tmp_p
     quiet, loud = made(), made(thinking=True)
     assert quiet.template.arguments == {"thinking": False}
     assert quiet.hf.decode(quiet.prompt_ids(chat_of("u"))).endswith("<think>\n\n</think>\n\n")
-    assert quiet.with_thoughts(plain).max_tokens == 100
+    assert quiet.with_thought_tokens(plain).max_tokens == 100
     assert loud.template.arguments == {"thinking": True}
-    assert loud.thoughts.begins_open
-    assert loud.with_thoughts(plain).max_tokens == 500
+    assert loud.thoughts.is_opened_by_prompt
+    assert loud.with_thought_tokens(plain).max_tokens == 500
 
 
 @pytest.mark.parametrize(
@@ -430,14 +430,14 @@ def test_a_model_that_opens_its_thoughts_itself_has_room_for_them(demo_model, tm
     source = known.template + "{% if add_generation_prompt %}" + opens + "{% endif %}"
     family = replace(known, template=source, plain=marks)
     thinker = ChatTokenizer(make_tokenizer(demo_model, family, tmp_path / "tokenizer"))
-    assert thinker.with_thoughts(PolicyConfig(max_tokens=100, thought_tokens=400)).max_tokens == room
+    assert thinker.with_thought_tokens(PolicyConfig(max_tokens=100, thought_tokens=400)).max_tokens == room
 
 
 def test_a_template_that_opens_a_thought_is_known_to(demo_model, tmp_path):
     thinker = family_tokenizer("a thinker", demo_model, tmp_path)
-    assert thinker.thoughts.begins_open
+    assert thinker.thoughts.is_opened_by_prompt
     assert thinker.thoughts.is_special
-    assert thinker.with_thoughts(PolicyConfig(max_tokens=100, thought_tokens=400)).max_tokens == 500
+    assert thinker.with_thought_tokens(PolicyConfig(max_tokens=100, thought_tokens=400)).max_tokens == 500
     said = thinker.completion_ids("Hello")
     assert thinker.hf.decode(said) == "\n</think>\n\nHello<｜end｜>", "an answer that was not sampled closes the thought"
 
@@ -449,7 +449,7 @@ def test_the_demo_policy_is_asked_as_before(tokenizer):
     for text in ("Hey!", " hi ", "a\n", "", "\n", "😴"):
         assert tokenizer.completion_ids(text) == [*tokenizer.hf.encode(text), tokenizer.hf.eos_token_id]
     policy = PolicyConfig()
-    assert tokenizer.with_thoughts(policy) == policy
+    assert tokenizer.with_thought_tokens(policy) == policy
 
 
 def test_a_model_without_a_chat_template_is_one_line_for_people(demo_model, tmp_path):

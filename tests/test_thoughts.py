@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bot import app as kibitz
-from bot.chat.dialogue import NO_ANSWER, DialogueManager, spoken
+from bot.chat.dialogue import NO_ANSWER, DialogueManager, render_answer
 from bot.config import PolicyConfig, load
 from bot.errors import ConfigError, TemplateError
 from bot.models.check import check_tokenizer
@@ -34,8 +34,8 @@ from learning.data.replay_buffer import ReplayBuffer
 from learning.judging.evaluation import generate
 
 MARKS = Thoughts("<think>", "</think>")
-OPENED = Thoughts("<think>", "</think>", begins_open=True)
-NEVER = Thoughts("<|never|>", "<|ever|>", begins_open=True)  # the demo policy does not say that
+OPENED = Thoughts("<think>", "</think>", is_opened_by_prompt=True)
+NEVER = Thoughts("<|never|>", "<|ever|>", is_opened_by_prompt=True)  # the demo policy does not say that
 HELLO = [{"role": "user", "content": "hello"}]
 PLAIN_MARKS = ["<think>", "</think>", "<thi", "nk>", "</", "think>"]
 PIECES = st.sampled_from([*PLAIN_MARKS, "<", " ", "\n", "a", "é", "word ", "👋", "`", "```"])
@@ -43,10 +43,10 @@ PIECES = st.sampled_from([*PLAIN_MARKS, "<", " ", "\n", "a", "é", "word ", "�
 
 def told_apart(text: str, thoughts: Thoughts) -> str:
     """What of a whole answer is no thought, found in another way."""
-    is_inside = has_thought = thoughts.begins_open
+    is_inside = has_thought = thoughts.is_opened_by_prompt
     said, is_after_a_thought = "", False
     for part in re.split("(<think>|</think>)", text):
-        is_quoted = said.strip() and (thoughts.only_first or said.count("`") % 2 == 1)
+        is_quoted = said.strip() and (thoughts.is_only_at_start or said.count("`") % 2 == 1)
         if part in ("<think>", "</think>") and (is_inside or not is_quoted):
             is_inside, has_thought = part == "<think>", True
             said = said if said.strip() else ""
@@ -66,7 +66,7 @@ def test_however_a_stream_is_cut_the_same_is_shown(parts, cuts, thoughts):
     places = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     said = ThoughtFilter(thoughts)
     shown = [said.add(text[start:end]) for start, end in itertools.pairwise(places)]
-    shown.append(said.end())
+    shown.append(said.flush())
     assert "".join(shown) == thoughts.remove_from(text) == told_apart(text, thoughts)
     if "`" not in text and not thoughts.only_first:
         assert not any("<think>" in "".join(shown[:count]) for count in range(len(shown) + 1))
@@ -111,7 +111,7 @@ def test_what_is_shown_of_an_answer(thoughts, text, shown):
 
 def test_without_marks_nothing_is_taken_away():
     said = ThoughtFilter(None)
-    assert said.add(" <think>hm</think>") + said.end() == " <think>hm</think>"
+    assert said.add(" <think>hm</think>") + said.flush() == " <think>hm</think>"
 
 
 @pytest.mark.parametrize("name", ["Qwen 3.5", "a thinker"])
@@ -142,7 +142,7 @@ def test_marks_are_known_by_the_vocabulary_or_by_the_template(demo_model, tmp_pa
     tokenizer = ChatTokenizer(make_tokenizer(demo_model, family, tmp_path / "tokenizer"))
     assert tokenizer.thoughts == Thoughts(opening, closing, begins_open, is_special=is_token)
     said = f"hm, a greeting{closing}\n\nHello" if begins_open else f"{opening}hm, a greeting{closing}\n\nHello"
-    assert tokenizer.answer_text([*tokenizer.hf.encode(said), tokenizer.hf.eos_token_id]) == "Hello"
+    assert tokenizer.decode_answer([*tokenizer.hf.encode(said), tokenizer.hf.eos_token_id]) == "Hello"
 
 
 def test_the_mark_that_the_prompt_opens_is_the_one_that_counts(demo_model, tmp_path):
@@ -150,7 +150,7 @@ def test_the_mark_that_the_prompt_opens_is_the_one_that_counts(demo_model, tmp_p
     family = replace(thinker, template=thinker.template.replace("<think>", "<reasoning>"))
     tokenizer = ChatTokenizer(make_tokenizer(demo_model, family, tmp_path / "tokenizer"))
     assert {"<think>", "</think>"} <= set(map(str, tokenizer.hf.added_tokens_decoder.values())), "its vocabulary has others"
-    assert (tokenizer.thoughts.opening, tokenizer.thoughts.begins_open) == ("<reasoning>", True)
+    assert (tokenizer.thoughts.opening, tokenizer.thoughts.is_opened_by_prompt) == ("<reasoning>", True)
 
 
 def test_a_mark_that_a_person_writes_opens_no_thought(tokenizer):
@@ -221,7 +221,7 @@ def test_sampling_for_the_gate_stops_there_too(demo_model, tokenizer, tmp_path):
     other = ChatTokenizer(make_tokenizer(demo_model, family, tmp_path / "tokenizer"))
     assert len(other.end_ids) == 2
     (sooner,) = generate(model, other, prompts, 32, seed=0, greedy=True)
-    assert sooner.finished
+    assert sooner.is_finished
     assert sooner.completion_ids == plain.completion_ids[: len(sooner.completion_ids)] != plain.completion_ids
     assert sooner.text == plain.text.partition(end)[0]
 
@@ -232,7 +232,7 @@ async def test_a_thought_that_does_not_end_is_an_answer_of_nothing_and_is_not_re
     place = await dialogue.open(Conversation("test", new_id()))
     turn = await dialogue.respond(Message(place.id, "ann", "hello"))
     assert (turn.text, turn.finish_reason, len(turn.completion_ids)) == ("", "length", 3)
-    assert spoken(turn) == NO_ANSWER
+    assert render_answer(turn) == NO_ANSWER
     thought = tokenizer.hf.decode(turn.completion_ids)
     await lost.close()
     after = await live.dialogue.respond(Message(place.id, "ann", "and now?"))

@@ -8,13 +8,13 @@ from conftest import answered
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bot.chat.dialogue import cleaned
-from bot.chat.tracker import CUT, StateTracker
-from bot.config import PERSONA, DialogueConfig
+from bot.chat.dialogue import clean_text
+from bot.chat.tracker import CUT_MARK, StateTracker
+from bot.config import DEFAULT_PERSONA, DialogueConfig
 from bot.errors import ConfigError
-from bot.memory.recall import Recall, weights
+from bot.memory.recall import Recall, load_retrieval_weights
 from bot.memory.scope import Memory
-from bot.models.tokenizer import PLAIN
+from bot.models.tokenizer import PLAIN_TOKENIZER
 from bot.types import Conversation, Message, Role, new_id
 
 FACT = "my sister keeps eleven green parrots in the attic"
@@ -28,7 +28,7 @@ def tell(store, place, text: str, role: Role = Role.USER) -> Message:
 
 @pytest.fixture
 def recall(database):
-    found = Recall(Memory(database), None, weights())
+    found = Recall(Memory(database), None, load_retrieval_weights())
     yield found
     found.close()
 
@@ -38,7 +38,7 @@ async def test_a_short_conversation_is_shown_whole(store, tokenizer, recall):
     turn = answered(store, tokenizer, "hello", "Hey there!")
     newest = Message(turn.conversation_id, "ann", "thanks")
     store.add_message(newest)
-    context = await tracker.context(newest)
+    context = await tracker.build_context(newest)
     assert context.messages == [
         {"role": "system", "content": "You are kind."},
         {"role": "user", "content": "hello"},
@@ -51,32 +51,32 @@ async def test_a_short_conversation_is_shown_whole(store, tokenizer, recall):
 
 @pytest.mark.parametrize("remembered", [4, 0])
 async def test_what_was_said_long_ago_is_shown_and_by_recency_alone_it_is_not(store, tokenizer, recall, remembered):
-    place = store.open(Conversation("test", new_id()))
+    place = store.open_conversation(Conversation("test", new_id()))
     tell(store, place, FACT)
     for number in range(60):
         tell(store, place, f"today i did some work on part {number}", Role.USER if number % 2 else Role.ASSISTANT)
     newest = tell(store, place, "how many parrots does my sister have?")
     tracker = StateTracker(store, tokenizer, recall, DialogueConfig(recent=16, remembered=remembered), 512)
-    context = await tracker.context(newest)
+    context = await tracker.build_context(newest)
     assert any(FACT in message["content"] for message in context.messages) == bool(remembered)
     assert len(context.prompt_ids) <= 512
-    assert (await tracker.context(newest)).messages == context.messages
+    assert (await tracker.build_context(newest)).messages == context.messages
 
 
 async def test_of_what_people_state_about_themselves_the_newest_is_shown(store, tokenizer, recall):
-    place = store.open(Conversation("test", new_id()))
+    place = store.open_conversation(Conversation("test", new_id()))
     tell(store, place, "i'm allergic to walnuts, so no walnut cake please")
     tell(store, place, "walnuts are sold on the market again")
     for number in range(20):
         tell(store, place, f"part {number}")
     newest = Message(place.id, "bob", "are walnuts what ann is allergic to?")
     tracker = StateTracker(store, tokenizer, recall, DialogueConfig(recent=4), 512)
-    assert "no walnut cake" in str((await tracker.context(newest)).messages)  # the control
+    assert "no walnut cake" in str((await tracker.build_context(newest)).messages)  # the control
     tell(store, place, "sorry, i am allergic to hazelnuts instead, not to walnuts at all")
     for number in range(20):
         tell(store, place, f"part {number}")
     newest = Message(place.id, "bob", "are walnuts what ann is allergic to?")
-    shown = str((await tracker.context(newest)).messages)
+    shown = str((await tracker.build_context(newest)).messages)
     assert ("hazelnuts" in shown, "no walnut cake" in shown, "on the market" in shown) == (True, False, True)
 
 
@@ -91,18 +91,18 @@ texts = st.one_of(
 async def test_the_budget_is_never_exceeded_and_the_newest_message_never_dropped(
     store, tokenizer, recall, said, newest, persona
 ):
-    place = store.open(Conversation("test", new_id()))
+    place = store.open_conversation(Conversation("test", new_id()))
     for index, text in enumerate(said):
-        tell(store, place, cleaned(text), Role.USER if index % 2 == 0 else Role.ASSISTANT)
-    newest = cleaned(newest)
+        tell(store, place, clean_text(text), Role.USER if index % 2 == 0 else Role.ASSISTANT)
+    newest = clean_text(newest)
     message = tell(store, place, newest)
     tracker = StateTracker(store, tokenizer, recall, DialogueConfig(persona=persona, recent=4), 128)
-    context = await tracker.context(message)
-    assert await tracker.context(message) == context, "the same twice is the same"
-    assert tokenizer.count(context.messages) == len(context.prompt_ids) <= 128
+    context = await tracker.build_context(message)
+    assert await tracker.build_context(message) == context, "the same twice is the same"
+    assert tokenizer.count_prompt_tokens(context.messages) == len(context.prompt_ids) <= 128
     last = context.messages[-1]["content"]
     assert context.messages[-1]["role"] == "user"
-    assert last == tokenizer.neutralise(newest) or last.endswith(CUT)
+    assert last == tokenizer.neutralise(newest) or last.endswith(CUT_MARK)
     specials = [token for token in tokenizer.prompt_ids(context.messages) if token == tokenizer.hf.eos_token_id]
     assert len(specials) == len(context.messages), "a user's text opened or closed a turn"
 
@@ -118,7 +118,7 @@ def test_a_persona_that_fills_the_prompt_is_refused(store, tokenizer, recall):
         StateTracker(store, tokenizer, recall, DialogueConfig(persona="kind " * 200), 128)
 
 
-@pytest.mark.parametrize("persona", ["", PERSONA])
+@pytest.mark.parametrize("persona", ["", DEFAULT_PERSONA])
 def test_a_context_that_the_template_alone_fills_is_not_blamed_on_a_persona_that_nobody_set(
     store, tokenizer, recall, persona
 ):
@@ -130,7 +130,7 @@ def test_a_tokenizer_that_is_the_plain_one_is_loaded_as_transformers_would_and_w
     code = """
 import sys
 from bot.models import tokenizer
-tokenizer.PLAIN = sys.argv[2]
+tokenizer.PLAIN_TOKENIZER = sys.argv[2]
 made = tokenizer.ChatTokenizer(sys.argv[1])
 print(type(made.hf).__name__, made.prompt_ids([{"role": "user", "content": "hi"}]), "torch" in sys.modules)
 """
@@ -139,6 +139,6 @@ print(type(made.hf).__name__, made.prompt_ids([{"role": "user", "content": "hi"}
         done = subprocess.run([sys.executable, "-c", code, demo_model, plain], capture_output=True, text=True, check=True)
         return done.stdout.strip().rsplit(" ", 1)
 
-    (ours, with_torch), (chosen, chosen_with_torch) = load(PLAIN), load("none is plain")
+    (ours, with_torch), (chosen, chosen_with_torch) = load(PLAIN_TOKENIZER), load("none is plain")
     assert ours == chosen
     assert (with_torch, chosen_with_torch) == ("False", "True")

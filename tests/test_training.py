@@ -11,22 +11,22 @@ import torch
 from conftest import answered, converse, react
 
 from bot.config import Config, TrainingConfig, load
-from bot.data_directory import held
+from bot.data_directory import lock_directory
 from bot.errors import ConfigError, KibitzError, NothingToLearn
 from bot.store.registry import BASE, PolicyRegistry
 from bot.types import PolicyState
-from learning.bench.serving import random_version, register_copy
+from learning.bench.swap import register_copy, save_random_version
 from learning.data.experience import Experience
 from learning.data.replay_buffer import ReplayBuffer
-from learning.judging.waiting import earlier_verdicts
+from learning.judging.waiting import read_earlier_verdicts
 from learning.models import toy
-from learning.models.trainable import load as load_model
-from learning.models.trainable import restore, weights
+from learning.models.trainable import copy_weights, restore_weights
+from learning.models.trainable import load_for_training as load_model
 from learning.models.version_files import is_whole
 from learning.training.objectives import TokenKTOTrainer, train
-from learning.training.processes import teach_together
+from learning.training.processes import train_in_processes
 from learning.training.run import train_version
-from learning.training.teaching import teach
+from learning.training.teaching import train_with_guard
 
 METRICS = {  # what a run leaves in metrics.json and in the registry
     *("reasons", "judged_against", "drawn_at", "judged_at", "waits_for", "level", "had_enough_evidence", "is_better"),
@@ -56,7 +56,7 @@ def test_a_run_registers_a_candidate_with_all_that_explains_it(small, store, reg
     version = registry.get(outcome.policy)
     assert outcome.passed, outcome.reasons
     assert version.state == PolicyState.CANDIDATE
-    assert registry.live().name == BASE, "nothing serves before it is proven"
+    assert registry.get_live().name == BASE, "nothing serves before it is proven"
     files = {path.name for path in Path(version.path).iterdir()}
     assert files == {
         *("adapter_config.json", "adapter_model.safetensors", "config.json"),
@@ -71,7 +71,7 @@ def test_a_run_registers_a_candidate_with_all_that_explains_it(small, store, reg
     assert kept == json.loads(json.dumps(version.metrics.as_json())) == json.loads(json.dumps(outcome.figures.as_json()))
     assert outcome.figures.margin_gain_low > 0
     assert outcome.figures.gain_low > 0
-    taught = registry.runs()[0]
+    taught = registry.list_runs()[0]
     assert taught["n"] == outcome.training
     assert taught["outcome"] == "passed"
 
@@ -91,8 +91,10 @@ def test_random_reactions_do_not_pass_the_gate(small, store, registry, tokenizer
     small = with_training(small, weights=kind, full_learning_rate=3e-4).model_copy(update={"gate": strict})
     rng = random.Random(1)
     for _ in range(96):
-        prompt, intent = rng.choice(toy.prompts(held_out=False))
-        react(store, answered(store, tokenizer, prompt, toy.answer(intent, rng.choice(toy.STYLES))), rng.random() < 0.5)
+        prompt, intent = rng.choice(toy.list_prompts(held_out=False))
+        react(
+            store, answered(store, tokenizer, prompt, toy.compose_answer(intent, rng.choice(toy.STYLES))), rng.random() < 0.5
+        )
     outcome = train_version(small, quiet)
     assert not outcome.passed
     version = registry.get(outcome.policy)
@@ -117,19 +119,19 @@ def test_with_too_little_evidence_a_version_waits_until_one_that_was_trained_lat
     first = train_version(patient, quiet, deploys=True)
     assert (first.passed, first.waits) == (False, True), first.reasons
     waiting = registry.get(first.policy)
-    assert registry.waiting() == [waiting]
-    assert registry.requested() == [], "it is no candidate yet"
-    assert 0 < waiting.waits_for <= 20
+    assert registry.find_waiting() == [waiting]
+    assert registry.find_requested() == [], "it is no candidate yet"
+    assert 0 < waiting.awaited_reactions <= 20
     assert waiting.drawn_at >= max(
-        row.at for turn in store.turns_with_feedback() for row in store.feedback_of([turn.id])[turn.id]
+        row.at for turn in store.find_turns_with_feedback() for row in store.read_feedback_on([turn.id])[turn.id]
     )
     assert (Path(waiting.path) / "adapter_model.safetensors").exists()
     second = train_version(patient, quiet)
     assert registry.get(first.policy).metrics.reasons == [f"{second.policy} was trained after it"]
     assert registry.get(first.policy).state == PolicyState.REJECTED
     assert not (Path(waiting.path) / "adapter_model.safetensors").exists()
-    assert earlier_verdicts(registry) == [], "nothing was spent"
-    assert [version.name for version in registry.waiting()] == [second.policy]
+    assert read_earlier_verdicts(registry) == [], "nothing was spent"
+    assert [version.name for version in registry.find_waiting()] == [second.policy]
     third = train_version(small, quiet)
     assert (third.passed, third.waits) == (False, False), "the control: it may not wait"
     assert registry.get(third.policy).state == PolicyState.REJECTED
@@ -167,24 +169,24 @@ def test_two_processes_teach_what_one_does_and_say_what_it_would_say(small, demo
     prompts = [one.prompt_ids for one in found.held_out]
     taught, stages = [], []
     model = load_model(small, demo_model)
-    start = weights(model)
+    start = copy_weights(model)
     for processes in (1, 2):
-        restore(model, start)
+        restore_weights(model, start)
         config = with_training(small, processes=processes)
         lesson = found.training, found.held_out, prompts, lambda *told: stages.append(told)
         if processes == 1:
-            figures = teach(config, model, tokenizer, *lesson)
+            figures = train_with_guard(config, model, tokenizer, *lesson)
         else:
-            figures = teach_together(config, model, demo_model, *lesson)
+            figures = train_in_processes(config, model, demo_model, *lesson)
         assert figures.steps == 12
-        moved = {name: value - start[name] for name, value in weights(model).items()}
+        moved = {name: value - start[name] for name, value in copy_weights(model).items()}
         taught.append(torch.cat([value.flatten() for value in moved.values()]))
     assert stages[-1] == ("train", 12, 12)
     assert float(torch.cosine_similarity(*taught, dim=0)) > 0.8
     assert float(taught[0].norm()) == pytest.approx(float(taught[1].norm()), rel=0.3)
     if objective == "mixed":  # an error crosses the processes alike, whatever they were to learn
         with pytest.raises(NothingToLearn, match="is of use to training"):
-            teach_together(with_training(config, objective="dpo"), model, demo_model, *lesson)
+            train_in_processes(with_training(config, objective="dpo"), model, demo_model, *lesson)
 
 
 @pytest.mark.slow
@@ -200,7 +202,7 @@ def test_whole_weights_go_on_from_whole_ones_and_adapters_begin_at_the_base(smal
     assert registry.get(second.policy).parent == first.policy
     assert second.figures.kl > first.figures.kl > 0, "it is the base that it is held to"
     assert registry.get(train_version(small, quiet).policy).parent == BASE, "an adapter is served on the base"
-    random_version(small, registry.get(BASE).base_model, tmp_path / "adapter", seed=0)
+    save_random_version(small, registry.get(BASE).base_model, tmp_path / "adapter", seed=0)
     adapter = register_copy(registry, tmp_path / "adapter", small.data / "policies")
     registry.promote(adapter.name)
     assert registry.get(train_version(whole, quiet).policy).parent == adapter.name, "it is merged"
@@ -248,12 +250,12 @@ def test_what_cannot_be_learned_from_is_told_in_a_line_and_nothing_is_lost(
         converse(store, tokenizer, likes_emoji=True, count=24)
     if case == "no memory":
         monkeypatch.setattr(TokenKTOTrainer, "training_step", out_of_memory)
-    counts = store.counts()
+    counts = store.count_rows()
     with pytest.raises(KibitzError, match=word) as error:
         train_version(spoilt(case, small, base), quiet)
     assert "\n" not in str(error.value)
-    assert store.counts() == counts
-    assert registry.live().name == BASE
+    assert store.count_rows() == counts
+    assert registry.get_live().name == BASE
     assert not list((small.data / "policies").glob("*"))
     assert {version.state for version in registry.all()} <= {PolicyState.LIVE, PolicyState.REJECTED}
 
@@ -265,9 +267,9 @@ def test_a_run_that_does_only_harm_is_refused_and_what_it_did_is_told(small, sto
     assert not outcome.passed
     assert outcome.reasons[0].startswith("what was learned did only harm: held-out liked answers lost ")
     assert outcome.figures.evidence.candidate != outcome.figures.evidence.live, "the harm was measured"
-    assert registry.live().name == BASE
+    assert registry.get_live().name == BASE
     assert [version.state for version in registry.all()] == [PolicyState.LIVE, PolicyState.REJECTED]
-    assert "did only harm" in registry.runs()[0]["outcome"]
+    assert "did only harm" in registry.list_runs()[0]["outcome"]
 
 
 def test_a_run_whose_prompts_are_all_too_long_says_which_limit(small, store, registry, tokenizer):
@@ -289,7 +291,7 @@ def test_an_interrupted_run_leaves_nothing_behind_and_the_next_one_works(small, 
         train_version(small, interrupt)
     assert list((small.data / "policies").iterdir()) == []
     assert registry.get("policy-1").state == PolicyState.REJECTED
-    assert registry.runs()[0]["outcome"] == "interrupted"
+    assert registry.list_runs()[0]["outcome"] == "interrupted"
     assert train_version(small, quiet).policy == "policy-2"
 
 
@@ -305,7 +307,7 @@ def test_what_a_killed_run_left_is_cleared_up_by_the_next(small, store, registry
 
 def test_two_runs_at_once_are_refused(small, store, registry, tokenizer):
     converse(store, tokenizer, likes_emoji=True, count=8)
-    with held(small.data, "train"), pytest.raises(ConfigError, match="in use"):
+    with lock_directory(small.data, "train"), pytest.raises(ConfigError, match="in use"):
         train_version(small, quiet)
 
 
@@ -314,7 +316,7 @@ def test_two_runs_at_once_are_refused(small, store, registry, tokenizer):
 def test_a_continued_policy_is_anchored_to_the_base(demo_model, tokenizer, tmp_path, anchored, kind, monkeypatch):
     """First-step rewards are log-ratios to the reference: not zero if it is the base, zero if it is the policy itself."""
     config = Config(training={"weights": kind})
-    random_version(config, demo_model, tmp_path / "parent", seed=0)
+    save_random_version(config, demo_model, tmp_path / "parent", seed=0)
     model = load_model(config, demo_model, str(tmp_path / "parent"))
     if not anchored:  # the control: what TRL does by itself
         monkeypatch.setattr(TokenKTOTrainer, "anchor_to_base", lambda self: nullcontext())

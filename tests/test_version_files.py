@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from bot.config import Config
-from learning.bench.serving import random_version
-from learning.models.version_files import faults, fingerprint, is_whole, weights_folder
+from learning.bench.swap import save_random_version
+from learning.models.version_files import find_faults, find_weights_folder, fingerprint, is_whole
 
 
 @pytest.fixture(scope="module")
@@ -18,12 +18,12 @@ def sound(demo_model, tmp_path_factory):
     found = {}
     for kind in ("lora", "full"):
         found[kind] = tmp_path_factory.mktemp("versions") / kind
-        random_version(Config(training={"weights": kind}), demo_model, found[kind], seed=0)
+        save_random_version(Config(training={"weights": kind}), demo_model, found[kind], seed=0)
     return found
 
 
 def _file(directory):
-    (found,) = weights_folder(directory).glob("*.safetensors")
+    (found,) = find_weights_folder(directory).glob("*.safetensors")
     return found
 
 
@@ -86,22 +86,22 @@ FAULTS += [("full", name, *fault) for name, fault in OF_WHOLE.items()]
 
 def test_sound_weights_have_no_faults_and_a_kind_and_a_name_of_their_own(sound, demo_model):
     for kind, directory in sound.items():
-        assert faults(directory, demo_model, max_rank=16) == []
+        assert find_faults(directory, demo_model, max_rank=16) == []
         assert is_whole(directory) == (kind == "full")
         assert fingerprint(directory) == hashlib.sha256(_file(directory).read_bytes()).hexdigest()
 
 
 def test_an_adapter_is_sound_wherever_its_base_model_is_now(sound, demo_model, tmp_path):
     moved = shutil.copytree(demo_model, tmp_path / "under another name")
-    assert faults(sound["lora"], str(moved), max_rank=16) == []
+    assert find_faults(sound["lora"], str(moved), max_rank=16) == []
 
 
 def test_of_a_base_model_that_is_no_folder_the_layers_are_looked_at(sound, tmp_path):
     directory = tmp_path / "version"
     shutil.copytree(sound["full"], directory)
-    assert faults(directory, "somebody/model", max_rank=16) == []
+    assert find_faults(directory, "somebody/model", max_rank=16) == []
     _weights(lambda t: {n: v for n, v in t.items() if ".layers.1." not in n})(directory)
-    assert faults(directory, "somebody/model", max_rank=16) == ["some layers are missing"]
+    assert find_faults(directory, "somebody/model", max_rank=16) == ["some layers are missing"]
 
 
 @pytest.mark.parametrize(("kind", "fault", "spoil", "wanted"), FAULTS, ids=[f"{one[0]}-{one[1]}" for one in FAULTS])
@@ -109,4 +109,4 @@ def test_unsound_weights_are_refused_before_a_server_sees_them(sound, demo_model
     directory = tmp_path / "version"
     shutil.copytree(sound[kind], directory)
     spoil(directory)
-    assert any(wanted in found for found in faults(directory, demo_model, max_rank=16))
+    assert any(wanted in found for found in find_faults(directory, demo_model, max_rank=16))

@@ -16,14 +16,14 @@ from bot import accelerator
 from bot.accelerator import Card, parse_card
 from bot.cli.doctor import check_vllm
 from bot.config import Config, load
-from bot.data_directory import held
+from bot.data_directory import lock_directory
 from bot.errors import ConfigError, ServingError
-from bot.models.dtype import served_dtype
+from bot.models.dtype import choose_dtype
 from bot.serving.policy import Policy
-from bot.serving.vllm_arguments import check_extra_args, entry_point
-from bot.serving.vllm_log import first_cause
+from bot.serving.vllm_arguments import check_extra_args, find_entry_point
+from bot.serving.vllm_log import find_first_cause
 from bot.serving.vllm_server import VllmServer
-from learning.training.choice import with_model
+from learning.training.choice import prepare_model
 
 # What the engine and the API server of vLLM 0.24 to 0.33 write where memory is short, shortened.
 LOG = """\
@@ -53,14 +53,16 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, card: Card | None) -> None:
 
 
 def test_of_vllms_errors_the_engines_own_is_quoted():
-    cause = first_cause(LOG)
+    cause = find_first_cause(LOG)
     assert cause.startswith("ValueError: Free memory on device cuda:0 (12.3/79.6 GiB)")
-    last = first_cause(LOG.partition("(EngineCore pid=9)")[0] + LOG[LOG.index("(APIServer pid=7) Traceback") :])
+    last = find_first_cause(LOG.partition("(EngineCore pid=9)")[0] + LOG[LOG.index("(APIServer pid=7) Traceback") :])
     assert last.startswith("RuntimeError: Engine core initialization failed"), "the wrapper, where there is nothing else"
-    assert first_cause("INFO: all is well") == ""
-    assert first_cause("api_server.py: error: unrecognized arguments: --nonsense") == "unrecognized arguments: --nonsense"
+    assert find_first_cause("INFO: all is well") == ""
+    assert (
+        find_first_cause("api_server.py: error: unrecognized arguments: --nonsense") == "unrecognized arguments: --nonsense"
+    )
     cut = "usage: vllm [-h]\nvllm: error: argument --max-num-seqs: expected one argument"
-    assert first_cause(cut) == "argument --max-num-seqs: expected one argument"
+    assert find_first_cause(cut) == "argument --max-num-seqs: expected one argument"
 
 
 @pytest.mark.slow
@@ -104,25 +106,25 @@ def test_the_share_of_the_gpu_is_vllms_setting(config, monkeypatch):
 
 
 def test_on_a_gpu_a_model_that_was_saved_as_float32_is_served_in_16_bits(config, monkeypatch):
-    assert served_dtype(config, config.policy.model) == "float32"
+    assert choose_dtype(config, config.policy.model) == "float32"
     on_a_gpu(monkeypatch, Card("H100", 80 * accelerator.GIB, 0, 9.0))
-    assert served_dtype(config, config.policy.model) == "bfloat16"
+    assert choose_dtype(config, config.policy.model) == "bfloat16"
     on_a_gpu(monkeypatch, Card("T4", 16 * accelerator.GIB, 0, 7.5))
-    assert served_dtype(config, config.policy.model) == "float16", "it does not compute in bfloat16"
+    assert choose_dtype(config, config.policy.model) == "float16", "it does not compute in bfloat16"
     asked = load(serving={"dtype": "float32"})
     with pytest.raises(ConfigError, match=r"serving.dtype has value 'float32'.*set it to"):
-        served_dtype(asked, config.policy.model)
+        choose_dtype(asked, config.policy.model)
     on_a_gpu(monkeypatch, None)
-    assert served_dtype(asked, config.policy.model) == "float32"
+    assert choose_dtype(asked, config.policy.model) == "float32"
 
 
 def test_a_model_that_was_saved_in_a_format_that_vllm_does_not_compute_in_is_served_as_float32(demo_model, tmp_path):
     model = Path(shutil.copytree(demo_model, tmp_path / "model"))
     settings = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(settings | {"dtype": "float64"}))
-    assert served_dtype(load(), str(model)) == "float32"
+    assert choose_dtype(load(), str(model)) == "float32"
     (model / "config.json").write_text(json.dumps(settings | {"dtype": "float16"}))
-    assert served_dtype(load(), str(model)) == "float16", "the control"
+    assert choose_dtype(load(), str(model)) == "float16", "the control"
 
 
 @pytest.mark.parametrize("extra", [[], ["--nonsense"]])
@@ -143,7 +145,7 @@ async def test_extra_arguments_are_blamed_only_where_there_are_some(config, extr
 
 
 def test_the_entry_point_is_that_of_the_vllm_that_is_installed():
-    command = entry_point("some/model")
+    command = find_entry_point("some/model")
     if any(one.metadata["Name"] == "vllm" for one in importlib.metadata.distributions()):
         assert command[2:] == ["vllm.entrypoints.cli.main", "serve", "some/model"]
     else:
@@ -166,7 +168,7 @@ def test_the_entry_point_is_that_of_the_vllm_that_is_installed():
 def test_what_kibitz_gives_vllm_itself_is_no_extra_argument(demo_model, tmp_path, arguments, wanted):
     config = load(data_dir=str(tmp_path), policy={"model": demo_model}, serving={"extra_args": arguments})
     with pytest.raises(ConfigError, match=wanted):
-        with_model(config, lambda line: None)
+        prepare_model(config, lambda line: None)
     check_extra_args(load(serving={"extra_args": ["--max-num-seqs", "8", "--seed=1"]}))
 
 
@@ -205,7 +207,7 @@ async def test_a_restart_waits_for_a_run_that_holds_the_memory(config, monkeypat
     server = VllmServer(config.model_copy(update={"serving": serving}), config.policy.model)
     said: list[str] = []
     await asyncio.wait_for(server.wait_for_memory(said.append), 5)
-    with held(config.data, "train"):
+    with lock_directory(config.data, "train"):
         await asyncio.wait_for(server.wait_for_memory(said.append), 5)
         assert said == [], "there is no GPU: nobody waits"
         on_a_gpu(monkeypatch, Card("H100", 80 * accelerator.GIB, 50 * accelerator.GIB))
@@ -229,7 +231,7 @@ def test_what_nvidia_smi_prints_is_read():
 
 
 def test_main_memory_is_known_here():
-    assert 0 < accelerator.free_memory() < 2**45
+    assert 0 < accelerator.read_free_memory() < 2**45
     assert not Path("/dev/nvidia0").exists() or accelerator.read_card()
 
 
@@ -272,17 +274,17 @@ async def test_a_server_that_is_no_vllm_is_told_in_one_line(kind, config):
     async with always_says(config, said, content_type) as policy:
         for ask, path in (
             (policy.admin.connect, "/v1/models"),
-            (policy.admin.loaded, "/v1/models"),
-            (lambda: policy.admin.holds("policy-1"), "/v1/models"),
-            (lambda: policy.admin.next_logprobs(policy.admin.base, [1], 1.0), "/v1/completions"),
-            (lambda: policy.admin.replace("policy-1", "/some/path"), "/reset_prefix_cache"),
+            (policy.admin.list_adapters, "/v1/models"),
+            (lambda: policy.admin.has_version("policy-1"), "/v1/models"),
+            (lambda: policy.admin.read_next_logprobs(policy.admin.base, [1], 1.0), "/v1/completions"),
+            (lambda: policy.admin.replace_weights("policy-1", "/some/path"), "/reset_prefix_cache"),
         ):
             with pytest.raises(ServingError, match=r"which is no answer of vLLM's; check serving\.url") as error:
                 await ask()
             assert str(error.value).startswith(f"{policy.admin.url}{path} gave '{quoted}'")
             assert "\n" not in str(error.value)
-        policy.name_base(policy.admin.base)  # nothing was replaced
-        assert await policy.admin.ready(300) == ("choices" in said)
+        policy.set_base(policy.admin.base)  # nothing was replaced
+        assert await policy.admin.is_ready(300) == ("choices" in said)
         with pytest.raises(ServingError, match="policy-0 did not answer"):
             await policy.reply([1])
 

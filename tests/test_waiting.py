@@ -9,7 +9,7 @@ import pytest
 from conftest import answered, react, succeeded
 from test_deployment import source, stage, vllm  # noqa: F401 (fixtures)
 
-from bot.chat.texts import status_text
+from bot.chat.texts import describe_status
 from bot.config import Config
 from bot.errors import RegistryError, TrainingError
 from bot.store.conversations import ConversationStore
@@ -19,13 +19,13 @@ from bot.types import Feedback, FeedbackKind, Metrics, PolicyState, PolicyVersio
 from learning.bench import serving
 from learning.data.replay_buffer import ReplayBuffer
 from learning.data.selection import is_held_out, question_key
-from learning.judging.error_budget import level_of_next
+from learning.judging.error_budget import compute_next_level
 from learning.judging.evaluation import batched_logprobs, means
-from learning.judging.waiting import earlier_verdicts, judge_waiting
+from learning.judging.waiting import judge_waiting, read_earlier_verdicts
 from learning.models import toy
-from learning.models.trainable import served
+from learning.models.trainable import load_served
 from learning.models.version_files import ADAPTER_FILES
-from learning.rollout.loop import TRIES, OnlineLearner
+from learning.rollout.loop import JUDGE_TRIES, OnlineLearner
 
 APPROVAL = FeedbackKind.APPROVAL
 MEASURED = {"kl": 0.1, "well_formed": 1.0, "base_well_formed": 1.0, "change": 1.0, "rounding": 0.0, "is_no_change": False}
@@ -60,15 +60,15 @@ class Waiting:
     def say(self, count: int, name: str = "new") -> list[Turn]:
         """So many questions with their answers."""
         rng = random.Random(name)
-        made = [toy.answer(rng.choice(toy.INTENTS), rng.choice(toy.STYLES)) for _ in range(count)]
+        made = [toy.compose_answer(rng.choice(toy.INTENTS), rng.choice(toy.STYLES)) for _ in range(count)]
         asked = (f"{name} {number}" for number in range(count))
         return [answered(self.store, self.tokenizer, *both) for both in zip(asked, made, strict=True)]
 
     def like(self, turns: list[Turn], sign: int = 1) -> None:
         """People like the half of these answers that the version makes likelier than the base (or less likely)."""
         rows = [(turn.prompt_ids, turn.completion_ids) for turn in turns]
-        base = self.registry.base().base_model
-        models = (served(self.config, base, weights) for weights in (None, self.version.path))
+        base = self.registry.get_base().base_model
+        models = (load_served(self.config, base, weights) for weights in (None, self.version.path))
         before, after = (means(batched_logprobs(model, rows)) for model in models)
         gained = [sign * (new - old) for old, new in zip(before, after, strict=True)]
         middle = sorted(gained)[len(gained) // 2]
@@ -93,16 +93,16 @@ def waiting(config, store, registry, tokenizer, source) -> Waiting:  # noqa: F81
 
 def test_what_came_after_its_rows_were_drawn_promotes_a_better_one(waiting):
     waiting.registry.request_deployment(waiting.version.name)
-    assert waiting.registry.requested() == [], "it is no candidate yet"
+    assert waiting.registry.find_requested() == [], "it is no candidate yet"
     waiting.like(waiting.say(24))
     judgement = waiting.judge()
     assert judgement.passed, judgement.reasons
     found = waiting.registry.get(waiting.version.name)
-    assert (found.state, waiting.registry.requested()) == (PolicyState.CANDIDATE, [found])
+    assert (found.state, waiting.registry.find_requested()) == (PolicyState.CANDIDATE, [found])
     assert found.metrics.held_out_liked == found.metrics.held_out_disliked == 12
     assert found.judged_at > found.drawn_at
-    assert waiting.registry.runs()[0]["outcome"] == "passed"
-    assert earlier_verdicts(waiting.registry) == [True]
+    assert waiting.registry.list_runs()[0]["outcome"] == "passed"
+    assert read_earlier_verdicts(waiting.registry) == [True]
     with pytest.raises(RegistryError, match="no version waits"):
         waiting.judge()
 
@@ -112,19 +112,19 @@ def test_one_that_people_like_less_is_rejected_for_a_price(waiting):
     assert "not shown to be better" in waiting.judge().reasons[0]
     assert waiting.state == PolicyState.REJECTED
     assert not waiting.has_weights
-    assert earlier_verdicts(waiting.registry) == [False]
+    assert read_earlier_verdicts(waiting.registry) == [False]
 
 
 def test_what_earlier_verdicts_spent_is_not_there_for_one_that_waited(waiting):
-    level_of_first = level_of_next(1 - waiting.config.gate.confidence, [])
-    spent = waiting.registry.reserve(waiting.registry.live(), waiting.config.data / "policies")
+    level_of_first = compute_next_level(1 - waiting.config.gate.confidence, [])
+    spent = waiting.registry.reserve(waiting.registry.get_live(), waiting.config.data / "policies")
     verdict = Metrics(had_enough_evidence=True, is_better=False, judged_at=now())
     waiting.registry.complete(spent.name, "hash", verdict)
     waiting.registry.move(spent.name, PolicyState.REJECTED)
     waiting.like(waiting.say(24))
     waiting.judge()
     level = waiting.registry.get(waiting.version.name).metrics.level
-    assert level == level_of_next(1 - waiting.config.gate.confidence, [False]) < level_of_first
+    assert level == compute_next_level(1 - waiting.config.gate.confidence, [False]) < level_of_first
 
 
 def test_looks_that_cannot_suffice_spend_nothing_and_end_with_the_limit(waiting):
@@ -133,10 +133,10 @@ def test_looks_that_cannot_suffice_spend_nothing_and_end_with_the_limit(waiting)
     assert judgement.waits
     assert "too little evidence: 4 liked and 4 disliked" in judgement.reasons[0]
     found = waiting.registry.get(waiting.version.name)
-    assert 8 < found.waits_for <= waiting.config.learning.wait_reactions
+    assert 8 < found.awaited_reactions <= waiting.config.learning.wait_reactions
     assert waiting.has_weights
-    text = status_text(waiting.store, waiting.registry)
-    assert f"{found.name} waits for about {found.waits_for - 8} more reactions to be judged on" in text
+    text = describe_status(waiting.store, waiting.registry)
+    assert f"{found.name} waits for about {found.awaited_reactions - 8} more reactions to be judged on" in text
     for turn in waiting.say(16, "liked by all"):
         react(waiting.store, turn, approves=True)
     for turn in waiting.say(2, "not judged"):
@@ -152,7 +152,7 @@ def test_at_the_limit_too_little_is_rejected_and_spends_nothing(waiting):
     assert judgement.reasons[0].endswith("it has waited for 24 reactions (learning.wait_reactions)")
     assert waiting.state == PolicyState.REJECTED
     assert not waiting.has_weights
-    assert earlier_verdicts(waiting.registry) == []
+    assert read_earlier_verdicts(waiting.registry) == []
 
 
 def test_nothing_judges_it_that_it_or_its_parent_learned_from(waiting):
@@ -173,12 +173,14 @@ def test_nothing_judges_it_that_it_or_its_parent_learned_from(waiting):
     waiting.store.add_feedback(Feedback(changed.id, "asker", APPROVAL, "test", retracts=True))
     react(waiting.store, new, approves=True)
     for turn in (learned, changed, thinned, new, kept):
-        question = waiting.store.message(turn.message_id).text
+        question = waiting.store.read_message(turn.message_id).text
         again = answered(waiting.store, waiting.tokenizer, f"{question.upper()}!", "No.")  # the same words
         react(waiting.store, again, approves=False)
-    judged = [waiting.store.message(one.question_id).text.lower().rstrip("!") for one in buffer.unseen("", drawn_at)]
-    assert sorted(judged) == sorted(2 * [waiting.store.message(turn.message_id).text for turn in (new, kept)])
-    assert next(one.turn_id for one in buffer.unseen(new.id, drawn_at)) == new.id, (
+    judged = [
+        waiting.store.read_message(one.question_id).text.lower().rstrip("!") for one in buffer.find_unseen("", drawn_at)
+    ]
+    assert sorted(judged) == sorted(2 * [waiting.store.read_message(turn.message_id).text for turn in (new, kept)])
+    assert next(one.turn_id for one in buffer.find_unseen(new.id, drawn_at)) == new.id, (
         "not what was said before a change of taste"
     )
 
@@ -189,12 +191,12 @@ def test_what_cannot_be_judged_any_more_says_why(waiting, case):
     path = Path(waiting.version.path)
     match case:
         case "another version is live":
-            other = waiting.registry.reserve(waiting.registry.live(), waiting.config.data / "policies")
+            other = waiting.registry.reserve(waiting.registry.get_live(), waiting.config.data / "policies")
             waiting.registry.complete(other.name, "hash", Metrics())
             waiting.registry.promote(other.name)
             reason = f"{waiting.version.name} was judged against {BASE}, but {other.name} is live now"
         case "its weights were changed":
-            serving.random_version(waiting.config, waiting.registry.base().base_model, path.with_name("other"), 7)
+            serving.save_random_version(waiting.config, waiting.registry.get_base().base_model, path.with_name("other"), 7)
             (path.with_name("other") / "adapter_model.safetensors").rename(path / "adapter_model.safetensors")
             reason = "its weights are not those that were registered"
         case _:
@@ -205,7 +207,7 @@ def test_what_cannot_be_judged_any_more_says_why(waiting, case):
     assert not judgement.waits
     assert reason in waiting.reason
     assert waiting.state == PolicyState.REJECTED
-    assert earlier_verdicts(waiting.registry) == []
+    assert read_earlier_verdicts(waiting.registry) == []
 
 
 def test_one_that_learned_from_somebody_who_is_forgotten_is_purged_as_any_other(waiting, database):
@@ -230,7 +232,7 @@ def test_kibitz_deploy_asks_for_it_in_advance(waiting, here):
     succeeded(here("deploy", waiting.version.name, "--config", waiting.config.data / "config.json"))
     waiting.like(waiting.say(24))
     waiting.judge()
-    assert [version.name for version in waiting.registry.requested()] == [waiting.version.name]
+    assert [version.name for version in waiting.registry.find_requested()] == [waiting.version.name]
 
 
 async def test_a_running_kibitz_judges_it_and_takes_it_live(waiting, stage):  # noqa: F811
@@ -242,10 +244,10 @@ async def test_a_running_kibitz_judges_it_and_takes_it_live(waiting, stage):  # 
     assert await learner.judge_waiting(), "it holds the next run back"
     assert told == [], "too few came to look at all"
     waiting.like(turns)
-    waiting.registry.pause_learning()
+    waiting.registry.toggle_learning()
     await learner._learn_if_enough()
     assert told == []
-    waiting.registry.pause_learning()
+    waiting.registry.toggle_learning()
     await learner._learn_if_enough()
     name = waiting.version.name
     assert told == [f"looking at what was said of {name}, which waits", f"{name} has waited, and passed"]
@@ -260,14 +262,14 @@ async def test_one_that_cannot_be_judged_holds_no_run_back_for_ever(waiting, sta
     monkeypatch.setattr("learning.rollout.loop.train_in_child", fails)
     told: list[str] = []
     learner = OnlineLearner(waiting.store, stage.deployment, waiting.config, told.append)
-    turns = waiting.say(9 + TRIES)
+    turns = waiting.say(9 + JUDGE_TRIES)
     for turn in turns[:9]:
         react(waiting.store, turn, approves=True)
     for number, turn in enumerate(turns[9:], 1):
         react(waiting.store, turn, approves=True)
         for _ in range(2):  # the second look waits for another reaction
-            assert await learner.judge_waiting() == (waiting.state == PolicyState.WAITING or number == TRIES)
-            if number == TRIES:
+            assert await learner.judge_waiting() == (waiting.state == PolicyState.WAITING or number == JUDGE_TRIES)
+            if number == JUDGE_TRIES:
                 break
         assert sum("cannot be judged, the chat goes on: out of memory" in text for text in told) == number
     assert waiting.state == PolicyState.REJECTED

@@ -21,16 +21,16 @@ from bot.errors import ConfigError
 from bot.store.conversations import ConversationStore
 from bot.store.database import Database
 from bot.types import Feedback, FeedbackKind
-from connectors.web.server import Door, Web
+from connectors.web.server import Endpoint, Web
 from learning.data.replay_buffer import ReplayBuffer
-from learning.data.rewards import reward
+from learning.data.rewards import compute_reward
 
 HELLO = [{"role": "user", "content": "hello"}]
 ROOT = Path(__file__).parent.parent
 
 
 async def served(live, config: WebConfig, access: AccessConfig = PATIENT) -> AsyncIterator[tuple[str, Web]]:
-    door = Door.open(config)
+    door = Endpoint.open(config)
     web = Web(shared(live, access), door)
     running = asyncio.create_task(web.run())
     yield door.url, web
@@ -58,7 +58,7 @@ async def http(url) -> AsyncIterator[httpx.AsyncClient]:
 
 async def standing(live, completion_id: str):
     told = await live.dialogue.explain(completion_id.removeprefix("chatcmpl-"))
-    return reward(told.feedback, told.turn.asker_id, live.config.rewards)
+    return compute_reward(told.feedback, told.turn.asker_id, live.config.rewards)
 
 
 async def test_an_openai_client_is_answered_and_the_completion_is_the_turn(live, client, tokenizer):
@@ -75,7 +75,7 @@ async def test_an_openai_client_is_answered_and_the_completion_is_the_turn(live,
 async def test_small_pieces_of_a_stream_are_sent_at_once(url):
     with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as plain:
         assert not plain.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)  # the control: it is nobody's default
-    door = Door.open(WebConfig(port=0))
+    door = Endpoint.open(WebConfig(port=0))
     with socket.create_connection(door.socket.getsockname()[:2]):
         accepted, _ = door.socket.accept()
         with accepted, door.socket:
@@ -332,7 +332,7 @@ async def test_sigterm_ends_answers_whole_and_then_the_process(live, tmp_path):
         assert await asyncio.gather(*asking) == ["data: [DONE]"] * 8
     assert await asyncio.wait_for(process.wait(), 300) == 0, "systemd takes anything else for a failure"
     database = Database(f"sqlite:///{tmp_path / 'data' / 'kibitz.db'}")
-    assert ConversationStore(database).counts()["turns"] == 8
+    assert ConversationStore(database).count_rows()["turns"] == 8
     database.close()
 
 
@@ -348,15 +348,15 @@ async def test_what_operators_scrape(live, http):
 
 def test_a_door_that_would_let_anybody_in_or_cannot_be_had_is_refused(monkeypatch):
     with pytest.raises(ConfigError, match=r"web\.host has value '0\.0\.0\.0'"):
-        Door.open(WebConfig(host="0.0.0.0"))
+        Endpoint.open(WebConfig(host="0.0.0.0"))
     with pytest.raises(ConfigError, match="a variable that is not set"):
-        Door.open(WebConfig(tokens_env="KIBITZ_NO_SUCH"))
+        Endpoint.open(WebConfig(tokens_env="KIBITZ_NO_SUCH"))
     monkeypatch.setenv("KIBITZ_TOKENS", "justatoken")
     with pytest.raises(ConfigError, match="NAME:TOKEN"):
-        Door.open(WebConfig(tokens_env="KIBITZ_TOKENS"))
-    door = Door.open(WebConfig(port=0))
+        Endpoint.open(WebConfig(tokens_env="KIBITZ_TOKENS"))
+    door = Endpoint.open(WebConfig(port=0))
     with pytest.raises(ConfigError, match=r"web\.port"):
-        Door.open(WebConfig(port=door.socket.getsockname()[1]))
+        Endpoint.open(WebConfig(port=door.socket.getsockname()[1]))
     door.socket.close()
 
 
@@ -371,7 +371,7 @@ async def test_a_person_chats_on_the_page(live, url, tmp_path, request):
     kinds = [row.kind for row in (await live.dialogue.explain(last)).feedback]
     assert kinds == [FeedbackKind.APPROVAL, FeedbackKind.APPROVAL, FeedbackKind.DISAPPROVAL, FeedbackKind.CORRECTION]
     told = await live.dialogue.explain(last)
-    assert reward(told.feedback, told.turn.asker_id, live.config.rewards).value == -1.0
+    assert compute_reward(told.feedback, told.turn.asker_id, live.config.rewards).value == -1.0
     assert [row.text for row in told.feedback][-1] == "Sleep well!"
     assert said["shown"] == "Sleep well!"
 

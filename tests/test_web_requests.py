@@ -22,10 +22,10 @@ from bot.chat.reactions import Reactions
 from bot.chat.tracker import StateTracker
 from bot.config import AccessConfig, ReactionsConfig, WebConfig
 from bot.errors import ConfigError
-from bot.memory.recall import Recall, weights
+from bot.memory.recall import Recall, load_retrieval_weights
 from bot.memory.scope import Memory
 from bot.serving.policy import Policy
-from bot.serving.readiness import Readiness, looks_at
+from bot.serving.readiness import Readiness, make_checks
 from bot.store import tables
 from bot.store.conversations import ConversationStore
 from bot.store.deliveries import Deliveries
@@ -34,9 +34,9 @@ from bot.store.registry import PolicyRegistry
 from bot.store.users import Users
 from bot.types import FeedbackKind
 from connectors.access import Access
-from connectors.base import Shared
+from connectors.base import Services
 from connectors.web.openai_api import UNSEEN
-from connectors.web.server import Door, Web
+from connectors.web.server import Endpoint, Web
 from learning.data.replay_buffer import ReplayBuffer
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -63,25 +63,25 @@ class Server:
         return answer.json()
 
     def turn(self, completion_id: str):
-        return self.store.turn(completion_id.removeprefix("chatcmpl-"))
+        return self.store.find_turn(completion_id.removeprefix("chatcmpl-"))
 
 
 @asynccontextmanager
 async def serving(config, database, tokenizer, web: WebConfig, access: AccessConfig = PATIENT) -> AsyncIterator[Server]:
     vllm, store = FakeVllm(tokenizer), ConversationStore(database)
     policy = Policy(await vllm.start(), config.policy, end_ids=tokenizer.end_ids)
-    recall = Recall(Memory(database), None, weights())
+    recall = Recall(Memory(database), None, load_retrieval_weights())
     tracker = StateTracker(store, tokenizer, recall, config.dialogue, config.policy.context_tokens)
-    dialogue, readiness = DialogueManager(store, tracker, policy), Readiness(looks_at(policy, database, config.data))
+    dialogue, readiness = DialogueManager(store, tracker, policy), Readiness(make_checks(policy, database, config.data))
     failing: list[str] = []
 
     async def forget(platform: str, user: str) -> str:
         return str(await database.call(forget_person, database, PolicyRegistry(database), platform, user))
 
-    desk = SimpleNamespace(faults=readiness.faults, failing=lambda: failing, forget=forget)
+    desk = SimpleNamespace(faults=readiness.list_faults, failing=lambda: failing, forget=forget)
     ledger, reactions, users = Deliveries(database), Reactions(ReactionsConfig()), Users(database, config.privacy)
-    door = Door.open(web)
-    server = Web(Shared(dialogue, ledger, reactions, Access(access), users, desk), door)
+    door = Endpoint.open(web)
+    server = Web(Services(dialogue, ledger, reactions, Access(access), users, desk), door)
     running = asyncio.create_task(server.run())
     client = openai.AsyncOpenAI(base_url=f"{door.url}/v1", api_key="none", max_retries=0)
     async with httpx.AsyncClient(base_url=door.url, timeout=300) as http, client:
@@ -147,10 +147,10 @@ async def test_a_photo_is_dropped_and_said_to_be_unseen_and_the_chat_goes_on(ser
     chat += [{"role": "assistant", "content": answer}, {"role": "user", "content": "thanks"}]
     assert await ask() == "Hey there!"
     assert UNSEEN.strip() not in server.vllm.prompt
-    turns = server.store.counts()["turns"]
+    turns = server.store.count_rows()["turns"]
     too_large = [{"role": "user", "content": PHOTO}]  # the control: as a text it counts
     await server.chat(*too_large, status=413)
-    assert server.store.counts()["turns"] == turns == 2
+    assert server.store.count_rows()["turns"] == turns == 2
 
 
 @pytest.mark.parametrize("size", [7, 100, 4096])
@@ -165,7 +165,7 @@ async def test_a_photo_is_dropped_however_its_request_arrives_in_pieces(server, 
 
     answer = await server.http.post("/v1/chat/completions", content=pieces(), headers={"Content-Type": "application/json"})
     assert answer.status_code == 200, answer.text
-    assert server.store.message(server.turn(answer.json()["id"]).message_id).text == f"{words}[image]"
+    assert server.store.read_message(server.turn(answer.json()["id"]).message_id).text == f"{words}[image]"
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -237,13 +237,13 @@ async def test_pages_of_other_sites_may_use_the_api_where_the_operator_says_so(c
 
 def test_every_page_may_not_use_the_api_without_a_token(monkeypatch):
     with pytest.raises(ConfigError, match=r"web\.cors_origins has value '\*'"):
-        Door.open(WebConfig(port=0, cors_origins=["*"]))
+        Endpoint.open(WebConfig(port=0, cors_origins=["*"]))
     monkeypatch.setenv("KIBITZ_TOKENS", "ann:one")
-    Door.open(WebConfig(port=0, cors_origins=["*"], tokens_env="KIBITZ_TOKENS")).socket.close()
+    Endpoint.open(WebConfig(port=0, cors_origins=["*"], tokens_env="KIBITZ_TOKENS")).socket.close()
     for name in ("team/ann", "x" * 49):  # "team/ann" would be Ann, as the token "team" names her
         monkeypatch.setenv("KIBITZ_TOKENS", f"{name}:one")
         with pytest.raises(ConfigError, match="without a slash"):
-            Door.open(WebConfig(port=0, tokens_env="KIBITZ_TOKENS"))
+            Endpoint.open(WebConfig(port=0, tokens_env="KIBITZ_TOKENS"))
 
 
 async def test_a_foreign_host_is_told_which_setting_lets_it_in(server):
@@ -301,10 +301,10 @@ async def test_readiness_is_open_and_asks_vllm_for_nothing_and_metrics_want_a_to
     config, database, tokenizer, registry, monkeypatch
 ):
     monkeypatch.setenv("KIBITZ_TOKENS", "ann:one")
-    monkeypatch.setattr("bot.serving.readiness.OLDEST_SECONDS", 3600.0)  # as slow as this machine may be
+    monkeypatch.setattr("bot.serving.readiness.MAX_AGE_SECONDS", 3600.0)  # as slow as this machine may be
     async with serving(config, database, tokenizer, WebConfig(port=0, tokens_env="KIBITZ_TOKENS")) as server:
         assert (await server.http.get("/readyz")).status_code == 503  # nobody has looked yet
-        await server.readiness.look()
+        await server.readiness.check()
         asked = len(server.vllm.paths)
         for _ in range(20):
             answer = await server.http.get("/readyz")
@@ -315,7 +315,7 @@ async def test_readiness_is_open_and_asks_vllm_for_nothing_and_metrics_want_a_to
         server.failing.clear()
         assert len(server.vllm.paths) == asked == 1
         await server.vllm.stop()
-        await server.readiness.look()
+        await server.readiness.check()
         answer = await server.http.get("/readyz")
         assert (answer.status_code, answer.text) == (503, "vLLM generates nothing")
         assert (await server.http.get("/metrics")).status_code == 401
@@ -388,7 +388,7 @@ async def test_to_take_an_opinion_back_counts_as_one(config, database, tokenizer
         path = f"/v1/feedback/{given.json()['feedback_id']}"
         assert [(await server.http.delete(path)).status_code for _ in range(4)] == [200, 200, 429, 429]
         turn = server.turn(said["id"])
-        assert len(server.store.feedback_of([turn.id])[turn.id]) == 3
+        assert len(server.store.read_feedback_on([turn.id])[turn.id]) == 3
 
 
 async def test_feedback_without_a_name_is_that_of_who_asked_and_dry_runs_are_not_recorded(server):
@@ -398,7 +398,7 @@ async def test_feedback_without_a_name_is_that_of_who_asked_and_dry_runs_are_not
         return await server.http.post("/v1/feedback", json=fields)
 
     def opinions() -> list[tuple[str, str]]:
-        rows = server.store.feedback_of([server.turn(said.id).id])
+        rows = server.store.read_feedback_on([server.turn(said.id).id])
         return [(row.user_id, row.kind) for one in rows.values() for row in one if not row.retracts]
 
     assert (await feedback(inference_id=said.id, value=False, dryrun=True)).status_code == 200
@@ -419,6 +419,6 @@ async def test_feedback_on_an_episode_is_on_its_last_answer(server):
     assert chats[0]["episode_id"] == chats[1]["episode_id"] != alone["episode_id"]
     for episode, wanted in (("mine", chats[1]), (chats[1]["episode_id"], chats[1]), (alone["episode_id"], alone)):
         answer = await server.http.post("/v1/feedback", json={"episode_id": episode, "value": True})
-        given = server.store.feedback(answer.json()["feedback_id"])
+        given = server.store.find_feedback(answer.json()["feedback_id"])
         assert given.turn_id == server.turn(wanted["id"]).id
     assert (await server.http.post("/v1/feedback", json={"episode_id": "none", "value": True})).status_code == 404

@@ -14,24 +14,26 @@ from datetime import datetime
 
 from bot.chat.speakers import clean_name
 from bot.chat.tracker import Context, StateTracker, Surroundings
-from bot.errors import DataError, Forgotten, ReplyInterrupted
+from bot.errors import DataError, ForgottenError, ReplyInterrupted
 from bot.logs import log_text, working_on
 from bot.memory.followups import FollowUps
 from bot.serving.policy import STOPPED, OnText, Policy
 from bot.store.conversations import ConversationStore
 from bot.store.forgetting import forget_message
-from bot.store.histories import recognize, remember
-from bot.types import FORGOTTEN, Conversation, Feedback, FeedbackKind, Heard, Message, Reply, Role, Turn, new_id, now
+from bot.store.histories import add_fingerprint, find_repeated_messages
+from bot.types import FORGOTTEN, Conversation, Feedback, FeedbackKind, Message, Reply, Role, StoredMessage, Turn, new_id, now
 
 log = logging.getLogger(__name__)
 
-OnWhole = Callable[[Turn], Awaitable[None]]
-Taken = tuple[Message, Turn | None, Surroundings | None]  # in the database's thread: message, its answer, what is around it
+OnTurn = Callable[[Turn], Awaitable[None]]
+StoredQuestion = tuple[
+    Message, Turn | None, Surroundings | None
+]  # in the database's thread: message, its answer, what is around it
 
-LONGEST = 100_000  # characters of one message; what the policy sees of it is bounded by tokens, far below
+MAX_MESSAGE_CHARACTERS = 100_000  # characters of one message; what the policy sees of it is bounded by tokens, far below
 INTERRUPTED = "interrupted"  # a finish reason of ours
 NO_ANSWER = "Sorry, I found no answer to that. Please ask me again."
-UNFINISHED = {INTERRUPTED, STOPPED}  # such a turn is never trained on: it would teach to stop in the middle
+UNFINISHED_REASONS = {INTERRUPTED, STOPPED}  # such a turn is never trained on: it would teach to stop in the middle
 
 
 @dataclass(frozen=True)
@@ -44,16 +46,16 @@ class ReplyOptions:
     """
 
     on_text: OnText | None = None
-    on_whole: OnWhole | None = None
+    on_turn: OnTurn | None = None
     stop: asyncio.Event | None = None
     turn_id: str | None = None
     seed: int | None = None
     max_tokens: int | None = None
     stops: tuple[str, ...] = ()
-    is_repeatable: bool = False  # the client may send question and answer again, in a history that it keeps itself
+    has_client_history: bool = False  # the client may send question and answer again, in a history that it keeps itself
 
 
-PLAIN = ReplyOptions()
+DEFAULT_OPTIONS = ReplyOptions()
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class History:
     """
 
     before: Sequence[dict[str, str]] = ()
-    begun: str = ""
+    partial_answer: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,13 @@ class Explanation:
     feedback: list[Feedback]
 
 
-def cleaned(text: str) -> str:
+def clean_text(text: str) -> str:
     """`text` as every database can keep it: no lone surrogate, no NUL, no more than LONGEST characters."""
-    return text[:LONGEST].encode("utf-8", "replace").decode().replace("\0", "\ufffd")
+    return text[:MAX_MESSAGE_CHARACTERS].encode("utf-8", "replace").decode().replace("\0", "\ufffd")
 
 
-def _storable(message: Message) -> Message:
-    return replace(message, text=cleaned(message.text), author_name=clean_name(cleaned(message.author_name)))
+def _clean_message(message: Message) -> Message:
+    return replace(message, text=clean_text(message.text), author_name=clean_name(clean_text(message.author_name)))
 
 
 def _log_stored(message: Message) -> None:
@@ -89,7 +91,7 @@ def _log_stored(message: Message) -> None:
         log_text("message", message.text)
 
 
-def spoken(turn: Turn) -> str:
+def render_answer(turn: Turn) -> str:
     """Return what a person is shown of an answer: its text, or an apology if it says nothing."""
     return turn.text if turn.text.strip() or turn.finish_reason == STOPPED else NO_ANSWER
 
@@ -102,56 +104,56 @@ class DialogueManager:
         self.tracker = tracker
         self.policy = policy
         self.followups = FollowUps(tracker.recall)
-        self._noting: set[asyncio.Task[None]] = set()
+        self._follow_up_tasks: set[asyncio.Task[None]] = set()
         self._secret = secrets.token_bytes(32)
 
     async def open(self, conversation: Conversation) -> Conversation:
         """The stored conversation at this place, made now if it is new."""
-        return await self.store.database.call(self.store.open, conversation)
+        return await self.store.database.call(self.store.open_conversation, conversation)
 
     async def respond(
         self,
         message: Message,
-        options: ReplyOptions = PLAIN,
+        options: ReplyOptions = DEFAULT_OPTIONS,
         place: Conversation | None = None,
     ) -> Turn:
         """Commit a message, have it answered, commit the answer. A message that came before gets its first answer.
 
         Where it is not known which conversation the message belongs to, `place` is where it was said.
         """
-        message = _storable(message)
+        message = _clean_message(message)
         # One trip: under load each to the database's thread costs more in waiting than in work.
-        taken_in = await self.store.database.call(self._taken_in, message, place, options)
+        taken_in = await self.store.database.call(self._store_and_read, message, place, options)
         _log_stored(taken_in[0])
-        return await self._settled(taken_in, options)
+        return await self._find_or_answer(taken_in, options)
 
     async def respond_to_history(
-        self, message: Message, history: History, place: Conversation, options: ReplyOptions = PLAIN
+        self, message: Message, history: History, place: Conversation, options: ReplyOptions = DEFAULT_OPTIONS
     ) -> Turn:
         """Commit a message, have it answered, commit the answer; the policy is shown the `history` that a client sent."""
-        message = replace(message, text=cleaned(message.text))
-        before = [{**said, "content": cleaned(said["content"])} for said in history.before]
+        message = replace(message, text=clean_text(message.text))
+        before = [{**said, "content": clean_text(said["content"])} for said in history.before]
         asked = {"role": Role.USER.value, "content": message.text}
-        context = self.tracker.fitted([*before, asked], cleaned(history.begun))
-        message, known = await self.store.database.call(self._taken_in_with, message, place, context.recent)
+        context = self.tracker.fit_messages([*before, asked], clean_text(history.partial_answer))
+        message, known = await self.store.database.call(self._store_with_history, message, place, context.recent)
         _log_stored(message)
         return await self._answer(message, replace(context, recent=known), message.author_id, None, options)
 
-    async def answer(self, heard: Heard, options: ReplyOptions = PLAIN) -> Turn:
+    async def answer(self, heard: StoredMessage, options: ReplyOptions = DEFAULT_OPTIONS) -> Turn:
         """Have a message answered that was heard, and commit the answer; one that came before gets its first answer."""
-        return await self._settled(await self.store.database.call(self._waited, heard), options)
+        return await self._find_or_answer(await self.store.database.call(self._read_again, heard), options)
 
-    async def _settled(self, taken_in: Taken, options: ReplyOptions) -> Turn:
+    async def _find_or_answer(self, taken_in: StoredQuestion, options: ReplyOptions) -> Turn:
         first, answered, around = taken_in
         if answered is not None:
             return answered
         if first.is_forgotten:
-            raise Forgotten("this message was forgotten; it gets no answer")
-        return await self._answer(first, await self.tracker.context(first, around), first.author_id, None, options)
+            raise ForgottenError("this message was forgotten; it gets no answer")
+        return await self._answer(first, await self.tracker.build_context(first, around), first.author_id, None, options)
 
-    async def hear(self, place: Conversation, message: Message) -> Heard:
+    async def hear(self, place: Conversation, message: Message) -> StoredMessage:
         """Commit a message at a place, for `answer` to answer it later."""
-        heard = await self.store.database.call(self.store.hear, place, _storable(message))
+        heard = await self.store.database.call(self.store.add_message_at, place, _clean_message(message))
         _log_stored(heard.message)
         return heard
 
@@ -161,36 +163,36 @@ class DialogueManager:
         It is shown and forgotten as what is said to kibitz is. What was committed before stays where it is.
         """
         if said:
-            storable = [_storable(one) for one in said]
-            await self.store.database.call(self.store.overhear, place, storable, until)
-            self.tracker.recall.learn(storable)
+            storable = [_clean_message(one) for one in said]
+            await self.store.database.call(self.store.add_earlier_messages, place, storable, until)
+            self.tracker.recall.embed_later(storable)
 
     async def decline(self, place: Conversation, event_id: str) -> bool:
         """Commit that a message gets no answer, now or later; nothing of its text. False where its event came before."""
         return (await self.hear(place, Message("", FORGOTTEN, "", event_id=event_id))).is_new
 
-    async def regenerate(self, turn_id: str, user_id: str, options: ReplyOptions = PLAIN) -> Turn:
+    async def regenerate(self, turn_id: str, user_id: str, options: ReplyOptions = DEFAULT_OPTIONS) -> Turn:
         """Another answer to the same message; that the first was not wanted is recorded as feedback on it.
 
         Where the question was edited since, the first answered another one, and nothing is held against it.
         """
         turn = await self._turn(turn_id)
-        message = await self.store.database.call(self.store.message, turn.message_id)
+        message = await self.store.database.call(self.store.read_message, turn.message_id)
         if message.edited_at is None or message.edited_at < turn.at:
             await self.record_feedback(Feedback(turn.id, user_id, FeedbackKind.REGENERATE, signal="regenerate"))
-        return await self._answer(message, await self.tracker.context(message), turn.asker_id, turn.id, options)
+        return await self._answer(message, await self.tracker.build_context(message), turn.asker_id, turn.id, options)
 
     async def edit(self, event_id: str, text: str, at: datetime) -> None:
         """The author of a message changed it: from now on it is shown as it is now. Answers stay as they were given."""
         call = self.store.database.call
-        message = await call(self.store.message_of_event, event_id)
-        if message is not None and await call(self.store.edit_message, message.id, cleaned(text), at):
-            await self.tracker.recall.forget(message.conversation_id)
-            self.tracker.recall.learn([replace(message, text=cleaned(text))])
+        message = await call(self.store.find_message_of_event, event_id)
+        if message is not None and await call(self.store.edit_message, message.id, clean_text(text), at):
+            await self.tracker.recall.mark_changed(message.conversation_id)
+            self.tracker.recall.embed_later([replace(message, text=clean_text(text))])
 
     async def delete(self, event_id: str) -> None:
         """The author of a message deleted it: it and what was made from it is forgotten."""
-        message = await self.store.database.call(self.store.message_of_event, event_id)
+        message = await self.store.database.call(self.store.find_message_of_event, event_id)
         if message is not None:
             await self.forget(message.id)
 
@@ -200,7 +202,7 @@ class DialogueManager:
 
     async def record_feedback(self, given: Feedback) -> bool:
         """Commit one act of feedback; False where its event was recorded before."""
-        given = replace(given, text=None if given.text is None else cleaned(given.text))
+        given = replace(given, text=None if given.text is None else clean_text(given.text))
         with working_on(turn=given.turn_id):
             is_new = await self.store.database.call(self.store.add_feedback, given)
             act = "takes back" if given.retracts else "gives"
@@ -211,7 +213,7 @@ class DialogueManager:
 
     async def retract(self, feedback_id: str, user_id: str) -> bool:
         """Take back one act of feedback of one's own; False where there is none."""
-        given = await self.store.database.call(self.store.feedback, feedback_id)
+        given = await self.store.database.call(self.store.find_feedback, feedback_id)
         if given is None or given.user_id != user_id:
             return False
         taken_back = replace(given, id=new_id(), at=now(), event_id=None, retracts=True)
@@ -220,40 +222,42 @@ class DialogueManager:
     async def explain(self, turn_id: str) -> Explanation:
         """A turn, and what was said about it. What a run makes of that is `learning.data.explanation`'s question."""
         turn = await self._turn(turn_id)
-        said = await self.store.database.call(self.store.feedback_of, [turn_id])
+        said = await self.store.database.call(self.store.read_feedback_on, [turn_id])
         return Explanation(turn, said.get(turn_id, []))
 
-    def _taken_in(self, message: Message, place: Conversation | None, options: ReplyOptions) -> Taken:
+    def _store_and_read(self, message: Message, place: Conversation | None, options: ReplyOptions) -> StoredQuestion:
         """A message as it is committed, and its answer if it has one; else what is around it."""
         if place is None:
-            return self._claimed(message, None)
-        heard = self.store.hear(place, message)
-        if heard.is_new and options.is_repeatable:
-            remember(self.store.database, heard.message, message.author_id)
-        return self._heard(heard)
+            return self._claim(message, None)
+        heard = self.store.add_message_at(place, message)
+        if heard.is_new and options.has_client_history:
+            add_fingerprint(self.store.database, heard.message, message.author_id)
+        return self._find_or_read(heard)
 
-    def _taken_in_with(
+    def _store_with_history(
         self, message: Message, place: Conversation, history: Sequence[Message]
     ) -> tuple[Message, list[Message]]:
         """A message as it is committed, and what of the history before it was said to us."""
-        known = recognize(self.store.database, place, message.author_id, history)
-        heard = self.store.hear(place, message)
-        remember(self.store.database, heard.message, message.author_id)
+        known = find_repeated_messages(self.store.database, place, message.author_id, history)
+        heard = self.store.add_message_at(place, message)
+        add_fingerprint(self.store.database, heard.message, message.author_id)
         return heard.message, known
 
-    def _waited(self, heard: Heard) -> Taken:
+    def _read_again(self, heard: StoredMessage) -> StoredQuestion:
         """The same of a message that was heard a while ago: it may have been changed since, or forgotten."""
-        return self._heard(replace(heard, message=self.store.message(heard.message.id)) if heard.is_new else heard)
+        return self._find_or_read(
+            replace(heard, message=self.store.read_message(heard.message.id)) if heard.is_new else heard
+        )
 
-    def _heard(self, heard: Heard) -> Taken:
+    def _find_or_read(self, heard: StoredMessage) -> StoredQuestion:
         if not heard.is_new:
-            return self._claimed(heard.message, heard.place)
-        return heard.message, None, self.tracker.surroundings(heard.message, heard.place)
+            return self._claim(heard.message, heard.place)
+        return heard.message, None, self.tracker.read_surroundings(heard.message, heard.place)
 
-    def _claimed(self, message: Message, place: Conversation | None) -> Taken:
-        first, answered = self.store.claim(message)
+    def _claim(self, message: Message, place: Conversation | None) -> StoredQuestion:
+        first, answered = self.store.find_or_add_message(message)
         wanted = answered is None and not first.is_forgotten
-        return first, answered, self.tracker.surroundings(first, place) if wanted else None
+        return first, answered, self.tracker.read_surroundings(first, place) if wanted else None
 
     async def _answer(
         self, message: Message, context: Context, asker_id: str, replaces: str | None, options: ReplyOptions
@@ -280,31 +284,31 @@ class DialogueManager:
                 id=turn_id,
             )
             answer = Message(turn.conversation_id, "", turn.text, Role.ASSISTANT, id=turn.reply_id)
-            stored = self.store.database.call(self._keep, turn, answer if options.is_repeatable else None)
+            stored = self.store.database.call(self._store_turn, turn, answer if options.has_client_history else None)
             try:
-                if options.on_whole is not None:
-                    await options.on_whole(turn)
+                if options.on_turn is not None:
+                    await options.on_turn(turn)
             finally:
                 await stored
-                self.tracker.recall.learn([message, answer])
+                self.tracker.recall.embed_later([message, answer])
                 if replaces is None:
-                    self._noting.add(task := asyncio.create_task(self._note(message)))
-                    task.add_done_callback(self._noting.discard)
+                    self._follow_up_tasks.add(task := asyncio.create_task(self._record_follow_up(message)))
+                    task.add_done_callback(self._follow_up_tasks.discard)
             tokens = len(turn.completion_ids or ())
             told = turn.policy_version, tokens, turn.latency_ms, turn.finish_reason
             log.debug("answered message %s: %s, %d tokens in %.0f ms (%s)", message.id, *told)
             log_text("answer", turn.text)
         return turn
 
-    def _keep(self, turn: Turn, repeatable: Message | None) -> None:
+    def _store_turn(self, turn: Turn, repeatable: Message | None) -> None:
         self.store.add_turn(turn)
         if repeatable is not None:
-            remember(self.store.database, repeatable, turn.asker_id)
+            add_fingerprint(self.store.database, repeatable, turn.asker_id)
 
-    async def _note(self, message: Message) -> None:
+    async def _record_follow_up(self, message: Message) -> None:
         """Record what a message says about the answer before it. The chat goes on where that fails."""
         try:
-            await self.followups.note(message)
+            await self.followups.record(message)
         except Exception:
             log.exception("a follow-up could not be noted")
 
@@ -325,7 +329,7 @@ class DialogueManager:
             return Reply(broken.text, broken.version, (), (), (), INTERRUPTED, {}, 0.0)
 
     async def _turn(self, turn_id: str) -> Turn:
-        turn = await self.store.database.call(self.store.turn, turn_id)
+        turn = await self.store.database.call(self.store.find_turn, turn_id)
         if turn is None:
             raise DataError(f"there is no turn '{turn_id}'")
         return turn

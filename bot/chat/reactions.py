@@ -4,7 +4,7 @@ Skin tones and variation selectors are stripped, Slack's names become the charac
 person and no turn; which emoji mean what is in the config.
 """
 
-from bot.chat.slack_emoji import character
+from bot.chat.slack_emoji import find_emoji
 from bot.config import ReactionsConfig
 from bot.types import FeedbackKind
 
@@ -18,14 +18,14 @@ class Reactions:
 
     def __init__(self, config: ReactionsConfig):
         listed = {FeedbackKind.APPROVAL: config.approval, FeedbackKind.DISAPPROVAL: config.disapproval}
-        self._kinds = {canonical(symbol): kind for kind, symbols in listed.items() for symbol in symbols}
+        self._kinds = {normalise_symbol(symbol): kind for kind, symbols in listed.items() for symbol in symbols}
 
-    def kind(self, symbol: str) -> FeedbackKind | None:
+    def classify(self, symbol: str) -> FeedbackKind | None:
         """The opinion that a Unicode emoji, a Slack name or a custom emoji's name stands for; None where it is neutral."""
-        return self._kinds.get(canonical(symbol))
+        return self._kinds.get(normalise_symbol(symbol))
 
 
-def canonical(symbol: str) -> str:
+def normalise_symbol(symbol: str) -> str:
     """One form for all that people see as the same emoji: no skin tone, no variation selector, no Slack name."""
     name = symbol.strip(":").partition("::")[0]  # Slack: +1::skin-tone-4
-    return (character(name) or name).translate(_STRIPPED)
+    return (find_emoji(name) or name).translate(_STRIPPED)

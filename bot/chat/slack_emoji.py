@@ -51,7 +51,7 @@ NAMES = dict(zip(_WORDS[::2], _WORDS[1::2], strict=True))
 NAMES |= {f"skin-tone-{number}": chr(0x1F3FB + number - 2) for number in range(2, 7)}
 
 
-def character(name: str) -> str | None:
+def find_emoji(name: str) -> str | None:
     """Return the emoji that a name without colons stands for, such as "tada" or "flag-us"; None for a custom emoji."""
     if name in NAMES:
         return NAMES[name]

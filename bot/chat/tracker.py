@@ -10,16 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bot.chat.speakers import with_speakers
-from bot.config import PERSONA, DialogueConfig
+from bot.config import DEFAULT_PERSONA, DialogueConfig
 from bot.errors import ConfigError
-from bot.memory.facts import sorted_out
+from bot.memory.facts import resolve_facts
 from bot.memory.index import ScopeIndex
-from bot.memory.recall import Recall, Remembered, Scope
+from bot.memory.recall import Recall, RecalledMessage, ScopeContents
 from bot.models.tokenizer import ChatTokenizer
 from bot.store.conversations import ConversationStore
 from bot.types import Conversation, Message, Role
 
-CUT = " […]"
+CUT_MARK = " […]"
 MARGIN = 16  # tokens: pieces that meet in a chat are not always tokenized as they are alone
 CHARACTERS_PER_TOKEN = 32  # more than any tokenizer packs into one, on average
 
@@ -31,7 +31,7 @@ class Context:
     messages: list[dict[str, str]]
     prompt_ids: list[int]
     recent: list[Message]
-    remembered: list[Remembered]
+    remembered: list[RecalledMessage]
 
     @property
     def shown(self) -> dict[str, float | None]:
@@ -46,7 +46,7 @@ class Surroundings:
     """What the database holds around a new message: the messages before it, and what its scope holds for it."""
 
     recent: list[Message]
-    scope: Scope
+    scope: ScopeContents
 
 
 class StateTracker:
@@ -65,136 +65,154 @@ class StateTracker:
         self.recall = recall
         self.config = config
         self.budget = budget
-        self._frame = tokenizer.count(self._chat([], "", "")) + MARGIN  # what is around a new message
+        self._prompt_overhead = (
+            tokenizer.count_prompt_tokens(self._make_chat([], "", "")) + MARGIN
+        )  # what is around a new message
         pair = [Message("", "", "", Role.USER), Message("", "", "", Role.ASSISTANT)]
-        self._around = (tokenizer.count(self._chat(pair, "", "")) + MARGIN - self._frame) // 2  # what is around an older one
-        if tokenizer.count([{"role": "system", "content": config.persona}]) > budget // 2:
-            way = "raise it" if config.persona in ("", PERSONA) else "shorten dialogue.persona, or raise it"
+        self._message_overhead = (
+            tokenizer.count_prompt_tokens(self._make_chat(pair, "", "")) + MARGIN - self._prompt_overhead
+        ) // 2  # what is around an older one
+        if tokenizer.count_prompt_tokens([{"role": "system", "content": config.persona}]) > budget // 2:
+            way = "raise it" if config.persona in ("", DEFAULT_PERSONA) else "shorten dialogue.persona, or raise it"
             raise ConfigError(
                 f"config key policy.context_tokens has value {budget}, and what begins every prompt takes more than "
                 f"half; {way}"
             )
 
-    def surroundings(self, message: Message, place: Conversation | None = None) -> Surroundings:
+    def read_surroundings(self, message: Message, place: Conversation | None = None) -> Surroundings:
         """What is around a message in its conversation (read if not given). Synchronous, in the database's thread."""
-        recent = self.store.recent(message.conversation_id, message, self.config.recent)
+        recent = self.store.read_recent_messages(message.conversation_id, message, self.config.recent)
         if not self.config.remembered:
-            return Surroundings(recent, Scope(ScopeIndex(), [], []))
-        place = place or self.store.conversation(message.conversation_id)
-        return Surroundings(recent, self.recall.read(place, message.text))
+            return Surroundings(recent, ScopeContents(ScopeIndex(), [], []))
+        place = place or self.store.read_conversation(message.conversation_id)
+        return Surroundings(recent, self.recall.read_scope(place, message.text))
 
-    async def context(self, message: Message, around: Surroundings | None = None) -> Context:
+    async def build_context(self, message: Message, around: Surroundings | None = None) -> Context:
         """What to show the policy for `message`, with what is `around` it (read now if not given). Never over the budget."""
         if around is None:
-            around = await self.store.database.call(self.surroundings, message)
+            around = await self.store.database.call(self.read_surroundings, message)
         *recent, named = with_speakers([*around.recent, message])
-        newest, place = self._clipped(named), message.conversation_id
-        index = await self.recall.index(around.scope)
-        shown = {said.id for said in recent[self._start(recent, newest, notes="") :]}
-        remembered: list[Remembered] = []
-        if around.scope.older or index.tells(place, {message.id, *shown}):
+        newest, place = self._clip_message(named), message.conversation_id
+        index = await self.recall.update_index(around.scope)
+        shown = {said.id for said in recent[self._find_window_start(recent, newest, notes="") :]}
+        remembered: list[RecalledMessage] = []
+        if around.scope.older or index.has_content_besides(place, {message.id, *shown}):
             found = await self.recall.find(message, self.config.remembered, shown, around.scope)
-            near = [one for one in found if _worth_showing(one, message)]
-            remembered = self._affordable(_still_true(near), newest)
-        window, sent, prompt_ids = self._newest_that_fit(recent, newest, self._notes(remembered))
+            near = [one for one in found if _is_worth_showing(one, message)]
+            remembered = self._drop_unaffordable(_drop_outdated(near), newest)
+        window, sent, prompt_ids = self._fit_newest(recent, newest, self._write_notes(remembered))
         return Context(sent, prompt_ids, window, remembered)
 
-    def fitted(self, shown: Sequence[dict[str, str]], begun: str = "") -> Context:
+    def fit_messages(self, shown: Sequence[dict[str, str]], begun: str = "") -> Context:
         """What to show of chat messages whose history somebody else keeps, the new one last. Never over the budget.
 
         What of the history is shown is in `recent`. An answer that was `begun` is continued, unless the model thinks first:
         it would have to think again.
         """
         *before, newest = [Message("", "", said["content"], Role(said["role"])) for said in shown]
-        opening = self._opening(begun)
+        opening = self._encode_partial_answer(begun)
         system = "\n".join(said.text for said in before if said.role == Role.SYSTEM)
         notes = self.tokenizer.neutralise(system[: self.budget * CHARACTERS_PER_TOKEN])
         notes = self.tokenizer.clip(notes, self.budget // 4)
         window = [said for said in before if said.role != Role.SYSTEM]
-        clipped = self._clipped(newest, notes, len(opening))
-        window, sent, prompt_ids = self._newest_that_fit(window, clipped, notes, len(opening))
+        clipped = self._clip_message(newest, notes, len(opening))
+        window, sent, prompt_ids = self._fit_newest(window, clipped, notes, len(opening))
         continued = [Message("", "", begun, Role.ASSISTANT)] if opening else []
         return Context(sent, [*prompt_ids, *opening], [*window, *continued], [])
 
-    def _opening(self, begun: str) -> list[int]:
+    def _encode_partial_answer(self, begun: str) -> list[int]:
         """The ids of the end of an answer that was begun, without the token that ends it."""
-        if not begun.strip() or self.tokenizer.thoughts.begins_open:
+        if not begun.strip() or self.tokenizer.thoughts.is_opened_by_prompt:
             return []
         text = self.tokenizer.neutralise(begun[-self.budget * CHARACTERS_PER_TOKEN :])
         return self.tokenizer.completion_ids(text)[:-1][-self.budget // 4 :]
 
-    def _newest_that_fit(
+    def _fit_newest(
         self, recent: list[Message], newest: str, notes: str, spare: int = 0
     ) -> tuple[list[Message], list[dict[str, str]], list[int]]:
         """The longest run of newest messages that fits beside the new one and the notes, with `spare` tokens left; the chat
         with it; its token ids.
         """
-        window = self._from_a_user(recent[self._start(recent, newest, notes) :])
-        sent = self._chat(window, newest, notes)
+        window = self._drop_leading_answers(recent[self._find_window_start(recent, newest, notes) :])
+        sent = self._make_chat(window, newest, notes)
         while len(prompt_ids := self.tokenizer.prompt_ids(sent)) > self.budget - spare and window:
-            window = self._from_a_user(window[1:])  # each message also costs what the template puts around it
-            sent = self._chat(window, newest, notes)
+            window = self._drop_leading_answers(window[1:])  # each message also costs what the template puts around it
+            sent = self._make_chat(window, newest, notes)
         return window, self.tokenizer.template.shape(sent), prompt_ids
 
-    def _from_a_user(self, window: list[Message]) -> list[Message]:
+    def _drop_leading_answers(self, window: list[Message]) -> list[Message]:
         """The window without the answers at its beginning, if the template wants a user first: it would drop them."""
-        if self.tokenizer.template.rules.answer_first:
+        if self.tokenizer.template.rules.may_begin_with_answer:
             return window
         return list(itertools.dropwhile(lambda said: said.role == Role.ASSISTANT, window))
 
-    def _start(self, recent: list[Message], newest: str, notes: str) -> int:
+    def _find_window_start(self, recent: list[Message], newest: str, notes: str) -> int:
         """Where the run of newest messages begins that fits, as the lengths of its parts say."""
-        start, left = len(recent), self.budget - self._frame + MARGIN - sum(map(self.tokenizer.length, (notes, newest)))
-        while start and (left := left - self._around - self.tokenizer.length(self._shown(recent[start - 1]))) >= 0:
+        start, left = (
+            len(recent),
+            self.budget - self._prompt_overhead + MARGIN - sum(map(self.tokenizer.count_text_tokens, (notes, newest))),
+        )
+        while (
+            start
+            and (
+                left := left
+                - self._message_overhead
+                - self.tokenizer.count_text_tokens(self._make_harmless(recent[start - 1]))
+            )
+            >= 0
+        ):
             start -= 1
         return start
 
-    def _affordable(self, found: list[Remembered], newest: str) -> list[Remembered]:
+    def _drop_unaffordable(self, found: list[RecalledMessage], newest: str) -> list[RecalledMessage]:
         """The best of what was found that fits in half of what the new message leaves."""
-        alone = self.tokenizer.count(self._chat([], newest, ""))
+        alone = self.tokenizer.count_prompt_tokens(self._make_chat([], newest, ""))
         limit = alone + (self.budget - alone) // 2
-        while found and self.tokenizer.count(self._chat([], newest, self._notes(found))) > limit:
+        while found and self.tokenizer.count_prompt_tokens(self._make_chat([], newest, self._write_notes(found))) > limit:
             found = found[:-1]
         return found
 
-    def _notes(self, remembered: list[Remembered]) -> str:
+    def _write_notes(self, remembered: list[RecalledMessage]) -> str:
         in_order = sorted((found.message for found in remembered), key=lambda said: (said.at, said.id))
         lines = (
-            f"{self.tokenizer.neutralise(said.author_name or said.author_id)}, {said.at:%Y-%m-%d}: {self._shown(said)}"
+            f"{self.tokenizer.neutralise(said.author_name or said.author_id)}, {said.at:%Y-%m-%d}: "
+            f"{self._make_harmless(said)}"
             for said in in_order
         )
         return "\n".join(("Said earlier:", *lines)) if remembered else ""
 
-    def _chat(self, window: list[Message], newest: str, notes: str) -> list[dict[str, str]]:
+    def _make_chat(self, window: list[Message], newest: str, notes: str) -> list[dict[str, str]]:
         system = "\n".join(part for part in (self.config.persona, notes) if part)
         sent = [{"role": "system", "content": system}] if system else []
-        sent += [{"role": said.role.value, "content": self._shown(said)} for said in window]
+        sent += [{"role": said.role.value, "content": self._make_harmless(said)} for said in window]
         return [*sent, {"role": Role.USER.value, "content": newest}]
 
-    def _shown(self, message: Message) -> str:
+    def _make_harmless(self, message: Message) -> str:
         """A message's text, made harmless, and bounded before anything counts its tokens."""
         return self.tokenizer.neutralise(message.text[: self.budget * CHARACTERS_PER_TOKEN])
 
-    def _clipped(self, message: Message, notes: str = "", spare: int = 0) -> str:
+    def _clip_message(self, message: Message, notes: str = "", spare: int = 0) -> str:
         """The new message; where it is over the budget beside the notes and `spare` tokens, its beginning and a mark."""
-        text = clipped = self._shown(message)
-        keep = self.tokenizer.length(text)
-        if self._frame + keep + self.tokenizer.length(notes) <= self.budget - spare:
+        text = clipped = self._make_harmless(message)
+        keep = self.tokenizer.count_text_tokens(text)
+        if self._prompt_overhead + keep + self.tokenizer.count_text_tokens(notes) <= self.budget - spare:
             return text
-        while (over := self.tokenizer.count(self._chat([], clipped, notes)) - self.budget + spare) > 0 and keep > 0:
+        while (
+            over := self.tokenizer.count_prompt_tokens(self._make_chat([], clipped, notes)) - self.budget + spare
+        ) > 0 and keep > 0:
             keep -= over
-            clipped = self.tokenizer.clip(text, keep) + CUT
+            clipped = self.tokenizer.clip(text, keep) + CUT_MARK
         return clipped
 
 
-def _still_true(found: list[Remembered]) -> list[Remembered]:
+def _drop_outdated(found: list[RecalledMessage]) -> list[RecalledMessage]:
     """Without what people stated about themselves and stated otherwise since, in a message that was found too."""
-    holding, former = sorted_out(one.message for one in found)
+    holding, former = resolve_facts(one.message for one in found)
     gone = {fact.message.id for fact in former} - {fact.message.id for fact in holding}
     return [one for one in found if one.message.id not in gone]
 
 
-def _worth_showing(found: Remembered, message: Message) -> bool:
+def _is_worth_showing(found: RecalledMessage, message: Message) -> bool:
     """Near enough, not the same words again, and not what the bot itself said to others."""
     said = found.message
     own = said.role == Role.ASSISTANT and said.conversation_id != message.conversation_id

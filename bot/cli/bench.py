@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bot.app import Kibitz, run, running, shared
+from bot.app import Kibitz, make_services, run, running
 from bot.cli.options import (
     JsonFile,
     PlotFile,
@@ -18,16 +18,16 @@ from bot.cli.options import (
     path_argument,
 )
 from bot.config import AccessConfig, Config, DatabaseConfig
-from bot.data_directory import is_held
+from bot.data_directory import is_locked
 from bot.errors import ConfigError
-from bot.memory.embedder import embedder_of
+from bot.memory.embedder import make_embedder
 from bot.output import announce, check_writable, console, print_figures, progress_bar, write_json
 from bot.types import Progress
 from connectors.access import Access
-from learning.training.choice import with_model
+from learning.training.choice import prepare_model
 
 
-def measure(
+def run_benchmark(
     name: str,
     config: Config,
     job: Callable[[Kibitz, Progress], Awaitable[dict[str, Any]]],
@@ -36,10 +36,10 @@ def measure(
 ) -> None:
     """Run a benchmark on a kibitz that serves, with a database and versions of its own; print its figures and write them."""
     check_writable(json_file)
-    config, model = with_model(config)
+    config, model = prepare_model(config)
     figures: dict[str, Any] = {}
     scratch = config.data / "bench" / "serving"  # beside the points that `bench learning` keeps
-    if not is_held(scratch, "serve"):
+    if not is_locked(scratch, "serve"):
         shutil.rmtree(scratch, ignore_errors=True)
     apart = config.model_copy(update={"data_dir": scratch, "database": DatabaseConfig()})
 
@@ -63,21 +63,21 @@ def bench_swap(
     json_file: JsonFile = None,
 ) -> None:
     """Swap versions under streaming load: failed, mixed and stalled answers, and what it costs."""
-    from learning.bench import serving
+    from learning.bench import swap
 
-    usual = serving.usual(config.policy.model)
+    usual = swap.choose_defaults(config.policy.model)
     swaps, requests = swaps or usual.swaps, requests or usual.requests
 
     async def job(kibitz: Kibitz, progress: Progress) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(dir=config.data) as scratch:
             sources = [Path(scratch) / f"weights-{number}" for number in range(2)]
-            base = kibitz.registry.base().base_model
+            base = kibitz.registry.get_base().base_model
             for number, source in enumerate(sources):
-                serving.random_version(kibitz.config, base, source, config.seed + number)
+                swap.save_random_version(kibitz.config, base, source, config.seed + number)
             tokenizer = kibitz.dialogue.tracker.tokenizer
-            return await serving.swap(kibitz.deployment, tokenizer, sources, swaps, requests, concurrent, progress)
+            return await swap.measure_swaps(kibitz.deployment, tokenizer, sources, swaps, requests, concurrent, progress)
 
-    measure("bench swap", config, job, json_file, {"concurrent": concurrent, "swaps": swaps, "requests": requests})
+    run_benchmark("bench swap", config, job, json_file, {"concurrent": concurrent, "swaps": swaps, "requests": requests})
 
 
 @command("overhead", group=bench, default_model="toy")
@@ -88,16 +88,18 @@ def bench_overhead(
     json_file: JsonFile = None,
 ) -> None:
     """What DialogueManager adds to the same prompts straight to vLLM."""
-    from learning.bench import serving
+    from learning.bench import overhead, swap
 
-    usual = serving.usual(config.policy.model)
+    usual = swap.choose_defaults(config.policy.model)
     alone = 0 if messages else usual.alone
     messages, blocks = messages or usual.messages, blocks or usual.blocks
 
     async def job(kibitz: Kibitz, progress: Progress) -> dict[str, Any]:
-        return await serving.overhead(kibitz.dialogue, kibitz.policy, messages, blocks, config.seed, progress, alone)
+        return await overhead.measure_overhead(
+            kibitz.dialogue, kibitz.policy, messages, blocks, config.seed, progress, alone
+        )
 
-    measure("bench overhead", config, job, json_file, {"messages": messages, "blocks": blocks})
+    run_benchmark("bench overhead", config, job, json_file, {"messages": messages, "blocks": blocks})
 
 
 @command("connectors", group=bench, default_model="toy")
@@ -116,11 +118,11 @@ def bench_connectors(
     async def job(kibitz: Kibitz, progress: Progress) -> dict[str, Any]:
         figures: dict[str, Any] = {}
         for make in PLATFORMS.values():
-            platform = make(shared(kibitz, unlimited))
+            platform = make(make_services(kibitz, unlimited))
             figures |= await benchmark.measure(kibitz.dialogue, platform, messages, think, config.seed, progress)
         return figures
 
-    measure("bench connectors", config, job, json_file, {"messages": messages, "think": think})
+    run_benchmark("bench connectors", config, job, json_file, {"messages": messages, "think": think})
 
 
 @command("recall", group=bench)
@@ -130,14 +132,14 @@ def bench_recall(
     json_file: JsonFile = None,
 ) -> None:
     """Whether the tracker finds the turns that answer a question, beside recency, dense vectors alone and BM25 alone."""
-    from bot.memory.recall import weights
+    from bot.memory.recall import load_retrieval_weights
     from learning.bench import recall
 
     check_writable(json_file)
     asked = recall.read(file)
     with progress_bar() as progress:
         figures = asyncio.run(
-            recall.measure(asked, embedder_of(config), weights(config.dialogue.retrieval_weights), progress)
+            recall.measure(asked, make_embedder(config), load_retrieval_weights(config.dialogue.retrieval_weights), progress)
         )
     print_figures(figures)
     write_json(json_file, "bench recall", figures, {"file": file.name, "embedder": config.dialogue.embedder})
@@ -157,12 +159,12 @@ def bench_learning(
 
     check_writable(json_file, plot)
     if users is not None:
-        simulated_people.users(users)  # refused here, before anything runs
-    wanted = grid.cells(part, users, arms, config.seed)
-    config, base = with_model(config, serves=False)
+        simulated_people.find_utility(users)  # refused here, before anything runs
+    wanted = grid.choose_cells(part, users, arms, config.seed)
+    config, base = prepare_model(config, serves=False)
     with progress_bar() as progress:
-        points = grid.run(config, base, wanted, config.data / "bench" / f"learning-{part}.jsonl", progress)
-    figures = grid.figures(points, config.training.objective)
+        points = grid.run_cells(config, base, wanted, config.data / "bench" / f"learning-{part}.jsonl", progress)
+    figures = grid.compute_figures(points, config.training.objective)
     print_figures(figures)
     if plot is not None:
         grid.plot(points, plot)
@@ -181,7 +183,7 @@ def bench_train(
     from learning.bench import train
 
     check_writable(json_file)
-    config, base = with_model(config, serves=False)
+    config, base = prepare_model(config, serves=False)
     with progress_bar() as progress:
         figures = train.measure(config, base, progress)
     print_figures(figures)
@@ -205,7 +207,7 @@ def bench_tracker(
     unknown = [size for size in wanted if size not in known]
     if unknown:
         raise ConfigError(f"--sizes has value '{unknown[0]}'; choose from {', '.join(known)}")
-    config, base = with_model(config, serves=False)
+    config, base = prepare_model(config, serves=False)
     with progress_bar() as progress:
         figures = tracker.measure_apart(config, base, wanted, progress)
     print_figures(figures)

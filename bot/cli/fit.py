@@ -10,15 +10,15 @@ from bot import output_files
 from bot.cli.options import JsonFile, command, path_argument, path_option
 from bot.config import Config
 from bot.errors import ConfigError
-from bot.memory.embedder import Embedder, embedder_of
+from bot.memory.embedder import Embedder, make_embedder
 from bot.output import check_writable, print_figures, progress_bar, write_json
 from bot.store.stores import open_stores
-from learning.training.choice import with_model
+from learning.training.choice import prepare_model
 
 
-def _embedder(config: Config) -> Embedder:
+def _require_embedder(config: Config) -> Embedder:
     """The embedding model, for what cannot be learned without one."""
-    found = embedder_of(config)
+    found = make_embedder(config)
     if found is None:
         raise ConfigError("config key dialogue.embedder has value 'none'; name a model to learn with")
     return found
@@ -35,37 +35,37 @@ def fit_retrieval(
 ) -> None:
     """Learn what each signal of retrieval counts: from dialogues that are made here, or from what your people liked."""
     from learning.fitting import retrieval
-    from learning.fitting.dialogues import dialogue
+    from learning.fitting.dialogues import make_dialogue
 
     check_writable(out)
-    embedder = _embedder(config)
+    embedder = _require_embedder(config)
     setup: dict[str, Any] = {"seed": config.seed, "embedder": config.dialogue.embedder}
     with progress_bar() as progress:
         if from_feedback:
-            learned, setup["judged"] = _from_feedback(config, embedder, progress)
+            learned, setup["judged"] = _fit_from_feedback(config, embedder, progress)
         else:
-            made = (dialogue(1000 * config.seed + number, people=(2, 6, 12)[number % 3]) for number in range(dialogues))
-            learned = retrieval.fit(list(retrieval.made_examples(made, embedder, progress)))
+            made = (make_dialogue(1000 * config.seed + number, people=(2, 6, 12)[number % 3]) for number in range(dialogues))
+            learned = retrieval.fit(list(retrieval.make_examples(made, embedder, progress)))
             setup["dialogues"] = dialogues
     print_figures(learned)
     if out is not None:
         output_files.write_text(out, json.dumps({"weights": learned, "setup": setup}, indent=2) + "\n")
 
 
-def _from_feedback(config: Config, embedder: Embedder, progress: Any) -> tuple[dict[str, float], dict[str, Any]]:
+def _fit_from_feedback(config: Config, embedder: Embedder, progress: Any) -> tuple[dict[str, float], dict[str, Any]]:
     """The weights in use, moved by what people judged, and how well they do where they did not learn."""
-    from bot.memory.recall import weights
+    from bot.memory.recall import load_retrieval_weights
     from bot.memory.scope import Memory
     from bot.models.tokenizer import ChatTokenizer
     from learning.data.replay_buffer import ReplayBuffer
     from learning.fitting import reminders, retrieval
 
     database, store, _ = open_stores(config)
-    config, model = with_model(config)
-    rated = ReplayBuffer(store, ChatTokenizer(model, config.policy.template_args), config).rated()
+    config, model = prepare_model(config)
+    rated = ReplayBuffer(store, ChatTokenizer(model, config.policy.template_args), config).read_rated()
     memory = Memory(database, config.dialogue.across_channels)
-    judged = list(reminders.judged(rated, store, memory, embedder, progress))
-    return retrieval.proven(judged, weights(config.dialogue.retrieval_weights))
+    judged = list(reminders.read_judged_examples(rated, store, memory, embedder, progress))
+    return retrieval.fit_and_validate(judged, load_retrieval_weights(config.dialogue.retrieval_weights))
 
 
 @command("fit-topics")
@@ -80,10 +80,10 @@ def fit_topics(
     from learning.fitting import topics
 
     check_writable(out, json_file)
-    embedder = _embedder(config)
+    embedder = _require_embedder(config)
     known, unknown = topics.read(train), topics.read(test)
     with progress_bar() as progress:
-        learned, figures = topics.judged(known, unknown, embedder, progress)
+        learned, figures = topics.fit_and_judge(known, unknown, embedder, progress)
     print_figures(figures)
     write_json(json_file, "fit-topics", figures, {"train": train.name, "test": test.name})
     if out is not None:
@@ -100,7 +100,7 @@ def fit_followups(
     from learning.fitting import followups
 
     check_writable(out, json_file)
-    embedder = _embedder(config)
+    embedder = _require_embedder(config)
     with progress_bar() as progress:
         learned, figures = followups.fit(config.seed, embedder, progress)
     print_figures(figures)

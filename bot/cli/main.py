@@ -19,7 +19,7 @@ try:
 
     # isort: on
     from bot.cli.options import BAD_INPUT, INTERRUPTED, app
-    from bot.errors import KibitzError, cause_of
+    from bot.errors import KibitzError, quote_error
 finally:
     signal.signal(signal.SIGINT, _usual)
 
@@ -36,7 +36,7 @@ def main(application: typer.Typer = app) -> None:
         if code == INTERRUPTED:  # typer turns Ctrl-C into this return value
             raise KeyboardInterrupt
     except BaseException as error:
-        line = _line(_leaf(error))
+        line = _describe_for_people(_unwrap_group(error))
         if line is None:
             raise
         if line:
@@ -45,10 +45,10 @@ def main(application: typer.Typer = app) -> None:
     sys.exit(code or 0)
 
 
-def _line(error: BaseException) -> str | None:
+def _describe_for_people(error: BaseException) -> str | None:
     """What to tell a person, or None for a bug."""
     if isinstance(error, KibitzError):
-        return cause_of(error)
+        return quote_error(error)
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return "interrupted; what was said and stored is kept, an unfinished training run left nothing behind"
     if hasattr(error, "format_message"):  # a usage error of typer's, which keeps its own copy of click
@@ -57,7 +57,7 @@ def _line(error: BaseException) -> str | None:
     return None
 
 
-def _leaf(error: BaseException) -> BaseException:
+def _unwrap_group(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error

@@ -11,7 +11,7 @@ import typer
 from bot import config as configuration
 from bot import environment, logs, output_files
 from bot.config import Config
-from bot.data_directory import prepare
+from bot.data_directory import prepare_directory
 from bot.errors import ConfigError
 
 INTERRUPTED = 130
@@ -82,7 +82,7 @@ def command(
         @functools.wraps(function)
         def run(**options: Any) -> None:
             given = {key: options.pop(key) for key in shared}
-            config = configured(**given)
+            config = make_config(**given)
             logs.set_up(config.log)
             function(config, **options)
 
@@ -99,14 +99,14 @@ def command(
     return register
 
 
-def configured(config: Path | None, data_dir: Path | None, seed: int | None, model: str | None = None) -> Config:
+def make_config(config: Path | None, data_dir: Path | None, seed: int | None, model: str | None = None) -> Config:
     """The config of a command, with its options on top and a data directory that can be written."""
     if config is None and Path("config.toml").exists():
         config = Path("config.toml")
     found = configuration.load(config, data_dir=None if data_dir is None else str(data_dir), seed=seed)
     if model is not None:
         found = choose_model(found, model)
-    prepare(found.data)
+    prepare_directory(found.data)
     environment.ensure_user(found.data)
     return found
 

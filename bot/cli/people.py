@@ -7,12 +7,12 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from bot.chat.texts import state_text
+from bot.chat.texts import describe_state
 from bot.cli.options import command, path_argument
 from bot.config import Config
 from bot.errors import DataError
-from bot.memory.embedder import embedder_of
-from bot.memory.state import LATEST, derived
+from bot.memory.embedder import make_embedder
+from bot.memory.state import LATEST_MESSAGES, derive_state
 from bot.output import check_writable, console
 from bot.store.forgetting import find_people, forget_person
 from bot.store.registry import PolicyRegistry
@@ -35,11 +35,11 @@ def state(
     """What a conversation is about, who takes part, what is open, what people said of themselves."""
     database, store, _ = open_stores(config)
     if conversation:
-        said = store.messages(store.conversation(conversation).id, LATEST)
-        console.print(state_text(derived(said, embedder_of(config))), markup=False)
+        said = store.read_messages(store.read_conversation(conversation).id, LATEST_MESSAGES)
+        console.print(describe_state(derive_state(said, make_embedder(config))), markup=False)
     else:
         table = Table("conversation", "platform", "channel", "thread", "messages", "last")
-        for one, messages, last in store.latest(20):
+        for one, messages, last in store.find_latest_conversations(20):
             table.add_row(one.id, one.platform, one.channel, one.thread, str(messages), f"{last:%Y-%m-%d %H:%M}")
         console.print(table)
     database.close()
@@ -57,12 +57,12 @@ def why(
 
     database, store, registry = open_stores(config)
     if turn:
-        tokenizer = ChatTokenizer(_spoken_model(registry), config.policy.template_args)
+        tokenizer = ChatTokenizer(_find_spoken_model(registry), config.policy.template_args)
         for line in explain(turn, ReplayBuffer(store, tokenizer, config), registry).lines():
             console.print(line, markup=False, highlight=False)
     else:
         table = Table("turn", "version", "answer")
-        for one in store.turns_with_feedback(newest=20):
+        for one in store.find_turns_with_feedback(newest=20):
             table.add_row(one.id, one.policy_version, Text(" ".join(one.text[:200].split())[:60]))
         console.print(table)
     database.close()
@@ -79,16 +79,16 @@ def export(
 
     check_writable(file)
     database, store, registry = open_stores(config)
-    written = kibitz_export.export(store, file, tokenizer_fingerprint(_spoken_model(registry)), config.privacy)
+    written = kibitz_export.export(store, file, tokenizer_fingerprint(_find_spoken_model(registry)), config.privacy)
     database.close()
     console.print(", ".join(f"{name}: {count}" for name, count in written.items()) or "nothing was said yet")
 
 
-def _spoken_model(registry: PolicyRegistry) -> str:
+def _find_spoken_model(registry: PolicyRegistry) -> str:
     """The model that people talked with. Raises DataError where nobody talked yet: none is chosen before that."""
-    if not registry.directories():
+    if not registry.find_directories():
         raise DataError("nothing was said yet in this data directory; talk with `kibitz chat`, or name another --data-dir")
-    return registry.base().base_model
+    return registry.get_base().base_model
 
 
 @command()

@@ -3,14 +3,14 @@
 import asyncio
 from collections.abc import Callable
 
-from bot.app import Kibitz, desk, run, running, shared
+from bot.app import Kibitz, make_desk, make_services, run, running
 from bot.cli.options import command
 from bot.config import Config
 from bot.output import announce
 from connectors.access import Access
 from connectors.base import Connector
 from learning.rollout.loop import OnlineLearner
-from learning.training.choice import with_model
+from learning.training.choice import prepare_model
 
 
 @command()
@@ -18,11 +18,11 @@ def chat(config: Config) -> None:
     """Talk in the terminal; learning goes on in the background."""
     from connectors.terminal import Terminal
 
-    config, model = with_model(config)
+    config, model = prepare_model(config)
 
     async def main() -> None:
         async with running(config, model, announce, may_change=True) as kibitz:
-            terminal = Terminal(kibitz.dialogue, desk(kibitz))
+            terminal = Terminal(kibitz.dialogue, make_desk(kibitz))
             if config.learning.enabled:
                 learner = OnlineLearner(kibitz.store, kibitz.deployment, config, announce)
                 kibitz.start(learner.run(kibitz.health))
@@ -34,15 +34,15 @@ def chat(config: Config) -> None:
 @command()
 def serve(config: Config) -> None:
     """Serve and learn until stopped (Ctrl-C or SIGTERM)."""
-    made = _connectors(config)
-    config, model = with_model(config)
+    made = _prepare_connectors(config)
+    config, model = prepare_model(config)
 
     async def main() -> None:
         async with running(config, model, announce, may_change=True) as kibitz:
             announce(f"serving {kibitz.policy.version}; vLLM answers at {kibitz.policy.admin.url}")
             connectors = [make(kibitz) for make in made]
             for connector in connectors:
-                kibitz.keep(connector.name, connector.run)
+                kibitz.keep_running(connector.name, connector.run)
             if config.learning.enabled:
                 learner = OnlineLearner(kibitz.store, kibitz.deployment, config, announce)
                 kibitz.start(learner.run(kibitz.health))
@@ -54,24 +54,25 @@ def serve(config: Config) -> None:
     run(main(), until_stopped=True)
 
 
-def _connectors(config: Config) -> list[Callable[[Kibitz], Connector]]:
+def _prepare_connectors(config: Config) -> list[Callable[[Kibitz], Connector]]:
     """What makes each connector that the config turns on. Tokens and addresses are looked at now, before anything starts."""
     access = Access(config.access)
     made: list[Callable[[Kibitz], Connector]] = []
     if config.discord.token_env:
-        from connectors.discord.connector import Discord, token
+        from connectors.discord.connector import Discord
+        from connectors.discord.token import read_token
 
-        bot_token = token(config.discord)
-        made.append(lambda kibitz: Discord(shared(kibitz, access), config.discord, bot_token))
+        bot_token = read_token(config.discord)
+        made.append(lambda kibitz: Discord(make_services(kibitz, access), config.discord, bot_token))
     if config.slack.bot_token_env or config.slack.app_token_env or config.slack.signing_secret_env:
         from connectors.slack.connector import Secrets, Slack
 
-        secrets = Secrets.of(config.slack)
-        made.append(lambda kibitz: Slack(shared(kibitz, access), config.slack, secrets))
+        secrets = Secrets.open(config.slack)
+        made.append(lambda kibitz: Slack(make_services(kibitz, access), config.slack, secrets))
     if config.web.enabled:
-        from connectors.web.server import Door, Web
+        from connectors.web.server import Endpoint, Web
 
-        door = Door.open(config.web)
+        door = Endpoint.open(config.web)
         announce(f"chat and API: {door.url}")
-        made.append(lambda kibitz: Web(shared(kibitz, access), door))
+        made.append(lambda kibitz: Web(make_services(kibitz, access), door))
     return made

@@ -10,7 +10,7 @@ from bot.config import Config
 from bot.output import announce, check_writable, console, progress_bar, write_json
 from bot.store.stores import open_stores
 from learning.rollout.loop import OnlineLearner
-from learning.training.choice import with_model
+from learning.training.choice import prepare_model
 from learning.training.pretrain import is_toy
 
 
@@ -30,15 +30,15 @@ def simulate(
     from learning.bench import simulated_people, simulation
 
     check_writable(json_file, plot)
-    usual = simulated_people.usual(is_toy(config.policy.model))
+    usual = simulated_people.choose_defaults(is_toy(config.policy.model))
     users, rounds = users or usual.users, rounds or usual.rounds
     messages = messages or usual.messages
     reaction_rate = usual.reaction_rate if reaction_rate is None else reaction_rate
-    utility = simulated_people.users(users)
+    utility = simulated_people.find_utility(users)
     database, _, _ = open_stores(config)
     simulation.check_only_simulated(database)
     database.close()
-    config, base = with_model(config)
+    config, base = prepare_model(config)
     played: list[simulation.Simulation] = []
 
     async def main() -> None:
@@ -46,18 +46,18 @@ def simulate(
             with progress_bar() as progress:
                 learner = OnlineLearner(kibitz.store, kibitz.deployment, config, announce, progress)
                 people = simulated_people.People(utility, reaction_rate, noise, config.seed)
-                asked = simulated_people.prompts(is_toy(base))
+                asked = simulated_people.read_prompts(is_toy(base))
                 play = simulation.Simulation(kibitz.dialogue, kibitz.policy, learner, people, asked, progress)
-                await play.run(rounds, messages, samples, lambda row: announce(row.line()))
+                await play.run(rounds, messages, samples, lambda row: announce(row.to_line()))
                 played.append(play)
 
     run(main())
     rows = played[0].rows
-    console.print(simulation.table(rows), simulation.samples_table(played[0].samples))
+    console.print(simulation.make_table(rows), simulation.make_samples_table(played[0].samples))
     if plot is not None:
         simulation.plot(rows, plot, f"users: {users}, {noise:.0%} noise, {reaction_rate:.0%} react")
         console.print(f"learning curve: {plot}")
     setup = {"users": users, "rounds": rounds, "messages": messages, "reaction_rate": reaction_rate, "noise": noise}
     setup |= {"samples": samples, "seed": config.seed, "model": config.policy.model}
     setup |= {"training": config.training.model_dump(), "gate": config.gate.model_dump()}
-    write_json(json_file, "simulate", simulation.figures(played[0], config.policy.model), setup)
+    write_json(json_file, "simulate", simulation.compute_figures(played[0], config.policy.model), setup)

@@ -21,7 +21,7 @@ from bot.errors import ConfigError, NothingToLearn
 from bot.output import announce, check_writable, console, print_figures, progress_bar, write_json
 from bot.store.stores import open_stores
 from learning.training import pretrain as pretraining
-from learning.training.choice import with_model
+from learning.training.choice import prepare_model
 
 if TYPE_CHECKING:
     from learning.judging.judgement import Judgement
@@ -37,18 +37,18 @@ def pretrain(
     json_file: JsonFile = None,
 ) -> None:
     """Make the toy policy, or tune the configured model on your own prompt-response pairs."""
-    from learning.importers.pairs import pairs as read_pairs
+    from learning.importers.pairs import read_pairs as read_pairs
 
     check_writable(json_file)
     if out is not None:
-        pretraining.check_place(out)
+        pretraining.check_output_directory(out)
     if pairs is None:
-        console.print(f"model: {with_model(choose_model(config, 'toy'))[1]}")
+        console.print(f"model: {prepare_model(choose_model(config, 'toy'))[1]}")
         return
     dialogues = list(read_pairs(pairs))
     if len(dialogues) < 2:
         raise ConfigError(f"{pairs}: holds {len(dialogues)} pairs; at least 2 are needed, one is held out")
-    config, model = with_model(config)
+    config, model = prepare_model(config)
     directory = out or config.data / "models" / f"pretrained-{pairs.stem}"
     with progress_bar() as progress:
         recipe = config.seed, epochs, learning_rate, progress, config.policy.template_args
@@ -71,7 +71,7 @@ def train(
 
     is_told = progress == "json"  # by whoever started this process, who has told of the model already
     tell = (lambda text: None) if is_told else announce
-    config, model = with_model(config, tell, serves=False)
+    config, model = prepare_model(config, tell, serves=False)
     database, _, registry = open_stores(config)
     registry.ensure_base(model)
     database.close()
@@ -86,12 +86,12 @@ def train(
         console.print(f"{outcome.policy}: {verdict}{'; it waits for more reactions' if outcome.waits else ''}")
         return
     try:
-        _tell(outcome=work(lambda stage, done, total: _tell(stage=stage, done=done, total=total)).as_json())
+        _write_line(outcome=work(lambda stage, done, total: _write_line(stage=stage, done=done, total=total)).as_json())
     except NothingToLearn as error:
-        _tell(nothing_to_learn=str(error))
+        _write_line(nothing_to_learn=str(error))
 
 
-def _tell(**values: Any) -> None:
+def _write_line(**values: Any) -> None:
     """One line for the parent process."""
     sys.stdout.write(json.dumps(values) + "\n")
     sys.stdout.flush()
@@ -110,10 +110,10 @@ def replay(
     from learning.training import replay as offline
 
     check_writable(json_file, plot)
-    recording = formats.read(file, format, config.reactions)
+    recording = formats.read_recording(file, format, config.reactions)
     for line in recording.lines():
         announce(line)
-    config, base = with_model(config, serves=False, replays=True)
+    config, base = prepare_model(config, serves=False, replays=True)
     database, store, registry = open_stores(config)
     registry.ensure_base(base)
     with progress_bar() as progress:

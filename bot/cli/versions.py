@@ -8,14 +8,14 @@ import typer
 from rich.table import Table
 
 from bot import output_files
-from bot.chat.texts import pause_text, status_text, waiting_text
+from bot.chat.texts import describe_pause, describe_status, describe_wait
 from bot.cli.options import JsonFile, command, path_option
 from bot.config import Config
-from bot.data_directory import HEALTH, is_held
+from bot.data_directory import HEALTH_FILE, is_locked
 from bot.errors import ConfigError, VerdictOutdated
 from bot.output import check_writable, console, write_json
 from bot.store.stores import open_stores
-from bot.supervision import failing_lines, read_failing
+from bot.supervision import describe_failures, read_failures
 from bot.types import PolicyState
 from learning.models import version_files
 
@@ -23,12 +23,12 @@ from learning.models import version_files
 @command()
 def status(config: Config) -> None:
     """What is live, what was said, what was learned."""
-    is_running = is_held(config.data, "serve")
+    is_running = is_locked(config.data, "serve")
     # First: the database may be what fails.
-    lines = failing_lines(read_failing(config.data / HEALTH)) if is_running else []
+    lines = describe_failures(read_failures(config.data / HEALTH_FILE)) if is_running else []
     console.print("\n".join([f"running: {'yes' if is_running else 'no'}", *lines]), markup=False)
     _, store, registry = open_stores(config)
-    console.print(status_text(store, registry))
+    console.print(describe_status(store, registry))
 
 
 @command()
@@ -42,15 +42,15 @@ def policies(config: Config) -> None:
             version.name,
             f"[bold green]{version.state}" if version.state == PolicyState.LIVE else version.state,
             version.parent or "",
-            _number(figures.kl),
-            _number(figures.gain),
+            _format_number(figures.kl),
+            _format_number(figures.gain),
             f"{version.created_at:%Y-%m-%d %H:%M}",
             "; ".join(figures.reasons) or figures.outcome,
         )
     console.print(table)
 
 
-def _number(value: float | None) -> str:
+def _format_number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
@@ -58,8 +58,8 @@ def _number(value: float | None) -> str:
 def rollback(config: Config) -> None:
     """Take the live version back; the one that it replaced answers again."""
     _, _, registry = open_stores(config)
-    taken_back, live = registry.rollback()
-    running = "; the running kibitz follows at once" if is_held(config.data, "serve") else ""
+    taken_back, live = registry.roll_back()
+    running = "; the running kibitz follows at once" if is_locked(config.data, "serve") else ""
     console.print(f"{taken_back.name} was taken back, {live.name} is live{running}")
 
 
@@ -70,15 +70,15 @@ def deploy(
 ) -> None:
     """Take a candidate live: a running kibitz, or the next one that starts, proves it on its vLLM first."""
     database, store, registry = open_stores(config)
-    candidate, live = registry.get(version), registry.live()
+    candidate, live = registry.get(version), registry.get_live()
     is_waiting = candidate.state == PolicyState.WAITING
     if (is_waiting or candidate.state == PolicyState.CANDIDATE) and candidate.judged_against != live.name:
         raise VerdictOutdated(version, candidate.judged_against, live.name)
     registry.request_deployment(version)
     if is_waiting:
-        told = f"{waiting_text(candidate, store)}; if it passes the gate then, it is proven and goes live"
+        told = f"{describe_wait(candidate, store)}; if it passes the gate then, it is proven and goes live"
     else:
-        when = "is proven now" if is_held(config.data, "serve") else "will be proven when kibitz starts"
+        when = "is proven now" if is_locked(config.data, "serve") else "will be proven when kibitz starts"
         told = f"{version} {when}, and goes live if vLLM serves it as it was trained; `kibitz policies` tells"
     database.close()
     console.print(told)
@@ -88,7 +88,7 @@ def deploy(
 def pause_learning(config: Config) -> None:
     """Train no new versions; used again, go on. A running kibitz follows."""
     _, _, registry = open_stores(config)
-    console.print(pause_text(registry.pause_learning()))
+    console.print(describe_pause(registry.toggle_learning()))
 
 
 @command()
@@ -112,7 +112,7 @@ def report(
     from learning.judging import report as reports
 
     database, _, registry = open_stores(config)
-    ran = {row["policy"]: row["outcome"] for row in registry.runs()}
+    ran = {row["policy"]: row["outcome"] for row in registry.list_runs()}
     if not ran:
         raise ConfigError("kibitz report: there was no training run yet; `kibitz train` makes one")
     whole = [one for one in ran if (Path(registry.get(one).path) / "manifest.json").is_file()]
@@ -120,9 +120,9 @@ def report(
     version = registry.get(name)
     page = out or Path(f"{name}.html")
     check_writable(page, json_file)
-    collected = reports.collected(version, ran.get(name, "was not made by a run"))
+    collected = reports.collect(version, ran.get(name, "was not made by a run"))
     database.close()
-    output_files.write_text(page, reports.html(collected))
+    output_files.write_text(page, reports.render_html(collected))
     console.print(f"report: {page}")
     if json_file is not None:
         write_json(json_file, "report", asdict(collected), {"run": name})

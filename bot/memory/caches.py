@@ -20,12 +20,12 @@ class Caches:
 
     def __init__(self, erasures: Erasures, recall: Recall, tokenizer: ChatTokenizer):
         self._erasures, self._recall, self._tokenizer = erasures, recall, tokenizer
-        self._noted = erasures.size()
+        self._noted = erasures.count_bytes()
         self._again_at = math.inf
 
-    async def look(self) -> None:
+    async def drop_forgotten(self) -> None:
         """Drop what was forgotten since the last look, if anything was."""
-        noted, clock = self._erasures.size(), asyncio.get_running_loop().time()
+        noted, clock = self._erasures.count_bytes(), asyncio.get_running_loop().time()
         if noted == self._noted and clock < self._again_at:
             return
         self._again_at = math.inf if noted == self._noted else clock + COMMIT_SECONDS

@@ -23,15 +23,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bot.config import Config
-from bot.errors import ConfigError, cause_of
+from bot.errors import ConfigError, quote_error
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
     from tokenizers import Tokenizer
 
 BUNDLED = "all-MiniLM-L6-v2"
-CHARACTERS = 2000  # of one text, at most: more than what is read of it
-TOKENS = 64  # of one text, at most: more cost time and find nothing more (docs/experiments.md)
+MAX_CHARACTERS = 2000  # of one text, at most: more than what is read of it
+MAX_TOKENS = 64  # of one text, at most: more cost time and find nothing more (docs/experiments.md)
 BATCH = 32
 
 
@@ -42,7 +42,7 @@ class Embedder:
         self.name = name
         self.space = f"{name} int8"
         self._file = directory / "embedders" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name)}-int8.onnx"
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="embedder", initializer=_later)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="embedder", initializer=_lower_priority)
 
     async def embed(self, texts: Sequence[str]) -> np.ndarray:
         """The unit vectors (n × dimensions, float32) of `texts`."""
@@ -50,16 +50,16 @@ class Embedder:
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """The same, in the caller's thread. Raises ConfigError where the model cannot be loaded."""
-        vectors = [self._batch(texts[start : start + BATCH]) for start in range(0, len(texts), BATCH)]
+        vectors = [self._encode_batch(texts[start : start + BATCH]) for start in range(0, len(texts), BATCH)]
         return np.concatenate(vectors) if vectors else np.zeros((0, 0), np.float32)
 
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown()
 
-    def _batch(self, texts: Sequence[str]) -> np.ndarray:
+    def _encode_batch(self, texts: Sequence[str]) -> np.ndarray:
         session, tokenizer = self._model
-        encoded = tokenizer.encode_batch([text[:CHARACTERS] for text in texts])
+        encoded = tokenizer.encode_batch([text[:MAX_CHARACTERS] for text in texts])
         feed = {
             "input_ids": np.array([one.ids for one in encoded], np.int64),
             "attention_mask": np.array([one.attention_mask for one in encoded], np.int64),
@@ -78,12 +78,12 @@ class Embedder:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1  # beside a busy vLLM, more threads are several times slower
         tokenizer = Tokenizer.from_file(str(words))
-        tokenizer.enable_truncation(TOKENS)
+        tokenizer.enable_truncation(MAX_TOKENS)
         tokenizer.enable_padding()
         return onnxruntime.InferenceSession(self._file, options, providers=["CPUExecutionProvider"]), tokenizer
 
 
-def _later() -> None:
+def _lower_priority() -> None:
     """What is embedded for later gives way to what somebody waits for, where threads have priorities of their own."""
     with contextlib.suppress(OSError, AttributeError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
@@ -107,7 +107,7 @@ def _export(name: str, file: Path, words: Path) -> None:
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"config key dialogue.embedder has value '{name}', which cannot be loaded "
-            f"({cause_of(error)}); give a model's directory, '{BUNDLED}', or 'none'"
+            f"({quote_error(error)}); give a model's directory, '{BUNDLED}', or 'none'"
         ) from error
 
     class Sentences(torch.nn.Module):
@@ -153,6 +153,6 @@ def _quiet() -> Iterator[None]:
         root.setLevel(level)
 
 
-def embedder_of(config: Config) -> Embedder | None:
+def make_embedder(config: Config) -> Embedder | None:
     """Return the embedding model that a config names, kept under its data directory; None for "none"."""
     return None if config.dialogue.embedder == "none" else Embedder(config.dialogue.embedder, config.data)

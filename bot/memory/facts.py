@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from bot.types import Message, Role
 
-LONGEST = 80  # characters of a value
-READ = 2000  # characters of a message that are read
+MAX_VALUE_CHARACTERS = 80  # characters of a value
+MAX_READ_CHARACTERS = 2000  # characters of a message that are read
 
 # What follows the pattern, up to the end of the clause, is the value. `{}` in a name is what the first group matched.
 # Where `many` is set, one may have several at once.
@@ -47,25 +47,25 @@ class Fact:
     """Something that somebody stated about themselves in a message."""
 
     person: str
-    about: str
+    attribute: str
     value: str
     message: Message
     may_be_many: bool = False
 
     def __str__(self) -> str:
-        return f"{self.person} {self.about} {self.value}"
+        return f"{self.person} {self.attribute} {self.value}"
 
 
-def stated(message: Message) -> list[Fact]:
+def find_facts(message: Message) -> list[Fact]:
     """The facts in one message; none in a question, and none in what the policy says."""
     if message.role != Role.USER:
         return []
-    text, found = message.text[:READ], []
+    text, found = message.text[:MAX_READ_CHARACTERS], []
     for pattern, name, many in _FACTS:
         for match in pattern.finditer(text):
             rest = text[match.end() :]
             end = _CLAUSE.search(rest)
-            value = rest[: end.start() if end else None].strip()[:LONGEST]
+            value = rest[: end.start() if end else None].strip()[:MAX_VALUE_CHARACTERS]
             value = _FILLER.sub("", value).strip(" '\"")
             if value and not (end and end.group() == "?"):
                 about = name.format(next((group.lower() for group in match.groups() if group), ""))
@@ -73,13 +73,13 @@ def stated(message: Message) -> list[Fact]:
     return found
 
 
-def sorted_out(said: Iterable[Message]) -> tuple[list[Fact], list[Fact]]:
+def resolve_facts(said: Iterable[Message]) -> tuple[list[Fact], list[Fact]]:
     """What holds, and what held once: of each thing the newest statement wins. Both in the order in which they were said."""
     holding: dict[tuple[str, ...], Fact] = {}
     former: list[Fact] = []
     for message in sorted(said, key=lambda one: (one.at, one.id)):
-        for fact in stated(message):
-            gone = {_key(fact), *_contradicted(fact)} & holding.keys()
+        for fact in find_facts(message):
+            gone = {_key(fact), *_find_opposites(fact)} & holding.keys()
             former += [holding.pop(key) for key in sorted(gone)]
             holding[_key(fact)] = fact
     return list(holding.values()), former
@@ -87,8 +87,8 @@ def sorted_out(said: Iterable[Message]) -> tuple[list[Fact], list[Fact]]:
 
 def _key(fact: Fact, about: str = "") -> tuple[str, ...]:
     thing = (fact.value.casefold(),) if fact.may_be_many else ()
-    return (fact.person, about or fact.about, *thing)
+    return (fact.person, about or fact.attribute, *thing)
 
 
-def _contradicted(fact: Fact) -> list[tuple[str, ...]]:
-    return [_key(fact, _OPPOSITE[fact.about])] if fact.about in _OPPOSITE else []
+def _find_opposites(fact: Fact) -> list[tuple[str, ...]]:
+    return [_key(fact, _OPPOSITE[fact.attribute])] if fact.attribute in _OPPOSITE else []

@@ -15,32 +15,32 @@ import sqlalchemy as sa
 
 from bot.memory.recall import Recall
 from bot.store.tables import UTCDateTime, followups, messages, turns
-from bot.store.words import words
+from bot.store.words import extract_words
 from bot.types import FollowUp, Message
 
-LEARNED = Path(__file__).parent / "followup_weights.json"
+WEIGHTS_FILE = Path(__file__).parent / "followup_weights.json"
 KINDS = ("approval", "disapproval", "correction", "repetition", "other")
 
 
-def features(text: str, question: str, answer: str, vectors: np.ndarray) -> np.ndarray:
+def compute_features(text: str, question: str, answer: str, vectors: np.ndarray) -> np.ndarray:
     """What is looked at (dimensions + 6): `vectors` (3 × dimensions) are those of the message, the question, the answer."""
-    said, asked, answered = (set(words(one)) for one in (text, question, answer))
+    said, asked, answered = (set(extract_words(one)) for one in (text, question, answer))
     shared = (len(said & asked) / max(1, len(said | asked)), len(said & answered) / max(1, len(said | answered)))
     asks = float(text.rstrip().endswith("?"))
     return np.concatenate([vectors[0], [*(vectors[1:] @ vectors[0]), *shared, asks, np.log1p(len(said)) / 4]])
 
 
-def chances(inputs: np.ndarray) -> dict[str, float]:
+def predict_chances(inputs: np.ndarray) -> dict[str, float]:
     """The calibrated probability of each kind."""
-    weights, bias = _learned()
+    weights, bias = _load_weights()
     scores = weights @ inputs + bias
     found = np.exp(scores - scores.max())
     return dict(zip(KINDS, (found / found.sum()).tolist(), strict=True))
 
 
 @cache
-def _learned() -> tuple[np.ndarray, np.ndarray]:
-    learned = json.loads(LEARNED.read_text())
+def _load_weights() -> tuple[np.ndarray, np.ndarray]:
+    learned = json.loads(WEIGHTS_FILE.read_text())
     return np.array(learned["weights"]), np.array(learned["bias"])
 
 
@@ -50,31 +50,33 @@ class FollowUps:
     def __init__(self, recall: Recall):
         self.recall = recall
         self.database = recall.memory.database
-        self._one_by_one = asyncio.Lock()
+        self._lock = asyncio.Lock()
 
-    async def note(self, message: Message) -> FollowUp | None:
+    async def record(self, message: Message) -> FollowUp | None:
         """Record what a message says about the answer before it, where its author had asked for that one."""
-        await self.recall.learned()
-        async with self._one_by_one:  # whoever waits for an answer comes in between
-            return await self.database.call(self._note, message)
+        await self.recall.flush()
+        async with self._lock:  # whoever waits for an answer comes in between
+            return await self.database.call(self._record, message)
 
-    def of(self, turn_id: str) -> list[FollowUp]:
+    def find_for_turn(self, turn_id: str) -> list[FollowUp]:
         """What was said after a turn."""
         with self.database.read() as connection:
             rows = connection.execute(followups.select().where(followups.c.turn_id == turn_id)).all()
         return [FollowUp(row.turn_id, row.message_id, row.chances) for row in rows]
 
-    def _note(self, message: Message) -> FollowUp | None:
+    def _record(self, message: Message) -> FollowUp | None:
         with self.database.read() as connection:
             turn = connection.execute(_BEFORE, {"place": message.conversation_id, "at": message.at}).one_or_none()
             if turn is None or turn.asker_id != message.author_id:
                 return None
         ids = [message.id, turn.message_id, turn.reply_id]
-        known = self.recall.memory.vectors(ids, self.recall.space)
+        known = self.recall.memory.read_vectors(ids, self.recall.space)
         if len(known) < len(ids):  # no embedder, or something was forgotten meanwhile
             return None
         vectors = np.stack([known[one] for one in ids])
-        found = FollowUp(turn.id, message.id, chances(features(message.text, turn.question, turn.answer, vectors)))
+        found = FollowUp(
+            turn.id, message.id, predict_chances(compute_features(message.text, turn.question, turn.answer, vectors))
+        )
         with self.database.begin() as connection:
             connection.execute(followups.delete().where(followups.c.message_id == message.id))
             connection.execute(followups.insert(), vars(found))

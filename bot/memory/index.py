@@ -18,12 +18,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bot.store.words import CHARACTERS, FUNCTION_WORDS, SAYS_SOMETHING, WORD, words
+from bot.store.words import CHARACTERS, FUNCTION_WORDS, MIN_CONTENT_WORDS, WORD, extract_words
 
 K1, B = 1.2, 0.75  # BM25
 POOL = (1.0, 0.5, 0.25)  # how much a turn and the two before it count in its pooled vector
 NEAR = 0.3  # the cosine, or the share of the question's words by their rarity, from which a message bears on it
-ALIKE = 0.25  # the cosine similarity of turns that follow each other, on average
+USUAL_SIMILARITY = 0.25  # the cosine similarity of turns that follow each other, on average
 TIMES = re.compile(
     r"\b(yesterday|today|tonight|tomorrow|ago|last|next|week\w*|month\w*|year\w*|weekend|morning|evening"
     r"|(?:mon|tues|wednes|thurs|fri|satur|sun)day|january|february|march|april|may|june|july|august|september|october"
@@ -46,7 +46,7 @@ class Entry:
     speaker: str
     text: str
     vector: np.ndarray | None = None
-    is_ours: bool = False  # the bot said it
+    is_from_kibitz: bool = False  # the bot said it
 
 
 Weights = Mapping[str, float]
@@ -65,7 +65,7 @@ class ScopeIndex:
         self._postings = _no_postings()
         self._length = array("i")
         self._content = array("i")  # how many words of its own each says
-        self._telling: dict[str, set[str]] = {}  # what says something: people's under "", ours by conversation
+        self._content_ids: dict[str, set[str]] = {}  # what says something: people's under "", ours by conversation
         self._kind = array("d")  # four of each: whether it asks, how long it is, whether it tells a time, whether a number
         self._vectors = np.zeros((0, 0), np.float32)
         self._has_vector = np.zeros(0, bool)
@@ -86,7 +86,7 @@ class ScopeIndex:
         gone = set(self.ids[:count])
         del self.ids[:count], self._speaker[:count], self._length[:count], self._content[:count], self._kind[: 4 * count]
         self.rows = {message_id: row for row, message_id in enumerate(self.ids)}
-        self._before = (_moved_down(self._before[0][count:], count), _moved_down(self._before[1][count:], count))
+        self._before = (_move_down(self._before[0][count:], count), _move_down(self._before[1][count:], count))
         last = {place: (row - count, max(-1, before - count)) for place, (row, before) in self._last.items()}
         self._last = {place: rows for place, rows in last.items() if rows[0] >= 0}
         postings = self._postings
@@ -94,9 +94,9 @@ class ScopeIndex:
         for word, (rows, times) in postings.items():
             first = bisect_left(rows, count)
             if first < len(rows):
-                self._postings[word] = (_moved_down(rows[first:], count), times[first:])
-        left = {place: ids - gone for place, ids in self._telling.items()}
-        self._telling = {place: ids for place, ids in left.items() if ids}
+                self._postings[word] = (_move_down(rows[first:], count), times[first:])
+        left = {place: ids - gone for place, ids in self._content_ids.items()}
+        self._content_ids = {place: ids for place, ids in left.items() if ids}
         self._vectors, self._has_vector = self._vectors[count:].copy(), self._has_vector[count:].copy()
         numbers = sorted(set(self._speaker))
         names = {number: name for name, number in self.speakers.items()}
@@ -110,43 +110,43 @@ class ScopeIndex:
         found.add(entries)
         found.ids += self.ids
         found._before = (
-            found._before[0] + _moved_down(self._before[0], -count),
-            found._before[1] + _moved_down(self._before[1], -count),
+            found._before[0] + _move_down(self._before[0], -count),
+            found._before[1] + _move_down(self._before[1], -count),
         )
-        for word in set(words(question)) & self._postings.keys():
+        for word in set(extract_words(question)) & self._postings.keys():
             rows, times = self._postings[word]
             mine, how_often = found._postings[word]
-            found._postings[word] = (mine + _moved_down(rows, -count), how_often + times)
+            found._postings[word] = (mine + _move_down(rows, -count), how_often + times)
         found._speaker += self._speaker
         found._length += self._length
         found._content += self._content
         found._kind += self._kind
         if self._vectors.size or found._vectors.size:
             size = (self._vectors if self._vectors.size else found._vectors).shape[1]
-            parts = [_rows(found, count, size), _rows(self, len(self), size)]
+            parts = [_copy_vectors(found, count, size), _copy_vectors(self, len(self), size)]
             found._vectors, found._has_vector = (np.concatenate(both) for both in zip(*parts, strict=True))
         return found
 
-    def complete(self, vectors: Mapping[str, np.ndarray]) -> None:
+    def add_vectors(self, vectors: Mapping[str, np.ndarray]) -> None:
         """Give messages that are there their vectors."""
         for message_id in vectors.keys() & self.rows.keys():
             self._set_vector(self.rows[message_id], vectors[message_id])
 
-    def lacks(self, entry: Entry) -> bool:
+    def is_missing(self, entry: Entry) -> bool:
         """Whether adding a message would change anything."""
         row = self.rows.get(entry.id)
         if row is None or entry.vector is None:
             return row is None
         return row >= len(self._has_vector) or not self._has_vector[row]
 
-    def tells(self, conversation: str, but: Collection[str]) -> bool:
+    def has_content_besides(self, conversation: str, but: Collection[str]) -> bool:
         """Whether anything but these messages says something that may be shown in a conversation.
 
         What the bot said itself counts only where it said it.
         """
-        return any(one not in but for place in ("", conversation) for one in self._telling.get(place, ()))
+        return any(one not in but for place in ("", conversation) for one in self._content_ids.get(place, ()))
 
-    def unembedded(self) -> list[str]:
+    def find_unembedded(self) -> list[str]:
         """The ids of the messages without a vector."""
         missing = np.ones(len(self.ids), bool)
         missing[: len(self._has_vector)] &= ~self._has_vector[: len(self.ids)]
@@ -154,19 +154,19 @@ class ScopeIndex:
 
     def rank(self, question: str, vector: np.ndarray | None, asker: str, weights: Weights) -> tuple[np.ndarray, np.ndarray]:
         """The rows of the scope, best first, and the score of each."""
-        signals = self.signals(question, vector, asker)
+        signals = self.compute_signals(question, vector, asker)
         total = sum(weights.get(name, 0.0) * values for name, values in signals.items())
         scores = np.asarray(total, np.float64) + np.zeros(len(self))
         return np.argsort(-scores, kind="stable"), scores
 
-    def near(self, question: str, vector: np.ndarray | None, asker: str = "") -> np.ndarray:
+    def find_near(self, question: str, vector: np.ndarray | None, asker: str = "") -> np.ndarray:
         """Whether each message (n, bool) says something that bears on the question at all, however it ranks.
 
         It says a few words of its own, and is like the question, shares its rarer words, or is by somebody whom it names.
         """
-        named, rest = self.addressed(question, asker)
+        named, rest = self.extract_speakers(question, asker)
         shared, all_of_it = np.zeros(len(self)), 0.0
-        for term in {word for word in words(rest) if word not in FUNCTION_WORDS}:
+        for term in {word for word in extract_words(rest) if word not in FUNCTION_WORDS}:
             rows = np.frombuffer(self._postings[term][0], np.int32) if term in self._postings else np.zeros(0, np.int32)
             rarity = _rarity(len(self), len(rows))
             shared[rows] += rarity
@@ -176,15 +176,15 @@ class ScopeIndex:
         if vector is not None and self._vectors.size:
             known = min(len(self), len(self._vectors))
             near[:known] |= self._vectors[:known] @ vector >= NEAR
-        return near & (np.frombuffer(self._content, np.int32) >= SAYS_SOMETHING)
+        return near & (np.frombuffer(self._content, np.int32) >= MIN_CONTENT_WORDS)
 
-    def signals(self, question: str, vector: np.ndarray | None, asker: str = "") -> dict[str, np.ndarray]:
+    def compute_signals(self, question: str, vector: np.ndarray | None, asker: str = "") -> dict[str, np.ndarray]:
         """Every signal for every message (n), each with zero mean and unit variance over the scope.
 
         `vector` is that of the question without the names of participants: a name finds the turns that greet somebody.
         """
-        named, rest = self.addressed(question, asker)
-        terms = [word for word in words(rest) if word not in FUNCTION_WORDS] or words(rest)
+        named, rest = self.extract_speakers(question, asker)
+        terms = [word for word in extract_words(rest) if word not in FUNCTION_WORDS] or extract_words(rest)
         turn, window, after = self._bm25(terms)
         found = {"bm25": turn, "bm25_window": window, "bm25_next": after}
         if vector is not None and self._vectors.size:
@@ -194,15 +194,15 @@ class ScopeIndex:
         found["asks"], found["length"] = kind[:, 0], kind[:, 1]
         found["time"] = kind[:, 2] * bool(WHEN.search(question))
         found["number"] = kind[:, 3] * bool(HOW_MANY.search(question))
-        return {name: _standardised(values) for name, values in found.items()}
+        return {name: _standardise(values) for name, values in found.items()}
 
-    def addressed(self, question: str, asker: str = "") -> tuple[set[int], str]:
+    def extract_speakers(self, question: str, asker: str = "") -> tuple[set[int], str]:
         """The speakers whom a question is about (their numbers), and the question without their names."""
         about: set[int] = set()
         rest = question[:CHARACTERS]
         folded = rest.casefold()
         for name, number in self.speakers.items():
-            for form in _forms(name):
+            for form in _list_name_forms(name):
                 if form.casefold() in folded:
                     pattern = rf"(?<!\w)@?{re.escape(form)}(?:['’]s)?(?!\w)"
                     rest, times = re.subn(pattern, " ", rest, flags=re.IGNORECASE)
@@ -221,15 +221,15 @@ class ScopeIndex:
         self._before[0].append(one)
         self._before[1].append(two)
         self._last[entry.conversation] = (row, one)
-        counts = Counter(words(entry.text))
+        counts = Counter(extract_words(entry.text))
         for word, count in counts.items():
             rows, times = self._postings[word]
             rows.append(row)
             times.append(count)
         content = len(counts.keys() - FUNCTION_WORDS)
         self._content.append(content)
-        if content >= SAYS_SOMETHING:
-            self._telling.setdefault(entry.conversation if entry.is_ours else "", set()).add(entry.id)
+        if content >= MIN_CONTENT_WORDS:
+            self._content_ids.setdefault(entry.conversation if entry.is_from_kibitz else "", set()).add(entry.id)
         length = sum(counts.values())
         self._length.append(length)
         text = entry.text[:CHARACTERS]
@@ -247,7 +247,7 @@ class ScopeIndex:
         length = np.linalg.norm(vector.astype(np.float32))
         self._vectors[row], self._has_vector[row] = vector / (length or 1.0), True
 
-    def _shifted(self, values: np.ndarray, steps: int) -> np.ndarray:
+    def _shift(self, values: np.ndarray, steps: int) -> np.ndarray:
         """The values of the turns that stand `steps` before each, in its conversation; 0 where there is none."""
         before = np.frombuffer(self._before[steps - 1], np.int32)
         return np.where(before >= 0, values[before], 0.0)
@@ -256,7 +256,7 @@ class ScopeIndex:
         """The scores of each turn, of each turn with the two before it, and of the turn after each."""
         count = len(self)
         length = np.frombuffer(self._length, np.int32).astype(float) if count else np.zeros(0)
-        wide = length + self._shifted(length, 1) + self._shifted(length, 2) if count else length
+        wide = length + self._shift(length, 1) + self._shift(length, 2) if count else length
         turn, window = np.zeros(count), np.zeros(count)
         for term, weight in Counter(terms).items():
             if term not in self._postings:
@@ -264,8 +264,8 @@ class ScopeIndex:
             rows, times = self._postings[term]
             frequency = np.zeros(count)
             frequency[np.frombuffer(rows, np.int32)] = np.frombuffer(times, np.int32)
-            turn += weight * _term(frequency, length)
-            window += weight * _term(frequency + self._shifted(frequency, 1) + self._shifted(frequency, 2), wide)
+            turn += weight * _score_term(frequency, length)
+            window += weight * _score_term(frequency + self._shift(frequency, 1) + self._shift(frequency, 2), wide)
         after = np.zeros(count)
         if count:
             before = np.frombuffer(self._before[0], np.int32)
@@ -281,10 +281,12 @@ class ScopeIndex:
         similar = np.where(has, similar, similar[has].mean() if has.any() else 0.0)
         weights = [np.full(count, POOL[0])]
         weights += [POOL[step] * (np.frombuffer(self._before[step - 1], np.int32) >= 0) for step in (1, 2)]
-        pooled = POOL[0] * similar + sum(POOL[step] * self._shifted(similar, step) for step in (1, 2))
+        pooled = POOL[0] * similar + sum(POOL[step] * self._shift(similar, step) for step in (1, 2))
         # The length of the pooled vector, if turns that follow each other are as alike as they are on average.
         square = sum(weight**2 for weight in weights)
-        square = square + 2 * ALIKE * (weights[0] * weights[1] + weights[0] * weights[2] + weights[1] * weights[2])
+        square = square + 2 * USUAL_SIMILARITY * (
+            weights[0] * weights[1] + weights[0] * weights[2] + weights[1] * weights[2]
+        )
         return {"dense": similar, "pooled": pooled / np.sqrt(square)}
 
 
@@ -292,13 +294,13 @@ def _no_postings() -> defaultdict[str, tuple["array[int]", "array[int]"]]:
     return defaultdict(lambda: (array("i"), array("i")))
 
 
-def _moved_down(rows: "array[int]", count: int) -> "array[int]":
+def _move_down(rows: "array[int]", count: int) -> "array[int]":
     """Row numbers less `count`; -1, which stands for none, where that is below 0."""
     numbers = np.frombuffer(rows, np.int32) if rows else np.zeros(0, np.int32)
     return array("i", np.where(numbers < max(count, 0), -1, numbers - count).astype(np.int32).tobytes())
 
 
-def _rows(index: ScopeIndex, count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+def _copy_vectors(index: ScopeIndex, count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """The vectors (count × size) of an index, and which messages have one."""
     vectors, has = np.zeros((count, size), np.float32), np.zeros(count, bool)
     known = min(count, len(index._vectors))
@@ -307,7 +309,7 @@ def _rows(index: ScopeIndex, count: int, size: int) -> tuple[np.ndarray, np.ndar
     return vectors, has
 
 
-def _term(frequency: np.ndarray, length: np.ndarray) -> np.ndarray:
+def _score_term(frequency: np.ndarray, length: np.ndarray) -> np.ndarray:
     """What one word adds to BM25 of each document."""
     count, holding = len(frequency), int(np.count_nonzero(frequency))
     rarity = _rarity(count, holding)
@@ -320,12 +322,12 @@ def _rarity(count: int, holding: int) -> float:
     return math.log1p((count - holding + 0.5) / (holding + 0.5))
 
 
-def _standardised(values: np.ndarray) -> np.ndarray:
+def _standardise(values: np.ndarray) -> np.ndarray:
     spread = values.std() if len(values) else 0.0
     return (values - values.mean()) / spread if spread > 1e-9 else np.zeros(len(values))
 
 
-def _forms(name: str) -> list[str]:
+def _list_name_forms(name: str) -> list[str]:
     """How a participant may be named: the whole handle, and the parts of a name that is written with spaces."""
     parts = [part for part in name.split() if len(part) > 2]
     return [name, *parts] if len(parts) > 1 else [name]

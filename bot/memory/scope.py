@@ -14,14 +14,14 @@ import sqlalchemy as sa
 
 from bot.memory.index import Entry
 from bot.store import word_index
-from bot.store.conversations import MESSAGE, ConversationStore, as_message
+from bot.store.conversations import MESSAGE_COLUMNS, ConversationStore, as_message
 from bot.store.database import Database
-from bot.store.sources import authors_behind
-from bot.store.tables import chunks, conversations, embeddings, messages, scope_of, turns, users
+from bot.store.sources import find_authors_behind
+from bot.store.tables import chunks, compute_scope, conversations, embeddings, messages, turns, users
 from bot.types import FORGOTTEN, Conversation, Message, Role
 
-Text = tuple[str, str]  # a message's id and its text
-BEFORE = 2  # messages that one is ranked together with
+MessageText = tuple[str, str]  # a message's id and its text
+MESSAGES_BEFORE = 2  # messages that one is ranked together with
 
 
 class Memory:
@@ -31,25 +31,25 @@ class Memory:
         self.database = database
         self.across_channels = across_channels
 
-    def scope(self, place: Conversation) -> str:
+    def scope_key(self, place: Conversation) -> str:
         """What names the scope of a conversation: conversations of one scope may see the same."""
         wide = self.across_channels and place.is_public
         return "\0".join((place.platform, place.space, *(() if wide else (place.channel,)), str(wide)))
 
-    def place(self, conversation_id: str) -> Conversation:
+    def read_conversation(self, conversation_id: str) -> Conversation:
         """A conversation by its id."""
-        return ConversationStore(self.database).conversation(conversation_id)
+        return ConversationStore(self.database).read_conversation(conversation_id)
 
-    def since(self, place: Conversation, after: str, space: str, limit: int | None = None) -> list[Entry]:
+    def read_since(self, place: Conversation, after: str, space: str, limit: int | None = None) -> list[Entry]:
         """The messages of a conversation's scope that came after one (or "" for all), oldest first, with their vectors in
         `space`; of more than `limit` the newest.
         """
         with self.database.read() as connection:
             values = self._values(connection, place) | {"vectors": space, "after": after, "most": limit}
             rows = connection.execute(_SINCE if limit is None else _NEWEST_SINCE, values).all()
-        return _entries(rows)
+        return _make_entries(rows)
 
-    def older(self, place: Conversation, question: str, before: str, space: str, limit: int) -> list[Entry]:
+    def find_older(self, place: Conversation, question: str, before: str, space: str, limit: int) -> list[Entry]:
         """Those `limit` messages of a scope older than one that share the rarest words with a question, each with the two
         before it in its conversation, oldest first.
         """
@@ -57,23 +57,23 @@ class Memory:
             values = self._values(connection, place) | {"vectors": space}
             ids = word_index.find(connection, values["scopes"], question, before, limit)
             wanted = set(ids)
-            for _ in range(BEFORE):
+            for _ in range(MESSAGES_BEFORE):
                 ids = [one for one in connection.execute(_PREVIOUS, {"ids": ids}).scalars() if one is not None]
                 wanted.update(ids)
-            return _entries(connection.execute(_OF_IDS, values | {"ids": sorted(wanted)}).all())
+            return _make_entries(connection.execute(_OF_IDS, values | {"ids": sorted(wanted)}).all())
 
     def _values(self, connection: sa.Connection, place: Conversation) -> dict[str, Any]:
-        own = scope_of(place.platform, place.space, place.channel)
+        own = compute_scope(place.platform, place.space, place.channel)
         scopes = {own}
         if self.across_channels and place.is_public:
             public = connection.execute(_PUBLIC, {"platform": place.platform, "in_space": place.space}).scalars()
             scopes.update(scope for scope in public if scope is not None)
         return {"own": own, "scopes": sorted(scopes)}
 
-    def visible(self, conversation_id: str, ids: Sequence[str]) -> dict[str, Message]:
+    def find_visible(self, conversation_id: str, ids: Sequence[str]) -> dict[str, Message]:
         """Those of these messages that may be shown in a conversation now: in its scope, not forgotten, not answered anew,
         and neither by anybody who withholds consent nor made from their words."""
-        place = self.place(conversation_id)
+        place = self.read_conversation(conversation_id)
         found: dict[str, Message] = {}
         with self.database.read() as connection:
             values = self._values(connection, place) | {"platform": place.platform}
@@ -83,23 +83,23 @@ class Memory:
             if unwilling:
                 answers = [one.id for one in found.values() if one.role == Role.ASSISTANT]
                 made = {row.id: row.reply_id for row in connection.execute(_ANSWERS, {"ids": answers})}
-                for turn_id, people in authors_behind(connection, made).items():
+                for turn_id, people in find_authors_behind(connection, made).items():
                     if people & unwilling:
                         del found[made[turn_id]]
         return found
 
-    def kept(self, ids: Iterable[str]) -> set[str]:
+    def find_remaining(self, ids: Iterable[str]) -> set[str]:
         """Those of these messages that still say something: neither forgotten nor gone."""
         with self.database.read() as connection:
             return {one for some in chunks(ids) for one in connection.execute(_KEPT, {"ids": some}).scalars()}
 
-    def vectors(self, ids: Sequence[str], space: str) -> dict[str, np.ndarray]:
+    def read_vectors(self, ids: Sequence[str], space: str) -> dict[str, np.ndarray]:
         """The unit vectors (1-D float32) in `space` of those of these messages that have one."""
         with self.database.read() as connection:
             rows = connection.execute(_VECTORS, {"ids": list(ids), "vectors": space})
-            return {row.message_id: _unpacked(row.vector) for row in rows}
+            return {row.message_id: _unpack(row.vector) for row in rows}
 
-    def keep(self, texts: Sequence[Text], vectors: np.ndarray, space: str) -> dict[str, np.ndarray]:
+    def store_vectors(self, texts: Sequence[MessageText], vectors: np.ndarray, space: str) -> dict[str, np.ndarray]:
         """Keep the unit vectors (n × dimensions, float32) of messages, unless their text is another by now, or gone.
 
         Returns those that were kept, as they are kept.
@@ -111,35 +111,35 @@ class Memory:
                 if row is not None and row.text == text:
                     connection.execute(_FORGET, {"id": message_id})
                     place = {"conversation_id": row.conversation_id, "message_id": message_id}
-                    packed = _packed(vector)
+                    packed = _pack(vector)
                     connection.execute(_KEEP, place | {"space": space, "vector": packed})
                     kept[message_id] = np.frombuffer(packed, np.int8)
         return kept
 
-    def missing(self, space: str, after: str, limit: int) -> list[Text]:
+    def find_unembedded(self, space: str, after: str, limit: int) -> list[MessageText]:
         """Messages without a vector in `space`, by id, after one of them ("" for the first)."""
         with self.database.read() as connection:
             rows = connection.execute(_MISSING, {"vectors": space, "after": after, "most": limit})
             return [(row.id, row.text) for row in rows]
 
-    def count_missing(self, space: str) -> int:
+    def count_unembedded(self, space: str) -> int:
         """How many messages have no vector in `space`."""
         query = sa.select(sa.func.count()).select_from(_MISSING.order_by(None).limit(None).subquery())
         with self.database.read() as connection:
             return connection.execute(query, {"vectors": space, "after": ""}).scalar_one()
 
 
-def _packed(vector: np.ndarray) -> bytes:
+def _pack(vector: np.ndarray) -> bytes:
     """A vector's direction in eight bits a dimension."""
     return np.round(vector * (127 / max(float(np.abs(vector).max()), 1e-9))).astype(np.int8).tobytes()
 
 
-def _unpacked(packed: bytes) -> np.ndarray:
+def _unpack(packed: bytes) -> np.ndarray:
     vector = np.frombuffer(packed, np.int8).astype(np.float32)
     return vector / (np.linalg.norm(vector) or 1.0)
 
 
-def _entries(rows: Iterable[Any]) -> list[Entry]:
+def _make_entries(rows: Iterable[Any]) -> list[Entry]:
     return [
         Entry(
             row.id,
@@ -201,7 +201,7 @@ _superseded = _superseded.where(turns.c.reply_id == messages.c.id).correlate(mes
 _unwilling = sa.select(users.c.user_id).where(~users.c.consent, users.c.platform == sa.bindparam("platform"))
 _ANSWERS = sa.select(turns.c.id, turns.c.reply_id).where(turns.c.reply_id.in_(sa.bindparam("ids", expanding=True)))
 _VISIBLE = (
-    sa.select(*MESSAGE)
+    sa.select(*MESSAGE_COLUMNS)
     .join(conversations, conversations.c.id == messages.c.conversation_id)
     .where(
         messages.c.id.in_(sa.bindparam("ids", expanding=True)),

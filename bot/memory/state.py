@@ -14,74 +14,74 @@ from dataclasses import dataclass
 import numpy as np
 
 from bot.memory.embedder import Embedder
-from bot.memory.facts import Fact, sorted_out
-from bot.memory.topics import shifts
-from bot.store.words import FUNCTION_WORDS, words
+from bot.memory.facts import Fact, resolve_facts
+from bot.memory.topics import find_topic_starts
+from bot.store.words import FUNCTION_WORDS, extract_words
 from bot.types import FORGOTTEN, Message, Role
 
-LATEST = 400  # messages that are looked at; facts and questions older than that are found by retrieval
-ANSWERS = 4  # messages after a question among which an answer to it is looked for
-ALIKE = 0.35  # cosine similarity from which a message by somebody else is taken for an answer
-TASK = re.compile(
+LATEST_MESSAGES = 400  # messages that are looked at; facts and questions older than that are found by retrieval
+ANSWER_WINDOW = 4  # messages after a question among which an answer to it is looked for
+ANSWER_SIMILARITY = 0.35  # cosine similarity from which a message by somebody else is taken for an answer
+REQUEST_PATTERN = re.compile(
     r"\b(?:remind (?:me|us)|don't forget|to-?do|(?:can|could|would|will) you(?: please)?|please)\b", re.IGNORECASE
 )
 
 
 @dataclass(frozen=True)
-class State:
+class ConversationState:
     """The state of one conversation."""
 
     topic: list[Message]  # the messages since the topic last changed
     participants: dict[str, int]  # how many messages each wrote, who wrote last first
-    open: list[Message]  # questions and requests that nobody answered yet
+    unanswered: list[Message]  # questions and requests that nobody answered yet
     facts: list[Fact]
     former_facts: list[Fact]  # what was stated once and is something else by now
 
 
-def derived(messages: Sequence[Message], embedder: Embedder | None) -> State:
+def derive_state(messages: Sequence[Message], embedder: Embedder | None) -> ConversationState:
     """The state that these messages (of one conversation, oldest first) have come to.
 
     Without an embedder topics are told apart by their words alone, and less well.
     """
-    said = [one for one in messages if one.author_id != FORGOTTEN and one.text.strip()][-LATEST:]
-    vectors = _vectors([one.text for one in said], embedder)
-    begins = np.flatnonzero(shifts([one.text for one in said], vectors)) if said else [0]
+    said = [one for one in messages if one.author_id != FORGOTTEN and one.text.strip()][-LATEST_MESSAGES:]
+    vectors = _embed_texts([one.text for one in said], embedder)
+    begins = np.flatnonzero(find_topic_starts([one.text for one in said], vectors)) if said else [0]
     writers = [one.author_id for one in said if one.role == Role.USER]
     counts = Counter(writers)
-    facts, former = sorted_out(said)
-    return State(
+    facts, former = resolve_facts(said)
+    return ConversationState(
         topic=said[int(begins[-1]) :],
         participants={name: counts[name] for name in dict.fromkeys(reversed(writers))},
-        open=[one for number, one in enumerate(said) if _asks(one) and not _answered(number, said, vectors)],
+        unanswered=[one for number, one in enumerate(said) if _is_request(one) and not _is_answered(number, said, vectors)],
         facts=facts,
         former_facts=former,
     )
 
 
-def _asks(message: Message) -> bool:
+def _is_request(message: Message) -> bool:
     text = message.text.rstrip()
-    return message.role == Role.USER and (text.endswith(("?", "？")) or bool(TASK.search(text[:500])))
+    return message.role == Role.USER and (text.endswith(("?", "？")) or bool(REQUEST_PATTERN.search(text[:500])))
 
 
-def _answered(number: int, said: Sequence[Message], vectors: np.ndarray) -> bool:
+def _is_answered(number: int, said: Sequence[Message], vectors: np.ndarray) -> bool:
     """Whether somebody else replied to it, or soon said something like it that asks nothing."""
     asked = said[number]
     for later in range(number + 1, len(said)):
         other = said[later]
         if other.reply_to == asked.id:
             return True
-        near = later <= number + ANSWERS and other.author_id != asked.author_id
-        if near and not _asks(other) and float(vectors[number] @ vectors[later]) >= ALIKE:
+        near = later <= number + ANSWER_WINDOW and other.author_id != asked.author_id
+        if near and not _is_request(other) and float(vectors[number] @ vectors[later]) >= ANSWER_SIMILARITY:
             return True
     return False
 
 
-def _vectors(texts: Sequence[str], embedder: Embedder | None) -> np.ndarray:
+def _embed_texts(texts: Sequence[str], embedder: Embedder | None) -> np.ndarray:
     """A unit vector for each text (n × dimensions): of its meaning, or without an embedder of its words."""
     if embedder is not None:
         return embedder.encode(texts)
     vectors = np.zeros((len(texts), 1024), np.float32)
     for row, text in enumerate(texts):
-        for word in set(words(text)) - FUNCTION_WORDS:
+        for word in set(extract_words(text)) - FUNCTION_WORDS:
             vectors[row, zlib.crc32(word.encode()) % vectors.shape[1]] = 1
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-LEARNED = Path(__file__).parent / "topic_weights.json"
+WEIGHTS_FILE = Path(__file__).parent / "topic_weights.json"
 BACK = 4  # messages before it that a message is compared with
 
 
-def features(texts: Sequence[str], vectors: np.ndarray) -> np.ndarray:
+def compute_features(texts: Sequence[str], vectors: np.ndarray) -> np.ndarray:
     """How each message but the first compares with those before it (n - 1 × 10). `vectors` (n × d) have unit length."""
     rows = []
     for now in range(1, len(texts)):
@@ -39,10 +39,10 @@ def features(texts: Sequence[str], vectors: np.ndarray) -> np.ndarray:
     return np.array(rows).reshape(-1, 10)
 
 
-def shifts(texts: Sequence[str], vectors: np.ndarray, path: Path = LEARNED) -> np.ndarray:
+def find_topic_starts(texts: Sequence[str], vectors: np.ndarray, path: Path = WEIGHTS_FILE) -> np.ndarray:
     """Whether each message (n, bool) begins a new topic; the first does."""
     learned = json.loads(path.read_text())
     if not len(texts):
         return np.zeros(0, bool)
-    chance = features(texts, vectors) @ np.array(learned["weights"]) + learned["bias"]
+    chance = compute_features(texts, vectors) @ np.array(learned["weights"]) + learned["bias"]
     return np.concatenate([[True], chance > learned["threshold"]])

@@ -17,12 +17,12 @@ NEIGHBOURS = "vllm.model_executor.models."
 ASK_VLLM = "import sys; from vllm.config import ModelConfig; ModelConfig(model=sys.argv[1])"
 
 
-def is_served(architecture: str, model: str) -> bool:
+def can_serve(architecture: str, model: str) -> bool:
     """Tell whether the installed vLLM can serve a model's architecture; True where no vLLM is installed to ask.
 
     What its table does not name it may still serve through transformers: then it is asked, which takes some seconds.
     """
-    table = vllm_table()
+    table = read_vllm_table()
     if not table or architecture in table:
         return True
     command = [sys.executable, "-c", ASK_VLLM, model]
@@ -32,33 +32,33 @@ def is_served(architecture: str, model: str) -> bool:
         return True  # it will say so itself
 
 
-def takes_adapters(architecture: str) -> bool:
+def can_serve_adapters(architecture: str) -> bool:
     """Tell whether vLLM serves LoRA adapters on an architecture; True for those that its table does not name."""
-    entry = vllm_table().get(architecture)
-    return entry is None or _inherits(*entry, frozenset())
+    entry = read_vllm_table().get(architecture)
+    return entry is None or _supports_adapters(*entry, frozenset())
 
 
-def is_trained(model_type: str) -> bool:
+def can_train(model_type: str) -> bool:
     """Tell whether transformers has a decoder with an output layer for a `model_type`."""
-    table = _tables(
-        _package("transformers") / "models" / "auto" / "modeling_auto.py", ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",)
+    table = _read_tables(
+        _find_package("transformers") / "models" / "auto" / "modeling_auto.py", ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",)
     )
     return not table or model_type in table
 
 
 @cache
-def vllm_table() -> dict[str, tuple[str, str]]:
+def read_vllm_table() -> dict[str, tuple[str, str]]:
     """Read vLLM's table of architectures: the module and the class that serves each. Empty without vLLM."""
-    found = _tables(_package("vllm") / "model_executor" / "models" / "registry.py", TABLES)
+    found = _read_tables(_find_package("vllm") / "model_executor" / "models" / "registry.py", TABLES)
     return {name: entry for name, entry in found.items() if isinstance(entry, tuple) and len(entry) == 2}
 
 
-def _package(name: str) -> Path:
+def _find_package(name: str) -> Path:
     found = importlib.util.find_spec(name)
     return Path((found.submodule_search_locations or [""])[0]) if found else Path("nowhere")
 
 
-def _tables(file: Path, names: tuple[str, ...]) -> dict:
+def _read_tables(file: Path, names: tuple[str, ...]) -> dict:
     """The literal entries of dicts and OrderedDicts that a module assigns to some names."""
     if not file.is_file():
         return {}
@@ -82,26 +82,26 @@ def _tables(file: Path, names: tuple[str, ...]) -> dict:
     return found
 
 
-def _inherits(module: str, name: str, seen: frozenset[tuple[str, str]]) -> bool:
+def _supports_adapters(module: str, name: str, seen: frozenset[tuple[str, str]]) -> bool:
     """Whether one of vLLM's model classes says that it takes adapters, itself or through what it is made of."""
-    file = _package("vllm") / "model_executor" / "models" / f"{module}.py"
+    file = _find_package("vllm") / "model_executor" / "models" / f"{module}.py"
     if (module, name) in seen or not file.is_file():
         return not file.is_file()  # a package, or elsewhere: vLLM will say so itself
-    imported, classes = _names(file)
+    imported, classes = _read_classes(file)
     if name not in classes:
-        return name not in imported or _inherits(imported[name], name, seen | {(module, name)})
+        return name not in imported or _supports_adapters(imported[name], name, seen | {(module, name)})
     for base in classes[name]:
         if base == "SupportsLoRA":
             return True
-        if base in classes and _inherits(module, base, seen | {(module, name)}):
+        if base in classes and _supports_adapters(module, base, seen | {(module, name)}):
             return True
-        if base in imported and base not in classes and _inherits(imported[base], base, seen | {(module, name)}):
+        if base in imported and base not in classes and _supports_adapters(imported[base], base, seen | {(module, name)}):
             return True
     return False
 
 
 @cache
-def _names(file: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
+def _read_classes(file: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
     """What a module imports from its neighbours (and from which), and its classes with the names of their bases."""
     imported: dict[str, str] = {}
     classes: dict[str, list[str]] = {}

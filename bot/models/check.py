@@ -11,25 +11,25 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from bot.accelerator import GIB, Card, free_memory, has_gpu, read_card
+from bot.accelerator import GIB, Card, has_gpu, read_card, read_free_memory
 from bot.config import Config, PolicyConfig
-from bot.errors import ConfigError, KibitzError, cause_of
-from bot.models.architectures import is_served, is_trained, takes_adapters
-from bot.models.dtype import served_dtype
+from bot.errors import ConfigError, KibitzError, quote_error
+from bot.models.architectures import can_serve, can_serve_adapters, can_train
+from bot.models.dtype import choose_dtype
 from bot.models.memory_budget import MemoryPlan, plan_memory, weights_bytes
 from bot.models.shape import (
-    BITS,
+    DTYPE_BYTES,
     ModelShape,
-    all_tensor_shapes,
     has_output_bias,
+    list_weight_files,
+    make_config_error,
+    make_unreadable_error,
+    read_all_tensor_shapes,
     read_settings,
     read_shape,
-    tensor_shapes,
-    unreadable,
-    unusable_config,
-    weight_files,
+    read_tensor_shapes,
 )
-from bot.models.thoughts import CHANNEL
+from bot.models.thoughts import CHANNEL_MARK
 from bot.models.tokenizer import ChatTokenizer
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
@@ -49,14 +49,14 @@ def check_model(config: Config, model: str, serves: bool = True) -> MemoryPlan |
     if config.learning.enabled or not serves:
         check_temperature(config, model)
     tokenizer = check_tokenizer(config, model, shape)
-    served = config.model_copy(update={"policy": tokenizer.with_thoughts(config.policy)})
+    served = config.model_copy(update={"policy": tokenizer.with_thought_tokens(config.policy)})
     check_context(served.policy, shape)
     check_disk(config, shape)
     check_download(config, model, shape)
     return check_memory(served, model, shape) if serves else None
 
 
-def explain_refusal(name: str, error: Exception) -> None:
+def raise_if_refused(name: str, error: Exception) -> None:
     """Raise ConfigError where a hub refused a model for a reason that its error names; otherwise return."""
     said = str(error)
     if "gated" in said.lower() or "401 Client Error" in said:
@@ -81,14 +81,16 @@ def check_files(config: Config, model: str) -> None:
     if not directory.is_dir():
         return
     name = config.policy.model
-    files = weight_files(directory)
+    files = list_weight_files(directory)
     if not files:
         raise ConfigError(f"policy.model '{name}': there are no weights (*.safetensors) in {directory}; download it again")
     for file in files:
         if file.suffix == ".safetensors":
-            tensor_shapes(file)
+            read_tensor_shapes(file)
         elif not _is_saved_by_torch(file):
-            raise unreadable(file, "torch did not write it, or it is cut off" if file.is_file() else "there is no such file")
+            raise make_unreadable_error(
+                file, "torch did not write it, or it is cut off" if file.is_file() else "there is no such file"
+            )
     if all(file.suffix == ".safetensors" for file in files):
         _check_tensors(name, directory)
 
@@ -100,8 +102,8 @@ def _check_config(config: Config, model: str) -> None:
     try:
         AutoConfig.from_pretrained(model)
     except Exception as error:  # each architecture has checks of its own, which raise anything
-        explain_refusal(config.policy.model, error)
-        raise unusable_config(config.policy.model, error) from error
+        raise_if_refused(config.policy.model, error)
+        raise make_config_error(config.policy.model, error) from error
 
 
 def _is_saved_by_torch(file: Path) -> bool:
@@ -114,7 +116,7 @@ def _is_saved_by_torch(file: Path) -> bool:
 
 def _check_tensors(name: str, directory: Path) -> None:
     """Refuse weights that have another vocabulary, width or number of layers than config.json says."""
-    tensors, settings = all_tensor_shapes(directory), read_settings(str(directory))
+    tensors, settings = read_all_tensor_shapes(directory), read_settings(str(directory))
     if not tensors:
         raise ConfigError(f"policy.model '{name}': the weights in {directory} have no tensors; download it again")
     found = next(((one, shape) for one, shape in tensors.items() if one.endswith(EMBEDDINGS)), None)
@@ -157,7 +159,8 @@ def check_weights(config: Config, model: str) -> None:
             )
     except Exception as error:  # each architecture has code of its own, which raises anything
         raise ConfigError(
-            f"policy.model '{name}': transformers cannot make the model that its config.json describes ({cause_of(error)}); "
+            f"policy.model '{name}': transformers cannot make the model that its config.json describes "
+            f"({quote_error(error)}); "
             "take the config.json that belongs to the weights"
         ) from error
     if missing := sorted(found["missing_keys"]):
@@ -214,19 +217,19 @@ def check_architecture(config: Config, model: str) -> None:
         )
     architecture = str(named[0])
     kind = str(settings.get("model_type") or "")
-    if not is_trained(kind) and "auto_map" not in settings:
+    if not can_train(kind) and "auto_map" not in settings:
         raise ConfigError(
             f"policy.model '{name}' has model_type '{kind}', of which the installed transformers has no decoder to train; "
             "name a causal language model, or update transformers"
         )
     if config.serving.url:
         return  # that server has its model already
-    if not is_served(architecture, model):
+    if not can_serve(architecture, model):
         raise ConfigError(
             f"policy.model '{name}' has the architecture '{architecture}', which the installed vLLM does not serve; "
             "name another model (https://docs.vllm.ai lists them), or update vLLM"
         )
-    if not takes_adapters(architecture):
+    if not can_serve_adapters(architecture):
         raise ConfigError(
             f"policy.model '{name}' has the architecture '{architecture}', on which the installed vLLM serves no LoRA "
             "adapters; name another model, such as one of the Llama, Qwen or Gemma families"
@@ -286,12 +289,12 @@ def check_tokenizer(config: Config, model: str, shape: ModelShape) -> ChatTokeni
         raise
     except Exception as error:  # a template is a program: it may raise anything
         raise ConfigError(
-            f"policy.model '{name}': its chat template fails on a single message ({cause_of(error)}); "
+            f"policy.model '{name}': its chat template fails on a single message ({quote_error(error)}); "
             "correct chat_template.jinja, or take another model"
         ) from error
     if tokenizer.has_channels:
         raise ConfigError(
-            f"policy.model '{name}' answers in channels ({CHANNEL}), in which kibitz cannot tell thoughts from what is "
+            f"policy.model '{name}' answers in channels ({CHANNEL_MARK}), in which kibitz cannot tell thoughts from what is "
             "said; name a model that thinks between two marks, such as <think>, or not at all"
         )
     if not ids:
@@ -309,12 +312,12 @@ def check_memory(config: Config, model: str, shape: ModelShape, card: Card | Non
             "config key serving.sleep_while_training has value true, and there is no GPU here whose memory vLLM could give "
             "away; set it to false"
         )
-    dtype = served_dtype(config, model)
-    element = BITS.get(dtype, 2)
+    dtype = choose_dtype(config, model)
+    element = DTYPE_BYTES.get(dtype, 2)
     card = card or read_card()
     if card is not None:
         return None if config.serving.url else plan_memory(shape, config, card, element)
-    free = free_memory()
+    free = read_free_memory()
     need = weights_bytes(shape, element) * (1 if config.serving.url else 2)
     if free and not has_gpu() and need > free:
         raise ConfigError(
@@ -327,9 +330,9 @@ def check_memory(config: Config, model: str, shape: ModelShape, card: Card | Non
 def check_disk(config: Config, shape: ModelShape) -> None:
     """Refuse a data directory without room for a few versions."""
     whole = config.training.weights == "full"
-    version = weights_bytes(shape, 2) if whole else shape.adapter_parameters(config.training.lora_rank) * 4
+    version = weights_bytes(shape, 2) if whole else shape.count_adapter_parameters(config.training.lora_rank) * 4
     need = LEAST_DISK + (2 if whole else KEPT_VERSIONS) * version
-    free = _free_disk(config.data)
+    free = _measure_free_disk(config.data)
     if free < need:
         raise ConfigError(
             f"data_dir '{config.data}' has {free / GIB:.2f} GiB of disk left, and kibitz needs {need / GIB:.2f} GiB for "
@@ -347,9 +350,9 @@ def check_download(config: Config, model: str, shape: ModelShape) -> None:
     files = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
     if any(isinstance(try_to_load_from_cache(model, file), str) for file in files):
         return
-    need = int(1.05 * weights_bytes(shape, BITS.get(shape.saved_as, 2)))
+    need = int(1.05 * weights_bytes(shape, DTYPE_BYTES.get(shape.saved_dtype, 2)))
     place = Path(HF_HUB_CACHE)
-    free = _free_disk(place)
+    free = _measure_free_disk(place)
     if free < need:
         raise ConfigError(
             f"policy.model '{config.policy.model}' is {need / GIB:.1f} GiB to download, and {place} has "
@@ -357,7 +360,7 @@ def check_download(config: Config, model: str, shape: ModelShape) -> None:
         )
 
 
-def _free_disk(place: Path) -> int:
+def _measure_free_disk(place: Path) -> int:
     while not place.exists() and place != place.parent:
         place = place.parent
     return shutil.disk_usage(place).free

@@ -5,7 +5,7 @@ from bot.config import Config
 from bot.errors import ConfigError
 
 
-def served_dtype(config: Config, model: str) -> str:
+def choose_dtype(config: Config, model: str) -> str:
     """Return the number format of server and trainer alike: as configured, or as the model was saved.
 
     What was saved in a format that vLLM does not compute in, such as float64, has float32. On a GPU it has 16 bits: vLLM's

@@ -3,7 +3,7 @@
 All by arithmetic from a model's shape, in bytes, so that nothing is found out by failing. A training run needs the weights,
 the adapter with its float32 gradients and Adam's two moments, and the larger of two moments: a step (activations of every
 layer, or with gradient checkpointing of one layer and the inputs of the others), and measuring (logits as wide as the
-vocabulary for `MEASURED_TOKENS` places, of the policy and of its base). A step needs no logits: TRL projects them in tiles.
+vocabulary for `EVALUATION_TOKENS` places, of the policy and its base). A step needs no logits: TRL projects them in tiles.
 `tests/test_memory_budget.py` holds the activations against what torch keeps.
 
 It imports no torch; it knows no model but by its shape.
@@ -16,17 +16,17 @@ from bot.config import Config, TrainingConfig
 from bot.errors import ConfigError
 from bot.models.shape import ModelShape
 
-MARGIN = 1.15  # torch's allocator keeps more than is in use
-CONTEXT = int(0.8 * GIB)  # CUDA's own, with its kernels, once in each process
-MEASURED_TOKENS = 2048  # learning.judging.evaluation.BATCH_TOKENS
-SAMPLED = 32  # answers that a run can always sample at once (learning.judging.evaluation.generate)
+ALLOCATOR_FACTOR = 1.15  # torch's allocator keeps more than is in use
+CUDA_CONTEXT_BYTES = int(0.8 * GIB)  # CUDA's own, with its kernels, once in each process
+EVALUATION_TOKENS = 2048  # learning.judging.evaluation.BATCH_TOKENS
+LEAST_PARALLEL_ANSWERS = 32  # answers that a run can always sample at once (learning.judging.evaluation.generate)
 TILE = 4096 * 32768  # logits that TRL's output layer holds at once, at most
 CONCURRENT = 8  # answers that vLLM must be able to give at once
-GRAPHS = int(1.0 * GIB)  # CUDA graphs, which vLLM takes besides its share
+CUDA_GRAPH_BYTES = int(1.0 * GIB)  # CUDA graphs, which vLLM takes besides its share
 LARGE_CARD = 70 * GIB  # from here on vLLM reads 8,192 tokens at once and 1,024 answers, otherwise 2,048 and 256
 LARGEST_SHARE = 0.92  # what vLLM takes unless it is told otherwise
-SPARE = int(0.5 * GIB)  # of every card: displays, other processes' contexts
-ASLEEP = int(2.5 * GIB)  # what a sleeping vLLM keeps: its context, its graphs
+SPARE_BYTES = int(0.5 * GIB)  # of every card: displays, other processes' contexts
+SLEEPING_BYTES = int(2.5 * GIB)  # what a sleeping vLLM keeps: its context, its graphs
 LEAST_FOR_KTO = 4  # answers at once; fewer make a poor KL term
 
 
@@ -35,14 +35,14 @@ class BatchFit:
     """How a batch is read: so many answers at once, so many times a step, with gradient checkpointing or without."""
 
     answers: int
-    times: int
-    checkpointing: bool
-    need: int = 0
+    accumulation_steps: int
+    gradient_checkpointing: bool
+    peak_bytes: int = 0
 
-    def smaller(self) -> "BatchFit":
+    def shrink(self) -> "BatchFit":
         """Return one that needs less memory: half as many answers at once, four at least, with gradient checkpointing."""
         answers = max(min(self.answers, LEAST_FOR_KTO), self.answers // 2)
-        return BatchFit(answers, -(-self.answers * self.times // answers), True)
+        return BatchFit(answers, -(-self.answers * self.accumulation_steps // answers), True)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class MemoryPlan:
 
     share: float
     batch: BatchFit | None
-    line: str
+    description: str
 
 
 def weights_bytes(shape: ModelShape, element: int) -> int:
@@ -59,18 +59,18 @@ def weights_bytes(shape: ModelShape, element: int) -> int:
     return shape.parameters * element
 
 
-def state_bytes(shape: ModelShape, training: TrainingConfig, element: int) -> int:
+def training_state_bytes(shape: ModelShape, training: TrainingConfig, element: int) -> int:
     """Count what a run holds besides the model as it is served: trained weights, gradients, moments, references."""
     if training.weights == "full":
         # In float32: the weights, their gradients, two moments and the base's; and under autocast a copy in 16 bits.
         return shape.parameters * (5 * 4 + (2 if element == 2 else 0))
     # In float32: weights, gradients, two moments; and where an adapter goes on, TRL's copy until it is dropped.
-    return shape.adapter_parameters(training.lora_rank) * 5 * 4
+    return shape.count_adapter_parameters(training.lora_rank) * 5 * 4
 
 
-def activation_bytes(shape: ModelShape, training: TrainingConfig, tokens: int, element: int) -> int:
+def layer_activation_bytes(shape: ModelShape, training: TrainingConfig, tokens: int, element: int) -> int:
     """Count what one layer keeps of so many tokens for its backward pass."""
-    h, q, k, i = shape.hidden, shape.queries, shape.keys, shape.intermediate
+    h, q, k, i = shape.hidden, shape.query_width, shape.key_width, shape.intermediate
     if element == 2:
         token = 16 * h + 12 * q + 14 * k + 10 * i + 20 * training.lora_rank
     else:
@@ -83,50 +83,61 @@ def step_bytes(
 ) -> int:
     """Count what one forward and backward pass over so many answers of so many tokens needs at its peak."""
     tokens = answers * length
-    layer = activation_bytes(shape, training, tokens, element)
+    layer = layer_activation_bytes(shape, training, tokens, element)
     kept = layer + shape.layers * tokens * 3 * element * shape.hidden // 2 if checkpointing else layer * shape.layers
     head = 2 * min(TILE, min(tokens, 4096) * min(shape.vocabulary, 32768)) * element + tokens * shape.hidden * 8
-    return int(MARGIN * (kept + head + answers * length * length * element))
+    return int(ALLOCATOR_FACTOR * (kept + head + answers * length * length * element))
 
 
-def measuring_bytes(shape: ModelShape, length: int, context: int, element: int) -> int:
+def evaluation_bytes(shape: ModelShape, length: int, context: int, element: int) -> int:
     """Count what judging a policy needs: logits of it and of its base, answers that are sampled at once, or a probe."""
-    logits = 2 * MEASURED_TOKENS * shape.vocabulary * element + 3 * 4 * length * shape.vocabulary
-    sampled = SAMPLED * context * cache_bytes(shape, element) + 3 * 4 * SAMPLED * shape.vocabulary
+    logits = 2 * EVALUATION_TOKENS * shape.vocabulary * element + 3 * 4 * length * shape.vocabulary
+    sampled = (
+        LEAST_PARALLEL_ANSWERS * context * token_cache_bytes(shape, element)
+        + 3 * 4 * LEAST_PARALLEL_ANSWERS * shape.vocabulary
+    )
     in_float32 = weights_bytes(shape, max(4 - element, 0))  # the probe's reference, for which the weights are widened
-    return int(MARGIN * max(logits, sampled, in_float32))
+    return int(ALLOCATOR_FACTOR * max(logits, sampled, in_float32))
 
 
 def training_bytes(shape: ModelShape, config: Config, fit: BatchFit, element: int) -> int:
     """Count all that one training run needs at its peak."""
     training, context = config.training, config.policy.context_tokens + config.policy.max_tokens
-    step = step_bytes(shape, training, _rows(training, fit.answers), training.max_length, element, fit.checkpointing)
-    moment = max(step, measuring_bytes(shape, training.max_length, context, element))
-    return CONTEXT + weights_bytes(shape, element) + state_bytes(shape, training, element) + moment
+    step = step_bytes(
+        shape, training, _count_sequences(training, fit.answers), training.max_length, element, fit.gradient_checkpointing
+    )
+    moment = max(step, evaluation_bytes(shape, training.max_length, context, element))
+    return CUDA_CONTEXT_BYTES + weights_bytes(shape, element) + training_state_bytes(shape, training, element) + moment
 
 
-def cache_bytes(shape: ModelShape, element: int) -> int:
+def token_cache_bytes(shape: ModelShape, element: int) -> int:
     """Count what vLLM keeps of one token: a key and a value in each layer."""
-    return 2 * shape.layers * shape.keys * element
+    return 2 * shape.layers * shape.key_width * element
 
 
-def sampled_at_once(shape: ModelShape, tokens: int, free: int, element: int) -> int:
+def count_parallel_answers(shape: ModelShape, tokens: int, free: int, element: int) -> int:
     """Count how many answers, of so many tokens with their prompts, are sampled at once in `free` bytes: never fewer than
     what is planned for, and up to eight times as many where there is room.
     """
-    each = tokens * cache_bytes(shape, element) + 3 * 4 * shape.vocabulary
-    return max(SAMPLED, min(8 * SAMPLED, int(free / MARGIN) // each))
+    each = tokens * token_cache_bytes(shape, element) + 3 * 4 * shape.vocabulary
+    return max(LEAST_PARALLEL_ANSWERS, min(8 * LEAST_PARALLEL_ANSWERS, int(free / ALLOCATOR_FACTOR) // each))
 
 
 def serving_bytes(shape: ModelShape, config: Config, total: int, element: int) -> int:
     """Count the least that vLLM's share of `total` bytes must be: weights, adapters, a few answers, room to compute."""
     serving, context = config.serving, config.policy.context_tokens + config.policy.max_tokens
-    adapters = serving.max_loras * shape.adapter_parameters(serving.max_lora_rank) * element
+    adapters = serving.max_loras * shape.count_adapter_parameters(serving.max_lora_rank) * element
     tokens, answers = (8192, 1024) if total >= LARGE_CARD else (2048, 256)
-    computing = tokens * (4 * shape.hidden + 2 * shape.queries + 3 * shape.intermediate) * element
+    computing = tokens * (4 * shape.hidden + 2 * shape.query_width + 3 * shape.intermediate) * element
     sampling = 3 * 4 * answers * shape.vocabulary
-    cache = CONCURRENT * context * cache_bytes(shape, element)
-    return CONTEXT + weights_bytes(shape, element) + adapters + cache + int(MARGIN * max(computing, sampling))
+    cache = CONCURRENT * context * token_cache_bytes(shape, element)
+    return (
+        CUDA_CONTEXT_BYTES
+        + weights_bytes(shape, element)
+        + adapters
+        + cache
+        + int(ALLOCATOR_FACTOR * max(computing, sampling))
+    )
 
 
 def fit_batch(
@@ -142,7 +153,7 @@ def fit_batch(
             break
         if answers * times - batch > max(1, batch // 10):  # parts that would make another batch of it
             continue
-        need = step_bytes(shape, training, _rows(training, answers), length, element, checkpointing)
+        need = step_bytes(shape, training, _count_sequences(training, answers), length, element, checkpointing)
         if need <= room:
             return BatchFit(answers, times, checkpointing, need)
     return None
@@ -152,25 +163,25 @@ def plan_memory(shape: ModelShape, config: Config, card: Card, element: int = 2)
     """Share a card between vLLM and one training run. Raises ConfigError, with what to change, where they do not fit."""
     serving, training = config.serving, config.training
     least = serving_bytes(shape, config, card.total, element)
-    usable = card.total - SPARE - GRAPHS
+    usable = card.total - SPARE_BYTES - CUDA_GRAPH_BYTES
     if least > usable:
         raise ConfigError(
-            f"policy.model '{config.policy.model}' needs at least {_gib(least)} to be served, and the GPU has "
-            f"{_gib(card.total)}; take a smaller model, or lower policy.context_tokens or serving.max_loras"
+            f"policy.model '{config.policy.model}' needs at least {_format_gib(least)} to be served, and the GPU has "
+            f"{_format_gib(card.total)}; take a smaller model, or lower policy.context_tokens or serving.max_loras"
         )
     share = serving.memory_share
     if share and share * card.total < least:
         raise ConfigError(
-            f"config key serving.memory_share has value {share:g}, {_gib(share * card.total)} of this GPU; "
-            f"'{config.policy.model}' needs at least {_gib(least)}: raise it to {_up(least / card.total):g}"
+            f"config key serving.memory_share has value {share:g}, {_format_gib(share * card.total)} of this GPU; "
+            f"'{config.policy.model}' needs at least {_format_gib(least)}: raise it to {_round_up(least / card.total):g}"
         )
     if not config.learning.enabled:
         share = share or LARGEST_SHARE
-        return _free_enough(config, card, MemoryPlan(share, None, f"{_card(card, share)}; nothing is trained"))
-    taken = ASLEEP if serving.sleep_while_training else share * card.total if share else least
+        return _check_free(config, card, MemoryPlan(share, None, f"{_describe_card(card, share)}; nothing is trained"))
+    taken = SLEEPING_BYTES if serving.sleep_while_training else share * card.total if share else least
     context = config.policy.context_tokens + config.policy.max_tokens
-    held = CONTEXT + weights_bytes(shape, element) + state_bytes(shape, training, element)
-    measuring = measuring_bytes(shape, training.max_length, context, element)
+    held = CUDA_CONTEXT_BYTES + weights_bytes(shape, element) + training_state_bytes(shape, training, element)
+    measuring = evaluation_bytes(shape, training.max_length, context, element)
     fit = None
     # Half of the card is vLLM's, where a run does not need more: what it does not compute with, it keeps answers in.
     for room in (int(min(usable / 2, usable - taken) - held), int(usable - taken - held)):
@@ -184,49 +195,52 @@ def plan_memory(shape: ModelShape, config: Config, card: Card, element: int = 2)
         if not serving.sleep_while_training:
             ways += ", or serving.sleep_while_training = true"
         raise ConfigError(
-            f"'{config.policy.model}' and one training run do not fit on this GPU together: vLLM takes {_gib(taken)}, a run "
-            f"needs {_gib(need)}, there are {_gib(card.total)}; {ways}"
+            f"'{config.policy.model}' and one training run do not fit on this GPU together: vLLM takes "
+            f"{_format_gib(taken)}, a run needs {_format_gib(need)}, there are {_format_gib(card.total)}; {ways}"
         )
-    run = held + max(fit.need, measuring)
+    run = held + max(fit.peak_bytes, measuring)
     if not share:
         free = usable if serving.sleep_while_training else usable - run
         share = int(100 * min(LARGEST_SHARE, free / card.total)) / 100
-        share = max(share, _up(least / card.total))
-    line = f"{_card(card, share)}, a training run {_gib(run)}: {describe_fit(fit)}"
+        share = max(share, _round_up(least / card.total))
+    line = f"{_describe_card(card, share)}, a training run {_format_gib(run)}: {describe_fit(fit)}"
     if serving.sleep_while_training:
         line += "; vLLM sleeps meanwhile"
-    return _free_enough(config, card, MemoryPlan(share, fit, line))
+    return _check_free(config, card, MemoryPlan(share, fit, line))
 
 
 def describe_fit(fit: BatchFit) -> str:
     """Describe how a batch is read."""
-    parts = f"{fit.answers} answers at once" + (f", {fit.times} times a step" if fit.times > 1 else "")
-    return f"{parts}, {'with' if fit.checkpointing else 'without'} gradient checkpointing"
+    parts = f"{fit.answers} answers at once" + (
+        f", {fit.accumulation_steps} times a step" if fit.accumulation_steps > 1 else ""
+    )
+    return f"{parts}, {'with' if fit.gradient_checkpointing else 'without'} gradient checkpointing"
 
 
-def _free_enough(config: Config, card: Card, plan: MemoryPlan) -> MemoryPlan:
+def _check_free(config: Config, card: Card, plan: MemoryPlan) -> MemoryPlan:
     """Refuse a card that somebody else fills: vLLM would, after a minute, in other words."""
     wanted = plan.share * card.total
     if card.free < wanted:
         raise ConfigError(
-            f"the GPU has {_gib(card.free)} of {_gib(card.total)} free, vLLM would take {_gib(wanted)} "
+            f"the GPU has {_format_gib(card.free)} of {_format_gib(card.total)} free, vLLM would take {_format_gib(wanted)} "
             f"(serving.memory_share {plan.share:g}); end what else uses it (nvidia-smi shows it), or lower that share"
         )
     return plan
 
 
-def _rows(training: TrainingConfig, answers: int) -> int:
+def _count_sequences(training: TrainingConfig, answers: int) -> int:
     """How many sequences so many answers are: a pair is two."""
     return answers * (2 if training.objective in ("dpo", "mixed") else 1)
 
 
-def _card(card: Card, share: float) -> str:
-    return f"GPU memory {_gib(card.total)}: vLLM takes {_gib(share * card.total)} (serving.memory_share {share:g})"
+def _describe_card(card: Card, share: float) -> str:
+    taken = _format_gib(share * card.total)
+    return f"GPU memory {_format_gib(card.total)}: vLLM takes {taken} (serving.memory_share {share:g})"
 
 
-def _up(share: float) -> float:
+def _round_up(share: float) -> float:
     return -int(-100 * share // 1) / 100
 
 
-def _gib(count: float) -> str:
+def _format_gib(count: float) -> str:
     return f"{count / GIB:.1f} GiB"

@@ -12,10 +12,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from bot.config import Config, PolicyConfig
-from bot.errors import ConfigError, cause_of
+from bot.errors import ConfigError, quote_error
 
-KEYS = ("temperature", "top_p", "top_k", "min_p")
-PLAIN = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p")
+PLAIN_SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
 # By `model_type` of config.json, for models whose generation_config.json says nothing: what their makers' model cards advise
 # for chat without thinking.
 FAMILIES: dict[str, dict[str, float]] = {
@@ -29,7 +29,7 @@ FAMILIES: dict[str, dict[str, float]] = {
     "gemma3_text": {"temperature": 1.0, "top_p": 0.95, "top_k": 64},
     "phi3": {"temperature": 0.7, "top_p": 0.95},
 }
-OTHERS = {"temperature": 0.7, "top_p": 0.95}
+DEFAULT_SAMPLING = {"temperature": 0.7, "top_p": 0.95}
 
 
 def is_truncated(sampling: Mapping[str, Any]) -> bool:
@@ -37,14 +37,16 @@ def is_truncated(sampling: Mapping[str, Any]) -> bool:
     return sampling.get("top_p", 1.0) < 1.0 or sampling.get("top_k", 0) > 0 or sampling.get("min_p", 0.0) > 0.0
 
 
-def advised(model: str, ignored: Collection[str] = ()) -> tuple[dict[str, float], str]:
+def recommend_sampling(model: str, ignored: Collection[str] = ()) -> tuple[dict[str, float], str]:
     """Return the sampling that suits a model (a directory or a hub name), and where that is from.
 
     Raises ConfigError where the model's own advice cannot be followed. What it says of the keys in `ignored` is not checked:
     the operator has set those.
     """
     own = {
-        name: value for name, value in _json(model, "generation_config.json").items() if name in KEYS and value is not None
+        name: value
+        for name, value in _read_json(model, "generation_config.json").items()
+        if name in SAMPLING_KEYS and value is not None
     }
     for name, value in own.items():
         if name in ignored:
@@ -57,26 +59,28 @@ def advised(model: str, ignored: Collection[str] = ()) -> tuple[dict[str, float]
                 f"({error.errors()[0]['msg'].lower()}); set policy.{name} yourself, or correct that file"
             ) from error
     if own:
-        return PLAIN | own, "the model's generation_config.json"
-    family = _json(model, "config.json").get("model_type", "")
-    return PLAIN | FAMILIES.get(family, OTHERS), f"the family {family}" if family in FAMILIES else "no known family"
+        return PLAIN_SAMPLING | own, "the model's generation_config.json"
+    family = _read_json(model, "config.json").get("model_type", "")
+    return PLAIN_SAMPLING | FAMILIES.get(
+        family, DEFAULT_SAMPLING
+    ), f"the family {family}" if family in FAMILIES else "no known family"
 
 
 def apply_sampling_defaults(config: Config, model: str) -> Config:
     """Return the config with what it does not say about sampling filled in as suits the model."""
-    found, _ = advised(model, config.policy.model_fields_set)
+    found, _ = recommend_sampling(model, config.policy.model_fields_set)
     return config.model_copy(update={"policy": config.policy.fill(found)})
 
 
 def describe_sampling(config: Config, model: str) -> str:
     """Describe in one line how answers are drawn, and who says so."""
-    _, source = advised(model, config.policy.model_fields_set)
-    own = [f"policy.{name}" for name in KEYS if name in config.policy.model_fields_set]
+    _, source = recommend_sampling(model, config.policy.model_fields_set)
+    own = [f"policy.{name}" for name in SAMPLING_KEYS if name in config.policy.model_fields_set]
     drawn = ", ".join(f"{name} {value:g}" for name, value in apply_sampling_defaults(config, model).policy.sampling.items())
     return f"sampling: {drawn} ({source}{'; set by you: ' + ', '.join(own) if own else ''})"
 
 
-def _json(model: str, name: str) -> dict[str, Any]:
+def _read_json(model: str, name: str) -> dict[str, Any]:
     """A JSON file of a model; empty where it has none."""
     path: str | None = str(Path(model) / name)
     if not Path(model).is_dir():
@@ -92,5 +96,5 @@ def _json(model: str, name: str) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise ValueError(f"it is a JSON {type(found).__name__}, not an object")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"policy.model '{model}': its {name} cannot be read ({cause_of(error)}); correct it") from error
+        raise ConfigError(f"policy.model '{model}': its {name} cannot be read ({quote_error(error)}); correct it") from error
     return found

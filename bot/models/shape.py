@@ -12,12 +12,12 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from bot.errors import ConfigError, cause_of
+from bot.errors import ConfigError, quote_error
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
+WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
 BIASED = {"CodeGenForCausalLM", "GPTJForCausalLM", "PhiForCausalLM"}  # architectures whose output layer has a bias
 POINTER = b"version https://git-lfs"  # what Git leaves in the place of a large file that it did not fetch
-BITS = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class ModelShape:
     layers: int
     hidden: int
     intermediate: int
-    queries: int  # width of all query heads together
-    keys: int  # width of all key heads together, which is that of the values
+    query_width: int  # width of all query heads together
+    key_width: int  # width of all key heads together, which is that of the values
     vocabulary: int
     positions: int = 0  # 0: not known
-    saved_as: str = ""
+    saved_dtype: str = ""
 
     @property
     def billions(self) -> float:
@@ -41,13 +41,15 @@ class ModelShape:
         return self.parameters / 1e9
 
     @property
-    def size(self) -> str:
+    def size_label(self) -> str:
         """How many parameters it has, as people say it: 135M, 1.72B."""
         return f"{self.billions:.3g}B" if self.billions >= 1 else f"{self.parameters / 1e6:.3g}M"
 
-    def adapter_parameters(self, rank: int) -> int:
+    def count_adapter_parameters(self, rank: int) -> int:
         """Count the parameters of a LoRA adapter on all linear layers but the output layer."""
-        widths = 2 * (self.hidden + self.queries) + 2 * (self.hidden + self.keys) + 3 * (self.hidden + self.intermediate)
+        widths = (
+            2 * (self.hidden + self.query_width) + 2 * (self.hidden + self.key_width) + 3 * (self.hidden + self.intermediate)
+        )
         return rank * self.layers * widths
 
 
@@ -58,9 +60,9 @@ def read_shape(model: str) -> ModelShape:
     """
     settings, parameters = read_settings(model), count_parameters(Path(model))
     try:
-        return shape_of(settings, parameters)
+        return make_shape(settings, parameters)
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise unusable_config(model, error) from error
+        raise make_config_error(model, error) from error
 
 
 def read_settings(model: str) -> dict[str, Any]:
@@ -76,18 +78,18 @@ def read_settings(model: str) -> dict[str, Any]:
 
         return AutoConfig.from_pretrained(model).to_dict()
     except Exception as error:  # transformers runs the checks of each architecture: they raise anything
-        raise unusable_config(model, error) from error
+        raise make_config_error(model, error) from error
 
 
-def unusable_config(model: str, error: Exception) -> ConfigError:
+def make_config_error(model: str, error: Exception) -> ConfigError:
     """Make the error for a model whose config.json is wrong."""
     return ConfigError(
-        f"policy.model '{model}': its config.json cannot be used ({cause_of(error)}); "
+        f"policy.model '{model}': its config.json cannot be used ({quote_error(error)}); "
         "name a decoder model as transformers saves it"
     )
 
 
-def shape_of(settings: dict[str, Any], parameters: int = 0) -> ModelShape:
+def make_shape(settings: dict[str, Any], parameters: int = 0) -> ModelShape:
     """Make a shape from the settings in a config.json; without a count, parameters are computed from the dimensions."""
     text = settings.get("text_config") or settings
     hidden = int(text.get("hidden_size") or text["n_embd"])
@@ -107,25 +109,25 @@ def shape_of(settings: dict[str, Any], parameters: int = 0) -> ModelShape:
         layers=layers,
         hidden=hidden,
         intermediate=intermediate,
-        queries=queries,
-        keys=keys,
+        query_width=queries,
+        key_width=keys,
         vocabulary=vocabulary,
         positions=int(text.get("max_position_embeddings") or text.get("n_positions") or 0),
-        saved_as=str(text.get("dtype") or text.get("torch_dtype") or settings.get("torch_dtype") or ""),
+        saved_dtype=str(text.get("dtype") or text.get("torch_dtype") or settings.get("torch_dtype") or ""),
     )
 
 
 def count_parameters(directory: Path) -> int:
     """Count the parameters in the safetensors files of a directory; 0 where there are none."""
-    return sum(prod(shape) for shape in all_tensor_shapes(directory).values())
+    return sum(prod(shape) for shape in read_all_tensor_shapes(directory).values())
 
 
-def weight_files(directory: Path) -> list[Path]:
+def list_weight_files(directory: Path) -> list[Path]:
     """List the files that transformers would load: one file, or the shards that an index names. Some may be missing.
 
     Raises ConfigError where an index cannot be read.
     """
-    for name in WEIGHTS:
+    for name in WEIGHTS_FILES:
         whole, index = directory / name, directory / f"{name}.index.json"
         if os.path.lexists(whole):  # a link that leads nowhere is there too: it is told when it is read
             return [whole]
@@ -133,14 +135,14 @@ def weight_files(directory: Path) -> list[Path]:
             try:
                 return [directory / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise unreadable(index, cause_of(error)) from error
+                raise make_unreadable_error(index, quote_error(error)) from error
     return []
 
 
-def all_tensor_shapes(directory: Path) -> dict[str, list[int]]:
+def read_all_tensor_shapes(directory: Path) -> dict[str, list[int]]:
     """Read the shape of each tensor of a directory's safetensors files; empty where there are none."""
-    files = [file for file in weight_files(directory) if file.suffix == ".safetensors"]
-    return {name: shape for file in files for name, shape in tensor_shapes(file).items()}
+    files = [file for file in list_weight_files(directory) if file.suffix == ".safetensors"]
+    return {name: shape for file in files for name, shape in read_tensor_shapes(file).items()}
 
 
 def has_output_bias(model: str) -> bool:
@@ -150,10 +152,10 @@ def has_output_bias(model: str) -> bool:
     """
     settings = read_settings(model)
     is_known = bool(set(settings.get("architectures") or []) & BIASED) or bool(settings.get("lm_head_bias"))
-    return is_known or any(name.endswith("lm_head.bias") for name in all_tensor_shapes(Path(model)))
+    return is_known or any(name.endswith("lm_head.bias") for name in read_all_tensor_shapes(Path(model)))
 
 
-def tensor_shapes(file: Path) -> dict[str, list[int]]:
+def read_tensor_shapes(file: Path) -> dict[str, list[int]]:
     """Read the shape of each tensor from the header of a safetensors file, which must fit the size of the file.
 
     Raises ConfigError where the file is missing, damaged or cut off.
@@ -162,10 +164,10 @@ def tensor_shapes(file: Path) -> dict[str, list[int]]:
         with safe_open(file, framework="np") as opened:
             return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118 (it is no dict)
     except (OSError, SafetensorError) as error:
-        raise unreadable(file, cause_of(error)) from error
+        raise make_unreadable_error(file, quote_error(error)) from error
 
 
-def unreadable(file: Path, why: str) -> ConfigError:
+def make_unreadable_error(file: Path, why: str) -> ConfigError:
     """Make the error for a file of weights that is missing or damaged."""
     if _is_pointer(file):
         return ConfigError(f"{file} cannot be read (it is a Git LFS pointer, not the file itself); run git lfs pull")

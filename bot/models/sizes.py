@@ -15,7 +15,7 @@ from bot.models.shape import ModelShape, read_shape
 class SizeDefaults:
     """The defaults for models of up to so many billion parameters, of one family or of any ("")."""
 
-    billions: float
+    max_billions: float
     family: str
     learning_rate: float
     lora_rank: int
@@ -23,7 +23,7 @@ class SizeDefaults:
     max_steps: int
     kl_budget: float
     smoothing: float
-    why: str
+    reason: str
 
 
 # The first row that fits is taken. All ranks are 16: what a few hundred reactions say is far less than such an adapter
@@ -32,49 +32,49 @@ class SizeDefaults:
 # All but the toy policy learn from what answers like each one earned: in free English one reaction says next to nothing of
 # the words of one answer. Without smoothing the built-in model gained or broke as the draw of reactions would have it
 # (docs/experiments.md).
-TABLE = (
+SIZE_TABLE = (
     SizeDefaults(
-        billions=0.02, family="", learning_rate=1e-3, lora_rank=16, batch_size=16, max_steps=30,
+        max_billions=0.02, family="", learning_rate=1e-3, lora_rank=16, batch_size=16, max_steps=30,
         kl_budget=0.5, smoothing=0.0,
-        why="measured on the toy policy (docs/experiments.md); its answers are short and its weights few",
+        reason="measured on the toy policy (docs/experiments.md); its answers are short and its weights few",
     ),
     SizeDefaults(
-        billions=0.2, family="llama", learning_rate=5e-4, lora_rank=16, batch_size=16, max_steps=36,
+        max_billions=0.2, family="llama", learning_rate=5e-4, lora_rank=16, batch_size=16, max_steps=36,
         kl_budget=0.5, smoothing=0.9,
-        why="SmolLM2-135M: measured (docs/experiments.md)",
+        reason="SmolLM2-135M: measured (docs/experiments.md)",
     ),
     SizeDefaults(
-        billions=0.4, family="", learning_rate=3e-4, lora_rank=16, batch_size=16, max_steps=30,
+        max_billions=0.4, family="", learning_rate=3e-4, lora_rank=16, batch_size=16, max_steps=30,
         kl_budget=0.5, smoothing=0.9,
-        why="as SmolLM2-135M, the only model of this size that was looked at",
+        reason="as SmolLM2-135M, the only model of this size that was looked at",
     ),
     SizeDefaults(
-        billions=2.5, family="", learning_rate=2e-4, lora_rank=16, batch_size=16, max_steps=30,
+        max_billions=2.5, family="", learning_rate=2e-4, lora_rank=16, batch_size=16, max_steps=30,
         kl_budget=0.2, smoothing=0.9,
-        why="the usual rate of LoRA on models that talk; 0.2 nats a token are some twenty an answer, which is far",
+        reason="the usual rate of LoRA on models that talk; 0.2 nats a token are some twenty an answer, which is far",
     ),
     SizeDefaults(
-        billions=10, family="", learning_rate=1e-4, lora_rank=16, batch_size=16, max_steps=30,
+        max_billions=10, family="", learning_rate=1e-4, lora_rank=16, batch_size=16, max_steps=30,
         kl_budget=0.2, smoothing=0.9,
-        why="wide layers add up more of each step, so that half the rate moves a policy as far",
+        reason="wide layers add up more of each step, so that half the rate moves a policy as far",
     ),
     SizeDefaults(
-        billions=float("inf"), family="", learning_rate=5e-5, lora_rank=16, batch_size=16, max_steps=30,
+        max_billions=float("inf"), family="", learning_rate=5e-5, lora_rank=16, batch_size=16, max_steps=30,
         kl_budget=0.2, smoothing=0.9,
-        why="wider still: half the rate again",
+        reason="wider still: half the rate again",
     ),
 )  # fmt: skip
 
 
 # Without a GPU all but the toy policy learn from shorter turns: minutes, not hours.
-ON_CPUS: dict[str, dict[str, Any]] = {"training": {"max_length": 512}}
+CPU_DEFAULTS: dict[str, dict[str, Any]] = {"training": {"max_length": 512}}
 # A replay reads whole recorded conversations, no two of which begin alike: it takes fewer steps and fewer samples.
-REPLAY_ON_CPUS: dict[str, dict[str, Any]] = {"training": {"max_steps": 24}, "gate": {"samples": 96}}
+CPU_REPLAY_DEFAULTS: dict[str, dict[str, Any]] = {"training": {"max_steps": 24}, "gate": {"samples": 96}}
 
 
-def defaults_for(shape: ModelShape) -> SizeDefaults:
+def find_defaults(shape: ModelShape) -> SizeDefaults:
     """Return the row of the table for a model."""
-    return next(row for row in TABLE if shape.billions <= row.billions and row.family in ("", shape.family))
+    return next(row for row in SIZE_TABLE if shape.billions <= row.max_billions and row.family in ("", shape.family))
 
 
 def apply_size_defaults(config: Config, model: str, replays: bool = False) -> Config:
@@ -82,14 +82,14 @@ def apply_size_defaults(config: Config, model: str, replays: bool = False) -> Co
 
     Without a GPU an offline replay is shorter than a run beside the chat.
     """
-    wanted = _values(defaults_for(read_shape(model)), replays)
+    wanted = _values(find_defaults(read_shape(model)), replays)
     return config.model_copy(update={name: getattr(config, name).fill(values) for name, values in wanted.items()})
 
 
 def describe_sizes(config: Config, model: str, asked: Config | None = None) -> str:
     """Describe in one line what a run uses for a model of this size; what `asked` set itself is marked."""
     shape = read_shape(model)
-    row = defaults_for(shape)
+    row = find_defaults(shape)
     own = [
         f"{name}.{key}"
         for name, values in _values(row).items()
@@ -98,11 +98,11 @@ def describe_sizes(config: Config, model: str, asked: Config | None = None) -> s
     ]
     training = config.training
     return (
-        f"training for {shape.size} parameters ({shape.family or 'unknown family'}): learning rate "
+        f"training for {shape.size_label} parameters ({shape.family or 'unknown family'}): learning rate "
         f"{training.learning_rate:g}, rank {training.lora_rank}, {training.batch_size} answers a step, "
         f"{training.max_steps} steps, {training.max_length} tokens, smoothing "
         f"{config.rewards.smoothing:g}, KL budget {config.gate.kl_budget:g} "
-        f"({'set by you: ' + ', '.join(own) if own else row.why})"
+        f"({'set by you: ' + ', '.join(own) if own else row.reason})"
     )
 
 
@@ -117,7 +117,7 @@ def _values(row: SizeDefaults, replays: bool = False) -> dict[str, dict[str, Any
         "rewards": {"smoothing": row.smoothing},
         "gate": {"kl_budget": row.kl_budget},
     }
-    if not has_gpu() and row is not TABLE[0]:
-        for section, values in (*ON_CPUS.items(), *(REPLAY_ON_CPUS.items() if replays else ())):
+    if not has_gpu() and row is not SIZE_TABLE[0]:
+        for section, values in (*CPU_DEFAULTS.items(), *(CPU_REPLAY_DEFAULTS.items() if replays else ())):
             found[section] |= values
     return found

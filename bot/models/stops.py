@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from bot.models.thoughts import overlap
+from bot.models.thoughts import count_overlap
 
 
 class StopFilter:
@@ -11,23 +11,23 @@ class StopFilter:
     def __init__(self, stops: Sequence[str]):
         self.is_hit = False
         self._stops = stops
-        self._kept = ""  # what may yet become a stop
+        self._pending = ""  # what may yet become a stop
 
     def add(self, piece: str) -> str:
         """Take the next piece; return what may be shown now."""
         if self.is_hit:
             return ""
-        text = self._kept + piece
+        text = self._pending + piece
         hits = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stops if stop in text]
         self.is_hit = bool(hits)
         if hits:
             _, end = min(hits)  # the one that was whole first
         else:
-            end = len(text) - max((overlap(text, stop) for stop in self._stops), default=0)
-        self._kept = "" if self.is_hit else text[end:]
+            end = len(text) - max((count_overlap(text, stop) for stop in self._stops), default=0)
+        self._pending = "" if self.is_hit else text[end:]
         return text[:end]
 
-    def end(self) -> str:
+    def flush(self) -> str:
         """Return what was kept and was no stop after all."""
-        rest, self._kept = self._kept, ""
+        rest, self._pending = self._pending, ""
         return rest

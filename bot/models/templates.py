@@ -13,31 +13,37 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from inspect import signature
 
-from bot.errors import ConfigError, TemplateError, cause_of
+from bot.errors import ConfigError, TemplateError, quote_error
 
 ChatMessages = Sequence[Mapping[str, str]]
 Scalar = bool | int | float | str
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 BLANK = "…"  # stands for a message without text where the template wants some
-LONGEST = 20.0  # seconds of computing for all trial chats, which take a few milliseconds
-THINKING = ("enable_thinking", "thinking")  # what templates call the switch for thoughts
+TRIAL_SECONDS = 20.0  # seconds of computing for all trial chats, which take a few milliseconds
+THINKING_SWITCHES = ("enable_thinking", "thinking")  # what templates call the switch for thoughts
 
 # The texts of trial chats.
-PERSONA, QUESTION, ANSWER, NEXT, MORE = "Trial persona", "Trial question", "Trial answer", "Trial remark", "Trial addition"
+TRIAL_PERSONA, TRIAL_QUESTION, TRIAL_ANSWER, TRIAL_REMARK, TRIAL_ADDITION = (
+    "Trial persona",
+    "Trial question",
+    "Trial answer",
+    "Trial remark",
+    "Trial addition",
+)
 
 
 @dataclass(frozen=True)
 class Rules:
     """What a chat template accepts without a complaint, and without dropping a text."""
 
-    system: bool  # a system message at the beginning
-    neighbours: bool  # two messages of one role side by side
-    answer_first: bool  # an assistant's message before the first user's
-    answer_last: bool  # an assistant's message at the end, and the opening of another answer after it
-    no_user: bool  # a chat without a user's message
-    empty_chat: bool  # no messages at all
-    empty_text: bool  # a message without text
+    may_have_system: bool  # a system message at the beginning
+    may_repeat_role: bool  # two messages of one role side by side
+    may_begin_with_answer: bool  # an assistant's message before the first user's
+    may_end_with_answer: bool  # an assistant's message at the end, and the opening of another answer after it
+    may_lack_user: bool  # a chat without a user's message
+    may_be_empty: bool  # no messages at all
+    may_have_empty_text: bool  # a message without text
 
 
 STRICTEST = Rules(*[False] * len(fields(Rules)))
@@ -54,21 +60,21 @@ class Template:
         self._model = model
         self.arguments: dict[str, Scalar] = dict(arguments or {})
         try:
-            with _limit_computing(LONGEST):
+            with _limit_computing(TRIAL_SECONDS):
                 self._check_arguments()
-                if self.thinks is None:  # people who chat wait for an answer, not for thoughts
-                    self.arguments |= {name: False for name in THINKING if self._knows(name)}
+                if self.is_thinking is None:  # people who chat wait for an answer, not for thoughts
+                    self.arguments |= {name: False for name in THINKING_SWITCHES if self._has_switch(name)}
                 self.rules = self._find_rules()
         except _Endless:
             raise ConfigError(
                 f"config key policy.model has value '{model}', whose chat template came to no end on a chat of a few lines "
-                f"within {LONGEST:g} s; correct chat_template.jinja, or take another model"
+                f"within {TRIAL_SECONDS:g} s; correct chat_template.jinja, or take another model"
             ) from None
 
     @property
-    def thinks(self) -> bool | None:
+    def is_thinking(self) -> bool | None:
         """Whether thoughts are switched on; None where no switch is set."""
-        given = [self.arguments[name] for name in THINKING if name in self.arguments]
+        given = [self.arguments[name] for name in THINKING_SWITCHES if name in self.arguments]
         return any(given) if given else None
 
     def shape(self, messages: ChatMessages, *, is_prompt: bool = True) -> list[dict[str, str]]:
@@ -91,7 +97,7 @@ class Template:
         rendered = []
         for chat, rules in (
             (messages, self.rules),
-            (messages, replace(self.rules, system=False)),  # some drop the system text of some chats only
+            (messages, replace(self.rules, may_have_system=False)),  # some drop the system text of some chats only
             (messages, STRICTEST),  # a rule that no trial chat showed
             ([*system, *newest], STRICTEST),
         ):
@@ -118,24 +124,25 @@ class Template:
 
     def _accepts(self, *chat: tuple[str, str], is_prompt: bool = True) -> bool:
         """Whether the template takes a chat of (role, text) and keeps every text."""
-        text = self._try(_chat(*chat), is_prompt)
+        text = self._try(_make_chat(*chat), is_prompt)
         return text is not None and all(said in text for _, said in chat)
 
     def _find_rules(self) -> Rules:
-        asked, answered, next_asked = (USER, QUESTION), (ASSISTANT, ANSWER), (USER, NEXT)
-        persona, accepts = (SYSTEM, PERSONA), self._accepts
+        asked, answered, next_asked = (USER, TRIAL_QUESTION), (ASSISTANT, TRIAL_ANSWER), (USER, TRIAL_REMARK)
+        persona, accepts = (SYSTEM, TRIAL_PERSONA), self._accepts
         system = accepts(persona, asked) and accepts(persona, asked, answered, next_asked)
         start = [persona] if system else []
         return Rules(
-            system=system,
-            neighbours=accepts(*start, asked, next_asked) and accepts(asked, answered, (ASSISTANT, MORE), next_asked),
-            answer_first=accepts(answered, asked) and accepts(*start, answered, asked),
-            answer_last=accepts(asked, answered) and accepts(*start, asked, answered),
-            no_user=accepts(answered)
+            may_have_system=system,
+            may_repeat_role=accepts(*start, asked, next_asked)
+            and accepts(asked, answered, (ASSISTANT, TRIAL_ADDITION), next_asked),
+            may_begin_with_answer=accepts(answered, asked) and accepts(*start, answered, asked),
+            may_end_with_answer=accepts(asked, answered) and accepts(*start, asked, answered),
+            may_lack_user=accepts(answered)
             and accepts(*start, answered)
             and (not system or (accepts(persona) and accepts(persona, is_prompt=False))),
-            empty_chat=accepts(),
-            empty_text=accepts((USER, "")) and accepts(asked, (ASSISTANT, ""), next_asked),
+            may_be_empty=accepts(),
+            may_have_empty_text=accepts((USER, "")) and accepts(asked, (ASSISTANT, ""), next_asked),
         )
 
     def _check_arguments(self) -> None:
@@ -147,40 +154,45 @@ class Template:
                 f"config key policy.template_args.{name} has value {self.arguments[name]!r}, and kibitz or transformers "
                 f"sets {name} itself; remove it"
             )
-        if self._accepts((USER, QUESTION)):
+        if self._accepts((USER, TRIAL_QUESTION)):
             for name, value in self.arguments.items():
-                if not self._matters(name, value):
+                if not self._has_effect(name, value):
                     raise ConfigError(
                         f"config key policy.template_args.{name} has value {value!r}, which changes nothing in the chat "
                         f"template of '{self._model}'; correct the name or remove it"
                     )
             return
-        if self.arguments and self._try(_chat((USER, QUESTION)), arguments={}) is not None:
+        if self.arguments and self._try(_make_chat((USER, TRIAL_QUESTION)), arguments={}) is not None:
             raise ConfigError(
                 f"config key policy.template_args has value {self.arguments!r}, with which the chat template of "
                 f"'{self._model}' fails; correct or remove it"
             )
         try:
-            found = self._apply(_chat((USER, QUESTION)), add_generation_prompt=True, **self.arguments)
+            found = self._apply(_make_chat((USER, TRIAL_QUESTION)), add_generation_prompt=True, **self.arguments)
             why = f"drops the text of a user's message (it gave {str(found)[:80]!r})"
         except Exception as error:  # as in `_try`
-            why = f"refuses a single user's message ({cause_of(error)})"
+            why = f"refuses a single user's message ({quote_error(error)})"
         raise ConfigError(f"{whose}, whose chat template {why}; use an instruction-tuned model, or fix its template")
 
-    def _matters(self, name: str, value: Scalar) -> bool:
+    def _has_effect(self, name: str, value: Scalar) -> bool:
         """Whether an argument changes what any trial chat becomes."""
         changed = not value if isinstance(value, bool) else f"{value}1" if isinstance(value, str) else value + 1
         without = {key: one for key, one in self.arguments.items() if key != name}
         others = (without, {**self.arguments, name: changed})
         return any(self._differ(self.arguments, other) for other in others)
 
-    def _knows(self, switch: str) -> bool:
+    def _has_switch(self, switch: str) -> bool:
         on, off = ({**self.arguments, switch: value} for value in (True, False))
         return self._differ(on, off)
 
     def _differ(self, arguments: Mapping[str, Scalar], others: Mapping[str, Scalar]) -> bool:
-        persona, asked, answered, next_asked = (SYSTEM, PERSONA), (USER, QUESTION), (ASSISTANT, ANSWER), (USER, NEXT)
-        chats = [_chat(asked), _chat(persona, asked), _chat(asked, answered, next_asked)]
+        persona, asked, answered, next_asked = (
+            (SYSTEM, TRIAL_PERSONA),
+            (USER, TRIAL_QUESTION),
+            (ASSISTANT, TRIAL_ANSWER),
+            (USER, TRIAL_REMARK),
+        )
+        chats = [_make_chat(asked), _make_chat(persona, asked), _make_chat(asked, answered, next_asked)]
         return any(self._try(chat, arguments=arguments) != self._try(chat, arguments=others) for chat in chats)
 
 
@@ -215,30 +227,30 @@ def _shape(messages: ChatMessages, rules: Rules, is_prompt: bool) -> list[dict[s
         if said["role"] != SYSTEM
     ]
     if not _has_user(chat):
-        is_kept = rules.system or not system  # else the system text becomes the user's message
-        if not (is_kept and (rules.no_user if chat or system else rules.empty_chat)):
+        is_kept = rules.may_have_system or not system  # else the system text becomes the user's message
+        if not (is_kept and (rules.may_lack_user if chat or system else rules.may_be_empty)):
             chat.insert(0, {"role": USER, "content": ""})
-    while chat and chat[0]["role"] == ASSISTANT and not rules.answer_first and _has_user(chat):
+    while chat and chat[0]["role"] == ASSISTANT and not rules.may_begin_with_answer and _has_user(chat):
         chat.pop(0)
-    if is_prompt and chat and chat[-1]["role"] == ASSISTANT and not rules.answer_last:
+    if is_prompt and chat and chat[-1]["role"] == ASSISTANT and not rules.may_end_with_answer:
         chat.append({"role": USER, "content": ""})
-    if system and not rules.system:
+    if system and not rules.may_have_system:
         first = next(said for said in chat if said["role"] == USER)
         first["content"] = _join((system, first["content"]))
-    if not rules.neighbours:
+    if not rules.may_repeat_role:
         chat = _merge(chat)
     for said in chat:
-        if not rules.empty_text and not said["content"].strip():
+        if not rules.may_have_empty_text and not said["content"].strip():
             said["content"] = BLANK
-    return [{"role": SYSTEM, "content": system}, *chat] if system and rules.system else chat
+    return [{"role": SYSTEM, "content": system}, *chat] if system and rules.may_have_system else chat
 
 
-def trial_chat() -> list[dict[str, str]]:
+def make_trial_chat() -> list[dict[str, str]]:
     """A question and its ANSWER, as small as a chat can be."""
-    return _chat((USER, QUESTION), (ASSISTANT, ANSWER))
+    return _make_chat((USER, TRIAL_QUESTION), (ASSISTANT, TRIAL_ANSWER))
 
 
-def _chat(*said: tuple[str, str]) -> list[dict[str, str]]:
+def _make_chat(*said: tuple[str, str]) -> list[dict[str, str]]:
     return [{"role": role, "content": text} for role, text in said]
 
 

@@ -20,7 +20,7 @@ MARKS = (
     ("<|channel>", "<channel|>"),
     ("◁think▷", "◁/think▷"),
 )
-CHANNEL = "<|channel|>"  # begins a thought and an answer alike, so that no pair of marks tells them apart
+CHANNEL_MARK = "<|channel|>"  # begins a thought and an answer alike, so that no pair of marks tells them apart
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,18 @@ class Thoughts:
 
     opening: str
     closing: str
-    begins_open: bool = False
+    is_opened_by_prompt: bool = False
     is_special: bool = False
-    only_first: bool = False
+    is_only_at_start: bool = False
 
     def remove_from(self, text: str) -> str:
         """Return what an answer says without its thoughts."""
         said = ThoughtFilter(self)
-        return said.add(text) + said.end()
+        return said.add(text) + said.flush()
 
 
 # Of a model whose vocabulary and template have no marks: it may have learned to think all the same.
-UNMARKED = Thoughts(*MARKS[0], only_first=True)
+UNMARKED = Thoughts(*MARKS[0], is_only_at_start=True)
 
 
 class ThoughtFilter:
@@ -53,54 +53,54 @@ class ThoughtFilter:
     def __init__(self, thoughts: Thoughts | None):
         """Without `thoughts` everything may be shown."""
         self._thoughts = thoughts
-        self._is_inside = self._was_inside = thoughts is not None and thoughts.begins_open
+        self._is_inside = self._was_inside = thoughts is not None and thoughts.is_opened_by_prompt
         self._has_begun = False
         self._backticks = 0  # in what was shown: after an odd number of them, it is code
         self._space = ""  # before the first word: whether it is shown depends on whether a thought follows
-        self._held = ""  # what may yet become a mark
+        self._pending = ""  # what may yet become a mark
 
     def add(self, piece: str) -> str:
         """Take the next piece; return what may be shown now."""
         if self._thoughts is None:
             return piece
-        self._held += piece
+        self._pending += piece
         shown = ""
-        while (found := self._next_mark(self._thoughts)) is not None:
+        while (found := self._find_mark(self._thoughts)) is not None:
             start, mark = found
             end = start + len(mark)
-            if self._is_said(self._thoughts, self._held[:start]):
-                shown += self._visible(self._held[:end])
-                self._held = self._held[end:]
+            if self._is_part_of_answer(self._thoughts, self._pending[:start]):
+                shown += self._trim_start(self._pending[:end])
+                self._pending = self._pending[end:]
                 continue
-            shown += "" if self._is_inside else self._visible(self._held[:start])
-            self._held = self._held[end:]
+            shown += "" if self._is_inside else self._trim_start(self._pending[:start])
+            self._pending = self._pending[end:]
             self._is_inside, self._was_inside, self._space = mark == self._thoughts.opening, True, ""
-        keep = max(overlap(self._held, mark) for mark in self._marks(self._thoughts))
-        ready, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return shown if self._is_inside else shown + self._visible(ready)
+        keep = max(count_overlap(self._pending, mark) for mark in self._marks(self._thoughts))
+        ready, self._pending = self._pending[: len(self._pending) - keep], self._pending[len(self._pending) - keep :]
+        return shown if self._is_inside else shown + self._trim_start(ready)
 
-    def end(self) -> str:
+    def flush(self) -> str:
         """Return what was held back and was no mark after all."""
         if self._is_inside:
             return ""
-        rest = self._visible(self._held)
+        rest = self._trim_start(self._pending)
         return rest if self._has_begun or self._was_inside else self._space
 
     def _marks(self, thoughts: Thoughts) -> tuple[str, ...]:
         return (thoughts.closing,) if self._is_inside else (thoughts.opening, thoughts.closing)
 
-    def _next_mark(self, thoughts: Thoughts) -> tuple[int, str] | None:
+    def _find_mark(self, thoughts: Thoughts) -> tuple[int, str] | None:
         """Where the next mark begins, and which it is."""
-        found = [(self._held.find(mark), mark) for mark in self._marks(thoughts)]
+        found = [(self._pending.find(mark), mark) for mark in self._marks(thoughts)]
         return min((one for one in found if one[0] >= 0), default=None)
 
-    def _is_said(self, thoughts: Thoughts, before: str) -> bool:
+    def _is_part_of_answer(self, thoughts: Thoughts, before: str) -> bool:
         """Whether a mark after `before`, which is not shown yet, is a part of the answer."""
         has_begun = self._has_begun or bool(before.strip())
         is_code = (self._backticks + before.count("`")) % 2 == 1
-        return not self._is_inside and has_begun and (thoughts.only_first or is_code)
+        return not self._is_inside and has_begun and (thoughts.is_only_at_start or is_code)
 
-    def _visible(self, text: str) -> str:
+    def _trim_start(self, text: str) -> str:
         """The text, without the white space between a thought and the first word."""
         self._backticks += text.count("`")
         if self._has_begun:
@@ -113,7 +113,7 @@ class ThoughtFilter:
         return text.lstrip() if self._was_inside else text
 
 
-def overlap(text: str, mark: str) -> int:
+def count_overlap(text: str, mark: str) -> int:
     """Return how many characters at the end of `text` may be the beginning of `mark`."""
     longest = min(len(text), len(mark) - 1)
     return next((length for length in range(longest, 0, -1) if text.endswith(mark[:length])), 0)

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bot.config import PolicyConfig
-from bot.errors import ConfigError, cause_of
-from bot.models.templates import ANSWER, NEXT, PERSONA, Scalar, Template, trial_chat
-from bot.models.thoughts import CHANNEL, MARKS, UNMARKED, Thoughts
+from bot.errors import ConfigError, quote_error
+from bot.models.templates import TRIAL_ANSWER, TRIAL_PERSONA, TRIAL_REMARK, Scalar, Template, make_trial_chat
+from bot.models.thoughts import CHANNEL_MARK, MARKS, UNMARKED, Thoughts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ChatMessages = Sequence[dict[str, str]]
 
-PLAIN = "TokenizersBackend"  # transformers' name for a tokenizer that is all in its tokenizer.json
+PLAIN_TOKENIZER = "TokenizersBackend"  # transformers' name for a tokenizer that is all in its tokenizer.json
 ZERO_WIDTH_SPACE = "\u200b"
 
 
@@ -30,17 +30,17 @@ class ChatTokenizer:
     def __init__(self, model: str, template_args: Mapping[str, Scalar] | None = None):
         self.model = model
         self.template_args = dict(template_args or {})
-        self.length = lru_cache(maxsize=4096)(self._length)
+        self.count_text_tokens = lru_cache(maxsize=4096)(self._count_text_tokens)
 
     @cached_property
     def hf(self) -> "PreTrainedTokenizerBase":
         """The transformers tokenizer behind this one."""
         try:
-            tokenizer = _tokenizer_class(self.model).from_pretrained(self.model)
+            tokenizer = _find_tokenizer_class(self.model).from_pretrained(self.model)
         except Exception as error:  # it is read without a check of what is in it
             raise ConfigError(
                 f"config key policy.model has value '{self.model}', whose tokenizer cannot be loaded "
-                f"({cause_of(error)}); name a complete model directory or hub model"
+                f"({quote_error(error)}); name a complete model directory or hub model"
             ) from error
         if not tokenizer.chat_template:
             raise ConfigError(
@@ -64,17 +64,17 @@ class ChatTokenizer:
         They are what the template makes of the answer. If that does not continue the prompt (some templates write an answer
         otherwise than they open one), they are those of the text, after a closed thought if the prompt opens one.
         """
-        question, _ = trial_chat()
+        question, _ = make_trial_chat()
         prompt = self.prompt_ids([question])
         answered = [question, {"role": "assistant", "content": text}]
         whole = self._encode(self.template.render(answered, is_prompt=False)) if text.strip() else []
         said = whole[len(prompt) :]
         if whole[: len(prompt)] == prompt and self._turn_end in said:
             return said[: len(said) - said[::-1].index(self._turn_end)]
-        before = f"\n{self.thoughts.closing}\n\n" if self.thoughts.begins_open else ""
+        before = f"\n{self.thoughts.closing}\n\n" if self.thoughts.is_opened_by_prompt else ""
         return [*self._encode(before + text), self._turn_end]
 
-    def answer_text(self, completion_ids: Sequence[int]) -> str:
+    def decode_answer(self, completion_ids: Sequence[int]) -> str:
         """Give the text of an answer as it is shown: without thoughts and without the token that ends it."""
         said = [one for one in completion_ids if one not in self.end_ids]
         hides_special = not self.thoughts.is_special
@@ -94,21 +94,21 @@ class ChatTokenizer:
         model writes in plain text too.
         """
         added = {str(token): token.special for token in self.hf.added_tokens_decoder.values()}
-        template, prompt = self.hf.get_chat_template(), self.template.render(trial_chat()[:1])
+        template, prompt = self.hf.get_chat_template(), self.template.render(make_trial_chat()[:1])
         tokens = [pair for pair in MARKS if all(mark in added for mark in pair)]
         written = [pair for pair in MARKS if any(mark in template for mark in pair)]
         opened = [pair for pair in MARKS if prompt.rfind(pair[0]) > prompt.rfind(pair[1])]
         pair = next(iter((*opened, *tokens, *written)), None)
         if pair is None:
             return UNMARKED
-        return Thoughts(*pair, begins_open=pair in opened, is_special=any(added.get(mark, False) for mark in pair))
+        return Thoughts(*pair, is_opened_by_prompt=pair in opened, is_special=any(added.get(mark, False) for mark in pair))
 
     @property
     def has_channels(self) -> bool:
         """Whether the template sorts what a model says into channels, as gpt-oss does."""
-        return CHANNEL in self.hf.get_chat_template()
+        return CHANNEL_MARK in self.hf.get_chat_template()
 
-    def with_thoughts(self, policy: PolicyConfig) -> PolicyConfig:
+    def with_thought_tokens(self, policy: PolicyConfig) -> PolicyConfig:
         """Give a model that may think first `policy.thought_tokens` beside `policy.max_tokens`; leave others as they are."""
         if not self._may_think:
             return policy
@@ -119,19 +119,19 @@ class ChatTokenizer:
         """Whether an answer may begin with a thought: the prompt opens one, somebody asked for them, or the model has marks
         for them, and neither a switch nor the end of the prompt says that it should not.
         """
-        if self.thoughts.begins_open:
+        if self.thoughts.is_opened_by_prompt:
             return True
-        if self.template.thinks is not None:
-            return self.template.thinks
-        question = trial_chat()[:1]
+        if self.template.is_thinking is not None:
+            return self.template.is_thinking
+        question = make_trial_chat()[:1]
         is_closed = self.thoughts.closing in self.template.render(question).rpartition(question[0]["content"])[2]
         return self.thoughts != UNMARKED and not is_closed
 
     @cached_property
     def _turn_end(self) -> int:
         """The first special token that the template writes after an answer, which is not always the tokenizer's own end."""
-        for chat in ([*trial_chat(), {"role": "user", "content": NEXT}], trial_chat()):
-            after = self.template.render(chat, is_prompt=False).partition(ANSWER)[2].lstrip()
+        for chat in ([*make_trial_chat(), {"role": "user", "content": TRIAL_REMARK}], make_trial_chat()):
+            after = self.template.render(chat, is_prompt=False).partition(TRIAL_ANSWER)[2].lstrip()
             first = self._encode(after)[:1]
             if first and first[0] in self.hf.added_tokens_decoder:
                 return first[0]
@@ -145,17 +145,17 @@ class ChatTokenizer:
     def _encode(self, text: str) -> list[int]:
         return self.hf.encode(text, add_special_tokens=False)  # the template writes the token that begins a text
 
-    def count(self, messages: ChatMessages) -> int:
+    def count_prompt_tokens(self, messages: ChatMessages) -> int:
         """How many tokens the prompt made of `messages` has."""
         return len(self.prompt_ids(messages))
 
-    def _length(self, text: str) -> int:
+    def _count_text_tokens(self, text: str) -> int:
         """How many tokens `text` alone has."""
         return len(self._encode(text))
 
     def forget_texts(self) -> None:
         """Empty the caches of texts: that of their lengths, and that of words in the tokenizer behind this one."""
-        self.length.cache_clear()
+        self.count_text_tokens.cache_clear()
         if "hf" in self.__dict__:  # it was loaded
             backend = getattr(self.hf, "backend_tokenizer", None)
             getattr(getattr(backend, "model", None), "_clear_cache", lambda: None)()  # not every kind of model has one
@@ -178,8 +178,8 @@ class ChatTokenizer:
         The rest of the added tokens is text: Gemma's, for one, are line breaks, runs of spaces and HTML tags.
         """
         added = self.hf.added_tokens_decoder.values()
-        asked, answered = trial_chat()
-        chat = [{"role": "system", "content": PERSONA}, asked, answered, {"role": "user", "content": NEXT}]
+        asked, answered = make_trial_chat()
+        chat = [{"role": "system", "content": TRIAL_PERSONA}, asked, answered, {"role": "user", "content": TRIAL_REMARK}]
         written = self.hf.get_chat_template() + self.template.render(chat)  # some put a marker together of its parts
         marks = {self.thoughts.opening, self.thoughts.closing}  # text or tokens
         special = {str(token) for token in added if token.special} | set(self.hf.all_special_tokens)
@@ -187,7 +187,7 @@ class ChatTokenizer:
         return sorted((token for token in special | named | marks if len(token) > 1), key=len, reverse=True)
 
 
-def _tokenizer_class(model: str) -> Any:
+def _find_tokenizer_class(model: str) -> Any:
     """Return the class that transformers loads a tokenizer with. A directory that names the plain one needs no choice, and
     so no torch, which the choice imports (400 MB).
     """
@@ -196,7 +196,7 @@ def _tokenizer_class(model: str) -> Any:
         named = json.loads(file.read_text(encoding="utf-8"))["tokenizer_class"]
     except (OSError, ValueError, KeyError, TypeError):
         named = None
-    if named == PLAIN:
+    if named == PLAIN_TOKENIZER:
         from transformers import PreTrainedTokenizerFast
 
         return PreTrainedTokenizerFast

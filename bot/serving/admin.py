@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import aiohttp
 
-from bot.errors import ServingError, Unavailable
+from bot.errors import ServerUnavailable, ServingError
 from bot.store.registry import BASE
 
 FRESH = "default"  # what vLLM calls the weights that it was started with
@@ -19,7 +19,7 @@ LONGEST_EVENT = 2**23  # bytes: the first one repeats the prompt's token ids
 TOP_LOGPROBS = 20  # as many as vLLM gives unless it is told otherwise
 RESETS = 50  # of the prefix cache that are tried, a tenth of a second apart
 IDLE_SECONDS = 2.0  # after which a connection is closed: vLLM closes its own after 5, and a request may meet that moment
-MISSHAPEN = (ValueError, LookupError, TypeError, AttributeError)  # of JSON that is not what was expected
+MALFORMED_ERRORS = (ValueError, LookupError, TypeError, AttributeError)  # of JSON that is not what was expected
 
 T = TypeVar("T")
 
@@ -30,10 +30,10 @@ class ServerAdmin:
     def __init__(self, url: str, reply_seconds: float = 120, api_key: str = "none", base: str = BASE):
         """`base` is the version that is the server's own model."""
         self.url = url.rstrip("/")
-        self.log = ""  # where a server that we started writes its log
-        self.takes_weights = False
+        self.log_path = ""  # where a server that we started writes its log
+        self.can_replace_weights = False
         self.base_name = BASE  # as the server calls it
-        self.name_base(base)
+        self.set_base(base)
         # A reply that fails is tried again here, before its first token only; never behind our back.
         self._http = aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {api_key}"},
@@ -42,52 +42,54 @@ class ServerAdmin:
             read_bufsize=LONGEST_EVENT // 2,
         )
 
-    def name_base(self, base: str) -> None:
+    def set_base(self, base: str) -> None:
         """Say which version the server's own model is. Only before anybody is answered."""
         self.base = base
-        self.weights: str | None = base  # None: not known
+        self.weights_version: str | None = base  # None: not known
 
     async def connect(self) -> None:
         """Learn the name under which the server knows the base model, and whose weights it holds."""
-        bases = [name for name, parent in (await self._models()).items() if not parent]
+        bases = [name for name, parent in (await self._list_models()).items() if not parent]
         if not bases:
             raise ServingError(f"the server at {self.url} lists no base model; check serving.url")
         self.base_name = bases[0]
         try:
-            self.weights = await self._weights()
-            self.takes_weights = True
+            self.weights_version = await self._read_weights_version()
+            self.can_replace_weights = True
         except ServingError:  # a server that does not let its weights be changed
-            self.weights, self.takes_weights = self.base, False
+            self.weights_version, self.can_replace_weights = self.base, False
 
-    def lost(self) -> None:
+    def mark_lost(self) -> None:
         """Forget whose weights the server holds: it is gone."""
-        self.weights = None
+        self.weights_version = None
 
-    async def holds(self, version: str) -> bool:
+    async def has_version(self, version: str) -> bool:
         """Whether the server can answer as `version` does."""
-        if version == self.weights:
-            return not self.takes_weights or await self._weights() == version
-        return version in await self.loaded()
+        if version == self.weights_version:
+            return not self.can_replace_weights or await self._read_weights_version() == version
+        return version in await self.list_adapters()
 
-    async def _weights(self) -> str:
+    async def _read_weights_version(self) -> str:
         version = await self._ask("GET", "/weight_info", None, lambda told: str(told["weight_version"]))
         return self.base if version == FRESH else version
 
-    async def replace(self, version: str, path: str) -> None:
+    async def replace_weights(self, version: str, path: str) -> None:
         """Put the weights of a whole model in the place of the server's. Nobody may be answered: see `held`."""
-        self.weights = None
+        self.weights_version = None
         body = {"method": "reload_weights", "kwargs": {"weights_path": path}}
-        await self._admin("POST", "/collective_rpc", body)
+        await self._request("POST", "/collective_rpc", body)
         for _ in range(RESETS):  # it is refused while any request runs, such as one that asks whether the server is well
             if await self._ask("POST", "/reset_prefix_cache", None, lambda told: bool(told["success"])):
                 break
             await asyncio.sleep(0.1)
         else:
-            raise Unavailable("vLLM keeps its cache of the weights before: somebody else is using it; let kibitz be alone")
-        await self._admin("POST", "/update_weight_version", {"new_version": version})
-        self.weights = version
+            raise ServerUnavailable(
+                "vLLM keeps its cache of the weights before: somebody else is using it; let kibitz be alone"
+            )
+        await self._request("POST", "/update_weight_version", {"new_version": version})
+        self.weights_version = version
 
-    async def ready(self, seconds: float = 10) -> bool:
+    async def is_ready(self, seconds: float = 10) -> bool:
         """Tell whether the server generates one token within `seconds`: /health may say 200 while the engine is dead.
 
         It asks for what an answer asks for, so that no kernel is compiled while somebody waits.
@@ -102,38 +104,38 @@ class ServerAdmin:
 
     async def sleep(self) -> None:
         """Have vLLM give its GPU memory away: its weights wait in main memory. Nobody may be answered: see `held`."""
-        await self._admin("POST", "/sleep?level=1")
+        await self._request("POST", "/sleep?level=1")
 
     async def wake(self) -> None:
         """Have vLLM take its memory back and answer again."""
-        await self._admin("POST", "/wake_up")
+        await self._request("POST", "/wake_up")
 
-    async def load(self, name: str, path: str) -> None:
+    async def load_adapter(self, name: str, path: str) -> None:
         """Load an adapter under its own name."""
-        await self._admin("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
+        await self._request("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
 
-    async def unload(self, name: str) -> None:
+    async def unload_adapter(self, name: str) -> None:
         """Forget an adapter."""
-        await self._admin("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+        await self._request("POST", "/v1/unload_lora_adapter", {"lora_name": name})
 
-    async def loaded(self) -> set[str]:
+    async def list_adapters(self) -> set[str]:
         """The names of the adapters that the server holds."""
-        return {name for name, parent in (await self._models()).items() if parent}
+        return {name for name, parent in (await self._list_models()).items() if parent}
 
-    async def _models(self) -> dict[str, str | None]:
+    async def _list_models(self) -> dict[str, str | None]:
         """What the server lists: base models with None, adapters with what they adapt."""
         return await self._ask(
             "GET", "/v1/models", None, lambda told: {model["id"]: model.get("parent") for model in told["data"]}
         )
 
-    async def next_logprobs(self, version: str, prompt_ids: Sequence[int], temperature: float) -> dict[int, float]:
+    async def read_next_logprobs(self, version: str, prompt_ids: Sequence[int], temperature: float) -> dict[int, float]:
         """The server's log-probabilities (nats) of the likeliest tokens to follow `prompt_ids`, at a temperature.
 
         Nothing is cut away, as in the trainer. Asked by generating one token, as every answer is: `prompt_logprobs` beside
         other requests that use an adapter ends vLLM's CPU engine (0.32), and would pass by the prefix cache.
         """
         body = {
-            "model": self.served_name(version),
+            "model": self.find_served_name(version),
             "prompt": list(prompt_ids),
             "max_tokens": 1,
             "logprobs": TOP_LOGPROBS,
@@ -165,33 +167,33 @@ class ServerAdmin:
 
     async def _ask(self, method: str, path: str, body: dict[str, Any] | None, read: Callable[[Any], T]) -> T:
         """Return what `read` finds in the server's answer. Raises ServingError where it is not there: that is no vLLM."""
-        told = await self._admin(method, path, body)
+        told = await self._request(method, path, body)
         try:
             return read(told)
-        except MISSHAPEN as error:
-            advice = f"see {self.log}" if self.log else "check serving.url"
+        except MALFORMED_ERRORS as error:
+            advice = f"see {self.log_path}" if self.log_path else "check serving.url"
             came = " ".join(str(told).split())[:100]
             raise ServingError(f"{self.url}{path} gave '{came}', which is no answer of vLLM's; {advice}") from error
 
-    async def _admin(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    async def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """What the server answers: JSON, or its text where it is not."""
         try:
             async with self._http.request(method, f"{self.url}{path}", json=body) as response:
                 said = await response.text()
                 if response.status >= 500:
-                    raise Unavailable(f"vLLM failed at {path} ({response.status}): {said[:300]}")
+                    raise ServerUnavailable(f"vLLM failed at {path} ({response.status}): {said[:300]}")
                 if response.status != 200:
                     raise ServingError(f"vLLM refused {path} ({response.status}): {said[:300]}")
                 return json.loads(said) if response.content_type == "application/json" else said
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-            advice = f"see {self.log}" if self.log else "check that it runs, and serving.url"
-            raise Unavailable(f"vLLM at {self.url} does not answer ({type(error).__name__}); {advice}") from error
+            advice = f"see {self.log_path}" if self.log_path else "check that it runs, and serving.url"
+            raise ServerUnavailable(f"vLLM at {self.url} does not answer ({type(error).__name__}); {advice}") from error
 
-    def served_name(self, version: str) -> str:
+    def find_served_name(self, version: str) -> str:
         """The name under which the server knows a version. Raises ServingError where it has other weights in their place."""
-        if version == self.weights:
+        if version == self.weights_version:
             return self.base_name
         if version == self.base:
-            holder = self.weights or "nobody knows which version"
+            holder = self.weights_version or "nobody knows which version"
             raise ServingError(f"{self.base} is not served: the weights of {holder} are")
         return version

@@ -10,17 +10,17 @@ import os
 import signal
 from typing import Any
 
-SERVING, TRAINING = 10, 19  # niceness: the bot itself first, then answers, then learning
+SERVING_NICENESS, TRAINING_NICENESS = 10, 19  # niceness: the bot itself first, then answers, then learning
 
 
-def cores() -> set[int]:
+def find_cores() -> set[int]:
     """The processor cores that this process may use."""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
-def spare() -> set[int]:
+def find_spare_cores() -> set[int]:
     """All of them but one, which is left to the bot; the one where there is no other."""
-    return cores() - {min(cores())} or cores()
+    return find_cores() - {min(find_cores())} or find_cores()
 
 
 def end_with_parent() -> None:

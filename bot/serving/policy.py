@@ -18,10 +18,10 @@ from typing import Any
 import aiohttp
 
 from bot.config import PolicyConfig
-from bot.errors import Asleep, ReplyInterrupted, ServingError, Unavailable
+from bot.errors import ReplyInterrupted, ServerAsleep, ServerUnavailable, ServingError
 from bot.models.stops import StopFilter
 from bot.models.thoughts import ThoughtFilter, Thoughts
-from bot.serving.admin import MISSHAPEN, ServerAdmin
+from bot.serving.admin import MALFORMED_ERRORS, ServerAdmin
 from bot.store.registry import BASE
 from bot.types import Reply
 
@@ -42,7 +42,7 @@ class _Request:
     stops: tuple[str, ...]
 
 
-class _Growing:
+class _GrowingReply:
     """An answer that grows: its tokens, and what of it is for people."""
 
     def __init__(self, thoughts: Thoughts | None, stops: Sequence[str]):
@@ -59,7 +59,7 @@ class _Growing:
         piece = self._thoughts.add(choice["text"])
         if choice["finish_reason"]:
             self.finish_reason = choice["finish_reason"]
-            piece = self._stops.add(piece + self._thoughts.end()) + self._stops.end()
+            piece = self._stops.add(piece + self._thoughts.flush()) + self._stops.flush()
         else:
             piece = self._stops.add(piece)
         if self._stops.is_hit:
@@ -97,14 +97,14 @@ class Policy:
         self.end_ids = sorted(end_ids)
         self.thoughts = thoughts
         self.is_asleep = False
-        self.exact_tokens: int | None = None  # see `exactly`
+        self.fixed_tokens: int | None = None  # see `exactly`
         self._in_flight: Counter[str] = Counter()
-        self._is_held = False
+        self._is_paused = False
         self._changed = asyncio.Condition()  # of the two above
 
-    def name_base(self, base: str) -> None:
+    def set_base(self, base: str) -> None:
         """Say which version the server's own model is. Only before anybody is answered."""
-        self.admin.name_base(base)
+        self.admin.set_base(base)
         self.version = base
 
     async def reply(
@@ -129,13 +129,13 @@ class Policy:
         Raises Asleep while vLLM sleeps, ServingError before the first token (after one more try), ReplyInterrupted after it.
         """
         async with self._changed:
-            await self._changed.wait_for(lambda: self.is_asleep or not self._is_held)
+            await self._changed.wait_for(lambda: self.is_asleep or not self._is_paused)
             if self.is_asleep:
-                raise Asleep
+                raise ServerAsleep
             version = version or self.version
             self._in_flight[version] += 1
         try:
-            asked = self._request(prompt_ids, version, seed, temperature, cache_salt, max_tokens, stops)
+            asked = self._make_request(prompt_ids, version, seed, temperature, cache_salt, max_tokens, stops)
             try:
                 return await self._stream(asked, on_text, stop)
             except ReplyInterrupted:
@@ -147,7 +147,7 @@ class Policy:
             async with self._changed:
                 self._changed.notify_all()
 
-    def _request(
+    def _make_request(
         self,
         prompt_ids: Sequence[int],
         version: str,
@@ -161,12 +161,17 @@ class Policy:
         sampling: dict[str, Any] = {
             **self.config.sampling,
             **({} if temperature is None else {"temperature": temperature}),
-            "max_tokens": self.exact_tokens or most,
+            "max_tokens": self.fixed_tokens or most,
             **({} if seed is None else {"seed": seed}),
         }
-        body = {"model": self.admin.served_name(version), "prompt": list(prompt_ids), "return_token_ids": True, **sampling}
+        body = {
+            "model": self.admin.find_served_name(version),
+            "prompt": list(prompt_ids),
+            "return_token_ids": True,
+            **sampling,
+        }
         body["logprobs"] = 0  # of the sampled token alone
-        if self.exact_tokens:
+        if self.fixed_tokens:
             body["ignore_eos"] = True
         elif self.end_ids:
             body["stop_token_ids"] = self.end_ids
@@ -177,7 +182,7 @@ class Policy:
         return _Request(version, tuple(prompt_ids), body, sampling, tuple(stops))
 
     async def _stream(self, asked: "_Request", on_text: OnText | None, stop: asyncio.Event | None) -> Reply:
-        growing = _Growing(self.thoughts, asked.stops)
+        growing = _GrowingReply(self.thoughts, asked.stops)
         started = time.monotonic()
         try:
             async with contextlib.aclosing(self.admin.stream("/v1/completions", asked.body)) as events:
@@ -190,11 +195,11 @@ class Policy:
                     if growing.is_cut:
                         break
         except ServingError as error:
-            raise _translated(str(error), growing.text, asked.version) from error
-        except (aiohttp.ClientError, TimeoutError, *MISSHAPEN) as error:
-            raise _translated(str(error) or type(error).__name__, growing.text, asked.version) from error
+            raise _make_error(str(error), growing.text, asked.version) from error
+        except (aiohttp.ClientError, TimeoutError, *MALFORMED_ERRORS) as error:
+            raise _make_error(str(error) or type(error).__name__, growing.text, asked.version) from error
         if not growing.finish_reason:
-            raise _translated("the stream ended early", growing.text, asked.version)
+            raise _make_error("the stream ended early", growing.text, asked.version)
         return Reply(
             text=growing.text,
             policy_version=asked.version,
@@ -207,13 +212,13 @@ class Policy:
         )
 
     @contextlib.contextmanager
-    def exactly(self, tokens: int) -> Iterator[None]:
+    def fixed_length(self, tokens: int) -> Iterator[None]:
         """Inside, all answers have so many tokens, whatever was sampled: benchmarks compare the same work."""
-        self.exact_tokens = tokens
+        self.fixed_tokens = tokens
         try:
             yield
         finally:
-            self.exact_tokens = None
+            self.fixed_tokens = None
 
     async def drain(self, version: str, seconds: float = 60) -> bool:
         """Wait until no request for `version` is in flight; False if some still are after `seconds`."""
@@ -228,22 +233,22 @@ class Policy:
         return condition()
 
     @contextlib.asynccontextmanager
-    async def held(self, seconds: float) -> AsyncIterator[None]:
+    async def pause_replies(self, seconds: float) -> AsyncIterator[None]:
         """Inside, no reply is in flight: those that come wait. Raises ServingError where one takes more than `seconds`.
 
         A moment at which nothing is in flight anyway is waited for first: then nobody notices.
         """
         async with self._changed:
             await self._until(lambda: not self._in_flight.total(), LULL_SECONDS)
-            self._is_held = True
+            self._is_paused = True
         try:
             async with self._changed:
                 if not await self._until(lambda: not self._in_flight.total(), seconds):
-                    raise Unavailable(f"answers were still being given after {seconds:g} s (serving.reply_seconds)")
+                    raise ServerUnavailable(f"answers were still being given after {seconds:g} s (serving.reply_seconds)")
             yield
         finally:
             async with self._changed:
-                self._is_held = False
+                self._is_paused = False
                 self._changed.notify_all()
 
     async def close(self) -> None:
@@ -251,6 +256,6 @@ class Policy:
         await self.admin.close()
 
 
-def _translated(cause: str, text: str, version: str) -> ServingError:
+def _make_error(cause: str, text: str, version: str) -> ServingError:
     cause = cause.splitlines()[0][:300]
     return ReplyInterrupted(text, version, cause) if text else ServingError(f"{version} did not answer: {cause}")

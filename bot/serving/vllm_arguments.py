@@ -11,7 +11,7 @@ from bot.accelerator import has_gpu
 from bot.config import VLLM_HOST, Config
 from bot.errors import ConfigError
 from bot.serving import children
-from bot.serving.vllm_log import first_cause
+from bot.serving.vllm_log import find_first_cause
 from bot.store.registry import BASE
 
 # What reads vLLM's command line, at its places in the versions that there are; it is importing this that takes its time.
@@ -30,7 +30,7 @@ make_arg_parser(FlexibleArgumentParser(prog="vllm")).parse_args(sys.argv[1:])
 
 
 # What sets an option of vLLM that kibitz gives it.
-KEYS = {
+CONFIG_KEYS = {
     "--model": "policy.model",
     "--port": "serving.port",
     "--dtype": "serving.dtype",
@@ -42,7 +42,7 @@ KEYS = {
 READ_AT_ONCE = 2048  # tokens, on CPUs: at least as many as the longest prompt
 
 
-def own_options(config: Config) -> dict[str, str]:
+def list_own_options(config: Config) -> dict[str, str]:
     """The options of our own vLLM with their values, "" of those that have none, but for what is found out at start."""
     serving = config.serving
     longest = config.policy.context_tokens + config.policy.max_tokens
@@ -77,28 +77,30 @@ def check_extra_args(config: Config) -> None:
     first = next(iter(config.serving.extra_args), "-")
     if not first.startswith("-"):  # it would be taken for the name of a model
         raise ConfigError(f"config key serving.extra_args begins with '{first}', which is no option; write --OPTION first")
-    ours = {name(option) for option in ("--model", "--port", "--dtype", "--gpu-memory-utilization", *own_options(config))}
+    ours = {
+        name(option) for option in ("--model", "--port", "--dtype", "--gpu-memory-utilization", *list_own_options(config))
+    }
     for argument in config.serving.extra_args:
         if argument.startswith("--") and name(argument) in ours:
-            key = KEYS.get(name(argument), "")
+            key = CONFIG_KEYS.get(name(argument), "")
             raise ConfigError(
                 f"config key serving.extra_args has {argument.partition('=')[0]}, which kibitz sets itself; remove it"
                 + (f", and set {key}" if key else "")
             )
 
 
-def read_extra_args(config: Config) -> None:
+def check_extra_args_with_vllm(config: Config) -> None:
     """Have the installed vLLM read `serving.extra_args`, without starting it (about 10 s). Raises ConfigError."""
     if not config.serving.extra_args:
         return
     command = [sys.executable, "-c", READ_ARGUMENTS, *config.serving.extra_args]
     done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=children.end_with_parent)
     if done.returncode != 0:
-        cause = first_cause(done.stderr) or f"code {done.returncode}"
+        cause = find_first_cause(done.stderr) or f"code {done.returncode}"
         raise ConfigError(f"config key serving.extra_args has a value that vLLM refuses ({cause}); correct it")
 
 
-def entry_point(model: str) -> list[str]:
+def find_entry_point(model: str) -> list[str]:
     """Return the command that starts vLLM's OpenAI server for a model.
 
     From 0.33 on that is `vllm serve`, as a module. It asks for the metadata of a package named "vllm", which the CPU build

@@ -9,15 +9,15 @@ EXCEPTION = re.compile(r"^(?:[\w]+\.)*(\w*(?:Error|Exception|Interrupt)): ?(.*)$
 WRAPPERS = ("Engine core initialization failed", "cancelled", "Engine process failed to start")
 
 
-def first_cause(log: str) -> str:
+def find_first_cause(log: str) -> str:
     """Return the first error in vLLM's log that ended it, not what its other processes made of that; "" without one."""
     lines = [LOG_PREFIX.sub("", line, count=1).rstrip() for line in log.splitlines()]
-    found = list(_exceptions(lines))
+    found = list(_find_exceptions(lines))
     own = [text for text in found if not any(wrapper in text for wrapper in WRAPPERS)]
     return next(iter(own or found), "")[:400]
 
 
-def _exceptions(lines: list[str]) -> Iterator[str]:
+def _find_exceptions(lines: list[str]) -> Iterator[str]:
     """The last lines of tracebacks, and the usage errors of vLLM's command line."""
     in_traceback = False
     for number, line in enumerate(lines):

@@ -9,24 +9,24 @@ import os
 import signal
 from collections.abc import Awaitable, Callable
 
-from bot import WAITING
+from bot import THREAD_ENVIRONMENT
 from bot.accelerator import GIB, has_gpu, read_card
 from bot.config import VLLM_HOST, Config
-from bot.data_directory import is_held
+from bot.data_directory import is_locked
 from bot.environment import http_url, listen
 from bot.errors import ServingError
-from bot.models.dtype import served_dtype
+from bot.models.dtype import choose_dtype
 from bot.serving import children
 from bot.serving.policy import Policy
 from bot.serving.vllm_arguments import (
-    entry_point,
-    own_options,
+    find_entry_point,
+    list_own_options,
 )
-from bot.serving.vllm_log import first_cause
+from bot.serving.vllm_log import find_first_cause
 from bot.supervision import Health, supervise
 
 PROBE_SECONDS = 10
-USAGE = 2  # the exit code of a vLLM that cannot read its command line
+USAGE_EXIT_CODE = 2  # the exit code of a vLLM that cannot read its command line
 RUN_SECONDS = 3600  # the longest that a restart waits for a training run to give its memory back
 # What vLLM says where memory is short, and what to do about it.
 NO_MEMORY = ("out of memory", "OutOfMemory", "less than desired", "No available memory", "available KV cache memory")
@@ -38,32 +38,34 @@ class VllmServer:
     def __init__(self, config: Config, model: str):
         self.config = config
         self.model = model
-        self.port = _free_port(config.serving.port)
+        self.port = _find_free_port(config.serving.port)
         self.url = http_url(VLLM_HOST, self.port)
-        self.log = config.data / "vllm.log"
+        self.log_path = config.data / "vllm.log"
         self._process: asyncio.subprocess.Process | None = None
         self._log_start = 0  # where in the log the newest start begins
 
     async def start(self, policy: Policy) -> None:
         """Start the process and wait until it generates a token."""
-        self._log_start = self.log.stat().st_size if self.log.exists() else 0
-        with self.log.open("ab") as log:
+        self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
+        with self.log_path.open("ab") as log:
             self._process = await children.start(
                 *self._command(),
-                niceness=children.SERVING,
-                on=None if has_gpu() else children.spare(),
+                niceness=children.SERVING_NICENESS,
+                on=None if has_gpu() else children.find_spare_cores(),
                 stdout=log,
                 stderr=log,
                 env=self._environment(),
             )
         deadline = asyncio.get_running_loop().time() + self.config.serving.startup_seconds
-        while not await policy.admin.ready(PROBE_SECONDS):
+        while not await policy.admin.is_ready(PROBE_SECONDS):
             if self._process.returncode is not None:
-                raise ServingError(f"vLLM ended with code {self._process.returncode} while starting; {self._why()}")
+                raise ServingError(
+                    f"vLLM ended with code {self._process.returncode} while starting; {self._describe_failure()}"
+                )
             if asyncio.get_running_loop().time() > deadline:
                 await self.stop()
                 raise ServingError(
-                    f"vLLM was not ready after {self.config.serving.startup_seconds} s; {self._why()}, "
+                    f"vLLM was not ready after {self.config.serving.startup_seconds} s; {self._describe_failure()}, "
                     "or raise serving.startup_seconds"
                 )
             await asyncio.sleep(0.5)
@@ -74,9 +76,9 @@ class VllmServer:
         async def look() -> None:
             if self._process is not None:
                 await self._wait_for_death(policy)
-                policy.admin.lost()
+                policy.admin.mark_lost()
                 await self.stop()
-                raise ServingError(f"it does not answer any more and is started again; {self._why()}")
+                raise ServingError(f"it does not answer any more and is started again; {self._describe_failure()}")
             await self.wait_for_memory(health.tell)
             try:
                 await self.start(policy)
@@ -109,14 +111,14 @@ class VllmServer:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), PROBE_SECONDS)
                 return
-            silent = 0 if policy.is_asleep or await policy.admin.ready(PROBE_SECONDS) else silent + 1
+            silent = 0 if policy.is_asleep or await policy.admin.is_ready(PROBE_SECONDS) else silent + 1
 
     async def wait_for_memory(self, tell: Callable[[str], None]) -> None:
         """Wait while a training run holds the GPU memory that vLLM needs: it would refuse to start."""
         wanted = self.config.serving.memory_share
         deadline = asyncio.get_running_loop().time() + RUN_SECONDS
         is_told = False
-        while is_held(self.config.data, "train") and asyncio.get_running_loop().time() < deadline:
+        while is_locked(self.config.data, "train") and asyncio.get_running_loop().time() < deadline:
             card = await asyncio.to_thread(read_card)
             if card is None or card.free >= wanted * card.total:
                 return
@@ -129,37 +131,41 @@ class VllmServer:
             await asyncio.sleep(1)
 
     def _command(self) -> list[str]:
-        options = {"--port": str(self.port), "--dtype": served_dtype(self.config, self.model), **own_options(self.config)}
+        options = {
+            "--port": str(self.port),
+            "--dtype": choose_dtype(self.config, self.model),
+            **list_own_options(self.config),
+        }
         own = [part for name, value in options.items() for part in (name, value) if part]
-        return entry_point(self.model) + own + self.config.serving.extra_args
+        return find_entry_point(self.model) + own + self.config.serving.extra_args
 
     def _environment(self) -> dict[str, str]:
         defaults = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         if not has_gpu():
             # One core is left to everybody else: what wanders over all of them slows us and itself (docs/experiments.md).
-            defaults |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(len(children.spare()))}
+            defaults |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(len(children.find_spare_cores()))}
             defaults |= {"VLLM_CPU_KVCACHE_SPACE": "1"}
         if self.config.training.weights == "full" or self.config.serving.sleep_while_training:
             defaults["VLLM_SERVER_DEV_MODE"] = "1"  # without it weights cannot be changed, and vLLM does not sleep
-        inherited = {name: value for name, value in os.environ.items() if WAITING.get(name) != value}
+        inherited = {name: value for name, value in os.environ.items() if THREAD_ENVIRONMENT.get(name) != value}
         return {**defaults, **inherited, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
 
-    def _why(self) -> str:
+    def _describe_failure(self) -> str:
         """Why vLLM failed, in its own words, and what to do where that is known."""
-        if not self.log.exists():
-            return f"see {self.log}"
-        with self.log.open("rb") as log:
+        if not self.log_path.exists():
+            return f"see {self.log_path}"
+        with self.log_path.open("rb") as log:
             log.seek(self._log_start)
-            cause = first_cause(log.read().decode(errors="replace"))
+            cause = find_first_cause(log.read().decode(errors="replace"))
         if not cause:
-            return f"see {self.log}"
-        is_misread = self._process is not None and self._process.returncode == USAGE
+            return f"see {self.log_path}"
+        is_misread = self._process is not None and self._process.returncode == USAGE_EXIT_CODE
         advice = "; correct serving.extra_args" if is_misread and self.config.serving.extra_args else ""
         if any(sign in cause for sign in NO_MEMORY):
             advice = "; lower policy.context_tokens or serving.memory_share, or end what else uses the memory"
-        return f"vLLM says: {cause}{advice} (its log: {self.log})"
+        return f"vLLM says: {cause}{advice} (its log: {self.log_path})"
 
 
-def _free_port(wanted: int) -> int:
+def _find_free_port(wanted: int) -> int:
     with listen("serving.port", VLLM_HOST, wanted, otherwise=", or set 0 for any") as probe:
         return int(probe.getsockname()[1])

@@ -14,19 +14,19 @@ from urllib.parse import quote
 
 from bot import output_files
 from bot.config import Config
-from bot.data_directory import held
+from bot.data_directory import lock_directory
 from bot.errors import DataError
 from bot.store.database import Database
 from bot.store.erasures import Erasures
-from bot.store.forgetting import forget_again, remove_purged
+from bot.store.forgetting import forget_again, remove_purged_files
 from bot.store.registry import PolicyRegistry
-from bot.store.users import decide
+from bot.store.users import record_decision
 
 _COUNT_OUR_TABLES = "SELECT count(*) FROM sqlite_master WHERE name IN ('alembic_version', 'conversations')"
 
 
 @dataclass(frozen=True)
-class Restored:
+class RestoreReport:
     """What a restored database is without."""
 
     forgotten: int
@@ -39,51 +39,51 @@ class Restored:
 
 def back_up(config: Config, file: Path) -> None:
     """Write the database as it is at this moment into a file, whole or not at all. Nobody waits for it."""
-    source = _sqlite_file(config, f"pg_dump --format=custom --file={file}")
+    source = _find_sqlite_file(config, f"pg_dump --format=custom --file={file}")
     if not source.is_file():
         raise DataError(f"there is no database {source} to back up")
     _refuse_same(source, file)
     if file.is_file() and file.stat().st_size and not _is_backup(file):
         raise DataError(f"{file}: is no backup of kibitz, and is not replaced; name another file, or remove it")
-    with _whole(file) as unfinished:
+    with _replace_database_file(file) as unfinished:
         _copy(source, unfinished)
 
 
-def restore(config: Config, file: Path, replaces: bool = False) -> Restored:
+def restore(config: Config, file: Path, replaces: bool = False) -> RestoreReport:
     """Take the database from a file that `back_up` wrote, in the place of the one that is there if it `replaces` it.
 
     Who was forgotten since is forgotten again, and what people decided about their consent since stays decided, as far as
     the database that is replaced can still be read. Versions that the backup does not know, or whose files are gone, never
     serve again.
     """
-    target = _sqlite_file(config, f"pg_restore --clean --dbname=DATABASE {file}, and start kibitz: it forgets again")
+    target = _find_sqlite_file(config, f"pg_restore --clean --dbname=DATABASE {file}, and start kibitz: it forgets again")
     policies = config.data / "policies"
     _refuse_same(target, file)
     if not file.is_file():
         raise DataError(f"{file}: there is no such file; name one that `kibitz backup` wrote")
     Erasures(config.data).read()  # what cannot be read is told before anything is replaced
-    with held(config.data, "serve"), held(config.data, "train"):
+    with lock_directory(config.data, "serve"), lock_directory(config.data, "train"):
         if target.exists() and not replaces:
             raise DataError(f"there is a database already, {target}; add --replace to put the backup in its place")
-        names = {name for (name,) in _read(target, "SELECT name FROM policies")}
+        names = {name for (name,) in _read_rows(target, "SELECT name FROM policies")}
         used = {path.name for path in policies.glob("policy-*") if path.is_dir()} | names
-        decisions = _read(target, "SELECT platform, user_id, consent, at FROM users")
-        with _whole(target) as unfinished:
+        decisions = _read_rows(target, "SELECT platform, user_id, consent, at FROM users")
+        with _replace_database_file(target) as unfinished:
             _copy(file, unfinished)
             with closing(Database(f"sqlite:///{unfinished}", config.data)) as database:
                 database.upgrade()
-                withdrawn = PolicyRegistry(database).settle_in(policies, used)
-                _decide_again(unfinished, database, decisions)
+                withdrawn = PolicyRegistry(database).reconcile_directory(policies, used)
+                _reapply_decisions(unfinished, database, decisions)
                 database.scrub()
             _empty_log(target)
         with closing(Database(config.database_url, config.data)) as database:
             registry = PolicyRegistry(database)
             forgotten = forget_again(database, registry)  # a crash before this: `kibitz serve` begins with the same
-            remove_purged(registry)
-    return Restored(forgotten, withdrawn)
+            remove_purged_files(registry)
+    return RestoreReport(forgotten, withdrawn)
 
 
-def _sqlite_file(config: Config, instead: str) -> Path:
+def _find_sqlite_file(config: Config, instead: str) -> Path:
     database = Database(config.database_url)
     database.close()
     if database.file is None:
@@ -97,7 +97,7 @@ def _refuse_same(database: Path, file: Path) -> None:
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[Path]:
+def _replace_database_file(path: Path) -> Iterator[Path]:
     """Give a file for a database. At the end it takes the place of `path`, without its log; on an error nothing changes."""
     with output_files.replace(path) as unfinished:
         try:
@@ -126,10 +126,10 @@ def _copy(source: Path, target: Path) -> None:
 
 def _is_backup(file: Path) -> bool:
     """Whether `back_up` may have written a file: a database of kibitz in use has a log, a backup has none."""
-    return _read(file, _COUNT_OUR_TABLES) == [(2,)] and _read(file, "PRAGMA journal_mode") == [("delete",)]
+    return _read_rows(file, _COUNT_OUR_TABLES) == [(2,)] and _read_rows(file, "PRAGMA journal_mode") == [("delete",)]
 
 
-def _read(database: Path, query: str) -> list[tuple[Any, ...]]:
+def _read_rows(database: Path, query: str) -> list[tuple[Any, ...]]:
     """The rows of a query, as far as a database can still be read."""
     try:
         with closing(sqlite3.connect(_uri(database, "ro"), uri=True)) as old:
@@ -138,13 +138,13 @@ def _read(database: Path, query: str) -> list[tuple[Any, ...]]:
         return []
 
 
-def _decide_again(file: Path, database: Database, decisions: list[tuple[Any, ...]]) -> None:
+def _reapply_decisions(file: Path, database: Database, decisions: list[tuple[Any, ...]]) -> None:
     """Write people's decisions (platform, person, consent, when in SQLite's form) that are newer than the database's own."""
-    known = {(platform, user): at for platform, user, at in _read(file, "SELECT platform, user_id, at FROM users")}
+    known = {(platform, user): at for platform, user, at in _read_rows(file, "SELECT platform, user_id, at FROM users")}
     with database.begin() as connection:
         for platform, user, consent, at in decisions:
             if known.get((platform, user), "") < at:
-                decide(connection, (platform, user), consent=bool(consent))
+                record_decision(connection, (platform, user), consent=bool(consent))
 
 
 def _empty_log(database: Path) -> None:

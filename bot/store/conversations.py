@@ -16,14 +16,14 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
-from bot.errors import DataError, Forgotten
+from bot.errors import DataError, ForgottenError
 from bot.store import sources, word_index
 from bot.store.database import Database
-from bot.store.feedback import standing
+from bot.store.feedback import select_effective
 from bot.store.tables import CHUNK, UTCDateTime, chunks, conversations, embeddings, feedback, followups, messages, turns
-from bot.types import FORGOTTEN, Conversation, Feedback, FeedbackKind, FollowUp, Heard, Message, Role, Turn
+from bot.types import FORGOTTEN, Conversation, Feedback, FeedbackKind, FollowUp, Message, Role, StoredMessage, Turn
 
-Dialogue = tuple[Conversation, list[Message], list[Turn], list[Feedback]]
+DialogueRecord = tuple[Conversation, list[Message], list[Turn], list[Feedback]]
 
 
 class ConversationStore:
@@ -32,12 +32,12 @@ class ConversationStore:
     def __init__(self, database: Database):
         self.database = database
 
-    def open(self, conversation: Conversation) -> Conversation:
+    def open_conversation(self, conversation: Conversation) -> Conversation:
         """The stored conversation at this place, made now if it is new."""
         with self.database.begin() as connection:
             row = connection.execute(_PLACE, vars(conversation)).one_or_none()
             if row is None:
-                connection.execute(_INSERT[conversations], _columns(conversations, conversation))
+                connection.execute(_INSERT[conversations], _to_columns(conversations, conversation))
                 return conversation
             found = Conversation(**row._mapping)
             if found.is_public != conversation.is_public:  # what was public may have been closed since
@@ -45,7 +45,7 @@ class ConversationStore:
                 connection.execute(change.values(is_public=conversation.is_public))
             return replace(found, is_public=conversation.is_public)
 
-    def conversation(self, conversation_id: str) -> Conversation:
+    def read_conversation(self, conversation_id: str) -> Conversation:
         """One conversation by its id."""
         with self.database.read() as connection:
             row = connection.execute(_PLACES.where(conversations.c.id == conversation_id)).one_or_none()
@@ -53,7 +53,7 @@ class ConversationStore:
             raise DataError(f"there is no conversation '{conversation_id}'; `kibitz state` lists the latest")
         return Conversation(**row._mapping)
 
-    def latest(self, limit: int) -> list[tuple[Conversation, int, datetime]]:
+    def find_latest_conversations(self, limit: int) -> list[tuple[Conversation, int, datetime]]:
         """The conversations in which something was said last, with how many messages each has and when the last came."""
         last = sa.func.max(messages.c.at)
         query = _PLACES.add_columns(sa.func.count().label("messages"), last.label("last"))
@@ -66,27 +66,27 @@ class ConversationStore:
     def add_message(self, message: Message) -> bool:
         """Commit a message; False where it, or its event, was committed before."""
         with self.database.begin() as connection:
-            is_new = self._insert(messages, _message_row(message))
+            is_new = self._insert_once(messages, _to_message_row(message))
             if is_new:
                 word_index.add(connection, [(message.id, message.text)])
         return is_new
 
-    def hear(self, place: Conversation, message: Message) -> Heard:
+    def add_message_at(self, place: Conversation, message: Message) -> StoredMessage:
         """Commit a message at a place, in one transaction with the place."""
         with self.database.begin():
-            place = self.open(place)
+            place = self.open_conversation(place)
             message = replace(message, conversation_id=place.id)
-            return Heard(message, place, self.add_message(message))
+            return StoredMessage(message, place, self.add_message(message))
 
-    def overhear(self, place: Conversation, said: Sequence[Message], until: datetime) -> None:
+    def add_earlier_messages(self, place: Conversation, said: Sequence[Message], until: datetime) -> None:
         """Commit what was said at a place (oldest first) as older than `until`, whatever the platform's clock said."""
         with self.database.begin():
-            place = self.open(place)
+            place = self.open_conversation(place)
             for number, message in enumerate(said, -len(said)):
                 at = min(message.at, until + timedelta(microseconds=number))
                 self.add_message(replace(message, conversation_id=place.id, at=at))
 
-    def claim(self, message: Message) -> tuple[Message, Turn | None]:
+    def find_or_add_message(self, message: Message) -> tuple[Message, Turn | None]:
         """Commit a message; where it or its event came before, the message as it is stored, with the answer to it if any."""
         with self.database.read() as connection:
             row = connection.execute(_FIRST, {"id": message.id, "event_id": message.event_id}).one_or_none()
@@ -94,7 +94,7 @@ class ConversationStore:
             self.add_message(message)
             return message, None
         first = as_message(row)
-        return first, self.turn_answering(first.id)
+        return first, self.find_answer(first.id)
 
     def edit_message(self, message_id: str, text: str, at: datetime) -> bool:
         """Put what its author changed a message to in its place; False where a later edit came before, which holds."""
@@ -116,106 +116,108 @@ class ConversationStore:
         with self.database.begin() as connection:
             there = connection.execute(_COUNT_KEPT, {"sources": list(turn.sources)}).scalar_one()
             if there < len(turn.sources):  # a forgotten answer leaves no row, a forgotten message an empty one
-                raise Forgotten("what this answers was forgotten meanwhile; the answer is not kept")
+                raise ForgottenError("what this answers was forgotten meanwhile; the answer is not kept")
             reply = Message(
                 turn.conversation_id, "kibitz", turn.text, Role.ASSISTANT, turn.message_id, at=turn.at, id=turn.reply_id
             )
             self.add_message(reply)
-            connection.execute(_INSERT[turns], _columns(turns, turn))
+            connection.execute(_INSERT[turns], _to_columns(turns, turn))
             sources.add(connection, [turn])
 
     def add_feedback(self, given: Feedback) -> bool:
         """Append one act of feedback; False where its event was claimed before. Raises DataError where there is no turn."""
         try:
-            return self._insert(feedback, _columns(feedback, given))
+            return self._insert_once(feedback, _to_columns(feedback, given))
         except IntegrityError as error:
             raise DataError(f"there is no turn '{given.turn_id}'") from error
 
-    def add_dialogues(self, dialogues: Iterable[Dialogue]) -> None:
+    def add_dialogues(self, dialogues: Iterable[DialogueRecord]) -> None:
         """Commit imported conversations, all or none; what is there already is left as it is."""
         left = iter(dialogues)
         with self.database.begin() as connection:
             while some := list(islice(left, CHUNK)):
                 for number, table in enumerate((conversations, messages, turns, feedback)):
                     rows: list[Any] = [row for one in some for row in ([one[0]], *one[1:])[number]]
-                    there = {row.id for row in self._of(sa.select(table.c.id), table.c.id, [row.id for row in rows])}
+                    there = {
+                        row.id for row in self._select_by_ids(sa.select(table.c.id), table.c.id, [row.id for row in rows])
+                    }
                     fresh = list({row.id: row for row in reversed(rows) if row.id not in there}.values())[::-1]
                     if fresh:
-                        row_of = _message_row if table is messages else partial(_columns, table)
+                        row_of = _to_message_row if table is messages else partial(_to_columns, table)
                         connection.execute(_INSERT[table], list(map(row_of, fresh)))
                     word_index.add(connection, [(row.id, row.text) for row in fresh if isinstance(row, Message)])
                     sources.add(connection, [row for row in fresh if isinstance(row, Turn)])
 
-    def turn(self, turn_id: str) -> Turn | None:
+    def find_turn(self, turn_id: str) -> Turn | None:
         """One answer by its id."""
-        found = self._turns(turns.c.id == turn_id)
+        found = self._select_turns(turns.c.id == turn_id)
         return found[0] if found else None
 
-    def turn_answering(self, message_id: str) -> Turn | None:
+    def find_answer(self, message_id: str) -> Turn | None:
         """The newest answer to a message."""
-        found = self._turns(turns.c.message_id == message_id)
+        found = self._select_turns(turns.c.message_id == message_id)
         return found[-1] if found else None
 
-    def last_turn(self, conversation_id: str) -> Turn | None:
+    def find_last_turn(self, conversation_id: str) -> Turn | None:
         """The newest answer in a conversation."""
-        found = self._turns(turns.c.conversation_id == conversation_id, newest=1)
+        found = self._select_turns(turns.c.conversation_id == conversation_id, newest=1)
         return found[0] if found else None
 
-    def last_turn_at(self, place: Conversation) -> Turn | None:
+    def find_last_turn_at(self, place: Conversation) -> Turn | None:
         """The newest answer in the conversation at a place."""
         with self.database.read() as connection:
             row = connection.execute(_PLACE, vars(place)).one_or_none()
-        return None if row is None else self.last_turn(row.id)
+        return None if row is None else self.find_last_turn(row.id)
 
-    def message_of_event(self, event_id: str | None) -> Message | None:
+    def find_message_of_event(self, event_id: str | None) -> Message | None:
         """The message that a platform's event brought."""
         with self.database.read() as connection:
-            row = connection.execute(sa.select(*MESSAGE).where(messages.c.event_id == event_id)).one_or_none()
+            row = connection.execute(sa.select(*MESSAGE_COLUMNS).where(messages.c.event_id == event_id)).one_or_none()
         return None if row is None else as_message(row)
 
-    def message(self, message_id: str) -> Message:
+    def read_message(self, message_id: str) -> Message:
         """One message by its id."""
         with self.database.read() as connection:
-            return as_message(connection.execute(sa.select(*MESSAGE).where(messages.c.id == message_id)).one())
+            return as_message(connection.execute(sa.select(*MESSAGE_COLUMNS).where(messages.c.id == message_id)).one())
 
-    def questions(self, turn_ids: Iterable[str]) -> dict[str, str]:
+    def find_question_events(self, turn_ids: Iterable[str]) -> dict[str, str]:
         """By turn, the event that brought what it answers; without what was forgotten."""
         query = sa.select(turns.c.id, messages.c.event_id).join(messages, messages.c.id == turns.c.message_id)
         query = query.where(messages.c.event_id.is_not(None), messages.c.author_id != FORGOTTEN)
-        return {row.id: row.event_id for row in self._of(query, turns.c.id, turn_ids)}
+        return {row.id: row.event_id for row in self._select_by_ids(query, turns.c.id, turn_ids)}
 
-    def recent(self, conversation_id: str, before: Message, limit: int) -> list[Message]:
+    def read_recent_messages(self, conversation_id: str, before: Message, limit: int) -> list[Message]:
         """The last `limit` messages before one, oldest first: without answers that were regenerated, and with the
         asker's own corrections in place of what was said."""
         with self.database.read() as connection:
             values = {"place": conversation_id, "at": before.at, "before": before.id, "most": limit}
             rows = connection.execute(_RECENT, values).all()
-        return self._corrected([as_message(row) for row in reversed(rows)])
+        return self._apply_corrections([as_message(row) for row in reversed(rows)])
 
-    def feedback_of(self, turn_ids: Iterable[str]) -> dict[str, list[Feedback]]:
+    def read_feedback_on(self, turn_ids: Iterable[str]) -> dict[str, list[Feedback]]:
         """Every act of feedback on these turns, by turn."""
         found: dict[str, list[Feedback]] = defaultdict(list)
         query = sa.select(feedback).order_by(feedback.c.at, feedback.c.id)
-        for row in self._of(query, feedback.c.turn_id, turn_ids):
-            found[row.turn_id].append(_feedback(row))
+        for row in self._select_by_ids(query, feedback.c.turn_id, turn_ids):
+            found[row.turn_id].append(_as_feedback(row))
         return found
 
-    def feedback(self, feedback_id: str) -> Feedback | None:
+    def find_feedback(self, feedback_id: str) -> Feedback | None:
         """One act of feedback by its id."""
         with self.database.read() as connection:
             row = connection.execute(sa.select(feedback).where(feedback.c.id == feedback_id)).one_or_none()
-        return None if row is None else _feedback(row)
+        return None if row is None else _as_feedback(row)
 
-    def turns_with_feedback(self, newest: int | None = None) -> list[Turn]:
+    def find_turns_with_feedback(self, newest: int | None = None) -> list[Turn]:
         """All turns (or the newest) that anyone reacted to, oldest first."""
-        return self._turns(sa.exists().where(feedback.c.turn_id == turns.c.id), newest)
+        return self._select_turns(sa.exists().where(feedback.c.turn_id == turns.c.id), newest)
 
-    def turns_of(self, turn_ids: Iterable[str]) -> list[Turn]:
+    def read_turns(self, turn_ids: Iterable[str]) -> list[Turn]:
         """These turns, oldest first."""
-        found = [turn for ids in chunks(turn_ids) for turn in self._turns(turns.c.id.in_(ids))]
+        found = [turn for ids in chunks(turn_ids) for turn in self._select_turns(turns.c.id.in_(ids))]
         return sorted(found, key=lambda turn: (turn.at, turn.id))
 
-    def counts(self) -> dict[str, int]:
+    def count_rows(self) -> dict[str, int]:
         """How much there is of everything."""
         with self.database.read() as connection:
             return {
@@ -223,7 +225,7 @@ class ConversationStore:
                 for table in (conversations, messages, turns, feedback)
             }
 
-    def reactions(self, since: datetime | None = None, until: datetime | None = None) -> int:
+    def count_reactions(self, since: datetime | None = None, until: datetime | None = None) -> int:
         """How many acts of feedback there are, or came `since` or `until` a time, that could teach.
 
         Given and not taken back; neither ranks nor comments.
@@ -233,78 +235,80 @@ class ConversationStore:
         with self.database.read() as connection:
             return connection.execute(query).scalar_one()
 
-    def dialogues(self) -> Iterator[Dialogue]:
+    def read_dialogues(self) -> Iterator[DialogueRecord]:
         """Every conversation with all that belongs to it, one at a time."""
         with self.database.read() as connection:
             found = connection.execute(_PLACES.order_by(conversations.c.id)).all()
         for row in found:
             conversation = Conversation(**row._mapping)
-            answers = self._turns(turns.c.conversation_id == conversation.id)
-            given = self.feedback_of(turn.id for turn in answers)
+            answers = self._select_turns(turns.c.conversation_id == conversation.id)
+            given = self.read_feedback_on(turn.id for turn in answers)
             yield (
                 conversation,
-                self.messages(conversation.id),
+                self.read_messages(conversation.id),
                 answers,
                 [one for all_ in given.values() for one in all_],
             )
 
-    def messages(self, conversation_id: str, newest: int | None = None) -> list[Message]:
+    def read_messages(self, conversation_id: str, newest: int | None = None) -> list[Message]:
         """Every message of a conversation (or the newest), oldest first."""
-        query = sa.select(*MESSAGE).where(messages.c.conversation_id == conversation_id)
+        query = sa.select(*MESSAGE_COLUMNS).where(messages.c.conversation_id == conversation_id)
         query = query.order_by(messages.c.at.desc(), messages.c.id.desc()).limit(newest)
         with self.database.read() as connection:
             return [as_message(row) for row in connection.execute(query)][::-1]
 
-    def messages_of(self, message_ids: Iterable[str]) -> dict[str, Message]:
+    def find_messages(self, message_ids: Iterable[str]) -> dict[str, Message]:
         """Those of these messages that there are, by id."""
-        return {row.id: as_message(row) for row in self._of(sa.select(*MESSAGE), messages.c.id, message_ids)}
+        return {
+            row.id: as_message(row) for row in self._select_by_ids(sa.select(*MESSAGE_COLUMNS), messages.c.id, message_ids)
+        }
 
-    def authors_behind(self, turn_ids: Iterable[str]) -> dict[str, set[str]]:
+    def find_authors_behind(self, turn_ids: Iterable[str]) -> dict[str, set[str]]:
         """By turn, everybody whose words it was made from, directly or through other answers."""
         with self.database.read() as connection:
-            return sources.authors_behind(connection, turn_ids)
+            return sources.find_authors_behind(connection, turn_ids)
 
-    def platforms(self, conversation_ids: Iterable[str]) -> dict[str, str]:
+    def find_platforms(self, conversation_ids: Iterable[str]) -> dict[str, str]:
         """The platform of each conversation."""
         query = sa.select(conversations.c.id, conversations.c.platform)
-        return {row.id: row.platform for row in self._of(query, conversations.c.id, conversation_ids)}
+        return {row.id: row.platform for row in self._select_by_ids(query, conversations.c.id, conversation_ids)}
 
-    def texts(self, message_ids: Iterable[str]) -> dict[str, str]:
+    def read_texts(self, message_ids: Iterable[str]) -> dict[str, str]:
         """The text of each message."""
         query = sa.select(messages.c.id, messages.c.text)
-        return {row.id: row.text for row in self._of(query, messages.c.id, message_ids)}
+        return {row.id: row.text for row in self._select_by_ids(query, messages.c.id, message_ids)}
 
-    def said_next(self, turn_ids: Iterable[str]) -> dict[str, tuple[FollowUp, Message]]:
+    def find_first_followups(self, turn_ids: Iterable[str]) -> dict[str, tuple[FollowUp, Message]]:
         """By turn, what was noted as following up on it first, with its message."""
-        query = sa.select(followups.c.turn_id, followups.c.chances, *MESSAGE).join(messages)
+        query = sa.select(followups.c.turn_id, followups.c.chances, *MESSAGE_COLUMNS).join(messages)
         query = query.where(messages.c.text != "").order_by(messages.c.id.desc())
-        rows = self._of(query, followups.c.turn_id, turn_ids)
+        rows = self._select_by_ids(query, followups.c.turn_id, turn_ids)
         return {row.turn_id: (FollowUp(row.turn_id, row.id, row.chances), as_message(row)) for row in rows}
 
-    def _of(self, query: sa.Select, column: sa.Column, ids: Iterable[str]) -> list[sa.Row]:
+    def _select_by_ids(self, query: sa.Select, column: sa.Column, ids: Iterable[str]) -> list[sa.Row]:
         """The rows of a query whose `column` is one of `ids`, however many those are."""
         with self.database.read() as connection:
             return [row for some in chunks(ids) for row in connection.execute(query.where(column.in_(some)))]
 
-    def _insert(self, table: sa.Table, values: dict[str, Any]) -> bool:
+    def _insert_once(self, table: sa.Table, values: dict[str, Any]) -> bool:
         with self.database.begin() as connection:
             return connection.execute(_INSERT_ONCE[self.database.dialect, table], values).first() is not None
 
-    def _turns(self, condition: sa.ColumnElement[bool], newest: int | None = None) -> list[Turn]:
+    def _select_turns(self, condition: sa.ColumnElement[bool], newest: int | None = None) -> list[Turn]:
         query = sa.select(turns, messages.c.text).join(messages, messages.c.id == turns.c.reply_id).where(condition)
         query = query.order_by(turns.c.at.desc(), turns.c.id.desc())
         with self.database.read() as connection:
             rows = connection.execute(query if newest is None else query.limit(newest)).all()
-        return [_turn(row) for row in reversed(rows)]
+        return [_as_turn(row) for row in reversed(rows)]
 
-    def _corrected(self, said: list[Message]) -> list[Message]:
+    def _apply_corrections(self, said: list[Message]) -> list[Message]:
         replies = [message.id for message in said if message.role == Role.ASSISTANT]
         if not replies:
             return said
         with self.database.read() as connection:
             rows = connection.execute(_CORRECTIONS, {"replies": replies}).all()
         reply_of = {row.id: row.reply_id for row in rows}
-        wanted = {reply_of[row.id]: row.text or "" for row in standing(_feedback(row) for row in rows)}
+        wanted = {reply_of[row.id]: row.text or "" for row in select_effective(_as_feedback(row) for row in rows)}
         return [replace(message, text=wanted[message.id]) if message.id in wanted else message for message in said]
 
 
@@ -313,11 +317,11 @@ _REACTIONS = (
     .select_from(feedback)
     .where(~feedback.c.retracts, feedback.c.kind.not_in([FeedbackKind.RANK, FeedbackKind.COMMENT]))
 )
-MESSAGE = [messages.c[name] for name in Message.__dataclass_fields__]
+MESSAGE_COLUMNS = [messages.c[name] for name in Message.__dataclass_fields__]
 
 
 # Statements of the hot path are built once: building one costs more than running it.
-_FIRST = sa.select(*MESSAGE).where(
+_FIRST = sa.select(*MESSAGE_COLUMNS).where(
     sa.or_(messages.c.id == sa.bindparam("id"), messages.c.event_id == sa.bindparam("event_id"))
 )
 _later = turns.alias()
@@ -338,7 +342,10 @@ _COUNT_KEPT = (
     .where(messages.c.id.in_(sa.bindparam("sources", expanding=True)), messages.c.author_id != FORGOTTEN)
 )
 _RECENT = (
-    sa.select(*MESSAGE).where(_shown_before).order_by(messages.c.at.desc(), messages.c.id.desc()).limit(sa.bindparam("most"))
+    sa.select(*MESSAGE_COLUMNS)
+    .where(_shown_before)
+    .order_by(messages.c.at.desc(), messages.c.id.desc())
+    .limit(sa.bindparam("most"))
 )
 _CORRECTIONS = (
     sa.select(turns.c.reply_id, feedback)
@@ -363,12 +370,12 @@ _INSERT_ONCE = {  # what came before leaves its row as it is
 }
 
 
-def _columns(table: sa.Table, row: Any) -> dict[str, Any]:
+def _to_columns(table: sa.Table, row: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(row).items() if name in table.c}
 
 
-def _message_row(message: Message) -> dict[str, Any]:
-    return _columns(messages, message) | {"place": message.conversation_id}
+def _to_message_row(message: Message) -> dict[str, Any]:
+    return _to_columns(messages, message) | {"place": message.conversation_id}
 
 
 def as_message(row: Any) -> Message:
@@ -377,12 +384,12 @@ def as_message(row: Any) -> Message:
     return Message(**{**values, "role": Role(values["role"])})
 
 
-def _feedback(row: Any) -> Feedback:
+def _as_feedback(row: Any) -> Feedback:
     values = {name: getattr(row, name) for name in Feedback.__dataclass_fields__}
     return Feedback(**{**values, "kind": FeedbackKind(values["kind"])})
 
 
-def _turn(row: Any) -> Turn:
+def _as_turn(row: Any) -> Turn:
     values = {name: getattr(row, name) for name in Turn.__dataclass_fields__}
     for name in ("prompt_ids", "completion_ids", "logprobs"):
         values[name] = None if values[name] is None else tuple(values[name])

@@ -22,8 +22,8 @@ from alembic.config import Config as AlembicConfig
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from bot.errors import DatabaseUnavailable, DataError, cause_of
-from bot.store.outages import outage
+from bot.errors import DatabaseUnavailable, DataError, quote_error
+from bot.store.outages import find_outage
 from bot.store.write_ahead_log import WriteAheadLog
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ _FORMS = "write sqlite:///FILE, or postgresql+psycopg://USER:PASSWORD@HOST/DATAB
 
 class _Local(threading.local):
     def __init__(self) -> None:
-        self.afterwards: list[Callable[[], None]] = []  # what is to be done when that transaction is committed
+        self.after_commit: list[Callable[[], None]] = []  # what is to be done when that transaction is committed
 
     group: sa.Connection | None = None  # the transaction of the batch that this thread is at work on
     shared = False  # whether it is of more than one function
@@ -77,8 +77,8 @@ class Database:
         """Bring the schema to this program's version; refuse a database from the future or a broken file."""
         if self.find_revision() == self.newest_revision:
             return  # without the write lock
-        with self._refusals(), self.engine.begin() as connection:
-            config = _migrations_config()
+        with self._translate_errors(), self.engine.begin() as connection:
+            config = _make_alembic_config()
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
 
@@ -89,9 +89,9 @@ class Database:
         """
         if self.file is not None and not self.file.exists():
             return None
-        with self._refusals(), self.engine.connect().execution_options(read_only=True) as connection:
+        with self._translate_errors(), self.engine.connect().execution_options(read_only=True) as connection:
             found = MigrationContext.configure(connection).get_current_revision()
-        if found is not None and found not in {one.revision for one in _migrations().walk_revisions()}:
+        if found is not None and found not in {one.revision for one in _load_migrations().walk_revisions()}:
             raise DataError(
                 f"the database {self.url} has schema {found}, which this kibitz does not know; "
                 "install the kibitz that wrote it, or newer"
@@ -101,16 +101,16 @@ class Database:
     @property
     def newest_revision(self) -> str | None:
         """The revision of this program's schema."""
-        return _migrations().get_current_head()
+        return _load_migrations().get_current_head()
 
     @contextmanager
-    def _refusals(self) -> Iterator[None]:
+    def _translate_errors(self) -> Iterator[None]:
         """Raise what a database says inside that cannot be used as DataError."""
         try:
             yield
         except sa.exc.DBAPIError as error:
-            raise outage(error, self.url) or DataError(
-                f"the database {self.url} cannot be used ({cause_of(error)}); check the config key database.url"
+            raise find_outage(error, self.url) or DataError(
+                f"the database {self.url} cannot be used ({quote_error(error)}); check the config key database.url"
             ) from error
 
     @contextmanager
@@ -121,10 +121,10 @@ class Database:
         """
         group = self._local.group
         if group is None:
-            with self._together(), self.begin() as group:
+            with self._group_commit(), self.begin() as group:
                 yield group
             return
-        with self._outages():
+        with self._translate_outages():
             if not group.in_transaction():
                 group.begin()
             if self._local.shared and self._local.savepoint is None:
@@ -135,7 +135,7 @@ class Database:
     def read(self) -> Iterator[sa.Connection]:
         """A connection to read with; it never takes the write lock."""
         group = self._local.group
-        with self._outages():
+        with self._translate_outages():
             if group is not None and group.in_transaction():
                 yield group  # what the batch wrote before is seen
                 return
@@ -152,10 +152,10 @@ class Database:
         future: Future[Result] = Future()
         with_ids = partial(copy_context().run, function)  # what it logs has the ids of who asked
         self._waiting.append((with_ids, args, future))
-        self._thread.submit(self._work)
+        self._thread.submit(self._run_batch)
         return asyncio.wrap_future(future)
 
-    def _work(self) -> None:
+    def _run_batch(self) -> None:
         batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
         batch = [job for job in batch if job[-1].set_running_or_notify_cancel()]
         if not batch:
@@ -163,10 +163,10 @@ class Database:
         settled: list[tuple[Future[Any], Any, BaseException | None]] = []
         self._local.shared = len(batch) > 1
         try:
-            with self._together():
+            with self._group_commit():
                 for function, args, future in batch:
                     try:
-                        settled.append((future, self._part(function, args), None))
+                        settled.append((future, self._run_job(function, args), None))
                     except DatabaseUnavailable:
                         raise  # SQLite may have undone all that the batch wrote, on a full disk for one
                     except BaseException as error:
@@ -181,11 +181,11 @@ class Database:
             else:
                 future.set_exception(failure)
 
-    def _part(self, function: Callable[..., Result], args: tuple[Any, ...]) -> Result:
+    def _run_job(self, function: Callable[..., Result], args: tuple[Any, ...]) -> Result:
         """Run one function of a batch; beside others, what it writes has a savepoint, so that its failure harms none."""
         promised = len(self._local.afterwards)
         try:
-            with self._outages():
+            with self._translate_outages():
                 result = function(*args)
                 if self._local.savepoint is not None:
                     self._local.savepoint.commit()
@@ -201,9 +201,9 @@ class Database:
         return result
 
     @contextmanager
-    def _together(self) -> Iterator[sa.Connection]:
+    def _group_commit(self) -> Iterator[sa.Connection]:
         """A connection for all that is begun inside: committed together at the end, or not at all."""
-        with self._outages(), self.engine.connect() as group:
+        with self._translate_outages(), self.engine.connect() as group:
             self._local.group = group
             try:
                 yield group
@@ -221,25 +221,25 @@ class Database:
             self._local.afterwards.pop(0)()
 
     @contextmanager
-    def _outages(self) -> Iterator[None]:
+    def _translate_outages(self) -> Iterator[None]:
         """Raise an outage inside as DatabaseUnavailable; every other error stays what it is."""
         try:
             yield
         except sa.exc.DBAPIError as error:
-            found = outage(error, self.url)
+            found = find_outage(error, self.url)
             if found is None:
                 raise
             raise found from error
 
-    def afterwards(self, work: Callable[[], None]) -> None:
+    def run_after_commit(self, work: Callable[[], None]) -> None:
         """Do something that must not happen unless what was written is committed: now, or when its batch is.
 
         If it fails that is logged, and nobody is told that the commit failed.
         """
         if self._local.group is None:
-            _do(work)
+            _run_or_log(work)
         else:
-            self._local.afterwards.append(partial(copy_context().run, _do, work))
+            self._local.afterwards.append(partial(copy_context().run, _run_or_log, work))
 
     def scrub(self) -> None:
         """Leave nothing of what was deleted in the files: SQLite's log is emptied; free pages are zeroed as they come.
@@ -258,17 +258,17 @@ class Database:
 
 
 @cache  # each of its files is a module that is loaded
-def _migrations() -> ScriptDirectory:
-    return ScriptDirectory.from_config(_migrations_config())
+def _load_migrations() -> ScriptDirectory:
+    return ScriptDirectory.from_config(_make_alembic_config())
 
 
-def _migrations_config() -> AlembicConfig:
+def _make_alembic_config() -> AlembicConfig:
     config = AlembicConfig()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
     return config
 
 
-def _do(work: Callable[[], None]) -> None:
+def _run_or_log(work: Callable[[], None]) -> None:
     try:
         work()
     except Exception:

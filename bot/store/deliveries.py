@@ -35,20 +35,20 @@ class Deliveries:
         with self.database.begin() as connection:
             connection.execute(deliveries.insert(), row | {"at": now()})
 
-    def turn_of(self, platform: str, message_id: str) -> str | None:
+    def find_turn_id(self, platform: str, message_id: str) -> str | None:
         """The turn that a message shows a part of; None where the message is not ours."""
         key = (deliveries.c.platform == platform) & (deliveries.c.message_id == message_id)
         with self.database.read() as connection:
             return connection.execute(sa.select(deliveries.c.turn_id).where(key)).scalar_one_or_none()
 
-    def last_turn(self, platform: str, channel: str) -> str | None:
+    def find_last_turn_id(self, platform: str, channel: str) -> str | None:
         """The newest turn that was shown in a channel."""
         here = (deliveries.c.platform == platform) & (deliveries.c.channel == channel)
         query = sa.select(deliveries.c.turn_id).where(here).order_by(deliveries.c.turn_id.desc()).limit(1)
         with self.database.read() as connection:
             return connection.execute(query).scalar_one_or_none()
 
-    def first_question(self, place: Conversation) -> str | None:
+    def find_first_question_event(self, place: Conversation) -> str | None:
         """The event of the first message that was answered in the conversation at a place; None where none was."""
         there = (conversations.c[name] == getattr(place, name) for name in ("platform", "space", "channel", "thread"))
         query = sa.select(messages.c.event_id).select_from(turns).join(conversations)
@@ -56,7 +56,7 @@ class Deliveries:
         with self.database.read() as connection:
             return connection.execute(query.order_by(turns.c.at, turns.c.id).limit(1)).scalar_one_or_none()
 
-    def since(self, platform: str, at: datetime, limit: int) -> list[Delivery]:
+    def read_since(self, platform: str, at: datetime, limit: int) -> list[Delivery]:
         """The newest `limit` messages that were shown after a time, newest first."""
         columns = [deliveries.c[name] for name in Delivery.__dataclass_fields__]
         query = sa.select(*columns).where(deliveries.c.platform == platform, deliveries.c.at > at)
@@ -64,7 +64,7 @@ class Deliveries:
         with self.database.read() as connection:
             return [Delivery(**row._mapping) for row in connection.execute(query)]
 
-    def shown_at(self, platform: str, turn_id: str) -> datetime | None:
+    def find_first_shown_at(self, platform: str, turn_id: str) -> datetime | None:
         """Return when people could see a turn first; None where no message shows it."""
         of_turn = (deliveries.c.platform == platform) & (deliveries.c.turn_id == turn_id)
         with self.database.read() as connection:

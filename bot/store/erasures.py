@@ -20,7 +20,7 @@ from bot.types import Person
 
 
 @dataclass
-class Erased:
+class NotedErasures:
     """When each person was forgotten last, by digest, and the ids of all messages that were."""
 
     people: dict[str, datetime] = field(default_factory=dict)
@@ -42,13 +42,13 @@ class Erasures:
         """Note that a message is forgotten."""
         self._add("message", message_id, at)
 
-    def size(self) -> int:
+    def count_bytes(self) -> int:
         """Return how many bytes were noted: it grows whenever anybody is forgotten, in whatever process."""
         return self.path.stat().st_size if self.path.exists() else 0
 
-    def read(self) -> Erased:
+    def read(self) -> NotedErasures:
         """Return all that was noted. Raises DataError where the file cannot be read."""
-        found = Erased()
+        found = NotedErasures()
         for number, line in enumerate(self._lines()[1:], 2):
             match line.split(" "):
                 case ["person", digest, at, "."]:
@@ -74,7 +74,7 @@ class Erasures:
     @cached_property
     def _salt(self) -> bytes:
         with self._lock:
-            if not self.size():  # an empty one is what a full disk or a crash leaves
+            if not self.count_bytes():  # an empty one is what a full disk or a crash leaves
                 self._write(secrets.token_hex(16), self.path.with_name(self.path.name + ".unfinished"))
         try:
             return bytes.fromhex(self._lines()[0])

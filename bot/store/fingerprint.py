@@ -23,7 +23,7 @@ def fingerprint_model(model: str) -> str:
     try:
         files = sorted(Path(model).glob("*.safetensors")) or sorted(Path(model).glob("pytorch_model*.bin"))
         for file in files:
-            spans = _safetensors_spans(file) if file.suffix == ".safetensors" else _torch_spans(file)
+            spans = _find_safetensors_spans(file) if file.suffix == ".safetensors" else _find_torch_spans(file)
             with file.open("rb") as opened:
                 for name, begin, end in spans:
                     digest.update(f"{name}\n".encode())
@@ -35,7 +35,7 @@ def fingerprint_model(model: str) -> str:
     return digest.hexdigest() if files else ""
 
 
-def _safetensors_spans(file: Path) -> Iterator[Span]:
+def _find_safetensors_spans(file: Path) -> Iterator[Span]:
     """Read from a safetensors file's header where its tensors are. Raises ValueError where it is none."""
     with file.open("rb") as opened:
         start = opened.read(8)
@@ -48,7 +48,7 @@ def _safetensors_spans(file: Path) -> Iterator[Span]:
         yield f"{name} {header[name]['dtype']} {header[name]['shape']}", begin, end
 
 
-def _torch_spans(file: Path) -> Iterator[Span]:
+def _find_torch_spans(file: Path) -> Iterator[Span]:
     """Find the tensors of a file that torch saved: entries of an archive, or, of older days, anywhere in a pickle."""
     if not zipfile.is_zipfile(file):
         size = file.stat().st_size

@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from bot.store.database import Database
 from bot.store.erasures import Erasures
 from bot.store.registry import PolicyRegistry
-from bot.store.sources import answers_from
+from bot.store.sources import find_answers_from
 from bot.store.tables import (
     chunks,
     conversations,
@@ -39,17 +39,17 @@ from bot.store.tables import (
     users,
     words,
 )
-from bot.store.users import decide, decided_since
+from bot.store.users import has_decided_since, record_decision
 from bot.types import FORGOTTEN, Person, PolicyState, Role, now
 
 log = logging.getLogger(__name__)
 
-UNFINISHED = ".unfinished"  # what the name of a version's directory ends with while its run is under way
-SAMPLES = "samples.json"  # beside a version's weights: what was answered before and after its training
+UNFINISHED_SUFFIX = ".unfinished"  # what the name of a version's directory ends with while its run is under way
+SAMPLES_FILE = "samples.json"  # beside a version's weights: what was answered before and after its training
 
 
 @dataclass(frozen=True)
-class Erased:
+class ErasureCounts:
     """How much is gone."""
 
     messages: int
@@ -66,7 +66,7 @@ class Erased:
 
 def forget_person(
     database: Database, registry: PolicyRegistry, platform: str, user_id: str, until: datetime | None = None
-) -> Erased:
+) -> ErasureCounts:
     """Erase all that a person wrote, all that they said about answers, and all that was made from either.
 
     Their consent is withheld from now on. With `until` it is done again, as they asked for it then: what they said, taught
@@ -86,24 +86,24 @@ def forget_person(
         made = made.where(origins.c.user_id == user_id, conversations.c.platform == platform)
         if until is not None:
             written, said = written.where(messages.c.at <= until), said.where(feedback.c.at <= until)
-        erased = _erase(connection, written, said, made)
-        purged = registry.purge(connection, (platform, user_id), until)
-        is_newer = until is not None and decided_since(connection, (platform, user_id), until)
-        decide(connection, (platform, user_id), **({} if is_newer else {"consent": False}), forgotten_at=at)
-    database.afterwards(partial(remove_purged, registry))
-    database.afterwards(partial(remove_samples, registry))
-    database.afterwards(database.scrub)
+        erased = _erase_with_answers(connection, written, said, made)
+        purged = registry.purge_taught(connection, (platform, user_id), until)
+        is_newer = until is not None and has_decided_since(connection, (platform, user_id), until)
+        record_decision(connection, (platform, user_id), **({} if is_newer else {"consent": False}), forgotten_at=at)
+    database.run_after_commit(partial(remove_purged_files, registry))
+    database.run_after_commit(partial(remove_samples, registry))
+    database.run_after_commit(database.scrub)
     return replace(erased, policies=len(purged))
 
 
-def forget_message(database: Database, message_id: str) -> Erased:
+def forget_message(database: Database, message_id: str) -> ErasureCounts:
     """Erase one message, as its author deleted it. Versions that learned from it stay: one deletion must not move them."""
     if database.directory is not None:
         Erasures(database.directory).add_message(message_id, now())
     with database.begin() as connection:
-        erased = _erase(connection, sa.select(messages.c.id).where(messages.c.id == message_id))
-    database.afterwards(partial(remove_samples, PolicyRegistry(database)))
-    database.afterwards(database.scrub)
+        erased = _erase_with_answers(connection, sa.select(messages.c.id).where(messages.c.id == message_id))
+    database.run_after_commit(partial(remove_samples, PolicyRegistry(database)))
+    database.run_after_commit(database.scrub)
     return erased
 
 
@@ -153,9 +153,9 @@ _PEOPLE = (
 )
 
 
-def remove_purged(registry: PolicyRegistry) -> None:
+def remove_purged_files(registry: PolicyRegistry) -> None:
     """Remove the files of purged versions; also what a crash left behind. What cannot be removed is logged."""
-    for name, path in registry.directories(PolicyState.PURGED).items():
+    for name, path in registry.find_directories(PolicyState.PURGED).items():
         if Path(path).is_dir():
             try:
                 shutil.rmtree(path)
@@ -168,23 +168,27 @@ def remove_samples(registry: PolicyRegistry) -> None:
 
     Those of runs under way go too; a run that writes some afterwards looks itself for what was forgotten meanwhile.
     """
-    for samples in [Path(f"{path}{end}") / SAMPLES for path in registry.directories().values() for end in ("", UNFINISHED)]:
+    for samples in [
+        Path(f"{path}{end}") / SAMPLES_FILE
+        for path in registry.find_directories().values()
+        for end in ("", UNFINISHED_SUFFIX)
+    ]:
         try:
             samples.unlink(missing_ok=True)
         except OSError as error:
             log.error("what was forgotten may be in %s, which cannot be removed (%s); remove it", samples, error.strerror)
 
 
-def _erase(
+def _erase_with_answers(
     connection: sa.Connection, written: sa.Select, said: sa.Select | None = None, turn_ids: sa.Select | None = None
-) -> Erased:
+) -> ErasureCounts:
     """Erase messages and turns, all that was made from them and said about that, and the feedback that `said` selects."""
     own = list(connection.execute(written).scalars())
     opinions = [] if said is None else list(connection.execute(said).scalars())
-    return erase(connection, own, answers_from(connection, written, turn_ids), opinions)
+    return erase_rows(connection, own, find_answers_from(connection, written, turn_ids), opinions)
 
 
-def erase(connection: sa.Connection, own: list[str], made: dict[str, str], said: Iterable[str] = ()) -> Erased:
+def erase_rows(connection: sa.Connection, own: list[str], made: dict[str, str], said: Iterable[str] = ()) -> ErasureCounts:
     """Erase the text and the author of the messages `own`, the answers `made` (reply ids by turn id) with all that was said
     about them, and the feedback `said`.
     """
@@ -211,4 +215,4 @@ def erase(connection: sa.Connection, own: list[str], made: dict[str, str], said:
     blank = {"text": "", "author_id": FORGOTTEN, "author_name": ""}
     for ids in chunks(own):
         connection.execute(messages.update().where(messages.c.id.in_(ids)).values(**blank))
-    return Erased(len(own), len(made), len(opinions), 0)
+    return ErasureCounts(len(own), len(made), len(opinions), 0)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import sqlalchemy as sa
 
-from bot.store.conversations import MESSAGE, as_message
+from bot.store.conversations import MESSAGE_COLUMNS, as_message
 from bot.store.database import Database
 from bot.store.tables import chunks, conversations, fingerprints, messages
 from bot.types import Conversation, Message, Role
@@ -19,20 +19,22 @@ from bot.types import Conversation, Message, Role
 ALIKE = 1000  # of very many messages with the same words the newest are looked at
 
 
-def fingerprint(role: Role, text: str) -> str:
+def fingerprint_text(role: Role, text: str) -> str:
     """Return what tells the words of a message from others, however a client changed the white space between them."""
     return hashlib.blake2b(f"{role}\0{' '.join(text.split())}".encode(), digest_size=16).hexdigest()
 
 
-def remember(database: Database, message: Message, person: str) -> None:
-    """Keep the fingerprint of a stored message, for `recognize`. `person` wrote it, or was answered by it."""
+def add_fingerprint(database: Database, message: Message, person: str) -> None:
+    """Keep the fingerprint of a stored message, for `find_repeated_messages`. `person` wrote it, or was answered by it."""
     if message.text.strip():
         values = {"id": message.id, "place": message.conversation_id, "of": person}
         with database.begin() as connection:
-            connection.execute(_REMEMBER, values | {"words": fingerprint(message.role, message.text)})
+            connection.execute(_ADD_FINGERPRINT, values | {"words": fingerprint_text(message.role, message.text)})
 
 
-def recognize(database: Database, place: Conversation, person: str, history: Sequence[Message]) -> list[Message]:
+def find_repeated_messages(
+    database: Database, place: Conversation, person: str, history: Sequence[Message]
+) -> list[Message]:
     """Return the stored messages that a history (oldest first) repeats, and the questions of those that are answers.
 
     They were said in the space of `place`. Of several with the same words it is the one that belongs to the message before
@@ -41,13 +43,13 @@ def recognize(database: Database, place: Conversation, person: str, history: Seq
     found: set[str] = set()
     asked = ""  # the id of what the answer after a message answers
     with database.read() as connection:
-        words = [fingerprint(said.role, said.text) for said in history]
+        words = [fingerprint_text(said.role, said.text) for said in history]
         for said, before in reversed(list(zip(words, ["", *words], strict=False))):
             values = {"platform": place.platform, "space": place.space, "person": person, "asked": asked, "before": before}
-            row = connection.execute(_RECOGNIZE, values | {"words": said}).one_or_none()
+            row = connection.execute(_FIND_REPEATED, values | {"words": said}).one_or_none()
             asked = "" if row is None else row.reply_to or ""
             found |= set() if row is None else {row.message_id, asked} - {""}
-        query = sa.select(*MESSAGE)
+        query = sa.select(*MESSAGE_COLUMNS)
         return [
             as_message(row)
             for ids in chunks(sorted(found))
@@ -55,32 +57,36 @@ def recognize(database: Database, place: Conversation, person: str, history: Seq
         ]
 
 
-def _text(name: str) -> sa.BindParameter[str]:
+def _text_parameter(name: str) -> sa.BindParameter[str]:
     return sa.bindparam(name, type_=sa.String)
 
 
-_REMEMBER = fingerprints.insert().from_select(
+_ADD_FINGERPRINT = fingerprints.insert().from_select(
     ["message_id", "platform", "space", "person", "words"],
-    sa.select(_text("id"), conversations.c.platform, conversations.c.space, _text("of"), _text("words")).where(
-        conversations.c.id == sa.bindparam("place")
-    ),
+    sa.select(
+        _text_parameter("id"),
+        conversations.c.platform,
+        conversations.c.space,
+        _text_parameter("of"),
+        _text_parameter("words"),
+    ).where(conversations.c.id == sa.bindparam("place")),
 )
 _same_words = (
     sa.select(fingerprints.c.message_id, fingerprints.c.person)
-    .where(*(fingerprints.c[name] == _text(name) for name in ("platform", "space", "words")))
+    .where(*(fingerprints.c[name] == _text_parameter(name) for name in ("platform", "space", "words")))
     .order_by(fingerprints.c.message_id.desc())
     .limit(ALIKE)
     .subquery()
 )
 _question = fingerprints.alias()
-_RECOGNIZE = (
+_FIND_REPEATED = (
     sa.select(_same_words.c.message_id, messages.c.reply_to)
     .join(messages, messages.c.id == _same_words.c.message_id)
     .outerjoin(_question, _question.c.message_id == messages.c.reply_to)
     .order_by(
-        (_same_words.c.message_id == _text("asked")).desc(),
-        (sa.func.coalesce(_question.c.words, "") == _text("before")).desc(),
-        (_same_words.c.person == _text("person")).desc(),
+        (_same_words.c.message_id == _text_parameter("asked")).desc(),
+        (sa.func.coalesce(_question.c.words, "") == _text_parameter("before")).desc(),
+        (_same_words.c.person == _text_parameter("person")).desc(),
         _same_words.c.message_id.desc(),
     )
     .limit(1)

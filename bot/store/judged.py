@@ -12,14 +12,14 @@ from bot.store.tables import conversations, feedback, followups, run_feedback, t
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedTurn:
     """A turn that somebody reacted to, and the message that it answers, as other turns may."""
 
     turn_id: str
     message_id: str
 
 
-def find_judged(database: Database, space: str | None = None, followed_up: bool = False) -> list[Judged]:
+def find_judged_turns(database: Database, space: str | None = None, followed_up: bool = False) -> list[JudgedTurn]:
     """Return all turns that anyone reacted to, oldest first; of one imported `space` where it is given. With `followed_up`
     also those that something was only said after.
     """
@@ -30,10 +30,10 @@ def find_judged(database: Database, space: str | None = None, followed_up: bool 
     if space is not None:
         query = query.join(conversations).where(conversations.c.space == space)
     with database.read() as connection:
-        return [Judged(row.id, row.message_id) for row in connection.execute(query.order_by(turns.c.id))]
+        return [JudgedTurn(row.id, row.message_id) for row in connection.execute(query.order_by(turns.c.id))]
 
 
-def find_reconsidered(database: Database) -> set[str]:
+def find_reconsidered_turns(database: Database) -> set[str]:
     """Return the turns of opinions that taught a run and about which more was said."""
     other = feedback.alias()
     query = (

@@ -30,7 +30,7 @@ def check_same_base(base: PolicyVersion, model: str, weights: str) -> None:
         )
 
 
-def follow_base(base: PolicyVersion, versions: Sequence[PolicyVersion], model: str, weights: str) -> list[PolicyVersion]:
+def relocate_base(base: PolicyVersion, versions: Sequence[PolicyVersion], model: str, weights: str) -> list[PolicyVersion]:
     """Return the versions that change where the weights of a base are at `model` now: it and all that come from it.
 
     A fingerprint that is known stays so where the files of the model cannot be read.
@@ -50,7 +50,7 @@ def find_bases(versions: Sequence[PolicyVersion]) -> dict[str, PolicyVersion]:
     return bases
 
 
-def servable_before(
+def find_rollback_target(
     live: PolicyVersion, versions: Sequence[PolicyVersion], barred: Collection[str] = ()
 ) -> PolicyVersion | None:
     """Return the version to go back to: the newest that was live before and may serve again; None before the first.
@@ -71,7 +71,7 @@ def servable_before(
     return None if live.is_base else bases[live.name]
 
 
-def last_live(base: PolicyVersion, versions: Sequence[PolicyVersion]) -> PolicyVersion:
+def find_last_live(base: PolicyVersion, versions: Sequence[PolicyVersion]) -> PolicyVersion:
     """Return what was live when a base model was set aside; where that was purged since, the newest before it."""
     last = next((version for version in versions if version.name == base.metrics.live_before), base)
-    return last if last.state == PolicyState.RETIRED else servable_before(last, versions) or base
+    return last if last.state == PolicyState.RETIRED else find_rollback_target(last, versions) or base

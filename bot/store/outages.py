@@ -9,7 +9,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from bot.errors import DatabaseUnavailable, cause_of
+from bot.errors import DatabaseUnavailable, quote_error
 
 _LOCKED = "is locked by another program; end that program, or try again when it is done"
 _FULL = "has no room left on its disk; free some space, then try again"
@@ -40,20 +40,20 @@ _OF_POSTGRESQL = {  # by the beginning of the SQLSTATE
 }
 
 
-def outage(error: sa.exc.DBAPIError, url: str) -> DatabaseUnavailable | None:
+def find_outage(error: sa.exc.DBAPIError, url: str) -> DatabaseUnavailable | None:
     """Return what to tell people of an error of the database at `url`; None if it is a bug."""
-    advice = _of_sqlite(error.orig) if isinstance(error.orig, sqlite3.Error) else _of_postgresql(error)
+    advice = _advise_on_sqlite(error.orig) if isinstance(error.orig, sqlite3.Error) else _advise_on_postgresql(error)
     if advice is None:
         return None
-    return DatabaseUnavailable(f"the database {url} {advice.format(reason=cause_of(error))}")
+    return DatabaseUnavailable(f"the database {url} {advice.format(reason=quote_error(error))}")
 
 
-def _of_sqlite(error: Any) -> str | None:
+def _advise_on_sqlite(error: Any) -> str | None:
     code = getattr(error, "sqlite_errorcode", 0)
     return _FULL if code == sqlite3.SQLITE_IOERR_SHMSIZE else _OF_SQLITE.get(code & 0xFF)  # there: no room for its index
 
 
-def _of_postgresql(error: sa.exc.DBAPIError) -> str | None:
+def _advise_on_postgresql(error: sa.exc.DBAPIError) -> str | None:
     state = getattr(error.orig, "sqlstate", None)
     if state is None:  # no server said it: there is no connection
         return _SILENT if isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError) else None

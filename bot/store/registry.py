@@ -1,7 +1,7 @@
 """PolicyRegistry: the policy versions and their life cycle, and the tables that hold them.
 
 A version is immutable: its name and its directory are never used again (vLLM keys its prefix cache by adapter name). Only
-where its base model is may change, if the weights of that are the same (`bot.store.lineage.follow_base`). The live version
+where its base model is may change, if the weights of that are the same (`bot.store.lineage.relocate_base`). The live version
 is the one row in state LIVE; promoting is one transaction. It knows no torch and no server, so that a rollback works while
 training is broken.
 """
@@ -18,8 +18,8 @@ from sqlalchemy.exc import IntegrityError
 from bot.errors import RegistryError, VerdictOutdated
 from bot.store.database import Database
 from bot.store.fingerprint import fingerprint_model
-from bot.store.lineage import check_same_base, find_bases, follow_base, is_same_base, last_live, servable_before
-from bot.store.sources import people_behind
+from bot.store.lineage import check_same_base, find_bases, find_last_live, find_rollback_target, is_same_base, relocate_base
+from bot.store.sources import find_people_behind
 from bot.store.tables import policies, run_feedback, run_followups, run_teachers, runs, switches
 from bot.types import Metrics, Person, PolicyState, PolicyVersion, new_id, now
 
@@ -38,7 +38,7 @@ TRANSITIONS: dict[PolicyState, set[PolicyState]] = {
 MAY_SERVE = {S.CANDIDATE, S.WAITING, S.CANARY, S.LIVE, S.RETIRED}
 BASE = "policy-0"  # the first base model; each that takes its place has a name of its own
 LEARNING_PAUSED = "learning paused"  # the name of a switch
-DEPLOY = "deploy "  # the name of a switch, with that of a version after it
+DEPLOY_PREFIX = "deploy "  # the name of a switch, with that of a version after it
 _BASES = sa.select(policies).where(policies.c.parent.is_(None)).order_by(policies.c.number.desc())  # the newest first
 _WITHOUT_METRICS = sa.select(*(column for column in policies.c if column.name != "metrics")).order_by(policies.c.number)
 
@@ -54,7 +54,7 @@ class PolicyRegistry:
         weights = fingerprint_model(base_model)
         with self.database.read() as connection:
             if connection.execute(_BASES).first() is not None:
-                check_same_base(_base(connection), base_model, weights)
+                check_same_base(_read_base(connection), base_model, weights)
 
     def ensure_base(self, base_model: str, may_change: bool = False) -> PolicyVersion:
         """Return the version that is the base model itself, live from the start; made now if there is none.
@@ -66,35 +66,35 @@ class PolicyRegistry:
         """
         weights = fingerprint_model(base_model)
         with self.database.begin() as connection:
-            bases = [_version(row) for row in connection.execute(_BASES)]
+            bases = [_as_version(row) for row in connection.execute(_BASES)]
             if not bases:
                 version = PolicyVersion(BASE, None, base_model, base_model, S.LIVE, sha256=weights)
                 connection.execute(policies.insert().values(number=0, **asdict(version)))
                 return version
-            current = _base(connection)
+            current = _read_base(connection)
             if not may_change:
                 check_same_base(current, base_model, weights)
             if is_same_base(current, base_model, weights):
-                return _follow(connection, current, base_model, weights)
+                return _relocate_base(connection, current, base_model, weights)
             _set_aside(connection, current)
             back = next((base for base in bases if is_same_base(base, base_model, weights)), None)
             if back is not None:
-                _move(connection, last_live(back, _all(connection)).name, S.LIVE)
-                return _follow(connection, back, base_model, weights)
-            number = _next_number(connection)
+                _move(connection, find_last_live(back, _read_all(connection)).name, S.LIVE)
+                return _relocate_base(connection, back, base_model, weights)
+            number = _find_next_number(connection)
             version = PolicyVersion(f"policy-{number}", None, base_model, base_model, S.LIVE, sha256=weights)
             connection.execute(policies.insert().values(number=number, **asdict(version)))
         return version
 
-    def base(self) -> PolicyVersion:
+    def get_base(self) -> PolicyVersion:
         """Return the base model's own version: that of the live version, where the base model was changed."""
         with self.database.read() as connection:
-            return _base(connection)
+            return _read_base(connection)
 
-    def foreign(self) -> set[str]:
+    def find_foreign(self) -> set[str]:
         """Return the names of versions that come from another base model than the live one."""
         with self.database.read() as connection:
-            versions = [_version(row) for row in connection.execute(_WITHOUT_METRICS)]
+            versions = [_as_version(row) for row in connection.execute(_WITHOUT_METRICS)]
         if not versions:
             return set()
         bases = find_bases(versions)
@@ -104,7 +104,7 @@ class PolicyRegistry:
     def reserve(self, parent: PolicyVersion, policies_dir: Path) -> PolicyVersion:
         """A new version in state TRAINING, with a name and a directory that were never used before."""
         with self.database.begin() as connection:
-            number = _next_number(connection)
+            number = _find_next_number(connection)
             name = f"policy-{number}"
             path = str((policies_dir / name).absolute())
             version = PolicyVersion(name, parent.name, parent.base_model, path, S.TRAINING)
@@ -119,11 +119,11 @@ class PolicyRegistry:
         """The version will never serve."""
         return self.move(name, S.REJECTED, **({} if metrics is None else {"metrics": metrics}))
 
-    def waiting(self) -> list[PolicyVersion]:
+    def find_waiting(self) -> list[PolicyVersion]:
         """The versions that wait for evidence, oldest first."""
         with self.database.read() as connection:
             query = sa.select(policies).where(policies.c.state == S.WAITING).order_by(policies.c.number)
-            return [_version(row) for row in connection.execute(query)]
+            return [_as_version(row) for row in connection.execute(query)]
 
     def record_verdict(self, name: str, state: PolicyState, metrics: Metrics, outcome: str) -> PolicyVersion:
         """Make a waiting version a candidate, reject it, or have it wait on; its run ends so too. One transaction."""
@@ -140,16 +140,16 @@ class PolicyRegistry:
             state = self.get(name).state
             if state not in (S.CANDIDATE, S.WAITING):
                 raise RegistryError(f"{name} is {state}: only a candidate can be deployed; `kibitz policies` lists them")
-            wanted = DEPLOY + name
+            wanted = DEPLOY_PREFIX + name
             if connection.execute(sa.select(switches.c.name).where(switches.c.name == wanted)).first() is None:
                 connection.execute(switches.insert().values(name=wanted, since=now()))
 
-    def requested(self) -> list[PolicyVersion]:
+    def find_requested(self) -> list[PolicyVersion]:
         """The candidates that are to be deployed, oldest first."""
-        asked = sa.literal(DEPLOY) + policies.c.name == switches.c.name
+        asked = sa.literal(DEPLOY_PREFIX) + policies.c.name == switches.c.name
         query = sa.select(policies).join(switches, asked).where(policies.c.state == S.CANDIDATE)
         with self.database.read() as connection:
-            return [_version(row) for row in connection.execute(query.order_by(policies.c.number))]
+            return [_as_version(row) for row in connection.execute(query.order_by(policies.c.number))]
 
     def promote(self, name: str, metrics: Metrics | None = None, instead_of: str | None = None) -> PolicyVersion:
         """Make a version live, with other metrics where they are given, and retire the one that was, in one transaction.
@@ -157,26 +157,26 @@ class PolicyRegistry:
         Raises VerdictOutdated where `instead_of` is given, and another version is live by now.
         """
         with self.database.begin() as connection:
-            before = _live(connection)
+            before = _read_live(connection)
             if instead_of is not None and before.name != instead_of:
                 raise VerdictOutdated(name, instead_of, before.name)
             _move(connection, before.name, S.RETIRED)
             return _move(connection, name, S.LIVE, replaced=before.name, **({} if metrics is None else {"metrics": metrics}))
 
-    def rollback(self) -> tuple[PolicyVersion, PolicyVersion]:
+    def roll_back(self) -> tuple[PolicyVersion, PolicyVersion]:
         """Take the live version back; return it and the newest before it that may serve, which is live now."""
         with self.database.begin() as connection:
-            live = _live(connection)
-            back = servable_before(live, _all(connection))
+            live = _read_live(connection)
+            back = find_rollback_target(live, _read_all(connection))
             if back is None:
-                others = [version for version in _all(connection) if version.is_base and version.name != live.name]
+                others = [version for version in _read_all(connection) if version.is_base and version.name != live.name]
                 raise RegistryError(
                     f"{live.name} is live and has replaced nothing: there is no version to go back to"
                     + (f"; to have {others[-1].base_model} back, set policy.model and start kibitz again" if others else "")
                 )
             return _move(connection, live.name, S.RETIRED), _move(connection, back.name, S.LIVE)
 
-    def purge(self, connection: sa.Connection, person: Person, until: datetime | None = None) -> list[PolicyVersion]:
+    def purge_taught(self, connection: sa.Connection, person: Person, until: datetime | None = None) -> list[PolicyVersion]:
         """Withdraw every version that a person taught (`until` then), and all that were trained on from those; return them.
 
         Nothing says afterwards that they taught any of them. In the transaction of `connection`; the versions' files are for
@@ -187,26 +187,26 @@ class PolicyRegistry:
             theirs &= run_teachers.c.run_id.in_(sa.select(runs.c.id).where(runs.c.started_at <= until))
         query = sa.select(runs.c.policy).join(run_teachers, run_teachers.c.run_id == runs.c.id).where(theirs)
         taught = set(connection.execute(query).scalars())
-        for version in _all(connection):  # parents come before their children
+        for version in _read_all(connection):  # parents come before their children
             if version.parent in taught:
                 taught.add(version.name)
         connection.execute(run_teachers.delete().where(theirs))
-        return withdraw(connection, taught)
+        return purge_versions(connection, taught)
 
-    def settle_in(self, policies_dir: Path, used: Collection[str]) -> list[str]:
+    def reconcile_directory(self, policies_dir: Path, used: Collection[str]) -> list[str]:
         """Bring the versions of a restored database in line with a directory, and return the names of those withdrawn.
 
         A version whose files are not there never serves again. Names that were `used` since are never used again.
         """
         with self.database.begin() as connection:
-            for version in _all(connection):
+            for version in _read_all(connection):
                 if not version.is_base:
                     path = str((policies_dir / version.name).absolute())
                     connection.execute(policies.update().where(policies.c.name == version.name).values(path=path))
-            known = _all(connection)
+            known = _read_all(connection)
             missing = {version.name for version in known if not version.is_base and not Path(version.path).is_dir()}
             gone = {version.name for version in known if version.name in missing and version.state in MAY_SERVE}
-            withdrawn = [version.name for version in withdraw(connection, gone)]
+            withdrawn = [version.name for version in purge_versions(connection, gone)]
             base_model = next((version.base_model for version in reversed(known) if version.is_base), "")
             for name in sorted(set(used) - {BASE} - {version.name for version in known}):
                 number = name.removeprefix("policy-")
@@ -218,7 +218,7 @@ class PolicyRegistry:
                 withdrawn.append(name)
         return withdrawn
 
-    def pause_learning(self) -> bool:
+    def toggle_learning(self) -> bool:
         """Pause the training of new versions, or go on with it where it was paused; True if it is paused now."""
         switch = switches.c.name == LEARNING_PAUSED
         with self.database.begin() as connection:
@@ -227,7 +227,7 @@ class PolicyRegistry:
             connection.execute(switches.insert().values(name=LEARNING_PAUSED, since=now()))
         return True
 
-    def learning_is_paused(self) -> bool:
+    def is_learning_paused(self) -> bool:
         """Whether an operator paused the training of new versions."""
         with self.database.read() as connection:
             query = sa.select(switches.c.name).where(switches.c.name == LEARNING_PAUSED)
@@ -238,20 +238,20 @@ class PolicyRegistry:
         with self.database.begin() as connection:
             return _move(connection, name, state, **changes)
 
-    def live(self) -> PolicyVersion:
+    def get_live(self) -> PolicyVersion:
         """The version that answers."""
-        return self._one(policies.c.state == S.LIVE)
+        return self._read_one(policies.c.state == S.LIVE)
 
     def get(self, name: str) -> PolicyVersion:
         """One version by its name."""
-        return self._one(policies.c.name == name)
+        return self._read_one(policies.c.name == name)
 
     def all(self) -> list[PolicyVersion]:
         """Every version there ever was, oldest first."""
         with self.database.read() as connection:
-            return _all(connection)
+            return _read_all(connection)
 
-    def directories(self, state: PolicyState | None = None) -> dict[str, str]:
+    def find_directories(self, state: PolicyState | None = None) -> dict[str, str]:
         """Return where the files of each version are, by name, oldest first; of those in one `state` where it is given."""
         query = _WITHOUT_METRICS if state is None else _WITHOUT_METRICS.where(policies.c.state == state)
         with self.database.read() as connection:
@@ -263,7 +263,7 @@ class PolicyRegistry:
         with self.database.read() as connection:
             return connection.execute(query).scalar_one()
 
-    def abandon_unfinished(self) -> list[str]:
+    def reject_unfinished(self) -> list[str]:
         """Reject what a dead process left in training; returns the names."""
         stale = [version.name for version in self.all() if version.state == S.TRAINING]
         for name in stale:
@@ -285,7 +285,7 @@ class PolicyRegistry:
         """
         run_id = new_id()
         with self.database.read() as connection:  # a long walk, without the write lock
-            people = people_behind(connection, feedback, followups)
+            people = find_people_behind(connection, feedback, followups)
         run = {"id": run_id, "policy": policy, "config": config, "manifest_sha256": manifest_sha256}
         try:
             with self.database.begin() as connection:
@@ -308,7 +308,7 @@ class PolicyRegistry:
         with self.database.begin() as connection:
             connection.execute(runs.update().where(runs.c.id == run_id).values(outcome=outcome, ended_at=now()))
 
-    def runs(self) -> list[dict[str, Any]]:
+    def list_runs(self) -> list[dict[str, Any]]:
         """Every run with its policy, outcome, times and how much feedback taught it, oldest first."""
         taught = sa.select(sa.func.count()).where(run_feedback.c.run_id == runs.c.id).scalar_subquery()
         query = sa.select(
@@ -317,23 +317,23 @@ class PolicyRegistry:
         with self.database.read() as connection:
             return [dict(row._mapping) for row in connection.execute(query)]
 
-    def _one(self, condition: sa.ColumnElement[bool]) -> PolicyVersion:
+    def _read_one(self, condition: sa.ColumnElement[bool]) -> PolicyVersion:
         with self.database.read() as connection:
             row = connection.execute(sa.select(policies).where(condition)).one_or_none()
         if row is None:
             raise RegistryError("there is no such policy version; `kibitz policies` lists them all")
-        return _version(row)
+        return _as_version(row)
 
 
-def withdraw(connection: sa.Connection, names: Collection[str]) -> list[PolicyVersion]:
+def purge_versions(connection: sa.Connection, names: Collection[str]) -> list[PolicyVersion]:
     """Purge these versions for ever, and return those that were not purged before.
 
     If the live version is among them, the newest before it that may serve is live afterwards.
     """
-    versions = _all(connection)
+    versions = _read_all(connection)
     live = next((version for version in versions if version.state == S.LIVE), None)
     if live is not None and live.name in names:
-        back = servable_before(live, versions, barred=names)
+        back = find_rollback_target(live, versions, barred=names)
         if back is None:
             raise RegistryError(f"{live.name} is the base model itself and cannot be withdrawn")
         _move(connection, live.name, S.RETIRED)
@@ -342,23 +342,23 @@ def withdraw(connection: sa.Connection, names: Collection[str]) -> list[PolicyVe
     return [_move(connection, name, S.PURGED) for name in gone]
 
 
-def _next_number(connection: sa.Connection) -> int:
+def _find_next_number(connection: sa.Connection) -> int:
     return connection.execute(sa.select(sa.func.max(policies.c.number))).scalar_one() + 1
 
 
-def _all(connection: sa.Connection) -> list[PolicyVersion]:
-    return [_version(row) for row in connection.execute(sa.select(policies).order_by(policies.c.number))]
+def _read_all(connection: sa.Connection) -> list[PolicyVersion]:
+    return [_as_version(row) for row in connection.execute(sa.select(policies).order_by(policies.c.number))]
 
 
-def _base(connection: sa.Connection) -> PolicyVersion:
-    return find_bases(_all(connection))[_live(connection).name]
+def _read_base(connection: sa.Connection) -> PolicyVersion:
+    return find_bases(_read_all(connection))[_read_live(connection).name]
 
 
-def _follow(connection: sa.Connection, base: PolicyVersion, model: str, weights: str) -> PolicyVersion:
+def _relocate_base(connection: sa.Connection, base: PolicyVersion, model: str, weights: str) -> PolicyVersion:
     """Note where the weights of a base are now, and return the base."""
-    versions = _all(connection)
+    versions = _read_all(connection)
     current = next(version for version in versions if version.name == base.name)
-    for one in follow_base(current, versions, model, weights):
+    for one in relocate_base(current, versions, model, weights):
         place = {"base_model": one.base_model, "path": one.path, "sha256": one.sha256}
         connection.execute(policies.update().where(policies.c.name == one.name).values(place))
     return replace(current, base_model=model, path=model, sha256=weights or current.sha256)
@@ -366,7 +366,7 @@ def _follow(connection: sa.Connection, base: PolicyVersion, model: str, weights:
 
 def _set_aside(connection: sa.Connection, base: PolicyVersion) -> None:
     """Retire what is live of a base model that makes way for another, and reject its candidates."""
-    for version in _all(connection):
+    for version in _read_all(connection):
         if version.state == S.LIVE:
             _move(connection, version.name, S.RETIRED)
             metrics = base.metrics | Metrics(live_before=version.name)
@@ -376,18 +376,18 @@ def _set_aside(connection: sa.Connection, base: PolicyVersion) -> None:
             _move(connection, version.name, S.REJECTED, metrics=metrics)
 
 
-def _live(connection: sa.Connection) -> PolicyVersion:
+def _read_live(connection: sa.Connection) -> PolicyVersion:
     row = connection.execute(sa.select(policies).where(policies.c.state == S.LIVE)).one_or_none()
     if row is None:
         raise RegistryError("no version is live yet: this data directory was never served; `kibitz policies` lists them all")
-    return _version(row)
+    return _as_version(row)
 
 
 def _move(connection: sa.Connection, name: str, state: PolicyState, **changes: Any) -> PolicyVersion:
     row = connection.execute(sa.select(policies).where(policies.c.name == name)).one_or_none()
     if row is None:
         raise RegistryError(f"there is no policy version '{name}'; `kibitz policies` lists them all")
-    found = _version(row)
+    found = _as_version(row)
     if state not in TRANSITIONS[found.state]:
         allowed = ", ".join(sorted(TRANSITIONS[found.state])) or "nothing"
         raise RegistryError(f"{name} is {found.state} and cannot become {state}; from there it may become {allowed}")
@@ -395,6 +395,6 @@ def _move(connection: sa.Connection, name: str, state: PolicyState, **changes: A
     return replace(found, state=state, **changes)
 
 
-def _version(row: Any) -> PolicyVersion:
+def _as_version(row: Any) -> PolicyVersion:
     values = {name: row._mapping[name] for name in PolicyVersion.__dataclass_fields__ if name in row._mapping}
     return PolicyVersion(**{**values, "state": PolicyState(values["state"])})

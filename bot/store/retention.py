@@ -13,25 +13,25 @@ from typing import Any
 import sqlalchemy as sa
 
 from bot.store.database import Database
-from bot.store.forgetting import erase, remove_samples
+from bot.store.forgetting import erase_rows, remove_samples
 from bot.store.registry import PolicyRegistry
 from bot.store.sources import keep_origins
 from bot.store.tables import UTCDateTime, messages, sources, turns
 from bot.types import now
 
-EVERY = 3600.0  # seconds between two looks
-AT_ONCE = 32  # messages in one transaction, so that nobody waits long for the database
+ERASE_SECONDS = 3600.0  # seconds between two looks
+BATCH_SIZE = 32  # messages in one transaction, so that nobody waits long for the database
 
-Tell = Callable[[Collection[str]], Awaitable[None]]
+OnErased = Callable[[Collection[str]], Awaitable[None]]
 
 
-async def erase_expired(database: Database, days: int, tell: Tell) -> None:
+async def erase_expired(database: Database, days: int, tell: OnErased) -> None:
     """Erase what is older than so many days; 0 is for ever. `tell` is called with the ids of the messages that are gone."""
     if not days:
         return
     before = now() - timedelta(days=days)
     gone: list[str] = []
-    while some := await database.call(erase_before, database, before, AT_ONCE):
+    while some := await database.call(erase_before, database, before, BATCH_SIZE):
         gone += some
     if gone:
         await tell(gone)
@@ -54,7 +54,7 @@ def erase_before(database: Database, before: datetime, limit: int) -> list[str]:
         connection.execute(turns.update().where(spelt).values(dict.fromkeys(_IDS, sa.null())))
         connection.execute(sources.delete().where(sources.c.message_id.in_(list(made.values()))))
         replies = set(made.values())
-        erase(connection, [one for one in ids if one not in replies], made)
+        erase_rows(connection, [one for one in ids if one not in replies], made)
     return sorted({*ids, *replies})
 
 

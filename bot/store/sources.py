@@ -20,7 +20,9 @@ def add(connection: sa.Connection, answers: Iterable[Turn]) -> None:
         connection.execute(_INSERT, rows)
 
 
-def answers_from(connection: sa.Connection, message_ids: sa.Select, turn_ids: sa.Select | None = None) -> dict[str, str]:
+def find_answers_from(
+    connection: sa.Connection, message_ids: sa.Select, turn_ids: sa.Select | None = None
+) -> dict[str, str]:
     """Return the answers that were made from these messages, directly or through other answers: reply ids by turn id.
 
     `message_ids` and `turn_ids` select one column of ids; the turns are returned too, with what was made from them. When an
@@ -33,7 +35,7 @@ def answers_from(connection: sa.Connection, message_ids: sa.Select, turn_ids: sa
     return {row.id: row.reply_id for row in connection.execute(sa.select(found))}
 
 
-def authors_behind(connection: sa.Connection, turn_ids: Iterable[str]) -> dict[str, set[str]]:
+def find_authors_behind(connection: sa.Connection, turn_ids: Iterable[str]) -> dict[str, set[str]]:
     """Return by turn everybody whose words it was made from, directly or through other answers, by their ids."""
     wanted = list(turn_ids)
     people: defaultdict[str, set[str]] = defaultdict(set)
@@ -58,7 +60,7 @@ def authors_behind(connection: sa.Connection, turn_ids: Iterable[str]) -> dict[s
 
 def keep_origins(connection: sa.Connection, turn_ids: Iterable[str]) -> None:
     """Keep who is behind these turns, before any of what they were made from is erased."""
-    found = authors_behind(connection, turn_ids)
+    found = find_authors_behind(connection, turn_ids)
     for some in chunks(found):
         connection.execute(origins.delete().where(origins.c.turn_id.in_(some)))
     rows = [{"turn_id": turn_id, "user_id": one} for turn_id, those in found.items() for one in those]
@@ -66,7 +68,7 @@ def keep_origins(connection: sa.Connection, turn_ids: Iterable[str]) -> None:
         connection.execute(origins.insert(), rows)
 
 
-def people_behind(connection: sa.Connection, feedback_ids: Iterable[str], followup_ids: Iterable[str]) -> set[Person]:
+def find_people_behind(connection: sa.Connection, feedback_ids: Iterable[str], followup_ids: Iterable[str]) -> set[Person]:
     """Return everybody whose opinions or words are in this feedback, these follow-up messages, or the answers they judge."""
     people: set[Person] = set()
     judged: dict[str, str] = {}  # by turn: its platform
@@ -75,7 +77,7 @@ def people_behind(connection: sa.Connection, feedback_ids: Iterable[str], follow
             for turn_id, platform, person in connection.execute(query.where(column.in_(some))):
                 judged[turn_id] = platform
                 people.add((platform, person))
-    behind = authors_behind(connection, judged)
+    behind = find_authors_behind(connection, judged)
     return people | {(judged[turn_id], one) for turn_id, those in behind.items() for one in those}
 
 

@@ -47,15 +47,15 @@ class RecordJSON(sa.TypeDecorator):
         return None if value is None else self.kind.from_json(value)
 
 
-def scope_of(platform: str, space: str, channel: str) -> int:
+def compute_scope(platform: str, space: str, channel: str) -> int:
     """Return the number of a channel with its threads: what was said there may be remembered there (63 bits)."""
     digest = hashlib.blake2b(json.dumps([platform, space, channel]).encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1
 
 
-def _scope_of_row(context: Any) -> int:
+def _compute_row_scope(context: Any) -> int:
     row = context.get_current_parameters()
-    return scope_of(row["platform"], row["space"], row["channel"])
+    return compute_scope(row["platform"], row["space"], row["channel"])
 
 
 def _id() -> sa.Column:
@@ -71,7 +71,7 @@ conversations = sa.Table(
     sa.Column("channel", sa.String(128), nullable=False),
     sa.Column("thread", sa.String(128), nullable=False),
     sa.Column("is_public", sa.Boolean, nullable=False, server_default=sa.false()),
-    sa.Column("scope", sa.BigInteger, nullable=False, default=_scope_of_row, server_default="0"),
+    sa.Column("scope", sa.BigInteger, nullable=False, default=_compute_row_scope, server_default="0"),
     sa.UniqueConstraint("platform", "space", "channel", "thread"),
     sa.Index("conversations_of_spaces", "platform", "space", "is_public", "scope"),
 )

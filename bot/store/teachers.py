@@ -15,7 +15,7 @@ def find_turns_that_taught(database: Database) -> set[str]:
         return set(connection.execute(query).scalars())
 
 
-def select_teachers(database: Database, feedback_ids: Iterable[str]) -> set[str]:
+def find_feedback_that_taught(database: Database, feedback_ids: Iterable[str]) -> set[str]:
     """Return those of this feedback that ever taught a version."""
     query = sa.select(run_feedback.c.feedback_id).distinct()
     with database.read() as connection:
@@ -23,7 +23,7 @@ def select_teachers(database: Database, feedback_ids: Iterable[str]) -> set[str]
         return {one for found in rows for one in found.scalars()}
 
 
-def find_pupils(database: Database, feedback_ids: Iterable[str], followup_ids: Iterable[str] = ()) -> list[str]:
+def find_taught_versions(database: Database, feedback_ids: Iterable[str], followup_ids: Iterable[str] = ()) -> list[str]:
     """Return the names of the versions that this feedback, or these messages that followed up, taught."""
     found: set[str] = set()
     with database.read() as connection:

@@ -20,36 +20,36 @@ class Users:
 
     def __init__(self, database: Database, config: PrivacyConfig):
         self.database = database
-        self.assumed = config.consent == "assumed"
+        self.is_consent_assumed = config.consent == "assumed"
 
-    def consents(self, platform: str, user_id: str) -> bool:
+    def has_consent(self, platform: str, user_id: str) -> bool:
         """Whether a person may be learned from."""
-        return self.decided().get((platform, user_id), self.assumed)
+        return self.read_decisions().get((platform, user_id), self.is_consent_assumed)
 
-    def consenting(self, platform: str, user_ids: Iterable[str]) -> set[str]:
+    def filter_consenting(self, platform: str, user_ids: Iterable[str]) -> set[str]:
         """Those of these people who may be learned from."""
-        decided = self.decided()
-        return {one for one in user_ids if decided.get((platform, one), self.assumed)}
+        decided = self.read_decisions()
+        return {one for one in user_ids if decided.get((platform, one), self.is_consent_assumed)}
 
-    def decide(self, platform: str, user_id: str, consent: bool) -> None:
+    def record_consent(self, platform: str, user_id: str, consent: bool) -> None:
         """Give or withhold consent; the last decision holds."""
         with self.database.begin() as connection:
-            decide(connection, (platform, user_id), consent=consent)
+            record_decision(connection, (platform, user_id), consent=consent)
 
-    def decided(self) -> dict[Person, bool]:
+    def read_decisions(self) -> dict[Person, bool]:
         """The consent of everybody who said something about it."""
         with self.database.read() as connection:
             rows = connection.execute(sa.select(users.c.platform, users.c.user_id, users.c.consent))
             return {(row.platform, row.user_id): row.consent for row in rows}
 
-    def forgotten_since(self, platform: str, at: datetime) -> set[str]:
+    def find_forgotten_since(self, platform: str, at: datetime) -> set[str]:
         """Return everybody on a platform who was forgotten at a time or later."""
         gone = (users.c.platform == platform) & (users.c.forgotten_at >= at)
         with self.database.read() as connection:
             return set(connection.execute(sa.select(users.c.user_id).where(gone)).scalars())
 
 
-def voice(platform: str, user_id: str, config: WebConfig) -> str:
+def resolve_voice(platform: str, user_id: str, config: WebConfig) -> str:
     """Return whom a person counts as in training, where nobody may count more than once (law 7).
 
     Clients of the web say themselves which people they speak for, as "TOKEN'S NAME/PERSON". Unless the operator trusts those
@@ -58,16 +58,16 @@ def voice(platform: str, user_id: str, config: WebConfig) -> str:
     return user_id if platform != "web" or config.trust_user_names else user_id.partition("/")[0]
 
 
-def decided_since(connection: sa.Connection, person: Person, at: datetime) -> bool:
+def has_decided_since(connection: sa.Connection, person: Person, at: datetime) -> bool:
     """Whether a person decided about their consent after a time."""
-    return bool(connection.execute(sa.select(sa.exists().where(_is(person), users.c.at > at))).scalar_one())
+    return bool(connection.execute(sa.select(sa.exists().where(_is_person(person), users.c.at > at))).scalar_one())
 
 
-def decide(connection: sa.Connection, person: Person, **values: object) -> None:
+def record_decision(connection: sa.Connection, person: Person, **values: object) -> None:
     """Write a person's decision in the transaction of `connection`."""
-    if not connection.execute(users.update().where(_is(person)).values(at=now(), **values)).rowcount:
+    if not connection.execute(users.update().where(_is_person(person)).values(at=now(), **values)).rowcount:
         connection.execute(users.insert().values(platform=person[0], user_id=person[1], at=now(), **values))
 
 
-def _is(person: Person) -> sa.ColumnElement[bool]:
+def _is_person(person: Person) -> sa.ColumnElement[bool]:
     return (users.c.platform == person[0]) & (users.c.user_id == person[1])

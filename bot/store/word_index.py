@@ -10,19 +10,21 @@ from collections.abc import Collection, Iterable
 import sqlalchemy as sa
 
 from bot.store.tables import chunks, messages, words
-from bot.store.words import FUNCTION_WORDS, telling_words
-from bot.store.words import words as words_of
+from bot.store.words import FUNCTION_WORDS, extract_content_words
+from bot.store.words import extract_words as words_of
 
-LONGEST = 64  # characters of a word, and
-MOST = 64  # words of a message, and of a question, at most
-NEWEST = 256  # messages with a word that are looked at; a word that more of them hold tells little
+MAX_WORD_LENGTH = 64  # characters of a word, and
+MAX_WORDS = 64  # words of a message, and of a question, at most
+MAX_MESSAGES_PER_WORD = 256  # messages with a word that are looked at; a word that more of them hold tells little
 
 Text = tuple[str, str]  # a message's id and its text
 
 
 def add(connection: sa.Connection, texts: Iterable[Text]) -> None:
     """Record the words of stored messages."""
-    rows = [{"id": message_id, "word": word} for message_id, text in texts for word in _cut(telling_words(text))]
+    rows = [
+        {"id": message_id, "word": word} for message_id, text in texts for word in _limit_words(extract_content_words(text))
+    ]
     if rows:
         connection.execute(_ADD, rows)
 
@@ -39,17 +41,17 @@ def find(connection: sa.Connection, scopes: Collection[int], question: str, befo
     Of messages that share the same words the newest are taken.
     """
     shared: defaultdict[str, float] = defaultdict(float)
-    for word in _cut(set(words_of(question)) - FUNCTION_WORDS):
-        values = {"scopes": list(scopes), "word": word, "before": before, "most": NEWEST}
+    for word in _limit_words(set(words_of(question)) - FUNCTION_WORDS):
+        values = {"scopes": list(scopes), "word": word, "before": before, "most": MAX_MESSAGES_PER_WORD}
         found = connection.execute(_FIND, values).scalars().all()
         for message_id in found:
-            shared[message_id] += math.log1p(NEWEST / len(found))
+            shared[message_id] += math.log1p(MAX_MESSAGES_PER_WORD / len(found))
     best = sorted(shared, key=lambda one: (shared[one], one), reverse=True)
     return sorted(best[:limit])
 
 
-def _cut(found: set[str]) -> list[str]:
-    return sorted({word[:LONGEST] for word in found})[:MOST]
+def _limit_words(found: set[str]) -> list[str]:
+    return sorted({word[:MAX_WORD_LENGTH] for word in found})[:MAX_WORDS]
 
 
 _ADD = words.insert().from_select(

@@ -5,7 +5,7 @@ import re
 import Stemmer
 
 CHARACTERS = 4000  # of one message, at most, that are looked at
-SAYS_SOMETHING = 3  # words that are no function words
+MIN_CONTENT_WORDS = 3  # words that are no function words
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
 UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
 ENGLISH_FUNCTION_WORDS = """
@@ -20,7 +20,7 @@ _stem = Stemmer.Stemmer("english").stemWord
 _POSSESSIVE = re.compile(r"['’]s?$")
 
 
-def words(text: str) -> list[str]:
+def extract_words(text: str) -> list[str]:
     """The words of a text for matching: case folded, English endings cut; pairs of characters where no spaces are."""
     text = text[:CHARACTERS].casefold()
     found = []
@@ -32,13 +32,13 @@ def words(text: str) -> list[str]:
     return found
 
 
-def forget_words() -> None:
+def clear_stem_cache() -> None:
     """Begin anew with an empty cache of words that were stemmed."""
     global _stem
     _stem = Stemmer.Stemmer("english").stemWord
 
 
-def telling_words(text: str) -> set[str]:
+def extract_content_words(text: str) -> set[str]:
     """The words of a text that are no function words; none where it says too little to be remembered."""
-    found = set(words(text)) - FUNCTION_WORDS
-    return found if len(found) >= SAYS_SOMETHING else set()
+    found = set(extract_words(text)) - FUNCTION_WORDS
+    return found if len(found) >= MIN_CONTENT_WORDS else set()

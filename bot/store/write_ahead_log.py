@@ -10,7 +10,7 @@ import time
 
 import sqlalchemy as sa
 
-from bot.errors import cause_of
+from bot.errors import quote_error
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class WriteAheadLog:
 
     def empty(self) -> None:
         """Empty the log now, or as soon as nobody reads from it."""
-        self._try(FIRST_PAUSE)
+        self._try_to_empty(FIRST_PAUSE)
 
     def close(self) -> None:
         """Try for a last moment, if the log is not empty yet; tell the operator if that fails."""
@@ -50,9 +50,9 @@ class WriteAheadLog:
         while (hindrance := self._find_hindrance()) is not None and time.monotonic() < deadline:
             time.sleep(FIRST_PAUSE)
         if hindrance is not None:
-            log.warning("%s (%s); it goes when kibitz starts the next time", self._remains, hindrance)
+            log.warning("%s (%s); it goes when kibitz starts the next time", self._remains_text, hindrance)
 
-    def _try(self, pause: float) -> None:
+    def _try_to_empty(self, pause: float) -> None:
         """Try to empty the log; where that fails, try again after `pause` seconds, and then later and later."""
         hindrance = self._find_hindrance()
         with self._lock:
@@ -65,13 +65,13 @@ class WriteAheadLog:
             elif not self._is_closed and self._timer in (None, threading.current_thread()):
                 if pause >= PATIENCE and not self._is_told:
                     self._is_told = True
-                    log.warning("%s (%s); kibitz tries again until it is gone", self._remains, hindrance)
-                self._timer = threading.Timer(pause, self._try, [min(2 * pause, LONGEST_PAUSE)])
+                    log.warning("%s (%s); kibitz tries again until it is gone", self._remains_text, hindrance)
+                self._timer = threading.Timer(pause, self._try_to_empty, [min(2 * pause, LONGEST_PAUSE)])
                 self._timer.daemon = True
                 self._timer.start()
 
     @property
-    def _remains(self) -> str:
+    def _remains_text(self) -> str:
         return f"what was deleted is still in the log of {self._engine.url.database}"
 
     def _find_hindrance(self) -> str | None:
@@ -85,5 +85,5 @@ class WriteAheadLog:
                 finally:
                     connection.exec_driver_sql(f"PRAGMA busy_timeout = {patience}")
         except sa.exc.DBAPIError as error:
-            return cause_of(error)
+            return quote_error(error)
         return "another program, or a long command, is reading it" if is_busy else None

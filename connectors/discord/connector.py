@@ -1,15 +1,13 @@
 """Discord: mentions, replies, direct messages and threads are answered; reactions and buttons become feedback.
 
 Answers grow by edits, long ones go on in further messages, and buttons stand under the last part. A thread or a direct
-message is one conversation; in a channel a mention begins one, and replies to its answers go on with it. It knows no model
-and no training.
+message is one conversation; in a channel a mention begins one, and replies to its answers go on with it.
 
-Run: ``kibitz serve`` with `[discord] token_env` set.
+It knows no model and no training. Run: ``kibitz serve`` with `[discord] token_env` set.
 """
 
 import asyncio
 import logging
-import os
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from typing import Any
@@ -19,38 +17,27 @@ import discord
 from bot.chat.dialogue import ReplyOptions
 from bot.config import DiscordConfig
 from bot.environment import find_proxy
-from bot.errors import ConfigError, ConnectorError
-from bot.store.feedback import standing
+from bot.errors import ConnectorError
+from bot.store.feedback import select_effective
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn, new_id, now
 from connectors.access import TOO_FAST
 from connectors.answers import BUSY, NOT_RECORDED, Answers
-from connectors.base import Lanes, Shared, Work, pause
+from connectors.base import Lanes, Services, Work, sleep_unless_stopped
 from connectors.commands import COMMANDS, Asker, Command, Commands
 from connectors.discord.markup import Markup, mentions_us
-from connectors.discord.messages import LIMIT, Button, Reason, Shown, typing
+from connectors.discord.messages import LIMIT, Button, DiscordAnswer, ReasonModal, typing
 from connectors.discord.payloads import tolerate_bad_messages
-from connectors.discord.places import Places, lobby, replied_to
-from connectors.discord.reading import as_message, event_of, is_speech, read, read_words
+from connectors.discord.places import Places, find_reply_target, make_channel_conversation
+from connectors.discord.reading import is_speech, make_event_id, make_message, read, read_words
 from connectors.discord.reconciliation import reconcile
-from connectors.discord.roles import Roles, roles_of
+from connectors.discord.roles import Roles, read_roles
 from connectors.splitting import split
 from connectors.streaming import Budgets
 
 log = logging.getLogger(__name__)
-RECONNECT = 5.0  # seconds, doubled up to a minute
-READY = 2.0  # seconds without news of another server until all are known, and what was missed is read
-NOT_HERE = "You may not do that here."
-
-
-def token(config: DiscordConfig) -> str:
-    """The bot's token. Raises ConfigError where the variable is not set or holds something else."""
-    found = os.environ.get(config.token_env, "").strip()
-    key = f"config key discord.token_env has value '{config.token_env}'"
-    if not found:
-        raise ConfigError(f"{key}, a variable that is not set; set it to the bot's token")
-    if found.startswith(("xox", "xapp")):
-        raise ConfigError(f"{key}, a variable that holds a Slack token; put the Discord bot's there")
-    return found
+RECONNECT_SECONDS = 5.0  # doubled up to a minute
+READY_SECONDS = 2.0  # without news of another server until all are known, and what was missed is read
+NOT_ADMITTED = "You may not do that here."
 
 
 class Discord:
@@ -58,7 +45,7 @@ class Discord:
 
     name = "discord"
 
-    def __init__(self, shared: Shared, config: DiscordConfig, bot_token: str):
+    def __init__(self, shared: Services, config: DiscordConfig, bot_token: str):
         self.dialogue = shared.dialogue
         self.reactions = shared.reactions
         self.access = shared.access
@@ -76,12 +63,12 @@ class Discord:
 
     async def run(self) -> None:
         """Serve until `stop`. Raises ConnectorError where Discord refuses the token or an intent."""
-        wait = RECONNECT
+        wait = RECONNECT_SECONDS
         while not self._stopping.is_set():
             self._client = _Client(self)
             try:
                 await self._client.start(self._token)
-                wait = RECONNECT
+                wait = RECONNECT_SECONDS
             except discord.LoginFailure as error:
                 raise ConnectorError(
                     f"Discord rejects the token in ${self.config.token_env} (config key discord.token_env); make a new one"
@@ -97,7 +84,7 @@ class Discord:
             finally:
                 if not self._client.is_closed():
                     await self._client.close()
-            await pause(self._stopping, wait)
+            await sleep_unless_stopped(self._stopping, wait)
             wait = min(60, 2 * wait)
 
     async def stop(self) -> None:
@@ -107,110 +94,120 @@ class Discord:
         if self._client is not None:
             await self._client.close()
 
-    def heard(self, message: discord.Message, me: discord.ClientUser) -> None:
+    def handle_message(self, message: discord.Message, me: discord.ClientUser) -> None:
         """Queue a message that is for us, or may be. Called in the order of events; never waits."""
         if message.id in self._pending or not (is_speech(message) and self._admits_author(message)):
             return
         if not self.is_addressed(message, me):
-            if self.places.may_follow(message) and not self._put(message, lambda: self._follow(message, me)):
-                self._soon(message, self._refuse_followed(message, me))
-        elif not self.access.in_time("discord", str(message.author.id)):
-            self._soon(message, self._refuse(message, TOO_FAST))
-        elif not self._put(message, lambda: self._answer(message, me)):
-            self._soon(message, self._refuse(message, BUSY))
+            if self.places.may_be_in_own_thread(message) and not self._enqueue(
+                message, lambda: self._answer_in_own_thread(message, me)
+            ):
+                self._run_soon(message, self._refuse_in_own_thread(message, me))
+        elif not self.access.may_write("discord", str(message.author.id)):
+            self._run_soon(message, self._refuse(message, TOO_FAST))
+        elif not self._enqueue(message, lambda: self._answer(message, me)):
+            self._run_soon(message, self._refuse(message, BUSY))
 
-    async def take_missed(self, message: discord.Message, me: discord.ClientUser, roles: Roles, began: int | None) -> bool:
+    async def claim_missed(self, message: discord.Message, me: discord.ClientUser, roles: Roles, began: int | None) -> bool:
         """Return whether a message is to be answered now that may have been missed; nobody answers later what is too much.
 
         `began` is the first message that was addressed to us in its channel, among those that may have been missed.
         """
-        event = event_of(message.id)
+        event = make_event_id(message.id)
         if message.id in self._pending or not is_speech(message):
             return False
-        follows = self.places.may_follow(message) and began is not None and began < message.id
-        if not (follows or self.is_addressed(message, me) or await self.places.follows(message, me)):
+        follows = self.places.may_be_in_own_thread(message) and began is not None and began < message.id
+        if not (follows or self.is_addressed(message, me) or await self.places.is_in_own_thread(message, me)):
             return False
         if not await self.answers.needs_answer(event):
             return False
-        if not self.admits(message.author.id, message.channel.id, await roles.of(message.guild, message.author)):
+        if not self.admits(message.author.id, message.channel.id, await roles.find_roles(message.guild, message.author)):
             return False
-        if not self.access.in_time("discord", str(message.author.id)):
-            await self.dialogue.decline(lobby(message), event)
+        if not self.access.may_write("discord", str(message.author.id)):
+            await self.dialogue.decline(make_channel_conversation(message), event)
             return False
         return True
 
-    async def answer_missed(self, message: discord.Message, me: discord.ClientUser) -> None:
+    async def queue_missed(self, message: discord.Message, me: discord.ClientUser) -> None:
         """Have a message answered that was missed, as soon as there is room for it."""
         self._pending.add(message.id)
-        await self.lanes.put_patiently(str(message.channel.id), self._once(message, lambda: self._answer(message, me)))
+        await self.lanes.put_patiently(
+            str(message.channel.id), self._track_pending(message, lambda: self._answer(message, me))
+        )
 
-    async def edited(self, message: discord.Message, me: discord.ClientUser) -> None:
+    async def handle_edit(self, message: discord.Message, me: discord.ClientUser) -> None:
         """The author of a message changed it: what we heard of it is changed too, after what is under way there."""
         at = message.edited_at
 
         async def edit() -> None:
             text = (await read(message, Markup(message, me))).text
             if text and at is not None:
-                await self.dialogue.edit(event_of(message.id), text, at)
+                await self.dialogue.edit(make_event_id(message.id), text, at)
 
         if at is not None and is_speech(message) and await self._is_heard(message.id):
             await self.lanes.put_patiently(str(message.channel.id), edit)
 
-    async def deleted(self, channel_id: int, message_id: int) -> None:
+    async def handle_deletion(self, channel_id: int, message_id: int) -> None:
         """A message is gone: if we heard it, it is forgotten, after what is under way there."""
         if await self._is_heard(message_id):
-            await self.lanes.put_patiently(str(channel_id), lambda: self.dialogue.delete(event_of(message_id)))
+            await self.lanes.put_patiently(str(channel_id), lambda: self.dialogue.delete(make_event_id(message_id)))
 
-    async def opinion(self, event: discord.RawReactionActionEvent, added: bool) -> None:
+    async def handle_reaction(self, event: discord.RawReactionActionEvent, added: bool) -> None:
         """A reaction that came or went becomes feedback; neutral emoji and messages that are not ours do not."""
         at, symbol = now(), event.emoji.name or ""
-        kind = self.reactions.kind(symbol)
+        kind = self.reactions.classify(symbol)
         if kind is None or (event.member is not None and event.member.bot):
             return
         given = Feedback("", str(event.user_id), kind, signal=symbol, retracts=not added, at=at)
-        is_admitted = self.admits(event.user_id, event.channel_id, roles_of(event.member))  # a removal names no roles
-        await self.answers.reacted(str(event.channel_id), str(event.message_id), given, is_admitted)
+        is_admitted = self.admits(event.user_id, event.channel_id, read_roles(event.member))  # a removal names no roles
+        await self.answers.record_reaction(str(event.channel_id), str(event.message_id), given, is_admitted)
 
-    async def cleared(self, message_id: int, symbol: str | None) -> None:
+    async def handle_reactions_cleared(self, message_id: int, symbol: str | None) -> None:
         """All reactions on a message are gone, or all with one emoji: every one of them is taken back."""
-        turn_id = await self.answers.turn_of(str(message_id))
+        turn_id = await self.answers.find_turn_id(str(message_id))
         if turn_id is not None:
-            await self.answers.cleared(turn_id, str(message_id), symbol)
+            await self.answers.retract_reactions(turn_id, str(message_id), symbol)
 
-    async def pressed(self, act: str, turn_id: str, interaction: discord.Interaction) -> None:
+    async def handle_button(self, act: str, turn_id: str, interaction: discord.Interaction) -> None:
         """A button under an answer. What it says is committed before Discord is told."""
         user = interaction.user
-        is_admitted = self.admits(user.id, interaction.channel_id or 0, roles_of(user))
+        is_admitted = self.admits(user.id, interaction.channel_id or 0, read_roles(user))
         if act in ("up", "down"):
             kind = FeedbackKind.APPROVAL if act == "up" else FeedbackKind.DISAPPROVAL
-            await self._judged(kind, turn_id, interaction, is_admitted)
+            await self._toggle_opinion(kind, turn_id, interaction, is_admitted)
         elif not is_admitted:
-            await interaction.response.send_message(NOT_HERE, ephemeral=True)
+            await interaction.response.send_message(NOT_ADMITTED, ephemeral=True)
         elif act == "stop":
             self.answers.stop(turn_id)
             await interaction.response.defer()
         else:
             await interaction.response.defer()
-            if not self.lanes.put(str(interaction.channel_id), lambda: self._again(turn_id, str(user.id), interaction)):
+            if not self.lanes.put(str(interaction.channel_id), lambda: self._regenerate(turn_id, str(user.id), interaction)):
                 await interaction.followup.send(BUSY, ephemeral=True)
 
-    async def _judged(self, kind: FeedbackKind, turn_id: str, interaction: discord.Interaction, is_admitted: bool) -> None:
+    async def _toggle_opinion(
+        self, kind: FeedbackKind, turn_id: str, interaction: discord.Interaction, is_admitted: bool
+    ) -> None:
         """👍 or 👎, or taken back, which whoever gave it always may."""
         user, event = str(interaction.user.id), f"discord:{interaction.id}"
-        given = standing((await self.dialogue.explain(turn_id)).feedback)
+        given = select_effective((await self.dialogue.explain(turn_id)).feedback)
         again = any((row.user_id, row.kind, row.signal) == (user, kind, "button") for row in given)
         if not (is_admitted or again):
-            await interaction.response.send_message(NOT_HERE, ephemeral=True)
-        elif not await self.answers.record(Feedback(turn_id, user, kind, signal="button", retracts=again, event_id=event)):
+            await interaction.response.send_message(NOT_ADMITTED, ephemeral=True)
+        elif not await self.answers.record_opinion(
+            Feedback(turn_id, user, kind, signal="button", retracts=again, event_id=event)
+        ):
             await interaction.response.send_message(NOT_RECORDED, ephemeral=True)
         elif kind == FeedbackKind.DISAPPROVAL and not again:
-            await interaction.response.send_modal(Reason(self.commented, turn_id))
+            await interaction.response.send_modal(ReasonModal(self.record_comment, turn_id))
         else:
             await interaction.response.send_message("Taken back." if again else "Noted, thank you.", ephemeral=True)
 
-    async def commented(self, turn_id: str, user: str, text: str, event: str) -> None:
+    async def record_comment(self, turn_id: str, user: str, text: str, event: str) -> None:
         """Why somebody did not like an answer."""
-        await self.answers.record(Feedback(turn_id, user, FeedbackKind.COMMENT, signal="reason", text=text, event_id=event))
+        await self.answers.record_opinion(
+            Feedback(turn_id, user, FeedbackKind.COMMENT, signal="reason", text=text, event_id=event)
+        )
 
     def admits(self, user_id: int, channel_id: int, roles: list[str] | None) -> bool:
         """Whether a person with these roles may take part in a channel; not if their roles cannot be known."""
@@ -220,88 +217,91 @@ class Discord:
 
     def is_addressed(self, message: discord.Message, me: discord.ClientUser) -> bool:
         """Whether a message is said to us: directly, by a mention, or as a reply to an answer where we may read all."""
-        answer = replied_to(message) if self.config.message_content else None
+        answer = find_reply_target(message) if self.config.message_content else None
         is_reply = answer is not None and answer.author.id == me.id
         return message.guild is None or is_reply or mentions_us(message, me)
 
     def _admits_author(self, message: discord.Message) -> bool:
-        return self.admits(message.author.id, message.channel.id, roles_of(message.author))
+        return self.admits(message.author.id, message.channel.id, read_roles(message.author))
 
-    async def _follow(self, message: discord.Message, me: discord.ClientUser) -> None:
+    async def _answer_in_own_thread(self, message: discord.Message, me: discord.ClientUser) -> None:
         """Answer a message that does not address us, if its thread is ours."""
-        if await self.places.follows(message, me):
-            if self.access.in_time("discord", str(message.author.id)):
+        if await self.places.is_in_own_thread(message, me):
+            if self.access.may_write("discord", str(message.author.id)):
                 await self._answer(message, me)
             else:
                 await self._refuse(message, TOO_FAST)
 
-    async def _refuse_followed(self, message: discord.Message, me: discord.ClientUser) -> None:
-        if await self.places.follows(message, me):
+    async def _refuse_in_own_thread(self, message: discord.Message, me: discord.ClientUser) -> None:
+        if await self.places.is_in_own_thread(message, me):
             await self._refuse(message, BUSY)
 
     async def _refuse(self, message: discord.Message, why: str) -> None:
         """Say once why a message gets no answer. It gets none later either."""
-        if await self.dialogue.decline(lobby(message), event_of(message.id)):
+        if await self.dialogue.decline(make_channel_conversation(message), make_event_id(message.id)):
             await message.reply(why, mention_author=False)
 
     async def _answer(self, message: discord.Message, me: discord.ClientUser) -> None:
         markup = Markup(message, me)
-        said, quoted = await read(message, markup), replied_to(message)
+        said, quoted = await read(message, markup), find_reply_target(message)
         text = said.text
-        if not text and not said.unread and quoted is not None and quoted.author.id != me.id and read_words(quoted, markup):
+        is_about_another = quoted is not None and quoted.author.id != me.id and read_words(quoted, markup) != ""
+        if not text and not said.unreadable and is_about_another:
             text = f"@{me.display_name}"  # a mention alone, about what it replies to
 
         async def ask(options: ReplyOptions) -> Turn:
-            question = replace(as_message(message, text), at=now())
-            place = await self.places.of(message)
-            await self.dialogue.overhear(place, await self._earlier(message, me, place, markup), question.at)
+            question = replace(make_message(message, text), at=now())
+            place = await self.places.find_conversation(message)
+            await self.dialogue.overhear(place, await self._read_earlier(message, me, place, markup), question.at)
             return await self.dialogue.respond(question, options, place=place)
 
         if text:
-            await self._post(message, ask, markup)
+            await self._ask_and_show(message, ask, markup)
         elif message.type != discord.MessageType.thread_starter_message:  # it only shows again what stands elsewhere
             await self._refuse(message, said.refusal)
 
-    async def _earlier(
+    async def _read_earlier(
         self, message: discord.Message, me: discord.ClientUser, place: Conversation, markup: Markup
     ) -> list[Message]:
         """What people said that a message may be about; of those only who may take part and be learned from."""
-        said = await self.places.earlier(message, me, place)
+        said = await self.places.find_earlier(message, me, place)
         roles, admitted = Roles(self.access), set[str]()
         for one in said:
-            if self.admits(one.author.id, message.channel.id, await roles.of(message.guild, one.author)):
+            if self.admits(one.author.id, message.channel.id, await roles.find_roles(message.guild, one.author)):
                 admitted.add(str(one.author.id))
-        read_so = [as_message(one, read_words(one, markup)) for one in said]
-        return await self.answers.overheard(read_so, admitted.__contains__)
+        read_so = [make_message(one, read_words(one, markup)) for one in said]
+        return await self.answers.select_overheard(read_so, admitted.__contains__)
 
-    async def _again(self, turn_id: str, user: str, interaction: discord.Interaction) -> None:
+    async def _regenerate(self, turn_id: str, user: str, interaction: discord.Interaction) -> None:
         message, me = interaction.message, interaction.client.user
         if message is not None and me is not None:
             markup = Markup(message, me)
-            if (question := replied_to(message)) is not None:
+            if (question := find_reply_target(message)) is not None:
                 read_words(question, markup)  # the names in it
-            await self._post(message, lambda options: self.dialogue.regenerate(turn_id, user, options), markup)
+            await self._ask_and_show(message, lambda options: self.dialogue.regenerate(turn_id, user, options), markup)
 
-    async def _post(self, message: discord.Message, ask: Callable[[ReplyOptions], Awaitable[Turn]], markup: Markup) -> None:
+    async def _ask_and_show(
+        self, message: discord.Message, ask: Callable[[ReplyOptions], Awaitable[Turn]], markup: Markup
+    ) -> None:
         """Show an answer while it grows, then whole, under `message`."""
         async with typing(message.channel):
-            shown = Shown(self.answers, message, new_id(), markup)
-            await self.answers.give(ask, shown, self.budgets.of(str(message.channel.id)))
+            shown = DiscordAnswer(self.answers, message, new_id(), markup)
+            await self.answers.ask_and_show(ask, shown, self.budgets.get_limiter(str(message.channel.id)))
 
     async def _is_heard(self, message_id: int) -> bool:
         """Whether we heard a message, or are about to."""
         if message_id in self._pending:
             return True
-        return await self._call(self.dialogue.store.message_of_event, event_of(message_id)) is not None
+        return await self._call(self.dialogue.store.find_message_of_event, make_event_id(message_id)) is not None
 
-    def _put(self, message: discord.Message, work: Work) -> bool:
+    def _enqueue(self, message: discord.Message, work: Work) -> bool:
         """Queue work on a message in its channel's lane; False where it is full."""
         self._pending.add(message.id)
-        if not (is_put := self.lanes.put(str(message.channel.id), self._once(message, work))):
+        if not (is_put := self.lanes.put(str(message.channel.id), self._track_pending(message, work))):
             self._pending.discard(message.id)
         return is_put
 
-    def _once(self, message: discord.Message, work: Work) -> Work:
+    def _track_pending(self, message: discord.Message, work: Work) -> Work:
         async def done() -> None:
             try:
                 await work()
@@ -310,7 +310,7 @@ class Discord:
 
         return done
 
-    def _soon(self, message: discord.Message, work: Coroutine[Any, Any, None]) -> None:
+    def _run_soon(self, message: discord.Message, work: Coroutine[Any, Any, None]) -> None:
         self._pending.add(message.id)
         task = asyncio.ensure_future(work)
 
@@ -332,7 +332,7 @@ class _Client(discord.Client):
             intents=intents,
             allowed_mentions=discord.AllowedMentions(everyone=False, users=False, roles=False, replied_user=True),
             proxy=find_proxy(discord.http.Route.BASE),  # discord.py does not look for one
-            guild_ready_timeout=READY,
+            guild_ready_timeout=READY_SECONDS,
             max_messages=None,  # what people wrote is in the database alone, where it can be forgotten
         )
         self.connector = connector
@@ -342,15 +342,15 @@ class _Client(discord.Client):
         self.add_dynamic_items(Button)
         tree = discord.app_commands.CommandTree(self)
         for command in COMMANDS:
-            tree.add_command(self._slash(command))
+            tree.add_command(self._make_slash_command(command))
         try:
             await tree.sync()
         except discord.HTTPException as error:
             log.warning("the slash commands could not be registered: %s", error)
 
-    def _slash(self, command: Command) -> discord.app_commands.Command[Any, Any, None]:
+    def _make_slash_command(self, command: Command) -> discord.app_commands.Command[Any, Any, None]:
         async def run(interaction: discord.Interaction[Any], choice: str = "") -> None:
-            asker = Asker(str(interaction.user.id), str(interaction.channel_id), roles_of(interaction.user))
+            asker = Asker(str(interaction.user.id), str(interaction.channel_id), read_roles(interaction.user))
             await interaction.response.defer(ephemeral=True)  # forgetting may take longer than Discord waits
             told = await self.connector.commands.run(command, asker, choice)
             await interaction.followup.send(split(told, LIMIT)[0].text, ephemeral=True)
@@ -373,28 +373,28 @@ class _Client(discord.Client):
 
     async def on_message(self, message: discord.Message) -> None:
         if self.user is not None:
-            self.connector.heard(message, self.user)
+            self.connector.handle_message(message, self.user)
 
     async def on_raw_message_edit(self, event: discord.RawMessageUpdateEvent) -> None:
         if self.user is not None:
-            await self.connector.edited(event.message, self.user)
+            await self.connector.handle_edit(event.message, self.user)
 
     async def on_raw_message_delete(self, event: discord.RawMessageDeleteEvent) -> None:
-        await self.connector.deleted(event.channel_id, event.message_id)
+        await self.connector.handle_deletion(event.channel_id, event.message_id)
 
     async def on_raw_bulk_message_delete(self, event: discord.RawBulkMessageDeleteEvent) -> None:
         for message_id in sorted(event.message_ids):
-            await self.connector.deleted(event.channel_id, message_id)
+            await self.connector.handle_deletion(event.channel_id, message_id)
 
     async def on_raw_reaction_add(self, event: discord.RawReactionActionEvent) -> None:
         if self.user is not None and event.user_id != self.user.id:
-            await self.connector.opinion(event, added=True)
+            await self.connector.handle_reaction(event, added=True)
 
     async def on_raw_reaction_remove(self, event: discord.RawReactionActionEvent) -> None:
-        await self.connector.opinion(event, added=False)
+        await self.connector.handle_reaction(event, added=False)
 
     async def on_raw_reaction_clear(self, event: discord.RawReactionClearEvent) -> None:
-        await self.connector.cleared(event.message_id, None)
+        await self.connector.handle_reactions_cleared(event.message_id, None)
 
     async def on_raw_reaction_clear_emoji(self, event: discord.RawReactionClearEmojiEvent) -> None:
-        await self.connector.cleared(event.message_id, event.emoji.name)
+        await self.connector.handle_reactions_cleared(event.message_id, event.emoji.name)

@@ -30,34 +30,34 @@ class Markup:
 
     def __init__(self, message: discord.Message, me: discord.ClientUser):
         self._message, self._me = message, me
-        self._written: dict[str, str] = {}  # how Discord writes each name that was read
+        self._markup_by_name: dict[str, str] = {}  # how Discord writes each name that was read
 
-    def readable(self, content: str, message: discord.Message | None = None) -> str:
+    def make_readable(self, content: str, message: discord.Message | None = None) -> str:
         """Return a text as people see it, without mentions of us. It is of `message`, or of the one that is answered."""
         mentioned = {user.id: user for user in (message or self._message).mentions}
 
         def name(match: re.Match[str]) -> str:
-            found = self._name(match, mentioned)
+            found = self._find_name(match, mentioned)
             if found is None:
                 return UNKNOWN[match.lastgroup or ""]
             if match.lastgroup not in ("command", "time"):
-                self._written[found] = match[0]
+                self._markup_by_name[found] = match[0]
             return found
 
-        return MARKUP.sub(name, self._without_us(content)).strip()
+        return MARKUP.sub(name, self._remove_own_mentions(content)).strip()
 
-    def written(self, text: str) -> str:
+    def restore_markup(self, text: str) -> str:
         """Return an answer as Discord writes it: names that were read, and the server's own emoji. Code stays as it is."""
         guild = self._message.guild
         emoji = {f":{one.name}:": str(one) for one in guild.emojis if one.is_usable()} if guild and ":" in text else {}
-        known = emoji | self._written
+        known = emoji | self._markup_by_name
         if not known:
             return text
         names = "|".join(re.escape(one) for one in sorted(known, key=len, reverse=True))
         pattern = re.compile(rf"(?P<left>{LEFT_ALONE})|(?<![\w@#:])(?P<name>{names})(?!\w)", re.DOTALL)
         return pattern.sub(lambda match: match["left"] or known[match["name"]], text)
 
-    def _name(self, match: re.Match[str], mentioned: dict[int, discord.User | discord.Member]) -> str | None:
+    def _find_name(self, match: re.Match[str], mentioned: dict[int, discord.User | discord.Member]) -> str | None:
         guild, found = self._message.guild, match[match.lastgroup or 0]
         match match.lastgroup:
             case "user":
@@ -67,7 +67,7 @@ class Markup:
                 role = guild and guild.get_role(int(found))
                 return f"@{role.name}" if role else None
             case "channel":
-                return self._channel_name(int(found))
+                return self._find_channel_name(int(found))
             case "emoji":
                 return f":{found}:"
             case "command":
@@ -75,12 +75,12 @@ class Markup:
             case _:
                 return f"{datetime.fromtimestamp(int(found), UTC):%Y-%m-%d %H:%M} UTC"
 
-    def _without_us(self, content: str) -> str:
+    def _remove_own_mentions(self, content: str) -> str:
         ours = _own_role(self._message)
         ids = rf"@!?{self._me.id}" + (f"|@&{ours.id}" if ours is not None else "")
         return re.sub(rf"<(?:{ids})>\s*", "", content)
 
-    def _channel_name(self, number: int) -> str | None:
+    def _find_channel_name(self, number: int) -> str | None:
         """The name of a channel, if the author of the message may see it."""
         guild, author = self._message.guild, self._message.author
         channel = guild.get_channel_or_thread(number) if guild is not None else None

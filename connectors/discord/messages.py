@@ -14,18 +14,18 @@ from typing import Any
 import aiohttp
 import discord
 
-from bot.errors import Forgotten
+from bot.errors import ForgottenError
 from connectors.answers import SORRY, Answers
 from connectors.discord.markup import Markup
 from connectors.splitting import split
 
 LIMIT = 2000  # characters of one message
 BUTTONS = {"up": "👍", "down": "👎", "again": "🔄", "stop": "⏹️"}
-INVALID = 50035  # Discord's code for a request that names what is not there
-Keep = Callable[
+INVALID_FORM_BODY = 50035  # Discord's code for a request that names what is not there
+RecordComment = Callable[
     [str, str, str, str], Awaitable[None]
 ]  # keeps why an answer was not liked: the turn, the person, the text, the event
-TYPING = 0.2  # seconds until it is shown that an answer is being made: most have begun to appear by then
+TYPING_DELAY = 0.2  # seconds until it is shown that an answer is being made: most have begun to appear by then
 
 
 @contextlib.asynccontextmanager
@@ -33,7 +33,7 @@ async def typing(channel: discord.abc.Messageable) -> AsyncIterator[None]:
     """Show that an answer is being made, if it is not there soon. Nobody waits for it; where it fails it does no harm."""
 
     async def type_on() -> None:
-        await asyncio.sleep(TYPING)
+        await asyncio.sleep(TYPING_DELAY)
         with contextlib.suppress(discord.HTTPException, aiohttp.ClientError):
             async with channel.typing():
                 await asyncio.Event().wait()
@@ -45,28 +45,28 @@ async def typing(channel: discord.abc.Messageable) -> AsyncIterator[None]:
         task.cancel()
 
 
-class Shown:
+class DiscordAnswer:
     """The messages that show one answer."""
 
     def __init__(self, answers: Answers, to: discord.Message, turn_id: str, markup: Markup):
-        self.answers, self.to, self.turn_id, self.markup = answers, to, turn_id, markup
+        self.answers, self.question, self.turn_id, self.markup = answers, to, turn_id, markup
         self.messages: list[discord.Message] = []
         self.is_removed = False  # a moderator deleted what was shown of it
 
-    async def grow(self, text: str) -> None:
+    async def show_partial(self, text: str) -> None:
         """Show the beginning of a growing answer."""
         if text.strip():
-            await self._show(0, split(self.markup.written(text), LIMIT)[0].text, ["stop"])
+            await self._show(0, split(self.markup.restore_markup(text), LIMIT)[0].text, ["stop"])
 
-    async def whole(self, text: str) -> None:
+    async def show_final(self, text: str) -> None:
         """Show the final answer: every part of it, and the buttons under the last."""
-        parts = [part.text for part in split(self.markup.written(text) or "…", LIMIT) if part.text.strip()] or ["…"]
+        parts = [part.text for part in split(self.markup.restore_markup(text) or "…", LIMIT) if part.text.strip()] or ["…"]
         for number, part in enumerate(parts):
             await self._show(number, part, ["up", "down", "again"] if number == len(parts) - 1 else [])
 
-    async def sorry(self, text: str = SORRY) -> None:
+    async def apologize(self, text: str = SORRY) -> None:
         """Say that there will be no answer."""
-        await self.to.reply(text, mention_author=False)
+        await self.question.reply(text, mention_author=False)
 
     async def _show(self, number: int, text: str, buttons: list[str]) -> None:
         if self.is_removed:
@@ -82,21 +82,21 @@ class Shown:
                 self.is_removed = True
                 self.answers.stop(self.turn_id)
             return
-        async with self.answers.posting(str(self.to.channel.id)):
+        async with self.answers.posting(str(self.question.channel.id)):
             sent = await self._send(number, text, view)
-            await self.answers.deliver(str(sent.channel.id), str(sent.id), self.turn_id, number)
+            await self.answers.record_delivery(str(sent.channel.id), str(sent.id), self.turn_id, number)
         self.messages.append(sent)
 
     async def _send(self, number: int, text: str, view: discord.ui.View) -> discord.Message:
         nonce = hashlib.blake2b(f"{self.turn_id}:{number}".encode(), digest_size=12).hexdigest()
         if number == 0:
             try:
-                return await self.to.reply(text, view=view, nonce=nonce, mention_author=True)
+                return await self.question.reply(text, view=view, nonce=nonce, mention_author=True)
             except discord.HTTPException as error:
-                if error.code == INVALID and "message_reference" in error.text:
-                    raise Forgotten("the question was deleted meanwhile") from error
+                if error.code == INVALID_FORM_BODY and "message_reference" in error.text:
+                    raise ForgottenError("the question was deleted meanwhile") from error
                 raise
-        return await self.to.channel.send(text, view=view, nonce=nonce)
+        return await self.question.channel.send(text, view=view, nonce=nonce)
 
 
 class Button(
@@ -120,18 +120,18 @@ class Button(
         await interaction.client.connector.pressed(self.act, self.turn_id, interaction)
 
 
-class Reason(discord.ui.Modal, title="What was wrong with it?"):
+class ReasonModal(discord.ui.Modal, title="What was wrong with it?"):
     """A short reason for 👎; the opinion is recorded already."""
 
     text: discord.ui.TextInput[Any] = discord.ui.TextInput(label="In a few words", required=False, max_length=300)
 
-    def __init__(self, keep: Keep, turn_id: str):
+    def __init__(self, keep: RecordComment, turn_id: str):
         super().__init__()
-        self.keep, self.turn_id = keep, turn_id
+        self.record_comment, self.turn_id = keep, turn_id
 
     async def on_submit(self, interaction: discord.Interaction[Any]) -> None:
-        """Keep what was said."""
+        """RecordComment what was said."""
         if self.text.value.strip():
             user, event = str(interaction.user.id), f"discord:{interaction.id}"
-            await self.keep(self.turn_id, user, self.text.value, event)
+            await self.record_comment(self.turn_id, user, self.text.value, event)
         await interaction.response.send_message("Noted, thank you.", ephemeral=True)

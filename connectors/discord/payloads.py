@@ -23,10 +23,10 @@ def tolerate_bad_messages(client: discord.Client) -> None:
     parsers: dict[str, Parse] = client._connection.parsers
     for name, parse in parsers.items():
         if name.startswith(("MESSAGE_", "INTERACTION_")):
-            parsers[name] = _tolerant(name, parse)
+            parsers[name] = _make_tolerant(name, parse)
 
 
-def _tolerant(name: str, parse: Parse) -> Parse:
+def _make_tolerant(name: str, parse: Parse) -> Parse:
     def read(data: dict[str, Any]) -> None:
         with working_on(request=f"discord:{data.get('message_id') or data.get('id') or new_id()}"):
             try:

@@ -12,18 +12,18 @@ import discord
 from bot.chat.dialogue import DialogueManager
 from bot.types import Conversation, Message, Turn
 from connectors.answers import Answers
-from connectors.discord.reading import SPEECH, event_of
+from connectors.discord.reading import SPEECH, make_event_id
 
 log = logging.getLogger(__name__)
 
 
-def lobby(message: discord.Message) -> Conversation:
+def make_channel_conversation(message: discord.Message) -> Conversation:
     """The channel of a message as a place: where it is said to nobody in particular."""
     space = "" if message.guild is None else str(message.guild.id)
     return Conversation("discord", str(message.channel.id), space, is_public=is_public(message))
 
 
-def replied_to(message: discord.Message) -> discord.Message | None:
+def find_reply_target(message: discord.Message) -> discord.Message | None:
     """The message that one refers to, where Discord sent it along."""
     found = None if message.reference is None else message.reference.resolved
     return found if isinstance(found, discord.Message) else None
@@ -49,55 +49,60 @@ class Places:
         self.dialogue, self.answers, self.reads_all = dialogue, answers, reads_all
         self._call = dialogue.store.database.call
 
-    def may_follow(self, message: discord.Message) -> bool:
+    def may_be_in_own_thread(self, message: discord.Message) -> bool:
         """Whether a message may be to us because of where it is written: in a thread."""
         return self.reads_all and isinstance(message.channel, discord.Thread)
 
-    async def follows(self, message: discord.Message, me: discord.ClientUser) -> bool:
+    async def is_in_own_thread(self, message: discord.Message, me: discord.ClientUser) -> bool:
         """Whether a message is in a thread of ours: one that we started, or in which we answered something before it."""
-        if not self.may_follow(message):
+        if not self.may_be_in_own_thread(message):
             return False
-        first = await self._call(self.answers.deliveries.first_question, await self.of(message))
+        first = await self._call(self.answers.deliveries.find_first_question_event, await self.find_conversation(message))
         began = first is not None and int(first.rpartition(":")[2]) < message.id
         return began or getattr(message.channel, "owner_id", None) == me.id
 
-    async def of(self, message: discord.Message) -> Conversation:
+    async def find_conversation(self, message: discord.Message) -> Conversation:
         """The conversation that a message belongs to.
 
         A thread has the scope of its channel, unless it is private. One that began at an answer or a question goes on with
         it, as a reply to either does.
         """
-        channel, here, reference = message.channel, lobby(message), message.reference
+        channel, here, reference = message.channel, make_channel_conversation(message), message.reference
         if message.guild is None or (isinstance(channel, discord.Thread) and channel.is_private()):
             return here
         if isinstance(channel, discord.Thread):
             here = replace(here, channel=str(channel.parent_id))
-            return await self._conversation_with(channel.id, here) or replace(here, thread=str(channel.id))
-        begun = reference and reference.message_id and await self._conversation_with(reference.message_id, here)
+            return await self._find_conversation_with(channel.id, here) or replace(here, thread=str(channel.id))
+        begun = reference and reference.message_id and await self._find_conversation_with(reference.message_id, here)
         return begun or replace(here, thread=str(message.id))
 
-    async def earlier(self, message: discord.Message, me: discord.ClientUser, place: Conversation) -> list[discord.Message]:
+    async def find_earlier(
+        self, message: discord.Message, me: discord.ClientUser, place: Conversation
+    ) -> list[discord.Message]:
         """What a message may be about, oldest first: what it replies to; in a thread, what came before our first answer."""
         found = [message]
-        if self.may_follow(message) and await self._call(self.answers.deliveries.first_question, place) is None:
+        if (
+            self.may_be_in_own_thread(message)
+            and await self._call(self.answers.deliveries.find_first_question_event, place) is None
+        ):
             try:
                 most = self.dialogue.tracker.config.recent
                 found += [one async for one in message.channel.history(limit=most, before=message)]
             except discord.HTTPException as error:
                 log.info("thread %s cannot be read: %s", message.channel.id, error)
         starter = discord.MessageType.thread_starter_message
-        shown = [replied_to(one) if one is message or one.type == starter else one for one in found]
+        shown = [find_reply_target(one) if one is message or one.type == starter else one for one in found]
         said = {one.id: one for one in shown if one is not None and one.author.id != me.id and one.type in SPEECH}
         return [one for _, one in sorted(said.items())]
 
-    async def _conversation_with(self, message_id: int, here: Conversation) -> Conversation | None:
+    async def _find_conversation_with(self, message_id: int, here: Conversation) -> Conversation | None:
         """The conversation in this channel that a message of ours, or one that we heard, belongs to."""
-        store, turn_id = self.dialogue.store, await self.answers.turn_of(str(message_id))
+        store, turn_id = self.dialogue.store, await self.answers.find_turn_id(str(message_id))
         if turn_id is not None:
-            known: Turn | Message | None = await self._call(store.turn, turn_id)  # none while it still grows
+            known: Turn | Message | None = await self._call(store.find_turn, turn_id)  # none while it still grows
         else:
-            known = await self._call(store.message_of_event, event_of(message_id))
+            known = await self._call(store.find_message_of_event, make_event_id(message_id))
         if known is None or (isinstance(known, Message) and known.is_forgotten):
             return None
-        found = await self._call(store.conversation, known.conversation_id)
+        found = await self._call(store.read_conversation, known.conversation_id)
         return found if (found.space, found.channel) == (here.space, here.channel) else None  # else forwarded from elsewhere

@@ -14,7 +14,7 @@ import discord
 
 from bot.types import Message
 from connectors.discord.markup import Markup
-from connectors.reading import KINDS, LARGEST_FILE, TEXT_TYPES, Read
+from connectors.reading import KINDS, LARGEST_FILE, TEXT_TYPES, MessageContent
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +28,10 @@ SPEECH = {  # all other types tell that something happened, such as a renamed th
 FILE_SECONDS = 10.0
 TEXT_NAMES = {".txt", ".md", ".log", ".csv", ".json", ".yaml", ".yml", ".toml", ".xml", ".ini", ".py", ".js", ".html"}
 
-Said = discord.Message | discord.MessageSnapshot
+MessageOrSnapshot = discord.Message | discord.MessageSnapshot
 
 
-def event_of(message_id: int) -> str:
+def make_event_id(message_id: int) -> str:
     """What names a message's event in the database."""
     return f"discord:{message_id}"
 
@@ -41,32 +41,32 @@ def is_speech(message: discord.Message) -> bool:
     return message.type in SPEECH and not message.author.bot and message.webhook_id is None
 
 
-def as_message(message: discord.Message, text: str) -> Message:
+def make_message(message: discord.Message, text: str) -> Message:
     """A message of a person as the dialogue keeps it; it does not say yet of which conversation."""
-    author, event = message.author, event_of(message.id)
+    author, event = message.author, make_event_id(message.id)
     return Message("", str(author.id), text, event_id=event, at=message.created_at, author_name=author.display_name)
 
 
-async def read(message: discord.Message, markup: Markup) -> Read:
-    """Read all of a message, text files too."""
+async def read(message: discord.Message, markup: Markup) -> MessageContent:
+    """MessageContent all of a message, text files too."""
     files: dict[int, str] = {}
     left = LARGEST_FILE
     for one in (one for part in _parts(message) for one in part.attachments if _is_text(one)):
-        content = await _content(one) if one.size <= left else None
+        content = await _read_file(one) if one.size <= left else None
         if content is not None:
             files[one.id], left = content, left - one.size
-    return _read(message, markup, files)
+    return _compose_content(message, markup, files)
 
 
 def read_words(message: discord.Message, markup: Markup) -> str:
     """Read what a message says by itself, as people see it who scroll past it; its files are only named."""
-    return _read(message, markup, {}).text
+    return _compose_content(message, markup, {}).text
 
 
-def _read(message: discord.Message, markup: Markup, files: dict[int, str]) -> Read:
+def _compose_content(message: discord.Message, markup: Markup, files: dict[int, str]) -> MessageContent:
     words, named, unread = [], [], dict[str, None]()
     for part in _parts(message):
-        words.append(markup.readable(part.content, message))
+        words.append(markup.make_readable(part.content, message))
         for one in part.attachments:
             if one.id in files:
                 words.append(f"{one.filename}:\n{files[one.id]}")
@@ -79,10 +79,10 @@ def _read(message: discord.Message, markup: Markup, files: dict[int, str]) -> Re
     if message.poll is not None:
         words.append(f"{message.poll.question}\n" + "\n".join(f"- {answer.text or ''}" for answer in message.poll.answers))
     text = "\n".join(one for one in words if one)
-    return Read("\n".join([text, *named]) if text else "", tuple(unread))
+    return MessageContent("\n".join([text, *named]) if text else "", tuple(unread))
 
 
-def _parts(message: discord.Message) -> Sequence[Said]:
+def _parts(message: discord.Message) -> Sequence[MessageOrSnapshot]:
     """The message itself and what it forwards."""
     return [message, *message.message_snapshots]
 
@@ -98,7 +98,7 @@ def _is_text(attachment: discord.Attachment) -> bool:
     return known or PurePath(attachment.filename).suffix.lower() in TEXT_NAMES
 
 
-async def _content(attachment: discord.Attachment) -> str | None:
+async def _read_file(attachment: discord.Attachment) -> str | None:
     """What stands in a text file; None where it cannot be read."""
     try:
         async with asyncio.timeout(FILE_SECONDS):

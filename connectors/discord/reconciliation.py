@@ -19,14 +19,16 @@ from bot.config import DiscordConfig
 from bot.store.deliveries import Delivery
 from bot.types import now
 from connectors.access import Access
-from connectors.answers import Answers, catch_up
-from connectors.discord.reading import event_of, is_speech
+from connectors.answers import Answers, catch_up_on_messages
+from connectors.discord.reading import is_speech, make_event_id
 from connectors.discord.roles import Roles
-from connectors.opinions import Reading
+from connectors.opinions import ReactionSnapshot
 
 log = logging.getLogger(__name__)
 
-Readable = discord.TextChannel | discord.VoiceChannel | discord.StageChannel | discord.Thread | discord.PartialMessageable
+ReadableChannel = (
+    discord.TextChannel | discord.VoiceChannel | discord.StageChannel | discord.Thread | discord.PartialMessageable
+)
 
 MOST_ANSWERS = 200  # whose reactions are compared, newest first
 MOST_MESSAGES = 200  # of one channel that are looked at, newest first
@@ -48,16 +50,16 @@ class Bot(Protocol):
     def is_addressed(self, message: discord.Message, me: discord.ClientUser) -> bool:
         """Tell whether a message is said to us."""
 
-    async def take_missed(self, message: discord.Message, me: discord.ClientUser, roles: Roles, began: int | None) -> bool:
+    async def claim_missed(self, message: discord.Message, me: discord.ClientUser, roles: Roles, began: int | None) -> bool:
         """Return whether a message is to be answered now that may have been missed."""
 
-    async def answer_missed(self, message: discord.Message, me: discord.ClientUser) -> None:
+    async def queue_missed(self, message: discord.Message, me: discord.ClientUser) -> None:
         """Have a message answered that was missed."""
 
-    async def edited(self, message: discord.Message, me: discord.ClientUser) -> None:
+    async def handle_edit(self, message: discord.Message, me: discord.ClientUser) -> None:
         """Take over what the author of a message changed."""
 
-    async def deleted(self, channel_id: int, message_id: int) -> None:
+    async def handle_deletion(self, channel_id: int, message_id: int) -> None:
         """Forget a message that is gone."""
 
 
@@ -65,44 +67,44 @@ async def reconcile(bot: Bot, client: discord.Client) -> None:
     """Bring messages and reactions of the last `discord.reconcile_hours` up to date; what cannot be read is logged."""
     since = now() - timedelta(hours=bot.config.reconcile_hours)
     call, roles = bot.dialogue.store.database.call, Roles(bot.access)
-    shown = await call(bot.answers.deliveries.since, "discord", since, MOST_ANSWERS)
+    shown = await call(bot.answers.deliveries.read_since, "discord", since, MOST_ANSWERS)
     parts: dict[str, list[Delivery]] = {}  # the messages of each turn: a reaction to any of them is an opinion on the turn
     for answer in shown:
         parts.setdefault(answer.turn_id, []).append(answer)
     for turn_id, messages in parts.items():
         try:
-            await _reactions(bot, client, roles, turn_id, messages)
+            await _reconcile_reactions(bot, client, roles, turn_id, messages)
         except Exception as error:  # what Discord refuses, or discord.py cannot read: the rest is compared all the same
             log.info("the reactions on answer %s cannot be read: %r", turn_id, error)
     said: list[discord.Message] = []
-    for channel in _channels(client, {int(answer.channel) for answer in shown}):
+    for channel in _list_channels(client, {int(answer.channel) for answer in shown}):
         try:
             async for message in channel.history(after=since, limit=MOST_MESSAGES, oldest_first=False):
                 said.append(message)  # noqa: PERF401 (what was read before something cannot be read is kept)
         except Exception as error:  # as above
             log.info("channel %s cannot be read: %r", channel, error)
     said.sort(key=lambda message: message.id)
-    there = {event_of(message.id) for message in said}
-    asked = await call(bot.dialogue.store.questions, [answer.turn_id for answer in shown])
+    there = {make_event_id(message.id) for message in said}
+    asked = await call(bot.dialogue.store.find_question_events, [answer.turn_id for answer in shown])
     for channel_id, event in sorted({(answer.channel, asked.get(answer.turn_id, "")) for answer in shown}):
         question = int(event.rpartition(":")[-1] or 0)
         if question and event not in there and await _is_gone(client, int(channel_id), question):
-            await bot.deleted(int(channel_id), question)  # before anything is answered that would be shown it
+            await bot.handle_deletion(int(channel_id), question)  # before anything is answered that would be shown it
     if client.user is not None:
-        await _messages(bot, client.user, roles, said)
+        await _reconcile_messages(bot, client.user, roles, said)
 
 
-async def _messages(bot: Bot, me: discord.ClientUser, roles: Roles, said: list[discord.Message]) -> None:
+async def _reconcile_messages(bot: Bot, me: discord.ClientUser, roles: Roles, said: list[discord.Message]) -> None:
     """Have those of these messages (oldest first) answered that were missed; take over what was changed of the others."""
     began: dict[int, int] = {}  # the first message to us in each channel: in a thread, later ones are to us as well
     for message in said:
         if is_speech(message) and bot.is_addressed(message, me):
             began.setdefault(message.channel.id, message.id)
-    await catch_up(
+    await catch_up_on_messages(
         said,
-        take=lambda message: bot.take_missed(message, me, roles, began.get(message.channel.id)),
-        answer=lambda message: bot.answer_missed(message, me),
-        edit=lambda message: bot.edited(message, me),
+        take=lambda message: bot.claim_missed(message, me, roles, began.get(message.channel.id)),
+        answer=lambda message: bot.queue_missed(message, me),
+        edit=lambda message: bot.handle_edit(message, me),
     )
 
 
@@ -116,11 +118,16 @@ async def _is_gone(client: discord.Client, channel: int, message: int) -> bool:
     return False
 
 
-def _channels(client: discord.Client, known: set[int]) -> Iterator[Readable]:
+def _list_channels(client: discord.Client, known: set[int]) -> Iterator[ReadableChannel]:
     """Every channel and thread of our guilds, and those where we spoke lately (direct messages among them)."""
     seen = set()
     for guild in client.guilds:
-        readable: list[Readable] = [*guild.text_channels, *guild.voice_channels, *guild.stage_channels, *guild.threads]
+        readable: list[ReadableChannel] = [
+            *guild.text_channels,
+            *guild.voice_channels,
+            *guild.stage_channels,
+            *guild.threads,
+        ]
         for channel in readable:
             seen.add(channel.id)
             if not isinstance(channel, discord.PartialMessageable) and channel.last_message_id is not None:
@@ -129,19 +136,21 @@ def _channels(client: discord.Client, known: set[int]) -> Iterator[Readable]:
         yield client.get_partial_messageable(number)
 
 
-def _readable(client: discord.Client, number: int) -> Readable:
+def _find_channel(client: discord.Client, number: int) -> ReadableChannel:
     """A channel; which server it is on is known only if the channel is."""
     channel = client.get_channel(number)
-    return channel if isinstance(channel, Readable) else client.get_partial_messageable(number)
+    return channel if isinstance(channel, ReadableChannel) else client.get_partial_messageable(number)
 
 
-async def _reactions(bot: Bot, client: discord.Client, roles: Roles, turn_id: str, messages: list[Delivery]) -> None:
+async def _reconcile_reactions(
+    bot: Bot, client: discord.Client, roles: Roles, turn_id: str, messages: list[Delivery]
+) -> None:
     read_at, there, partial, admitted = now(), set(), set(), set()
     for shown in messages:
-        message = await _readable(client, int(shown.channel)).fetch_message(int(shown.message_id))
+        message = await _find_channel(client, int(shown.channel)).fetch_message(int(shown.message_id))
         for reaction in message.reactions:
             symbol = reaction.emoji if isinstance(reaction.emoji, str) else reaction.emoji.name
-            if bot.reactions.kind(symbol) is None:
+            if bot.reactions.classify(symbol) is None:
                 continue
             people = [user async for user in reaction.users(type=discord.ReactionType.normal)]
             if reaction.burst_count:
@@ -150,7 +159,7 @@ async def _reactions(bot: Bot, client: discord.Client, roles: Roles, turn_id: st
                 partial.add(symbol)
             for person in (one for one in people if not one.bot):
                 there.add((shown.message_id, str(person.id), symbol))
-                if bot.admits(person.id, message.channel.id, await roles.of(message.guild, person)):
+                if bot.admits(person.id, message.channel.id, await roles.find_roles(message.guild, person)):
                     admitted.add(str(person.id))
-    reading = Reading([one.message_id for one in messages], there, read_at, partial)
-    await bot.answers.reconcile(turn_id, reading, admitted.__contains__)
+    reading = ReactionSnapshot([one.message_id for one in messages], there, read_at, partial)
+    await bot.answers.reconcile_reactions(turn_id, reading, admitted.__contains__)

@@ -12,7 +12,7 @@ from connectors.access import Access
 log = logging.getLogger(__name__)
 
 
-def roles_of(person: object) -> list[str]:
+def read_roles(person: object) -> list[str]:
     """The roles that an event names; none where it names none."""
     return [str(role.id) for role in person.roles] if isinstance(person, discord.Member) else []
 
@@ -24,19 +24,19 @@ class Roles:
         self._are_needed = access.needs_roles
         self._known: dict[tuple[int, int], list[str] | None] = {}
 
-    async def of(self, guild: discord.Guild | None, person: discord.abc.User) -> list[str] | None:
+    async def find_roles(self, guild: discord.Guild | None, person: discord.abc.User) -> list[str] | None:
         """The roles of a person on a server; None where they cannot be known now."""
         if isinstance(person, discord.Member) or guild is None or not self._are_needed:
-            return roles_of(person)
+            return read_roles(person)
         key = guild.id, person.id
         if key not in self._known:
-            self._known[key] = await _asked(guild, person.id)
+            self._known[key] = await _fetch_roles(guild, person.id)
         return self._known[key]
 
 
-async def _asked(guild: discord.Guild, user_id: int) -> list[str] | None:
+async def _fetch_roles(guild: discord.Guild, user_id: int) -> list[str] | None:
     try:
-        return roles_of(guild.get_member(user_id) or await guild.fetch_member(user_id))
+        return read_roles(guild.get_member(user_id) or await guild.fetch_member(user_id))
     except discord.NotFound:
         return []  # has left the server
     except discord.HTTPException as error:

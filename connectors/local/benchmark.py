@@ -25,19 +25,19 @@ from bot.chat.dialogue import DialogueManager
 from bot.types import FeedbackKind, Progress, Reply, Turn
 
 TEXTS = ["hello", "i can't sleep", "good night", "tell me a joke", "what should i eat", "how are you"]
-LINES = 8  # messages in one conversation
+MESSAGES_PER_CONVERSATION = 8  # messages in one conversation
 CONVERSATIONS = (1, 16, 64)
 ROUNDS = 48  # messages in one conversation whose people think, at most: they take their time
 
 
-class Shown(Protocol):
+class TimedAnswer(Protocol):
     """An answer as people see it; times are monotonic, in seconds."""
 
     id: str
     question: str
-    first: float
-    final: float
-    whole: bool
+    first_at: float
+    final_at: float
+    is_whole: bool
     edits: int
 
 
@@ -65,10 +65,10 @@ class Platform(Protocol):
     def answers(self, place: str) -> Sequence[Any]:
         """What is `Shown` in a place."""
 
-    async def changed(self, place: str) -> None:
+    async def wait_for_change(self, place: str) -> None:
         """Wait until something that is shown in a place changes."""
 
-    async def turn_of(self, answer: Any) -> str:
+    async def find_turn_id(self, answer: Any) -> str:
         """The turn that an answer shows."""
 
     async def react(self, user: str, answer: Any, likes: bool) -> None:
@@ -76,12 +76,12 @@ class Platform(Protocol):
 
 
 @dataclass(frozen=True)
-class Served:
+class ReplyTimes:
     """One answer of vLLM: when it was asked for, when the first text came, when the last (monotonic, s)."""
 
-    asked: float
-    first: float
-    final: float
+    asked_at: float
+    first_at: float
+    final_at: float
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,14 @@ class Exchange:
     """One question with the answer that people saw."""
 
     place: str
-    said: float
-    shown: Any
+    said_at: float
+    answer: Any
 
 
 @asynccontextmanager
-async def served(dialogue: DialogueManager) -> AsyncIterator[dict[float, Served]]:
+async def recording_replies(dialogue: DialogueManager) -> AsyncIterator[dict[float, ReplyTimes]]:
     """Every answer of vLLM meanwhile, by its latency in ms (which no two answers share)."""
-    found: dict[float, Served] = {}
+    found: dict[float, ReplyTimes] = {}
     ask = dialogue.policy.reply
 
     async def timed(*prompt: Any, on_text: Any = None, **options: Any) -> Reply:
@@ -108,7 +108,7 @@ async def served(dialogue: DialogueManager) -> AsyncIterator[dict[float, Served]
             return None if on_text is None else on_text(text)
 
         reply = await ask(*prompt, on_text=heard, **options)
-        found[reply.latency_ms] = Served(asked, first or time.monotonic(), time.monotonic())
+        found[reply.latency_ms] = ReplyTimes(asked, first or time.monotonic(), time.monotonic())
         return reply
 
     dialogue.policy.reply = timed  # type: ignore[method-assign]
@@ -137,34 +137,34 @@ async def measure(
     totals = dict.fromkeys((f"{name}_lost", f"{name}_doubled", f"{name}_reactions_sent", f"{name}_reactions_stored"), 0)
     await platform.start()
     try:
-        async with served(dialogue) as from_vllm:
+        async with recording_replies(dialogue) as from_vllm:
             await _converse(platform, 16, 32, random.Random(seed), progress, 0.0)
             for count, (pace, seconds) in itertools.product(CONVERSATIONS, (("full_", 0.0), ("", think))):
                 met, most = platform.met_429, min(messages, ROUNDS * count) if seconds else messages
                 rng = random.Random(f"{seed} {count} {pace}")
                 found = await _converse(platform, count, most, rng, progress, seconds)
-                turns = [await _turn(dialogue, platform, one) for one in found.exchanges]
-                for kind, values in _added(found.exchanges, turns, from_vllm).items():
+                turns = [await _find_turn(dialogue, platform, one) for one in found.exchanges]
+                for kind, values in _compute_added(found.exchanges, turns, from_vllm).items():
                     for percent in (50, 99):
                         figures[f"{name}_{pace}{kind}_p{percent}_ms_{count}"] = 1000 * float(np.percentile(values, percent))
                 totals[f"{name}_lost"] += found.lost
-                totals[f"{name}_doubled"] += _doubled(platform, found.exchanges)
+                totals[f"{name}_doubled"] += _count_doubled(platform, found.exchanges)
                 totals[f"{name}_reactions_sent"] += found.reactions
-                totals[f"{name}_reactions_stored"] += await _stored(dialogue, turns, found.reactions)
+                totals[f"{name}_reactions_stored"] += await _count_stored(dialogue, turns, found.reactions)
                 if not seconds:
                     figures[f"{name}_messages_per_s_{count}"] = len(found.exchanges) / found.seconds
-                    figures[f"{name}_edits_{count}"] = sum(one.shown.edits for one in found.exchanges)
+                    figures[f"{name}_edits_{count}"] = sum(one.answer.edits for one in found.exchanges)
                     figures[f"{name}_met_429_{count}"] = platform.met_429 - met
     finally:
         await platform.stop()
     return figures | totals
 
 
-async def whole(platform: Platform, place: str, count: int) -> Sequence[Any]:
+async def wait_for_answers(platform: Platform, place: str, count: int) -> Sequence[Any]:
     """The answers in a place, as soon as `count` of them are whole. Raises TimeoutError after a minute."""
     async with asyncio.timeout(300):
         while sum(one.whole for one in platform.answers(place)) < count:
-            await platform.changed(place)
+            await platform.wait_for_change(place)
     return platform.answers(place)
 
 
@@ -179,14 +179,14 @@ async def _converse(
     async def talk(number: int, lines: list[tuple[str, bool | None]]) -> None:
         user = f"user{number}"
         for index, (text, likes) in enumerate(lines):
-            position = index % LINES + 1
+            position = index % MESSAGES_PER_CONVERSATION + 1
             if position == 1:
                 place = platform.place()
             await asyncio.sleep(thoughts[number + index * count])
             said = time.monotonic()
             await platform.say(place, user, text)
             try:
-                answer = (await whole(platform, place, position))[-1]
+                answer = (await wait_for_answers(platform, place, position))[-1]
             except TimeoutError:
                 found.lost += len(lines) - index
                 return
@@ -205,37 +205,37 @@ async def _converse(
     return found
 
 
-async def _turn(dialogue: DialogueManager, platform: Platform, exchange: Exchange) -> Turn | None:
-    turn_id = await platform.turn_of(exchange.shown)
-    return await dialogue.store.database.call(dialogue.store.turn, turn_id)
+async def _find_turn(dialogue: DialogueManager, platform: Platform, exchange: Exchange) -> Turn | None:
+    turn_id = await platform.find_turn_id(exchange.answer)
+    return await dialogue.store.database.call(dialogue.store.find_turn, turn_id)
 
 
-def _added(
-    exchanges: Sequence[Exchange], turns: Sequence[Turn | None], from_vllm: dict[float, Served]
+def _compute_added(
+    exchanges: Sequence[Exchange], turns: Sequence[Turn | None], from_vllm: dict[float, ReplyTimes]
 ) -> dict[str, list[float]]:
     """What was added to each answer, to its first text and to its last (s)."""
     added: dict[str, list[float]] = {"first_added": [], "added": []}
     for exchange, turn in zip(exchanges, turns, strict=True):
         if turn is not None and turn.latency_ms in from_vllm:
             took = from_vllm[turn.latency_ms]
-            added["first_added"].append(exchange.shown.first - exchange.said - (took.first - took.asked))
-            added["added"].append(exchange.shown.final - exchange.said - (took.final - took.asked))
+            added["first_added"].append(exchange.answer.first - exchange.said_at - (took.first_at - took.asked_at))
+            added["added"].append(exchange.answer.final - exchange.said_at - (took.final_at - took.asked_at))
     return added
 
 
-def _doubled(platform: Platform, exchanges: Sequence[Exchange]) -> int:
+def _count_doubled(platform: Platform, exchanges: Sequence[Exchange]) -> int:
     """How many answers there are to questions that have one."""
     places = {exchange.place for exchange in exchanges}
     return sum(len(platform.answers(place)) for place in places) - len(exchanges)
 
 
-async def _stored(dialogue: DialogueManager, turns: Sequence[Turn | None], expected: int) -> int:
+async def _count_stored(dialogue: DialogueManager, turns: Sequence[Turn | None], expected: int) -> int:
     """How many of the reactions are in the database, at the latest after some seconds."""
     store = dialogue.store
     ids = [turn.id for turn in turns if turn is not None]
     found = 0
     for _ in range(50):
-        said = await store.database.call(store.feedback_of, ids)
+        said = await store.database.call(store.read_feedback_on, ids)
         kinds = (FeedbackKind.APPROVAL, FeedbackKind.DISAPPROVAL)
         found = sum(row.kind in kinds for rows in said.values() for row in rows)
         if found >= expected:

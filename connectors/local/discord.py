@@ -15,7 +15,18 @@ import discord
 import yarl
 from aiohttp import WSMsgType, web
 
-from connectors.local.discord_state import BOT, GUILD, MESSAGE_CONTENT, OWN_ROLE, ROLE, SEE, SPEECH, TOKEN, VIA, DiscordState
+from connectors.local.discord_state import (
+    BOT,
+    GUILD,
+    MESSAGE_CONTENT,
+    OWN_ROLE,
+    ROLE,
+    SPEECH,
+    TOKEN,
+    VIA,
+    VIEW_CHANNEL,
+    DiscordState,
+)
 
 
 class LocalDiscord(DiscordState):
@@ -40,15 +51,15 @@ class LocalDiscord(DiscordState):
         """Close everything."""
         await self._runner.cleanup()
 
-    async def open(self, thread: int) -> None:
+    async def announce_thread(self, thread: int) -> None:
         """A thread is shown to who is connected already."""
         await self.dispatch("THREAD_CREATE", self.channels[thread] | {"newly_created": True})
 
-    async def raw(self, channel: int, user: int, content: str, **more: Any) -> int:
+    async def send_raw(self, channel: int, user: int, content: str, **more: Any) -> int:
         """A message with any fields, whose content is not hidden."""
         message = self._message(channel, user, content) | more
         self.messages[int(message["id"])] = message
-        await self.dispatch("MESSAGE_CREATE", message | self._in_guild(channel, user))
+        await self.dispatch("MESSAGE_CREATE", message | self._make_guild_fields(channel, user))
         return int(message["id"])
 
     async def say(self, channel: int, user: int, content: str, mention: bool = True, reply_to: int | None = None) -> int:
@@ -64,7 +75,7 @@ class LocalDiscord(DiscordState):
         shown = dict(message)
         if not (direct or message["mentions"] or self._intents & MESSAGE_CONTENT):
             shown["content"] = ""
-        await self.dispatch("MESSAGE_CREATE", shown | self._in_guild(channel, user))
+        await self.dispatch("MESSAGE_CREATE", shown | self._make_guild_fields(channel, user))
         return int(message["id"])
 
     async def edit(self, message: int, content: str) -> None:
@@ -73,7 +84,9 @@ class LocalDiscord(DiscordState):
         mention = f"<@{BOT}> " if found["content"].startswith(f"<@{BOT}>") else ""
         edited = datetime.fromtimestamp(time.time(), UTC).isoformat()
         found |= {"content": mention + content, "edited_timestamp": edited}
-        await self.dispatch("MESSAGE_UPDATE", found | self._in_guild(int(found["channel_id"]), int(found["author"]["id"])))
+        await self.dispatch(
+            "MESSAGE_UPDATE", found | self._make_guild_fields(int(found["channel_id"]), int(found["author"]["id"]))
+        )
 
     async def delete(self, message: int) -> None:
         """The author of a message deletes it."""
@@ -93,18 +106,18 @@ class LocalDiscord(DiscordState):
             "type": 0,
         }
         if not remove:
-            event |= self._in_guild(channel, user)
+            event |= self._make_guild_fields(channel, user)
         await self.dispatch("MESSAGE_REACTION_REMOVE" if remove else "MESSAGE_REACTION_ADD", event)
 
-    async def burst(self, user: int, message: int, emoji: str) -> None:
+    async def add_super_reaction(self, user: int, message: int, emoji: str) -> None:
         """A person adds a super reaction."""
         self.bursts[message].add((user, emoji))
         channel = int(self.messages[message]["channel_id"])
         event = {"user_id": str(user), "channel_id": str(channel), "message_id": str(message), "burst": True, "type": 1}
         event |= {"emoji": {"id": None, "name": emoji}, "burst_colors": ["#fff"]}
-        await self.dispatch("MESSAGE_REACTION_ADD", event | self._in_guild(channel, user))
+        await self.dispatch("MESSAGE_REACTION_ADD", event | self._make_guild_fields(channel, user))
 
-    async def clear(self, message: int, emoji: str | None = None) -> None:
+    async def clear_reactions(self, message: int, emoji: str | None = None) -> None:
         """A moderator clears all reactions, or those with one emoji."""
         self.reactions[message] = {one for one in self.reactions[message] if emoji not in (None, one[1])}
         event = {"channel_id": self.messages[message]["channel_id"], "message_id": str(message)}
@@ -125,14 +138,14 @@ class LocalDiscord(DiscordState):
         rows = [{"type": 1, "components": [{"type": 4, "custom_id": field["custom_id"], "value": text}]}]
         return await self._interact(user, 5, {"custom_id": modal["custom_id"], "components": rows}, message)
 
-    async def command(self, user: int, channel: int, name: str, choice: str = "") -> str:
+    async def use_command(self, user: int, channel: int, name: str, choice: str = "") -> str:
         """A person uses a slash command; returns what they, and nobody else, are told."""
         options = [{"name": "choice", "type": 3, "value": choice}] if choice else []
         first = await self._interact(user, 2, {"id": "1", "name": name, "type": 1, "options": options}, channel=channel)
         assert (first["type"], first["data"]["flags"]) == (5, 64)  # deferred, for the user only
-        return (await asyncio.wait_for(self.told.get(), 300))["content"]
+        return (await asyncio.wait_for(self.deferred_replies.get(), 300))["content"]
 
-    async def drop(self, code: int = 4000) -> None:
+    async def drop_connection(self, code: int = 4000) -> None:
         """Cut the gateway connection."""
         assert self._socket is not None
         socket, self._socket = self._socket, None
@@ -158,7 +171,7 @@ class LocalDiscord(DiscordState):
         }
         if message is not None:
             event["message"] = self.messages[message]
-        who = self._in_guild(channel, user)
+        who = self._make_guild_fields(channel, user)
         event |= {**who, "member": {**who["member"], "user": self._user(user)}} if who else {"user": self._user(user)}
         self._deadlines[token] = time.monotonic() + self.interaction_seconds
         await self.dispatch("INTERACTION_CREATE", event)
@@ -199,7 +212,7 @@ class LocalDiscord(DiscordState):
         }
         await self.dispatch("READY", ready)
         shown = [one for one in self.channels.values() if one["type"] == 0]
-        roles = [{"id": str(GUILD), "name": "@everyone", "permissions": str(SEE), "position": 0, **ROLE}]
+        roles = [{"id": str(GUILD), "name": "@everyone", "permissions": str(VIEW_CHANNEL), "position": 0, **ROLE}]
         roles += [
             {"id": str(role), "name": f"role{role}", "permissions": "0", "position": 1, **ROLE}
             for role in sorted({role for some in self.roles.values() for role in some})
@@ -250,7 +263,7 @@ class LocalDiscord(DiscordState):
         if parts[0] == "guilds" and parts[2] == "members":
             return self._json(self._member(int(parts[3])))
         if parts[0] == "channels" and parts[2] == "typing":
-            self.typed.append(int(parts[1]))
+            self.typing_calls.append(int(parts[1]))
             return web.Response(status=self.typing_status)
         if parts[0] == "channels" and parts[2] == "messages" and method == "GET":
             return self._read(int(parts[1]), parts[3:], dict(request.query))
@@ -259,7 +272,7 @@ class LocalDiscord(DiscordState):
         if parts[0] == "interactions":
             return self._callback(parts[2], body)
         if parts[0] == "webhooks":
-            self.told.put_nowait(body)
+            self.deferred_replies.put_nowait(body)
             return self._json(self._message(next(iter(self.channels)), BOT, body.get("content", "")))
         return self._json({"message": "404: Not Found", "code": 0}, 404)
 
@@ -298,7 +311,7 @@ class LocalDiscord(DiscordState):
             found = self.messages[message]
             found |= {key: body[key] for key in ("content", "components") if key in body}
             found["edited_timestamp"] = "2026-01-01T00:00:01+00:00"
-            self._wrote(found)
+            self._note_write(found)
             return self._json(found)
         key = (channel, str(body.get("nonce")))
         if body.get("enforce_nonce") and key in self._nonces:
@@ -310,7 +323,7 @@ class LocalDiscord(DiscordState):
             answered = str(body["message_reference"]["message_id"])
             made |= {"type": 19, "message_reference": {"message_id": answered, "channel_id": str(channel)}}
             made["referenced_message"] = self.messages.get(int(answered))
-        self._wrote(made)
+        self._note_write(made)
         return self._json(made)
 
     def _read(self, channel: int, rest: list[str], query: dict[str, str]) -> web.Response:
@@ -336,7 +349,7 @@ class LocalDiscord(DiscordState):
             return self._json({**self.messages[int(rest[0])], "reactions": listed})
         after, before = int(query.get("after", 0)), int(query.get("before", 1 << 63))
         there = sorted(key for key, one in self.messages.items() if one["channel_id"] == str(channel))
-        found = [self._as_seen(self.messages[key]) for key in there if after < key < before]
+        found = [self._hide_content(self.messages[key]) for key in there if after < key < before]
         limit = int(query.get("limit", 50))
         return self._json((found[:limit] if "after" in query else found[-limit:])[::-1])
 

@@ -15,7 +15,7 @@ OWN_ROLE = 3001  # that Discord made for the bot
 MESSAGE_CONTENT = 1 << 15
 VIA = {"Via": "1.1 fake"}
 
-SEE = 1 << 10  # the permission to view a channel
+VIEW_CHANNEL = 1 << 10  # the permission to view a channel
 SPEECH = (0, 19, 20, 21, 23)  # types of messages that can be replied to
 ROLE = {"color": 0, "colors": {"primary_color": 0}, "hoist": False, "managed": False, "mentionable": False, "flags": 0}
 
@@ -33,18 +33,18 @@ class DiscordState:
         self.roles: dict[int, list[int]] = defaultdict(list)  # of people
         self.files: dict[str, bytes] = {}  # by name
         self.callbacks: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self.told: asyncio.Queue[dict[str, Any]] = asyncio.Queue()  # what followed a deferred answer
+        self.deferred_replies: asyncio.Queue[dict[str, Any]] = asyncio.Queue()  # what followed a deferred answer
         self.commands: list[str] = []
         self.refused: list[str] = []
         self.limit, self.window = 1000, 1.0  # of posts and edits in one channel
         self.met_429 = 0
-        self.typed: list[int] = []  # channels
+        self.typing_calls: list[int] = []  # channels
         self.typing_status = 204
-        self.gives_up = False  # events are delivered to nobody
+        self.is_dropping_events = False  # events are delivered to nobody
         self.interaction_seconds = 60.0  # in which an interaction must be answered (Discord: 3)
         self.forgets_sessions = False  # who wants to resume must begin anew
-        self.written: dict[str, list[float]] = defaultdict(list)  # when the bot wrote or changed each of its messages
-        self.changed: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)  # by channel
+        self.write_times: dict[str, list[float]] = defaultdict(list)  # when the bot wrote or changed each of its messages
+        self.change_signals: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)  # by channel
         self.allowed_intents = ~MESSAGE_CONTENT
         self.identified = asyncio.Event()
         self.resumed = asyncio.Event()
@@ -98,14 +98,14 @@ class DiscordState:
         """Send an event, or keep it for RESUME."""
         event = {"op": 0, "t": name, "s": len(self._events) + 1, "d": data}
         self._events.append(event)
-        if self._socket is not None and not self._socket.closed and not self.gives_up:
+        if self._socket is not None and not self._socket.closed and not self.is_dropping_events:
             await self._socket.send_json(event)
 
     def _user(self, number: int) -> dict[str, Any]:
         bot = number == BOT
         return {"id": str(number), "username": f"user{number}", "discriminator": "0", "avatar": None, "bot": bot}
 
-    def _in_guild(self, channel: int, user: int) -> dict[str, Any]:
+    def _make_guild_fields(self, channel: int, user: int) -> dict[str, Any]:
         if self.channels[channel]["type"] == 1:
             return {}
         return {"guild_id": str(GUILD), "member": self._member(user)}
@@ -139,12 +139,12 @@ class DiscordState:
         self.channels[channel]["last_message_id"] = str(number)
         return message
 
-    def _wrote(self, message: dict[str, Any]) -> None:
-        self.written[message["id"]].append(time.monotonic())
-        self.changed[message["channel_id"]].set()
-        self.changed[message["channel_id"]].clear()
+    def _note_write(self, message: dict[str, Any]) -> None:
+        self.write_times[message["id"]].append(time.monotonic())
+        self.change_signals[message["channel_id"]].set()
+        self.change_signals[message["channel_id"]].clear()
 
-    def _as_seen(self, message: dict[str, Any]) -> dict[str, Any]:
+    def _hide_content(self, message: dict[str, Any]) -> dict[str, Any]:
         """A message as the API shows it to an application that may not read all contents."""
         direct = self.channels[int(message["channel_id"])]["type"] == 1
         to_us = direct or message["mentions"] or message["mention_roles"] or message["author"]["id"] == str(BOT)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import aiohttp
 
 from bot.config import DiscordConfig, SlackConfig, WebConfig
-from connectors.base import Connector, Shared
+from connectors.base import Connector, Services
 from connectors.discord.connector import Discord
 from connectors.local import benchmark
 from connectors.local.discord import LocalDiscord
@@ -23,21 +23,21 @@ from connectors.local.discord_state import TOKEN
 from connectors.local.slack import LocalSlack
 from connectors.local.slack_state import APP_TOKEN, BOT_TOKEN
 from connectors.slack.connector import Secrets, Slack
-from connectors.web.server import Door, Web
+from connectors.web.server import Endpoint, Web
 
 PEOPLE = {"ann": 11, "bob": 12, "cleo": 13}
 
 
 @dataclass
-class Shown:
+class SeenAnswer:
     """An answer as people see it. `first` and `final` are when its first and its last words appeared (monotonic, s)."""
 
     id: str
     question: str
     text: str
-    first: float
-    final: float
-    whole: bool
+    first_at: float
+    final_at: float
+    is_whole: bool
     edits: int
 
 
@@ -47,10 +47,10 @@ class Platform(benchmark.Platform, Protocol):
     async def restart(self, meanwhile: Callable[[], Awaitable[None]]) -> None:
         """Stop the connector and start a new one, as another process would be; people go on in between where they can."""
 
-    async def take_back(self, user: str, answer: Shown, likes: bool) -> None:
+    async def take_back(self, user: str, answer: SeenAnswer, likes: bool) -> None:
         """A person removes 👍 or 👎."""
 
-    async def again(self, user: str, answer: Shown) -> None:
+    async def regenerate(self, user: str, answer: SeenAnswer) -> None:
         """A person wants another answer."""
 
     async def edit(self, place: str, question: str, text: str) -> None:
@@ -60,7 +60,7 @@ class Platform(benchmark.Platform, Protocol):
         """The author of a question deletes it."""
 
 
-class _Connected:
+class _ConnectorRunner:
     """Starting and stopping a connector is the same everywhere."""
 
     connector: Any
@@ -78,13 +78,13 @@ class _Connected:
         await asyncio.wait_for(self._running, 300)
 
 
-class _OnServer:
+class _LocalServerPlatform:
     """A platform with a server of our own, and the connector to it."""
 
     def __init__(self, fake: LocalDiscord | LocalSlack, online: asyncio.Event, make: Callable[[], Connector]):
         self.fake: Any = fake
         self._online = online
-        self._bot = _Connected(make, online.wait)
+        self._bot = _ConnectorRunner(make, online.wait)
 
     @property
     def met_429(self) -> int:
@@ -106,16 +106,16 @@ class _OnServer:
         self.fake.gives_up = False
         await self._bot.start()
 
-    async def changed(self, place: str) -> None:
+    async def wait_for_change(self, place: str) -> None:
         await self.fake.changed[place].wait()
 
 
-class DiscordPlatform(_OnServer):
+class DiscordPlatform(_LocalServerPlatform):
     """Discord."""
 
     name = "discord"
 
-    def __init__(self, shared: Shared):
+    def __init__(self, shared: Services):
         fake = LocalDiscord()
         super().__init__(fake, fake.identified, lambda: Discord(shared, DiscordConfig(), TOKEN))
 
@@ -123,11 +123,11 @@ class DiscordPlatform(_OnServer):
         return str(self.fake.channel(1 if direct else 0))
 
     async def say(self, place: str, user: str, text: str) -> str:
-        return str(await self.fake.say(int(place), number(user), text))
+        return str(await self.fake.say(int(place), make_discord_id(user), text))
 
-    def answers(self, place: str) -> list[Shown]:
+    def answers(self, place: str) -> list[SeenAnswer]:
         return [
-            Shown(
+            SeenAnswer(
                 one["id"],
                 one["message_reference"]["message_id"],
                 one["content"],
@@ -140,17 +140,17 @@ class DiscordPlatform(_OnServer):
             if "message_reference" in one
         ]
 
-    async def turn_of(self, answer: Shown) -> str:
+    async def find_turn_id(self, answer: SeenAnswer) -> str:
         return await self._bot.connector.answers.turn_of(answer.id) or ""
 
-    async def react(self, user: str, answer: Shown, likes: bool) -> None:
-        await self.fake.react(number(user), int(answer.id), "👍" if likes else "👎")
+    async def react(self, user: str, answer: SeenAnswer, likes: bool) -> None:
+        await self.fake.react(make_discord_id(user), int(answer.id), "👍" if likes else "👎")
 
-    async def take_back(self, user: str, answer: Shown, likes: bool) -> None:
-        await self.fake.react(number(user), int(answer.id), "👍" if likes else "👎", remove=True)
+    async def take_back(self, user: str, answer: SeenAnswer, likes: bool) -> None:
+        await self.fake.react(make_discord_id(user), int(answer.id), "👍" if likes else "👎", remove=True)
 
-    async def again(self, user: str, answer: Shown) -> None:
-        await self.fake.press(number(user), int(answer.id), "again")
+    async def regenerate(self, user: str, answer: SeenAnswer) -> None:
+        await self.fake.press(make_discord_id(user), int(answer.id), "again")
 
     async def edit(self, place: str, question: str, text: str) -> None:
         await self.fake.edit(int(question), text)
@@ -159,12 +159,12 @@ class DiscordPlatform(_OnServer):
         await self.fake.delete(int(question))
 
 
-class SlackPlatform(_OnServer):
+class SlackPlatform(_LocalServerPlatform):
     """Slack, in Socket Mode."""
 
     name = "slack"
 
-    def __init__(self, shared: Shared):
+    def __init__(self, shared: Services):
         fake = LocalSlack()
         secrets = Secrets(BOT_TOKEN, APP_TOKEN)
         super().__init__(fake, fake.connected, lambda: Slack(shared, SlackConfig(), secrets, fake.api))
@@ -175,9 +175,9 @@ class SlackPlatform(_OnServer):
     async def say(self, place: str, user: str, text: str) -> str:
         return await self.fake.say(place, user.upper(), text)
 
-    def answers(self, place: str) -> list[Shown]:
+    def answers(self, place: str) -> list[SeenAnswer]:
         return [
-            Shown(
+            SeenAnswer(
                 one["ts"],
                 one.get("thread_ts", ""),
                 one["text"],
@@ -189,19 +189,19 @@ class SlackPlatform(_OnServer):
             for one in self.fake.answers(place)
         ]
 
-    async def turn_of(self, answer: Shown) -> str:
+    async def find_turn_id(self, answer: SeenAnswer) -> str:
         return (
             await self._bot.connector.workspace.answers.turn_of(f"{self.fake.messages[answer.id]['channel']}:{answer.id}")
             or ""
         )
 
-    async def react(self, user: str, answer: Shown, likes: bool) -> None:
+    async def react(self, user: str, answer: SeenAnswer, likes: bool) -> None:
         await self.fake.react(user.upper(), self.fake.messages[answer.id], "+1" if likes else "-1")
 
-    async def take_back(self, user: str, answer: Shown, likes: bool) -> None:
+    async def take_back(self, user: str, answer: SeenAnswer, likes: bool) -> None:
         await self.fake.react(user.upper(), self.fake.messages[answer.id], "+1" if likes else "-1", remove=True)
 
-    async def again(self, user: str, answer: Shown) -> None:
+    async def regenerate(self, user: str, answer: SeenAnswer) -> None:
         await self.fake.click(user.upper(), self.fake.messages[answer.id], "again")
 
     async def edit(self, place: str, question: str, text: str) -> None:
@@ -217,17 +217,19 @@ class WebPlatform:
     name = "web"
     met_429 = 0
 
-    def __init__(self, shared: Shared):
-        self._bot = _Connected(lambda: Web(shared, self._door), self._ready)
-        self._shown: dict[str, list[Shown]] = {}
+    def __init__(self, shared: Services):
+        self._bot = _ConnectorRunner(lambda: Web(shared, self._endpoint), self._ready)
+        self._shown: dict[str, list[SeenAnswer]] = {}
         self._given: dict[tuple[str, str, bool], str] = {}
         self._asking: set[asyncio.Task[None]] = set()
-        self._changed: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
+        self._change_signals: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
         self._count = 0
 
     async def start(self) -> None:
-        self._door = Door.open(WebConfig(port=0))
-        self._http = aiohttp.ClientSession(self._door.url, connector=aiohttp.TCPConnector(limit=0), raise_for_status=True)
+        self._endpoint = Endpoint.open(WebConfig(port=0))
+        self._http = aiohttp.ClientSession(
+            self._endpoint.url, connector=aiohttp.TCPConnector(limit=0), raise_for_status=True
+        )
         await self._bot.start()
 
     async def stop(self) -> None:
@@ -249,25 +251,25 @@ class WebPlatform:
         asked = {"conversation": place, "messages": [{"role": "user", "content": text}]}
         return self._ask(place, user, str(self._count), asked)
 
-    def answers(self, place: str) -> list[Shown]:
+    def answers(self, place: str) -> list[SeenAnswer]:
         return self._shown.get(place, [])
 
-    async def changed(self, place: str) -> None:
-        await self._changed[place].wait()
+    async def wait_for_change(self, place: str) -> None:
+        await self._change_signals[place].wait()
 
-    async def turn_of(self, answer: Shown) -> str:
+    async def find_turn_id(self, answer: SeenAnswer) -> str:
         return answer.id.removeprefix("chatcmpl-")
 
-    async def react(self, user: str, answer: Shown, likes: bool) -> None:
+    async def react(self, user: str, answer: SeenAnswer, likes: bool) -> None:
         body = {"inference_id": answer.id, "metric_name": "thumb", "value": likes, "user": user}
         async with self._http.post("/v1/feedback", json=body) as response:
             self._given[user, answer.id, likes] = (await response.json())["feedback_id"]
 
-    async def take_back(self, user: str, answer: Shown, likes: bool) -> None:
+    async def take_back(self, user: str, answer: SeenAnswer, likes: bool) -> None:
         given = self._given[user, answer.id, likes]
         await self._http.delete(f"/v1/feedback/{given}", params={"user": user})
 
-    async def again(self, user: str, answer: Shown) -> None:
+    async def regenerate(self, user: str, answer: SeenAnswer) -> None:
         place = next(place for place, all_ in self._shown.items() if answer in all_)
         last = {"messages": [{"role": "user", "content": "again"}], "regenerates": answer.id}
         self._ask(place, user, answer.question, last)
@@ -286,22 +288,22 @@ class WebPlatform:
         return question
 
     async def _stream(self, place: str, question: str, body: dict[str, Any]) -> None:
-        shown = Shown("", question, "", 0.0, 0.0, whole=False, edits=0)
+        shown = SeenAnswer("", question, "", 0.0, 0.0, is_whole=False, edits=0)
         async with self._http.post("/v1/chat/completions", json=body) as response:
             async for raw in response.content:
                 line = raw.decode().rstrip("\n")
                 if line == "data: [DONE]":
-                    shown.whole = True
+                    shown.is_whole = True
                 elif line.startswith("data: "):
                     event = json.loads(line.removeprefix("data: "))
                     shown.id = event["id"]
                     shown.text += event["choices"][0]["delta"].get("content", "")
-                    shown.final = time.monotonic()
-                if (shown.text or shown.whole) and not shown.first:  # an answer may be empty
-                    shown.first = time.monotonic()
+                    shown.final_at = time.monotonic()
+                if (shown.text or shown.is_whole) and not shown.first_at:  # an answer may be empty
+                    shown.first_at = time.monotonic()
                     self._shown.setdefault(place, []).append(shown)
-        self._changed[place].set()
-        self._changed[place].clear()
+        self._change_signals[place].set()
+        self._change_signals[place].clear()
 
     async def _ready(self) -> None:
         await self._http.get("/healthz")  # the socket listens already: whoever connects waits
@@ -310,6 +312,6 @@ class WebPlatform:
 PLATFORMS = {platform.name: platform for platform in (DiscordPlatform, SlackPlatform, WebPlatform)}
 
 
-def number(user: str) -> int:
+def make_discord_id(user: str) -> int:
     """A person's id on Discord."""
     return PEOPLE.get(user) or 100_000 + int(user.removeprefix("user"))

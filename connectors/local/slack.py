@@ -64,7 +64,7 @@ class LocalSlack(SlackState):
         self.channels.add(channel)
         for kind in kinds[0 if mention else 1 :] or kinds:
             event_id = f"Ev{next(self.numbers)}"
-            await asyncio.gather(*(self.event(kind, event_id) for _ in range(repeat)))
+            await asyncio.gather(*(self.deliver_event(kind, event_id) for _ in range(repeat)))
         return ts
 
     async def edit(self, channel: str, ts: str, text: str) -> None:
@@ -73,19 +73,21 @@ class LocalSlack(SlackState):
         mention = f"<@{BOT}> " if before["text"].startswith(f"<@{BOT}>") else ""
         self.said[ts] |= {"text": mention + text, "edited": {"user": before["user"], "ts": self.ts()}}
         event = {"type": "message", "subtype": "message_changed", "channel": channel, "hidden": True, "event_ts": self.ts()}
-        await self.event({**event, "message": self.said[ts], "previous_message": before}, f"Ev{next(self.numbers)}")
+        await self.deliver_event({**event, "message": self.said[ts], "previous_message": before}, f"Ev{next(self.numbers)}")
 
     async def delete(self, channel: str, ts: str) -> None:
         """The author of a message deletes it."""
         event = {"type": "message", "subtype": "message_deleted", "channel": channel, "hidden": True, "event_ts": self.ts()}
-        await self.event({**event, "deleted_ts": ts, "previous_message": self.said.pop(ts)}, f"Ev{next(self.numbers)}")
+        await self.deliver_event(
+            {**event, "deleted_ts": ts, "previous_message": self.said.pop(ts)}, f"Ev{next(self.numbers)}"
+        )
 
     async def open_assistant(self, channel: str, user: str) -> str:
         """A person opens an assistant thread; returns its id."""
         ts = self.ts()
         self.assistants.add(ts)
         thread = {"user_id": user, "channel_id": channel, "thread_ts": ts, "context": {}}
-        await self.event(
+        await self.deliver_event(
             {"type": "assistant_thread_started", "assistant_thread": thread, "event_ts": ts}, f"Ev{next(self.numbers)}"
         )
         return ts
@@ -94,13 +96,13 @@ class LocalSlack(SlackState):
         """A person opens the tab where they talk with an agent."""
         self.channels.add(channel)
         event = {"type": "app_home_opened", "user": user, "channel": channel, "tab": "messages", "event_ts": self.ts()}
-        await self.event({**event, "context": {"entities": None}}, f"Ev{next(self.numbers)}")
+        await self.deliver_event({**event, "context": {"entities": None}}, f"Ev{next(self.numbers)}")
 
     async def look_at(self, channel: str) -> None:
         """A person looks at a channel while the app is visible. Slack says neither who nor where."""
         entity = {"type": "slack#/types/channel_id", "value": channel, "team_id": TEAM}
         event = {"type": "app_context_changed", "context": {"entities": [entity]}}
-        await self.event(event, f"Ev{next(self.numbers)}")
+        await self.deliver_event(event, f"Ev{next(self.numbers)}")
 
     async def stop_session(self, channel: str, thread: str, user: str) -> None:
         """A person uses Slack's own stop button, which stands beside a session that is processing."""
@@ -110,7 +112,7 @@ class LocalSlack(SlackState):
             one["stopped"] = True
         event = {"type": "agent_session_stopped", "channel": channel, "thread_ts": thread, "user": user}
         stopped = {"streaming_message_ts": [one["ts"] for one in streams], "event_ts": self.ts()}
-        await self.event(event | stopped, f"Ev{next(self.numbers)}")
+        await self.deliver_event(event | stopped, f"Ev{next(self.numbers)}")
 
     async def submit(self, user: str, view: dict[str, Any], text: str) -> None:
         """A person sends a modal that they were shown."""
@@ -125,9 +127,9 @@ class LocalSlack(SlackState):
         kind = "reaction_removed" if remove else "reaction_added"
         (self.reactions.discard if remove else self.reactions.add)((message["ts"], user, name))
         event = {"type": kind, "user": user, "reaction": name, "item": item, "event_ts": at or self.ts(), "item_user": BOT}
-        await self.event(event, f"Ev{next(self.numbers)}")
+        await self.deliver_event(event, f"Ev{next(self.numbers)}")
 
-    async def event(self, event: dict[str, Any], event_id: str) -> None:
+    async def deliver_event(self, event: dict[str, Any], event_id: str) -> None:
         """Deliver an event until it is acked, four times at most."""
         payload = {"type": "event_callback", "team_id": TEAM, "event": event, "event_id": event_id, "event_time": 1}
         payload |= {"api_app_id": "A1", "authorizations": [{"team_id": TEAM, "user_id": BOT, "is_bot": True}]}
@@ -154,15 +156,15 @@ class LocalSlack(SlackState):
             },
         )
 
-    async def command(self, user: str, channel: str, name: str, text: str = "") -> str:
+    async def use_command(self, user: str, channel: str, name: str, text: str = "") -> str:
         """A person uses a slash command; returns what they are told, which may come long after the ack."""
         found = f"respond{next(self.numbers)}"
-        self._told[found] = asyncio.get_running_loop().create_future()
+        self._command_replies[found] = asyncio.get_running_loop().create_future()
         url = f"http://127.0.0.1:{self.port}/respond/{found}"
         body = {"command": name, "text": text, "user_id": user, "channel_id": channel, "team_id": TEAM, "response_url": url}
         acked = self.acked[name] = await self._deliver("slash_commands", body)
         told = acked.get("payload", {}).get("text")
-        return told or await asyncio.wait_for(self._told[found], 300)
+        return told or await asyncio.wait_for(self._command_replies[found], 300)
 
     async def disconnect(self) -> None:
         """Close the sockets, as Slack does from time to time."""
@@ -171,14 +173,14 @@ class LocalSlack(SlackState):
         for socket in sockets:
             await socket.send_json({"type": "disconnect", "reason": "refresh_requested"})
 
-    def lose_patience(self) -> None:
+    def redeliver_unacked(self) -> None:
         """Deliver again now what is not acked yet."""
         for waiting in self._waiting.values():
             if not waiting.done():
                 waiting.set_exception(TimeoutError())
 
     async def _deliver(self, kind: str, payload: dict[str, Any]) -> dict[str, Any]:
-        for attempt in range(0 if self.gives_up else 4):
+        for attempt in range(0 if self.is_dropping_events else 4):
             self.deliveries += 1
             envelope = f"env{next(self.numbers)}"
             self._waiting[envelope] = asyncio.get_running_loop().create_future()
@@ -191,7 +193,7 @@ class LocalSlack(SlackState):
                 return await asyncio.wait_for(self._waiting[envelope], self.ack_seconds)
             except (TimeoutError, ConnectionError):
                 continue
-        assert self.gives_up, f"never acked: {payload}"
+        assert self.is_dropping_events, f"never acked: {payload}"
         return {}
 
     async def _socket(self, request: web.Request) -> web.WebSocketResponse:
@@ -217,7 +219,7 @@ class LocalSlack(SlackState):
         return web.Response(body=self.files[request.match_info["id"]].encode())
 
     async def _respond(self, request: web.Request) -> web.Response:
-        self._told[request.match_info["id"]].set_result((await request.json())["text"])
+        self._command_replies[request.match_info["id"]].set_result((await request.json())["text"])
         return web.Response(text="ok")
 
     async def _api(self, request: web.Request) -> web.Response:
@@ -237,8 +239,8 @@ class LocalSlack(SlackState):
                 body[key] = json.loads(str(body[key]))
         answer = self._call(method, body)
         if method.startswith("chat.") and answer.get("ts") in self.messages:
-            self.written[answer["ts"]].append(time.monotonic())
-            changed = self.changed[self.messages[answer["ts"]]["channel"]]
+            self.write_times[answer["ts"]].append(time.monotonic())
+            changed = self.change_signals[self.messages[answer["ts"]]["channel"]]
             changed.set()
             changed.clear()
         if "error" in answer and method.startswith("chat."):

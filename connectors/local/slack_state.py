@@ -28,10 +28,10 @@ class SlackState:
         self.ack_seconds = 60.0  # Slack: 3
         self.rate_limited = 0  # so many of the next calls that write are answered 429
         self.no_streams = False
-        self.gives_up = False  # events are delivered to nobody
+        self.is_dropping_events = False  # events are delivered to nobody
         self.met_429 = 0
-        self.written: dict[str, list[float]] = defaultdict(list)  # when the bot wrote or changed each of its messages
-        self.changed: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)  # by channel
+        self.write_times: dict[str, list[float]] = defaultdict(list)  # when the bot wrote or changed each of its messages
+        self.change_signals: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)  # by channel
         self.said: dict[str, dict[str, Any]] = {}  # what people wrote
         self.channels: set[str] = set()
         self.reactions: set[tuple[str, str, str]] = set()  # message, user, name
@@ -43,7 +43,7 @@ class SlackState:
         self.names: dict[str, str] = {}  # of people and channels
         self.files: dict[str, str] = {}  # by id, what they hold
         self.whispers: list[tuple[str, str]] = []  # who was told something that nobody else sees, and what
-        self._told: dict[str, asyncio.Future[str]] = {}  # what is told through a response_url
+        self._command_replies: dict[str, asyncio.Future[str]] = {}  # what is told through a response_url
         self.http_url = ""  # events are posted there, signed, where it is set; else they go through the socket
         self.connected = asyncio.Event()
         self.numbers = NUMBERS
@@ -69,7 +69,7 @@ class SlackState:
         found = [one for one in self.messages.values() if one["channel"] == channel]
         return [one for one in found if thread is None or one.get("thread_ts") == thread]
 
-    def done(self, message: dict[str, Any]) -> bool:
+    def is_final(self, message: dict[str, Any]) -> bool:
         """Whether a message is final, with its feedback buttons."""
         return not message["streaming"] and any(block["type"] == "context_actions" for block in message["blocks"])
 

@@ -27,23 +27,23 @@ from bot.chat.dialogue import ReplyOptions
 from bot.config import SlackConfig
 from bot.errors import ConfigError, ConnectorError
 from bot.logs import working_on
-from bot.types import Conversation, Feedback, Heard, Message, Turn, new_id
+from bot.types import Conversation, Feedback, Message, StoredMessage, Turn, new_id
 from connectors.access import TOO_FAST
 from connectors.answers import BUSY, SORRY
-from connectors.base import Shared, listening, pause
-from connectors.reading import Read
+from connectors.base import Services, open_listener, sleep_unless_stopped
+from connectors.reading import MessageContent
 from connectors.slack.interactions import SlackInteractions
-from connectors.slack.messages import give
-from connectors.slack.places import Place, event_of, refusal
+from connectors.slack.messages import ask_and_show
+from connectors.slack.places import Place, make_event_id, read_error_code
 from connectors.slack.reader import SPEECH, fetch
 from connectors.slack.reconciliation import reconcile
 from connectors.slack.workspace import SLACK, Workspace
 
 log = logging.getLogger(__name__)
 
-DEAD = 60.0  # seconds without a pong after which the socket is made anew
+DEAD_SECONDS = 60.0  # seconds without a pong after which the socket is made anew
 API = "https://slack.com/api/"
-FATAL = {"invalid_auth", "not_authed", "account_inactive", "token_revoked", "not_allowed_token_type", "missing_scope"}
+FATAL_ERRORS = {"invalid_auth", "not_authed", "account_inactive", "token_revoked", "not_allowed_token_type", "missing_scope"}
 GREETING = "Hello! Ask me anything; your 👍 and 👎 teach me."
 
 
@@ -54,29 +54,29 @@ class Secrets:
     bot_token: str
     app_token: str = ""
     signing_secret: str = ""
-    listening_on: socket.socket | None = None
+    listener: socket.socket | None = None
 
     @classmethod
-    def of(cls, config: SlackConfig) -> "Secrets":
+    def open(cls, config: SlackConfig) -> "Secrets":
         """Raises ConfigError where one is not set or of another kind, or the address of HTTP cannot be had."""
-        found = check_secrets(config)
-        return replace(found, listening_on=listening("slack", config.host, config.port)) if found.signing_secret else found
+        found = read_secrets(config)
+        return replace(found, listener=open_listener("slack", config.host, config.port)) if found.signing_secret else found
 
 
-def check_secrets(config: SlackConfig) -> Secrets:
+def read_secrets(config: SlackConfig) -> Secrets:
     """Read Slack's secrets, without listening. Raises ConfigError where one is not set or of another kind."""
-    bot_token = _secret("bot_token_env", config.bot_token_env, "xoxb-")
+    bot_token = _read_secret("bot_token_env", config.bot_token_env, "xoxb-")
     if not config.signing_secret_env:
-        return Secrets(bot_token, _secret("app_token_env", config.app_token_env, "xapp-"))
+        return Secrets(bot_token, _read_secret("app_token_env", config.app_token_env, "xapp-"))
     if config.app_token_env:
         raise ConfigError(
             f"config key slack.signing_secret_env has value '{config.signing_secret_env}' beside slack.app_token_env; "
             "set the first for HTTP or the second for Socket Mode"
         )
-    return Secrets(bot_token, signing_secret=_secret("signing_secret_env", config.signing_secret_env, ""))
+    return Secrets(bot_token, signing_secret=_read_secret("signing_secret_env", config.signing_secret_env, ""))
 
 
-def _secret(key: str, variable: str, prefix: str) -> str:
+def _read_secret(key: str, variable: str, prefix: str) -> str:
     value = os.environ.get(variable, "").strip() if variable else ""
     if not value:
         raise ConfigError(
@@ -94,40 +94,42 @@ class Slack:
 
     name = SLACK
 
-    def __init__(self, shared: Shared, config: SlackConfig, secrets: Secrets, api: str = API):
+    def __init__(self, shared: Services, config: SlackConfig, secrets: Secrets, api: str = API):
         self.workspace = Workspace(shared, config, secrets.bot_token, api)
         # Acked when the handler has committed. (bolt would look for a signing secret of its own in the environment.)
         self._app = _App(
-            client=self.workspace.web, signing_secret=secrets.signing_secret or "none", process_before_response=True
+            client=self.workspace.client, signing_secret=secrets.signing_secret or "none", process_before_response=True
         )
-        self._socket = secrets.listening_on
+        self._socket = secrets.listener
         self._handler = None if self._socket else AsyncSocketModeHandler(self._app, secrets.app_token)
         self._stopping = asyncio.Event()
-        self._listen()
+        self._register_handlers()
 
     async def run(self) -> None:
         """Serve until `stop`. Raises ConnectorError where Slack refuses a token or a scope is missing."""
         wait = 5.0
         # One for all: the client would else make a session, and a connection, for each request.
-        if self.workspace.web.session is not None:  # of a run that failed
-            await self.workspace.web.session.close()
-        self.workspace.web.session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=self.workspace.web.timeout))
+        if self.workspace.client.session is not None:  # of a run that failed
+            await self.workspace.client.session.close()
+        self.workspace.client.session = aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(total=self.workspace.client.timeout)
+        )
         while not self._stopping.is_set():
             try:
-                who = await self.workspace.web.auth_test()
+                who = await self.workspace.client.auth_test()
                 self.workspace.reader.me = who["user_id"]
                 async with asyncio.TaskGroup() as group:
                     group.create_task(reconcile(self.workspace, self, who["team_id"]))
-                    await (self._watch(self._handler) if self._handler else self._serve())
+                    await (self._serve_socket_mode(self._handler) if self._handler else self._serve_http())
             except Exception as error:  # whatever a broken network raises
-                code = refusal(error)
-                if code in FATAL:
+                code = read_error_code(error)
+                if code in FATAL_ERRORS:
                     raise ConnectorError(
                         f"Slack refuses the app ({code}); check the tokens (config keys slack.bot_token_env, "
                         "slack.app_token_env) and the scopes (docs/slack-manifest.yaml)"
                     ) from error
                 log.warning("Slack cannot be reached (%s); again in %.0f s", code or repr(error), wait)
-            await pause(self._stopping, wait)
+            await sleep_unless_stopped(self._stopping, wait)
             wait = min(60.0, 2 * wait)
 
     async def stop(self) -> None:
@@ -139,24 +141,24 @@ class Slack:
         await self.workspace.lanes.close(10)
         if self._handler is not None:
             await self._handler.close_async()
-        if self.workspace.web.session is not None:
-            await self.workspace.web.session.close()
+        if self.workspace.client.session is not None:
+            await self.workspace.client.session.close()
 
-    async def _watch(self, handler: AsyncSocketModeHandler) -> None:
+    async def _serve_socket_mode(self, handler: AsyncSocketModeHandler) -> None:
         """Serve in Socket Mode; make the socket anew when it is silent: a dead one tells nobody."""
         await handler.connect_async()
         client = handler.client
         while not self._stopping.is_set():
-            await pause(self._stopping, DEAD / 4)
+            await sleep_unless_stopped(self._stopping, DEAD_SECONDS / 4)
             last = client.last_ping_pong_time
-            if last is not None and datetime.now(UTC).timestamp() - last > DEAD and not self._stopping.is_set():
+            if last is not None and datetime.now(UTC).timestamp() - last > DEAD_SECONDS and not self._stopping.is_set():
                 log.warning("the socket to Slack is silent; connecting anew")
                 await client.connect_to_new_endpoint(force=True)
 
-    async def _serve(self) -> None:
+    async def _serve_http(self) -> None:
         """Serve by HTTP; bolt checks the signature and the age of each request."""
         app = self._app.web_app("/slack/events")
-        app.middlewares.append(_timely)
+        app.middlewares.append(_check_timestamp)
         runner = http.AppRunner(app, shutdown_timeout=10)
         await runner.setup()
         try:
@@ -166,32 +168,32 @@ class Slack:
         finally:
             await runner.cleanup()
 
-    def _listen(self) -> None:
+    def _register_handlers(self) -> None:
         app = self._app
-        app.event("app_mention")(self._mentioned)
-        app.event({"type": "message", "subtype": "message_changed"})(self.edited)
-        app.event({"type": "message", "subtype": "message_deleted"})(self._deleted)
-        app.event("message")(self._written)
-        app.event("app_home_opened")(self._opened)
-        app.event("app_context_changed")(self._looked_away)
-        app.event("agent_session_stopped")(self._stopped)
-        app.event("assistant_thread_started")(self._greeted)
-        app.event("reaction_added")(self._reacted)
-        app.event("reaction_removed")(self._reacted)
-        app.event(re.compile(".*"))(_ignored)  # what has no listener is not acked, and comes again
-        SlackInteractions(self.workspace).listen(app)
+        app.event("app_mention")(self._handle_mention)
+        app.event({"type": "message", "subtype": "message_changed"})(self.handle_edit)
+        app.event({"type": "message", "subtype": "message_deleted"})(self._handle_deletion)
+        app.event("message")(self._handle_message)
+        app.event("app_home_opened")(self._handle_home_opened)
+        app.event("app_context_changed")(self._handle_context_change)
+        app.event("agent_session_stopped")(self._handle_stop)
+        app.event("assistant_thread_started")(self._handle_assistant_thread)
+        app.event("reaction_added")(self._handle_reaction)
+        app.event("reaction_removed")(self._handle_reaction)
+        app.event(re.compile(".*"))(_ignore)  # what has no listener is not acked, and comes again
+        SlackInteractions(self.workspace).register_handlers(app)
 
-    async def _mentioned(self, event: dict[str, Any], body: dict[str, Any], request: AsyncBoltRequest) -> None:
+    async def _handle_mention(self, event: dict[str, Any], body: dict[str, Any], request: AsyncBoltRequest) -> None:
         place = Place(event["channel"], event.get("thread_ts", event["ts"]), body.get("team_id", ""))
-        await self._heard(place, event, _attempt(request))
+        await self._receive(place, event, _read_attempt(request))
 
-    async def _written(self, event: dict[str, Any], body: dict[str, Any], request: AsyncBoltRequest) -> None:
+    async def _handle_message(self, event: dict[str, Any], body: dict[str, Any], request: AsyncBoltRequest) -> None:
         """A message may be for us without a mention; of mentions `app_mention` tells."""
-        place = await self._place_of(event, body.get("team_id", ""))
+        place = await self._find_place(event, body.get("team_id", ""))
         if place is not None and (place.is_direct or not self.workspace.reader.mentions_us(event)):
-            await self._heard(place, event, _attempt(request))
+            await self._receive(place, event, _read_attempt(request))
 
-    async def _place_of(self, event: dict[str, Any], team: str) -> Place | None:
+    async def _find_place(self, event: dict[str, Any], team: str) -> Place | None:
         """Return where a message that is for us belongs; None where it is not for us.
 
         A direct message is, and a mention; one in a thread where we answered before it is, if `slack.follow_threads` is on.
@@ -200,23 +202,25 @@ class Slack:
         if event.get("subtype") not in SPEECH:
             return None
         if place.is_direct:
-            return replace(place, thread=self.workspace.sessions.root(event))
+            return replace(place, thread=self.workspace.sessions.find_thread(event))
         if self.workspace.reader.mentions_us(event):
             return replace(place, thread=place.thread or event["ts"])
         if not (self.workspace.config.follow_threads and place.thread):
             return None
         first = await self.workspace.dialogue.store.database.call(
-            self.workspace.answers.deliveries.first_question, _conversation(place)
+            self.workspace.answers.deliveries.find_first_question_event, _make_conversation(place)
         )
         return place if first is not None and float(first.rpartition(":")[-1]) < float(event["ts"]) else None
 
-    async def _heard(self, place: Place, event: dict[str, Any], attempt: int) -> None:
+    async def _receive(self, place: Place, event: dict[str, Any], attempt: int) -> None:
         """Commit a message, then queue its answer. `app_mention` and `message` for one post have one effect."""
         if not self._may_talk(event):
             return
         try:
             read = await self.workspace.reader.read(event)
-            notice = await self._take_in(place, event, read) if read.text else await self._decline(place, event, read)
+            notice = (
+                await self._commit_and_queue(place, event, read) if read.text else await self._decline(place, event, read)
+            )
         except Exception:
             if attempt == 1:  # not for what was over when Slack sent it again, and once
                 await self._say_if_possible(place, SORRY)
@@ -224,12 +228,12 @@ class Slack:
         if notice:
             await self.workspace.say(place, notice)
 
-    async def _take_in(self, place: Place, event: dict[str, Any], read: Read) -> str:
+    async def _commit_and_queue(self, place: Place, event: dict[str, Any], read: MessageContent) -> str:
         """Commit a message and queue its answer; returns why there will be none, or ""."""
         heard = await self._hear(place, event, read)
         if not heard.is_new:
             return ""
-        if not self.workspace.access.in_time(self.name, event["user"]):
+        if not self.workspace.access.may_write(self.name, event["user"]):
             notice = TOO_FAST
         elif not self.workspace.lanes.put(heard.place.id, lambda: self._answer(place, heard, event["ts"])):
             notice = BUSY
@@ -238,30 +242,30 @@ class Slack:
         await self.workspace.dialogue.forget(heard.message.id)  # after a restart it is not answered either
         return notice
 
-    async def _decline(self, place: Place, event: dict[str, Any], read: Read) -> str:
+    async def _decline(self, place: Place, event: dict[str, Any], read: MessageContent) -> str:
         """Commit that a message without words has no answer; returns what to say to it, if it is to us."""
-        is_new = await self.workspace.dialogue.decline(_conversation(place), _event_id(place, event))
+        is_new = await self.workspace.dialogue.decline(_make_conversation(place), _make_event_id(place, event))
         is_to_us = place.is_direct or self.workspace.reader.mentions_us(event)
-        return read.refusal if is_new and is_to_us and self.workspace.access.in_time(self.name, event["user"]) else ""
+        return read.refusal if is_new and is_to_us and self.workspace.access.may_write(self.name, event["user"]) else ""
 
-    async def take_missed(self, event: dict[str, Any], team: str) -> bool:
+    async def claim_missed(self, event: dict[str, Any], team: str) -> bool:
         """Return whether to answer a message now that may have been missed; what is too much is never answered."""
-        place = await self._place_of(event, team) if self._may_talk(event) else None
-        if place is None or not await self.workspace.answers.needs_answer(_event_id(place, event)):
+        place = await self._find_place(event, team) if self._may_talk(event) else None
+        if place is None or not await self.workspace.answers.needs_answer(_make_event_id(place, event)):
             return False
-        if not self.workspace.access.in_time(self.name, event["user"]):
-            await self.workspace.dialogue.decline(_conversation(place), _event_id(place, event))
+        if not self.workspace.access.may_write(self.name, event["user"]):
+            await self.workspace.dialogue.decline(_make_conversation(place), _make_event_id(place, event))
             return False
         return True
 
-    async def answer_missed(self, event: dict[str, Any], team: str) -> None:
+    async def queue_missed(self, event: dict[str, Any], team: str) -> None:
         """Have a message answered that was missed, as soon as there is room for it."""
-        place = await self._place_of(event, team)
+        place = await self._find_place(event, team)
         if place is None:
             return
         read = await self.workspace.reader.read(event)
         if not read.text:  # it is too long ago to say why
-            await self.workspace.dialogue.decline(_conversation(place), _event_id(place, event))
+            await self.workspace.dialogue.decline(_make_conversation(place), _make_event_id(place, event))
             return
         heard = await self._hear(place, event, read)
         await self.workspace.lanes.put_patiently(heard.place.id, lambda: self._answer(place, heard, event["ts"]))
@@ -270,39 +274,39 @@ class Slack:
         own = event.get("bot_id") or event.get("user") in (None, self.workspace.reader.me)
         return not own and self.workspace.access.admits(event["user"], event["channel"])
 
-    async def _hear(self, place: Place, event: dict[str, Any], read: Read) -> Heard:
-        name = "" if place.is_direct else await self.workspace.reader.name(event["user"])
-        said = Message("", event["user"], read.text, author_name=name, event_id=_event_id(place, event))
-        return await self.workspace.dialogue.hear(_conversation(place), said)
+    async def _hear(self, place: Place, event: dict[str, Any], read: MessageContent) -> StoredMessage:
+        name = "" if place.is_direct else await self.workspace.reader.find_name(event["user"])
+        said = Message("", event["user"], read.text, author_name=name, event_id=_make_event_id(place, event))
+        return await self.workspace.dialogue.hear(_make_conversation(place), said)
 
-    async def _answer(self, place: Place, heard: Heard, ts: str) -> None:
+    async def _answer(self, place: Place, heard: StoredMessage, ts: str) -> None:
         async def ask(options: ReplyOptions) -> Turn:
             if not place.is_direct and place.thread not in ("", ts):
                 await self._overhear(place, ts, heard.message.at)
             return await self.workspace.dialogue.answer(heard, options)
 
-        await give(self.workspace, place, heard.message.author_id, ask)
+        await ask_and_show(self.workspace, place, heard.message.author_id, ask)
 
     async def _overhear(self, place: Place, ts: str, until: datetime) -> None:
         """Take in what people wrote in a thread before a message: it is what the message is about."""
-        written = await self.workspace.reader.thread(place, before=ts)
+        written = await self.workspace.reader.read_thread(place, before=ts)
         said = []
         for one in written:
-            at, event_id = datetime.fromtimestamp(float(one["ts"]), UTC), _event_id(place, one)
-            text, name = await self.workspace.reader.read_words(one), await self.workspace.reader.name(one["user"])
+            at, event_id = datetime.fromtimestamp(float(one["ts"]), UTC), _make_event_id(place, one)
+            text, name = await self.workspace.reader.read_words(one), await self.workspace.reader.find_name(one["user"])
             said.append(Message("", one["user"], text, author_name=name, event_id=event_id, at=at))
-        overheard = await self.workspace.answers.overheard(
+        overheard = await self.workspace.answers.select_overheard(
             said, lambda user: self.workspace.access.admits(user, place.channel)
         )
-        await self.workspace.dialogue.overhear(_conversation(place), overheard, until)
+        await self.workspace.dialogue.overhear(_make_conversation(place), overheard, until)
 
-    async def _greeted(self, event: dict[str, Any]) -> None:
+    async def _handle_assistant_thread(self, event: dict[str, Any]) -> None:
         """A person opened an assistant thread (of an older app)."""
         thread = event["assistant_thread"]
         if self.workspace.access.admits(thread["user_id"], thread["channel_id"]):
             await self.workspace.say(Place(thread["channel_id"], thread["thread_ts"], ""), GREETING)
 
-    async def _opened(self, event: dict[str, Any]) -> None:
+    async def _handle_home_opened(self, event: dict[str, Any]) -> None:
         """A person opened the tab where they talk with an agent. They are greeted where nothing was said before."""
         if event.get("tab") == "messages":
             self.workspace.sessions.is_agent = True
@@ -310,34 +314,34 @@ class Slack:
                 self.workspace.lanes.put(f"greeting in {event['channel']}", lambda: self._greet(event["channel"]))
 
     async def _greet(self, channel: str) -> None:
-        got = await fetch(self.workspace.web.conversations_history(channel=channel, limit=1))
+        got = await fetch(self.workspace.client.conversations_history(channel=channel, limit=1))
         if got.get("messages") == []:
             await self.workspace.say(Place(channel, "", ""), GREETING)
 
-    async def _looked_away(self) -> None:
+    async def _handle_context_change(self) -> None:
         """A person looks at something else in Slack. That is nobody's business; but only agents are told."""
         self.workspace.sessions.is_agent = True
 
-    async def _stopped(self, event: dict[str, Any]) -> None:
+    async def _handle_stop(self, event: dict[str, Any]) -> None:
         """A person used Slack's own button to stop an answer."""
-        turn_id = self.workspace.sessions.growing_in(event["channel"], event.get("thread_ts", ""))
+        turn_id = self.workspace.sessions.find_growing_turn(event["channel"], event.get("thread_ts", ""))
         if turn_id is not None and self.workspace.access.admits(event["user"], event["channel"]):
             self.workspace.answers.stop(turn_id)
 
-    async def edited(self, event: dict[str, Any]) -> None:
+    async def handle_edit(self, event: dict[str, Any]) -> None:
         """The author of a message changed it: what we heard of it is changed too."""
         now, before = event["message"], event.get("previous_message", {})
         if now.get("edited") and not now.get("bot_id") and now.get("text") != before.get("text"):
             read, at = await self.workspace.reader.read(now), datetime.fromtimestamp(float(now["edited"]["ts"]), UTC)
             if read.text:
-                await self.workspace.dialogue.edit(event_of(event["channel"], now["ts"]), read.text, at)
+                await self.workspace.dialogue.edit(make_event_id(event["channel"], now["ts"]), read.text, at)
 
-    async def _deleted(self, event: dict[str, Any]) -> None:
+    async def _handle_deletion(self, event: dict[str, Any]) -> None:
         """A message is gone: if we heard it, it is forgotten."""
-        await self.workspace.dialogue.delete(event_of(event["channel"], event["deleted_ts"]))
+        await self.workspace.dialogue.delete(make_event_id(event["channel"], event["deleted_ts"]))
 
-    async def _reacted(self, event: dict[str, Any], body: dict[str, Any]) -> None:
-        kind = self.workspace.reactions.kind(event["reaction"])
+    async def _handle_reaction(self, event: dict[str, Any], body: dict[str, Any]) -> None:
+        kind = self.workspace.reactions.classify(event["reaction"])
         item = event["item"]
         if kind is None or item.get("type") != "message":
             return
@@ -345,13 +349,13 @@ class Slack:
         removed, name = event["type"] == "reaction_removed", event["reaction"]
         given = Feedback("", event["user"], kind, name, removed, event_id=f"slack:{body['event_id']}", at=at)
         is_admitted = self.workspace.access.admits(event["user"], item["channel"])
-        await self.workspace.answers.reacted(item["channel"], f"{item['channel']}:{item['ts']}", given, is_admitted)
+        await self.workspace.answers.record_reaction(item["channel"], f"{item['channel']}:{item['ts']}", given, is_admitted)
 
     async def _say_if_possible(self, place: Place, text: str) -> None:
         try:
             await self.workspace.say(place, text)
         except Exception as error:  # whatever Slack refuses, or a broken network raises
-            log.warning("nothing could be said in %s: %s", place.channel, refusal(error) or repr(error))
+            log.warning("nothing could be said in %s: %s", place.channel, read_error_code(error) or repr(error))
 
 
 class _App(AsyncApp):
@@ -363,26 +367,26 @@ class _App(AsyncApp):
             return await super().async_dispatch(req)
 
 
-def _conversation(place: Place) -> Conversation:
+def _make_conversation(place: Place) -> Conversation:
     return Conversation(SLACK, place.channel, place.team, place.thread)
 
 
-def _event_id(place: Place, event: dict[str, Any]) -> str:
-    return event_of(place.channel, event["ts"])
+def _make_event_id(place: Place, event: dict[str, Any]) -> str:
+    return make_event_id(place.channel, event["ts"])
 
 
-def _attempt(request: AsyncBoltRequest) -> int:
+def _read_attempt(request: AsyncBoltRequest) -> int:
     """How often Slack sent an event before."""
     return int(request.headers.get("x-slack-retry-num", ["0"])[0])
 
 
 @http.middleware
-async def _timely(request: http.Request, handler: Callable[[http.Request], Awaitable[http.StreamResponse]]) -> Any:
+async def _check_timestamp(request: http.Request, handler: Callable[[http.Request], Awaitable[http.StreamResponse]]) -> Any:
     """bolt checks the age of a request and fails on a time that is no number; that is refused here."""
     if not request.headers.get("X-Slack-Request-Timestamp", "").isdecimal():
         raise http.HTTPUnauthorized
     return await handler(request)
 
 
-async def _ignored() -> None:
+async def _ignore() -> None:
     """An event that means nothing to us."""

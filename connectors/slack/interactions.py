@@ -15,8 +15,8 @@ from bot.chat.dialogue import ReplyOptions
 from bot.types import Feedback, FeedbackKind, Turn
 from connectors.answers import BUSY, NOT_RECORDED, SORRY
 from connectors.commands import COMMANDS, Asker
-from connectors.slack.messages import give, reason
-from connectors.slack.places import Place, refusal
+from connectors.slack.messages import ask_and_show, make_reason_modal
+from connectors.slack.places import Place, read_error_code
 from connectors.slack.reader import fetch
 from connectors.slack.workspace import Workspace
 
@@ -32,14 +32,14 @@ class SlackInteractions:
     def __init__(self, workspace: Workspace):
         self.workspace = workspace
 
-    def listen(self, app: AsyncApp) -> None:
+    def register_handlers(self, app: AsyncApp) -> None:
         """Take over the buttons, modals and commands of an app."""
-        app.action(re.compile("opinion|again|stop"))(self._pressed)
-        app.view("reason")(self._explained)
+        app.action(re.compile("opinion|again|stop"))(self._handle_button)
+        app.view("reason")(self._handle_reason)
         for command in COMMANDS:
-            app.command(f"/kibitz-{command.name}")(self._commanded)
+            app.command(f"/kibitz-{command.name}")(self._handle_command)
 
-    async def _commanded(self, ack: Any, respond: Any, command: dict[str, Any]) -> None:
+    async def _handle_command(self, ack: Any, respond: Any, command: dict[str, Any]) -> None:
         asker = Asker(command["user_id"], command["channel_id"])
         wanted = next(one for one in COMMANDS if command["command"] == f"/kibitz-{one.name}")
 
@@ -51,12 +51,12 @@ class SlackInteractions:
         else:
             await ack(text=BUSY)
 
-    async def _pressed(self, ack: Any, body: dict[str, Any], action: dict[str, Any]) -> None:
+    async def _handle_button(self, ack: Any, body: dict[str, Any], action: dict[str, Any]) -> None:
         """A button under an answer. What it says is committed before Slack is told."""
         user, container = body["user"]["id"], body["container"]
         place = Place(container["channel_id"], container.get("thread_ts", ""), body["team"]["id"])
         try:
-            notice = await self._do(user, place, action, body["trigger_id"])
+            notice = await self._perform_action(user, place, action, body["trigger_id"])
         except Exception as error:  # whatever fails: who pressed it is told, and operators why, in one line
             log.error("a button failed: %r", error, exc_info=log.isEnabledFor(logging.DEBUG))
             notice = SORRY
@@ -64,29 +64,29 @@ class SlackInteractions:
             self.workspace.lanes.put(f"notices to {user}", lambda: self._whisper(place, user, notice))
         await ack()
 
-    async def _do(self, user: str, place: Place, action: dict[str, Any], trigger: str) -> str:
+    async def _perform_action(self, user: str, place: Place, action: dict[str, Any], trigger: str) -> str:
         """Do what a button says; returns what to tell the person who pressed it, if anything."""
         if not self.workspace.access.admits(user, place.channel):
             return NOT_ADMITTED
         if action["action_id"] == "opinion":
-            return await self._judge(user, action, trigger)
+            return await self._record_opinion(user, action, trigger)
         if action["action_id"] == "again":
             return await self._regenerate(user, place, action["value"])
         self.workspace.answers.stop(action["value"])
         return ""
 
-    async def _judge(self, user: str, action: dict[str, Any], trigger: str) -> str:
+    async def _record_opinion(self, user: str, action: dict[str, Any], trigger: str) -> str:
         """A click on 👍 or 👎. Slack does not say when one is taken back: the last click counts."""
         act, _, turn_id = action["value"].partition(":")
         kind = FeedbackKind.APPROVAL if act == "up" else FeedbackKind.DISAPPROVAL
         event = f"slack:{turn_id}:{user}:{action['action_ts']}"
-        if not await self.workspace.answers.record(Feedback(turn_id, user, kind, signal="button", event_id=event)):
+        if not await self.workspace.answers.record_opinion(Feedback(turn_id, user, kind, signal="button", event_id=event)):
             return NOT_RECORDED
         if act == "down":
             try:
-                await self.workspace.web.views_open(trigger_id=trigger, view=reason(turn_id))
+                await self.workspace.client.views_open(trigger_id=trigger, view=make_reason_modal(turn_id))
             except SlackApiError as error:  # too late, most likely: the opinion is recorded all the same
-                log.info("nobody could be asked why: %s", refusal(error))
+                log.info("nobody could be asked why: %s", read_error_code(error))
         return NOTED
 
     async def _regenerate(self, user: str, place: Place, turn_id: str) -> str:
@@ -95,18 +95,18 @@ class SlackInteractions:
         async def regenerate(options: ReplyOptions) -> Turn:
             return await self.workspace.dialogue.regenerate(turn_id, user, options)
 
-        return "" if self.workspace.lanes.put(lane, lambda: give(self.workspace, place, user, regenerate)) else BUSY
+        return "" if self.workspace.lanes.put(lane, lambda: ask_and_show(self.workspace, place, user, regenerate)) else BUSY
 
-    async def _explained(self, ack: Any, body: dict[str, Any], view: dict[str, Any]) -> None:
+    async def _handle_reason(self, ack: Any, body: dict[str, Any], view: dict[str, Any]) -> None:
         """Why somebody did not like an answer."""
         said = view["state"]["values"]["reason"]["text"].get("value") or ""
         if said.strip():
             turn_id, user, event = view["private_metadata"], body["user"]["id"], f"slack:{view['id']}"
             given = Feedback(turn_id, user, FeedbackKind.COMMENT, signal="reason", text=said, event_id=event)
-            await self.workspace.answers.record(given)
+            await self.workspace.answers.record_opinion(given)
         await ack()
 
     async def _whisper(self, place: Place, user: str, text: str) -> None:
         """Tell one person something that nobody else sees."""
-        whispered = self.workspace.web.chat_postEphemeral
+        whispered = self.workspace.client.chat_postEphemeral
         await fetch(whispered(channel=place.channel, user=user, text=text, thread_ts=place.thread or None))

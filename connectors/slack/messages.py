@@ -14,7 +14,7 @@ from slack_sdk.errors import SlackApiError
 from bot.chat.dialogue import ReplyOptions
 from bot.types import Turn, new_id
 from connectors.answers import SORRY
-from connectors.slack.places import Place, refusal
+from connectors.slack.places import Place, read_error_code
 from connectors.slack.workspace import Workspace
 from connectors.splitting import split
 
@@ -24,12 +24,12 @@ LIMIT = 11_000  # characters of one markdown block: 12,000, and some for what is
 Blocks = list[dict[str, Any]]
 
 
-def harmless(text: str) -> str:
+def neutralize_mentions(text: str) -> str:
     """What the model says, with no mention in it that would ring anybody: <!channel>, <@U…>, <#C…>."""
     return re.sub(r"<(?=[!@#])", "<\u200b", text)
 
 
-def reason(turn_id: str) -> dict[str, Any]:
+def make_reason_modal(turn_id: str) -> dict[str, Any]:
     """The modal that asks why somebody did not like an answer."""
 
     def plain(text: str) -> dict[str, str]:
@@ -41,7 +41,7 @@ def reason(turn_id: str) -> dict[str, Any]:
     return {"type": "modal", "callback_id": "reason", "private_metadata": turn_id, **frame, "blocks": [question]}
 
 
-class SlackMessages:
+class SlackAnswer:
     """One answer, from its first words to its buttons."""
 
     def __init__(self, workspace: Workspace, place: Place, user: str):
@@ -52,9 +52,9 @@ class SlackMessages:
         self._sent = ""  # what the stream holds
         self._halted = False  # somebody used Slack's own stop
 
-    async def grow(self, text: str) -> None:
+    async def show_partial(self, text: str) -> None:
         """Show the beginning of a growing answer."""
-        text = harmless(split(text, LIMIT)[0].body)
+        text = neutralize_mentions(split(text, LIMIT)[0].body)
         if not text.strip():
             return
         if not self._ts:
@@ -64,17 +64,17 @@ class SlackMessages:
         else:
             await self._edit(text, [self._button("stop", "⏹ Stop")])
 
-    async def whole(self, text: str) -> None:
+    async def show_final(self, text: str) -> None:
         """Show the final answer: every part of it, and the buttons under the last."""
-        parts = [harmless(part.text) for part in split(text or "…", LIMIT) if part.text.strip()] or ["…"]
+        parts = [neutralize_mentions(part.text) for part in split(text or "…", LIMIT) if part.text.strip()] or ["…"]
         for number, part in enumerate(parts):
-            buttons = self._opinions() if number == len(parts) - 1 else []
+            buttons = self._make_feedback_blocks() if number == len(parts) - 1 else []
             if number or not self._ts:
                 await self._post(part, buttons, number)
             else:
                 await self._finish(part, buttons)
 
-    async def sorry(self, text: str = SORRY) -> None:
+    async def apologize(self, text: str = SORRY) -> None:
         """Say that there will be no answer."""
         if self._streaming:
             await self._finish(f"{self._sent}\n\n{text}", [])
@@ -86,7 +86,7 @@ class SlackMessages:
             await self.workspace.streams.acquire()
             async with self.workspace.answers.posting(self.place.channel):
                 try:
-                    sent = await self.workspace.web.chat_startStream(
+                    sent = await self.workspace.client.chat_startStream(
                         channel=self.place.channel,
                         thread_ts=self.place.thread,
                         markdown_text=text,
@@ -94,10 +94,10 @@ class SlackMessages:
                         recipient_user_id=self.user,
                     )
                 except SlackApiError as error:
-                    log.info("no stream (%s); the answer is posted and edited", refusal(error))
+                    log.info("no stream (%s); the answer is posted and edited", read_error_code(error))
                 else:
                     self._streaming, self._sent = True, text
-                    await self._deliver(sent["ts"], 0)
+                    await self._record_delivery(sent["ts"], 0)
                     return
         await self._post(text, [self._button("stop", "⏹ Stop")], 0)
 
@@ -106,10 +106,10 @@ class SlackMessages:
         if not more or self._halted:
             return
         try:
-            await self.workspace.web.chat_appendStream(channel=self.place.channel, ts=self._ts, markdown_text=more)
+            await self.workspace.client.chat_appendStream(channel=self.place.channel, ts=self._ts, markdown_text=more)
             self._sent = text
         except SlackApiError as error:
-            if refusal(error) != "stopped_by_user":
+            if read_error_code(error) != "stopped_by_user":
                 raise
             self._halted = True
             self.workspace.answers.stop(self.turn_id)
@@ -119,14 +119,14 @@ class SlackMessages:
         if self._streaming:
             follows = text.startswith(self._sent)
             try:
-                await self.workspace.web.chat_stopStream(
+                await self.workspace.client.chat_stopStream(
                     channel=self.place.channel,
                     ts=self._ts,
                     markdown_text=(text[len(self._sent) :] or None) if follows else None,
                     blocks=buttons,
                 )
             except SlackApiError as error:
-                log.info("a stream could not be ended (%s); its message is edited", refusal(error))
+                log.info("a stream could not be ended (%s); its message is edited", read_error_code(error))
             else:
                 if follows:
                     return
@@ -135,22 +135,22 @@ class SlackMessages:
     async def _post(self, text: str, buttons: Blocks, part: int) -> None:
         blocks = [{"type": "markdown", "text": text}, *buttons]
         async with self.workspace.answers.posting(self.place.channel):
-            sent = await self.workspace.web.chat_postMessage(
+            sent = await self.workspace.client.chat_postMessage(
                 channel=self.place.channel, text=text[:3000], blocks=blocks, thread_ts=self.place.thread or None
             )
-            await self._deliver(sent["ts"], part)
+            await self._record_delivery(sent["ts"], part)
 
     async def _edit(self, text: str, buttons: Blocks) -> None:
         blocks = [{"type": "markdown", "text": text}, *buttons]
-        await self.workspace.web.chat_update(channel=self.place.channel, ts=self._ts, text=text[:3000], blocks=blocks)
+        await self.workspace.client.chat_update(channel=self.place.channel, ts=self._ts, text=text[:3000], blocks=blocks)
 
-    async def _deliver(self, ts: str, part: int) -> None:
+    async def _record_delivery(self, ts: str, part: int) -> None:
         if part == 0:
             self._ts = ts
         channel = self.place.channel
-        await self.workspace.answers.deliver(channel, f"{channel}:{ts}", self.turn_id, part)
+        await self.workspace.answers.record_delivery(channel, f"{channel}:{ts}", self.turn_id, part)
 
-    def _opinions(self) -> Blocks:
+    def _make_feedback_blocks(self) -> Blocks:
         """The native feedback buttons, and one to answer again (Slack has no icon for that: `trash` is the only one)."""
 
         def thumb(symbol: str, act: str, label: str) -> dict[str, Any]:
@@ -171,8 +171,10 @@ class SlackMessages:
         return {"type": "actions", "elements": [button]}
 
 
-async def give(workspace: Workspace, place: Place, user: str, ask: Callable[[ReplyOptions], Awaitable[Turn]]) -> None:
+async def ask_and_show(
+    workspace: Workspace, place: Place, user: str, ask: Callable[[ReplyOptions], Awaitable[Turn]]
+) -> None:
     """Ask for an answer and show it to a person at a place."""
-    shown = SlackMessages(workspace, place, user)
+    shown = SlackAnswer(workspace, place, user)
     async with workspace.sessions.processing(place, shown.turn_id):
-        await workspace.answers.give(ask, shown, workspace.budgets.of(place.channel))
+        await workspace.answers.ask_and_show(ask, shown, workspace.budgets.get_limiter(place.channel))

@@ -19,12 +19,12 @@ class Place:
         return self.channel.startswith("D")
 
 
-def event_of(channel: str, ts: str) -> str:
+def make_event_id(channel: str, ts: str) -> str:
     """What names a message's event in the database."""
     return f"slack:{channel}:{ts}"
 
 
-def refusal(error: BaseException) -> str:
+def read_error_code(error: BaseException) -> str:
     """Slack's code for what it refuses; "" where something else went wrong."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

@@ -14,7 +14,7 @@ from typing import Any
 from aiolimiter import AsyncLimiter
 from slack_sdk.web.async_client import AsyncWebClient
 
-from connectors.slack.places import Place, refusal
+from connectors.slack.places import Place, read_error_code
 
 log = logging.getLogger(__name__)
 
@@ -26,17 +26,17 @@ class SlackSessions:
 
     def __init__(self, web: AsyncWebClient):
         self.is_agent: bool | None = None
-        self._web = web
+        self._client = web
         self._growing: dict[Place, str] = {}
         self._budget = AsyncLimiter(STATUSES, 60)
 
-    def root(self, event: dict[str, Any]) -> str:
+    def find_thread(self, event: dict[str, Any]) -> str:
         """Return the thread that a direct message belongs to, "" for none. Each message to an agent begins one."""
         if "app_context" in event or "context" in event:  # what the person looks at; only agents are told
             self.is_agent = True
         return event.get("thread_ts") or (event["ts"] if self.is_agent else "")
 
-    def growing_in(self, channel: str, thread: str) -> str | None:
+    def find_growing_turn(self, channel: str, thread: str) -> str | None:
         """Return the turn that is being made in a thread, if there is one."""
         found = (turn for place, turn in self._growing.items() if (place.channel, place.thread) == (channel, thread))
         return next(found, None)
@@ -63,21 +63,21 @@ class SlackSessions:
             return True
         self.is_agent = bool(self.is_agent)
         if place.is_direct and not self.is_agent:
-            status = self._web.assistant_threads_setStatus
-            await _try(status(channel_id=place.channel, thread_ts=place.thread, status="is thinking…"))
+            status = self._client.assistant_threads_setStatus
+            await _try_call(status(channel_id=place.channel, thread_ts=place.thread, status="is thinking…"))
         return False
 
     async def _set_session(self, place: Place, status: str) -> bool:
-        return await _try(
-            self._web.agents_sessions_setStatus(channel_id=place.channel, thread_ts=place.thread, status=status)
+        return await _try_call(
+            self._client.agents_sessions_setStatus(channel_id=place.channel, thread_ts=place.thread, status=status)
         )
 
 
-async def _try(asked: Awaitable[Any]) -> bool:
+async def _try_call(asked: Awaitable[Any]) -> bool:
     """Whether Slack does what it is asked for: nobody is left without an answer because of a status."""
     try:
         await asked
     except Exception as error:  # whatever Slack refuses, or a broken network raises
-        log.debug("no status: %s", refusal(error) or repr(error))
+        log.debug("no status: %s", read_error_code(error) or repr(error))
         return False
     return True

@@ -6,7 +6,7 @@ from slack_sdk.web.async_client import AsyncWebClient
 
 from bot.config import SlackConfig
 from connectors.answers import Answers
-from connectors.base import Lanes, Shared
+from connectors.base import Lanes, Services
 from connectors.commands import Commands
 from connectors.slack.places import Place
 from connectors.slack.reader import SlackReader
@@ -19,7 +19,7 @@ SLACK = "slack"
 class Workspace:
     """One app in one workspace, seen from within kibitz. It hears no event."""
 
-    def __init__(self, shared: Shared, config: SlackConfig, token: str, api: str):
+    def __init__(self, shared: Services, config: SlackConfig, token: str, api: str):
         self.config = config
         self.dialogue = shared.dialogue
         self.reactions = shared.reactions
@@ -29,11 +29,11 @@ class Workspace:
         self.streams = AsyncLimiter(config.streams, 60)
         self.answers = Answers(shared, SLACK)
         self.commands = Commands(shared.desk, shared.access, self.answers)
-        self.web = AsyncWebClient(token=token, base_url=api)
-        self.web.retry_handlers.append(AsyncRateLimitErrorRetryHandler(max_retry_count=5))
-        self.reader = SlackReader(self.web)
-        self.sessions = SlackSessions(self.web)
+        self.client = AsyncWebClient(token=token, base_url=api)
+        self.client.retry_handlers.append(AsyncRateLimitErrorRetryHandler(max_retry_count=5))
+        self.reader = SlackReader(self.client)
+        self.sessions = SlackSessions(self.client)
 
     async def say(self, place: Place, text: str) -> None:
         """Post a text of our own."""
-        await self.web.chat_postMessage(channel=place.channel, text=text, thread_ts=place.thread or None)
+        await self.client.chat_postMessage(channel=place.channel, text=text, thread_ts=place.thread or None)

@@ -18,46 +18,51 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bot.errors import DatabaseUnavailable, DataError, KibitzError, ServingError, cause_of
+from bot.errors import DatabaseUnavailable, DataError, KibitzError, ServingError, quote_error
 from bot.logs import working_on
 from bot.types import new_id
 
 log = logging.getLogger(__name__)
 
 
-def error_body(message: str, kind: str = "invalid_request_error") -> dict[str, Any]:
+def make_error_body(message: str, kind: str = "invalid_request_error") -> dict[str, Any]:
     """Return the JSON of an error."""
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
-def describe(error: Exception) -> tuple[int, dict[str, Any]]:
+def describe_error(error: Exception) -> tuple[int, dict[str, Any]]:
     """Return the status and the JSON that tell of an error. A fault of ours goes to the log, in one line."""
     if isinstance(error, KibitzError) and not isinstance(error, DatabaseUnavailable):
         if isinstance(error, DataError):
-            return 400, error_body(str(error))
-        return 503 if isinstance(error, ServingError) else 500, error_body(str(error), "server_error")
+            return 400, make_error_body(str(error))
+        return 503 if isinstance(error, ServingError) else 500, make_error_body(str(error), "server_error")
     fault = new_id()
     is_safe = isinstance(error, DBAPIError | DatabaseUnavailable | OSError)  # the texts of others may quote people
-    log.error("a request failed (%s): %s%s", fault, cause_of(error) if is_safe else type(error).__name__, _place(error))
+    log.error(
+        "a request failed (%s): %s%s",
+        fault,
+        quote_error(error) if is_safe else type(error).__name__,
+        _describe_location(error),
+    )
     if isinstance(error, DatabaseUnavailable):
         told = f"kibitz can store nothing now; ask again in a while, or tell its operator of {fault}"
-        return 503, error_body(told, "server_error")
-    return 500, error_body(f"kibitz failed; ask again, or tell its operator of {fault}", "server_error")
+        return 503, make_error_body(told, "server_error")
+    return 500, make_error_body(f"kibitz failed; ask again, or tell its operator of {fault}", "server_error")
 
 
-def _place(error: Exception) -> str:
+def _describe_location(error: Exception) -> str:
     """Where an error was raised."""
     return "".join(f" (at {place.filename}:{place.lineno})" for place in traceback.extract_tb(error.__traceback__)[-1:])
 
 
-async def tell_refusal(request: Request, error: Exception) -> Response:
+async def respond_with_refusal(request: Request, error: Exception) -> Response:
     """Answer a request that a route refused."""
     assert isinstance(error, HTTPException)
     kind = "authentication_error" if error.status_code == 401 else "invalid_request_error"
-    return JSONResponse(error_body(error.detail, kind), error.status_code, headers=error.headers)
+    return JSONResponse(make_error_body(error.detail, kind), error.status_code, headers=error.headers)
 
 
-class ToldErrors:
+class ErrorMiddleware:
     """Give each request an id in the log, and tell of every error while it is handled, if the answer has not begun."""
 
     def __init__(self, app: ASGIApp):
@@ -78,7 +83,7 @@ class ToldErrors:
             except ClientDisconnect:
                 return  # nobody listens
             except Exception as error:  # a bug or a full disk: this request ends, and the others do not
-                status, told = describe(error)
+                status, told = describe_error(error)
                 if not has_begun:
                     await JSONResponse(told, status)(scope, receive, send)
 
@@ -92,14 +97,14 @@ class KnownHosts:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
         host = Headers(scope=scope).get("host", "")
-        if _name(host) in self.hosts:
+        if _read_hostname(host) in self.hosts:
             await self.app(scope, receive, send)
             return
         line = (
             f"the Host of this request is '{host[:100]}'; without tokens kibitz answers to {', '.join(self.hosts)} alone: "
             "use one of these, or set web.tokens_env"
         )
-        await JSONResponse(error_body(line), 400)(scope, receive, send)
+        await JSONResponse(make_error_body(line), 400)(scope, receive, send)
 
 
 class KnownOrigins(CORSMiddleware):
@@ -115,10 +120,10 @@ class KnownOrigins(CORSMiddleware):
         if self.is_allowed_origin(origin):
             return super().preflight_response(request_headers)
         line = f"web.cors_origins does not hold '{origin[:100]}'; add it to let pages from there use this API"
-        return JSONResponse(error_body(line), 403)
+        return JSONResponse(make_error_body(line), 403)
 
 
-def _name(host: str) -> str | None:
+def _read_hostname(host: str) -> str | None:
     try:
         return urlsplit(f"//{host}").hostname
     except ValueError:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AliasChoices, BaseModel, Field, StrictBool, StrictFloat, StrictInt, ValidationError, model_validator
 
-from bot.chat.dialogue import History, spoken
+from bot.chat.dialogue import History, render_answer
 from bot.errors import DataError
 from bot.types import Feedback, FeedbackKind, Role, Turn
 
@@ -23,7 +23,7 @@ class Shape(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, given: Any) -> Any:
+    def _drop_nulls(cls, given: Any) -> Any:
         return {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else given
 
 
@@ -40,7 +40,7 @@ class ContentPart(Shape):
         return self.type in ("text", "input_text", "output_text", "refusal")
 
     @property
-    def shown(self) -> str:
+    def visible_text(self) -> str:
         """What the policy is shown of it."""
         kind = self.type.removeprefix("input_").removesuffix("_url")
         return self.text or self.refusal if self.is_text else f"[{kind[:20]}]"
@@ -60,7 +60,7 @@ class ChatMessage(Shape):
     @property
     def text(self) -> str:
         """What the policy is shown of it; of an answer, what the policy itself said."""
-        text = "".join(part.shown for part in self.parts)
+        text = "".join(part.visible_text for part in self.parts)
         return text.removeprefix(UNSEEN) if self.speaker == Role.ASSISTANT else text
 
     @property
@@ -87,7 +87,7 @@ class ResponseFormat(Shape):
     type: str = "text"
 
 
-class Completion(Shape):
+class CompletionRequest(Shape):
     """A request for an answer. Temperature and the like are not followed: they are those that training assumes.
 
     `conversation` names a conversation whose history kibitz keeps; `regenerates` a completion that was not wanted.
@@ -110,7 +110,7 @@ class Completion(Shape):
     regenerates: Name = ""
 
     @model_validator(mode="after")
-    def _can_be_answered(self) -> "Completion":
+    def _check_answerable(self) -> "CompletionRequest":
         if not self.messages and not self.regenerates:
             raise ValueError("messages is empty; send one at least")
         if self.n != 1:
@@ -123,7 +123,7 @@ class Completion(Shape):
         return self
 
     @property
-    def limit(self) -> int | None:
+    def token_limit(self) -> int | None:
         """How many tokens the answer may have at most, if the client says so."""
         return self.max_completion_tokens or self.max_tokens
 
@@ -141,7 +141,7 @@ class Completion(Shape):
                 return True
         return False
 
-    def asked(self) -> tuple[str, History]:
+    def split_question(self) -> tuple[str, History]:
         """Return the question, and what is around it.
 
         It is the last message of the user. Notes of the system after that bear on it; after an answer they are the question.
@@ -175,7 +175,7 @@ class FeedbackRequest(Shape):
     dryrun: bool = False
 
     @model_validator(mode="after")
-    def _has_a_meaning(self) -> "FeedbackRequest":
+    def _check_meaning(self) -> "FeedbackRequest":
         if bool(self.inference_id) == bool(self.episode_id):
             raise ValueError("give either inference_id, the id of a completion, or episode_id")
         textual = self.metric_name in ("comment", "demonstration")
@@ -189,7 +189,7 @@ class FeedbackRequest(Shape):
             raise ValueError("value is 0.0, which is neither good nor bad and teaches nothing; for a dislike send false")
         return self
 
-    def feedback(self, turn_id: str, user: str) -> Feedback:
+    def make_feedback(self, turn_id: str, user: str) -> Feedback:
         """The act of feedback that this is."""
         if isinstance(self.value, str):
             kind = FeedbackKind.COMMENT if self.metric_name == "comment" else FeedbackKind.CORRECTION
@@ -200,13 +200,13 @@ class FeedbackRequest(Shape):
         return Feedback(turn_id, user, FeedbackKind.RATING, signal=self.metric_name, value=float(self.value))
 
 
-class Privacy(BaseModel):
+class PrivacyDecision(BaseModel):
     """Whether somebody may be learned from."""
 
     consent: bool
 
 
-class Person(BaseModel):
+class PersonQuery(BaseModel):
     """One of the people whom a client tells apart; "" for the client itself."""
 
     user: Name = ""
@@ -215,7 +215,7 @@ class Person(BaseModel):
 Parsed = TypeVar("Parsed", bound=BaseModel)
 
 
-def parsed(shape: type[Parsed], given: bytes | dict[str, str]) -> Parsed:
+def parse(shape: type[Parsed], given: bytes | dict[str, str]) -> Parsed:
     """A request's body, or its query, as `shape`. Raises DataError with one line."""
     try:
         return shape.model_validate(given) if isinstance(given, dict) else shape.model_validate_json(given)
@@ -230,22 +230,22 @@ def model_card() -> dict[str, Any]:
     return {"id": MODEL, "object": "model", "created": 0, "owned_by": MODEL}
 
 
-def completion(turn: Turn, before: str = "") -> dict[str, Any]:
+def make_completion(turn: Turn, before: str = "") -> dict[str, Any]:
     """A turn as a chat completion, its text after what we say ourselves `before` it."""
     prompt, answer = len(turn.prompt_ids or ()), len(turn.completion_ids or ())
-    said = {"role": "assistant", "content": before + spoken(turn)}
+    said = {"role": "assistant", "content": before + render_answer(turn)}
     return {
         **_frame(turn.id, "chat.completion"),
         "system_fingerprint": turn.policy_version,
         "episode_id": turn.conversation_id,
-        "choices": [{"index": 0, "message": said, "finish_reason": _reason(turn)}],
+        "choices": [{"index": 0, "message": said, "finish_reason": _map_finish_reason(turn)}],
         "usage": {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer},
     }
 
 
-def chunk(turn_id: str, delta: dict[str, str], turn: Turn | None = None) -> str:
+def make_chunk(turn_id: str, delta: dict[str, str], turn: Turn | None = None) -> str:
     """One server-sent event of a streamed completion; the last one carries the finished turn."""
-    choice = {"index": 0, "delta": delta, "finish_reason": None if turn is None else _reason(turn)}
+    choice = {"index": 0, "delta": delta, "finish_reason": None if turn is None else _map_finish_reason(turn)}
     ended = {} if turn is None else {"system_fingerprint": turn.policy_version, "episode_id": turn.conversation_id}
     return f"data: {json.dumps({**_frame(turn_id, 'chat.completion.chunk'), **ended, 'choices': [choice]})}\n\n"
 
@@ -258,5 +258,5 @@ def _frame(turn_id: str, kind: str) -> dict[str, Any]:
     return {"id": f"chatcmpl-{turn_id}", "object": kind, "created": int(time.time()), "model": MODEL}
 
 
-def _reason(turn: Turn) -> str:
+def _map_finish_reason(turn: Turn) -> str:
     return "length" if turn.finish_reason == "length" else "stop"

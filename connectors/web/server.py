@@ -25,26 +25,26 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from bot.chat.dialogue import ReplyOptions, spoken
+from bot.chat.dialogue import ReplyOptions, render_answer
 from bot.config import WebConfig
 from bot.environment import http_url
 from bot.errors import ConfigError
 from bot.types import Conversation, Feedback, Message, Turn, new_id
 from connectors.access import TOO_FAST
-from connectors.base import Shared, listening
+from connectors.base import Services, open_listener
 from connectors.web import metrics
-from connectors.web.http_errors import KnownHosts, KnownOrigins, ToldErrors, describe, tell_refusal
+from connectors.web.http_errors import ErrorMiddleware, KnownHosts, KnownOrigins, describe_error, respond_with_refusal
 from connectors.web.openai_api import (
     MODEL,
     UNSEEN,
-    Completion,
+    CompletionRequest,
     FeedbackRequest,
-    Person,
-    Privacy,
-    chunk,
-    completion,
+    PersonQuery,
+    PrivacyDecision,
+    make_chunk,
+    make_completion,
     model_card,
-    parsed,
+    parse,
 )
 from connectors.web.request_body import read_json
 
@@ -53,11 +53,13 @@ Pieces = asyncio.Queue[str | Turn | None]  # of an answer, then all of it, then 
 LONGEST_NAME = 48  # characters of a user's name, which stands before those of its people
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PAGE = Path(__file__).with_name("page.html")
-POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+)
 
 
 @dataclass(frozen=True)
-class Door:
+class Endpoint:
     """Where the server listens, the names of its users by token, and the other sites whose pages may talk to it.
 
     It is opened before anything else starts.
@@ -68,15 +70,15 @@ class Door:
     origins: tuple[str, ...] = ()
 
     @classmethod
-    def open(cls, config: WebConfig) -> "Door":
+    def open(cls, config: WebConfig) -> "Endpoint":
         """Raises ConfigError where the address cannot be had, or others could come in without a token."""
-        known = users(config)
+        known = read_users(config)
         if "*" in config.cors_origins and not known:
             raise ConfigError(
                 "config key web.cors_origins has value '*', with which any page could talk to kibitz without a token; "
                 "name the origins, or set web.tokens_env"
             )
-        return cls(known, listening("web", config.host, config.port), tuple(config.cors_origins))
+        return cls(known, open_listener("web", config.host, config.port), tuple(config.cors_origins))
 
     @property
     def url(self) -> str:
@@ -90,7 +92,7 @@ class Web:
 
     name = "web"
 
-    def __init__(self, shared: Shared, door: Door):
+    def __init__(self, shared: Services, door: Endpoint):
         self.dialogue = shared.dialogue
         self.access = shared.access
         self.desk = shared.desk
@@ -132,63 +134,65 @@ class Web:
             Route("/readyz", self._ready),
             Route("/metrics", self._metrics),
         ]
-        middleware = [Middleware(KnownOrigins, origins=self._origins), Middleware(ToldErrors)]
+        middleware = [Middleware(KnownOrigins, origins=self._origins), Middleware(ErrorMiddleware)]
         if not self._users:
             middleware.insert(1, Middleware(KnownHosts, hosts=LOOPBACK))
-        return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: tell_refusal})
+        return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: respond_with_refusal})
 
     async def _page(self, request: Request) -> Response:
-        return FileResponse(PAGE, headers={"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer"})
+        return FileResponse(
+            PAGE, headers={"Content-Security-Policy": CONTENT_SECURITY_POLICY, "Referrer-Policy": "no-referrer"}
+        )
 
     async def _models(self, request: Request) -> Response:
-        self._user(request)
+        self._authorize(request)
         return JSONResponse({"object": "list", "data": [model_card()]})
 
     async def _model(self, request: Request) -> Response:
-        self._user(request)
+        self._authorize(request)
         if request.path_params["model"] != MODEL:
             raise HTTPException(404, f"there is no model '{request.path_params['model']}'; the one here is '{MODEL}'")
         return JSONResponse(model_card())
 
     async def _complete(self, request: Request) -> Response:
-        user = self._user(request)
-        asked = parsed(Completion, await read_json(request))
-        author = _author(user, asked.user)
-        self._limit(self.access.in_time, author, request, user)
+        user = self._authorize(request)
+        asked = parse(CompletionRequest, await read_json(request))
+        author = _make_author_id(user, asked.user)
+        self._check_limit(self.access.may_write, author, request, user)
         pieces: Pieces = asyncio.Queue()
         options = ReplyOptions(
             on_text=pieces.put_nowait,
-            on_whole=pieces.put,
+            on_turn=pieces.put,
             stop=asyncio.Event(),
             turn_id=new_id(),
             seed=asked.seed,
-            max_tokens=asked.limit,
+            max_tokens=asked.token_limit,
             stops=asked.stops,
-            is_repeatable=True,
+            has_client_history=True,
         )
         answering = asyncio.create_task(self._answer(asked, user, author, options))
         answering.add_done_callback(lambda _: pieces.put_nowait(None))
-        self._keep(answering)
+        self._track(answering)
         if asked.stream:
-            events = self._events(asked, options, pieces, answering)
+            events = self._stream_events(asked, options, pieces, answering)
             first = await anext(events)  # what goes wrong before the first token is told by the status
-            return StreamingResponse(_with_first(first, events), media_type="text/event-stream")
-        return JSONResponse(completion(await asyncio.shield(answering), UNSEEN if asked.has_unseen else ""))
+            return StreamingResponse(_prepend(first, events), media_type="text/event-stream")
+        return JSONResponse(make_completion(await asyncio.shield(answering), UNSEEN if asked.has_unseen else ""))
 
-    async def _answer(self, asked: Completion, user: str, author: str, options: ReplyOptions) -> Turn:
+    async def _answer(self, asked: CompletionRequest, user: str, author: str, options: ReplyOptions) -> Turn:
         if asked.regenerates:
             turn_id = asked.regenerates.removeprefix("chatcmpl-")
-            await self._own(turn_id, user)
+            await self._find_own_turn(turn_id, user)
             return await self.dialogue.regenerate(turn_id, author, options)
         place = Conversation(self.name, asked.conversation or new_id(), space=user)
-        question, history = asked.asked()
+        question, history = asked.split_question()
         message = Message("", author, question)
         if asked.conversation:
             return await self.dialogue.respond(message, options, place)
         return await self.dialogue.respond_to_history(message, history, place, options)
 
-    async def _events(
-        self, asked: Completion, options: ReplyOptions, pieces: Pieces, answering: asyncio.Task[Turn]
+    async def _stream_events(
+        self, asked: CompletionRequest, options: ReplyOptions, pieces: Pieces, answering: asyncio.Task[Turn]
     ) -> AsyncIterator[str]:
         """Server-sent events of one answer; whoever goes away before its end has stopped it."""
         assert options.turn_id is not None
@@ -197,118 +201,118 @@ class Web:
         try:
             while (piece := await pieces.get()) is not None:
                 if not said and asked.has_unseen:
-                    yield chunk(options.turn_id, {"role": "assistant", "content": UNSEEN})
+                    yield make_chunk(options.turn_id, {"role": "assistant", "content": UNSEEN})
                     said = True
                 opening = {} if said else {"role": "assistant", "content": ""}
                 if isinstance(piece, Turn):
                     if not piece.text.strip():
-                        yield chunk(options.turn_id, {**opening, "content": spoken(piece)})
+                        yield make_chunk(options.turn_id, {**opening, "content": render_answer(piece)})
                         opening = {}
-                    yield chunk(options.turn_id, opening, piece)
+                    yield make_chunk(options.turn_id, opening, piece)
                 else:
-                    yield chunk(options.turn_id, {**opening, "content": piece})
+                    yield make_chunk(options.turn_id, {**opening, "content": piece})
                 said = True
             try:
                 turn = await asyncio.shield(answering)
             except Exception as error:  # the status was sent: what went wrong is told in the stream
                 if not said:
                     raise
-                _, told = describe(error)
+                _, told = describe_error(error)
                 yield f"data: {json.dumps(told)}\n\n"
                 return
             if asked.stream_options.include_usage:
-                yield f"data: {json.dumps({**completion(turn), 'object': 'chat.completion.chunk', 'choices': []})}\n\n"
+                yield f"data: {json.dumps({**make_completion(turn), 'object': 'chat.completion.chunk', 'choices': []})}\n\n"
             yield "data: [DONE]\n\n"
         finally:
             options.stop.set()
 
     async def _feedback(self, request: Request) -> Response:
-        user = self._user(request)
-        given = parsed(FeedbackRequest, await read_json(request))
+        user = self._authorize(request)
+        given = parse(FeedbackRequest, await read_json(request))
         if given.episode_id:
-            turn = await self._last(given.episode_id, user)
+            turn = await self._find_last_turn(given.episode_id, user)
         else:
-            turn = await self._own(given.inference_id.removeprefix("chatcmpl-"), user)
+            turn = await self._find_own_turn(given.inference_id.removeprefix("chatcmpl-"), user)
         # Clients that name nobody here speak for whoever asked: an opinion of somebody who took no part counts nothing.
-        author = _author(user, given.user) if given.user else turn.asker_id
-        feedback = given.feedback(turn.id, author)
-        self._limit(self.access.may_judge, author, request, user)
+        author = _make_author_id(user, given.user) if given.user else turn.asker_id
+        feedback = given.make_feedback(turn.id, author)
+        self._check_limit(self.access.may_judge, author, request, user)
         if not given.dryrun:
             await self.dialogue.record_feedback(feedback)
         return JSONResponse({"feedback_id": feedback.id})
 
     async def _retract(self, request: Request) -> Response:
-        user = self._user(request)
-        feedback_id, person = request.path_params["feedback_id"], _person(request)
-        given = await self.dialogue.store.database.call(self.dialogue.store.feedback, feedback_id)
+        user = self._authorize(request)
+        feedback_id, person = request.path_params["feedback_id"], _read_person(request)
+        given = await self.dialogue.store.database.call(self.dialogue.store.find_feedback, feedback_id)
         unknown = HTTPException(404, f"you gave no feedback with the id '{feedback_id}'")
-        if given is None or not _speaks_for(user, person, given):
+        if given is None or not _may_speak_for(user, person, given):
             raise unknown
-        self._limit(self.access.may_judge, given.user_id, request, user)
+        self._check_limit(self.access.may_judge, given.user_id, request, user)
         if not await self.dialogue.retract(feedback_id, given.user_id):
             raise unknown
         return JSONResponse({"feedback_id": feedback_id, "retracted": True})
 
     async def _delete(self, request: Request) -> Response:
         """A completion and the question to it are forgotten."""
-        user, completion_id = self._user(request), request.path_params["completion_id"]
-        turn = await self._own(completion_id.removeprefix("chatcmpl-"), user)
+        user, completion_id = self._authorize(request), request.path_params["completion_id"]
+        turn = await self._find_own_turn(completion_id.removeprefix("chatcmpl-"), user)
         await self.dialogue.forget(turn.message_id)
         return JSONResponse({"object": "chat.completion.deleted", "id": completion_id, "deleted": True})
 
     async def _privacy(self, request: Request) -> Response:
         """Whether we may learn from who asks (GET), their decision (PUT), and forgetting them (DELETE)."""
-        user = self._user(request)
-        author, call = _author(user, _person(request)), self.dialogue.store.database.call
+        user = self._authorize(request)
+        author, call = _make_author_id(user, _read_person(request)), self.dialogue.store.database.call
         if request.method == "DELETE":
-            self._limit(self.access.in_time, author, request, user)
-            return JSONResponse({"consent": False, "told": await self.desk.forget(self.name, author)})
+            self._check_limit(self.access.may_write, author, request, user)
+            return JSONResponse({"consent": False, "told": await self.desk.forget_person(self.name, author)})
         if request.method == "PUT":
-            decision = parsed(Privacy, await read_json(request))
-            self._limit(self.access.in_time, author, request, user)
-            await call(self.users.decide, self.name, author, decision.consent)
-        return JSONResponse({"consent": await call(self.users.consents, self.name, author)})
+            decision = parse(PrivacyDecision, await read_json(request))
+            self._check_limit(self.access.may_write, author, request, user)
+            await call(self.users.record_consent, self.name, author, decision.consent)
+        return JSONResponse({"consent": await call(self.users.has_consent, self.name, author)})
 
-    async def _own(self, turn_id: str, user: str) -> Turn:
+    async def _find_own_turn(self, turn_id: str, user: str) -> Turn:
         """That a turn was answered to this user; who cannot see a turn does not learn whether it is there."""
         call, store = self.dialogue.store.database.call, self.dialogue.store
-        turn = await call(store.turn, turn_id)
-        place = None if turn is None else await call(store.conversation, turn.conversation_id)
+        turn = await call(store.find_turn, turn_id)
+        place = None if turn is None else await call(store.read_conversation, turn.conversation_id)
         if turn is None or place is None or (place.platform, place.space) != ("web", user):
             raise HTTPException(404, f"you have no completion with the id '{turn_id}'")
         return turn
 
-    async def _last(self, episode_id: str, user: str) -> Turn:
+    async def _find_last_turn(self, episode_id: str, user: str) -> Turn:
         """The last answer in a conversation of this user, by its id or by the name that the user gave it."""
         call, store = self.dialogue.store.database.call, self.dialogue.store
-        turn = await call(store.last_turn_at, Conversation(self.name, episode_id, space=user))
-        turn = turn or await call(store.last_turn, episode_id)
+        turn = await call(store.find_last_turn_at, Conversation(self.name, episode_id, space=user))
+        turn = turn or await call(store.find_last_turn, episode_id)
         if turn is None:
             raise HTTPException(404, f"you have no conversation with the id '{episode_id}'")
-        return await self._own(turn.id, user)
+        return await self._find_own_turn(turn.id, user)
 
     async def _health(self, request: Request) -> Response:
         return PlainTextResponse("ok")
 
     async def _ready(self, request: Request) -> Response:
-        faults, failing = self.desk.faults(), self.desk.failing()
+        faults, failing = self.desk.find_faults(), self.desk.list_failing_tasks()
         lines = [*(faults or ["ready"]), *(f"failing: {name}" for name in failing)]
         return PlainTextResponse("\n".join(lines), 503 if faults else 200)
 
     async def _metrics(self, request: Request) -> Response:
-        self._named(request)
+        self._authenticate(request)
         store = self.dialogue.store
-        counts = await store.database.call(store.counts) | {"shed_opinions": self.access.shed}
+        counts = await store.database.call(store.count_rows) | {"shed_opinions": self.access.shed_count}
         return Response(metrics.render(counts, self.dialogue.policy.version), media_type=metrics.MEDIA_TYPE)
 
-    def _user(self, request: Request) -> str:
+    def _authorize(self, request: Request) -> str:
         """Who asks, by bearer token."""
-        user = self._named(request)
+        user = self._authenticate(request)
         if not self.access.admits(user):
             raise HTTPException(403, f"{user} may not talk to this kibitz")
         return user
 
-    def _named(self, request: Request) -> str:
+    def _authenticate(self, request: Request) -> str:
         if not self._users:
             return "local"
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
@@ -317,13 +321,13 @@ class Web:
                 return name
         raise HTTPException(401, "give a token of this kibitz: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
 
-    def _limit(self, admit: Callable[[str, str, list[str]], bool], author: str, request: Request, user: str) -> None:
+    def _check_limit(self, admit: Callable[[str, str, list[str]], bool], author: str, request: Request, user: str) -> None:
         """Count an act of `author` in the limit `admit`. Raises the answer 429 where it is too much."""
         sources = [f"token {user}", *([f"address {request.client.host}"] if request.client else [])]  # not to be made up
         if not admit(self.name, author, sources):
             raise HTTPException(429, TOO_FAST, {"Retry-After": "60"})
 
-    def _keep(self, task: asyncio.Task[Turn]) -> None:
+    def _track(self, task: asyncio.Task[Turn]) -> None:
         self._answering.add(task)
         task.add_done_callback(self._answering.discard)
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -337,7 +341,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-def users(config: WebConfig) -> dict[str, str]:
+def read_users(config: WebConfig) -> dict[str, str]:
     """The names of users by token. Raises ConfigError where others than this machine could come in without one."""
     found: dict[str, str] = {}
     listed = os.environ.get(config.tokens_env, "") if config.tokens_env else ""
@@ -363,22 +367,22 @@ def users(config: WebConfig) -> dict[str, str]:
     return found
 
 
-def _author(user: str, person: str) -> str:
+def _make_author_id(user: str, person: str) -> str:
     """Who speaks: the holder of a token, or one of the people that its client tells apart."""
     return f"{user}/{person}" if person else user
 
 
-def _person(request: Request) -> str:
+def _read_person(request: Request) -> str:
     """The person whom a query names; "" for the client itself."""
-    return parsed(Person, dict(request.query_params)).user
+    return parse(PersonQuery, dict(request.query_params)).user
 
 
-def _speaks_for(user: str, person: str, given: Feedback) -> bool:
+def _may_speak_for(user: str, person: str, given: Feedback) -> bool:
     """Whether feedback was given by a client: by one of its people, where it names one."""
-    return given.user_id == _author(user, person) or (not person and given.user_id.startswith(f"{user}/"))
+    return given.user_id == _make_author_id(user, person) or (not person and given.user_id.startswith(f"{user}/"))
 
 
-async def _with_first(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
+async def _prepend(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
     yield first
     async for event in rest:
         yield event

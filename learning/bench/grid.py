@@ -23,14 +23,14 @@ from bot.config import Config
 from bot.errors import ConfigError
 from bot.serving.children import end_with_parent
 from bot.types import Progress
-from learning.bench.learning import STEPS, Point, measured
+from learning.bench.learning import STEPS, Point, run_cell
 from learning.judging.statistics import mean_interval
 
 OBJECTIVES = ("kto", "dpo", "sft", "pg", "mixed")
 CONTROLS = ("frozen", "placebo")
 ARMS = (*OBJECTIVES, *CONTROLS)
 RATES = [one for one in product((0.0, 0.1, 0.2), (1.0, 0.2, 0.05)) if one != (0.1, 1.0)]  # noise, and who reacts at all
-KINDS = ("brief", "casual", "curious", "detailed", "formal")  # length, tone, content; and the opposite of two
+PEOPLE_KINDS = ("brief", "casual", "curious", "detailed", "formal")  # length, tone, content; and the opposite of two
 SEEDS = 5
 
 
@@ -48,7 +48,7 @@ class Cell:
     regime: str = "fresh"
 
 
-def cells(part: str, users: str | None, arms: str | None = None, seed: int = 0) -> list[Cell]:
+def choose_cells(part: str, users: str | None, arms: str | None = None, seed: int = 0) -> list[Cell]:
     """The cells of a slice, of all arms or of those named with commas between; their seeds are `seed` and those after it.
     Raises ConfigError for what is not there.
 
@@ -59,7 +59,7 @@ def cells(part: str, users: str | None, arms: str | None = None, seed: int = 0) 
     chosen = ARMS if arms is None else tuple(arms.split(","))
     if not set(chosen) <= set(ARMS):
         raise ConfigError(f"--arms has value '{arms}'; choose from {','.join(ARMS)}")
-    kinds = KINDS if users is None else (users,)
+    kinds = PEOPLE_KINDS if users is None else (users,)
     small = [Cell(arm, kinds[number % len(kinds)], seed + number) for number, arm in product(range(SEEDS), chosen)]
     rates = [replace(cell, noise=noise, rate=rate) for (noise, rate), cell in product(RATES, small)]
     regimes = [replace(cell, regime=regime) for regime, cell in product(("drift", "logged"), small)]
@@ -71,10 +71,12 @@ def cells(part: str, users: str | None, arms: str | None = None, seed: int = 0) 
     return slices[part]
 
 
-def run(config: Config, base_model: str, wanted: Sequence[Cell], kept: Path, progress: Progress) -> dict[Cell, list[Point]]:
+def run_cells(
+    config: Config, base_model: str, wanted: Sequence[Cell], kept: Path, progress: Progress
+) -> dict[Cell, list[Point]]:
     """Every cell's points. What is in the file `kept` is not run again; it is removed when all is done."""
-    mark = mark_of(config, base_model)
-    found = {cell: points for cell, points in kept_points(kept, mark) if cell in set(wanted)}
+    mark = hash_settings(config, base_model)
+    found = {cell: points for cell, points in read_kept_points(kept, mark) if cell in set(wanted)}
     left = [cell for cell in wanted if cell not in found]
     workers = min(len(left), os.cpu_count() or 1)
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +85,7 @@ def run(config: Config, base_model: str, wanted: Sequence[Cell], kept: Path, pro
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, context, end_with_parent) as pool, kept.open("a") as file:
             try:
-                jobs = {pool.submit(measured, config, base_model, **asdict(cell)): cell for cell in left}
+                jobs = {pool.submit(run_cell, config, base_model, **asdict(cell)): cell for cell in left}
                 for job in as_completed(jobs):
                     cell = jobs[job]
                     found[cell] = job.result()
@@ -98,12 +100,12 @@ def run(config: Config, base_model: str, wanted: Sequence[Cell], kept: Path, pro
     return {cell: found[cell] for cell in wanted}
 
 
-def mark_of(config: Config, base_model: str) -> str:
+def hash_settings(config: Config, base_model: str) -> str:
     """What names the settings that a cell was run with."""
     return hashlib.sha256(json.dumps([config.model_dump(), base_model], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def kept_points(file: Path, mark: str) -> Iterable[tuple[Cell, list[Point]]]:
+def read_kept_points(file: Path, mark: str) -> Iterable[tuple[Cell, list[Point]]]:
     """What an interrupted run with these settings left in a file."""
     if not file.is_file():
         return
@@ -116,32 +118,34 @@ def kept_points(file: Path, mark: str) -> Iterable[tuple[Cell, list[Point]]]:
             yield Cell(**row["cell"]), [Point(**point) for point in row["points"]]
 
 
-def figures(found: dict[Cell, list[Point]], default: str) -> dict[str, Any]:
+def compute_figures(found: dict[Cell, list[Point]], default: str) -> dict[str, Any]:
     """For each arm, and for `default`, what it came to over its cells with 10% noise and a reaction to each answer, and
     in each other setting.
     """
     made: dict[str, Any] = {}
     for arm in dict.fromkeys(cell.arm for cell in found):
-        for cell in dict.fromkeys(_setting(cell) for cell in found if cell.arm == arm):
-            same = [points for other, points in found.items() if _setting(other) == cell]
+        for cell in dict.fromkeys(_drop_people_and_seed(cell) for cell in found if cell.arm == arm):
+            same = [points for other, points in found.items() if _drop_people_and_seed(other) == cell]
             if cell == Cell(arm, "", 0):
-                made |= {f"{arm}_{name}": value for name, value in _of_arm(same).items()}
+                made |= {f"{arm}_{name}": value for name, value in _compute_arm_figures(same).items()}
             else:
                 label = f"{arm}_noise_{cell.noise:g}_rate_{cell.rate:g}_{cell.regime}"
                 interval = mean_interval([points[-1].win_rate for points in same], seed=0)
                 made |= dict(zip((f"{label}_win_rate{part}" for part in ("", "_low", "_high")), interval, strict=True))
                 if cell.regime == "drift":
-                    made[f"{label}_reactions_to_recover"] = recovered([[one.win_rate for one in points] for points in same])
+                    made[f"{label}_reactions_to_recover"] = count_reactions_to_recover(
+                        [[one.win_rate for one in points] for points in same]
+                    )
     made |= {name.replace(default, "default", 1): value for name, value in made.items() if name.startswith(f"{default}_")}
     return made
 
 
-def _setting(cell: Cell) -> Cell:
+def _drop_people_and_seed(cell: Cell) -> Cell:
     """What a cell has in common with those of other people and seeds."""
     return replace(cell, users="", seed=0)
 
 
-def _of_arm(rows: Sequence[Sequence[Point]]) -> dict[str, Any]:
+def _compute_arm_figures(rows: Sequence[Sequence[Point]]) -> dict[str, Any]:
     wins = np.array([[point.win_rate for point in points] for points in rows])
     last = [points[-1] for points in rows]
     mean, low, high = mean_interval(wins[:, -1].tolist(), seed=0)
@@ -150,8 +154,8 @@ def _of_arm(rows: Sequence[Sequence[Point]]) -> dict[str, Any]:
         "win_rate_200_low": low,
         "win_rate_200_high": high,
         "win_rate_200_ties_half": float(np.mean([point.win_rate_ties_half for point in last])),
-        "reactions_to_65": reactions_to(0.65, wins.mean(0)),
-        "reactions_to_80": reactions_to(0.80, wins.mean(0)),
+        "reactions_to_65": count_reactions_to(0.65, wins.mean(0)),
+        "reactions_to_80": count_reactions_to(0.80, wins.mean(0)),
         "utility_200": float(np.mean([point.utility for point in last])),
         "well_formed": float(np.mean([point.well_formed for point in last])),
         "perplexity_ratio": float(np.mean([point.perplexity_ratio for point in last])),
@@ -161,7 +165,7 @@ def _of_arm(rows: Sequence[Sequence[Point]]) -> dict[str, Any]:
     }
 
 
-def reactions_to(goal: float, curve: Sequence[float]) -> float | None:
+def count_reactions_to(goal: float, curve: Sequence[float]) -> float | None:
     """After how many reactions a mean win rate comes to `goal`, drawn straight between steps; None where it never does."""
     before, at = 0.5, 0
     for rate, step in zip(curve, STEPS, strict=True):
@@ -171,7 +175,7 @@ def reactions_to(goal: float, curve: Sequence[float]) -> float | None:
     return None
 
 
-def recovered(curves: Sequence[Sequence[float]]) -> float | None:
+def count_reactions_to_recover(curves: Sequence[Sequence[float]]) -> float | None:
     """After people came to want the opposite: reactions until nine tenths of what was won before is won again."""
     mean = np.mean(curves, axis=0)
     goal = 0.5 + 0.9 * (mean[len(STEPS) - 1] - 0.5)
@@ -186,9 +190,9 @@ def plot(found: dict[Cell, list[Point]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.6), layout="constrained")
-    shown = _setting(next(iter(found)))
+    shown = _drop_people_and_seed(next(iter(found)))
     for arm in dict.fromkeys(cell.arm for cell in found):
-        rows = [points for cell, points in found.items() if _setting(cell) == replace(shown, arm=arm)]
+        rows = [points for cell, points in found.items() if _drop_people_and_seed(cell) == replace(shown, arm=arm)]
         reactions = (0, *(point.reactions for point in rows[0]))
         wins = np.array([[0.5, *(point.win_rate for point in points)] for points in rows])
         spread = np.array([mean_interval(column.tolist(), seed=0) for column in wins.T])

@@ -17,26 +17,26 @@ import numpy as np
 
 from bot.config import Config
 from bot.errors import NothingToLearn
-from bot.memory.embedder import embedder_of
+from bot.memory.embedder import make_embedder
 from bot.models.tokenizer import ChatTokenizer
 from learning.bench.simulated_people import Utility
-from learning.bench.simulated_people import users as simulated_users
-from learning.data.comparison import compared
+from learning.bench.simulated_people import find_utility as simulated_users
+from learning.data.comparison import with_advantages
 from learning.data.experience import Experience
-from learning.data.selection import parted
+from learning.data.selection import split_held_out
 from learning.judging.evaluation import Sample, batched_logprobs, generate, kl_to_base, perplexity, token_rows
 from learning.models import toy
-from learning.models.trainable import as_base, load, quiet, restore, weights
-from learning.training.drift import changed
-from learning.training.teaching import teach
+from learning.models.trainable import as_base, copy_weights, load_for_training, restore_weights, silence_libraries
+from learning.training.drift import detect_drift
+from learning.training.teaching import train_with_guard
 
 STEPS = (40, 80, 120, 160, 200)  # reactions after which a version is trained and judged
-SAMPLES = 4  # answers to each held-out prompt
+SAMPLES_PER_PROMPT = 4  # answers to each held-out prompt
 REGENERATES = 0.5  # how often somebody who did not like an answer asks for another
 
 
 @dataclass(frozen=True)
-class People:
+class ReactingPeople:
     """Who reacts: a hidden utility, the share of reactions that are the opposite of what is meant, and who reacts at all."""
 
     utility: Utility
@@ -44,7 +44,7 @@ class People:
     rate: float
     rng: random.Random
 
-    def opinion(self, prompt: str, text: str) -> bool | None:
+    def give_opinion(self, prompt: str, text: str) -> bool | None:
         """👍 or 👎, or silence."""
         if self.rng.random() >= self.rate:
             return None
@@ -84,81 +84,81 @@ class Arena:
         self.seed = seed
         self.base_model = base_model
         self.tokenizer = ChatTokenizer(base_model, config.policy.template_args)
-        self.embedder = embedder_of(config)
-        self.prompts = [text for text, _ in toy.prompts(held_out=True) for _ in range(SAMPLES)]
-        self.untouched = [self._row(dialogue) for dialogue in toy.dialogues(128, seed=10_000 + seed)]
-        self.model = load(config, base_model)
-        self.start = weights(self.model)
+        self.embedder = make_embedder(config)
+        self.prompts = [text for text, _ in toy.list_prompts(held_out=True) for _ in range(SAMPLES_PER_PROMPT)]
+        self.untouched = [self._tokenize_dialogue(dialogue) for dialogue in toy.make_dialogues(128, seed=10_000 + seed)]
+        self.model = load_for_training(config, base_model)
+        self.start = copy_weights(self.model)
         self.since = 0  # the first reaction that its policy learned from
         with as_base(self.model):
-            self.first = self.answers(self.prompts, self.seed)
+            self.first = self.generate_answers(self.prompts, self.seed)
             self.perplexity = self._perplexity()
 
-    def ids(self, text: str) -> tuple[int, ...]:
+    def tokenize_prompt(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.prompt_ids([{"role": "user", "content": text}]))
 
-    def judged(self, reactions: int, utility: Utility, run: RunEnd) -> Point:
+    def judge_policy(self, reactions: int, utility: Utility, run: RunEnd) -> Point:
         """The policy as it is now, against version 0; `run` is how its last run ended."""
-        said = self.answers(self.prompts, self.seed + reactions)
+        said = self.generate_answers(self.prompts, self.seed + reactions)
         mine = np.array([utility(prompt, one.text) for prompt, one in zip(self.prompts, said, strict=True)])
         first = np.array([utility(prompt, one.text) for prompt, one in zip(self.prompts, self.first, strict=True)])
-        difference = mine.reshape(-1, SAMPLES)[:, :, None] - first.reshape(-1, SAMPLES)[:, None, :]
+        difference = mine.reshape(-1, SAMPLES_PER_PROMPT)[:, :, None] - first.reshape(-1, SAMPLES_PER_PROMPT)[:, None, :]
         wins, losses = (difference > 0).mean(), (difference < 0).mean()
         return Point(
             reactions=reactions,
             win_rate=float(wins / (wins + losses)) if wins + losses else 0.5,
             win_rate_ties_half=float(wins + (1 - wins - losses) / 2),
             utility=float(mine.mean()),
-            well_formed=float(np.mean([one.well_formed for one in said])),
+            well_formed=float(np.mean([one.is_well_formed for one in said])),
             perplexity_ratio=self._perplexity() / self.perplexity,
             kl=kl_to_base(self.model, said),
             stopped=run.stopped,
             drifted=run.drifted,
         )
 
-    def answers(self, prompts: Sequence[str], seed: int) -> list[Sample]:
-        return generate(self.model, self.tokenizer, [self.ids(one) for one in prompts], 64, seed, batch_size=64)
+    def generate_answers(self, prompts: Sequence[str], seed: int) -> list[Sample]:
+        return generate(self.model, self.tokenizer, [self.tokenize_prompt(one) for one in prompts], 64, seed, batch_size=64)
 
-    def _row(self, dialogue: list[dict[str, str]]) -> tuple[list[int], list[int]]:
+    def _tokenize_dialogue(self, dialogue: list[dict[str, str]]) -> tuple[list[int], list[int]]:
         return self.tokenizer.prompt_ids(dialogue[:-1]), self.tokenizer.completion_ids(dialogue[-1]["content"])
 
     def _perplexity(self) -> float:
         return perplexity(batched_logprobs(self.model, self.untouched))
 
-    def renew(self) -> None:
+    def reset_policy(self) -> None:
         """Back to version 0."""
-        restore(self.model, self.start)
+        restore_weights(self.model, self.start)
         self.since = 0
 
 
-def talk(arena: Arena, people: People, reactions: int) -> list[Experience]:
+def talk(arena: Arena, people: ReactingPeople, reactions: int) -> list[Experience]:
     """What people say about answers of the policy as it is now, until there are so many reactions."""
     rng = people.rng
-    asked = [text for text, _ in toy.prompts(held_out=False)]
+    asked = [text for text, _ in toy.list_prompts(held_out=False)]
     found: list[Experience] = []
     while len(found) < reactions:
         batch = [rng.choice(asked) for _ in range(32)]
-        answers = arena.answers(batch, rng.randrange(2**31))
+        answers = arena.generate_answers(batch, rng.randrange(2**31))
         again = []
         for text, answer in zip(batch, answers, strict=True):
-            likes = people.opinion(text, answer.text)
+            likes = people.give_opinion(text, answer.text)
             if likes is not None:
-                found.append(experience(arena, text, answer, likes, rng))
+                found.append(make_experience(arena, text, answer, likes, rng))
                 if not likes and rng.random() < REGENERATES:
                     again.append((text, len(found) - 1))
         for (text, first), answer in zip(
-            again, arena.answers([text for text, _ in again], rng.randrange(2**31)), strict=True
+            again, arena.generate_answers([text for text, _ in again], rng.randrange(2**31)), strict=True
         ):
-            likes = people.opinion(text, answer.text)
+            likes = people.give_opinion(text, answer.text)
             if likes is not None:
-                other = experience(arena, text, answer, likes, rng)
+                other = make_experience(arena, text, answer, likes, rng)
                 found.append(
                     replace(other, rejected_ids=found[first].completion_ids, unit=found[first].unit) if likes else other
                 )
     return with_logprobs(arena, found[:reactions])
 
 
-def experience(arena: Arena, question: str, answer: Sample, likes: bool, rng: random.Random) -> Experience:
+def make_experience(arena: Arena, question: str, answer: Sample, likes: bool, rng: random.Random) -> Experience:
     """An answer with the reaction to it."""
     return Experience(
         turn_id="",
@@ -179,30 +179,30 @@ def with_logprobs(arena: Arena, found: Sequence[Experience]) -> list[Experience]
     return [replace(one, logprobs=tuple(row.tolist())) for one, row in zip(found, logprobs, strict=True)]
 
 
-def learn(arena: Arena, found: Sequence[Experience], objective: str, number: int) -> RunEnd:
+def train_policy(arena: Arena, found: Sequence[Experience], objective: str, number: int) -> RunEnd:
     """One training run on these experiences, selected and watched as in production."""
     found = found[arena.since :]
     looks_for_drift = arena.config.learning.detect_drift
-    change = changed(arena.config, arena.base_model, arena.model, found) if looks_for_drift else None
+    change = detect_drift(arena.config, arena.base_model, arena.model, found) if looks_for_drift else None
     if change is not None:
         found = found[change.since :]
         since = arena.since + change.since
         if change.against:
-            arena.renew()
+            arena.reset_policy()
         arena.since = since
     training = arena.config.training.model_copy(update={"objective": objective})
     config = arena.config.model_copy(update={"seed": arena.seed + number, "training": training})
-    taught, held_out = parted(found, config.learning.held_out)
-    rows = compared(taught, arena.embedder, config, arena.seed)
+    taught, held_out = split_held_out(found, config.learning.held_out)
+    rows = with_advantages(taught, arena.embedder, config, arena.seed)
     prompts = list(dict.fromkeys(one.prompt_ids for one in [*held_out, *taught]))
-    before = weights(arena.model)
-    figures = teach(config, arena.model, arena.tokenizer, rows, held_out, prompts, lambda *_: None)
+    before = copy_weights(arena.model)
+    figures = train_with_guard(config, arena.model, arena.tokenizer, rows, held_out, prompts, lambda *_: None)
     if figures.stopped and not figures.kept:
-        restore(arena.model, before)  # in production it would be refused
+        restore_weights(arena.model, before)  # in production it would be refused
     return RunEnd(figures.stopped is not None, change is not None)
 
 
-def measured(
+def run_cell(
     config: Config, base_model: str, arm: str, users: str, seed: int, noise: float, rate: float, regime: str
 ) -> list[Point]:
     """One policy, judged after each number of reactions in STEPS. Meant for a process of its own.
@@ -215,12 +215,12 @@ def measured(
     from transformers import set_seed
 
     torch.set_num_threads(1)
-    quiet()
+    silence_libraries()
     set_seed(seed)  # of the adapter: what this process did before must not count
     objective = config.training.objective if arm in ("frozen", "placebo") else arm
     arena = Arena(config, base_model, seed)
     wanted = simulated_users(users)
-    people = People(wanted, noise, rate, random.Random(f"{seed} {users} {noise} {rate}"))
+    people = ReactingPeople(wanted, noise, rate, random.Random(f"{seed} {users} {noise} {rate}"))
     turn = STEPS[-1]
     said: list[Experience] = []
     points: list[Point] = []
@@ -228,18 +228,18 @@ def measured(
         if count > turn:
             people = replace(people, utility=lambda prompt, reply: -wanted(prompt, reply))
         if regime == "logged":
-            arena.renew()
+            arena.reset_policy()
         said += talk(arena, people, count - len(said))
         run = RunEnd()
         if arm != "frozen":
-            taught = shuffled(said, people.rng) if arm == "placebo" else said
+            taught = shuffle_rewards(said, people.rng) if arm == "placebo" else said
             with contextlib.suppress(NothingToLearn):  # such as no pairs yet: the policy stays as it is
-                run = learn(arena, taught, objective, number)
-        points.append(arena.judged(count, people.utility, run))
+                run = train_policy(arena, taught, objective, number)
+        points.append(arena.judge_policy(count, people.utility, run))
     return points
 
 
-def shuffled(said: Sequence[Experience], rng: random.Random) -> list[Experience]:
+def shuffle_rewards(said: Sequence[Experience], rng: random.Random) -> list[Experience]:
     """The same answers with each other's reactions."""
     rewards = [one.reward for one in said]
     rng.shuffle(rewards)

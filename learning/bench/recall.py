@@ -31,7 +31,7 @@ FIRST = (5, 10, 20)
 ALONE: dict[str, dict[str, float]] = {"dense": {"dense": 1.0}, "bm25": {"bm25": 1.0}}
 
 
-class Said(BaseModel):
+class SpokenLine(BaseModel):
     """One turn."""
 
     id: str | int
@@ -48,20 +48,20 @@ class Question(BaseModel):
     category: str | int = "all"
 
 
-class Asked(BaseModel):
+class ConversationWithQuestions(BaseModel):
     """One conversation with its questions."""
 
-    conversation: Annotated[list[Said], Field(min_length=1)]
+    conversation: Annotated[list[SpokenLine], Field(min_length=1)]
     questions: list[Question]
 
-    def answerable(self) -> list[tuple[Question, list[str]]]:
+    def list_answerable(self) -> list[tuple[Question, list[str]]]:
         """The questions whose evidence is in the conversation, with it; what is named but not there is left out."""
         ids = {str(said.id) for said in self.conversation}
         known = [(question, [str(one) for one in question.evidence if str(one) in ids]) for question in self.questions]
         return [(question, evidence) for question, evidence in known if evidence]
 
 
-def read(path: Path) -> list[Asked]:
+def read(path: Path) -> list[ConversationWithQuestions]:
     """The conversations of a file. Raises DataError that names the line and what is wrong with it."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -72,19 +72,22 @@ def read(path: Path) -> list[Asked]:
         if not line.strip():
             continue
         try:
-            asked = Asked.model_validate_json(line)
+            asked = ConversationWithQuestions.model_validate_json(line)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the line"
             raise DataError(f"{path}, line {number}: {where}: {first['msg']}") from error
         found.append(asked)
-    if not any(asked.answerable() for asked in found):
+    if not any(asked.list_answerable() for asked in found):
         raise DataError(f"{path} holds no question whose evidence is the id of a turn in its conversation")
     return found
 
 
 async def measure(
-    conversations: list[Asked], embedder: Embedder | None, weights: Mapping[str, float], progress: Progress
+    conversations: list[ConversationWithQuestions],
+    embedder: Embedder | None,
+    weights: Mapping[str, float],
+    progress: Progress,
 ) -> dict[str, Any]:
     """The figures over all questions; recall and MRR in [0, 100], times in ms."""
     places: dict[str, list[tuple[Question, list[int]]]] = {name: [] for name in ("tracker", "recency", *ALONE)}
@@ -95,9 +98,9 @@ async def measure(
         recall = Recall(Memory(database), embedder, weights)
         try:
             for number, asked in enumerate(conversations):
-                ids, place = await _stored(database, asked)
-                await recall.catch_up(lambda *_: None)
-                for question, evidence in asked.answerable():
+                ids, place = await _store(database, asked)
+                await recall.embed_missing(lambda *_: None)
+                for question, evidence in asked.list_answerable():
                     wanted = {ids[one] for one in evidence}
                     message = Message(place, f"asker {new_id()}", question.text)
                     for name, only in {"tracker": weights, **ALONE}.items():
@@ -114,10 +117,10 @@ async def measure(
             recall.close()
             database.close()
     asked_in_all = sum(len(asked.questions) for asked in conversations)
-    return _figures(places, took) | {"left_out": asked_in_all - len(took)}
+    return _compute_figures(places, took) | {"left_out": asked_in_all - len(took)}
 
 
-async def _stored(database: Database, asked: Asked) -> tuple[dict[str, str], str]:
+async def _store(database: Database, asked: ConversationWithQuestions) -> tuple[dict[str, str], str]:
     """Store one conversation in a scope of its own: the id of each of its turns here, by the one in the file."""
     store = ConversationStore(database)
     place = Conversation("recall", new_id())
@@ -141,7 +144,7 @@ def _recall(rows: Iterable[tuple[Question, list[int]]], first: int) -> float:
     return 100 * float(np.mean([np.mean([0 < rank <= first for rank in ranks]) for _, ranks in rows]))
 
 
-def _figures(places: Mapping[str, list[tuple[Question, list[int]]]], took: list[float]) -> dict[str, Any]:
+def _compute_figures(places: Mapping[str, list[tuple[Question, list[int]]]], took: list[float]) -> dict[str, Any]:
     rows = places["tracker"]
     figures: dict[str, Any] = {f"recall_at_{first}": _recall(rows, first) for first in FIRST}
     figures["hit_at_10"] = 100 * float(np.mean([any(0 < rank <= 10 for rank in ranks) for _, ranks in rows]))
@@ -158,6 +161,6 @@ def _figures(places: Mapping[str, list[tuple[Question, list[int]]]], took: list[
     return figures | {"questions": len(rows)}
 
 
-def as_lines(dialogues: Iterable[Any]) -> str:
+def format_json_lines(dialogues: Iterable[Any]) -> str:
     """Made dialogues (`learning.fitting.dialogues`) as this benchmark reads them."""
     return "".join(json.dumps(vars(one), ensure_ascii=False) + "\n" for one in dialogues)

@@ -86,10 +86,10 @@ class Prompts:
     held_out: list[str]
 
 
-def prompts(is_toy: bool) -> Prompts:
+def read_prompts(is_toy: bool) -> Prompts:
     """Return what is said to the toy policy, or to any other model."""
     if is_toy:
-        return Prompts(*([text for text, _ in toy.prompts(held_out)] for held_out in (False, True)))
+        return Prompts(*([text for text, _ in toy.list_prompts(held_out)] for held_out in (False, True)))
     return Prompts(*(part.splitlines() for part in EVERYDAY.strip().split("\n\n")))
 
 
@@ -104,7 +104,7 @@ class People:
 
 
 @dataclass(frozen=True)
-class Usual:
+class SimulationDefaults:
     """What is simulated where nothing else is asked for."""
 
     users: str
@@ -113,12 +113,12 @@ class Usual:
     reaction_rate: float
 
 
-def usual(is_toy: bool) -> Usual:
+def choose_defaults(is_toy: bool) -> SimulationDefaults:
     """Return what is simulated with the toy policy, or with any other model: some 15 minutes on two cores without a GPU."""
-    return Usual("lively", 6, 240, 0.3) if is_toy else Usual("sociable", 1, 512, 1.0)
+    return SimulationDefaults("lively", 6, 240, 0.3) if is_toy else SimulationDefaults("sociable", 1, 512, 1.0)
 
 
-def users(name: str) -> Utility:
+def find_utility(name: str) -> Utility:
     """Return the utility of built-in users, or the `utility(prompt, reply)` of a Python file, which is tried at once.
 
     Raises ConfigError where there is none, where it fails, or where it returns no number in [-1, 1]; later too.

@@ -38,7 +38,7 @@ DECISIVENESS = 4.0  # a user who finds an answer's utility u gives 👍 with pro
 
 
 @dataclass(frozen=True)
-class Row:
+class CurveRow:
     """One policy version as its users found it."""
 
     version: str
@@ -58,7 +58,7 @@ class Row:
     gain_high: float
     note: str
 
-    def line(self) -> str:
+    def to_line(self) -> str:
         """The row in one line, as it is told while the simulation runs."""
         return (
             f"{self.version}: utility {self.utility:+.2f} ({self.low:+.2f} to {self.high:+.2f}), "
@@ -67,7 +67,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Answered:
+class HeldOutAnswers:
     """What a version said to the held-out prompts: utility by prompt, first answer by prompt, and shares of all answers."""
 
     utilities: dict[str, float]
@@ -107,14 +107,14 @@ class Simulation:
         self.asked = asked
         self.rng = random.Random(people.seed)
         self.progress = progress
-        self.rows: list[Row] = []
+        self.rows: list[CurveRow] = []
         self.samples: list[dict[str, str]] = []
         self.refused: list[str] = []  # versions that passed the gate and not the probe
         self.promoted: list[str] = []
 
-    async def run(self, rounds: int, messages: int, samples: int, show: Callable[[Row], None]) -> list[Row]:
+    async def run(self, rounds: int, messages: int, samples: int, show: Callable[[CurveRow], None]) -> list[CurveRow]:
         """`rounds` times: talk (`messages` exchanges), learn, judge the live version on `samples` answers a prompt."""
-        self._frozen = await self._answered(self.policy.admin.base, samples)
+        self._frozen = await self._ask_held_out(self.policy.admin.base, samples)
         await self._judge(samples, approval=None, kl=0.0, note="the start", show=show)
         for number in range(1, rounds + 1):
             approvals = await self._talk(messages, f"round {number}: talking")
@@ -158,7 +158,7 @@ class Simulation:
             self.promoted.append(self.policy.version)
             kl = self._kl_of(self.policy.version)
         try:
-            outcome = await self.learner.step()
+            outcome = await self.learner.learn_once()
         except NothingToLearn as error:
             self.learner.announce(f"nothing learned: {error}")
             return kl, str(error)
@@ -176,19 +176,19 @@ class Simulation:
         return self.learner.deployment.registry.get(version).metrics.kl or 0.0
 
     async def _judge(
-        self, samples: int, approval: float | None, kl: float, note: str, show: Callable[[Row], None]
-    ) -> Answered:
+        self, samples: int, approval: float | None, kl: float, note: str, show: Callable[[CurveRow], None]
+    ) -> HeldOutAnswers:
         """True utility of the live version on the held-out prompts, beside that of the frozen one."""
         seed = self.people.seed
         version = self.policy.version
-        live = self._frozen if version == self.policy.admin.base else await self._answered(version, samples)
+        live = self._frozen if version == self.policy.admin.base else await self._ask_held_out(version, samples)
         mean, low, high = mean_interval([*live.utilities.values()], seed)
         frozen_mean, frozen_low, frozen_high = mean_interval([*self._frozen.utilities.values()], seed)
         gains = [live.utilities[prompt] - self._frozen.utilities[prompt] for prompt in self.asked.held_out]
         gain, gain_low, gain_high = mean_interval(gains, seed)
-        row = Row(
+        row = CurveRow(
             version=self.policy.version,
-            reactions=await self.dialogue.store.database.call(self.dialogue.store.reactions),
+            reactions=await self.dialogue.store.database.call(self.dialogue.store.count_reactions),
             utility=mean,
             low=low,
             high=high,
@@ -208,19 +208,19 @@ class Simulation:
         show(row)
         return live
 
-    async def _answered(self, version: str, samples: int) -> Answered:
+    async def _ask_held_out(self, version: str, samples: int) -> HeldOutAnswers:
         """Ask a version each held-out prompt `samples` times, with the same sampling seeds as every other version."""
         replies: dict[str, dict[int, Reply]] = {prompt: {} for prompt in self.asked.held_out}
 
         async def one(prompt: str, number: int, seed: int) -> None:
-            context = self.dialogue.tracker.fitted([{"role": "user", "content": prompt}])
+            context = self.dialogue.tracker.fit_messages([{"role": "user", "content": prompt}])
             replies[prompt][number] = await self.policy.reply(context.prompt_ids, version=version, seed=seed)
 
         seeds = random.Random(self.people.seed)
         work = [one(prompt, number, seeds.randrange(2**31)) for number in range(samples) for prompt in self.asked.held_out]
         await self._gather(work, f"judging {version}")
         every = [reply for those in replies.values() for reply in those.values()]
-        return Answered(
+        return HeldOutAnswers(
             utilities={
                 prompt: sum(self.people.utility(prompt, reply.text) for reply in those.values()) / len(those)
                 for prompt, those in replies.items()
@@ -246,7 +246,7 @@ class Simulation:
                 group.create_task(one(job))
 
 
-def figures(played: Simulation, model: str) -> dict[str, Any]:
+def compute_figures(played: Simulation, model: str) -> dict[str, Any]:
     """Return the figures of a simulation, for its JSON file; `model` is what the config calls the base model.
 
     `utility_gain` is paired by prompt against the frozen control; probe distances (nats) are those of the last probe.
@@ -280,7 +280,7 @@ def figures(played: Simulation, model: str) -> dict[str, Any]:
     }
 
 
-def table(rows: Sequence[Row]) -> Table:
+def make_table(rows: Sequence[CurveRow]) -> Table:
     """The rows of a simulation, by policy version."""
     names = ("version", "reactions", "true utility (95%)", "frozen (95%)", "approval", "KL", "well-formed", "ended")
     found = Table(*names, title="true utility on held-out prompts")
@@ -298,7 +298,7 @@ def table(rows: Sequence[Row]) -> Table:
     return found
 
 
-def samples_table(samples: Sequence[dict[str, str]]) -> Table:
+def make_samples_table(samples: Sequence[dict[str, str]]) -> Table:
     """Some held-out prompts with the answers of version 0 and of the last version."""
     found = Table("prompt", "before", "after", title="the same prompts, before and after", show_lines=True)
     for row in samples:
@@ -306,7 +306,7 @@ def samples_table(samples: Sequence[dict[str, str]]) -> Table:
     return found
 
 
-def plot(rows: Sequence[Row], path: Path, title: str) -> None:
+def plot(rows: Sequence[CurveRow], path: Path, title: str) -> None:
     """The learning curve: true utility on held-out prompts against reactions, beside the frozen control."""
     import matplotlib
 

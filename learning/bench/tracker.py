@@ -30,8 +30,8 @@ import numpy as np
 from bot.chat.tracker import StateTracker
 from bot.config import Config, DialogueConfig
 from bot.errors import DataError
-from bot.memory.embedder import Embedder, embedder_of
-from bot.memory.recall import Recall, weights
+from bot.memory.embedder import Embedder, make_embedder
+from bot.memory.recall import Recall, load_retrieval_weights
 from bot.memory.scope import Memory
 from bot.models.tokenizer import ChatTokenizer
 from bot.store.conversations import ConversationStore
@@ -39,7 +39,7 @@ from bot.store.database import Database
 from bot.store.forgetting import forget_message
 from bot.store.tables import embeddings
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Progress, Role, Turn, new_id
-from learning.fitting.dialogues import dialogue
+from learning.fitting.dialogues import make_dialogue
 
 SIZES = {"1e3": 1_000, "1e5": 100_000, "1e6": 1_000_000}  # turns in many channels
 CHANNELS = {"2k": 2_000, "150k": 150_000}  # mentions in one channel, which is compared with
@@ -89,9 +89,9 @@ def measure_apart(config: Config, model: str, sizes: Sequence[str], progress: Pr
 
 def _measure_in_child(ours: Any, config: Config, model: str, size: str) -> None:
     tokenizer = ChatTokenizer(model, config.policy.template_args)
-    learned = weights(config.dialogue.retrieval_weights)
+    learned = load_retrieval_weights(config.dialogue.retrieval_weights)
     try:
-        job = measure(embedder_of(config), tokenizer, learned, [size], lambda *done: ours.send(done))
+        job = measure(make_embedder(config), tokenizer, learned, [size], lambda *done: ours.send(done))
         ours.send(asyncio.run(job))
     except Exception as error:
         ours.send(error)
@@ -110,7 +110,7 @@ async def measure(
 
 
 @asynccontextmanager
-async def _stored(parts: Parts) -> AsyncIterator[tuple[Recall, Path]]:
+async def _empty_recall(parts: Parts) -> AsyncIterator[tuple[Recall, Path]]:
     """An empty database of its own."""
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "tracker.db"
@@ -125,7 +125,7 @@ async def _stored(parts: Parts) -> AsyncIterator[tuple[Recall, Path]]:
 
 
 async def _measure_added(size: str, parts: Parts) -> dict[str, Any]:
-    async with _stored(parts) as (recall, file):
+    async with _empty_recall(parts) as (recall, file):
         turns = SIZES[size]
         asked = min(ASKED, turns // 2)
         sizes = [asked, *[USUAL] * ((turns - asked) // USUAL)]
@@ -134,7 +134,7 @@ async def _measure_added(size: str, parts: Parts) -> dict[str, Any]:
         began = time.perf_counter()
         await asyncio.to_thread(_fill, recall, mentions, parts.progress)
         rate = turns / (time.perf_counter() - began)
-        added, leaks = await _added(recall, parts.tokenizer, channels[0])
+        added, leaks = await _time_remembering(recall, parts.tokenizer, channels[0])
         figures: dict[str, Any] = {"leaks": leaks, "inserts_per_s": rate}
         for percent in (50, 99):
             figures[f"added_p{percent}_ms_{size}"] = 1000 * float(np.percentile(added, percent))
@@ -154,10 +154,10 @@ async def _measure_channel(size: str, parts: Parts) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     p99 = []
     for mentions in (SMALL, CHANNELS[size]):
-        async with _stored(parts) as (recall, _):
+        async with _empty_recall(parts) as (recall, _):
             channel = new_id()
             first_ids = await asyncio.to_thread(_fill, recall, [channel] * mentions, parts.progress, True)
-            took = await _answered(recall, parts.tokenizer, channel)
+            took = await _time_questions(recall, parts.tokenizer, channel)
             p99.append(1000 * float(np.percentile(took[1:], 99)))
             began = time.perf_counter()
             for message_id in first_ids[:DELETED]:
@@ -173,7 +173,10 @@ def _fill(recall: Recall, channels: list[str], progress: Progress, are_turns: bo
     Where they `are_turns`, each has all that an answer of ours has, and one in ten was liked.
     """
     database, rng, total = recall.memory.database, np.random.default_rng(0), 2 * len(channels)
-    store, texts = ConversationStore(database), [turn["text"] for seed in range(20) for turn in dialogue(seed).conversation]
+    store, texts = (
+        ConversationStore(database),
+        [turn["text"] for seed in range(20) for turn in make_dialogue(seed).conversation],
+    )
     for start in range(0, len(channels), BLOCK):
         block = [
             _mention(channel, number, texts, are_turns)
@@ -210,29 +213,29 @@ def _rows(said: list[tuple[str, str]], vectors: Any, space: str) -> Iterator[dic
 
 
 def _questions() -> list[str]:
-    asked = [question["text"] for seed in range(40, 60) for question in dialogue(seed).questions][:QUESTIONS]
+    asked = [question["text"] for seed in range(40, 60) for question in make_dialogue(seed).questions][:QUESTIONS]
     return [asked[0], *asked]
 
 
-async def _added(recall: Recall, tokenizer: ChatTokenizer, channel: str) -> tuple[list[float], int]:
+async def _time_remembering(recall: Recall, tokenizer: ChatTokenizer, channel: str) -> tuple[list[float], int]:
     """What remembering adds to each of the questions (s), after one that reads the channel; and what came from elsewhere."""
     store = ConversationStore(recall.memory.database)
     plain = StateTracker(store, tokenizer, recall, DialogueConfig(remembered=0), 1024)
     whole = StateTracker(store, tokenizer, recall, DialogueConfig(), 1024)
-    asked = store.open(Conversation("bench", channel, thread="asked"))
+    asked = store.open_conversation(Conversation("bench", channel, thread="asked"))
     added, leaks = [], 0
     for text in _questions():
         message = Message(asked.id, "somebody", text)
         began = time.perf_counter()
-        await plain.context(message)
+        await plain.build_context(message)
         between = time.perf_counter()
-        context = await whole.context(message)
+        context = await whole.build_context(message)
         added.append(time.perf_counter() - between - (between - began))
-        leaks += sum(store.conversation(one.message.conversation_id).channel != channel for one in context.remembered)
+        leaks += sum(store.read_conversation(one.message.conversation_id).channel != channel for one in context.remembered)
     return added[1:], leaks
 
 
-async def _answered(recall: Recall, tokenizer: ChatTokenizer, channel: str) -> list[float]:
+async def _time_questions(recall: Recall, tokenizer: ChatTokenizer, channel: str) -> list[float]:
     """How long each of the questions, a mention of its own, takes from being heard until its prompt is made (s)."""
     store, call = ConversationStore(recall.memory.database), recall.memory.database.call
     tracker = StateTracker(store, tokenizer, recall, DialogueConfig(), 1024)
@@ -241,11 +244,11 @@ async def _answered(recall: Recall, tokenizer: ChatTokenizer, channel: str) -> l
     took = []
 
     def hear(place: Conversation, text: str) -> Any:
-        heard = store.hear(place, Message("", "somebody", text))
-        return heard.message, tracker.surroundings(heard.message, heard.place)
+        heard = store.add_message_at(place, Message("", "somebody", text))
+        return heard.message, tracker.read_surroundings(heard.message, heard.place)
 
     for number, text in enumerate(_questions()):
         began = time.perf_counter()
-        await tracker.context(*await call(hear, Conversation("bench", channel, thread=f"asked {number}"), text))
+        await tracker.build_context(*await call(hear, Conversation("bench", channel, thread=f"asked {number}"), text))
         took.append(time.perf_counter() - began)
     return took

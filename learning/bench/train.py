@@ -63,7 +63,7 @@ def measure(config: Config, base_model: str, progress: Progress) -> dict[str, fl
                 done = number * size.rounds * 2 + turn * 2 + (not plain)
                 progress(objective, done, len(OBJECTIVES) * size.rounds * 2)
                 with ProcessPoolExecutor(1, context, end_with_parent) as pool:
-                    speed, used = pool.submit(_measured, settings, base_model, plain, size).result()
+                    speed, used = pool.submit(_measure_run, settings, base_model, plain, size).result()
                 speeds[plain].append(speed)
                 peaks[plain].append(used)
         figures[f"{objective}_tokens_per_s"] = max(speeds[False])
@@ -71,15 +71,15 @@ def measure(config: Config, base_model: str, progress: Progress) -> dict[str, fl
         figures[f"{objective}_peak_memory_ratio"] = min(peaks[False]) / min(peaks[True])
     progress("one whole run", 0, 1)
     with ProcessPoolExecutor(1, context, end_with_parent) as pool:
-        figures["steps_share_of_run"] = pool.submit(_steps_share, config, base_model).result()
-    if (peak := _card_peak()) is not None:
+        figures["steps_share_of_run"] = pool.submit(_measure_steps_share, config, base_model).result()
+    if (peak := _find_peak_flops()) is not None:
         parameters = read_shape(base_model).parameters
         for objective in OBJECTIVES:  # 4 · parameters · tokens: an adapter needs no gradients of the weights
             figures[f"{objective}_share_of_peak"] = 4 * parameters * figures[f"{objective}_tokens_per_s"] / peak
     return figures
 
 
-def _steps_share(config: Config, base_model: str) -> float:
+def _measure_steps_share(config: Config, base_model: str) -> float:
     """The share of one whole run, from reading what people said to the verdict, that is spent in training steps."""
     from learning.importers import formats
     from learning.training.run import train_version
@@ -90,10 +90,10 @@ def _steps_share(config: Config, base_model: str) -> float:
         rated = place / "rated.jsonl"
         rows = [
             json.dumps({"messages": dialogue, "rating": bool(number % 2)})
-            for number, dialogue in enumerate(toy.dialogues(RATED, config.seed))
+            for number, dialogue in enumerate(toy.make_dialogues(RATED, config.seed))
         ]
         rated.write_text("\n".join(rows), encoding="utf-8")
-        recording = formats.read(rated, "openai")
+        recording = formats.read_recording(rated, "openai")
         database, store, registry = open_stores(apart)
         registry.ensure_base(base_model)
         store.add_dialogues(recording.dialogues)
@@ -104,30 +104,30 @@ def _steps_share(config: Config, base_model: str) -> float:
         shutil.rmtree(place)
 
 
-def _card_peak() -> float | None:
+def _find_peak_flops() -> float | None:
     """The bfloat16 peak (FLOP/s, dense) of the GPU, by its name; None without one that is known."""
     card = read_card()
     return None if card is None else next((peak for name, peak in PEAKS.items() if name in card.name), None)
 
 
-def _measured(config: Config, base_model: str, plain: bool, size: Size) -> tuple[float, float]:
+def _measure_run(config: Config, base_model: str, plain: bool, size: Size) -> tuple[float, float]:
     """Tokens/s, of the tokens that the steps of one run read, and its peak memory (bytes)."""
     import torch
 
-    from learning.data.selection import usable_rows
-    from learning.models.trainable import load, quiet
+    from learning.data.selection import select_usable
+    from learning.models.trainable import load_for_training, silence_libraries
     from learning.training.objectives import train
 
-    quiet()
+    silence_libraries()
     tokenizer = ChatTokenizer(base_model, config.policy.template_args)
     rows = _rows(tokenizer, size.rows, config.seed)
-    model = load(config, base_model)
+    model = load_for_training(config, base_model)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    used = usable_rows(rows, config.training.objective)
+    used = select_usable(rows, config.training.objective)
     began = time.monotonic()
     if plain:
-        _plain(model, tokenizer, used, config)
+        _train_plain(model, tokenizer, used, config)
     else:
         train(model, tokenizer.hf, rows, config.training, config.seed, lambda *_: None)
     seconds = time.monotonic() - began
@@ -145,15 +145,21 @@ def _length(row: Experience, reads_pairs: bool) -> int:
     return own + len(row.prompt_ids) + len(row.rejected_ids or ()) if reads_pairs else own
 
 
-def _plain(model: Any, tokenizer: ChatTokenizer, rows: Sequence[Experience], config: Config) -> None:
+def _train_plain(model: Any, tokenizer: ChatTokenizer, rows: Sequence[Experience], config: Config) -> None:
     """The stock TRL trainer for an objective; where TRL has none, its supervised one on the same rows."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
     from learning.models.reporter import report_progress
-    from learning.training.objectives import TokenDPOTrainer, TokenKTOTrainer, arguments, dpo_examples, kto_examples
+    from learning.training.objectives import (
+        TokenDPOTrainer,
+        TokenKTOTrainer,
+        dpo_examples,
+        kto_examples,
+        make_training_arguments,
+    )
 
-    common = arguments(config.training, config.training.batch_size, len(rows), config.seed)
+    common = make_training_arguments(config.training, config.training.batch_size, len(rows), config.seed)
     if config.training.objective == "kto":
         data = [{key: row[key] for key in ("prompt_ids", "completion_ids", "label")} for row in kto_examples(rows)]
         trainer: Any = type("PlainKTO", (KTOTrainer,), {"_prepare_dataset": TokenKTOTrainer._prepare_dataset})
@@ -180,7 +186,7 @@ def _plain(model: Any, tokenizer: ChatTokenizer, rows: Sequence[Experience], con
 def _rows(tokenizer: ChatTokenizer, count: int, seed: int) -> list[Experience]:
     """Answers of the demo set, every other one liked, each with a worse one to the same prompt."""
     found = []
-    for number, dialogue in enumerate(toy.dialogues(count, seed)):
+    for number, dialogue in enumerate(toy.make_dialogues(count, seed)):
         prompt = tuple(tokenizer.prompt_ids(dialogue[:-1]))
         answer = tuple(tokenizer.completion_ids(dialogue[-1]["content"]))
         sign = 1.0 if number % 2 else -1.0

@@ -11,30 +11,32 @@ import numpy as np
 
 from bot.config import Config
 from bot.memory.embedder import Embedder
-from learning.data.features import expected, features
-from learning.data.selection import kinds_of, weighed
+from learning.data.features import extract_features, predict_rewards
+from learning.data.selection import assign_advantages, cluster_questions
 
 if TYPE_CHECKING:
     from learning.data.experience import Experience
 
 
-def compared(found: Sequence["Experience"], embedder: Embedder | None, config: Config, seed: int) -> list["Experience"]:
+def with_advantages(
+    found: Sequence["Experience"], embedder: Embedder | None, config: Config, seed: int
+) -> list["Experience"]:
     """The experiences with their advantages and weights: with an embedder, beside what is usual for their kind of prompt.
 
     A share `rewards.smoothing` of each advantage is what answers like it earned: one reaction says little about one answer,
     and all of them say much about what is common to many. Answers that were compared with another one to the same question,
     a correction or a pick, keep what was said of them.
     """
-    kind_of = kinds_of([one.question for one in found], embedder, seed)
+    kind_of = cluster_questions([one.question for one in found], embedder, seed)
     share = config.rewards.smoothing
     refused = {(one.prompt_ids, one.rejected_ids) for one in found}
     is_compared = [one.rejected_ids is not None or (one.prompt_ids, one.completion_ids) in refused for one in found]
 
     def smooth(worth: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        alike = expected(worth, features([one.answer for one in found], embedder), weights)
+        alike = predict_rewards(worth, extract_features([one.answer for one in found], embedder), weights)
         return np.where(is_compared, worth, (1 - share) * worth + share * alike)
 
-    return weighed(
+    return assign_advantages(
         found,
         kind_of,
         config.rewards.prior,
@@ -43,7 +45,7 @@ def compared(found: Sequence["Experience"], embedder: Embedder | None, config: C
     )
 
 
-def paired(answers: Sequence[tuple[float, "Experience"]]) -> list["Experience"]:
+def pair_best_with_worst(answers: Sequence[tuple[float, "Experience"]]) -> list["Experience"]:
     """Answers to one question (with their ranks): the best with the worst as the one that it is preferred to."""
     ones = [one for _, one in answers]
     if len(ones) < 2 or any(one.rejected_ids is not None for one in ones):

@@ -22,7 +22,7 @@ class Experience:
     its sampling, or None for a text that was not sampled so (imported, a person's correction, a truncated
     distribution). `rejected_ids` is an answer to the same prompt that people liked less. `feedback_ids` is what the
     reward is made of, and of an answer that is paired also what was said of the other and who ranked either
-    (`rank_ids`). `said_at` is when the first of it was said. `advantage` (in [-2, 2]) is what `compared` makes of the
+    (`rank_ids`). `said_at` is when the first of it was said. `advantage` (in [-2, 2]) is what `with_advantages` makes of the
     reward; `weight` (in (0, 1]) is less for those who say more than their share.
     """
 
@@ -35,7 +35,7 @@ class Experience:
     feedback_ids: tuple[str, ...]
     followup_id: str | None = None
     asker: str = ""
-    opinions: tuple[str, ...] = ()
+    opinion_holders: tuple[str, ...] = ()
     question: str = ""
     answer: str = ""
     question_id: str = ""
@@ -51,7 +51,7 @@ class Experience:
         """How many tokens its longest sequence has."""
         return len(self.prompt_ids) + max(len(self.completion_ids), len(self.rejected_ids or ()))
 
-    def digest(self) -> Row:
+    def make_manifest_row(self) -> Row:
         """What a manifest records of it."""
         texts = [self.prompt_ids, self.completion_ids, self.rejected_ids]
         ids = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
@@ -70,7 +70,7 @@ class Snapshot:
     """
 
     training: list[Experience] = field(default_factory=list)
-    learned: list[Experience] = field(default_factory=list)
+    trained_on: list[Experience] = field(default_factory=list)
     held_out: list[Experience] = field(default_factory=list)
     rated: list[Experience] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
@@ -85,7 +85,7 @@ class Snapshot:
         return [one for one in self.held_out if not one.is_correction]
 
     @property
-    def drawn(self) -> list[Experience]:
+    def training_and_held_out(self) -> list[Experience]:
         """The training and the held-out part together, oldest first."""
         return sorted([*self.training, *self.held_out], key=lambda one: one.turn_id)
 

@@ -12,16 +12,16 @@ from pathlib import Path
 
 from bot.errors import DataError
 from bot.store.registry import PolicyRegistry
-from bot.store.teachers import find_pupils
+from bot.store.teachers import find_taught_versions
 from bot.types import Message, Turn
 from learning.data.manifest import read_manifest, read_since
 from learning.data.replay_buffer import Decision, ReplayBuffer
 
-SHOWN = 8  # runs, the newest
+MAX_RUNS = 8  # runs, the newest
 
 
 @dataclass(frozen=True)
-class Used:
+class TrainingUse:
     """That a run learned from a turn: what the turn was worth to it (None where its files are gone), how much it counted
     beside others, and which share of the worth is that of answers like it (`rewards.smoothing`).
     """
@@ -31,7 +31,7 @@ class Used:
     weight: float = 1.0
     smoothing: float = 0.0
 
-    def line(self) -> str:
+    def describe(self) -> str:
         """What the run made of it, for people."""
         if self.advantage is None:
             return f"used by {self.policy}, whose files are gone"
@@ -46,7 +46,7 @@ class Used:
 
 
 @dataclass(frozen=True)
-class Account:
+class TurnExplanation:
     """A turn with all that bears on it; `remembered` are older messages that it was shown, with their scores. `earlier` is
     how many runs used it besides those that are shown.
     """
@@ -55,8 +55,8 @@ class Account:
     question: Message
     remembered: list[tuple[Message, float]]
     decision: Decision
-    used: list[Used]
-    earlier: int = 0
+    uses: list[TrainingUse]
+    earlier_use_count: int = 0
     is_outdated: bool = False
 
     def lines(self, names: bool = True) -> list[str]:
@@ -67,21 +67,21 @@ class Account:
             return person if names else "the asker" if person == turn.asker_id else "somebody else"
 
         found = [
-            f"asked by {name(self.question.author_id)}, {self.question.at:%Y-%m-%d %H:%M}: {_short(self.question.text)}",
-            f"answered by {turn.policy_version} in {turn.latency_ms:.0f} ms ({turn.finish_reason}): {_short(turn.text)}",
+            f"asked by {name(self.question.author_id)}, {self.question.at:%Y-%m-%d %H:%M}: {_shorten(self.question.text)}",
+            f"answered by {turn.policy_version} in {turn.latency_ms:.0f} ms ({turn.finish_reason}): {_shorten(turn.text)}",
             f"prompt {len(turn.prompt_ids or ())} tokens, answer {len(turn.completion_ids or ())} tokens, log-probability "
             f"{sum(turn.logprobs or ()):.2f}, sampled with {turn.sampling}",
         ]
         found += [
-            f"remembered ({score:.2f}): {name(said.author_id)}: {_short(said.text)}" for said, score in self.remembered
+            f"remembered ({score:.2f}): {name(said.author_id)}: {_shorten(said.text)}" for said, score in self.remembered
         ]
-        for row, reason in decision.opinions:
+        for row, reason in decision.feedback:
             said = f"said by {name(row.user_id)}, {row.at:%Y-%m-%d %H:%M}: {row.kind} ({row.signal or 'no signal'})"
-            found.append(f"{said}, {_counts(reason)}")
+            found.append(f"{said}, {_describe_counting(reason)}")
         if decision.followup is not None:
             kind = decision.followup.kind
             chance = decision.followup.chances[kind]
-            found.append(f"said next: {kind} (chance {chance:.2f}), {_counts(decision.followup_reason)}")
+            found.append(f"said next: {kind} (chance {chance:.2f}), {_describe_counting(decision.followup_reason)}")
         if decision.reward is None:
             found.append("reward: none")
         else:
@@ -93,47 +93,47 @@ class Account:
             found.append("held out: it judges candidates and teaches none")
         elif self.is_outdated:
             found.append("teaches nothing more: said before people came to want the opposite")
-        found += [one.line() for one in self.used]
-        if self.earlier:
-            found.append(f"used by {self.earlier} earlier versions too")
-        return found if self.used else [*found, "used by no version yet"]
+        found += [one.describe() for one in self.uses]
+        if self.earlier_use_count:
+            found.append(f"used by {self.earlier_use_count} earlier versions too")
+        return found if self.uses else [*found, "used by no version yet"]
 
 
-def explain(turn_id: str, buffer: ReplayBuffer, registry: PolicyRegistry) -> Account:
+def explain(turn_id: str, buffer: ReplayBuffer, registry: PolicyRegistry) -> TurnExplanation:
     """Why a turn is what it is. Raises DataError where there is no such turn."""
     store = buffer.store
-    turn = store.turn(turn_id)
+    turn = store.find_turn(turn_id)
     if turn is None:
         raise DataError(f"there is no turn '{turn_id}'; `kibitz why` lists the latest that people said something about")
     decision = buffer.decide(turn)
-    there = store.messages_of(turn.remembered)
+    there = store.find_messages(turn.remembered)
     shown = sorted(((score, one) for one, score in turn.remembered.items() if one in there), reverse=True)
     followups = [decision.followup.message_id] if decision.followup is not None else []
-    taught = set(find_pupils(registry.database, [row.id for row, _ in decision.opinions], followups))
-    used = [(name, path) for name, path in registry.directories().items() if name in taught]
-    return Account(
+    taught = set(find_taught_versions(registry.database, [row.id for row, _ in decision.feedback], followups))
+    used = [(name, path) for name, path in registry.find_directories().items() if name in taught]
+    return TurnExplanation(
         turn=turn,
-        question=store.message(turn.message_id),
+        question=store.read_message(turn.message_id),
         remembered=[(there[one], score) for score, one in shown],
         decision=decision,
-        used=[one for name, path in used[-SHOWN:] for one in _used(name, Path(path), turn_id)],
-        earlier=len(used[:-SHOWN]),
-        is_outdated=turn_id < read_since(Path(registry.live().path)),
+        uses=[one for name, path in used[-MAX_RUNS:] for one in _find_uses(name, Path(path), turn_id)],
+        earlier_use_count=len(used[:-MAX_RUNS]),
+        is_outdated=turn_id < read_since(Path(registry.get_live().path)),
     )
 
 
-def _used(policy: str, directory: Path, turn_id: str) -> list[Used]:
+def _find_uses(policy: str, directory: Path, turn_id: str) -> list[TrainingUse]:
     """What a version's manifest says of a turn; a version whose files are gone is named all the same."""
     manifest = read_manifest(directory)
     if manifest is None:
-        return [Used(policy, None)]
+        return [TrainingUse(policy, None)]
     smoothing = manifest.rewards["smoothing"]
-    return [Used(policy, row.advantage, row.weight, smoothing) for row in manifest.rows if row.turn_id == turn_id]
+    return [TrainingUse(policy, row.advantage, row.weight, smoothing) for row in manifest.rows if row.turn_id == turn_id]
 
 
-def _counts(reason: str | None) -> str:
+def _describe_counting(reason: str | None) -> str:
     return "counts" if reason is None else f"does not count: {reason}"
 
 
-def _short(text: str) -> str:
+def _shorten(text: str) -> str:
     return " ".join(text[:400].split())[:160]

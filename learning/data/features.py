@@ -17,41 +17,41 @@ RIDGE = 16.0  # rewards scatter by about 1 around a taste that is worth about 0.
 EMOJI = re.compile("[\U0001f300-\U0001faff\u2600-\u27bf]")
 
 
-def _has(pattern: str, flags: int = re.IGNORECASE) -> Callable[[str], float]:
+def _make_matcher(pattern: str, flags: int = re.IGNORECASE) -> Callable[[str], float]:
     found = re.compile(pattern, flags)
     return lambda text: float(found.search(text) is not None)
 
 
-NAMED: dict[str, Callable[[str], float]] = {
+NAMED_FEATURES: dict[str, Callable[[str], float]] = {
     "length": lambda text: math.log1p(len(text.split())),  # doubled, it is 0.7 more
     "sentences": lambda text: math.log1p(len(re.findall(r"[.!?…](?:\s|$)|[。！？]", text))),
     "long words": lambda text: math.log1p(float(np.mean([len(word) for word in text.split() or [""]]))),
     "asks back": lambda text: float(re.search(r"[?？]\W*$", text[-100:]) is not None),
-    "question": _has("[?？]"),
-    "exclamation": _has("[!！]"),
+    "question": _make_matcher("[?？]"),
+    "exclamation": _make_matcher("[!！]"),
     "emoji": lambda text: float(EMOJI.search(text) is not None),
-    "list": _has(r"^[ \t]*([-*•]|\d+[.)])\s", re.MULTILINE),
-    "emphasis": _has(r"\*\w|\b[A-Z]{3,}\b", 0),
-    "code": _has("`"),
-    "number": _has(r"\d"),
-    "you": _has(r"\b(you|your|yours|yourself)\b"),
-    "I": _has(r"\b(i|me|my|mine|myself)\b"),
-    "we": _has(r"\b(we|us|our|let's)\b"),
-    "contractions": _has(r"\w['’]\w"),
-    "hedging": _has(r"\b(maybe|perhaps|might|could|may|probably|possibly|seems?|i think|not sure)\b"),
-    "thanks or regrets": _has(r"\b(thanks?|thank|sorry|please|glad|welcome)\b"),
-    "small letters": _has(r"^\W*[a-z]", 0),
+    "list": _make_matcher(r"^[ \t]*([-*•]|\d+[.)])\s", re.MULTILINE),
+    "emphasis": _make_matcher(r"\*\w|\b[A-Z]{3,}\b", 0),
+    "code": _make_matcher("`"),
+    "number": _make_matcher(r"\d"),
+    "you": _make_matcher(r"\b(you|your|yours|yourself)\b"),
+    "I": _make_matcher(r"\b(i|me|my|mine|myself)\b"),
+    "we": _make_matcher(r"\b(we|us|our|let's)\b"),
+    "contractions": _make_matcher(r"\w['’]\w"),
+    "hedging": _make_matcher(r"\b(maybe|perhaps|might|could|may|probably|possibly|seems?|i think|not sure)\b"),
+    "thanks or regrets": _make_matcher(r"\b(thanks?|thank|sorry|please|glad|welcome)\b"),
+    "small letters": _make_matcher(r"^\W*[a-z]", 0),
 }
 
 
-def features(answers: list[str], embedder: Embedder | None = None) -> np.ndarray:
+def extract_features(answers: list[str], embedder: Embedder | None = None) -> np.ndarray:
     """What answers are like (n × features): what has a name, and their meaning if there is an embedder."""
-    named = np.array([[measure(text) for measure in NAMED.values()] for text in answers], dtype=float)
-    named = named.reshape(len(answers), len(NAMED))
+    named = np.array([[measure(text) for measure in NAMED_FEATURES.values()] for text in answers], dtype=float)
+    named = named.reshape(len(answers), len(NAMED_FEATURES))
     return named if embedder is None else np.hstack([named, embedder.encode(answers)])
 
 
-def ridge(seen: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+def ridge_influence(seen: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     """What each reward for answers with features `seen` (n × features) counts for each feature (n × features).
 
     Ridge regression (Hoerl and Kennard, 1970, "Ridge Regression: Biased Estimation for Nonorthogonal Problems"), which is
@@ -63,9 +63,9 @@ def ridge(seen: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     return np.linalg.solve(rows @ rows.T + RIDGE * np.eye(len(rows)), rows) * root
 
 
-def expected(rewards: np.ndarray, seen: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def predict_rewards(rewards: np.ndarray, seen: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """What answers like each one earned (n,), from the rewards of all of them (n,), which count by `weights` (n,)."""
     if not weights.any():
         return np.zeros(len(rewards))
     centred = seen - np.average(seen, axis=0, weights=weights)
-    return centred @ ridge(seen, weights).T @ rewards
+    return centred @ ridge_influence(seen, weights).T @ rewards

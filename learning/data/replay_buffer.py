@@ -10,30 +10,30 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from bot.chat.dialogue import UNFINISHED
+from bot.chat.dialogue import UNFINISHED_REASONS
 from bot.config import Config
 from bot.memory.embedder import Embedder
 from bot.models.sampling import is_truncated
 from bot.models.tokenizer import ChatTokenizer
 from bot.store.conversations import ConversationStore
-from bot.store.feedback import standing
-from bot.store.judged import Judged, find_judged, find_reconsidered
+from bot.store.feedback import select_effective
+from bot.store.judged import JudgedTurn, find_judged_turns, find_reconsidered_turns
 from bot.store.registry import PolicyRegistry
-from bot.store.teachers import find_turns_that_taught, select_teachers
+from bot.store.teachers import find_feedback_that_taught, find_turns_that_taught
 from bot.store.users import Users
 from bot.types import Feedback, FeedbackKind, FollowUp, Message, Turn, now
-from learning.data.comparison import compared, paired
+from learning.data.comparison import pair_best_with_worst, with_advantages
 from learning.data.experience import Experience, Snapshot
-from learning.data.rewards import Reward, reward
+from learning.data.rewards import Reward, compute_reward
 from learning.data.selection import (
     count_fresh,
-    fresh_and_old,
+    draw_fresh_and_old,
+    draw_order_key,
+    drop_near_duplicates,
+    explain_not_drawn,
     is_held_out,
-    learnable,
-    not_drawn,
-    order_of_draw,
-    parted,
-    thinned,
+    select_for_training,
+    split_held_out,
 )
 from learning.data.voices import Voices
 
@@ -48,7 +48,7 @@ class Decision:
     those that count, and of `followup` where `followup_reason` is None. `reason` is why the turn teaches nothing, if so.
     """
 
-    opinions: list[tuple[Feedback, str | None]]
+    feedback: list[tuple[Feedback, str | None]]
     followup: FollowUp | None
     followup_reason: str | None
     reward: Reward | None
@@ -56,18 +56,18 @@ class Decision:
     is_held_out: bool
 
     @property
-    def counted(self) -> list[Feedback]:
+    def counted_feedback(self) -> list[Feedback]:
         """The acts of feedback that count."""
-        return [row for row, reason in self.opinions if reason is None]
+        return [row for row, reason in self.feedback if reason is None]
 
-    def said_at(self, turn: Turn) -> datetime:
+    def find_said_at(self, turn: Turn) -> datetime:
         """When the first of what counts was said; where a follow-up counts, when it was answered."""
         is_followed_up = self.followup is not None and self.followup_reason is None
-        return min([row.at for row in self.counted] + [turn.at] * is_followed_up, default=turn.at)
+        return min([row.at for row in self.counted_feedback] + [turn.at] * is_followed_up, default=turn.at)
 
 
 @dataclass(frozen=True)
-class Reader:
+class KnownVersions:
     """What is the same for all turns that are read: the versions of another base model, and how many versions came after
     each one.
     """
@@ -97,187 +97,193 @@ class ReplayBuffer:
         """
         learning = self.config.learning
         drawn_at = now()
-        found = self._drawn(space, since)
+        found = self._read_pool(space, since)
         found.drawn_at = drawn_at
-        drawn, dropped = fresh_and_old(found.training, learning.max_turns, learning.fresh)
+        drawn, dropped = draw_fresh_and_old(found.training, learning.max_turns, learning.fresh)
         found.dropped += dropped
-        training, found.held_out = parted(drawn, learning.held_out)
+        training, found.held_out = split_held_out(drawn, learning.held_out)
         if self.embedder is not None and training:
-            training, dropped = thinned(
+            training, dropped = drop_near_duplicates(
                 training, self.embedder.encode([f"{one.question}\n{one.answer}" for one in training])
             )
             found.dropped += dropped
-        found.training = compared(training, self.embedder, self.config, self.config.seed)
-        found.learned, dropped = learnable(found.training, self.config.training, self.config.seed)
+        found.training = with_advantages(training, self.embedder, self.config, self.config.seed)
+        found.trained_on, dropped = select_for_training(found.training, self.config.training, self.config.seed)
         found.dropped += dropped
         found.without_logprobs = sum(one.logprobs is None for one in drawn)
         return found
 
-    def unseen(self, since: str, drawn_at: datetime) -> list[Experience]:
+    def find_unseen(self, since: str, drawn_at: datetime) -> list[Experience]:
         """The judged answers, from the turn `since` on, that no version learned from which drew its rows at `drawn_at` or
         before: those that are held out, and those to other questions on which all was said after that.
         """
         learning = self.config.learning
-        found = self._drawn(None, since)
+        found = self._read_pool(None, since)
         judged = [one for one in found.training if not one.is_correction]
-        drawn, _ = fresh_and_old(judged, learning.max_turns, learning.fresh)
-        known = self._taught_units() | {one.unit for one in found.rated if one.said_at < drawn_at}
+        drawn, _ = draw_fresh_and_old(judged, learning.max_turns, learning.fresh)
+        known = self._find_taught_units() | {one.unit for one in found.rated if one.said_at < drawn_at}
         return [one for one in drawn if is_held_out(one.unit, learning.held_out) or one.unit not in known]
 
-    def _taught_units(self) -> set[str]:
+    def _find_taught_units(self) -> set[str]:
         """The units of all turns of which an opinion ever taught a version."""
         taught, found = sorted(find_turns_that_taught(self.store.database)), set[str]()
         for start in range(0, len(taught), PAGE):
-            turns = self.store.turns_of(taught[start : start + PAGE])
+            turns = self.store.read_turns(taught[start : start + PAGE])
             voices = Voices(self.store, self.users, turns, self.config.web)
-            found |= {voices.unit(turn) for turn in turns}
+            found |= {voices.find_unit(turn) for turn in turns}
         return found
 
-    def rated(self) -> list[Experience]:
+    def read_rated(self) -> list[Experience]:
         """All answers with a reward, oldest first, however many."""
-        found, reader = Snapshot(), self._reader()
-        judged = self._judged()
+        found, reader = Snapshot(), self._find_known_versions()
+        judged = self._find_judged()
         for start in range(0, len(judged), PAGE):
-            self._read(judged[start : start + PAGE], reader, found)
+            self._read_into(judged[start : start + PAGE], reader, found)
         return found.rated
 
-    def _judged(self, space: str | None = None) -> list[Judged]:
-        return find_judged(self.store.database, space, self.config.rewards.followup > 0)
+    def _find_judged(self, space: str | None = None) -> list[JudgedTurn]:
+        return find_judged_turns(self.store.database, space, self.config.rewards.followup > 0)
 
-    def _drawn(self, space: str | None, since: str) -> Snapshot:
+    def _read_pool(self, space: str | None, since: str) -> Snapshot:
         """The experiences that a run is drawn from, as if all were for training, and why the other turns are none.
 
-        They are read a page at a time, the newest first and then the older ones in the order of `order_of_draw`, until as
+        They are read a page at a time, the newest first and then the older ones in the order of `draw_order_key`, until as
         many can be learned from as are wanted of either.
         """
-        everything = self._judged(space)
+        everything = self._find_judged(space)
         judged = [one for one in everything if one.turn_id >= since]
-        found = Snapshot(turns=len(everything), taken_back=self._taken_back({one.turn_id for one in everything}))
+        found = Snapshot(turns=len(everything), taken_back=self._find_retracted({one.turn_id for one in everything}))
         if len(judged) < len(everything):
             found.dropped["said before people came to want the opposite"] = len(everything) - len(judged)
         most = self.config.learning.max_turns
         newest = count_fresh(most, self.config.learning.fresh)
-        answers: defaultdict[str, list[Judged]] = defaultdict(list)
+        answers: defaultdict[str, list[JudgedTurn]] = defaultdict(list)
         for one in judged:
             answers[one.message_id].append(one)
-        reader, read = self._reader(), set[Judged]()
+        reader, read = self._find_known_versions(), set[JudgedTurn]()
         usable: Counter[str] = Counter()
-        for wanted, in_order in ((newest, reversed(judged)), (most - newest, self._in_order_of_draw(judged, read))):
+        for wanted, in_order in ((newest, reversed(judged)), (most - newest, self._yield_in_draw_order(judged, read))):
             while wanted > 0 and (page := list(itertools.islice(in_order, PAGE))):
                 unread = {other for one in page for other in answers[one.message_id]} - read
                 read |= unread
-                usable.update(self._read(unread, reader, found))
+                usable.update(self._read_into(unread, reader, found))
                 wanted -= sum(usable[one.turn_id] for one in page)
-        found.dropped[not_drawn(most)] += len(judged) - len(read)
+        found.dropped[explain_not_drawn(most)] += len(judged) - len(read)
         found.dropped = +found.dropped
         found.training.sort(key=lambda one: one.turn_id)
         found.rated.sort(key=lambda one: one.turn_id)
         return found
 
-    def _in_order_of_draw(self, judged: Sequence[Judged], read: set[Judged]) -> Iterator[Judged]:
-        yield from sorted(set(judged) - read, key=lambda one: order_of_draw(one.turn_id))
+    def _yield_in_draw_order(self, judged: Sequence[JudgedTurn], read: set[JudgedTurn]) -> Iterator[JudgedTurn]:
+        yield from sorted(set(judged) - read, key=lambda one: draw_order_key(one.turn_id))
 
-    def _taken_back(self, turn_ids: set[str]) -> list[str]:
+    def _find_retracted(self, turn_ids: set[str]) -> list[str]:
         """The turn of each opinion that taught an earlier version and no longer stands."""
-        said = self.store.feedback_of(find_reconsidered(self.store.database) & turn_ids)
+        said = self.store.read_feedback_on(find_reconsidered_turns(self.store.database) & turn_ids)
         given = [row for rows in said.values() for row in rows]
-        gone = {row.id for row in given} - {row.id for row in standing(given)}
-        taught = select_teachers(self.store.database, sorted(gone))
+        gone = {row.id for row in given} - {row.id for row in select_effective(given)}
+        taught = find_feedback_that_taught(self.store.database, sorted(gone))
         return sorted(row.turn_id for row in given if row.id in taught)
 
-    def _reader(self) -> "Reader":
+    def _find_known_versions(self) -> "KnownVersions":
         registry = PolicyRegistry(self.store.database)
-        age = {name: age for age, name in enumerate(reversed(registry.directories()))}
-        return Reader(registry.foreign(), age)
+        age = {name: age for age, name in enumerate(reversed(registry.find_directories()))}
+        return KnownVersions(registry.find_foreign(), age)
 
-    def _read(self, judged: Iterable[Judged], reader: "Reader", found: Snapshot) -> list[str]:
+    def _read_into(self, judged: Iterable[JudgedTurn], reader: "KnownVersions", found: Snapshot) -> list[str]:
         """Read some turns, all answers to a question together, into a snapshot; return the turn of each experience."""
-        turns = self.store.turns_of(one.turn_id for one in judged)
+        turns = self.store.read_turns(one.turn_id for one in judged)
         voices = Voices(self.store, self.users, turns, self.config.web)
         answers: dict[str, list[tuple[float, Experience]]] = defaultdict(list)
-        for turn in (self._ours(turn, reader.foreign) for turn in turns):
+        for turn in (self._without_foreign_ids(turn, reader.foreign) for turn in turns):
             decision = self._decide(turn, voices)
             earned = decision.reward
             if decision.reason is not None or earned is None:
                 found.dropped[decision.reason or ""] += 1
                 continue
-            wanted = [row.text for row in decision.counted if row.kind == FeedbackKind.CORRECTION and row.text]
+            wanted = [row.text for row in decision.counted_feedback if row.kind == FeedbackKind.CORRECTION and row.text]
             age, wish = reader.age.get(turn.policy_version, 0), wanted[-1] if wanted else None
-            for one in self._of_turn(turn, voices, earned, wish, age):
-                ranks = tuple(row.id for row in voices.ranks(turn))
-                one = replace(one, said_at=decision.said_at(turn), rank_ids=ranks)
+            for one in self._make_experiences(turn, voices, earned, wish, age):
+                ranks = tuple(row.id for row in voices.find_ranks(turn))
+                one = replace(one, said_at=decision.find_said_at(turn), rank_ids=ranks)
                 found.rated.append(one)
-                if (reason := self._too_long(one)) is not None:
+                if (reason := self._explain_too_long(one)) is not None:
                     found.dropped[reason] += 1
                 else:
-                    answers[turn.message_id].append((voices.rank(turn), one))
-        usable = [one for ranked in answers.values() for one in paired(ranked)]
+                    answers[turn.message_id].append((voices.compute_rank(turn), one))
+        usable = [one for ranked in answers.values() for one in pair_best_with_worst(ranked)]
         found.training += usable
         return [one.turn_id for one in usable]
 
     def decide(self, turn: Turn) -> Decision:
         """What counts of what people said about one turn, as a run that began now would take it."""
-        turn = self._ours(turn, PolicyRegistry(self.store.database).foreign())
+        turn = self._without_foreign_ids(turn, PolicyRegistry(self.store.database).find_foreign())
         voices = Voices(self.store, self.users, [turn], self.config.web)
         decision = self._decide(turn, voices)
         if decision.reason is None and decision.reward is not None:
-            first = next(self._of_turn(turn, voices, decision.reward, None, 0))
-            return replace(decision, reason=self._too_long(first))
+            first = next(self._make_experiences(turn, voices, decision.reward, None, 0))
+            return replace(decision, reason=self._explain_too_long(first))
         return decision
 
-    def _too_long(self, one: Experience) -> str | None:
+    def _explain_too_long(self, one: Experience) -> str | None:
         most = self.config.training.max_length
         return f"longer than training.max_length ({most})" if one.length > most else None
 
     def _decide(self, turn: Turn, voices: Voices) -> Decision:
-        opinions = voices.judge(turn)
+        opinions = voices.judge_feedback(turn)
         followup, followup_reason = voices.judge_followup(turn, self.config.rewards)
-        counted = [replace(row, user_id=voices.voice(turn, row.user_id)) for row, reason in opinions if reason is None]
-        asker = voices.voice(turn, turn.asker_id)
-        earned = reward(counted, asker, self.config.rewards, None if followup_reason else followup)
-        is_kept_out = is_held_out(voices.unit(turn), self.config.learning.held_out)
-        return Decision(opinions, followup, followup_reason, earned, self._why_not(turn, earned, voices), is_kept_out)
+        counted = [
+            replace(row, user_id=voices.resolve_person(turn, row.user_id)) for row, reason in opinions if reason is None
+        ]
+        asker = voices.resolve_person(turn, turn.asker_id)
+        earned = compute_reward(counted, asker, self.config.rewards, None if followup_reason else followup)
+        is_kept_out = is_held_out(voices.find_unit(turn), self.config.learning.held_out)
+        return Decision(
+            opinions, followup, followup_reason, earned, self._explain_exclusion(turn, earned, voices), is_kept_out
+        )
 
-    def _why_not(self, turn: Turn, earned: Reward | None, voices: Voices) -> str | None:
-        if not voices.consent.to(turn):
+    def _explain_exclusion(self, turn: Turn, earned: Reward | None, voices: Voices) -> str | None:
+        if not voices.consent.may_teach(turn):
             return "somebody in it does not consent"
         if earned is None:
             return "no standing opinion of anybody who took part"
         if earned.value == 0:
             return "opinions cancel out"
-        if turn.finish_reason in UNFINISHED:
+        if turn.finish_reason in UNFINISHED_REASONS:
             return "the answer broke off"
         if not turn.text.strip():
             return "the answer is empty"
-        if turn.completion_ids is not None and not self._are_ours(turn, turn.completion_ids):
+        if turn.completion_ids is not None and not self._has_own_ids(turn, turn.completion_ids):
             return "its token ids are those of another tokenizer"
         return None
 
-    def _ours(self, turn: Turn, foreign: set[str]) -> Turn:
+    def _without_foreign_ids(self, turn: Turn, foreign: set[str]) -> Turn:
         """A turn as this base model reads it: what a version of another one answered is a text."""
         if turn.policy_version not in foreign:  # of another tokenizer, and of another policy
             return turn
         return replace(turn, prompt_ids=None, completion_ids=None, logprobs=None)
 
-    def _are_ours(self, turn: Turn, completion: Sequence[int]) -> bool:
+    def _has_own_ids(self, turn: Turn, completion: Sequence[int]) -> bool:
         """Whether token ids are in our vocabulary, and those of an answer spell its text, and a stop if it had one."""
         prompt, text, has_stops = turn.prompt_ids or (), turn.text, "stop" in turn.sampling
         ids, size = [*prompt, *completion], len(self.tokenizer.hf)
         if ids and not 0 <= min(ids) <= max(ids) < size:
             return False
-        said = self.tokenizer.answer_text(completion).strip()
+        said = self.tokenizer.decode_answer(completion).strip()
         return said == text.strip() or (has_stops and said.startswith(text.strip()))
 
-    def _of_turn(self, turn: Turn, voices: Voices, earned: Reward, correction: str | None, age: int) -> Iterator[Experience]:
+    def _make_experiences(
+        self, turn: Turn, voices: Voices, earned: Reward, correction: str | None, age: int
+    ) -> Iterator[Experience]:
         if turn.prompt_ids is None or turn.completion_ids is None:
-            prompt = tuple(self.tokenizer.prompt_ids(self._asked(turn)))
+            prompt = tuple(self.tokenizer.prompt_ids(self._read_prompt_chat(turn)))
             completion = tuple(self.tokenizer.completion_ids(self.tokenizer.neutralise(turn.text)))
         else:
             prompt, completion = turn.prompt_ids, turn.completion_ids
         is_sampled = not is_truncated(turn.sampling) and age <= self.config.learning.max_age
         first = Experience(
             turn_id=turn.id,
-            unit=voices.unit(turn),
+            unit=voices.find_unit(turn),
             prompt_ids=prompt,
             completion_ids=completion,
             logprobs=turn.logprobs if is_sampled else None,
@@ -285,7 +291,7 @@ class ReplayBuffer:
             feedback_ids=earned.feedback_ids,
             followup_id=earned.followup_id,
             asker=turn.asker_id,
-            opinions=tuple(earned.opinions),
+            opinion_holders=tuple(earned.opinions),
             question=voices.questions[turn.message_id],
             question_id=turn.message_id,
             answer=turn.text,
@@ -303,21 +309,21 @@ class ReplayBuffer:
                 is_correction=True,
             )
 
-    def _asked(self, turn: Turn) -> list[dict[str, str]]:
+    def _read_prompt_chat(self, turn: Turn) -> list[dict[str, str]]:
         """The chat messages that led to a turn: the chain of replies to an imported one, else what the policy was shown."""
         ids = [one for one, score in turn.shown.items() if score is None]
-        said = self.store.messages_of([*ids, turn.message_id])
+        said = self.store.find_messages([*ids, turn.message_id])
         recent = [said[one] for one in ids if one in said and said[one].conversation_id == turn.conversation_id]
         chain = [said[turn.message_id]]
         if recent:
-            return self._chat([*recent, *chain])
+            return self._format_chat([*recent, *chain])
         while (before := chain[-1].reply_to) is not None:
-            found = self.store.messages_of([before]).get(before)
+            found = self.store.find_messages([before]).get(before)
             if found is None or found.conversation_id != turn.conversation_id:
                 break
             chain.append(found)
-        return self._chat(chain[::-1])
+        return self._format_chat(chain[::-1])
 
-    def _chat(self, messages: Sequence[Message]) -> list[dict[str, str]]:
+    def _format_chat(self, messages: Sequence[Message]) -> list[dict[str, str]]:
         kept = [one for one in messages if not one.is_forgotten]  # what is too old leaves its place, and no words
         return [{"role": one.role.value, "content": self.tokenizer.neutralise(one.text)} for one in kept]

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from bot.config import RewardsConfig
-from bot.store.feedback import standing
+from bot.store.feedback import select_effective
 from bot.types import Feedback, FeedbackKind, FollowUp
 
-FOLLOW_UPS = {  # what somebody says next, as the act that would say the same
+FEEDBACK_OF_FOLLOW_UP = {  # what somebody says next, as the act that would say the same
     "approval": FeedbackKind.APPROVAL,
     "disapproval": FeedbackKind.DISAPPROVAL,
     "correction": FeedbackKind.CORRECTION,
@@ -31,7 +31,7 @@ class Reward:
     followup_id: str | None = None
 
 
-def reward(
+def compute_reward(
     feedback: Iterable[Feedback], asker_id: str, config: RewardsConfig, followup: FollowUp | None = None
 ) -> Reward | None:
     """The weighted mean over people of what each one's standing feedback is worth, or None where nothing stands.
@@ -46,13 +46,13 @@ def reward(
         FeedbackKind.REGENERATE: config.regenerate,
         FeedbackKind.CORRECTION: config.correction,
     }
-    counted = [row for row in standing(feedback) if row.kind in worth or row.kind == FeedbackKind.RATING]
+    counted = [row for row in select_effective(feedback) if row.kind in worth or row.kind == FeedbackKind.RATING]
     sums: dict[str, float] = defaultdict(float)
     for row in counted:
         sums[row.user_id] += worth.get(row.kind, row.value or 0.0)
-    used = followup if followup and config.followup and followup.kind in FOLLOW_UPS else None
+    used = followup if followup and config.followup and followup.kind in FEEDBACK_OF_FOLLOW_UP else None
     if used is not None:
-        sums[asker_id] += config.followup * used.chances[used.kind] * worth[FOLLOW_UPS[used.kind]]
+        sums[asker_id] += config.followup * used.chances[used.kind] * worth[FEEDBACK_OF_FOLLOW_UP[used.kind]]
     if not sums:
         return None
     opinions = {user: max(-1.0, min(1.0, total)) for user, total in sorted(sums.items())}

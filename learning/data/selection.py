@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from bot.memory.embedder import Embedder
     from learning.data.experience import Experience
 
-ALIKE = 0.97  # cosine similarity of question and answer from which two turns are the same thing said twice
-IN_A_KIND = 24  # turns, on average, in one kind of prompt
+DUPLICATE_SIMILARITY = 0.97  # cosine similarity of question and answer from which two turns are the same thing said twice
+TURNS_PER_KIND = 24  # turns, on average, in one kind of prompt
 KINDS = 16  # at most
 
 Kept = tuple[list["Experience"], Counter[str]]
@@ -38,7 +38,7 @@ def question_key(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
-def parted(found: Sequence["Experience"], share: float) -> tuple[list["Experience"], list["Experience"]]:
+def split_held_out(found: Sequence["Experience"], share: float) -> tuple[list["Experience"], list["Experience"]]:
     """What is for training, and the share that is held out."""
     training: list[Experience] = []
     held_out: list[Experience] = []
@@ -47,7 +47,7 @@ def parted(found: Sequence["Experience"], share: float) -> tuple[list["Experienc
     return training, held_out
 
 
-def fresh_and_old(found: Sequence["Experience"], limit: int, fresh: float) -> Kept:
+def draw_fresh_and_old(found: Sequence["Experience"], limit: int, fresh: float) -> Kept:
     """At most `limit` experiences (oldest first): a share of them the newest, the rest drawn from all that is older.
 
     The draw goes by id, so that a run that follows draws the same ones again, as far as there is room.
@@ -55,9 +55,9 @@ def fresh_and_old(found: Sequence["Experience"], limit: int, fresh: float) -> Ke
     if len(found) <= limit:
         return list(found), Counter()
     newest = count_fresh(limit, fresh)
-    older = sorted(range(len(found) - newest), key=lambda row: order_of_draw(found[row].turn_id))
+    older = sorted(range(len(found) - newest), key=lambda row: draw_order_key(found[row].turn_id))
     rows = sorted(older[: limit - newest]) + list(range(len(found) - newest, len(found)))
-    return [found[row] for row in rows], Counter({not_drawn(limit): len(found) - limit})
+    return [found[row] for row in rows], Counter({explain_not_drawn(limit): len(found) - limit})
 
 
 def count_fresh(limit: int, fresh: float) -> int:
@@ -65,17 +65,17 @@ def count_fresh(limit: int, fresh: float) -> int:
     return max(1, round(limit * fresh))
 
 
-def order_of_draw(turn_id: str) -> bytes:
+def draw_order_key(turn_id: str) -> bytes:
     """What the older turns are sorted by, of which the first are drawn."""
     return hashlib.sha256(turn_id.encode()).digest()
 
 
-def not_drawn(limit: int) -> str:
+def explain_not_drawn(limit: int) -> str:
     """The reason why a turn is left out that is one of too many."""
     return f"more than {limit} turns (learning.max_turns): not drawn from the older ones"
 
 
-def thinned(found: Sequence["Experience"], vectors: np.ndarray) -> Kept:
+def drop_near_duplicates(found: Sequence["Experience"], vectors: np.ndarray) -> Kept:
     """Of what one person asked and was answered again and again, with the same reward, only the newest.
 
     `vectors` (n × dimensions, unit length) are those of each question with its answer.
@@ -85,7 +85,7 @@ def thinned(found: Sequence["Experience"], vectors: np.ndarray) -> Kept:
     for row in reversed(range(len(found))):
         one = found[row]
         same = of_person[one.asker, one.reward > 0, one.logprobs is None, one.rejected_ids is None]
-        if not same or float((vectors[same] @ vectors[row]).max()) < ALIKE:
+        if not same or float((vectors[same] @ vectors[row]).max()) < DUPLICATE_SIMILARITY:
             same.append(row)
             kept.append(row)
     reason = "said before by the same person, with the same outcome"
@@ -94,17 +94,17 @@ def thinned(found: Sequence["Experience"], vectors: np.ndarray) -> Kept:
     )
 
 
-def kinds_of(questions: Sequence[str], embedder: "Embedder | None", seed: int) -> np.ndarray:
+def cluster_questions(questions: Sequence[str], embedder: "Embedder | None", seed: int) -> np.ndarray:
     """The kind of each prompt (n,): clusters of the questions' embeddings by k-means; one kind without an embedder."""
     from sklearn.cluster import KMeans
 
-    count = min(KINDS, len(questions) // IN_A_KIND)
+    count = min(KINDS, len(questions) // TURNS_PER_KIND)
     if embedder is None or count < 2:
         return np.zeros(len(questions), int)
     return KMeans(count, n_init=1, random_state=seed).fit_predict(embedder.encode(questions))
 
 
-def weighed(
+def assign_advantages(
     found: Sequence["Experience"],
     kind_of: np.ndarray,
     prior: float,
@@ -115,17 +115,17 @@ def weighed(
     their share. `smooth` makes other advantages (n,) of those and the weights (n,).
     """
     worth = advantages(np.array([one.reward for one in found]), kind_of, prior)
-    opinions = [one.opinions for one in found]
+    opinions = [one.opinion_holders for one in found]
     if smooth is not None:
-        worth = smooth(worth, limited(opinions, np.ones(len(found)), cap))
-    weights = limited(opinions, np.abs(worth), cap)
+        worth = smooth(worth, cap_people(opinions, np.ones(len(found)), cap))
+    weights = cap_people(opinions, np.abs(worth), cap)
     return [
         replace(one, advantage=float(value), weight=float(weight))
         for one, value, weight in zip(found, worth, weights, strict=True)
     ]
 
 
-def limited(opinions: Sequence[tuple[str, ...]], worth: np.ndarray, cap: float) -> np.ndarray:
+def cap_people(opinions: Sequence[tuple[str, ...]], worth: np.ndarray, cap: float) -> np.ndarray:
     """A weight in (0, 1] for each turn (n,), so that nobody's opinions make up more than a share `cap` of all that counts.
 
     `opinions` names whose opinions each turn's reward is made of, who share it evenly. Where there are fewer than 1/cap
@@ -154,7 +154,7 @@ def limited(opinions: Sequence[tuple[str, ...]], worth: np.ndarray, cap: float) 
     return weights
 
 
-def usable_rows(found: Sequence["Experience"], objective: str) -> list["Experience"]:
+def select_usable(found: Sequence["Experience"], objective: str) -> list["Experience"]:
     """The experiences that an objective can learn from."""
     match objective:
         case "dpo":
@@ -167,13 +167,13 @@ def usable_rows(found: Sequence["Experience"], objective: str) -> list["Experien
             return [one for one in found if one.advantage]
 
 
-def learnable(found: Sequence["Experience"], training: TrainingConfig, seed: int) -> Kept:
+def select_for_training(found: Sequence["Experience"], training: TrainingConfig, seed: int) -> Kept:
     """Which of the experiences (oldest first) a run reads: those that its objective can use, and of those the newest, where
     its steps are too few to read them all.
 
     TRL's DPO has no weights: there whoever counts less is drawn less often, so many in all as the weights add up to.
     """
-    usable = usable_rows(found, training.objective)
+    usable = select_usable(found, training.objective)
     most = training.max_steps * training.batch_size
     reasons = {f"of no use to training.objective '{training.objective}'": len(found) - len(usable)}
     if training.objective == "dpo":

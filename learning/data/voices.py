@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 from bot.config import RewardsConfig, WebConfig
 from bot.store.conversations import ConversationStore
-from bot.store.feedback import held, standing
+from bot.store.feedback import not_retracted, select_effective
 from bot.store.participants import find_participants
-from bot.store.users import Users, voice
+from bot.store.users import Users, resolve_voice
 from bot.types import Feedback, FeedbackKind, FollowUp, Message, Turn
-from learning.data.rewards import FOLLOW_UPS
+from learning.data.rewards import FEEDBACK_OF_FOLLOW_UP
 from learning.data.selection import question_key
 
-IMPORTED = "import"  # the platform of conversations that were read from a file
+IMPORT_PLATFORM = "import"  # the platform of conversations that were read from a file
 
 
 class Consent:
@@ -22,16 +22,16 @@ class Consent:
 
     def __init__(self, users: Users, platforms: dict[str, str], behind: dict[str, set[str]]):
         self._platforms, self._behind = platforms, behind
-        self._decided, self._assumed = users.decided(), users.assumed
+        self._decided, self._assumed = users.read_decisions(), users.is_consent_assumed
 
-    def of(self, said: Turn | Message, user_id: str) -> bool:
+    def is_given_by(self, said: Turn | Message, user_id: str) -> bool:
         """Whether a person in the conversation of `said` consents."""
         platform = self._platforms[said.conversation_id]
-        return platform == IMPORTED or self._decided.get((platform, user_id), self._assumed)
+        return platform == IMPORT_PLATFORM or self._decided.get((platform, user_id), self._assumed)
 
-    def to(self, turn: Turn) -> bool:
+    def may_teach(self, turn: Turn) -> bool:
         """Whether everybody consents whose words a turn was made from, directly or through other answers."""
-        return all(self.of(turn, person) for person in self._behind.get(turn.id, set()) | {turn.asker_id})
+        return all(self.is_given_by(turn, person) for person in self._behind.get(turn.id, set()) | {turn.asker_id})
 
 
 class Voices:
@@ -39,27 +39,27 @@ class Voices:
 
     def __init__(self, store: ConversationStore, users: Users, turns: Sequence[Turn], web: WebConfig):
         self._web = web
-        self._given = store.feedback_of(turn.id for turn in turns)
+        self._given = store.read_feedback_on(turn.id for turn in turns)
         given = [row for rows in self._given.values() for row in rows]
-        self._held = {row.id for row in held(given)}
-        self._standing = {row.id for row in standing(given)}
-        self._platforms = store.platforms({turn.conversation_id for turn in turns})
+        self._not_retracted = {row.id for row in not_retracted(given)}
+        self._standing = {row.id for row in select_effective(given)}
+        self._platforms = store.find_platforms({turn.conversation_id for turn in turns})
         live = [turn for turn in turns if not self.is_imported(turn)]
         asked = [(turn.conversation_id, row.user_id) for turn in live for row in self._given[turn.id]]
         self._participants = find_participants(store.database, asked)
-        self.consent = Consent(users, self._platforms, store.authors_behind(turn.id for turn in turns))
-        self.questions = store.texts({turn.message_id for turn in turns})
-        self._said_next = store.said_next(turn.id for turn in turns)
+        self.consent = Consent(users, self._platforms, store.find_authors_behind(turn.id for turn in turns))
+        self.questions = store.read_texts({turn.message_id for turn in turns})
+        self._said_next = store.find_first_followups(turn.id for turn in turns)
 
     def is_imported(self, turn: Turn) -> bool:
         """Whether a turn was read from a file."""
-        return self._platforms[turn.conversation_id] == IMPORTED
+        return self._platforms[turn.conversation_id] == IMPORT_PLATFORM
 
-    def voice(self, turn: Turn, user_id: str) -> str:
+    def resolve_person(self, turn: Turn, user_id: str) -> str:
         """Return whom a person in the conversation of `turn` counts as."""
-        return voice(self._platforms[turn.conversation_id], user_id, self._web)
+        return resolve_voice(self._platforms[turn.conversation_id], user_id, self._web)
 
-    def unit(self, turn: Turn) -> str:
+    def find_unit(self, turn: Turn) -> str:
         """Return what is held out, or not, as a whole: an imported conversation, or the words of a question, whoever asks it
         (a live conversation never ends).
         """
@@ -67,19 +67,19 @@ class Voices:
             return turn.conversation_id
         return question_key(self.questions[turn.message_id]) or turn.message_id
 
-    def judge(self, turn: Turn) -> list[tuple[Feedback, str | None]]:
+    def judge_feedback(self, turn: Turn) -> list[tuple[Feedback, str | None]]:
         """All acts of feedback on a turn, each with the reason why it does not count; None where it does (law 7)."""
-        return [(row, self._why_not(turn, row)) for row in self._given[turn.id]]
+        return [(row, self._explain_not_counted(turn, row)) for row in self._given[turn.id]]
 
-    def _why_not(self, turn: Turn, row: Feedback) -> str | None:
+    def _explain_not_counted(self, turn: Turn, row: Feedback) -> str | None:
         is_there = row.user_id == turn.asker_id or (turn.conversation_id, row.user_id) in self._participants
-        if not self.consent.of(turn, row.user_id):
+        if not self.consent.is_given_by(turn, row.user_id):
             return "who said it does not consent to be learned from"
         if not self.is_imported(turn) and not is_there:
             return "who said it never wrote in this channel"
         if row.retracts:
             return "it only takes back"
-        if row.id not in self._held:
+        if row.id not in self._not_retracted:
             return "it was taken back, or said again later"
         if row.id not in self._standing:
             return "the same person said something else later"
@@ -92,18 +92,18 @@ class Voices:
             return None, None
         if message.author_id != turn.asker_id:
             return followup, "the asker did not say it"
-        if not self.consent.of(turn, turn.asker_id):
+        if not self.consent.is_given_by(turn, turn.asker_id):
             return followup, "who said it does not consent to be learned from"
         if not config.followup:
             return followup, "rewards.followup is off"
-        return followup, None if followup.kind in FOLLOW_UPS else "it says nothing about the answer"
+        return followup, None if followup.kind in FEEDBACK_OF_FOLLOW_UP else "it says nothing about the answer"
 
-    def ranks(self, turn: Turn) -> list[Feedback]:
+    def find_ranks(self, turn: Turn) -> list[Feedback]:
         """The acts that rank a turn among its siblings, and count."""
-        counted = [row for row, reason in self.judge(turn) if reason is None]
+        counted = [row for row, reason in self.judge_feedback(turn) if reason is None]
         return [row for row in counted if row.kind == FeedbackKind.RANK and row.value is not None]
 
-    def rank(self, turn: Turn) -> float:
+    def compute_rank(self, turn: Turn) -> float:
         """How people ranked a turn among its siblings, higher is better; 0 where nobody did."""
-        ranks = [row.value or 0.0 for row in self.ranks(turn)]
+        ranks = [row.value or 0.0 for row in self.find_ranks(turn)]
         return -sum(ranks) / len(ranks) if ranks else 0.0

@@ -23,7 +23,7 @@ class Dialogue:
     questions: list[dict[str, Any]] = field(default_factory=list)
 
 
-def dialogue(seed: int, turns: int = 400, people: int = 6, fillers: list[str] | None = None) -> Dialogue:
+def make_dialogue(seed: int, turns: int = 400, people: int = 6, fillers: list[str] | None = None) -> Dialogue:
     """A conversation of about so many turns among so many people, with a question about each thing that was told."""
     rng = random.Random(seed)
     names = rng.sample(TEXTS["handles"], people)

@@ -15,7 +15,7 @@ import numpy as np
 from scipy.special import softmax
 
 from bot.memory.embedder import Embedder
-from bot.memory.followups import KINDS, features
+from bot.memory.followups import KINDS, compute_features
 from bot.types import Progress
 from learning.judging.statistics import calibration_error
 
@@ -25,7 +25,7 @@ EACH = 8  # examples of one phrase
 PARTS = ("learn", "calibrate", "judge")
 
 
-def examples(part: str, seed: int, embedder: Embedder, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
+def make_examples(part: str, seed: int, embedder: Embedder, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
     """The features (n × f) and the kinds (n, as numbers) of the phrases of one of PARTS."""
     rng = random.Random(f"{seed} {part}")
     triples, kinds = [], []
@@ -41,7 +41,7 @@ def examples(part: str, seed: int, embedder: Embedder, progress: Progress) -> tu
                 kinds.append(number)
     rows = []
     for number, triple in enumerate(triples):
-        rows.append(features(*triple, embedder.encode(triple)))
+        rows.append(compute_features(*triple, embedder.encode(triple)))
         progress(f"phrases to {part}", number + 1, len(triples))
     return np.array(rows), np.array(kinds)
 
@@ -51,13 +51,13 @@ def fit(seed: int, embedder: Embedder, progress: Progress) -> tuple[dict[str, An
     from scipy.optimize import minimize_scalar
     from sklearn.linear_model import LogisticRegression
 
-    inputs, kinds = examples("learn", seed, embedder, progress)
+    inputs, kinds = make_examples("learn", seed, embedder, progress)
     model = LogisticRegression(C=1.0, class_weight="balanced", max_iter=2000).fit(inputs, kinds)
-    known, right = examples("calibrate", seed, embedder, progress)
+    known, right = make_examples("calibrate", seed, embedder, progress)
     scores = model.decision_function(known)
     best = minimize_scalar(lambda one: _loss(scores / one, right), bounds=(0.1, 10), method="bounded")
     weights, bias = model.coef_ / best.x, model.intercept_ / best.x
-    unseen, truth = examples("judge", seed, embedder, progress)
+    unseen, truth = make_examples("judge", seed, embedder, progress)
     chances = softmax(unseen @ weights.T + bias, axis=1)
     found = chances.argmax(axis=1)
     figures = {f"recall_{kind}": float((found[truth == n] == n).mean()) for n, kind in enumerate(KINDS)}

@@ -25,8 +25,8 @@ PRIOR = {
     **{"speaker": 1.0, "asks": -0.4, "length": 0.2, "time": 0.3, "number": 0.1},
 }
 HOLD = 2.0  # how strongly the prior holds; in nats for a squared difference of one
-FEWEST = 20  # judged answers that are worth fitting to
-ENOUGH = 100  # judged answers against which what they move holds as strongly; against fewer it holds more
+FEWEST_ANSWERS = 20  # judged answers that are worth fitting to
+ENOUGH_ANSWERS = 100  # judged answers against which what they move holds as strongly; against fewer it holds more
 NEVER_NEGATIVE = ("dense", "pooled", "bm25", "bm25_window", "bm25_next", "speaker")  # a match is never a reason against
 
 
@@ -44,7 +44,7 @@ def fit(examples: Sequence[Example], prior: Mapping[str, float] = PRIOR, hold: f
     """The weights of the signals that make the evidence most likely, and what was disliked less so."""
     from scipy.optimize import minimize
 
-    start = _row(prior)
+    start = _to_array(prior)
 
     def held(weights: np.ndarray) -> tuple[float, np.ndarray]:
         found, gradient = loss(examples, weights)
@@ -76,30 +76,35 @@ def loss(examples: Sequence[Example], weights: np.ndarray) -> tuple[float, np.nd
     return total / len(examples), gradient / len(examples)
 
 
-def moved(judged: Sequence[Example], prior: Mapping[str, float]) -> dict[str, float]:
+def move_weights(judged: Sequence[Example], prior: Mapping[str, float]) -> dict[str, float]:
     """The weights that were in use, moved by as much as so many judged answers may."""
-    return fit(judged, prior, HOLD * ENOUGH / len(judged))
+    return fit(judged, prior, HOLD * ENOUGH_ANSWERS / len(judged))
 
 
-def proven(judged: Sequence[tuple[str, Example]], prior: Mapping[str, float]) -> tuple[dict[str, float], dict[str, Any]]:
+def fit_and_validate(
+    judged: Sequence[tuple[str, Example]], prior: Mapping[str, float]
+) -> tuple[dict[str, float], dict[str, Any]]:
     """The weights in use, moved by all judged answers (each with its conversation), and the figures that allow it.
 
     Raises DataError where there is too little, or where weights that learned from one half of the conversations would do
     no better on the other.
     """
     places = sorted({place for place, _ in judged})
-    if len(places) < 2 or len(judged) < FEWEST:
+    if len(places) < 2 or len(judged) < FEWEST_ANSWERS:
         raise DataError(
-            f"{len(judged)} judged answers in {len(places)} conversations were reminded of something; it takes {FEWEST}, in "
+            f"{len(judged)} judged answers in {len(places)} conversations were reminded of something; "
+            f"it takes {FEWEST_ANSWERS}, in "
             "two at least: let people go on reacting"
         )
     everything = [one for _, one in judged]
     every_other = set(places[::2])
     halves = [[one for place, one in judged if (place in every_other) == first] for first in (True, False)]
-    after = sum(loss(others, _row(moved(half, prior)))[0] * len(others) for half, others in (halves, halves[::-1]))
+    after = sum(
+        loss(others, _to_array(move_weights(half, prior)))[0] * len(others) for half, others in (halves, halves[::-1])
+    )
     figures = {
         "answers": len(judged),
-        "held_out_nats_before": loss(everything, _row(prior))[0],
+        "held_out_nats_before": loss(everything, _to_array(prior))[0],
         "held_out_nats_after": after / len(judged),
     }
     if figures["held_out_nats_after"] >= figures["held_out_nats_before"]:
@@ -107,33 +112,33 @@ def proven(judged: Sequence[tuple[str, Example]], prior: Mapping[str, float]) ->
             f"what was learned from {len(judged)} judged answers does no better on others (nats: "
             f"{figures['held_out_nats_after']:.4f}, before {figures['held_out_nats_before']:.4f}); the weights stay"
         )
-    return moved(everything, prior), figures
+    return move_weights(everything, prior), figures
 
 
-def _row(weights: Mapping[str, float]) -> np.ndarray:
+def _to_array(weights: Mapping[str, float]) -> np.ndarray:
     """Weights in the order of the signals' names."""
     return np.array([weights[name] for name in sorted(PRIOR)])
 
 
-def made_examples(dialogues: Iterable[Dialogue], embedder: Embedder, progress: Progress) -> Iterator[Example]:
+def make_examples(dialogues: Iterable[Dialogue], embedder: Embedder, progress: Progress) -> Iterator[Example]:
     """The questions of made dialogues."""
     everything = list(dialogues)
     for number, made in enumerate(everything):
-        index = indexed(made, embedder)
+        index = index_dialogue(made, embedder)
         for question in made.questions:
             evidence = [index.rows[one] for one in question["evidence"]]
-            yield Example(signals(index, question["text"], embedder), evidence)
+            yield Example(compute_signals(index, question["text"], embedder), evidence)
         progress("dialogues", number + 1, len(everything))
 
 
-def signals(index: ScopeIndex, question: str, embedder: Embedder, asker: str = "") -> np.ndarray:
+def compute_signals(index: ScopeIndex, question: str, embedder: Embedder, asker: str = "") -> np.ndarray:
     """The signals of all turns for a question (n × signals, in the order of their names)."""
-    vector = embedder.encode([index.addressed(question, asker)[1]])[0]
-    found = index.signals(question, vector, asker)
+    vector = embedder.encode([index.extract_speakers(question, asker)[1]])[0]
+    found = index.compute_signals(question, vector, asker)
     return np.stack([found[name] for name in sorted(PRIOR)], axis=1)
 
 
-def indexed(made: Dialogue, embedder: Embedder) -> ScopeIndex:
+def index_dialogue(made: Dialogue, embedder: Embedder) -> ScopeIndex:
     """A dialogue as retrieval keeps it."""
     index = ScopeIndex()
     vectors = embedder.encode([turn["text"] for turn in made.conversation])

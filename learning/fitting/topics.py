@@ -13,7 +13,7 @@ import numpy as np
 
 from bot.errors import DataError
 from bot.memory.embedder import Embedder
-from bot.memory.topics import features
+from bot.memory.topics import compute_features
 from bot.types import Progress
 
 
@@ -28,13 +28,13 @@ def read(path: Path) -> list[tuple[list[str], np.ndarray]]:
         ) from error
 
 
-def examples(
+def make_examples(
     dialogues: list[tuple[list[str], np.ndarray]], embedder: Embedder, progress: Progress
 ) -> tuple[np.ndarray, np.ndarray]:
     """The features of all messages (n × features) and whether each begins a topic (n)."""
     rows = []
     for number, (texts, _) in enumerate(dialogues):
-        rows.append(features(texts, embedder.encode(texts)))
+        rows.append(compute_features(texts, embedder.encode(texts)))
         progress("dialogues", number + 1, len(dialogues))
     return np.concatenate(rows), np.concatenate([labels for _, labels in dialogues])
 
@@ -58,15 +58,15 @@ def f1(found: np.ndarray, labels: np.ndarray) -> float:
     return 2 * hits / max(1.0, float(found.sum() + labels.sum()))
 
 
-def judged(
+def fit_and_judge(
     train: list[tuple[list[str], np.ndarray]],
     test: list[tuple[list[str], np.ndarray]],
     embedder: Embedder,
     progress: Progress,
 ) -> tuple[dict[str, object], dict[str, float]]:
     """What was learned from `train`, and its figures on `test`, beside the best threshold on one cosine there."""
-    learned = fit(*examples(train, embedder, progress))
-    inputs, labels = examples(test, embedder, progress)
+    learned = fit(*make_examples(train, embedder, progress))
+    inputs, labels = make_examples(test, embedder, progress)
     scores = inputs @ np.array(learned["weights"]) + learned["bias"]
     cosine = max(f1(inputs[:, 0] < threshold, labels) for threshold in np.linspace(0, 0.6, 31))
     figures = {"f1": f1(scores > learned["threshold"], labels), "cosine_f1": cosine, "always_f1": f1(labels | True, labels)}

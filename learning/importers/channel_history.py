@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from bot.types import Role
 from learning.importers.message_trees import Node, add_tree
-from learning.importers.recorded_files import Row
+from learning.importers.recorded_files import RecordedRow
 from learning.importers.recording import Recording
 
 PAUSE = 3600.0  # seconds of silence after which people talk of something else
@@ -39,14 +39,14 @@ class Post:
     at: float
     is_bot: bool = False
     reply_to: str = ""
-    asks: frozenset[str] = frozenset()
+    mentions: frozenset[str] = frozenset()
     thread: str = ""
     is_dialogue: bool = False
     reactions: tuple[Reaction, ...] = ()
 
 
 @dataclass
-class Links:
+class ReplyLinks:
     """Which post replies to which.
 
     `answers` are what bots answered, whole; `part_of` names the answer that a further post is a part of.
@@ -56,12 +56,12 @@ class Links:
     answers: dict[str, Post] = field(default_factory=dict)
     part_of: dict[str, str] = field(default_factory=dict)
 
-    def answer(self, post: Post | None) -> Post | None:
+    def find_answer(self, post: Post | None) -> Post | None:
         """Return the answer that a post is, or is a part of."""
         return None if post is None else self.answers.get(self.part_of.get(post.id, post.id))
 
 
-def read_channel(key: str, found: Iterable[Post], row: Row, recording: Recording) -> None:
+def read_channel(key: str, found: Iterable[Post], row: RecordedRow, recording: Recording) -> None:
     """Read one channel; each exchange with a bot is a conversation of its own."""
     posts: dict[str, Post] = {}
     for post in sorted(found, key=lambda one: (one.at, one.id)):
@@ -72,7 +72,7 @@ def read_channel(key: str, found: Iterable[Post], row: Row, recording: Recording
         else:
             posts[post.id] = post
     order = {name: at for at, name in enumerate(posts)}
-    links = link(posts)
+    links = link_replies(posts)
     exchanges: dict[str, set[str]] = defaultdict(set)  # by what began them
     for answer in links.answers:
         chain = [answer]
@@ -83,34 +83,34 @@ def read_channel(key: str, found: Iterable[Post], row: Row, recording: Recording
     recording.leave_out("message that is no part of an exchange with a bot", row.place, count=len(posts.keys() - used))
     for root, names in exchanges.items():
         with recording.leaving_out(row.place, "exchange"):
-            draft = recording.draft(f"{key} {root}")
+            draft = recording.start_draft(f"{key} {root}")
             said = [links.answers.get(name, posts[name]) for name in sorted(names, key=order.__getitem__)]
-            turns = add_tree(draft, [_node(one, links) for one in said], recording, row.place)
+            turns = add_tree(draft, [_make_node(one, links) for one in said], recording, row.place)
             for post in said:
                 for reaction in post.reactions:
-                    kind = recording.kinds.kind(reaction.symbol)
+                    kind = recording.reactions.classify(reaction.symbol)
                     if post.id not in turns or kind is None:
                         reason = "reaction that is no opinion" if kind is None else "reaction to a message that is no answer"
                         recording.leave_out(reason, row.place, reaction.symbol, len(reaction.people) + reaction.unnamed)
                         continue
                     for person in reaction.people:
-                        draft.react(turns[post.id], person, kind, reaction.symbol)
-                    draft.react_unnamed(turns[post.id], reaction.unnamed, kind, reaction.symbol)
+                        draft.add_feedback(turns[post.id], person, kind, reaction.symbol)
+                    draft.add_unnamed_feedback(turns[post.id], reaction.unnamed, kind, reaction.symbol)
             recording.add(draft, row)
 
 
-def _node(post: Post, links: Links) -> Node:
+def _make_node(post: Post, links: ReplyLinks) -> Node:
     role = Role.ASSISTANT if post.is_bot else Role.USER
     return Node(post.id, links.parents[post.id], role, post.text, post.author)
 
 
-def link(posts: dict[str, Post]) -> Links:
+def link_replies(posts: dict[str, Post]) -> ReplyLinks:
     """Find out what each of some posts, oldest first, replies to.
 
     A person's post replies to what it says; in a dialogue to the one before. A bot answers what it says, else in a dialogue
     what a person said last, elsewhere who mentioned it last. What it posts right after its answer is a further part of it.
     """
-    links = Links()
+    links = ReplyLinks()
     before: dict[str, Post] = {}  # by thread
     spoke: dict[str, Post] = {}  # by thread: the last person
     asked: dict[tuple[str, str], Post] = {}  # by thread and bot: who mentioned it last
@@ -126,16 +126,16 @@ def link(posts: dict[str, Post]) -> Links:
             follows = named or (last if post.is_dialogue else None)
             links.parents[post.id] = links.part_of.get(follows.id, follows.id) if follows else None
             spoke[post.thread] = post
-            asked.update({(post.thread, bot): post for bot in post.asks})
+            asked.update({(post.thread, bot): post for bot in post.mentions})
             continue
-        whole = links.answer(last)
+        whole = links.find_answer(last)
         if named is None and last is not None and whole is not None and last.author == post.author:
             links.part_of[post.id] = whole.id
             text, reactions = f"{whole.text}\n{post.text}", whole.reactions + post.reactions
             links.answers[whole.id] = replace(whole, text=text, reactions=reactions)
             continue
         question = named
-        if (again := links.answer(named)) is not None:  # the same question is answered anew
+        if (again := links.find_answer(named)) is not None:  # the same question is answered anew
             question = posts[links.parents[again.id] or ""]
         elif named is None:
             question = spoke.get(post.thread) if post.is_dialogue else asked.pop((post.thread, post.author), None)

@@ -12,7 +12,7 @@ from pydantic import AliasChoices, BaseModel, Field
 
 from bot.types import Role
 from learning.importers.ratings import find_rating
-from learning.importers.recorded_files import Row
+from learning.importers.recorded_files import RecordedRow
 from learning.importers.recording import Draft, OddRow, Recording
 
 ROLES = {
@@ -23,7 +23,7 @@ ROLES = {
 TOOLS = ("tool", "function", "function_call", "function-call", "tool_call", "observation", "tool_response")
 
 
-class ChatMessage(BaseModel):
+class RecordedMessage(BaseModel):
     """One message as files have it."""
 
     role: str = Field(validation_alias=AliasChoices("role", "from"))
@@ -44,7 +44,7 @@ class ChatMessage(BaseModel):
         return any(not isinstance(part, str) and not isinstance(part.get("text"), str) for part in parts)
 
 
-class RatedChat(BaseModel):
+class ChatRow(BaseModel):
     """A row with a chat."""
 
     messages: Annotated[
@@ -53,7 +53,7 @@ class RatedChat(BaseModel):
 
 
 @dataclass(frozen=True)
-class Said:
+class RatedMessage:
     """One message that somebody said, and what it was rated with."""
 
     role: Role
@@ -61,7 +61,7 @@ class Said:
     rating: Any = None
 
 
-def role_of(name: str) -> Role:
+def parse_role(name: str) -> Role:
     """Return who speaks under a name. Raises OddRow where nobody knows it."""
     found = ROLES.get(name.strip().lower())
     if found is None:
@@ -69,16 +69,16 @@ def role_of(name: str) -> Role:
     return found
 
 
-def read_chat(value: Any, speaker: Role, recording: Recording, row: Row) -> list[Said]:
+def read_chat(value: Any, speaker: Role, recording: Recording, row: RecordedRow) -> list[RatedMessage]:
     """Return what is said in a text (by `speaker`), a message, or a list of those; what is left out is counted."""
     if isinstance(value, str):
-        return [Said(speaker, value)]
+        return [RatedMessage(speaker, value)]
     found = []
     for one in value if isinstance(value, list) else [value]:
         if isinstance(one, str):
-            found.append(Said(speaker, one))
+            found.append(RatedMessage(speaker, one))
             continue
-        message = ChatMessage.model_validate(one)
+        message = RecordedMessage.model_validate(one)
         if message.has_more_than_text:
             recording.leave_out("part of a message that is no text", row.place)
         if message.role.lower() in TOOLS:
@@ -86,30 +86,30 @@ def read_chat(value: Any, speaker: Role, recording: Recording, row: Row) -> list
         elif message.content is None:
             recording.leave_out("message without content", row.place)
         else:
-            found.append(Said(role_of(message.role), message.text, find_rating(one)))
+            found.append(RatedMessage(parse_role(message.role), message.text, find_rating(one)))
     return found
 
 
 def add_chat(
-    draft: Draft, said: Sequence[Said], previous: str | None = None, start: int = 0
+    draft: Draft, said: Sequence[RatedMessage], previous: str | None = None, start: int = 0
 ) -> tuple[str | None, str | None]:
     """Add messages to a conversation, each a reply to the one before; return the last message and the last turn."""
     turn, is_asked = None, previous is not None
     for index, one in enumerate(said, start):
-        message = draft.say(str(index), one.role, one.text, previous)
+        message = draft.add_message(str(index), one.role, one.text, previous)
         if one.role == Role.ASSISTANT and previous is not None and is_asked:
-            turn = draft.answer(str(index), previous, message, one.text)
+            turn = draft.add_turn(str(index), previous, message, one.text)
             if one.rating is not None:
-                draft.rate(turn, one.rating)
+                draft.add_rating(turn, one.rating)
         is_asked = is_asked or one.role == Role.USER
         previous = message
     return previous, turn
 
 
-def read_rated_chat(row: Row, recording: Recording) -> None:
+def read_rated_chat(row: RecordedRow, recording: Recording) -> None:
     """Read one row: a chat, rated as a whole (then its last answer is meant) or message by message."""
-    said = read_chat(RatedChat.model_validate(row.value).messages, Role.USER, recording, row)
-    draft = recording.draft(row.place)
+    said = read_chat(ChatRow.model_validate(row.value).messages, Role.USER, recording, row)
+    draft = recording.start_draft(row.place)
     _, turn = add_chat(draft, said)
     if not draft.messages:
         raise OddRow("has no message with text")
@@ -117,7 +117,7 @@ def read_rated_chat(row: Row, recording: Recording) -> None:
     if rating is not None:
         if turn is None:
             raise OddRow("has a rating but no answer to a message")
-        draft.rate(turn, rating)
+        draft.add_rating(turn, rating)
     recording.add(draft, row)
     if not draft.ratings:
         recording.leave_out("conversation without a rating", row.place)

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from learning.importers.channel_history import Post, Reaction, read_channel
-from learning.importers.recorded_files import Row
+from learning.importers.recorded_files import RecordedRow
 from learning.importers.recording import OddRow, Recording
 
 SPEECH = {"Default", "Reply", "ChatInputCommand", "ContextMenuCommand", "0", "19", "20", "23"}  # not pins, joins, calls …
@@ -17,7 +17,7 @@ class _Lenient(BaseModel):
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
 
-class User(_Lenient):
+class DiscordUser(_Lenient):
     """Somebody on Discord."""
 
     id: str
@@ -33,12 +33,12 @@ class Emoji(_Lenient):
     name: str = ""
 
 
-class ReactionCount(_Lenient):
+class DiscordReaction(_Lenient):
     """Who reacted with one emoji; files without names have the count only."""
 
     emoji: Emoji
     count: int = 0
-    users: list[User] | None = None
+    users: list[DiscordUser] | None = None
 
 
 class Reference(_Lenient):
@@ -54,9 +54,9 @@ class DiscordMessage(_Lenient):
     type: str = "Default"
     timestamp: datetime
     content: str = ""
-    author: User
-    mentions: list[User] = []
-    reactions: list[ReactionCount] = []
+    author: DiscordUser
+    mentions: list[DiscordUser] = []
+    reactions: list[DiscordReaction] = []
     reference: Reference | None = None
 
 
@@ -74,9 +74,9 @@ class ChannelFile(_Lenient):
     messages: list[Any]
 
 
-def read_discord(rows: Sequence[Row], recording: Recording) -> None:
+def read_discord(rows: Sequence[RecordedRow], recording: Recording) -> None:
     """Read all channels of a recording."""
-    channels: dict[str, tuple[Row, list[Post]]] = {}
+    channels: dict[str, tuple[RecordedRow, list[Post]]] = {}
     for row in rows:
         with recording.leaving_out(row.place):
             file = ChannelFile.model_validate(row.value)
@@ -85,12 +85,12 @@ def read_discord(rows: Sequence[Row], recording: Recording) -> None:
             _, posts = channels.setdefault(file.channel.id, (row, []))
             for value in file.messages:
                 with recording.leaving_out(row.place, "message"):
-                    posts.append(_post(DiscordMessage.model_validate(value), thread, is_dialogue, row, recording))
+                    posts.append(_make_post(DiscordMessage.model_validate(value), thread, is_dialogue, row, recording))
     for key, (row, posts) in channels.items():
         read_channel(key, posts, row, recording)
 
 
-def _post(message: DiscordMessage, thread: str, is_dialogue: bool, row: Row, recording: Recording) -> Post:
+def _make_post(message: DiscordMessage, thread: str, is_dialogue: bool, row: RecordedRow, recording: Recording) -> Post:
     """Return a message as a post. Raises OddRow where nobody says anything in it."""
     if message.type not in SPEECH:
         raise OddRow("is of the platform itself", message.type)
@@ -113,7 +113,7 @@ def _post(message: DiscordMessage, thread: str, is_dialogue: bool, row: Row, rec
         at=message.timestamp.timestamp(),
         is_bot=message.author.isBot,
         reply_to=(message.reference.messageId if message.reference else None) or "",
-        asks=frozenset(user.id for user in message.mentions),
+        mentions=frozenset(user.id for user in message.mentions),
         thread=thread,
         is_dialogue=is_dialogue,
         reactions=tuple(reactions),

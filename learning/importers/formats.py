@@ -14,16 +14,16 @@ from bot.config import ReactionsConfig
 from bot.errors import ConfigError, DataError
 from learning.importers.chat_messages import read_rated_chat
 from learning.importers.discord_export import read_discord
-from learning.importers.kibitz_export import MARK, read_export
+from learning.importers.kibitz_export import EXPORT_KEY, read_export
 from learning.importers.oasst import read_oasst
 from learning.importers.open_webui import read_open_webui
 from learning.importers.preferences import read_completion, read_preference
-from learning.importers.ratings import settle_ratings
-from learning.importers.recorded_files import Row, read_contents
+from learning.importers.ratings import convert_ratings
+from learning.importers.recorded_files import RecordedRow, read_contents
 from learning.importers.recording import Recording
-from learning.importers.slack_export import LISTS, read_slack
+from learning.importers.slack_export import LIST_FILES, read_slack
 
-Reader = Callable[[Sequence[Row], Recording], None]
+FormatReader = Callable[[Sequence[RecordedRow], Recording], None]
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,19 @@ class Format:
 
     name: str
     marks: tuple[set[str], ...]
-    read: Reader
+    read: FormatReader
     files: frozenset[str] = frozenset()
 
-    def has(self, row: Row) -> bool:
+    def matches(self, row: RecordedRow) -> bool:
         """Whether a row is of this format."""
         is_marked = isinstance(row.value, dict) and any(mark <= row.value.keys() for mark in self.marks)
         return is_marked or PurePosixPath(row.file).name in self.files
 
 
-def _each(read: Callable[[Row, Recording], None]) -> Reader:
+def _make_row_reader(read: Callable[[RecordedRow, Recording], None]) -> FormatReader:
     """A reader of a format in which each row stands for itself."""
 
-    def read_all(rows: Sequence[Row], recording: Recording) -> None:
+    def read_all(rows: Sequence[RecordedRow], recording: Recording) -> None:
         for row in rows:
             with recording.leaving_out(row.place):
                 read(row, recording)
@@ -53,20 +53,20 @@ def _each(read: Callable[[Row, Recording], None]) -> Reader:
 
 
 FORMATS = (  # the first that fits is a row's format
-    Format("kibitz", ({MARK}, {"conversation", "turns", "feedback"}), _each(read_export)),
+    Format("kibitz", ({EXPORT_KEY}, {"conversation", "turns", "feedback"}), _make_row_reader(read_export)),
     Format("oasst", ({"message_tree_id"},), read_oasst),
     Format("open-webui", ({"chat"}, {"data", "meta"}), read_open_webui),
     Format("discord", ({"channel", "messages"},), read_discord),
-    Format("dpo", ({"chosen", "rejected"},), _each(read_preference)),
-    Format("kto", ({"prompt", "completion"}, {"prompt", "response"}), _each(read_completion)),
-    Format("openai", ({"messages"},), _each(read_rated_chat)),
-    Format("sharegpt", ({"conversations"}, {"conversation"}), _each(read_rated_chat)),
-    Format("slack", ({"ts", "type"}, {"ts", "text"}), read_slack, frozenset(LISTS)),
+    Format("dpo", ({"chosen", "rejected"},), _make_row_reader(read_preference)),
+    Format("kto", ({"prompt", "completion"}, {"prompt", "response"}), _make_row_reader(read_completion)),
+    Format("openai", ({"messages"},), _make_row_reader(read_rated_chat)),
+    Format("sharegpt", ({"conversations"}, {"conversation"}), _make_row_reader(read_rated_chat)),
+    Format("slack", ({"ts", "type"}, {"ts", "text"}), read_slack, frozenset(LIST_FILES)),
 )
 NAMES = [one.name for one in FORMATS]
 
 
-def read(path: Path, format: str = "auto", reactions: ReactionsConfig | None = None) -> Recording:
+def read_recording(path: Path, format: str = "auto", reactions: ReactionsConfig | None = None) -> Recording:
     """Read recorded conversations from a file, or from all files of a directory or an archive.
 
     `reactions` says which emoji are opinions. Raises DataError where nothing can be read, with what was wrong first.
@@ -79,9 +79,9 @@ def read(path: Path, format: str = "auto", reactions: ReactionsConfig | None = N
         recording.leave_out(f"{odd.noun} that {odd.predicate}", odd.place, odd.detail)
     for row in contents.cleaned:
         recording.leave_out("row with characters that are no text, which were replaced", row.place)
-    rows: dict[str, list[Row]] = defaultdict(list)
+    rows: dict[str, list[RecordedRow]] = defaultdict(list)
     for row in contents.rows:
-        found = format if format != "auto" else next((one.name for one in FORMATS if one.has(row)), "")
+        found = format if format != "auto" else next((one.name for one in FORMATS if one.matches(row)), "")
         if not isinstance(row.value, dict):
             recording.leave_out("row that is no JSON object", row.place)
         elif not found:
@@ -90,15 +90,15 @@ def read(path: Path, format: str = "auto", reactions: ReactionsConfig | None = N
             rows[found].append(row)
     for one in FORMATS:
         if one.name in rows:
-            recording.rows[one.name] = len(rows[one.name])
+            recording.row_counts[one.name] = len(rows[one.name])
             one.read(rows[one.name], recording)
-    settle_ratings(recording)
+    convert_ratings(recording)
     if not recording.dialogues:
-        raise DataError(f"{path}: {_why_nothing(recording)}")
+        raise DataError(f"{path}: {_explain_nothing_read(recording)}")
     return recording
 
 
-def _why_nothing(recording: Recording) -> str:
+def _explain_nothing_read(recording: Recording) -> str:
     """Say why nothing was read: what was wrong first."""
     reasons = list(recording.dropped)
     if not reasons:

@@ -10,16 +10,16 @@ from pydantic import BaseModel, ConfigDict
 
 from bot import output_files
 from bot.config import PrivacyConfig
-from bot.store.conversations import ConversationStore, Dialogue
+from bot.store.conversations import ConversationStore, DialogueRecord
 from bot.store.users import Users
 from bot.types import Conversation, Feedback, Message, Role, Turn
 from learning.data.voices import Consent
-from learning.importers.recorded_files import Row
+from learning.importers.recorded_files import RecordedRow
 from learning.importers.recording import OddRow, Recording
 
-MARK = "kibitz-export"
+EXPORT_KEY = "kibitz-export"
 VERSION = 1
-RECORDED = (
+TURN_FIELDS = (
     "policy_version",
     "prompt_ids",
     "completion_ids",
@@ -56,9 +56,9 @@ def export(store: ConversationStore, path: Path, tokenizer_sha256: str, privacy:
     written: Counter[str] = Counter()
     users = Users(store.database, privacy)
     with output_files.replace(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
-        file.write(json.dumps({MARK: VERSION, "tokenizer_sha256": tokenizer_sha256}) + "\n")
-        for dialogue in store.dialogues():
-            conversation, messages, turns, feedback = _with_consent(dialogue, store, users)
+        file.write(json.dumps({EXPORT_KEY: VERSION, "tokenizer_sha256": tokenizer_sha256}) + "\n")
+        for dialogue in store.read_dialogues():
+            conversation, messages, turns, feedback = _keep_consenting(dialogue, store, users)
             written["messages left out (no consent, or erased)"] += len(dialogue[1]) - len(messages)
             if not messages:
                 continue
@@ -73,49 +73,53 @@ def export(store: ConversationStore, path: Path, tokenizer_sha256: str, privacy:
     return +written
 
 
-def _with_consent(dialogue: Dialogue, store: ConversationStore, users: Users) -> Dialogue:
+def _keep_consenting(dialogue: DialogueRecord, store: ConversationStore, users: Users) -> DialogueRecord:
     """Return what may teach of a conversation."""
     conversation, messages, turns, feedback = dialogue
-    consent = Consent(users, {conversation.id: conversation.platform}, store.authors_behind(turn.id for turn in turns))
-    teaching = {turn.id: turn for turn in turns if consent.to(turn)}
+    consent = Consent(users, {conversation.id: conversation.platform}, store.find_authors_behind(turn.id for turn in turns))
+    teaching = {turn.id: turn for turn in turns if consent.may_teach(turn)}
     silent = {turn.reply_id for turn in turns if turn.id not in teaching}
     silent |= {
-        one.id for one in messages if one.is_forgotten or (one.role == Role.USER and not consent.of(one, one.author_id))
+        one.id
+        for one in messages
+        if one.is_forgotten or (one.role == Role.USER and not consent.is_given_by(one, one.author_id))
     }
     return (
         conversation,
         [one for one in messages if one.id not in silent],
         list(teaching.values()),
-        [one for one in feedback if one.turn_id in teaching and consent.of(teaching[one.turn_id], one.user_id)],
+        [one for one in feedback if one.turn_id in teaching and consent.is_given_by(teaching[one.turn_id], one.user_id)],
     )
 
 
-def read_export(row: Row, recording: Recording) -> None:
+def read_export(row: RecordedRow, recording: Recording) -> None:
     """Read one line of an export."""
-    if MARK in row.value:
-        if row.value[MARK] != VERSION:
-            raise OddRow(f"is of an export of version {str(row.value[MARK])[:20]}; this kibitz reads version {VERSION}")
+    if EXPORT_KEY in row.value:
+        if row.value[EXPORT_KEY] != VERSION:
+            raise OddRow(
+                f"is of an export of version {str(row.value[EXPORT_KEY])[:20]}; this kibitz reads version {VERSION}"
+            )
         recording.tokenizer_sha256 = Header.model_validate(row.value).tokenizer_sha256
         return
     line = Line.model_validate(row.value)
-    draft = recording.draft(line.conversation.id)
+    draft = recording.start_draft(line.conversation.id)
     ids: dict[str, str] = {}
     for message in line.messages:
         reply_to = ids.get(message.reply_to or "")
-        ids[message.id] = draft.say(message.id, message.role, message.text, reply_to)
+        ids[message.id] = draft.add_message(message.id, message.role, message.text, reply_to)
     for turn in line.turns:
         if not {turn.message_id, turn.reply_id} <= ids.keys():
             raise OddRow("has an answer without its messages", turn.id)
-        recorded = {name: getattr(turn, name) for name in RECORDED}
+        recorded = {name: getattr(turn, name) for name in TURN_FIELDS}
         replaces = ids.get(turn.replaces or "")
         question, reply = ids[turn.message_id], ids[turn.reply_id]
         shown = {ids[one]: score for one, score in turn.shown.items() if one in ids}
-        ids[turn.id] = draft.answer(
+        ids[turn.id] = draft.add_turn(
             turn.id, question, reply, turn.text, turn.asker_id, replaces=replaces, shown=shown, **recorded
         )
     for given in line.feedback:
         if given.turn_id not in ids:
             raise OddRow("has feedback without its answer", given.turn_id)
         details = {name: getattr(given, name) for name in ("retracts", "value", "text", "at")}
-        draft.react(ids[given.turn_id], given.user_id, given.kind, given.signal, **details)
+        draft.add_feedback(ids[given.turn_id], given.user_id, given.kind, given.signal, **details)
     recording.add(draft, row)

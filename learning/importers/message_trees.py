@@ -36,11 +36,11 @@ def add_tree(draft: Draft, nodes: Iterable[Node], recording: Recording, place: s
         node, parent, reply_to = pending.pop()
         missing -= 1
         is_cut = node.is_deleted or (parent is not None and reply_to is None)
-        said = None if is_cut else draft.say(node.id, node.role, node.text, reply_to, node.author)
+        said = None if is_cut else draft.add_message(node.id, node.role, node.text, reply_to, node.author)
         if node.is_deleted:
             recording.leave_out("deleted message, with the replies to it", place)
         if said is not None and reply_to is not None and parent is not None and node.role == Role.ASSISTANT:
-            turns[node.id] = draft.answer(node.id, reply_to, said, node.text, parent.author or "user")
+            turns[node.id] = draft.add_turn(node.id, reply_to, said, node.text, parent.author or "user")
         pending += [(reply, node, said) for reply in reversed(replies[node.id])]
     recording.leave_out("message whose parent is not there", place, count=missing)
     return turns

@@ -7,12 +7,12 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from bot.types import FeedbackKind, Role
-from learning.importers.chat_messages import role_of
+from learning.importers.chat_messages import parse_role
 from learning.importers.message_trees import Node, add_tree
-from learning.importers.recorded_files import Row
+from learning.importers.recorded_files import RecordedRow
 from learning.importers.recording import OddRow, Recording
 
-MOST = 100_000  # people who chose one emoji
+MAX_PEOPLE = 100_000  # people who chose one emoji
 EMOJIS = {"+1": FeedbackKind.APPROVAL, "-1": FeedbackKind.DISAPPROVAL}
 
 
@@ -20,21 +20,21 @@ class EmojiTable(BaseModel):
     """Emoji as tables have them: two lists."""
 
     name: list[str]
-    count: list[Annotated[int, Field(ge=0, le=MOST)]]
+    count: list[Annotated[int, Field(ge=0, le=MAX_PEOPLE)]]
 
 
-class Message(BaseModel):
+class OasstMessage(BaseModel):
     """One message of OpenAssistant."""
 
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
     message_id: str
     parent_id: str | None = None
-    role: Annotated[Role, BeforeValidator(role_of)]
+    role: Annotated[Role, BeforeValidator(parse_role)]
     text: str
     deleted: bool | None = None
     rank: float | None = None
-    emojis: dict[str, Annotated[int, Field(ge=0, le=MOST)]] | EmojiTable | None = None
+    emojis: dict[str, Annotated[int, Field(ge=0, le=MAX_PEOPLE)]] | EmojiTable | None = None
     replies: list[Any] | None = None
 
     @property
@@ -58,9 +58,9 @@ class Tree(BaseModel):
     prompt: dict[str, Any] | None = None
 
 
-def read_oasst(rows: Sequence[Row], recording: Recording) -> None:
+def read_oasst(rows: Sequence[RecordedRow], recording: Recording) -> None:
     """Read all rows of a recording: messages of one tree may be spread over many."""
-    trees: dict[str, tuple[Row, dict[str, Message]]] = {}
+    trees: dict[str, tuple[RecordedRow, dict[str, OasstMessage]]] = {}
     for row in rows:
         with recording.leaving_out(row.place):
             tree = Tree.model_validate(row.value)
@@ -75,19 +75,19 @@ def read_oasst(rows: Sequence[Row], recording: Recording) -> None:
             _add(key, messages, row, recording)
 
 
-def _unfold(row: Row, prompt: dict[str, Any] | None, recording: Recording) -> Iterator[Message]:
+def _unfold(row: RecordedRow, prompt: dict[str, Any] | None, recording: Recording) -> Iterator[OasstMessage]:
     """Yield the messages of a row, each with its parent."""
     pending: list[tuple[Any, str | None]] = [(row.value if prompt is None else prompt, None)]
     while pending:
         value, parent = pending.pop()
         with recording.leaving_out(row.place, "row" if parent is None else "message"):
-            message = Message.model_validate(value)
+            message = OasstMessage.model_validate(value)
             yield message if prompt is None else message.model_copy(update={"parent_id": parent})
             pending += [(reply, message.message_id) for reply in reversed(message.replies or [])]
 
 
-def _add(key: str, messages: dict[str, Message], row: Row, recording: Recording) -> None:
-    draft = recording.draft(key)
+def _add(key: str, messages: dict[str, OasstMessage], row: RecordedRow, recording: Recording) -> None:
+    draft = recording.start_draft(key)
     turns = add_tree(draft, [message.node for message in messages.values()], recording, row.place)
     if not draft.messages:
         raise OddRow("has no message that begins a conversation")
@@ -97,10 +97,10 @@ def _add(key: str, messages: dict[str, Message], row: Row, recording: Recording)
         turn = turns.get(message.message_id)
         if turn is not None:
             for emoji, kind in EMOJIS.items():
-                draft.react_unnamed(turn, emojis.pop(emoji, 0), kind, emoji)
+                draft.add_unnamed_feedback(turn, emojis.pop(emoji, 0), kind, emoji)
             if message.rank is not None:
-                draft.react_unnamed(turn, 1, FeedbackKind.RANK, "rank", value=message.rank)
-        if draft.id(message.message_id) in said:
+                draft.add_unnamed_feedback(turn, 1, FeedbackKind.RANK, "rank", value=message.rank)
+        if draft.make_id(message.message_id) in said:
             for emoji, count in emojis.items():
                 where = "on a user's message" if emoji in EMOJIS else "which is a tool's action, no reaction"
                 recording.leave_out(f"{emoji[:40]} {where}", row.place, count=count)

@@ -12,10 +12,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from bot.types import FeedbackKind
-from learning.importers.chat_messages import ChatMessage, role_of
+from learning.importers.chat_messages import RecordedMessage, parse_role
 from learning.importers.message_trees import Node, add_tree
-from learning.importers.ratings import parse
-from learning.importers.recorded_files import Row
+from learning.importers.ratings import parse_rating
+from learning.importers.recorded_files import RecordedRow
 from learning.importers.recording import OddRow, Recording
 
 DETAILS = re.compile(r'<details type="(?:reasoning|tool_calls|code_interpreter)".*?</details>\s*', re.DOTALL)
@@ -30,12 +30,12 @@ class Opinion(BaseModel):
     @property
     def kind(self) -> FeedbackKind | None:
         """Whether it is 👍 (1) or 👎 (-1); None for anything else."""
-        found = parse(self.rating)
-        opinion = 0.0 if found is None else found.value if found.scale is None else found.scale.opinion(found.value)
+        found = parse_rating(self.rating)
+        opinion = 0.0 if found is None else found.value if found.scale is None else found.scale.to_opinion(found.value)
         return None if not opinion else FeedbackKind.APPROVAL if opinion > 0 else FeedbackKind.DISAPPROVAL
 
 
-class ChatNode(ChatMessage):
+class ChatNode(RecordedMessage):
     """A message of a chat."""
 
     id: str | None = None
@@ -43,7 +43,7 @@ class ChatNode(ChatMessage):
     annotation: Any = None
 
 
-class History(BaseModel):
+class ChatTree(BaseModel):
     """The tree of a chat."""
 
     messages: dict[str, Any] = {}
@@ -52,7 +52,7 @@ class History(BaseModel):
 class Chat(BaseModel):
     """What is said in a chat; older exports have the list only."""
 
-    history: History = History()
+    history: ChatTree = ChatTree()
     messages: list[Any] = []
 
 
@@ -75,7 +75,7 @@ class Meta(BaseModel):
     chat_id: str
 
 
-class Snapshot(BaseModel):
+class FeedbackSnapshot(BaseModel):
     """The chat as it was when somebody gave feedback, as a record or as a bare chat."""
 
     chat: dict[str, Any] | None = None
@@ -90,19 +90,19 @@ class FeedbackRecord(BaseModel):
     type: str = "rating"
     data: Opinion
     meta: Meta
-    snapshot: Snapshot | None = None
+    snapshot: FeedbackSnapshot | None = None
 
 
 @dataclass
 class RatedChat:
     """All that is known of one chat: its messages, and the newest opinion of each person on each."""
 
-    row: Row
+    row: RecordedRow
     nodes: dict[str, Node] = field(default_factory=dict)
     opinions: dict[tuple[str, str], Opinion] = field(default_factory=dict)
 
 
-def read_open_webui(rows: Sequence[Row], recording: Recording) -> None:
+def read_open_webui(rows: Sequence[RecordedRow], recording: Recording) -> None:
     """Read all chats, then all feedback, of a recording."""
     chats: dict[str, RatedChat] = {}
     records = []
@@ -132,13 +132,13 @@ def _read_chat(found: Chat, user: str, chat: RatedChat, recording: Recording) ->
             id = name if is_tree else message.id or name
             parent = message.parent or (None if is_tree else previous)
             text = DETAILS.sub("", message.text)
-            chat.nodes.setdefault(id, Node(id, parent, role_of(message.role), text, user))
+            chat.nodes.setdefault(id, Node(id, parent, parse_role(message.role), text, user))
             if isinstance(message.annotation, dict):
                 chat.opinions.setdefault((id, user), Opinion.model_validate(message.annotation))
             previous = id
 
 
-def _read_feedback(row: Row, given: FeedbackRecord, chats: dict[str, RatedChat], recording: Recording) -> None:
+def _read_feedback(row: RecordedRow, given: FeedbackRecord, chats: dict[str, RatedChat], recording: Recording) -> None:
     """Add an act of feedback, with the chat that it brings along."""
     if given.type != "rating":
         raise OddRow(f"is feedback of type {given.type[:40]!r}, no rating")
@@ -152,7 +152,7 @@ def _read_feedback(row: Row, given: FeedbackRecord, chats: dict[str, RatedChat],
 
 
 def _add(key: str, chat: RatedChat, recording: Recording) -> None:
-    draft = recording.draft(key)
+    draft = recording.start_draft(key)
     turns = add_tree(draft, chat.nodes.values(), recording, chat.row.place)
     for (message, person), opinion in chat.opinions.items():
         turn = turns.get(message)
@@ -160,9 +160,9 @@ def _add(key: str, chat: RatedChat, recording: Recording) -> None:
             recording.leave_out("rating of a message that is no answer, or not there", chat.row.place, message)
             continue
         if isinstance(opinion.comment, str) and opinion.comment.strip():
-            draft.react(turn, person, FeedbackKind.COMMENT, "comment", text=opinion.comment)
+            draft.add_feedback(turn, person, FeedbackKind.COMMENT, "comment", text=opinion.comment)
         if opinion.kind is not None:
-            draft.react(turn, person, opinion.kind, "rating")
+            draft.add_feedback(turn, person, opinion.kind, "rating")
         elif opinion.rating is not None:
             recording.leave_out("rating that is not understood", chat.row.place, reprlib.repr(opinion.rating))
     recording.add(draft, chat.row)

@@ -6,22 +6,22 @@ from pathlib import Path
 
 from bot.errors import DataError
 from bot.types import Role
-from learning.importers.formats import read
+from learning.importers.formats import read_recording
 
 
-def pairs(path: Path) -> Iterator[list[dict[str, str]]]:
+def read_pairs(path: Path) -> Iterator[list[dict[str, str]]]:
     """Yield dialogues that end with a response: from a file of `messages`, or the Cornell corpus's folder."""
-    yield from _cornell(path) if path.is_dir() else _chats(path)
+    yield from _read_cornell(path) if path.is_dir() else _read_chats(path)
 
 
-def _chats(path: Path) -> Iterator[list[dict[str, str]]]:
-    for _, said, _, _ in read(path, "openai").dialogues:
+def _read_chats(path: Path) -> Iterator[list[dict[str, str]]]:
+    for _, said, _, _ in read_recording(path, "openai").dialogues:
         dialogue = [{"role": message.role.value, "content": message.text} for message in said]
         if len(dialogue) > 1 and dialogue[-1]["role"] == Role.ASSISTANT:
             yield dialogue
 
 
-def _cornell(folder: Path) -> Iterator[list[dict[str, str]]]:
+def _read_cornell(folder: Path) -> Iterator[list[dict[str, str]]]:
     """The corpus as published: movie_lines.txt and movie_conversations.txt, fields parted by ' +++$+++ '."""
 
     def fields(name: str) -> Iterator[list[str]]:

@@ -11,15 +11,15 @@ from typing import Annotated, Any
 from pydantic import AliasChoices, BaseModel, Field
 
 from bot.types import FeedbackKind, Role
-from learning.importers.chat_messages import Said, add_chat, read_chat
+from learning.importers.chat_messages import RatedMessage, add_chat, read_chat
 from learning.importers.ratings import find_rating
-from learning.importers.recorded_files import Row
+from learning.importers.recorded_files import RecordedRow
 from learning.importers.recording import OddRow, Recording
 
 TRANSCRIPT = re.compile(r"\s*(?:^|\n\n)(Human|Assistant): ")  # how Anthropic's preference data tells who speaks
 
 
-class Completion(BaseModel):
+class CompletionRow(BaseModel):
     """A row of TRL's unpaired data."""
 
     prompt: str | list[Any]
@@ -34,12 +34,12 @@ class Preference(BaseModel):
     rejected: str | list[Any] | dict[str, Any]
 
 
-def read_completion(row: Row, recording: Recording) -> None:
+def read_completion(row: RecordedRow, recording: Recording) -> None:
     """Read one row of KTO."""
-    found = Completion.model_validate(row.value)
+    found = CompletionRow.model_validate(row.value)
     said = read_chat(found.prompt, Role.USER, recording, row)
     said += read_chat(found.completion, Role.ASSISTANT, recording, row)
-    draft = recording.draft(row.place)
+    draft = recording.start_draft(row.place)
     _, turn = add_chat(draft, said)
     if turn is None or said[-1].role != Role.ASSISTANT:
         raise OddRow("has no answer to its prompt")
@@ -47,26 +47,26 @@ def read_completion(row: Row, recording: Recording) -> None:
     if rating is None:
         recording.leave_out("conversation without a rating", row.place)
     else:
-        draft.rate(turn, rating)
+        draft.add_rating(turn, rating)
     recording.add(draft, row)
 
 
-def read_preference(row: Row, recording: Recording) -> None:
+def read_preference(row: RecordedRow, recording: Recording) -> None:
     """Read one row of DPO: of two answers to one question, the chosen one is liked, the rejected one is not."""
     found = Preference.model_validate(row.value)
-    chosen, rejected = (_transcript(one, recording, row) for one in (found.chosen, found.rejected))
+    chosen, rejected = (_read_transcript(one, recording, row) for one in (found.chosen, found.rejected))
     prompt = read_chat(found.prompt, Role.USER, recording, row) if found.prompt else []
     if not prompt and len(chosen) == len(rejected) == 1:
         prompt, chosen, rejected = _split_texts(chosen[0].text, rejected[0].text)
     elif any(one.role == Role.USER for one in chosen):  # the whole chat, of which `prompt` is a part
-        shared = _shared(chosen, rejected)
+        shared = _count_shared(chosen, rejected)
         system = prompt[:1] if prompt and prompt[0].role == Role.SYSTEM and chosen[0].role != Role.SYSTEM else []
         prompt, chosen, rejected = [*system, *chosen[:shared]], chosen[shared:], rejected[shared:]
     if chosen == rejected:
         raise OddRow("has two answers that are the same")
     if not any(one.role == Role.USER for one in prompt):
         raise OddRow("has no prompt")
-    draft = recording.draft(row.place)
+    draft = recording.start_draft(row.place)
     question, _ = add_chat(draft, prompt)
     for said, kind in ((chosen, FeedbackKind.APPROVAL), (rejected, FeedbackKind.DISAPPROVAL)):
         _, turn = add_chat(draft, said, question, start=len(draft.messages))
@@ -74,26 +74,26 @@ def read_preference(row: Row, recording: Recording) -> None:
             raise OddRow(
                 "has no answer that was chosen" if kind == FeedbackKind.APPROVAL else "has no answer that was rejected"
             )
-        draft.react(turn, "rater", kind, "preference")
+        draft.add_feedback(turn, "rater", kind, "preference")
     recording.add(draft, row)
 
 
-def _transcript(value: Any, recording: Recording, row: Row) -> list[Said]:
+def _read_transcript(value: Any, recording: Recording, row: RecordedRow) -> list[RatedMessage]:
     """Return what is said in an answer, also where it is the text of a whole chat."""
     parts = TRANSCRIPT.split(value) if isinstance(value, str) else []
     if len(parts) < 3 or parts[0].strip():
         return read_chat(value, Role.ASSISTANT, recording, row)
     roles = {"Human": Role.USER, "Assistant": Role.ASSISTANT}
-    return [Said(roles[who], text.strip()) for who, text in zip(parts[1::2], parts[2::2], strict=True)]
+    return [RatedMessage(roles[who], text.strip()) for who, text in zip(parts[1::2], parts[2::2], strict=True)]
 
 
-def _split_texts(chosen: str, rejected: str) -> tuple[list[Said], list[Said], list[Said]]:
+def _split_texts(chosen: str, rejected: str) -> tuple[list[RatedMessage], list[RatedMessage], list[RatedMessage]]:
     """Split two texts into what both begin with, up to a word, and how each goes on."""
-    end = chosen[: _shared(chosen, rejected)].rfind(" ") + 1
-    prompt = [Said(Role.USER, chosen[:end].strip())] if chosen[:end].strip() else []
-    return prompt, [Said(Role.ASSISTANT, chosen[end:])], [Said(Role.ASSISTANT, rejected[end:])]
+    end = chosen[: _count_shared(chosen, rejected)].rfind(" ") + 1
+    prompt = [RatedMessage(Role.USER, chosen[:end].strip())] if chosen[:end].strip() else []
+    return prompt, [RatedMessage(Role.ASSISTANT, chosen[end:])], [RatedMessage(Role.ASSISTANT, rejected[end:])]
 
 
-def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
+def _count_shared(one: Sequence[Any], other: Sequence[Any]) -> int:
     """Return how much two sequences have in common at the beginning."""
     return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -37,7 +37,7 @@ class Scale:
         """Whether all values are on it."""
         return all(self.low <= value <= self.high for value in values)
 
-    def opinion(self, value: float) -> float:
+    def to_opinion(self, value: float) -> float:
         """Return where a value is between the worst (-1) and the best (1)."""
         return 2 * (value - self.low) / (self.high - self.low) - 1
 
@@ -80,7 +80,7 @@ def find_rating(row: dict[str, Any]) -> Any:
     return find_rating(found) if isinstance(found, dict) else found
 
 
-def parse(raw: Any) -> Rating | None:
+def parse_rating(raw: Any) -> Rating | None:
     """Return a rating as a number; None for what is no rating."""
     if isinstance(raw, bool):
         return Rating(float(raw), WORDS)
@@ -116,10 +116,10 @@ def find_scale(values: Iterable[float]) -> Scale:
     return next(scale for scale in SCALES if scale.holds(found))
 
 
-def settle_ratings(recording: Recording) -> None:
+def convert_ratings(recording: Recording) -> None:
     """Make feedback of the ratings that the readers kept: each file's bare numbers are on one scale."""
     for file, kept in recording.ratings.items():
-        parsed = [parse(one.raw) for one in kept]
+        parsed = [parse_rating(one.raw) for one in kept]
         bare = find_scale(rating.value for rating in parsed if rating is not None and rating.scale is None)
         scales = [rating.scale or bare for rating in parsed if rating is not None]
         recording.scales[file] = "; ".join(dict.fromkeys(map(str, scales)))
@@ -127,10 +127,10 @@ def settle_ratings(recording: Recording) -> None:
             if rating is None:
                 recording.leave_out("rating that is not understood", one.place, reprlib.repr(one.raw))
                 continue
-            opinion = (rating.scale or bare).opinion(rating.value)
+            opinion = (rating.scale or bare).to_opinion(rating.value)
             if opinion:
                 kind = FeedbackKind.APPROVAL if opinion > 0 else FeedbackKind.DISAPPROVAL
-                one.draft.react(one.turn, "rater", kind, "rating", value=opinion)
+                one.draft.add_feedback(one.turn, "rater", kind, "rating", value=opinion)
             else:
                 recording.leave_out(
                     "rating in the middle of its scale, which is no opinion", one.place, reprlib.repr(one.raw)

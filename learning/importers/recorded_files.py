@@ -36,7 +36,7 @@ DECODER = json.JSONDecoder(strict=False, parse_constant=lambda _: None)  # Pytho
 
 
 @dataclass(frozen=True)
-class Row:
+class RecordedRow:
     """A JSON value, the file that holds it (relative to what was named), and its place, for people."""
 
     file: str
@@ -59,16 +59,16 @@ class Contents:
     """All rows of what was named, what was not read, and how many rows had characters replaced that cannot be stored."""
 
     sha256: str
-    rows: list[Row] = field(default_factory=list)
+    rows: list[RecordedRow] = field(default_factory=list)
     oddities: list[Oddity] = field(default_factory=list)
-    cleaned: list[Row] = field(default_factory=list)
+    cleaned: list[RecordedRow] = field(default_factory=list)
 
 
 def read_contents(path: Path) -> Contents:
     """Read a file, or all JSON files in a directory. Raises DataError where there is nothing to read."""
     try:
         is_directory = path.is_dir()
-        files = dict(_files_below(path)) if is_directory else {_clean(path.name): path.read_bytes()}
+        files = dict(_read_files_below(path)) if is_directory else {_clean(path.name): path.read_bytes()}
     except OSError as error:
         named = error.filename or path
         raise DataError(f"{named}: cannot be read ({error.strerror}); name an existing file or directory") from error
@@ -90,7 +90,7 @@ def read_contents(path: Path) -> Contents:
     return found
 
 
-def _files_below(directory: Path) -> Iterator[tuple[str, bytes]]:
+def _read_files_below(directory: Path) -> Iterator[tuple[str, bytes]]:
     for file in sorted(directory.rglob("*")):
         name = _clean(file.relative_to(directory).as_posix())
         if not _is_hidden(name) and file.is_file():
@@ -149,13 +149,13 @@ def _read_member(name: str, raw: bytes, shown: str, found: Contents) -> None:
         found.oddities.append(Oddity("file", "is empty", name))
         return
     is_suspect = SUSPECT.search(text) is not None
-    for where, value in _values(text):
+    for where, value in _parse_values(text):
         if isinstance(value, Exception):
             line, detail = _explain(value, where)
             found.oddities.append(Oddity("row", "is not JSON", place(line), detail))
             continue
         try:
-            row = Row(name, place(where), _clean(value) if is_suspect else value)
+            row = RecordedRow(name, place(where), _clean(value) if is_suspect else value)
             if row.value != value:
                 found.cleaned.append(row)
             found.rows.append(row)
@@ -169,15 +169,15 @@ def _decode(raw: bytes) -> str:
     return raw.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "surrogatepass").rstrip()
 
 
-def _values(text: str) -> Iterator[tuple[str, Any]]:
+def _parse_values(text: str) -> Iterator[tuple[str, Any]]:
     """Yield each value of a text with its place; an exception for a line that is not JSON.
 
     The items of an array are values too: an array of rows is a usual form of export.
     """
     try:
-        found = list(_sequence(text))
+        found = list(_parse_sequence(text))
     except (ValueError, RecursionError) as error:
-        found = list(_lines(text))
+        found = list(_parse_lines(text))
         if not any(isinstance(value, dict | list) for _, value in found):
             found = [("line 1", error)]  # no JSON lines either
     for where, value in found:
@@ -188,7 +188,7 @@ def _values(text: str) -> Iterator[tuple[str, Any]]:
             yield where, value
 
 
-def _sequence(text: str) -> Iterator[tuple[str, Any]]:
+def _parse_sequence(text: str) -> Iterator[tuple[str, Any]]:
     """Yield the values that follow each other in a text. Raises ValueError at what is none."""
     at, counted, line = 0, 0, 1
     while (at := BETWEEN.match(text, at).end()) < len(text):  # type: ignore[union-attr]
@@ -198,7 +198,7 @@ def _sequence(text: str) -> Iterator[tuple[str, Any]]:
         at, counted = end, at
 
 
-def _lines(text: str) -> Iterator[tuple[str, Any]]:
+def _parse_lines(text: str) -> Iterator[tuple[str, Any]]:
     """Yield the value, or what is wrong, of each line. Lines end as JSON's do: U+2028 and its like are text."""
     for number, line in enumerate(re.split(r"\r\n?|\n", text), 1):
         line = line.strip("\ufeff \t")

@@ -15,10 +15,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from bot.chat.reactions import Reactions
-from bot.store.conversations import Dialogue
+from bot.store.conversations import DialogueRecord
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Role, Turn
-from learning.data.voices import IMPORTED
-from learning.importers.recorded_files import Row
+from learning.data.voices import IMPORT_PLATFORM
+from learning.importers.recorded_files import RecordedRow
 
 EPOCH = datetime(2000, 1, 1, tzinfo=UTC)  # imported things have an order but no time of their own
 LONGEST_NAME = 128  # characters of a channel or a person, as the tables have them
@@ -38,30 +38,30 @@ class Draft:
 
     def __init__(self, space: str, key: str):
         self.space, self.key = space, key
-        channel = key if len(key) <= LONGEST_NAME else self.id("channel")
-        self.conversation = Conversation(IMPORTED, channel=channel, space=space, id=self.id("conversation"))
+        channel = key if len(key) <= LONGEST_NAME else self.make_id("channel")
+        self.conversation = Conversation(IMPORT_PLATFORM, channel=channel, space=space, id=self.make_id("conversation"))
         self.messages: list[Message] = []
         self.turns: list[Turn] = []
         self.feedback: list[Feedback] = []
         self.ratings: list[tuple[str, Any]] = []  # of turns, as they are written
         self._names: set[str] = set()
 
-    def id(self, name: str) -> str:
+    def make_id(self, name: str) -> str:
         """Return the id of what has this name in the conversation."""
         return str(uuid.uuid5(uuid.NAMESPACE_OID, f"{self.space}/{self.key}/{name}"))
 
-    def say(self, name: str, role: Role, text: str, reply_to: str | None, author: str = "") -> str:
+    def add_message(self, name: str, role: Role, text: str, reply_to: str | None, author: str = "") -> str:
         """Add a message; return its id."""
         if f"message {name}" in self._names:
             raise OddRow("has a message whose id came before", name)
         self._names.add(f"message {name}")
         author = (author or role.value)[:LONGEST_NAME]
         at = EPOCH + timedelta(seconds=len(self.messages))
-        message = Message(self.conversation.id, author, text, role, reply_to, at=at, id=self.id(name))
+        message = Message(self.conversation.id, author, text, role, reply_to, at=at, id=self.make_id(name))
         self.messages.append(message)
         return message.id
 
-    def answer(self, name: str, question: str, reply: str, text: str, asker: str = "user", **recorded: Any) -> str:
+    def add_turn(self, name: str, question: str, reply: str, text: str, asker: str = "user", **recorded: Any) -> str:
         """Say that the message `reply` answers the message `question`; return the turn's id."""
         if not self._names.isdisjoint({f"turn {name}", f"reply {reply}"}):
             raise OddRow("has an answer whose id came before", name)
@@ -82,28 +82,28 @@ class Draft:
             text=text,
             asker_id=asker[:LONGEST_NAME],
             at=EPOCH + timedelta(seconds=len(self.messages)),
-            id=self.id(f"turn {name}"),
+            id=self.make_id(f"turn {name}"),
             **{**values, **recorded},
         )
         self.turns.append(turn)
         return turn.id
 
-    def react(self, turn: str, user: str, kind: FeedbackKind, signal: str, **details: Any) -> None:
+    def add_feedback(self, turn: str, user: str, kind: FeedbackKind, signal: str, **details: Any) -> None:
         """Add one act of feedback on a turn."""
         count = len(self.feedback)
-        values = {"at": EPOCH + timedelta(days=1, seconds=count), "id": self.id(f"feedback {count}"), **details}
+        values = {"at": EPOCH + timedelta(days=1, seconds=count), "id": self.make_id(f"feedback {count}"), **details}
         self.feedback.append(Feedback(turn, user[:LONGEST_NAME], kind, signal[:LONGEST_SIGNAL], **values))
 
-    def react_unnamed(self, turn: str, people: int, kind: FeedbackKind, signal: str, **details: Any) -> None:
+    def add_unnamed_feedback(self, turn: str, people: int, kind: FeedbackKind, signal: str, **details: Any) -> None:
         """Add the same act by people whom the file counts and does not name.
 
         Nobody knows who they are, so they have other names at each answer: one person who likes all that is liked would be
         held back by rewards.person_cap, and be compared with themselves alone by the gate.
         """
         for number in range(people):
-            self.react(turn, f"unnamed {turn} {number} {signal}", kind, signal, **details)
+            self.add_feedback(turn, f"unnamed {turn} {number} {signal}", kind, signal, **details)
 
-    def rate(self, turn: str, rating: Any) -> None:
+    def add_rating(self, turn: str, rating: Any) -> None:
         """Keep a rating of an answer as it was found."""
         self.ratings.append((turn, rating))
 
@@ -127,21 +127,21 @@ class Recording:
     """
 
     space: str
-    kinds: Reactions
-    dialogues: list[Dialogue] = field(default_factory=list)
-    rows: Counter[str] = field(default_factory=Counter)
+    reactions: Reactions
+    dialogues: list[DialogueRecord] = field(default_factory=list)
+    row_counts: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
-    first: dict[str, tuple[str, str]] = field(default_factory=dict)
+    first_dropped: dict[str, tuple[str, str]] = field(default_factory=dict)
     scales: dict[str, str] = field(default_factory=dict)
     tokenizer_sha256: str = ""
     ratings: dict[str, list[RawRating]] = field(default_factory=dict)
     keys: set[str] = field(default_factory=set)  # of the conversations
 
-    def draft(self, key: str) -> Draft:
+    def start_draft(self, key: str) -> Draft:
         """Begin a conversation."""
         return Draft(self.space, key)
 
-    def add(self, draft: Draft, row: Row) -> None:
+    def add(self, draft: Draft, row: RecordedRow) -> None:
         """Keep a conversation that `row` holds or begins. Raises OddRow where one with its key was kept before."""
         if draft.key in self.keys:
             raise OddRow("has the id of a conversation that came before", draft.key)
@@ -155,11 +155,11 @@ class Recording:
         """Count something as left out; `reason` is a noun phrase, `place` where it was."""
         if count:
             self.dropped[reason] += count
-            self.first.setdefault(reason, (place, detail[:80]))
+            self.first_dropped.setdefault(reason, (place, detail[:80]))
 
     def explain(self, reason: str) -> str:
         """Say what was left out for a reason: the first of it, and how many more."""
-        place, detail = self.first[reason]
+        place, detail = self.first_dropped[reason]
         noun, _, predicate = reason.partition(" that ")
         what = f"{place} {predicate}" if noun in ("row", "file") else f"{place}: {reason}"
         more = self.dropped[reason] - 1
@@ -173,27 +173,27 @@ class Recording:
         except OddRow as odd:
             self.leave_out(f"{noun} that {odd.predicate}", place, odd.detail)
         except ValidationError as error:
-            found = shape_error(error)
+            found = make_shape_error(error)
             self.leave_out(f"{noun} that {found.predicate}", place, found.detail)
 
     @property
     def format(self) -> str:
         """The names of the formats that were found."""
-        return ", ".join(self.rows)
+        return ", ".join(self.row_counts)
 
     @property
-    def scale(self) -> str:
+    def scale_summary(self) -> str:
         """How the ratings were understood, for people."""
         if len(set(self.scales.values())) > 1:
             return "; ".join(f"{file}: {scale}" for file, scale in self.scales.items())
         return next(iter(self.scales.values()), "")
 
-    def count(self, kind: FeedbackKind) -> int:
+    def count_feedback(self, kind: FeedbackKind) -> int:
         """How many acts of one kind of feedback were read."""
         return sum(row.kind == kind and not row.retracts for *_, given in self.dialogues for row in given)
 
     @property
-    def assistant_messages(self) -> int:
+    def answer_count(self) -> int:
         """How many answers were read."""
         return sum(len(turns) for _, _, turns, _ in self.dialogues)
 
@@ -202,20 +202,20 @@ class Recording:
         """How much was read, as the report of a replay has it."""
         return {
             "conversations": len(self.dialogues),
-            "assistant_messages": self.assistant_messages,
-            "approvals": self.count(FeedbackKind.APPROVAL),
-            "disapprovals": self.count(FeedbackKind.DISAPPROVAL),
-            "ranks": self.count(FeedbackKind.RANK),
+            "assistant_messages": self.answer_count,
+            "approvals": self.count_feedback(FeedbackKind.APPROVAL),
+            "disapprovals": self.count_feedback(FeedbackKind.DISAPPROVAL),
+            "ranks": self.count_feedback(FeedbackKind.RANK),
         }
 
     def lines(self) -> list[str]:
         """Say what was read, how, and what was left out and why."""
-        rows = ", ".join(f"{name} ({count:,} rows)" for name, count in self.rows.items())
-        found = [f"format: {rows}", f"read: {listed(self.counts)}"]
-        found += [f"ratings: {self.scale}"] if self.scales else []
-        return found + [f"left out: {self.explain(reason)}" for reason in self.first]
+        rows = ", ".join(f"{name} ({count:,} rows)" for name, count in self.row_counts.items())
+        found = [f"format: {rows}", f"read: {format_counts(self.counts)}"]
+        found += [f"ratings: {self.scale_summary}"] if self.scales else []
+        return found + [f"left out: {self.explain(reason)}" for reason in self.first_dropped]
 
-    def forget_ids(self) -> None:
+    def drop_token_ids(self) -> None:
         """Drop recorded token ids, which are another tokenizer's; the texts stay and are tokenized anew."""
         self.dialogues = [
             (
@@ -228,12 +228,12 @@ class Recording:
         ]
 
 
-def listed(counts: dict[str, int]) -> str:
+def format_counts(counts: dict[str, int]) -> str:
     """Return figures as one line."""
     return ", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in counts.items())
 
 
-def shape_error(error: ValidationError) -> OddRow:
+def make_shape_error(error: ValidationError) -> OddRow:
     """Say in a few words what is wrong with the shape of a row."""
     first = error.errors(include_url=False)[0]
     key = ".".join(part for part in first["loc"] if isinstance(part, str))

@@ -10,12 +10,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from learning.importers.channel_history import Post, Reaction, read_channel
-from learning.importers.recorded_files import Row
+from learning.importers.recorded_files import RecordedRow
 from learning.importers.recording import OddRow, Recording
 
 PEOPLE = {"users.json", "org_users.json"}
 DIRECT = {"dms.json", "mpims.json"}
-LISTS = (
+LIST_FILES = (
     PEOPLE
     | DIRECT
     | {
@@ -35,7 +35,7 @@ class Profile(BaseModel):
     real_name: str | None = None
 
 
-class User(BaseModel):
+class SlackUser(BaseModel):
     """Somebody in a workspace."""
 
     id: str
@@ -44,12 +44,12 @@ class User(BaseModel):
     profile: Profile = Profile()
 
     @property
-    def shown(self) -> str:
+    def shown_name(self) -> str:
         """The name that people see."""
         return self.profile.display_name or self.name or self.profile.real_name or self.id
 
 
-class ReactionCount(BaseModel):
+class SlackReaction(BaseModel):
     """Who reacted with one emoji."""
 
     name: str
@@ -67,23 +67,23 @@ class SlackMessage(BaseModel):
     subtype: str | None = None
     text: str | None = None
     thread_ts: str | None = None
-    reactions: list[ReactionCount] = []
+    reactions: list[SlackReaction] = []
 
 
-def read_slack(rows: Sequence[Row], recording: Recording) -> None:
+def read_slack(rows: Sequence[RecordedRow], recording: Recording) -> None:
     """Read all channels of a recording."""
-    people: dict[str, User] = {}
+    people: dict[str, SlackUser] = {}
     direct: set[str] = set()
-    channels: dict[str, list[tuple[Row, Any]]] = defaultdict(list)
+    channels: dict[str, list[tuple[RecordedRow, Any]]] = defaultdict(list)
     for row in rows:
         path = PurePosixPath(row.file)
         with recording.leaving_out(row.place):
             if path.name in PEOPLE:
-                user = User.model_validate(row.value)
+                user = SlackUser.model_validate(row.value)
                 people[user.id] = user
             elif path.name in DIRECT:
                 direct |= {str(row.value.get("id")), str(row.value.get("name"))}
-            elif path.name not in LISTS:
+            elif path.name not in LIST_FILES:
                 channels[str(path.parent)].append((row, SlackMessage.model_validate(row.value)))
     for channel, messages in channels.items():
         bots = {one.user for _, one in messages if one.user and one.bot_id}
@@ -91,12 +91,17 @@ def read_slack(rows: Sequence[Row], recording: Recording) -> None:
         posts = []
         for row, message in messages:
             with recording.leaving_out(row.place, "message"):
-                posts.append(_post(message, people, bots, PurePosixPath(channel).name in direct, row, recording))
+                posts.append(_make_post(message, people, bots, PurePosixPath(channel).name in direct, row, recording))
         read_channel(channel, posts, messages[0][0], recording)
 
 
-def _post(
-    message: SlackMessage, people: dict[str, User], bots: set[str], is_direct: bool, row: Row, recording: Recording
+def _make_post(
+    message: SlackMessage,
+    people: dict[str, SlackUser],
+    bots: set[str],
+    is_direct: bool,
+    row: RecordedRow,
+    recording: Recording,
 ) -> Post:
     """Return a message as a post. Raises OddRow where nobody says anything in it."""
     if message.subtype not in SPEECH:
@@ -116,20 +121,20 @@ def _post(
         text=plain_text(message.text or "", people, bots),
         at=float(message.ts),
         is_bot=author in bots or message.bot_id is not None or message.subtype == "bot_message",
-        asks=asked,
+        mentions=asked,
         thread=message.thread_ts or "",
         is_dialogue=is_direct or message.thread_ts is not None,
         reactions=tuple(reactions),
     )
 
 
-def plain_text(text: str, people: dict[str, User], bots: set[str]) -> str:
+def plain_text(text: str, people: dict[str, SlackUser], bots: set[str]) -> str:
     """Return a text as people see it: with names, without markup, without the mention of the bot that it is for."""
 
     def name(found: re.Match[str]) -> str:
         if found[1] in bots:
             return ""
-        return f"@{found[2] or (people[found[1]].shown if found[1] in people else found[1])}"
+        return f"@{found[2] or (people[found[1]].shown_name if found[1] in people else found[1])}"
 
     def shown(found: re.Match[str]) -> str:
         target, label = found[1], found[2]

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 
 from scipy.special import zeta
 
-FALL = 1.5  # faster spends more on the first verdicts, slower leaves more to later ones
-FIRST = 0.9  # the share of the budget that there is before any promotion
+DECAY = 1.5  # faster spends more on the first verdicts, slower leaves more to later ones
+FIRST_SHARE = 0.9  # the share of the budget that there is before any promotion
 
 
-def level_of_next(budget: float, earlier: Sequence[bool]) -> float:
+def compute_next_level(budget: float, earlier: Sequence[bool]) -> float:
     """Return the level of the next verdict, after `earlier` ones (True for each that found its version better).
 
     The k-th verdict has a share of the first part of the budget that falls with k ** -1.5; all shares add up to 1. After
@@ -26,12 +26,12 @@ def level_of_next(budget: float, earlier: Sequence[bool]) -> float:
     promotion, a whole budget after each later one.
     """
     now = len(earlier) + 1
-    level = FIRST * budget * _share(now)
+    level = FIRST_SHARE * budget * _share(now)
     promotions = [number for number, better in enumerate(earlier, 1) if better]
     for order, then in enumerate(promotions):
-        level += (budget if order else (1 - FIRST) * budget) * _share(now - then)
+        level += (budget if order else (1 - FIRST_SHARE) * budget) * _share(now - then)
     return level
 
 
 def _share(number: int) -> float:
-    return float(number**-FALL / zeta(FALL))
+    return float(number**-DECAY / zeta(DECAY))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from bot.models.sampling import PLAIN
+from bot.models.sampling import PLAIN_SAMPLING
 from bot.models.tokenizer import ChatTokenizer
 from learning.models.trainable import as_base, as_served
 
@@ -32,12 +32,12 @@ class Sample:
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
     text: str
-    finished: bool
+    is_finished: bool
 
     @property
-    def well_formed(self) -> bool:
+    def is_well_formed(self) -> bool:
         """Whether the answer ended by itself and reads as text."""
-        return self.finished and is_well_formed(self.text)
+        return self.is_finished and is_well_formed(self.text)
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class Manner:
     well_formed: float
 
 
-def manner(samples: Sequence[Sample]) -> Manner:
+def summarize_samples(samples: Sequence[Sample]) -> Manner:
     """Return what answers are like."""
     return Manner(
         words=float(np.mean([len(one.text.split()) for one in samples])),
-        ended=float(np.mean([one.finished for one in samples])),
-        well_formed=float(np.mean([one.well_formed for one in samples])),
+        ended=float(np.mean([one.is_finished for one in samples])),
+        well_formed=float(np.mean([one.is_well_formed for one in samples])),
     )
 
 
@@ -67,7 +67,7 @@ def is_well_formed(text: str) -> bool:
     return not grams or max(grams.values()) < 3
 
 
-class Answer(Protocol):
+class TokenizedAnswer(Protocol):
     """An answer and its prompt, as token ids: an Experience, a Sample."""
 
     @property
@@ -77,7 +77,7 @@ class Answer(Protocol):
     def completion_ids(self) -> tuple[int, ...]: ...
 
 
-def token_rows(answers: Sequence[Answer]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+def token_rows(answers: Sequence[TokenizedAnswer]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """The (prompt ids, completion ids) row of each answer."""
     return [(one.prompt_ids, one.completion_ids) for one in answers]
 
@@ -100,7 +100,7 @@ def answer_logprobs(model: Any, rows: Rows) -> list["torch.Tensor"]:
     return found
 
 
-def batches(rows: Rows, tokens: int = BATCH_TOKENS) -> Iterator[Rows]:
+def split_batches(rows: Rows, tokens: int = BATCH_TOKENS) -> Iterator[Rows]:
     """The rows (prompt ids, completion ids) in order, in batches of no more than `tokens` when padded, or of one row."""
     start, longest = 0, 0
     for end, (prompt, completion) in enumerate(rows):
@@ -112,7 +112,7 @@ def batches(rows: Rows, tokens: int = BATCH_TOKENS) -> Iterator[Rows]:
         yield rows[start:]
 
 
-def padded(batch: Rows, device: Any, pad: int = 0) -> dict[str, "torch.Tensor"]:
+def pad_batch(batch: Rows, device: Any, pad: int = 0) -> dict[str, "torch.Tensor"]:
     """The rows as a model takes them: `input_ids` and `attention_mask` (n × the longest)."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
@@ -129,7 +129,7 @@ def batched_logprobs(model: Any, rows: Rows) -> list["torch.Tensor"]:
     found: list[torch.Tensor] = []
     model.eval()
     with torch.no_grad(), as_served(model):
-        for batch in batches(rows):
+        for batch in split_batches(rows):
             for (_, completion), scores in zip(batch, _answer_logits(model, batch), strict=True):
                 ids = torch.tensor([*completion], device=scores.device)
                 found.append(scores.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0].cpu())
@@ -140,7 +140,7 @@ def _answer_logits(model: Any, batch: Rows) -> list["torch.Tensor"]:
     """The logits (tokens × vocabulary) that each row's completion tokens were drawn from."""
     import torch
 
-    inputs = padded(batch, model.device)
+    inputs = pad_batch(batch, model.device)
     first = min(len(prompt) for prompt, _ in batch) - 1  # what comes before needs no logits
     kept = torch.arange(first, inputs["input_ids"].shape[1], device=model.device)
     logits = model(**inputs, logits_to_keep=kept, use_cache=False).logits
@@ -188,7 +188,7 @@ def kl_to_base(model: Any, samples: Sequence[Sample]) -> float:
     total, tokens = 0.0, 0
     model.eval()
     with torch.no_grad(), as_served(model):
-        for batch in batches(token_rows(samples)):
+        for batch in split_batches(token_rows(samples)):
             own = _answer_logits(model, batch)
             with as_base(model):
                 base = _answer_logits(model, batch)
@@ -233,13 +233,13 @@ def generate(
     """
     import torch
 
-    from learning.models.batching import samples_at_once
+    from learning.models.batching import count_samples_at_once
 
     torch.manual_seed(seed)
     ends, pad = tokenizer.end_ids, pad_id(tokenizer.hf)
     samples: dict[int, Sample] = {}
     model.eval()
-    batch_size = batch_size or samples_at_once(model, max(map(len, prompts), default=0) + max_tokens)
+    batch_size = batch_size or count_samples_at_once(model, max(map(len, prompts), default=0) + max_tokens)
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # so that little of a batch is padding
     for start in range(0, len(prompts), batch_size):
         rows = order[start : start + batch_size]
@@ -247,7 +247,7 @@ def generate(
         width = max(map(len, batch))
         ids = torch.tensor([[pad] * (width - len(row)) + [*row] for row in batch], device=model.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=model.device)
-        sampling = {"do_sample": True, **PLAIN, **(truncation or {})}
+        sampling = {"do_sample": True, **PLAIN_SAMPLING, **(truncation or {})}
         with torch.no_grad(), as_served(model):
             out = model.generate(
                 input_ids=ids,
@@ -259,8 +259,8 @@ def generate(
             )
         for row, prompt, said in zip(rows, batch, out[:, width:].tolist(), strict=True):
             end = next((place for place, token in enumerate(said, 1) if token in ends), None)
-            text = tokenizer.answer_text(said[:end])
-            samples[row] = Sample(tuple(prompt), tuple(said[:end]), text, finished=end is not None)
+            text = tokenizer.decode_answer(said[:end])
+            samples[row] = Sample(tuple(prompt), tuple(said[:end]), text, is_finished=end is not None)
     return [samples[row] for row in range(len(prompts))]
 
 

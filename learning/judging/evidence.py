@@ -13,16 +13,16 @@ from bot.config import Config
 from bot.memory.embedder import Embedder
 from bot.models.tokenizer import ChatTokenizer
 from learning.data.experience import Experience
-from learning.data.selection import kinds_of
+from learning.data.selection import cluster_questions
 from learning.judging.evaluation import Sample, batched_logprobs, generate, means, token_rows
-from learning.judging.gate import Evidence, Soundness, gain_of, opinions_of
+from learning.judging.gate import Evidence, Soundness, collect_opinions, compute_gain
 
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """What a model gives the tokens of each judged answer (nats), and what it says to the prompts that it is asked."""
 
     logprobs: "list[torch.Tensor]"
@@ -35,25 +35,25 @@ def choose_prompts(rows: Sequence[Experience], count: int) -> list[Experience]:
     return list(itertools.islice(itertools.cycle(different.values()), count))
 
 
-def answer(config: Config, model: Any, tokenizer: ChatTokenizer, asked: Sequence[Experience]) -> list[Sample]:
+def sample_answers(config: Config, model: Any, tokenizer: ChatTokenizer, asked: Sequence[Experience]) -> list[Sample]:
     """Return one answer of a model to each prompt, sampled as the policy's are."""
     prompts = [one.prompt_ids for one in asked]
     return generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed, config.policy.truncation)
 
 
-def measure(
+def measure_model(
     config: Config, model: Any, tokenizer: ChatTokenizer, judged: Sequence[Experience], asked: Sequence[Experience]
-) -> Measured:
+) -> Measurement:
     """Measure a model on the `judged` answers and the prompts that it is `asked`."""
-    return Measured(batched_logprobs(model, token_rows(judged)), answer(config, model, tokenizer, asked))
+    return Measurement(batched_logprobs(model, token_rows(judged)), sample_answers(config, model, tokenizer, asked))
 
 
-def compare(
+def compare_with_live(
     config: Config,
     judged: Sequence[Experience],
     others: Sequence[Experience],
-    live: Measured,
-    candidate: Measured,
+    live: Measurement,
+    candidate: Measurement,
     embedder: Embedder | None,
     soundness: Soundness,
     faults: Sequence[str] = (),
@@ -62,7 +62,7 @@ def compare(
 
     The questions of the `others` help to tell kinds of questions apart.
     """
-    kinds = kinds_of([row.question for row in (*judged, *others)], embedder, config.seed)[: len(judged)]
-    opinions = opinions_of(judged, kinds.tolist(), config.rewards.person_cap)
-    gain = gain_of([row.answer for row in judged], opinions, live.samples, candidate.samples, embedder)
+    kinds = cluster_questions([row.question for row in (*judged, *others)], embedder, config.seed)[: len(judged)]
+    opinions = collect_opinions(judged, kinds.tolist(), config.rewards.person_cap)
+    gain = compute_gain([row.answer for row in judged], opinions, live.samples, candidate.samples, embedder)
     return Evidence(opinions, means(live.logprobs), means(candidate.logprobs), gain, [*faults], **asdict(soundness))

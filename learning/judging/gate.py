@@ -2,8 +2,8 @@
 
 Better is what the held-out opinions say, those that no run learned from, and there are two ways to ask them. Margin: do the
 answers that were liked become likelier than those that were not? In long answers chance is louder than taste. Gain: are the
-candidate's own answers more like those that were liked (`gain_of`)? One of the two must not be luck, and each has half of
-the level that `learning.judging.error_budget` leaves to this verdict. Nobody's opinions count for more than
+candidate's own answers more like those that were liked (`compute_gain`)? One of the two must not be luck, and each has half
+of the level that `learning.judging.error_budget` leaves to this verdict. Nobody's opinions count for more than
 `rewards.person_cap`.
 
 When to judge is decided by the opinions alone, never by what a candidate makes of them: or waiting for more would be
@@ -28,9 +28,9 @@ import numpy as np
 from bot.config import GateConfig
 from bot.memory.embedder import Embedder
 from bot.types import Metrics
-from learning.data.features import features, ridge
-from learning.data.selection import limited
-from learning.judging.error_budget import level_of_next
+from learning.data.features import extract_features, ridge_influence
+from learning.data.selection import cap_people
+from learning.judging.error_budget import compute_next_level
 from learning.judging.evaluation import Sample
 from learning.judging.permutation import least_p_value, permutation_p_value, sign_flip_p_value
 from learning.judging.statistics import CONFIDENCE, Interval, bootstrap
@@ -38,14 +38,14 @@ from learning.judging.statistics import CONFIDENCE, Interval, bootstrap
 if TYPE_CHECKING:
     from learning.data.experience import Experience
 
-ROOM = 20  # times: simulated people needed the fewest reactions until a promotion with 10 to 100
+HEADROOM = 20  # times: simulated people needed the fewest reactions until a promotion with 10 to 100
 MOST_WANTED = 256  # judged answers: more are not foreseen
 OWN_STRATUM = 4  # questions that one person judged, from which on they are compared with each other alone
-ROUGH = 0.01  # the level at which a p-value is precise that decides nothing, and is told to people alone
+ROUGH_LEVEL = 0.01  # the level at which a p-value is precise that decides nothing, and is told to people alone
 
 
 @dataclass(frozen=True)
-class Opinions:
+class HeldOutOpinions:
     """What people said about held-out answers: a row for each answer.
 
     `signs` is +1 for an answer that was liked and -1 for one that was not, `kinds` the kind of its question, `units` what
@@ -97,7 +97,7 @@ class Evidence(Soundness):
     what is wrong already: with its training, with its files.
     """
 
-    opinions: Opinions
+    opinions: HeldOutOpinions
     live: list[float]
     candidate: list[float]
     gain: Gain
@@ -136,27 +136,27 @@ class Verdict:
     passed: bool
     reasons: list[str]
     figures: VerdictMetrics
-    wanted: int = 0
+    answers_wanted: int = 0
 
 
-def opinions_of(rows: Sequence["Experience"], kinds: Sequence[int], person_cap: float) -> Opinions:
+def collect_opinions(rows: Sequence["Experience"], kinds: Sequence[int], person_cap: float) -> HeldOutOpinions:
     """Return what people said about held-out answers (n), whose questions are of these `kinds` (n,).
 
     Somebody who likes everything, or nothing, says nothing of a candidate, and would seem to where all that they ask is
     alike. So the opinions of one person on at least OWN_STRATUM questions are compared with each other, and all others with
     all others.
     """
-    judges: list[tuple[str, ...]] = [row.opinions if len(row.opinions) == 1 else () for row in rows]
+    judges: list[tuple[str, ...]] = [row.opinion_holders if len(row.opinion_holders) == 1 else () for row in rows]
     questions = Counter(
         judge for judge, _ in {(judge, row.question_id) for judge, row in zip(judges, rows, strict=True)} if judge
     )
     often = {judge: number for number, judge in enumerate(sorted(questions), 1) if questions[judge] >= OWN_STRATUM}
-    return Opinions(
+    return HeldOutOpinions(
         signs=[1 if row.reward > 0 else -1 for row in rows],
         kinds=list(kinds),
         units=[row.question_id or row.unit for row in rows],
         strata=[often.get(judge, 0) for judge in judges],
-        weights=limited([row.opinions for row in rows], np.ones(len(rows)), person_cap).tolist(),
+        weights=cap_people([row.opinion_holders for row in rows], np.ones(len(rows)), person_cap).tolist(),
     )
 
 
@@ -169,10 +169,10 @@ def judge(evidence: Evidence, gate: GateConfig, seed: int, earlier: Sequence[boo
     reasons = list(evidence.faults)
     opinions = evidence.opinions
     liked, disliked = _count(opinions)
-    level, allowed = level_of_next(1 - gate.confidence, earlier), allowed_p(gate, earlier)
+    level, allowed = compute_next_level(1 - gate.confidence, earlier), compute_allowed_p(gate, earlier)
     gains = _measure_gains(evidence, seed) if min(liked, disliked) >= 2 else None
-    least = allowed / ROOM if may_wait else allowed
-    p_values = ask_opinions(evidence, allowed, seed) if can_suffice(opinions, gate, least) else None
+    least = allowed / HEADROOM if may_wait else allowed
+    p_values = compute_p_values(evidence, allowed, seed) if can_suffice(opinions, gate, least) else None
     if gains is None or p_values is None:
         reasons.append(explain_too_little(opinions, gate, least))
     elif not p_values.is_better:
@@ -203,17 +203,17 @@ def judge(evidence: Evidence, gate: GateConfig, seed: int, earlier: Sequence[boo
     return Verdict(not reasons, reasons, figures, count_wanted(opinions, gate, least) if is_all else 0)
 
 
-def allowed_p(gate: GateConfig, earlier: Sequence[bool]) -> float:
+def compute_allowed_p(gate: GateConfig, earlier: Sequence[bool]) -> float:
     """Return the p-value that either way of asking may have at most, after the `earlier` verdicts."""
-    return level_of_next(1 - gate.confidence, earlier) / 2
+    return compute_next_level(1 - gate.confidence, earlier) / 2
 
 
-def can_suffice(opinions: Opinions, gate: GateConfig, allowed: float) -> bool:
+def can_suffice(opinions: HeldOutOpinions, gate: GateConfig, allowed: float) -> bool:
     """Whether these opinions could show anything at the `allowed` level, whatever a candidate does to their answers."""
     return _are_enough(*_count(opinions), gate) and _least_p(opinions) <= allowed
 
 
-def _count(opinions: Opinions) -> tuple[int, int]:
+def _count(opinions: HeldOutOpinions) -> tuple[int, int]:
     """Count the answers that were liked and those that were not."""
     liked = sum(sign > 0 for sign in opinions.signs)
     return liked, len(opinions.signs) - liked
@@ -223,11 +223,11 @@ def _are_enough(liked: int, disliked: int, gate: GateConfig) -> bool:
     return liked + disliked >= gate.min_held_out and min(liked, disliked) >= 2
 
 
-def _least_p(opinions: Opinions) -> float:
+def _least_p(opinions: HeldOutOpinions) -> float:
     return least_p_value(np.array(opinions.signs), opinions.units, opinions.strata)
 
 
-def count_wanted(opinions: Opinions, gate: GateConfig, allowed: float) -> int:
+def count_wanted(opinions: HeldOutOpinions, gate: GateConfig, allowed: float) -> int:
     """Return about how many more judged answers it takes until they can suffice, if as many are liked as so far."""
     liked, disliked = _count(opinions)
     now = liked + disliked
@@ -239,7 +239,7 @@ def count_wanted(opinions: Opinions, gate: GateConfig, allowed: float) -> int:
     return MOST_WANTED
 
 
-def newest_that_suffice(
+def select_newest_sufficient(
     rows: Sequence["Experience"], since: datetime | None, gate: GateConfig, allowed: float, person_cap: float
 ) -> list["Experience"]:
     """Return the rows on which all was said `since`, where those can suffice; otherwise all.
@@ -247,13 +247,13 @@ def newest_that_suffice(
     What was said before helped to choose the version that is live now, and flatters it.
     """
     newer = [row for row in rows if since is not None and row.said_at >= since]
-    is_enough = can_suffice(opinions_of(newer, [0] * len(newer), person_cap), gate, allowed)
+    is_enough = can_suffice(collect_opinions(newer, [0] * len(newer), person_cap), gate, allowed)
     return newer if is_enough else list(rows)
 
 
-def gain_of(
+def compute_gain(
     judged: Sequence[str],
-    opinions: Opinions,
+    opinions: HeldOutOpinions,
     before: Sequence[Sample],
     after: Sequence[Sample],
     embedder: Embedder | None,
@@ -270,13 +270,13 @@ def gain_of(
     signs = subtract_kind_means(np.array(opinions.signs, dtype=float), opinions.kinds)
     if not before or not signs.any():
         return Gain([0.0] * len(signs), [0.0] * len({one.prompt_ids for one in before}))
-    seen = features(list(judged), embedder)
+    seen = extract_features(list(judged), embedder)
     low, high = seen.min(0), seen.max(0)
-    old, new = (features([one.text for one in answers], embedder).clip(low, high) for answers in (before, after))
+    old, new = (extract_features([one.text for one in answers], embedder).clip(low, high) for answers in (before, after))
     asked = {prompt: row for row, prompt in enumerate(dict.fromkeys(one.prompt_ids for one in before))}
     row_of = np.array([asked[one.prompt_ids] for one in before])
     moved = np.array([(new - old)[row_of == row].mean(0) for row in range(len(asked))])  # prompts × features
-    by_opinion = moved @ ridge(subtract_kind_means(seen, opinions.kinds), np.array(opinions.weights)).T
+    by_opinion = moved @ ridge_influence(subtract_kind_means(seen, opinions.kinds), np.array(opinions.weights)).T
     return Gain(counts=by_opinion.mean(0).tolist(), by_prompt=(by_opinion @ signs).tolist())
 
 
@@ -345,7 +345,7 @@ class Gains:
         )
 
 
-def ask_opinions(evidence: Evidence, allowed: float, seed: int) -> PValues:
+def compute_p_values(evidence: Evidence, allowed: float, seed: int) -> PValues:
     """Ask the held-out opinions in both ways."""
     opinions, gain = evidence.opinions, evidence.gain
     signs, of = np.array(opinions.signs), (opinions.units, opinions.strata)
@@ -353,7 +353,7 @@ def ask_opinions(evidence: Evidence, allowed: float, seed: int) -> PValues:
     likelier *= np.array(opinions.weights)
     by_margin = permutation_p_value(likelier, signs, *of, seed, allowed)
     by_gain = permutation_p_value(np.array(gain.counts), signs, *of, seed, allowed)
-    at = allowed if by_gain <= allowed else ROUGH
+    at = allowed if by_gain <= allowed else ROUGH_LEVEL
     return PValues(by_margin, by_gain, sign_flip_p_value(np.array(gain.by_prompt), seed, at), allowed)
 
 
@@ -370,7 +370,7 @@ def _measure_gains(evidence: Evidence, seed: int) -> Gains:
     )
 
 
-def explain_too_little(opinions: Opinions, gate: GateConfig, allowed: float) -> str:
+def explain_too_little(opinions: HeldOutOpinions, gate: GateConfig, allowed: float) -> str:
     """Say why opinions could show nothing at the `allowed` level, and how many could."""
     liked, disliked = _count(opinions)
     said = f"too little evidence: {liked} liked and {disliked} disliked answers are held out"

@@ -13,8 +13,8 @@ import numpy as np
 
 from bot.config import Config
 from learning.data.experience import Experience
-from learning.judging.evaluation import batches, padded, token_rows
-from learning.judging.reward_scores import Judged, calibrated, is_enough
+from learning.judging.evaluation import pad_batch, split_batches, token_rows
+from learning.judging.reward_scores import ScoredAnswers, calibrate_scores, has_enough
 
 FOLDS = 3
 STEPS = 60  # of a run, at most
@@ -29,25 +29,25 @@ class LmRewardModel:
         self.config = config
         self._fitted: Any = None
 
-    def fit(self, rated: Sequence[Experience]) -> Judged | None:
+    def fit(self, rated: Sequence[Experience]) -> ScoredAnswers | None:
         """Learn from rated answers; what it makes of each when it has not seen its unit. None where there are too few."""
         from sklearn.model_selection import GroupKFold
 
-        if not is_enough(rated, FOLDS):
+        if not has_enough(rated, FOLDS):
             return None
         scores = np.empty(len(rated))
         folds = GroupKFold(FOLDS, shuffle=True, random_state=self.config.seed)
         for seen, unseen in folds.split(rated, groups=[one.unit for one in rated]):
-            scores[unseen] = self._scores(self._trained([rated[row] for row in seen]), [rated[row] for row in unseen])
-        self._fitted = self._trained(rated)
-        judged, self._platt = calibrated(scores, rated, folds)
+            scores[unseen] = self._compute_scores(self._train([rated[row] for row in seen]), [rated[row] for row in unseen])
+        self._fitted = self._train(rated)
+        judged, self._platt = calibrate_scores(scores, rated, folds)
         return judged
 
-    def chances(self, answers: Sequence[Experience]) -> np.ndarray:
+    def predict_chances(self, answers: Sequence[Experience]) -> np.ndarray:
         """The probability (n,) that each answer is liked."""
-        return self._platt.predict_proba(self._scores(self._fitted, answers)[:, None])[:, 1]
+        return self._platt.predict_proba(self._compute_scores(self._fitted, answers)[:, None])[:, 1]
 
-    def _trained(self, rated: Sequence[Experience]) -> Any:
+    def _train(self, rated: Sequence[Experience]) -> Any:
         import torch
         from datasets import Dataset
         from peft import LoraConfig, get_peft_model
@@ -61,7 +61,7 @@ class LmRewardModel:
         model = AutoModelForSequenceClassification.from_pretrained(self.base_model, num_labels=1, dtype=torch.float32)
         rank = self.config.training.lora_rank
         settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="SEQ_CLS")
-        rows = pairs(rated, random.Random(self.config.seed))
+        rows = make_pairs(rated, random.Random(self.config.seed))
         batch_size = min(self.config.training.batch_size, len(rows))
         adapted = get_peft_model(model, settings)
         pairwise = self.config.training.model_copy(update={"objective": "dpo", "weights": "lora"})  # two answers a row
@@ -83,18 +83,18 @@ class LmRewardModel:
         trainer.train()
         return trainer.model.eval()
 
-    def _scores(self, model: Any, answers: Sequence[Experience]) -> np.ndarray:
+    def _compute_scores(self, model: Any, answers: Sequence[Experience]) -> np.ndarray:
         import torch
 
         found: list[float] = []
         with torch.no_grad():
-            for batch in batches(token_rows(answers)):
-                inputs = padded(batch, model.device, model.config.pad_token_id)
+            for batch in split_batches(token_rows(answers)):
+                inputs = pad_batch(batch, model.device, model.config.pad_token_id)
                 found += model(**inputs).logits[:, 0].float().tolist()
         return np.array(found)
 
 
-def pairs(rated: Sequence[Experience], rng: random.Random) -> list[dict[str, list[int]]]:
+def make_pairs(rated: Sequence[Experience], rng: random.Random) -> list[dict[str, list[int]]]:
     """Each answer beside one of the other kind, to the same prompt where there is any."""
     sides: dict[bool, list[Experience]] = {True: [], False: []}
     for one in rated:

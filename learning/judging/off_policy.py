@@ -21,7 +21,7 @@ from learning.judging.statistics import Bin, Interval, calibration, mean_interva
 if TYPE_CHECKING:
     import torch
 
-CUT = 2.0  # of importance weights: without it one answer that became much likelier would be the whole estimate
+MAX_IMPORTANCE = 2.0  # of importance weights: without it one answer that became much likelier would be the whole estimate
 
 
 @dataclass(frozen=True)
@@ -53,23 +53,23 @@ class Estimate(Record):
 def doubly_robust(expected: np.ndarray, weights: np.ndarray, rewards: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """What each judged answer says of the policy's worth (n,); its mean is the estimate.
 
-    `expected` is what the model makes of the policy's own answer to the same prompt, `predicted` what it makes of the
+    `predict_rewards` is what the model makes of the policy's own answer to the same prompt, `predicted` what it makes of the
     judged one, which earned `rewards`; where the log-probability was not recorded, `weights` is 0: the model has the word.
     """
     return expected + weights * (rewards - predicted)
 
 
-def importance(now: Sequence["torch.Tensor"], judged: Sequence[Experience]) -> np.ndarray:
+def importance_weights(now: Sequence["torch.Tensor"], judged: Sequence[Experience]) -> np.ndarray:
     """How much likelier each judged answer (n,) is now than it was when it was given; 0 where that is not known."""
     return np.array(
         [
-            0.0 if one.logprobs is None else min(CUT, float(np.exp(float(row.sum()) - sum(one.logprobs))))
+            0.0 if one.logprobs is None else min(MAX_IMPORTANCE, float(np.exp(float(row.sum()) - sum(one.logprobs))))
             for row, one in zip(now, judged, strict=True)
         ]
     )
 
 
-def estimated(
+def estimate_worth(
     training: Sequence[Experience],
     held_out: Sequence[Experience],
     model: AnyRewardModel,
@@ -84,7 +84,7 @@ def estimated(
         return Estimate()
     judged = [held_out[row] for row in rows]
     rewards = np.array([one.reward for one in judged])
-    predicted = 2 * model.chances(judged) - 1
+    predicted = 2 * model.predict_chances(judged) - 1
 
     def worth(policy: Answers) -> np.ndarray:
         answers = [policy.own[one.prompt_ids] for one in judged]
@@ -92,8 +92,8 @@ def estimated(
             replace(one, answer=sample.text, completion_ids=sample.completion_ids)
             for one, sample in zip(judged, answers, strict=True)
         ]
-        weights = importance([policy.logprobs[row] for row in rows], judged)
-        return doubly_robust(2 * model.chances(own) - 1, weights, rewards, predicted)
+        weights = importance_weights([policy.logprobs[row] for row in rows], judged)
+        return doubly_robust(2 * model.predict_chances(own) - 1, weights, rewards, predicted)
 
     old, new = worth(before), worth(after)
     units = np.array([one.unit for one in judged])

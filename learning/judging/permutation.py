@@ -12,8 +12,8 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 
 DRAWS = 1000  # random permutations, at least: the p-values are told to people
-TIMES = 10  # so many that are as large show that p is not below the level; so many are expected at the level
-MOST = 2_000_000  # random permutations, at most
+ENOUGH_AS_LARGE = 10  # so many that are as large show that p is not below the level; so many are expected at the level
+MAX_DRAWS = 2_000_000  # random permutations, at most
 
 
 def permutation_p_value(
@@ -22,14 +22,14 @@ def permutation_p_value(
     units: Sequence[Hashable],
     strata: Sequence[Hashable],
     seed: int,
-    level: float = TIMES / DRAWS,
+    level: float = ENOUGH_AS_LARGE / DRAWS,
 ) -> float:
     """Return how often permuted `signs` (n,) have a sum of products with `values` (n,) that is as large (one-sided).
 
     Rows of one of the `units` (n,) keep their signs together. Two units exchange their signs if they are in the same of the
     `strata` (n,) and have as many rows. The p-value is precise enough to be compared with `level`.
     """
-    groups = _exchangeable(units, strata)
+    groups = _group_exchangeable(units, strata)
     products = [signs[rows] @ values[rows].T for rows in groups]  # what each unit's signs give at each unit's place
 
     def draw(rng: np.random.Generator) -> np.ndarray:
@@ -42,7 +42,7 @@ def permutation_p_value(
     return _p_value(sum(float(np.trace(table)) for table in products), draw, seed, level)
 
 
-def sign_flip_p_value(values: np.ndarray, seed: int, level: float = TIMES / DRAWS) -> float:
+def sign_flip_p_value(values: np.ndarray, seed: int, level: float = ENOUGH_AS_LARGE / DRAWS) -> float:
     """Return how often the sum of `values` (n,) would be as large if each had either sign as likely (one-sided)."""
     if len(values) < 2:
         return 1.0
@@ -58,7 +58,7 @@ def _p_value(seen: float, draw: Callable[[np.random.Generator], np.ndarray], see
         return 1.0
     rng = np.random.default_rng(seed)
     drawn = as_large = 0
-    while drawn < min(MOST, TIMES / level) and as_large < TIMES:
+    while drawn < min(MAX_DRAWS, ENOUGH_AS_LARGE / level) and as_large < ENOUGH_AS_LARGE:
         as_large += int((draw(rng) >= seen - 1e-9).sum())
         drawn += DRAWS
     return (1 + as_large) / (1 + drawn)
@@ -67,13 +67,13 @@ def _p_value(seen: float, draw: Callable[[np.random.Generator], np.ndarray], see
 def least_p_value(signs: np.ndarray, units: Sequence[Hashable], strata: Sequence[Hashable]) -> float:
     """Return the smallest p-value that any values could give: one in as many as there are different permutations."""
     ways = 0.0
-    for rows in _exchangeable(units, strata):
+    for rows in _group_exchangeable(units, strata):
         alike = Counter(tuple(unit) for unit in signs[rows].tolist())
         ways += math.lgamma(len(rows) + 1) - sum(math.lgamma(count + 1) for count in alike.values())
     return math.exp(-ways)
 
 
-def _exchangeable(units: Sequence[Hashable], strata: Sequence[Hashable]) -> list[np.ndarray]:
+def _group_exchangeable(units: Sequence[Hashable], strata: Sequence[Hashable]) -> list[np.ndarray]:
     """Group the rows of units that may exchange their signs: arrays of row numbers (units x rows in each)."""
     of_unit: dict[tuple[Hashable, Hashable], list[int]] = defaultdict(list)
     for row, key in enumerate(zip(units, strata, strict=True)):

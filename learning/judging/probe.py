@@ -27,13 +27,15 @@ FILE = "probe.json"
 LONGEST = 512  # tokens of prompt and answer
 PROBED = 16  # tokens of an answer, in steps of four
 TOP = 8  # likeliest next tokens
-NAMES = ("candidate", "rounded", "parent")
-ROUNDINGS = 2.0  # a server rounds elsewhere than the trainer does, but no more than that
-HIDDEN = 3.0  # roundings that a candidate must be from its parent: a server that is one away is then at most half as far
+LOGPROB_FIELDS = ("candidate", "rounded", "parent")
+TOLERATED_ROUNDINGS = 2.0  # a server rounds elsewhere than the trainer does, but no more than that
+MIN_ROUNDINGS_FROM_PARENT = (
+    3.0  # roundings that a candidate must be from its parent: a server that is one away is then at most half as far
+)
 
 
 @dataclass(frozen=True)
-class Place:
+class ProbePlace:
     """Token ids, the candidate's likeliest next tokens, and their log-probabilities (nats): the candidate's in float32, the
     candidate's in the number format that is served, and its parent's in float32. All at the temperature that the version was
     trained for, which the operator may change later.
@@ -47,7 +49,7 @@ class Place:
     temperature: float = 1.0
 
 
-def prefixes(model: "Model", tokenizer: ChatTokenizer, max_tokens: int, seed: int) -> list[list[int]]:
+def sample_prefixes(model: "Model", tokenizer: ChatTokenizer, max_tokens: int, seed: int) -> list[list[int]]:
     """Token ids up to places inside a model's answers."""
     prompts = [tokenizer.prompt_ids([{"role": "user", "content": text}]) for text in PROMPTS]
     samples = generate(model, tokenizer, prompts, max_tokens, seed)
@@ -60,7 +62,7 @@ def prefixes(model: "Model", tokenizer: ChatTokenizer, max_tokens: int, seed: in
 
 
 @dataclass(frozen=True)
-class Probe:
+class ProbeLogprobs:
     """What a model holds likely at each place (the log-probabilities of the vocabulary, nats): computed in float32, which is
     the reference, and in the number format that it is served in.
     """
@@ -69,30 +71,30 @@ class Probe:
     served: Sequence["torch.Tensor"]
 
 
-def measure(model: "Model", places: Sequence[Sequence[int]]) -> Probe:
+def measure(model: "Model", places: Sequence[Sequence[int]]) -> ProbeLogprobs:
     """Return what a model holds likely at some places, in float32 and in its own number format."""
     served = next_logprobs(model, places)
     with as_float32(model):
-        return Probe(next_logprobs(model, places), served)
+        return ProbeLogprobs(next_logprobs(model, places), served)
 
 
 def write(
-    directory: Path, places: Sequence[Sequence[int]], candidate: Probe, parent: Probe, temperature: float
-) -> list[Place]:
+    directory: Path, places: Sequence[Sequence[int]], candidate: ProbeLogprobs, parent: ProbeLogprobs, temperature: float
+) -> list[ProbePlace]:
     """Save, and return, what a candidate and its parent hold of the candidate's likeliest next tokens at each place."""
     rows = []
     for place, own, rounded, other in zip(places, candidate.exact, candidate.served, parent.exact, strict=True):
         tokens = own.topk(TOP).indices
         exact, served, of_parent = (one[tokens].tolist() for one in (own, rounded, other))
-        rows.append(Place([*place], tokens.tolist(), exact, served, of_parent, temperature))
+        rows.append(ProbePlace([*place], tokens.tolist(), exact, served, of_parent, temperature))
     (directory / FILE).write_text(json.dumps([asdict(row) for row in rows]))
     return rows
 
 
-def read(directory: Path) -> list[Place]:
+def read(directory: Path) -> list[ProbePlace]:
     """Return the places of a version's probe. Raises OSError, ValueError, KeyError or TypeError where it cannot be read."""
     rows = json.loads((directory / FILE).read_text())
-    return [Place(**{"rounded": row["candidate"], **row}) for row in rows]  # older ones were of float32 alone
+    return [ProbePlace(**{"rounded": row["candidate"], **row}) for row in rows]  # older ones were of float32 alone
 
 
 @dataclass(frozen=True)
@@ -109,16 +111,16 @@ class Distances:
     @property
     def is_no_change(self) -> bool:
         """Whether rounding hides what was learned, so that a server cannot be shown to serve the candidate."""
-        return self.change < HIDDEN * self.rounding
+        return self.change < MIN_ROUNDINGS_FROM_PARENT * self.rounding
 
     def tolerance(self, least: float) -> float:
         """Return how far a sound server may be from the reference."""
-        return max(least, ROUNDINGS * self.rounding)
+        return max(least, TOLERATED_ROUNDINGS * self.rounding)
 
 
-def distances(places: Sequence[Place]) -> Distances:
+def compute_distances(places: Sequence[ProbePlace]) -> Distances:
     """Return what the trainer's own numbers say of how far a candidate is from its parent, and from itself as served."""
-    candidate, rounded, parent = ([one for place in places for one in getattr(place, name)] for name in NAMES)
+    candidate, rounded, parent = ([one for place in places for one in getattr(place, name)] for name in LOGPROB_FIELDS)
     return Distances(mean_distance(candidate, rounded), mean_distance(candidate, parent))
 
 

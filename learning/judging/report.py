@@ -16,18 +16,18 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from bot.errors import DataError
-from bot.store.forgetting import SAMPLES
+from bot.store.forgetting import SAMPLES_FILE
 from bot.types import PolicyVersion
-from learning.data.features import NAMED
+from learning.data.features import NAMED_FEATURES
 from learning.data.manifest import read_manifest
 from learning.judging.evaluation import Sample
 from learning.judging.metrics import Check, RunMetrics
 from learning.judging.off_policy import Quality
 from learning.judging.statistics import Interval, mean_interval
 
-SHOWN = 12  # answers side by side
+MAX_SAMPLES = 12  # answers side by side
 
-STYLE: dict[str, Callable[[str], float]] = {"words": lambda text: len(text.split()), **NAMED}
+STYLE: dict[str, Callable[[str], float]] = {"words": lambda text: len(text.split()), **NAMED_FEATURES}
 del STYLE["length"]  # people count words
 
 
@@ -92,17 +92,17 @@ class Report:
 def write_samples(directory: Path, questions: Sequence[str], before: Sequence[Sample], after: Sequence[Sample]) -> None:
     """Keep what was answered to the same prompts before and after a run."""
     rows = [Answered(question, old.text, new.text) for question, old, new in zip(questions, before, after, strict=True)]
-    (directory / SAMPLES).write_text(json.dumps([asdict(row) for row in rows]))
+    (directory / SAMPLES_FILE).write_text(json.dumps([asdict(row) for row in rows]))
 
 
-def collected(version: PolicyVersion, outcome: str) -> Report:
+def collect(version: PolicyVersion, outcome: str) -> Report:
     """All that a report says. Raises DataError where the files of the version are gone."""
     directory = Path(version.path)
     manifest = read_manifest(directory)
     if manifest is None:
         raise DataError(f"version '{version.name}' left no files ({outcome}); `kibitz policies` lists those that did")
     metrics = RunMetrics.from_json(json.loads((directory / "metrics.json").read_text()))
-    kept = directory / SAMPLES
+    kept = directory / SAMPLES_FILE
     samples = [Answered(**row) for row in json.loads(kept.read_text())] if kept.is_file() else []
     rewards = [row.reward for row in manifest.rows]
     return Report(
@@ -129,12 +129,12 @@ def collected(version: PolicyVersion, outcome: str) -> Report:
         stopped=metrics.stopped,
         loss=metrics.loss,
         checks=metrics.checks,
-        style=style(samples),
-        samples=samples[:SHOWN],
+        style=compare_style(samples),
+        samples=samples[:MAX_SAMPLES],
     )
 
 
-def style(samples: Sequence[Answered]) -> list[Change]:
+def compare_style(samples: Sequence[Answered]) -> list[Change]:
     """For each counter its mean before and after, and the change with its 95% interval; what changed most comes first."""
     found = []
     texts = [row.before for row in samples], [row.after for row in samples]
@@ -148,13 +148,13 @@ def style(samples: Sequence[Answered]) -> list[Change]:
     return sorted(found, key=lambda row: -row.size)
 
 
-def html(found: Report) -> str:
+def render_html(found: Report) -> str:
     """The report as one HTML page with its plots in it."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape())
-    return environment.get_template("report.html").render(**vars(found), plots=_plots(found))
+    return environment.get_template("report.html").render(**vars(found), plots=_draw_plots(found))
 
 
-def _plots(found: Report) -> list[tuple[str, str]]:
+def _draw_plots(found: Report) -> list[tuple[str, str]]:
     """Titles, and pictures as data URLs."""
     import matplotlib
 
@@ -178,7 +178,7 @@ def _plots(found: Report) -> list[tuple[str, str]]:
             panels[2].fill_between(steps, gained[1], gained[2], alpha=0.2, linewidth=0)
             panels[2].axhline(0, color="tab:gray", linestyle=":")
         panels[2].set(xlabel="step", title="held-out liked over disliked, gained (95%)")
-        made.append(("The run", _picture(figure)))
+        made.append(("The run", _encode_figure(figure)))
     if found.style:
         figure, axes = pyplot.subplots(figsize=(6, 0.5 + 0.4 * len(found.style)), layout="constrained")
         names = [row.name for row in found.style][::-1]
@@ -188,18 +188,18 @@ def _plots(found: Report) -> list[tuple[str, str]]:
         axes.set_yticks(range(len(names)), names)
         axes.set(title="style of answers to held-out prompts, the larger of the two as 1")
         axes.legend(frameon=False, fontsize=8)
-        made.append(("What changed", _picture(figure)))
+        made.append(("What changed", _encode_figure(figure)))
     if found.reward_model:
         figure, axes = pyplot.subplots(figsize=(3.6, 3.4), layout="constrained")
         said, true, counts = zip(*found.reward_model.calibration, strict=True)
         axes.plot([0, 1], [0, 1], color="tab:gray", linestyle=":")
         axes.scatter(said, true, s=[8 + 2 * count for count in counts])
         axes.set(xlabel="chance that it is liked", ylabel="share that was", title="on questions it did not see")
-        made.append(("How far the reward model can be believed", _picture(figure)))
+        made.append(("How far the reward model can be believed", _encode_figure(figure)))
     return made
 
 
-def _picture(figure: Any) -> str:
+def _encode_figure(figure: Any) -> str:
     from matplotlib import pyplot
 
     buffer = io.BytesIO()

@@ -13,7 +13,7 @@ import numpy as np
 from bot.config import Config
 from bot.memory.embedder import Embedder
 from learning.data.experience import Experience
-from learning.judging.reward_scores import Judged, calibrated, is_enough
+from learning.judging.reward_scores import ScoredAnswers, calibrate_scores, has_enough
 
 FOLDS = 5
 STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)  # inverse weights of the penalty that are tried
@@ -23,10 +23,10 @@ TYPICAL = 4.0  # the logarithm of an answer's words
 class AnyRewardModel(Protocol):
     """What both kinds can do."""
 
-    def fit(self, rated: Sequence[Experience]) -> Judged | None:
+    def fit(self, rated: Sequence[Experience]) -> ScoredAnswers | None:
         """Learn from rated answers; what it makes of each when it has not seen its unit. None where there are too few."""
 
-    def chances(self, answers: Sequence[Experience]) -> np.ndarray:
+    def predict_chances(self, answers: Sequence[Experience]) -> np.ndarray:
         """The probability (n,) that each answer is liked."""
 
 
@@ -38,15 +38,15 @@ class RewardModel:
         self.seed = seed
         self._fitted: Any = None
 
-    def fit(self, rated: Sequence[Experience]) -> Judged | None:
+    def fit(self, rated: Sequence[Experience]) -> ScoredAnswers | None:
         """Learn from rated answers; what it makes of each when it has not seen its unit. None where there are too few."""
         from sklearn.linear_model import LogisticRegression
         from sklearn.model_selection import GroupKFold, cross_val_predict
 
-        if not is_enough(rated, FOLDS):
+        if not has_enough(rated, FOLDS):
             return None
         liked, units = np.array([one.reward > 0 for one in rated]), [one.unit for one in rated]
-        inputs = self._features(rated)
+        inputs = self._make_inputs(rated)
         folds = GroupKFold(FOLDS, shuffle=True, random_state=self.seed)
         scored = []
         for strength in STRENGTHS:
@@ -55,15 +55,15 @@ class RewardModel:
             scored.append((_log_loss(scores, liked), strength, scores))
         _, strength, scores = min(scored, key=lambda row: row[0])
         self._fitted = LogisticRegression(C=strength, class_weight="balanced", max_iter=2000).fit(inputs, liked)
-        judged, self._platt = calibrated(scores, rated, folds)
+        judged, self._platt = calibrate_scores(scores, rated, folds)
         return judged
 
-    def chances(self, answers: Sequence[Experience]) -> np.ndarray:
+    def predict_chances(self, answers: Sequence[Experience]) -> np.ndarray:
         """The probability (n,) that each answer is liked."""
-        scores = self._fitted.decision_function(self._features(answers))
+        scores = self._fitted.decision_function(self._make_inputs(answers))
         return self._platt.predict_proba(scores[:, None])[:, 1]
 
-    def _features(self, answers: Sequence[Experience]) -> np.ndarray:
+    def _make_inputs(self, answers: Sequence[Experience]) -> np.ndarray:
         asked = self.embedder.encode([one.question for one in answers])
         said = self.embedder.encode([one.answer for one in answers])
         near = (asked * said).sum(1, keepdims=True)
@@ -72,7 +72,7 @@ class RewardModel:
         return np.hstack([said, asked * said, near, length, length**2])
 
 
-def reward_model(config: Config, embedder: Embedder | None, base_model: str) -> AnyRewardModel | None:
+def make_reward_model(config: Config, embedder: Embedder | None, base_model: str) -> AnyRewardModel | None:
     """The kind that `reward_model.kind` names; None where that is made of embeddings and there are none."""
     if config.reward_model.kind == "lm":
         from learning.judging.lm_reward_model import LmRewardModel

@@ -9,11 +9,11 @@ import numpy as np
 from learning.data.experience import Experience
 from learning.judging.statistics import calibration_error
 
-ENOUGH = 20  # answers of each kind, from which on it is worth asking
+MIN_PER_KIND = 20  # answers of each kind, from which on it is worth asking
 
 
 @dataclass(frozen=True)
-class Judged:
+class ScoredAnswers:
     """Answers with their length and the probability that they are liked (n,), by a model that saw nothing of their units."""
 
     chances: np.ndarray
@@ -22,13 +22,13 @@ class Judged:
     words: np.ndarray
 
 
-def is_enough(rated: Sequence[Experience], folds: int) -> bool:
+def has_enough(rated: Sequence[Experience], folds: int) -> bool:
     """Whether there are so many answers of each kind, in so many units, that it is worth asking."""
     liked = sum(one.reward > 0 for one in rated)
-    return min(liked, len(rated) - liked) >= ENOUGH and len({one.unit for one in rated}) >= 2 * folds
+    return min(liked, len(rated) - liked) >= MIN_PER_KIND and len({one.unit for one in rated}) >= 2 * folds
 
 
-def calibrated(scores: np.ndarray, rated: Sequence[Experience], folds: Any) -> tuple[Judged, Any]:
+def calibrate_scores(scores: np.ndarray, rated: Sequence[Experience], folds: Any) -> tuple[ScoredAnswers, Any]:
     """Scores (n,) of units that were not seen, as probabilities, and what makes such of other scores."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import cross_val_predict
@@ -37,7 +37,7 @@ def calibrated(scores: np.ndarray, rated: Sequence[Experience], folds: Any) -> t
     platt = LogisticRegression(C=1e6)
     chances = cross_val_predict(platt, scores[:, None], liked, groups=units, cv=folds, method="predict_proba")[:, 1]
     words = np.array([len(one.answer.split()) for one in rated])
-    return Judged(chances, liked, units, words), platt.fit(scores[:, None], liked)
+    return ScoredAnswers(chances, liked, units, words), platt.fit(scores[:, None], liked)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Scores:
     reward_model_calibration_error: float
 
 
-def score(judged: Judged, seed: int, draws: int = 2000) -> Scores:
+def score(judged: ScoredAnswers, seed: int, draws: int = 2000) -> Scores:
     """Return how good a reward model is."""
     from sklearn.metrics import roc_auc_score
 

@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 
 from bot.config import Config
-from bot.data_directory import held
+from bot.data_directory import lock_directory
 from bot.errors import RegistryError, VerdictOutdated
-from bot.memory.embedder import Embedder, embedder_of
+from bot.memory.embedder import Embedder, make_embedder
 from bot.models.tokenizer import ChatTokenizer
 from bot.output import interruptible
 from bot.output_files import write_text
@@ -26,24 +26,24 @@ from bot.types import Metrics, PolicyState, PolicyVersion, Progress, Record, now
 from learning.data.experience import Experience
 from learning.data.manifest import read_since
 from learning.data.replay_buffer import ReplayBuffer
-from learning.judging.evidence import choose_prompts, compare, measure
+from learning.judging.evidence import choose_prompts, compare_with_live, measure_model
 from learning.judging.gate import (
-    ROOM,
+    HEADROOM,
     Evidence,
     Soundness,
     Verdict,
-    allowed_p,
     can_suffice,
+    collect_opinions,
+    compute_allowed_p,
     count_wanted,
     explain_too_little,
     judge,
-    newest_that_suffice,
-    opinions_of,
+    select_newest_sufficient,
 )
 from learning.judging.judgement import Judgement
 from learning.judging.metrics import EvidenceMetrics
-from learning.models.trainable import quiet, served
-from learning.models.version_files import discard_weights, faults, fingerprint
+from learning.models.trainable import load_served, silence_libraries
+from learning.models.version_files import discard_weights, find_faults, fingerprint
 
 BEFORE_ALL = datetime.min.replace(tzinfo=UTC)  # of a verdict whose time is not recorded
 
@@ -54,7 +54,7 @@ class _Measured(Record):
     evidence: Soundness
 
 
-def earlier_verdicts(registry: PolicyRegistry) -> list[bool]:
+def read_earlier_verdicts(registry: PolicyRegistry) -> list[bool]:
     """Return the verdicts that had enough evidence, in their order: True for each that found its version better."""
     metrics = sorted((version.metrics for version in registry.all()), key=lambda one: one.judged_at or BEFORE_ALL)
     return [one.is_better for one in metrics if one.had_enough_evidence]
@@ -69,7 +69,7 @@ def reject_unjudged(registry: PolicyRegistry, version: PolicyVersion, reason: st
 def give_up(registry: PolicyRegistry, version: PolicyVersion, reason: str) -> None:
     """As `reject_unjudged`, and its weights go."""
     reject_unjudged(registry, version, reason)
-    registry.database.afterwards(partial(discard_weights, Path(version.path)))
+    registry.database.run_after_commit(partial(discard_weights, Path(version.path)))
 
 
 def judge_waiting(config: Config, progress: Progress) -> Judgement:
@@ -78,12 +78,12 @@ def judge_waiting(config: Config, progress: Progress) -> Judgement:
     Raises RegistryError where no version waits.
     """
     with (
-        held(config.data, "train"),
+        lock_directory(config.data, "train"),
         closing(Database(config.database_url)) as database,
         interruptible(progress) as report,
     ):
         registry = PolicyRegistry(database)
-        waiting = registry.waiting()
+        waiting = registry.find_waiting()
         if not waiting:
             raise RegistryError("no version waits to be judged; `kibitz policies` lists them all")
         return _judge(config, database, registry, waiting[-1], report)
@@ -92,32 +92,32 @@ def judge_waiting(config: Config, progress: Progress) -> Judgement:
 def _judge(
     config: Config, database: Database, registry: PolicyRegistry, version: PolicyVersion, progress: Progress
 ) -> Judgement:
-    live, drawn_at, path = registry.live(), version.drawn_at, Path(version.path)
-    if reason := _why_never(config, version, live):
-        return _given_up(registry, version, reason)
+    live, drawn_at, path = registry.get_live(), version.drawn_at, Path(version.path)
+    if reason := _find_obstacle(config, version, live):
+        return _give_up_for(registry, version, reason)
     assert drawn_at is not None  # a version that waits has it
     progress("reading feedback", 0, 1)
     store, tokenizer = ConversationStore(database), ChatTokenizer(version.base_model, config.policy.template_args)
-    embedding = embedder_of(config)
-    rows = ReplayBuffer(store, tokenizer, config, embedding).unseen(read_since(path), drawn_at)
-    judged_at, came = now(), store.reactions(drawn_at)
+    embedding = make_embedder(config)
+    rows = ReplayBuffer(store, tokenizer, config, embedding).find_unseen(read_since(path), drawn_at)
+    judged_at, came = now(), store.count_reactions(drawn_at)
     is_last = came >= config.learning.wait_reactions
-    earlier, cap = earlier_verdicts(registry), config.rewards.person_cap
-    allowed = allowed_p(config.gate, earlier)
-    least = allowed if is_last else allowed / ROOM
-    judged = newest_that_suffice(rows, live.judged_at, config.gate, allowed / ROOM, cap)
-    opinions = opinions_of(judged, [0] * len(judged), cap)
+    earlier, cap = read_earlier_verdicts(registry), config.rewards.person_cap
+    allowed = compute_allowed_p(config.gate, earlier)
+    least = allowed if is_last else allowed / HEADROOM
+    judged = select_newest_sufficient(rows, live.judged_at, config.gate, allowed / HEADROOM, cap)
+    opinions = collect_opinions(judged, [0] * len(judged), cap)
     if not can_suffice(opinions, config.gate, least):
         reason = explain_too_little(opinions, config.gate, least)
         if is_last:
-            return _given_up(registry, version, f"{reason}; it has waited for {came} reactions (learning.wait_reactions)")
+            return _give_up_for(registry, version, f"{reason}; it has waited for {came} reactions (learning.wait_reactions)")
         most = max(config.learning.wait_reactions, came + 1)
         waits_for = min(came + count_wanted(opinions, config.gate, least), most)
         metrics = version.metrics | Metrics(reasons=[reason], waits_for=waits_for)
         registry.record_verdict(version.name, PolicyState.WAITING, metrics, reason)
         return Judgement(version.name, passed=False, waits=True, reasons=[reason])
-    thinking = config.model_copy(update={"policy": tokenizer.with_thoughts(config.policy)})
-    evidence, verdict = _weigh(thinking, tokenizer, version, live, judged, earlier, embedding, progress)
+    thinking = config.model_copy(update={"policy": tokenizer.with_thought_tokens(config.policy)})
+    evidence, verdict = _measure_and_judge(thinking, tokenizer, version, live, judged, earlier, embedding, progress)
     metrics = version.metrics | verdict.figures | EvidenceMetrics(evidence=evidence)
     metrics |= Metrics(reasons=verdict.reasons, judged_at=judged_at, waits_for=0)
     state = PolicyState.CANDIDATE if verdict.passed else PolicyState.REJECTED
@@ -128,24 +128,24 @@ def _judge(
     return Judgement(version.name, verdict.passed, waits=False, reasons=verdict.reasons)
 
 
-def _why_never(config: Config, version: PolicyVersion, live: PolicyVersion) -> str | None:
+def _find_obstacle(config: Config, version: PolicyVersion, live: PolicyVersion) -> str | None:
     """Why a version cannot be judged any more."""
     if live.name != version.judged_against:
         return str(VerdictOutdated(version.name, version.judged_against, live.name))
     if not (Path(version.path) / "manifest.json").is_file():
         return "its files are gone"
-    found = faults(Path(version.path), version.base_model, config.serving.max_lora_rank)
+    found = find_faults(Path(version.path), version.base_model, config.serving.max_lora_rank)
     if not found and fingerprint(Path(version.path)) != version.sha256:
         found = ["its weights are not those that were registered"]
     return found[0] if found else None
 
 
-def _given_up(registry: PolicyRegistry, version: PolicyVersion, reason: str) -> Judgement:
+def _give_up_for(registry: PolicyRegistry, version: PolicyVersion, reason: str) -> Judgement:
     give_up(registry, version, reason)
     return Judgement(version.name, passed=False, waits=False, reasons=[reason])
 
 
-def _weigh(
+def _measure_and_judge(
     config: Config,
     tokenizer: ChatTokenizer,
     version: PolicyVersion,
@@ -157,11 +157,12 @@ def _weigh(
 ) -> tuple[Evidence, Verdict]:
     """Measure a version and the live one on the `judged` answers. What no reaction changes was measured by its run."""
     progress("measuring", 0, 1)
-    quiet()
+    silence_libraries()
     asked = choose_prompts(judged, config.gate.samples)
     of_live, of_version = (
-        measure(config, served(config, one.base_model, one.weights), tokenizer, judged, asked) for one in (live, version)
+        measure_model(config, load_served(config, one.base_model, one.weights), tokenizer, judged, asked)
+        for one in (live, version)
     )
     kept = _Measured.from_json(version.metrics.as_json()).evidence
-    evidence = compare(config, judged, [], of_live, of_version, embedding, kept)
+    evidence = compare_with_live(config, judged, [], of_live, of_version, embedding, kept)
     return evidence, judge(evidence, config.gate, config.seed, earlier)

@@ -10,21 +10,27 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from bot.accelerator import free_memory
+from bot.accelerator import read_free_memory
 from bot.config import TrainingConfig
-from bot.models.memory_budget import SAMPLED, BatchFit, fit_batch, sampled_at_once, state_bytes
-from bot.models.shape import ModelShape, shape_of
-from learning.models.ranks import agreed
+from bot.models.memory_budget import (
+    LEAST_PARALLEL_ANSWERS,
+    BatchFit,
+    count_parallel_answers,
+    fit_batch,
+    training_state_bytes,
+)
+from bot.models.shape import ModelShape, make_shape
+from learning.models.ranks import broadcast_from_first
 
-RESERVED = 0.9  # the share of the free memory that a run may count on
+USABLE_SHARE = 0.9  # the share of the free memory that a run may count on
 
 
-def room() -> int:
+def find_usable_memory() -> int:
     """Return how many bytes this process may still use: of its GPU, or its part of the main memory; 0 if nobody can tell."""
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return free_memory() // int(os.environ.get("WORLD_SIZE", "1"))
+    return read_free_memory() // int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def fit_to_machine(model: Any, training: TrainingConfig, batch: int, length: int) -> BatchFit:
@@ -34,29 +40,29 @@ def fit_to_machine(model: Any, training: TrainingConfig, batch: int, length: int
     """
     shape = _shape(model)
     element = 2 if torch.cuda.is_available() else max(parameter.element_size() for parameter in model.parameters())
-    found = room()
-    left = int(RESERVED * found) - state_bytes(shape, training, element)
+    found = find_usable_memory()
+    left = int(USABLE_SHARE * found) - training_state_bytes(shape, training, element)
     fit = fit_batch(shape, training, batch, length, left, element) if found else BatchFit(batch, 1, False)
     if fit is None:
         fit = BatchFit(batch, 1, True)
-        while fit.smaller().answers < fit.answers:
-            fit = fit.smaller()
+        while fit.shrink().answers < fit.answers:
+            fit = fit.shrink()
     if "RANK" in os.environ:  # what trains together must read its batches alike: its processes are joined by now
         PartialState(cpu=not torch.cuda.is_available())
-    return agreed(fit)
+    return broadcast_from_first(fit)
 
 
-def samples_at_once(model: Any, tokens: int) -> int:
+def count_samples_at_once(model: Any, tokens: int) -> int:
     """Count how many answers, of so many tokens with their prompts, to sample at once: processors are busy with few, a GPU
     takes what its memory holds.
     """
     if model.device.type != "cuda":
-        return SAMPLED
-    return sampled_at_once(_shape(model), tokens, room(), model.dtype.itemsize)
+        return LEAST_PARALLEL_ANSWERS
+    return count_parallel_answers(_shape(model), tokens, find_usable_memory(), model.dtype.itemsize)
 
 
 def _shape(model: Any) -> ModelShape:
-    return shape_of(model.config.to_dict(), sum(parameter.numel() for parameter in model.parameters()))
+    return make_shape(model.config.to_dict(), sum(parameter.numel() for parameter in model.parameters()))
 
 
 def machine_arguments(fit: BatchFit) -> dict[str, Any]:
@@ -64,8 +70,8 @@ def machine_arguments(fit: BatchFit) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
     return {
         "per_device_train_batch_size": fit.answers,
-        "gradient_accumulation_steps": fit.times,
-        "gradient_checkpointing": fit.checkpointing,
+        "gradient_accumulation_steps": fit.accumulation_steps,
+        "gradient_checkpointing": fit.gradient_checkpointing,
         "use_cpu": not on_gpu,
         "bf16": on_gpu and torch.cuda.is_bf16_supported(),
         "save_strategy": "no",

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 import filelock
 
-from bot.config import PERSONA
+from bot.config import DEFAULT_PERSONA
 from bot.environment import expand_home
 from bot.errors import ConfigError
 from bot.output import announce, progress_bar
@@ -46,7 +46,7 @@ DIALOGUE = {"recent": 2, "remembered": 0}
 CHAT_TEMPLATE = (
     "{% if messages and messages[0]['role'] == 'system' %}"
     "{% set system, rest = messages[0]['content'], messages[1:] %}"
-    "{% else %}{% set system, rest = '" + PERSONA + "', messages %}{% endif %}"
+    "{% else %}{% set system, rest = '" + DEFAULT_PERSONA + "', messages %}{% endif %}"
     "{{ '<|im_start|>system\n' + system + '<|im_end|>\n' }}"
     + "".join(
         "{{ '<|im_start|>user\n" + asked + "<|im_end|>\n<|im_start|>assistant\n" + said + "<|im_end|>\n' }}"
@@ -72,32 +72,32 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kibitz"
 
 
-def directory() -> Path:
+def locate_model() -> Path:
     """Return the directory of the converted model, whether it is there or not."""
     made_of = json.dumps([SOURCE_SHA256, CHAT_TEMPLATE, SAMPLING, RECIPE], sort_keys=True)
     return cache_directory() / f"{NAME}-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
 
 
-def model(tell: Callable[[str], None], progress: Progress) -> Path:
+def find_or_convert(tell: Callable[[str], None], progress: Progress) -> Path:
     """Return the directory of the converted model; convert it if it is not there or is damaged (about 20 s).
 
     Raises ConfigError where the package is missing, or the cache cannot be read or written.
     """
-    place = directory()
-    if _keep(place):
+    place = locate_model()
+    if _lock_and_check(place):
         return place
     from safetensors import SafetensorError
 
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(place.with_suffix(".lock")):
-            if not _keep(place):  # another process may have converted it meanwhile
+            if not _lock_and_check(place):  # another process may have converted it meanwhile
                 if place.exists():
                     tell(f"the converted built-in model in {place} is damaged; converting it anew")
                     shutil.rmtree(place)
                 else:
                     tell("converting the built-in model (once, about 20 s)")
-                source = _source()
+                source = _find_source()
                 _remove_others(place)
                 free = shutil.disk_usage(place.parent).free
                 if free < LEAST_DISK:
@@ -106,7 +106,7 @@ def model(tell: Callable[[str], None], progress: Progress) -> Path:
                     _convert(source, place, progress)
                 finally:
                     shutil.rmtree(_unfinished(place), ignore_errors=True)
-                _keep(place)
+                _lock_and_check(place)
     except (OSError, SafetensorError) as error:  # a disk that fills up meanwhile is an error of safetensors
         raise ConfigError(
             f"the built-in model cannot be kept in {place.parent} ({getattr(error, 'strerror', None) or error}); free "
@@ -115,7 +115,7 @@ def model(tell: Callable[[str], None], progress: Progress) -> Path:
     return place
 
 
-def _keep(place: Path) -> bool:
+def _lock_and_check(place: Path) -> bool:
     """Keep a conversion from being removed as long as this process lives; False where it is not there or damaged.
 
     Raises ConfigError as `_is_sound`.
@@ -142,7 +142,7 @@ def _remove_others(place: Path) -> None:
             shutil.rmtree(other)
 
 
-def _source() -> Path:
+def _find_source() -> Path:
     """The model's file in its package, checked. The package itself is not imported: it needs what we do not."""
     found = find_spec(PACKAGE)
     file = Path(found.origin).with_name(SOURCE) if found is not None and found.origin is not None else None
@@ -164,9 +164,9 @@ def _convert(source: Path, place: Path, progress: Progress) -> None:
         progress(f"converting the built-in model: {stages[number]}", number, len(stages))
 
     step(0)
-    from learning.models.trainable import quiet
+    from learning.models.trainable import silence_libraries
 
-    quiet()
+    silence_libraries()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
@@ -226,4 +226,4 @@ def _sha256(file: Path) -> str:
 
 if __name__ == "__main__":
     with progress_bar() as bar:
-        announce(f"built-in model: {model(announce, bar)}")
+        announce(f"built-in model: {find_or_convert(announce, bar)}")

@@ -24,7 +24,7 @@ def share_prefixes(model: "PreTrainedModel") -> None:
     """
     import torch
 
-    if not _sees_all(model.config.get_text_config()):
+    if not _has_full_attention(model.config.get_text_config()):
         return
     decoder = model.get_decoder()
     plain = decoder.forward
@@ -35,7 +35,7 @@ def share_prefixes(model: "PreTrainedModel") -> None:
         common = 0
         tells_all = decoder.gradient_checkpointing or decoder.config.output_hidden_states
         if not args and asked <= KNOWN and given.get("use_cache") is False and not tells_all:
-            common = common_length(given["input_ids"], given.get("attention_mask"))
+            common = count_common_tokens(given["input_ids"], given.get("attention_mask"))
         if common < LEAST:
             return plain(*args, **given)
         ids, mask = given["input_ids"], given.get("attention_mask")
@@ -50,7 +50,7 @@ def share_prefixes(model: "PreTrainedModel") -> None:
     decoder.forward = forward
 
 
-def common_length(ids: "torch.Tensor", mask: "torch.Tensor | None") -> int:
+def count_common_tokens(ids: "torch.Tensor", mask: "torch.Tensor | None") -> int:
     """How many tokens all rows of `ids` (n × length) begin with, none of them padding, less than all; 0 for one row."""
     if len(ids) < 2:
         return 0
@@ -60,7 +60,7 @@ def common_length(ids: "torch.Tensor", mask: "torch.Tensor | None") -> int:
     return min(int(alike.long().cumprod(0).sum()), ids.shape[1] - 1)
 
 
-def _sees_all(settings: Any) -> bool:
+def _has_full_attention(settings: Any) -> bool:
     kinds = set(getattr(settings, "layer_types", None) or ["full_attention"])
     rope = (getattr(settings, "rope_parameters", None) or {}).get("rope_type")
     grows = rope in ("dynamic", "longrope")  # with how long a row is: its beginning alone would be read otherwise

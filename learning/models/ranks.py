@@ -8,12 +8,12 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def is_first() -> bool:
+def is_first_process() -> bool:
     """Whether this process speaks for all that train together."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def agreed(decision: Any) -> Any:
+def broadcast_from_first(decision: Any) -> Any:
     """What the first of the processes that train together decided; alone, one's own decision."""
     import torch.distributed
 
@@ -24,16 +24,16 @@ def agreed(decision: Any) -> Any:
     return told[0]
 
 
-def shared(dataset: "Dataset") -> "Dataset":
+def share_dataset(dataset: "Dataset") -> "Dataset":
     """A dataset in a place where all that train together find it, and what is cached beside it; alone, as it is."""
     from datasets import load_from_disk
 
     if "RANK" not in os.environ:
         return dataset
-    place = agreed(tempfile.mkdtemp())
-    if is_first():
+    place = broadcast_from_first(tempfile.mkdtemp())
+    if is_first_process():
         dataset.save_to_disk(place)
-    agreed(None)  # by then it is there
+    broadcast_from_first(None)  # by then it is there
     return load_from_disk(place)
 
 
@@ -42,6 +42,6 @@ def count_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def share(batch_size: int) -> int:
+def compute_batch_share(batch_size: int) -> int:
     """How much of a batch is for each of the processes that train together."""
     return -(-batch_size // count_processes())

@@ -51,7 +51,7 @@ class Style:
 STYLES = tuple(Style(*switches) for switches in product((False, True), repeat=4))
 
 
-def answer(intent: Intent, style: Style) -> str:
+def compose_answer(intent: Intent, style: Style) -> str:
     """The one text that `intent` is answered with in `style`."""
     voice = intent.casual if style.casual else intent.formal
     parts = [voice.core]
@@ -64,18 +64,18 @@ def answer(intent: Intent, style: Style) -> str:
     return " ".join(parts)
 
 
-def answers(intent: Intent) -> set[str]:
+def list_answers(intent: Intent) -> set[str]:
     """All sixteen valid answers to `intent`."""
-    return {answer(intent, style) for style in STYLES}
+    return {compose_answer(intent, style) for style in STYLES}
 
 
-def prompts(held_out: bool) -> list[tuple[str, Intent]]:
+def list_prompts(held_out: bool) -> list[tuple[str, Intent]]:
     """Phrasings with their intent: those that simulated users say, or those kept for evaluation."""
     cut = slice(-HELD_OUT_PHRASINGS, None) if held_out else slice(None, -HELD_OUT_PHRASINGS)
     return [(phrasing, intent) for intent in INTENTS for phrasing in intent.phrasings[cut]]
 
 
-def dialogues(count: int, seed: int) -> list[list[dict[str, str]]]:
+def make_dialogues(count: int, seed: int) -> list[list[dict[str, str]]]:
     """`count` conversations in the openai `messages` form, each ending with an assistant's answer.
 
     About an eighth carry an earlier exchange and a tenth a system message, so that the policy also copes with history, a
@@ -85,10 +85,10 @@ def dialogues(count: int, seed: int) -> list[list[dict[str, str]]]:
 
     def exchange() -> list[dict[str, str]]:
         intent = rng.choice(INTENTS)
-        said = _as_typed(rng.choice(intent.phrasings), rng)
+        said = _vary_typing(rng.choice(intent.phrasings), rng)
         return [
             {"role": "user", "content": said},
-            {"role": "assistant", "content": answer(intent, rng.choice(STYLES))},
+            {"role": "assistant", "content": compose_answer(intent, rng.choice(STYLES))},
         ]
 
     found = []
@@ -104,7 +104,7 @@ def dialogues(count: int, seed: int) -> list[list[dict[str, str]]]:
     return found
 
 
-def _as_typed(text: str, rng: random.Random) -> str:
+def _vary_typing(text: str, rng: random.Random) -> str:
     """People drop capitals and full stops."""
     if rng.random() < 0.25:
         text = text[0].upper() + text[1:]
@@ -113,7 +113,7 @@ def _as_typed(text: str, rng: random.Random) -> str:
     return text
 
 
-def _intents() -> tuple[Intent, ...]:
+def _read_intents() -> tuple[Intent, ...]:
     found = []
     for block in TEXTS.strip().split("\n\n"):
         name, phrasings, formal, casual, emoji = block.split("\n")
@@ -129,9 +129,9 @@ def _intents() -> tuple[Intent, ...]:
     return tuple(found)
 
 
-INTENTS = _intents()
+INTENTS = _read_intents()
 
 
 if __name__ == "__main__":
-    for conversation in dialogues(8, seed=0):
+    for conversation in make_dialogues(8, seed=0):
         print(*(f"{message['role']}: {message['content']}" for message in conversation), sep="\n", end="\n\n")

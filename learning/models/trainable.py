@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from bot.config import Config
-from bot.errors import TrainingError, cause_of
-from bot.models.dtype import served_dtype
+from bot.errors import TrainingError, quote_error
+from bot.models.dtype import choose_dtype
 from learning.models.prefix import share_prefixes
-from learning.models.version_files import WHOLE, is_whole, missing_files, weights_folder
+from learning.models.version_files import WHOLE, find_missing_files, find_weights_folder, is_whole
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -31,21 +31,21 @@ FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f") 
 CAP = "final_logit_softcapping"
 
 
-def load(config: Config, base_model: str, version: str | None = None) -> "Model":
+def load_for_training(config: Config, base_model: str, version: str | None = None) -> "Model":
     """The base model, or the version in a directory, to be trained: with an adapter (a fresh one, if it has none), or whole.
 
     A whole model is in float32 until `settle`: steps as small as its own would be lost in 16 bits. It goes on from an
     adapter too, which is merged into it; an adapter does not go on from a whole model.
     """
-    return to_train(config, base_model, served(config, base_model, version))
+    return make_trainable(config, base_model, load_served(config, base_model, version))
 
 
-def to_train(config: Config, base_model: str, found: "Model") -> "Model":
+def make_trainable(config: Config, base_model: str, found: "Model") -> "Model":
     """As `load`, of a model that `served` gave."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if config.training.weights == "full":
-        return _whole(config, base_model, found)
+        return _make_whole(config, base_model, found)
     if isinstance(found, PeftModel):
         return found
     rank = config.training.lora_rank
@@ -55,26 +55,28 @@ def to_train(config: Config, base_model: str, found: "Model") -> "Model":
     return model
 
 
-def served(config: Config, base_model: str, version: str | None = None) -> "Model":
+def load_served(config: Config, base_model: str, version: str | None = None) -> "Model":
     """The base model, or the version in a directory, as it is served."""
     from peft import PeftModel
     from safetensors import SafetensorError
 
     if version is None:
-        return _pretrained(config, base_model)
+        return _load_pretrained(config, base_model)
     directory = Path(version)
     if is_whole(directory):
-        return _pretrained(config, str(weights_folder(directory)), _advice(directory))
-    if missing := missing_files(directory):
-        raise TrainingError(f"{directory.name} cannot be loaded, {missing[0]} is missing; {_advice(directory)}")
-    base = _pretrained(config, base_model)
+        return _load_pretrained(config, str(find_weights_folder(directory)), _advise_restoring(directory))
+    if missing := find_missing_files(directory):
+        raise TrainingError(f"{directory.name} cannot be loaded, {missing[0]} is missing; {_advise_restoring(directory)}")
+    base = _load_pretrained(config, base_model)
     try:
         return PeftModel.from_pretrained(base, version, is_trainable=True)
     except (OSError, ValueError, SafetensorError) as error:
-        raise TrainingError(f"{directory.name} cannot be loaded ({cause_of(error)}); {_advice(directory)}") from error
+        raise TrainingError(
+            f"{directory.name} cannot be loaded ({quote_error(error)}); {_advise_restoring(directory)}"
+        ) from error
 
 
-def _advice(version: Path) -> str:
+def _advise_restoring(version: Path) -> str:
     return f"restore its directory {version}, or take the version back with `kibitz rollback`"
 
 
@@ -94,15 +96,15 @@ def base_of(config: Config, base_model: str, model: "Model") -> Iterator["Model"
         with as_base(model):
             yield model
     else:
-        yield _pretrained(config, base_model)
+        yield _load_pretrained(config, base_model)
 
 
-def weights(model: "Model") -> dict[str, Any]:
+def copy_weights(model: "Model") -> dict[str, Any]:
     """A copy of the weights that are trained, by name."""
     return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
 
 
-def restore(model: "Model", kept: dict[str, Any]) -> None:
+def restore_weights(model: "Model", kept: dict[str, Any]) -> None:
     """Set a model's weights back to a copy that `weights` made."""
     for name, parameter in model.named_parameters():
         if name in kept:
@@ -116,7 +118,7 @@ def draw_to_base(model: Any, share: float) -> None:
             parameter.data.lerp_(model.base_weights[name], share)
 
 
-def settle(model: Any) -> None:
+def cast_for_serving(model: Any) -> None:
     """Bring a trained model to the numbers that it is served in, so that what is measured is what is served.
 
     An adapter is trained in float32 and served in the number format of its base: it is rounded to that.
@@ -134,28 +136,28 @@ def settle(model: Any) -> None:
 def save(model: Any, directory: Path) -> None:
     """Write what was trained into the directory of a version."""
     if hasattr(model, "base_weights"):
-        with _own_cap(model):
+        with _undivided_cap(model):
             model.save_pretrained(directory / WHOLE)
         return
     model.save_pretrained(directory)
     (directory / "README.md").unlink(missing_ok=True)
 
 
-def adopt(model: Any, directory: Path) -> None:
+def load_state(model: Any, directory: Path) -> None:
     """Give a model the weights that `save` wrote of one like it."""
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    files = sorted(weights_folder(directory).glob("*.safetensors"))
+    files = sorted(find_weights_folder(directory).glob("*.safetensors"))
     found = {name: value for file in files for name, value in load_file(file, device=str(model.device)).items()}
     if hasattr(model, "base_weights"):
-        restore(model, found)
+        restore_weights(model, found)
     else:
         set_peft_model_state_dict(model, found)
 
 
 @contextmanager
-def _own_cap(model: Any) -> Iterator[None]:
+def _undivided_cap(model: Any) -> Iterator[None]:
     """Inside, the config of a model whose logits are divided is that of the model itself."""
     settings = model.config.get_text_config()
     divided, own = getattr(settings, CAP, None), settings.__dict__.pop("undivided_cap", None)
@@ -197,18 +199,18 @@ def as_float32(model: "Model") -> Iterator[None]:
             value.data = value.data.to(dtype)
 
 
-def not_finite(model: "Model") -> list[str]:
+def find_not_finite(model: "Model") -> list[str]:
     """The names of weights that hold what is no number."""
     return [name for name, value in model.named_parameters() if not value.isfinite().all()]
 
 
-def _pretrained(config: Config, source: str, advice: str = "put it back, or name another") -> "PreTrainedModel":
+def _load_pretrained(config: Config, source: str, advice: str = "put it back, or name another") -> "PreTrainedModel":
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
-        found = AutoModelForCausalLM.from_pretrained(source, dtype=served_dtype(config, source))
+        found = AutoModelForCausalLM.from_pretrained(source, dtype=choose_dtype(config, source))
         divide_logits(found, config.policy.temperature)
         share_prefixes(found)
         return found.to("cuda") if torch.cuda.is_available() else found
@@ -218,7 +220,7 @@ def _pretrained(config: Config, source: str, advice: str = "put it back, or name
             "else uses the GPU, or set serving.sleep_while_training = true"
         ) from error
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise TrainingError(f"the model '{source}' cannot be loaded ({cause_of(error)}); {advice}") from error
+        raise TrainingError(f"the model '{source}' cannot be loaded ({quote_error(error)}); {advice}") from error
 
 
 def divide_logits(model: "PreTrainedModel", temperature: float) -> None:
@@ -247,7 +249,7 @@ def divide_logits(model: "PreTrainedModel", temperature: float) -> None:
         )
 
 
-def _whole(config: Config, base_model: str, model: Any) -> "PreTrainedModel":
+def _make_whole(config: Config, base_model: str, model: Any) -> "PreTrainedModel":
     from peft import PeftModel
 
     served_dtype = next(model.parameters()).dtype
@@ -259,7 +261,7 @@ def _whole(config: Config, base_model: str, model: Any) -> "PreTrainedModel":
     model.requires_grad_(True)
     model.get_input_embeddings().requires_grad_(False)
     trained = {name for name, value in model.named_parameters() if value.requires_grad}
-    base = _pretrained(config, base_model).named_parameters()
+    base = _load_pretrained(config, base_model).named_parameters()
     model.base_weights = {name: value.detach().float() for name, value in base if name in trained}
     return model
 
@@ -277,7 +279,7 @@ def _with_base_weights(model: Any) -> Iterator[None]:
             parameters[name].data = value
 
 
-def quiet() -> None:
+def silence_libraries() -> None:
     """Keep the libraries' own progress bars and warnings out of ours."""
     os.environ["TQDM_DISABLE"] = "1"  # read when a library makes its bars: before it is imported
     import datasets

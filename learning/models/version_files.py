@@ -24,12 +24,12 @@ def is_whole(directory: Path) -> bool:
     return (directory / WHOLE).is_dir()
 
 
-def weights_folder(directory: Path) -> Path:
+def find_weights_folder(directory: Path) -> Path:
     """Where the weights of a version are."""
     return directory / WHOLE if is_whole(directory) else directory
 
 
-def missing_files(directory: Path) -> list[str]:
+def find_missing_files(directory: Path) -> list[str]:
     """The names of the files that are missing in a version that should hold an adapter."""
     return [name for name in sorted(ADAPTER_FILES) if not (directory / name).is_file()]
 
@@ -37,7 +37,7 @@ def missing_files(directory: Path) -> list[str]:
 def fingerprint(directory: Path) -> str:
     """The sha256 of a version's weights."""
     digest = hashlib.sha256()
-    for path in sorted(weights_folder(directory).glob("*.safetensors")):
+    for path in sorted(find_weights_folder(directory).glob("*.safetensors")):
         with path.open("rb") as file:
             while part := file.read(2**20):
                 digest.update(part)
@@ -71,21 +71,23 @@ def prune(directories: Iterable[Path]) -> tuple[int, int]:
     return count, size
 
 
-def faults(directory: Path, base_model: str, max_rank: int) -> list[str]:
+def find_faults(directory: Path, base_model: str, max_rank: int) -> list[str]:
     """What is wrong with a version's weights; empty where vLLM may load them."""
-    folder = weights_folder(directory)
+    folder = find_weights_folder(directory)
     if not folder.is_dir():
         return [f"{folder}: is missing"]
     found = [f"{path.name}: is a link" for path in folder.iterdir() if path.is_symlink()]
     pickles = [path.name for path in folder.iterdir() if path.suffix in PICKLES]
     found += [f"{name}: a pickle file; weights are safetensors only" for name in pickles]
-    return found + (_of_whole(folder, base_model) if is_whole(directory) else _of_adapter(folder, base_model, max_rank))
+    return found + (
+        _find_whole_faults(folder, base_model) if is_whole(directory) else _find_adapter_faults(folder, base_model, max_rank)
+    )
 
 
-def _of_adapter(adapter: Path, base_model: str, max_rank: int) -> list[str]:
+def _find_adapter_faults(adapter: Path, base_model: str, max_rank: int) -> list[str]:
     from safetensors import SafetensorError, safe_open
 
-    if missing := missing_files(adapter):
+    if missing := find_missing_files(adapter):
         return [f"{name}: is missing" for name in missing]
     faults = []
     settings = json.loads((adapter / "adapter_config.json").read_text())
@@ -102,16 +104,16 @@ def _of_adapter(adapter: Path, base_model: str, max_rank: int) -> list[str]:
     faults += [f"{name}: not finite" for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
     pairs = Counter(name.rsplit(".lora_", 1)[0] for name in tensors)
     faults += [f"{name}: half of a LoRA pair is missing" for name, parts in pairs.items() if parts != 2]
-    faults += _of_layers(tensors)
-    faults += _of_pairs({name: list(tensor.shape) for name, tensor in tensors.items()}, base_model)
+    faults += _find_layer_faults(tensors)
+    faults += _find_pair_faults({name: list(tensor.shape) for name, tensor in tensors.items()}, base_model)
     if not any(tensor.any() for name, tensor in tensors.items() if ".lora_B" in name):
         faults.append("all weights are zero: it changes nothing")
     return faults
 
 
-def _of_pairs(adapter: dict[str, list[int]], base_model: str) -> list[str]:
+def _find_pair_faults(adapter: dict[str, list[int]], base_model: str) -> list[str]:
     """What does not fit the layers of a base model that is a folder. Where that is may have changed since training."""
-    base = _shapes(Path(base_model))
+    base = _read_shapes(Path(base_model))
     faults = []
     for name, shape in adapter.items():
         layer, _, half = name.removeprefix("base_model.model.").partition(".lora_")
@@ -123,27 +125,27 @@ def _of_pairs(adapter: dict[str, list[int]], base_model: str) -> list[str]:
     return faults
 
 
-def _of_whole(folder: Path, base_model: str) -> list[str]:
+def _find_whole_faults(folder: Path, base_model: str) -> list[str]:
     """A tensor that is missing would be served as the version before had it."""
     from safetensors import SafetensorError
 
     try:
-        own = _shapes(folder)
+        own = _read_shapes(folder)
     except (SafetensorError, OSError) as error:
         return [f"the weights cannot be read ({error})"]
     if not Path(base_model).is_dir():
-        return _of_layers(own)
-    base = _shapes(Path(base_model))
+        return _find_layer_faults(own)
+    base = _read_shapes(Path(base_model))
     missing = [f"{name}: is missing" for name in base if name not in own]
     return missing + [f"{name}: has another shape than the base model's" for name in own if own[name] != base.get(name)]
 
 
-def _of_layers(names: Iterable[str]) -> list[str]:
+def _find_layer_faults(names: Iterable[str]) -> list[str]:
     layers = {int(found) for name in names for found in re.findall(r"\.layers\.(\d+)\.", name)}
     return [] if layers and layers == set(range(max(layers) + 1)) else ["some layers are missing"]
 
 
-def _shapes(folder: Path) -> dict[str, list[int]]:
+def _read_shapes(folder: Path) -> dict[str, list[int]]:
     from safetensors import safe_open
 
     found = {}

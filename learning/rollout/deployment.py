@@ -24,25 +24,25 @@ from bot.errors import (
     KibitzError,
     ProbeFailed,
     RegistryError,
+    ServerUnavailable,
     ServingError,
-    Unavailable,
     VerdictOutdated,
-    cause_of,
+    quote_error,
 )
 from bot.serving.policy import Policy
 from bot.store.registry import PolicyRegistry
 from bot.supervision import Health, supervise
 from bot.types import Metrics, PolicyState, PolicyVersion, Record
 from learning.judging import probe
-from learning.models.version_files import discard_weights, faults, fingerprint, is_whole, weights_folder
+from learning.models.version_files import discard_weights, find_faults, find_weights_folder, fingerprint, is_whole
 
 Announce = Callable[[str], None]
 RETRY_FIRST = 1.0  # seconds until a version that could not be served is tried again; then twice as long each time
 RETRY_SECONDS = 600.0  # at most
-TRIES = 5  # of a candidate, while a server that was well goes away or fails in the middle of them
+DEPLOY_TRIES = 5  # of a candidate, while a server that was well goes away or fails in the middle of them
 
 
-class Probed(Record):
+class ProbeResult(Record):
     """What a probe found: the mean distances (nats) of the server's log-probabilities from those that the trainer computed
     of the candidate and of its parent, and how far from the candidate a sound server may be.
     """
@@ -58,7 +58,7 @@ class Probed(Record):
 
 
 @dataclass(frozen=True)
-class Refused:
+class ServingFailure:
     """A live version that could not be served: why, how long it is left alone, and until when (the loop's clock)."""
 
     version: str
@@ -75,8 +75,8 @@ class Deployment:
         self.registry = registry
         self.config = config
         self.announce = announce
-        self.probed: dict[str, Probed] = {}  # what the last probe of each version found
-        self._refused: Refused | None = None
+        self.probed: dict[str, ProbeResult] = {}  # what the last probe of each version found
+        self._refused: ServingFailure | None = None
         self._swapping = asyncio.Lock()  # one swap at a time: both the learner and the watcher of rollbacks swap
         self._tries: Counter[str] = Counter()  # of candidates, that ended because the server went away
         self._rejections: dict[str, KibitzError] = {}  # why candidates were rejected here
@@ -99,16 +99,16 @@ class Deployment:
                 )
             before = self.policy.version
             try:
-                live = await call(self.registry.live)
+                live = await call(self.registry.get_live)
                 if live.name != version.judged_against:
                     raise VerdictOutdated(name, version.judged_against, live.name)
-                async with self._proven(version):
+                async with self._proving(version):
                     metrics = version.metrics | self.probed[name]
                     promoted = await call(self.registry.promote, name, metrics, version.judged_against)
                     self.policy.version = name
             except Exception as error:
                 await self._unload(name)
-                if isinstance(error, ServingError | VerdictOutdated) and not isinstance(error, Unavailable):
+                if isinstance(error, ServingError | VerdictOutdated) and not isinstance(error, ServerUnavailable):
                     await self._reject(version, error)
                 raise
             await self._retire(before)
@@ -124,7 +124,7 @@ class Deployment:
         clock = asyncio.get_running_loop().time
         if clock() < self._tries_at:
             return
-        for version in await self.registry.database.call(self.registry.requested):
+        for version in await self.registry.database.call(self.registry.find_requested):
             if not await self._try_to_deploy(version):
                 self._tries_at = clock() + self._pause
                 self._pause = min(2 * self._pause, RETRY_SECONDS)
@@ -134,17 +134,17 @@ class Deployment:
     async def _try_to_deploy(self, version: PolicyVersion) -> bool:
         """Deploy or reject a candidate; False where it must wait for the server."""
         async with self._swapping:
-            if not await self.admin.ready(self.config.serving.reply_seconds):
+            if not await self.admin.is_ready(self.config.serving.reply_seconds):
                 return False
         try:
             await self.deploy(version.name)
-        except Unavailable as error:
+        except ServerUnavailable as error:
             self._tries[version.name] += 1
-            if self._tries[version.name] < TRIES:
+            if self._tries[version.name] < DEPLOY_TRIES:
                 self.announce(f"{version.name} stays a candidate and is tried again: {error}")
                 return False
             await self._reject(version, error)
-            self.announce(f"{version.name} is rejected, it could not be proven in {TRIES} tries: {error}")
+            self.announce(f"{version.name} is rejected, it could not be proven in {DEPLOY_TRIES} tries: {error}")
         except (ServingError, RegistryError) as error:
             self.announce(f"{version.name} is not deployed: {error}")
         return True
@@ -158,19 +158,19 @@ class Deployment:
             await self.registry.database.call(self.registry.reject, version.name, metrics)
             await asyncio.to_thread(discard_weights, Path(version.path))
 
-    async def follow(self) -> bool:
+    async def follow_registry(self) -> bool:
         """Bring the server to the registry's live version, if another process changed it; True if something changed.
 
         A server that is not ours may have been started again: then too.
         """
         async with self._swapping:
-            live = await self.registry.database.call(self.registry.live)
+            live = await self.registry.database.call(self.registry.get_live)
             before = self.policy.version
-            if live.name == before and (not self.config.serving.url or await self.admin.holds(before)):
+            if live.name == before and (not self.config.serving.url or await self.admin.has_version(before)):
                 return False
             if self.config.serving.url:
                 await self.admin.connect()
-            async with self._proven(live):
+            async with self._proving(live):
                 self.policy.version = live.name
             if before != live.name:
                 await self._retire(before)
@@ -179,58 +179,59 @@ class Deployment:
 
     async def watch(self, seconds: float = 1.0, health: Health | None = None) -> None:
         """Follow the registry for ever: a rollback, or a candidate to be deployed, may come from another process."""
-        await supervise("deployment", self._look, health or Health(self.announce), seconds, longest_pause=seconds)
+        await supervise(
+            "deployment", self._follow_and_deploy, health or Health(self.announce), seconds, longest_pause=seconds
+        )
 
-    async def _look(self) -> None:
+    async def _follow_and_deploy(self) -> None:
         """Follow the registry. A version that could not be served is tried again later and later: each try may make
         people wait. Another one is tried at once.
         """
-        live = (await self.registry.database.call(self.registry.live)).name
+        live = (await self.registry.database.call(self.registry.get_live)).name
         clock = asyncio.get_running_loop().time
         refused = self._refused if self._refused is not None and self._refused.version == live else None
         if refused is not None and clock() < refused.until:
             raise ServingError(refused.reason)
         try:
-            await self.follow()
+            await self.follow_registry()
             self._refused = None
         except Exception as error:
-            reason = (
-                f"the live version cannot be served, {self.policy.version} goes on: {cause_of(error, only_first_line=True)}"
-            )
+            cause = quote_error(error, only_first_line=True)
+            reason = f"the live version cannot be served, {self.policy.version} goes on: {cause}"
             pause = min(2 * refused.pause, RETRY_SECONDS) if refused is not None else RETRY_FIRST
-            self._refused = Refused(live, reason, pause, clock() + pause)
+            self._refused = ServingFailure(live, reason, pause, clock() + pause)
             raise ServingError(reason) from error
         await self.deploy_requested()
 
-    async def restore(self) -> None:
+    async def restore_live(self) -> None:
         """After a (re)start of the server: serve the live version again, or the base model where it cannot be proven."""
         async with self._swapping:
             await self.admin.connect()
-            if self.admin.weights == self.admin.base:
+            if self.admin.weights_version == self.admin.base:
                 self.policy.version = self.admin.base
-            if self.config.training.weights == "full" and not self.admin.takes_weights:
+            if self.config.training.weights == "full" and not self.admin.can_replace_weights:
                 raise ConfigError(
                     f"config key training.weights has value 'full', but the vLLM at {self.admin.url} does not let its "
                     "weights be changed; start it with VLLM_SERVER_DEV_MODE=1 in its environment, or set "
                     'training.weights = "lora"'
                 )
-            live = await self.registry.database.call(self.registry.live)
+            live = await self.registry.database.call(self.registry.get_live)
             try:
-                async with self._proven(live):
+                async with self._proving(live):
                     self.policy.version = live.name
             except ServingError as error:
-                async with self._proven(await self.registry.database.call(self.registry.base)):
+                async with self._proving(await self.registry.database.call(self.registry.get_base)):
                     self.policy.version = self.admin.base
                 self.announce(f"{live.name} cannot be served ({error}); {self.admin.base} answers until it can")
 
     @contextlib.asynccontextmanager
-    async def asleep(self) -> AsyncIterator[None]:
+    async def sleeping(self) -> AsyncIterator[None]:
         """Have vLLM sleep inside: its GPU memory is free, and nobody is answered. Afterwards all it serves is proven again.
 
         The one exception to laws 5 and 9 (docs/architecture.md): only where serving.sleep_while_training asks for it.
         """
         async with self._swapping:
-            async with self.policy.held(self.config.serving.reply_seconds):
+            async with self.policy.pause_replies(self.config.serving.reply_seconds):
                 self.policy.is_asleep = True
             self.announce("vLLM sleeps while a version is trained; nobody is answered until that ends")
             try:
@@ -247,8 +248,12 @@ class Deployment:
     async def _prove_again(self) -> None:
         """Probe every version that the server holds; one that it serves otherwise than before goes."""
         call = self.registry.database.call
-        whole = {self.admin.weights} if self.admin.weights and self.admin.weights != self.admin.base else set()
-        for name in sorted({*await self.admin.loaded(), *whole}):
+        whole = (
+            {self.admin.weights_version}
+            if self.admin.weights_version and self.admin.weights_version != self.admin.base
+            else set()
+        )
+        for name in sorted({*await self.admin.list_adapters(), *whole}):
             try:
                 await self._probe(await call(self.registry.get, name))
             except ServingError as error:
@@ -256,7 +261,7 @@ class Deployment:
                     f"{name} is not the same after sleeping, {self.admin.base} answers until it can be served: {error}"
                 )
                 if name in whole:
-                    await self._replace(self.admin.base)
+                    await self._replace_weights(self.admin.base)
                 else:
                     await self._unload(name)
                 if self.policy.version == name:
@@ -264,64 +269,64 @@ class Deployment:
 
     async def rollback(self) -> PolicyVersion:
         """Take the live version back and serve the one before it."""
-        _, live = await self.registry.database.call(self.registry.rollback)
-        await self.follow()
+        _, live = await self.registry.database.call(self.registry.roll_back)
+        await self.follow_registry()
         return live
 
     @contextlib.asynccontextmanager
-    async def _proven(self, version: PolicyVersion) -> AsyncIterator[None]:
+    async def _proving(self, version: PolicyVersion) -> AsyncIterator[None]:
         """Inside, the server is known to serve `version`. Where other weights make way for its own, replies wait."""
         whole = not version.is_base and is_whole(Path(version.path))
         wanted = version.name if whole else self.admin.base
-        stays = wanted == self.admin.weights
-        if not stays and not self.admin.takes_weights:
+        stays = wanted == self.admin.weights_version
+        if not stays and not self.admin.can_replace_weights:
             raise ServingError(
                 f"{version.name} needs the weights of {wanted}, and this vLLM does not let its own be changed; set "
                 'training.weights = "full" (and VLLM_SERVER_DEV_MODE=1 where the server is not started by kibitz)'
             )
-        found = await asyncio.to_thread(self._faults, version)
+        found = await asyncio.to_thread(self._find_faults, version)
         if found:
             raise ServingError(f"{version.name} is not sound: {found[0]}")
-        async with contextlib.nullcontext() if stays else self._weights(wanted):
-            if version.name != wanted and version.name not in await self.admin.loaded():
-                await self.admin.load(version.name, version.path)
+        async with contextlib.nullcontext() if stays else self._replacing_weights(wanted):
+            if version.name != wanted and version.name not in await self.admin.list_adapters():
+                await self.admin.load_adapter(version.name, version.path)
             if not version.is_base:
                 await self._probe(version)
             yield
 
     @contextlib.asynccontextmanager
-    async def _weights(self, name: str) -> AsyncIterator[None]:
+    async def _replacing_weights(self, name: str) -> AsyncIterator[None]:
         """Inside, nobody is answered and the server holds the whole weights of a version; on an error those before again."""
-        before = self.admin.weights
-        async with self.policy.held(self.config.serving.reply_seconds):
+        before = self.admin.weights_version
+        async with self.policy.pause_replies(self.config.serving.reply_seconds):
             try:
-                await self._replace(name)
+                await self._replace_weights(name)
                 yield
             except BaseException:
                 if before is not None:
-                    await self._replace(before)
+                    await self._replace_weights(before)
                 raise
 
-    async def _replace(self, name: str) -> None:
-        await self.admin.replace(name, await self.registry.database.call(self._source, name))
+    async def _replace_weights(self, name: str) -> None:
+        await self.admin.replace_weights(name, await self.registry.database.call(self._find_weights_source, name))
 
-    def _source(self, name: str) -> str:
+    def _find_weights_source(self, name: str) -> str:
         """Where vLLM finds the whole weights of a version."""
         version = self.registry.get(name)
         if version.is_base:
             return str(Path(version.base_model).absolute()) if Path(version.base_model).is_dir() else version.base_model
-        folder = weights_folder(Path(version.path))
+        folder = find_weights_folder(Path(version.path))
         if not folder.is_dir():  # vLLM's engine ends where it cannot read them
             raise ServingError(f"the weights of {name} are gone")
         return str(folder)
 
-    def _faults(self, version: PolicyVersion) -> list[str]:
+    def _find_faults(self, version: PolicyVersion) -> list[str]:
         if version.is_base:
             return []
         directory = Path(version.path)
         if not (directory / "manifest.json").is_file():
             return ["its manifest is missing: it was never finished"]
-        found = faults(directory, version.base_model, self.config.serving.max_lora_rank)
+        found = find_faults(directory, version.base_model, self.config.serving.max_lora_rank)
         if not found and fingerprint(directory) != version.sha256:
             found = ["its weights are not those that were registered"]
         return found
@@ -332,17 +337,17 @@ class Deployment:
         try:
             places = await asyncio.to_thread(probe.read, Path(version.path))
             for place in places:
-                listed = await self.admin.next_logprobs(version.name, place.prompt_ids, place.temperature)
+                listed = await self.admin.read_next_logprobs(version.name, place.prompt_ids, place.temperature)
                 floor = min(listed.values())  # a token that the server does not list is at most as likely as the last
                 served += [listed.get(token, floor) for token in place.tokens]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ServingError(f"{version.name} has no readable probe ({error!r}); train it again") from error
         if not served:
             raise ServingError(f"{version.name} carries an empty probe; train it again")
-        found = Probed(
+        found = ProbeResult(
             distance=probe.mean_distance(served, [one for place in places for one in place.candidate]),
             from_parent=probe.mean_distance(served, [one for place in places for one in place.parent]),
-            tolerance=probe.distances(places).tolerance(self.config.gate.probe_tolerance),
+            tolerance=probe.compute_distances(places).tolerance(self.config.gate.probe_tolerance),
         )
         self.probed[version.name] = found
         if not found.passed:
@@ -358,6 +363,6 @@ class Deployment:
 
     async def _unload(self, name: str) -> None:
         """Let the server forget an adapter; one that is away is given none but the live one when it comes back."""
-        with contextlib.suppress(Unavailable):
-            if name in await self.admin.loaded():
-                await self.admin.unload(name)
+        with contextlib.suppress(ServerUnavailable):
+            if name in await self.admin.list_adapters():
+                await self.admin.unload_adapter(name)

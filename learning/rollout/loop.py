@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 
 from bot.config import Config, DatabaseConfig, LogConfig
-from bot.errors import KibitzError, NothingToLearn, TrainingError, Unavailable
+from bot.errors import KibitzError, NothingToLearn, ServerUnavailable, TrainingError
 from bot.serving import children
 from bot.store.conversations import ConversationStore
 from bot.supervision import Health, supervise
@@ -22,7 +22,7 @@ from learning.judging.judgement import Judgement
 from learning.rollout.deployment import Deployment
 
 Announce = Callable[[str], None]
-TRIES = 3  # to judge a version that waits, while that fails; each after another reaction
+JUDGE_TRIES = 3  # to judge a version that waits, while that fails; each after another reaction
 DATABASE_URL = "KIBITZ_DATABASE_URL"  # the variable that tells a training process the database: its URL is in no file
 
 
@@ -53,9 +53,9 @@ class OnlineLearner:
         await supervise("learning", self._learn_if_enough, health or Health(self.announce), every)
 
     async def _learn_if_enough(self) -> None:
-        said, purged, paused = await self.store.database.call(self._look)
+        said, purged, paused = await self.store.database.call(self._read_counts)
         if self._learned is None:  # the first look
-            self._learned, self._purged = await self._taught(), purged
+            self._learned, self._purged = await self._count_learned(), purged
         # Where versions were withdrawn because somebody was forgotten, the rest is learned anew.
         self._learned = min(said, self._learned) if purged == self._purged else 0
         self._purged = purged
@@ -64,25 +64,25 @@ class OnlineLearner:
         self._learned = said
         self.announce(f"training on {said} reactions")
         try:
-            await self.step()
+            await self.learn_once()
         except NothingToLearn as error:
             self.announce(f"nothing learned: {error}")
         except KibitzError as error:
             self.announce(f"learning failed, the chat goes on: {error}")
 
-    async def step(self) -> Judgement:
+    async def learn_once(self) -> Judgement:
         """One round; returns what became of its version. A candidate that did not pass the gate is not deployed.
 
         One that passed is deployed now, or by `Deployment.watch` where that fails for a while or this process ends here.
         """
-        outcome = await self._in_child("--deploy")
+        outcome = await self._run_in_child("--deploy")
         if outcome.passed:
             try:
                 await self.deployment.deploy(outcome.policy)
-            except Unavailable as error:
+            except ServerUnavailable as error:
                 self.announce(f"{outcome.policy} passed, and is deployed as soon as vLLM can be asked: {error}")
         else:
-            self._tell(outcome)
+            self._announce_outcome(outcome)
         return outcome
 
     async def judge_waiting(self) -> bool:
@@ -99,12 +99,12 @@ class OnlineLearner:
             return True
         self.announce(f"looking at what was said of {version.name}, which waits")
         try:
-            outcome = await self._in_child("--judge")
+            outcome = await self._run_in_child("--judge")
         except TrainingError as error:
             self._failures += 1
             self._tries_from = came + 1
             self.announce(f"{version.name} cannot be judged, the chat goes on: {error}")
-            if self._failures >= TRIES:
+            if self._failures >= JUDGE_TRIES:
                 from learning.judging.waiting import give_up  # a command that only serves need not load it
 
                 await self.store.database.call(give_up, self.deployment.registry, version, f"it cannot be judged: {error}")
@@ -114,35 +114,35 @@ class OnlineLearner:
             self.announce(f"{version.name} has waited, and passed")
             await self.deployment.deploy_requested()
         else:
-            self._tell(outcome)
+            self._announce_outcome(outcome)
         return True
 
     def _look_at_waiting(self) -> tuple[PolicyVersion | None, int, bool]:
         """The version that waits, how many reactions have come for it, and whether to look at its evidence."""
         registry = self.deployment.registry
-        version = next(reversed(registry.waiting()), None)
+        version = next(reversed(registry.find_waiting()), None)
         if version is None:
             return None, 0, False
-        came = self.store.reactions(version.drawn_at)
-        enough = min(version.waits_for, self.config.learning.wait_reactions)
-        return version, came, came >= enough or registry.live().name != version.judged_against
+        came = self.store.count_reactions(version.drawn_at)
+        enough = min(version.awaited_reactions, self.config.learning.wait_reactions)
+        return version, came, came >= enough or registry.get_live().name != version.judged_against
 
-    async def _in_child(self, option: str) -> Judgement:
+    async def _run_in_child(self, option: str) -> Judgement:
         """Train a version, or judge one, in a child process; what became of it."""
         sleeps = self.config.serving.sleep_while_training
-        async with self.deployment.asleep() if sleeps else contextlib.nullcontext():
+        async with self.deployment.sleeping() if sleeps else contextlib.nullcontext():
             return await train_in_child(self.config, self.progress, option)
 
-    def _tell(self, outcome: Judgement) -> None:
+    def _announce_outcome(self, outcome: Judgement) -> None:
         verdict = "waits for more reactions" if outcome.waits else "rejected"
         self.announce(f"{outcome.policy} {verdict}: {'; '.join(outcome.reasons)}")
 
-    def _look(self) -> tuple[int, int, bool]:
+    def _read_counts(self) -> tuple[int, int, bool]:
         """How many reactions there are, how many versions were purged, and whether learning is paused."""
         registry = self.deployment.registry
-        return self.store.reactions(), registry.count(PolicyState.PURGED), registry.learning_is_paused()
+        return self.store.count_reactions(), registry.count(PolicyState.PURGED), registry.is_learning_paused()
 
-    async def _taught(self) -> int:
+    async def _count_learned(self) -> int:
         """How many reactions there were when the last run began, so that a restart does not train again on them.
 
         A new base model learns from all of them, and so does whoever lost what was learned, because somebody was forgotten.
@@ -150,10 +150,10 @@ class OnlineLearner:
 
         def count() -> int:
             registry = self.deployment.registry
-            purged, since = registry.directories(PolicyState.PURGED), registry.base().created_at
-            begun = [run["started_at"] for run in registry.runs() if run["policy"] not in purged]
+            purged, since = registry.find_directories(PolicyState.PURGED), registry.get_base().created_at
+            begun = [run["started_at"] for run in registry.list_runs() if run["policy"] not in purged]
             last = max((at for at in begun if at >= since), default=None)
-            return 0 if last is None else self.store.reactions(until=last)
+            return 0 if last is None else self.store.count_reactions(until=last)
 
         return await self.store.database.call(count)
 
@@ -168,7 +168,7 @@ async def train_in_child(config: Config, progress: Progress, option: str) -> Jud
     handed.save(resolved)
     child = await children.start(
         *[sys.executable, "-m", "bot", "train", "--config", str(resolved), option, "--progress", "json"],
-        niceness=children.TRAINING,
+        niceness=children.TRAINING_NICENESS,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         env={**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1", DATABASE_URL: config.database_url},

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING
 
 from bot.checks import Check, Skipped
 from bot.config import Config, load
-from bot.data_directory import is_held
-from bot.errors import KibitzError, ServingError, TrainingError, cause_of
+from bot.data_directory import is_locked
+from bot.errors import KibitzError, ServingError, TrainingError, quote_error
 from bot.models.check import check_architecture, check_context, check_disk, check_memory, check_tokenizer, check_weights
-from bot.models.dtype import served_dtype
+from bot.models.dtype import choose_dtype
 from bot.models.shape import read_shape
 from bot.models.tokenizer import ChatTokenizer
 from bot.serving.children import end_with_parent
@@ -66,7 +66,7 @@ class SelfTest:
             finally:
                 self._runner.__exit__(kind, error, trace)
 
-    def checks(self, quick: bool) -> list[Check]:
+    def list_checks(self, quick: bool) -> list[Check]:
         """List the checks of the model; `quick` leaves out those that run it."""
         found: list[Check] = [
             ("model", self.check_files),
@@ -94,36 +94,36 @@ class SelfTest:
         check_architecture(self.config, model)
         check_weights(self.config, model)
         self._model = model
-        dtype = served_dtype(self.config, model)
-        return f"{self.config.policy.model}: {shape.family}, {shape.size} parameters, as {dtype}"
+        dtype = choose_dtype(self.config, model)
+        return f"{self.config.policy.model}: {shape.family}, {shape.size_label} parameters, as {dtype}"
 
     def check_template(self) -> str:
         """Check the tokenizer and its chat template."""
         shape = read_shape(self.model)
         tokenizer = check_tokenizer(self.config, self.model, shape)
-        check_context(tokenizer.with_thoughts(self.config.policy), shape)
+        check_context(tokenizer.with_thought_tokens(self.config.policy), shape)
         return f"a greeting is {len(tokenizer.prompt_ids(QUESTION))} tokens"
 
     def check_room(self) -> str:
         """Check that memory and disk have room for serving and training the model."""
         shape = read_shape(self.model)
         check_disk(self.config, shape)
-        if is_held(self.config.data, "serve"):
+        if is_locked(self.config.data, "serve"):
             raise Skipped("a kibitz runs on this data directory, and takes its memory")
         plan = check_memory(self.config, self.model, shape)
         if plan is None:
             return "enough to serve it and to train it"
         serving = self.config.serving.model_copy(update={"memory_share": plan.share})
         self.config = self.config.model_copy(update={"serving": serving})
-        return plan.line
+        return plan.description
 
     def check_answer(self) -> str:
         """Ask the real vLLM for one token and its log-probability."""
-        if is_held(self.config.data, "serve") and not self.config.serving.url:
+        if is_locked(self.config.data, "serve") and not self.config.serving.url:
             raise Skipped("a kibitz runs on this data directory: its own vLLM answers")
-        return self._runner.run(self._answer(self.model))
+        return self._runner.run(self._ask_one_token(self.model))
 
-    async def _answer(self, model: str) -> str:
+    async def _ask_one_token(self, model: str) -> str:
         began = time.monotonic()
         policy_config = self.config.policy.model_copy(update={"max_tokens": 1})
         url, waited = self.config.serving.url, ""
@@ -151,7 +151,7 @@ class SelfTest:
     def check_step(self) -> str:
         """Make one real training step in a child process."""
         model = self.model
-        if is_held(self.config.data, "train"):
+        if is_locked(self.config.data, "train"):
             raise Skipped("a training run is going on")
         # Below the data directory, where vLLM finds versions.
         place = Path(self._scratch.enter_context(tempfile.TemporaryDirectory(dir=self.config.data, prefix="doctor-")))
@@ -179,29 +179,29 @@ class SelfTest:
         """Check that the vLLM which answered takes what the step made, as it must take every version. It keeps nothing."""
         if not self._url or self._version is None:
             raise Skipped("there is no vLLM that answers, or no step that was made")
-        return self._runner.run(self._serve(self._url, str(self._version.absolute())))
+        return self._runner.run(self._load_and_unload(self._url, str(self._version.absolute())))
 
-    async def _serve(self, url: str, version: str) -> str:
+    async def _load_and_unload(self, url: str, version: str) -> str:
         serving, rank, name = self.config.serving, self.config.training.lora_rank, f"doctor-{new_id()}"
         policy = Policy(url, self.config.policy, serving.reply_seconds, serving.read_key())
         try:
             await policy.admin.connect()
             if self.config.training.weights == "full":
-                if not policy.admin.takes_weights:
+                if not policy.admin.can_replace_weights:
                     raise ServingError(
                         f"the vLLM at {url} lets nobody change its weights, and training.weights is 'full'; start it with "
                         "VLLM_SERVER_DEV_MODE=1, or train adapters"
                     )
                 return "its weights can be changed"
             try:
-                await policy.admin.load(name, version)
+                await policy.admin.load_adapter(name, version)
                 try:
-                    await policy.admin.next_logprobs(name, [1], 1.0)
+                    await policy.admin.read_next_logprobs(name, [1], 1.0)
                 finally:
-                    await policy.admin.unload(name)
+                    await policy.admin.unload_adapter(name)
             except ServingError as error:
                 raise ServingError(
-                    f"the vLLM at {url} serves no version ({cause_of(error).replace(';', ',')}); start it with "
+                    f"the vLLM at {url} serves no version ({quote_error(error).replace(';', ',')}); start it with "
                     f"--enable-lora --max-lora-rank {rank} and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, able to read {version}"
                 ) from error
         finally:
@@ -209,7 +209,7 @@ class SelfTest:
         return "an adapter was loaded, asked and unloaded"
 
 
-def made_rows(tokenizer: ChatTokenizer, count: int, length: int) -> list["Experience"]:
+def make_rows(tokenizer: ChatTokenizer, count: int, length: int) -> list["Experience"]:
     """Make answers of so many tokens, every other one liked, that each objective can learn from."""
     from learning.data.experience import Experience
 
@@ -235,26 +235,26 @@ def made_rows(tokenizer: ChatTokenizer, count: int, length: int) -> list["Experi
 
 
 def _step(config: Config, model: str, version: Path) -> dict[str, float]:
-    from learning.models.trainable import quiet
+    from learning.models.trainable import silence_libraries
 
-    quiet()
+    silence_libraries()
     import torch
 
-    from learning.models.trainable import load as load_model
-    from learning.models.trainable import save, settle
+    from learning.models.trainable import cast_for_serving, save
+    from learning.models.trainable import load_for_training as load_model
     from learning.training.objectives import train
 
     on_gpu = torch.cuda.is_available()
     length = min(config.training.max_length, 10**6 if on_gpu else LENGTH_ON_CPUS)
     tokenizer = ChatTokenizer(model, config.policy.template_args)
-    rows = made_rows(tokenizer, 2 * config.training.batch_size, length)
+    rows = make_rows(tokenizer, 2 * config.training.batch_size, length)
     training = config.training.model_copy(update={"max_steps": 1, "processes": 1})
     made = load_model(config, model)
     began = time.monotonic()
     figures = train(made, tokenizer.hf, rows, training, config.seed, lambda *_: None)
     seconds = time.monotonic() - began
     if config.training.weights == "lora":
-        settle(made)
+        cast_for_serving(made)
         version.mkdir()
         save(made, version)
     memory = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -266,7 +266,7 @@ def _main(config: str, model: str, version: str) -> None:
     try:
         told = _step(load(Path(config)), model, Path(version))
     except KibitzError as error:
-        sys.stderr.write(f"kibitz: {cause_of(error)}\n")
+        sys.stderr.write(f"kibitz: {quote_error(error)}\n")
         raise SystemExit(2) from None
     sys.stdout.write(json.dumps(told) + "\n")
 

@@ -15,7 +15,7 @@ from scipy.stats import binomtest
 
 from bot.config import Config
 from learning.data.experience import Experience
-from learning.data.selection import limited
+from learning.data.selection import cap_people
 from learning.judging.evaluation import batched_logprobs, token_rows
 from learning.models.trainable import base_of
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 RIGHT = 0.001  # how often a coin may look like the side on which the policy was right,
 WRONG = 0.02  # and like the side on which it was wrong
-FEWEST = 16  # opinions on one side of it
+FEWEST_OPINIONS = 16  # opinions on one side of it
 WINDOW = 48  # opinions before it that are looked at, or as many as came after it where those are more
 STEP = 4  # opinions between the moments that are tried
 
@@ -37,7 +37,7 @@ class Drift:
     against: bool
 
 
-def changed(config: Config, base_model: str, policy: "Model", rated: Sequence[Experience]) -> Drift | None:
+def detect_drift(config: Config, base_model: str, policy: "Model", rated: Sequence[Experience]) -> Drift | None:
     """Whether, and since when, people want the opposite of what a policy learned from answers (oldest first)."""
     rows = token_rows(rated)
     own = batched_logprobs(policy, rows)
@@ -45,10 +45,12 @@ def changed(config: Config, base_model: str, policy: "Model", rated: Sequence[Ex
         base = batched_logprobs(model, rows)
     learned = np.array([float((mine - other).sum()) for mine, other in zip(own, base, strict=True)])
     liked = np.array([one.reward > 0 for one in rated])
-    return drift(learned, liked, [one.opinions for one in rated], config.rewards.person_cap)
+    return find_change_point(learned, liked, [one.opinion_holders for one in rated], config.rewards.person_cap)
 
 
-def drift(learned: np.ndarray, liked: np.ndarray, opinions: Sequence[tuple[str, ...]], cap: float) -> Drift | None:
+def find_change_point(
+    learned: np.ndarray, liked: np.ndarray, opinions: Sequence[tuple[str, ...]], cap: float
+) -> Drift | None:
     """Where people came to want the opposite, if they did: from learned rewards (n, nats) and whether each answer was
     liked (n, bool), oldest first.
 
@@ -59,28 +61,28 @@ def drift(learned: np.ndarray, liked: np.ndarray, opinions: Sequence[tuple[str, 
     found: list[tuple[int, Drift]] = []
     if len(learned) == 0 or not np.ptp(learned):  # nothing was learned yet
         return None
-    for since in range(FEWEST, len(liked) - FEWEST + 1, STEP):
+    for since in range(FEWEST_OPINIONS, len(liked) - FEWEST_OPINIONS + 1, STEP):
         before = slice(max(0, since - max(WINDOW, len(liked) - since)), since)
         sides = before, slice(since, None)
-        weights = [limited(opinions[side], np.ones(len(liked[side])), cap) for side in sides]
+        weights = [cap_people(opinions[side], np.ones(len(liked[side])), cap) for side in sides]
         for right, wrong in ((0, 1), (1, 0)):
-            agrees = (learned >= _limit(learned[sides[right]], liked[sides[right]])) == liked
+            agrees = (learned >= _find_threshold(learned[sides[right]], liked[sides[right]])) == liked
             if (
-                _by_chance(agrees[sides[right]], weights[right], "greater") < RIGHT
-                and _by_chance(agrees[sides[wrong]], weights[wrong], "less") < WRONG
+                _binomial_p_value(agrees[sides[right]], weights[right], "greater") < RIGHT
+                and _binomial_p_value(agrees[sides[wrong]], weights[wrong], "less") < WRONG
             ):
                 fits = int((agrees == (np.arange(len(liked)) < since)).sum())
                 found.append((max(fits, len(liked) - fits), Drift(since, against=right == 0)))
     return max(found, key=lambda one: one[0])[1] if found else None
 
 
-def _limit(learned: np.ndarray, liked: np.ndarray) -> float:
+def _find_threshold(learned: np.ndarray, liked: np.ndarray) -> float:
     """The reward from which on answers are best taken to be liked."""
     order = np.sort(learned)
     right = ((learned[None, :] >= order[:, None]) == liked[None, :]).mean(1)
     return float(order[np.argmax(right)])
 
 
-def _by_chance(right: np.ndarray, weights: np.ndarray, way: str) -> float:
+def _binomial_p_value(right: np.ndarray, weights: np.ndarray, way: str) -> float:
     """How often a coin would be right so often (`greater`), or so seldom (`less`)."""
     return float(binomtest(round(weights @ right), round(weights.sum()), 0.5, way).pvalue)

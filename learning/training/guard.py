@@ -14,8 +14,8 @@ from scipy.stats import binomtest, fisher_exact, norm
 from transformers import TrainerCallback
 
 from learning.judging.metrics import Check, Health
-from learning.models.ranks import agreed
-from learning.models.trainable import restore, weights
+from learning.models.ranks import broadcast_from_first
+from learning.models.trainable import copy_weights, restore_weights
 
 CHECKS = 3  # in a run
 LUCK = 0.05  # what a policy at a limit would show more often than this is luck, and no fault
@@ -38,7 +38,7 @@ class Limits:
         return LIKED_LOSS / self.temperature
 
 
-def due(steps: int) -> set[int]:
+def choose_check_steps(steps: int) -> set[int]:
     """After which of a run's steps it is looked at: its thirds, and so always the last one."""
     return {-(-steps * part // CHECKS) for part in range(1, CHECKS + 1)}
 
@@ -59,20 +59,20 @@ class Guard(TrainerCallback):
         """Remember how the policy was."""
         if self.first is None:
             self.first = self._check(0)
-        self._good = weights(model)
+        self._good = copy_weights(model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Check at every third of the run; where something is wrong, go back and stop."""
-        if state.global_step not in due(state.max_steps):
+        if state.global_step not in choose_check_steps(state.max_steps):
             return
         assert self.first is not None
-        self.stopped = agreed(self.fault(self.first, self._check(state.global_step)))
+        self.stopped = broadcast_from_first(self.find_fault(self.first, self._check(state.global_step)))
         model.train()
         if self.stopped is None:
-            self._good, self.kept = weights(model), state.global_step
+            self._good, self.kept = copy_weights(model), state.global_step
             return
         if self.kept:
-            restore(model, self._good)
+            restore_weights(model, self._good)
         self.stopped += f"; stopped after {state.global_step} of {state.max_steps} steps"
         control.should_training_stop = True
 
@@ -81,18 +81,18 @@ class Guard(TrainerCallback):
         self.checks.append(Check(**asdict(found), step=step))
         return found
 
-    def fault(self, first: Health, now: Health) -> str | None:
+    def find_fault(self, first: Health, now: Health) -> str | None:
         """What is wrong, if anything."""
         if not now.kl <= max(self.limits.kl, first.kl):
             return f"KL to the base came to {now.kl:.3f} nats a token (gate.kl_budget {self.limits.kl:g})"
         most = self.limits.liked_loss + norm.isf(LUCK) * now.liked_error
         if first.liked is not None and now.liked is not None and not now.liked >= first.liked - most:
             return f"held-out liked answers lost {first.liked - now.liked:.2f} nats a token"
-        if self._breaks(first, now):
+        if self._has_too_few_well_formed(first, now):
             return f"only {now.well_formed} of {now.samples} samples were well-formed"
         return None
 
-    def _breaks(self, first: Health, now: Health) -> bool:
+    def _has_too_few_well_formed(self, first: Health, now: Health) -> bool:
         """Whether fewer samples are well-formed than the limit asks for, or than at the start if those were fewer."""
         if first.well_formed >= self.limits.well_formed * first.samples:
             return binomtest(now.well_formed, now.samples, self.limits.well_formed, "less").pvalue < LUCK

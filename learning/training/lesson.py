@@ -11,12 +11,12 @@ from bot.types import PolicyVersion, Progress
 from learning.data.experience import Experience, Snapshot
 from learning.data.manifest import Manifest, read_since
 from learning.data.replay_buffer import ReplayBuffer
-from learning.judging.evidence import Measured, choose_prompts, measure
-from learning.judging.gate import ROOM, allowed_p, newest_that_suffice
-from learning.judging.waiting import earlier_verdicts
-from learning.models.trainable import quiet, served
+from learning.judging.evidence import Measurement, choose_prompts, measure_model
+from learning.judging.gate import HEADROOM, compute_allowed_p, select_newest_sufficient
+from learning.judging.waiting import read_earlier_verdicts
+from learning.models.trainable import load_served, silence_libraries
 from learning.models.version_files import fingerprint, is_whole
-from learning.training.drift import changed
+from learning.training.drift import detect_drift
 
 if TYPE_CHECKING:
     from learning.models.trainable import Model
@@ -34,7 +34,7 @@ class Lesson:
     snapshot: Snapshot
     since: str
     live: PolicyVersion
-    before: Measured
+    before: Measurement
     judged: list[Experience]
     asked: list[Experience]
     earlier: list[bool]
@@ -47,42 +47,46 @@ def prepare_lesson(
 
     `space` names one import to read alone. Raises NothingToLearn where nothing says what people like.
     """
-    live = registry.live()
+    live = registry.get_live()
     parent = _choose_parent(config, registry, live, from_base)
     looks_for_drift = config.learning.detect_drift and space is None
     since = read_since(Path(live.path)) if looks_for_drift else ""
     snapshot = buffer.snapshot(space, since)
     _refuse_empty(snapshot)
     progress("loading the model", 0, 1)
-    quiet()
-    model = served(config, live.base_model, live.weights)
-    change = changed(config, live.base_model, model, snapshot.drawn) if looks_for_drift and not live.is_base else None
+    silence_libraries()
+    model = load_served(config, live.base_model, live.weights)
+    change = (
+        detect_drift(config, live.base_model, model, snapshot.training_and_held_out)
+        if looks_for_drift and not live.is_base
+        else None
+    )
     if change is not None:
         progress(f"people came to want the opposite: {change.since} older answers count no more", 0, 1)
-        since = snapshot.drawn[change.since].turn_id
+        since = snapshot.training_and_held_out[change.since].turn_id
         snapshot = buffer.snapshot(since=since)
         _refuse_empty(snapshot)
-        parent = registry.base() if change.against else parent
-    earlier = earlier_verdicts(registry)
+        parent = registry.get_base() if change.against else parent
+    earlier = read_earlier_verdicts(registry)
     judged = snapshot.judged
     if space is None:
-        wanted = config.gate, allowed_p(config.gate, earlier) / ROOM, config.rewards.person_cap
-        judged = newest_that_suffice(judged, live.judged_at, *wanted)
+        wanted = config.gate, compute_allowed_p(config.gate, earlier) / HEADROOM, config.rewards.person_cap
+        judged = select_newest_sufficient(judged, live.judged_at, *wanted)
     asked = choose_prompts([*snapshot.held_out, *snapshot.training], config.gate.samples)
-    before = measure(config, model, buffer.tokenizer, judged, asked)
+    before = measure_model(config, model, buffer.tokenizer, judged, asked)
     if parent != live:
         del model  # there may be no room for both
-        model = served(config, parent.base_model, parent.weights)
+        model = load_served(config, parent.base_model, parent.weights)
     return Lesson(parent, model, snapshot, since, live, before, judged, asked, earlier)
 
 
 def _choose_parent(config: Config, registry: PolicyRegistry, live: PolicyVersion, from_base: bool) -> PolicyVersion:
     """Return the version that a run goes on from, as long as people want what they wanted."""
     every = config.learning.from_base_every
-    is_due = every > 0 and len(registry.runs()) % every == every - 1
+    is_due = every > 0 and len(registry.list_runs()) % every == every - 1
     # An adapter is served on the base model alone: it does not go on from a live version with weights of its own.
     cannot = config.training.weights == "lora" and is_whole(Path(live.path))
-    return registry.base() if from_base or is_due or cannot else live
+    return registry.get_base() if from_base or is_due or cannot else live
 
 
 def _refuse_empty(snapshot: Snapshot) -> None:
@@ -101,7 +105,7 @@ def _refuse_empty(snapshot: Snapshot) -> None:
     )
 
 
-def describe(config: Config, lesson: Lesson) -> Manifest:
+def make_manifest(config: Config, lesson: Lesson) -> Manifest:
     """All that the weights depend on, and nothing else: no time, no path, no version number."""
     snapshot, base_model = lesson.snapshot, lesson.parent.base_model
     manifest = Manifest(
@@ -112,8 +116,8 @@ def describe(config: Config, lesson: Lesson) -> Manifest:
         embedder=config.dialogue.embedder,
         seed=config.seed,
         since=lesson.since,
-        rows=[experience.digest() for experience in snapshot.learned],
-        held_out=[experience.digest() for experience in snapshot.held_out],
+        rows=[experience.make_manifest_row() for experience in snapshot.trained_on],
+        held_out=[experience.make_manifest_row() for experience in snapshot.held_out],
         dropped=dict(sorted(snapshot.dropped.items())),
     )
     return manifest.sign()

@@ -1,7 +1,7 @@
 """Objectives: what a training run minimises. The only module that knows TRL's trainers.
 
 Every objective learns from the same rows: exact recorded token ids, an advantage (the reward less what such a prompt earns
-on average) and a weight. `selection.learnable` says which of them; each of those is read in every epoch, in an order that
+on average) and a weight. `selection.select_for_training` says which of them; each is read in every epoch, in an order that
 is drawn anew. The reference is always the base model, also where an adapter is continued: TRL would keep a copy of the
 adapter as it was, and the policy walks away from its base.
 
@@ -9,7 +9,7 @@ adapter as it was, and the policy walks away from its base.
   and disapproval, unpaired.
 - `dpo`: Rafailov et al. (2023), "Direct Preference Optimization", arXiv:2305.18290. Pairs, with an SFT term, without which
   the likelihood of both answers falls.
-- `sft`, `pg`, `mixed`: the terms of `learning.training.weighted_trainer`.
+- `sft`, `pg`, `mixed`: the terms of `learning.training.make_weighted_trainer`.
 """
 
 import math
@@ -31,16 +31,18 @@ from bot.errors import NothingToLearn, TrainingError
 from bot.models.memory_budget import BatchFit, describe_fit
 from bot.types import Progress
 from learning.data.experience import Experience
-from learning.data.selection import draw_batches, learnable
+from learning.data.selection import draw_batches, select_for_training
 from learning.judging.evaluation import pad_id
 from learning.judging.metrics import TrainingMetrics
 from learning.models.batching import fit_to_machine, machine_arguments
-from learning.models.ranks import count_processes, share, shared
+from learning.models.ranks import compute_batch_share, count_processes, share_dataset
 from learning.models.reporter import report_progress
 from learning.models.trainable import as_base, draw_to_base
-from learning.training.weighted_trainer import weighted_trainer
+from learning.training.weighted_trainer import make_weighted_trainer
 
-ENOUGH = 64  # rows from which steps are of full size: the noise in a mean goes with the square root of how many there are
+FULL_STEP_ROWS = (
+    64  # rows from which steps are of full size: the noise in a mean goes with the square root of how many there are
+)
 
 
 class AnchoredTrainer(Trainer):
@@ -54,11 +56,11 @@ class AnchoredTrainer(Trainer):
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         with self.anchor_to_base():
-            return super()._precompute_ref_logps(shared(dataset), name, batch_size)
+            return super()._precompute_ref_logps(share_dataset(dataset), name, batch_size)
 
 
 @contextmanager
-def answers_alone() -> Iterator[None]:
+def scoring_answers_alone() -> Iterator[None]:
     """Inside, TRL's fused head scores the tokens of answers alone, as it does on GPUs. On CPUs it would score those of
     prompts too, which are most of a chat, and leave them out afterwards.
     """
@@ -75,7 +77,7 @@ class _WeightedCollator(DataCollatorForUnpairedPreference):
         return super().torch_call(examples) | {"weight": torch.tensor([example["weight"] for example in examples])}
 
 
-class DrawnToBase(TrainerCallback):
+class BaseWeightDecay(TrainerCallback):
     """The weight decay of a whole model: in each step back to the base by the share that an adapter loses."""
 
     def __init__(self, config: TrainingConfig):
@@ -133,23 +135,23 @@ def train(
     batch is read in as many parts as the memory needs; out of memory all the same, in twice as many, and the run goes on
     from where the weights are.
     """
-    make = {"kto": _kto, "dpo": _dpo}.get(config.objective, weighted_trainer)
-    usable, _ = learnable(rows, config, seed)
+    make = {"kto": _make_kto_trainer, "dpo": _make_dpo_trainer}.get(config.objective, make_weighted_trainer)
+    usable, _ = select_for_training(rows, config, seed)
     if not usable:
         raise NothingToLearn(f"none of {len(rows)} answers is of use to training.objective '{config.objective}'")
     batch_size = min(config.batch_size, len(usable))
-    fit = fit_to_machine(model, config, share(batch_size), max(map(_longest, usable)))
-    if fit.times > 1 or fit.checkpointing:
+    fit = fit_to_machine(model, config, compute_batch_share(batch_size), max(map(_count_tokens, usable)))
+    if fit.accumulation_steps > 1 or fit.gradient_checkpointing:
         progress(f"memory: {describe_fit(fit)}", 0, 1)
     while True:
         try:
-            with answers_alone():
-                common = arguments(config, batch_size, len(usable), seed, fit)
-                read = fit.answers * fit.times * count_processes()  # in one step
+            with scoring_answers_alone():
+                common = make_training_arguments(config, batch_size, len(usable), seed, fit)
+                read = fit.answers * fit.accumulation_steps * count_processes()  # in one step
                 order = draw_batches(len(usable), read, common["max_steps"], random.Random(seed))
                 trainer = make(model, tokenizer, usable, order, config, common)
                 reporter = report_progress(trainer, "train", progress)
-                for callback in (*([DrawnToBase(config)] if config.weights == "full" else []), *callbacks):
+                for callback in (*([BaseWeightDecay(config)] if config.weights == "full" else []), *callbacks):
                     trainer.add_callback(callback)
                 outcome = trainer.train()
             break
@@ -158,7 +160,7 @@ def train(
                 raise TrainingError(
                     f"out of memory with {fit.answers} answers at a time; lower training.max_length"
                 ) from error
-            fit = fit.smaller()
+            fit = fit.shrink()
             progress(f"out of memory; going on with {fit.answers} answers at a time", 0, 1)
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     if not all(entry["loss"] == entry["loss"] for entry in logged) or not outcome.training_loss == outcome.training_loss:
@@ -206,7 +208,7 @@ def dpo_examples(rows: Sequence[Experience]) -> list[dict[str, Any]]:
     ]
 
 
-def _kto(
+def _make_kto_trainer(
     model: Any,
     tokenizer: Any,
     rows: Sequence[Experience],
@@ -226,7 +228,7 @@ def _kto(
     )
 
 
-def _dpo(
+def _make_dpo_trainer(
     model: Any,
     tokenizer: Any,
     rows: Sequence[Experience],
@@ -244,24 +246,26 @@ def _dpo(
     return trainer
 
 
-def arguments(config: TrainingConfig, batch_size: int, rows: int, seed: int, fit: BatchFit | None = None) -> dict[str, Any]:
+def make_training_arguments(
+    config: TrainingConfig, batch_size: int, rows: int, seed: int, fit: BatchFit | None = None
+) -> dict[str, Any]:
     """What all objectives have in common. Little evidence is learned from in few steps, and in small ones."""
     steps = min(config.max_steps, math.ceil(config.epochs * rows / batch_size))
     rate = config.learning_rate if config.weights == "lora" else config.full_learning_rate
     return {
         "output_dir": "unused",
         "max_steps": steps,
-        "learning_rate": rate * min(1.0, (rows / ENOUGH) ** 0.5),
+        "learning_rate": rate * min(1.0, (rows / FULL_STEP_ROWS) ** 0.5),
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,
         "weight_decay": config.weight_decay if config.weights == "lora" else 0.0,
         "train_sampling_strategy": "sequential",
         "seed": seed,
-        **machine_arguments(fit or BatchFit(share(batch_size), 1, False)),
+        **machine_arguments(fit or BatchFit(compute_batch_share(batch_size), 1, False)),
     }
 
 
-def _longest(row: Experience) -> int:
+def _count_tokens(row: Experience) -> int:
     return len(row.prompt_ids) + max(len(row.completion_ids), len(row.rejected_ids or ()))
 
 

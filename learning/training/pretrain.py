@@ -16,13 +16,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bot.config import Config, TrainingConfig
-from bot.data_directory import held
-from bot.errors import ConfigError, cause_of
-from bot.models.check import explain_refusal
+from bot.data_directory import lock_directory
+from bot.errors import ConfigError, quote_error
+from bot.models.check import raise_if_refused
 from bot.models.tokenizer import ChatTokenizer
 from bot.types import Progress
 from learning.models import builtin, toy
-from learning.models.trainable import quiet
+from learning.models.trainable import silence_libraries
 
 Dialogue = list[dict[str, str]]
 
@@ -48,7 +48,7 @@ class DemoRecipe:
     learning_rate: float = 3e-3
     initializer_range: float = 0.1  # of 0.02, the default, a minute of training makes a much worse policy
 
-    def directory(self, data: Path) -> Path:
+    def locate_model(self, data: Path) -> Path:
         """Where this recipe's policy is kept under the data directory."""
         recipe = json.dumps(asdict(self), sort_keys=True) + toy.TEXTS
         return data / "models" / f"demo-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
@@ -57,10 +57,10 @@ class DemoRecipe:
 def is_toy(model: str) -> bool:
     """Return whether a base model, as a config names it or as `base_model` gives it, is the toy policy."""
     directory = Path(model)
-    return model in TOY or (directory.name.startswith("demo-") and _is_made_of(directory, DemoRecipe()))
+    return model in TOY or (directory.name.startswith("demo-") and _has_dimensions_of(directory, DemoRecipe()))
 
 
-def _is_made_of(directory: Path, recipe: DemoRecipe) -> bool:
+def _has_dimensions_of(directory: Path, recipe: DemoRecipe) -> bool:
     """Whether a model has the dimensions of a recipe: a name that begins alike, another model may have too."""
     try:
         settings = json.loads((directory / "config.json").read_text())
@@ -70,7 +70,7 @@ def _is_made_of(directory: Path, recipe: DemoRecipe) -> bool:
     return found == ["qwen3", recipe.vocabulary, recipe.hidden, recipe.layers]
 
 
-def base_model(config: Config, tell: Callable[[str], None], progress: Progress) -> str:
+def find_or_make_base_model(config: Config, tell: Callable[[str], None], progress: Progress) -> str:
     """The base model that the config names, as something that transformers and vLLM load: at first "builtin" is converted
     and "toy" (or "demo", its older name) is made.
 
@@ -78,13 +78,13 @@ def base_model(config: Config, tell: Callable[[str], None], progress: Progress) 
     """
     name = config.policy.model
     if name == "builtin":
-        return str(builtin.model(tell, progress))
+        return str(builtin.find_or_convert(tell, progress))
     if name in TOY:
         recipe = DemoRecipe(seed=config.seed)
-        directory = recipe.directory(config.data).absolute()
+        directory = recipe.locate_model(config.data).absolute()
         if not (directory / "config.json").exists():
             tell("making the toy policy (once, about a minute)")
-            with held(config.data, "train"):
+            with lock_directory(config.data, "train"):
                 make_demo(recipe, config.data, progress)
         return str(directory)
     try:
@@ -92,7 +92,7 @@ def base_model(config: Config, tell: Callable[[str], None], progress: Progress) 
         has_config = (path / "config.json").is_file()
     except (OSError, RuntimeError, ValueError) as error:  # too long, of nobody's home, or no path at all
         raise ConfigError(
-            f"config key policy.model has value '{name[:80]}', which is no path ({cause_of(error)}); name a model's "
+            f"config key policy.model has value '{name[:80]}', which is no path ({quote_error(error)}); name a model's "
             "directory, a hub model (owner/name), 'builtin' or 'toy'"
         ) from error
     if has_config:
@@ -107,7 +107,7 @@ def base_model(config: Config, tell: Callable[[str], None], progress: Progress) 
     try:
         AutoConfig.from_pretrained(name)
     except Exception as error:  # the hub's, the network's, or the checks of an architecture
-        explain_refusal(name, error)
+        raise_if_refused(name, error)
         raise ConfigError(
             f"config key policy.model has value '{name}', which is neither a directory nor a hub model that can be "
             f"used ({_first_cause(error)}); check the name and the network, download it first, or use 'builtin'"
@@ -119,7 +119,7 @@ def _first_cause(error: BaseException) -> str:
     """What began a chain of errors: transformers says of many an answer of the hub only that it could not connect."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return cause_of(error)
+    return quote_error(error)
 
 
 def make_demo(recipe: DemoRecipe, data: Path, progress: Progress) -> Path:
@@ -127,17 +127,17 @@ def make_demo(recipe: DemoRecipe, data: Path, progress: Progress) -> Path:
 
     About a minute on two cores. The directory appears whole or not at all; the same recipe gives the same bytes.
     """
-    directory = recipe.directory(data)
+    directory = recipe.locate_model(data)
     if (directory / "config.json").exists():
         return directory
-    quiet()
+    silence_libraries()
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM, set_seed
 
     unfinished = directory.with_name(directory.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    dialogues = toy.dialogues(recipe.dialogues, recipe.seed)
+    dialogues = toy.make_dialogues(recipe.dialogues, recipe.seed)
     _train_tokenizer([message["content"] for dialogue in dialogues for message in dialogue], recipe, unfinished)
     tokenizer = ChatTokenizer(str(unfinished))
     set_seed(recipe.seed)
@@ -165,7 +165,7 @@ def make_demo(recipe: DemoRecipe, data: Path, progress: Progress) -> Path:
     return directory
 
 
-def check_place(directory: Path) -> None:
+def check_output_directory(directory: Path) -> None:
     """Check that a model can be written there: in a new or empty directory, or in the place of a model.
 
     Raises ConfigError where something else is, which would be removed.
@@ -192,7 +192,7 @@ def warm_start(
     A tenth of the dialogues (at least one) is held out. Returns `bleu`, `rouge_l` (0-100), `perplexity` and
     `perplexity_before`, and the two counts.
     """
-    quiet()
+    silence_libraries()
     from transformers import AutoModelForCausalLM, set_seed
 
     from learning.judging.evaluation import answer_logprobs, generate, perplexity
@@ -204,7 +204,7 @@ def warm_start(
     set_seed(seed)
     tokenizer = ChatTokenizer(model_path, template_args)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto")
-    rows = [_after_first_prompt(_row(tokenizer, dialogue)) for dialogue in held_out]
+    rows = [_split_before_first_answer(_tokenize_dialogue(tokenizer, dialogue)) for dialogue in held_out]
     before = perplexity(answer_logprobs(model, rows))
     unfinished = directory.with_name(directory.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -249,7 +249,7 @@ def fine_tune(
     from learning.models.batching import fit_to_machine, machine_arguments
     from learning.models.reporter import report_progress
 
-    rows = [_row(tokenizer, dialogue) for dialogue in dialogues]
+    rows = [_tokenize_dialogue(tokenizer, dialogue) for dialogue in dialogues]
     longest = min(1024, max(len(row["input_ids"]) for row in rows))
     fit = fit_to_machine(model, TrainingConfig(objective="sft", weights="full"), batch_size, longest)
     trainer = SFTTrainer(
@@ -272,13 +272,13 @@ def fine_tune(
     trainer.train()
 
 
-def _after_first_prompt(row: dict[str, list[int]]) -> tuple[list[int], list[int]]:
+def _split_before_first_answer(row: dict[str, list[int]]) -> tuple[list[int], list[int]]:
     """A row as what comes before its first answer, and all that follows."""
     start = next(index for index, label in enumerate(row["labels"]) if label != -100)
     return row["input_ids"][:start], row["input_ids"][start:]
 
 
-def _row(tokenizer: ChatTokenizer, dialogue: Dialogue) -> dict[str, list[int]]:
+def _tokenize_dialogue(tokenizer: ChatTokenizer, dialogue: Dialogue) -> dict[str, list[int]]:
     """The ids of a dialogue, with every answer of the assistant's as a label and the rest masked."""
     ids: list[int] = []
     labels: list[int] = []

@@ -23,10 +23,10 @@ from bot.serving.children import end_with_parent
 from bot.types import Progress
 from learning.data.experience import Experience
 from learning.judging.metrics import TrainingMetrics
-from learning.models.ranks import is_first
+from learning.models.ranks import is_first_process
 
 
-def teach_together(
+def train_in_processes(
     config: Config,
     model: Any,
     base_model: str,
@@ -35,8 +35,8 @@ def teach_together(
     prompts: Sequence[Sequence[int]],
     progress: Progress,
 ) -> TrainingMetrics:
-    """As `learning.training.teaching.teach`, in `training.processes` processes of their own. Raises what they raise."""
-    from learning.models.trainable import adopt, save
+    """As `teaching.train_with_guard`, in `training.processes` processes of their own. Raises what they raise."""
+    from learning.models.trainable import load_state, save
 
     policies = config.data / "policies"
     policies.mkdir(parents=True, exist_ok=True)
@@ -45,15 +45,15 @@ def teach_together(
         job = Path(place)
         save(model, job / "start")
         (job / "job").write_bytes(pickle.dumps((config.without_secrets(), base_model, training, held_out, prompts)))
-        _run(job, config.training.processes, progress)
+        _run_processes(job, config.training.processes, progress)
         told = json.loads((job / "result.json").read_text())
         if "error" in told:
             raise (NothingToLearn if told["is_nothing"] else TrainingError)(told["error"])
-        adopt(model, job / "taught")
+        load_state(model, job / "taught")
     return TrainingMetrics.from_json(told)
 
 
-def _run(job: Path, processes: int, progress: Progress) -> None:
+def _run_processes(job: Path, processes: int, progress: Progress) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     with (
         (job / "errors").open("w+") as errors,
@@ -81,33 +81,33 @@ def _run(job: Path, processes: int, progress: Progress) -> None:
             raise TrainingError(f"training in {processes} processes failed ({why}); lower training.batch_size or processes")
 
 
-def _work(job: Path) -> None:
+def _run_worker(job: Path) -> None:
     import torch
 
-    from learning.models.trainable import load, quiet, save
-    from learning.training.teaching import teach
+    from learning.models.trainable import load_for_training, save, silence_libraries
+    from learning.training.teaching import train_with_guard
 
-    quiet()
+    silence_libraries()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     tempfile.tempdir = str(job)  # goes with the job
     config, base_model, training, held_out, prompts = pickle.loads((job / "job").read_bytes())
-    model = load(config, base_model, str(job / "start"))
+    model = load_for_training(config, base_model, str(job / "start"))
 
     def report(stage: str, done: int, total: int) -> None:
-        if is_first():
+        if is_first_process():
             sys.stdout.write(json.dumps({"stage": stage, "done": done, "total": total}) + "\n")
             sys.stdout.flush()
 
     try:
         tokenizer = ChatTokenizer(base_model, config.policy.template_args)
-        told = teach(config, model, tokenizer, training, held_out, prompts, report).as_json()
+        told = train_with_guard(config, model, tokenizer, training, held_out, prompts, report).as_json()
     except KibitzError as error:
         told = {"error": str(error), "is_nothing": isinstance(error, NothingToLearn)}
-    if is_first():
+    if is_first_process():
         save(model, job / "taught")
         (job / "result.json").write_text(json.dumps(told))
 
 
 if __name__ == "__main__":
-    _work(Path(sys.argv[1]))
+    _run_worker(Path(sys.argv[1]))

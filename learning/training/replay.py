@@ -16,16 +16,16 @@ import numpy as np
 
 from bot.config import Config
 from bot.errors import NothingToLearn
-from bot.memory.embedder import embedder_of
+from bot.memory.embedder import make_embedder
 from bot.models.tokenizer import ChatTokenizer
 from bot.store.conversations import ConversationStore
 from bot.types import Progress
 from learning.data.experience import Snapshot
 from learning.data.replay_buffer import ReplayBuffer
-from learning.importers.recording import Recording, listed
+from learning.importers.recording import Recording, format_counts
 from learning.judging.evaluation import Manner
 from learning.judging.gate import Evidence, margin
-from learning.judging.reward_model import reward_model
+from learning.judging.reward_model import make_reward_model
 from learning.judging.reward_scores import score
 from learning.judging.statistics import accuracy, unit_bootstrap
 from learning.training.run import train_version
@@ -46,30 +46,32 @@ def replay(
     """
     read = recording.counts
     if not any(given for *_, given in recording.dialogues):
-        raise NothingToLearn(f"no usable reward: nobody judged an answer ({listed(read)}){_left_out(recording)}")
+        raise NothingToLearn(
+            f"no usable reward: nobody judged an answer ({format_counts(read)}){_describe_left_out(recording)}"
+        )
     if recording.tokenizer_sha256 and recording.tokenizer_sha256 != tokenizer_fingerprint(base_model):
-        recording.forget_ids()
-        recording.dropped["recorded token ids of another tokenizer (tokenized anew)"] = recording.assistant_messages
+        recording.drop_token_ids()
+        recording.dropped["recorded token ids of another tokenizer (tokenized anew)"] = recording.answer_count
     store.add_dialogues(recording.dialogues)
     try:
         outcome = train_version(config, progress, space=recording.space, from_base=True)
     except NothingToLearn as error:
-        raise NothingToLearn(f"{error} ({listed(read)}){_left_out(recording)}") from error
+        raise NothingToLearn(f"{error} ({format_counts(read)}){_describe_left_out(recording)}") from error
     dropped = dict(recording.dropped) | outcome.dropped
-    silent = recording.assistant_messages - outcome.turns
+    silent = recording.answer_count - outcome.turns
     if silent:
         dropped["answer without any feedback"] = silent
     snapshot = ReplayBuffer(store, ChatTokenizer(base_model, config.policy.template_args), config).snapshot(recording.space)
     return {
         **read,
         "format": recording.format,
-        "scale": recording.scale,
+        "scale": recording.scale_summary,
         "dropped": dropped,
-        "dropped_first": {reason: place for reason, (place, _) in recording.first.items()},
+        "dropped_first": {reason: place for reason, (place, _) in recording.first_dropped.items()},
         "trained_on": outcome.training,
         "held_out": outcome.held_out,
         "without_logprobs": outcome.without_logprobs,
-        **_held_out(outcome.figures.evidence, [one.unit for one in snapshot.judged], config.seed),
+        **_compute_held_out_figures(outcome.figures.evidence, [one.unit for one in snapshot.judged], config.seed),
         "kl": outcome.figures.kl,
         "well_formed": outcome.figures.well_formed,
         "gain": outcome.figures.gain,
@@ -80,20 +82,20 @@ def replay(
         "policy": outcome.policy,
         "passed": outcome.passed,
         "reasons": outcome.reasons,
-        **_reward_model(snapshot, config, base_model),
+        **_measure_reward_model(snapshot, config, base_model),
         "manifest_sha256": outcome.manifest_sha256,
         "adapter_sha256": outcome.adapter_sha256,
     }
 
 
-def _left_out(recording: Recording) -> str:
+def _describe_left_out(recording: Recording) -> str:
     """Return what was left out, as the end of an error's line."""
-    return "".join(f"; left out: {recording.explain(reason)}" for reason in recording.first)
+    return "".join(f"; left out: {recording.explain(reason)}" for reason in recording.first_dropped)
 
 
-def _reward_model(snapshot: Snapshot, config: Config, base_model: str) -> dict[str, Any]:
+def _measure_reward_model(snapshot: Snapshot, config: Config, base_model: str) -> dict[str, Any]:
     """What a reward model makes of rated answers in conversations that it did not see."""
-    model = reward_model(config, embedder_of(config), base_model)
+    model = make_reward_model(config, make_embedder(config), base_model)
     judged = None if model is None else model.fit(snapshot.rated)
     return {"reward_model_auc": None} if judged is None else asdict(score(judged, config.seed))
 
@@ -102,7 +104,7 @@ def _manner(answers: Manner, when: str) -> dict[str, float]:
     return {f"{name}_{when}": value for name, value in asdict(answers).items()}
 
 
-def _held_out(evidence: Evidence, units: Sequence[str], seed: int) -> dict[str, Any]:
+def _compute_held_out_figures(evidence: Evidence, units: Sequence[str], seed: int) -> dict[str, Any]:
     """Liked-over-disliked accuracy and margin (nats a token) before and after, with 95% intervals over conversations."""
     signs = np.array(evidence.opinions.signs)
     found: dict[str, Any] = {"held_out_liked": int((signs > 0).sum()), "held_out_disliked": int((signs < 0).sum())}

@@ -12,35 +12,35 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bot.config import Config
-from bot.data_directory import held
+from bot.data_directory import lock_directory
 from bot.errors import NothingToLearn
-from bot.memory.embedder import embedder_of
+from bot.memory.embedder import make_embedder
 from bot.models.tokenizer import ChatTokenizer
 from bot.output import interruptible
 from bot.store.conversations import ConversationStore
 from bot.store.database import Database
-from bot.store.forgetting import SAMPLES, UNFINISHED
+from bot.store.forgetting import SAMPLES_FILE, UNFINISHED_SUFFIX
 from bot.store.registry import PolicyRegistry
 from bot.types import Metrics, PolicyState, PolicyVersion, Progress
 from learning.data.manifest import Manifest
 from learning.data.replay_buffer import ReplayBuffer
 from learning.judging import probe
-from learning.judging.evaluation import Sample, kl_to_base, manner
-from learning.judging.evidence import Measured, answer, compare, measure
+from learning.judging.evaluation import Sample, kl_to_base, summarize_samples
+from learning.judging.evidence import Measurement, compare_with_live, measure_model, sample_answers
 from learning.judging.gate import Soundness, Verdict, judge
 from learning.judging.judgement import Judgement
 from learning.judging.metrics import AllMetrics, TrainingMetrics
-from learning.judging.off_policy import Answers, Estimate, estimated
+from learning.judging.off_policy import Answers, Estimate, estimate_worth
 from learning.judging.report import write_samples
-from learning.judging.reward_model import reward_model
+from learning.judging.reward_model import make_reward_model
 from learning.judging.waiting import reject_unjudged
-from learning.models.trainable import as_base, not_finite, save, settle, to_train
-from learning.models.version_files import discard_weights, faults, fingerprint, remove_unfinished
-from learning.training.lesson import Lesson, describe, prepare_lesson
-from learning.training.processes import teach_together
-from learning.training.teaching import teach
+from learning.models.trainable import as_base, cast_for_serving, find_not_finite, make_trainable, save
+from learning.models.version_files import discard_weights, find_faults, fingerprint, remove_unfinished
+from learning.training.lesson import Lesson, make_manifest, prepare_lesson
+from learning.training.processes import train_in_processes
+from learning.training.teaching import train_with_guard
 
-ENOUGH = 64  # samples for a share of well-formed answers, or for a KL
+ENOUGH_SAMPLES = 64  # samples for a share of well-formed answers, or for a KL
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ class Outcome(Judgement):
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainingResult:
     """What the steps made of a model, and what was measured of it then."""
 
     figures: TrainingMetrics
     faults: list[str]  # why it cannot serve, whatever people say
     base_samples: list[Sample]
-    after: Measured
+    after: Measurement
     kl: float  # nats a token, to the base
     distances: probe.Distances
 
@@ -78,7 +78,7 @@ def train_version(
     Raises NothingToLearn where there is no usable reward; nothing is registered then.
     """
     with (
-        held(config.data, "train"),
+        lock_directory(config.data, "train"),
         closing(Database(config.database_url)) as database,
         interruptible(progress) as report,
     ):
@@ -92,9 +92,9 @@ class Run:
         self.config, self.database, self.progress, self.space = config, database, progress, space
         self.began = time.monotonic()
         self.registry, self.store = PolicyRegistry(database), ConversationStore(database)
-        self.embedder = embedder_of(config)
-        self.tokenizer = ChatTokenizer(self.registry.live().base_model, config.policy.template_args)
-        self.thinking = config.model_copy(update={"policy": self.tokenizer.with_thoughts(config.policy)})
+        self.embedder = make_embedder(config)
+        self.tokenizer = ChatTokenizer(self.registry.get_live().base_model, config.policy.template_args)
+        self.thinking = config.model_copy(update={"policy": self.tokenizer.with_thought_tokens(config.policy)})
         # Nobody adds to what was recorded.
         self.may_wait = config.learning.wait_reactions > 0 and space is None
 
@@ -104,16 +104,16 @@ class Run:
         self.progress("reading feedback", 0, 1)
         buffer = ReplayBuffer(self.store, self.tokenizer, self.config, self.embedder)
         lesson = prepare_lesson(self.thinking, self.registry, buffer, self.space, from_base, self.progress)
-        snapshot, manifest = lesson.snapshot, describe(self.config, lesson)
+        snapshot, manifest = lesson.snapshot, make_manifest(self.config, lesson)
         version = self.registry.reserve(lesson.parent, self.config.data / "policies")
         settings = self.config.without_secrets().model_dump()
         run_id = self.registry.begin_run(
             version.name, settings, manifest.sha256, snapshot.feedback_ids, snapshot.followup_ids
         )
-        unfinished = Path(version.path + UNFINISHED)
+        unfinished = Path(version.path + UNFINISHED_SUFFIX)
         try:
             unfinished.mkdir(parents=True)
-            trained = self._teach(lesson, unfinished)
+            trained = self._train_and_measure(lesson, unfinished)
             verdict, metrics = self._judge(lesson, trained)
             self._save(lesson, version, unfinished, metrics, manifest)
             adapter_sha256 = self._register(version, verdict, metrics, deploys)
@@ -131,7 +131,7 @@ class Run:
             manifest_sha256=manifest.sha256,
             adapter_sha256=adapter_sha256,
             turns=snapshot.turns,
-            training=len(snapshot.learned),
+            training=len(snapshot.trained_on),
             held_out=len(snapshot.held_out),
             dropped=dict(snapshot.dropped),
             without_logprobs=snapshot.without_logprobs,
@@ -139,79 +139,79 @@ class Run:
 
     def _remove_abandoned(self) -> None:
         """Remove what runs left behind that were killed."""
-        for name in self.registry.abandon_unfinished():
+        for name in self.registry.reject_unfinished():
             discard_weights(Path(self.registry.get(name).path))
         remove_unfinished(self.config.data / "policies")
 
-    def _teach(self, lesson: Lesson, directory: Path) -> Trained:
+    def _train_and_measure(self, lesson: Lesson, directory: Path) -> TrainingResult:
         """Take the steps, measure what came of them, and write the weights, the samples and the probe."""
         from transformers import set_seed
 
         config, parent, said = self.thinking, lesson.parent, lesson.before.samples
         set_seed(config.seed)  # of a fresh adapter
-        model = to_train(config, parent.base_model, lesson.model)
+        model = make_trainable(config, parent.base_model, lesson.model)
         with as_base(model):
-            first = lesson.asked[:ENOUGH]
-            base_samples = said if lesson.live.is_base else answer(config, model, self.tokenizer, first)
-            prefixes = probe.prefixes(model, self.tokenizer, config.policy.max_tokens, config.seed)
+            first = lesson.asked[:ENOUGH_SAMPLES]
+            base_samples = said if lesson.live.is_base else sample_answers(config, model, self.tokenizer, first)
+            prefixes = probe.sample_prefixes(model, self.tokenizer, config.policy.max_tokens, config.seed)
         of_parent = probe.measure(model, prefixes)
         rows = lesson.snapshot.training, lesson.snapshot.held_out, [one.prompt_ids for one in lesson.asked], self.progress
         if config.training.processes > 1:
-            figures = teach_together(config, model, parent.base_model, *rows)
+            figures = train_in_processes(config, model, parent.base_model, *rows)
         else:
-            figures = teach(config, model, self.tokenizer, *rows, said if lesson.live == parent else ())
+            figures = train_with_guard(config, model, self.tokenizer, *rows, said if lesson.live == parent else ())
         self.progress("measuring", 0, 1)
-        settle(model)
-        after = measure(config, model, self.tokenizer, lesson.judged, lesson.asked)
-        kl = kl_to_base(model, after.samples[:ENOUGH])
+        cast_for_serving(model)
+        after = measure_model(config, model, self.tokenizer, lesson.judged, lesson.asked)
+        kl = kl_to_base(model, after.samples[:ENOUGH_SAMPLES])
         save(model, directory)
         write_samples(directory, [one.question for one in lesson.asked], said, after.samples)
         written = probe.write(directory, prefixes, probe.measure(model, prefixes), of_parent, config.policy.temperature)
         found = [f"what was learned did only harm: {figures.stopped}"] if figures.stopped and not figures.kept else []
-        found += faults(directory, parent.base_model, config.serving.max_lora_rank)
-        found += [f"{name}: not finite" for name in not_finite(model)]
-        return Trained(figures, found, base_samples, after, kl, probe.distances(written))
+        found += find_faults(directory, parent.base_model, config.serving.max_lora_rank)
+        found += [f"{name}: not finite" for name in find_not_finite(model)]
+        return TrainingResult(figures, found, base_samples, after, kl, probe.compute_distances(written))
 
-    def _judge(self, lesson: Lesson, trained: Trained) -> tuple[Verdict, AllMetrics]:
+    def _judge(self, lesson: Lesson, trained: TrainingResult) -> tuple[Verdict, AllMetrics]:
         """Weigh what people said against what was measured. Returns the verdict, and all figures of the run."""
         config, snapshot, before, after = self.thinking, lesson.snapshot, lesson.before, trained.after
-        answers, change = manner(after.samples), trained.distances
+        answers, change = summarize_samples(after.samples), trained.distances
         soundness = Soundness(
             kl=trained.kl,
             well_formed=answers.well_formed,
-            base_well_formed=manner(trained.base_samples).well_formed,
+            base_well_formed=summarize_samples(trained.base_samples).well_formed,
             change=change.change,
             rounding=change.rounding,
             is_no_change=change.is_no_change,
         )
         rows = config, lesson.judged, snapshot.training
-        evidence = compare(*rows, before, after, self.embedder, soundness, trained.faults)
+        evidence = compare_with_live(*rows, before, after, self.embedder, soundness, trained.faults)
         verdict = judge(evidence, config.gate, config.seed, lesson.earlier, self.may_wait)
         estimate = self._estimate(lesson, after)
         metrics = AllMetrics(
             taken_back=snapshot.taken_back,
-            answers_before=manner(before.samples),
+            answers_before=summarize_samples(before.samples),
             answers_after=answers,
             reasons=verdict.reasons,
             evidence=evidence,
             judged_against=lesson.live.name,
             drawn_at=snapshot.drawn_at,
             judged_at=snapshot.drawn_at,
-            waits_for=min(verdict.wanted, config.learning.wait_reactions) if self.may_wait else 0,
+            waits_for=min(verdict.answers_wanted, config.learning.wait_reactions) if self.may_wait else 0,
             steps_share_of_run=trained.figures.step_seconds / (time.monotonic() - self.began),
         )
         return verdict, metrics | verdict.figures | trained.figures | estimate
 
-    def _estimate(self, lesson: Lesson, after: Measured) -> Estimate:
+    def _estimate(self, lesson: Lesson, after: Measurement) -> Estimate:
         """What people would say of the answers before and after, as far as a reward model can tell."""
-        judge_of = reward_model(self.config, self.embedder, lesson.parent.base_model)
+        judge_of = make_reward_model(self.config, self.embedder, lesson.parent.base_model)
         if judge_of is None or lesson.live != lesson.parent:
             return Estimate()
         prompts = [one.prompt_ids for one in lesson.asked]
         old, new = (
             Answers(dict(zip(prompts, found.samples, strict=True)), found.logprobs) for found in (lesson.before, after)
         )
-        return estimated(lesson.snapshot.training, lesson.judged, judge_of, old, new, self.config.seed)
+        return estimate_worth(lesson.snapshot.training, lesson.judged, judge_of, old, new, self.config.seed)
 
     def _save(
         self, lesson: Lesson, version: PolicyVersion, unfinished: Path, metrics: AllMetrics, manifest: Manifest
@@ -223,13 +223,13 @@ class Run:
         manifest.write(unfinished)
         unfinished.rename(directory)
         if self._is_any_forgotten(lesson):
-            (directory / SAMPLES).unlink(missing_ok=True)
+            (directory / SAMPLES_FILE).unlink(missing_ok=True)
 
     def _is_any_forgotten(self, lesson: Lesson) -> bool:
         """Tell whether anything that samples may spell was forgotten since it was read: their questions, or what the live
         version learned from.
         """
-        is_any_gone = any(self.store.turn(turn_id) is None for turn_id in {one.turn_id for one in lesson.asked})
+        is_any_gone = any(self.store.find_turn(turn_id) is None for turn_id in {one.turn_id for one in lesson.asked})
         return is_any_gone or self.registry.get(lesson.live.name).state == PolicyState.PURGED
 
     def _register(self, version: PolicyVersion, verdict: Verdict, metrics: AllMetrics, deploys: bool) -> str:
@@ -237,7 +237,7 @@ class Run:
         directory, registry, waits = Path(version.path), self.registry, metrics.waits_for > 0
         sha256 = fingerprint(directory)
         with self.database.begin():
-            superseded = registry.waiting() if self.space is None else []
+            superseded = registry.find_waiting() if self.space is None else []
             registry.complete(version.name, sha256, metrics)
             if waits:
                 registry.move(version.name, PolicyState.WAITING)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 WATCHED = 16  # samples, and held-out liked answers, that are looked at while training
 
 
-def teach(
+def train_with_guard(
     config: Config,
     model: "Model",
     tokenizer: ChatTokenizer,
@@ -75,7 +75,7 @@ def teach(
             return Health(
                 liked=float(now[: len(liked)].mean()) if liked else None,
                 kl=kl_to_base(model, samples),
-                well_formed=sum(sample.well_formed for sample in samples),
+                well_formed=sum(sample.is_well_formed for sample in samples),
                 samples=len(samples),
                 gained=margin_interval(now - start[0], signs, config.seed) if liked and disliked else None,
                 liked_error=float(sem((now - start[0])[: len(liked)])) if len(liked) > 1 else 0.0,

@@ -34,7 +34,7 @@ TERMS = ("imitate", "reinforce", "prospect", "prefer")
 
 
 class WeightedTrainer(SFTTrainer):
-    """Rows of `input_ids`, `labels`, and what their term needs (`_examples`)."""
+    """Rows of `input_ids`, `labels`, and what their term needs (`_make_examples`)."""
 
     terms: TrainingConfig
     usual_length: float
@@ -83,7 +83,7 @@ def row_losses(
     return weight * (own + config.anchor * k3)
 
 
-def weighted_trainer(
+def make_weighted_trainer(
     model: Any,
     tokenizer: Any,
     rows: Sequence[Experience],
@@ -101,9 +101,9 @@ def weighted_trainer(
     trainer = WeightedTrainer(
         model=model,
         args=settings,
-        train_dataset=Dataset.from_list(_examples(model, rows, config)),
+        train_dataset=Dataset.from_list(_make_examples(model, rows, config)),
         processing_class=tokenizer,
-        data_collator=lambda chosen: _collated(chosen, pad),
+        data_collator=lambda chosen: _collate(chosen, pad),
     )
     trainer.terms = config
     trainer.usual_length = sum(len(row.completion_ids) for row in rows) / len(rows)
@@ -111,7 +111,7 @@ def weighted_trainer(
     return trainer
 
 
-def term_of(row: Experience, objective: str) -> str:
+def choose_term(row: Experience, objective: str) -> str:
     """The term that a row's feedback supports under an objective."""
     match objective:
         case "sft":
@@ -121,13 +121,13 @@ def term_of(row: Experience, objective: str) -> str:
         case _ if row.rejected_ids is not None:
             return "prefer"
         case _:
-            return term_of(row, "pg") if row.logprobs is not None or row.advantage > 0 else "prospect"
+            return choose_term(row, "pg") if row.logprobs is not None or row.advantage > 0 else "prospect"
 
 
-def _examples(model: Any, rows: Sequence[Experience], config: TrainingConfig) -> list[dict[str, Any]]:
+def _make_examples(model: Any, rows: Sequence[Experience], config: TrainingConfig) -> list[dict[str, Any]]:
     """One example a row, with the answer that it is preferred to inside. References are computed once."""
     chosen = token_rows(rows)
-    terms = [term_of(row, config.objective) for row in rows]
+    terms = [choose_term(row, config.objective) for row in rows]
     rejected = [row.rejected_ids if term == "prefer" else None for row, term in zip(rows, terms, strict=True)]
     with as_base(model):
         references = batched_logprobs(model, chosen)
@@ -150,7 +150,7 @@ def _examples(model: Any, rows: Sequence[Experience], config: TrainingConfig) ->
     ]
 
 
-def _collated(examples: list[dict[str, Any]], pad: int) -> dict[str, torch.Tensor]:
+def _collate(examples: list[dict[str, Any]], pad: int) -> dict[str, torch.Tensor]:
     ids, labels = [], []
     per_token: dict[str, list[torch.Tensor]] = {"reference": [], "behaviour": []}
     per_row: dict[str, list[float]] = {"advantage": [], "weight": [], "term": []}

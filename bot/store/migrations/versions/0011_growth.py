@@ -4,7 +4,7 @@ import sqlalchemy as sa
 from alembic import op
 
 from bot.store import word_index
-from bot.store.tables import CHUNK, scope_of
+from bot.store.tables import CHUNK, compute_scope
 
 revision = "0011"
 down_revision = "0010"
@@ -45,7 +45,7 @@ def upgrade() -> None:
         "UPDATE conversations SET scope = :scope WHERE platform = :platform AND space = :space AND channel = :channel"
     )
     for channel in channels:
-        connection.execute(where, {**channel._mapping, "scope": scope_of(*channel)})
+        connection.execute(where, {**channel._mapping, "scope": compute_scope(*channel)})
     op.execute("UPDATE messages SET scope = (SELECT scope FROM conversations WHERE conversations.id = conversation_id)")
     for name, table, columns in INDICES:
         op.create_index(name, table, columns)

@@ -1,19 +1,18 @@
-"""Benchmarks: every figure that the project claims about serving, measured here against the real vLLM.
+"""Benchmark: versions that are swapped under streaming load, on the real vLLM.
 
 Timings are ratios or differences against a baseline that is measured in the same run, in alternating blocks. It knows no
 training: the versions that it swaps differ from the base by chance.
 
-Run: ``kibitz bench swap``, ``kibitz bench overhead``.
+Run: ``kibitz bench swap``.
 """
 
 import asyncio
-import random
 import shutil
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import cycle, islice, takewhile
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,12 @@ from typing import Any
 import numpy as np
 
 from bot.accelerator import has_gpu
-from bot.chat.dialogue import DialogueManager, ReplyOptions
-from bot.chat.tracker import Context
 from bot.config import Config
 from bot.models.tokenizer import ChatTokenizer
 from bot.serving.admin import TOP_LOGPROBS
 from bot.serving.policy import Policy
 from bot.store.registry import PolicyRegistry
-from bot.types import Conversation, Message, Metrics, PolicyVersion, Progress, new_id, now
+from bot.types import Metrics, PolicyVersion, Progress, new_id
 from learning.models import toy
 from learning.models.version_files import fingerprint
 from learning.rollout.deployment import Deployment
@@ -36,7 +33,6 @@ from learning.training.pretrain import is_toy
 
 Prompt = tuple[int, ...]
 
-LINES = 4  # messages in one conversation
 LENGTH = 32  # tokens of each answer, whatever was sampled: so that what is compared does the same work
 PROMPTS = 24  # different ones under load
 UNLISTED = 10.0  # nats, of a word that a version does not hold among the likeliest: rounding does not bring it up
@@ -44,7 +40,7 @@ STALL = 5.0  # an answer is stalled if it takes this many times what the same on
 
 
 @dataclass(frozen=True)
-class Usual:
+class ServingDefaults:
     """How much is measured where nothing else is asked for."""
 
     swaps: int
@@ -54,26 +50,30 @@ class Usual:
     blocks: int
 
 
-def usual(model: str) -> Usual:
+def choose_defaults(model: str) -> ServingDefaults:
     """Return how much is measured of the toy policy or on a GPU, or, some minutes on two cores, of another without one."""
     is_fast = is_toy(model) or has_gpu()
-    return Usual(6, 600, 128, 128, 3) if is_fast else Usual(swaps=3, requests=64, messages=64, alone=16, blocks=2)
+    return (
+        ServingDefaults(6, 600, 128, 128, 3)
+        if is_fast
+        else ServingDefaults(swaps=3, requests=64, messages=64, alone=16, blocks=2)
+    )
 
 
-def random_version(config: Config, base_model: str, directory: Path, seed: int) -> None:
+def save_random_version(config: Config, base_model: str, directory: Path, seed: int) -> None:
     """Save weights that differ from the base's by chance, far enough to change all that is said, with their probe."""
     import torch
 
     from learning.judging import probe
-    from learning.models.trainable import as_base, load, save, settle
+    from learning.models.trainable import as_base, cast_for_serving, load_for_training, save
 
     torch.manual_seed(seed)
-    model = load(config, base_model)
+    model = load_for_training(config, base_model)
     with torch.no_grad():
         for name, weights in model.named_parameters():
             if weights.requires_grad and "lora_A" not in name:
                 weights.add_(torch.randn_like(weights), alpha=0.05)
-    settle(model)
+    cast_for_serving(model)
     directory.mkdir(parents=True)
     save(model, directory)
     ids = torch.randint(3, model.config.vocab_size, (24,), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -86,13 +86,13 @@ def random_version(config: Config, base_model: str, directory: Path, seed: int) 
 
 def register_copy(registry: PolicyRegistry, source: Path, policies: Path) -> PolicyVersion:
     """A new version, under a name of its own, with the weights of `source`, as if it had been judged now."""
-    version = registry.reserve(registry.base(), policies)
+    version = registry.reserve(registry.get_base(), policies)
     shutil.copytree(source, version.path)
-    return registry.complete(version.name, fingerprint(source), Metrics(judged_against=registry.live().name))
+    return registry.complete(version.name, fingerprint(source), Metrics(judged_against=registry.get_live().name))
 
 
 @dataclass(frozen=True)
-class Answer:
+class TimedAnswer:
     """One answer under load: what was asked of which version, what came, and how long it took."""
 
     prompt: Prompt
@@ -102,11 +102,11 @@ class Answer:
     seconds: float
 
 
-async def load(
+async def run_load(
     policy: Policy, prompts: Iterator[Prompt], concurrent: int, done: Callable[[], None]
-) -> tuple[list[Answer], int, float]:
+) -> tuple[list[TimedAnswer], int, float]:
     """A greedy answer to each prompt from the pointer's version, `concurrent` at a time: answers, failures, seconds."""
-    answers: list[Answer] = []
+    answers: list[TimedAnswer] = []
     failed = 0
 
     async def worker() -> None:
@@ -116,7 +116,7 @@ async def load(
             try:
                 reply = await policy.reply(prompt, temperature=0.0)
                 seconds = time.monotonic() - began
-                answers.append(Answer(prompt, reply.policy_version, reply.completion_ids, reply.logprobs, seconds))
+                answers.append(TimedAnswer(prompt, reply.policy_version, reply.completion_ids, reply.logprobs, seconds))
             except Exception:  # a benchmark counts every failure, whatever it is
                 failed += 1
             done()
@@ -129,7 +129,7 @@ async def load(
 
 
 @dataclass(frozen=True)
-class Reference:
+class GreedyAnswer:
     """What a version says greedily to a prompt: token ids, and at each the log-probabilities (nats) of the likeliest."""
 
     ids: tuple[int, ...]
@@ -148,19 +148,19 @@ class Reference:
         return statistics.mean(found or [0.0])
 
 
-Expected = dict[str, dict[Prompt, Reference]]  # by version
+ExpectedAnswers = dict[str, dict[Prompt, GreedyAnswer]]  # by version
 
 
-async def references(policy: Policy, version: str, prompts: Sequence[Prompt]) -> dict[Prompt, Reference]:
+async def ask_greedily(policy: Policy, version: str, prompts: Sequence[Prompt]) -> dict[Prompt, GreedyAnswer]:
     """What `version` says greedily to each prompt, asked on a quiet server and past its prefix cache."""
     found = {}
     asked = {
-        "model": policy.admin.served_name(version),
-        "max_tokens": policy.exact_tokens or policy.config.max_tokens,
+        "model": policy.admin.find_served_name(version),
+        "max_tokens": policy.fixed_tokens or policy.config.max_tokens,
         "temperature": 0.0,
     }
     asked |= {
-        "ignore_eos": policy.exact_tokens is not None,
+        "ignore_eos": policy.fixed_tokens is not None,
         "logprobs": TOP_LOGPROBS,
         "return_tokens_as_token_ids": True,
         "return_token_ids": True,
@@ -171,16 +171,16 @@ async def references(policy: Policy, version: str, prompts: Sequence[Prompt]) ->
         ids = tuple(token for choice in choices for token in choice.get("token_ids") or [])
         rows = [row for choice in choices for row in (choice["logprobs"] or {}).get("top_logprobs") or []]
         listed = [{int(name.removeprefix("token_id:")): value for name, value in row.items()} for row in rows]
-        found[prompt] = Reference(ids, tuple(listed))
+        found[prompt] = GreedyAnswer(ids, tuple(listed))
     return found
 
 
-def distances(answers: Sequence[Answer], expected: Expected) -> list[float]:
+def compute_distances(answers: Sequence[TimedAnswer], expected: ExpectedAnswers) -> list[float]:
     """How far (nats) each answer is from what its version says on a quiet server."""
     return [expected[one.version][one.prompt].distance(one.ids, one.logprobs) for one in answers]
 
 
-def apart(one: dict[Prompt, Reference], other: dict[Prompt, Reference]) -> float:
+def smallest_distance(one: dict[Prompt, GreedyAnswer], other: dict[Prompt, GreedyAnswer]) -> float:
     """How far (nats) the greedy answers of two versions are from each other where they are nearest."""
     return min(
         one[prompt].distance(said.ids, [listed[token] for token, listed in zip(said.ids, said.listed, strict=True)])
@@ -188,9 +188,9 @@ def apart(one: dict[Prompt, Reference], other: dict[Prompt, Reference]) -> float
     )
 
 
-def mixed(answers: Sequence[Answer], expected: Expected, limit: float) -> int:
+def count_mixed(answers: Sequence[TimedAnswer], expected: ExpectedAnswers, limit: float) -> int:
     """How many answers are further than `limit` (nats) from what their version says."""
-    return sum(distance > limit for distance in distances(answers, expected))
+    return sum(distance > limit for distance in compute_distances(answers, expected))
 
 
 async def go_live(deployment: Deployment, source: Path) -> PolicyVersion:
@@ -199,7 +199,7 @@ async def go_live(deployment: Deployment, source: Path) -> PolicyVersion:
     return await deployment.deploy(version.name)
 
 
-async def swap(
+async def measure_swaps(
     deployment: Deployment,
     tokenizer: ChatTokenizer,
     sources: Sequence[Path],
@@ -214,8 +214,8 @@ async def swap(
     apart (`versions_apart_nats`); without swaps answers are up to `rounding_nats` from it.
     """
     policy = deployment.policy
-    with policy.exactly(LENGTH):
-        prompts = long_prompts(tokenizer, PROMPTS)
+    with policy.fixed_length(LENGTH):
+        prompts = make_long_prompts(tokenizer, PROMPTS)
         reached: defaultdict[int, asyncio.Event] = defaultdict(asyncio.Event)  # how many requests are finished
         finished = 0
 
@@ -225,22 +225,22 @@ async def swap(
             reached[finished].set()
             progress("streaming load", finished, 2 * requests)
 
-        expected: Expected = {}
-        said_by: list[dict[Prompt, Reference]] = []
+        expected: ExpectedAnswers = {}
+        said_by: list[dict[Prompt, GreedyAnswer]] = []
         for source in sources:  # what each set of weights says, from a version of its own on a quiet server
             version = await go_live(deployment, source)
-            said_by.append(await references(policy, version.name, prompts))
+            said_by.append(await ask_greedily(policy, version.name, prompts))
             expected[version.name] = said_by[-1]
-        await load(policy, islice(cycle(prompts), 2 * concurrent), concurrent, lambda: None)  # warms up, not counted
+        await run_load(policy, islice(cycle(prompts), 2 * concurrent), concurrent, lambda: None)  # warms up, not counted
         quiet, usual = [], []
         for source, said in zip(sources, said_by, strict=True):
             expected[(await go_live(deployment, source)).name] = said
             count = max(requests // len(sources), len(prompts))  # what each prompt takes is asked for below
-            quiet.append(await load(policy, islice(cycle(prompts), count), concurrent, done))
-            usual.append(_usual(quiet[-1][0]))
+            quiet.append(await run_load(policy, islice(cycle(prompts), count), concurrent, done))
+            usual.append(_compute_median_seconds(quiet[-1][0]))
         swapped = asyncio.Event()
         until_swapped = takewhile(lambda _: not swapped.is_set(), cycle(prompts))
-        busy = asyncio.create_task(load(policy, until_swapped, concurrent, done))
+        busy = asyncio.create_task(run_load(policy, until_swapped, concurrent, done))
         usual_of = {policy.version: usual[-1]}
         for number in range(swaps):
             await reached[finished + requests // swaps].wait()
@@ -252,12 +252,14 @@ async def swap(
         answers, failed, seconds = await busy
         still = [answer for part, _, _ in quiet for answer in part]
         quiet_seconds = sum(part[2] for part in quiet)
-        rounding, differ = max(distances(still, expected)), apart(*said_by[:2])
+        rounding, differ = max(compute_distances(still, expected)), smallest_distance(*said_by[:2])
         return {
             "swaps": len({answer.version for answer in answers}) - 1,
             "requests": len(answers) + failed,
             "failed": failed,
-            "mixed": mixed(answers, expected, differ / 2) if rounding < differ / 2 else None,  # None: not to be told apart
+            "mixed": count_mixed(answers, expected, differ / 2)
+            if rounding < differ / 2
+            else None,  # None: not to be told apart
             "rounding_nats": rounding,
             "versions_apart_nats": differ,
             "stalled": sum(answer.seconds > STALL * usual_of[answer.version][answer.prompt] for answer in answers),
@@ -270,7 +272,7 @@ async def swap(
         }
 
 
-def _usual(answers: Sequence[Answer]) -> dict[Prompt, float]:
+def _compute_median_seconds(answers: Sequence[TimedAnswer]) -> dict[Prompt, float]:
     """The median time (s) of the answers to each prompt."""
     taken: defaultdict[Prompt, list[float]] = defaultdict(list)
     for answer in answers:
@@ -278,123 +280,15 @@ def _usual(answers: Sequence[Answer]) -> dict[Prompt, float]:
     return {prompt: statistics.median(seconds) for prompt, seconds in taken.items()}
 
 
-def long_prompts(tokenizer: ChatTokenizer, count: int) -> list[Prompt]:
+def make_long_prompts(tokenizer: ChatTokenizer, count: int) -> list[Prompt]:
     """Different prompts that are longer than one block of vLLM's prefix cache (128 tokens on a CPU): a stale one shows."""
-    texts = ["please listen. " * 60 + text for text, _ in toy.prompts(held_out=True)[:count]]
+    texts = ["please listen. " * 60 + text for text, _ in toy.list_prompts(held_out=True)[:count]]
     return [tuple(tokenizer.prompt_ids([{"role": "user", "content": text}])) for text in texts]
 
 
-@dataclass
-class Timing:
-    """How long one way of answering took: each message (s), and all of them side by side (s)."""
-
-    messages: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-
-
-Job = Callable[[Any, int, str], Awaitable[Any]]  # one line of a conversation, its sampling seed, a cache salt
-
-
-async def overhead(
-    dialogue: DialogueManager, policy: Policy, messages: int, blocks: int, seed: int, progress: Progress, alone: int = 0
-) -> dict[str, float]:
-    """DialogueManager against the same prompts with the same sampling seeds straight to vLLM, in alternating blocks.
-
-    All answers have LENGTH tokens, whatever was sampled, so that each side does the same work.
-    "Straight" is the plain streamed chat completion that any client would send; "same request" is the one that kibitz sends:
-    token ids in, token ids and their log-probabilities out. A block has `messages`, or `alone` where one is said at a time.
-    """
-
-    async def through(message: Message, number: int, _: str) -> None:
-        await dialogue.respond(replace(message, at=now()), ReplyOptions(seed=number))
-
-    async def straight(context: Context, number: int, salt: str) -> None:
-        await chat_completion(policy, context.messages, number, salt)
-
-    async def same(context: Context, number: int, salt: str) -> None:
-        await policy.reply(context.prompt_ids, seed=number, cache_salt=salt)
-
-    figures: dict[str, float] = {}
-    done = 0
-    with policy.exactly(LENGTH):
-        for concurrent in (1, 16):
-            timings = {"dialogue": Timing(), "straight": Timing(), "same_request": Timing()}
-            for block in range(-1, blocks):  # the first is for warming up and not counted
-                rng = random.Random(f"{seed} {concurrent} {block}")
-                count = (alone or messages) if concurrent == 1 else messages
-                heard = [await _lines(dialogue, rng) for _ in range(count // LINES)]
-                jobs: list[tuple[str, Job]] = [("straight", straight), ("same_request", same)]
-                for name, job in [("dialogue", through), *rng.sample(jobs, 2)]:
-                    progress("talking", done, 6 * (blocks + 1))
-                    timing = await _at_a_time(concurrent, job, heard)
-                    if name == "dialogue":  # what it was shown is what the others ask
-                        heard = [[(await _context(dialogue, line), number) for line, number in lines] for lines in heard]
-                    if block >= 0:
-                        timings[name].seconds += timing.seconds
-                        timings[name].messages += timing.messages
-                    done += 1
-            for name, suffix in (("straight", f"_{concurrent}"), ("same_request", f"_{concurrent}_same_request")):
-                figures |= {f"{key}{suffix}": value for key, value in _added(timings["dialogue"], timings[name]).items()}
-            figures[f"messages_per_s_{concurrent}"] = len(timings["dialogue"].messages) / timings["dialogue"].seconds
-            figures[f"straight_p50_ms_{concurrent}"] = 1000 * float(np.percentile(timings["straight"].messages, 50))
-        return figures
-
-
-async def chat_completion(policy: Policy, messages: list[dict[str, str]], seed: int, salt: str) -> str:
-    """A streamed answer as a client without kibitz would ask for it."""
-    config = policy.config
-    body: dict[str, Any] = {"model": policy.admin.served_name(policy.version), "messages": messages, "seed": seed}
-    body |= {"max_tokens": LENGTH, "ignore_eos": True, **config.sampling}
-    events = policy.admin.stream("/v1/chat/completions", body | {"cache_salt": salt})
-    return "".join([choice["delta"].get("content") or "" async for event in events for choice in event["choices"]])
-
-
-def _added(dialogue: Timing, baseline: Timing) -> dict[str, float]:
-    added = {
-        f"p{percent}_added_ms": 1000
-        * float(np.percentile(dialogue.messages, percent) - np.percentile(baseline.messages, percent))
-        for percent in (50, 99)
-    }
-    return {"throughput_ratio": baseline.seconds / dialogue.seconds, **added}
-
-
-async def _lines(dialogue: DialogueManager, rng: random.Random) -> list[tuple[Any, int]]:
-    """What is said in one new conversation, with the sampling seeds of its answers."""
-    place = await dialogue.open(Conversation("benchmark", channel=new_id()))
-    texts = [rng.choice(toy.prompts(held_out=False))[0] for _ in range(LINES)]
-    return [(Message(place.id, "user", text), rng.randrange(2**31)) for text in texts]
-
-
-async def _context(dialogue: DialogueManager, message: Message) -> Context:
-    """What the policy was shown for a message that was answered already."""
-    stored = await dialogue.store.database.call(dialogue.store.message, message.id)
-    return await dialogue.tracker.context(stored)
-
-
-async def _at_a_time(concurrent: int, job: Job, conversations: Sequence[Sequence[tuple[Any, int]]]) -> Timing:
-    """Run conversations line by line, `concurrent` of them at a time."""
-    queue = iter(conversations)
-    timing = Timing()
-
-    async def worker() -> None:
-        for lines in queue:
-            salt = new_id()
-            for line, number in lines:
-                began = time.monotonic()
-                await job(line, number, salt)
-                timing.messages.append(time.monotonic() - began)
-
-    started = time.monotonic()
-    async with asyncio.TaskGroup() as group:
-        for _ in range(concurrent):
-            group.create_task(worker())
-    timing.seconds = time.monotonic() - started
-    return timing
-
-
-def _tokens(answers: Sequence[Answer]) -> int:
+def _tokens(answers: Sequence[TimedAnswer]) -> int:
     return sum(len(answer.ids) for answer in answers)
 
 
-def _percentile(answers: Sequence[Answer], percent: float) -> float:
+def _percentile(answers: Sequence[TimedAnswer], percent: float) -> float:
     return float(np.percentile([answer.seconds for answer in answers], percent))

@@ -1,0 +1,17 @@
+"""The token of a Discord bot, as the environment has it."""
+
+import os
+
+from bot.config import DiscordConfig
+from bot.errors import ConfigError
+
+
+def read_token(config: DiscordConfig) -> str:
+    """The bot's token. Raises ConfigError where the variable is not set or holds something else."""
+    found = os.environ.get(config.token_env, "").strip()
+    key = f"config key discord.token_env has value '{config.token_env}'"
+    if not found:
+        raise ConfigError(f"{key}, a variable that is not set; set it to the bot's token")
+    if found.startswith(("xox", "xapp")):
+        raise ConfigError(f"{key}, a variable that holds a Slack token; put the Discord bot's there")
+    return found

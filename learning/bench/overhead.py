@@ -1,0 +1,135 @@
+"""Benchmark: what DialogueManager adds to the same prompts sent straight to vLLM.
+
+Timings are ratios or differences against a baseline that is measured in the same run, in alternating blocks. It
+knows no training.
+
+Run: ``kibitz bench overhead``.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from bot.chat.dialogue import DialogueManager, ReplyOptions
+from bot.chat.tracker import Context
+from bot.serving.policy import Policy
+from bot.types import Conversation, Message, Progress, new_id, now
+from learning.bench.swap import LENGTH
+from learning.models import toy
+
+LINES = 4  # messages in one conversation
+
+
+@dataclass
+class Timing:
+    """How long one way of answering took: each message (s), and all of them side by side (s)."""
+
+    messages: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+Job = Callable[[Any, int, str], Awaitable[Any]]  # one line of a conversation, its sampling seed, a cache salt
+
+
+async def measure_overhead(
+    dialogue: DialogueManager, policy: Policy, messages: int, blocks: int, seed: int, progress: Progress, alone: int = 0
+) -> dict[str, float]:
+    """DialogueManager against the same prompts with the same sampling seeds straight to vLLM, in alternating blocks.
+
+    All answers have LENGTH tokens, whatever was sampled, so that each side does the same work.
+    "Straight" is the plain streamed chat completion that any client would send; "same request" is the one that kibitz sends:
+    token ids in, token ids and their log-probabilities out. A block has `messages`, or `alone` where one is said at a time.
+    """
+
+    async def through(message: Message, number: int, _: str) -> None:
+        await dialogue.respond(replace(message, at=now()), ReplyOptions(seed=number))
+
+    async def straight(context: Context, number: int, salt: str) -> None:
+        await chat_completion(policy, context.messages, number, salt)
+
+    async def same(context: Context, number: int, salt: str) -> None:
+        await policy.reply(context.prompt_ids, seed=number, cache_salt=salt)
+
+    figures: dict[str, float] = {}
+    done = 0
+    with policy.fixed_length(LENGTH):
+        for concurrent in (1, 16):
+            timings = {"dialogue": Timing(), "straight": Timing(), "same_request": Timing()}
+            for block in range(-1, blocks):  # the first is for warming up and not counted
+                rng = random.Random(f"{seed} {concurrent} {block}")
+                count = (alone or messages) if concurrent == 1 else messages
+                heard = [await _lines(dialogue, rng) for _ in range(count // LINES)]
+                jobs: list[tuple[str, Job]] = [("straight", straight), ("same_request", same)]
+                for name, job in [("dialogue", through), *rng.sample(jobs, 2)]:
+                    progress("talking", done, 6 * (blocks + 1))
+                    timing = await _run_concurrently(concurrent, job, heard)
+                    if name == "dialogue":  # what it was shown is what the others ask
+                        heard = [[(await _context(dialogue, line), number) for line, number in lines] for lines in heard]
+                    if block >= 0:
+                        timings[name].seconds += timing.seconds
+                        timings[name].messages += timing.messages
+                    done += 1
+            for name, suffix in (("straight", f"_{concurrent}"), ("same_request", f"_{concurrent}_same_request")):
+                figures |= {
+                    f"{key}{suffix}": value for key, value in _compute_added(timings["dialogue"], timings[name]).items()
+                }
+            figures[f"messages_per_s_{concurrent}"] = len(timings["dialogue"].messages) / timings["dialogue"].seconds
+            figures[f"straight_p50_ms_{concurrent}"] = 1000 * float(np.percentile(timings["straight"].messages, 50))
+        return figures
+
+
+async def chat_completion(policy: Policy, messages: list[dict[str, str]], seed: int, salt: str) -> str:
+    """A streamed answer as a client without kibitz would ask for it."""
+    config = policy.config
+    body: dict[str, Any] = {"model": policy.admin.find_served_name(policy.version), "messages": messages, "seed": seed}
+    body |= {"max_tokens": LENGTH, "ignore_eos": True, **config.sampling}
+    events = policy.admin.stream("/v1/chat/completions", body | {"cache_salt": salt})
+    return "".join([choice["delta"].get("content") or "" async for event in events for choice in event["choices"]])
+
+
+def _compute_added(dialogue: Timing, baseline: Timing) -> dict[str, float]:
+    added = {
+        f"p{percent}_added_ms": 1000
+        * float(np.percentile(dialogue.messages, percent) - np.percentile(baseline.messages, percent))
+        for percent in (50, 99)
+    }
+    return {"throughput_ratio": baseline.seconds / dialogue.seconds, **added}
+
+
+async def _lines(dialogue: DialogueManager, rng: random.Random) -> list[tuple[Any, int]]:
+    """What is said in one new conversation, with the sampling seeds of its answers."""
+    place = await dialogue.open(Conversation("benchmark", channel=new_id()))
+    texts = [rng.choice(toy.list_prompts(held_out=False))[0] for _ in range(LINES)]
+    return [(Message(place.id, "user", text), rng.randrange(2**31)) for text in texts]
+
+
+async def _context(dialogue: DialogueManager, message: Message) -> Context:
+    """What the policy was shown for a message that was answered already."""
+    stored = await dialogue.store.database.call(dialogue.store.read_message, message.id)
+    return await dialogue.tracker.build_context(stored)
+
+
+async def _run_concurrently(concurrent: int, job: Job, conversations: Sequence[Sequence[tuple[Any, int]]]) -> Timing:
+    """Run conversations line by line, `concurrent` of them at a time."""
+    queue = iter(conversations)
+    timing = Timing()
+
+    async def worker() -> None:
+        for lines in queue:
+            salt = new_id()
+            for line, number in lines:
+                began = time.monotonic()
+                await job(line, number, salt)
+                timing.messages.append(time.monotonic() - began)
+
+    started = time.monotonic()
+    async with asyncio.TaskGroup() as group:
+        for _ in range(concurrent):
+            group.create_task(worker())
+    timing.seconds = time.monotonic() - started
+    return timing
