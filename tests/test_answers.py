@@ -77,11 +77,11 @@ async def test_a_command_that_fails_says_so(answers, config):  # noqa: F811
 
 
 async def test_of_what_was_not_said_to_kibitz_only_words_of_the_willing_and_admitted_are_read(answers, database):  # noqa: F811
-    answers.users.decide("test", "bob", False)
+    answers.users.record_consent("test", "bob", False)
     said = [Message("", author, f"{author} speaks") for author in ("ann", "bob", "mallory")]
     said.append(Message("", "ann", "  "))
     assert await answers.overheard(said, lambda user: user != "mallory") == said[:1]
-    answers.users.decide("test", "bob", True)
+    answers.users.record_consent("test", "bob", True)
     assert await answers.overheard(said, lambda user: True) == said[:3]
 
 

@@ -19,7 +19,7 @@ from bot.errors import DatabaseUnavailable, ProbeFailed, RegistryError, ServerUn
 from bot.serving.policy import Policy
 from bot.store.registry import BASE, PolicyRegistry
 from bot.types import PolicyState, PolicyVersion
-from learning.bench import serving
+from learning.bench import swap
 from learning.models.version_files import ADAPTER_FILES
 from learning.rollout.deployment import DEPLOY_TRIES, Deployment
 
@@ -43,7 +43,7 @@ class Stage:
 
     def candidate(self) -> PolicyVersion:
         """A candidate that was judged against what is live now."""
-        return serving.register_copy(self.registry, self.source, self.deployment.config.data / "policies")
+        return swap.register_copy(self.registry, self.source, self.deployment.config.data / "policies")
 
     def state(self, version: PolicyVersion) -> PolicyState:
         return self.registry.get(version.name).state
@@ -55,7 +55,7 @@ def source(demo_model, tmp_path_factory) -> Path:
     from bot.config import Config
 
     directory = tmp_path_factory.mktemp("weights") / "source"
-    serving.save_random_version(Config(), demo_model, directory, seed=0)
+    swap.save_random_version(Config(), demo_model, directory, seed=0)
     return directory
 
 

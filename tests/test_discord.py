@@ -93,7 +93,7 @@ async def test_a_mention_is_answered_in_a_reply_that_grows_and_ends_with_buttons
     assert answer["message_reference"]["message_id"] == str(asked)
     assert platform.buttons(int(answer["id"])) == ["up", "down", "again"]
     assert told.turn.asker_id == str(ANN)
-    assert (await live.database.call(live.store.message, told.turn.message_id)).text == "hello"  # without the mention
+    assert (await live.database.call(live.store.read_message, told.turn.message_id)).text == "hello"  # without the mention
     assert platform.refused == []
 
 
@@ -106,7 +106,7 @@ async def test_what_everybody_on_the_server_may_read_is_public_and_nothing_else(
     for channel in (opened, closed, direct):
         await platform.say(channel, ANN, "hello")
         told = await turn_of(live, bot, await answered(platform, channel))
-        public[channel] = live.store.conversation(told.turn.conversation_id).is_public
+        public[channel] = live.store.read_conversation(told.turn.conversation_id).is_public
     assert public == {opened: True, closed: False, direct: False}
     await bot.stop()
     await running
@@ -242,9 +242,9 @@ async def test_slash_commands_tell_what_is_live_and_only_operators_take_it_back(
     answer = await answered(platform, channel)
     assert (await turn_of(live, bot, answer)).turn.policy_version in await platform.use_command(BOB, channel, "why")
     assert live.policy.version in await platform.use_command(BOB, channel, "status")
-    before = live.registry.live()
+    before = live.registry.get_live()
     assert "Only an operator" in await platform.use_command(BOB, channel, "rollback")
-    assert live.registry.live() == before
+    assert live.registry.get_live() == before
 
 
 async def test_an_answer_is_regenerated_by_its_button(live, platform, bot):
@@ -336,15 +336,15 @@ async def test_an_answer_that_was_given_but_never_shown_is_shown_after_a_restart
     channel = platform.channel()
     platform.limit = 0  # Discord takes nothing: the answer is stored, and cannot be posted
     await platform.say(channel, ANN, "hello")
-    turns = live.store.counts()["turns"]
-    await until(lambda: live.store.counts()["turns"] > turns)
+    turns = live.store.count_rows()["turns"]
+    await until(lambda: live.store.count_rows()["turns"] > turns)
     monkeypatch.setattr(bot.lanes, "close", lambda seconds: asyncio.sleep(0))
     await bot.stop()
     await running
     platform.limit = 1000
     bot, running = await connected(live, platform)
     await answered(platform, channel)
-    assert live.store.counts()["turns"] == turns + 1
+    assert live.store.count_rows()["turns"] == turns + 1
     assert len(platform.answers(channel)) == 1
     await bot.stop()
     await running
@@ -580,7 +580,7 @@ async def test_a_raid_is_stored_or_counted_as_shed_and_the_chat_goes_on(live, pl
 
     async def all_accounted() -> bool:
         nonlocal stored
-        stored = len((await live.database.call(live.store.feedback_of, [turn_id]))[turn_id])
+        stored = len((await live.database.call(live.store.read_feedback_on, [turn_id]))[turn_id])
         return stored + bot.access.shed_count >= accounts * each
 
     async with asyncio.timeout(300):

@@ -176,13 +176,13 @@ async def test_one_token_and_one_training_step(live, config):
         with SelfTest(config, lambda: (config, config.policy.model)) as test:
             return {row.what: row for row in run_checks(test.list_checks(quick=False))}
 
-    before = await live.policy.admin.loaded()
+    before = await live.policy.admin.list_adapters()
     rows = await asyncio.to_thread(look)
     assert has_passed(list(rows.values())), rows
     assert "log-probability -" in rows["one token"].found
     assert "loss" in rows["one training step"].found
     assert rows["one version"].found == "an adapter was loaded, asked and unloaded"
-    assert await live.policy.admin.loaded() == before
+    assert await live.policy.admin.list_adapters() == before
     assert not list(config.data.glob("doctor-*"))
 
 

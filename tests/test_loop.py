@@ -19,7 +19,7 @@ from bot.serving.policy import Policy
 from bot.serving.vllm_server import VllmServer
 from bot.store.registry import BASE
 from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, new_id
-from learning.bench import overhead, serving, simulated_people, simulation
+from learning.bench import overhead, simulated_people, simulation, swap
 from learning.judging.evaluation import answer_logprobs
 from learning.judging.probe import mean_distance
 from learning.models import toy
@@ -35,8 +35,8 @@ async def say(live, text: str, **details) -> object:
 async def version_of(live, source: Path, seed: int, kind: str = "lora") -> str:
     """A candidate of random weights; they stay in `source` too."""
     config = live.config.model_copy(update={"training": TrainingConfig(weights=kind)})
-    await asyncio.to_thread(serving.save_random_version, config, live.registry.get(BASE).base_model, source, seed)
-    return serving.register_copy(live.registry, source, live.config.data / "policies").name
+    await asyncio.to_thread(swap.save_random_version, config, live.registry.get(BASE).base_model, source, seed)
+    return swap.register_copy(live.registry, source, live.config.data / "policies").name
 
 
 async def swapped_in(live, tmp_path: Path, seed: int, kind: str = "lora") -> str:
@@ -57,7 +57,7 @@ async def test_a_reply_knows_what_made_it(live, tokenizer):
     assert len(turn.logprobs) == len(turn.completion_ids)
     assert turn.policy_version == live.policy.version
     assert turn.sampling["seed"] == 3
-    assert live.store.turn(turn.id) == turn
+    assert live.store.find_turn(turn.id) == turn
 
 
 async def test_the_recorded_log_probabilities_are_those_of_the_trainer(live, demo_model):
@@ -83,7 +83,7 @@ async def test_an_answer_can_be_regenerated_and_the_first_one_is_marked(live):
     second = await live.dialogue.regenerate(first.id, "ann", ReplyOptions(seed=2))
     assert second.replaces == first.id
     assert second.prompt_ids == first.prompt_ids
-    (given,) = live.store.feedback_of([first.id])[first.id]
+    (given,) = live.store.read_feedback_on([first.id])[first.id]
     assert given.kind == FeedbackKind.REGENERATE
 
 
@@ -116,9 +116,9 @@ async def test_reactions_train_a_version_that_answers_next_and_is_taken_back(liv
     assert "train" in stages
     after = await say(live, "hello")
     assert (before.policy_version, after.policy_version) == (BASE, outcome.policy)
-    assert await live.policy.admin.loaded() == {outcome.policy}
+    assert await live.policy.admin.list_adapters() == {outcome.policy}
     assert live.registry.get(outcome.policy).state == PolicyState.LIVE
-    live.registry.rollback()  # as another process would: `kibitz rollback`
+    live.registry.roll_back()  # as another process would: `kibitz rollback`
     await until(lambda: live.policy.version == BASE)
     assert (await say(live, "hello")).policy_version == BASE
     await until(lambda: live.registry.get(outcome.policy).state == PolicyState.RETIRED)
@@ -154,25 +154,25 @@ async def test_enough_new_reactions_start_a_run_by_themselves_and_a_failed_one_d
 
 async def test_a_candidate_that_the_server_serves_differently_is_rejected(live, tmp_path):
     source = tmp_path / "weights"
-    await asyncio.to_thread(serving.save_random_version, live.config, live.registry.get(BASE).base_model, source, 5)
+    await asyncio.to_thread(swap.save_random_version, live.config, live.registry.get(BASE).base_model, source, 5)
     other = tmp_path / "other"
-    await asyncio.to_thread(serving.save_random_version, live.config, live.registry.get(BASE).base_model, other, 6)
+    await asyncio.to_thread(swap.save_random_version, live.config, live.registry.get(BASE).base_model, other, 6)
     shutil.copy(other / "probe.json", source / "probe.json")  # the trainer's figures are of other weights
-    version = serving.register_copy(live.registry, source, live.config.data / "policies")
+    version = swap.register_copy(live.registry, source, live.config.data / "policies")
     before = live.policy.version
     with pytest.raises(ServingError, match="failed its probe"):
         await live.deployment.deploy(version.name)
     assert live.policy.version == before
     assert live.registry.get(version.name).state == PolicyState.REJECTED
-    assert version.name not in await live.policy.admin.loaded()
+    assert version.name not in await live.policy.admin.list_adapters()
 
 
 async def test_a_version_is_proven_at_the_temperature_that_it_was_trained_for(live, tmp_path):
     """An operator may change policy.temperature: that must not make the live version fail its probe at the next start."""
     warm = live.config.model_copy(update={"policy": live.config.policy.model_copy(update={"temperature": 0.6})})
-    base = live.registry.base().base_model
-    await asyncio.to_thread(serving.save_random_version, warm, base, tmp_path / "warm", 41)
-    version = serving.register_copy(live.registry, tmp_path / "warm", live.config.data / "policies")
+    base = live.registry.get_base().base_model
+    await asyncio.to_thread(swap.save_random_version, warm, base, tmp_path / "warm", 41)
+    version = swap.register_copy(live.registry, tmp_path / "warm", live.config.data / "policies")
     assert live.policy.config.temperature == 1.0
     await live.deployment.deploy(version.name)
     places = json.loads((Path(version.path) / "probe.json").read_text())
@@ -185,8 +185,8 @@ async def test_a_version_is_proven_at_the_temperature_that_it_was_trained_for(li
 async def test_a_version_whose_files_changed_after_it_was_registered_is_refused(live, tmp_path):
     sources = [tmp_path / "one", tmp_path / "two"]
     for seed, source in enumerate(sources):
-        await asyncio.to_thread(serving.save_random_version, live.config, live.registry.get(BASE).base_model, source, seed)
-    version = serving.register_copy(live.registry, sources[0], live.config.data / "policies")
+        await asyncio.to_thread(swap.save_random_version, live.config, live.registry.get(BASE).base_model, source, seed)
+    version = swap.register_copy(live.registry, sources[0], live.config.data / "policies")
     shutil.copy(sources[1] / "adapter_model.safetensors", version.path)
     with pytest.raises(ServingError, match="not those that were registered"):
         await live.deployment.deploy(version.name)
@@ -198,7 +198,7 @@ async def test_swaps_under_load_fail_and_mix_nothing(live, tokenizer, tmp_path, 
     sources = [tmp_path / "one", tmp_path / "two"]
     for seed, source in enumerate(sources):
         await version_of(live, source, seed, kind)
-    figures = await serving.measure_swaps(live.deployment, tokenizer, sources, 2, 96, 8, lambda *_: None)
+    figures = await swap.measure_swaps(live.deployment, tokenizer, sources, 2, 96, 8, lambda *_: None)
     assert (figures["swaps"], figures["failed"], figures["mixed"]) == (2, 0, 0)
     assert figures["requests"] >= 96
 
@@ -206,9 +206,9 @@ async def test_swaps_under_load_fail_and_mix_nothing(live, tokenizer, tmp_path, 
 async def test_adapters_and_whole_weights_make_way_for_each_other(live, tmp_path):
     """Each is proven by its probe, which would not pass on the weights of another; what is taken back is served again."""
     adapter = await swapped_in(live, tmp_path, 31)
-    assert live.policy.admin.weights == BASE
+    assert live.policy.admin.weights_version == BASE
     whole = await swapped_in(live, tmp_path, 32, "full")
-    assert (live.policy.admin.weights, (await say(live, "hello")).policy_version) == (whole, whole)
+    assert (live.policy.admin.weights_version, (await say(live, "hello")).policy_version) == (whole, whole)
     with pytest.raises(ServingError, match=f"{BASE} is not served: the weights of {whole} are"):
         await live.policy.reply([1, 2, 3], version=BASE)
     other = await swapped_in(live, tmp_path, 33, "full")
@@ -217,11 +217,11 @@ async def test_adapters_and_whole_weights_make_way_for_each_other(live, tmp_path
         await live.deployment._probe(live.registry.get(whole))
     live.policy.admin.weights = other
     again = await swapped_in(live, tmp_path, 34)
-    assert (live.policy.admin.weights, live.policy.version) == (BASE, again)
+    assert (live.policy.admin.weights_version, live.policy.version) == (BASE, again)
     for expected, weights in ((other, other), (whole, whole), (adapter, BASE)):
-        live.registry.rollback()
+        live.registry.roll_back()
         await until(lambda expected=expected: live.policy.version == expected)
-        assert live.policy.admin.weights == weights
+        assert live.policy.admin.weights_version == weights
         await live.deployment._probe(live.registry.get(expected))
 
 
@@ -233,7 +233,7 @@ async def test_whole_weights_that_fail_their_probe_give_way_to_those_before_and_
     with pytest.raises(ServingError, match="failed its probe"):
         await live.deployment.deploy(name)
     assert {turn.policy_version for turn in await asyncio.gather(*talk)} == {before}
-    assert (live.policy.admin.weights, live.policy.version) == (before, before)
+    assert (live.policy.admin.weights_version, live.policy.version) == (before, before)
     await live.deployment._probe(live.registry.get(before))
     assert live.registry.get(name).state == PolicyState.REJECTED
 
@@ -251,11 +251,11 @@ async def test_weights_are_not_changed_under_an_answer_that_does_not_end(live, m
     busy = asyncio.create_task(live.policy.reply(prompt, on_text=slowly))
     await begun.wait()
     with pytest.raises(ServingError, match=r"still being given after 0\.2 s"):
-        async with live.policy.held(0.2):
+        async with live.policy.pause_replies(0.2):
             pytest.fail("an answer is in flight")
     goes_on.set()
     await busy
-    async with live.policy.held(0.2):
+    async with live.policy.pause_replies(0.2):
         waiting = asyncio.create_task(live.policy.reply(prompt))
         await asyncio.sleep(0.2)
         assert not waiting.done()
@@ -269,7 +269,7 @@ async def test_a_server_that_was_started_again_by_somebody_else_is_given_its_wei
     )
     deployment = Deployment(live.policy, live.registry, elsewhere)
     assert not await deployment.follow_registry(), "nothing has changed"
-    await live.policy.admin.replace("default", live.registry.get(BASE).base_model)  # as a fresh one would be
+    await live.policy.admin.replace_weights("default", live.registry.get(BASE).base_model)  # as a fresh one would be
     live.policy.admin.weights = name
     with pytest.raises(ServingError, match="failed its probe"):
         await deployment._probe(live.registry.get(name))
@@ -277,7 +277,7 @@ async def test_a_server_that_was_started_again_by_somebody_else_is_given_its_wei
     assert live.policy.version == name
     await deployment._probe(live.registry.get(name))
     adapter = await swapped_in(live, tmp_path, 52)
-    await live.policy.admin.unload(adapter)
+    await live.policy.admin.unload_adapter(adapter)
     assert await deployment.follow_registry()
     assert (await say(live, "hello")).policy_version == adapter
 
@@ -294,7 +294,7 @@ async def test_what_cannot_be_served_is_tried_again_later_and_later(live, tmp_pa
     await until(lambda: sum(one is watcher for one in tries) >= 2)
     await asyncio.sleep(1)
     task.cancel()
-    live.registry.rollback()
+    live.registry.roll_back()
     assert sum(one is watcher for one in tries) < 12, "it could have been fifty"
     assert [f"{good} goes on" in text for text in told] == [True]
     assert (await say(live, "hello")).policy_version == good
@@ -303,18 +303,18 @@ async def test_what_cannot_be_served_is_tried_again_later_and_later(live, tmp_pa
 async def test_a_running_kibitz_deploys_what_another_process_asks_for_and_no_outdated_candidate(live, tmp_path):
     """As `kibitz deploy` does, and what a crash between the end of a run and its deployment left behind."""
     wanted, outdated = [await version_of(live, tmp_path / str(seed), seed) for seed in (91, 92)]
-    before = live.registry.live().name
+    before = live.registry.get_live().name
     for name in (wanted, outdated):
         live.registry.request_deployment(name)
     await until(lambda: live.registry.get(outdated).state == PolicyState.REJECTED)
-    assert live.registry.live().name == live.policy.version == wanted
+    assert live.registry.get_live().name == live.policy.version == wanted
     assert (await say(live, "hello")).policy_version == wanted
     later = await version_of(live, tmp_path / "93", 93)
     await live.deployment.rollback()
     with pytest.raises(VerdictOutdated):
         await live.deployment.deploy(later)
-    assert live.registry.live().name == live.policy.version == before
-    assert not {wanted, outdated, later} & await live.policy.admin.loaded()
+    assert live.registry.get_live().name == live.policy.version == before
+    assert not {wanted, outdated, later} & await live.policy.admin.list_adapters()
 
 
 async def test_a_server_that_keeps_its_weights_is_an_error_for_people(live, tmp_path, monkeypatch):
@@ -325,7 +325,7 @@ async def test_a_server_that_keeps_its_weights_is_an_error_for_people(live, tmp_
             await live.deployment.deploy(name)
     finally:
         await live.policy.admin.connect()
-    assert live.policy.admin.takes_weights
+    assert live.policy.admin.can_replace_weights
     monkeypatch.delenv("VLLM_SERVER_DEV_MODE")
     whole = live.config.model_copy(update={"training": TrainingConfig(weights="full")})
     assert VllmServer(whole, "model")._environment()["VLLM_SERVER_DEV_MODE"] == "1"
@@ -335,18 +335,18 @@ async def test_a_server_that_keeps_its_weights_is_an_error_for_people(live, tmp_
 async def test_a_reload_under_one_name_is_caught(live, tokenizer, tmp_path):
     """Law 3's control: kibitz never does this; where somebody does, the check for mixed answers must see it."""
     name = await swapped_in(live, tmp_path, seed=11)
-    prompts = serving.make_long_prompts(tokenizer, 8)
-    expected = {name: await serving.ask_greedily(live.policy, name, prompts)}
-    answers, _, _ = await serving.run_load(live.policy, iter(prompts), 4, lambda: None)
-    limit = max(serving.compute_distances(answers, expected)) + 0.01
+    prompts = swap.make_long_prompts(tokenizer, 8)
+    expected = {name: await swap.ask_greedily(live.policy, name, prompts)}
+    answers, _, _ = await swap.run_load(live.policy, iter(prompts), 4, lambda: None)
+    limit = max(swap.compute_distances(answers, expected)) + 0.01
     assert limit < 0.1, "float32 rounds less than that"
     other = tmp_path / "weights-12"
-    await asyncio.to_thread(serving.save_random_version, live.config, live.registry.get(BASE).base_model, other, 12)
+    await asyncio.to_thread(swap.save_random_version, live.config, live.registry.get(BASE).base_model, other, 12)
     body = {"lora_name": name, "lora_path": str(other), "load_inplace": True}
     async with httpx.AsyncClient(base_url=live.policy.admin.url, timeout=300) as client:
         (await client.post("/v1/load_lora_adapter", json=body)).raise_for_status()
-    answers, _, _ = await serving.run_load(live.policy, iter(prompts), 4, lambda: None)
-    assert serving.count_mixed(answers, expected, limit) > 0
+    answers, _, _ = await swap.run_load(live.policy, iter(prompts), 4, lambda: None)
+    assert swap.count_mixed(answers, expected, limit) > 0
     with pytest.raises(ServingError, match="failed its probe"):
         await live.deployment._probe(live.registry.get(name))
 
@@ -414,7 +414,9 @@ async def test_a_server_that_dies_is_restarted_and_serves_the_live_version_again
     await until(lambda: live.server._process not in (process, None))
     async with asyncio.timeout(600):
         while not (
-            await live.policy.admin.ready(5) and live.policy.version == name and name in await live.policy.admin.loaded()
+            await live.policy.admin.is_ready(5)
+            and live.policy.version == name
+            and name in await live.policy.admin.list_adapters()
         ):
             await asyncio.sleep(0.5)
     assert (await say(live, "hello")).policy_version == name
@@ -453,7 +455,7 @@ async def test_while_vllm_sleeps_nobody_is_answered_and_what_it_serves_is_proven
     name = await swapped_in(live, tmp_path, 11)
     told: list[str] = []
     monkeypatch.setattr(live.deployment, "announce", told.append)
-    async with live.deployment.asleep():
+    async with live.deployment.sleeping():
         with pytest.raises(ServerAsleep, match="ask again in a few minutes"):
             await say(live, "hello")
         assert live.policy.is_asleep
@@ -465,9 +467,9 @@ async def test_while_vllm_sleeps_nobody_is_answered_and_what_it_serves_is_proven
     # The control: other weights under its name are noticed, and nobody is answered by them.
     other = tmp_path / "other"
     await version_of(live, other, 12)
-    async with live.deployment.asleep():
-        await live.policy.admin.unload(name)
-        await live.policy.admin.load(name, str(other))
+    async with live.deployment.sleeping():
+        await live.policy.admin.unload_adapter(name)
+        await live.policy.admin.load_adapter(name, str(other))
     assert any(f"{name} is not the same after sleeping" in text for text in told), told
     await until(lambda: live.policy.version == name)  # the watcher loads what was registered, and proves it
     await live.deployment.rollback()
@@ -476,6 +478,6 @@ async def test_while_vllm_sleeps_nobody_is_answered_and_what_it_serves_is_proven
 async def test_a_run_that_fails_wakes_vllm(live, monkeypatch):
     monkeypatch.setattr("bot.serving.policy.LULL_SECONDS", 0.5)
     with pytest.raises(ZeroDivisionError):
-        async with live.deployment.asleep():
+        async with live.deployment.sleeping():
             raise ZeroDivisionError
     assert (await say(live, "hello")).finish_reason == "stop"

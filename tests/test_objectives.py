@@ -311,16 +311,16 @@ def test_the_guard_looks_at_a_run_a_few_times_and_always_at_its_end(steps):
 )
 def test_the_guard_names_what_is_wrong(now, word):
     guard = Guard(lambda: now, Limits(kl=0.5, well_formed=0.95))
-    fault = guard.fault(Health(-1.0, 0.0, 16, 16), now)
+    fault = guard.find_fault(Health(-1.0, 0.0, 16, 16), now)
     assert fault is None if word is None else word in fault
 
 
 @pytest.mark.parametrize(("now", "is_fault"), [(9, False), (4, True)])
 def test_a_policy_that_never_answered_well_is_held_to_its_own_start(now, is_fault):
     guard = Guard(lambda: Health(-1.0, 0.1, now, 16), Limits(kl=0.5, well_formed=0.95))
-    fault = guard.fault(Health(-1.0, 0.0, 12, 16), Health(-1.0, 0.1, now, 16))
+    fault = guard.find_fault(Health(-1.0, 0.0, 12, 16), Health(-1.0, 0.1, now, 16))
     assert (fault is not None) == is_fault
-    assert guard.fault(Health(-1.0, 0.0, 16, 16), Health(-1.0, 0.1, now, 16)), "the control: one that did"
+    assert guard.find_fault(Health(-1.0, 0.0, 16, 16), Health(-1.0, 0.1, now, 16)), "the control: one that did"
 
 
 def test_what_did_harm_from_the_first_check_on_stays_to_be_measured(fresh, tokenizer):

@@ -130,15 +130,15 @@ class Life:
         for question in self.questions:
             for answer in question.answers:
                 turn_id = await self.platform.find_turn_id(self.shown(answer))
-                turn = await call(store.turn, turn_id)
+                turn = await call(store.find_turn, turn_id)
                 if question.deleted:
                     assert turn is None
                     continue
                 assert turn is not None
                 assert render_answer(turn).strip() == self.shown(answer).text.strip()
-                assert (await call(store.message, turn.message_id)).text == question.text
+                assert (await call(store.read_message, turn.message_id)).text == question.text
                 assert name_of(self.platform, turn.asker_id) == question.user
-                said = select_effective((await call(store.feedback_of, [turn_id])).get(turn_id, []))
+                said = select_effective((await call(store.read_feedback_on, [turn_id])).get(turn_id, []))
                 rows = [(name_of(self.platform, row.user_id), row.kind) for row in said]
                 assert {user: OPINION[kind] for user, kind in rows if kind in OPINION} == answer.opinions
                 assert {user for user, kind in rows if kind == FeedbackKind.REGENERATE} == answer.unwanted
@@ -154,7 +154,7 @@ class Life:
 async def stored(live, platform: Platform, answer: SeenAnswer) -> Turn:
     """The turn of an answer, as soon as it is stored: people see it a moment before."""
     async with asyncio.timeout(300):
-        while (turn := await live.database.call(live.store.turn, await platform.find_turn_id(answer))) is None:
+        while (turn := await live.database.call(live.store.find_turn, await platform.find_turn_id(answer))) is None:
             await asyncio.sleep(0.02)
     return turn
 
@@ -219,7 +219,7 @@ async def test_texts_of_every_kind_are_answered_at_bounded_cost(live, make):
         [answer] = await wait_for_answers(platform, place, 1)
         turn = await stored(live, platform, answer)
         assert 0 < len(turn.prompt_ids) <= live.config.policy.context_tokens, name
-        assert len(live.store.message(turn.message_id).text) <= MAX_MESSAGE_CHARACTERS
+        assert len(live.store.read_message(turn.message_id).text) <= MAX_MESSAGE_CHARACTERS
     assert platform.fake.refused == []  # what came back was fit for the platform too
     await platform.stop()
 
@@ -251,7 +251,7 @@ async def test_any_sequence_of_reactions_ends_in_what_the_platform_shows(live, m
         found: dict[str, bool] = {}
 
         def as_shown() -> bool:
-            rows = select_effective(live.store.feedback_of([turn_id]).get(turn_id, []))
+            rows = select_effective(live.store.read_feedback_on([turn_id]).get(turn_id, []))
             found.clear()
             found.update({name_of(platform, row.user_id): OPINION[row.kind] for row in rows})
             return found == expected

@@ -221,9 +221,9 @@ class Histories(RuleBasedStateMachine):
         is_comment = not said.event.startswith("event")
         if is_comment or said.is_gone or said.message_id not in {turn.message_id for turn in self.ledger.turns.values()}:
             return  # an answer that was made from forgotten words is gone, and would be given anew
-        before, asked = self.kibitz.store.counts(), len(self.stage.vllm.asked)
+        before, asked = self.kibitz.store.count_rows(), len(self.stage.vllm.asked)
         turn = self.stage.do(self._ask(said))
-        assert self.kibitz.store.counts() == before, "law 1: the same event twice has one effect"
+        assert self.kibitz.store.count_rows() == before, "law 1: the same event twice has one effect"
         assert len(self.stage.vllm.asked) == asked
         assert turn.id in self.ledger.turns
 
@@ -276,7 +276,7 @@ class Histories(RuleBasedStateMachine):
         if said.is_gone or not said.event.startswith("event"):
             return
         said.words.append(self.ledger.new_word())
-        at = self.kibitz.store.message(said.message_id).at.replace(year=2100, second=self.ledger.count % 60)
+        at = self.kibitz.store.read_message(said.message_id).at.replace(year=2100, second=self.ledger.count % 60)
         self.stage.do(self.kibitz.dialogue.edit(said.event, f"hello {said.words[-1]}", at.replace(day=1 + len(said.words))))
 
     @precondition(lambda self: self.ledger.said)
@@ -310,7 +310,7 @@ class Histories(RuleBasedStateMachine):
     @rule()
     def judge_what_waits(self) -> None:
         """As the loop does when more was said."""
-        if waiting := self.kibitz.registry.waiting():
+        if waiting := self.kibitz.registry.find_waiting():
             judge_waiting(self.config, lambda *_: None)
             self._follow()
             assert waiting[-1].name in self.ledger.runs
@@ -320,20 +320,20 @@ class Histories(RuleBasedStateMachine):
         def fail(*_: Any) -> None:
             raise RuntimeError("the optimiser broke")
 
-        live = self.kibitz.registry.live()
+        live = self.kibitz.registry.get_live()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("learning.training.run.train_with_guard", fail)
             with contextlib.suppress(NothingToLearn), pytest.raises(RuntimeError):
                 train_version(self.config, lambda *_: None, deploys=True)
-        assert self.kibitz.registry.live() == live
+        assert self.kibitz.registry.get_live() == live
 
-    @precondition(lambda self: self.kibitz.registry.live().name == BASE)
+    @precondition(lambda self: self.kibitz.registry.get_live().name == BASE)
     @rule()
     def refuse_to_roll_back(self) -> None:
         with pytest.raises(RegistryError):
-            self.kibitz.registry.rollback()
+            self.kibitz.registry.roll_back()
 
-    @precondition(lambda self: self.kibitz.registry.live().name != BASE)
+    @precondition(lambda self: self.kibitz.registry.get_live().name != BASE)
     @rule()
     def roll_back(self) -> None:
         self.stage.do(app.make_desk(self.kibitz).roll_back())
@@ -355,9 +355,9 @@ class Histories(RuleBasedStateMachine):
 
     @rule(person=people, place=places, is_locked=st.booleans(), forgets=st.booleans())
     def lose_the_database_for_a_moment(self, person: str, place: int, is_locked: bool, forgets: bool) -> None:
-        before = self.kibitz.store.counts()
+        before = self.kibitz.store.count_rows()
         self.stage.do(self._outage(person, place, is_locked, forgets))
-        assert self.kibitz.store.counts() == before, "law 1: what was not acknowledged is not there"
+        assert self.kibitz.store.count_rows() == before, "law 1: what was not acknowledged is not there"
         if forgets and is_locked:  # it was noted before the database refused it
             versions = frozenset(self.ledger.runs)
             self.ledger.noted[person] = Asked(len(self.ledger.said), frozenset(self.ledger.feedback), versions)
@@ -365,7 +365,7 @@ class Histories(RuleBasedStateMachine):
 
     async def _outage(self, person: str, place: int, is_locked: bool, forgets: bool) -> None:
         health, is_failing = self.kibitz.health, "law 9: a supervised task fails, is reported, and goes on"
-        look = supervise("watching", self.kibitz.deployment.follow, health, 0.001, longest_pause=0.001)
+        look = supervise("watching", self.kibitz.deployment.follow_registry, health, 0.001, longest_pause=0.001)
         watching = asyncio.create_task(look)
         with _locked(self.data) if is_locked else _gone(self.kibitz.database):
             message = Message("", person, "lost", event_id="lost")
@@ -375,8 +375,8 @@ class Histories(RuleBasedStateMachine):
                 with pytest.raises(DatabaseUnavailable):
                     await app.make_desk(self.kibitz).forget_person("test", person)
             if not is_locked:  # who only reads goes on beside a lock
-                await _soon(lambda: "watching" in health.failing, is_failing)
-        await _soon(lambda: not health.failing, is_failing)
+                await _soon(lambda: "watching" in health.failures, is_failing)
+        await _soon(lambda: not health.failures, is_failing)
         watching.cancel()
 
     # The laws
@@ -402,7 +402,7 @@ class Histories(RuleBasedStateMachine):
         if not self.ledger.feedback:
             return
         given = {row.id: row for row in self.ledger.feedback.values()}
-        found = self.kibitz.store.feedback_of({row.turn_id for row in given.values()})
+        found = self.kibitz.store.read_feedback_on({row.turn_id for row in given.values()})
         assert {row.id: row for rows in found.values() for row in rows} == given
         turn_id = [*given.values()][-1].turn_id
         buffer = ReplayBuffer(self.kibitz.store, self.stage.tokenizer, self.config)
@@ -433,7 +433,7 @@ class Histories(RuleBasedStateMachine):
     def law_4_every_reply_knows_what_made_it(self) -> None:
         """Turns stay as they were given (what they must name is checked when they are: `_note`). Exactness: test_loop."""
         for turn_id, turn in self.ledger.turns.items():
-            assert self.kibitz.store.turn(turn_id) == turn
+            assert self.kibitz.store.find_turn(turn_id) == turn
 
     @invariant()
     def law_5_nothing_serves_before_it_is_proven(self) -> None:
@@ -478,7 +478,7 @@ class Histories(RuleBasedStateMachine):
     @invariant()
     def law_9_the_chat_outlives_learning_and_outages(self) -> None:
         """Nothing fails any more after a failed run or an outage; `talk` must always be answered. Engines: test_loop."""
-        assert self.kibitz.health.failing == {}
+        assert self.kibitz.health.failures == {}
         assert not self.serving.done()
 
     @invariant()
@@ -519,7 +519,7 @@ class Histories(RuleBasedStateMachine):
             assert turn.sources & made_from, f"law 4: its sources do not name where {word} came from"
         probed = self.kibitz.deployment.probed
         assert turn.policy_version == BASE or probed[turn.policy_version].passed
-        self.ledger.turns[turn.id] = self.kibitz.store.turn(turn.id)
+        self.ledger.turns[turn.id] = self.kibitz.store.find_turn(turn.id)
 
     def _note_run(self, name: str) -> None:
         """Note who taught a version; law 7 says who may."""
@@ -559,7 +559,7 @@ class Histories(RuleBasedStateMachine):
         made = {
             key for key, turn in self.ledger.turns.items() if turn.message_id in ids or words & self._words(turn.prompt_ids)
         }
-        there = {key for key in self.ledger.turns if self.kibitz.store.turn(key) is not None}
+        there = {key for key in self.ledger.turns if self.kibitz.store.find_turn(key) is not None}
         assert not made & there, "law 10: what was made from forgotten words goes"
         lost = {self._place_of(turn) for key, turn in self.ledger.turns.items() if key not in there}
         assert lost <= {PLACES[one.place].channel for one in gone}, "nothing goes where nothing was forgotten"
@@ -571,15 +571,15 @@ class Histories(RuleBasedStateMachine):
         self.ledger.forgotten |= words
 
     def _follow(self) -> None:
-        self.stage.do(self.kibitz.deployment._look())
-        assert self.kibitz.policy.version == self.kibitz.registry.live().name, "law 5: who is live answers"
+        self.stage.do(self.kibitz.deployment._follow_and_deploy())
+        assert self.kibitz.policy.version == self.kibitz.registry.get_live().name, "law 5: who is live answers"
 
     def _feedback(self, turn_id: str) -> list[Feedback]:
-        return self.kibitz.store.feedback_of([turn_id]).get(turn_id, [])
+        return self.kibitz.store.read_feedback_on([turn_id]).get(turn_id, [])
 
     def _place_of(self, turn: Turn) -> str:
         if turn.conversation_id not in self.ledger.channels:
-            self.ledger.channels[turn.conversation_id] = self.kibitz.store.conversation(turn.conversation_id).channel
+            self.ledger.channels[turn.conversation_id] = self.kibitz.store.read_conversation(turn.conversation_id).channel
         return self.ledger.channels[turn.conversation_id]
 
     def _words(self, ids: Any) -> set[str]:

@@ -16,7 +16,7 @@ from bot.chat.dialogue import ReplyOptions
 from bot.config import load
 from bot.errors import ProbeFailed
 from bot.types import Conversation, Message, PolicyState, new_id
-from learning.bench import serving
+from learning.bench import swap
 from learning.judging.evaluation import answer_logprobs
 from learning.judging.probe import mean_distance
 from learning.models.trainable import load_served
@@ -51,8 +51,8 @@ async def say(real: kibitz.Kibitz, text: str, seed: int = 1):
 
 async def version_of(real: kibitz.Kibitz, source: Path, seed: int) -> str:
     base = real.registry.get_base().base_model
-    await asyncio.to_thread(serving.save_random_version, real.config, base, source, seed)
-    return serving.register_copy(real.registry, source, real.config.data / "policies").name
+    await asyncio.to_thread(swap.save_random_version, real.config, base, source, seed)
+    return swap.register_copy(real.registry, source, real.config.data / "policies").name
 
 
 async def test_everyday_questions_get_answers_that_end_by_themselves(real):
@@ -89,11 +89,11 @@ async def test_a_version_is_proven_in_bfloat16_and_a_swapped_one_is_caught(real,
 
 
 async def test_swaps_under_load_mix_nothing_and_rounding_is_not_taken_for_a_mix(real, tmp_path, monkeypatch):
-    monkeypatch.setattr(serving, "PROMPTS", 4)  # each is asked one at a time of each version, for what it says alone
+    monkeypatch.setattr(swap, "PROMPTS", 4)  # each is asked one at a time of each version, for what it says alone
     sources = [tmp_path / "one", tmp_path / "two"]
     for seed, source in enumerate(sources):
-        await asyncio.to_thread(serving.save_random_version, real.config, real.registry.get_base().base_model, source, seed)
+        await asyncio.to_thread(swap.save_random_version, real.config, real.registry.get_base().base_model, source, seed)
     tokenizer = real.dialogue.tracker.tokenizer
-    figures = await serving.measure_swaps(real.deployment, tokenizer, sources, 2, 16, 4, lambda *_: None)
+    figures = await swap.measure_swaps(real.deployment, tokenizer, sources, 2, 16, 4, lambda *_: None)
     assert (figures["swaps"], figures["failed"], figures["mixed"]) == (2, 0, 0)
     assert 0 < figures["rounding_nats"] < figures["versions_apart_nats"] / 2

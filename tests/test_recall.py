@@ -60,8 +60,8 @@ async def test_the_best_is_first_and_the_same_each_time_with_vectors_and_without
     place = crowded(store)
     tell(store, place, FACT)
     assert (await found(recall, place))[0] == FACT  # by its words
-    await recall.catch_up(lambda *_: None)
-    assert recall.memory.count_missing(recall.space) == 0
+    await recall.embed_missing(lambda *_: None)
+    assert recall.memory.count_unembedded(recall.space) == 0
     first = await recall.find(Message(place.id, "cleo", "which birds live in the house of ann's family?"), 4)
     assert first[0].message.text == FACT  # by its meaning
     assert await recall.find(Message(place.id, "cleo", "which birds live in the house of ann's family?"), 4) == first
@@ -74,9 +74,9 @@ async def test_what_is_said_is_found_by_the_next_message_and_embedded_soon(store
     assert FACT not in await found(recall, place)
     said = tell(store, place, FACT)
     assert (await found(recall, place))[0] == FACT
-    recall.learn([said])
-    await recall.learned()
-    assert said.id not in {one for one, _ in recall.memory.missing(recall.space, "", 100)}
+    recall.embed_later([said])
+    await recall.flush()
+    assert said.id not in {one for one, _ in recall.memory.find_unembedded(recall.space, "", 100)}
 
 
 async def test_a_vector_that_comes_late_reaches_what_is_in_memory(store, recall):
@@ -84,12 +84,12 @@ async def test_a_vector_that_comes_late_reaches_what_is_in_memory(store, recall)
     said = tell(store, place, FACT)
     for number in range(2 * OVERLAP):  # far more than are read again
         tell(store, place, f"and then there was number {number}")
-    index = await recall.index(recall.read(place))
-    assert len(index.unembedded()) == len(index) == 21 + 2 * OVERLAP
-    recall.learn([said])
-    await recall.learned()
-    assert said.id not in index.unembedded()
-    assert len(index.unembedded()) == len(index) - 1  # the control: the others have none
+    index = await recall.update_index(recall.read_scope(place))
+    assert len(index.find_unembedded()) == len(index) == 21 + 2 * OVERLAP
+    recall.embed_later([said])
+    await recall.flush()
+    assert said.id not in index.find_unembedded()
+    assert len(index.find_unembedded()) == len(index) - 1  # the control: the others have none
 
 
 async def test_what_was_written_in_another_order_than_it_was_made_is_not_missed(store, recall):
@@ -104,7 +104,7 @@ async def test_what_was_written_in_another_order_than_it_was_made_is_not_missed(
 async def test_forgotten_edited_and_withheld_text_is_gone_from_the_next_request_on(store, registry, recall, database):
     place = crowded(store)
     said = [tell(store, place, f"{FACT} number {number}", f"person {number}") for number in range(3)]
-    await recall.catch_up(lambda *_: None)
+    await recall.embed_missing(lambda *_: None)
     assert {one.text for one in said} <= set(await found(recall, place))
     forget_message(database, said[0].id)
     assert said[0].text not in await found(recall, place)
@@ -116,7 +116,7 @@ async def test_forgotten_edited_and_withheld_text_is_gone_from_the_next_request_
     forget_person(database, registry, "test", "person 1")
     assert said[1].text not in await found(recall, place)
     store.edit_message(said[2].id, "nothing of the kind", now() + timedelta(seconds=1))
-    await recall.forget(place.id)
+    await recall.mark_changed(place.id)
     assert [text for text in await found(recall, place) if "parrots" in text] == []
     with database.read() as connection:
         left = set(connection.execute(embeddings.select()).scalars("message_id"))
@@ -191,14 +191,14 @@ async def test_a_channel_that_was_closed_is_not_seen_from_outside_any_more(store
 async def test_vectors_of_another_model_are_made_anew_and_never_compared(store, recall, database):
     place = crowded(store)
     said = tell(store, place, FACT)
-    recall.memory.keep([(said.id, FACT)], np.ones((1, 7), np.float32), "another model")
+    recall.memory.store_vectors([(said.id, FACT)], np.ones((1, 7), np.float32), "another model")
     await found(recall, place)  # seven dimensions would not fit
     told = []
-    await recall.catch_up(lambda stage, done, total: told.append((done, total)))
+    await recall.embed_missing(lambda stage, done, total: told.append((done, total)))
     assert told[-1] == (21, 21)
     with database.read() as connection:
         assert {row.space for row in connection.execute(embeddings.select())} == {recall.space}
-    recall.memory.keep([(said.id, "what it said before it was edited")], np.ones((1, 7), np.float32), "late")
+    recall.memory.store_vectors([(said.id, "what it said before it was edited")], np.ones((1, 7), np.float32), "late")
     with database.read() as connection:
         assert "late" not in {row.space for row in connection.execute(embeddings.select())}
 
@@ -214,7 +214,7 @@ async def test_who_refers_to_what_was_said_fifty_turns_ago_is_understood(store, 
         place = store.open_conversation(Conversation("test", new_id()))
         said = [Message(place.id, turn["speaker"], turn["text"]) for turn in made.conversation]
         store.add_dialogues([(place, said, [], [])])
-        await recall.catch_up(lambda *_: None)
+        await recall.embed_missing(lambda *_: None)
         for question in made.questions:
             wanted = said[int(question["evidence"][0])]
             if wanted not in said[-50:]:
@@ -321,12 +321,12 @@ async def test_what_is_older_than_what_is_in_memory_is_found_by_its_words(store,
         )
     newest = store.open_conversation(replace(place, id=new_id(), thread="120"))
     assert (await found(recall, newest))[0] == FACT
-    index = recall.read(newest).index
+    index = recall.read_scope(newest).index
     for number in range(30):
         tell(store, newest, f"and then there was number {number}")
         assert (await found(recall, newest))[0] == FACT
         assert 40 <= len(index) <= 50
-    assert recall.read(newest).index is index
+    assert recall.read_scope(newest).index is index
     monkeypatch.setattr("bot.memory.recall.OLDER", 0)
     assert FACT not in await found(recall, newest), "the control: it is not in memory"
 
@@ -337,7 +337,7 @@ async def test_what_was_said_while_nobody_asked_is_in_memory_without_a_gap(store
     place = crowded(store)
     await found(recall, place)
     said = [tell(store, place, f"then the red banana number {number} came") for number in range(100)]
-    index = await recall.index(recall.read(place))
+    index = await recall.update_index(recall.read_scope(place))
     assert index.ids == [one.id for one in said[-40:]]
     assert said[17].text in await found(recall, place, "which banana was number 17?"), "the database finds it"
 
@@ -395,7 +395,7 @@ async def test_the_benchmark_of_the_tracker_asks_one_conversation_a_mention_and_
     monkeypatch.setattr(tracker, "SMALL", 20)
     monkeypatch.setattr(tracker, "QUESTIONS", 80)
     if scope == "wide":  # the control: a memory that sees all channels
-        monkeypatch.setattr("bot.memory.scope.compute_scope", lambda *channel: 0)
+        monkeypatch.setattr("bot.memory.scope_key.compute_scope", lambda *channel: 0)
         monkeypatch.setattr("bot.store.tables.compute_scope", lambda *channel: 0)
         monkeypatch.setattr(
             Memory, "find_visible", lambda self, place, ids: ConversationStore(self.database).find_messages(ids)

@@ -96,7 +96,7 @@ async def test_a_mention_is_answered_once_in_a_thread_by_a_native_stream(live, p
     found = await told(live, bot, answer)
     assert answer["text"] == found.turn.text
     assert answer["thread_ts"] == asked
-    assert (await live.database.call(live.store.message, found.turn.message_id)).text == "hello"
+    assert (await live.database.call(live.store.read_message, found.turn.message_id)).text == "hello"
     assert "chat.startStream" in platform.calls
     assert platform.refused == []
     await quiet(bot)
@@ -234,7 +234,7 @@ async def test_what_is_changed_or_deleted_while_it_waits_is_answered_as_it_is_th
     await quiet(bot)
     assert len(platform.answers(direct)) == 2  # nobody is told anything about what was deleted
     turns = [(await told(live, bot, one)).turn for one in platform.answers(direct)]
-    asked = [await live.database.call(live.store.message, turn.message_id) for turn in turns]
+    asked = [await live.database.call(live.store.read_message, turn.message_id) for turn in turns]
     assert [one.text for one in asked] == ["hello", "what should i eat"]
     prompt = live.dialogue.tracker.tokenizer.hf.decode(turns[1].prompt_ids)
     assert "what should i eat" in prompt
@@ -507,7 +507,7 @@ async def test_what_slack_says_of_people_is_no_question(platform, bot, subtype):
 async def asked(live, bot: Slack, answer: dict) -> str:
     """What an answer answers."""
     found = await told(live, bot, answer)
-    return (await live.database.call(live.store.message, found.turn.message_id)).text
+    return (await live.database.call(live.store.read_message, found.turn.message_id)).text
 
 
 async def test_text_files_are_read_and_pictures_get_one_line(live, platform, bot):
@@ -614,7 +614,7 @@ async def test_what_was_refused_or_came_too_fast_is_not_answered_after_a_restart
 async def texts(live, bot: Slack, answers: list[dict]) -> list[str]:
     """The questions of these answers, as they were stored."""
     turns = [(await told(live, bot, answer)).turn for answer in answers]
-    return [(await live.database.call(live.store.message, turn.message_id)).text for turn in turns]
+    return [(await live.database.call(live.store.read_message, turn.message_id)).text for turn in turns]
 
 
 async def test_of_a_flood_that_was_missed_the_newest_are_answered_within_the_limit_and_the_rest_never(live, platform):

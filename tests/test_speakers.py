@@ -63,7 +63,7 @@ async def ask(dialogue, question: Message, earlier: list[Message], place: Conver
 async def test_what_was_said_before_to_somebody_else_is_shown_with_its_speaker(dialogue, tracker):
     earlier = [said("bob", "the meeting moved to ten"), said("cleo", "oh no")]
     heard = await ask(dialogue, said("ann", "is this true?"), earlier)
-    context = await tracker.context(heard.message)
+    context = await tracker.build_context(heard.message)
     assert "\n".join(one["content"] for one in context.messages) == (
         "name of bob: the meeting moved to ten\nname of cleo: oh no\nname of ann: is this true?"
     )

@@ -16,7 +16,7 @@ from bot.store.conversations import ConversationStore
 from bot.store.forgetting import forget_person
 from bot.store.registry import BASE, PolicyRegistry
 from bot.types import Feedback, FeedbackKind, Metrics, PolicyState, PolicyVersion, Record, Turn, now
-from learning.bench import serving
+from learning.bench import swap
 from learning.data.replay_buffer import ReplayBuffer
 from learning.data.selection import is_held_out, question_key
 from learning.judging.error_budget import compute_next_level
@@ -83,7 +83,7 @@ class Waiting:
 def waiting(config, store, registry, tokenizer, source) -> Waiting:  # noqa: F811
     changes = {"dialogue": config.dialogue.model_copy(update={"embedder": "none"})}
     changes |= {"gate": config.gate.model_copy(update={"samples": 8})}
-    version = serving.register_copy(registry, source, config.data / "policies")
+    version = swap.register_copy(registry, source, config.data / "policies")
     drawn = Metrics(drawn_at=now(), waits_for=10, reasons=["too few"])
     metrics = version.metrics | drawn | Record(evidence=MEASURED)
     registry.begin_run(version.name, {}, "", [])
@@ -196,7 +196,7 @@ def test_what_cannot_be_judged_any_more_says_why(waiting, case):
             waiting.registry.promote(other.name)
             reason = f"{waiting.version.name} was judged against {BASE}, but {other.name} is live now"
         case "its weights were changed":
-            serving.save_random_version(waiting.config, waiting.registry.get_base().base_model, path.with_name("other"), 7)
+            swap.save_random_version(waiting.config, waiting.registry.get_base().base_model, path.with_name("other"), 7)
             (path.with_name("other") / "adapter_model.safetensors").rename(path / "adapter_model.safetensors")
             reason = "its weights are not those that were registered"
         case _:
@@ -219,7 +219,7 @@ def test_one_that_learned_from_somebody_who_is_forgotten_is_purged_as_any_other(
     forget_person(database, waiting.registry, "test", "ann")
     assert waiting.state == PolicyState.PURGED
     assert not Path(waiting.version.path).exists()
-    assert waiting.registry.waiting() == []
+    assert waiting.registry.find_waiting() == []
 
 
 def test_another_base_model_ends_its_waiting(waiting):

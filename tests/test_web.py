@@ -156,8 +156,8 @@ async def test_who_goes_away_has_stopped_the_answer_and_the_half_of_it_is_not_tr
             await stream.close()
         else:
             assert [chunk async for chunk in chunks]
-        await until(lambda turn_id=turn_id: live.store.turn(turn_id) is not None)
-        stopped.append(live.store.turn(turn_id))
+        await until(lambda turn_id=turn_id: live.store.find_turn(turn_id) is not None)
+        stopped.append(live.store.find_turn(turn_id))
     halves = [turn for turn in stopped if turn.finish_reason == "stopped"]
     assert halves == stopped[::2]
     assert all(turn.completion_ids[-1:] != (tokenizer.hf.eos_token_id,) for turn in halves)
@@ -210,7 +210,7 @@ async def test_an_answer_is_regenerated_and_the_first_one_was_not_wanted(live, c
 
 async def test_bad_requests_are_told_in_one_line_and_nothing_is_stored(live, client, http):
     said = await client.chat.completions.create(model="kibitz", messages=HELLO)
-    before = live.store.counts()
+    before = live.store.count_rows()
     bad = [
         ("/v1/chat/completions", {}, 400, "messages is empty; send one at least"),
         ("/v1/chat/completions", {"messages": [{"role": "robot", "content": "x"}]}, 400, "messages.0.role"),
@@ -227,7 +227,7 @@ async def test_bad_requests_are_told_in_one_line_and_nothing_is_stored(live, cli
     large = b'{"messages": "' + b"x" * 3_000_000
     assert (await http.post("/v1/feedback", content=large, headers={"Content-Type": "application/json"})).status_code == 413
     assert (await http.delete("/v1/feedback/none")).status_code == 404
-    assert live.store.counts() == before
+    assert live.store.count_rows() == before
 
 
 @pytest.mark.parametrize(
@@ -296,10 +296,10 @@ async def test_people_decide_whether_they_teach_and_can_be_forgotten(live, clien
     turns = [one.id.removeprefix("chatcmpl-") for one in said]
     deleted = (await http.delete(f"/v1/chat/completions/{said[0].id}")).json()
     assert deleted == {"id": said[0].id, "object": "chat.completion.deleted", "deleted": True}
-    assert [live.store.turn(one) is None for one in turns] == [True, False]
+    assert [live.store.find_turn(one) is None for one in turns] == [True, False]
     assert (await http.delete(f"/v1/chat/completions/{said[0].id}")).status_code == 404
     assert (await http.delete("/v1/privacy", params=me)).json()["consent"] is False
-    assert [live.store.turn(one) is None for one in turns] == [True, True]
+    assert [live.store.find_turn(one) is None for one in turns] == [True, True]
 
 
 async def test_sigterm_ends_answers_whole_and_then_the_process(live, tmp_path):
@@ -343,7 +343,7 @@ async def test_what_operators_scrape(live, http):
             await asyncio.sleep(0.1)
     metrics = (await http.get("/metrics")).text
     assert f'kibitz_live{{version="{live.policy.version}"}} 1.0' in metrics
-    assert f"kibitz_turns {live.store.counts()['turns']}.0" in metrics
+    assert f"kibitz_turns {live.store.count_rows()['turns']}.0" in metrics
 
 
 def test_a_door_that_would_let_anybody_in_or_cannot_be_had_is_refused(monkeypatch):
@@ -362,10 +362,10 @@ def test_a_door_that_would_let_anybody_in_or_cannot_be_had_is_refused(monkeypatc
 
 @pytest.mark.skipif(not shutil.which("chromedriver") or not shutil.which("chromium"), reason="Debian's chromium is not here")
 async def test_a_person_chats_on_the_page(live, url, tmp_path, request):
-    before = live.store.counts()
+    before = live.store.count_rows()
     pictures = ROOT / "docs" if request.config.getoption("--picture") else tmp_path
     said = await asyncio.to_thread(a_visit, url, tmp_path, pictures)
-    after = live.store.counts()
+    after = live.store.count_rows()
     assert after["turns"] - before["turns"] == 3
     last = said["ids"][-1]
     kinds = [row.kind for row in (await live.dialogue.explain(last)).feedback]

@@ -163,7 +163,7 @@ async def measure(
 async def wait_for_answers(platform: Platform, place: str, count: int) -> Sequence[Any]:
     """The answers in a place, as soon as `count` of them are whole. Raises TimeoutError after a minute."""
     async with asyncio.timeout(300):
-        while sum(one.whole for one in platform.answers(place)) < count:
+        while sum(one.is_whole for one in platform.answers(place)) < count:
             await platform.wait_for_change(place)
     return platform.answers(place)
 
@@ -218,8 +218,8 @@ def _compute_added(
     for exchange, turn in zip(exchanges, turns, strict=True):
         if turn is not None and turn.latency_ms in from_vllm:
             took = from_vllm[turn.latency_ms]
-            added["first_added"].append(exchange.answer.first - exchange.said_at - (took.first_at - took.asked_at))
-            added["added"].append(exchange.answer.final - exchange.said_at - (took.final_at - took.asked_at))
+            added["first_added"].append(exchange.answer.first_at - exchange.said_at - (took.first_at - took.asked_at))
+            added["added"].append(exchange.answer.final_at - exchange.said_at - (took.final_at - took.asked_at))
     return added
 
 

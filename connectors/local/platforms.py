@@ -107,7 +107,7 @@ class _LocalServerPlatform:
         await self._bot.start()
 
     async def wait_for_change(self, place: str) -> None:
-        await self.fake.changed[place].wait()
+        await self.fake.change_signals[place].wait()
 
 
 class DiscordPlatform(_LocalServerPlatform):
@@ -131,17 +131,17 @@ class DiscordPlatform(_LocalServerPlatform):
                 one["id"],
                 one["message_reference"]["message_id"],
                 one["content"],
-                self.fake.written[one["id"]][0],
-                self.fake.written[one["id"]][-1],
+                self.fake.write_times[one["id"]][0],
+                self.fake.write_times[one["id"]][-1],
                 "up" in self.fake.buttons(int(one["id"])),
-                len(self.fake.written[one["id"]]) - 1,
+                len(self.fake.write_times[one["id"]]) - 1,
             )
             for one in self.fake.answers(int(place))
             if "message_reference" in one
         ]
 
     async def find_turn_id(self, answer: SeenAnswer) -> str:
-        return await self._bot.connector.answers.turn_of(answer.id) or ""
+        return await self._bot.connector.answers.find_turn_id(answer.id) or ""
 
     async def react(self, user: str, answer: SeenAnswer, likes: bool) -> None:
         await self.fake.react(make_discord_id(user), int(answer.id), "👍" if likes else "👎")
@@ -181,17 +181,19 @@ class SlackPlatform(_LocalServerPlatform):
                 one["ts"],
                 one.get("thread_ts", ""),
                 one["text"],
-                self.fake.written[one["ts"]][0],
-                self.fake.written[one["ts"]][-1],
-                self.fake.done(one),
-                len(self.fake.written[one["ts"]]) - 1,
+                self.fake.write_times[one["ts"]][0],
+                self.fake.write_times[one["ts"]][-1],
+                self.fake.is_final(one),
+                len(self.fake.write_times[one["ts"]]) - 1,
             )
             for one in self.fake.answers(place)
         ]
 
     async def find_turn_id(self, answer: SeenAnswer) -> str:
         return (
-            await self._bot.connector.workspace.answers.turn_of(f"{self.fake.messages[answer.id]['channel']}:{answer.id}")
+            await self._bot.connector.workspace.answers.find_turn_id(
+                f"{self.fake.messages[answer.id]['channel']}:{answer.id}"
+            )
             or ""
         )
 
