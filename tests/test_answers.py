@@ -28,13 +28,13 @@ class Screen:
     def __init__(self, broken: bool = False):
         self.turn_id, self.told, self.broken = new_id(), [], broken
 
-    async def grow(self, text: str) -> None:
+    async def show_partial(self, text: str) -> None:
         """Nothing grows here."""
 
-    async def whole(self, text: str) -> None:
+    async def show_final(self, text: str) -> None:
         self.told.append(text)
 
-    async def sorry(self, text: str = SORRY) -> None:
+    async def apologize(self, text: str = SORRY) -> None:
         self.told.append(text)
         if self.broken:
             raise ConnectionError("the channel is closed")
@@ -50,7 +50,7 @@ def fails(error: Exception):
 @pytest.mark.parametrize("error", [ZeroDivisionError("a bug"), OSError(28, "No space left on device"), DataError("no")])
 async def test_whatever_fails_is_one_apology_and_one_line_with_the_id(answers, caplog, error):  # noqa: F811
     screen = Screen()
-    await answers.give(fails(error), screen, AsyncLimiter(9))
+    await answers.ask_and_show(fails(error), screen, AsyncLimiter(9))
     assert screen.told == [SORRY]
     [record] = [one for one in caplog.records if one.levelno >= logging.WARNING]
     assert screen.turn_id in record.getMessage()
@@ -58,15 +58,15 @@ async def test_whatever_fails_is_one_apology_and_one_line_with_the_id(answers, c
 
 
 async def test_an_apology_that_fails_too_ends_quietly_and_cancelling_still_cancels(answers, caplog):  # noqa: F811
-    await answers.give(fails(ZeroDivisionError()), Screen(broken=True), AsyncLimiter(9))
+    await answers.ask_and_show(fails(ZeroDivisionError()), Screen(broken=True), AsyncLimiter(9))
     assert "could not be shown" in caplog.text
     with pytest.raises(asyncio.CancelledError):
-        await answers.give(fails(asyncio.CancelledError()), Screen(), AsyncLimiter(9))
+        await answers.ask_and_show(fails(asyncio.CancelledError()), Screen(), AsyncLimiter(9))
 
 
 async def test_nobody_is_told_about_a_question_that_they_deleted(answers):  # noqa: F811
     screen = Screen()
-    await answers.give(fails(ForgottenError("gone")), screen, AsyncLimiter(9))
+    await answers.ask_and_show(fails(ForgottenError("gone")), screen, AsyncLimiter(9))
     assert screen.told == []
 
 
@@ -80,9 +80,9 @@ async def test_of_what_was_not_said_to_kibitz_only_words_of_the_willing_and_admi
     answers.users.record_consent("test", "bob", False)
     said = [Message("", author, f"{author} speaks") for author in ("ann", "bob", "mallory")]
     said.append(Message("", "ann", "  "))
-    assert await answers.overheard(said, lambda user: user != "mallory") == said[:1]
+    assert await answers.select_overheard(said, lambda user: user != "mallory") == said[:1]
     answers.users.record_consent("test", "bob", True)
-    assert await answers.overheard(said, lambda user: True) == said[:3]
+    assert await answers.select_overheard(said, lambda user: True) == said[:3]
 
 
 async def talk_in_the_terminal(config, tokenizer, monkeypatch, lines: Callable[[Terminal], Iterator[str]]) -> None:

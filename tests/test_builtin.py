@@ -206,11 +206,11 @@ def test_it_speaks_as_kibitz_whatever_it_is_given(builtin_model):
     def text(*messages):
         return tokenizer.hf.decode(tokenizer.prompt_ids(messages))
 
-    assert builtin.PERSONA in text(ask)
+    assert DEFAULT_PERSONA in text(ask)
     assert "SmolLM" not in text(ask)
     told = text({"role": "system", "content": "Be a pirate."}, ask)
     assert "Be a pirate." in told
-    assert builtin.PERSONA not in told
+    assert DEFAULT_PERSONA not in told
     for shown in (text(ask), told):
         assert shown.count("<|im_start|>system") == 1
         assert all(answer in shown for _, answer in builtin.EXAMPLES)

@@ -213,9 +213,9 @@ async def test_adapters_and_whole_weights_make_way_for_each_other(live, tmp_path
         await live.policy.reply([1, 2, 3], version=BASE)
     other = await swapped_in(live, tmp_path, 33, "full")
     with pytest.raises(ServingError, match="failed its probe"):
-        live.policy.admin.weights = whole  # the control: they are those of the other
+        live.policy.admin.weights_version = whole  # the control: they are those of the other
         await live.deployment._probe(live.registry.get(whole))
-    live.policy.admin.weights = other
+    live.policy.admin.weights_version = other
     again = await swapped_in(live, tmp_path, 34)
     assert (live.policy.admin.weights_version, live.policy.version) == (BASE, again)
     for expected, weights in ((other, other), (whole, whole), (adapter, BASE)):
@@ -270,7 +270,7 @@ async def test_a_server_that_was_started_again_by_somebody_else_is_given_its_wei
     deployment = Deployment(live.policy, live.registry, elsewhere)
     assert not await deployment.follow_registry(), "nothing has changed"
     await live.policy.admin.replace_weights("default", live.registry.get(BASE).base_model)  # as a fresh one would be
-    live.policy.admin.weights = name
+    live.policy.admin.weights_version = name
     with pytest.raises(ServingError, match="failed its probe"):
         await deployment._probe(live.registry.get(name))
     assert await deployment.follow_registry()
@@ -319,7 +319,7 @@ async def test_a_running_kibitz_deploys_what_another_process_asks_for_and_no_out
 
 async def test_a_server_that_keeps_its_weights_is_an_error_for_people(live, tmp_path, monkeypatch):
     name = await version_of(live, tmp_path / "candidate", 61, "full")
-    live.policy.admin.takes_weights = False
+    live.policy.admin.can_replace_weights = False
     try:
         with pytest.raises(ServingError, match="does not let its own be changed"):
             await live.deployment.deploy(name)

@@ -117,7 +117,7 @@ class Button(
 
     async def callback(self, interaction: discord.Interaction[Any]) -> None:
         """Hand it to the connector."""
-        await interaction.client.connector.pressed(self.act, self.turn_id, interaction)
+        await interaction.client.connector.handle_button(self.act, self.turn_id, interaction)
 
 
 class ReasonModal(discord.ui.Modal, title="What was wrong with it?"):

@@ -101,9 +101,9 @@ class _LocalServerPlatform:
     async def restart(self, meanwhile: Callable[[], Awaitable[None]]) -> None:
         await self._bot.stop()
         self._online.clear()
-        self.fake.gives_up = True  # so long away that nothing is delivered later
+        self.fake.is_dropping_events = True  # so long away that nothing is delivered later
         await meanwhile()
-        self.fake.gives_up = False
+        self.fake.is_dropping_events = False
         await self._bot.start()
 
     async def wait_for_change(self, place: str) -> None:
