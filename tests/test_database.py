@@ -201,7 +201,7 @@ def test_what_cannot_be_removed_is_named_and_stops_nothing_else(database, regist
 async def test_a_busy_log_is_emptied_later_in_the_background_and_the_operator_is_told(
     config, database, store, registry, tokenizer, monkeypatch, caplog
 ):
-    monkeypatch.setattr(write_ahead_log, "IDLE_WAIT_SECONDS", 0)
+    monkeypatch.setattr(write_ahead_log, "PATIENCE", 0)
     monkeypatch.setattr(database_module, "BUSY_SECONDS", 10**6)  # who waits for the reader waits for ever
     answered(store, tokenizer, SECRET, "hello", author="ann")
     with read_from(config.data / "kibitz.db"):

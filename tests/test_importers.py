@@ -36,7 +36,7 @@ def read_rows(tmp_path: Path, *rows: object):
 
 
 def opinions(found) -> tuple[int, int]:
-    return found.count(FeedbackKind.APPROVAL), found.count(FeedbackKind.DISAPPROVAL)
+    return found.count_feedback(FeedbackKind.APPROVAL), found.count_feedback(FeedbackKind.DISAPPROVAL)
 
 
 def chats(found) -> list[list[tuple[str, str]]]:
@@ -80,7 +80,7 @@ def test_the_trees_of_real_people_are_read_without_silent_loss():
 
 def test_a_tree_gives_reactions_and_a_rank_and_counts_what_is_no_reaction(tmp_path):
     found = read_rows(tmp_path, tree(**{"+1": 3, "-1": 1, "red_flag": 2}))
-    counts = {kind: found.count(kind) for kind in FeedbackKind}
+    counts = {kind: found.count_feedback(kind) for kind in FeedbackKind}
     assert counts == dict.fromkeys(FeedbackKind, 0) | {"approval": 3, "disapproval": 1, "rank": 1}
     assert found.dropped == {"+1 on a user's message": 2, "red_flag which is a tool's action, no reaction": 2}
 
@@ -161,7 +161,7 @@ def test_one_odd_row_refuses_no_file_and_is_counted_with_its_place(tmp_path, row
     found = read_rows(tmp_path, RATED, text, RATED)
     assert opinions(found) == (2, 0)
     assert found.dropped.total() >= 1
-    assert all(place.startswith("line 2") for place, _ in found.first.values()), found.first
+    assert all(place.startswith("line 2") for place, _ in found.first_dropped.values()), found.first_dropped
 
 
 def test_a_format_that_is_not_known_is_refused_with_those_that_are(tmp_path):
@@ -295,7 +295,7 @@ def test_a_rating_means_what_it_means_on_the_scale_of_its_file(tmp_path, ratings
     signs = {FeedbackKind.APPROVAL: "+", FeedbackKind.DISAPPROVAL: "-"}
     understood = "".join(signs[given[0].kind] if given else "." for *_, given in found.dialogues)
     assert understood == wanted
-    assert found.scale.startswith(scale)
+    assert found.scale_summary.startswith(scale)
     assert found.dropped.total() == wanted.count(".")
 
 
@@ -314,8 +314,8 @@ def test_a_rating_that_means_nothing_is_left_out_and_leaves_the_others_their_sca
     found = read_rows(tmp_path, *rows)
     assert opinions(found) == (1, 1)
     assert found.dropped == {"rating that is not understood": 1}
-    assert found.first["rating that is not understood"][0] == "line 2"
-    assert found.scale.startswith("0 or 1")
+    assert found.first_dropped["rating that is not understood"][0] == "line 2"
+    assert found.scale_summary.startswith("0 or 1")
 
 
 def test_messages_are_read_in_openais_and_in_sharegpts_words(tmp_path):
@@ -379,7 +379,7 @@ def test_flat_messages_of_openassistant_are_read_as_their_tree_is(tmp_path):
     found = read_rows(tmp_path, answer | emojis, question, lost, circle)  # in any order
     assert chats(found) == [[("user", "hello"), ("assistant", "Hi!")]]
     assert opinions(found) == (3, 1)
-    assert found.count(FeedbackKind.RANK) == 1
+    assert found.count_feedback(FeedbackKind.RANK) == 1
     assert found.dropped == {"message whose parent is not there": 2}
 
 
