@@ -91,14 +91,14 @@ def find_or_make_base_model(config: Config, tell: Callable[[str], None], progres
         has_config = (path / "config.json").is_file()
     except (OSError, RuntimeError, ValueError) as error:  # too long, an unknown user's home, or not a path
         raise ConfigError(
-            f"config key policy.model has value '{name[:80]}', which is no path ({quote_error(error)}); name a model's "
+            f"config key policy.model has value '{name[:80]}', which is not a path ({quote_error(error)}); name a model's "
             "directory, a hub model (owner/name), 'builtin' or 'toy'"
         ) from error
     if has_config:
         return str(path.absolute())
     if path.is_absolute() or name.startswith(".") or path.exists() or name.count("/") > 1:
         raise ConfigError(
-            f"config key policy.model has value '{name}', where there is no model (no config.json); "
+            f"config key policy.model has value '{name}', but there is no model (no config.json); "
             "name a model's directory, a hub model (owner/name), 'builtin' or 'toy'"
         )
     from transformers import AutoConfig
