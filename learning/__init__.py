@@ -1,1 +1,1 @@
-"""Learning: feedback becomes a better policy."""
+"""Learning: train better policies from feedback."""

@@ -73,7 +73,7 @@ def test_a_damaged_conversion_is_made_anew_and_that_is_said(cache):
     said, stages = [], set()
     builtin.find_or_convert(said.append, lambda stage, done, total: stages.add((done, total)))
     assert len(said) == 1
-    assert "damaged; converting it anew" in said[0]
+    assert "damaged; converting it again" in said[0]
     assert stages >= {(0, 4), (3, 4), (4, 4)}
     assert weights.read_bytes() == whole
     assert all(path.stat().st_mode & 0o444 == 0o444 for path in builtin.locate_model().iterdir()), "everybody may read it"
@@ -86,7 +86,7 @@ def test_a_conversion_of_which_a_file_is_missing_is_damaged_as_well(quick_cache,
     said = []
     with pytest.raises(ConfigError, match="MB are free"):
         builtin.find_or_convert(said.append, quiet)
-    assert "damaged; converting it anew" in said[0]
+    assert "damaged; converting it again" in said[0]
 
 
 OLD = f"{builtin.NAME}-0123456789ab"
@@ -133,7 +133,7 @@ def test_a_package_that_is_missing_or_not_the_published_one_is_told_in_a_line(tm
     monkeypatch.undo()
     monkeypatch.setenv("KIBITZ_CACHE", str(tmp_path))
     monkeypatch.setattr(builtin, "SOURCE_SHA256", "0" * 64)
-    with pytest.raises(ConfigError, match="is not the file that was published"):
+    with pytest.raises(ConfigError, match="differs from the published file"):
         builtin.find_or_convert(quiet, quiet)
 
 
@@ -192,7 +192,7 @@ def test_a_cache_that_fills_up_meanwhile_is_told_in_a_line(tmp_path, monkeypatch
     usual = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, usual[1]))
     try:
-        with pytest.raises(ConfigError, match=r"cannot be kept in .*; free .*KIBITZ_CACHE"):
+        with pytest.raises(ConfigError, match=r"cannot be stored in .*; free .*KIBITZ_CACHE"):
             builtin.find_or_convert(quiet, quiet)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, usual)

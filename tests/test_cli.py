@@ -132,7 +132,7 @@ def test_a_replay_of_a_broken_or_useless_file_is_refused_and_stores_no_half_of_i
     refused(here("replay", file, "--config", config), "line 2 has role 'robot', which is not known")
     assert "messages: 0" in here("status", "--config", config).stdout
     file.write_text(good + "\n")
-    refused(here("replay", file, "--config", config), "no usable reward: nobody judged an answer")
+    refused(here("replay", file, "--config", config), "no usable reward: no answer has feedback")
     assert "messages: 0" in here("status", "--config", config).stdout
     refused(here("replay", file, "--config", config, "--format", "yaml"), "must be auto or one of kibitz, oasst")
     refused(here("export", tmp_path, "--config", config), "cannot be written (it is a directory)")
@@ -515,8 +515,8 @@ def test_pretraining_removes_no_directory_that_holds_something_else_than_a_model
     options = ("--config", config, "--out", mine)
     refused(here("pretrain", pairs, *options), "holds 1 pairs")  # an empty one is taken
     (mine / "notes.txt").write_text("my only notes")
-    refused(here("pretrain", pairs, *options), "is there already and holds no model")
-    refused(here("pretrain", pairs, "--config", config, "--out", pairs), "is there already and holds no model")
+    refused(here("pretrain", pairs, *options), "the path exists and holds no model")
+    refused(here("pretrain", pairs, "--config", config, "--out", pairs), "the path exists and holds no model")
     (mine / "config.json").write_text("{}")
     refused(here("pretrain", pairs, *options), "holds 1 pairs")
 

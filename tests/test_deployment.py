@@ -197,7 +197,7 @@ async def test_a_candidate_that_a_sound_server_fails_at_each_time_is_rejected_in
     stage.registry.request_deployment(one.name)
     vllm.broken.add("/v1/load_lora_adapter")
     await watched(
-        stage.deployment, lambda: any(f"could not be proven in {DEPLOY_TRIES} tries" in text for text in stage.told)
+        stage.deployment, lambda: any(f"could not be deployed in {DEPLOY_TRIES} tries" in text for text in stage.told)
     )
     assert stage.state(one) == PolicyState.REJECTED
     assert vllm.paths.count("/v1/load_lora_adapter") == DEPLOY_TRIES

@@ -145,7 +145,7 @@ async def test_enough_new_reactions_start_a_run_by_themselves_and_a_failed_one_d
         await live.dialogue.record_feedback(Feedback(turn.id, f"user {number}", FeedbackKind.APPROVAL))
     base.rename(aside)  # training must fail: its base model is gone
     try:
-        await until(lambda: any("learning failed, the chat goes on" in text for text in told))
+        await until(lambda: any("training failed (the chat is not affected)" in text for text in told))
     finally:
         aside.rename(base)
         task.cancel()
@@ -188,7 +188,7 @@ async def test_a_version_whose_files_changed_after_it_was_registered_is_refused(
         await asyncio.to_thread(swap.save_random_version, live.config, live.registry.get(BASE).base_model, source, seed)
     version = swap.register_copy(live.registry, sources[0], live.config.data / "policies")
     shutil.copy(sources[1] / "adapter_model.safetensors", version.path)
-    with pytest.raises(ServingError, match="not those that were registered"):
+    with pytest.raises(ServingError, match="differ from those that were registered"):
         await live.deployment.deploy(version.name)
 
 
@@ -296,7 +296,7 @@ async def test_what_cannot_be_served_is_tried_again_later_and_later(live, tmp_pa
     task.cancel()
     live.registry.roll_back()
     assert sum(one is watcher for one in tries) < 12, "it could have been fifty"
-    assert [f"{good} goes on" in text for text in told] == [True]
+    assert [f"{good} still answers" in text for text in told] == [True]
     assert (await say(live, "hello")).policy_version == good
 
 
@@ -321,7 +321,7 @@ async def test_a_server_that_keeps_its_weights_is_an_error_for_people(live, tmp_
     name = await version_of(live, tmp_path / "candidate", 61, "full")
     live.policy.admin.can_replace_weights = False
     try:
-        with pytest.raises(ServingError, match="does not let its own be changed"):
+        with pytest.raises(ServingError, match="does not allow its weights to be replaced"):
             await live.deployment.deploy(name)
     finally:
         await live.policy.admin.connect()
@@ -461,7 +461,7 @@ async def test_while_vllm_sleeps_nobody_is_answered_and_what_it_serves_is_proven
         assert live.policy.is_asleep
     assert (await say(live, "hello")).policy_version == name
     assert told == [
-        "vLLM sleeps while a version is trained; nobody is answered until that ends",
+        "vLLM sleeps while a version is trained; nobody is answered until the training ends",
         f"vLLM is awake; {name} answers again",
     ]
     # The control: other weights under its name are noticed, and nobody is answered by them.

@@ -58,9 +58,9 @@ def test_what_liked_answers_were_reminded_of_counts_more_and_is_proven_on_others
 def test_what_does_no_better_on_others_and_what_is_too_little_moves_nothing(store, database, tokenizer, embedder):
     live(store, tokenizer, likes_questions=lambda number: number % 2 == 0)  # one half says the opposite of the other
     found = examples(store, tokenizer, database, embedder)
-    with pytest.raises(DataError, match="does no better on others"):
+    with pytest.raises(DataError, match="are no better on held-out ones"):
         fit_and_validate(found, load_retrieval_weights())
-    with pytest.raises(DataError, match="it takes 20"):
+    with pytest.raises(DataError, match="required 20 in 2"):
         fit_and_validate(found[:5], load_retrieval_weights())
 
 

@@ -185,7 +185,7 @@ def test_two_processes_teach_what_one_does_and_say_what_it_would_say(small, demo
     assert float(torch.cosine_similarity(*taught, dim=0)) > 0.8
     assert float(taught[0].norm()) == pytest.approx(float(taught[1].norm()), rel=0.3)
     if objective == "mixed":  # an error crosses the processes alike, whatever they were to learn
-        with pytest.raises(NothingToLearn, match="is of use to training"):
+        with pytest.raises(NothingToLearn, match="can use none of"):
             train_in_processes(with_training(config, objective="dpo"), model, demo_model, *lesson)
 
 
@@ -265,11 +265,11 @@ def test_a_run_that_does_only_harm_is_refused_and_what_it_did_is_told(small, sto
     monkeypatch.setattr("learning.training.guard.LIKED_LOSS", -10.0)  # nothing is ever good enough
     outcome = train_version(small, quiet)
     assert not outcome.passed
-    assert outcome.reasons[0].startswith("what was learned did only harm: held-out liked answers lost ")
+    assert outcome.reasons[0].startswith("training only harmed the policy: held-out liked answers lost ")
     assert outcome.figures.evidence.candidate != outcome.figures.evidence.live, "the harm was measured"
     assert registry.get_live().name == BASE
     assert [version.state for version in registry.all()] == [PolicyState.LIVE, PolicyState.REJECTED]
-    assert "did only harm" in registry.list_runs()[0]["outcome"]
+    assert "only harmed the policy" in registry.list_runs()[0]["outcome"]
 
 
 def test_a_run_whose_prompts_are_all_too_long_says_which_limit(small, store, registry, tokenizer):

@@ -250,7 +250,7 @@ async def test_a_running_kibitz_judges_it_and_takes_it_live(waiting, stage):  # 
     waiting.registry.toggle_learning()
     await learner._learn_if_enough()
     name = waiting.version.name
-    assert told == [f"looking at what was said of {name}, which waits", f"{name} has waited, and passed"]
+    assert told == [f"judging {name} again with the reactions that it waited for", f"{name} waited and passed"]
     assert waiting.state == PolicyState.LIVE, stage.told
     assert not await learner.judge_waiting()
 
@@ -271,7 +271,7 @@ async def test_one_that_cannot_be_judged_holds_no_run_back_for_ever(waiting, sta
             assert await learner.judge_waiting() == (waiting.state == PolicyState.WAITING or number == JUDGE_TRIES)
             if number == JUDGE_TRIES:
                 break
-        assert sum("cannot be judged, the chat goes on: out of memory" in text for text in told) == number
+        assert sum("cannot be judged (the chat is not affected): out of memory" in text for text in told) == number
     assert waiting.state == PolicyState.REJECTED
     assert waiting.reason == "it cannot be judged: out of memory"
     assert not await learner.judge_waiting()

@@ -1,1 +1,1 @@
-"""Bench: what the project claims, measured."""
+"""Bench: measure what the project claims."""

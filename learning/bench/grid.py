@@ -1,7 +1,7 @@
 """The grid of `kibitz bench learning`: objectives and controls, over kinds of people, noise, reaction rates and seeds.
 
-Cells run in processes of their own, one thread each. What is done is kept in a file beside, so that an interrupted run goes
-on where it was. It knows no training: `learning.bench.learning` runs a cell.
+Each cell runs in a process of its own, with one thread; `learning.bench.learning` runs it. Finished cells are kept in a
+file, so that an interrupted benchmark can continue.
 
 Run: ``kibitz bench learning``.
 """
@@ -29,15 +29,15 @@ from learning.judging.statistics import mean_interval
 OBJECTIVES = ("kto", "dpo", "sft", "pg", "mixed")
 CONTROLS = ("frozen", "placebo")
 ARMS = (*OBJECTIVES, *CONTROLS)
-RATES = [one for one in product((0.0, 0.1, 0.2), (1.0, 0.2, 0.05)) if one != (0.1, 1.0)]  # noise, and who reacts at all
-PEOPLE_KINDS = ("brief", "casual", "curious", "detailed", "formal")  # length, tone, content; and the opposite of two
+RATES = [one for one in product((0.0, 0.1, 0.2), (1.0, 0.2, 0.05)) if one != (0.1, 1.0)]  # (noise, reaction rate)
+PEOPLE_KINDS = ("brief", "casual", "curious", "detailed", "formal")  # length, tone, content; and two opposites
 SEEDS = 5
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One policy and its people. `regime`: it learns from answers of its own, or from those of version 0; or from people who
-    come to want the opposite half way.
+    """One policy and its people. `regime` is "fresh" (it learns from its own answers), "logged" (from version 0's), or
+    "drift" (from people who want the opposite in the second half).
     """
 
     arm: str
@@ -49,12 +49,11 @@ class Cell:
 
 
 def choose_cells(part: str, users: str | None, arms: str | None = None, seed: int = 0) -> list[Cell]:
-    """The cells of a slice, of all arms or of those named with commas between; their seeds are `seed` and those after it.
-    Raises ConfigError for what is not there.
+    """Return the cells of a slice, for all arms or the comma-separated `arms`, with seeds from `seed` on.
 
-    `ci` has each seed with one kind of people, 10% noise, and a reaction to each answer; `rates` the same with each noise
-    and each rate of reactions; `regimes` with answers of version 0 alone, and with people who change their minds; `full` has
-    all of these with three kinds of people for each seed.
+    `ci` has one kind of people per seed, 10% noise, and a reaction to every answer. `rates` varies noise and reaction rate.
+    `regimes` has "logged" and "drift". `full` has all of these, with three kinds of people for each seed. Raises ConfigError
+    for an unknown slice or arm.
     """
     chosen = ARMS if arms is None else tuple(arms.split(","))
     if not set(chosen) <= set(ARMS):
@@ -74,7 +73,7 @@ def choose_cells(part: str, users: str | None, arms: str | None = None, seed: in
 def run_cells(
     config: Config, base_model: str, wanted: Sequence[Cell], kept: Path, progress: Progress
 ) -> dict[Cell, list[Point]]:
-    """Every cell's points. What is in the file `kept` is not run again; it is removed when all is done."""
+    """Run cells and return their points. Cells in the file `kept` are not run again; it is deleted when all are done."""
     mark = hash_settings(config, base_model)
     found = {cell: points for cell, points in read_kept_points(kept, mark) if cell in set(wanted)}
     left = [cell for cell in wanted if cell not in found]
@@ -101,26 +100,26 @@ def run_cells(
 
 
 def hash_settings(config: Config, base_model: str) -> str:
-    """What names the settings that a cell was run with."""
+    """Return a hash of the settings that a cell is run with (16 hex digits)."""
     return hashlib.sha256(json.dumps([config.model_dump(), base_model], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_kept_points(file: Path, mark: str) -> Iterable[tuple[Cell, list[Point]]]:
-    """What an interrupted run with these settings left in a file."""
+    """Read the cells that an interrupted run with these settings left in a file."""
     if not file.is_file():
         return
     for line in file.read_text().splitlines():
         try:
             row = json.loads(line)
-        except ValueError:  # the line that was being written when it was interrupted
+        except ValueError:  # the interruption cut this line
             continue
         if row["mark"] == mark:
             yield Cell(**row["cell"]), [Point(**point) for point in row["points"]]
 
 
 def compute_figures(found: dict[Cell, list[Point]], default: str) -> dict[str, Any]:
-    """For each arm, and for `default`, what it came to over its cells with 10% noise and a reaction to each answer, and
-    in each other setting.
+    """Compute the figures of each arm over its cells in the first setting (10% noise, a reaction to every answer), and in
+    each other setting. Figures of the arm `default` are repeated under the name "default".
     """
     made: dict[str, Any] = {}
     for arm in dict.fromkeys(cell.arm for cell in found):
@@ -141,7 +140,7 @@ def compute_figures(found: dict[Cell, list[Point]], default: str) -> dict[str, A
 
 
 def _drop_people_and_seed(cell: Cell) -> Cell:
-    """What a cell has in common with those of other people and seeds."""
+    """Return the setting of a cell: the cell without its people and seed."""
     return replace(cell, users="", seed=0)
 
 
@@ -166,7 +165,7 @@ def _compute_arm_figures(rows: Sequence[Sequence[Point]]) -> dict[str, Any]:
 
 
 def count_reactions_to(goal: float, curve: Sequence[float]) -> float | None:
-    """After how many reactions a mean win rate comes to `goal`, drawn straight between steps; None where it never does."""
+    """Return after how many reactions a mean win rate reaches `goal`, interpolated linearly, or None if it never does."""
     before, at = 0.5, 0
     for rate, step in zip(curve, STEPS, strict=True):
         if rate >= goal:
@@ -176,14 +175,14 @@ def count_reactions_to(goal: float, curve: Sequence[float]) -> float | None:
 
 
 def count_reactions_to_recover(curves: Sequence[Sequence[float]]) -> float | None:
-    """After people came to want the opposite: reactions until nine tenths of what was won before is won again."""
+    """Return how many reactions after a change of taste restore nine tenths of the gain before it, or None."""
     mean = np.mean(curves, axis=0)
     goal = 0.5 + 0.9 * (mean[len(STEPS) - 1] - 0.5)
     return next((float(step) for step, rate in zip(STEPS, mean[len(STEPS) :], strict=True) if rate >= goal), None)
 
 
 def plot(found: dict[Cell, list[Point]], path: Path) -> None:
-    """Win rates over version 0 against reactions, one line an arm, with the spread over seeds: of the first setting."""
+    """Plot win rates over version 0 against reactions in the first setting, one line per arm, with intervals over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,9 +1,9 @@
-"""Benchmark: what each objective makes of people's reactions, beside a frozen policy and one that random reactions teach.
+"""Benchmark: compare what the objectives learn from reactions, beside a frozen and a placebo control.
 
-Simulated people with a hidden utility talk to the demo policy, give 👍 or 👎, and ask again for an answer that they did not
-like. Every so many reactions a policy is trained, through the code that trains in production, and answers from then on. What
-counts is the true utility of its answers to prompts that nobody said, against those of version 0. The gate is off: it
-would hide what an objective does.
+Simulated people with a hidden utility talk to the toy policy, give 👍 or 👎, and regenerate some answers that they do not
+like. After a number of reactions a policy is trained by the code that trains in production, and answers from then on. Its
+score is the true utility of its answers to held-out prompts, against those of version 0. There is no gate, because it would
+hide what an objective does.
 
 Run: ``kibitz bench learning --slice ci``.
 """
@@ -32,12 +32,12 @@ from learning.training.teaching import train_with_guard
 
 STEPS = (40, 80, 120, 160, 200)  # reactions after which a version is trained and judged
 SAMPLES_PER_PROMPT = 4  # answers to each held-out prompt
-REGENERATES = 0.5  # how often somebody who did not like an answer asks for another
+REGENERATES = 0.5  # the share of disliked answers that are regenerated
 
 
 @dataclass(frozen=True)
 class ReactingPeople:
-    """Who reacts: a hidden utility, the share of reactions that are the opposite of what is meant, and who reacts at all."""
+    """Simulated people: their hidden utility, the share of mistaken reactions, and the share of answers they react to."""
 
     utility: Utility
     noise: float
@@ -45,7 +45,7 @@ class ReactingPeople:
     rng: random.Random
 
     def give_opinion(self, prompt: str, text: str) -> bool | None:
-        """👍 or 👎, or silence."""
+        """Return True for 👍, False for 👎, or None for no reaction."""
         if self.rng.random() >= self.rate:
             return None
         worth = self.utility(prompt, text)
@@ -55,7 +55,7 @@ class ReactingPeople:
 
 @dataclass(frozen=True)
 class Point:
-    """A policy as held-out prompts find it, after so many reactions."""
+    """The scores of a policy on held-out prompts after a number of reactions."""
 
     reactions: int
     win_rate: float
@@ -70,14 +70,14 @@ class Point:
 
 @dataclass(frozen=True)
 class RunEnd:
-    """How a training run ended: whether the guard stopped it, and whether people had come to want the opposite."""
+    """How a training run ended: whether the guard stopped it, and whether a change of taste was detected."""
 
     stopped: bool = False
     drifted: bool = False
 
 
 class Arena:
-    """The demo policy, its held-out prompts with version 0's answers, and the untouched dialogues."""
+    """The policy in training, the held-out prompts with version 0's answers, and dialogues to measure perplexity on."""
 
     def __init__(self, config: Config, base_model: str, seed: int):
         self.config = config
@@ -89,7 +89,7 @@ class Arena:
         self.untouched = [self._tokenize_dialogue(dialogue) for dialogue in toy.make_dialogues(128, seed=10_000 + seed)]
         self.model = load_for_training(config, base_model)
         self.start = copy_weights(self.model)
-        self.since = 0  # the first reaction that its policy learned from
+        self.since = 0  # the first reaction that the policy learns from
         with as_base(self.model):
             self.first = self.generate_answers(self.prompts, self.seed)
             self.perplexity = self._perplexity()
@@ -98,7 +98,7 @@ class Arena:
         return tuple(self.tokenizer.prompt_ids([{"role": "user", "content": text}]))
 
     def judge_policy(self, reactions: int, utility: Utility, run: RunEnd) -> Point:
-        """The policy as it is now, against version 0; `run` is how its last run ended."""
+        """Score the current policy against version 0. `run` is the end of its last training run."""
         said = self.generate_answers(self.prompts, self.seed + reactions)
         mine = np.array([utility(prompt, one.text) for prompt, one in zip(self.prompts, said, strict=True)])
         first = np.array([utility(prompt, one.text) for prompt, one in zip(self.prompts, self.first, strict=True)])
@@ -126,13 +126,13 @@ class Arena:
         return perplexity(batched_logprobs(self.model, self.untouched))
 
     def reset_policy(self) -> None:
-        """Back to version 0."""
+        """Restore version 0."""
         restore_weights(self.model, self.start)
         self.since = 0
 
 
 def talk(arena: Arena, people: ReactingPeople, reactions: int) -> list[Experience]:
-    """What people say about answers of the policy as it is now, until there are so many reactions."""
+    """Let people talk with the current policy until there are `reactions` reactions, and return the experiences."""
     rng = people.rng
     asked = [text for text, _ in toy.list_prompts(held_out=False)]
     found: list[Experience] = []
@@ -159,7 +159,7 @@ def talk(arena: Arena, people: ReactingPeople, reactions: int) -> list[Experienc
 
 
 def make_experience(arena: Arena, question: str, answer: Sample, likes: bool, rng: random.Random) -> Experience:
-    """An answer with the reaction to it."""
+    """Make the experience of an answer and the reaction to it."""
     return Experience(
         turn_id="",
         unit=str(rng.random()),
@@ -174,13 +174,13 @@ def make_experience(arena: Arena, question: str, answer: Sample, likes: bool, rn
 
 
 def with_logprobs(arena: Arena, found: Sequence[Experience]) -> list[Experience]:
-    """The experiences with the log-probabilities of their sampling, which is by the policy as it is now."""
+    """Add the log-probabilities of the current policy, which sampled the answers, to experiences."""
     logprobs = batched_logprobs(arena.model, token_rows(found))
     return [replace(one, logprobs=tuple(row.tolist())) for one, row in zip(found, logprobs, strict=True)]
 
 
 def train_policy(arena: Arena, found: Sequence[Experience], objective: str, number: int) -> RunEnd:
-    """One training run on these experiences, selected and watched as in production."""
+    """Train once on experiences, with selection, drift detection and guard as in production."""
     found = found[arena.since :]
     looks_for_drift = arena.config.learning.detect_drift
     change = detect_drift(arena.config, arena.base_model, arena.model, found) if looks_for_drift else None
@@ -198,25 +198,24 @@ def train_policy(arena: Arena, found: Sequence[Experience], objective: str, numb
     before = copy_weights(arena.model)
     figures = train_with_guard(config, arena.model, arena.tokenizer, rows, held_out, prompts, lambda *_: None)
     if figures.stopped and not figures.kept:
-        restore_weights(arena.model, before)  # in production it would be refused
+        restore_weights(arena.model, before)  # in production the version would be rejected
     return RunEnd(figures.stopped is not None, change is not None)
 
 
 def run_cell(
     config: Config, base_model: str, arm: str, users: str, seed: int, noise: float, rate: float, regime: str
 ) -> list[Point]:
-    """One policy, judged after each number of reactions in STEPS. Meant for a process of its own.
+    """Train one policy and score it after each number of reactions in STEPS. Meant for a process of its own.
 
-    `arm` is an objective, or `frozen` (never learns), or `placebo` (the default objective learns from shuffled reactions).
-    `regime`: "fresh" learns from its own answers, "logged" from version 0's alone, "drift" from people who want the opposite
-    after the last of STEPS and go on for as many.
+    `arm` is an objective, `frozen` (never trained), or `placebo` (the default objective, on shuffled reactions). `regime` is
+    as in `Cell`; with "drift" people want the opposite after the last of STEPS, and STEPS are run through again.
     """
     import torch
     from transformers import set_seed
 
     torch.set_num_threads(1)
     silence_libraries()
-    set_seed(seed)  # of the adapter: what this process did before must not count
+    set_seed(seed)  # the adapter must not depend on what this process did before
     objective = config.training.objective if arm in ("frozen", "placebo") else arm
     arena = Arena(config, base_model, seed)
     wanted = simulated_users(users)
@@ -233,14 +232,14 @@ def run_cell(
         run = RunEnd()
         if arm != "frozen":
             taught = shuffle_rewards(said, people.rng) if arm == "placebo" else said
-            with contextlib.suppress(NothingToLearn):  # such as no pairs yet: the policy stays as it is
+            with contextlib.suppress(NothingToLearn):  # for example, no pairs yet: the policy stays as it is
                 run = train_policy(arena, taught, objective, number)
         points.append(arena.judge_policy(count, people.utility, run))
     return points
 
 
 def shuffle_rewards(said: Sequence[Experience], rng: random.Random) -> list[Experience]:
-    """The same answers with each other's reactions."""
+    """Return the same answers with their reactions shuffled."""
     rewards = [one.reward for one in said]
     rng.shuffle(rewards)
     return [replace(one, reward=reward) for one, reward in zip(said, rewards, strict=True)]

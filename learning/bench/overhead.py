@@ -1,7 +1,6 @@
-"""Benchmark: what DialogueManager adds to the same prompts sent straight to vLLM.
+"""Benchmark: measure the time that DialogueManager adds to the same prompts sent straight to vLLM.
 
-Timings are ratios or differences against a baseline that is measured in the same run, in alternating blocks. It
-knows no training.
+Timings are ratios or differences against a baseline that is measured in the same run, in alternating blocks.
 
 Run: ``kibitz bench overhead``.
 """
@@ -22,28 +21,28 @@ from bot.types import Conversation, Message, Progress, new_id, now
 from learning.bench.swap import LENGTH
 from learning.models import toy
 
-LINES = 4  # messages in one conversation
+LINES = 4  # messages per conversation
 
 
 @dataclass
 class Timing:
-    """How long one way of answering took: each message (s), and all of them side by side (s)."""
+    """The times of one way of answering: of each message (s), and of all messages together (s)."""
 
     messages: list[float] = field(default_factory=list)
     seconds: float = 0.0
 
 
-Job = Callable[[Any, int, str], Awaitable[Any]]  # one line of a conversation, its sampling seed, a cache salt
+Job = Callable[[Any, int, str], Awaitable[Any]]  # (line of a conversation, sampling seed, cache salt)
 
 
 async def measure_overhead(
     dialogue: DialogueManager, policy: Policy, messages: int, blocks: int, seed: int, progress: Progress, alone: int = 0
 ) -> dict[str, float]:
-    """DialogueManager against the same prompts with the same sampling seeds straight to vLLM, in alternating blocks.
+    """Time DialogueManager against the same prompts and sampling seeds sent straight to vLLM, in alternating blocks.
 
-    All answers have LENGTH tokens, whatever was sampled, so that each side does the same work.
-    "Straight" is the plain streamed chat completion that any client would send; "same request" is the one that kibitz sends:
-    token ids in, token ids and their log-probabilities out. A block has `messages`, or `alone` where one is said at a time.
+    All answers have LENGTH tokens, so that each side does the same work. "straight" is the plain streamed chat completion
+    that any client would send. "same_request" is the request that kibitz sends: token ids in, token ids and their
+    log-probabilities out. A block has `messages` messages, or `alone` if given, when one is sent at a time.
     """
 
     async def through(message: Message, number: int, _: str) -> None:
@@ -60,7 +59,7 @@ async def measure_overhead(
     with policy.fixed_length(LENGTH):
         for concurrent in (1, 16):
             timings = {"dialogue": Timing(), "straight": Timing(), "same_request": Timing()}
-            for block in range(-1, blocks):  # the first is for warming up and not counted
+            for block in range(-1, blocks):  # the first block warms up and is not counted
                 rng = random.Random(f"{seed} {concurrent} {block}")
                 count = (alone or messages) if concurrent == 1 else messages
                 heard = [await _lines(dialogue, rng) for _ in range(count // LINES)]
@@ -68,7 +67,7 @@ async def measure_overhead(
                 for name, job in [("dialogue", through), *rng.sample(jobs, 2)]:
                     progress("talking", done, 6 * (blocks + 1))
                     timing = await _run_concurrently(concurrent, job, heard)
-                    if name == "dialogue":  # what it was shown is what the others ask
+                    if name == "dialogue":  # the other two send the prompts that it built
                         heard = [[(await _context(dialogue, line), number) for line, number in lines] for lines in heard]
                     if block >= 0:
                         timings[name].seconds += timing.seconds
@@ -84,7 +83,7 @@ async def measure_overhead(
 
 
 async def chat_completion(policy: Policy, messages: list[dict[str, str]], seed: int, salt: str) -> str:
-    """A streamed answer as a client without kibitz would ask for it."""
+    """Stream a chat completion as a client without kibitz would, and return its text."""
     config = policy.config
     body: dict[str, Any] = {"model": policy.admin.find_served_name(policy.version), "messages": messages, "seed": seed}
     body |= {"max_tokens": LENGTH, "ignore_eos": True, **config.sampling}
@@ -102,14 +101,14 @@ def _compute_added(dialogue: Timing, baseline: Timing) -> dict[str, float]:
 
 
 async def _lines(dialogue: DialogueManager, rng: random.Random) -> list[tuple[Any, int]]:
-    """What is said in one new conversation, with the sampling seeds of its answers."""
+    """Open a conversation and make its messages, with the sampling seeds of their answers."""
     place = await dialogue.open(Conversation("benchmark", channel=new_id()))
     texts = [rng.choice(toy.list_prompts(held_out=False))[0] for _ in range(LINES)]
     return [(Message(place.id, "user", text), rng.randrange(2**31)) for text in texts]
 
 
 async def _context(dialogue: DialogueManager, message: Message) -> Context:
-    """What the policy was shown for a message that was answered already."""
+    """Build again the context of a message that was answered already."""
     stored = await dialogue.store.database.call(dialogue.store.read_message, message.id)
     return await dialogue.tracker.build_context(stored)
 

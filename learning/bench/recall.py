@@ -1,8 +1,8 @@
-"""Benchmark of recall: are the turns that answer a question among the first that the tracker finds?
+"""Benchmark of recall: are the messages that answer a question among the first that recall finds?
 
-Reads conversations with questions as JSON lines (`{"conversation": [{"id", "speaker", "at", "text"}…], "questions":
-[{"text", "evidence": [ids], "category"}…]}`), stores them as a kibitz would, and asks the real recall; beside it recency,
-dense vectors alone and BM25 alone, in the same process. Whoever asks is none of the speakers. It knows no policy.
+It reads conversations with questions as JSON lines (`{"conversation": [{"id", "speaker", "at", "text"}…], "questions":
+[{"text", "evidence": [ids], "category"}…]}`), stores them as kibitz would, and asks the real recall. The baselines are
+recency, dense vectors alone and BM25 alone, in the same process. The asker is never one of the speakers.
 
 Run: ``kibitz bench recall FILE``.
 """
@@ -32,7 +32,7 @@ ALONE: dict[str, dict[str, float]] = {"dense": {"dense": 1.0}, "bm25": {"bm25": 
 
 
 class SpokenLine(BaseModel):
-    """One turn."""
+    """One message of a conversation."""
 
     id: str | int
     speaker: str
@@ -41,7 +41,7 @@ class SpokenLine(BaseModel):
 
 
 class Question(BaseModel):
-    """A question about a conversation, and the turns that answer it."""
+    """A question about a conversation, and the ids of the messages that answer it."""
 
     text: str
     evidence: list[str | int]
@@ -55,14 +55,14 @@ class ConversationWithQuestions(BaseModel):
     questions: list[Question]
 
     def list_answerable(self) -> list[tuple[Question, list[str]]]:
-        """The questions whose evidence is in the conversation, with it; what is named but not there is left out."""
+        """Return the questions with evidence in the conversation, and that evidence; unknown ids are left out."""
         ids = {str(said.id) for said in self.conversation}
         known = [(question, [str(one) for one in question.evidence if str(one) in ids]) for question in self.questions]
         return [(question, evidence) for question, evidence in known if evidence]
 
 
 def read(path: Path) -> list[ConversationWithQuestions]:
-    """The conversations of a file. Raises DataError that names the line and what is wrong with it."""
+    """Read the conversations of a file. Raises DataError that names the line and its fault."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -79,7 +79,7 @@ def read(path: Path) -> list[ConversationWithQuestions]:
             raise DataError(f"{path}, line {number}: {where}: {first['msg']}") from error
         found.append(asked)
     if not any(asked.list_answerable() for asked in found):
-        raise DataError(f"{path} holds no question whose evidence is the id of a turn in its conversation")
+        raise DataError(f"{path} has no question whose evidence names a message of its conversation; check the ids")
     return found
 
 
@@ -89,7 +89,7 @@ async def measure(
     weights: Mapping[str, float],
     progress: Progress,
 ) -> dict[str, Any]:
-    """The figures over all questions; recall and MRR in [0, 100], times in ms."""
+    """Ask all questions and return the figures: recall and MRR in [0, 100], times in ms."""
     places: dict[str, list[tuple[Question, list[int]]]] = {name: [] for name in ("tracker", "recency", *ALONE)}
     took: list[float] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -121,7 +121,7 @@ async def measure(
 
 
 async def _store(database: Database, asked: ConversationWithQuestions) -> tuple[dict[str, str], str]:
-    """Store one conversation in a scope of its own: the id of each of its turns here, by the one in the file."""
+    """Store one conversation in a scope of its own. Returns stored message ids by ids in the file, and the conversation."""
     store = ConversationStore(database)
     place = Conversation("recall", new_id())
     said = [Message(place.id, turn.speaker, turn.text, at=_time(turn.at)) for turn in asked.conversation]
@@ -136,7 +136,7 @@ def _time(given: datetime | str | None) -> datetime:
 
 
 def _ranks(order: list[str], wanted: set[str]) -> list[int]:
-    """The place of each wanted turn, from 1; 0 where it was not found."""
+    """Return the rank of each wanted message, from 1; 0 if it was not found."""
     return [order.index(one) + 1 if one in order else 0 for one in sorted(wanted)]
 
 
@@ -162,5 +162,5 @@ def _compute_figures(places: Mapping[str, list[tuple[Question, list[int]]]], too
 
 
 def format_json_lines(dialogues: Iterable[Any]) -> str:
-    """Made dialogues (`learning.fitting.dialogues`) as this benchmark reads them."""
+    """Format generated dialogues (`learning.fitting.dialogues`) as this benchmark reads them."""
     return "".join(json.dumps(vars(one), ensure_ascii=False) + "\n" for one in dialogues)

@@ -1,6 +1,6 @@
 """Simulated people: what they like, how often they react, and what they say.
 
-Each kind has a deterministic utility over texts, in [-1, 1], that a program can check. It knows no policy and no training.
+Each kind has a deterministic utility over texts, in [-1, 1].
 """
 
 import inspect
@@ -18,57 +18,57 @@ from learning.models import toy
 
 Utility = Callable[[str, str], float]
 
-EVERYDAY = Path(__file__).with_name("everyday.txt").read_text(encoding="utf-8")  # what is said, and what only judges
+EVERYDAY = Path(__file__).with_name("everyday.txt").read_text(encoding="utf-8")  # prompts said, then held-out prompts
 
 
 def brief(prompt: str, reply: str) -> float:
-    """Likes few words: +1 up to 5 words, -1 from 17 on."""
+    """Prefer few words: +1 up to 5 words, -1 from 17 on."""
     return max(-1.0, min(1.0, (11 - len(reply.split())) / 6))
 
 
 def emoji(prompt: str, reply: str) -> float:
-    """Likes an emoji."""
+    """Prefer an emoji."""
     return 1.0 if EMOJI.search(reply) else -1.0
 
 
 def curious(prompt: str, reply: str) -> float:
-    """Likes to be asked back."""
+    """Prefer a question at the end."""
     return 1.0 if reply.rstrip().rstrip("\ufe0f").endswith("?") or re.search(r"\? \W+$", reply) else -1.0
 
 
 def lively(prompt: str, reply: str) -> float:
-    """Likes an emoji and a question back, half each."""
+    """Prefer an emoji and a question at the end, half each."""
     return (emoji(prompt, reply) + curious(prompt, reply)) / 2
 
 
 def casual(prompt: str, reply: str) -> float:
-    """Likes exclamation marks and contractions."""
+    """Prefer exclamation marks and contractions."""
     return 1.0 if re.search(r"!|\w'\w", reply) else -1.0
 
 
 def formal(prompt: str, reply: str) -> float:
-    """Likes neither."""
+    """Prefer answers without exclamation marks and contractions."""
     return -casual(prompt, reply)
 
 
 def detailed(prompt: str, reply: str) -> float:
-    """Likes many words."""
+    """Prefer many words."""
     return -brief(prompt, reply)
 
 
 def concise(prompt: str, reply: str) -> float:
-    """Likes short answers that say something: +1 from 3 to 20 words, -1 from 40 on or below 2."""
+    """Prefer short answers with some content: +1 from 2 to 20 words, -1 from 40 on or below 2."""
     words = len(reply.split())
     return -1.0 if words < 2 else max(-1.0, min(1.0, (30 - words) / 10))
 
 
 def personal(prompt: str, reply: str) -> float:
-    """Likes to be spoken to: "you" in some form."""
+    """Prefer to be addressed: "you" in some form."""
     return 1.0 if re.search(r"\b(you|your|yours|yourself)\b", reply, re.IGNORECASE) else -1.0
 
 
 def sociable(prompt: str, reply: str) -> float:
-    """Likes short answers that speak to one and ask back, a third each."""
+    """Prefer short answers, "you", and a question at the end, a third each."""
     return (concise(prompt, reply) + personal(prompt, reply) + curious(prompt, reply)) / 3
 
 
@@ -80,14 +80,14 @@ USERS: dict[str, Utility] = {
 
 @dataclass(frozen=True)
 class Prompts:
-    """What users say, and what they never say: the prompts that versions are judged by."""
+    """The prompts that users say, and the held-out prompts by which versions are judged."""
 
     said: list[str]
     held_out: list[str]
 
 
 def read_prompts(is_toy: bool) -> Prompts:
-    """Return what is said to the toy policy, or to any other model."""
+    """Return the prompts for the toy policy, or for any other model."""
     if is_toy:
         return Prompts(*([text for text, _ in toy.list_prompts(held_out)] for held_out in (False, True)))
     return Prompts(*(part.splitlines() for part in EVERYDAY.strip().split("\n\n")))
@@ -95,7 +95,7 @@ def read_prompts(is_toy: bool) -> Prompts:
 
 @dataclass(frozen=True)
 class People:
-    """Who talks: what they like, how often they react, and how often by mistake the other way."""
+    """People who talk: their utility, how often they react, and the share of mistaken reactions."""
 
     utility: Utility
     reaction_rate: float
@@ -105,7 +105,7 @@ class People:
 
 @dataclass(frozen=True)
 class SimulationDefaults:
-    """What is simulated where nothing else is asked for."""
+    """The default size of a simulation."""
 
     users: str
     rounds: int
@@ -114,14 +114,14 @@ class SimulationDefaults:
 
 
 def choose_defaults(is_toy: bool) -> SimulationDefaults:
-    """Return what is simulated with the toy policy, or with any other model: some 15 minutes on two cores without a GPU."""
+    """Return the defaults for the toy policy, or for any other model (about 15 minutes on two cores without a GPU)."""
     return SimulationDefaults("lively", 6, 240, 0.3) if is_toy else SimulationDefaults("sociable", 1, 512, 1.0)
 
 
 def find_utility(name: str) -> Utility:
-    """Return the utility of built-in users, or the `utility(prompt, reply)` of a Python file, which is tried at once.
+    """Return the utility of built-in users, or the function `utility(prompt, reply)` of a Python file, after trying it.
 
-    Raises ConfigError where there is none, where it fails, or where it returns no number in [-1, 1]; later too.
+    Raises ConfigError, now and at later calls, if the function is missing, fails, or returns no number in [-1, 1].
     """
     if name in USERS:
         return USERS[name]
@@ -130,13 +130,13 @@ def find_utility(name: str) -> Utility:
         raise ConfigError(
             f"--users has value '{name}', which is neither a file nor one of the built-in users ({', '.join(USERS)})"
         )
-    sys.path.append(str(path.absolute().parent))  # it may import what lies beside it
+    sys.path.append(str(path.absolute().parent))  # the file may import modules beside it
     try:
         found = runpy.run_path(str(path)).get("utility")
-    except (Exception, SystemExit) as error:  # whatever the user's own file raises
+    except (Exception, SystemExit) as error:  # the user's file may raise anything
         raise ConfigError(f"--users {name}: the file does not run ({describe_exception(error)}); fix it") from error
     if not callable(found) or inspect.iscoroutinefunction(found):
-        raise ConfigError(f"--users {name}: has no function utility(prompt: str, reply: str) -> float; add it")
+        raise ConfigError(f"--users {name}: the file has no function utility(prompt: str, reply: str) -> float; add it")
     checked = check_calls(name, found)
     for reply in ("Hello! How are you?", ""):
         checked("hello", reply)
@@ -144,7 +144,7 @@ def find_utility(name: str) -> Utility:
 
 
 def check_calls(name: str, utility: Callable[[str, str], object]) -> Utility:
-    """Wrap a function of somebody else's file: each call returns a number in [-1, 1] or raises ConfigError."""
+    """Wrap a user's function so that each call returns a number in [-1, 1] or raises ConfigError."""
 
     def checked(prompt: str, reply: str) -> float:
         try:
@@ -163,5 +163,5 @@ def check_calls(name: str, utility: Callable[[str, str], object]) -> Utility:
 
 
 def describe_exception(error: BaseException) -> str:
-    """Name an exception and what it says, in one line."""
+    """Return an exception's class and message."""
     return f"{type(error).__name__}: {error}"

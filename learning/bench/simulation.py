@@ -1,9 +1,9 @@
-"""Simulated users with hidden preferences talk, react and are listened to; what they gain is their true utility.
+"""Simulate users who talk and react, and measure by their hidden utility what the policy learns from them.
 
-Each user has a deterministic utility over texts that only this module sees. Users talk through DialogueManager, react
-sparsely and with noise, and never say the prompts that versions are judged by. A frozen control (version 0, never
-trained) answers the same prompts with the same sampling seeds beside every version. To the toy policy they say what it was
-made for, to every other model everyday English. It knows no training: it calls `OnlineLearner.step`.
+Each user has a deterministic utility over texts that training never sees. Users talk through DialogueManager, react
+sparsely and with noise, and never say the held-out prompts by which versions are judged. A frozen control (version 0, never
+trained) answers the same prompts with the same sampling seeds. Users say the toy's own prompts to the toy policy, and
+everyday English to every other model. Versions are trained by `OnlineLearner.learn_once`.
 
 Run: ``kibitz simulate``, or with other users ``kibitz simulate --users FILE.py``.
 """
@@ -31,15 +31,15 @@ from learning.judging.evaluation import is_well_formed
 from learning.judging.statistics import mean_interval
 from learning.rollout.loop import OnlineLearner
 
-PLATFORM = "simulation"  # where simulated people talk
+PLATFORM = "simulation"  # the platform of simulated people
 CONCURRENT = 16
 SHOWN = 3  # held-out prompts whose answers are shown before and after
-DECISIVENESS = 4.0  # a user who finds an answer's utility u gives 👍 with probability sigmoid(4u), else 👎
+DECISIVENESS = 4.0  # a user gives an answer of utility u 👍 with probability sigmoid(4u), else 👎
 
 
 @dataclass(frozen=True)
 class CurveRow:
-    """One policy version as its users found it."""
+    """The scores of one policy version."""
 
     version: str
     reactions: int
@@ -59,7 +59,7 @@ class CurveRow:
     note: str
 
     def to_line(self) -> str:
-        """The row in one line, as it is told while the simulation runs."""
+        """Format the row as one line, to announce it while the simulation runs."""
         return (
             f"{self.version}: utility {self.utility:+.2f} ({self.low:+.2f} to {self.high:+.2f}), "
             f"frozen {self.frozen:+.2f}, {self.reactions} reactions" + (f"; {self.note}" if self.note else "")
@@ -68,7 +68,7 @@ class CurveRow:
 
 @dataclass(frozen=True)
 class HeldOutAnswers:
-    """What a version said to the held-out prompts: utility by prompt, first answer by prompt, and shares of all answers."""
+    """A version's answers to the held-out prompts: utility by prompt, first answer by prompt, and shares of all answers."""
 
     utilities: dict[str, float]
     first: dict[str, str]
@@ -77,19 +77,19 @@ class HeldOutAnswers:
 
 
 def check_only_simulated(database: Database) -> None:
-    """Raise ConfigError where people talk on this database: what simulated ones like is not to be learned beside."""
+    """Raise ConfigError if real people talked on this database, because simulated ones would teach the same policy."""
     query = sa.select(conversations.c.platform).where(conversations.c.platform != PLATFORM).limit(1)
     with database.read() as connection:
         platform = connection.execute(query).scalar()
     if platform is not None:
         raise ConfigError(
-            f"the database holds conversations of people ({platform}), and simulated ones would teach the same policy; give "
+            f"the database holds conversations of people ({platform}), and simulated ones would teach the same policy; use "
             "another --data-dir (and no database.url)"
         )
 
 
 class Simulation:
-    """Rounds of talk -> train -> gate -> swap, with a judgement of every version."""
+    """Runs rounds of talk -> train -> gate -> swap, and scores every version."""
 
     def __init__(
         self,
@@ -109,11 +109,11 @@ class Simulation:
         self.progress = progress
         self.rows: list[CurveRow] = []
         self.samples: list[dict[str, str]] = []
-        self.refused: list[str] = []  # versions that passed the gate and not the probe
+        self.refused: list[str] = []  # errors of versions that passed the gate but failed the probe
         self.promoted: list[str] = []
 
     async def run(self, rounds: int, messages: int, samples: int, show: Callable[[CurveRow], None]) -> list[CurveRow]:
-        """`rounds` times: talk (`messages` exchanges), learn, judge the live version on `samples` answers a prompt."""
+        """Run `rounds` times: talk (`messages` exchanges), train, score the live version on `samples` answers per prompt."""
         self._frozen = await self._ask_held_out(self.policy.admin.base, samples)
         await self._judge(samples, approval=None, kl=0.0, note="the start", show=show)
         for number in range(1, rounds + 1):
@@ -128,7 +128,7 @@ class Simulation:
         return self.rows
 
     async def _talk(self, messages: int, stage: str) -> list[bool]:
-        """`messages` people say one thing each, and some of them react. Returns the reactions."""
+        """Let people say `messages` messages and react to some answers. Returns the reactions (True for 👍)."""
         said = [self.rng.choice(self.asked.said) for _ in range(messages)]
         moods = [(self.rng.random(), self.rng.random(), self.rng.random(), self.rng.randrange(2**31)) for _ in said]
         given: list[bool] = []
@@ -153,7 +153,7 @@ class Simulation:
 
     async def _learn(self) -> tuple[float, str]:
         kl, served = self.rows[-1].kl if self.rows else 0.0, self.policy.version
-        await self.learner.judge_waiting()  # as the loop does before a run; what waits on is superseded by the run
+        await self.learner.judge_waiting()  # as the loop does before a run, which supersedes a version that still waits
         if self.policy.version != served:
             self.promoted.append(self.policy.version)
             kl = self._kl_of(self.policy.version)
@@ -162,7 +162,7 @@ class Simulation:
         except NothingToLearn as error:
             self.learner.announce(f"nothing learned: {error}")
             return kl, str(error)
-        except ProbeFailed as error:  # what is not proven does not serve; people go on with what does
+        except ProbeFailed as error:  # the live version keeps serving
             self.refused.append(str(error))
             self.learner.announce(str(error))
             return kl, str(error)
@@ -178,7 +178,7 @@ class Simulation:
     async def _judge(
         self, samples: int, approval: float | None, kl: float, note: str, show: Callable[[CurveRow], None]
     ) -> HeldOutAnswers:
-        """True utility of the live version on the held-out prompts, beside that of the frozen one."""
+        """Add a row with the live version's true utility on the held-out prompts, beside the frozen control's."""
         seed = self.people.seed
         version = self.policy.version
         live = self._frozen if version == self.policy.admin.base else await self._ask_held_out(version, samples)
@@ -247,7 +247,7 @@ class Simulation:
 
 
 def compute_figures(played: Simulation, model: str) -> dict[str, Any]:
-    """Return the figures of a simulation, for its JSON file; `model` is what the config calls the base model.
+    """Return the figures of a simulation, for its JSON file. `model` is the base model's name in the config.
 
     `utility_gain` is paired by prompt against the frozen control; probe distances (nats) are those of the last probe.
     """
@@ -281,7 +281,7 @@ def compute_figures(played: Simulation, model: str) -> dict[str, Any]:
 
 
 def make_table(rows: Sequence[CurveRow]) -> Table:
-    """The rows of a simulation, by policy version."""
+    """Make a table of the rows of a simulation."""
     names = ("version", "reactions", "true utility (95%)", "frozen (95%)", "approval", "KL", "well-formed", "ended")
     found = Table(*names, title="true utility on held-out prompts")
     for row in rows:
@@ -299,7 +299,7 @@ def make_table(rows: Sequence[CurveRow]) -> Table:
 
 
 def make_samples_table(samples: Sequence[dict[str, str]]) -> Table:
-    """Some held-out prompts with the answers of version 0 and of the last version."""
+    """Make a table of some held-out prompts with the answers of version 0 and of the last version."""
     found = Table("prompt", "before", "after", title="the same prompts, before and after", show_lines=True)
     for row in samples:
         found.add_row(*(Text(row[name]) for name in ("prompt", "before", "after")))
@@ -307,7 +307,7 @@ def make_samples_table(samples: Sequence[dict[str, str]]) -> Table:
 
 
 def plot(rows: Sequence[CurveRow], path: Path, title: str) -> None:
-    """The learning curve: true utility on held-out prompts against reactions, beside the frozen control."""
+    """Plot the learning curve: true utility on held-out prompts against reactions, beside the frozen control."""
     import matplotlib
 
     matplotlib.use("Agg")

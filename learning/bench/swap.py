@@ -1,7 +1,7 @@
-"""Benchmark: versions that are swapped under streaming load, on the real vLLM.
+"""Benchmark: swap versions under streaming load, on the real vLLM.
 
-Timings are ratios or differences against a baseline that is measured in the same run, in alternating blocks. It knows no
-training: the versions that it swaps differ from the base by chance.
+Timings are ratios or differences against a baseline that is measured in the same run, in alternating blocks. The versions
+are not trained: they differ from the base by random weights.
 
 Run: ``kibitz bench swap``.
 """
@@ -33,15 +33,15 @@ from learning.training.pretrain import is_toy
 
 Prompt = tuple[int, ...]
 
-LENGTH = 32  # tokens of each answer, whatever was sampled: so that what is compared does the same work
-PROMPTS = 24  # different ones under load
-UNLISTED = 10.0  # nats, of a word that a version does not hold among the likeliest: rounding does not bring it up
-STALL = 5.0  # an answer is stalled if it takes this many times what the same one takes without swaps
+LENGTH = 32  # tokens of each answer, so that all sides do the same work
+PROMPTS = 24  # different prompts under load
+UNLISTED = 10.0  # nats, the distance of a token that is not among a version's likeliest: rounding cannot cause that
+STALL = 5.0  # an answer is stalled if it takes this many times as long as the same answer without swaps
 
 
 @dataclass(frozen=True)
 class ServingDefaults:
-    """How much is measured where nothing else is asked for."""
+    """The default size of the serving benchmarks."""
 
     swaps: int
     requests: int
@@ -51,7 +51,7 @@ class ServingDefaults:
 
 
 def choose_defaults(model: str) -> ServingDefaults:
-    """Return how much is measured of the toy policy or on a GPU, or, some minutes on two cores, of another without one."""
+    """Return the defaults for the toy policy or a GPU, or for another model on CPUs (some minutes on two cores)."""
     is_fast = is_toy(model) or has_gpu()
     return (
         ServingDefaults(6, 600, 128, 128, 3)
@@ -61,7 +61,7 @@ def choose_defaults(model: str) -> ServingDefaults:
 
 
 def save_random_version(config: Config, base_model: str, directory: Path, seed: int) -> None:
-    """Save weights that differ from the base's by chance, far enough to change all that is said, with their probe."""
+    """Save random changes of the base's weights, large enough to change every answer, with their probe."""
     import torch
 
     from learning.judging import probe
@@ -85,7 +85,7 @@ def save_random_version(config: Config, base_model: str, directory: Path, seed: 
 
 
 def register_copy(registry: PolicyRegistry, source: Path, policies: Path) -> PolicyVersion:
-    """A new version, under a name of its own, with the weights of `source`, as if it had been judged now."""
+    """Register a copy of the weights in `source` as a new version, judged against the live one."""
     version = registry.reserve(registry.get_base(), policies)
     shutil.copytree(source, version.path)
     return registry.complete(version.name, fingerprint(source), Metrics(judged_against=registry.get_live().name))
@@ -93,7 +93,7 @@ def register_copy(registry: PolicyRegistry, source: Path, policies: Path) -> Pol
 
 @dataclass(frozen=True)
 class TimedAnswer:
-    """One answer under load: what was asked of which version, what came, and how long it took."""
+    """One answer under load, with its prompt, version and time (s)."""
 
     prompt: Prompt
     version: str
@@ -105,7 +105,10 @@ class TimedAnswer:
 async def run_load(
     policy: Policy, prompts: Iterator[Prompt], concurrent: int, done: Callable[[], None]
 ) -> tuple[list[TimedAnswer], int, float]:
-    """A greedy answer to each prompt from the pointer's version, `concurrent` at a time: answers, failures, seconds."""
+    """Ask for a greedy answer to each prompt from the policy's current version, `concurrent` at a time.
+
+    Returns the answers, the number of failures, and the seconds taken. Calls `done` after each prompt.
+    """
     answers: list[TimedAnswer] = []
     failed = 0
 
@@ -117,7 +120,7 @@ async def run_load(
                 reply = await policy.reply(prompt, temperature=0.0)
                 seconds = time.monotonic() - began
                 answers.append(TimedAnswer(prompt, reply.policy_version, reply.completion_ids, reply.logprobs, seconds))
-            except Exception:  # a benchmark counts every failure, whatever it is
+            except Exception:  # the benchmark counts every kind of failure
                 failed += 1
             done()
 
@@ -130,15 +133,15 @@ async def run_load(
 
 @dataclass(frozen=True)
 class GreedyAnswer:
-    """What a version says greedily to a prompt: token ids, and at each the log-probabilities (nats) of the likeliest."""
+    """A version's greedy answer to a prompt: token ids, and the log-probabilities (nats) of the likeliest tokens at each."""
 
     ids: tuple[int, ...]
     listed: tuple[dict[int, float], ...]
 
     def distance(self, ids: Sequence[int], logprobs: Sequence[float]) -> float:
-        """Return how far (nats) an answer's log-probabilities are from ours on average, up to where its words are others.
+        """Return the mean distance (nats) of another answer's log-probabilities from ours, up to the first other token.
 
-        Rounding changes a word only where two are about equally likely; other weights move log-probabilities by much.
+        Rounding changes a token only if two are about equally likely; other weights change log-probabilities by much.
         """
         found: list[float] = []
         for own, listed, token, logprob in zip(self.ids, self.listed, ids, logprobs, strict=False):
@@ -152,7 +155,7 @@ ExpectedAnswers = dict[str, dict[Prompt, GreedyAnswer]]  # by version
 
 
 async def ask_greedily(policy: Policy, version: str, prompts: Sequence[Prompt]) -> dict[Prompt, GreedyAnswer]:
-    """What `version` says greedily to each prompt, asked on a quiet server and past its prefix cache."""
+    """Ask `version` for a greedy answer to each prompt, bypassing the prefix cache. Call it while the server is idle."""
     found = {}
     asked = {
         "model": policy.admin.find_served_name(version),
@@ -176,12 +179,12 @@ async def ask_greedily(policy: Policy, version: str, prompts: Sequence[Prompt]) 
 
 
 def compute_distances(answers: Sequence[TimedAnswer], expected: ExpectedAnswers) -> list[float]:
-    """How far (nats) each answer is from what its version says on a quiet server."""
+    """Return the distance (nats) of each answer from its version's answer on an idle server."""
     return [expected[one.version][one.prompt].distance(one.ids, one.logprobs) for one in answers]
 
 
 def smallest_distance(one: dict[Prompt, GreedyAnswer], other: dict[Prompt, GreedyAnswer]) -> float:
-    """How far (nats) the greedy answers of two versions are from each other where they are nearest."""
+    """Return the smallest distance (nats) between the greedy answers of two versions to the same prompt."""
     return min(
         one[prompt].distance(said.ids, [listed[token] for token, listed in zip(said.ids, said.listed, strict=True)])
         for prompt, said in other.items()
@@ -189,12 +192,12 @@ def smallest_distance(one: dict[Prompt, GreedyAnswer], other: dict[Prompt, Greed
 
 
 def count_mixed(answers: Sequence[TimedAnswer], expected: ExpectedAnswers, limit: float) -> int:
-    """How many answers are further than `limit` (nats) from what their version says."""
+    """Count the answers that are further than `limit` (nats) from their version's answer on an idle server."""
     return sum(distance > limit for distance in compute_distances(answers, expected))
 
 
 async def go_live(deployment: Deployment, source: Path) -> PolicyVersion:
-    """Take a copy of the weights in `source` live under a name of its own, by the real deployment."""
+    """Register a copy of the weights in `source` as a new version, and deploy it with the real deployment."""
     version = register_copy(deployment.registry, source, deployment.config.data / "policies")
     return await deployment.deploy(version.name)
 
@@ -208,15 +211,15 @@ async def measure_swaps(
     concurrent: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Streaming load, first without and then with `swaps` swaps through the real deployment.
+    """Measure streaming load, first without and then with `swaps` swaps through the real deployment.
 
-    An answer is `mixed` if it is further from what its version says on a quiet server than half of what the versions are
-    apart (`versions_apart_nats`); without swaps answers are up to `rounding_nats` from it.
+    An answer is `mixed` if its distance from its version's answer on an idle server is more than half of the distance
+    between versions (`versions_apart_nats`). Without swaps that distance is at most `rounding_nats`.
     """
     policy = deployment.policy
     with policy.fixed_length(LENGTH):
         prompts = make_long_prompts(tokenizer, PROMPTS)
-        reached: defaultdict[int, asyncio.Event] = defaultdict(asyncio.Event)  # how many requests are finished
+        reached: defaultdict[int, asyncio.Event] = defaultdict(asyncio.Event)  # set when that many requests are finished
         finished = 0
 
         def done() -> None:
@@ -227,15 +230,15 @@ async def measure_swaps(
 
         expected: ExpectedAnswers = {}
         said_by: list[dict[Prompt, GreedyAnswer]] = []
-        for source in sources:  # what each set of weights says, from a version of its own on a quiet server
+        for source in sources:  # the reference answers of each set of weights, while the server is idle
             version = await go_live(deployment, source)
             said_by.append(await ask_greedily(policy, version.name, prompts))
             expected[version.name] = said_by[-1]
-        await run_load(policy, islice(cycle(prompts), 2 * concurrent), concurrent, lambda: None)  # warms up, not counted
+        await run_load(policy, islice(cycle(prompts), 2 * concurrent), concurrent, lambda: None)  # warm up, not counted
         quiet, usual = [], []
         for source, said in zip(sources, said_by, strict=True):
             expected[(await go_live(deployment, source)).name] = said
-            count = max(requests // len(sources), len(prompts))  # what each prompt takes is asked for below
+            count = max(requests // len(sources), len(prompts))  # each prompt at least once, for its usual time below
             quiet.append(await run_load(policy, islice(cycle(prompts), count), concurrent, done))
             usual.append(_compute_median_seconds(quiet[-1][0]))
         swapped = asyncio.Event()
@@ -259,7 +262,7 @@ async def measure_swaps(
             "failed": failed,
             "mixed": count_mixed(answers, expected, differ / 2)
             if rounding < differ / 2
-            else None,  # None: not to be told apart
+            else None,  # the versions are too near to each other to tell
             "rounding_nats": rounding,
             "versions_apart_nats": differ,
             "stalled": sum(answer.seconds > STALL * usual_of[answer.version][answer.prompt] for answer in answers),
@@ -273,7 +276,7 @@ async def measure_swaps(
 
 
 def _compute_median_seconds(answers: Sequence[TimedAnswer]) -> dict[Prompt, float]:
-    """The median time (s) of the answers to each prompt."""
+    """Return the median time (s) of the answers to each prompt."""
     taken: defaultdict[Prompt, list[float]] = defaultdict(list)
     for answer in answers:
         taken[answer.prompt].append(answer.seconds)
@@ -281,7 +284,7 @@ def _compute_median_seconds(answers: Sequence[TimedAnswer]) -> dict[Prompt, floa
 
 
 def make_long_prompts(tokenizer: ChatTokenizer, count: int) -> list[Prompt]:
-    """Different prompts that are longer than one block of vLLM's prefix cache (128 tokens on a CPU): a stale one shows."""
+    """Make prompts longer than a block of vLLM's prefix cache (128 tokens on a CPU), so that a stale cache is noticed."""
     texts = ["please listen. " * 60 + text for text, _ in toy.list_prompts(held_out=True)[:count]]
     return [tuple(tokenizer.prompt_ids([{"role": "user", "content": text}])) for text in texts]
 

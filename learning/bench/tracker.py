@@ -1,16 +1,17 @@
-"""Benchmark of the tracker: what remembering costs, with a thousand to a million stored turns.
+"""Benchmark of the tracker: measure the cost of recall with a thousand to a million stored messages.
 
-One conversation is one mention, a question and its answer, as platforms make them. Vectors are random directions, which cost
-what real ones cost. Two things are measured:
+Each conversation is one mention, a question and its answer, as on platforms. Vectors are random directions, which cost as
+much as real ones. Two things are measured:
 
-- What remembering adds to a message. The turns are spread over channels of a hundred, and one of ten thousand that is
-  asked. "Added" is the time of `StateTracker.context` beyond the same without remembering; the new message's own embedding
-  is in it.
-- What one channel costs that has grown: its first message after a restart and later ones, from the moment they are heard
-  until the prompt is made, and the deletion of a message, beside later messages in a channel of a thousand mentions.
+- The time that recall adds to a message. The messages are spread over channels of a hundred, and one of ten thousand in
+  which the questions are asked. "Added" is the time of `StateTracker.build_context` minus the same without recall; it
+  includes the embedding of the new message.
+- The cost of one large channel: the time from receiving a message until its prompt is built, for the first message after a
+  restart and for later ones, and the time to delete a message, beside later messages in a channel of a thousand mentions.
 
-Each size is measured in a process of its own, which loads no more than remembering needs, and not the libraries of training.
-It knows no policy. Run: ``kibitz bench tracker``.
+Each size is measured in a process of its own, which does not load the libraries of training.
+
+Run: ``kibitz bench tracker``.
 """
 
 import asyncio
@@ -41,20 +42,20 @@ from bot.store.tables import embeddings
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Progress, Role, Turn, new_id
 from learning.fitting.dialogues import make_dialogue
 
-SIZES = {"1e3": 1_000, "1e5": 100_000, "1e6": 1_000_000}  # turns in many channels
-CHANNELS = {"2k": 2_000, "150k": 150_000}  # mentions in one channel, which is compared with
-SMALL = 1_000  # mentions
-ASKED, USUAL = 10_000, 100  # turns in the channel that is asked, and in each other
+SIZES = {"1e3": 1_000, "1e5": 100_000, "1e6": 1_000_000}  # messages in many channels
+CHANNELS = {"2k": 2_000, "150k": 150_000}  # mentions in one large channel
+SMALL = 1_000  # mentions in the channel that a large one is compared with
+ASKED, USUAL = 10_000, 100  # messages in the channel with the questions, and in each other channel
 QUESTIONS = 200
-DELETED = 5  # messages
+DELETED = 5  # messages that are deleted
 DIMENSIONS = 384
-BLOCK = 1_000  # conversations written at once
+BLOCK = 1_000  # conversations per write
 PROMPT, ANSWER = tuple(range(300, 600)), tuple(range(300, 360))  # token ids of a mention
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What is measured with."""
+    """The parts that every measurement uses."""
 
     embedder: Embedder | None
     tokenizer: ChatTokenizer
@@ -63,7 +64,7 @@ class Parts:
 
 
 def measure_apart(config: Config, model: str, sizes: Sequence[str], progress: Progress) -> dict[str, Any]:
-    """The figures of `measure`, each size in a process of its own. Raises what fails there."""
+    """Return the figures of `measure`, with each size in a process of its own. Raises the errors of that process."""
     figures: dict[str, Any] = {"leaks": 0}
     context = multiprocessing.get_context("spawn")
     for size in sizes:
@@ -77,7 +78,7 @@ def measure_apart(config: Config, model: str, sizes: Sequence[str], progress: Pr
                 try:
                     found = ours.recv()
                 except EOFError:
-                    raise DataError(f"the measuring of {size} ended before it was done; is there memory and disk?") from None
+                    raise DataError(f"the measurement of {size} ended early; free more memory and disk space") from None
                 if isinstance(found, Exception):
                     raise found
                 if isinstance(found, tuple):
@@ -100,7 +101,7 @@ def _measure_in_child(ours: Any, config: Config, model: str, size: str) -> None:
 async def measure(
     embedder: Embedder | None, tokenizer: ChatTokenizer, learned: dict[str, float], sizes: Sequence[str], progress: Progress
 ) -> dict[str, Any]:
-    """The figures for each of the sizes (keys of SIZES and CHANNELS): s, ms, MB, turns/s."""
+    """Measure each of the sizes (keys of SIZES and CHANNELS) and return the figures: s, ms, MB, messages/s."""
     parts = Parts(embedder, tokenizer, learned, progress)
     figures: dict[str, Any] = {"leaks": 0}
     for size in sizes:
@@ -111,7 +112,7 @@ async def measure(
 
 @asynccontextmanager
 async def _empty_recall(parts: Parts) -> AsyncIterator[tuple[Recall, Path]]:
-    """An empty database of its own."""
+    """Give a recall on an empty temporary database, and the database's file."""
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "tracker.db"
         database = Database(f"sqlite:///{file}")
@@ -143,7 +144,7 @@ async def _measure_added(size: str, parts: Parts) -> dict[str, Any]:
 
 
 def _peak_memory() -> float:
-    """The most memory that this process ever took (MB). The kernel's other figure is inherited from who started it."""
+    """Return this process's peak memory (MB). VmHWM is preferred, because `ru_maxrss` may include that of its parent."""
     status = Path("/proc/self/status")
     if found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text() if status.exists() else ""):
         return int(found[1]) / 1e3
@@ -168,9 +169,9 @@ async def _measure_channel(size: str, parts: Parts) -> dict[str, Any]:
 
 
 def _fill(recall: Recall, channels: list[str], progress: Progress, are_turns: bool = False) -> list[str]:
-    """Store a mention, with vectors, in each of these channels (which may repeat); the ids of some questions.
+    """Store a mention with vectors in each of `channels` (which may repeat). Returns the ids of the last block's questions.
 
-    Where they `are_turns`, each has all that an answer of ours has, and one in ten was liked.
+    With `are_turns`, each answer has a turn's full record, and one in ten was liked.
     """
     database, rng, total = recall.memory.database, np.random.default_rng(0), 2 * len(channels)
     store, texts = (
@@ -218,7 +219,9 @@ def _questions() -> list[str]:
 
 
 async def _time_remembering(recall: Recall, tokenizer: ChatTokenizer, channel: str) -> tuple[list[float], int]:
-    """What remembering adds to each of the questions (s), after one that reads the channel; and what came from elsewhere."""
+    """Return the time that recall adds to each question (s), without the first, which loads the channel; and the number of
+    remembered messages from other channels.
+    """
     store = ConversationStore(recall.memory.database)
     plain = StateTracker(store, tokenizer, recall, DialogueConfig(remembered=0), 1024)
     whole = StateTracker(store, tokenizer, recall, DialogueConfig(), 1024)
@@ -236,11 +239,11 @@ async def _time_remembering(recall: Recall, tokenizer: ChatTokenizer, channel: s
 
 
 async def _time_questions(recall: Recall, tokenizer: ChatTokenizer, channel: str) -> list[float]:
-    """How long each of the questions, a mention of its own, takes from being heard until its prompt is made (s)."""
+    """Return the time of each question, a mention of its own, from being received until its prompt is built (s)."""
     store, call = ConversationStore(recall.memory.database), recall.memory.database.call
     tracker = StateTracker(store, tokenizer, recall, DialogueConfig(), 1024)
     if recall.embedder is not None:
-        recall.embedder.encode(["ready"])  # it is loaded when kibitz starts
+        recall.embedder.encode(["ready"])  # load it first, as kibitz does when it starts
     took = []
 
     def hear(place: Conversation, text: str) -> Any:

@@ -1,7 +1,7 @@
-"""Benchmark: what a training run costs, against a plain TRL script of the same trainer on the same rows.
+"""Benchmark: compare the cost of training with a plain TRL script that uses the same trainer on the same rows.
 
-The plain script is what TRL's documentation shows: the stock trainer on token ids, references computed in every step. Each
-measurement has a process of its own, so that its peak of memory is its own; the two are run in turn.
+The plain script is the one in TRL's documentation: the stock trainer on token ids, with references computed in every step.
+Each measurement has a process of its own, so that its peak memory is its own. The two alternate.
 
 Run: ``kibitz bench train``.
 """
@@ -34,7 +34,7 @@ OBJECTIVES = ("kto", "dpo", "sft", "pg", "mixed")
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured: rows, steps of each run, and runs of each kind."""
+    """The size of a benchmark: rows, steps per run, and runs of each kind."""
 
     rows: int
     steps: int
@@ -42,14 +42,14 @@ class Size:
 
 
 SIZE = Size(256, 48, 2)
-ON_CPUS = Size(32, 4, 1)  # of a model that is no toy, without a GPU
-RATED = 96  # answers with an opinion, of which one whole run is made
-# Dense bfloat16 FLOP/s, from the makers' data sheets.
+ON_CPUS = Size(32, 4, 1)  # for models other than the toy, without a GPU
+RATED = 96  # answers with an opinion for the one complete run
+# Dense bfloat16 FLOP/s, from the manufacturers' data sheets.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "A10": 125e12, "3090": 71e12}
 
 
 def measure(config: Config, base_model: str, progress: Progress) -> dict[str, float]:
-    """For each objective tokens/s and peak memory as ratios to the plain script, the better of some rounds for each."""
+    """Measure each objective's tokens/s and peak memory as ratios to the plain script, each from its best round."""
     figures: dict[str, float] = {}
     size = SIZE if is_toy(base_model) or has_gpu() else ON_CPUS
     training = config.training.model_copy(update={"max_steps": size.steps, "epochs": size.steps})
@@ -74,13 +74,13 @@ def measure(config: Config, base_model: str, progress: Progress) -> dict[str, fl
         figures["steps_share_of_run"] = pool.submit(_measure_steps_share, config, base_model).result()
     if (peak := _find_peak_flops()) is not None:
         parameters = read_shape(base_model).parameters
-        for objective in OBJECTIVES:  # 4 · parameters · tokens: an adapter needs no gradients of the weights
+        for objective in OBJECTIVES:  # 4 · parameters FLOP a token: an adapter needs no gradients of the base's weights
             figures[f"{objective}_share_of_peak"] = 4 * parameters * figures[f"{objective}_tokens_per_s"] / peak
     return figures
 
 
 def _measure_steps_share(config: Config, base_model: str) -> float:
-    """The share of one whole run, from reading what people said to the verdict, that is spent in training steps."""
+    """Return the share of a complete run, from reading the feedback to the verdict, that is spent in training steps."""
     from learning.importers import formats
     from learning.training.run import train_version
 
@@ -105,13 +105,13 @@ def _measure_steps_share(config: Config, base_model: str) -> float:
 
 
 def _find_peak_flops() -> float | None:
-    """The bfloat16 peak (FLOP/s, dense) of the GPU, by its name; None without one that is known."""
+    """Return the GPU's bfloat16 peak (FLOP/s, dense) by its name, or None without a known GPU."""
     card = read_card()
     return None if card is None else next((peak for name, peak in PEAKS.items() if name in card.name), None)
 
 
 def _measure_run(config: Config, base_model: str, plain: bool, size: Size) -> tuple[float, float]:
-    """Tokens/s, of the tokens that the steps of one run read, and its peak memory (bytes)."""
+    """Train once, and return the tokens/s that the steps read, and the peak memory (bytes)."""
     import torch
 
     from learning.data.selection import select_usable
@@ -140,13 +140,13 @@ def _measure_run(config: Config, base_model: str, plain: bool, size: Size) -> tu
 
 
 def _length(row: Experience, reads_pairs: bool) -> int:
-    """How many tokens a step reads of a row: prompt and answer, and both again where the rejected answer is read too."""
+    """Return how many tokens a step reads of a row: prompt and answer, and with pairs the prompt and rejected answer too."""
     own = len(row.prompt_ids) + len(row.completion_ids)
     return own + len(row.prompt_ids) + len(row.rejected_ids or ()) if reads_pairs else own
 
 
 def _train_plain(model: Any, tokenizer: ChatTokenizer, rows: Sequence[Experience], config: Config) -> None:
-    """The stock TRL trainer for an objective; where TRL has none, its supervised one on the same rows."""
+    """Train with TRL's stock trainer for the objective, or with its SFTTrainer if TRL has none, on the same rows."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
@@ -184,7 +184,7 @@ def _train_plain(model: Any, tokenizer: ChatTokenizer, rows: Sequence[Experience
 
 
 def _rows(tokenizer: ChatTokenizer, count: int, seed: int) -> list[Experience]:
-    """Answers of the demo set, every other one liked, each with a worse one to the same prompt."""
+    """Make experiences from the toy dialogues: every other answer is liked, and each has a rejected one beside it."""
     found = []
     for number, dialogue in enumerate(toy.make_dialogues(count, seed)):
         prompt = tuple(tokenizer.prompt_ids(dialogue[:-1]))

@@ -1,1 +1,1 @@
-"""Fitting: the small models that memory and chat use, learned."""
+"""Fitting: fit the small models that memory and chat use."""

@@ -1,8 +1,7 @@
-"""Dialogues with questions: long conversations of several people, made here, and which turns answer each question.
+"""Dialogues with questions: generate long conversations of several people, and the messages that answer each question.
 
-What retrieval is trained on, and its tests. Each person states things about their life in passing; a question asks for
-one of them, in other words or by its name. The texts stand in `dialogues.json`: what is said and asked, with {x} and {y} for
-what it is about and when, {n} for a name. It knows no tracker and no database.
+Retrieval is fitted and tested on them. Each person mentions facts about their life; a question asks for one of them, in
+other words or by its name. The texts are in `dialogues.json`; {x} stands for the subject, {y} for a time, {n} for a name.
 """
 
 import json
@@ -17,14 +16,14 @@ TEXTS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8
 
 @dataclass
 class Dialogue:
-    """One conversation and what is asked about it, as `kibitz bench recall` reads it."""
+    """One conversation and the questions about it, as `kibitz bench recall` reads them."""
 
     conversation: list[dict[str, str]] = field(default_factory=list)
     questions: list[dict[str, Any]] = field(default_factory=list)
 
 
 def make_dialogue(seed: int, turns: int = 400, people: int = 6, fillers: list[str] | None = None) -> Dialogue:
-    """A conversation of about so many turns among so many people, with a question about each thing that was told."""
+    """Make a conversation of `turns` messages by `people` people, with a question about each fact that is stated."""
     rng = random.Random(seed)
     names = rng.sample(TEXTS["handles"], people)
     made, at = Dialogue(), datetime(2026, 1, 1, 9, tzinfo=UTC)

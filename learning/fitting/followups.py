@@ -1,7 +1,7 @@
-"""Learns what follow-ups mean, from phrases that stand in `followups.json` and are put after made questions and answers.
+"""Fit the classifier of follow-ups, on the phrases in `followups.json` after generated questions and answers.
 
-Phrases, not examples, are held out: a third for calibration (one temperature, Guo and others, 2017, "On Calibration of
-Modern Neural Networks") and a third to judge by. It knows no database.
+Phrases, not examples, are held out: a third for calibration (one temperature; Guo et al., 2017, "On Calibration of Modern
+Neural Networks") and a third for judging.
 
 Run: ``kibitz fit-followups``.
 """
@@ -21,12 +21,12 @@ from learning.judging.statistics import calibration_error
 
 TEXTS = json.loads(Path(__file__).with_name("followups.json").read_text(encoding="utf-8"))
 PHRASES = {kind: TEXTS["again" if kind == "repetition" else kind] for kind in KINDS}
-EACH = 8  # examples of one phrase
+EACH = 8  # examples per phrase
 PARTS = ("learn", "calibrate", "judge")
 
 
 def make_examples(part: str, seed: int, embedder: Embedder, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
-    """The features (n × f) and the kinds (n, as numbers) of the phrases of one of PARTS."""
+    """Make examples from the phrases of one of PARTS: features (n × f) and kinds (n, indices of KINDS)."""
     rng = random.Random(f"{seed} {part}")
     triples, kinds = [], []
     for number, kind in enumerate(KINDS):
@@ -47,7 +47,7 @@ def make_examples(part: str, seed: int, embedder: Embedder, progress: Progress) 
 
 
 def fit(seed: int, embedder: Embedder, progress: Progress) -> tuple[dict[str, Any], dict[str, float]]:
-    """The weights, with the temperature in them, and the figures on phrases that neither was fitted to."""
+    """Fit the weights, divided by the temperature, and return them with their figures on held-out phrases."""
     from scipy.optimize import minimize_scalar
     from sklearn.linear_model import LogisticRegression
 

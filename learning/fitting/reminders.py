@@ -1,8 +1,8 @@
-"""Reminders: what the bot was reminded of in answers that people judged, as examples for retrieval.
+"""Reminders: make examples for retrieval from judged answers that remembered earlier messages.
 
-A liked answer says that what it was shown from long ago bore on the question, a disliked one that it may not have. Only
-what the ranking of that time chose was ever shown, so that feedback moves the weights that are there and does not find new
-ones from nothing. Who does not consent teaches nothing here either: the answers are those of the replay buffer.
+A like suggests that the remembered messages were relevant to the question, a dislike that they may not have been. Only
+messages that the ranking of that time chose were ever shown, so feedback can adjust existing weights but not find new ones.
+The answers come from the replay buffer, so people without consent teach nothing here either.
 
 Run: ``kibitz fit-retrieval --from-feedback``.
 """
@@ -23,8 +23,8 @@ from learning.fitting.retrieval import Example, compute_signals
 def read_judged_examples(
     rated: Iterable[Experience], store: ConversationStore, memory: Memory, embedder: Embedder, progress: Progress
 ) -> Iterator[tuple[str, Example]]:
-    """For each judged answer that was reminded of something, its conversation and the example that it gives."""
-    rewards = {one.turn_id: one.reward for one in reversed(list(rated))}  # of an answer and its correction, the answer's
+    """Yield the conversation id and the example of each judged answer that remembered something."""
+    rewards = {one.turn_id: one.reward for one in reversed(list(rated))}  # an answer's reward wins over its correction's
     scopes: defaultdict[str, list[Turn]] = defaultdict(list)
     for turn in filter(None, map(store.find_turn, sorted(rewards))):
         if turn.remembered and rewards[turn.id]:
@@ -46,6 +46,6 @@ def read_judged_examples(
 
 
 def _add_vectors(entries: list[Entry], embedder: Embedder) -> Iterator[Entry]:
-    """The entries, each with a vector."""
+    """Return the entries, with vectors added to those that have none."""
     made = iter(embedder.encode([one.text for one in entries if one.vector is None]))
     return (one if one.vector is not None else replace(one, vector=next(made)) for one in entries)

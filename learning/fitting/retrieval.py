@@ -1,9 +1,8 @@
-"""Learns what each signal of retrieval counts, from dialogues with questions or from answers that people judged.
+"""Fit the weights of the retrieval signals, on dialogues with questions or on answers that people judged.
 
-A listwise softmax over the turns of each conversation (Cao and others, 2007, "Learning to Rank: From Pairwise Approach to
-Listwise Approach"), drawn towards weights that did well on real conversations elsewhere, so that made dialogues move
-them, and do not own them; the same for what people liked, which moves the weights that were in use. It knows no database
-and no tracker.
+The model is a listwise softmax over the messages of each conversation (Cao et al., 2007, "Learning to Rank: From Pairwise
+Approach to Listwise Approach"). A prior holds the weights near ones that did well on real conversations elsewhere, so that
+generated dialogues only adjust them. Judged answers adjust the weights in use in the same way.
 
 Run: ``kibitz fit-retrieval``.
 """
@@ -24,16 +23,17 @@ PRIOR = {
     **{"dense": 0.5, "pooled": 0.9, "bm25": 0.4, "bm25_window": 0.6, "bm25_next": 0.1},
     **{"speaker": 1.0, "asks": -0.4, "length": 0.2, "time": 0.3, "number": 0.1},
 }
-HOLD = 2.0  # how strongly the prior holds; in nats for a squared difference of one
-FEWEST_ANSWERS = 20  # judged answers that are worth fitting to
-ENOUGH_ANSWERS = 100  # judged answers against which what they move holds as strongly; against fewer it holds more
-NEVER_NEGATIVE = ("dense", "pooled", "bm25", "bm25_window", "bm25_next", "speaker")  # a match is never a reason against
+HOLD = 2.0  # strength of the prior: nats for a squared difference of one
+FEWEST_ANSWERS = 20  # judged answers that fitting requires, at least
+ENOUGH_ANSWERS = 100  # judged answers for which the prior has strength HOLD; with fewer it is proportionally stronger
+NEVER_NEGATIVE = ("dense", "pooled", "bm25", "bm25_window", "bm25_next", "speaker")  # a match must not lower the score
 
 
 @dataclass(frozen=True)
 class Example:
-    """A question: the signals of all turns (n × signals, in the order of their names), which turns bear on it, and what that
-    earned, in [-1, 1]."""
+    """A question: the signals of all messages (n × signals, in the order of their names), the indices of the relevant ones,
+    and the reward of showing them, in [-1, 1].
+    """
 
     signals: np.ndarray
     evidence: list[int]
@@ -41,7 +41,7 @@ class Example:
 
 
 def fit(examples: Sequence[Example], prior: Mapping[str, float] = PRIOR, hold: float = HOLD) -> dict[str, float]:
-    """The weights of the signals that make the evidence most likely, and what was disliked less so."""
+    """Return the weights that make liked evidence most likely, and disliked evidence unlikely."""
     from scipy.optimize import minimize
 
     start = _to_array(prior)
@@ -57,8 +57,11 @@ def fit(examples: Sequence[Example], prior: Mapping[str, float] = PRIOR, hold: f
 
 
 def loss(examples: Sequence[Example], weights: np.ndarray) -> tuple[float, np.ndarray]:
-    """The mean loss in nats of weights (signals,) and its gradient: of what was liked -log p of each piece of evidence, of
-    what was disliked -log (1 - p) of all of it, times what it earned."""
+    """Return the mean loss (nats) of weights (signals,) and its gradient.
+
+    The loss is -log p, averaged over the evidence, for a positive reward, and -log (1 - p of all evidence) for a negative
+    one, times the absolute reward.
+    """
     total, gradient = 0.0, np.zeros_like(weights)
     for one in examples:
         scores = one.signals @ weights
@@ -77,24 +80,23 @@ def loss(examples: Sequence[Example], weights: np.ndarray) -> tuple[float, np.nd
 
 
 def move_weights(judged: Sequence[Example], prior: Mapping[str, float]) -> dict[str, float]:
-    """The weights that were in use, moved by as much as so many judged answers may."""
+    """Return the weights `prior`, adjusted by judged answers; the more answers, the larger the adjustment."""
     return fit(judged, prior, HOLD * ENOUGH_ANSWERS / len(judged))
 
 
 def fit_and_validate(
     judged: Sequence[tuple[str, Example]], prior: Mapping[str, float]
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """The weights in use, moved by all judged answers (each with its conversation), and the figures that allow it.
+    """Adjust the weights in use by judged answers, given as (conversation id, example), and return them with figures.
 
-    Raises DataError where there is too little, or where weights that learned from one half of the conversations would do
-    no better on the other.
+    Raises DataError if there are too few answers, or if weights adjusted on one half of the conversations are no better on
+    the other half (cross-validation).
     """
     places = sorted({place for place, _ in judged})
     if len(places) < 2 or len(judged) < FEWEST_ANSWERS:
         raise DataError(
-            f"{len(judged)} judged answers in {len(places)} conversations were reminded of something; "
-            f"it takes {FEWEST_ANSWERS}, in "
-            "two at least: let people go on reacting"
+            f"too few judged answers remembered something: {len(judged)} in {len(places)} conversations, required "
+            f"{FEWEST_ANSWERS} in 2; collect more reactions first"
         )
     everything = [one for _, one in judged]
     every_other = set(places[::2])
@@ -109,19 +111,19 @@ def fit_and_validate(
     }
     if figures["held_out_nats_after"] >= figures["held_out_nats_before"]:
         raise DataError(
-            f"what was learned from {len(judged)} judged answers does no better on others (nats: "
-            f"{figures['held_out_nats_after']:.4f}, before {figures['held_out_nats_before']:.4f}); the weights stay"
+            f"weights fitted to {len(judged)} judged answers are no better on held-out ones (nats: "
+            f"{figures['held_out_nats_after']:.4f}, before {figures['held_out_nats_before']:.4f}); the weights are kept"
         )
     return move_weights(everything, prior), figures
 
 
 def _to_array(weights: Mapping[str, float]) -> np.ndarray:
-    """Weights in the order of the signals' names."""
+    """Return weights as an array, in the order of the signals' names."""
     return np.array([weights[name] for name in sorted(PRIOR)])
 
 
 def make_examples(dialogues: Iterable[Dialogue], embedder: Embedder, progress: Progress) -> Iterator[Example]:
-    """The questions of made dialogues."""
+    """Yield the questions of dialogues as examples."""
     everything = list(dialogues)
     for number, made in enumerate(everything):
         index = index_dialogue(made, embedder)
@@ -132,14 +134,14 @@ def make_examples(dialogues: Iterable[Dialogue], embedder: Embedder, progress: P
 
 
 def compute_signals(index: ScopeIndex, question: str, embedder: Embedder, asker: str = "") -> np.ndarray:
-    """The signals of all turns for a question (n × signals, in the order of their names)."""
+    """Compute the signals of all messages for a question (n × signals, in the order of their names)."""
     vector = embedder.encode([index.extract_speakers(question, asker)[1]])[0]
     found = index.compute_signals(question, vector, asker)
     return np.stack([found[name] for name in sorted(PRIOR)], axis=1)
 
 
 def index_dialogue(made: Dialogue, embedder: Embedder) -> ScopeIndex:
-    """A dialogue as retrieval keeps it."""
+    """Index a dialogue for retrieval."""
     index = ScopeIndex()
     vectors = embedder.encode([turn["text"] for turn in made.conversation])
     turns = zip(made.conversation, vectors, strict=True)

@@ -1,7 +1,7 @@
-"""Learns where conversations turn to another topic, from dialogues in which people marked it.
+"""Fit the detector of new topics in conversations, on dialogues in which people labelled them.
 
-Reads TIAGE's form: a JSON object of dialogues, each a list of [utterance, label], where "1" begins a new topic, "0" goes on
-and "-1" is the first utterance. It knows no database.
+The input is in the format of TIAGE: a JSON object of dialogues, each a list of [utterance, label]. The label is "1" if a new
+topic begins, "0" if not, and "-1" for the first utterance.
 
 Run: ``kibitz fit-topics TRAIN --test TEST``.
 """
@@ -18,7 +18,7 @@ from bot.types import Progress
 
 
 def read(path: Path) -> list[tuple[list[str], np.ndarray]]:
-    """The utterances of each dialogue, and which of them (but the first) begin a topic."""
+    """Read the utterances of each dialogue, and for all but the first whether they begin a topic. Raises DataError."""
     try:
         dialogues = json.loads(path.read_text(encoding="utf-8")).values()
         return [([text for text, _ in one], np.array([label == "1" for _, label in one[1:]])) for one in dialogues]
@@ -31,7 +31,7 @@ def read(path: Path) -> list[tuple[list[str], np.ndarray]]:
 def make_examples(
     dialogues: list[tuple[list[str], np.ndarray]], embedder: Embedder, progress: Progress
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The features of all messages (n × features) and whether each begins a topic (n)."""
+    """Compute the features of all messages (n × features), and whether each begins a topic (n)."""
     rows = []
     for number, (texts, _) in enumerate(dialogues):
         rows.append(compute_features(texts, embedder.encode(texts)))
@@ -40,7 +40,7 @@ def make_examples(
 
 
 def fit(inputs: np.ndarray, labels: np.ndarray) -> dict[str, object]:
-    """Weights, bias, and the threshold that gives the best F1 on what was learned from."""
+    """Fit weights and bias, and the threshold with the best F1 on the same data."""
     from sklearn.linear_model import LogisticRegression
 
     mean, spread = inputs.mean(axis=0), inputs.std(axis=0) + 1e-9
@@ -53,7 +53,7 @@ def fit(inputs: np.ndarray, labels: np.ndarray) -> dict[str, object]:
 
 
 def f1(found: np.ndarray, labels: np.ndarray) -> float:
-    """The harmonic mean of precision and recall of the beginnings of topics."""
+    """Return the F1 score (harmonic mean of precision and recall) of the detected topic beginnings."""
     hits = float((found & labels).sum())
     return 2 * hits / max(1.0, float(found.sum() + labels.sum()))
 
@@ -64,7 +64,7 @@ def fit_and_judge(
     embedder: Embedder,
     progress: Progress,
 ) -> tuple[dict[str, object], dict[str, float]]:
-    """What was learned from `train`, and its figures on `test`, beside the best threshold on one cosine there."""
+    """Fit on `train`, and return the result with its figures on `test`, beside the best single cosine threshold there."""
     learned = fit(*make_examples(train, embedder, progress))
     inputs, labels = make_examples(test, embedder, progress)
     scores = inputs @ np.array(learned["weights"]) + learned["bias"]

@@ -1,1 +1,1 @@
-"""Models: the models that are trained, and the files of their versions."""
+"""Models: the models that training changes, and the files of versions."""

@@ -1,7 +1,6 @@
-"""Batching: how a training run reads its batches on this machine, so that they fit, and the arguments that follow.
+"""Batching: fit a training run's batches into the free memory, and return the training arguments that follow.
 
-`bot.models.memory_budget` does the arithmetic; this module asks torch how much memory is free. It knows no objective and no
-rows.
+`bot.models.memory_budget` does the arithmetic; this module asks torch how much memory is free.
 """
 
 import os
@@ -26,7 +25,7 @@ USABLE_SHARE = 0.9  # the share of the free memory that a run may count on
 
 
 def find_usable_memory() -> int:
-    """Return how many bytes this process may still use: of its GPU, or its part of the main memory; 0 if nobody can tell."""
+    """Return how many bytes this process may still use, of its GPU or of its share of main memory; 0 if unknown."""
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
@@ -34,9 +33,9 @@ def find_usable_memory() -> int:
 
 
 def fit_to_machine(model: Any, training: TrainingConfig, batch: int, length: int) -> BatchFit:
-    """Choose how to read batches of so many answers of up to so many tokens in the memory that is free now.
+    """Split batches of `batch` answers of up to `length` tokens into parts that fit into the memory that is free now.
 
-    Where not even the smallest fits by arithmetic, that one is tried.
+    If by arithmetic not even the smallest part fits, the smallest is returned, to be tried.
     """
     shape = _shape(model)
     element = 2 if torch.cuda.is_available() else max(parameter.element_size() for parameter in model.parameters())
@@ -47,14 +46,15 @@ def fit_to_machine(model: Any, training: TrainingConfig, batch: int, length: int
         fit = BatchFit(batch, 1, True)
         while fit.shrink().answers < fit.answers:
             fit = fit.shrink()
-    if "RANK" in os.environ:  # what trains together must read its batches alike: its processes are joined by now
+    if "RANK" in os.environ:  # all processes of a run must split alike, and this joins them if they are not yet
         PartialState(cpu=not torch.cuda.is_available())
     return broadcast_from_first(fit)
 
 
 def count_samples_at_once(model: Any, tokens: int) -> int:
-    """Count how many answers, of so many tokens with their prompts, to sample at once: processors are busy with few, a GPU
-    takes what its memory holds.
+    """Return how many answers of `tokens` tokens, with their prompts, to sample at once.
+
+    A few keep a CPU busy; on a GPU, the free memory decides.
     """
     if model.device.type != "cuda":
         return LEAST_PARALLEL_ANSWERS
@@ -66,7 +66,7 @@ def _shape(model: Any) -> ModelShape:
 
 
 def machine_arguments(fit: BatchFit) -> dict[str, Any]:
-    """Return the training arguments that depend on the machine, and those that keep a run quiet and without side files."""
+    """Return the training arguments that depend on the machine, and those that suppress output and extra files."""
     on_gpu = torch.cuda.is_available()
     return {
         "per_device_train_batch_size": fit.answers,
@@ -76,7 +76,7 @@ def machine_arguments(fit: BatchFit) -> dict[str, Any]:
         "bf16": on_gpu and torch.cuda.is_bf16_supported(),
         "save_strategy": "no",
         "logging_steps": 1,
-        "logging_nan_inf_filter": False,  # or a loss that is no number would be logged as the one before it
+        "logging_nan_inf_filter": False,  # otherwise a NaN loss is logged as the last finite one
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": on_gpu,

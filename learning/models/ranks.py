@@ -1,4 +1,4 @@
-"""Ranks: the processes that train together, as each of them sees it. Alone, one process is the first and only one."""
+"""Ranks: coordinate the processes of a training run. A single process is the first and only one."""
 
 import os
 import tempfile
@@ -9,12 +9,12 @@ if TYPE_CHECKING:
 
 
 def is_first_process() -> bool:
-    """Whether this process speaks for all that train together."""
+    """Tell whether this process is the first of its training run, which reports and writes for all."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def broadcast_from_first(decision: Any) -> Any:
-    """What the first of the processes that train together decided; alone, one's own decision."""
+    """Return the first process's `decision` in every process. A single process returns its own."""
     import torch.distributed
 
     if not torch.distributed.is_initialized():
@@ -25,7 +25,7 @@ def broadcast_from_first(decision: Any) -> Any:
 
 
 def share_dataset(dataset: "Dataset") -> "Dataset":
-    """A dataset in a place where all that train together find it, and what is cached beside it; alone, as it is."""
+    """Load the first process's dataset from files in every process, so that all share its cache; alone, return it."""
     from datasets import load_from_disk
 
     if "RANK" not in os.environ:
@@ -33,15 +33,15 @@ def share_dataset(dataset: "Dataset") -> "Dataset":
     place = broadcast_from_first(tempfile.mkdtemp())
     if is_first_process():
         dataset.save_to_disk(place)
-    broadcast_from_first(None)  # by then it is there
+    broadcast_from_first(None)  # wait until it is saved
     return load_from_disk(place)
 
 
 def count_processes() -> int:
-    """Count the processes that train together."""
+    """Count the processes of this training run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def compute_batch_share(batch_size: int) -> int:
-    """How much of a batch is for each of the processes that train together."""
+    """Return each process's share of a batch (answers, rounded up)."""
     return -(-batch_size // count_processes())

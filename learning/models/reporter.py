@@ -1,4 +1,4 @@
-"""Reporter: a training run's steps, reported and timed."""
+"""Reporter: report and time the steps of a training run."""
 
 import time
 from typing import Any
@@ -9,7 +9,7 @@ from bot.types import Progress
 
 
 class Reporter(TrainerCallback):
-    """Reports steps, and counts the seconds that were spent in them."""
+    """Reports steps, and sums up the seconds spent in them."""
 
     def __init__(self, stage: str, progress: Progress):
         self.stage, self.progress = stage, progress
@@ -17,11 +17,11 @@ class Reporter(TrainerCallback):
         self._began = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at the clock."""
+        """Note the time."""
         self._began = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add what the step took, and report it."""
+        """Add the step's time, and report the step."""
         self.seconds += time.monotonic() - self._began
         self.progress(self.stage, state.global_step, state.max_steps)
 

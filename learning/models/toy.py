@@ -1,9 +1,8 @@
-"""The demo dialogue set: everyday messages, and sixteen ways to answer each.
+"""The toy dialogues: everyday messages, and sixteen ways to answer each.
 
-It knows texts only: no model, no tokenizer, no training. Every intent has a few phrasings of the user's message and, for
-a formal and a casual voice, a core sentence, an extra sentence and a question back. An answer is chosen along four
-switches (long, casual, emoji, question), so there is something to like and something to dislike, and what people like
-can be read off a text.
+Every intent has a few phrasings of the user's message and, for a formal and a casual voice, a core sentence, an extra
+sentence and a question back. Four switches (long, casual, emoji, question) choose the answer, so that simulated people have
+something to like or dislike, and a program can tell from a text whether they like it.
 
 Run: ``python -m learning.models.toy`` prints a few pairs.
 """
@@ -15,12 +14,12 @@ from pathlib import Path
 
 # Five lines an intent: its name; what users say; the formal and the casual voice (core | extra | question); an emoji.
 TEXTS = Path(__file__).with_name("toy.txt").read_text(encoding="utf-8")
-HELD_OUT_PHRASINGS = 2  # the last phrasings of each intent: never said by simulated users, only asked in evaluation
+HELD_OUT_PHRASINGS = 2  # the last phrasings of each intent are held out: simulated users never say them
 
 
 @dataclass(frozen=True)
 class Voice:
-    """One tone of voice for one intent: three sentences that can be put together."""
+    """The sentences of one tone of voice for one intent."""
 
     core: str
     extra: str
@@ -29,7 +28,7 @@ class Voice:
 
 @dataclass(frozen=True)
 class Intent:
-    """What a user may want, in several phrasings, with a formal and a casual voice to answer in."""
+    """Something that a user may want: phrasings of it, and answers in a formal and a casual voice."""
 
     name: str
     phrasings: tuple[str, ...]
@@ -52,7 +51,7 @@ STYLES = tuple(Style(*switches) for switches in product((False, True), repeat=4)
 
 
 def compose_answer(intent: Intent, style: Style) -> str:
-    """The one text that `intent` is answered with in `style`."""
+    """Return the answer to `intent` in `style`."""
     voice = intent.casual if style.casual else intent.formal
     parts = [voice.core]
     if style.long:
@@ -65,20 +64,20 @@ def compose_answer(intent: Intent, style: Style) -> str:
 
 
 def list_answers(intent: Intent) -> set[str]:
-    """All sixteen valid answers to `intent`."""
+    """Return all sixteen valid answers to `intent`."""
     return {compose_answer(intent, style) for style in STYLES}
 
 
 def list_prompts(held_out: bool) -> list[tuple[str, Intent]]:
-    """Phrasings with their intent: those that simulated users say, or those kept for evaluation."""
+    """Return phrasings with their intent: those that simulated users say, or the held-out ones."""
     cut = slice(-HELD_OUT_PHRASINGS, None) if held_out else slice(None, -HELD_OUT_PHRASINGS)
     return [(phrasing, intent) for intent in INTENTS for phrasing in intent.phrasings[cut]]
 
 
 def make_dialogues(count: int, seed: int) -> list[list[dict[str, str]]]:
-    """`count` conversations in the openai `messages` form, each ending with an assistant's answer.
+    """Make `count` conversations in the `messages` form of the OpenAI API, each ending with an assistant's answer.
 
-    About an eighth carry an earlier exchange and a tenth a system message, so that the policy also copes with history, a
+    About an eighth have an earlier exchange and a tenth a system message, so that the policy learns to handle history, a
     persona and remembered lines.
     """
     rng = random.Random(seed)
@@ -105,7 +104,7 @@ def make_dialogues(count: int, seed: int) -> list[list[dict[str, str]]]:
 
 
 def _vary_typing(text: str, rng: random.Random) -> str:
-    """People drop capitals and full stops."""
+    """Vary the capital letter and the final punctuation of a message, as people do."""
     if rng.random() < 0.25:
         text = text[0].upper() + text[1:]
     if rng.random() < 0.15:

@@ -1,12 +1,11 @@
-"""The model that a run trains: a LoRA adapter on the base model, or weights of its own (`training.weights`).
+"""The model that a run trains: a LoRA adapter on the base model, or whole weights (`training.weights`).
 
-Either way the base is at hand, as what a policy is held to: the model without its adapter, or with the weights that the base
-has. Of a model with weights of its own the token embeddings are not trained: what is tied to them, vLLM's CPU build does not
-renew with them (docs/experiments.md).
+Either way the base model stays available as the reference: the model without its adapter, or with the base's weights. The
+token embeddings of a whole model are not trained, because vLLM's CPU build does not update the weights tied to them
+(docs/experiments.md).
 
-The logits of every model made here are divided by the policy's temperature, so that its log-probabilities are those that
-answers are sampled with: the output of the final norm is, which no fused head passes by. It knows no objective, no database
-and no server.
+The logits of every model made here are divided by the policy's temperature, so that its log-probabilities are those with
+which answers are sampled. The division is applied to the output of the final norm, because every fused head reads that.
 """
 
 import os
@@ -27,21 +26,21 @@ if TYPE_CHECKING:
 
     Model: TypeAlias = PeftModel | PreTrainedModel
 
-FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f")  # what architectures call it
+FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f")  # its names in different architectures
 CAP = "final_logit_softcapping"
 
 
 def load_for_training(config: Config, base_model: str, version: str | None = None) -> "Model":
-    """The base model, or the version in a directory, to be trained: with an adapter (a fresh one, if it has none), or whole.
+    """Load the base model, or the version in a directory, for training: with an adapter (new if it has none), or whole.
 
-    A whole model is in float32 until `settle`: steps as small as its own would be lost in 16 bits. It goes on from an
-    adapter too, which is merged into it; an adapter does not go on from a whole model.
+    A whole model is in float32 until `cast_for_serving`, because 16 bits would lose its small steps. It can continue an
+    adapter, which is merged into it; an adapter cannot continue a whole model. Raises TrainingError if loading fails.
     """
     return make_trainable(config, base_model, load_served(config, base_model, version))
 
 
 def make_trainable(config: Config, base_model: str, found: "Model") -> "Model":
-    """As `load`, of a model that `served` gave."""
+    """Make a model from `load_served` trainable, as `load_for_training` does."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if config.training.weights == "full":
@@ -56,7 +55,7 @@ def make_trainable(config: Config, base_model: str, found: "Model") -> "Model":
 
 
 def load_served(config: Config, base_model: str, version: str | None = None) -> "Model":
-    """The base model, or the version in a directory, as it is served."""
+    """Load the base model, or the version in a directory, as it is served. Raises TrainingError."""
     from peft import PeftModel
     from safetensors import SafetensorError
 
@@ -81,7 +80,7 @@ def _advise_restoring(version: Path) -> str:
 
 
 def as_base(model: "Model") -> AbstractContextManager[Any]:
-    """Inside, a model that `load` made is the base model."""
+    """Turn a model from `load_for_training` into the base model for the block."""
     from peft import PeftModel
 
     return model.disable_adapter() if isinstance(model, PeftModel) else _with_base_weights(model)
@@ -89,7 +88,7 @@ def as_base(model: "Model") -> AbstractContextManager[Any]:
 
 @contextmanager
 def base_of(config: Config, base_model: str, model: "Model") -> Iterator["Model"]:
-    """Inside, the base model of one that `load` made or `served` gave."""
+    """Give the base model of a model from `load_for_training` or `load_served` for the block."""
     from peft import PeftModel
 
     if isinstance(model, PeftModel) or hasattr(model, "base_weights"):
@@ -100,28 +99,28 @@ def base_of(config: Config, base_model: str, model: "Model") -> Iterator["Model"
 
 
 def copy_weights(model: "Model") -> dict[str, Any]:
-    """A copy of the weights that are trained, by name."""
+    """Return a copy of the trained weights, by name."""
     return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
 
 
 def restore_weights(model: "Model", kept: dict[str, Any]) -> None:
-    """Set a model's weights back to a copy that `weights` made."""
+    """Restore a model's weights from a copy that `copy_weights` made."""
     for name, parameter in model.named_parameters():
         if name in kept:
             parameter.data.copy_(kept[name])
 
 
 def draw_to_base(model: Any, share: float) -> None:
-    """Take a whole model's weights that share of the way back to the base's: to an adapter, weight decay does it."""
+    """Move a whole model's weights a share of the way to the base's. For an adapter, weight decay does this."""
     for name, parameter in model.named_parameters():
         if name in model.base_weights:
             parameter.data.lerp_(model.base_weights[name], share)
 
 
 def cast_for_serving(model: Any) -> None:
-    """Bring a trained model to the numbers that it is served in, so that what is measured is what is served.
+    """Round a trained model's weights to the number format that it is served in, so that measurements are of what serves.
 
-    An adapter is trained in float32 and served in the number format of its base: it is rounded to that.
+    An adapter is trained in float32 and served in the number format of its base.
     """
     if not hasattr(model, "base_weights"):
         for parameter in model.parameters():
@@ -134,7 +133,7 @@ def cast_for_serving(model: Any) -> None:
 
 
 def save(model: Any, directory: Path) -> None:
-    """Write what was trained into the directory of a version."""
+    """Save the trained weights in the directory of a version."""
     if hasattr(model, "base_weights"):
         with _undivided_cap(model):
             model.save_pretrained(directory / WHOLE)
@@ -144,7 +143,7 @@ def save(model: Any, directory: Path) -> None:
 
 
 def load_state(model: Any, directory: Path) -> None:
-    """Give a model the weights that `save` wrote of one like it."""
+    """Load the weights that `save` wrote into a model of the same kind."""
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -158,7 +157,7 @@ def load_state(model: Any, directory: Path) -> None:
 
 @contextmanager
 def _undivided_cap(model: Any) -> Iterator[None]:
-    """Inside, the config of a model whose logits are divided is that of the model itself."""
+    """Restore the original logit cap in a model's config for the block, so that it is the one that is saved."""
     settings = model.config.get_text_config()
     divided, own = getattr(settings, CAP, None), settings.__dict__.pop("undivided_cap", None)
     if own is None:
@@ -174,7 +173,7 @@ def _undivided_cap(model: Any) -> Iterator[None]:
 
 @contextmanager
 def as_served(model: Any) -> Iterator[None]:
-    """Inside, an adapter, which is trained in float32, has the number format of its base: that of the server, and faster."""
+    """Cast an adapter, which is trained in float32, to the number format of its base and of the server for the block."""
     parameters = [] if hasattr(model, "base_weights") else [one for one in model.parameters() if one.dtype != model.dtype]
     kept = [one.data for one in parameters]
     try:
@@ -188,7 +187,7 @@ def as_served(model: Any) -> Iterator[None]:
 
 @contextmanager
 def as_float32(model: "Model") -> Iterator[None]:
-    """Inside, a model computes in float32: the reference for what a server gives. Its weights come back exactly."""
+    """Make a model compute in float32 for the block, as the reference for a server. Its weights are restored exactly."""
     narrow = [(value, value.dtype) for value in model.parameters() if value.dtype.itemsize < 4]
     try:
         for value, _ in narrow:
@@ -200,7 +199,7 @@ def as_float32(model: "Model") -> Iterator[None]:
 
 
 def find_not_finite(model: "Model") -> list[str]:
-    """The names of weights that hold what is no number."""
+    """Return the names of weights that hold NaN or infinity."""
     return [name for name, value in model.named_parameters() if not value.isfinite().all()]
 
 
@@ -216,15 +215,15 @@ def _load_pretrained(config: Config, source: str, advice: str = "put it back, or
         return found.to("cuda") if torch.cuda.is_available() else found
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise TrainingError(
-            f"out of memory while loading '{source}'; lower serving.memory_share so that vLLM leaves room for it, end what "
-            "else uses the GPU, or set serving.sleep_while_training = true"
+            f"out of memory while loading '{source}'; lower serving.memory_share so that vLLM leaves room for it, end other "
+            "programs on the GPU, or set serving.sleep_while_training = true"
         ) from error
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise TrainingError(f"the model '{source}' cannot be loaded ({quote_error(error)}); {advice}") from error
 
 
 def divide_logits(model: "PreTrainedModel", temperature: float) -> None:
-    """Have a model give its logits divided by `temperature`. Raises TrainingError for an architecture where that fails."""
+    """Divide a model's logits by `temperature`. Raises TrainingError for an architecture where that is not possible."""
     import torch
 
     if temperature == 1.0:
@@ -238,7 +237,7 @@ def divide_logits(model: "PreTrainedModel", temperature: float) -> None:
         before = model(input_ids=ids).logits.float()
         if norm is not None:
             norm.register_forward_hook(lambda module, given, output: output / temperature)
-        if capped is not None:  # cap · tanh(x / cap), of x and of the cap divided alike
+        if capped is not None:  # logits are cap · tanh(x / cap), so x and the cap must be divided alike
             setattr(settings, CAP, capped / temperature)
             settings.undivided_cap = capped
         after = model(input_ids=ids).logits.float()
@@ -280,8 +279,8 @@ def _with_base_weights(model: Any) -> Iterator[None]:
 
 
 def silence_libraries() -> None:
-    """Keep the libraries' own progress bars and warnings out of ours."""
-    os.environ["TQDM_DISABLE"] = "1"  # read when a library makes its bars: before it is imported
+    """Suppress the libraries' own progress bars and warnings."""
+    os.environ["TQDM_DISABLE"] = "1"  # must be set before a library that makes bars is imported
     import datasets
     import transformers
 

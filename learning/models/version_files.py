@@ -1,7 +1,7 @@
-"""The files of a version: which kind of weights it has, whether they are sound, and what names them.
+"""The files of a version: the kind of its weights, their faults, and their fingerprint.
 
-Needs no torch, and reads no more of a whole model than its header: the serving process looks at a version before it gives
-it to vLLM, which checks nothing and may load pickles.
+The serving process checks a version before vLLM loads it, because vLLM checks nothing and may load pickles. Therefore this
+module needs no torch, and reads only the header of whole weights.
 """
 
 import hashlib
@@ -15,27 +15,27 @@ from pathlib import Path
 import numpy as np
 
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
-WHOLE = "model"  # the folder of a version that has weights of its own
+WHOLE = "model"  # the folder of whole weights in a version's directory
 PICKLES = {".bin", ".pt", ".pkl", ".pickle"}
 
 
 def is_whole(directory: Path) -> bool:
-    """Whether a version has weights of its own; otherwise it is an adapter."""
+    """Tell whether a version has whole weights; otherwise it is an adapter."""
     return (directory / WHOLE).is_dir()
 
 
 def find_weights_folder(directory: Path) -> Path:
-    """Where the weights of a version are."""
+    """Return the folder of a version's weights."""
     return directory / WHOLE if is_whole(directory) else directory
 
 
 def find_missing_files(directory: Path) -> list[str]:
-    """The names of the files that are missing in a version that should hold an adapter."""
+    """Return the names of the adapter files that a version lacks."""
     return [name for name in sorted(ADAPTER_FILES) if not (directory / name).is_file()]
 
 
 def fingerprint(directory: Path) -> str:
-    """The sha256 of a version's weights."""
+    """Return the sha256 of a version's weights."""
     digest = hashlib.sha256()
     for path in sorted(find_weights_folder(directory).glob("*.safetensors")):
         with path.open("rb") as file:
@@ -45,9 +45,9 @@ def fingerprint(directory: Path) -> str:
 
 
 def discard_weights(directory: Path) -> None:
-    """Remove the weights of a version that will never serve: the same facts and seed make the same bytes again.
+    """Delete the weights of a version that will never serve. The same feedback and seed would make the same bytes again.
 
-    What reports and explanations read stays.
+    The files that reports and explanations read are kept.
     """
     shutil.rmtree(directory / WHOLE, ignore_errors=True)
     for name in ADAPTER_FILES:
@@ -55,13 +55,13 @@ def discard_weights(directory: Path) -> None:
 
 
 def remove_unfinished(policies: Path) -> None:
-    """Remove what killed runs left behind; only for who holds the lock of runs, so that nobody is at work on it."""
+    """Remove what killed runs left behind. The caller must hold the lock of runs, so that no run is using it."""
     for leftover in policies.glob("*.unfinished"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def prune(directories: Iterable[Path]) -> tuple[int, int]:
-    """Remove all files of versions that will never serve; how many had any, and how many bytes those were."""
+    """Remove the directories of versions that will never serve. Returns how many there were, and their size in bytes."""
     count = size = 0
     for directory in directories:
         if directory.is_dir():
@@ -72,7 +72,7 @@ def prune(directories: Iterable[Path]) -> tuple[int, int]:
 
 
 def find_faults(directory: Path, base_model: str, max_rank: int) -> list[str]:
-    """What is wrong with a version's weights; empty where vLLM may load them."""
+    """Return the faults of a version's weights; none if vLLM may load them."""
     folder = find_weights_folder(directory)
     if not folder.is_dir():
         return [f"{folder}: is missing"]
@@ -107,12 +107,12 @@ def _find_adapter_faults(adapter: Path, base_model: str, max_rank: int) -> list[
     faults += _find_layer_faults(tensors)
     faults += _find_pair_faults({name: list(tensor.shape) for name, tensor in tensors.items()}, base_model)
     if not any(tensor.any() for name, tensor in tensors.items() if ".lora_B" in name):
-        faults.append("all weights are zero: it changes nothing")
+        faults.append("all weights are zero: the adapter changes nothing")
     return faults
 
 
 def _find_pair_faults(adapter: dict[str, list[int]], base_model: str) -> list[str]:
-    """What does not fit the layers of a base model that is a folder. Where that is may have changed since training."""
+    """Return the faults of an adapter's shapes against a base model in a folder, which may have changed since training."""
     base = _read_shapes(Path(base_model))
     faults = []
     for name, shape in adapter.items():
@@ -126,7 +126,7 @@ def _find_pair_faults(adapter: dict[str, list[int]], base_model: str) -> list[st
 
 
 def _find_whole_faults(folder: Path, base_model: str) -> list[str]:
-    """A tensor that is missing would be served as the version before had it."""
+    """Return the faults of whole weights. For a missing tensor, vLLM would serve the one of the version before."""
     from safetensors import SafetensorError
 
     try:

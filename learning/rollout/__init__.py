@@ -1,1 +1,1 @@
-"""Rollout: the loop that trains when there is enough to learn, and takes versions live."""
+"""Rollout: train when there is enough new feedback, and make versions live."""

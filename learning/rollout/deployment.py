@@ -1,12 +1,11 @@
-"""Deployment: a candidate goes live, and what is live is what the server serves.
+"""Deployment: make candidates live, and keep the server on the live version.
 
 The order is load -> probe -> promote -> drain -> unload (law 5). The probe asks the server for its log-probabilities of
-fixed token ids and compares them with the trainer's. A server holds many adapters and one set of whole weights: where those
-change, replies wait for the last answer in flight, for the load and for the probe.
+fixed token ids and compares them with the trainer's. A server holds many adapters but only one set of whole weights: to
+replace those, new replies wait until the answers in flight have ended and the new weights are loaded and probed.
 
-A candidate is rejected where it fails, or where its verdict does not hold any more because another version went live since.
-Where the server, or the database, could not be asked, it stays a candidate and is tried again. It knows no training; it
-needs a Policy and the registry.
+A candidate is rejected if it fails, or if another version went live since its verdict. If the server or the database cannot
+be reached, it stays a candidate and is tried again. Deployment does not depend on training.
 """
 
 import asyncio
@@ -37,14 +36,14 @@ from learning.judging import probe
 from learning.models.version_files import discard_weights, find_faults, find_weights_folder, fingerprint, is_whole
 
 Announce = Callable[[str], None]
-RETRY_FIRST = 1.0  # seconds until a version that could not be served is tried again; then twice as long each time
-RETRY_SECONDS = 600.0  # at most
-DEPLOY_TRIES = 5  # of a candidate, while a server that was well goes away or fails in the middle of them
+RETRY_FIRST = 1.0  # seconds before a version that could not be served is tried again; each try doubles the pause
+RETRY_SECONDS = 600.0  # the longest pause
+DEPLOY_TRIES = 5  # tries of a candidate during which a ready server became unavailable, before it is rejected
 
 
 class ProbeResult(Record):
-    """What a probe found: the mean distances (nats) of the server's log-probabilities from those that the trainer computed
-    of the candidate and of its parent, and how far from the candidate a sound server may be.
+    """The result of a probe, in nats. `distance` and `from_parent` are the mean distances of the server's log-probabilities
+    from the trainer's for the candidate and for its parent. `tolerance` is the largest `distance` allowed.
     """
 
     distance: float = Field(validation_alias="probe_distance", serialization_alias="probe_distance")
@@ -53,13 +52,17 @@ class ProbeResult(Record):
 
     @property
     def passed(self) -> bool:
-        """Whether the server serves the candidate: is near it and, the real test, half as far from it as from its parent."""
+        """Whether the server serves the candidate: it is within the tolerance, and at most half as far from the candidate as
+        from its parent (the test that detects other weights).
+        """
         return self.distance <= self.tolerance and self.distance <= self.from_parent / 2
 
 
 @dataclass(frozen=True)
 class ServingFailure:
-    """A live version that could not be served: why, how long it is left alone, and until when (the loop's clock)."""
+    """A live version that could not be served: the reason, the pause before the next try (s), and when the pause ends
+    (the event loop's clock).
+    """
 
     version: str
     reason: str
@@ -68,30 +71,31 @@ class ServingFailure:
 
 
 class Deployment:
-    """Keeps one vLLM server at the version that the registry calls live."""
+    """Keeps one vLLM server on the version that the registry calls live."""
 
     def __init__(self, policy: Policy, registry: PolicyRegistry, config: Config, announce: Announce = lambda text: None):
         self.policy, self.admin = policy, policy.admin
         self.registry = registry
         self.config = config
         self.announce = announce
-        self.probed: dict[str, ProbeResult] = {}  # what the last probe of each version found
+        self.probed: dict[str, ProbeResult] = {}  # the last probe of each version
         self._refused: ServingFailure | None = None
-        self._swapping = asyncio.Lock()  # one swap at a time: both the learner and the watcher of rollbacks swap
-        self._tries: Counter[str] = Counter()  # of candidates, that ended because the server went away
-        self._rejections: dict[str, KibitzError] = {}  # why candidates were rejected here
-        self._pause, self._tries_at = 1.0, 0.0  # how long candidates that wait are left alone, and until when
+        self._swapping = asyncio.Lock()  # one swap at a time: the learner swaps versions, and so does `watch`
+        self._tries: Counter[str] = Counter()  # per candidate: tries that ended because the server became unavailable
+        self._rejections: dict[str, KibitzError] = {}  # per candidate: why this process rejected it
+        self._pause, self._tries_at = 1.0, 0.0  # the pause before candidates are tried again (s), and when it ends
 
     async def deploy(self, name: str) -> PolicyVersion:
-        """Prove a candidate on the server, then make it live. On any doubt it is rejected and the live one stays.
+        """Prove a candidate on the server, then make it live. If that fails, the live version stays.
 
-        Raises VerdictOutdated where another version is live than the one that it was judged against, and Unavailable where
-        the server could not be asked: then it stays a candidate.
+        Raises ServingError if the server does not serve the candidate, and VerdictOutdated if another version is live than
+        the one it was judged against; both reject it. Raises ServerUnavailable if the server cannot be reached: it stays a
+        candidate.
         """
         call = self.registry.database.call
         async with self._swapping:
             version = await call(self.registry.get, name)
-            if version.state == PolicyState.LIVE:  # whoever else was asked to was sooner
+            if version.state == PolicyState.LIVE:  # another caller deployed it first
                 return version
             if version.state != PolicyState.CANDIDATE:
                 raise self._rejections.get(name) or RegistryError(
@@ -116,10 +120,10 @@ class Deployment:
         return promoted
 
     async def deploy_requested(self) -> None:
-        """Deploy the candidates that are to be deployed, oldest first; people are told of each failure.
+        """Deploy the requested candidates, oldest first, and announce each failure.
 
-        What a crash left behind is among them, and what `kibitz deploy` asked for. Where one must wait for the server, all
-        are tried again later, and later each time.
+        Requests come from `kibitz deploy`, and from runs that ended before their candidate was deployed. If the server is
+        unavailable, all are tried again after a pause that grows with each try.
         """
         clock = asyncio.get_running_loop().time
         if clock() < self._tries_at:
@@ -132,7 +136,7 @@ class Deployment:
         self._pause = 1.0
 
     async def _try_to_deploy(self, version: PolicyVersion) -> bool:
-        """Deploy or reject a candidate; False where it must wait for the server."""
+        """Deploy or reject a candidate. Returns False if it must wait for the server."""
         async with self._swapping:
             if not await self.admin.is_ready(self.config.serving.reply_seconds):
                 return False
@@ -141,16 +145,16 @@ class Deployment:
         except ServerUnavailable as error:
             self._tries[version.name] += 1
             if self._tries[version.name] < DEPLOY_TRIES:
-                self.announce(f"{version.name} stays a candidate and is tried again: {error}")
+                self.announce(f"{version.name} could not be deployed and will be tried again: {error}")
                 return False
             await self._reject(version, error)
-            self.announce(f"{version.name} is rejected, it could not be proven in {DEPLOY_TRIES} tries: {error}")
+            self.announce(f"{version.name} is rejected: it could not be deployed in {DEPLOY_TRIES} tries: {error}")
         except (ServingError, RegistryError) as error:
             self.announce(f"{version.name} is not deployed: {error}")
         return True
 
     async def _reject(self, version: PolicyVersion, error: KibitzError) -> None:
-        """Reject a candidate; its weights go. One that was purged meanwhile is left as it is."""
+        """Reject a candidate and delete its weights. One that was purged meanwhile is left as it is."""
         self._rejections[version.name] = error
         found = self.probed[version.name] if isinstance(error, ProbeFailed) else Record()
         with contextlib.suppress(RegistryError):
@@ -159,9 +163,9 @@ class Deployment:
             await asyncio.to_thread(discard_weights, Path(version.path))
 
     async def follow_registry(self) -> bool:
-        """Bring the server to the registry's live version, if another process changed it; True if something changed.
+        """Serve the registry's live version, if another process changed it. Returns True if something changed.
 
-        A server that is not ours may have been started again: then too.
+        A server that kibitz did not start may have restarted without the version; it is loaded again.
         """
         async with self._swapping:
             live = await self.registry.database.call(self.registry.get_live)
@@ -178,14 +182,14 @@ class Deployment:
         return True
 
     async def watch(self, seconds: float = 1.0, health: Health | None = None) -> None:
-        """Follow the registry for ever: a rollback, or a candidate to be deployed, may come from another process."""
+        """Follow the registry forever: another process may roll back, or request a deployment."""
         await supervise(
             "deployment", self._follow_and_deploy, health or Health(self.announce), seconds, longest_pause=seconds
         )
 
     async def _follow_and_deploy(self) -> None:
-        """Follow the registry. A version that could not be served is tried again later and later: each try may make
-        people wait. Another one is tried at once.
+        """Follow the registry, then deploy requested candidates. A version that could not be served is tried again after a
+        pause that doubles, because each try may make people wait; another version is tried at once.
         """
         live = (await self.registry.database.call(self.registry.get_live)).name
         clock = asyncio.get_running_loop().time
@@ -197,22 +201,25 @@ class Deployment:
             self._refused = None
         except Exception as error:
             cause = quote_error(error, only_first_line=True)
-            reason = f"the live version cannot be served, {self.policy.version} goes on: {cause}"
+            reason = f"the live version cannot be served, {self.policy.version} still answers: {cause}"
             pause = min(2 * refused.pause, RETRY_SECONDS) if refused is not None else RETRY_FIRST
             self._refused = ServingFailure(live, reason, pause, clock() + pause)
             raise ServingError(reason) from error
         await self.deploy_requested()
 
     async def restore_live(self) -> None:
-        """After a (re)start of the server: serve the live version again, or the base model where it cannot be proven."""
+        """Serve the live version after a (re)start of the server, or the base model if the live version fails.
+
+        Raises ConfigError if `training.weights` is "full" and the server does not allow its weights to be replaced.
+        """
         async with self._swapping:
             await self.admin.connect()
             if self.admin.weights_version == self.admin.base:
                 self.policy.version = self.admin.base
             if self.config.training.weights == "full" and not self.admin.can_replace_weights:
                 raise ConfigError(
-                    f"config key training.weights has value 'full', but the vLLM at {self.admin.url} does not let its "
-                    "weights be changed; start it with VLLM_SERVER_DEV_MODE=1 in its environment, or set "
+                    f"config key training.weights has value 'full', but the vLLM at {self.admin.url} does not allow its "
+                    "weights to be replaced; start it with VLLM_SERVER_DEV_MODE=1 in its environment, or set "
                     'training.weights = "lora"'
                 )
             live = await self.registry.database.call(self.registry.get_live)
@@ -222,18 +229,18 @@ class Deployment:
             except ServingError as error:
                 async with self._proving(await self.registry.database.call(self.registry.get_base)):
                     self.policy.version = self.admin.base
-                self.announce(f"{live.name} cannot be served ({error}); {self.admin.base} answers until it can")
+                self.announce(f"{live.name} cannot be served ({error}); {self.admin.base} answers instead")
 
     @contextlib.asynccontextmanager
     async def sleeping(self) -> AsyncIterator[None]:
-        """Have vLLM sleep inside: its GPU memory is free, and nobody is answered. Afterwards all it serves is proven again.
+        """Put vLLM to sleep for the block, which frees its GPU memory; nobody is answered. Probe all versions afterwards.
 
-        The one exception to laws 5 and 9 (docs/architecture.md): only where serving.sleep_while_training asks for it.
+        The one exception to laws 5 and 9 (docs/architecture.md), used only with `serving.sleep_while_training`.
         """
         async with self._swapping:
             async with self.policy.pause_replies(self.config.serving.reply_seconds):
                 self.policy.is_asleep = True
-            self.announce("vLLM sleeps while a version is trained; nobody is answered until that ends")
+            self.announce("vLLM sleeps while a version is trained; nobody is answered until the training ends")
             try:
                 await self.admin.sleep()
                 try:
@@ -246,7 +253,7 @@ class Deployment:
             self.announce(f"vLLM is awake; {self.policy.version} answers again")
 
     async def _prove_again(self) -> None:
-        """Probe every version that the server holds; one that it serves otherwise than before goes."""
+        """Probe every version that the server holds, and unload each one that fails."""
         call = self.registry.database.call
         whole = (
             {self.admin.weights_version}
@@ -257,9 +264,7 @@ class Deployment:
             try:
                 await self._probe(await call(self.registry.get, name))
             except ServingError as error:
-                self.announce(
-                    f"{name} is not the same after sleeping, {self.admin.base} answers until it can be served: {error}"
-                )
+                self.announce(f"{name} is not the same after sleeping, {self.admin.base} answers instead: {error}")
                 if name in whole:
                     await self._replace_weights(self.admin.base)
                 else:
@@ -268,25 +273,28 @@ class Deployment:
                     self.policy.version = self.admin.base
 
     async def rollback(self) -> PolicyVersion:
-        """Take the live version back and serve the one before it."""
+        """Roll the live version back, and serve and return the one before it."""
         _, live = await self.registry.database.call(self.registry.roll_back)
         await self.follow_registry()
         return live
 
     @contextlib.asynccontextmanager
     async def _proving(self, version: PolicyVersion) -> AsyncIterator[None]:
-        """Inside, the server is known to serve `version`. Where other weights make way for its own, replies wait."""
+        """Load and probe a version; in the block, the server serves it. Replies wait if whole weights are replaced.
+
+        Raises ServingError.
+        """
         whole = not version.is_base and is_whole(Path(version.path))
         wanted = version.name if whole else self.admin.base
         stays = wanted == self.admin.weights_version
         if not stays and not self.admin.can_replace_weights:
             raise ServingError(
-                f"{version.name} needs the weights of {wanted}, and this vLLM does not let its own be changed; set "
-                'training.weights = "full" (and VLLM_SERVER_DEV_MODE=1 where the server is not started by kibitz)'
+                f"{version.name} needs the weights of {wanted}, but this vLLM does not allow its weights to be replaced; "
+                'set training.weights = "full" (and VLLM_SERVER_DEV_MODE=1 if kibitz does not start the server)'
             )
         found = await asyncio.to_thread(self._find_faults, version)
         if found:
-            raise ServingError(f"{version.name} is not sound: {found[0]}")
+            raise ServingError(f"{version.name} cannot be loaded: {found[0]}")
         async with contextlib.nullcontext() if stays else self._replacing_weights(wanted):
             if version.name != wanted and version.name not in await self.admin.list_adapters():
                 await self.admin.load_adapter(version.name, version.path)
@@ -296,7 +304,7 @@ class Deployment:
 
     @contextlib.asynccontextmanager
     async def _replacing_weights(self, name: str) -> AsyncIterator[None]:
-        """Inside, nobody is answered and the server holds the whole weights of a version; on an error those before again."""
+        """Pause replies and load the whole weights of a version for the block. An error restores the weights before it."""
         before = self.admin.weights_version
         async with self.policy.pause_replies(self.config.serving.reply_seconds):
             try:
@@ -311,13 +319,13 @@ class Deployment:
         await self.admin.replace_weights(name, await self.registry.database.call(self._find_weights_source, name))
 
     def _find_weights_source(self, name: str) -> str:
-        """Where vLLM finds the whole weights of a version."""
+        """Return the path, or hub name, from which vLLM loads the whole weights of a version."""
         version = self.registry.get(name)
         if version.is_base:
             return str(Path(version.base_model).absolute()) if Path(version.base_model).is_dir() else version.base_model
         folder = find_weights_folder(Path(version.path))
-        if not folder.is_dir():  # vLLM's engine ends where it cannot read them
-            raise ServingError(f"the weights of {name} are gone")
+        if not folder.is_dir():  # vLLM's engine ends if it cannot read them
+            raise ServingError(f"the weights of {name} are missing: no directory {folder}; restore it, or roll back")
         return str(folder)
 
     def _find_faults(self, version: PolicyVersion) -> list[str]:
@@ -325,25 +333,28 @@ class Deployment:
             return []
         directory = Path(version.path)
         if not (directory / "manifest.json").is_file():
-            return ["its manifest is missing: it was never finished"]
+            return ["manifest.json is missing, so its training run did not finish"]
         found = find_faults(directory, version.base_model, self.config.serving.max_lora_rank)
         if not found and fingerprint(directory) != version.sha256:
-            found = ["its weights are not those that were registered"]
+            found = ["its weights differ from those that were registered"]
         return found
 
     async def _probe(self, version: PolicyVersion) -> None:
-        """Raise unless the server computes the trainer's log-probabilities, and not those of the parent."""
+        """Raise ProbeFailed unless the server's log-probabilities are the trainer's, and not the parent's.
+
+        Raises ServingError if the version's probe file cannot be used.
+        """
         served: list[float] = []
         try:
             places = await asyncio.to_thread(probe.read, Path(version.path))
             for place in places:
                 listed = await self.admin.read_next_logprobs(version.name, place.prompt_ids, place.temperature)
-                floor = min(listed.values())  # a token that the server does not list is at most as likely as the last
+                floor = min(listed.values())  # an unlisted token is at most as likely as the last listed one
                 served += [listed.get(token, floor) for token in place.tokens]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ServingError(f"{version.name} has no readable probe ({error!r}); train it again") from error
         if not served:
-            raise ServingError(f"{version.name} carries an empty probe; train it again")
+            raise ServingError(f"{version.name} has an empty probe; train it again")
         found = ProbeResult(
             distance=probe.mean_distance(served, [one for place in places for one in place.candidate]),
             from_parent=probe.mean_distance(served, [one for place in places for one in place.parent]),
@@ -357,12 +368,12 @@ class Deployment:
             )
 
     async def _retire(self, name: str) -> None:
-        """Wait for the last answer of a version that is no longer live, then let the server forget it."""
+        """Wait for the last answer of a version that is no longer live, then unload it."""
         if name != self.admin.base and await self.policy.drain(name):
             await self._unload(name)
 
     async def _unload(self, name: str) -> None:
-        """Let the server forget an adapter; one that is away is given none but the live one when it comes back."""
+        """Unload an adapter. A server that is away needs no unloading: after its restart only the live version is loaded."""
         with contextlib.suppress(ServerUnavailable):
             if name in await self.admin.list_adapters():
                 await self.admin.unload_adapter(name)

@@ -1,7 +1,7 @@
-"""OnlineLearner: collect -> train -> evaluate -> deploy, whenever enough has been said.
+"""OnlineLearner: collect -> train -> evaluate -> deploy, whenever there are enough new reactions.
 
-Training runs in a child process (`kibitz train`): its memory comes back when it ends, and a crash is an exit code. The
-chat goes on whatever happens here (law 9).
+Training runs in a child process (`kibitz train`): the system frees its memory when it ends, and a crash is an exit code. A
+failure here never stops the chat (law 9).
 """
 
 import asyncio
@@ -22,8 +22,8 @@ from learning.judging.judgement import Judgement
 from learning.rollout.deployment import Deployment
 
 Announce = Callable[[str], None]
-JUDGE_TRIES = 3  # to judge a version that waits, while that fails; each after another reaction
-DATABASE_URL = "KIBITZ_DATABASE_URL"  # the variable that tells a training process the database: its URL is in no file
+JUDGE_TRIES = 3  # failed tries to judge a waiting version before it is given up; a new reaction comes before each
+DATABASE_URL = "KIBITZ_DATABASE_URL"  # passes the database's URL to a training process, because no file may hold it
 
 
 class OnlineLearner:
@@ -42,21 +42,21 @@ class OnlineLearner:
         self.config = config
         self.announce = announce
         self.progress = progress
-        self._learned: int | None = None  # how many reactions the runs so far learned from
+        self._learned: int | None = None  # reactions that earlier runs learned from
         self._purged = 0
-        self._failures = 0  # to judge the version that waits
-        self._tries_from = 0  # how many reactions must have come for it until the next try
+        self._failures = 0  # failed tries to judge the waiting version
+        self._tries_from = 0  # reactions that the waiting version needs before the next try
 
     async def run(self, health: Health | None = None) -> None:
-        """Learn for ever: look every `learning.check_seconds` whether enough is new. A failed run is announced."""
+        """Learn forever: check every `learning.check_seconds` for enough new reactions. Failed runs are announced."""
         every = self.config.learning.check_seconds
         await supervise("learning", self._learn_if_enough, health or Health(self.announce), every)
 
     async def _learn_if_enough(self) -> None:
         said, purged, paused = await self.store.database.call(self._read_counts)
-        if self._learned is None:  # the first look
+        if self._learned is None:
             self._learned, self._purged = await self._count_learned(), purged
-        # Where versions were withdrawn because somebody was forgotten, the rest is learned anew.
+        # Purged versions take what they learned with them: learn again from all that is left.
         self._learned = min(said, self._learned) if purged == self._purged else 0
         self._purged = purged
         if paused or await self.judge_waiting() or said - self._learned < self.config.learning.min_reactions:
@@ -68,28 +68,27 @@ class OnlineLearner:
         except NothingToLearn as error:
             self.announce(f"nothing learned: {error}")
         except KibitzError as error:
-            self.announce(f"learning failed, the chat goes on: {error}")
+            self.announce(f"training failed (the chat is not affected): {error}")
 
     async def learn_once(self) -> Judgement:
-        """One round; returns what became of its version. A candidate that did not pass the gate is not deployed.
+        """Train one version, deploy it if it passes the gate, and return its judgement.
 
-        One that passed is deployed now, or by `Deployment.watch` where that fails for a while or this process ends here.
+        If the server is unavailable, or this process ends first, `Deployment.watch` deploys it later.
         """
         outcome = await self._run_in_child("--deploy")
         if outcome.passed:
             try:
                 await self.deployment.deploy(outcome.policy)
             except ServerUnavailable as error:
-                self.announce(f"{outcome.policy} passed, and is deployed as soon as vLLM can be asked: {error}")
+                self.announce(f"{outcome.policy} passed and will be deployed when vLLM is available: {error}")
         else:
             self._announce_outcome(outcome)
         return outcome
 
     async def judge_waiting(self) -> bool:
-        """Judge the version that waits, where enough may have come; True where there is one, which holds the next run back.
+        """Judge the waiting version if enough reactions came for it. Returns True if there is one: no run starts meanwhile.
 
-        It does so for `learning.wait_reactions` at most: then it is judged as it is, or given up. One that cannot be judged
-        is given up after TRIES.
+        After `learning.wait_reactions` at most it is judged, or given up; after JUDGE_TRIES failed tries it is given up.
         """
         version, came, is_due = await self.store.database.call(self._look_at_waiting)
         if version is None:
@@ -97,28 +96,28 @@ class OnlineLearner:
             return False
         if not is_due or came < self._tries_from:
             return True
-        self.announce(f"looking at what was said of {version.name}, which waits")
+        self.announce(f"judging {version.name} again with the reactions that it waited for")
         try:
             outcome = await self._run_in_child("--judge")
         except TrainingError as error:
             self._failures += 1
             self._tries_from = came + 1
-            self.announce(f"{version.name} cannot be judged, the chat goes on: {error}")
+            self.announce(f"{version.name} cannot be judged (the chat is not affected): {error}")
             if self._failures >= JUDGE_TRIES:
-                from learning.judging.waiting import give_up  # a command that only serves need not load it
+                from learning.judging.waiting import give_up  # imported here because it loads the training libraries
 
                 await self.store.database.call(give_up, self.deployment.registry, version, f"it cannot be judged: {error}")
             return True
         self._failures = self._tries_from = 0
         if outcome.passed:
-            self.announce(f"{version.name} has waited, and passed")
+            self.announce(f"{version.name} waited and passed")
             await self.deployment.deploy_requested()
         else:
             self._announce_outcome(outcome)
         return True
 
     def _look_at_waiting(self) -> tuple[PolicyVersion | None, int, bool]:
-        """The version that waits, how many reactions have come for it, and whether to look at its evidence."""
+        """Return the waiting version, the number of reactions that came for it, and whether to judge it now."""
         registry = self.deployment.registry
         version = next(reversed(registry.find_waiting()), None)
         if version is None:
@@ -128,7 +127,7 @@ class OnlineLearner:
         return version, came, came >= enough or registry.get_live().name != version.judged_against
 
     async def _run_in_child(self, option: str) -> Judgement:
-        """Train a version, or judge one, in a child process; what became of it."""
+        """Train or judge a version in a child process and return its judgement. vLLM sleeps meanwhile if so configured."""
         sleeps = self.config.serving.sleep_while_training
         async with self.deployment.sleeping() if sleeps else contextlib.nullcontext():
             return await train_in_child(self.config, self.progress, option)
@@ -138,14 +137,14 @@ class OnlineLearner:
         self.announce(f"{outcome.policy} {verdict}: {'; '.join(outcome.reasons)}")
 
     def _read_counts(self) -> tuple[int, int, bool]:
-        """How many reactions there are, how many versions were purged, and whether learning is paused."""
+        """Return the number of reactions, the number of purged versions, and whether learning is paused."""
         registry = self.deployment.registry
         return self.store.count_reactions(), registry.count(PolicyState.PURGED), registry.is_learning_paused()
 
     async def _count_learned(self) -> int:
-        """How many reactions there were when the last run began, so that a restart does not train again on them.
+        """Count the reactions that the last run began with, so that a restart does not train on them again.
 
-        A new base model learns from all of them, and so does whoever lost what was learned, because somebody was forgotten.
+        Runs of purged versions and of earlier base models do not count.
         """
 
         def count() -> int:
@@ -159,9 +158,9 @@ class OnlineLearner:
 
 
 async def train_in_child(config: Config, progress: Progress, option: str) -> Judgement:
-    """Run `kibitz train` with an option as a child process and return what became of the version.
+    """Run `kibitz train` with an option in a child process and return its version's judgement.
 
-    Raises TrainingError with the child's own line.
+    Raises TrainingError with the child's error message.
     """
     resolved = config.data / "train-config.json"
     handed = config.model_copy(update={"database": DatabaseConfig(url_env=DATABASE_URL), "log": LogConfig()})

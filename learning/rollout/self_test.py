@@ -1,9 +1,10 @@
 """SelfTest: the checks of `kibitz doctor` that use a model: its files, one token from the real vLLM, one training step, and
-whether that vLLM serves what the step made.
+whether that vLLM serves the result of the step.
 
-The step runs in a child process beside vLLM, as a training run does, so that what fits here fits then. It stores nothing.
+The step runs in a child process beside vLLM, as a training run does, so that a step that fits in memory here fits in a run
+too. Nothing is stored.
 
-Run: ``kibitz doctor``; this module is what the child runs.
+Run: ``kibitz doctor``, which runs this module in the child process.
 """
 
 import asyncio
@@ -38,11 +39,11 @@ if TYPE_CHECKING:
 
 QUESTION = [{"role": "user", "content": "hello"}]
 STEP_SECONDS = 1800
-LENGTH_ON_CPUS = 64  # tokens of the rows of a step without a GPU, where full ones take minutes
+LENGTH_ON_CPUS = 64  # tokens of a row without a GPU, where rows of the full length take minutes
 
 
 class SelfTest:
-    """The checks of one config's model. As a context it stops the vLLM that a check started."""
+    """The checks of one config's model. Leaving it as a context manager stops the vLLM that a check started."""
 
     def __init__(self, config: Config, find_model: Callable[[], tuple[Config, str]]):
         self.config = config
@@ -52,7 +53,7 @@ class SelfTest:
         self._server: VllmServer | None = None
         self._url = ""
         self._scratch = contextlib.ExitStack()
-        self._version: Path | None = None  # what the step made
+        self._version: Path | None = None  # the version that the step made
 
     def __enter__(self) -> "SelfTest":
         self._runner.__enter__()
@@ -67,7 +68,7 @@ class SelfTest:
                 self._runner.__exit__(kind, error, trace)
 
     def list_checks(self, quick: bool) -> list[Check]:
-        """List the checks of the model; `quick` leaves out those that run it."""
+        """List the checks of the model. `quick` leaves out those that run it."""
         found: list[Check] = [
             ("model", self.check_files),
             ("chat template", self.check_template),
@@ -82,13 +83,13 @@ class SelfTest:
 
     @property
     def model(self) -> str:
-        """The model, as vLLM loads it. Raises Skipped where there is none."""
+        """The model's path or hub name. Raises Skipped if `check_files` found none."""
         if not self._model:
-            raise Skipped("there is no model to look at")
+            raise Skipped("there is no model to check")
         return self._model
 
     def check_files(self) -> str:
-        """Check that the model is there, with whole weights and an architecture that is served and trained."""
+        """Check that the model exists, its weights are complete, and its architecture can be served and trained."""
         self.config, model = self._find()
         shape = read_shape(model)
         check_architecture(self.config, model)
@@ -105,11 +106,11 @@ class SelfTest:
         return f"a greeting is {len(tokenizer.prompt_ids(QUESTION))} tokens"
 
     def check_room(self) -> str:
-        """Check that memory and disk have room for serving and training the model."""
+        """Check that memory and disk suffice to serve and train the model."""
         shape = read_shape(self.model)
         check_disk(self.config, shape)
         if is_locked(self.config.data, "serve"):
-            raise Skipped("a kibitz runs on this data directory, and takes its memory")
+            raise Skipped("a kibitz runs on this data directory and uses the memory")
         plan = check_memory(self.config, self.model, shape)
         if plan is None:
             return "enough to serve it and to train it"
@@ -120,7 +121,7 @@ class SelfTest:
     def check_answer(self) -> str:
         """Ask the real vLLM for one token and its log-probability."""
         if is_locked(self.config.data, "serve") and not self.config.serving.url:
-            raise Skipped("a kibitz runs on this data directory: its own vLLM answers")
+            raise Skipped("a kibitz runs on this data directory with its own vLLM")
         return self._runner.run(self._ask_one_token(self.model))
 
     async def _ask_one_token(self, model: str) -> str:
@@ -142,18 +143,18 @@ class SelfTest:
             await policy.close()
         if len(reply.logprobs) != len(reply.completion_ids) or not all(map(math.isfinite, reply.logprobs)):
             raise ServingError(
-                f"vLLM at {url} gave {len(reply.completion_ids)} tokens with {len(reply.logprobs)} log-probabilities; start "
-                "it with --logprobs-mode processed_logprobs, or let kibitz start its own"
+                f"vLLM at {url} returned {len(reply.completion_ids)} tokens with {len(reply.logprobs)} log-probabilities; "
+                "start it with --logprobs-mode processed_logprobs, or let kibitz start its own"
             )
         self._url = url
         return f"{reply.text!r} in {reply.latency_ms:.0f} ms, log-probability {sum(reply.logprobs):.2f}{waited}"
 
     def check_step(self) -> str:
-        """Make one real training step in a child process."""
+        """Take one real training step in a child process."""
         model = self.model
         if is_locked(self.config.data, "train"):
-            raise Skipped("a training run is going on")
-        # Below the data directory, where vLLM finds versions.
+            raise Skipped("a training run is in progress")
+        # Below the data directory, because vLLM can read versions there.
         place = Path(self._scratch.enter_context(tempfile.TemporaryDirectory(dir=self.config.data, prefix="doctor-")))
         self.config.save(place / "config.json")
         version = place / "version"
@@ -163,7 +164,7 @@ class SelfTest:
                 command, capture_output=True, text=True, timeout=STEP_SECONDS, check=False, preexec_fn=end_with_parent
             )
         except subprocess.TimeoutExpired as error:
-            raise TrainingError(f"one step took more than {STEP_SECONDS} s; take a smaller model, or a GPU") from error
+            raise TrainingError(f"one step took more than {STEP_SECONDS} s; use a smaller model, or a GPU") from error
         told = [line for line in done.stdout.splitlines() if line.startswith("{")]
         if done.returncode != 0 or not told:
             said = done.stderr.strip().splitlines() or [f"the child ended with code {done.returncode}"]
@@ -176,9 +177,9 @@ class SelfTest:
         )
 
     def check_version(self) -> str:
-        """Check that the vLLM which answered takes what the step made, as it must take every version. It keeps nothing."""
+        """Check that vLLM can load the version that the step made, then unload it."""
         if not self._url or self._version is None:
-            raise Skipped("there is no vLLM that answers, or no step that was made")
+            raise Skipped("no vLLM answered, or no step was taken")
         return self._runner.run(self._load_and_unload(self._url, str(self._version.absolute())))
 
     async def _load_and_unload(self, url: str, version: str) -> str:
@@ -189,10 +190,10 @@ class SelfTest:
             if self.config.training.weights == "full":
                 if not policy.admin.can_replace_weights:
                     raise ServingError(
-                        f"the vLLM at {url} lets nobody change its weights, and training.weights is 'full'; start it with "
-                        "VLLM_SERVER_DEV_MODE=1, or train adapters"
+                        f"the vLLM at {url} does not allow its weights to be replaced, and training.weights is 'full'; "
+                        "start it with VLLM_SERVER_DEV_MODE=1, or train adapters"
                     )
-                return "its weights can be changed"
+                return "its weights can be replaced"
             try:
                 await policy.admin.load_adapter(name, version)
                 try:
@@ -201,7 +202,7 @@ class SelfTest:
                     await policy.admin.unload_adapter(name)
             except ServingError as error:
                 raise ServingError(
-                    f"the vLLM at {url} serves no version ({quote_error(error).replace(';', ',')}); start it with "
+                    f"the vLLM at {url} cannot serve a version ({quote_error(error).replace(';', ',')}); start it with "
                     f"--enable-lora --max-lora-rank {rank} and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, able to read {version}"
                 ) from error
         finally:
@@ -210,7 +211,7 @@ class SelfTest:
 
 
 def make_rows(tokenizer: ChatTokenizer, count: int, length: int) -> list["Experience"]:
-    """Make answers of so many tokens, every other one liked, that each objective can learn from."""
+    """Make `count` experiences of about `length` tokens that every objective can learn from; every other one is liked."""
     from learning.data.experience import Experience
 
     prompt = tuple(tokenizer.prompt_ids(QUESTION))

@@ -1,1 +1,1 @@
-"""Training: one run, from rows to a candidate."""
+"""Training: one training run, from recorded feedback to a candidate."""

@@ -1,6 +1,6 @@
-"""ModelChoice: the base model of a command, made or found, checked, and the config as suits it.
+"""Find, make and check the base model of a command, and fill in the config's defaults for it.
 
-Every command that chats, serves, simulates, measures or trains begins here, before anything starts or connects.
+Every command that chats, serves, simulates, measures or trains calls this first, before anything starts or connects.
 """
 
 from collections.abc import Callable
@@ -18,19 +18,22 @@ Announce = Callable[[str], None]
 
 
 def find_base_model(config: Config, tell: Announce = announce) -> str:
-    """The base model that the config names, as something that transformers and vLLM load; the toy is made on first use."""
+    """Return the config's base model, as a path or hub name. The toy is made, and "builtin" converted, on first use.
+
+    Raises ConfigError if there is no such model.
+    """
     with progress_bar() as progress:
         return pretraining.find_or_make_base_model(config, tell, progress)
 
 
 def resolve_model(config: Config, tell: Announce = announce, replays: bool = False) -> tuple[Config, str]:
-    """Return the config with what it leaves open set as suits the base model, and the model, as vLLM loads it.
+    """Return the config with its unset values filled in for the base model, and the model's path or hub name.
 
-    Raises ConfigError where the model is not there, or its files are not whole.
+    Raises ConfigError if the model does not exist or its files are incomplete.
     """
     model = find_base_model(config, tell)
     check_files(config, model)
-    if pretraining.is_toy(model):  # the config's own defaults are the toy's
+    if pretraining.is_toy(model):  # the config's defaults were chosen for the toy
         return config, model
     suits = {"persona": DEFAULT_PERSONA, **(builtin.DIALOGUE if model == str(builtin.locate_model()) else {})}
     config = config.model_copy(update={"dialogue": config.dialogue.fill(suits)})
@@ -40,9 +43,9 @@ def resolve_model(config: Config, tell: Announce = announce, replays: bool = Fal
 def prepare_model(
     config: Config, tell: Announce = announce, serves: bool = True, replays: bool = False
 ) -> tuple[Config, str]:
-    """As `resolve_model`, of a model that is checked, with the share of the GPU that vLLM takes.
+    """Resolve and check the base model. As `resolve_model`, with vLLM's share of the GPU memory in the config.
 
-    Raises ConfigError, before anything starts or connects, where it cannot be trained here or, if it `serves`, be served.
+    Raises ConfigError if the model cannot be trained on this machine or, with `serves`, not be served.
     """
     found, model = resolve_model(config, tell, replays)
     check_extra_args(config)

@@ -1,9 +1,9 @@
-"""Drift: whether people have come to want the opposite of what a policy learned from them, and since when.
+"""Drift: detect that people now want the opposite of what a policy learned from them, and since when.
 
-How much likelier a policy makes an answer than its base does is the reward that it has learned (Rafailov et al., 2023,
-"Direct Preference Optimization", arXiv:2305.18290). Where that was right about most opinions before some moment and is wrong
-about most after it, tastes have changed: what was said before is no longer evidence, neither for training nor for the gate.
-The same the other way round, where the policy has already turned. It knows no database and no objective.
+A policy's learned reward for an answer is how much likelier it makes the answer than its base does (Rafailov et al., 2023,
+"Direct Preference Optimization", arXiv:2305.18290). If this reward agrees with most opinions before some moment and
+disagrees with most after it, tastes have changed: the older opinions are no longer evidence, neither for training nor for
+the gate. The reverse also counts: the policy may already have learned the new taste.
 """
 
 from collections.abc import Sequence
@@ -22,23 +22,23 @@ from learning.models.trainable import base_of
 if TYPE_CHECKING:
     from learning.models.trainable import Model
 
-RIGHT = 0.001  # how often a coin may look like the side on which the policy was right,
-WRONG = 0.02  # and like the side on which it was wrong
-FEWEST_OPINIONS = 16  # opinions on one side of it
-WINDOW = 48  # opinions before it that are looked at, or as many as came after it where those are more
+RIGHT = 0.001  # largest p-value of the binomial test on the side where the policy agrees with people
+WRONG = 0.02  # largest p-value on the side where it disagrees
+FEWEST_OPINIONS = 16  # opinions on each side of a change, at least
+WINDOW = 48  # opinions before a change that are tested, or as many as came after it if those are more
 STEP = 4  # opinions between the moments that are tried
 
 
 @dataclass(frozen=True)
 class Drift:
-    """The first answer that still counts, and whether the policy holds with what people wanted before it."""
+    """A change of taste: the index of the first answer after it, and whether the policy learned the taste before it."""
 
     since: int
     against: bool
 
 
 def detect_drift(config: Config, base_model: str, policy: "Model", rated: Sequence[Experience]) -> Drift | None:
-    """Whether, and since when, people want the opposite of what a policy learned from answers (oldest first)."""
+    """Return the change of taste that rated answers (oldest first) show against a policy, or None."""
     rows = token_rows(rated)
     own = batched_logprobs(policy, rows)
     with base_of(config, base_model, policy) as model:
@@ -51,15 +51,14 @@ def detect_drift(config: Config, base_model: str, policy: "Model", rated: Sequen
 def find_change_point(
     learned: np.ndarray, liked: np.ndarray, opinions: Sequence[tuple[str, ...]], cap: float
 ) -> Drift | None:
-    """Where people came to want the opposite, if they did: from learned rewards (n, nats) and whether each answer was
-    liked (n, bool), oldest first.
+    """Return the change of taste in learned rewards (n, nats) and likes (n, bool), oldest first, or None.
 
-    On one side of the moment the reward must be right about most answers, if one number parts what is liked from what is
-    not, and on the other side wrong about most, both beyond chance (binomial tests). `opinions` names whose opinions each
-    answer got: nobody's make up more than a share `cap` of a side.
+    A threshold on the reward predicts which answers are liked. Its predictions must be right for most answers on one side of
+    the moment, and wrong for most on the other, both beyond chance (binomial tests). `opinions` names the people behind each
+    answer's opinions; nobody's opinions make up more than a share `cap` of a side.
     """
     found: list[tuple[int, Drift]] = []
-    if len(learned) == 0 or not np.ptp(learned):  # nothing was learned yet
+    if len(learned) == 0 or not np.ptp(learned):  # the policy has learned nothing yet
         return None
     for since in range(FEWEST_OPINIONS, len(liked) - FEWEST_OPINIONS + 1, STEP):
         before = slice(max(0, since - max(WINDOW, len(liked) - since)), since)
@@ -77,12 +76,14 @@ def find_change_point(
 
 
 def _find_threshold(learned: np.ndarray, liked: np.ndarray) -> float:
-    """The reward from which on answers are best taken to be liked."""
+    """Return the learned reward that separates liked answers (at or above it) from disliked ones best."""
     order = np.sort(learned)
     right = ((learned[None, :] >= order[:, None]) == liked[None, :]).mean(1)
     return float(order[np.argmax(right)])
 
 
 def _binomial_p_value(right: np.ndarray, weights: np.ndarray, way: str) -> float:
-    """How often a coin would be right so often (`greater`), or so seldom (`less`)."""
+    """Return the p-value of a binomial test that weighted predictions are right more (`greater`) or less (`less`) than half
+    of the time.
+    """
     return float(binomtest(round(weights @ right), round(weights.sum()), 0.5, way).pvalue)

@@ -1,9 +1,9 @@
-"""Guard: stops a training run that harms the policy, and takes the weights back to where it was last well in the run.
+"""Guard: stop a training run that harms the policy, and restore the weights of the last check that passed.
 
-Where it never was, they stay as they are: they are measured and refused, so that people see what was learned.
+If no check passed, the weights stay as they are: the version is measured and rejected, so that people see what was learned.
 
-Margins look perfect while a policy collapses, so other things are watched: how likely the held-out answers are that people
-liked, how far the policy is from the base, and whether its samples still read as text. It knows no objective.
+Margins can look perfect while a policy collapses. The guard therefore watches the likelihood of held-out liked answers, the
+KL to the base, and whether samples are well-formed.
 """
 
 from collections.abc import Callable
@@ -17,10 +17,10 @@ from learning.judging.metrics import Check, Health
 from learning.models.ranks import broadcast_from_first
 from learning.models.trainable import copy_weights, restore_weights
 
-CHECKS = 3  # in a run
-LUCK = 0.05  # what a policy at a limit would show more often than this is luck, and no fault
-# Nats a token that held-out answers that people liked may lose against the start of the run, at temperature 1: where a lower
-# temperature sharpens the distribution, the same step costs as much more.
+CHECKS = 3  # per run
+LUCK = 0.05  # significance level: a limit counts as passed only beyond chance
+# Nats a token that held-out liked answers may lose against the start of the run, at temperature 1. A lower temperature
+# sharpens the distribution, so that the same step costs proportionally more.
 LIKED_LOSS = 0.15
 
 
@@ -34,35 +34,35 @@ class Limits:
 
     @property
     def liked_loss(self) -> float:
-        """How much held-out answers that people liked may lose (nats a token)."""
+        """The largest loss allowed of held-out liked answers (nats a token)."""
         return LIKED_LOSS / self.temperature
 
 
 def choose_check_steps(steps: int) -> set[int]:
-    """After which of a run's steps it is looked at: its thirds, and so always the last one."""
+    """Return the steps after which a run is checked: at each third, so always after the last."""
     return {-(-steps * part // CHECKS) for part in range(1, CHECKS + 1)}
 
 
 class Guard(TrainerCallback):
-    """Checks a model at the start of a run and CHECKS times in it; `stopped` says why it was stopped, if it was."""
+    """Checks a model at the start of a run and CHECKS times in it. `stopped` is the reason if the run was stopped."""
 
     def __init__(self, measure: Callable[[], Health], limits: Limits):
         self.measure = measure
         self.limits = limits
         self.first: Health | None = None
         self.stopped: str | None = None
-        self.kept = 0  # the step whose weights a stopped run ends with; 0: it did only harm
+        self.kept = 0  # the step whose weights a stopped run keeps; 0 if no check passed
         self.checks: list[Check] = []
         self._good: dict[str, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Remember how the policy was."""
+        """Measure the policy and copy its weights."""
         if self.first is None:
             self.first = self._check(0)
         self._good = copy_weights(model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Check at every third of the run; where something is wrong, go back and stop."""
+        """Check after each third of the run. If a check fails, restore the last good weights and stop."""
         if state.global_step not in choose_check_steps(state.max_steps):
             return
         assert self.first is not None
@@ -82,9 +82,9 @@ class Guard(TrainerCallback):
         return found
 
     def find_fault(self, first: Health, now: Health) -> str | None:
-        """What is wrong, if anything."""
+        """Return the fault of a check against the first one, as a message, or None."""
         if not now.kl <= max(self.limits.kl, first.kl):
-            return f"KL to the base came to {now.kl:.3f} nats a token (gate.kl_budget {self.limits.kl:g})"
+            return f"KL to the base is {now.kl:.3f} nats a token (gate.kl_budget {self.limits.kl:g})"
         most = self.limits.liked_loss + norm.isf(LUCK) * now.liked_error
         if first.liked is not None and now.liked is not None and not now.liked >= first.liked - most:
             return f"held-out liked answers lost {first.liked - now.liked:.2f} nats a token"
@@ -93,7 +93,7 @@ class Guard(TrainerCallback):
         return None
 
     def _has_too_few_well_formed(self, first: Health, now: Health) -> bool:
-        """Whether fewer samples are well-formed than the limit asks for, or than at the start if those were fewer."""
+        """Tell whether fewer samples are well-formed than the limit, or than at the start if that was below the limit."""
         if first.well_formed >= self.limits.well_formed * first.samples:
             return binomtest(now.well_formed, now.samples, self.limits.well_formed, "less").pvalue < LUCK
         table = [[one.well_formed, one.samples - one.well_formed] for one in (now, first)]

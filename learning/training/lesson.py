@@ -1,4 +1,4 @@
-"""Lesson: what a run begins with: rows to learn from, rows to be judged by, and the version that it goes on from."""
+"""Lesson: the input of a run: rows to learn from, rows to be judged by, and the version to continue."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a run begins with: the version that it goes on from, as a model; what was said, since a turn or ever; the
-    `judged` answers that the gate asks, and the prompts that candidates are `asked`, with what the live version makes of
-    both; and the `earlier` verdicts of the gate.
+    """The input of a run.
+
+    `parent` is the version to continue and `model` its model. `snapshot` holds the feedback since the turn `since` ("" for
+    all). The gate scores the `judged` answers and samples the `asked` prompts; `before` is the live version's measurement of
+    both. `earlier` are the gate's earlier verdicts.
     """
 
     parent: PolicyVersion
@@ -43,9 +45,10 @@ class Lesson:
 def prepare_lesson(
     config: Config, registry: PolicyRegistry, buffer: ReplayBuffer, space: str | None, from_base: bool, progress: Progress
 ) -> Lesson:
-    """Read all that was said; or, where people came to want the opposite, what was said since, to begin anew with.
+    """Read the feedback, load the version to continue, and measure the live version.
 
-    `space` names one import to read alone. Raises NothingToLearn where nothing says what people like.
+    After a change of taste (`drift`) only the feedback since then is read, and the run may begin again from the base.
+    `space` restricts it to one import. Raises NothingToLearn if there is no usable reward, or no difference between them.
     """
     live = registry.get_live()
     parent = _choose_parent(config, registry, live, from_base)
@@ -75,16 +78,16 @@ def prepare_lesson(
     asked = choose_prompts([*snapshot.held_out, *snapshot.training], config.gate.samples)
     before = measure_model(config, model, buffer.tokenizer, judged, asked)
     if parent != live:
-        del model  # there may be no room for both
+        del model  # there may be no memory for both
         model = load_served(config, parent.base_model, parent.weights)
     return Lesson(parent, model, snapshot, since, live, before, judged, asked, earlier)
 
 
 def _choose_parent(config: Config, registry: PolicyRegistry, live: PolicyVersion, from_base: bool) -> PolicyVersion:
-    """Return the version that a run goes on from, as long as people want what they wanted."""
+    """Return the version that a run continues if there is no change of taste."""
     every = config.learning.from_base_every
     is_due = every > 0 and len(registry.list_runs()) % every == every - 1
-    # An adapter is served on the base model alone: it does not go on from a live version with weights of its own.
+    # An adapter is served on the base model, so it cannot continue a version that has whole weights.
     cannot = config.training.weights == "lora" and is_whole(Path(live.path))
     return registry.get_base() if from_base or is_due or cannot else live
 
@@ -94,19 +97,19 @@ def _refuse_empty(snapshot: Snapshot) -> None:
         rewards = {one.reward for one in snapshot.training}
         if len(rewards) == 1 and not any(one.rejected_ids for one in snapshot.training):
             raise NothingToLearn(
-                f"all {len(snapshot.training)} rewards are {rewards.pop():+.2f}: nothing says what people like less, or "
-                "more; collect more reactions first"
+                f"all {len(snapshot.training)} rewards are {rewards.pop():+.2f}: there is no difference to learn from; "
+                "collect more reactions first"
             )
         return
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(snapshot.dropped.items()))
     raise NothingToLearn(
         f"no usable reward: {snapshot.turns} turns with feedback were read, {len(snapshot.held_out)} are held out"
-        f"{', left out: ' + reasons if reasons else ''}; collect more reactions first, or raise the limit that is named"
+        f"{', left out: ' + reasons if reasons else ''}; collect more reactions first, or raise the limit named here"
     )
 
 
 def make_manifest(config: Config, lesson: Lesson) -> Manifest:
-    """All that the weights depend on, and nothing else: no time, no path, no version number."""
+    """Return all that the weights depend on, and nothing else: no time, no path, no version number."""
     snapshot, base_model = lesson.snapshot, lesson.parent.base_model
     manifest = Manifest(
         base_sha256=fingerprint(Path(base_model)) if Path(base_model).is_dir() else base_model,

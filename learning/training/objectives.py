@@ -1,15 +1,15 @@
-"""Objectives: what a training run minimises. The only module that knows TRL's trainers.
+"""Objectives: train a model with one of TRL's trainers.
 
-Every objective learns from the same rows: exact recorded token ids, an advantage (the reward less what such a prompt earns
-on average) and a weight. `selection.select_for_training` says which of them; each is read in every epoch, in an order that
-is drawn anew. The reference is always the base model, also where an adapter is continued: TRL would keep a copy of the
-adapter as it was, and the policy walks away from its base.
+Every objective learns from the same rows: exact recorded token ids, an advantage (the reward minus the average for such a
+prompt) and a weight. `selection.select_for_training` selects the rows; each epoch reads them all, in an order of its own.
+The reference is always the base model. For a continued adapter, TRL would use a copy of the adapter as it was at the start,
+and the policy would drift away from its base.
 
 - `kto`: Ethayarajh et al. (2024), "KTO: Model Alignment as Prospect Theoretic Optimization", arXiv:2402.01306. Approval
   and disapproval, unpaired.
 - `dpo`: Rafailov et al. (2023), "Direct Preference Optimization", arXiv:2305.18290. Pairs, with an SFT term, without which
   the likelihood of both answers falls.
-- `sft`, `pg`, `mixed`: the terms of `learning.training.make_weighted_trainer`.
+- `sft`, `pg`, `mixed`: the terms of `learning.training.weighted_trainer`.
 """
 
 import math
@@ -41,15 +41,15 @@ from learning.models.trainable import as_base, draw_to_base
 from learning.training.weighted_trainer import make_weighted_trainer
 
 FULL_STEP_ROWS = (
-    64  # rows from which steps are of full size: the noise in a mean goes with the square root of how many there are
+    64  # rows for steps of full size; fewer rows take smaller steps, because the noise of a mean goes with 1/sqrt(rows)
 )
 
 
 class AnchoredTrainer(Trainer):
-    """A TRL trainer whose reference is the base model, not the policy as it is at the start of the run."""
+    """A TRL trainer whose reference is the base model, not the policy at the start of the run."""
 
     def anchor_to_base(self) -> AbstractContextManager[Any]:
-        """Inside, the model is what TRL takes as the reference. Of a continued adapter it would take a copy: that goes."""
+        """Make the model the base model for the block, and delete TRL's own reference, a copy of a continued adapter."""
         if isinstance(self.model, PeftModel) and "ref" in self.model.peft_config:
             self.model.delete_adapter("ref")
         return as_base(self.model)
@@ -61,8 +61,9 @@ class AnchoredTrainer(Trainer):
 
 @contextmanager
 def scoring_answers_alone() -> Iterator[None]:
-    """Inside, TRL's fused head scores the tokens of answers alone, as it does on GPUs. On CPUs it would score those of
-    prompts too, which are most of a chat, and leave them out afterwards.
+    """Make TRL's fused head score only the tokens of answers in the block, as it does on GPUs.
+
+    On CPUs it would also score the tokens of prompts, which are most of a chat, and discard the results.
     """
     theirs = trl.trainer.utils._use_triton
     trl.trainer.utils._use_triton = lambda device: True
@@ -78,21 +79,21 @@ class _WeightedCollator(DataCollatorForUnpairedPreference):
 
 
 class BaseWeightDecay(TrainerCallback):
-    """The weight decay of a whole model: in each step back to the base by the share that an adapter loses."""
+    """Weight decay for whole weights: each step moves them towards the base by the share that an adapter would lose."""
 
     def __init__(self, config: TrainingConfig):
         self.config = config
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **given: Any) -> None:
-        """Go back, the less the smaller the step was."""
+        """Move the weights towards the base, in proportion to the step's learning rate."""
         share = given["lr_scheduler"].get_last_lr()[0] / self.config.full_learning_rate
         draw_to_base(model, share * self.config.learning_rate * self.config.weight_decay)
 
 
 class TokenKTOTrainer(AnchoredTrainer, KTOTrainer):
-    """KTOTrainer on rows of `prompt_ids`, `completion_ids`, `label` and `weight`, in the order in which they are read.
+    """KTOTrainer on rows of `prompt_ids`, `completion_ids`, `label` and `weight`, which are read in the given order.
 
-    The KL term reads each prompt with the answer of its neighbour in the batch: in another order it is another one.
+    The KL term pairs each prompt with the answer of its neighbour in the batch, so it depends on that order.
     """
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: KTOConfig, name: str) -> Dataset:
@@ -131,14 +132,17 @@ def train(
 ) -> TrainingMetrics:
     """Train a model in place with the objective that `config` names.
 
-    Raises NothingToLearn where the objective can use none of the rows, and TrainingError where the loss is not finite. A
-    batch is read in as many parts as the memory needs; out of memory all the same, in twice as many, and the run goes on
-    from where the weights are.
+    A batch is read in as many parts as the memory requires. If it runs out anyway, the number of parts is doubled and
+    training begins again from the current weights. Raises NothingToLearn if the objective can use none of the rows, and
+    TrainingError if the loss becomes NaN or the smallest parts do not fit.
     """
     make = {"kto": _make_kto_trainer, "dpo": _make_dpo_trainer}.get(config.objective, make_weighted_trainer)
     usable, _ = select_for_training(rows, config, seed)
     if not usable:
-        raise NothingToLearn(f"none of {len(rows)} answers is of use to training.objective '{config.objective}'")
+        raise NothingToLearn(
+            f"training.objective '{config.objective}' can use none of {len(rows)} answers; collect more reactions, or set "
+            "another objective"
+        )
     batch_size = min(config.batch_size, len(usable))
     fit = fit_to_machine(model, config, compute_batch_share(batch_size), max(map(_count_tokens, usable)))
     if fit.accumulation_steps > 1 or fit.gradient_checkpointing:
@@ -147,7 +151,7 @@ def train(
         try:
             with scoring_answers_alone():
                 common = make_training_arguments(config, batch_size, len(usable), seed, fit)
-                read = fit.answers * fit.accumulation_steps * count_processes()  # in one step
+                read = fit.answers * fit.accumulation_steps * count_processes()  # answers a step
                 order = draw_batches(len(usable), read, common["max_steps"], random.Random(seed))
                 trainer = make(model, tokenizer, usable, order, config, common)
                 reporter = report_progress(trainer, "train", progress)
@@ -156,7 +160,7 @@ def train(
                 outcome = trainer.train()
             break
         except (torch.OutOfMemoryError, MemoryError) as error:
-            if fit.answers <= 4 or config.processes > 1:  # several cannot begin anew at different moments
+            if fit.answers <= 4 or config.processes > 1:  # several processes cannot restart at different moments
                 raise TrainingError(
                     f"out of memory with {fit.answers} answers at a time; lower training.max_length"
                 ) from error
@@ -184,7 +188,7 @@ def train(
 
 
 def kto_examples(rows: Sequence[Experience]) -> list[dict[str, Any]]:
-    """Rows as KTO takes them. An answer weighs what it is above or below what is usual, so both classes weigh the same."""
+    """Convert rows to KTO's format. Weights are absolute advantages, so that both classes weigh the same."""
     return [
         {
             "prompt_ids": [*row.prompt_ids],
@@ -197,7 +201,7 @@ def kto_examples(rows: Sequence[Experience]) -> list[dict[str, Any]]:
 
 
 def dpo_examples(rows: Sequence[Experience]) -> list[dict[str, Any]]:
-    """Rows with a pair as DPO takes them."""
+    """Convert rows with a pair to DPO's format."""
     return [
         {
             "prompt_ids": [*row.prompt_ids],
@@ -249,7 +253,7 @@ def _make_dpo_trainer(
 def make_training_arguments(
     config: TrainingConfig, batch_size: int, rows: int, seed: int, fit: BatchFit | None = None
 ) -> dict[str, Any]:
-    """What all objectives have in common. Little evidence is learned from in few steps, and in small ones."""
+    """Return the training arguments that all objectives share. Fewer rows take fewer and smaller steps."""
     steps = min(config.max_steps, math.ceil(config.epochs * rows / batch_size))
     rate = config.learning_rate if config.weights == "lora" else config.full_learning_rate
     return {

@@ -1,10 +1,9 @@
-"""The supervised warm start: prompt-response pairs become a policy to start from.
+"""The supervised warm start: make a base model from prompt-response pairs.
 
-`make_demo` builds the embedded demo policy (a small Qwen3 with its own byte-level tokenizer, trained from random weights
-on `learning.models.toy`); `warm_start` tunes any other base model on the operator's own pairs. Both go through TRL's
-SFTTrainer. It knows no feedback, no registry and no server.
+`make_demo` builds the toy policy (a small Qwen3 with its own byte-level tokenizer, trained from random weights on
+`learning.models.toy`). `warm_start` fine-tunes any other base model on the operator's own pairs. Both use TRL's SFTTrainer.
 
-Run: ``kibitz pretrain`` for the demo policy, ``kibitz pretrain PAIRS`` for one's own.
+Run: ``kibitz pretrain`` for the toy policy, ``kibitz pretrain PAIRS`` for your own.
 """
 
 import hashlib
@@ -30,13 +29,13 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-TOY = ("toy", "demo")  # what policy.model may call it
+TOY = ("toy", "demo")  # its names in policy.model
 SPECIAL_TOKENS = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 
 
 @dataclass(frozen=True)
 class DemoRecipe:
-    """All that the demo policy depends on; its hash names the directory that the policy is cached in."""
+    """All that the toy policy depends on. Its hash names the directory in which the policy is cached."""
 
     seed: int = 0
     dialogues: int = 10_000
@@ -46,22 +45,22 @@ class DemoRecipe:
     vocabulary: int = 1536
     batch_size: int = 16
     learning_rate: float = 3e-3
-    initializer_range: float = 0.1  # of 0.02, the default, a minute of training makes a much worse policy
+    initializer_range: float = 0.1  # with 0.02, the default, a minute of training makes a much worse policy
 
     def locate_model(self, data: Path) -> Path:
-        """Where this recipe's policy is kept under the data directory."""
+        """Return the directory of this recipe's policy under the data directory."""
         recipe = json.dumps(asdict(self), sort_keys=True) + toy.TEXTS
         return data / "models" / f"demo-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
 
 
 def is_toy(model: str) -> bool:
-    """Return whether a base model, as a config names it or as `base_model` gives it, is the toy policy."""
+    """Tell whether a base model, named as in a config or given as a path, is the toy policy."""
     directory = Path(model)
     return model in TOY or (directory.name.startswith("demo-") and _has_dimensions_of(directory, DemoRecipe()))
 
 
 def _has_dimensions_of(directory: Path, recipe: DemoRecipe) -> bool:
-    """Whether a model has the dimensions of a recipe: a name that begins alike, another model may have too."""
+    """Tell whether a model has the dimensions of a recipe. Another model's name may also begin with "demo-"."""
     try:
         settings = json.loads((directory / "config.json").read_text())
         found = [settings[key] for key in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")]
@@ -71,10 +70,10 @@ def _has_dimensions_of(directory: Path, recipe: DemoRecipe) -> bool:
 
 
 def find_or_make_base_model(config: Config, tell: Callable[[str], None], progress: Progress) -> str:
-    """The base model that the config names, as something that transformers and vLLM load: at first "builtin" is converted
-    and "toy" (or "demo", its older name) is made.
+    """Return the config's base model, as a path or hub name. "builtin" is converted, and "toy" (or "demo", its older name)
+    made, on first use.
 
-    Raises ConfigError where there is no such model.
+    Raises ConfigError if there is no such model.
     """
     name = config.policy.model
     if name == "builtin":
@@ -90,23 +89,23 @@ def find_or_make_base_model(config: Config, tell: Callable[[str], None], progres
     try:
         path = Path(name).expanduser()
         has_config = (path / "config.json").is_file()
-    except (OSError, RuntimeError, ValueError) as error:  # too long, of nobody's home, or no path at all
+    except (OSError, RuntimeError, ValueError) as error:  # too long, an unknown user's home, or not a path
         raise ConfigError(
-            f"config key policy.model has value '{name[:80]}', which is no path ({quote_error(error)}); name a model's "
+            f"config key policy.model has value '{name[:80]}', which is not a path ({quote_error(error)}); name a model's "
             "directory, a hub model (owner/name), 'builtin' or 'toy'"
         ) from error
     if has_config:
         return str(path.absolute())
     if path.is_absolute() or name.startswith(".") or path.exists() or name.count("/") > 1:
         raise ConfigError(
-            f"config key policy.model has value '{name}', where there is no model (no config.json); "
+            f"config key policy.model has value '{name}', but there is no model (no config.json); "
             "name a model's directory, a hub model (owner/name), 'builtin' or 'toy'"
         )
     from transformers import AutoConfig
 
     try:
         AutoConfig.from_pretrained(name)
-    except Exception as error:  # the hub's, the network's, or the checks of an architecture
+    except Exception as error:  # from the hub, the network, or the checks of an architecture
         raise_if_refused(name, error)
         raise ConfigError(
             f"config key policy.model has value '{name}', which is neither a directory nor a hub model that can be "
@@ -116,16 +115,17 @@ def find_or_make_base_model(config: Config, tell: Callable[[str], None], progres
 
 
 def _first_cause(error: BaseException) -> str:
-    """What began a chain of errors: transformers says of many an answer of the hub only that it could not connect."""
+    """Quote the first error of a chain: the last one of transformers often says only that it could not connect."""
     while error.__cause__ is not None:
         error = error.__cause__
     return quote_error(error)
 
 
 def make_demo(recipe: DemoRecipe, data: Path, progress: Progress) -> Path:
-    """Build the demo policy unless it is there already, and return its directory.
+    """Build the toy policy unless it exists already, and return its directory.
 
-    About a minute on two cores. The directory appears whole or not at all; the same recipe gives the same bytes.
+    This takes about a minute on two cores. The directory appears complete or not at all. The same recipe gives the same
+    bytes.
     """
     directory = recipe.locate_model(data)
     if (directory / "config.json").exists():
@@ -166,15 +166,15 @@ def make_demo(recipe: DemoRecipe, data: Path, progress: Progress) -> Path:
 
 
 def check_output_directory(directory: Path) -> None:
-    """Check that a model can be written there: in a new or empty directory, or in the place of a model.
+    """Check that a model can be written to a directory: it is new or empty, or holds a model to replace.
 
-    Raises ConfigError where something else is, which would be removed.
+    Raises ConfigError if it holds anything else, because that would be deleted.
     """
     if not directory.absolute().parent.is_dir():
         raise ConfigError(f"--out {directory}: there is no directory {directory.absolute().parent}; make it first")
     is_model = (directory / "config.json").is_file()
     if directory.exists() and not is_model and not (directory.is_dir() and not any(directory.iterdir())):
-        raise ConfigError(f"--out {directory}: is there already and holds no model; name a new directory")
+        raise ConfigError(f"--out {directory}: the path exists and holds no model; name a new directory")
 
 
 def warm_start(
@@ -187,10 +187,10 @@ def warm_start(
     progress: Progress,
     template_args: Mapping[str, bool | int | float | str] | None = None,
 ) -> dict[str, float]:
-    """Tune all weights of a model on `dialogues`, save it to `directory`, and return held-out measures of its answers.
+    """Fine-tune all weights of a model on `dialogues`, save it to `directory`, and return its held-out figures.
 
-    A tenth of the dialogues (at least one) is held out. Returns `bleu`, `rouge_l` (0-100), `perplexity` and
-    `perplexity_before`, and the two counts.
+    A tenth of the dialogues (at least one) is held out. Returns `bleu` and `rouge_l` (0-100), `perplexity`,
+    `perplexity_before`, and the counts `pairs` and `held_out`.
     """
     silence_libraries()
     from transformers import AutoModelForCausalLM, set_seed
@@ -222,7 +222,7 @@ def warm_start(
 
 
 def text_overlap(said: list[str], wanted: list[str]) -> dict[str, float]:
-    """Corpus BLEU (sacrebleu) and mean ROUGE-L F1 (rouge-score) of answers against the wanted ones, both 0-100."""
+    """Return corpus BLEU (sacrebleu) and mean ROUGE-L F1 (rouge-score) of answers against references, both 0-100."""
     import sacrebleu
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -242,7 +242,7 @@ def fine_tune(
     workspace: Path,
     progress: Progress,
 ) -> None:
-    """One supervised run through TRL's SFTTrainer over the last answer of each dialogue, in place."""
+    """Fine-tune a model in place with TRL's SFTTrainer on the answers in dialogues."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -273,20 +273,20 @@ def fine_tune(
 
 
 def _split_before_first_answer(row: dict[str, list[int]]) -> tuple[list[int], list[int]]:
-    """A row as what comes before its first answer, and all that follows."""
+    """Split a row's ids into those before its first answer and the rest."""
     start = next(index for index, label in enumerate(row["labels"]) if label != -100)
     return row["input_ids"][:start], row["input_ids"][start:]
 
 
 def _tokenize_dialogue(tokenizer: ChatTokenizer, dialogue: Dialogue) -> dict[str, list[int]]:
-    """The ids of a dialogue, with every answer of the assistant's as a label and the rest masked."""
+    """Return the ids of a dialogue, with the assistant's answers as labels and the rest masked (-100)."""
     ids: list[int] = []
     labels: list[int] = []
     for index, message in enumerate(dialogue):
         if message["role"] == "assistant":
             prompt = tokenizer.prompt_ids(dialogue[:index])
             answer = tokenizer.completion_ids(message["content"])
-            if prompt[: len(ids)] != ids:  # the template writes earlier messages anew: only what comes now is a label
+            if prompt[: len(ids)] != ids:  # the template renders earlier messages differently: mask their answers
                 labels = []
             labels += [-100] * (len(prompt) - len(labels)) + answer
             ids = prompt + answer

@@ -1,9 +1,9 @@
-"""Training in several processes: the rows and the weights go to `torchrun`, and the weights come back taught.
+"""Training in several processes: pass the rows and the weights to `torchrun`, and read the trained weights back.
 
-Each process is given a share of every batch; gradients are averaged, so that the result is that of the whole batch but for
-rounding. What is decided (whether to stop) is decided by the first process, for all. It knows no database and no gate.
+Each process gets a share of every batch. Gradients are averaged, so that the result is that of the whole batch up to
+rounding. The first process decides for all whether to stop.
 
-Run: ``[training] processes = N``; this module is what `torchrun` starts.
+Run: ``[training] processes = N``; `torchrun` runs this module.
 """
 
 import json
@@ -35,12 +35,12 @@ def train_in_processes(
     prompts: Sequence[Sequence[int]],
     progress: Progress,
 ) -> TrainingMetrics:
-    """As `teaching.train_with_guard`, in `training.processes` processes of their own. Raises what they raise."""
+    """Train as `teaching.train_with_guard` does, in `training.processes` processes. Raises their KibitzErrors."""
     from learning.models.trainable import load_state, save
 
     policies = config.data / "policies"
     policies.mkdir(parents=True, exist_ok=True)
-    # What people said is in it: as an unfinished version, a killed run's leftover goes with the next run.
+    # The job holds what people said. As an "unfinished version", what a killed run leaves is removed by the next run.
     with tempfile.TemporaryDirectory(dir=policies, suffix=".unfinished") as place:
         job = Path(place)
         save(model, job / "start")
@@ -90,7 +90,7 @@ def _run_worker(job: Path) -> None:
     silence_libraries()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    tempfile.tempdir = str(job)  # goes with the job
+    tempfile.tempdir = str(job)  # temporary files are deleted with the job
     config, base_model, training, held_out, prompts = pickle.loads((job / "job").read_bytes())
     model = load_for_training(config, base_model, str(job / "start"))
 

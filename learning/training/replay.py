@@ -1,7 +1,7 @@
-"""Replay: offline training on recorded conversations, with a report of what was read, learned and left out.
+"""Replay: train offline on recorded conversations, and report what was read, learned and left out.
 
-Imports a file, trains a new version from the base model on that file alone, and measures held-out answers before and
-after. The same file, config and seed give the same manifest and the same adapter bytes. It needs no server.
+Replay imports a file, trains a new version from the base model on that file alone, and measures held-out answers before and
+after. The same file, config and seed give the same manifest and the same adapter bytes. Replay needs no server.
 
 Run: ``kibitz replay FILE_OR_DIRECTORY``.
 """
@@ -32,7 +32,7 @@ from learning.training.run import train_version
 
 
 def tokenizer_fingerprint(model: str) -> str:
-    """What names a tokenizer: the hash of its file, or the hub name of its model."""
+    """Return the sha256 of a tokenizer's file, or of the hub name of its model."""
     file = Path(model) / "tokenizer.json"
     return hashlib.sha256(file.read_bytes() if file.is_file() else model.encode()).hexdigest()
 
@@ -42,12 +42,12 @@ def replay(
 ) -> dict[str, Any]:
     """Store a recording, train on it, and return the figures of the report.
 
-    Raises NothingToLearn; where nobody judged anything, nothing is stored then.
+    Raises NothingToLearn if there is no usable reward. If nobody judged an answer at all, nothing is stored.
     """
     read = recording.counts
     if not any(given for *_, given in recording.dialogues):
         raise NothingToLearn(
-            f"no usable reward: nobody judged an answer ({format_counts(read)}){_describe_left_out(recording)}"
+            f"no usable reward: no answer has feedback ({format_counts(read)}){_describe_left_out(recording)}"
         )
     if recording.tokenizer_sha256 and recording.tokenizer_sha256 != tokenizer_fingerprint(base_model):
         recording.drop_token_ids()
@@ -89,12 +89,12 @@ def replay(
 
 
 def _describe_left_out(recording: Recording) -> str:
-    """Return what was left out, as the end of an error's line."""
+    """Describe what was left out, as the end of an error message."""
     return "".join(f"; left out: {recording.explain(reason)}" for reason in recording.first_dropped)
 
 
 def _measure_reward_model(snapshot: Snapshot, config: Config, base_model: str) -> dict[str, Any]:
-    """What a reward model makes of rated answers in conversations that it did not see."""
+    """Return a reward model's scores on rated answers in conversations that it was not trained on."""
     model = make_reward_model(config, make_embedder(config), base_model)
     judged = None if model is None else model.fit(snapshot.rated)
     return {"reward_model_auc": None} if judged is None else asdict(score(judged, config.seed))
@@ -105,7 +105,9 @@ def _manner(answers: Manner, when: str) -> dict[str, float]:
 
 
 def _compute_held_out_figures(evidence: Evidence, units: Sequence[str], seed: int) -> dict[str, Any]:
-    """Liked-over-disliked accuracy and margin (nats a token) before and after, with 95% intervals over conversations."""
+    """Compute liked-over-disliked accuracy and margin (nats a token), before and after, with 95% intervals over
+    conversations.
+    """
     signs = np.array(evidence.opinions.signs)
     found: dict[str, Any] = {"held_out_liked": int((signs > 0).sum()), "held_out_disliked": int((signs < 0).sum())}
     for name, statistic in (("accuracy", accuracy), ("margin", margin)):
@@ -117,7 +119,7 @@ def _compute_held_out_figures(evidence: Evidence, units: Sequence[str], seed: in
 
 
 def plot(figures: dict[str, Any], path: Path) -> None:
-    """Held-out accuracy and margin before and after, with their intervals."""
+    """Plot held-out accuracy and margin before and after, with their intervals, to an image file."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,7 +1,7 @@
-"""Run: one training run, top to bottom: read -> train -> measure -> judge -> save -> register a candidate with its verdict.
+"""Run: one training run: read -> train -> measure -> judge -> save -> register the version with its verdict.
 
-Meant to run in a process of its own (`kibitz train`), so that memory comes back when it ends and a crash is an exit code.
-It reads the database and writes one directory under `policies/`, whose manifest is written last. It knows no server.
+It is meant for a process of its own (`kibitz train`): the system frees its memory when it ends, and a crash is an exit code.
+It reads the database and writes one directory under `policies/`, whose manifest is written last. It needs no server.
 """
 
 import json
@@ -40,12 +40,12 @@ from learning.training.lesson import Lesson, make_manifest, prepare_lesson
 from learning.training.processes import train_in_processes
 from learning.training.teaching import train_with_guard
 
-ENOUGH_SAMPLES = 64  # samples for a share of well-formed answers, or for a KL
+ENOUGH_SAMPLES = 64  # samples that suffice for the share of well-formed answers, and for the KL
 
 
 @dataclass(frozen=True)
 class Outcome(Judgement):
-    """What a run left behind: the version, the verdict on it (or that it waits for one), and figures for a report."""
+    """The outcome of a run: the version, its verdict (or that it waits for one), and figures for a report."""
 
     figures: AllMetrics
     manifest_sha256: str
@@ -59,10 +59,10 @@ class Outcome(Judgement):
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What the steps made of a model, and what was measured of it then."""
+    """The figures of the training steps, and the measurements of the trained model."""
 
     figures: TrainingMetrics
-    faults: list[str]  # why it cannot serve, whatever people say
+    faults: list[str]  # reasons to reject it whatever the feedback
     base_samples: list[Sample]
     after: Measurement
     kl: float  # nats a token, to the base
@@ -72,10 +72,11 @@ class TrainingResult:
 def train_version(
     config: Config, progress: Progress, space: str | None = None, from_base: bool = False, deploys: bool = False
 ) -> Outcome:
-    """Train a new version on all feedback (or on one imported `space`), continuing the live version unless `from_base`,
-    or unless it is time to begin anew (`learning.from_base_every`). With `deploys`, what passes is to be deployed.
+    """Train a new version on all feedback, or on one imported `space`.
 
-    Raises NothingToLearn where there is no usable reward; nothing is registered then.
+    It continues the live version, or starts from the base model: with `from_base`, or as `learning.from_base_every` says.
+    With `deploys`, its deployment is requested if it passes. Raises NothingToLearn, before anything is registered, if there
+    is no usable reward.
     """
     with (
         lock_directory(config.data, "train"),
@@ -86,7 +87,7 @@ def train_version(
 
 
 class Run:
-    """One run, from what was said to a version that waits, passed or was rejected."""
+    """One run: makes a version from feedback and registers it as a candidate, waiting or rejected."""
 
     def __init__(self, config: Config, database: Database, progress: Progress, space: str | None):
         self.config, self.database, self.progress, self.space = config, database, progress, space
@@ -95,11 +96,11 @@ class Run:
         self.embedder = make_embedder(config)
         self.tokenizer = ChatTokenizer(self.registry.get_live().base_model, config.policy.template_args)
         self.thinking = config.model_copy(update={"policy": self.tokenizer.with_thought_tokens(config.policy)})
-        # Nobody adds to what was recorded.
+        # Nobody adds feedback to an import.
         self.may_wait = config.learning.wait_reactions > 0 and space is None
 
     def train(self, from_base: bool, deploys: bool) -> Outcome:
-        """Make a version. If anything fails, nothing of it is left but its name and the reason."""
+        """Make and register a version. If anything fails, only its name and the reason are kept."""
         self._remove_abandoned()
         self.progress("reading feedback", 0, 1)
         buffer = ReplayBuffer(self.store, self.tokenizer, self.config, self.embedder)
@@ -138,17 +139,17 @@ class Run:
         )
 
     def _remove_abandoned(self) -> None:
-        """Remove what runs left behind that were killed."""
+        """Remove what killed runs left behind."""
         for name in self.registry.reject_unfinished():
             discard_weights(Path(self.registry.get(name).path))
         remove_unfinished(self.config.data / "policies")
 
     def _train_and_measure(self, lesson: Lesson, directory: Path) -> TrainingResult:
-        """Take the steps, measure what came of them, and write the weights, the samples and the probe."""
+        """Train the model, measure it, and write its weights, samples and probe to a directory."""
         from transformers import set_seed
 
         config, parent, said = self.thinking, lesson.parent, lesson.before.samples
-        set_seed(config.seed)  # of a fresh adapter
+        set_seed(config.seed)  # a new adapter begins with random weights
         model = make_trainable(config, parent.base_model, lesson.model)
         with as_base(model):
             first = lesson.asked[:ENOUGH_SAMPLES]
@@ -167,13 +168,13 @@ class Run:
         save(model, directory)
         write_samples(directory, [one.question for one in lesson.asked], said, after.samples)
         written = probe.write(directory, prefixes, probe.measure(model, prefixes), of_parent, config.policy.temperature)
-        found = [f"what was learned did only harm: {figures.stopped}"] if figures.stopped and not figures.kept else []
+        found = [f"training only harmed the policy: {figures.stopped}"] if figures.stopped and not figures.kept else []
         found += find_faults(directory, parent.base_model, config.serving.max_lora_rank)
         found += [f"{name}: not finite" for name in find_not_finite(model)]
         return TrainingResult(figures, found, base_samples, after, kl, probe.compute_distances(written))
 
     def _judge(self, lesson: Lesson, trained: TrainingResult) -> tuple[Verdict, AllMetrics]:
-        """Weigh what people said against what was measured. Returns the verdict, and all figures of the run."""
+        """Judge the trained model by the feedback. Returns the verdict, and all figures of the run."""
         config, snapshot, before, after = self.thinking, lesson.snapshot, lesson.before, trained.after
         answers, change = summarize_samples(after.samples), trained.distances
         soundness = Soundness(
@@ -203,7 +204,7 @@ class Run:
         return verdict, metrics | verdict.figures | trained.figures | estimate
 
     def _estimate(self, lesson: Lesson, after: Measurement) -> Estimate:
-        """What people would say of the answers before and after, as far as a reward model can tell."""
+        """Estimate with a reward model what people would think of the answers before and after."""
         judge_of = make_reward_model(self.config, self.embedder, lesson.parent.base_model)
         if judge_of is None or lesson.live != lesson.parent:
             return Estimate()
@@ -216,7 +217,7 @@ class Run:
     def _save(
         self, lesson: Lesson, version: PolicyVersion, unfinished: Path, metrics: AllMetrics, manifest: Manifest
     ) -> None:
-        """Write the records of the run beside the weights, the manifest last; then the directory has its name."""
+        """Write the run's records beside the weights, the manifest last, then rename the directory to its final name."""
         directory = Path(version.path)
         self.config.save(unfinished / "config.json")
         (unfinished / "metrics.json").write_text(json.dumps(metrics.as_json(), indent=1, sort_keys=True))
@@ -226,14 +227,14 @@ class Run:
             (directory / SAMPLES_FILE).unlink(missing_ok=True)
 
     def _is_any_forgotten(self, lesson: Lesson) -> bool:
-        """Tell whether anything that samples may spell was forgotten since it was read: their questions, or what the live
-        version learned from.
+        """Tell whether texts that the samples may contain were forgotten since they were read: their questions, or the texts
+        that the live version learned from.
         """
         is_any_gone = any(self.store.find_turn(turn_id) is None for turn_id in {one.turn_id for one in lesson.asked})
         return is_any_gone or self.registry.get(lesson.live.name).state == PolicyState.PURGED
 
     def _register(self, version: PolicyVersion, verdict: Verdict, metrics: AllMetrics, deploys: bool) -> str:
-        """Have the version wait, pass or be rejected, in one transaction. Returns the fingerprint of its weights."""
+        """Register the version as waiting, candidate or rejected, in one transaction. Returns its weights' fingerprint."""
         directory, registry, waits = Path(version.path), self.registry, metrics.waits_for > 0
         sha256 = fingerprint(directory)
         with self.database.begin():
@@ -252,13 +253,13 @@ class Run:
         return sha256
 
     def _give_up(self, version: PolicyVersion, error: BaseException) -> str:
-        """Reject a version that cannot be finished. Returns why."""
+        """Reject a version that cannot be finished, and return the reason."""
         why = "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {error}"
         why = str(error) if isinstance(error, NothingToLearn) else why
         directory = Path(version.path)
-        if self.registry.get(version.name).state == PolicyState.PURGED:  # somebody who taught it was forgotten meanwhile
+        if self.registry.get(version.name).state == PolicyState.PURGED:
             shutil.rmtree(directory, ignore_errors=True)
-            return "purged: what it was learning from was forgotten"
+            return "purged: a person whose texts or feedback it was learning from was forgotten"
         if not directory.exists():
             self.registry.reject(version.name, Metrics(outcome=why))
         return why

@@ -1,7 +1,6 @@
-"""Teaching: one model trained in place on experiences, and watched meanwhile.
+"""Teaching: train a model in place on experiences, watched by a guard.
 
-What a training run does between reading and measuring; `bench learning` does the same, and so does each of several
-processes. It knows no database and no version.
+A training run, each of its processes if there are several, and `bench learning` use this code.
 """
 
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ from learning.judging.metrics import Health, TrainingMetrics
 if TYPE_CHECKING:
     from learning.models.trainable import Model
 
-WATCHED = 16  # samples, and held-out liked answers, that are looked at while training
+WATCHED = 16  # samples, and held-out answers liked and disliked, that the guard measures, at most
 
 
 def train_with_guard(
@@ -44,9 +43,9 @@ def train_with_guard(
     progress: Progress,
     earlier: Sequence[Sample] = (),
 ) -> TrainingMetrics:
-    """Train a model in place, watched by a Guard on held-out answers and on samples to the first of `prompts`.
+    """Train a model in place, watched by a Guard on held-out answers and on samples for the first of `prompts`.
 
-    `earlier` are samples of the model as it is now, if there are any.
+    `earlier` are samples of the untrained model, if there are any. Raises TrainingError if its log-probabilities become NaN.
     """
     from transformers import set_seed
 
@@ -56,14 +55,14 @@ def train_with_guard(
     liked, disliked = ([one for one in held_out if (one.reward > 0) == sign][:WATCHED] for sign in (True, False))
     watched = token_rows([*liked, *disliked])
     signs = np.array([1] * len(liked) + [-1] * len(disliked))
-    start: list[np.ndarray] = []  # of the run, nats a token of what is watched
+    start: list[np.ndarray] = []  # log-probabilities of the watched answers at the start (nats a token)
 
     def health() -> Health:
         with preserve_random_state():
             told = batched_logprobs(model, watched)
             if not all(row.isfinite().all() for row in (*told, *next_logprobs(model, prompts[:WATCHED]))):
-                # nothing can be sampled from it, nor measured of it
-                raise TrainingError("what the policy gives became NaN; lower training.learning_rate")
+                # such a policy can be neither sampled nor measured
+                raise TrainingError("the policy's log-probabilities became NaN; lower training.learning_rate")
             now = np.array(means(told))
             is_first = not start
             if is_first:

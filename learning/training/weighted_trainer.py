@@ -1,17 +1,16 @@
-"""WeightedTrainer: TRL's SFTTrainer with a term of its own for every row, and a hold on the base model.
+"""WeightedTrainer: TRL's SFTTrainer with a loss term for each row, and a KL penalty that keeps the model near its base.
 
-Terms, each on exact token ids, each times the row's weight; Δ is the log-ratio of an answer to the base model:
+Each term is computed on exact token ids and multiplied by the row's weight. Δ is the log-ratio of an answer to the base:
 
-- `imitate`: -log p, the mean over tokens: supervised fine-tuning.
-- `reinforce`: -A · min(p/b, 2) · log p, the mean over tokens: the policy gradient of J = Σ A·p(b) for answers that another
-  version b sampled, with importance weights cut at 2 (Munos et al., 2016, "Safe and Efficient Off-Policy Reinforcement
-  Learning", arXiv:1606.02647, cut at 1). The weight is that of a token.
-- `prospect`: -|A| · σ(±β·Δ): bounded, so that a disliked answer cannot be pushed down for ever (the loss of
+- `imitate`: -log p, averaged over tokens: supervised fine-tuning.
+- `reinforce`: -A · min(p/b, 2) · log p, averaged over tokens: the policy gradient of J = Σ A·p(b) for answers that another
+  version b sampled. The importance weight of each token is cut at 2 (Munos et al., 2016, "Safe and Efficient Off-Policy
+  Reinforcement Learning", arXiv:1606.02647, cut it at 1).
+- `prospect`: -|A| · σ(±β·Δ): bounded, so that a disliked answer cannot be pushed down forever (the loss of
   `apo_zero_unpaired`, D'Oosterlinck et al., 2024, "Anchored Preference Optimization", arXiv:2408.06266).
-- `prefer`: -log σ(β·(Δ of the answer - Δ of the rejected one)): DPO's, for rows with a pair.
+- `prefer`: -log σ(β·(Δ of the answer - Δ of the rejected one)): the loss of DPO, for rows with a pair.
 
-To each row is added `anchor` times an estimate of its KL to the base (Schulman's k3, "Approximating KL Divergence", 2020).
-It knows no reward and no database.
+The penalty is `anchor` times an estimate of the row's KL to the base (Schulman's k3, "Approximating KL Divergence", 2020).
 """
 
 from collections.abc import Sequence
@@ -29,23 +28,23 @@ from learning.data.selection import group_by_length
 from learning.judging.evaluation import batched_logprobs, pad_id, token_rows
 from learning.models.trainable import as_base
 
-CUT = 2.0  # of importance weights
+CUT = 2.0  # the largest importance weight
 TERMS = ("imitate", "reinforce", "prospect", "prefer")
 
 
 class WeightedTrainer(SFTTrainer):
-    """Rows of `input_ids`, `labels`, and what their term needs (`_make_examples`)."""
+    """SFTTrainer on rows of token ids, labels and the inputs of their loss terms (`_make_examples`)."""
 
     terms: TrainingConfig
     usual_length: float
     order: Sequence[int]
-    loss_is_scaled_for_ga = False  # a part's loss is its own mean, whatever `num_items_in_batch` says
+    loss_is_scaled_for_ga = False  # the loss of a part of a batch is its own mean: `num_items_in_batch` is ignored
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sequence[int]:
         return self.order
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
-        """The mean over rows of each one's term and of its hold on the base."""
+        """Return the mean over rows of the loss term and the KL penalty."""
         names = ("input_ids", "attention_mask", "labels")
         outputs = model(**{name: inputs[name] for name in names}, use_cache=False, fused_lm_head=True)
         mask = (inputs["labels"][:, 1:] != -100).float()
@@ -63,9 +62,9 @@ def row_losses(
     config: TrainingConfig,
     lengths: float,
 ) -> torch.Tensor:
-    """The loss of each row (n,), from the log-probabilities of its tokens (n × tokens, zero where `mask` is).
+    """Return the loss of each row (n,), from the log-probabilities of its tokens (n × tokens, zero where `mask` is zero).
 
-    Of a pair the preferred answer comes first and the rejected one right after it, with weight 0.
+    In a pair the preferred answer comes first and the rejected one right after it, with weight 0.
     """
     advantage, weight, term = inputs["advantage"], inputs["weight"], inputs["term"]
     ratio = ((logps - inputs["reference"]) * mask).sum(1)
@@ -91,8 +90,10 @@ def make_weighted_trainer(
     config: TrainingConfig,
     common: dict[str, Any],
 ) -> WeightedTrainer:
-    """Make a trainer for `sft`, `pg` or `mixed` that reads the rows about in this `order`: prompts of about the
-    same length are read together. Not answers: batches of short ones move the policy more than those of long ones do.
+    """Make a trainer for `sft`, `pg` or `mixed` that reads the rows roughly in this `order`.
+
+    Rows with prompts of similar length are read together. Rows are not grouped by the length of answers, because batches of
+    short answers move the policy more than batches of long ones.
     """
     pad = pad_id(tokenizer)
     settings = SFTConfig(
@@ -112,7 +113,7 @@ def make_weighted_trainer(
 
 
 def choose_term(row: Experience, objective: str) -> str:
-    """The term that a row's feedback supports under an objective."""
+    """Return the loss term that a row's feedback supports under an objective."""
     match objective:
         case "sft":
             return "imitate"
@@ -125,7 +126,7 @@ def choose_term(row: Experience, objective: str) -> str:
 
 
 def _make_examples(model: Any, rows: Sequence[Experience], config: TrainingConfig) -> list[dict[str, Any]]:
-    """One example a row, with the answer that it is preferred to inside. References are computed once."""
+    """Make one example per row, including the rejected answer if it has one. Compute the base's log-probabilities once."""
     chosen = token_rows(rows)
     terms = [choose_term(row, config.objective) for row in rows]
     rejected = [row.rejected_ids if term == "prefer" else None for row, term in zip(rows, terms, strict=True)]
