@@ -375,7 +375,7 @@ def test_a_batch_that_is_read_in_parts_moves_the_weights_the_same_way(fresh, tok
 
 
 def test_out_of_memory_the_batch_is_halved_and_the_run_goes_on(fresh, tokenizer, monkeypatch):
-    real, said, sizes = objectives.weighted_trainer, [], []
+    real, said, sizes = objectives.make_weighted_trainer, [], []
 
     def short_of_memory(*arguments):
         trainer = real(*arguments)
