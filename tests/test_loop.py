@@ -209,7 +209,7 @@ async def test_adapters_and_whole_weights_make_way_for_each_other(live, tmp_path
     assert live.policy.admin.weights == BASE
     whole = await swapped_in(live, tmp_path, 32, "full")
     assert (live.policy.admin.weights, (await say(live, "hello")).policy_version) == (whole, whole)
-    with pytest.raises(ServingError, match=f"{BASE} is not served: the weights of {whole} are"):
+    with pytest.raises(ServingError, match=f"{BASE} is not served: the server has the weights of {whole}"):
         await live.policy.reply([1, 2, 3], version=BASE)
     other = await swapped_in(live, tmp_path, 33, "full")
     with pytest.raises(ServingError, match="failed its probe"):
