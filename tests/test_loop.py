@@ -250,7 +250,7 @@ async def test_weights_are_not_changed_under_an_answer_that_does_not_end(live, m
 
     busy = asyncio.create_task(live.policy.reply(prompt, on_text=slowly))
     await begun.wait()
-    with pytest.raises(ServingError, match=r"still being given after 0\.2 s"):
+    with pytest.raises(ServingError, match=r"still in flight after 0\.2 s"):
         async with live.policy.held(0.2):
             pytest.fail("an answer is in flight")
     goes_on.set()
