@@ -281,7 +281,7 @@ async def test_a_server_that_is_no_vllm_is_told_in_one_line(kind, config):
         ):
             with pytest.raises(ServingError, match=r"which is no answer from vLLM; check serving\.url") as error:
                 await ask()
-            assert str(error.value).startswith(f"{policy.admin.url}{path} gave '{quoted}'")
+            assert str(error.value).startswith(f"{policy.admin.url}{path} returned '{quoted}'")
             assert "\n" not in str(error.value)
         policy.set_base(policy.admin.base)  # nothing was replaced
         assert await policy.admin.is_ready(300) == ("choices" in said)

@@ -30,7 +30,7 @@ StoredQuestion = tuple[
     Message, Turn | None, Surroundings | None
 ]  # a stored message; its answer, if it has one; otherwise its surroundings
 
-MAX_MESSAGE_CHARACTERS = 100_000  # per message; the token budget, which is far smaller, bounds what the policy sees
+MAX_MESSAGE_CHARACTERS = 100_000  # of one message, far more than the policy's token budget
 INTERRUPTED = "interrupted"  # our own finish reason
 NO_ANSWER = "Sorry, I found no answer to that. Please ask me again."
 UNFINISHED_REASONS = {INTERRUPTED, STOPPED}  # never train on such a turn: it teaches the policy to stop in the middle
@@ -312,7 +312,7 @@ class DialogueManager:
             log.exception("cannot record a follow-up")
 
     async def _reply(self, conversation_id: str, context: Context, options: ReplyOptions) -> Reply:
-        # Otherwise the prefix cache's timing tells people what was said in another conversation (CVE-2025-46570).
+        # Without it, the timing of the prefix cache reveals texts of other conversations (CVE-2025-46570).
         salt = hashlib.blake2b(conversation_id.encode(), key=self._secret).hexdigest()
         try:
             return await self.policy.reply(

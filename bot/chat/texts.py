@@ -7,7 +7,7 @@ from bot.types import PolicyState, PolicyVersion
 
 
 def describe_state(found: ConversationState) -> str:
-    """Describe a conversation's state, one fact a line."""
+    """Describe a conversation's state, one item a line."""
     lines = (
         [f"topic since {found.topic[0].at:%Y-%m-%d %H:%M}: {_shorten(found.topic[0].text)}"]
         if found.topic

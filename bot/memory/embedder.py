@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 BUNDLED = "all-MiniLM-L6-v2"
-MAX_CHARACTERS = 2000  # of one text: more than MAX_TOKENS
+MAX_CHARACTERS = 2000  # of one text: more than MAX_TOKENS tokens have
 MAX_TOKENS = 64  # of one text: more tokens cost time and find nothing more (docs/experiments.md)
 BATCH = 32
 

@@ -93,7 +93,7 @@ class Recall:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recall")
         self._waiting: deque[MessageText] = deque(maxlen=ROWS)  # dropped ones are embedded at the next start
         self._embedding_task: asyncio.Task[None] | None = None
-        self._answers = 0  # in the making
+        self._answers = 0  # that are being made
         self._idle = asyncio.Event()
         self._idle.set()
 

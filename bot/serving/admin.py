@@ -14,7 +14,7 @@ import aiohttp
 from bot.errors import ServerUnavailable, ServingError
 from bot.store.registry import BASE
 
-FRESH = "default"  # what vLLM calls the weights that it was started with
+FRESH = "default"  # vLLM's name for the weights that it started with
 LONGEST_EVENT = 2**23  # bytes: the first event repeats the prompt's token ids
 TOP_LOGPROBS = 20  # vLLM's default limit
 RESETS = 50  # attempts to reset the prefix cache, a tenth of a second apart

@@ -237,7 +237,7 @@ class Policy:
     async def pause_replies(self, seconds: float) -> AsyncIterator[None]:
         """Within the context, no reply is in flight, and new ones wait.
 
-        It first waits LULL_SECONDS for a moment without requests, so that nobody notices the pause. Raises
+        It first waits at most LULL_SECONDS for a moment without requests, so that nobody notices the pause. Raises
         ServerUnavailable if a reply takes longer than `seconds`.
         """
         async with self._changed:

@@ -114,7 +114,7 @@ class VllmServer:
             silent = 0 if policy.is_asleep or await policy.admin.is_ready(PROBE_SECONDS) else silent + 1
 
     async def wait_for_memory(self, tell: Callable[[str], None]) -> None:
-        """Wait while a training run holds the GPU memory without which vLLM refuses to start; call `tell` once if so."""
+        """Wait while a training run holds the GPU memory that vLLM needs to start. `tell` gets one line about the wait."""
         wanted = self.config.serving.memory_share
         deadline = asyncio.get_running_loop().time() + RUN_SECONDS
         is_told = False
