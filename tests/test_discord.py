@@ -418,7 +418,7 @@ async def test_who_is_denied_is_neither_answered_nor_counted_and_who_is_too_fast
 async def test_a_person_decides_and_is_forgotten_by_command(live, platform, bot):
     channel, person = platform.channel(), 77  # who says nothing elsewhere: to forget somebody moves versions
     assert "may learn from what you write" in await platform.use_command(person, channel, "privacy")
-    assert "learns nothing from you" in await platform.use_command(person, channel, "privacy", "off")
+    assert "does not learn from you" in await platform.use_command(person, channel, "privacy", "off")
     assert not await live.database.call(bot.answers.users.has_consent, "discord", str(person))
     assert "may learn from what you write" in await platform.use_command(person, channel, "privacy", "on")
     await platform.say(channel, person, "hello")

@@ -153,7 +153,7 @@ def test_a_quick_look_at_a_model_that_is_broken(tmp_path, demo_model, here):
     assert figures["chat template"]["outcome"] == "skip"
     assert "one token" not in figures
     for command in (["chat"], ["serve"], ["simulate", "--model", broken]):
-        refused(here(*command, "--config", config), "there are no weights")
+        refused(here(*command, "--config", config), "has no weights")
 
 
 def test_a_look_at_weights_that_are_not_those_of_the_config(tmp_path, demo_model):

@@ -209,7 +209,7 @@ async def test_adapters_and_whole_weights_make_way_for_each_other(live, tmp_path
     assert live.policy.admin.weights_version == BASE
     whole = await swapped_in(live, tmp_path, 32, "full")
     assert (live.policy.admin.weights_version, (await say(live, "hello")).policy_version) == (whole, whole)
-    with pytest.raises(ServingError, match=f"{BASE} is not served: the weights of {whole} are"):
+    with pytest.raises(ServingError, match=f"{BASE} is not served: the server has the weights of {whole}"):
         await live.policy.reply([1, 2, 3], version=BASE)
     other = await swapped_in(live, tmp_path, 33, "full")
     with pytest.raises(ServingError, match="failed its probe"):
@@ -250,7 +250,7 @@ async def test_weights_are_not_changed_under_an_answer_that_does_not_end(live, m
 
     busy = asyncio.create_task(live.policy.reply(prompt, on_text=slowly))
     await begun.wait()
-    with pytest.raises(ServingError, match=r"still being given after 0\.2 s"):
+    with pytest.raises(ServingError, match=r"still in flight after 0\.2 s"):
         async with live.policy.pause_replies(0.2):
             pytest.fail("an answer is in flight")
     goes_on.set()

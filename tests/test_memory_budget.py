@@ -131,10 +131,10 @@ def test_a_smaller_batch_and_less_memory_go_together():
 @pytest.mark.parametrize(
     ("keys", "gib", "free", "wanted"),
     [
-        ({}, 8, 8, "needs at least .* to be served, and the GPU has 8.0 GiB; take a smaller model"),
+        ({}, 8, 8, "needs at least .* to be served, and the GPU has 8.0 GiB; use a smaller model"),
         ({"serving": {"memory_share": 0.1}}, 80, 80, "memory_share has value 0.1, 8.0 GiB of this GPU.*raise it to 0.2"),
         ({"serving": {"memory_share": 0.9}}, 48, 48, "do not fit .*lower serving.memory_share, set learning.enabled"),
-        ({}, 80, 20, r"the GPU has 20.0 GiB of 80.0 GiB free.*nvidia-smi shows it"),
+        ({}, 80, 20, r"the GPU has 20.0 GiB of 80.0 GiB free.*see nvidia-smi"),
         ({"learning": {"enabled": False}}, 24, 20, "vLLM would take 22.1 GiB"),
     ],
 )

@@ -118,7 +118,7 @@ def test_weights_that_are_gone_or_cut_off(model):
     file.write_bytes(file.read_bytes()[:100])
     refused(model, r"model\.safetensors cannot be read .*download it again")
     file.unlink()
-    refused(model, "there are no weights")
+    refused(model, "has no weights")
 
 
 def cut(file: Path, count: int) -> None:
@@ -175,7 +175,7 @@ def test_shards_that_are_missing_and_weights_without_tensors(model):
     weights.unlink()
     (model / "model.safetensors.index.json").unlink()
     (model / "adapter_model.safetensors").write_bytes(whole)
-    refused(model, "there are no weights")
+    refused(model, "has no weights")
 
 
 def test_weights_that_torch_saved_are_whole_archives(model):
@@ -200,7 +200,7 @@ def test_weights_that_torch_saved_are_whole_archives(model):
 def test_a_config_that_belongs_to_other_weights(model, key, value, has):
     layers = {"layer_types": ["full_attention"] * value} if key == "num_hidden_layers" else {}
     change(model / "config.json", **{key: value}, **layers)
-    refused(model, f"has {key} {value}, its weights have {has}; take the config")
+    refused(model, f"has {key} {value}, its weights have {has}; use the config")
 
 
 @pytest.mark.parametrize("gone", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
@@ -209,7 +209,7 @@ def test_weights_that_lack_a_tensor(model, gone):
     tensors = load_file(file)
     del tensors[gone]
     save_file(tensors, file, metadata={"format": "pt"})
-    refused(model, rf"its weights lack {gone}, which its config\.json asks for; take the config")
+    refused(model, rf"its weights lack {gone}, which its config\.json requires; use the config")
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_a_config_that_says_nothing(model):
 @pytest.mark.parametrize("method", ["awq", "gptq", "fp8", "bitsandbytes", "compressed-tensors"])
 def test_a_quantized_model_is_refused_before_anything_starts(model, method):
     change(model / "config.json", quantization_config={"quant_method": method, "bits": 4})
-    with pytest.raises(ConfigError, match=rf"is quantized \({method}\), .*; name that model"):
+    with pytest.raises(ConfigError, match=rf"is quantized \({method}\), .*; name the original model"):
         check_architecture(configured(model), str(model))
 
 
@@ -275,12 +275,12 @@ def test_a_package_that_a_model_needs_to_be_trained_is_one_line(model):
 
 def test_an_architecture_that_transformers_does_not_train(model):
     change(model / "config.json", model_type="t5", architectures=["T5ForConditionalGeneration"])
-    refused(model, "model_type 't5', of which the installed transformers has no decoder")
+    refused(model, "model_type 't5', for which the installed transformers has no causal language model")
 
 
 def test_an_architecture_that_vllm_serves_without_adapters(model):
     change(model / "config.json", architectures=["GPT2LMHeadModel"])
-    refused(model, "architecture 'GPT2LMHeadModel', on which the installed vLLM serves no LoRA")
+    refused(model, "architecture 'GPT2LMHeadModel', for which the installed vLLM serves no LoRA")
     url = {"url": "http://127.0.0.1:1"}
     check_model(configured(model, serving=url), str(model))  # the server that is there knows what it serves
 
@@ -324,7 +324,7 @@ def test_a_context_that_is_longer_than_the_model_reads(model):
     refused(model, "; lower both to 2048$", policy={"max_tokens": 10**6, "context_tokens": 10**6})
     for nothing in (-1, 8):
         change(model / "config.json", max_position_embeddings=nothing)
-        refused(model, rf"says that it reads {nothing} tokens \(max_position_embeddings\).*; correct it")
+        refused(model, rf"has {nothing} positions \(max_position_embeddings\).*; correct it")
 
 
 def test_a_tokenizer_without_a_chat_template_and_with_one_that_fails(model):
@@ -343,7 +343,7 @@ def test_a_tokenizer_that_has_grown(model):
     tensors[name] = tensors[name][:-100].clone()
     save_file(tensors, file, metadata={"format": "pt"})
     change(model / "config.json", vocab_size=len(tensors[name]))
-    refused(model, r"tokenizer has the id 1535 \('.*'\), its embedding 1436 rows, counted from 0; take the tokenizer")
+    refused(model, r"tokenizer has the id 1535 \('.*'\), its embedding 1436 rows, counted from 0; use the tokenizer")
 
 
 def test_a_tokenizer_whose_ids_have_a_gap(model):
@@ -352,7 +352,7 @@ def test_a_tokenizer_whose_ids_have_a_gap(model):
     words = settings["model"]["vocab"]
     words[max(words, key=words.get)] = 9999  # as many tokens as before
     file.write_text(json.dumps(settings))
-    refused(model, r"tokenizer has the id 9999 \('.*'\), its embedding 1536 rows, .*; take the tokenizer")
+    refused(model, r"tokenizer has the id 9999 \('.*'\), its embedding 1536 rows, .*; use the tokenizer")
 
 
 def test_float32_on_a_gpu_and_cards_that_are_small_or_full(model, monkeypatch):
@@ -369,7 +369,7 @@ def test_float32_on_a_gpu_and_cards_that_are_small_or_full(model, monkeypatch):
 
 def test_a_model_that_is_larger_than_the_memory(model, monkeypatch):
     monkeypatch.setattr(model_check, "read_free_memory", lambda: 2**20)
-    with pytest.raises(ConfigError, match=r"needs 0\.0 GiB of memory .*take a smaller model"):
+    with pytest.raises(ConfigError, match=r"needs 0\.0 GiB of memory .*use a smaller model"):
         check_memory(configured(model), str(model), read_shape(str(model)))
 
 

@@ -398,8 +398,8 @@ def test_out_of_memory_the_batch_is_halved_and_the_run_goes_on(fresh, tokenizer,
 def test_what_liked_answers_may_lose_grows_as_the_temperature_falls():
     first, now = Health(-1.0, 0.1, 16, 16), Health(-1.2, 0.1, 16, 16)
     warm, cool = (Limits(kl=0.5, well_formed=0.95, temperature=temperature) for temperature in (1.0, 0.7))
-    assert "liked answers lost 0.20" in Guard(lambda: now, warm).fault(first, now)
-    assert Guard(lambda: now, cool).fault(first, now) is None
+    assert "liked answers lost 0.20" in Guard(lambda: now, warm).find_fault(first, now)
+    assert Guard(lambda: now, cool).find_fault(first, now) is None
 
 
 def test_the_tokens_of_answers_alone_are_scored(fresh, tokenizer, monkeypatch):

@@ -17,7 +17,7 @@ async def test_readiness_says_what_is_wrong_with_vllm_the_database_or_the_disk(c
     vllm = FakeVllm(tokenizer)
     policy = Policy(await vllm.start(), config.policy)
     found = Readiness(make_checks(policy, database, config.data))
-    assert found.list_faults() == ["kibitz has not looked after itself for 10 s"]
+    assert found.list_faults() == ["kibitz has not checked itself for 10 s"]
     await found.check()
     assert found.list_faults() == []
 
@@ -53,7 +53,7 @@ async def test_what_does_not_answer_is_a_fault_and_an_old_look_is_none(monkeypat
     await found.check()
     assert found.list_faults() == ["the disk did not answer within 0.05 s"]
     monkeypatch.setattr(readiness, "MAX_AGE_SECONDS", 0.0)
-    assert found.list_faults() == ["kibitz has not looked after itself for 0 s"]
+    assert found.list_faults() == ["kibitz has not checked itself for 0 s"]
 
 
 def test_a_look_is_never_older_than_it_may_be():

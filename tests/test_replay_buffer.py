@@ -134,7 +134,7 @@ def test_who_wrote_in_the_channel_took_part_whichever_conversation_it_was(store,
     store.add_message(Message(store.open_conversation(place).id, "bob", "good morning"))
     react(store, turn, approves=True, user="bob")
     found = snapshot(store, tokenizer)
-    assert [one.opinions for one in found.rated] == ([("bob",)] if counts else [])
+    assert [one.opinion_holders for one in found.rated] == ([("bob",)] if counts else [])
 
 
 def test_a_pick_of_somebody_who_took_no_part_ranks_nothing(store, tokenizer):
@@ -283,7 +283,7 @@ def test_names_that_one_client_makes_up_count_as_one_person_unless_the_operator_
 
     def share_of_app(trusted: bool) -> tuple[int, float]:
         found = snapshot(store, tokenizer, load(web={"trust_user_names": trusted})).training
-        counted = [(one.opinions, one.weight * abs(one.advantage)) for one in found]
+        counted = [(one.opinion_holders, one.weight * abs(one.advantage)) for one in found]
         app = sum(worth for names, worth in counted if names[0].startswith("app"))
         return len({name for names, _ in counted for name in names if name.startswith("app")}), app / sum(
             worth for _, worth in counted
@@ -305,4 +305,4 @@ def test_two_names_of_one_client_have_one_opinion_and_each_takes_back_their_own(
         react(store, turn, approves=True, user=user)
     store.add_feedback(Feedback(turn.id, "app/ann", FeedbackKind.APPROVAL, signal="test", retracts=True))
     [one] = snapshot(store, tokenizer).rated
-    assert (one.opinions, one.reward) == (("app",), 1.0)
+    assert (one.opinion_holders, one.reward) == (("app",), 1.0)

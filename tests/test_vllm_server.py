@@ -279,9 +279,9 @@ async def test_a_server_that_is_no_vllm_is_told_in_one_line(kind, config):
             (lambda: policy.admin.read_next_logprobs(policy.admin.base, [1], 1.0), "/v1/completions"),
             (lambda: policy.admin.replace_weights("policy-1", "/some/path"), "/reset_prefix_cache"),
         ):
-            with pytest.raises(ServingError, match=r"which is no answer of vLLM's; check serving\.url") as error:
+            with pytest.raises(ServingError, match=r"which is no answer from vLLM; check serving\.url") as error:
                 await ask()
-            assert str(error.value).startswith(f"{policy.admin.url}{path} gave '{quoted}'")
+            assert str(error.value).startswith(f"{policy.admin.url}{path} returned '{quoted}'")
             assert "\n" not in str(error.value)
         policy.set_base(policy.admin.base)  # nothing was replaced
         assert await policy.admin.is_ready(300) == ("choices" in said)

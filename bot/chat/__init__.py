@@ -1,1 +1,1 @@
-"""Chat: one dialogue, from a message to its answer and what people said of it."""
+"""Chat: take a message, answer it, and record feedback on the answer."""

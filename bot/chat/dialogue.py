@@ -1,7 +1,7 @@
-"""DialogueManager: hears a message, has it answered, keeps what was said and what people thought of it.
+"""DialogueManager: stores messages, has them answered, and stores answers and feedback.
 
-Here tracker, policy and store meet. It knows no platform and no training: connectors call it, learning reads what it
-stored. A message and a reaction are committed before the caller is told that we have them (law 1).
+It joins tracker, policy and store. Connectors call it; learning reads what it stored. Its methods return only after a
+message or a reaction is committed (law 1).
 """
 
 import asyncio
@@ -28,21 +28,20 @@ log = logging.getLogger(__name__)
 OnTurn = Callable[[Turn], Awaitable[None]]
 StoredQuestion = tuple[
     Message, Turn | None, Surroundings | None
-]  # in the database's thread: message, its answer, what is around it
+]  # a stored message; its answer, if it has one; otherwise its surroundings
 
-MAX_MESSAGE_CHARACTERS = 100_000  # characters of one message; what the policy sees of it is bounded by tokens, far below
-INTERRUPTED = "interrupted"  # a finish reason of ours
+MAX_MESSAGE_CHARACTERS = 100_000  # of one message, far more than the policy's token budget
+INTERRUPTED = "interrupted"  # our own finish reason
 NO_ANSWER = "Sorry, I found no answer to that. Please ask me again."
-UNFINISHED_REASONS = {INTERRUPTED, STOPPED}  # such a turn is never trained on: it would teach to stop in the middle
+UNFINISHED_REASONS = {INTERRUPTED, STOPPED}  # never train on such a turn: it teaches the policy to stop in the middle
 
 
 @dataclass(frozen=True)
 class ReplyOptions:
-    """How an answer is wanted: who hears its pieces, what stops it, the id that its turn gets, the sampling seed, how many
-    tokens it may have, and the texts that it ends before.
+    """Options for one answer: callbacks, an event that stops it, the id of its turn, the sampling seed, the largest number
+    of tokens, and the texts that it ends before.
 
-    `on_whole` shows the answer whole. It is called while the turn is being committed: whatever is asked of the database
-    because of what it shows comes after.
+    `on_turn` receives the final turn while it is being committed. Database calls that follow from it come after the commit.
     """
 
     on_text: OnText | None = None
@@ -52,7 +51,7 @@ class ReplyOptions:
     seed: int | None = None
     max_tokens: int | None = None
     stops: tuple[str, ...] = ()
-    has_client_history: bool = False  # the client may send question and answer again, in a history that it keeps itself
+    has_client_history: bool = False  # the client keeps the history, and may send question and answer again
 
 
 DEFAULT_OPTIONS = ReplyOptions()
@@ -60,9 +59,7 @@ DEFAULT_OPTIONS = ReplyOptions()
 
 @dataclass(frozen=True)
 class History:
-    """What a client that keeps the history itself sends around a question: the chat messages `before` it, and the answer to
-    it that is `begun` and is to be continued.
-    """
+    """The history that a client sends with a question: the chat messages `before` it, and a `partial_answer` to continue."""
 
     before: Sequence[dict[str, str]] = ()
     partial_answer: str = ""
@@ -70,14 +67,14 @@ class History:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A turn, and what was said about it."""
+    """A turn and the feedback on it."""
 
     turn: Turn
     feedback: list[Feedback]
 
 
 def clean_text(text: str) -> str:
-    """`text` as every database can keep it: no lone surrogate, no NUL, no more than LONGEST characters."""
+    """Return `text` without lone surrogates and NULs, which not every database stores, cut at MAX_MESSAGE_CHARACTERS."""
     return text[:MAX_MESSAGE_CHARACTERS].encode("utf-8", "replace").decode().replace("\0", "\ufffd")
 
 
@@ -92,7 +89,7 @@ def _log_stored(message: Message) -> None:
 
 
 def render_answer(turn: Turn) -> str:
-    """Return what a person is shown of an answer: its text, or an apology if it says nothing."""
+    """Return the text of an answer for a person, or an apology if the answer is blank."""
     return turn.text if turn.text.strip() or turn.finish_reason == STOPPED else NO_ANSWER
 
 
@@ -108,7 +105,7 @@ class DialogueManager:
         self._secret = secrets.token_bytes(32)
 
     async def open(self, conversation: Conversation) -> Conversation:
-        """The stored conversation at this place, made now if it is new."""
+        """Return the stored conversation at this place. Create it if it is new."""
         return await self.store.database.call(self.store.open_conversation, conversation)
 
     async def respond(
@@ -117,12 +114,12 @@ class DialogueManager:
         options: ReplyOptions = DEFAULT_OPTIONS,
         place: Conversation | None = None,
     ) -> Turn:
-        """Commit a message, have it answered, commit the answer. A message that came before gets its first answer.
+        """Commit a message, answer it, and commit the answer. Return the first answer of a message that is known already.
 
-        Where it is not known which conversation the message belongs to, `place` is where it was said.
+        `place` is needed if the caller does not know the message's conversation.
         """
         message = _clean_message(message)
-        # One trip: under load each to the database's thread costs more in waiting than in work.
+        # One call only: under load, waiting for the database's thread costs more than the work.
         taken_in = await self.store.database.call(self._store_and_read, message, place, options)
         _log_stored(taken_in[0])
         return await self._find_or_answer(taken_in, options)
@@ -130,7 +127,7 @@ class DialogueManager:
     async def respond_to_history(
         self, message: Message, history: History, place: Conversation, options: ReplyOptions = DEFAULT_OPTIONS
     ) -> Turn:
-        """Commit a message, have it answered, commit the answer; the policy is shown the `history` that a client sent."""
+        """Commit a message, answer it with the `history` that a client sent, and commit the answer."""
         message = replace(message, text=clean_text(message.text))
         before = [{**said, "content": clean_text(said["content"])} for said in history.before]
         asked = {"role": Role.USER.value, "content": message.text}
@@ -140,7 +137,7 @@ class DialogueManager:
         return await self._answer(message, replace(context, recent=known), message.author_id, None, options)
 
     async def answer(self, heard: StoredMessage, options: ReplyOptions = DEFAULT_OPTIONS) -> Turn:
-        """Have a message answered that was heard, and commit the answer; one that came before gets its first answer."""
+        """Answer a message that `hear` stored, and commit the answer. Return the first answer if there is one already."""
         return await self._find_or_answer(await self.store.database.call(self._read_again, heard), options)
 
     async def _find_or_answer(self, taken_in: StoredQuestion, options: ReplyOptions) -> Turn:
@@ -148,19 +145,19 @@ class DialogueManager:
         if answered is not None:
             return answered
         if first.is_forgotten:
-            raise ForgottenError("this message was forgotten; it gets no answer")
+            raise ForgottenError("this message was forgotten: it gets no answer")
         return await self._answer(first, await self.tracker.build_context(first, around), first.author_id, None, options)
 
     async def hear(self, place: Conversation, message: Message) -> StoredMessage:
-        """Commit a message at a place, for `answer` to answer it later."""
+        """Commit a message at a place; `answer` answers it later."""
         heard = await self.store.database.call(self.store.add_message_at, place, _clean_message(message))
         _log_stored(heard.message)
         return heard
 
     async def overhear(self, place: Conversation, said: Sequence[Message], until: datetime) -> None:
-        """Commit what people said to each other at a place before `until`, oldest first: what is asked there is about it.
+        """Commit messages, oldest first, that people exchanged at a place before `until`, as context for questions there.
 
-        It is shown and forgotten as what is said to kibitz is. What was committed before stays where it is.
+        They are shown and forgotten like messages to kibitz. Messages that are committed already stay unchanged.
         """
         if said:
             storable = [_clean_message(one) for one in said]
@@ -168,13 +165,13 @@ class DialogueManager:
             self.tracker.recall.embed_later(storable)
 
     async def decline(self, place: Conversation, event_id: str) -> bool:
-        """Commit that a message gets no answer, now or later; nothing of its text. False where its event came before."""
+        """Commit that a message never gets an answer, without its text. Return False if its event is known already."""
         return (await self.hear(place, Message("", FORGOTTEN, "", event_id=event_id))).is_new
 
     async def regenerate(self, turn_id: str, user_id: str, options: ReplyOptions = DEFAULT_OPTIONS) -> Turn:
-        """Another answer to the same message; that the first was not wanted is recorded as feedback on it.
+        """Answer the same message again, and record a regeneration as feedback on the first answer.
 
-        Where the question was edited since, the first answered another one, and nothing is held against it.
+        There is no such feedback if the question was edited since: the first answer was to other words.
         """
         turn = await self._turn(turn_id)
         message = await self.store.database.call(self.store.read_message, turn.message_id)
@@ -183,7 +180,7 @@ class DialogueManager:
         return await self._answer(message, await self.tracker.build_context(message), turn.asker_id, turn.id, options)
 
     async def edit(self, event_id: str, text: str, at: datetime) -> None:
-        """The author of a message changed it: from now on it is shown as it is now. Answers stay as they were given."""
+        """Store the new text of a message that its author edited. Answers stay as they were."""
         call = self.store.database.call
         message = await call(self.store.find_message_of_event, event_id)
         if message is not None and await call(self.store.edit_message, message.id, clean_text(text), at):
@@ -191,17 +188,17 @@ class DialogueManager:
             self.tracker.recall.embed_later([replace(message, text=clean_text(text))])
 
     async def delete(self, event_id: str) -> None:
-        """The author of a message deleted it: it and what was made from it is forgotten."""
+        """Forget a message that its author deleted, and all that was made from it."""
         message = await self.store.database.call(self.store.find_message_of_event, event_id)
         if message is not None:
             await self.forget(message.id)
 
     async def forget(self, message_id: str) -> None:
-        """Forget a message and what was made from it."""
+        """Forget a message and all that was made from it."""
         await self.store.database.call(forget_message, self.store.database, message_id)
 
     async def record_feedback(self, given: Feedback) -> bool:
-        """Commit one act of feedback; False where its event was recorded before."""
+        """Commit one act of feedback. Return False if its event is known already."""
         given = replace(given, text=None if given.text is None else clean_text(given.text))
         with working_on(turn=given.turn_id):
             is_new = await self.store.database.call(self.store.add_feedback, given)
@@ -212,7 +209,7 @@ class DialogueManager:
         return is_new
 
     async def retract(self, feedback_id: str, user_id: str) -> bool:
-        """Take back one act of feedback of one's own; False where there is none."""
+        """Take back an act of feedback by this person. Return False if there is none."""
         given = await self.store.database.call(self.store.find_feedback, feedback_id)
         if given is None or given.user_id != user_id:
             return False
@@ -220,13 +217,15 @@ class DialogueManager:
         return await self.record_feedback(taken_back)
 
     async def explain(self, turn_id: str) -> Explanation:
-        """A turn, and what was said about it. What a run makes of that is `learning.data.explanation`'s question."""
+        """Return a turn and the feedback on it; `learning.data.explanation` computes its reward. Raises DataError if there
+        is no such turn.
+        """
         turn = await self._turn(turn_id)
         said = await self.store.database.call(self.store.read_feedback_on, [turn_id])
         return Explanation(turn, said.get(turn_id, []))
 
     def _store_and_read(self, message: Message, place: Conversation | None, options: ReplyOptions) -> StoredQuestion:
-        """A message as it is committed, and its answer if it has one; else what is around it."""
+        """Store a message; return it with its answer, if it has one, or else with its surroundings."""
         if place is None:
             return self._claim(message, None)
         heard = self.store.add_message_at(place, message)
@@ -237,14 +236,14 @@ class DialogueManager:
     def _store_with_history(
         self, message: Message, place: Conversation, history: Sequence[Message]
     ) -> tuple[Message, list[Message]]:
-        """A message as it is committed, and what of the history before it was said to us."""
+        """Store a message; return it with those messages of the history that were said to kibitz."""
         known = find_repeated_messages(self.store.database, place, message.author_id, history)
         heard = self.store.add_message_at(place, message)
         add_fingerprint(self.store.database, heard.message, message.author_id)
         return heard.message, known
 
     def _read_again(self, heard: StoredMessage) -> StoredQuestion:
-        """The same of a message that was heard a while ago: it may have been changed since, or forgotten."""
+        """Read a stored message again, since it may have been edited or forgotten; return the same as `_store_and_read`."""
         return self._find_or_read(
             replace(heard, message=self.store.read_message(heard.message.id)) if heard.is_new else heard
         )
@@ -306,14 +305,14 @@ class DialogueManager:
             add_fingerprint(self.store.database, repeatable, turn.asker_id)
 
     async def _record_follow_up(self, message: Message) -> None:
-        """Record what a message says about the answer before it. The chat goes on where that fails."""
+        """Record a message as a follow-up to the answer before it. An error is logged, so that the chat goes on."""
         try:
             await self.followups.record(message)
         except Exception:
-            log.exception("a follow-up could not be noted")
+            log.exception("cannot record a follow-up")
 
     async def _reply(self, conversation_id: str, context: Context, options: ReplyOptions) -> Reply:
-        # Nobody can learn from the prefix cache's timing what was said in another conversation (CVE-2025-46570).
+        # Without it, the timing of the prefix cache reveals texts of other conversations (CVE-2025-46570).
         salt = hashlib.blake2b(conversation_id.encode(), key=self._secret).hexdigest()
         try:
             return await self.policy.reply(

@@ -1,7 +1,6 @@
-"""Reactions: which opinion an emoji is, on every platform.
+"""Reactions: map an emoji of any platform to an opinion, by the lists in the config.
 
-Skin tones and variation selectors are stripped, Slack's names become the characters that they stand for. It knows no
-person and no turn; which emoji mean what is in the config.
+Skin tones and variation selectors are removed, and Slack's names are replaced by their characters.
 """
 
 from bot.chat.slack_emoji import find_emoji
@@ -21,11 +20,11 @@ class Reactions:
         self._kinds = {normalise_symbol(symbol): kind for kind, symbols in listed.items() for symbol in symbols}
 
     def classify(self, symbol: str) -> FeedbackKind | None:
-        """The opinion that a Unicode emoji, a Slack name or a custom emoji's name stands for; None where it is neutral."""
+        """Return the opinion of a Unicode emoji, a Slack name or a custom emoji's name; None if it is neutral."""
         return self._kinds.get(normalise_symbol(symbol))
 
 
 def normalise_symbol(symbol: str) -> str:
-    """One form for all that people see as the same emoji: no skin tone, no variation selector, no Slack name."""
+    """Return an emoji in one form: without skin tone and variation selector, as a character instead of a Slack name."""
     name = symbol.strip(":").partition("::")[0]  # Slack: +1::skin-tone-4
     return (find_emoji(name) or name).translate(_STRIPPED)

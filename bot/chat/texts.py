@@ -1,4 +1,4 @@
-"""Texts: what operators and people are told, at the console and in a chat alike. It knows no platform."""
+"""Texts: messages for operators and people, the same at the console and in a chat."""
 
 from bot.memory.state import ConversationState
 from bot.store.conversations import ConversationStore
@@ -7,16 +7,16 @@ from bot.types import PolicyState, PolicyVersion
 
 
 def describe_state(found: ConversationState) -> str:
-    """A conversation's state, for people."""
+    """Describe a conversation's state, one item a line."""
     lines = (
         [f"topic since {found.topic[0].at:%Y-%m-%d %H:%M}: {_shorten(found.topic[0].text)}"]
         if found.topic
-        else ["nothing was said"]
+        else ["no messages"]
     )
-    lines += [f"takes part: {name} ({count} messages)" for name, count in found.participants.items()]
+    lines += [f"participant: {name} ({count} messages)" for name, count in found.participants.items()]
     lines += [f"open: {message.author_id}: {_shorten(message.text)}" for message in found.unanswered]
     lines += [f"fact: {fact} ({fact.message.at:%Y-%m-%d})" for fact in found.facts]
-    lines += [f"once: {fact} ({fact.message.at:%Y-%m-%d})" for fact in found.former_facts]
+    lines += [f"former fact: {fact} ({fact.message.at:%Y-%m-%d})" for fact in found.former_facts]
     return "\n".join(lines)
 
 
@@ -25,19 +25,19 @@ def _shorten(text: str) -> str:
 
 
 def describe_pause(paused: bool) -> str:
-    """What pausing came to."""
-    return "learning is paused; the same command again ends that" if paused else "learning goes on"
+    """Say whether learning is paused now."""
+    return "learning is paused; use the same command again to resume it" if paused else "learning is resumed"
 
 
 def describe_consent(consents: bool) -> str:
-    """What somebody's consent means."""
+    """Say what a person's consent, or its lack, means for them."""
     if consents:
-        return "kibitz may learn from what you write and how you react (/privacy off ends that, /forget-me erases all)."
-    return "kibitz learns nothing from you and reminds nobody of what you wrote (/privacy on changes that)."
+        return "kibitz may learn from what you write and how you react (/privacy off stops this, /forget-me erases all)."
+    return "kibitz does not learn from you and does not bring up your earlier messages (/privacy on changes this)."
 
 
 def describe_status(store: ConversationStore, registry: PolicyRegistry) -> str:
-    """The lines of `kibitz status` and of `/status`."""
+    """Return the lines of `kibitz status` and `/status`."""
     counts = store.count_rows()
     versions = registry.all()
     live = next((version.name for version in versions if version.state == PolicyState.LIVE), f"{BASE} (not started yet)")
@@ -52,11 +52,11 @@ def describe_status(store: ConversationStore, registry: PolicyRegistry) -> str:
     runs = registry.list_runs()
     if runs:
         last = runs[-1]
-        lines.append(f"last run: {last['policy']}, taught by {last['n']} reactions: {last['outcome']}")
+        lines.append(f"last run: {last['policy']}, trained on {last['n']} reactions: {last['outcome']}")
     return "\n".join(lines)
 
 
 def describe_wait(version: PolicyVersion, store: ConversationStore) -> str:
-    """What a version waits for."""
+    """Say how many more reactions a version waits for."""
     more = max(1, version.awaited_reactions - store.count_reactions(version.drawn_at))
-    return f"{version.name} waits for about {more} more reaction{'s' * (more > 1)} to be judged on"
+    return f"{version.name} waits for about {more} more reaction{'s' * (more > 1)} before it is judged"

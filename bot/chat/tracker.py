@@ -1,8 +1,7 @@
-"""StateTracker: a conversation and a new message become the chat messages to send, within a token budget.
+"""StateTracker: makes a prompt of a conversation and a new message, within a token budget.
 
-The budget is counted with the policy's own tokenizer and chat template. The newest message is never dropped; the recent
-turns come next; what is remembered from before them, or from elsewhere in the scope, is found by `bot.memory.recall`. It
-knows no server and no feedback.
+The policy's own tokenizer and chat template count the tokens. The newest message is never dropped; recent messages come
+next; `bot.memory.recall` finds older ones, and those elsewhere in the scope.
 """
 
 import itertools
@@ -20,13 +19,13 @@ from bot.store.conversations import ConversationStore
 from bot.types import Conversation, Message, Role
 
 CUT_MARK = " […]"
-MARGIN = 16  # tokens: pieces that meet in a chat are not always tokenized as they are alone
-CHARACTERS_PER_TOKEN = 32  # more than any tokenizer packs into one, on average
+MARGIN = 16  # tokens: a text in a chat is not always tokenized as it is alone
+CHARACTERS_PER_TOKEN = 32  # more than the average of any tokenizer
 
 
 @dataclass(frozen=True)
 class Context:
-    """What the policy is shown, and why."""
+    """A prompt, as chat messages and token ids, and the stored messages in it."""
 
     messages: list[dict[str, str]]
     prompt_ids: list[int]
@@ -35,7 +34,7 @@ class Context:
 
     @property
     def shown(self) -> dict[str, float | None]:
-        """The ids of the earlier messages in it, as a Turn records them."""
+        """The ids of the earlier messages in the prompt, each with its score if it was recalled, as a Turn records them."""
         shown: dict[str, float | None] = dict.fromkeys((said.id for said in self.recent), None)
         shown.update((found.message.id, found.score) for found in self.remembered)
         return shown
@@ -43,14 +42,14 @@ class Context:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What the database holds around a new message: the messages before it, and what its scope holds for it."""
+    """The surroundings of a new message in the database: the messages before it, and the contents of its scope."""
 
     recent: list[Message]
     scope: ScopeContents
 
 
 class StateTracker:
-    """Decides what of a conversation the policy sees."""
+    """Chooses the messages that the policy sees. Raises ConfigError if persona and template take half of the budget."""
 
     def __init__(
         self,
@@ -67,20 +66,23 @@ class StateTracker:
         self.budget = budget
         self._prompt_overhead = (
             tokenizer.count_prompt_tokens(self._make_chat([], "", "")) + MARGIN
-        )  # what is around a new message
+        )  # tokens around a new message
         pair = [Message("", "", "", Role.USER), Message("", "", "", Role.ASSISTANT)]
         self._message_overhead = (
             tokenizer.count_prompt_tokens(self._make_chat(pair, "", "")) + MARGIN - self._prompt_overhead
-        ) // 2  # what is around an older one
+        ) // 2  # tokens around an older one
         if tokenizer.count_prompt_tokens([{"role": "system", "content": config.persona}]) > budget // 2:
             way = "raise it" if config.persona in ("", DEFAULT_PERSONA) else "shorten dialogue.persona, or raise it"
             raise ConfigError(
-                f"config key policy.context_tokens has value {budget}, and what begins every prompt takes more than "
-                f"half; {way}"
+                f"config key policy.context_tokens has value {budget}, and persona and chat template take more than half; "
+                f"{way}"
             )
 
     def read_surroundings(self, message: Message, place: Conversation | None = None) -> Surroundings:
-        """What is around a message in its conversation (read if not given). Synchronous, in the database's thread."""
+        """Read the surroundings of a message in its conversation, which is read too if `place` is None.
+
+        Call it in the database's thread.
+        """
         recent = self.store.read_recent_messages(message.conversation_id, message, self.config.recent)
         if not self.config.remembered:
             return Surroundings(recent, ScopeContents(ScopeIndex(), [], []))
@@ -88,7 +90,7 @@ class StateTracker:
         return Surroundings(recent, self.recall.read_scope(place, message.text))
 
     async def build_context(self, message: Message, around: Surroundings | None = None) -> Context:
-        """What to show the policy for `message`, with what is `around` it (read now if not given). Never over the budget."""
+        """Return the prompt for `message`, never over the budget. Its surroundings are read if `around` is None."""
         if around is None:
             around = await self.store.database.call(self.read_surroundings, message)
         *recent, named = with_speakers([*around.recent, message])
@@ -104,10 +106,10 @@ class StateTracker:
         return Context(sent, prompt_ids, window, remembered)
 
     def fit_messages(self, shown: Sequence[dict[str, str]], begun: str = "") -> Context:
-        """What to show of chat messages whose history somebody else keeps, the new one last. Never over the budget.
+        """Return the prompt for chat messages whose history a client keeps, the new one last, never over the budget.
 
-        What of the history is shown is in `recent`. An answer that was `begun` is continued, unless the model thinks first:
-        it would have to think again.
+        `Context.recent` has the part of the history that fits. The prompt ends with the answer that was `begun`, unless the
+        model thinks first: it would have to think again.
         """
         *before, newest = [Message("", "", said["content"], Role(said["role"])) for said in shown]
         opening = self._encode_partial_answer(begun)
@@ -121,7 +123,7 @@ class StateTracker:
         return Context(sent, [*prompt_ids, *opening], [*window, *continued], [])
 
     def _encode_partial_answer(self, begun: str) -> list[int]:
-        """The ids of the end of an answer that was begun, without the token that ends it."""
+        """Return the token ids of a partial answer, without an end token; only its end if it is long."""
         if not begun.strip() or self.tokenizer.thoughts.is_opened_by_prompt:
             return []
         text = self.tokenizer.neutralise(begun[-self.budget * CHARACTERS_PER_TOKEN :])
@@ -130,24 +132,25 @@ class StateTracker:
     def _fit_newest(
         self, recent: list[Message], newest: str, notes: str, spare: int = 0
     ) -> tuple[list[Message], list[dict[str, str]], list[int]]:
-        """The longest run of newest messages that fits beside the new one and the notes, with `spare` tokens left; the chat
-        with it; its token ids.
+        """Fit as many of the newest messages as possible beside the new one and the notes, with `spare` tokens left.
+
+        Returns these messages, the chat with them, and its token ids.
         """
         window = self._drop_leading_answers(recent[self._find_window_start(recent, newest, notes) :])
         sent = self._make_chat(window, newest, notes)
         while len(prompt_ids := self.tokenizer.prompt_ids(sent)) > self.budget - spare and window:
-            window = self._drop_leading_answers(window[1:])  # each message also costs what the template puts around it
+            window = self._drop_leading_answers(window[1:])  # the template adds tokens around each message
             sent = self._make_chat(window, newest, notes)
         return window, self.tokenizer.template.shape(sent), prompt_ids
 
     def _drop_leading_answers(self, window: list[Message]) -> list[Message]:
-        """The window without the answers at its beginning, if the template wants a user first: it would drop them."""
+        """Remove answers from the beginning if the template wants a user's message first: it would drop them."""
         if self.tokenizer.template.rules.may_begin_with_answer:
             return window
         return list(itertools.dropwhile(lambda said: said.role == Role.ASSISTANT, window))
 
     def _find_window_start(self, recent: list[Message], newest: str, notes: str) -> int:
-        """Where the run of newest messages begins that fits, as the lengths of its parts say."""
+        """Estimate from the lengths of single texts how many of the newest messages fit; return the index of the first."""
         start, left = (
             len(recent),
             self.budget - self._prompt_overhead + MARGIN - sum(map(self.tokenizer.count_text_tokens, (notes, newest))),
@@ -165,7 +168,7 @@ class StateTracker:
         return start
 
     def _drop_unaffordable(self, found: list[RecalledMessage], newest: str) -> list[RecalledMessage]:
-        """The best of what was found that fits in half of what the new message leaves."""
+        """Keep the best recalled messages that fit in half of the tokens that the new message leaves."""
         alone = self.tokenizer.count_prompt_tokens(self._make_chat([], newest, ""))
         limit = alone + (self.budget - alone) // 2
         while found and self.tokenizer.count_prompt_tokens(self._make_chat([], newest, self._write_notes(found))) > limit:
@@ -188,11 +191,11 @@ class StateTracker:
         return [*sent, {"role": Role.USER.value, "content": newest}]
 
     def _make_harmless(self, message: Message) -> str:
-        """A message's text, made harmless, and bounded before anything counts its tokens."""
+        """Return a message's text without template markers, cut to a bounded length before its tokens are counted."""
         return self.tokenizer.neutralise(message.text[: self.budget * CHARACTERS_PER_TOKEN])
 
     def _clip_message(self, message: Message, notes: str = "", spare: int = 0) -> str:
-        """The new message; where it is over the budget beside the notes and `spare` tokens, its beginning and a mark."""
+        """Return the new message; only its beginning and a mark if it does not fit beside the notes and `spare` tokens."""
         text = clipped = self._make_harmless(message)
         keep = self.tokenizer.count_text_tokens(text)
         if self._prompt_overhead + keep + self.tokenizer.count_text_tokens(notes) <= self.budget - spare:
@@ -206,14 +209,14 @@ class StateTracker:
 
 
 def _drop_outdated(found: list[RecalledMessage]) -> list[RecalledMessage]:
-    """Without what people stated about themselves and stated otherwise since, in a message that was found too."""
+    """Remove messages whose statements about a person are outdated by a newer message among those found."""
     holding, former = resolve_facts(one.message for one in found)
     gone = {fact.message.id for fact in former} - {fact.message.id for fact in holding}
     return [one for one in found if one.message.id not in gone]
 
 
 def _is_worth_showing(found: RecalledMessage, message: Message) -> bool:
-    """Near enough, not the same words again, and not what the bot itself said to others."""
+    """Tell whether a message is near, has other words than the new one, and is no answer from another conversation."""
     said = found.message
     own = said.role == Role.ASSISTANT and said.conversation_id != message.conversation_id
     return found.is_near and not own and said.text.strip().casefold() != message.text.strip().casefold()

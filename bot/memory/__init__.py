@@ -1,1 +1,1 @@
-"""Memory: what of earlier conversations is found again, and what a conversation is about."""
+"""Memory: recall earlier messages, and describe the state of a conversation."""

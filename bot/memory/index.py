@@ -1,9 +1,9 @@
-"""Retrieval: which earlier messages of a scope bear on a new one.
+"""Retrieval: ranks the earlier messages of a scope by how much they bear on a new one.
 
-A scope's newest messages are kept in memory, in order: their vectors, their words, who said them. Dense similarity, BM25
-over turns and over windows of three turns, the speaker whom the question names, and what kind of turn it is are each brought
-to zero mean and unit variance over the scope and added with learned weights. It knows no database, no model, and no consent:
-whoever asks looks up what it names, and shows only what may be shown.
+The index keeps the newest messages of a scope in memory, in order, with their vectors, words and authors. The signals are
+dense similarity, BM25 over messages and over windows of three messages, the speakers that the question names, and the kind
+of message. Each is standardised over the scope, and they are added with learned weights. The index does not check consent:
+its caller looks up the messages in the database, and shows only those that may be shown.
 
 BM25 is that of Robertson and Zaragoza (2009), "The Probabilistic Relevance Framework: BM25 and Beyond".
 """
@@ -21,9 +21,9 @@ import numpy as np
 from bot.store.words import CHARACTERS, FUNCTION_WORDS, MIN_CONTENT_WORDS, WORD, extract_words
 
 K1, B = 1.2, 0.75  # BM25
-POOL = (1.0, 0.5, 0.25)  # how much a turn and the two before it count in its pooled vector
-NEAR = 0.3  # the cosine, or the share of the question's words by their rarity, from which a message bears on it
-USUAL_SIMILARITY = 0.25  # the cosine similarity of turns that follow each other, on average
+POOL = (1.0, 0.5, 0.25)  # weights of a message and the two before it in its pooled vector
+NEAR = 0.3  # the least cosine, or share of the question's words weighted by rarity, of a message that bears on it
+USUAL_SIMILARITY = 0.25  # the average cosine of neighbouring messages
 TIMES = re.compile(
     r"\b(yesterday|today|tonight|tomorrow|ago|last|next|week\w*|month\w*|year\w*|weekend|morning|evening"
     r"|(?:mon|tues|wednes|thurs|fri|satur|sun)day|january|february|march|april|may|june|july|august|september|october"
@@ -39,34 +39,34 @@ HOW_MANY = re.compile(r"\b(how (?:many|much|old|often)|what number)\b", re.IGNOR
 
 @dataclass(frozen=True)
 class Entry:
-    """One message as retrieval sees it; `vector` (1-D, of any length and type) is None until it is embedded."""
+    """One message in the index; `vector` (1-D, of any length and type) is None until it is embedded."""
 
     id: str
     conversation: str
     speaker: str
     text: str
     vector: np.ndarray | None = None
-    is_from_kibitz: bool = False  # the bot said it
+    is_from_kibitz: bool = False
 
 
 Weights = Mapping[str, float]
 
 
 class ScopeIndex:
-    """The messages that one scope may see, oldest first."""
+    """The newest messages that one scope may see, oldest first."""
 
     def __init__(self) -> None:
         self.ids: list[str] = []
         self.rows: dict[str, int] = {}
         self.speakers: dict[str, int] = {}
         self._speaker = array("i")
-        self._before = (array("i"), array("i"))  # the one and two turns before, in the same conversation; -1 for none
+        self._before = (array("i"), array("i"))  # rows of the two messages before, in its conversation; -1: none
         self._last: dict[str, tuple[int, int]] = {}
         self._postings = _no_postings()
         self._length = array("i")
-        self._content = array("i")  # how many words of its own each says
-        self._content_ids: dict[str, set[str]] = {}  # what says something: people's under "", ours by conversation
-        self._kind = array("d")  # four of each: whether it asks, how long it is, whether it tells a time, whether a number
+        self._content = array("i")  # numbers of content words
+        self._content_ids: dict[str, set[str]] = {}  # messages with content: people's under "", kibitz's by conversation
+        self._kind = array("d")  # four values per message: is a question, log length, has a time, has a number
         self._vectors = np.zeros((0, 0), np.float32)
         self._has_vector = np.zeros(0, bool)
 
@@ -74,7 +74,7 @@ class ScopeIndex:
         return len(self.ids)
 
     def add(self, entries: Iterable[Entry]) -> None:
-        """Append messages that are newer than all that is there; one that is there only gets its vector."""
+        """Append messages, which must be newer than all in the index. One that is there already only gets its vector."""
         for entry in entries:
             if entry.id not in self.rows:
                 self._append(entry)
@@ -104,7 +104,7 @@ class ScopeIndex:
         self._speaker = array("i", np.searchsorted(numbers, self._speaker).astype(np.int32).tobytes())
 
     def with_older(self, entries: Sequence[Entry], question: str) -> "ScopeIndex":
-        """Return a copy, for one question, in which these messages stand before all that are here."""
+        """Return a copy, for one question, with these older messages before all others."""
         found, count = ScopeIndex(), len(entries)
         found.speakers = dict(self.speakers)
         found.add(entries)
@@ -128,41 +128,42 @@ class ScopeIndex:
         return found
 
     def add_vectors(self, vectors: Mapping[str, np.ndarray]) -> None:
-        """Give messages that are there their vectors."""
+        """Add the vectors of messages, as far as these are in the index."""
         for message_id in vectors.keys() & self.rows.keys():
             self._set_vector(self.rows[message_id], vectors[message_id])
 
     def is_missing(self, entry: Entry) -> bool:
-        """Whether adding a message would change anything."""
+        """Tell whether `add` would change anything for this message."""
         row = self.rows.get(entry.id)
         if row is None or entry.vector is None:
             return row is None
         return row >= len(self._has_vector) or not self._has_vector[row]
 
     def has_content_besides(self, conversation: str, but: Collection[str]) -> bool:
-        """Whether anything but these messages says something that may be shown in a conversation.
+        """Tell whether there is a message with content, besides those in `but`, that a conversation may be shown.
 
-        What the bot said itself counts only where it said it.
+        Answers of kibitz count only in their own conversation.
         """
         return any(one not in but for place in ("", conversation) for one in self._content_ids.get(place, ()))
 
     def find_unembedded(self) -> list[str]:
-        """The ids of the messages without a vector."""
+        """Return the ids of the messages without a vector."""
         missing = np.ones(len(self.ids), bool)
         missing[: len(self._has_vector)] &= ~self._has_vector[: len(self.ids)]
         return [self.ids[row] for row in np.flatnonzero(missing)]
 
     def rank(self, question: str, vector: np.ndarray | None, asker: str, weights: Weights) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of the scope, best first, and the score of each."""
+        """Return the rows of the messages (n), best first, and the score of each row (n)."""
         signals = self.compute_signals(question, vector, asker)
         total = sum(weights.get(name, 0.0) * values for name, values in signals.items())
         scores = np.asarray(total, np.float64) + np.zeros(len(self))
         return np.argsort(-scores, kind="stable"), scores
 
     def find_near(self, question: str, vector: np.ndarray | None, asker: str = "") -> np.ndarray:
-        """Whether each message (n, bool) says something that bears on the question at all, however it ranks.
+        """Tell of each message (n, bool) whether it bears on the question at all, however it ranks.
 
-        It says a few words of its own, and is like the question, shares its rarer words, or is by somebody whom it names.
+        Such a message has a few content words, and it is similar to the question, shares its rarer words, or is by a speaker
+        that the question names.
         """
         named, rest = self.extract_speakers(question, asker)
         shared, all_of_it = np.zeros(len(self)), 0.0
@@ -179,9 +180,9 @@ class ScopeIndex:
         return near & (np.frombuffer(self._content, np.int32) >= MIN_CONTENT_WORDS)
 
     def compute_signals(self, question: str, vector: np.ndarray | None, asker: str = "") -> dict[str, np.ndarray]:
-        """Every signal for every message (n), each with zero mean and unit variance over the scope.
+        """Return each signal for all messages (n), with zero mean and unit variance over the scope.
 
-        `vector` is that of the question without the names of participants: a name finds the turns that greet somebody.
+        `vector` is that of the question without names of speakers, because names find messages that only greet somebody.
         """
         named, rest = self.extract_speakers(question, asker)
         terms = [word for word in extract_words(rest) if word not in FUNCTION_WORDS] or extract_words(rest)
@@ -197,7 +198,10 @@ class ScopeIndex:
         return {name: _standardise(values) for name, values in found.items()}
 
     def extract_speakers(self, question: str, asker: str = "") -> tuple[set[int], str]:
-        """The speakers whom a question is about (their numbers), and the question without their names."""
+        """Return the numbers of the speakers that a question names, and the question without their names.
+
+        The asker is one of them if the question has "I", "my", "me" or "mine".
+        """
         about: set[int] = set()
         rest = question[:CHARACTERS]
         folded = rest.casefold()
@@ -248,12 +252,12 @@ class ScopeIndex:
         self._vectors[row], self._has_vector[row] = vector / (length or 1.0), True
 
     def _shift(self, values: np.ndarray, steps: int) -> np.ndarray:
-        """The values of the turns that stand `steps` before each, in its conversation; 0 where there is none."""
+        """Return for each message the value of the one `steps` (1 or 2) before it in its conversation; 0 without one."""
         before = np.frombuffer(self._before[steps - 1], np.int32)
         return np.where(before >= 0, values[before], 0.0)
 
     def _bm25(self, terms: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The scores of each turn, of each turn with the two before it, and of the turn after each."""
+        """Return the BM25 score (n) of each message, of each with the two before it, and of the message after each."""
         count = len(self)
         length = np.frombuffer(self._length, np.int32).astype(float) if count else np.zeros(0)
         wide = length + self._shift(length, 1) + self._shift(length, 2) if count else length
@@ -273,7 +277,10 @@ class ScopeIndex:
         return turn, window, after
 
     def _dense(self, question: np.ndarray) -> dict[str, np.ndarray]:
-        """Cosine similarity of each turn, and of each turn pooled with the two before it. Unknown is the mean."""
+        """Return the cosine similarity (n) of each message, and of each pooled with the two before it.
+
+        A message without a vector gets the mean.
+        """
         count = len(self)
         known = min(count, len(self._vectors))
         similar, has = np.zeros(count), np.zeros(count, bool)
@@ -282,7 +289,7 @@ class ScopeIndex:
         weights = [np.full(count, POOL[0])]
         weights += [POOL[step] * (np.frombuffer(self._before[step - 1], np.int32) >= 0) for step in (1, 2)]
         pooled = POOL[0] * similar + sum(POOL[step] * self._shift(similar, step) for step in (1, 2))
-        # The length of the pooled vector, if turns that follow each other are as alike as they are on average.
+        # The length of the pooled vector, if neighbouring messages have the average similarity.
         square = sum(weight**2 for weight in weights)
         square = square + 2 * USUAL_SIMILARITY * (
             weights[0] * weights[1] + weights[0] * weights[2] + weights[1] * weights[2]
@@ -295,13 +302,13 @@ def _no_postings() -> defaultdict[str, tuple["array[int]", "array[int]"]]:
 
 
 def _move_down(rows: "array[int]", count: int) -> "array[int]":
-    """Row numbers less `count`; -1, which stands for none, where that is below 0."""
+    """Return row numbers minus `count`; -1 (none) for those that would be negative."""
     numbers = np.frombuffer(rows, np.int32) if rows else np.zeros(0, np.int32)
     return array("i", np.where(numbers < max(count, 0), -1, numbers - count).astype(np.int32).tobytes())
 
 
 def _copy_vectors(index: ScopeIndex, count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The vectors (count × size) of an index, and which messages have one."""
+    """Return a copy of the vectors (count × size) of an index, and which messages have one (count, bool)."""
     vectors, has = np.zeros((count, size), np.float32), np.zeros(count, bool)
     known = min(count, len(index._vectors))
     if known:
@@ -310,7 +317,7 @@ def _copy_vectors(index: ScopeIndex, count: int, size: int) -> tuple[np.ndarray,
 
 
 def _score_term(frequency: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """What one word adds to BM25 of each document."""
+    """Return the part of one word in the BM25 score of each document (n)."""
     count, holding = len(frequency), int(np.count_nonzero(frequency))
     rarity = _rarity(count, holding)
     mean = length.mean() or 1.0
@@ -318,7 +325,7 @@ def _score_term(frequency: np.ndarray, length: np.ndarray) -> np.ndarray:
 
 
 def _rarity(count: int, holding: int) -> float:
-    """The inverse document frequency of a word that so many of `count` documents hold."""
+    """Return the inverse document frequency of a word that `holding` of `count` documents contain."""
     return math.log1p((count - holding + 0.5) / (holding + 0.5))
 
 
@@ -328,6 +335,6 @@ def _standardise(values: np.ndarray) -> np.ndarray:
 
 
 def _list_name_forms(name: str) -> list[str]:
-    """How a participant may be named: the whole handle, and the parts of a name that is written with spaces."""
+    """Return the forms of a speaker's name: the whole name, and its parts if it has spaces."""
     parts = [part for part in name.split() if len(part) > 2]
     return [name, *parts] if len(parts) > 1 else [name]

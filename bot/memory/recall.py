@@ -1,10 +1,9 @@
-"""Recall: finds the earlier messages that bear on a new one, in all that its conversation may see.
+"""Recall: finds the earlier messages that bear on a new one, among all that its conversation may see.
 
-The newest messages of a scope are kept in memory while they are asked for (the scopes that were asked least lately go
-first); each time what is new is read from the database. Of what is older the database finds what shares the rarest words
-with the new message, and both are ranked together. What is found is looked up there again, so that nothing is shown that was
-forgotten or withheld a moment ago. Embeddings of what was said are made after the answer was sent. It knows no prompt and
-no policy.
+It keeps the newest messages of a scope in memory (the least recently used scopes are dropped first), and reads new ones from
+the database on each use. Among older messages the database finds those that share the rarest words with the new one, and
+both are ranked together. The best are then read from the database, so that no message is shown that was forgotten or
+withheld meanwhile. New messages are embedded after the answer is sent.
 """
 
 import asyncio
@@ -32,20 +31,20 @@ from bot.types import Conversation, Message, Progress
 log = logging.getLogger(__name__)
 
 WEIGHTS_FILE = Path(__file__).parent / "retrieval_weights.json"
-WINDOW = 3_000  # messages of one scope in memory: the newest; up to a quarter more, so that few have to go at a time
-OLDER = 32  # messages before those that are ranked with them
+WINDOW = 3_000  # newest messages of one scope in memory; up to a quarter more, so that dropping is rare
+OLDER = 32  # messages before the window that are ranked with it
 ROWS = 50_000  # messages in memory, of all scopes together
-GATHER_SECONDS = 0.5  # seconds in which what is said is gathered, to be embedded together
-IDLE_WAIT_SECONDS = 1.0  # seconds that it waits for a moment in which nobody waits for an answer; then it embeds
+GATHER_SECONDS = 0.5  # in which messages are gathered, to be embedded together
+IDLE_WAIT_SECONDS = 1.0  # the longest wait for a moment in which nobody waits for an answer
 BUSY_BATCH_SIZE = 16  # texts
-WRITE_BATCH_SIZE = 4  # vectors written at once: whoever waits for an answer comes in between
-OVERLAP = 64  # messages that are read again: what was said at the same moment may have been written in another order
-LOOKUP_FACTOR = 4  # times as many are looked up as are wanted: some may not be shown
+WRITE_BATCH_SIZE = 4  # vectors written at once, so that answers can use the database in between
+OVERLAP = 64  # messages that are read again, because messages of one moment may be committed in another order
+LOOKUP_FACTOR = 4  # messages looked up per wanted one, because some may not be shown
 
 
 @dataclass(frozen=True)
 class RecalledMessage:
-    """An earlier message, how well it ranks for the new one, and whether it is near enough to be shown."""
+    """An earlier message, its score for the new one, and whether it is near enough to be shown."""
 
     message: Message
     score: float
@@ -54,8 +53,8 @@ class RecalledMessage:
 
 @dataclass(frozen=True)
 class ScopeContents:
-    """What a conversation may see: the index of its newest messages, what is `unread` (not yet in the index), and what is
-    `older` than both and shares words with a new message.
+    """The messages that a conversation may see: the index of the newest, the `unread` ones that the index lacks, and `older`
+    ones that share words with the new message.
     """
 
     index: ScopeIndex
@@ -64,7 +63,10 @@ class ScopeContents:
 
 
 def load_retrieval_weights(file: str = "") -> dict[str, float]:
-    """What each signal counts, as `kibitz fit-retrieval` learned it; "" is what ships. Raises ConfigError."""
+    """Load the weights of the signals from a file of `kibitz fit-retrieval`, or the built-in ones for "".
+
+    Raises ConfigError if the file has no weights.
+    """
     shipped: dict[str, float] = json.loads(WEIGHTS_FILE.read_text())["weights"]
     if not file:
         return shipped
@@ -73,13 +75,13 @@ def load_retrieval_weights(file: str = "") -> dict[str, float]:
         return {name: float(learned[name]) for name in shipped}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(
-            f"config key dialogue.retrieval_weights has value '{file}', which holds no weights ({error!r}); "
+            f"config key dialogue.retrieval_weights has value '{file}', which has no weights ({error!r}); "
             "make it with `kibitz fit-retrieval --out FILE`, or leave the key empty"
         ) from error
 
 
 class Recall:
-    """What may be remembered, found."""
+    """The search in earlier messages, with its indexes in memory and its queue of messages to embed."""
 
     def __init__(self, memory: Memory, embedder: Embedder | None, learned: Weights):
         self.memory = memory
@@ -87,25 +89,25 @@ class Recall:
         self.weights = learned
         self.space = "" if embedder is None else embedder.space
         self._call = memory.database.call
-        self._scopes: OrderedDict[str, ScopeIndex] = OrderedDict()  # only the database's thread touches it
+        self._scopes: OrderedDict[str, ScopeIndex] = OrderedDict()  # used only in the database's thread
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recall")
-        self._waiting: deque[MessageText] = deque(maxlen=ROWS)  # of a flood the oldest is embedded at the next start
+        self._waiting: deque[MessageText] = deque(maxlen=ROWS)  # dropped ones are embedded at the next start
         self._embedding_task: asyncio.Task[None] | None = None
-        self._answers = 0  # that somebody waits for
+        self._answers = 0  # that are being made
         self._idle = asyncio.Event()
         self._idle.set()
 
     async def load_embedder(self) -> None:
-        """Load the embedder. Raises ConfigError where it cannot be."""
+        """Load the embedder. Raises ConfigError if it cannot be loaded."""
         if self.embedder is not None:
             await self.embedder.embed(["ready"])
 
     async def find(
         self, message: Message, limit: int, without: Collection[str] = (), scope: ScopeContents | None = None
     ) -> list[RecalledMessage]:
-        """The `limit` messages before this one that bear most on it, best first; none of `without`.
+        """Return the `limit` messages before this one that bear most on it, best first, without those in `without`.
 
-        `scope` is the message's, where that was read already.
+        The message's scope is read if `scope` is None.
         """
         if scope is None:
             scope = await self._call(self._read_scope_for, message)
@@ -120,48 +122,48 @@ class Recall:
         return [RecalledMessage(there[one], score, near) for one, score, near in ranked if one in there][:limit]
 
     def embed_later(self, said: Sequence[Message]) -> None:
-        """Have messages embedded soon. Never waits."""
+        """Embed messages soon, in the background."""
         if self.embedder is not None:
             self._waiting.extend((message.id, message.text) for message in said if message.text.strip())
             if self._waiting and (self._embedding_task is None or self._embedding_task.done()):
                 self._embedding_task = asyncio.create_task(self._embed_waiting())
 
     async def flush(self) -> None:
-        """Wait until what was to be embedded is."""
+        """Wait until all waiting messages are embedded."""
         while self._embedding_task is not None and not self._embedding_task.done():
             await asyncio.wait([self._embedding_task])
 
     async def embed_missing(self, progress: Progress) -> None:
-        """Embed all that has no vector of this model: what was imported, or was said under another one."""
+        """Embed all messages without a vector of this model, for example after an import or a change of the model."""
         if self.embedder is None:
             return
         total, done, after = await self._call(self.memory.count_unembedded, self.space), 0, ""
         while texts := await self._call(self.memory.find_unembedded, self.space, after, BATCH):
             await self._embed(texts)
             done, after = done + len(texts), texts[-1][0]
-            progress(f"embedding with {self.embedder.name}", done, max(done, total))  # more may be said meanwhile
+            progress(f"embedding with {self.embedder.name}", done, max(done, total))  # new messages may come meanwhile
         if done:
             await self._call(self._scopes.clear)
 
     async def mark_changed(self, conversation_id: str) -> None:
-        """Something in a conversation changed other than by being added: its scope is read anew when it is asked for."""
+        """Mark a conversation as changed. Its scope is reloaded on next use."""
         await self._call(
             lambda: self._scopes.pop(self.memory.scope_key(self.memory.read_conversation(conversation_id)), None)
         )
 
     async def drop_forgotten(self) -> None:
-        """Keep nothing in memory of messages that were forgotten, whoever forgot them: this may be another process."""
+        """Drop all forgotten messages from memory, including those that another process forgot."""
         held = await self._call(lambda: {scope: [*index.ids] for scope, index in self._scopes.items()})
         waiting = {message_id for message_id, _ in self._waiting}
         ids = sorted(waiting.union(*held.values()))
         gone: set[str] = set()
-        for start in range(0, len(ids), CHUNK):  # whoever waits for an answer comes in between
+        for start in range(0, len(ids), CHUNK):  # so that answers can use the database's thread in between
             some = ids[start : start + CHUNK]
             gone |= set(some) - await self._call(self.memory.find_remaining, some)
         await self.drop(gone)
 
     async def drop(self, message_ids: Collection[str]) -> None:
-        """Keep nothing in memory of these messages. Scopes that hold any are read anew when they are asked for."""
+        """Drop these messages from memory. Scopes that contain any are reloaded on next use."""
         gone = set(message_ids)
         for one in [one for one in self._waiting if one[0] in gone]:
             self._waiting.remove(one)
@@ -174,7 +176,7 @@ class Recall:
             del self._scopes[scope]
 
     def close(self) -> None:
-        """End the threads; what still waits to be embedded is at the next start."""
+        """End the threads. Messages that still wait are embedded at the next start."""
         if self._embedding_task is not None:
             self._embedding_task.cancel()
         self._thread.shutdown()
@@ -182,12 +184,12 @@ class Recall:
             self.embedder.close()
 
     def read_scope(self, place: Conversation, question: str = "") -> ScopeContents:
-        """The scope of a conversation, as it is committed by now, for a question. In the database's thread."""
+        """Read the committed scope of a conversation, for a question. Call it in the database's thread."""
         scope = self.memory.scope_key(place)
         index = self._scopes.pop(scope, None) or ScopeIndex()
         after = index.ids[-OVERLAP] if len(index) >= OVERLAP else ""
         unread = self.memory.read_since(place, after, self.space, WINDOW)
-        if len(unread) == WINDOW:  # between these and what was read before may be others
+        if len(unread) == WINDOW:  # there may be unread messages between these and the index
             index = ScopeIndex()
         self._scopes[scope] = index
         while len(self._scopes) > 1 and sum(map(len, self._scopes.values())) > ROWS:
@@ -202,7 +204,7 @@ class Recall:
         return self.read_scope(self.memory.read_conversation(message.conversation_id), message.text)
 
     async def update_index(self, scope: ScopeContents) -> ScopeIndex:
-        """The index of a scope, with what was unread."""
+        """Add the unread messages to the index of a scope, and return it."""
         if scope.unread:
             await asyncio.get_running_loop().run_in_executor(self._thread, _add, scope.index, scope.unread)
         return scope.index
@@ -222,7 +224,7 @@ class Recall:
 
     @contextlib.contextmanager
     def answering(self) -> Iterator[None]:
-        """While somebody waits for an answer, what was said is not yet embedded."""
+        """Within the context, somebody waits for an answer, and embedding is put off."""
         self._answers += 1
         self._idle.clear()
         try:
@@ -241,8 +243,8 @@ class Recall:
             texts = [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
             try:
                 await self._embed(texts)
-            except Exception:  # the chat goes on; what has no vector is found by its words, and embedded at the next start
-                log.exception("%d messages could not be embedded", len(texts))
+            except Exception:  # the chat goes on: words still find these messages, and the next start embeds them
+                log.exception("cannot embed %d messages", len(texts))
 
     async def _embed(self, texts: Sequence[MessageText]) -> None:
         assert self.embedder is not None
@@ -256,7 +258,7 @@ class Recall:
     def _store_vectors(
         self, texts: Sequence[MessageText], vectors: np.ndarray
     ) -> tuple[dict[str, np.ndarray], list[ScopeIndex]]:
-        """Keep vectors; what was kept, and the indexes that hold a message of theirs. In the database's thread."""
+        """Store vectors; return the stored ones, and the indexes with such a message. Call it in the database's thread."""
         kept = self.memory.store_vectors(texts, vectors, self.space)
         return kept, [index for index in self._scopes.values() if not kept.keys().isdisjoint(index.rows)]
 
@@ -273,6 +275,6 @@ def _add_vectors(indexes: Sequence[ScopeIndex], vectors: Mapping[str, np.ndarray
 
 
 def make_recall(config: Config, database: Database) -> Recall:
-    """Return what finds what may be remembered, as a config says."""
+    """Return the Recall that a config describes."""
     learned = load_retrieval_weights(config.dialogue.retrieval_weights)
     return Recall(Memory(database, config.dialogue.across_channels), make_embedder(config), learned)

@@ -1,9 +1,9 @@
-"""Memory: what was said in a scope, with its vectors, and who may be shown it.
+"""Memory: reads the messages of a scope with their vectors, and decides which of them a conversation may be shown.
 
-The scope is a part of each query: a direct message is seen by its two parties, a channel by that channel with its threads,
-and, where the operator allows it, a public channel by its whole space (law 8). Each message has the number of its channel's
-scope, so that the newest of a scope, and those with a word, are found without reading the rest. Vectors are kept in eight
-bits. Synchronous, called through `Database.call`; it knows no model and no ranking.
+The scope is part of each query. A direct message is visible to its two parties, a channel's messages to that channel with
+its threads, and, if the operator allows it, a public channel's messages to its whole space (law 8). Each message has the
+number of its channel's scope, so that the newest of a scope, and those with a word, are found without reading the rest.
+Vectors are stored with eight bits per dimension. The methods are synchronous; call them through `Database.call`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,28 +21,28 @@ from bot.store.tables import chunks, compute_scope, conversations, embeddings, m
 from bot.types import FORGOTTEN, Conversation, Message, Role
 
 MessageText = tuple[str, str]  # a message's id and its text
-MESSAGES_BEFORE = 2  # messages that one is ranked together with
+MESSAGES_BEFORE = 2  # messages before one, with which it is ranked
 
 
 class Memory:
-    """What may be remembered where."""
+    """The messages that may be recalled in each scope, in the database."""
 
     def __init__(self, database: Database, across_channels: bool = False):
         self.database = database
         self.across_channels = across_channels
 
     def scope_key(self, place: Conversation) -> str:
-        """What names the scope of a conversation: conversations of one scope may see the same."""
+        """Return the key of a conversation's scope. Conversations with the same key may see the same messages."""
         wide = self.across_channels and place.is_public
         return "\0".join((place.platform, place.space, *(() if wide else (place.channel,)), str(wide)))
 
     def read_conversation(self, conversation_id: str) -> Conversation:
-        """A conversation by its id."""
+        """Return a conversation by its id."""
         return ConversationStore(self.database).read_conversation(conversation_id)
 
     def read_since(self, place: Conversation, after: str, space: str, limit: int | None = None) -> list[Entry]:
-        """The messages of a conversation's scope that came after one (or "" for all), oldest first, with their vectors in
-        `space`; of more than `limit` the newest.
+        """Return the messages of a conversation's scope after the id `after` ("" for all), oldest first, with their vectors
+        in `space`; at most the `limit` newest.
         """
         with self.database.read() as connection:
             values = self._values(connection, place) | {"vectors": space, "after": after, "most": limit}
@@ -50,8 +50,8 @@ class Memory:
         return _make_entries(rows)
 
     def find_older(self, place: Conversation, question: str, before: str, space: str, limit: int) -> list[Entry]:
-        """Those `limit` messages of a scope older than one that share the rarest words with a question, each with the two
-        before it in its conversation, oldest first.
+        """Return the `limit` messages of a scope before the id `before` that share the rarest words with a question, each
+        with the two before it in its conversation, oldest first.
         """
         with self.database.read() as connection:
             values = self._values(connection, place) | {"vectors": space}
@@ -71,8 +71,11 @@ class Memory:
         return {"own": own, "scopes": sorted(scopes)}
 
     def find_visible(self, conversation_id: str, ids: Sequence[str]) -> dict[str, Message]:
-        """Those of these messages that may be shown in a conversation now: in its scope, not forgotten, not answered anew,
-        and neither by anybody who withholds consent nor made from their words."""
+        """Return those of these messages, by id, that a conversation may be shown now.
+
+        They are in its scope, not forgotten, no answer that was regenerated, and neither by a person who withholds consent
+        nor made from such a person's messages.
+        """
         place = self.read_conversation(conversation_id)
         found: dict[str, Message] = {}
         with self.database.read() as connection:
@@ -89,20 +92,20 @@ class Memory:
         return found
 
     def find_remaining(self, ids: Iterable[str]) -> set[str]:
-        """Those of these messages that still say something: neither forgotten nor gone."""
+        """Return the ids of those of these messages that still have a text: they are neither forgotten nor deleted."""
         with self.database.read() as connection:
             return {one for some in chunks(ids) for one in connection.execute(_KEPT, {"ids": some}).scalars()}
 
     def read_vectors(self, ids: Sequence[str], space: str) -> dict[str, np.ndarray]:
-        """The unit vectors (1-D float32) in `space` of those of these messages that have one."""
+        """Return the unit vectors (1-D float32) in `space` of these messages, by id. Messages without one are left out."""
         with self.database.read() as connection:
             rows = connection.execute(_VECTORS, {"ids": list(ids), "vectors": space})
             return {row.message_id: _unpack(row.vector) for row in rows}
 
     def store_vectors(self, texts: Sequence[MessageText], vectors: np.ndarray, space: str) -> dict[str, np.ndarray]:
-        """Keep the unit vectors (n × dimensions, float32) of messages, unless their text is another by now, or gone.
+        """Store the unit vectors (n × dimensions, float32) of messages, unless their text has changed or is gone.
 
-        Returns those that were kept, as they are kept.
+        Returns the stored vectors (1-D int8) by id.
         """
         kept: dict[str, np.ndarray] = {}
         with self.database.begin() as connection:
@@ -117,20 +120,20 @@ class Memory:
         return kept
 
     def find_unembedded(self, space: str, after: str, limit: int) -> list[MessageText]:
-        """Messages without a vector in `space`, by id, after one of them ("" for the first)."""
+        """Return at most `limit` messages without a vector in `space`, in order of id, after the id `after` ("" for all)."""
         with self.database.read() as connection:
             rows = connection.execute(_MISSING, {"vectors": space, "after": after, "most": limit})
             return [(row.id, row.text) for row in rows]
 
     def count_unembedded(self, space: str) -> int:
-        """How many messages have no vector in `space`."""
+        """Count the messages without a vector in `space`."""
         query = sa.select(sa.func.count()).select_from(_MISSING.order_by(None).limit(None).subquery())
         with self.database.read() as connection:
             return connection.execute(query, {"vectors": space, "after": ""}).scalar_one()
 
 
 def _pack(vector: np.ndarray) -> bytes:
-    """A vector's direction in eight bits a dimension."""
+    """Return a vector's direction with eight bits per dimension."""
     return np.round(vector * (127 / max(float(np.abs(vector).max()), 1e-9))).astype(np.int8).tobytes()
 
 
@@ -191,7 +194,7 @@ _of_space = (
 )
 _public = sa.select(sa.func.min(conversations.c.scope).label("scope")).where(*_of_space).cte("public", recursive=True)
 _next = sa.select(sa.func.min(conversations.c.scope)).where(*_of_space, conversations.c.scope > _public.c.scope)
-# One look into the index for each channel, however many conversations it has.
+# One lookup in the index per channel, however many conversations it has.
 _PUBLIC = sa.select(
     _public.union_all(sa.select(_next.correlate(_public).scalar_subquery()).where(_public.c.scope.is_not(None))).c.scope
 )

@@ -1,7 +1,6 @@
-"""State: what a conversation is about, who takes part, what is asked and not answered, what people said of themselves.
+"""State: derives the topic, participants, open questions and facts of a conversation from its messages.
 
-Derived from the messages each time it is asked for, so that it forgets when they do. It knows no policy and no platform.
-
+It is derived anew each time, so that it keeps nothing of forgotten messages.
 Run: ``kibitz state CONVERSATION``.
 """
 
@@ -19,9 +18,9 @@ from bot.memory.topics import find_topic_starts
 from bot.store.words import FUNCTION_WORDS, extract_words
 from bot.types import FORGOTTEN, Message, Role
 
-LATEST_MESSAGES = 400  # messages that are looked at; facts and questions older than that are found by retrieval
-ANSWER_WINDOW = 4  # messages after a question among which an answer to it is looked for
-ANSWER_SIMILARITY = 0.35  # cosine similarity from which a message by somebody else is taken for an answer
+LATEST_MESSAGES = 400  # messages that are read; retrieval finds older facts and questions
+ANSWER_WINDOW = 4  # messages after a question that may answer it
+ANSWER_SIMILARITY = 0.35  # the least cosine similarity of an answer by somebody else
 REQUEST_PATTERN = re.compile(
     r"\b(?:remind (?:me|us)|don't forget|to-?do|(?:can|could|would|will) you(?: please)?|please)\b", re.IGNORECASE
 )
@@ -32,16 +31,16 @@ class ConversationState:
     """The state of one conversation."""
 
     topic: list[Message]  # the messages since the topic last changed
-    participants: dict[str, int]  # how many messages each wrote, who wrote last first
-    unanswered: list[Message]  # questions and requests that nobody answered yet
+    participants: dict[str, int]  # number of messages by person, the last writer first
+    unanswered: list[Message]  # questions and requests
     facts: list[Fact]
-    former_facts: list[Fact]  # what was stated once and is something else by now
+    former_facts: list[Fact]  # replaced by newer ones
 
 
 def derive_state(messages: Sequence[Message], embedder: Embedder | None) -> ConversationState:
-    """The state that these messages (of one conversation, oldest first) have come to.
+    """Return the state of a conversation with these messages, oldest first.
 
-    Without an embedder topics are told apart by their words alone, and less well.
+    Without an embedder only words separate topics, which works less well.
     """
     said = [one for one in messages if one.author_id != FORGOTTEN and one.text.strip()][-LATEST_MESSAGES:]
     vectors = _embed_texts([one.text for one in said], embedder)
@@ -64,7 +63,7 @@ def _is_request(message: Message) -> bool:
 
 
 def _is_answered(number: int, said: Sequence[Message], vectors: np.ndarray) -> bool:
-    """Whether somebody else replied to it, or soon said something like it that asks nothing."""
+    """Tell whether a message replies to this one, or another person soon wrote a similar one that is no request."""
     asked = said[number]
     for later in range(number + 1, len(said)):
         other = said[later]
@@ -77,7 +76,7 @@ def _is_answered(number: int, said: Sequence[Message], vectors: np.ndarray) -> b
 
 
 def _embed_texts(texts: Sequence[str], embedder: Embedder | None) -> np.ndarray:
-    """A unit vector for each text (n × dimensions): of its meaning, or without an embedder of its words."""
+    """Return a unit vector of each text (n × dimensions), from the embedder, or without one from its words."""
     if embedder is not None:
         return embedder.encode(texts)
     vectors = np.zeros((len(texts), 1024), np.float32)

@@ -1,8 +1,7 @@
-"""Topics: where a conversation turns to something else, seen as each message comes.
+"""Topics: finds the messages that begin a new topic, from the messages up to each.
 
-A logistic regression on how like the messages before it a message is: a few cosines and what kind of sentence it is, which
-carry over from one kind of conversation to another where a classifier of whole embeddings does not. It knows no database
-and no model.
+It is a logistic regression on a few cosines to the messages before, and on the kind of sentence. Unlike a classifier of
+whole embeddings, these features carry over from one kind of conversation to another.
 """
 
 import json
@@ -12,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 WEIGHTS_FILE = Path(__file__).parent / "topic_weights.json"
-BACK = 4  # messages before it that a message is compared with
+BACK = 4  # earlier messages with which a message is compared
 
 
 def compute_features(texts: Sequence[str], vectors: np.ndarray) -> np.ndarray:
-    """How each message but the first compares with those before it (n - 1 × 10). `vectors` (n × d) have unit length."""
+    """Return the features (n - 1 × 10) of each message but the first. `vectors` (n × d) have unit length."""
     rows = []
     for now in range(1, len(texts)):
         before = vectors[max(0, now - BACK) : now]
@@ -40,7 +39,7 @@ def compute_features(texts: Sequence[str], vectors: np.ndarray) -> np.ndarray:
 
 
 def find_topic_starts(texts: Sequence[str], vectors: np.ndarray, path: Path = WEIGHTS_FILE) -> np.ndarray:
-    """Whether each message (n, bool) begins a new topic; the first does."""
+    """Tell of each message (n, bool) whether it begins a new topic; the first does."""
     learned = json.loads(path.read_text())
     if not len(texts):
         return np.zeros(0, bool)

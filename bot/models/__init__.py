@@ -1,1 +1,1 @@
-"""Models: what a language model is, found out before it is loaded: shape, template, sampling, memory."""
+"""Models: the properties of a language model (shape, template, sampling, memory), without loading it."""

@@ -1,7 +1,7 @@
-"""Architectures: which model classes the installed vLLM serves with adapters, and which transformers trains.
+"""Architectures: tells which models the installed vLLM serves with adapters, and which transformers trains.
 
-Both keep tables in their source. They are read, not imported: importing either takes seconds and hundreds of megabytes,
-which the serving process does not need for anything else.
+It parses the tables in their source files instead of importing them: importing either takes seconds and hundreds of
+megabytes, which the serving process does not need otherwise.
 """
 
 import ast
@@ -18,9 +18,10 @@ ASK_VLLM = "import sys; from vllm.config import ModelConfig; ModelConfig(model=s
 
 
 def can_serve(architecture: str, model: str) -> bool:
-    """Tell whether the installed vLLM can serve a model's architecture; True where no vLLM is installed to ask.
+    """Tell whether the installed vLLM can serve a model's architecture. True if no vLLM is installed.
 
-    What its table does not name it may still serve through transformers: then it is asked, which takes some seconds.
+    vLLM may serve an architecture through transformers that its table lacks: then a child process asks vLLM, which takes
+    some seconds.
     """
     table = read_vllm_table()
     if not table or architecture in table:
@@ -29,17 +30,17 @@ def can_serve(architecture: str, model: str) -> bool:
     try:
         return subprocess.run(command, capture_output=True, timeout=LOOKUP_SECONDS, check=False).returncode == 0
     except subprocess.TimeoutExpired:
-        return True  # it will say so itself
+        return True  # if it cannot, vLLM says so when it starts
 
 
 def can_serve_adapters(architecture: str) -> bool:
-    """Tell whether vLLM serves LoRA adapters on an architecture; True for those that its table does not name."""
+    """Tell whether vLLM serves LoRA adapters on an architecture. True if its table lacks the architecture."""
     entry = read_vllm_table().get(architecture)
     return entry is None or _supports_adapters(*entry, frozenset())
 
 
 def can_train(model_type: str) -> bool:
-    """Tell whether transformers has a decoder with an output layer for a `model_type`."""
+    """Tell whether transformers has a causal language model for a `model_type`."""
     table = _read_tables(
         _find_package("transformers") / "models" / "auto" / "modeling_auto.py", ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",)
     )
@@ -48,7 +49,7 @@ def can_train(model_type: str) -> bool:
 
 @cache
 def read_vllm_table() -> dict[str, tuple[str, str]]:
-    """Read vLLM's table of architectures: the module and the class that serves each. Empty without vLLM."""
+    """Read vLLM's table of architectures: the module and the class for each. Empty if no vLLM is installed."""
     found = _read_tables(_find_package("vllm") / "model_executor" / "models" / "registry.py", TABLES)
     return {name: entry for name, entry in found.items() if isinstance(entry, tuple) and len(entry) == 2}
 
@@ -59,7 +60,7 @@ def _find_package(name: str) -> Path:
 
 
 def _read_tables(file: Path, names: tuple[str, ...]) -> dict:
-    """The literal entries of dicts and OrderedDicts that a module assigns to some names."""
+    """Return the literal entries of the dicts and OrderedDicts that a module assigns to some names."""
     if not file.is_file():
         return {}
     found: dict = {}
@@ -83,10 +84,10 @@ def _read_tables(file: Path, names: tuple[str, ...]) -> dict:
 
 
 def _supports_adapters(module: str, name: str, seen: frozenset[tuple[str, str]]) -> bool:
-    """Whether one of vLLM's model classes says that it takes adapters, itself or through what it is made of."""
+    """Tell whether one of vLLM's model classes supports adapters, itself or by a base class."""
     file = _find_package("vllm") / "model_executor" / "models" / f"{module}.py"
     if (module, name) in seen or not file.is_file():
-        return not file.is_file()  # a package, or elsewhere: vLLM will say so itself
+        return not file.is_file()  # a package, or elsewhere: vLLM says so when it starts
     imported, classes = _read_classes(file)
     if name not in classes:
         return name not in imported or _supports_adapters(imported[name], name, seen | {(module, name)})
@@ -102,7 +103,7 @@ def _supports_adapters(module: str, name: str, seen: frozenset[tuple[str, str]])
 
 @cache
 def _read_classes(file: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """What a module imports from its neighbours (and from which), and its classes with the names of their bases."""
+    """Return the names that a module imports from its neighbours, each with its module, and its classes with their bases."""
     imported: dict[str, str] = {}
     classes: dict[str, list[str]] = {}
     for node in ast.parse(file.read_text()).body:

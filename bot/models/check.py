@@ -1,7 +1,6 @@
-"""ModelCheck: whether a model can be served and trained here, found out before anything starts or connects.
+"""ModelCheck: checks whether a model can be served and trained here, before anything starts or connects.
 
-Each check raises ConfigError with one line: what is wrong, what was found, what to do. It knows no commands: those that
-chat, serve, simulate, measure or look (`kibitz doctor`) all ask here.
+Each check raises ConfigError with one line: what is wrong, what was found, what to do.
 """
 
 import re
@@ -33,15 +32,15 @@ from bot.models.thoughts import CHANNEL_MARK
 from bot.models.tokenizer import ChatTokenizer
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
-LEAST_CONTEXT = 64  # tokens, of policy.context_tokens
-KEPT_VERSIONS = 8  # that there should be room for
-LEAST_DISK = GIB // 4  # for the database, logs and the embedding model
+LEAST_CONTEXT = 64  # tokens, the least policy.context_tokens
+KEPT_VERSIONS = 8  # versions that the disk must have room for
+LEAST_DISK = GIB // 4  # bytes, for the database, logs and the embedding model
 
 
 def check_model(config: Config, model: str, serves: bool = True) -> MemoryPlan | None:
-    """Check that a model whose files are sound (`check_files`) can be trained on this machine and, if it is to be, served.
+    """Check that a model can be trained on this machine and, if `serves`, served. Call `check_files` first.
 
-    Returns how the GPU's memory is shared, or None where it is not. Raises ConfigError for the first thing that is wrong.
+    Returns the plan for the GPU's memory, or None if there is nothing to share. Raises ConfigError for the first fault.
     """
     shape = read_shape(model)
     check_architecture(config, model)
@@ -57,12 +56,12 @@ def check_model(config: Config, model: str, serves: bool = True) -> MemoryPlan |
 
 
 def raise_if_refused(name: str, error: Exception) -> None:
-    """Raise ConfigError where a hub refused a model for a reason that its error names; otherwise return."""
+    """Raise ConfigError if `error` says that a model is gated or its architecture unknown; otherwise return."""
     said = str(error)
     if "gated" in said.lower() or "401 Client Error" in said:
         raise ConfigError(
             f"config key policy.model has value '{name}', a gated model; accept its terms on its page, and set "
-            "HF_TOKEN to a token that may read it"
+            "HF_TOKEN to a token with access"
         ) from error
     if "does not recognize this architecture" in said:
         raise ConfigError(
@@ -72,9 +71,9 @@ def raise_if_refused(name: str, error: Exception) -> None:
 
 
 def check_files(config: Config, model: str) -> None:
-    """Refuse a config.json that transformers cannot use, and a directory without the whole weights that it describes.
+    """Raise ConfigError if transformers cannot use a config.json, or a directory lacks weights that it describes.
 
-    Of the weights only headers are read. Those of a hub model are checked by whoever loads them.
+    Only the headers of the weights are read. Weights of a hub model are checked when they are loaded.
     """
     _check_config(config, model)
     directory = Path(model)
@@ -83,13 +82,13 @@ def check_files(config: Config, model: str) -> None:
     name = config.policy.model
     files = list_weight_files(directory)
     if not files:
-        raise ConfigError(f"policy.model '{name}': there are no weights (*.safetensors) in {directory}; download it again")
+        raise ConfigError(f"policy.model '{name}' has no weights (*.safetensors) in {directory}; download it again")
     for file in files:
         if file.suffix == ".safetensors":
             read_tensor_shapes(file)
         elif not _is_saved_by_torch(file):
             raise make_unreadable_error(
-                file, "torch did not write it, or it is cut off" if file.is_file() else "there is no such file"
+                file, "torch did not write it, or it is cut off" if file.is_file() else "no such file"
             )
     if all(file.suffix == ".safetensors" for file in files):
         _check_tensors(name, directory)
@@ -101,13 +100,13 @@ def _check_config(config: Config, model: str) -> None:
     read_settings(model)
     try:
         AutoConfig.from_pretrained(model)
-    except Exception as error:  # each architecture has checks of its own, which raise anything
+    except Exception as error:  # the checks of an architecture may raise anything
         raise_if_refused(config.policy.model, error)
         raise make_config_error(config.policy.model, error) from error
 
 
 def _is_saved_by_torch(file: Path) -> bool:
-    """Whether a file is a whole archive, or a pickle of older days, as torch.save writes them."""
+    """Tell whether a file is a complete archive of torch.save, or a pickle of an older one."""
     if not file.is_file():
         return False
     with file.open("rb") as opened:
@@ -115,19 +114,19 @@ def _is_saved_by_torch(file: Path) -> bool:
 
 
 def _check_tensors(name: str, directory: Path) -> None:
-    """Refuse weights that have another vocabulary, width or number of layers than config.json says."""
+    """Raise ConfigError if vocabulary, width or number of layers of the weights differ from config.json."""
     tensors, settings = read_all_tensor_shapes(directory), read_settings(str(directory))
     if not tensors:
         raise ConfigError(f"policy.model '{name}': the weights in {directory} have no tensors; download it again")
     found = next(((one, shape) for one, shape in tensors.items() if one.endswith(EMBEDDINGS)), None)
-    if found is None:  # an architecture with names of its own
+    if found is None:  # an architecture with other names
         return
     (embedding, rows), shape = found, read_shape(str(directory))
     start = embedding.removesuffix(next(ending for ending in EMBEDDINGS if embedding.endswith(ending)))
     numbers = (re.match(r"(?:layers|h)\.(\d+)\.", one.removeprefix(start)) for one in tensors if one.startswith(start))
     layers = len({number[1] for number in numbers if number})
     text = settings.get("text_config") or settings
-    extra = int(text.get("num_nextn_predict_layers") or 0)  # layers that draft tokens; they follow the model's own
+    extra = int(text.get("num_nextn_predict_layers") or 0)  # layers that draft tokens, after the model's own
     compared = [
         ("vocab_size", shape.vocabulary, rows[0], rows[0] == shape.vocabulary),
         ("hidden_size", shape.hidden, rows[1], rows[1] in (shape.hidden, text.get("word_embed_proj_dim"))),
@@ -136,16 +135,16 @@ def _check_tensors(name: str, directory: Path) -> None:
     for key, said, has, is_equal in compared:
         if not is_equal:
             raise ConfigError(
-                f"policy.model '{name}': its config.json has {key} {said}, its weights have {has}; take the config.json "
+                f"policy.model '{name}': its config.json has {key} {said}, its weights have {has}; use the config.json "
                 "that belongs to the weights, or download both again"
             )
 
 
 def check_weights(config: Config, model: str) -> None:
-    """Refuse a directory whose weights are not those that its config.json describes, as transformers itself finds.
+    """Raise ConfigError if transformers finds that a directory's weights are not those that config.json describes.
 
-    It loads the model onto torch's meta device: it reads headers, renames and puts together as for training, and keeps no
-    weights. Those of a hub model are checked by whoever loads them.
+    It loads the model onto torch's meta device: this reads the headers and maps names as for training, but keeps no weights.
+    Weights of a hub model are checked when they are loaded.
     """
     if not Path(model).is_dir():
         return
@@ -157,29 +156,29 @@ def check_weights(config: Config, model: str) -> None:
             _, found = AutoModelForCausalLM.from_pretrained(
                 model, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
             )
-    except Exception as error:  # each architecture has code of its own, which raises anything
+    except Exception as error:  # the code of an architecture may raise anything
         raise ConfigError(
             f"policy.model '{name}': transformers cannot make the model that its config.json describes "
             f"({quote_error(error)}); "
-            "take the config.json that belongs to the weights"
+            "use the config.json that belongs to the weights"
         ) from error
     if missing := sorted(found["missing_keys"]):
         raise ConfigError(
-            f"policy.model '{name}': its weights lack {missing[0]}{_and_more(missing)}, which its config.json asks for; "
-            "take the config.json that belongs to the weights, or download both again"
+            f"policy.model '{name}': its weights lack {missing[0]}{_and_more(missing)}, which its config.json requires; "
+            "use the config.json that belongs to the weights, or download both again"
         )
     if mismatched := sorted(found["mismatched_keys"]):
         key, has, wanted = mismatched[0]
         raise ConfigError(
             f"policy.model '{name}': its weights have {key}{_and_more(mismatched)} with the shape {_dimensions(has)}, its "
-            f"config.json describes {_dimensions(wanted)}; take the config.json that belongs to the weights, or download "
+            f"config.json describes {_dimensions(wanted)}; use the config.json that belongs to the weights, or download "
             "both again"
         )
 
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Inside, transformers draws no bar and logs nothing: what it finds is told as an error."""
+    """Within the context, make transformers draw no progress bar and log nothing."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -200,30 +199,30 @@ def _dimensions(shape: Iterable[int]) -> str:
 
 
 def check_architecture(config: Config, model: str) -> None:
-    """Refuse a model that vLLM does not serve with adapters, or that transformers does not train."""
+    """Raise ConfigError if vLLM does not serve a model with adapters, or transformers does not train it."""
     name = config.policy.model
     settings = read_settings(model)
     named = settings.get("architectures") or [""]
     if not isinstance(named, list):
         raise ConfigError(
-            f"policy.model '{name}': its config.json has architectures {named!r}, which is no list; write it in brackets"
+            f"policy.model '{name}': its config.json has architectures {named!r}, which is no list; put it in brackets"
         )
     quantized = settings.get("quantization_config") or (settings.get("text_config") or {}).get("quantization_config")
     if quantized:
         method = quantized.get("quant_method", "in some way") if isinstance(quantized, dict) else quantized
         raise ConfigError(
-            f"policy.model '{name}' is quantized ({method}), and training needs the weights that it was made from; name "
-            "that model (its page says which)"
+            f"policy.model '{name}' is quantized ({method}), and training needs the original weights; name the original "
+            "model (its page names it)"
         )
     architecture = str(named[0])
     kind = str(settings.get("model_type") or "")
     if not can_train(kind) and "auto_map" not in settings:
         raise ConfigError(
-            f"policy.model '{name}' has model_type '{kind}', of which the installed transformers has no decoder to train; "
-            "name a causal language model, or update transformers"
+            f"policy.model '{name}' has model_type '{kind}', for which the installed transformers has no causal language "
+            "model; name a causal language model, or update transformers"
         )
     if config.serving.url:
-        return  # that server has its model already
+        return  # that server has loaded its model already
     if not can_serve(architecture, model):
         raise ConfigError(
             f"policy.model '{name}' has the architecture '{architecture}', which the installed vLLM does not serve; "
@@ -231,28 +230,28 @@ def check_architecture(config: Config, model: str) -> None:
         )
     if not can_serve_adapters(architecture):
         raise ConfigError(
-            f"policy.model '{name}' has the architecture '{architecture}', on which the installed vLLM serves no LoRA "
-            "adapters; name another model, such as one of the Llama, Qwen or Gemma families"
+            f"policy.model '{name}' has the architecture '{architecture}', for which the installed vLLM serves no LoRA "
+            "adapters; name another model, for example of the Llama, Qwen or Gemma family"
         )
 
 
 def check_temperature(config: Config, model: str) -> None:
-    """Refuse a temperature at which answers would be sampled, and which training cannot (`learning.models.trainable`)."""
+    """Raise ConfigError if training cannot reproduce the temperature for this model (`learning.models.trainable`)."""
     policy = config.policy
     if policy.temperature != 1.0 and has_output_bias(model):
         raise ConfigError(
             f"config key policy.temperature has value {policy.temperature:g}, which training cannot reproduce for "
-            f"'{policy.model}', whose output layer has a bias; set policy.temperature = 1.0, use another model, or set "
+            f"'{policy.model}': its output layer has a bias; set policy.temperature = 1.0, use another model, or set "
             "learning.enabled = false to serve without learning"
         )
 
 
 def check_context(policy: PolicyConfig, shape: ModelShape) -> None:
-    """Refuse prompts and answers that are longer than a model can read, and a model that reads next to nothing."""
+    """Raise ConfigError if prompt and answer together exceed a model's positions, or the model has very few of them."""
     if shape.positions and shape.positions <= LEAST_CONTEXT:
         raise ConfigError(
-            f"policy.model '{policy.model}': its config.json says that it reads {shape.positions} tokens "
-            f"(max_position_embeddings), and kibitz needs more than {LEAST_CONTEXT}; correct it, or name another model"
+            f"policy.model '{policy.model}': its config.json has {shape.positions} positions (max_position_embeddings), and "
+            f"kibitz needs more than {LEAST_CONTEXT}; correct it, or name another model"
         )
     longest = policy.context_tokens + policy.max_tokens
     if shape.positions and longest > shape.positions:
@@ -270,9 +269,8 @@ def check_context(policy: PolicyConfig, shape: ModelShape) -> None:
 
 
 def check_tokenizer(config: Config, model: str, shape: ModelShape) -> ChatTokenizer:
-    """Refuse a model without a chat template, with one that raises, or whose tokenizer has tokens that it does not know.
-
-    Returns the tokenizer otherwise.
+    """Return a model's tokenizer. Raises ConfigError if its ids exceed the model's vocabulary, or if its chat template is
+    missing, fails, or writes in channels.
     """
     name = config.policy.model
     tokenizer = ChatTokenizer(model, config.policy.template_args)
@@ -280,37 +278,40 @@ def check_tokenizer(config: Config, model: str, shape: ModelShape) -> ChatTokeni
     if last >= shape.vocabulary:
         raise ConfigError(
             f"policy.model '{name}': its tokenizer has the id {last} ({token!r}), its embedding {shape.vocabulary} rows, "
-            "counted from 0; take the tokenizer that belongs to it, or grow the model with resize_token_embeddings"
+            "counted from 0; use the tokenizer that belongs to it, or grow the model with resize_token_embeddings"
         )
     try:
         ids = tokenizer.prompt_ids([{"role": "user", "content": "hello"}])
-        _ = tokenizer.end_ids  # it raises where nothing ends an answer
+        _ = tokenizer.end_ids  # raises ConfigError if no token ends an answer
     except KibitzError:
         raise
     except Exception as error:  # a template is a program: it may raise anything
         raise ConfigError(
             f"policy.model '{name}': its chat template fails on a single message ({quote_error(error)}); "
-            "correct chat_template.jinja, or take another model"
+            "correct chat_template.jinja, or use another model"
         ) from error
     if tokenizer.has_channels:
         raise ConfigError(
-            f"policy.model '{name}' answers in channels ({CHANNEL_MARK}), in which kibitz cannot tell thoughts from what is "
-            "said; name a model that thinks between two marks, such as <think>, or not at all"
+            f"policy.model '{name}' answers in channels ({CHANNEL_MARK}), in which kibitz cannot tell thoughts from the "
+            "answer; name a model that thinks between two marks, such as <think>, or not at all"
         )
     if not ids:
         raise ConfigError(
-            f"policy.model '{name}': its chat template makes nothing of a message; correct chat_template.jinja, or take "
+            f"policy.model '{name}': its chat template renders a message as nothing; correct chat_template.jinja, or use "
             "another model"
         )
     return tokenizer
 
 
 def check_memory(config: Config, model: str, shape: ModelShape, card: Card | None = None) -> MemoryPlan | None:
-    """Refuse a model that the GPU, or without one the main memory, has no room for; how a GPU is shared."""
+    """Return the plan for the GPU's memory, or None if there is nothing to share.
+
+    Raises ConfigError if the model does not fit in the GPU's memory, or without a GPU in the main memory.
+    """
     if config.serving.sleep_while_training and not config.serving.url and not has_gpu():
         raise ConfigError(
-            "config key serving.sleep_while_training has value true, and there is no GPU here whose memory vLLM could give "
-            "away; set it to false"
+            "config key serving.sleep_while_training has value true, and there is no GPU here whose memory vLLM could free; "
+            "set it to false"
         )
     dtype = choose_dtype(config, model)
     element = DTYPE_BYTES.get(dtype, 2)
@@ -322,13 +323,13 @@ def check_memory(config: Config, model: str, shape: ModelShape, card: Card | Non
     if free and not has_gpu() and need > free:
         raise ConfigError(
             f"policy.model '{config.policy.model}' needs {need / GIB:.1f} GiB of memory (its weights twice, to serve and to "
-            f"train), {free / GIB:.1f} GiB are free; take a smaller model, or free some"
+            f"train), {free / GIB:.1f} GiB are free; use a smaller model, or free memory"
         )
     return None
 
 
 def check_disk(config: Config, shape: ModelShape) -> None:
-    """Refuse a data directory without room for a few versions."""
+    """Raise ConfigError if the data directory has no room for a few versions."""
     whole = config.training.weights == "full"
     version = weights_bytes(shape, 2) if whole else shape.count_adapter_parameters(config.training.lora_rank) * 4
     need = LEAST_DISK + (2 if whole else KEPT_VERSIONS) * version
@@ -336,12 +337,12 @@ def check_disk(config: Config, shape: ModelShape) -> None:
     if free < need:
         raise ConfigError(
             f"data_dir '{config.data}' has {free / GIB:.2f} GiB of disk left, and kibitz needs {need / GIB:.2f} GiB for "
-            f"'{config.policy.model}' and its versions; free some, or give another with --data-dir"
+            f"'{config.policy.model}' and its versions; free disk space, or name another directory with --data-dir"
         )
 
 
 def check_download(config: Config, model: str, shape: ModelShape) -> None:
-    """Refuse a hub model that is not here yet and for which the hub's cache has no room."""
+    """Raise ConfigError if a hub model is not downloaded yet and the hub's cache has no room for it."""
     if Path(model).is_dir():
         return
     from huggingface_hub import try_to_load_from_cache
@@ -356,7 +357,7 @@ def check_download(config: Config, model: str, shape: ModelShape) -> None:
     if free < need:
         raise ConfigError(
             f"policy.model '{config.policy.model}' is {need / GIB:.1f} GiB to download, and {place} has "
-            f"{free / GIB:.1f} GiB of disk left; free some, or name another place with HF_HUB_CACHE"
+            f"{free / GIB:.1f} GiB of disk left; free disk space, or name another directory with HF_HUB_CACHE"
         )
 
 

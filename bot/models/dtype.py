@@ -1,4 +1,4 @@
-"""Dtype: the number format that server and trainer share. It loads no model."""
+"""Dtype: chooses the number format that server and trainer share."""
 
 from bot.accelerator import has_gpu, read_card
 from bot.config import Config
@@ -6,10 +6,10 @@ from bot.errors import ConfigError
 
 
 def choose_dtype(config: Config, model: str) -> str:
-    """Return the number format of server and trainer alike: as configured, or as the model was saved.
+    """Return the number format for server and trainer: the configured one, or that of the saved model.
 
-    What was saved in a format that vLLM does not compute in, such as float64, has float32. On a GPU it has 16 bits: vLLM's
-    LoRA kernels take no others. Raises ConfigError where float32 is asked for there.
+    A model saved in another format than 16 bits gets float32 on processors. On a GPU it gets 16 bits, because vLLM's LoRA
+    kernels take no others. Raises ConfigError if float32 is configured on a GPU.
     """
     on_gpu = has_gpu()
     wanted = config.serving.dtype

@@ -1,7 +1,6 @@
-"""Sampling: how answers are drawn where the operator does not say: as the model's makers advise, or as its family does best.
+"""Sampling: fills in the sampling that the operator did not set, as a model's makers advise for it or for its family.
 
-What config.py has as defaults is right for the toy policy alone, which was made to be sampled as it is. It knows no
-server and no training.
+The defaults in config.py suit only the toy policy, which was made for them.
 """
 
 import json
@@ -16,8 +15,8 @@ from bot.errors import ConfigError, quote_error
 
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p")
 PLAIN_SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-# By `model_type` of config.json, for models whose generation_config.json says nothing: what their makers' model cards advise
-# for chat without thinking.
+# By `model_type` of config.json, for models without advice in generation_config.json: the advice on their makers' model
+# cards for chat without thinking.
 FAMILIES: dict[str, dict[str, float]] = {
     "qwen2": {"temperature": 0.7, "top_p": 0.8, "top_k": 20},
     "qwen3": {"temperature": 0.7, "top_p": 0.8, "top_k": 20},
@@ -33,15 +32,14 @@ DEFAULT_SAMPLING = {"temperature": 0.7, "top_p": 0.95}
 
 
 def is_truncated(sampling: Mapping[str, Any]) -> bool:
-    """Return whether some tokens could not be drawn: what top_p, top_k and min_p cut away, a trainer cannot reproduce."""
+    """Tell whether top_p, top_k or min_p cut away some tokens, which a trainer cannot reproduce."""
     return sampling.get("top_p", 1.0) < 1.0 or sampling.get("top_k", 0) > 0 or sampling.get("min_p", 0.0) > 0.0
 
 
 def recommend_sampling(model: str, ignored: Collection[str] = ()) -> tuple[dict[str, float], str]:
-    """Return the sampling that suits a model (a directory or a hub name), and where that is from.
+    """Return the recommended sampling for a model (a directory or a hub name), and its source.
 
-    Raises ConfigError where the model's own advice cannot be followed. What it says of the keys in `ignored` is not checked:
-    the operator has set those.
+    Raises ConfigError if the model's own advice is invalid, except for the keys in `ignored`, which the operator has set.
     """
     own = {
         name: value
@@ -67,13 +65,13 @@ def recommend_sampling(model: str, ignored: Collection[str] = ()) -> tuple[dict[
 
 
 def apply_sampling_defaults(config: Config, model: str) -> Config:
-    """Return the config with what it does not say about sampling filled in as suits the model."""
+    """Return the config with the recommended sampling in the keys that nobody set."""
     found, _ = recommend_sampling(model, config.policy.model_fields_set)
     return config.model_copy(update={"policy": config.policy.fill(found)})
 
 
 def describe_sampling(config: Config, model: str) -> str:
-    """Describe in one line how answers are drawn, and who says so."""
+    """Describe in one line how answers are sampled, and the source of that."""
     _, source = recommend_sampling(model, config.policy.model_fields_set)
     own = [f"policy.{name}" for name in SAMPLING_KEYS if name in config.policy.model_fields_set]
     drawn = ", ".join(f"{name} {value:g}" for name, value in apply_sampling_defaults(config, model).policy.sampling.items())
@@ -81,7 +79,7 @@ def describe_sampling(config: Config, model: str) -> str:
 
 
 def _read_json(model: str, name: str) -> dict[str, Any]:
-    """A JSON file of a model; empty where it has none."""
+    """Read a JSON file of a model; an empty dict if there is none. Raises ConfigError if it is no JSON object."""
     path: str | None = str(Path(model) / name)
     if not Path(model).is_dir():
         from transformers.utils import cached_file

@@ -1,7 +1,4 @@
-"""ModelShape: how large a model is, read from its config and the headers of its weights, without torch.
-
-It knows no memory and no settings: `bot.models.memory_budget` and `bot.models.sizes` ask it.
-"""
+"""ModelShape: reads the dimensions of a model from its config and the headers of its weights, without torch."""
 
 import json
 import os
@@ -16,13 +13,13 @@ from bot.errors import ConfigError, quote_error
 
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
 BIASED = {"CodeGenForCausalLM", "GPTJForCausalLM", "PhiForCausalLM"}  # architectures whose output layer has a bias
-POINTER = b"version https://git-lfs"  # what Git leaves in the place of a large file that it did not fetch
+POINTER = b"version https://git-lfs"  # the beginning of a Git LFS pointer
 DTYPE_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The dimensions of a decoder, and how many parameters it has."""
+    """The dimensions of a decoder, and its number of parameters."""
 
     family: str
     parameters: int
@@ -30,9 +27,9 @@ class ModelShape:
     hidden: int
     intermediate: int
     query_width: int  # width of all query heads together
-    key_width: int  # width of all key heads together, which is that of the values
+    key_width: int  # width of all key heads together; the values have the same
     vocabulary: int
-    positions: int = 0  # 0: not known
+    positions: int = 0  # 0: unknown
     saved_dtype: str = ""
 
     @property
@@ -42,7 +39,7 @@ class ModelShape:
 
     @property
     def size_label(self) -> str:
-        """How many parameters it has, as people say it: 135M, 1.72B."""
+        """The number of parameters in short form: 135M, 1.72B."""
         return f"{self.billions:.3g}B" if self.billions >= 1 else f"{self.parameters / 1e6:.3g}M"
 
     def count_adapter_parameters(self, rank: int) -> int:
@@ -54,9 +51,9 @@ class ModelShape:
 
 
 def read_shape(model: str) -> ModelShape:
-    """Read the shape of a model in a directory, or of a hub model that transformers can find.
+    """Read the shape of a model in a directory, or of a hub model.
 
-    Raises ConfigError where its config or its weights cannot be read.
+    Raises ConfigError if its config or its weights cannot be read.
     """
     settings, parameters = read_settings(model), count_parameters(Path(model))
     try:
@@ -66,7 +63,7 @@ def read_shape(model: str) -> ModelShape:
 
 
 def read_settings(model: str) -> dict[str, Any]:
-    """Read the config.json of a model in a directory, or of a hub model. Raises ConfigError where that fails."""
+    """Read the config.json of a model in a directory, or of a hub model. Raises ConfigError if that fails."""
     file = Path(model) / "config.json"
     try:
         if file.is_file():
@@ -77,12 +74,12 @@ def read_settings(model: str) -> dict[str, Any]:
         from transformers import AutoConfig
 
         return AutoConfig.from_pretrained(model).to_dict()
-    except Exception as error:  # transformers runs the checks of each architecture: they raise anything
+    except Exception as error:  # transformers runs the checks of an architecture, which may raise anything
         raise make_config_error(model, error) from error
 
 
 def make_config_error(model: str, error: Exception) -> ConfigError:
-    """Make the error for a model whose config.json is wrong."""
+    """Return the error for a model whose config.json is wrong."""
     return ConfigError(
         f"policy.model '{model}': its config.json cannot be used ({quote_error(error)}); "
         "name a decoder model as transformers saves it"
@@ -90,7 +87,7 @@ def make_config_error(model: str, error: Exception) -> ConfigError:
 
 
 def make_shape(settings: dict[str, Any], parameters: int = 0) -> ModelShape:
-    """Make a shape from the settings in a config.json; without a count, parameters are computed from the dimensions."""
+    """Return the shape that the settings of a config.json describe; `parameters` = 0 computes them from the dimensions."""
     text = settings.get("text_config") or settings
     hidden = int(text.get("hidden_size") or text["n_embd"])
     layers = int(text.get("num_hidden_layers") or text["n_layer"])
@@ -118,18 +115,18 @@ def make_shape(settings: dict[str, Any], parameters: int = 0) -> ModelShape:
 
 
 def count_parameters(directory: Path) -> int:
-    """Count the parameters in the safetensors files of a directory; 0 where there are none."""
+    """Count the parameters in the safetensors files of a directory; 0 without such files."""
     return sum(prod(shape) for shape in read_all_tensor_shapes(directory).values())
 
 
 def list_weight_files(directory: Path) -> list[Path]:
-    """List the files that transformers would load: one file, or the shards that an index names. Some may be missing.
+    """List the files that transformers would load: one file, or the shards that an index names, which may be missing.
 
-    Raises ConfigError where an index cannot be read.
+    Raises ConfigError if an index cannot be read.
     """
     for name in WEIGHTS_FILES:
         whole, index = directory / name, directory / f"{name}.index.json"
-        if os.path.lexists(whole):  # a link that leads nowhere is there too: it is told when it is read
+        if os.path.lexists(whole):  # a broken link counts: reading it raises an error
             return [whole]
         if index.is_file():
             try:
@@ -140,15 +137,15 @@ def list_weight_files(directory: Path) -> list[Path]:
 
 
 def read_all_tensor_shapes(directory: Path) -> dict[str, list[int]]:
-    """Read the shape of each tensor of a directory's safetensors files; empty where there are none."""
+    """Read the shape of each tensor in the safetensors files of a directory; empty without such files."""
     files = [file for file in list_weight_files(directory) if file.suffix == ".safetensors"]
     return {name: shape for file in files for name, shape in read_tensor_shapes(file).items()}
 
 
 def has_output_bias(model: str) -> bool:
-    """Return whether the output layer adds a bias to the logits: by the weights, where their headers are here, or by name.
+    """Tell whether the output layer adds a bias to the logits, by the architecture's name or the headers of the weights.
 
-    Raises ConfigError where config.json or a header cannot be read.
+    Raises ConfigError if config.json or a header cannot be read.
     """
     settings = read_settings(model)
     is_known = bool(set(settings.get("architectures") or []) & BIASED) or bool(settings.get("lm_head_bias"))
@@ -156,9 +153,9 @@ def has_output_bias(model: str) -> bool:
 
 
 def read_tensor_shapes(file: Path) -> dict[str, list[int]]:
-    """Read the shape of each tensor from the header of a safetensors file, which must fit the size of the file.
+    """Read the shape of each tensor from the header of a safetensors file.
 
-    Raises ConfigError where the file is missing, damaged or cut off.
+    Raises ConfigError if the file is missing, damaged or cut off.
     """
     try:
         with safe_open(file, framework="np") as opened:
@@ -168,14 +165,14 @@ def read_tensor_shapes(file: Path) -> dict[str, list[int]]:
 
 
 def make_unreadable_error(file: Path, why: str) -> ConfigError:
-    """Make the error for a file of weights that is missing or damaged."""
+    """Return the error for a file of weights that is missing or damaged."""
     if _is_pointer(file):
         return ConfigError(f"{file} cannot be read (it is a Git LFS pointer, not the file itself); run git lfs pull")
     return ConfigError(f"{file} cannot be read ({why}); download it again")
 
 
 def _is_pointer(file: Path) -> bool:
-    """Whether a file is what Git LFS leaves in the place of one that it did not fetch."""
+    """Tell whether a file is a Git LFS pointer, which stands for a large file that Git did not fetch."""
     try:
         with file.open("rb") as opened:
             return opened.read(len(POINTER)) == POINTER

@@ -1,6 +1,6 @@
-"""Sizes: the training defaults that depend on how large a model is, in one table, with their reasons.
+"""Sizes: the training defaults that depend on the size of a model, in one table, with their reasons.
 
-What the operator sets always wins: only keys that no config file and no command named are filled in.
+They apply only to keys that neither a config file nor a command sets.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from bot.models.shape import ModelShape, read_shape
 
 @dataclass(frozen=True)
 class SizeDefaults:
-    """The defaults for models of up to so many billion parameters, of one family or of any ("")."""
+    """The defaults for models of up to `max_billions` billion parameters, of one family or of any ("")."""
 
     max_billions: float
     family: str
@@ -26,11 +26,11 @@ class SizeDefaults:
     reason: str
 
 
-# The first row that fits is taken. All ranks are 16: what a few hundred reactions say is far less than such an adapter
+# The first row that fits applies. All ranks are 16: a few hundred reactions carry far less information than such an adapter
 # holds, and vLLM's serving.max_lora_rank is 16. All batches are 16: KTO's KL term is a mean over the batch, and below 16 it
-# is mostly noise; memory decides how many of them are read at once (bot/models/memory_budget.py), not how many make a step.
-# All but the toy policy learn from what answers like each one earned: in free English one reaction says next to nothing of
-# the words of one answer. Without smoothing the built-in model gained or broke as the draw of reactions would have it
+# is mostly noise. Memory limits how many answers are read at once (bot/models/memory_budget.py), not how many make a step.
+# All but the toy policy smooth rewards over similar answers: in free English one reaction says almost nothing about the
+# words of one answer. Without smoothing the built-in model improved or broke by the chance of the drawn reactions
 # (docs/experiments.md).
 SIZE_TABLE = (
     SizeDefaults(
@@ -46,17 +46,17 @@ SIZE_TABLE = (
     SizeDefaults(
         max_billions=0.4, family="", learning_rate=3e-4, lora_rank=16, batch_size=16, max_steps=30,
         kl_budget=0.5, smoothing=0.9,
-        reason="as SmolLM2-135M, the only model of this size that was looked at",
+        reason="as for SmolLM2-135M, the only measured model of this size",
     ),
     SizeDefaults(
         max_billions=2.5, family="", learning_rate=2e-4, lora_rank=16, batch_size=16, max_steps=30,
         kl_budget=0.2, smoothing=0.9,
-        reason="the usual rate of LoRA on models that talk; 0.2 nats a token are some twenty an answer, which is far",
+        reason="the usual LoRA rate for chat models; 0.2 nats per token are some twenty per answer, which is a lot",
     ),
     SizeDefaults(
         max_billions=10, family="", learning_rate=1e-4, lora_rank=16, batch_size=16, max_steps=30,
         kl_budget=0.2, smoothing=0.9,
-        reason="wide layers add up more of each step, so that half the rate moves a policy as far",
+        reason="in wide layers each step changes the output more, so that half the rate moves a policy as far",
     ),
     SizeDefaults(
         max_billions=float("inf"), family="", learning_rate=5e-5, lora_rank=16, batch_size=16, max_steps=30,
@@ -66,28 +66,28 @@ SIZE_TABLE = (
 )  # fmt: skip
 
 
-# Without a GPU all but the toy policy learn from shorter turns: minutes, not hours.
+# Without a GPU all but the toy policy learn from shorter turns, so that a run takes minutes, not hours.
 CPU_DEFAULTS: dict[str, dict[str, Any]] = {"training": {"max_length": 512}}
-# A replay reads whole recorded conversations, no two of which begin alike: it takes fewer steps and fewer samples.
+# A replay reads whole recorded conversations, which share no beginnings: it takes fewer steps and samples to save time.
 CPU_REPLAY_DEFAULTS: dict[str, dict[str, Any]] = {"training": {"max_steps": 24}, "gate": {"samples": 96}}
 
 
 def find_defaults(shape: ModelShape) -> SizeDefaults:
-    """Return the row of the table for a model."""
+    """Return the row of SIZE_TABLE for a model."""
     return next(row for row in SIZE_TABLE if shape.billions <= row.max_billions and row.family in ("", shape.family))
 
 
 def apply_size_defaults(config: Config, model: str, replays: bool = False) -> Config:
-    """Return the config with the keys of the table that nobody set filled in for a model's size and family.
+    """Return the config with the defaults for a model's size and family in the keys that nobody set.
 
-    Without a GPU an offline replay is shorter than a run beside the chat.
+    Without a GPU an offline replay (`replays`) is shorter than a run beside the chat.
     """
     wanted = _values(find_defaults(read_shape(model)), replays)
     return config.model_copy(update={name: getattr(config, name).fill(values) for name, values in wanted.items()})
 
 
 def describe_sizes(config: Config, model: str, asked: Config | None = None) -> str:
-    """Describe in one line what a run uses for a model of this size; what `asked` set itself is marked."""
+    """Describe in one line the training settings for a model, and which of them `asked`, the operator's config, sets."""
     shape = read_shape(model)
     row = find_defaults(shape)
     own = [

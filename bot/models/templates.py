@@ -1,8 +1,8 @@
-"""Template: what a model's chat template accepts, found out by trying it, and any conversation in a shape that it accepts.
+"""Template: finds out which chats a model's chat template accepts, and brings any conversation into such a shape.
 
-Each family of models has rules of its own: no system message, or one at the beginning only; user and assistant in strict
-turns; a user's message first, or at least one. Some refuse what breaks a rule, some drop it silently. So nothing is assumed:
-small chats are tried when the template is first used. It knows no token ids, no model files and no stored conversation.
+Each family of models has its own rules: no system message, or one only at the beginning; strict turns of user and assistant;
+a user's message first, or at least one. Some templates refuse a chat that breaks a rule, others silently drop messages. So
+nothing is assumed: a Template renders small trial chats when it is made.
 """
 
 import itertools
@@ -19,9 +19,9 @@ ChatMessages = Sequence[Mapping[str, str]]
 Scalar = bool | int | float | str
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
-BLANK = "…"  # stands for a message without text where the template wants some
-TRIAL_SECONDS = 20.0  # seconds of computing for all trial chats, which take a few milliseconds
-THINKING_SWITCHES = ("enable_thinking", "thinking")  # what templates call the switch for thoughts
+BLANK = "…"  # replaces an empty text if the template does not accept one
+TRIAL_SECONDS = 20.0  # of processor time for all trial chats, which take a few milliseconds
+THINKING_SWITCHES = ("enable_thinking", "thinking")  # names that templates use for the switch for thoughts
 
 # The texts of trial chats.
 TRIAL_PERSONA, TRIAL_QUESTION, TRIAL_ANSWER, TRIAL_REMARK, TRIAL_ADDITION = (
@@ -35,12 +35,12 @@ TRIAL_PERSONA, TRIAL_QUESTION, TRIAL_ANSWER, TRIAL_REMARK, TRIAL_ADDITION = (
 
 @dataclass(frozen=True)
 class Rules:
-    """What a chat template accepts without a complaint, and without dropping a text."""
+    """The chats that a template accepts without raising an error and without dropping a text."""
 
     may_have_system: bool  # a system message at the beginning
     may_repeat_role: bool  # two messages of one role side by side
     may_begin_with_answer: bool  # an assistant's message before the first user's
-    may_end_with_answer: bool  # an assistant's message at the end, and the opening of another answer after it
+    may_end_with_answer: bool  # an assistant's message at the end, before the opening of the next answer
     may_lack_user: bool  # a chat without a user's message
     may_be_empty: bool  # no messages at all
     may_have_empty_text: bool  # a message without text
@@ -53,8 +53,9 @@ class Template:
     """One chat template with its arguments. `apply` renders a list of messages, as `apply_chat_template` does."""
 
     def __init__(self, apply: Callable[..., str], arguments: Mapping[str, Scalar] | None = None, model: str = ""):
-        """Try the template. Raises ConfigError where it refuses every chat or does not come to an end, or where an argument
-        means nothing to it.
+        """Render the trial chats.
+
+        Raises ConfigError if the template refuses a single message or does not end, or if an argument has no effect.
         """
         self._apply = apply
         self._model = model
@@ -67,29 +68,29 @@ class Template:
                 self.rules = self._find_rules()
         except _Endless:
             raise ConfigError(
-                f"config key policy.model has value '{model}', whose chat template came to no end on a chat of a few lines "
-                f"within {TRIAL_SECONDS:g} s; correct chat_template.jinja, or take another model"
+                f"config key policy.model has value '{model}', whose chat template did not end within {TRIAL_SECONDS:g} s "
+                "on a chat of a few lines; correct chat_template.jinja, or use another model"
             ) from None
 
     @property
     def is_thinking(self) -> bool | None:
-        """Whether thoughts are switched on; None where no switch is set."""
+        """Whether thoughts are switched on; None if no switch is set."""
         given = [self.arguments[name] for name in THINKING_SWITCHES if name in self.arguments]
         return any(given) if given else None
 
     def shape(self, messages: ChatMessages, *, is_prompt: bool = True) -> list[dict[str, str]]:
-        """Bring a conversation, whatever it is, into a shape that the template accepts; shaping it again changes nothing.
+        """Bring any conversation into a shape that the template accepts. Shaping the result again changes nothing.
 
-        System texts are put together at the beginning, in the first user's message where the template has no system
-        messages. Where it wants strict turns, neighbours of one role become one message. Answers before the first user's
-        message are left out where the template wants a user first, unless there is no user's message at all.
+        System texts are joined at the beginning, or in the first user's message if the template has no system messages. If
+        it wants strict turns, neighbouring messages of one role are merged. If it wants a user's message first, answers
+        before that message are dropped, unless there is none at all.
         """
         return _shape(messages, self.rules, is_prompt)
 
     def render(self, messages: ChatMessages, *, is_prompt: bool = True) -> str:
-        """Render any conversation, with the opening of the next answer if it `is_prompt`.
+        """Render any conversation, with the opening of the next answer if `is_prompt`.
 
-        Raises TemplateError where the template refuses even the newest message alone.
+        Raises TemplateError if the template refuses even the newest message alone.
         """
         system = [said for said in messages if said["role"] == SYSTEM]
         newest = [said for said in messages if said["role"] not in (SYSTEM, ASSISTANT)][-1:]
@@ -97,8 +98,8 @@ class Template:
         rendered = []
         for chat, rules in (
             (messages, self.rules),
-            (messages, replace(self.rules, may_have_system=False)),  # some drop the system text of some chats only
-            (messages, STRICTEST),  # a rule that no trial chat showed
+            (messages, replace(self.rules, may_have_system=False)),  # some drop system texts, but only in some chats
+            (messages, STRICTEST),  # the trial chats missed a rule
             ([*system, *newest], STRICTEST),
         ):
             text = self._try(_shape(chat, rules, is_prompt), is_prompt)
@@ -111,19 +112,19 @@ class Template:
                 f"the chat template of '{self._model}' refuses a conversation of {len(messages)} messages, and its newest "
                 "message alone; see policy.template_args, or use another model"
             )
-        return rendered[0]  # it writes texts in a way of its own
+        return rendered[0]  # the template alters texts
 
     def _try(self, chat: ChatMessages, is_prompt: bool = True, arguments: Mapping[str, Scalar] | None = None) -> str | None:
-        """The chat as the template renders it; None where it refuses."""
+        """Render a chat; return None if the template refuses it."""
         given = self.arguments if arguments is None else arguments
         try:
             text = self._apply([dict(said) for said in chat], add_generation_prompt=is_prompt, **given)
-        except Exception:  # a template is a program of somebody else's: it raises what it likes
+        except Exception:  # a template is foreign code: it may raise anything
             return None
         return text if isinstance(text, str) else None
 
     def _accepts(self, *chat: tuple[str, str], is_prompt: bool = True) -> bool:
-        """Whether the template takes a chat of (role, text) and keeps every text."""
+        """Tell whether the template renders a chat of (role, text) and keeps every text."""
         text = self._try(_make_chat(*chat), is_prompt)
         return text is not None and all(said in text for _, said in chat)
 
@@ -146,7 +147,7 @@ class Template:
         )
 
     def _check_arguments(self) -> None:
-        """Raise ConfigError unless the template takes a user's message with the arguments, and each changes something."""
+        """Raise ConfigError unless the template accepts a user's message with the arguments, and each has an effect."""
         whose = f"config key policy.model has value '{self._model}'"
         own = {name for name, one in signature(self._apply).parameters.items() if one.kind is not one.VAR_KEYWORD}
         for name in own & self.arguments.keys():
@@ -169,13 +170,13 @@ class Template:
             )
         try:
             found = self._apply(_make_chat((USER, TRIAL_QUESTION)), add_generation_prompt=True, **self.arguments)
-            why = f"drops the text of a user's message (it gave {str(found)[:80]!r})"
+            why = f"drops the text of a user's message (it rendered {str(found)[:80]!r})"
         except Exception as error:  # as in `_try`
             why = f"refuses a single user's message ({quote_error(error)})"
         raise ConfigError(f"{whose}, whose chat template {why}; use an instruction-tuned model, or fix its template")
 
     def _has_effect(self, name: str, value: Scalar) -> bool:
-        """Whether an argument changes what any trial chat becomes."""
+        """Tell whether an argument changes the text of any trial chat."""
         changed = not value if isinstance(value, bool) else f"{value}1" if isinstance(value, str) else value + 1
         without = {key: one for key, one in self.arguments.items() if key != name}
         others = (without, {**self.arguments, name: changed})
@@ -197,12 +198,12 @@ class Template:
 
 
 class _Endless(BaseException):
-    """A template took too long. No Exception: what a template raises is caught as a refusal."""
+    """A template took too long. It is no Exception, because an Exception counts as a refusal."""
 
 
 @contextmanager
 def _limit_computing(seconds: float) -> Iterator[None]:
-    """Raise _Endless inside after so many seconds of processor time. Only the main thread can be interrupted so."""
+    """Raise _Endless within the context after `seconds` of processor time. This works only in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -227,7 +228,7 @@ def _shape(messages: ChatMessages, rules: Rules, is_prompt: bool) -> list[dict[s
         if said["role"] != SYSTEM
     ]
     if not _has_user(chat):
-        is_kept = rules.may_have_system or not system  # else the system text becomes the user's message
+        is_kept = rules.may_have_system or not system  # otherwise the system text becomes the user's message
         if not (is_kept and (rules.may_lack_user if chat or system else rules.may_be_empty)):
             chat.insert(0, {"role": USER, "content": ""})
     while chat and chat[0]["role"] == ASSISTANT and not rules.may_begin_with_answer and _has_user(chat):
@@ -246,7 +247,7 @@ def _shape(messages: ChatMessages, rules: Rules, is_prompt: bool) -> list[dict[s
 
 
 def make_trial_chat() -> list[dict[str, str]]:
-    """A question and its ANSWER, as small as a chat can be."""
+    """Return the smallest chat: TRIAL_QUESTION and TRIAL_ANSWER."""
     return _make_chat((USER, TRIAL_QUESTION), (ASSISTANT, TRIAL_ANSWER))
 
 
@@ -259,12 +260,12 @@ def _has_user(chat: ChatMessages) -> bool:
 
 
 def _join(texts: Iterable[str]) -> str:
-    """The texts that say something, with a blank line between them."""
+    """Join the texts that are not blank, with a blank line between them."""
     return "\n\n".join(text for text in texts if text.strip())
 
 
 def _merge(chat: ChatMessages) -> list[dict[str, str]]:
-    """Neighbours of one role as one message."""
+    """Merge neighbouring messages of one role."""
     merged: list[dict[str, str]] = []
     for role, said in itertools.groupby(chat, key=lambda one: one["role"]):
         texts = [one["content"] for one in said]

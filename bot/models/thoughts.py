@@ -1,13 +1,13 @@
-"""Thoughts: what a policy thinks before it answers, kept apart from what it says.
+"""Thoughts: separates the thoughts of a policy from its answer.
 
 A reasoning model writes its thoughts between two marks, such as <think> and </think>; some templates write the first mark
-themselves. Thoughts are recorded as sampled, and never shown, remembered or split. A mark that an answer quotes as code is a
-part of the answer. It knows no tokenizer and no server.
+themselves. Thoughts are recorded as sampled, but never shown, remembered or split. A mark that an answer quotes as code is a
+part of the answer.
 """
 
 from dataclasses import dataclass
 
-# Those in use, as single tokens of a tokenizer or in plain text.
+# The marks in use, as single tokens of a tokenizer or as plain text.
 MARKS = (
     ("<think>", "</think>"),
     ("[THINK]", "[/THINK]"),
@@ -20,15 +20,15 @@ MARKS = (
     ("<|channel>", "<channel|>"),
     ("◁think▷", "◁/think▷"),
 )
-CHANNEL_MARK = "<|channel|>"  # begins a thought and an answer alike, so that no pair of marks tells them apart
+CHANNEL_MARK = "<|channel|>"  # begins both a thought and an answer, so that no pair of marks separates them
 
 
 @dataclass(frozen=True)
 class Thoughts:
     """How a policy marks its thoughts.
 
-    `begins_open`: the prompt has opened a thought. `is_special`: servers leave the marks out of text unless they are asked
-    for special tokens. `only_first`: an answer may begin with thoughts; marks that come later are words of the answer.
+    `is_opened_by_prompt`: the prompt ends inside a thought. `is_special`: the marks are special tokens, which servers leave
+    out of text unless asked. `is_only_at_start`: thoughts come only at the beginning; later marks belong to the answer.
     """
 
     opening: str
@@ -38,29 +38,29 @@ class Thoughts:
     is_only_at_start: bool = False
 
     def remove_from(self, text: str) -> str:
-        """Return what an answer says without its thoughts."""
+        """Return an answer without its thoughts."""
         said = ThoughtFilter(self)
         return said.add(text) + said.flush()
 
 
-# Of a model whose vocabulary and template have no marks: it may have learned to think all the same.
+# For a model whose vocabulary and template have no marks: it may have learned to think all the same.
 UNMARKED = Thoughts(*MARKS[0], is_only_at_start=True)
 
 
 class ThoughtFilter:
-    """Takes an answer in pieces, and gives back what of it may be shown. How it was cut makes no difference."""
+    """A filter for an answer in pieces: it lets through the text to show, wherever the pieces are cut."""
 
     def __init__(self, thoughts: Thoughts | None):
-        """Without `thoughts` everything may be shown."""
+        """If `thoughts` is None, all text is shown."""
         self._thoughts = thoughts
         self._is_inside = self._was_inside = thoughts is not None and thoughts.is_opened_by_prompt
         self._has_begun = False
-        self._backticks = 0  # in what was shown: after an odd number of them, it is code
-        self._space = ""  # before the first word: whether it is shown depends on whether a thought follows
-        self._pending = ""  # what may yet become a mark
+        self._backticks = 0  # in the shown text: after an odd number of them, the text is code
+        self._space = ""  # white space before the first word; dropped if a thought follows
+        self._pending = ""  # may be the beginning of a mark
 
     def add(self, piece: str) -> str:
-        """Take the next piece; return what may be shown now."""
+        """Add the next piece, and return the text to show now."""
         if self._thoughts is None:
             return piece
         self._pending += piece
@@ -80,7 +80,7 @@ class ThoughtFilter:
         return shown if self._is_inside else shown + self._trim_start(ready)
 
     def flush(self) -> str:
-        """Return what was held back and was no mark after all."""
+        """Return the pending text, which did not become a mark."""
         if self._is_inside:
             return ""
         rest = self._trim_start(self._pending)
@@ -90,18 +90,18 @@ class ThoughtFilter:
         return (thoughts.closing,) if self._is_inside else (thoughts.opening, thoughts.closing)
 
     def _find_mark(self, thoughts: Thoughts) -> tuple[int, str] | None:
-        """Where the next mark begins, and which it is."""
+        """Return the position of the next mark in the pending text, and the mark; None without one."""
         found = [(self._pending.find(mark), mark) for mark in self._marks(thoughts)]
         return min((one for one in found if one[0] >= 0), default=None)
 
     def _is_part_of_answer(self, thoughts: Thoughts, before: str) -> bool:
-        """Whether a mark after `before`, which is not shown yet, is a part of the answer."""
+        """Tell whether a mark is a part of the answer; `before` is the pending text before it."""
         has_begun = self._has_begun or bool(before.strip())
         is_code = (self._backticks + before.count("`")) % 2 == 1
         return not self._is_inside and has_begun and (thoughts.is_only_at_start or is_code)
 
     def _trim_start(self, text: str) -> str:
-        """The text, without the white space between a thought and the first word."""
+        """Return the text without the white space between a thought and the first word."""
         self._backticks += text.count("`")
         if self._has_begun:
             return text
@@ -114,6 +114,6 @@ class ThoughtFilter:
 
 
 def count_overlap(text: str, mark: str) -> int:
-    """Return how many characters at the end of `text` may be the beginning of `mark`."""
+    """Return how many characters at the end of `text` are the beginning of `mark`."""
     longest = min(len(text), len(mark) - 1)
     return next((length for length in range(longest, 0, -1) if text.endswith(mark[:length])), 0)

@@ -1,7 +1,7 @@
-"""ChatTokenizer: the policy's own tokenizer and chat template, for counting and for texts that we did not sample.
+"""ChatTokenizer: the policy's own tokenizer and chat template, to count tokens and to encode texts that were not sampled.
 
-It knows no conversation and no budget, and leaves the template's rules to `bot.models.templates`. It loads a model
-directory or a hub name through transformers, on first use, and needs no torch.
+It loads them with transformers on first use, from a model directory or the hub, and needs no torch. `bot.models.templates`
+has the template's rules.
 """
 
 import json
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 ChatMessages = Sequence[dict[str, str]]
 
-PLAIN_TOKENIZER = "TokenizersBackend"  # transformers' name for a tokenizer that is all in its tokenizer.json
+PLAIN_TOKENIZER = "TokenizersBackend"  # transformers' name for a tokenizer that needs only its tokenizer.json
 ZERO_WIDTH_SPACE = "\u200b"
 
 
 class ChatTokenizer:
-    """Turns chat messages into the token ids that vLLM would make of them."""
+    """Encodes chat messages as vLLM does."""
 
     def __init__(self, model: str, template_args: Mapping[str, Scalar] | None = None):
         self.model = model
@@ -34,10 +34,10 @@ class ChatTokenizer:
 
     @cached_property
     def hf(self) -> "PreTrainedTokenizerBase":
-        """The transformers tokenizer behind this one."""
+        """The tokenizer of transformers. Raises ConfigError if it cannot be loaded or has no chat template."""
         try:
             tokenizer = _find_tokenizer_class(self.model).from_pretrained(self.model)
-        except Exception as error:  # it is read without a check of what is in it
+        except Exception as error:  # transformers does not validate the files: it may raise anything
             raise ConfigError(
                 f"config key policy.model has value '{self.model}', whose tokenizer cannot be loaded "
                 f"({quote_error(error)}); name a complete model directory or hub model"
@@ -51,18 +51,18 @@ class ChatTokenizer:
 
     @cached_property
     def template(self) -> Template:
-        """The chat template, tried out. Raises ConfigError where it cannot be used."""
+        """The chat template. Raises ConfigError if it cannot be used."""
         return Template(partial(self.hf.apply_chat_template, tokenize=False), self.template_args, self.model)
 
     def prompt_ids(self, messages: ChatMessages) -> list[int]:
-        """Give the ids of `messages`, in the shape that the template wants, with the opening of the assistant's answer."""
+        """Return the ids of `messages` in the template's shape, with the opening of the assistant's answer."""
         return self._encode(self.template.render(messages))
 
     def completion_ids(self, text: str) -> list[int]:
-        """Give the ids of an answer as vLLM would have sampled them, with the token that ends the turn.
+        """Return the ids of an answer as vLLM would have sampled them, with the token that ends the turn.
 
-        They are what the template makes of the answer. If that does not continue the prompt (some templates write an answer
-        otherwise than they open one), they are those of the text, after a closed thought if the prompt opens one.
+        The template renders the answer. If the result does not continue the prompt, as some templates open an answer
+        differently, only the text is encoded, after an empty thought if the prompt opens one.
         """
         question, _ = make_trial_chat()
         prompt = self.prompt_ids([question])
@@ -75,7 +75,7 @@ class ChatTokenizer:
         return [*self._encode(before + text), self._turn_end]
 
     def decode_answer(self, completion_ids: Sequence[int]) -> str:
-        """Give the text of an answer as it is shown: without thoughts and without the token that ends it."""
+        """Return the text of an answer to show, without its thoughts and end tokens."""
         said = [one for one in completion_ids if one not in self.end_ids]
         hides_special = not self.thoughts.is_special
         text = self.hf.decode(said, skip_special_tokens=hides_special, clean_up_tokenization_spaces=False)
@@ -88,10 +88,10 @@ class ChatTokenizer:
 
     @cached_property
     def thoughts(self) -> Thoughts:
-        """How the model marks its thoughts; UNMARKED where neither its vocabulary nor its template has marks for them.
+        """The model's marks for thoughts; UNMARKED if neither its vocabulary nor its template has any.
 
-        The mark that a prompt ends with comes first, then those of the vocabulary; what the template has in plain text, the
-        model writes in plain text too.
+        A mark that a prompt leaves open comes first, then marks in the vocabulary, then plain text in the template, which
+        the model writes as plain text too.
         """
         added = {str(token): token.special for token in self.hf.added_tokens_decoder.values()}
         template, prompt = self.hf.get_chat_template(), self.template.render(make_trial_chat()[:1])
@@ -105,19 +105,19 @@ class ChatTokenizer:
 
     @property
     def has_channels(self) -> bool:
-        """Whether the template sorts what a model says into channels, as gpt-oss does."""
+        """Whether the template puts thoughts and answers into channels, as that of gpt-oss does."""
         return CHANNEL_MARK in self.hf.get_chat_template()
 
     def with_thought_tokens(self, policy: PolicyConfig) -> PolicyConfig:
-        """Give a model that may think first `policy.thought_tokens` beside `policy.max_tokens`; leave others as they are."""
+        """Add `policy.thought_tokens` to `policy.max_tokens` if the model may think first."""
         if not self._may_think:
             return policy
         return policy.model_copy(update={"max_tokens": policy.max_tokens + policy.thought_tokens})
 
     @property
     def _may_think(self) -> bool:
-        """Whether an answer may begin with a thought: the prompt opens one, somebody asked for them, or the model has marks
-        for them, and neither a switch nor the end of the prompt says that it should not.
+        """Whether an answer may begin with a thought: the prompt opens one, or a switch is on, or the model has marks and
+        neither a switch nor the end of the prompt turns thoughts off.
         """
         if self.thoughts.is_opened_by_prompt:
             return True
@@ -129,7 +129,7 @@ class ChatTokenizer:
 
     @cached_property
     def _turn_end(self) -> int:
-        """The first special token that the template writes after an answer, which is not always the tokenizer's own end."""
+        """The first special token that the template writes after an answer. It may differ from the tokenizer's end token."""
         for chat in ([*make_trial_chat(), {"role": "user", "content": TRIAL_REMARK}], make_trial_chat()):
             after = self.template.render(chat, is_prompt=False).partition(TRIAL_ANSWER)[2].lstrip()
             first = self._encode(after)[:1]
@@ -143,29 +143,29 @@ class ChatTokenizer:
         return self.hf.eos_token_id
 
     def _encode(self, text: str) -> list[int]:
-        return self.hf.encode(text, add_special_tokens=False)  # the template writes the token that begins a text
+        return self.hf.encode(text, add_special_tokens=False)  # the template writes the start token
 
     def count_prompt_tokens(self, messages: ChatMessages) -> int:
-        """How many tokens the prompt made of `messages` has."""
+        """Count the tokens of the prompt for `messages`."""
         return len(self.prompt_ids(messages))
 
     def _count_text_tokens(self, text: str) -> int:
-        """How many tokens `text` alone has."""
+        """Count the tokens of `text` alone."""
         return len(self._encode(text))
 
     def forget_texts(self) -> None:
-        """Empty the caches of texts: that of their lengths, and that of words in the tokenizer behind this one."""
+        """Empty the caches of texts: that of token counts, and that of words inside the tokenizer."""
         self.count_text_tokens.cache_clear()
-        if "hf" in self.__dict__:  # it was loaded
+        if "hf" in self.__dict__:  # it is loaded
             backend = getattr(self.hf, "backend_tokenizer", None)
             getattr(getattr(backend, "model", None), "_clear_cache", lambda: None)()  # not every kind of model has one
 
     def clip(self, text: str, tokens: int) -> str:
-        """The beginning of `text` that has at most about `tokens` tokens."""
+        """Return the beginning of `text`, about `tokens` tokens long at most."""
         return self.hf.decode(self._encode(text)[: max(tokens, 0)]).rstrip("\ufffd")
 
     def neutralise(self, text: str) -> str:
-        """Return `text` without the markers that a user could have typed to forge a turn or a thought."""
+        """Return `text` with a zero-width space in each marker, so that a user cannot forge a turn or a thought."""
         for marker in self._markers:
             if marker in text:
                 text = text.replace(marker, marker[0] + ZERO_WIDTH_SPACE + marker[1:])
@@ -173,14 +173,14 @@ class ChatTokenizer:
 
     @cached_property
     def _markers(self) -> list[str]:
-        """The special tokens, and those of the other added tokens that the template names or writes.
+        """The special tokens, the marks of thoughts, and those added tokens that the template contains or writes.
 
-        The rest of the added tokens is text: Gemma's, for one, are line breaks, runs of spaces and HTML tags.
+        Other added tokens are ordinary text: Gemma's, for example, are line breaks, runs of spaces and HTML tags.
         """
         added = self.hf.added_tokens_decoder.values()
         asked, answered = make_trial_chat()
         chat = [{"role": "system", "content": TRIAL_PERSONA}, asked, answered, {"role": "user", "content": TRIAL_REMARK}]
-        written = self.hf.get_chat_template() + self.template.render(chat)  # some put a marker together of its parts
+        written = self.hf.get_chat_template() + self.template.render(chat)  # some templates join a marker from parts
         marks = {self.thoughts.opening, self.thoughts.closing}  # text or tokens
         special = {str(token) for token in added if token.special} | set(self.hf.all_special_tokens)
         named = {token for token in map(str, added) if token in written and token.strip() and not token.isalnum()}
@@ -188,8 +188,8 @@ class ChatTokenizer:
 
 
 def _find_tokenizer_class(model: str) -> Any:
-    """Return the class that transformers loads a tokenizer with. A directory that names the plain one needs no choice, and
-    so no torch, which the choice imports (400 MB).
+    """Return transformers' class for a model's tokenizer. AutoTokenizer imports torch (400 MB), so it is avoided for a
+    directory that names the plain class.
     """
     file = Path(model) / "tokenizer_config.json"
     try:

@@ -1,1 +1,1 @@
-"""Serving: the vLLM that answers, its client, and the processes that kibitz starts."""
+"""Serving: the vLLM server, its client, and child processes."""

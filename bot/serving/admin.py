@@ -1,7 +1,7 @@
-"""ServerAdmin: what kibitz asks of a vLLM beside answers: which versions it holds, other weights, what it would say next.
+"""ServerAdmin: manages the versions that a vLLM server holds, and reads its log-probabilities.
 
-`weights` is the version whose whole weights the server holds, which is the base model unless a version with weights of its
-own took their place. It knows no conversation, no database and no registry.
+`weights_version` is the version whose whole weights the server holds: the base model, until a version with weights of its
+own replaces it.
 """
 
 import asyncio
@@ -14,27 +14,27 @@ import aiohttp
 from bot.errors import ServerUnavailable, ServingError
 from bot.store.registry import BASE
 
-FRESH = "default"  # what vLLM calls the weights that it was started with
-LONGEST_EVENT = 2**23  # bytes: the first one repeats the prompt's token ids
-TOP_LOGPROBS = 20  # as many as vLLM gives unless it is told otherwise
-RESETS = 50  # of the prefix cache that are tried, a tenth of a second apart
-IDLE_SECONDS = 2.0  # after which a connection is closed: vLLM closes its own after 5, and a request may meet that moment
-MALFORMED_ERRORS = (ValueError, LookupError, TypeError, AttributeError)  # of JSON that is not what was expected
+FRESH = "default"  # vLLM's name for the weights that it started with
+LONGEST_EVENT = 2**23  # bytes: the first event repeats the prompt's token ids
+TOP_LOGPROBS = 20  # vLLM's default limit
+RESETS = 50  # attempts to reset the prefix cache, a tenth of a second apart
+IDLE_SECONDS = 2.0  # until an idle connection is closed: vLLM closes it after 5 s, and a request may meet that moment
+MALFORMED_ERRORS = (ValueError, LookupError, TypeError, AttributeError)  # raised by reading unexpected JSON
 
 T = TypeVar("T")
 
 
 class ServerAdmin:
-    """One vLLM server, seen as something that holds versions."""
+    """The administration of one vLLM server: its adapters, weights and memory."""
 
     def __init__(self, url: str, reply_seconds: float = 120, api_key: str = "none", base: str = BASE):
         """`base` is the version that is the server's own model."""
         self.url = url.rstrip("/")
-        self.log_path = ""  # where a server that we started writes its log
+        self.log_path = ""  # of a server that kibitz started
         self.can_replace_weights = False
-        self.base_name = BASE  # as the server calls it
+        self.base_name = BASE  # the server's name for it
         self.set_base(base)
-        # A reply that fails is tried again here, before its first token only; never behind our back.
+        # No automatic retries: Policy.reply tries again itself, and only before the first token.
         self._http = aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {api_key}"},
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=reply_seconds, sock_read=reply_seconds),
@@ -43,12 +43,15 @@ class ServerAdmin:
         )
 
     def set_base(self, base: str) -> None:
-        """Say which version the server's own model is. Only before anybody is answered."""
+        """Set the version that is the server's own model. Call it before the first reply."""
         self.base = base
-        self.weights_version: str | None = base  # None: not known
+        self.weights_version: str | None = base  # None: unknown
 
     async def connect(self) -> None:
-        """Learn the name under which the server knows the base model, and whose weights it holds."""
+        """Read the server's name for the base model, and the version whose weights it holds.
+
+        Raises ServingError if the server lists no base model.
+        """
         bases = [name for name, parent in (await self._list_models()).items() if not parent]
         if not bases:
             raise ServingError(f"the server at {self.url} lists no base model; check serving.url")
@@ -56,15 +59,15 @@ class ServerAdmin:
         try:
             self.weights_version = await self._read_weights_version()
             self.can_replace_weights = True
-        except ServingError:  # a server that does not let its weights be changed
+        except ServingError:  # this server does not replace weights
             self.weights_version, self.can_replace_weights = self.base, False
 
     def mark_lost(self) -> None:
-        """Forget whose weights the server holds: it is gone."""
+        """Mark the server's weights as unknown, because the server is gone."""
         self.weights_version = None
 
     async def has_version(self, version: str) -> bool:
-        """Whether the server can answer as `version` does."""
+        """Tell whether the server can answer with `version`."""
         if version == self.weights_version:
             return not self.can_replace_weights or await self._read_weights_version() == version
         return version in await self.list_adapters()
@@ -74,25 +77,25 @@ class ServerAdmin:
         return self.base if version == FRESH else version
 
     async def replace_weights(self, version: str, path: str) -> None:
-        """Put the weights of a whole model in the place of the server's. Nobody may be answered: see `held`."""
+        """Replace the server's weights by those of the model at `path`. Call it within `Policy.pause_replies`."""
         self.weights_version = None
         body = {"method": "reload_weights", "kwargs": {"weights_path": path}}
         await self._request("POST", "/collective_rpc", body)
-        for _ in range(RESETS):  # it is refused while any request runs, such as one that asks whether the server is well
+        for _ in range(RESETS):  # vLLM refuses it while any request runs, such as a readiness check
             if await self._ask("POST", "/reset_prefix_cache", None, lambda told: bool(told["success"])):
                 break
             await asyncio.sleep(0.1)
         else:
             raise ServerUnavailable(
-                "vLLM keeps its cache of the weights before: somebody else is using it; let kibitz be alone"
+                "vLLM cannot reset its prefix cache: another client is using the server; let only kibitz use it"
             )
         await self._request("POST", "/update_weight_version", {"new_version": version})
         self.weights_version = version
 
     async def is_ready(self, seconds: float = 10) -> bool:
-        """Tell whether the server generates one token within `seconds`: /health may say 200 while the engine is dead.
+        """Tell whether the server generates one token within `seconds`. (/health may return 200 while the engine is dead.)
 
-        It asks for what an answer asks for, so that no kernel is compiled while somebody waits.
+        The request has the options of an answer, so that no kernel is compiled while somebody waits.
         """
         body = {"model": self.base_name, "prompt": [1], "max_tokens": 1, "logprobs": 0, "return_token_ids": True}
         try:
@@ -103,11 +106,11 @@ class ServerAdmin:
         return True
 
     async def sleep(self) -> None:
-        """Have vLLM give its GPU memory away: its weights wait in main memory. Nobody may be answered: see `held`."""
+        """Make vLLM free its GPU memory and keep its weights in main memory. Call it within `Policy.pause_replies`."""
         await self._request("POST", "/sleep?level=1")
 
     async def wake(self) -> None:
-        """Have vLLM take its memory back and answer again."""
+        """Make vLLM take its GPU memory back and answer again."""
         await self._request("POST", "/wake_up")
 
     async def load_adapter(self, name: str, path: str) -> None:
@@ -115,24 +118,24 @@ class ServerAdmin:
         await self._request("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
 
     async def unload_adapter(self, name: str) -> None:
-        """Forget an adapter."""
+        """Unload an adapter."""
         await self._request("POST", "/v1/unload_lora_adapter", {"lora_name": name})
 
     async def list_adapters(self) -> set[str]:
-        """The names of the adapters that the server holds."""
+        """Return the names of the adapters that the server holds."""
         return {name for name, parent in (await self._list_models()).items() if parent}
 
     async def _list_models(self) -> dict[str, str | None]:
-        """What the server lists: base models with None, adapters with what they adapt."""
+        """Return the models that the server lists, each with its parent; a base model has None."""
         return await self._ask(
             "GET", "/v1/models", None, lambda told: {model["id"]: model.get("parent") for model in told["data"]}
         )
 
     async def read_next_logprobs(self, version: str, prompt_ids: Sequence[int], temperature: float) -> dict[int, float]:
-        """The server's log-probabilities (nats) of the likeliest tokens to follow `prompt_ids`, at a temperature.
+        """Return the server's log-probabilities (nats) of the likeliest next tokens after `prompt_ids`, at a temperature.
 
-        Nothing is cut away, as in the trainer. Asked by generating one token, as every answer is: `prompt_logprobs` beside
-        other requests that use an adapter ends vLLM's CPU engine (0.32), and would pass by the prefix cache.
+        There is no truncation, as in the trainer. The request generates one token, because `prompt_logprobs` beside other
+        requests that use an adapter ends vLLM's CPU engine (0.32), and bypasses the prefix cache.
         """
         body = {
             "model": self.find_served_name(version),
@@ -150,7 +153,7 @@ class ServerAdmin:
         return await self._ask("POST", "/v1/completions", body, read)
 
     async def stream(self, path: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        """The server-sent events of one streamed request. Raises ServingError where the server refuses or fails."""
+        """Yield the server-sent events of one streamed request. Raises ServingError if the server refuses it or fails."""
         async with self._http.post(f"{self.url}{path}", json={**body, "stream": True}) as response:
             if response.status != 200:
                 raise ServingError(f"vLLM refused {path} ({response.status}): {(await response.text())[:300]}")
@@ -166,17 +169,17 @@ class ServerAdmin:
         await self._http.close()
 
     async def _ask(self, method: str, path: str, body: dict[str, Any] | None, read: Callable[[Any], T]) -> T:
-        """Return what `read` finds in the server's answer. Raises ServingError where it is not there: that is no vLLM."""
+        """Send a request and return `read(answer)`. Raises ServingError if `read` fails: then the server is no vLLM."""
         told = await self._request(method, path, body)
         try:
             return read(told)
         except MALFORMED_ERRORS as error:
             advice = f"see {self.log_path}" if self.log_path else "check serving.url"
             came = " ".join(str(told).split())[:100]
-            raise ServingError(f"{self.url}{path} gave '{came}', which is no answer of vLLM's; {advice}") from error
+            raise ServingError(f"{self.url}{path} returned '{came}', which is no answer from vLLM; {advice}") from error
 
     async def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """What the server answers: JSON, or its text where it is not."""
+        """Send a request; return the answer as JSON, or as text if it is not JSON."""
         try:
             async with self._http.request(method, f"{self.url}{path}", json=body) as response:
                 said = await response.text()
@@ -190,10 +193,10 @@ class ServerAdmin:
             raise ServerUnavailable(f"vLLM at {self.url} does not answer ({type(error).__name__}); {advice}") from error
 
     def find_served_name(self, version: str) -> str:
-        """The name under which the server knows a version. Raises ServingError where it has other weights in their place."""
+        """Return the server's name for a version. Raises ServingError if other weights replaced those of the base."""
         if version == self.weights_version:
             return self.base_name
         if version == self.base:
-            holder = self.weights_version or "nobody knows which version"
-            raise ServingError(f"{self.base} is not served: the weights of {holder} are")
+            holder = self.weights_version or "an unknown version"
+            raise ServingError(f"{self.base} is not served: the server has the weights of {holder}")
         return version

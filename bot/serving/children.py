@@ -1,7 +1,4 @@
-"""Child processes: what works for the bot gives way to it, and does not outlive it.
-
-It knows no command: whoever starts a child says what it is, and how nice.
-"""
+"""Child processes: start them with a lower priority than the bot, and end them with it."""
 
 import asyncio
 import contextlib
@@ -10,30 +7,30 @@ import os
 import signal
 from typing import Any
 
-SERVING_NICENESS, TRAINING_NICENESS = 10, 19  # niceness: the bot itself first, then answers, then learning
+SERVING_NICENESS, TRAINING_NICENESS = 10, 19  # the bot (0) comes first, then answers, then learning
 
 
 def find_cores() -> set[int]:
-    """The processor cores that this process may use."""
+    """Return the processor cores that this process may use."""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def find_spare_cores() -> set[int]:
-    """All of them but one, which is left to the bot; the one where there is no other."""
+    """Return these cores without one, which is left to the bot; the only one if there is no other."""
     return find_cores() - {min(find_cores())} or find_cores()
 
 
 def end_with_parent() -> None:
-    """Have a process that begins ended with the one that started it, also where that is killed (on Linux)."""
+    """End this process when its parent ends, even if the parent is killed (on Linux). Call it in the new process."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 async def start(*command: str, niceness: int, on: set[int] | None = None, **options: Any) -> asyncio.subprocess.Process:
-    """Start a child in a process group of its own (Ctrl-C in the terminal is ours to pass on), `on` these cores.
+    """Start a child on the cores `on`, in its own process group, so that Ctrl-C in the terminal reaches only the bot.
 
-    It stays in our session: where the kernel shares time between sessions first (`sched_autogroup_enabled`), niceness counts
-    only inside one.
+    It stays in the bot's session: a kernel that shares time between sessions first (`sched_autogroup_enabled`) respects
+    niceness only within one.
     """
 
     def as_our_child() -> None:
@@ -41,7 +38,7 @@ async def start(*command: str, niceness: int, on: set[int] | None = None, **opti
         if on is not None and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, on)
         if hasattr(os, "SCHED_BATCH"):  # Linux
-            # What wakes of it does not push the bot aside. Some sandboxes refuse it: an eager child is better than none.
+            # A batch process that wakes does not preempt the bot. Some sandboxes refuse this; then do without it.
             with contextlib.suppress(OSError):
                 os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         end_with_parent()

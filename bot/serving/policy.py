@@ -1,10 +1,10 @@
-"""Policy: what answers. It asks vLLM for a version by name and returns a Reply with all that made it.
+"""Policy: asks vLLM for an answer by one version, and returns a Reply that records how it was made.
 
-Prompts are token ids, made with the chat template by `bot.models.tokenizer`: what the policy saw is then known exactly, the
-budget is exact, and vLLM answers sooner than through its chat endpoint (docs/experiments.md).
+Prompts are token ids, which `bot.models.tokenizer` makes with the chat template. So the prompt and the budget are exact, and
+vLLM answers sooner than through its chat endpoint (docs/experiments.md).
 
-`version` is the one pointer that a swap flips; requests in flight are counted for each version, so that a swap can wait
-for the last of them. It knows no conversation, no database and no registry.
+A swap changes `version`, the default of new requests. Requests in flight are counted for each version, so that a swap can
+wait for the last of them.
 """
 
 import asyncio
@@ -25,15 +25,15 @@ from bot.serving.admin import MALFORMED_ERRORS, ServerAdmin
 from bot.store.registry import BASE
 from bot.types import Reply
 
-STOPPED = "stopped"  # a finish reason of ours: somebody asked for the end
-LULL_SECONDS = 5.0  # how long a moment without requests is waited for, before requests are made to wait
+STOPPED = "stopped"  # our own finish reason: somebody stopped the answer
+LULL_SECONDS = 5.0  # the longest wait for a moment without requests, before new requests have to wait
 
 OnText = Callable[[str], Awaitable[None] | None]
 
 
 @dataclass(frozen=True)
 class _Request:
-    """What the server is asked for: one answer by one version."""
+    """A request for one answer by one version."""
 
     version: str
     prompt_ids: tuple[int, ...]
@@ -43,17 +43,17 @@ class _Request:
 
 
 class _GrowingReply:
-    """An answer that grows: its tokens, and what of it is for people."""
+    """An answer while it is streamed: its tokens so far, and the text for people."""
 
     def __init__(self, thoughts: Thoughts | None, stops: Sequence[str]):
         self.text = self.finish_reason = ""
         self.completion_ids: list[int] = []
         self.logprobs: list[float] = []
-        self.is_cut = False  # before one of the `stops`
+        self.is_cut = False  # it ends before one of the `stops`
         self._thoughts, self._stops = ThoughtFilter(thoughts), StopFilter(stops)
 
     def add(self, choice: dict[str, Any]) -> str:
-        """Take in a piece of the stream. Returns what of it people are shown now."""
+        """Add a piece of the stream, and return the text to show now."""
         self.completion_ids += choice.get("token_ids") or []
         self.logprobs += (choice["logprobs"] or {}).get("token_logprobs") or []
         piece = self._thoughts.add(choice["text"])
@@ -76,7 +76,7 @@ async def _hand_over(piece: str, on_text: OnText | None) -> None:
 
 
 class Policy:
-    """One vLLM server, seen as something that answers chat messages."""
+    """One vLLM server as a source of answers."""
 
     def __init__(
         self,
@@ -88,8 +88,8 @@ class Policy:
         thoughts: Thoughts | None = None,
         base: str = BASE,
     ):
-        """`end_ids` end an answer beside what the server knows; `thoughts` says what of an answer is not for people; `base`
-        is the version that is the server's own model.
+        """`end_ids` end an answer, in addition to those that the server knows; `thoughts` are the marks of text that is not
+        shown; `base` is the version that is the server's own model.
         """
         self.admin = ServerAdmin(url, reply_seconds, api_key, base)
         self.version = base
@@ -97,13 +97,13 @@ class Policy:
         self.end_ids = sorted(end_ids)
         self.thoughts = thoughts
         self.is_asleep = False
-        self.fixed_tokens: int | None = None  # see `exactly`
+        self.fixed_tokens: int | None = None  # see `fixed_length`
         self._in_flight: Counter[str] = Counter()
         self._is_paused = False
-        self._changed = asyncio.Condition()  # of the two above
+        self._changed = asyncio.Condition()  # protects the two above
 
     def set_base(self, base: str) -> None:
-        """Say which version the server's own model is. Only before anybody is answered."""
+        """Set the version that is the server's own model. Call it before the first reply."""
         self.admin.set_base(base)
         self.version = base
 
@@ -120,13 +120,14 @@ class Policy:
         max_tokens: int | None = None,
         stops: Sequence[str] = (),
     ) -> Reply:
-        """Stream one answer to the prompt, handing each piece of text to `on_text`, until it ends or `stop` is set.
+        """Stream one answer to the prompt, and pass each piece of text to `on_text`, until it ends or `stop` is set.
 
-        `max_tokens` may make it shorter than `policy.max_tokens`, and it ends before the first of `stops`; both are in the
-        reply's `sampling`. They change when sampling ends and not what is sampled: ids and log-probabilities are of all
-        tokens until then. Thoughts are neither handed over nor in the reply's text; its ids and log-probabilities hold them.
+        The answer has at most `max_tokens`, if that is less than `policy.max_tokens`, and ends before the first of `stops`.
+        The reply's `sampling` records both; its ids and log-probabilities are those of all sampled tokens. Thoughts are in
+        these, but neither in the reply's text nor passed to `on_text`.
 
-        Raises Asleep while vLLM sleeps, ServingError before the first token (after one more try), ReplyInterrupted after it.
+        Raises ServerAsleep while vLLM sleeps, ServingError if it fails twice before the first text, and ReplyInterrupted if
+        it fails later.
         """
         async with self._changed:
             await self._changed.wait_for(lambda: self.is_asleep or not self._is_paused)
@@ -170,13 +171,13 @@ class Policy:
             "return_token_ids": True,
             **sampling,
         }
-        body["logprobs"] = 0  # of the sampled token alone
+        body["logprobs"] = 0  # only the sampled token's
         if self.fixed_tokens:
             body["ignore_eos"] = True
         elif self.end_ids:
             body["stop_token_ids"] = self.end_ids
         if self.thoughts is not None and self.thoughts.is_special:
-            body["skip_special_tokens"] = False  # else nobody could tell thoughts from the answer
+            body["skip_special_tokens"] = False  # otherwise the marks around thoughts are missing
         if cache_salt:
             body["cache_salt"] = cache_salt
         return _Request(version, tuple(prompt_ids), body, sampling, tuple(stops))
@@ -189,7 +190,7 @@ class Policy:
                 async for event in events:
                     if stop is not None and stop.is_set():
                         growing.finish_reason = STOPPED
-                        break  # vLLM ends the request when nobody listens
+                        break  # vLLM ends a request when its connection closes
                     for choice in event["choices"]:
                         await _hand_over(growing.add(choice), on_text)
                     if growing.is_cut:
@@ -213,7 +214,7 @@ class Policy:
 
     @contextlib.contextmanager
     def fixed_length(self, tokens: int) -> Iterator[None]:
-        """Inside, all answers have so many tokens, whatever was sampled: benchmarks compare the same work."""
+        """Within the context, make all answers exactly `tokens` long, so that benchmarks compare equal work."""
         self.fixed_tokens = tokens
         try:
             yield
@@ -221,12 +222,12 @@ class Policy:
             self.fixed_tokens = None
 
     async def drain(self, version: str, seconds: float = 60) -> bool:
-        """Wait until no request for `version` is in flight; False if some still are after `seconds`."""
+        """Wait until no request for `version` is in flight. Return False if some still are after `seconds`."""
         async with self._changed:
             return await self._until(lambda: self._in_flight[version] <= 0, seconds)
 
     async def _until(self, condition: Callable[[], bool], seconds: float) -> bool:
-        """Wait for a change of what is in flight after which `condition` holds; whether it came in time."""
+        """Wait for at most `seconds` until `condition` holds. Return whether it holds. Needs the lock of `_changed`."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._changed.wait_for(condition)
@@ -234,9 +235,10 @@ class Policy:
 
     @contextlib.asynccontextmanager
     async def pause_replies(self, seconds: float) -> AsyncIterator[None]:
-        """Inside, no reply is in flight: those that come wait. Raises ServingError where one takes more than `seconds`.
+        """Within the context, no reply is in flight, and new ones wait.
 
-        A moment at which nothing is in flight anyway is waited for first: then nobody notices.
+        It first waits at most LULL_SECONDS for a moment without requests, so that nobody notices the pause. Raises
+        ServerUnavailable if a reply takes longer than `seconds`.
         """
         async with self._changed:
             await self._until(lambda: not self._in_flight.total(), LULL_SECONDS)
@@ -244,7 +246,7 @@ class Policy:
         try:
             async with self._changed:
                 if not await self._until(lambda: not self._in_flight.total(), seconds):
-                    raise ServerUnavailable(f"answers were still being given after {seconds:g} s (serving.reply_seconds)")
+                    raise ServerUnavailable(f"answers are still in flight after {seconds:g} s (serving.reply_seconds)")
             yield
         finally:
             async with self._changed:

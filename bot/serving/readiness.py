@@ -1,7 +1,7 @@
-"""Readiness: whether kibitz can answer now, and if not, why.
+"""Readiness: tells whether kibitz can answer now, and if not, why.
 
-vLLM, the database and the disk are looked at every few seconds in the background, so that whoever asks costs nothing and
-waits for nothing. It knows no connector.
+It checks vLLM, the database and the disk every few seconds in the background, so that a question about it is cheap and
+answered at once.
 """
 
 import asyncio
@@ -17,42 +17,42 @@ from bot.serving.policy import Policy
 from bot.store.database import Database
 from bot.store.tables import conversations
 
-Check = Callable[[], Awaitable[str | None]]  # what is wrong, or None
+Check = Callable[[], Awaitable[str | None]]  # returns a fault, or None
 
-PAUSE_SECONDS = 2.0  # between two looks
-CHECK_SECONDS = 7.0  # one look, at most: so the last one is never older than
-MAX_AGE_SECONDS = 10.0
+PAUSE_SECONDS = 2.0  # between two checks
+CHECK_SECONDS = 7.0  # the longest time of a check
+MAX_AGE_SECONDS = 10.0  # more than both together: older results mean that the watch has stopped
 
 
 class Readiness:
-    """What the last look found."""
+    """The faults that the last check found."""
 
     def __init__(self, looks: Mapping[str, Check]):
-        """`looks` are by the name of what they look at."""
+        """`looks` are the checks, by the name of the part that they check."""
         self._checks = looks
         self._faults: list[str] = []
         self._at = float("-inf")
 
     def list_faults(self) -> list[str]:
-        """Return what is wrong, each in one line, as the last look found it; also where that was too long ago."""
+        """Return the faults of the last check, one line each. A check that is too old is a fault too."""
         if time.monotonic() - self._at > MAX_AGE_SECONDS:
-            return [f"kibitz has not looked after itself for {MAX_AGE_SECONDS:g} s"]
+            return [f"kibitz has not checked itself for {MAX_AGE_SECONDS:g} s"]
         return self._faults
 
     async def check(self) -> None:
-        """Check at everything now, for LOOK_SECONDS at most."""
+        """Check everything now, within CHECK_SECONDS."""
         found = await asyncio.gather(*(_check_in_time(name, look) for name, look in self._checks.items()))
         self._faults, self._at = [fault for fault in found if fault is not None], time.monotonic()
 
     async def watch(self) -> None:
-        """Check again and again, for ever."""
+        """Check every PAUSE_SECONDS, for ever."""
         while True:
             await self.check()
             await asyncio.sleep(PAUSE_SECONDS)
 
 
 def make_checks(policy: Policy, database: Database, data: Path) -> dict[str, Check]:
-    """Return the looks at vLLM, at the database, and at the disk that holds the data directory."""
+    """Return the checks of vLLM, of the database, and of the disk that holds the data directory."""
 
     async def vllm() -> str | None:
         if policy.is_asleep:
@@ -79,7 +79,7 @@ def make_checks(policy: Policy, database: Database, data: Path) -> dict[str, Che
 
 
 def _try_writing(database: Database) -> None:
-    """Take the right to write, read something, and write nothing."""
+    """Begin a transaction that may write, and only read in it."""
     with database.begin() as connection:
         connection.execute(sa.select(conversations.c.id).limit(1)).first()
 

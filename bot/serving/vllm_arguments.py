@@ -1,4 +1,4 @@
-"""vLLM's arguments: those that kibitz gives it, and those that an operator adds. It starts no server."""
+"""vLLM's arguments: kibitz's own, and a check of those that an operator adds."""
 
 import contextlib
 import importlib.metadata
@@ -14,7 +14,7 @@ from bot.serving import children
 from bot.serving.vllm_log import find_first_cause
 from bot.store.registry import BASE
 
-# What reads vLLM's command line, at its places in the versions that there are; it is importing this that takes its time.
+# A program that parses vLLM's arguments. The parser's module differs between versions of vLLM; importing it is slow.
 READ_ARGUMENTS = """
 import sys
 try:
@@ -29,7 +29,7 @@ make_arg_parser(FlexibleArgumentParser(prog="vllm")).parse_args(sys.argv[1:])
 """
 
 
-# What sets an option of vLLM that kibitz gives it.
+# The config key behind each option of vLLM that kibitz sets.
 CONFIG_KEYS = {
     "--model": "policy.model",
     "--port": "serving.port",
@@ -39,11 +39,11 @@ CONFIG_KEYS = {
     "--max-loras": "serving.max_loras",
     "--max-lora-rank": "serving.max_lora_rank",
 }
-READ_AT_ONCE = 2048  # tokens, on CPUs: at least as many as the longest prompt
+READ_AT_ONCE = 2048  # the least number of tokens that vLLM on CPUs reads at once
 
 
 def list_own_options(config: Config) -> dict[str, str]:
-    """The options of our own vLLM with their values, "" of those that have none, but for what is found out at start."""
+    """Return the options of our own vLLM and their values ("" for a flag), without those that are chosen at its start."""
     serving = config.serving
     longest = config.policy.context_tokens + config.policy.max_tokens
     found = {
@@ -60,7 +60,7 @@ def list_own_options(config: Config) -> dict[str, str]:
     if serving.sleep_while_training:
         found["--enable-sleep-mode"] = ""
     if not has_gpu():
-        # A prompt that is read in pieces ends the CPU engine (0.32) where its answer is sampled with a seed.
+        # The CPU engine (0.32) ends when it reads a prompt in pieces and samples the answer with a seed.
         found |= {"--enforce-eager": "", "--no-enable-chunked-prefill": ""}
         found["--max-num-batched-tokens"] = str(max(longest, READ_AT_ONCE))
     elif serving.memory_share:
@@ -69,14 +69,14 @@ def list_own_options(config: Config) -> dict[str, str]:
 
 
 def check_extra_args(config: Config) -> None:
-    """Refuse arguments in `serving.extra_args` that kibitz gives vLLM itself. Raises ConfigError."""
+    """Raise ConfigError if `serving.extra_args` has an option that kibitz sets itself."""
 
     def name(argument: str) -> str:
         return argument.partition("=")[0].replace("_", "-").replace("--no-", "--")
 
     first = next(iter(config.serving.extra_args), "-")
-    if not first.startswith("-"):  # it would be taken for the name of a model
-        raise ConfigError(f"config key serving.extra_args begins with '{first}', which is no option; write --OPTION first")
+    if not first.startswith("-"):  # vLLM would take it for the name of a model
+        raise ConfigError(f"config key serving.extra_args begins with '{first}', which is no option; begin with --OPTION")
     ours = {
         name(option) for option in ("--model", "--port", "--dtype", "--gpu-memory-utilization", *list_own_options(config))
     }
@@ -90,7 +90,7 @@ def check_extra_args(config: Config) -> None:
 
 
 def check_extra_args_with_vllm(config: Config) -> None:
-    """Have the installed vLLM read `serving.extra_args`, without starting it (about 10 s). Raises ConfigError."""
+    """Let the installed vLLM parse `serving.extra_args` (about 10 s), without a start. Raises ConfigError if it fails."""
     if not config.serving.extra_args:
         return
     command = [sys.executable, "-c", READ_ARGUMENTS, *config.serving.extra_args]
@@ -103,8 +103,8 @@ def check_extra_args_with_vllm(config: Config) -> None:
 def find_entry_point(model: str) -> list[str]:
     """Return the command that starts vLLM's OpenAI server for a model.
 
-    From 0.33 on that is `vllm serve`, as a module. It asks for the metadata of a package named "vllm", which the CPU build
-    does not have: there the server's own module is run, under the name that the installed version has for it.
+    From 0.33 on this is `vllm serve`, as a module. That needs the metadata of a package named "vllm", which the CPU build
+    lacks; there the command runs the server's own module, whose name depends on the version.
     """
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         importlib.metadata.version("vllm")

@@ -1,6 +1,6 @@
-"""VllmServer: a vLLM that we own: start it, prove that it generates, restart it when it dies, stop it.
+"""VllmServer: starts a vLLM server, waits until it generates, restarts it when it dies, and stops it.
 
-It knows no version: whoever starts it is told of each (re)start and restores what must be served.
+It does not load adapters: a callback is called after each restart, and restores the served versions.
 """
 
 import asyncio
@@ -27,8 +27,8 @@ from bot.supervision import Health, supervise
 
 PROBE_SECONDS = 10
 USAGE_EXIT_CODE = 2  # the exit code of a vLLM that cannot read its command line
-RUN_SECONDS = 3600  # the longest that a restart waits for a training run to give its memory back
-# What vLLM says where memory is short, and what to do about it.
+RUN_SECONDS = 3600  # the longest wait of a restart for the GPU memory of a training run
+# Parts of vLLM's errors about too little memory.
 NO_MEMORY = ("out of memory", "OutOfMemory", "less than desired", "No available memory", "available KV cache memory")
 
 
@@ -42,10 +42,10 @@ class VllmServer:
         self.url = http_url(VLLM_HOST, self.port)
         self.log_path = config.data / "vllm.log"
         self._process: asyncio.subprocess.Process | None = None
-        self._log_start = 0  # where in the log the newest start begins
+        self._log_start = 0  # the log's size at the newest start
 
     async def start(self, policy: Policy) -> None:
-        """Start the process and wait until it generates a token."""
+        """Start the process and wait until it generates a token. Raises ServingError if it ends or takes too long."""
         self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
         with self.log_path.open("ab") as log:
             self._process = await children.start(
@@ -71,14 +71,14 @@ class VllmServer:
             await asyncio.sleep(0.5)
 
     async def watch(self, policy: Policy, restored: Callable[[], Awaitable[None]], health: Health) -> None:
-        """Restart the server whenever it dies or stops generating, and call `restored` each time. Runs for ever."""
+        """Restart the server whenever it dies or stops generating, and call `restored` after each restart. Runs for ever."""
 
         async def look() -> None:
             if self._process is not None:
                 await self._wait_for_death(policy)
                 policy.admin.mark_lost()
                 await self.stop()
-                raise ServingError(f"it does not answer any more and is started again; {self._describe_failure()}")
+                raise ServingError(f"it does not answer any more and is restarted; {self._describe_failure()}")
             await self.wait_for_memory(health.tell)
             try:
                 await self.start(policy)
@@ -90,7 +90,7 @@ class VllmServer:
         await supervise("vLLM", look, health, every=0)
 
     async def stop(self) -> None:
-        """End the process and its children: politely first, then by force."""
+        """End the process and its children, with SIGTERM and then with SIGKILL."""
         process = self._process
         if process is None:
             return
@@ -114,7 +114,7 @@ class VllmServer:
             silent = 0 if policy.is_asleep or await policy.admin.is_ready(PROBE_SECONDS) else silent + 1
 
     async def wait_for_memory(self, tell: Callable[[str], None]) -> None:
-        """Wait while a training run holds the GPU memory that vLLM needs: it would refuse to start."""
+        """Wait while a training run holds the GPU memory that vLLM needs to start. `tell` gets one line about the wait."""
         wanted = self.config.serving.memory_share
         deadline = asyncio.get_running_loop().time() + RUN_SECONDS
         is_told = False
@@ -142,16 +142,16 @@ class VllmServer:
     def _environment(self) -> dict[str, str]:
         defaults = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         if not has_gpu():
-            # One core is left to everybody else: what wanders over all of them slows us and itself (docs/experiments.md).
+            # One core is left to the other processes: vLLM on all cores slows them and itself (docs/experiments.md).
             defaults |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(len(children.find_spare_cores()))}
             defaults |= {"VLLM_CPU_KVCACHE_SPACE": "1"}
         if self.config.training.weights == "full" or self.config.serving.sleep_while_training:
-            defaults["VLLM_SERVER_DEV_MODE"] = "1"  # without it weights cannot be changed, and vLLM does not sleep
+            defaults["VLLM_SERVER_DEV_MODE"] = "1"  # needed to replace weights and to sleep
         inherited = {name: value for name, value in os.environ.items() if THREAD_ENVIRONMENT.get(name) != value}
         return {**defaults, **inherited, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
 
     def _describe_failure(self) -> str:
-        """Why vLLM failed, in its own words, and what to do where that is known."""
+        """Return vLLM's own error and, if it is known, what to do; otherwise the path of its log."""
         if not self.log_path.exists():
             return f"see {self.log_path}"
         with self.log_path.open("rb") as log:
@@ -162,7 +162,7 @@ class VllmServer:
         is_misread = self._process is not None and self._process.returncode == USAGE_EXIT_CODE
         advice = "; correct serving.extra_args" if is_misread and self.config.serving.extra_args else ""
         if any(sign in cause for sign in NO_MEMORY):
-            advice = "; lower policy.context_tokens or serving.memory_share, or end what else uses the memory"
+            advice = "; lower policy.context_tokens or serving.memory_share, or end other programs that use the memory"
         return f"vLLM says: {cause}{advice} (its log: {self.log_path})"
 
 
