@@ -129,7 +129,7 @@ def test_a_replay_of_a_broken_or_useless_file_is_refused_and_stores_no_half_of_i
     file.write_text(good + "\n{broken\n")
     refused(here("replay", file, "--config", config), "line 2 is not JSON")
     file.write_text(good + "\n" + good.replace("user", "robot") + "\n")
-    refused(here("replay", file, "--config", config), "line 2 has role 'robot', which is not known")
+    refused(here("replay", file, "--config", config), "line 2 has the unknown role 'robot'")
     assert "messages: 0" in here("status", "--config", config).stdout
     file.write_text(good + "\n")
     refused(here("replay", file, "--config", config), "no usable reward: no answer has feedback")
@@ -166,8 +166,8 @@ def test_a_replay_twice_gives_the_same_manifest_and_the_same_bytes(tmp_path, dem
     assert one == two
     assert (one["conversations"], one["approvals"], one["disapprovals"]) == (48, 24, 24)
     assert (one["format"], one["scale"]) == ("openai", "yes or no, in words")
-    assert {"row that is not JSON": 1, "row that is of no known format": 1}.items() <= one["dropped"].items()
-    assert one["dropped_first"] == {"row that is not JSON": "line 49", "row that is of no known format": "line 50"}
+    assert {"row that is not JSON": 1, "row that has no known format": 1}.items() <= one["dropped"].items()
+    assert one["dropped_first"] == {"row that is not JSON": "line 49", "row that has no known format": "line 50"}
     assert one["trained_on"] + one["held_out"] == one["without_logprobs"] == 48
     assert one["held_out_accuracy_after"] >= one["held_out_accuracy_before"]
     assert one["held_out_margin_after"] > one["held_out_margin_before"]

@@ -109,13 +109,13 @@ ODD = [
     (lambda row: row | {"turns": [row["turns"][0] | {"prompt_ids": ["x"]}]}, "wrong kind in 'turns.prompt_ids'"),
     (lambda row: row | {"turns": [row["turns"][0] | {"logprobs": [float("nan")]}]}, "wrong kind in 'turns.logprobs'"),
     (lambda row: row | {"turns": [row["turns"][0] | {"message_id": "missing"}]}, "an answer without its messages"),
-    (lambda row: row | {"turns": row["turns"] * 2}, "an answer whose id came before"),
-    (lambda row: row | {"turns": [*row["turns"], row["turns"][0] | {"id": "other"}]}, "an answer whose id came before"),
-    (lambda row: row | {"messages": row["messages"] * 2}, "a message whose id came before"),
+    (lambda row: row | {"turns": row["turns"] * 2}, "a duplicate answer id"),
+    (lambda row: row | {"turns": [*row["turns"], row["turns"][0] | {"id": "other"}]}, "a duplicate answer id"),
+    (lambda row: row | {"messages": row["messages"] * 2}, "a duplicate message id"),
     (lambda row: row | {"feedback": [row["feedback"][0] | {"turn_id": "missing"}]}, "feedback without its answer"),
     (lambda row: row | {"feedback": [row["feedback"][0] | {"kind": "love"}]}, "wrong kind in 'feedback.kind'"),
     (lambda row: {key: value for key, value in row.items() if key != "messages"}, "has no 'messages'"),
-    (lambda row: row, "the id of a conversation that came before"),
+    (lambda row: row, "a duplicate conversation id"),
 ]
 
 

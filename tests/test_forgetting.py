@@ -313,7 +313,7 @@ def test_only_those_teach_who_consent(config, database, store, tokenizer, tmp_pa
     assert used() == {anns.id: 1.0, after.id: 1.0, bobs.id: pytest.approx(1 / 3)}  # bob asked, and weighs twice
     users.record_consent("test", "ann", False)
     assert used() == {bobs.id: 1.0}  # not her question, not what was shown her words, not her opinion
-    assert buffer.snapshot().dropped["somebody in it does not consent"] == 2
+    assert buffer.snapshot().dropped["a person whose words it contains does not consent"] == 2
     assert export(store, tmp_path / "out", "", privacy)["feedback"] == 1  # nor by way of a file
     users.record_consent("test", "ann", True)
     assert len(used()) == 3

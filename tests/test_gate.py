@@ -75,10 +75,10 @@ def test_a_candidate_that_is_better_safe_and_sound_passes():
         ({"worth": -0.3, "likelier": -0.3}, "not shown to be better"),
         ({"kl": 0.9}, "too far from the base"),
         ({"kl": float("nan")}, "too far from the base"),
-        ({"well_formed": 0.8}, "answers break"),
+        ({"well_formed": 0.8}, "too few well-formed answers: 80%, required ≥ 95%"),
         ({"signs": [1] * 24}, "too little evidence: 24 liked and 0 disliked"),
         ({"gain": NO_NUMBER, "candidate": [float("nan")] * 24}, "not shown to be better"),
-        ({"gain": LUCK, "likelier": 0.0}, "sign-flip test p = 0."),
+        ({"gain": LUCK, "likelier": 0.0}, "sign-flip test: p = 0."),
         ({"faults": ["adapter_model.safetensors: is missing"]}, "is missing"),
     ],
 )
@@ -110,8 +110,8 @@ def test_where_no_opinions_could_show_it_that_is_what_is_said():
     few: dict = {"signs": [1, 1, 1, -1, -1, -1], "live": [-1.0] * 6, "candidate": [0.0] * 3 + [-2.0] * 3}
     few["gain"] = Gain([1.0] * 3 + [-1.0] * 3, [1.0] * 12)
     [reason] = judge(evidence(**few), GateConfig(), seed=0).reasons
-    assert reason.startswith("too little evidence: 3 liked and 3 disliked answers are held out, which give p = 0.05 at best")
-    assert "5 of each would do" in reason
+    assert reason.startswith("too little evidence: 3 liked and 3 disliked held-out answers, best possible p = 0.05, ")
+    assert "5 of each kind are enough" in reason
     enough = {name: values[:3] * 2 + values[3:] * 2 for name, values in few.items() if name != "gain"}
     enough["gain"] = Gain([1.0] * 6 + [-1.0] * 6, [1.0] * 12)
     assert judge(evidence(**enough), GateConfig(), seed=0).passed
@@ -121,7 +121,7 @@ def test_that_the_prompts_are_too_few_is_said_too():
     few, enough = (
         judge(evidence(likelier=0.0, gain=Gain([0.0] * 24, [0.0] * count)), GateConfig(), seed=0) for count in (5, 7)
     )
-    assert "5 different prompts are too few to tell its answers from luck" in few.reasons[0]
+    assert "5 different prompts are too few for the sign-flip test" in few.reasons[0]
     assert "too few" not in enough.reasons[0]
 
 
@@ -336,8 +336,8 @@ def test_a_candidate_that_may_wait_is_judged_once_there_is_room_to_show_anything
     verdict = judge(barely, GateConfig(), seed=0, may_wait=True)
     assert not verdict.passed
     assert not verdict.figures.had_enough_evidence, "it spends nothing"
-    assert verdict.reasons[0].startswith("too little evidence: 5 liked and 5 disliked answers are held out")
-    assert "7 of each would do" in verdict.reasons[0]
+    assert verdict.reasons[0].startswith("too little evidence: 5 liked and 5 disliked held-out answers")
+    assert "7 of each kind are enough" in verdict.reasons[0]
     assert verdict.answers_wanted == 4
     assert judge(evidence(), GateConfig(), seed=0, may_wait=True).passed
 

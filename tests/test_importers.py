@@ -82,7 +82,7 @@ def test_a_tree_gives_reactions_and_a_rank_and_counts_what_is_no_reaction(tmp_pa
     found = read_rows(tmp_path, tree(**{"+1": 3, "-1": 1, "red_flag": 2}))
     counts = {kind: found.count_feedback(kind) for kind in FeedbackKind}
     assert counts == dict.fromkeys(FeedbackKind, 0) | {"approval": 3, "disapproval": 1, "rank": 1}
-    assert found.dropped == {"+1 on a user's message": 2, "red_flag which is a tool's action, no reaction": 2}
+    assert found.dropped == {"+1 on a user's message": 2, "red_flag (an action of the tool, not a reaction)": 2}
 
 
 def test_people_whom_a_file_counts_and_does_not_name_are_others_at_each_answer(tmp_path):
@@ -129,16 +129,16 @@ def test_rated_messages_are_read(tmp_path, store, tokenizer):
 
 MISTAKES = [
     (["{"], "line 1 is not JSON"),
-    ([{"hello": 1}], "line 1 is of no known format"),
-    ([5], "line 1 is no JSON object"),
-    ([{"messages": [{"role": "robot", "content": "x"}]}], "line 1 has role 'robot', which is not known"),
+    ([{"hello": 1}], "line 1 has no known format"),
+    ([5], "line 1 is not a JSON object"),
+    ([{"messages": [{"role": "robot", "content": "x"}]}], "line 1 has the unknown role 'robot'"),
     ([{"messages": [{"content": "x"}]}], "line 1 has no 'role'"),
     ([{"messages": [{"role": "user"}]}], "line 1: message without content"),
     ([{"messages": [QUESTION], "rating": True}], "line 1 has a rating but no answer"),
     ([{"messages": 5}], "line 1 has a value of the wrong kind in 'messages'"),
     ([tree() | {"prompt": tree()["prompt"] | {"role": "admin"}}], "role 'admin'"),
     ([{"prompt": "x", "completion": 7}], "wrong kind in 'completion"),
-    ([{"prompt": "x", "chosen": "same", "rejected": "same"}], "two answers that are the same"),
+    ([{"prompt": "x", "chosen": "same", "rejected": "same"}], "two identical answers"),
     (["[" * 100_000], "line 1 is not JSON (it is nested too deeply)"),
     (["1" * 5000], "line 1 is not JSON"),
     (["[\n {},\n {]\n"], "line 3 is not JSON"),
@@ -216,7 +216,7 @@ def test_what_no_database_keeps_is_replaced_and_counted(tmp_path, store):
     (tmp_path / "f").write_bytes(said.encode() + b"\n" + json.dumps(RATED).encode().replace(b"hello", b"hell\xf6"))
     found = read_recording(tmp_path / "f")
     assert [chat[0][1] for chat in chats(found)] == ["a\ufffdb\ufffdc😀", "hell\ufffd"]
-    assert found.dropped["row with characters that are no text, which were replaced"] == 2
+    assert found.dropped["row with invalid characters, which were replaced"] == 2
     store.add_dialogues(found.dialogues)
     assert store.count_rows()["turns"] == 2
 
@@ -255,7 +255,7 @@ def test_a_directory_and_an_archive_are_read_whole_and_say_what_is_no_recording(
     found = read_recording(folder)
     assert found.format == "kto, openai"
     assert opinions(found) == (3, 1)
-    assert found.dropped == {"row that is not JSON": 1, "file that is not read: its name does not say that it is JSON": 2}
+    assert found.dropped == {"row that is not JSON": 1, "file that has an unsupported suffix": 2}
     assert found.first_dropped["row that is not JSON"][0] == "a.jsonl, line 2"
     with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
         for file in sorted(folder.rglob("*")):
@@ -263,7 +263,7 @@ def test_a_directory_and_an_archive_are_read_whole_and_say_what_is_no_recording(
     again = read_recording(tmp_path / "all.zip")
     assert (opinions(again), again.dropped) == (opinions(found), found.dropped)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no file"):
+    with pytest.raises(DataError, match="has no files"):
         read_recording(tmp_path / "empty")
     with pytest.raises(DataError, match="cannot be read"):
         read_recording(tmp_path / "missing")
@@ -332,7 +332,7 @@ def test_messages_are_read_in_openais_and_in_sharegpts_words(tmp_path):
     assert opinions(found) == (4, 0)
     asked = [("user", "hello"), ("assistant", "Hi!")]
     assert chats(found) == [[("system", "be kind"), *asked], asked, asked, [("system", "be kind"), *asked]]
-    assert found.dropped == {"part of a message that is no text": 1, "message without content": 1, "message of a tool": 1}
+    assert found.dropped == {"message part that is not text": 1, "message without content": 1, "tool message": 1}
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ def test_flat_messages_of_openassistant_are_read_as_their_tree_is(tmp_path):
     assert chats(found) == [[("user", "hello"), ("assistant", "Hi!")]]
     assert opinions(found) == (3, 1)
     assert found.count_feedback(FeedbackKind.RANK) == 1
-    assert found.dropped == {"message whose parent is not there": 2}
+    assert found.dropped == {"message whose parent is missing": 2}
 
 
 def test_an_id_that_comes_twice_is_left_out_and_stored_once(tmp_path, store):
@@ -389,7 +389,7 @@ def test_an_id_that_comes_twice_is_left_out_and_stored_once(tmp_path, store):
     deleted = {"message_id": "d", "role": "assistant", "text": "x", "deleted": True, "replies": [{"message_id": "e"}]}
     twice["prompt"]["replies"].append(deleted | {"replies": [twice["prompt"]["replies"][0] | {"message_id": "e"}]})
     found = read_rows(tmp_path, twice, tree(), tree() | {"message_tree_id": "other"})
-    assert found.dropped["message whose id came before"] == 3  # a sibling, and a tree of two
+    assert found.dropped["message with a duplicate id"] == 3  # a sibling, and a tree of two
     assert found.dropped["deleted message, with the replies to it"] == 1
     assert len(found.dialogues) == 2
     store.add_dialogues(found.dialogues)
@@ -419,5 +419,5 @@ def test_reactions_count_as_the_config_says(tmp_path):
     question = discord_message("10", "ann", "hello")
     answer = discord_message("11", "kibitz", "Hi!", reply_to="10", reactions={"🦜": ["ann"]})
     path = write(tmp_path / "f.json", discord_file(question, answer))
-    assert read_recording(path).dropped["reaction that is no opinion"] == 1
+    assert read_recording(path).dropped["reaction that is not an opinion"] == 1
     assert opinions(read_recording(path, reactions=ReactionsConfig(disapproval=["🦜"]))) == (0, 1)

@@ -213,7 +213,7 @@ def test_what_a_run_does_not_read_is_not_said_to_be_learned(tokenizer):
     pairs = TrainingConfig(objective="dpo")
     assert select_for_training([*plain, *rows[5:]], pairs, seed=0) == (
         rows[5:],
-        {"of no use to training.objective 'dpo'": 5},
+        {"not usable with training.objective 'dpo'": 5},
     )
     light = [replace(row, weight=0.5) for row in rows]
     for seed in range(8):

@@ -93,13 +93,13 @@ def test_of_a_discord_channel_the_answers_are_read_and_the_talk_of_others_is_not
     assert {turn.asker_id for _, _, turns, _ in found.dialogues for turn in turns} == {"id of ann", "id of bob"}
     assert found.dropped == {
         "reaction of a bot": 1,
-        "reaction that is no opinion": 1,
-        "reaction to a message that is no answer": 1,
+        "reaction that is not an opinion": 1,
+        "reaction to a message that is not an answer": 1,
         "message without text": 1,
-        "message that is of the platform itself": 1,
+        "message that is a platform notice": 1,
         "message that has no 'timestamp'": 1,
-        "message whose id came before": 1,
-        "message that is no part of an exchange with a bot": 3,
+        "message with a duplicate id": 1,
+        "message outside of exchanges with a bot": 3,
     }
 
 
@@ -126,7 +126,7 @@ def test_in_a_thread_and_in_direct_messages_each_message_answers_the_one_before(
     for kind, conversations in (("GuildPublicThread", 1), ("DirectTextChat", 2), ("GuildTextChat", 0)):
         path = write(tmp_path / "f.json", discord_file(*said, *late, type=kind))
         if not conversations:
-            with pytest.raises(DataError, match="no part of an exchange with a bot"):
+            with pytest.raises(DataError, match="outside of exchanges with a bot"):
                 read_recording(path)
             continue
         found = read_recording(path)
@@ -212,11 +212,11 @@ def test_a_slack_export_is_read_with_its_threads_names_and_reactions(tmp_path, s
     assert said_of(found, "Any time.") == [("U1", FeedbackKind.DISAPPROVAL)]
     assert said_of(found, "Yes?") == [("U1", FeedbackKind.APPROVAL)]
     assert found.dropped == {
-        "reaction that is no opinion": 1,
+        "reaction that is not an opinion": 1,
         "reaction of a bot": 1,
-        "message that is of the platform itself": 1,
-        "row that is of no known format": 1,
-        "message that is no part of an exchange with a bot": 1,
+        "message that is a platform notice": 1,
+        "row that has no known format": 1,
+        "message outside of exchanges with a bot": 1,
     }
 
 
@@ -278,6 +278,6 @@ def test_open_webui_feedback_brings_its_chat_and_counts_once_beside_it(tmp_path)
     lost = [webui_feedback(1), CHAT | {"id": "c9"}, webui_feedback(1) | {"type": "arena"}]
     assert read_recording(write(tmp_path / "lost.json", lost)).dropped == {
         "row that is feedback without its chat: export the chats as well": 1,
-        "row that is feedback of type 'arena', no rating": 1,
+        "row that is feedback of type 'arena', not a rating": 1,
         "rating that is not understood": 1,
     }

@@ -70,7 +70,7 @@ def test_what_the_asker_said_next_counts_where_the_operator_lets_it(store, datab
     counting = settings.model_copy(update={"rewards": settings.rewards.model_copy(update={"followup": 0.5})})
     found = snapshot(store, tokenizer, counting)
     assert {one.asker: one.reward for one in found.rated} == {"ann": pytest.approx(0.4), "dora": pytest.approx(-0.2)}
-    assert found.dropped == {"no standing opinion of anybody who took part": 2}
+    assert found.dropped == {"no opinion that counts": 2}
     assert {one.followup_id for one in found.rated} >= set(found.followup_ids)
     assert all(one.followup_id for one in found.rated)
     react(store, turns["ann"], True, "ann")
@@ -109,7 +109,7 @@ def test_every_turn_that_is_left_out_is_counted_under_a_reason(store, tokenizer)
         "the answer broke off": 1,
         "the answer is empty": 1,
         "opinions cancel out": 1,
-        "no standing opinion of anybody who took part": 1,
+        "no opinion that counts": 1,
         "longer than training.max_length (32)": 1,
     }
     assert found.turns == 5
@@ -189,7 +189,7 @@ def test_token_ids_of_another_tokenizer_are_not_learned_from(store, tokenizer, f
     ours = answered(store, tokenizer, "b", "Hey!")
     react(store, ours, approves=True)
     found = snapshot(store, tokenizer)
-    assert found.dropped == {"its token ids are those of another tokenizer": 1}
+    assert found.dropped == {"its token ids are from another tokenizer": 1}
     assert [one.turn_id for one in found.rated] == [ours.id], "the control"
 
 
@@ -261,7 +261,7 @@ def test_what_people_said_of_another_base_models_answers_is_learned_from_as_text
         completion_ids=(8, 9),
     )
     react(store, later, approves=True)
-    assert ReplayBuffer(store, tokenizer, config).snapshot().dropped == {"its token ids are those of another tokenizer": 1}
+    assert ReplayBuffer(store, tokenizer, config).snapshot().dropped == {"its token ids are from another tokenizer": 1}
     registry.ensure_base("/models/another", may_change=True)
     (found,) = ReplayBuffer(store, tokenizer, config).snapshot().rated
     chat = [("user", "hello"), ("assistant", "Hey there!"), ("user", "and now?")]

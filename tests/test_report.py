@@ -50,9 +50,9 @@ def test_a_report_says_what_was_learned_and_why_the_rest_was_not(trained):
 def test_a_report_without_samples_or_files_says_so(trained):
     version, store = trained.version, trained.store
     forget_message(store.database, store.find_turns_with_feedback()[0].message_id)
-    assert "No samples are kept" in report.render_html(report.collect(version, "passed"))
+    assert "No samples: a person was forgotten since" in report.render_html(report.collect(version, "passed"))
     (Path(version.path) / "manifest.json").unlink()
-    with pytest.raises(DataError, match="left no files"):
+    with pytest.raises(DataError, match="has no files"):
         report.collect(version, "passed")
 
 
@@ -82,7 +82,7 @@ def test_a_turn_is_explained_with_its_reward_and_the_runs_that_used_it(trained, 
     assert (account.uses[0].advantage, account.uses[0].weight) == (rows[0][3], rows[0][4])
     assert account.decision.reward.value == rows[0][2]
     lines = "\n".join(account.lines())
-    assert re.search(rf"used by {version.name}: [+-]\d\.\d\d against what is usual, weight 1\.00", lines)
+    assert re.search(rf"used by {version.name}: advantage [+-]\d\.\d\d, weight 1\.00", lines)
     with pytest.raises(DataError, match="there is no turn 'nothing'"):
         explain("nothing", buffer, registry)
     shutil.rmtree(version.path)
@@ -90,7 +90,7 @@ def test_a_turn_is_explained_with_its_reward_and_the_runs_that_used_it(trained, 
 
 
 def test_an_explanation_says_what_smoothing_makes_of_an_advantage():
-    assert TrainingUse("policy-1", 0.5).describe() == "used by policy-1: +0.50 against what is usual, weight 1.00"
+    assert TrainingUse("policy-1", 0.5).describe() == "used by policy-1: advantage +0.50, weight 1.00"
     line = TrainingUse("policy-1", 0.5, 0.4, smoothing=0.9).describe()
     assert "+0.50 (90% of it is what answers like it earned, the rest its own reward against the usual" in line
     assert "weight 0.40, for its age or because its people say more than their share" in line
@@ -99,10 +99,10 @@ def test_an_explanation_says_what_smoothing_makes_of_an_advantage():
 OPINIONS = {  # who says what -> whether it counts
     "asker": None,
     "regular": None,
-    "stranger": "who said it never wrote in this channel",
-    "silent": "who said it does not consent to be learned from",
-    "regrets": "it was taken back, or said again later",
-    "wavers": "the same person said something else later",
+    "stranger": "the person never wrote in this channel",
+    "silent": "the person does not consent to learning",
+    "regrets": "it was retracted or repeated later",
+    "wavers": "the person changed their opinion later",
 }
 
 
@@ -135,7 +135,7 @@ def test_why_and_a_run_count_the_same_opinions_and_it_says_why_not_the_others(co
     assert learned.reward == account.decision.reward.value
     assert learned.feedback_ids == account.decision.reward.feedback_ids
     lines = "\n".join(account.lines(names=False))
-    assert "does not count: who said it never wrote in this channel" in lines
+    assert "does not count: the person never wrote in this channel" in lines
     assert "stranger" not in lines, "a chat is told no names"
     assert "stranger" in "\n".join(account.lines())
 
@@ -152,13 +152,13 @@ def test_why_says_that_a_turn_as_a_whole_teaches_nothing(config, store, registry
     def lines(turn):
         return explain(turn.id, buffer, registry).lines()
 
-    assert "teaches nothing: longer than training.max_length (64)" in lines(long)
+    assert "not trained on: longer than training.max_length (64)" in lines(long)
     apart = {one.turn_id for one in buffer.snapshot().held_out}
-    told = {turn.id for turn in held_out if "held out: it judges candidates and teaches none" in lines(turn)}
+    told = {turn.id for turn in held_out if "held out: used to judge candidates, not to train them" in lines(turn)}
     assert told == apart & {turn.id for turn in held_out} != set()
-    assert not any("teaches nothing" in line for line in lines(unwilling)), "the control"
+    assert not any("not trained on" in line for line in lines(unwilling)), "the control"
     buffer.users.record_consent("test", "asker", False)
-    assert "teaches nothing: somebody in it does not consent" in lines(unwilling)
+    assert "not trained on: a person whose words it contains does not consent" in lines(unwilling)
 
 
 def test_what_was_taken_back_is_told_and_the_next_report_names_it(trained, tokenizer):
@@ -167,7 +167,7 @@ def test_what_was_taken_back_is_told_and_the_next_report_names_it(trained, token
     [given] = store.read_feedback_on([rows[0][0]])[rows[0][0]]
     store.add_feedback(replace(given, id="later", at=given.at.replace(year=given.at.year + 1), event_id=None, retracts=True))
     lines = explain(rows[0][0], ReplayBuffer(store, tokenizer, config), registry).lines()
-    assert any("does not count: it was taken back" in line for line in lines)
+    assert any("does not count: it was retracted" in line for line in lines)
     again = train_version(config, quiet)
     told = report.collect(registry.get(again.policy), "")
     assert told.taken_back == [rows[0][0]]
@@ -181,6 +181,6 @@ def test_an_opinion_of_somebody_who_took_no_part_teaches_nothing(config, store, 
     turn = answered(store, tokenizer, "hello", "Hey there!")
     store.add_feedback(Feedback(turn.id, "a passer-by", FeedbackKind.DISAPPROVAL))
     found = ReplayBuffer(store, tokenizer, config).snapshot()
-    assert found.dropped == {"no standing opinion of anybody who took part": 1}
+    assert found.dropped == {"no opinion that counts": 1}
     react(store, turn, approves=True)
     assert not ReplayBuffer(store, tokenizer, config).snapshot().dropped, "the control: the asker's counts"

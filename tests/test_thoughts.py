@@ -125,7 +125,7 @@ def test_a_turn_with_a_thought_is_learned_from_as_it_was_sampled(name, store, co
     react(store, leaked, True)
     found = ReplayBuffer(store, tokenizer, config).snapshot()
     assert [one.completion_ids for one in found.rated] == [tuple(ids)]
-    assert found.dropped["its token ids are those of another tokenizer"] == 1, "the control"
+    assert found.dropped["its token ids are from another tokenizer"] == 1, "the control"
 
 
 @pytest.mark.parametrize("is_token", [True, False])

@@ -103,7 +103,7 @@ def test_what_came_after_its_rows_were_drawn_promotes_a_better_one(waiting):
     assert found.judged_at > found.drawn_at
     assert waiting.registry.list_runs()[0]["outcome"] == "passed"
     assert read_earlier_verdicts(waiting.registry) == [True]
-    with pytest.raises(RegistryError, match="no version waits"):
+    with pytest.raises(RegistryError, match="no version is waiting"):
         waiting.judge()
 
 

@@ -1,1 +1,1 @@
-"""Data: reactions become rewards, and rows to learn from."""
+"""Data: turn reactions into rewards, and into rows to train on."""

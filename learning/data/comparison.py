@@ -1,6 +1,6 @@
-"""Comparison: answers beside what is usual, and beside other answers to the same question.
+"""Comparison: compare answers with the usual reward of such prompts, and with other answers to the same question.
 
-It knows no database and no objective.
+It does not depend on a database or an objective.
 """
 
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 def with_advantages(
     found: Sequence["Experience"], embedder: Embedder | None, config: Config, seed: int
 ) -> list["Experience"]:
-    """The experiences with their advantages and weights: with an embedder, beside what is usual for their kind of prompt.
+    """Return the experiences with advantages and weights. With an embedder, rewards are compared within a kind of prompt.
 
-    A share `rewards.smoothing` of each advantage is what answers like it earned: one reaction says little about one answer,
-    and all of them say much about what is common to many. Answers that were compared with another one to the same question,
-    a correction or a pick, keep what was said of them.
+    A share `rewards.smoothing` of each advantage is predicted from similar answers, because one reaction says little about
+    one answer, but all of them say much about what many answers share. Answers that people compared with another answer to
+    the same question, by a correction or a pick, are not smoothed.
     """
     kind_of = cluster_questions([one.question for one in found], embedder, seed)
     share = config.rewards.smoothing
@@ -46,7 +46,10 @@ def with_advantages(
 
 
 def pair_best_with_worst(answers: Sequence[tuple[float, "Experience"]]) -> list["Experience"]:
-    """Answers to one question (with their ranks): the best with the worst as the one that it is preferred to."""
+    """Return the answers to one question, the best one with the worst as its rejected answer.
+
+    Each answer comes with its rank. Nothing is paired if there is no clear best, or if an answer is paired already.
+    """
     ones = [one for _, one in answers]
     if len(ones) < 2 or any(one.rejected_ids is not None for one in ones):
         return ones
@@ -56,6 +59,6 @@ def pair_best_with_worst(answers: Sequence[tuple[float, "Experience"]]) -> list[
     is_other = ones[best].completion_ids != ones[worst].completion_ids
     if is_better and is_other and ones[worst].prompt_ids == ones[best].prompt_ids:
         said = {one for row in (best, worst) for one in (*ones[row].feedback_ids, *ones[row].rank_ids)}
-        both = tuple(sorted(said))  # the other may be left out of the run, but taught it all the same
+        both = tuple(sorted(said))  # the rejected answer teaches the run even if its own row is left out
         ones[best] = replace(ones[best], rejected_ids=ones[worst].completion_ids, feedback_ids=both)
     return ones

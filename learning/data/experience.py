@@ -1,4 +1,4 @@
-"""Experience: one thing that a policy may learn, derived from a turn and what people said about it. It knows no database."""
+"""Experience: one answer that a policy may learn from, derived from a turn and its feedback."""
 
 import hashlib
 import json
@@ -16,14 +16,14 @@ LONG_AGO = datetime.min.replace(tzinfo=UTC)
 class Experience:
     """One answer to learn from, as exact token ids.
 
-    `unit` is what the held-out part is drawn by: an imported conversation, or the words of the question; `question_id`
-    is the message that it answers, as others may. `opinions` names those whose opinions the reward is made of, and
-    `followup_id` is the message that it counts too. `logprobs` (nats, one for each of `completion_ids`) are those of
-    its sampling, or None for a text that was not sampled so (imported, a person's correction, a truncated
-    distribution). `rejected_ids` is an answer to the same prompt that people liked less. `feedback_ids` is what the
-    reward is made of, and of an answer that is paired also what was said of the other and who ranked either
-    (`rank_ids`). `said_at` is when the first of it was said. `advantage` (in [-2, 2]) is what `with_advantages` makes of the
-    reward; `weight` (in (0, 1]) is less for those who say more than their share.
+    `unit` decides whether it is held out: an imported conversation, or the words of the question. `question_id` is the
+    message that it answers; other answers may have the same. `opinion_holders` are the people whose opinions make the
+    reward; `followup_id` is the follow-up that counts too. `logprobs` (nats, one per completion token) were recorded at
+    sampling; they are None for a text that was not sampled so (imported, a person's correction, a truncated distribution).
+    `rejected_ids` is an answer to the same prompt that people liked less. `feedback_ids` are the feedback behind the
+    reward; a paired answer also has the feedback and the ranks (`rank_ids`) of both answers. `said_at` is the time of the
+    first of it. `advantage` (in [-2, 2]) is set by `with_advantages`; `weight` (in (0, 1]) is lower for people who say
+    more than their share.
     """
 
     turn_id: str
@@ -48,11 +48,11 @@ class Experience:
 
     @property
     def length(self) -> int:
-        """How many tokens its longest sequence has."""
+        """The number of tokens of its longest sequence."""
         return len(self.prompt_ids) + max(len(self.completion_ids), len(self.rejected_ids or ()))
 
     def make_manifest_row(self) -> Row:
-        """What a manifest records of it."""
+        """Return the row of the manifest for this experience."""
         texts = [self.prompt_ids, self.completion_ids, self.rejected_ids]
         ids = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
         reward, advantage, weight = (round(value, 6) for value in (self.reward, self.advantage, self.weight))
@@ -61,12 +61,12 @@ class Experience:
 
 @dataclass
 class Snapshot:
-    """The experiences of one run, in a fixed order, and what was left out under which reason.
+    """The experiences of one run, in a fixed order, and the number of turns that were left out for each reason.
 
-    `learned` are those of the training part that the run's objective reads. `rated` are the answers with a reward that were
-    read, also those that are too long or too many to train on; `turns` counts all that people said something about, read or
-    not. `taken_back` names the turn of each opinion that taught an earlier version and no longer stands. All of it had been
-    said by `drawn_at`.
+    `trained_on` are the experiences of `training` that the run's objective reads. `rated` are all answers with a reward that
+    were read, including those that are too long or too many to train on. `turns` counts all turns with feedback, read or
+    not. `taken_back` has the turn of each opinion that taught an earlier version and was retracted since. All feedback is
+    from before `drawn_at`.
     """
 
     training: list[Experience] = field(default_factory=list)
@@ -81,20 +81,20 @@ class Snapshot:
 
     @property
     def judged(self) -> list[Experience]:
-        """The held-out answers that people liked or disliked: all but corrections, which nobody could dislike."""
+        """The held-out answers that people liked or disliked, without corrections, which nobody could dislike."""
         return [one for one in self.held_out if not one.is_correction]
 
     @property
     def training_and_held_out(self) -> list[Experience]:
-        """The training and the held-out part together, oldest first."""
+        """The training and the held-out experiences together, oldest first."""
         return sorted([*self.training, *self.held_out], key=lambda one: one.turn_id)
 
     @property
     def feedback_ids(self) -> list[str]:
-        """The feedback that the run learns from, or compares that with: forgetting any of it withdraws what the run made."""
+        """The ids of the feedback that the run learns from. Forgetting any of it withdraws the version."""
         return sorted({one for experience in self.training for one in experience.feedback_ids})
 
     @property
     def followup_ids(self) -> list[str]:
-        """The messages that followed up on answers, and that the run takes for opinions, in the same way."""
+        """The ids of the follow-ups that the run learns from. Forgetting any of them withdraws the version."""
         return sorted({one.followup_id for one in self.training if one.followup_id is not None})

@@ -1,10 +1,10 @@
-"""Explanation: why a turn is what it is, and what became of what people said about it.
+"""Explanation: what made a turn, and how its feedback was used.
 
-The version that answered, the earlier messages that it was shown and how well they ranked, each opinion and why it does not
-count if it does not (the replay buffer decides, as it does for a run), and the runs that learned from it, with what weight.
-It reads the database and the versions' manifests. `/why` in a chat and `kibitz why` say the same; a chat names nobody.
+It has the version that answered, the earlier messages that the policy was shown with their scores, each opinion with the
+reason if it does not count (decided by the replay buffer, as for a run), and the runs that learned from the turn. It reads
+the database and the versions' manifests. `/why` in a chat and `kibitz why` say the same; a chat names nobody.
 
-Run: ``kibitz why TURN``; without a turn it lists the latest that people said something about.
+Run: ``kibitz why TURN``; without a turn it lists the latest turns with feedback.
 """
 
 from dataclasses import dataclass
@@ -17,13 +17,15 @@ from bot.types import Message, Turn
 from learning.data.manifest import read_manifest, read_since
 from learning.data.replay_buffer import Decision, ReplayBuffer
 
-MAX_RUNS = 8  # runs, the newest
+MAX_RUNS = 8  # newest runs that are shown
 
 
 @dataclass(frozen=True)
 class TrainingUse:
-    """That a run learned from a turn: what the turn was worth to it (None where its files are gone), how much it counted
-    beside others, and which share of the worth is that of answers like it (`rewards.smoothing`).
+    """The use of a turn by a run.
+
+    `advantage` is None if the version's files are gone. `smoothing` is the share of the advantage that was predicted from
+    similar answers (`rewards.smoothing`).
     """
 
     policy: str
@@ -32,23 +34,22 @@ class TrainingUse:
     smoothing: float = 0.0
 
     def describe(self) -> str:
-        """What the run made of it, for people."""
+        """Describe the use in one line for people."""
         if self.advantage is None:
             return f"used by {self.policy}, whose files are gone"
-        meaning = "against what is usual"
+        meaning = ""
         if self.smoothing:
-            meaning = (
-                f"({self.smoothing:.0%} of it is what answers like it earned, the rest its own reward against the usual; "
-                "all is its own where it was compared with another answer)"
-            )
-        less = ", for its age or because its people say more than their share" if self.weight < 1 else ""
-        return f"used by {self.policy}: {self.advantage:+.2f} {meaning}, weight {self.weight:.2f}{less}"
+            meaning = f" ({self.smoothing:.0%} from similar answers, unless it was compared with another answer)"
+        less = " (reduced for its age, or because its people said more than their share)" if self.weight < 1 else ""
+        return f"used by {self.policy}: advantage {self.advantage:+.2f}{meaning}, weight {self.weight:.2f}{less}"
 
 
 @dataclass(frozen=True)
 class TurnExplanation:
-    """A turn with all that bears on it; `remembered` are older messages that it was shown, with their scores. `earlier` is
-    how many runs used it besides those that are shown.
+    """A turn with its question, feedback and uses.
+
+    `remembered` are the earlier messages that the policy was shown, with their scores. `earlier_use_count` is how many more
+    runs used the turn than `uses` has.
     """
 
     turn: Turn
@@ -60,7 +61,7 @@ class TurnExplanation:
     is_outdated: bool = False
 
     def lines(self, names: bool = True) -> list[str]:
-        """All of it, for people; without `names` nobody is called by theirs."""
+        """Return the explanation in lines for people. Without `names`, no person is named."""
         turn, decision = self.turn, self.decision
 
         def name(person: str) -> str:
@@ -81,30 +82,30 @@ class TurnExplanation:
         if decision.followup is not None:
             kind = decision.followup.kind
             chance = decision.followup.chances[kind]
-            found.append(f"said next: {kind} (chance {chance:.2f}), {_describe_counting(decision.followup_reason)}")
+            found.append(f"follow-up: {kind} (chance {chance:.2f}), {_describe_counting(decision.followup_reason)}")
         if decision.reward is None:
             found.append("reward: none")
         else:
             parts = ", ".join(f"{name(who)} {worth:+.2f}" for who, worth in decision.reward.opinions.items())
             found.append(f"reward: {decision.reward.value:+.2f} ({parts})")
         if decision.reason is not None:
-            found.append(f"teaches nothing: {decision.reason}")
+            found.append(f"not trained on: {decision.reason}")
         elif decision.is_held_out:
-            found.append("held out: it judges candidates and teaches none")
+            found.append("held out: used to judge candidates, not to train them")
         elif self.is_outdated:
-            found.append("teaches nothing more: said before people came to want the opposite")
+            found.append("no longer trained on: older than the detected change of opinions")
         found += [one.describe() for one in self.uses]
         if self.earlier_use_count:
-            found.append(f"used by {self.earlier_use_count} earlier versions too")
-        return found if self.uses else [*found, "used by no version yet"]
+            found.append(f"also used by {self.earlier_use_count} earlier versions")
+        return found if self.uses else [*found, "not used by any version yet"]
 
 
 def explain(turn_id: str, buffer: ReplayBuffer, registry: PolicyRegistry) -> TurnExplanation:
-    """Why a turn is what it is. Raises DataError where there is no such turn."""
+    """Explain a turn. Raises DataError if there is no such turn."""
     store = buffer.store
     turn = store.find_turn(turn_id)
     if turn is None:
-        raise DataError(f"there is no turn '{turn_id}'; `kibitz why` lists the latest that people said something about")
+        raise DataError(f"there is no turn '{turn_id}'; `kibitz why` lists the latest turns with feedback")
     decision = buffer.decide(turn)
     there = store.find_messages(turn.remembered)
     shown = sorted(((score, one) for one, score in turn.remembered.items() if one in there), reverse=True)
@@ -123,7 +124,7 @@ def explain(turn_id: str, buffer: ReplayBuffer, registry: PolicyRegistry) -> Tur
 
 
 def _find_uses(policy: str, directory: Path, turn_id: str) -> list[TrainingUse]:
-    """What a version's manifest says of a turn; a version whose files are gone is named all the same."""
+    """Return the uses of a turn in a version's manifest; one without figures if the version's files are gone."""
     manifest = read_manifest(directory)
     if manifest is None:
         return [TrainingUse(policy, None)]

@@ -1,8 +1,8 @@
-"""Features: what an answer is like, in a few numbers that have names, and what answers like it earned.
+"""Features: describe an answer by a few named numbers, and predict the reward of similar answers.
 
-They name what people say about answers: how long they are, whether they ask back, how they speak. Each is in units of its
-own in which a difference of one is large, so that none needs scaling by what happens to be at hand. Words are looked for in
-English; an answer in another language has none of them. It knows no people and no policy.
+The features are what people comment on: length, asking back, manner of speaking. In the units of each feature a difference
+of one is large, so the features need no scaling to the data. Word features match English only; they are 0 for answers in
+other languages.
 """
 
 import math
@@ -13,7 +13,7 @@ import numpy as np
 
 from bot.memory.embedder import Embedder
 
-RIDGE = 16.0  # rewards scatter by about 1 around a taste that is worth about 0.25 for each feature (1 / 0.25²)
+RIDGE = 16.0  # 1 / 0.25²: the noise of rewards is about 1, the effect of a feature about 0.25
 EMOJI = re.compile("[\U0001f300-\U0001faff\u2600-\u27bf]")
 
 
@@ -23,7 +23,7 @@ def _make_matcher(pattern: str, flags: int = re.IGNORECASE) -> Callable[[str], f
 
 
 NAMED_FEATURES: dict[str, Callable[[str], float]] = {
-    "length": lambda text: math.log1p(len(text.split())),  # doubled, it is 0.7 more
+    "length": lambda text: math.log1p(len(text.split())),  # twice the length is 0.7 more
     "sentences": lambda text: math.log1p(len(re.findall(r"[.!?…](?:\s|$)|[。！？]", text))),
     "long words": lambda text: math.log1p(float(np.mean([len(word) for word in text.split() or [""]]))),
     "asks back": lambda text: float(re.search(r"[?？]\W*$", text[-100:]) is not None),
@@ -45,18 +45,18 @@ NAMED_FEATURES: dict[str, Callable[[str], float]] = {
 
 
 def extract_features(answers: list[str], embedder: Embedder | None = None) -> np.ndarray:
-    """What answers are like (n × features): what has a name, and their meaning if there is an embedder."""
+    """Return the features of answers (n × features): the named ones, and the embedding if there is an embedder."""
     named = np.array([[measure(text) for measure in NAMED_FEATURES.values()] for text in answers], dtype=float)
     named = named.reshape(len(answers), len(NAMED_FEATURES))
     return named if embedder is None else np.hstack([named, embedder.encode(answers)])
 
 
 def ridge_influence(seen: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """What each reward for answers with features `seen` (n × features) counts for each feature (n × features).
+    """Return the influence (n × features) of each reward on each feature's coefficient, for features `seen` (n × features).
 
-    Ridge regression (Hoerl and Kennard, 1970, "Ridge Regression: Biased Estimation for Nonorthogonal Problems"), which is
-    linear in the rewards: answers with features x are worth `x @ ridge(seen).T @ rewards` more than the mean of those seen.
-    `weights` (n,), in [0, 1], say how much each of them counts.
+    Ridge regression (Hoerl and Kennard, 1970, "Ridge Regression: Biased Estimation for Nonorthogonal Problems") is linear in
+    the rewards: centred features x predict `x @ ridge_influence(seen).T @ rewards` over the mean reward. `weights` (n,),
+    in [0, 1], are the weights of the rows.
     """
     root = np.sqrt(np.ones(len(seen)) if weights is None else weights)[:, None]
     rows = (seen - np.average(seen, axis=0, weights=root[:, 0] ** 2)) * root
@@ -64,7 +64,7 @@ def ridge_influence(seen: np.ndarray, weights: np.ndarray | None = None) -> np.n
 
 
 def predict_rewards(rewards: np.ndarray, seen: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """What answers like each one earned (n,), from the rewards of all of them (n,), which count by `weights` (n,)."""
+    """Predict the reward of each answer relative to the mean (n,), from `rewards` (n,) of all with their `weights` (n,)."""
     if not weights.any():
         return np.zeros(len(rewards))
     centred = seen - np.average(seen, axis=0, weights=weights)

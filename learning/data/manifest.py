@@ -1,4 +1,4 @@
-"""Manifest: all that the weights of a version depend on, in its directory. No version is whole without it: it comes last."""
+"""Manifest: everything that a version's weights depend on. It is written last, so a version with a manifest is complete."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ FILE = "manifest.json"
 
 
 class Row(NamedTuple):
-    """An experience: the turn, the hash of its token ids, and what it was worth, which all its feedback said together."""
+    """An experience in a manifest: its turn, the hash of its token ids, its figures and its feedback."""
 
     turn_id: str
     ids_sha256: str
@@ -24,39 +24,40 @@ class Row(NamedTuple):
 
 
 class Manifest(Record):
-    """The base model and the parent that a run went on from, its settings, the rows that it learned from and those that it
-    held out, and why others were left out. `sha256` is the hash of all that. There is no time, path or version number in it.
+    """The base model, parent, settings, trained and held-out rows of a run, and the count of rows left out by reason.
+
+    `sha256` is the hash of the rest. A manifest has no time, path or version number, so equal runs have equal manifests.
     """
 
     base_sha256: str = ""
     parent_sha256: str = ""
-    training: dict[str, Any] = Field(default_factory=dict)  # a section of the config as it was then
+    training: dict[str, Any] = Field(default_factory=dict)  # the section of the config at that time
     rewards: dict[str, Any] = Field(default_factory=dict)
     embedder: str = ""
     seed: int = 0
-    since: str = ""  # the turn from which on what was said counts; "" for all
+    since: str = ""  # the first turn whose feedback counts; "" for all
     rows: list[Row] = Field(default_factory=list)
     held_out: list[Row] = Field(default_factory=list)
     dropped: dict[str, int] = Field(default_factory=dict)
     sha256: str = ""
 
     def sign(self) -> Self:
-        """Return it with its hash."""
+        """Return the manifest with its hash."""
         content = json.dumps(self.as_json(), sort_keys=True)
         return self.model_copy(update={"sha256": hashlib.sha256(content.encode()).hexdigest()})
 
     def write(self, directory: Path) -> None:
-        """Write it into a version's directory."""
+        """Write the manifest into a version's directory."""
         (directory / FILE).write_text(json.dumps(self.as_json(), indent=1, sort_keys=True))
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """Read the manifest of a version; None where its files are gone, or it is a base model."""
+    """Read the manifest of a version. Return None if its files are gone, or if it is a base model."""
     file = directory / FILE
     return Manifest.from_json(json.loads(file.read_text())) if file.is_file() else None
 
 
 def read_since(directory: Path) -> str:
-    """Read the turn from which on what was said counts for a version: where people came to want the opposite, if ever."""
+    """Read the first turn whose feedback counts for a version: the last detected change of opinions, or "" for all."""
     manifest = read_manifest(directory)
     return "" if manifest is None else manifest.since

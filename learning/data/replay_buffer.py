@@ -1,7 +1,7 @@
-"""ReplayBuffer: experiences derived from turns and feedback, for one training run.
+"""ReplayBuffer: derive experiences from turns and feedback, for one training run.
 
-Nothing is kept here: a snapshot is rebuilt from the facts each time, and says of every turn that it leaves out why. It
-knows no objective and no model weights.
+It stores nothing: each snapshot is rebuilt from the facts, and counts the turns that it leaves out by reason. It does not
+depend on an objective or on model weights.
 """
 
 import itertools
@@ -37,15 +37,16 @@ from learning.data.selection import (
 )
 from learning.data.voices import Voices
 
-PAGE = 256  # turns that are read at once
+PAGE = 256  # turns in one read
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What counts of what people said about a turn, and why the rest does not.
+    """The feedback on a turn that counts, the reasons why the rest does not, and the resulting reward.
 
-    `opinions` are all acts of feedback, each with the reason why it counts nothing (None: it counts); `reward` is made of
-    those that count, and of `followup` where `followup_reason` is None. `reason` is why the turn teaches nothing, if so.
+    `feedback` has all acts of feedback, each with the reason why it does not count, or None if it does. `reward` is computed
+    from those that count, and from `followup` if `followup_reason` is None. `reason` is why the turn is not trained on, or
+    None.
     """
 
     feedback: list[tuple[Feedback, str | None]]
@@ -61,26 +62,23 @@ class Decision:
         return [row for row, reason in self.feedback if reason is None]
 
     def find_said_at(self, turn: Turn) -> datetime:
-        """When the first of what counts was said; where a follow-up counts, when it was answered."""
+        """Return the time of the first feedback that counts; the time of the turn, if a follow-up counts."""
         is_followed_up = self.followup is not None and self.followup_reason is None
         return min([row.at for row in self.counted_feedback] + [turn.at] * is_followed_up, default=turn.at)
 
 
 @dataclass(frozen=True)
 class KnownVersions:
-    """What is the same for all turns that are read: the versions of another base model, and how many versions came after
-    each one.
-    """
+    """The versions of another base model (`foreign`), and how many versions came after each one (`age`)."""
 
     foreign: set[str]
     age: dict[str, int]
 
 
 class ReplayBuffer:
-    """Draws snapshots from what the ConversationStore holds.
+    """Draws snapshots from the ConversationStore.
 
-    With an embedder, answers are compared with what is usual for their kind of prompt, and what somebody says again and
-    again counts once.
+    With an embedder, rewards are compared within a kind of prompt, and near-duplicates by one person count once.
     """
 
     def __init__(self, store: ConversationStore, tokenizer: ChatTokenizer, config: Config, embedder: Embedder | None = None):
@@ -91,9 +89,9 @@ class ReplayBuffer:
         self.users = Users(store.database, config.privacy)
 
     def snapshot(self, space: str | None = None, since: str = "") -> Snapshot:
-        """All that can be learned from now: of one imported `space`, or from the turn `since` on, where they are given.
+        """Return what a run can learn from now, limited to one imported `space`, or to the turns from `since` on, if given.
 
-        Only the turns are read that are drawn, and those that must be read to find out which those are.
+        It reads only the turns that are drawn, and those that it needs to decide which ones to draw.
         """
         learning = self.config.learning
         drawn_at = now()
@@ -114,8 +112,8 @@ class ReplayBuffer:
         return found
 
     def find_unseen(self, since: str, drawn_at: datetime) -> list[Experience]:
-        """The judged answers, from the turn `since` on, that no version learned from which drew its rows at `drawn_at` or
-        before: those that are held out, and those to other questions on which all was said after that.
+        """Return the judged answers, from the turn `since` on, that no version whose rows were drawn by `drawn_at` learned
+        from: held-out answers, and answers to new questions whose feedback is all from after `drawn_at`.
         """
         learning = self.config.learning
         found = self._read_pool(None, since)
@@ -125,7 +123,7 @@ class ReplayBuffer:
         return [one for one in drawn if is_held_out(one.unit, learning.held_out) or one.unit not in known]
 
     def _find_taught_units(self) -> set[str]:
-        """The units of all turns of which an opinion ever taught a version."""
+        """Return the units of all turns whose feedback ever taught a version."""
         taught, found = sorted(find_turns_that_taught(self.store.database)), set[str]()
         for start in range(0, len(taught), PAGE):
             turns = self.store.read_turns(taught[start : start + PAGE])
@@ -134,7 +132,7 @@ class ReplayBuffer:
         return found
 
     def read_rated(self) -> list[Experience]:
-        """All answers with a reward, oldest first, however many."""
+        """Return all answers with a reward, oldest first, without a limit."""
         found, reader = Snapshot(), self._find_known_versions()
         judged = self._find_judged()
         for start in range(0, len(judged), PAGE):
@@ -145,16 +143,16 @@ class ReplayBuffer:
         return find_judged_turns(self.store.database, space, self.config.rewards.followup > 0)
 
     def _read_pool(self, space: str | None, since: str) -> Snapshot:
-        """The experiences that a run is drawn from, as if all were for training, and why the other turns are none.
+        """Return the experiences that a run is drawn from, all in `training`, and the other turns counted by reason.
 
-        They are read a page at a time, the newest first and then the older ones in the order of `draw_order_key`, until as
-        many can be learned from as are wanted of either.
+        Turns are read a page at a time: first the newest, then the older ones in the order of `draw_order_key`, until there
+        are enough usable ones of each.
         """
         everything = self._find_judged(space)
         judged = [one for one in everything if one.turn_id >= since]
         found = Snapshot(turns=len(everything), taken_back=self._find_retracted({one.turn_id for one in everything}))
         if len(judged) < len(everything):
-            found.dropped["said before people came to want the opposite"] = len(everything) - len(judged)
+            found.dropped["older than the detected change of opinions"] = len(everything) - len(judged)
         most = self.config.learning.max_turns
         newest = count_fresh(most, self.config.learning.fresh)
         answers: defaultdict[str, list[JudgedTurn]] = defaultdict(list)
@@ -178,7 +176,7 @@ class ReplayBuffer:
         yield from sorted(set(judged) - read, key=lambda one: draw_order_key(one.turn_id))
 
     def _find_retracted(self, turn_ids: set[str]) -> list[str]:
-        """The turn of each opinion that taught an earlier version and no longer stands."""
+        """Return the turn of each opinion that taught an earlier version and was retracted since."""
         said = self.store.read_feedback_on(find_reconsidered_turns(self.store.database) & turn_ids)
         given = [row for rows in said.values() for row in rows]
         gone = {row.id for row in given} - {row.id for row in select_effective(given)}
@@ -191,7 +189,10 @@ class ReplayBuffer:
         return KnownVersions(registry.find_foreign(), age)
 
     def _read_into(self, judged: Iterable[JudgedTurn], reader: "KnownVersions", found: Snapshot) -> list[str]:
-        """Read some turns, all answers to a question together, into a snapshot; return the turn of each experience."""
+        """Read some turns into a snapshot, and return the turn id of each usable experience.
+
+        `judged` must have all answers to a question together.
+        """
         turns = self.store.read_turns(one.turn_id for one in judged)
         voices = Voices(self.store, self.users, turns, self.config.web)
         answers: dict[str, list[tuple[float, Experience]]] = defaultdict(list)
@@ -216,7 +217,7 @@ class ReplayBuffer:
         return [one.turn_id for one in usable]
 
     def decide(self, turn: Turn) -> Decision:
-        """What counts of what people said about one turn, as a run that began now would take it."""
+        """Decide what counts of the feedback on one turn, as a run that started now would."""
         turn = self._without_foreign_ids(turn, PolicyRegistry(self.store.database).find_foreign())
         voices = Voices(self.store, self.users, [turn], self.config.web)
         decision = self._decide(turn, voices)
@@ -244,9 +245,9 @@ class ReplayBuffer:
 
     def _explain_exclusion(self, turn: Turn, earned: Reward | None, voices: Voices) -> str | None:
         if not voices.consent.may_teach(turn):
-            return "somebody in it does not consent"
+            return "a person whose words it contains does not consent"
         if earned is None:
-            return "no standing opinion of anybody who took part"
+            return "no opinion that counts"
         if earned.value == 0:
             return "opinions cancel out"
         if turn.finish_reason in UNFINISHED_REASONS:
@@ -254,17 +255,17 @@ class ReplayBuffer:
         if not turn.text.strip():
             return "the answer is empty"
         if turn.completion_ids is not None and not self._has_own_ids(turn, turn.completion_ids):
-            return "its token ids are those of another tokenizer"
+            return "its token ids are from another tokenizer"
         return None
 
     def _without_foreign_ids(self, turn: Turn, foreign: set[str]) -> Turn:
-        """A turn as this base model reads it: what a version of another one answered is a text."""
-        if turn.policy_version not in foreign:  # of another tokenizer, and of another policy
+        """Return a turn without token ids and log-probabilities if a version of another base model answered."""
+        if turn.policy_version not in foreign:
             return turn
         return replace(turn, prompt_ids=None, completion_ids=None, logprobs=None)
 
     def _has_own_ids(self, turn: Turn, completion: Sequence[int]) -> bool:
-        """Whether token ids are in our vocabulary, and those of an answer spell its text, and a stop if it had one."""
+        """Whether a turn's token ids are in our vocabulary, and its answer's spell its text (up to a stop string)."""
         prompt, text, has_stops = turn.prompt_ids or (), turn.text, "stop" in turn.sampling
         ids, size = [*prompt, *completion], len(self.tokenizer.hf)
         if ids and not 0 <= min(ids) <= max(ids) < size:
@@ -310,7 +311,7 @@ class ReplayBuffer:
             )
 
     def _read_prompt_chat(self, turn: Turn) -> list[dict[str, str]]:
-        """The chat messages that led to a turn: the chain of replies to an imported one, else what the policy was shown."""
+        """Return the chat messages that led to a turn: those that the policy was shown, or else the chain of replies."""
         ids = [one for one, score in turn.shown.items() if score is None]
         said = self.store.find_messages([*ids, turn.message_id])
         recent = [said[one] for one in ids if one in said and said[one].conversation_id == turn.conversation_id]
@@ -325,5 +326,5 @@ class ReplayBuffer:
         return self._format_chat(chain[::-1])
 
     def _format_chat(self, messages: Sequence[Message]) -> list[dict[str, str]]:
-        kept = [one for one in messages if not one.is_forgotten]  # what is too old leaves its place, and no words
+        kept = [one for one in messages if not one.is_forgotten]  # a forgotten message has no text left
         return [{"role": one.role.value, "content": self.tokenizer.neutralise(one.text)} for one in kept]

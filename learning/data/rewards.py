@@ -1,6 +1,6 @@
-"""Rewards: feedback on a turn -> one number in [-1, 1]. Pure functions of the record (law 2).
+"""Rewards: reduce the feedback on a turn to one number in [-1, 1]. Pure functions of the record (law 2).
 
-Silence is not disapproval: without standing feedback there is no reward, which is not a reward of zero.
+Silence is not disapproval: a turn without effective feedback has no reward, which differs from a reward of zero.
 """
 
 from collections import defaultdict
@@ -13,7 +13,7 @@ from bot.config import RewardsConfig
 from bot.store.feedback import select_effective
 from bot.types import Feedback, FeedbackKind, FollowUp
 
-FEEDBACK_OF_FOLLOW_UP = {  # what somebody says next, as the act that would say the same
+FEEDBACK_OF_FOLLOW_UP = {  # the feedback that a follow-up is equivalent to
     "approval": FeedbackKind.APPROVAL,
     "disapproval": FeedbackKind.DISAPPROVAL,
     "correction": FeedbackKind.CORRECTION,
@@ -23,7 +23,7 @@ FEEDBACK_OF_FOLLOW_UP = {  # what somebody says next, as the act that would say 
 
 @dataclass(frozen=True)
 class Reward:
-    """What a turn earned, from whom, and the feedback that says so."""
+    """The reward of a turn, with each person's opinion and the feedback behind it."""
 
     value: float
     opinions: dict[str, float]
@@ -34,11 +34,11 @@ class Reward:
 def compute_reward(
     feedback: Iterable[Feedback], asker_id: str, config: RewardsConfig, followup: FollowUp | None = None
 ) -> Reward | None:
-    """The weighted mean over people of what each one's standing feedback is worth, or None where nothing stands.
+    """Return the weighted mean of people's opinions, or None if no feedback is effective.
 
-    Each person's acts add up and are capped to [-1, 1], so that nobody counts more than once; the asker weighs more than
-    a bystander. The order of `feedback` does not matter. What the asker said next counts as what it most likely is, by how
-    likely that is, where `rewards.followup` lets it.
+    Each person's acts are added and clipped to [-1, 1], so that nobody counts more than once. The asker weighs more than a
+    bystander. The order of `feedback` does not matter. If `rewards.followup` is set, a follow-up counts as the feedback
+    that it most likely means, times the probability of that.
     """
     worth = {
         FeedbackKind.APPROVAL: config.approval,
@@ -62,9 +62,9 @@ def compute_reward(
 
 
 def advantages(rewards: np.ndarray, kinds: np.ndarray, prior: float) -> np.ndarray:
-    """Rewards (n,) less what prompts of their kind (n,) usually earn: so an easy prompt's 👍 is no credit.
+    """Return rewards (n,) minus the usual reward of their kind of prompt (n,), so that a 👍 on an easy prompt counts little.
 
-    A kind's mean is drawn to the overall one, and that to zero, as if `prior` more rewards of that size had been seen.
+    The mean of a kind is shrunk to the overall mean, and that to zero, as if there were `prior` more rewards of that size.
     """
     usual = rewards.sum() / (len(rewards) + prior) if len(rewards) else 0.0
     found = np.empty(len(rewards))

@@ -1,6 +1,6 @@
-"""Selection: which experiences one run learns from, how much each counts, and in which order. Pure functions.
+"""Selection: choose the experiences that a run learns from, their weights and their order. Pure functions.
 
-Whatever is left out is left out under a reason. It knows no database and no model; vectors of meanings are given.
+Each function that leaves something out returns the counts by reason. Embeddings are passed in.
 """
 
 import hashlib
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
     from bot.memory.embedder import Embedder
     from learning.data.experience import Experience
 
-DUPLICATE_SIMILARITY = 0.97  # cosine similarity of question and answer from which two turns are the same thing said twice
-TURNS_PER_KIND = 24  # turns, on average, in one kind of prompt
-KINDS = 16  # at most
+DUPLICATE_SIMILARITY = 0.97  # cosine similarity of question and answer from which on two turns are duplicates
+TURNS_PER_KIND = 24  # mean number of turns in one kind of prompt
+KINDS = 16  # maximum number of kinds
 
 Kept = tuple[list["Experience"], Counter[str]]
 
 
 def is_held_out(key: str, share: float) -> bool:
-    """Whether all that has this key is kept for the gate: decided by the key alone, so for ever."""
+    """Whether everything with this key is held out. The key alone decides, so the answer never changes."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64 < share
 
 
 def question_key(text: str) -> str:
-    """Return what a question is held out by: its letters and digits, so that the same words are never on both sides."""
+    """Return the key that a question is held out by: its words, so that the same words are never on both sides."""
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
 def split_held_out(found: Sequence["Experience"], share: float) -> tuple[list["Experience"], list["Experience"]]:
-    """What is for training, and the share that is held out."""
+    """Split experiences into those for training and the share that is held out."""
     training: list[Experience] = []
     held_out: list[Experience] = []
     for one in found:
@@ -48,9 +48,9 @@ def split_held_out(found: Sequence["Experience"], share: float) -> tuple[list["E
 
 
 def draw_fresh_and_old(found: Sequence["Experience"], limit: int, fresh: float) -> Kept:
-    """At most `limit` experiences (oldest first): a share of them the newest, the rest drawn from all that is older.
+    """Return at most `limit` experiences, oldest first: a share `fresh` of the newest, and the rest drawn from the older.
 
-    The draw goes by id, so that a run that follows draws the same ones again, as far as there is room.
+    The draw depends on the ids alone, so that the next run draws the same ones again as far as there is room.
     """
     if len(found) <= limit:
         return list(found), Counter()
@@ -61,24 +61,24 @@ def draw_fresh_and_old(found: Sequence["Experience"], limit: int, fresh: float) 
 
 
 def count_fresh(limit: int, fresh: float) -> int:
-    """How many of `limit` experiences are the newest."""
+    """Return how many of `limit` experiences are taken from the newest."""
     return max(1, round(limit * fresh))
 
 
 def draw_order_key(turn_id: str) -> bytes:
-    """What the older turns are sorted by, of which the first are drawn."""
+    """Return the sort key of older turns; the first ones in this order are drawn."""
     return hashlib.sha256(turn_id.encode()).digest()
 
 
 def explain_not_drawn(limit: int) -> str:
-    """The reason why a turn is left out that is one of too many."""
-    return f"more than {limit} turns (learning.max_turns): not drawn from the older ones"
+    """Return the reason for turns that are left out because there are too many."""
+    return f"not drawn: there are more than {limit} turns (learning.max_turns)"
 
 
 def drop_near_duplicates(found: Sequence["Experience"], vectors: np.ndarray) -> Kept:
-    """Of what one person asked and was answered again and again, with the same reward, only the newest.
+    """Keep only the newest of a person's near-duplicate turns with the same outcome.
 
-    `vectors` (n × dimensions, unit length) are those of each question with its answer.
+    `vectors` (n × dimensions, unit length) are the embeddings of each question with its answer.
     """
     kept: list[int] = []
     of_person: dict[tuple, list[int]] = defaultdict(list)
@@ -88,14 +88,14 @@ def drop_near_duplicates(found: Sequence["Experience"], vectors: np.ndarray) -> 
         if not same or float((vectors[same] @ vectors[row]).max()) < DUPLICATE_SIMILARITY:
             same.append(row)
             kept.append(row)
-    reason = "said before by the same person, with the same outcome"
+    reason = "near-duplicate of a newer turn of the same person, with the same outcome"
     return [found[row] for row in reversed(kept)], Counter(
         {reason: len(found) - len(kept)} if len(kept) < len(found) else {}
     )
 
 
 def cluster_questions(questions: Sequence[str], embedder: "Embedder | None", seed: int) -> np.ndarray:
-    """The kind of each prompt (n,): clusters of the questions' embeddings by k-means; one kind without an embedder."""
+    """Return the kind of each question (n,): its k-means cluster by embedding. Without an embedder there is one kind."""
     from sklearn.cluster import KMeans
 
     count = min(KINDS, len(questions) // TURNS_PER_KIND)
@@ -111,8 +111,9 @@ def assign_advantages(
     cap: float,
     smooth: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
 ) -> list["Experience"]:
-    """The experiences (oldest first) with their advantages, and with less weight for those of somebody who says more than
-    their share. `smooth` makes other advantages (n,) of those and the weights (n,).
+    """Return the experiences with advantages, and with weights that cap each person's share at `cap`.
+
+    `kind_of` (n,) is the kind of each prompt. `smooth` maps advantages (n,) and weights (n,) to other advantages (n,).
     """
     worth = advantages(np.array([one.reward for one in found]), kind_of, prior)
     opinions = [one.opinion_holders for one in found]
@@ -126,11 +127,11 @@ def assign_advantages(
 
 
 def cap_people(opinions: Sequence[tuple[str, ...]], worth: np.ndarray, cap: float) -> np.ndarray:
-    """A weight in (0, 1] for each turn (n,), so that nobody's opinions make up more than a share `cap` of all that counts.
+    """Return a weight in (0, 1] for each turn (n,), so that no person has more than a share `cap` of the total `worth`.
 
-    `opinions` names whose opinions each turn's reward is made of, who share it evenly. Where there are fewer than 1/cap
-    people nobody is limited: there is nobody to be outvoted. Where the cap cannot be kept, since somebody spoke wherever
-    others did, it is kept as far as it can be. The largest weight is 1.
+    `opinions` names the people behind each turn's reward; they share it evenly. With fewer than 1/cap people nobody is
+    limited, because the cap cannot hold. If one person spoke wherever others did, the cap is approached as far as possible.
+    The largest weight is 1.
     """
     weights = np.ones(len(worth))
     people = sorted({person for those in opinions for person in those})
@@ -141,7 +142,7 @@ def cap_people(opinions: Sequence[tuple[str, ...]], worth: np.ndarray, cap: floa
     for turn, those in enumerate(opinions):
         for person in those:
             shares[rows[person], turn] += worth[turn] / len(those)
-    for _ in range(100):  # who is limited makes the others' share larger, and some of them come to be limited too
+    for _ in range(100):  # limiting one person raises the others' shares, so more people may have to be limited
         given = shares @ weights
         over = given > cap * given.sum() * (1 + 1e-6)
         if not over.any():
@@ -155,7 +156,7 @@ def cap_people(opinions: Sequence[tuple[str, ...]], worth: np.ndarray, cap: floa
 
 
 def select_usable(found: Sequence["Experience"], objective: str) -> list["Experience"]:
-    """The experiences that an objective can learn from."""
+    """Return the experiences that an objective can learn from."""
     match objective:
         case "dpo":
             return [one for one in found if one.rejected_ids is not None]
@@ -168,28 +169,28 @@ def select_usable(found: Sequence["Experience"], objective: str) -> list["Experi
 
 
 def select_for_training(found: Sequence["Experience"], training: TrainingConfig, seed: int) -> Kept:
-    """Which of the experiences (oldest first) a run reads: those that its objective can use, and of those the newest, where
-    its steps are too few to read them all.
+    """Return the experiences (oldest first) that a run trains on: those that its objective can use, and of those the
+    newest if it has too few steps for all.
 
-    TRL's DPO has no weights: there whoever counts less is drawn less often, so many in all as the weights add up to.
+    TRL's DPO has no weights, so rows are drawn in proportion to their weights, as many as the weights add up to.
     """
     usable = select_usable(found, training.objective)
     most = training.max_steps * training.batch_size
-    reasons = {f"of no use to training.objective '{training.objective}'": len(found) - len(usable)}
+    reasons = {f"not usable with training.objective '{training.objective}'": len(found) - len(usable)}
     if training.objective == "dpo":
         begun = random.Random(seed).random() + np.cumsum([0.0, *(one.weight for one in usable)])
         drawn = [one for one, is_next in zip(usable, np.diff(np.floor(begun)), strict=True) if is_next]
-        reasons["not drawn: it counts less, and 'dpo' has no weights"] = len(usable) - len(drawn)
+        reasons["not drawn: lower weight, which 'dpo' can only apply by drawing"] = len(usable) - len(drawn)
         usable = drawn
     reasons[f"more than {most} answers (training.max_steps times training.batch_size)"] = max(0, len(usable) - most)
     return usable[-most:], Counter({reason: count for reason, count in reasons.items() if count})
 
 
 def draw_batches(count: int, batch: int, steps: int, rng: random.Random) -> list[int]:
-    """Draw the rows (of so many) of each step's batch, one batch after the other.
+    """Draw row numbers (of `count` rows) for all batches, one batch after the other.
 
-    Every row comes once in each epoch, in an order that is drawn anew; where an epoch ends inside a batch, those come first
-    that the batch does not have yet. So no row is twice in a batch, unless there are fewer rows than that.
+    Each epoch has every row once, in a new random order. If an epoch ends inside a batch, rows that the batch does not have
+    yet come first. So no row is twice in a batch, unless there are fewer rows than a batch needs.
     """
     order: list[int] = []
     due: list[int] = []
@@ -202,8 +203,9 @@ def draw_batches(count: int, batch: int, steps: int, rng: random.Random) -> list
 
 
 def group_by_length(order: Sequence[int], lengths: Sequence[int], batch: int) -> list[int]:
-    """The rows in an `order` in which those of about the same length are in a batch together: sorted inside each quarter of
-    an epoch, the longest first, so that memory runs out at once or not at all. `lengths` has one for each row.
+    """Reorder row numbers so that each batch has rows of similar length (`lengths`, one per row).
+
+    Rows are sorted within each quarter of an epoch, the longest first, so that memory runs out at once or not at all.
     """
     window = batch * max(1, len(lengths) // (4 * batch))
     parts = (order[start : start + window] for start in range(0, len(order), window))

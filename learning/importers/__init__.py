@@ -1,1 +1,1 @@
-"""Importers: other programs' recorded conversations, in kibitz's form."""
+"""Importers: convert other programs' recorded conversations to kibitz's form."""

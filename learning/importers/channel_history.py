@@ -1,7 +1,7 @@
-"""Channel history: what people and bots posted in a channel, made into questions and answers with their reactions.
+"""Channel history: convert the posts of a channel to questions and answers with reactions.
 
-An exported channel holds everything that anybody said there. Kept is what a bot answered, with what was said before in that
-exchange. It knows no file format and no platform.
+An exported channel has all its posts. Only exchanges with a bot are kept: its answers, and the posts that they reply to. It
+does not depend on a file format or a platform.
 """
 
 from collections import defaultdict
@@ -13,24 +13,24 @@ from learning.importers.message_trees import Node, add_tree
 from learning.importers.recorded_files import RecordedRow
 from learning.importers.recording import Recording
 
-PAUSE = 3600.0  # seconds of silence after which people talk of something else
+PAUSE = 3600.0  # seconds of silence that end an exchange
 
 
 @dataclass(frozen=True)
 class Reaction:
-    """An emoji on a post, and the people who chose it."""
+    """An emoji on a post, and the people who reacted with it."""
 
     symbol: str
     people: tuple[str, ...]
-    unnamed: int = 0  # people whom the file counts and does not name
+    unnamed: int = 0  # number of people whom the file does not name
 
 
 @dataclass(frozen=True)
 class Post:
     """One message of a channel.
 
-    `at`: seconds. `reply_to`: the post that it says it replies to. `asks`: whom it mentions. `thread` is the thread that it
-    is in; there, and in direct messages, posts answer the one before (`is_dialogue`).
+    `at` is in seconds. `reply_to` is the post that it explicitly replies to. `mentions` are the people and bots that it
+    mentions. `thread` is its thread. In threads and direct messages (`is_dialogue`) a post replies to the one before.
     """
 
     id: str
@@ -47,9 +47,10 @@ class Post:
 
 @dataclass
 class ReplyLinks:
-    """Which post replies to which.
+    """The reply structure of some posts.
 
-    `answers` are what bots answered, whole; `part_of` names the answer that a further post is a part of.
+    `parents` maps a post to the one that it replies to. `answers` has the complete answers of bots. `part_of` maps a further
+    part of an answer to its first post.
     """
 
     parents: dict[str, str | None] = field(default_factory=dict)
@@ -57,7 +58,7 @@ class ReplyLinks:
     part_of: dict[str, str] = field(default_factory=dict)
 
     def find_answer(self, post: Post | None) -> Post | None:
-        """Return the answer that a post is, or is a part of."""
+        """Return the complete answer that a post belongs to, or None."""
         return None if post is None else self.answers.get(self.part_of.get(post.id, post.id))
 
 
@@ -68,19 +69,19 @@ def read_channel(key: str, found: Iterable[Post], row: RecordedRow, recording: R
         if not post.text.strip():
             recording.leave_out("message without text", row.place)
         elif post.id in posts:
-            recording.leave_out("message whose id came before", row.place, post.id)
+            recording.leave_out("message with a duplicate id", row.place, post.id)
         else:
             posts[post.id] = post
     order = {name: at for at, name in enumerate(posts)}
     links = link_replies(posts)
-    exchanges: dict[str, set[str]] = defaultdict(set)  # by what began them
+    exchanges: dict[str, set[str]] = defaultdict(set)  # by their first post
     for answer in links.answers:
         chain = [answer]
         while (parent := links.parents[chain[-1]]) is not None:
             chain.append(parent)
         exchanges[chain[-1]].update(chain)
     used = set().union(*exchanges.values()) | links.part_of.keys()
-    recording.leave_out("message that is no part of an exchange with a bot", row.place, count=len(posts.keys() - used))
+    recording.leave_out("message outside of exchanges with a bot", row.place, count=len(posts.keys() - used))
     for root, names in exchanges.items():
         with recording.leaving_out(row.place, "exchange"):
             draft = recording.start_draft(f"{key} {root}")
@@ -90,7 +91,11 @@ def read_channel(key: str, found: Iterable[Post], row: RecordedRow, recording: R
                 for reaction in post.reactions:
                     kind = recording.reactions.classify(reaction.symbol)
                     if post.id not in turns or kind is None:
-                        reason = "reaction that is no opinion" if kind is None else "reaction to a message that is no answer"
+                        reason = (
+                            "reaction that is not an opinion"
+                            if kind is None
+                            else "reaction to a message that is not an answer"
+                        )
                         recording.leave_out(reason, row.place, reaction.symbol, len(reaction.people) + reaction.unnamed)
                         continue
                     for person in reaction.people:
@@ -105,10 +110,11 @@ def _make_node(post: Post, links: ReplyLinks) -> Node:
 
 
 def link_replies(posts: dict[str, Post]) -> ReplyLinks:
-    """Find out what each of some posts, oldest first, replies to.
+    """Find the post that each post replies to. `posts` are ordered from the oldest.
 
-    A person's post replies to what it says; in a dialogue to the one before. A bot answers what it says, else in a dialogue
-    what a person said last, elsewhere who mentioned it last. What it posts right after its answer is a further part of it.
+    A person's post replies to the post that it names, or in a dialogue to the one before. A bot's post replies to the post
+    that it names; otherwise in a dialogue to the last person's post, elsewhere to the last mention of the bot. A bot's post
+    right after its own answer is a further part of that answer.
     """
     links = ReplyLinks()
     before: dict[str, Post] = {}  # by thread
@@ -120,7 +126,7 @@ def link_replies(posts: dict[str, Post]) -> ReplyLinks:
         if last is not None and post.at - last.at > PAUSE and not post.thread:
             last = None
             spoke.pop(post.thread, None)
-        is_earlier = post.reply_to in links.parents or post.reply_to in links.part_of  # or two could reply to each other
+        is_earlier = post.reply_to in links.parents or post.reply_to in links.part_of  # or two could form a cycle
         named = posts[post.reply_to] if is_earlier else None
         if not post.is_bot:
             follows = named or (last if post.is_dialogue else None)
@@ -135,7 +141,7 @@ def link_replies(posts: dict[str, Post]) -> ReplyLinks:
             links.answers[whole.id] = replace(whole, text=text, reactions=reactions)
             continue
         question = named
-        if (again := links.find_answer(named)) is not None:  # the same question is answered anew
+        if (again := links.find_answer(named)) is not None:  # a second answer to the same question
             question = posts[links.parents[again.id] or ""]
         elif named is None:
             question = spoke.get(post.thread) if post.is_dialogue else asked.pop((post.thread, post.author), None)

@@ -1,7 +1,7 @@
-"""Chat messages: the many ways in which a chat is written down, as one; and the rated chats in JSON rows.
+"""Chat messages: read the different notations of a chat, and rated chats in JSON rows.
 
-OpenAI's `messages` with `role` and `content`, ShareGPT's `conversations` with `from` and `value`, plain texts. What a model
-did with tools, and what is no text, is left out.
+It reads OpenAI's `messages` with `role` and `content`, ShareGPT's `conversations` with `from` and `value`, and plain texts.
+Tool messages, and content other than text, are left out.
 """
 
 from collections.abc import Sequence
@@ -24,14 +24,14 @@ TOOLS = ("tool", "function", "function_call", "function-call", "tool_call", "obs
 
 
 class RecordedMessage(BaseModel):
-    """One message as files have it."""
+    """One message as it is written in a file."""
 
     role: str = Field(validation_alias=AliasChoices("role", "from"))
     content: str | list[str | dict[str, Any]] | None = Field(None, validation_alias=AliasChoices("content", "value", "text"))
 
     @property
     def text(self) -> str:
-        """The text of a message, without what is no text."""
+        """The text of a message, without other content."""
         if not isinstance(self.content, list):
             return self.content or ""
         parts = [part if isinstance(part, str) else part.get("text") for part in self.content]
@@ -39,7 +39,7 @@ class RecordedMessage(BaseModel):
 
     @property
     def has_more_than_text(self) -> bool:
-        """Whether there is a picture, a sound or a file in it."""
+        """Whether the message has a picture, a sound or a file."""
         parts = self.content if isinstance(self.content, list) else []
         return any(not isinstance(part, str) and not isinstance(part.get("text"), str) for part in parts)
 
@@ -54,7 +54,7 @@ class ChatRow(BaseModel):
 
 @dataclass(frozen=True)
 class RatedMessage:
-    """One message that somebody said, and what it was rated with."""
+    """One message with its author's role and its rating as it is written."""
 
     role: Role
     text: str
@@ -62,15 +62,15 @@ class RatedMessage:
 
 
 def parse_role(name: str) -> Role:
-    """Return who speaks under a name. Raises OddRow where nobody knows it."""
+    """Return the role of a speaker's name. Raises OddRow if the name is unknown."""
     found = ROLES.get(name.strip().lower())
     if found is None:
-        raise OddRow(f"has role {name[:40]!r}, which is not known")
+        raise OddRow(f"has the unknown role {name[:40]!r}")
     return found
 
 
 def read_chat(value: Any, speaker: Role, recording: Recording, row: RecordedRow) -> list[RatedMessage]:
-    """Return what is said in a text (by `speaker`), a message, or a list of those; what is left out is counted."""
+    """Return the messages of a text (by `speaker`), a message, or a list of those. What is left out is counted."""
     if isinstance(value, str):
         return [RatedMessage(speaker, value)]
     found = []
@@ -80,9 +80,9 @@ def read_chat(value: Any, speaker: Role, recording: Recording, row: RecordedRow)
             continue
         message = RecordedMessage.model_validate(one)
         if message.has_more_than_text:
-            recording.leave_out("part of a message that is no text", row.place)
+            recording.leave_out("message part that is not text", row.place)
         if message.role.lower() in TOOLS:
-            recording.leave_out("message of a tool", row.place)
+            recording.leave_out("tool message", row.place)
         elif message.content is None:
             recording.leave_out("message without content", row.place)
         else:
@@ -107,7 +107,7 @@ def add_chat(
 
 
 def read_rated_chat(row: RecordedRow, recording: Recording) -> None:
-    """Read one row: a chat, rated as a whole (then its last answer is meant) or message by message."""
+    """Read a row with a chat. A rating of the whole chat applies to its last answer; messages may have their own ratings."""
     said = read_chat(ChatRow.model_validate(row.value).messages, Role.USER, recording, row)
     draft = recording.start_draft(row.place)
     _, turn = add_chat(draft, said)

@@ -1,4 +1,4 @@
-"""DiscordChatExporter: its JSON files, one or several for each channel, with the reactions on what bots answered."""
+"""Discord export: read DiscordChatExporter's JSON files, one or several for each channel."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -18,7 +18,7 @@ class _Lenient(BaseModel):
 
 
 class DiscordUser(_Lenient):
-    """Somebody on Discord."""
+    """A person or a bot on Discord."""
 
     id: str
     name: str = ""
@@ -34,7 +34,7 @@ class Emoji(_Lenient):
 
 
 class DiscordReaction(_Lenient):
-    """Who reacted with one emoji; files without names have the count only."""
+    """The reactions with one emoji. Files without names have only the count."""
 
     emoji: Emoji
     count: int = 0
@@ -42,7 +42,7 @@ class DiscordReaction(_Lenient):
 
 
 class Reference(_Lenient):
-    """The message that another one replies to."""
+    """A reference to the message that is replied to."""
 
     messageId: str | None = None
 
@@ -61,7 +61,7 @@ class DiscordMessage(_Lenient):
 
 
 class Channel(_Lenient):
-    """Where messages were said."""
+    """The channel of some messages."""
 
     id: str
     type: str = ""
@@ -91,9 +91,9 @@ def read_discord(rows: Sequence[RecordedRow], recording: Recording) -> None:
 
 
 def _make_post(message: DiscordMessage, thread: str, is_dialogue: bool, row: RecordedRow, recording: Recording) -> Post:
-    """Return a message as a post. Raises OddRow where nobody says anything in it."""
+    """Return a message as a post. Raises OddRow if it is a notice of the platform."""
     if message.type not in SPEECH:
-        raise OddRow("is of the platform itself", message.type)
+        raise OddRow("is a platform notice", message.type)
     text = message.content
     for user in message.mentions if not message.author.isBot else ():
         if user.isBot:

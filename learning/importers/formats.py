@@ -1,7 +1,7 @@
-"""Importers: recorded conversations with their reactions, from whatever file people have.
+"""Formats: read recorded conversations with their reactions from files of any known format.
 
-Finds out the format of each row and hands the rows to the format's reader. A file is read whole before anything is stored;
-a row that cannot be read is left out and counted under its reason. It knows no tokenizer and no training.
+It detects the format of each row and passes the rows to the format's reader. A file is read completely before anything is
+stored. Rows that cannot be read are left out and counted by reason.
 """
 
 from collections import defaultdict
@@ -28,7 +28,7 @@ FormatReader = Callable[[Sequence[RecordedRow], Recording], None]
 
 @dataclass(frozen=True)
 class Format:
-    """A way to record conversations: a row of it has all keys of one of `marks`, or is in a file with one of these names."""
+    """A file format. Its rows have all keys of one of `marks`, or are in a file whose name is in `files`."""
 
     name: str
     marks: tuple[set[str], ...]
@@ -36,13 +36,13 @@ class Format:
     files: frozenset[str] = frozenset()
 
     def matches(self, row: RecordedRow) -> bool:
-        """Whether a row is of this format."""
+        """Whether a row has this format."""
         is_marked = isinstance(row.value, dict) and any(mark <= row.value.keys() for mark in self.marks)
         return is_marked or PurePosixPath(row.file).name in self.files
 
 
 def _make_row_reader(read: Callable[[RecordedRow, Recording], None]) -> FormatReader:
-    """A reader of a format in which each row stands for itself."""
+    """Make a reader for a format with independent rows."""
 
     def read_all(rows: Sequence[RecordedRow], recording: Recording) -> None:
         for row in rows:
@@ -52,7 +52,7 @@ def _make_row_reader(read: Callable[[RecordedRow, Recording], None]) -> FormatRe
     return read_all
 
 
-FORMATS = (  # the first that fits is a row's format
+FORMATS = (  # a row has the first one that matches
     Format("kibitz", ({EXPORT_KEY}, {"conversation", "turns", "feedback"}), _make_row_reader(read_export)),
     Format("oasst", ({"message_tree_id"},), read_oasst),
     Format("open-webui", ({"chat"}, {"data", "meta"}), read_open_webui),
@@ -69,7 +69,8 @@ NAMES = [one.name for one in FORMATS]
 def read_recording(path: Path, format: str = "auto", reactions: ReactionsConfig | None = None) -> Recording:
     """Read recorded conversations from a file, or from all files of a directory or an archive.
 
-    `reactions` says which emoji are opinions. Raises DataError where nothing can be read, with what was wrong first.
+    `reactions` says which emoji are opinions. Raises ConfigError if `format` is unknown, and DataError if nothing can be
+    read, with the first problem.
     """
     if format not in ("auto", *NAMES):
         raise ConfigError(f"--format has value '{format}'; it must be auto or one of {', '.join(NAMES)}")
@@ -78,14 +79,14 @@ def read_recording(path: Path, format: str = "auto", reactions: ReactionsConfig 
     for odd in contents.oddities:
         recording.leave_out(f"{odd.noun} that {odd.predicate}", odd.place, odd.detail)
     for row in contents.cleaned:
-        recording.leave_out("row with characters that are no text, which were replaced", row.place)
+        recording.leave_out("row with invalid characters, which were replaced", row.place)
     rows: dict[str, list[RecordedRow]] = defaultdict(list)
     for row in contents.rows:
         found = format if format != "auto" else next((one.name for one in FORMATS if one.matches(row)), "")
         if not isinstance(row.value, dict):
-            recording.leave_out("row that is no JSON object", row.place)
+            recording.leave_out("row that is not a JSON object", row.place)
         elif not found:
-            recording.leave_out("row that is of no known format", row.place)
+            recording.leave_out("row that has no known format", row.place)
         else:
             rows[found].append(row)
     for one in FORMATS:
@@ -99,10 +100,10 @@ def read_recording(path: Path, format: str = "auto", reactions: ReactionsConfig 
 
 
 def _explain_nothing_read(recording: Recording) -> str:
-    """Say why nothing was read: what was wrong first."""
+    """Return why nothing was read: the first problem, and how many rows were left out besides."""
     reasons = list(recording.dropped)
     if not reasons:
-        return "holds no conversation; give a file with at least one"
+        return "has no conversations; give a file that has some"
     others = recording.dropped.total() - recording.dropped[reasons[0]]
-    more = f", and {others:,} others are left out" if others else ""
-    return f"holds nothing to replay: {recording.explain(reasons[0])}{more}; known formats are {', '.join(NAMES)}"
+    more = f", and {others:,} others were left out" if others else ""
+    return f"has nothing to replay: {recording.explain(reasons[0])}{more}; known formats: {', '.join(NAMES)}"

@@ -1,4 +1,4 @@
-"""kibitz's own export: every conversation in a file of JSON lines, and read back from it."""
+"""kibitz's own export: write all conversations to a file of JSON lines, and read such files."""
 
 import json
 from collections import Counter
@@ -31,13 +31,13 @@ TURN_FIELDS = (
 
 
 class Header(BaseModel):
-    """The first line."""
+    """The first line of an export."""
 
     tokenizer_sha256: str = ""
 
 
 class Line(BaseModel):
-    """One conversation."""
+    """One conversation, a line of an export."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -48,10 +48,10 @@ class Line(BaseModel):
 
 
 def export(store: ConversationStore, path: Path, tokenizer_sha256: str, privacy: PrivacyConfig) -> Counter[str]:
-    """Write every conversation to a file, as far as it may teach; return how much was written and left out.
+    """Write all conversations to a file, as far as people consent. Return how much was written and left out.
 
-    What people said who do not consent is left out, with what answers them or was shown it, and what they thought of
-    answers. The file is whole or not there. Raises DataError where it cannot be written.
+    For people who do not consent, it leaves out their messages, their feedback, and the answers that were made from their
+    words. The file is either complete or absent. Raises DataError if it cannot be written.
     """
     written: Counter[str] = Counter()
     users = Users(store.database, privacy)
@@ -74,7 +74,7 @@ def export(store: ConversationStore, path: Path, tokenizer_sha256: str, privacy:
 
 
 def _keep_consenting(dialogue: DialogueRecord, store: ConversationStore, users: Users) -> DialogueRecord:
-    """Return what may teach of a conversation."""
+    """Return the parts of a conversation that may be learned from."""
     conversation, messages, turns, feedback = dialogue
     consent = Consent(users, {conversation.id: conversation.platform}, store.find_authors_behind(turn.id for turn in turns))
     teaching = {turn.id: turn for turn in turns if consent.may_teach(turn)}
@@ -97,7 +97,7 @@ def read_export(row: RecordedRow, recording: Recording) -> None:
     if EXPORT_KEY in row.value:
         if row.value[EXPORT_KEY] != VERSION:
             raise OddRow(
-                f"is of an export of version {str(row.value[EXPORT_KEY])[:20]}; this kibitz reads version {VERSION}"
+                f"is from an export of version {str(row.value[EXPORT_KEY])[:20]}; this kibitz reads version {VERSION}"
             )
         recording.tokenizer_sha256 = Header.model_validate(row.value).tokenizer_sha256
         return

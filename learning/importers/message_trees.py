@@ -1,4 +1,4 @@
-"""Message trees: conversations in which a message may have several replies, from messages that name their parents."""
+"""Message trees: build conversations whose messages may have several replies, from messages that name their parents."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -21,9 +21,9 @@ class Node:
 
 
 def add_tree(draft: Draft, nodes: Iterable[Node], recording: Recording, place: str) -> dict[str, str]:
-    """Add messages to a conversation, each after its parent; return the turn of each answer, by the message's id.
+    """Add messages to a conversation, each after its parent. Return the turn id of each answer by message id.
 
-    Whatever hangs on a deleted message, or on none that is there, is left out.
+    Replies below a deleted or a missing message are left out.
     """
     replies: dict[str | None, list[Node]] = defaultdict(list)
     missing = 0
@@ -42,5 +42,5 @@ def add_tree(draft: Draft, nodes: Iterable[Node], recording: Recording, place: s
         if said is not None and reply_to is not None and parent is not None and node.role == Role.ASSISTANT:
             turns[node.id] = draft.add_turn(node.id, reply_to, said, node.text, parent.author or "user")
         pending += [(reply, node, said) for reply in reversed(replies[node.id])]
-    recording.leave_out("message whose parent is not there", place, count=missing)
+    recording.leave_out("message whose parent is missing", place, count=missing)
     return turns

@@ -1,4 +1,4 @@
-"""OpenAssistant: its messages with the emoji and ranks that people gave, as trees or flat, one message a row."""
+"""OpenAssistant: read messages with people's emoji and ranks, as trees or with one message per row."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,12 +12,12 @@ from learning.importers.message_trees import Node, add_tree
 from learning.importers.recorded_files import RecordedRow
 from learning.importers.recording import OddRow, Recording
 
-MAX_PEOPLE = 100_000  # people who chose one emoji
+MAX_PEOPLE = 100_000  # maximum count of one emoji
 EMOJIS = {"+1": FeedbackKind.APPROVAL, "-1": FeedbackKind.DISAPPROVAL}
 
 
 class EmojiTable(BaseModel):
-    """Emoji as tables have them: two lists."""
+    """The emoji of a message in table form: two lists of equal length."""
 
     name: list[str]
     count: list[Annotated[int, Field(ge=0, le=MAX_PEOPLE)]]
@@ -39,7 +39,7 @@ class OasstMessage(BaseModel):
 
     @property
     def node(self) -> Node:
-        """The message in a tree."""
+        """The message as a node of a tree."""
         return Node(self.message_id, self.parent_id or None, self.role, self.text, is_deleted=bool(self.deleted))
 
     @property
@@ -59,7 +59,7 @@ class Tree(BaseModel):
 
 
 def read_oasst(rows: Sequence[RecordedRow], recording: Recording) -> None:
-    """Read all rows of a recording: messages of one tree may be spread over many."""
+    """Read all rows of a recording. The messages of one tree may be in several rows."""
     trees: dict[str, tuple[RecordedRow, dict[str, OasstMessage]]] = {}
     for row in rows:
         with recording.leaving_out(row.place):
@@ -67,7 +67,7 @@ def read_oasst(rows: Sequence[RecordedRow], recording: Recording) -> None:
             _, messages = trees.setdefault(tree.message_tree_id, (row, {}))
             for message in _unfold(row, tree.prompt, recording):
                 if message.message_id in messages:
-                    recording.leave_out("message whose id came before", row.place, message.message_id)
+                    recording.leave_out("message with a duplicate id", row.place, message.message_id)
                 else:
                     messages[message.message_id] = message
     for key, (row, messages) in trees.items():
@@ -90,7 +90,7 @@ def _add(key: str, messages: dict[str, OasstMessage], row: RecordedRow, recordin
     draft = recording.start_draft(key)
     turns = add_tree(draft, [message.node for message in messages.values()], recording, row.place)
     if not draft.messages:
-        raise OddRow("has no message that begins a conversation")
+        raise OddRow("has no first message")
     said = {message.id for message in draft.messages}
     for message in messages.values():
         emojis = message.reactions
@@ -102,6 +102,6 @@ def _add(key: str, messages: dict[str, OasstMessage], row: RecordedRow, recordin
                 draft.add_unnamed_feedback(turn, 1, FeedbackKind.RANK, "rank", value=message.rank)
         if draft.make_id(message.message_id) in said:
             for emoji, count in emojis.items():
-                where = "on a user's message" if emoji in EMOJIS else "which is a tool's action, no reaction"
+                where = "on a user's message" if emoji in EMOJIS else "(an action of the tool, not a reaction)"
                 recording.leave_out(f"{emoji[:40]} {where}", row.place, count=count)
     recording.add(draft, row)

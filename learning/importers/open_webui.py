@@ -1,6 +1,6 @@
-"""Open WebUI: its exported chats with 👍 and 👎 on answers, and its exported feedback, which holds the chats too.
+"""Open WebUI: read exported chats with 👍 and 👎 on answers, and exported feedback, which contains the chats.
 
-Both may be given together: what is said about one answer by one person counts once.
+If both are given, one person's opinion on one answer counts once.
 """
 
 import re
@@ -22,21 +22,21 @@ DETAILS = re.compile(r'<details type="(?:reasoning|tool_calls|code_interpreter)"
 
 
 class Opinion(BaseModel):
-    """What somebody thinks of an answer: an annotation in a chat, or the data of feedback."""
+    """A person's opinion on an answer: an annotation in a chat, or the data of a feedback record."""
 
     rating: Any = None
     comment: Any = None
 
     @property
     def kind(self) -> FeedbackKind | None:
-        """Whether it is 👍 (1) or 👎 (-1); None for anything else."""
+        """Approval for a positive rating, disapproval for a negative one, otherwise None."""
         found = parse_rating(self.rating)
         opinion = 0.0 if found is None else found.value if found.scale is None else found.scale.to_opinion(found.value)
         return None if not opinion else FeedbackKind.APPROVAL if opinion > 0 else FeedbackKind.DISAPPROVAL
 
 
 class ChatNode(RecordedMessage):
-    """A message of a chat."""
+    """A message of a chat, with its parent and annotation."""
 
     id: str | None = None
     parent: str | None = Field(None, validation_alias="parentId")
@@ -44,13 +44,13 @@ class ChatNode(RecordedMessage):
 
 
 class ChatTree(BaseModel):
-    """The tree of a chat."""
+    """The message tree of a chat, by message id."""
 
     messages: dict[str, Any] = {}
 
 
 class Chat(BaseModel):
-    """What is said in a chat; older exports have the list only."""
+    """The messages of a chat. Older exports have only the list."""
 
     history: ChatTree = ChatTree()
     messages: list[Any] = []
@@ -67,7 +67,7 @@ class ChatRecord(BaseModel):
 
 
 class Meta(BaseModel):
-    """Which answer feedback is about."""
+    """The answer that feedback is about."""
 
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
@@ -76,7 +76,7 @@ class Meta(BaseModel):
 
 
 class FeedbackSnapshot(BaseModel):
-    """The chat as it was when somebody gave feedback, as a record or as a bare chat."""
+    """The chat at the time of the feedback, as a record or as a bare chat."""
 
     chat: dict[str, Any] | None = None
 
@@ -95,7 +95,7 @@ class FeedbackRecord(BaseModel):
 
 @dataclass
 class RatedChat:
-    """All that is known of one chat: its messages, and the newest opinion of each person on each."""
+    """The messages of one chat, and the newest opinion of each person on each message."""
 
     row: RecordedRow
     nodes: dict[str, Node] = field(default_factory=dict)
@@ -103,7 +103,7 @@ class RatedChat:
 
 
 def read_open_webui(rows: Sequence[RecordedRow], recording: Recording) -> None:
-    """Read all chats, then all feedback, of a recording."""
+    """Read the chats, then the feedback, of a recording."""
     chats: dict[str, RatedChat] = {}
     records = []
     for row in rows:
@@ -123,7 +123,7 @@ def read_open_webui(rows: Sequence[RecordedRow], recording: Recording) -> None:
 
 
 def _read_chat(found: Chat, user: str, chat: RatedChat, recording: Recording) -> None:
-    """Add the messages of a chat, and what its user thinks of them."""
+    """Add the messages of a chat, and its user's opinions on them."""
     is_tree = bool(found.history.messages)
     previous = None
     for name, value in (found.history.messages or {str(at): one for at, one in enumerate(found.messages)}).items():
@@ -139,9 +139,9 @@ def _read_chat(found: Chat, user: str, chat: RatedChat, recording: Recording) ->
 
 
 def _read_feedback(row: RecordedRow, given: FeedbackRecord, chats: dict[str, RatedChat], recording: Recording) -> None:
-    """Add an act of feedback, with the chat that it brings along."""
+    """Add an act of feedback, and the chat that it contains, if any."""
     if given.type != "rating":
-        raise OddRow(f"is feedback of type {given.type[:40]!r}, no rating")
+        raise OddRow(f"is feedback of type {given.type[:40]!r}, not a rating")
     key, snapshot = given.meta.chat_id, given.snapshot.chat if given.snapshot else None
     if snapshot:
         found = Chat.model_validate(snapshot.get("chat", snapshot))  # a record, or a bare chat
@@ -157,7 +157,7 @@ def _add(key: str, chat: RatedChat, recording: Recording) -> None:
     for (message, person), opinion in chat.opinions.items():
         turn = turns.get(message)
         if turn is None:
-            recording.leave_out("rating of a message that is no answer, or not there", chat.row.place, message)
+            recording.leave_out("rating of a message that is missing or not an answer", chat.row.place, message)
             continue
         if isinstance(opinion.comment, str) and opinion.comment.strip():
             draft.add_feedback(turn, person, FeedbackKind.COMMENT, "comment", text=opinion.comment)

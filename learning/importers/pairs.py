@@ -1,4 +1,4 @@
-"""Pairs: prompts with the responses that a model is warmed up on, from chats or from the Cornell Movie Dialogs."""
+"""Pairs: read prompts with responses for the warm start, from chats or from the Cornell Movie Dialogs."""
 
 import itertools
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ def _read_chats(path: Path) -> Iterator[list[dict[str, str]]]:
 
 
 def _read_cornell(folder: Path) -> Iterator[list[dict[str, str]]]:
-    """The corpus as published: movie_lines.txt and movie_conversations.txt, fields parted by ' +++$+++ '."""
+    """Read the corpus as published: movie_lines.txt and movie_conversations.txt, with fields separated by ' +++$+++ '."""
 
     def fields(name: str) -> Iterator[list[str]]:
         try:

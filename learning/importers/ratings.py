@@ -1,7 +1,7 @@
-"""Ratings: what people gave an answer, in whatever way it was written down, as a number in [-1, 1].
+"""Ratings: convert any notation of a rating to a number in [-1, 1].
 
-Words and thumbs mean the same everywhere. A bare number means something on a scale only, and the scale is found out from all
-ratings of one file together: 1 is the best of 0 and 1, and the worst of five stars. Pure functions.
+Words and thumbs mean the same everywhere. A bare number needs a scale, which is inferred from all ratings of one file: 1 is
+the best value of 0 and 1, but the worst of five stars.
 """
 
 import re
@@ -13,7 +13,7 @@ from typing import Any
 from bot.types import FeedbackKind
 from learning.importers.recording import Recording
 
-KEYS = ("rating", "label", "kto_tag", "feedback", "thumbs", "thumb", "vote", "stars", "score")  # in this order
+KEYS = ("rating", "label", "kto_tag", "feedback", "thumbs", "thumb", "vote", "stars", "score")  # the first one counts
 GOOD = {
     *("true", "yes", "up", "good", "like", "liked", "thumbsup", "thumbup"),
     *("upvote", "upvoted", "positive", "desirable", "👍"),
@@ -27,18 +27,18 @@ NUMBER = re.compile(r"([-+]?\d+(?:[.,]\d+)?)\s*(%|/\s*(\d{1,4})|stars?)?", re.IG
 
 @dataclass(frozen=True)
 class Scale:
-    """What numbers from `low` to `high` mean: the middle is no opinion."""
+    """A rating scale from `low` (worst) to `high` (best). The middle is no opinion."""
 
     low: float
     high: float
     name: str
 
     def holds(self, values: Iterable[float]) -> bool:
-        """Whether all values are on it."""
+        """Whether all values are on the scale."""
         return all(self.low <= value <= self.high for value in values)
 
     def to_opinion(self, value: float) -> float:
-        """Return where a value is between the worst (-1) and the best (1)."""
+        """Return a value mapped from the worst (-1) to the best (1)."""
         return 2 * (value - self.low) / (self.high - self.low) - 1
 
     def __str__(self) -> str:
@@ -52,7 +52,7 @@ WORDS = Scale(0, 1, "yes or no, in words")
 BINARY = Scale(0, 1, "0 or 1")
 STARS = Scale(1, 5, "1 to 5 stars")
 PERCENT = Scale(0, 100, "0 to 100 percent")
-SCALES = (  # the first that holds all numbers of a file is theirs
+SCALES = (  # a file has the first one that holds all its numbers
     Scale(0, 1, "0 to 1"),
     Scale(-1, 1, "-1 to 1"),
     STARS,
@@ -68,24 +68,24 @@ SCALES = (  # the first that holds all numbers of a file is theirs
 
 @dataclass(frozen=True)
 class Rating:
-    """A number, and the scale that it was written with, if any."""
+    """A rating's number, and the scale that it was written with, if any."""
 
     value: float
     scale: Scale | None = None
 
 
 def find_rating(row: dict[str, Any]) -> Any:
-    """Return what a row or a message is rated with, as it is written; None where it is not rated."""
+    """Return the rating of a row or a message as it is written, or None if there is none."""
     found = next((row[key] for key in KEYS if row.get(key) is not None), None)
     return find_rating(found) if isinstance(found, dict) else found
 
 
 def parse_rating(raw: Any) -> Rating | None:
-    """Return a rating as a number; None for what is no rating."""
+    """Return a rating as a number, or None if it is not a rating."""
     if isinstance(raw, bool):
         return Rating(float(raw), WORDS)
     if isinstance(raw, int | float):
-        return Rating(float(raw)) if -100 <= raw <= 100 else None  # NaN is not
+        return Rating(float(raw)) if -100 <= raw <= 100 else None  # False for NaN
     if not isinstance(raw, str):
         return None
     text = raw.strip(": \t\n").casefold()
@@ -117,7 +117,7 @@ def find_scale(values: Iterable[float]) -> Scale:
 
 
 def convert_ratings(recording: Recording) -> None:
-    """Make feedback of the ratings that the readers kept: each file's bare numbers are on one scale."""
+    """Convert the ratings of a recording to feedback. All bare numbers of a file are on one scale."""
     for file, kept in recording.ratings.items():
         parsed = [parse_rating(one.raw) for one in kept]
         bare = find_scale(rating.value for rating in parsed if rating is not None and rating.scale is None)
@@ -132,6 +132,4 @@ def convert_ratings(recording: Recording) -> None:
                 kind = FeedbackKind.APPROVAL if opinion > 0 else FeedbackKind.DISAPPROVAL
                 one.draft.add_feedback(one.turn, "rater", kind, "rating", value=opinion)
             else:
-                recording.leave_out(
-                    "rating in the middle of its scale, which is no opinion", one.place, reprlib.repr(one.raw)
-                )
+                recording.leave_out("neutral rating, in the middle of its scale", one.place, reprlib.repr(one.raw))

@@ -1,7 +1,7 @@
-"""Recorded files: the JSON values in a file, a directory or an archive, however they are written down.
+"""Recorded files: read the JSON values in a file, a directory or an archive.
 
-JSON lines, arrays, values one after another; UTF-8 with or without a BOM, UTF-16, UTF-32; gzip, bzip2, xz, ZIP. It knows no
-format: what the values mean is for others to find out.
+It reads JSON lines, arrays and concatenated values; UTF-8 with or without a BOM, UTF-16 and UTF-32; gzip, bzip2, xz and ZIP.
+It does not interpret the values.
 """
 
 import bz2
@@ -21,23 +21,23 @@ from typing import Any
 
 from bot.errors import DataError
 
-COMPRESSIONS: dict[bytes, Callable[[bytes], bytes]] = {  # by what a file begins with
+COMPRESSIONS: dict[bytes, Callable[[bytes], bytes]] = {  # by a file's first bytes
     b"\x1f\x8b": gzip.decompress,
     b"BZh": bz2.decompress,
     b"\xfd7zXZ\0": lzma.decompress,
 }
 ZIP = b"PK\x03\x04"
 UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
-SUFFIXES = {".json", ".jsonl", ".ndjson", ".gz", ".bz2", ".xz", ".zip"}  # what is read in a directory or an archive
+SUFFIXES = {".json", ".jsonl", ".ndjson", ".gz", ".bz2", ".xz", ".zip"}  # read in a directory or an archive
 BETWEEN = re.compile(r"[\s\ufeff,]*")  # between the values of one file
-UNSTORABLE = re.compile("[\ud800-\udfff\0]")  # what no database keeps
+UNSTORABLE = re.compile("[\ud800-\udfff\0]")  # databases refuse these characters
 SUSPECT = re.compile(UNSTORABLE.pattern + r"|\\u(?:0000|[dD][89a-fA-F])")
-DECODER = json.JSONDecoder(strict=False, parse_constant=lambda _: None)  # Python writes NaN for what is missing
+DECODER = json.JSONDecoder(strict=False, parse_constant=lambda _: None)  # Python writes NaN for missing values
 
 
 @dataclass(frozen=True)
 class RecordedRow:
-    """A JSON value, the file that holds it (relative to what was named), and its place, for people."""
+    """A JSON value, its file (relative to the path that was given), and its place for people."""
 
     file: str
     place: str
@@ -46,7 +46,7 @@ class RecordedRow:
 
 @dataclass(frozen=True)
 class Oddity:
-    """Something that is no row: what it is ("row", "file"), what is wrong with it, where, and what was found."""
+    """A problem: the noun ("row", "file"), what is wrong with it, its place, and what was found."""
 
     noun: str
     predicate: str
@@ -56,7 +56,7 @@ class Oddity:
 
 @dataclass
 class Contents:
-    """All rows of what was named, what was not read, and how many rows had characters replaced that cannot be stored."""
+    """All rows of a path, the problems, and the rows in which characters were replaced because they cannot be stored."""
 
     sha256: str
     rows: list[RecordedRow] = field(default_factory=list)
@@ -65,7 +65,7 @@ class Contents:
 
 
 def read_contents(path: Path) -> Contents:
-    """Read a file, or all JSON files in a directory. Raises DataError where there is nothing to read."""
+    """Read a file, or all JSON files in a directory. Raises DataError if there is nothing to read."""
     try:
         is_directory = path.is_dir()
         files = dict(_read_files_below(path)) if is_directory else {_clean(path.name): path.read_bytes()}
@@ -73,7 +73,7 @@ def read_contents(path: Path) -> Contents:
         named = error.filename or path
         raise DataError(f"{named}: cannot be read ({error.strerror}); name an existing file or directory") from error
     if not files:
-        raise DataError(f"{path}: holds no file; give a directory with recorded conversations")
+        raise DataError(f"{path}: has no files; give a directory with recorded conversations")
     found = Contents(_fingerprint(files, is_directory))
     members = [
         member
@@ -82,9 +82,9 @@ def read_contents(path: Path) -> Contents:
     ]
     has_several = is_directory or len(members) > 1
     for name, raw in members:
-        is_named = not is_directory and name in files  # by whoever asked: then any name will do
+        is_named = not is_directory and name in files  # the path that was given may have any suffix
         if not is_named and _suffix(name) not in SUFFIXES:
-            found.oddities.append(Oddity("file", "is not read: its name does not say that it is JSON", name))
+            found.oddities.append(Oddity("file", "has an unsupported suffix", name))
         else:
             _read_member(name, raw, name if has_several else "", found)
     return found
@@ -110,7 +110,7 @@ def _fingerprint(files: dict[str, bytes], is_directory: bool) -> str:
 
 
 def _unpack(name: str, read: Callable[[], bytes], prefix: str, found: Contents) -> Iterator[tuple[str, bytes]]:
-    """Yield the files in a file: itself, or what is packed in it, with `prefix` before its name."""
+    """Yield a file's name and content; for an archive, those of its members, with `prefix` before their names."""
     try:
         raw = read()
         for magic, decompress in COMPRESSIONS.items():
@@ -135,7 +135,7 @@ def _suffix(name: str) -> str:
 
 
 def _read_member(name: str, raw: bytes, shown: str, found: Contents) -> None:
-    """Add the rows of one file; `shown` is what its places begin with, "" for a file that is alone."""
+    """Add the rows of one file. `shown` is the beginning of their places, "" for a single file."""
 
     def place(where: str) -> str:
         return f"{shown}, {where}" if shown and where else shown or where or name
@@ -164,22 +164,22 @@ def _read_member(name: str, raw: bytes, shown: str, found: Contents) -> None:
 
 
 def _decode(raw: bytes) -> str:
-    """Return the text of a file. Bytes that are no UTF-8 become lone surrogates, which are replaced in the values later."""
+    """Return the text of a file. Invalid UTF-8 becomes lone surrogates, which are replaced in the values later."""
     encoding = json.detect_encoding(raw)
     return raw.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "surrogatepass").rstrip()
 
 
 def _parse_values(text: str) -> Iterator[tuple[str, Any]]:
-    """Yield each value of a text with its place; an exception for a line that is not JSON.
+    """Yield each value of a text with its place. For a line that is not JSON, the value is the exception.
 
-    The items of an array are values too: an array of rows is a usual form of export.
+    The items of an array are yielded one by one, because many exports are an array of rows.
     """
     try:
         found = list(_parse_sequence(text))
     except (ValueError, RecursionError) as error:
         found = list(_parse_lines(text))
         if not any(isinstance(value, dict | list) for _, value in found):
-            found = [("line 1", error)]  # no JSON lines either
+            found = [("line 1", error)]  # not JSON lines either
     for where, value in found:
         if isinstance(value, list):
             for number, item in enumerate(value, 1):
@@ -189,7 +189,7 @@ def _parse_values(text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _parse_sequence(text: str) -> Iterator[tuple[str, Any]]:
-    """Yield the values that follow each other in a text. Raises ValueError at what is none."""
+    """Yield the concatenated values of a text. Raises ValueError at anything else."""
     at, counted, line = 0, 0, 1
     while (at := BETWEEN.match(text, at).end()) < len(text):  # type: ignore[union-attr]
         line += text.count("\n", counted, at)
@@ -199,7 +199,7 @@ def _parse_sequence(text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _parse_lines(text: str) -> Iterator[tuple[str, Any]]:
-    """Yield the value, or what is wrong, of each line. Lines end as JSON's do: U+2028 and its like are text."""
+    """Yield the value of each line, or its exception. Only CR and LF end a line; U+2028 and the like are text."""
     for number, line in enumerate(re.split(r"\r\n?|\n", text), 1):
         line = line.strip("\ufeff \t")
         if line:
@@ -210,7 +210,7 @@ def _parse_lines(text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _explain(error: Exception, where: str) -> tuple[str, str]:
-    """Return the line that is not JSON, and why."""
+    """Return the place that is not JSON, and the reason."""
     if isinstance(error, RecursionError):
         return where, "it is nested too deeply"
     if not isinstance(error, json.JSONDecodeError):
@@ -219,7 +219,7 @@ def _explain(error: Exception, where: str) -> tuple[str, str]:
 
 
 def _clean(value: Any) -> Any:
-    """Return a value with U+FFFD for each character in it that no database keeps."""
+    """Return a value with U+FFFD for each character that databases refuse."""
     if isinstance(value, str):
         return UNSTORABLE.sub("\ufffd", value)
     if isinstance(value, list):

@@ -1,7 +1,7 @@
-"""Recording: the conversations of a file, ready to be stored, and what was left out of them.
+"""Recording: the conversations of a file, ready to be stored, and what was left out.
 
-The readers of formats fill it, one `Draft` a conversation. Ids are derived from the file and the place in it, so that the
-same file gives the same rows. It knows no format, no tokenizer and no training.
+The readers of formats fill it, with one `Draft` per conversation. Ids are derived from the file and the place in it, so that
+the same file gives the same rows. It does not depend on a format or a tokenizer.
 """
 
 import uuid
@@ -20,8 +20,8 @@ from bot.types import Conversation, Feedback, FeedbackKind, Message, Role, Turn
 from learning.data.voices import IMPORT_PLATFORM
 from learning.importers.recorded_files import RecordedRow
 
-EPOCH = datetime(2000, 1, 1, tzinfo=UTC)  # imported things have an order but no time of their own
-LONGEST_NAME = 128  # characters of a channel or a person, as the tables have them
+EPOCH = datetime(2000, 1, 1, tzinfo=UTC)  # imported messages keep their order, but not their times
+LONGEST_NAME = 128  # characters of a channel or a person in the database
 LONGEST_SIGNAL = 64
 
 
@@ -34,7 +34,7 @@ class OddRow(Exception):
 
 
 class Draft:
-    """One conversation while it is read. Raises OddRow where an id comes twice."""
+    """One conversation while it is read. Its methods raise OddRow for a duplicate id."""
 
     def __init__(self, space: str, key: str):
         self.space, self.key = space, key
@@ -43,17 +43,17 @@ class Draft:
         self.messages: list[Message] = []
         self.turns: list[Turn] = []
         self.feedback: list[Feedback] = []
-        self.ratings: list[tuple[str, Any]] = []  # of turns, as they are written
+        self.ratings: list[tuple[str, Any]] = []  # (turn id, rating as it is written)
         self._names: set[str] = set()
 
     def make_id(self, name: str) -> str:
-        """Return the id of what has this name in the conversation."""
+        """Return the id for a name in this conversation."""
         return str(uuid.uuid5(uuid.NAMESPACE_OID, f"{self.space}/{self.key}/{name}"))
 
     def add_message(self, name: str, role: Role, text: str, reply_to: str | None, author: str = "") -> str:
         """Add a message; return its id."""
         if f"message {name}" in self._names:
-            raise OddRow("has a message whose id came before", name)
+            raise OddRow("has a duplicate message id", name)
         self._names.add(f"message {name}")
         author = (author or role.value)[:LONGEST_NAME]
         at = EPOCH + timedelta(seconds=len(self.messages))
@@ -62,9 +62,9 @@ class Draft:
         return message.id
 
     def add_turn(self, name: str, question: str, reply: str, text: str, asker: str = "user", **recorded: Any) -> str:
-        """Say that the message `reply` answers the message `question`; return the turn's id."""
+        """Add a turn in which the message `reply` answers the message `question`; return its id."""
         if not self._names.isdisjoint({f"turn {name}", f"reply {reply}"}):
-            raise OddRow("has an answer whose id came before", name)
+            raise OddRow("has a duplicate answer id", name)
         self._names |= {f"turn {name}", f"reply {reply}"}
         values: dict[str, Any] = {
             "policy_version": "imported",
@@ -95,22 +95,22 @@ class Draft:
         self.feedback.append(Feedback(turn, user[:LONGEST_NAME], kind, signal[:LONGEST_SIGNAL], **values))
 
     def add_unnamed_feedback(self, turn: str, people: int, kind: FeedbackKind, signal: str, **details: Any) -> None:
-        """Add the same act by people whom the file counts and does not name.
+        """Add the same act by a number of `people` whom the file does not name.
 
-        Nobody knows who they are, so they have other names at each answer: one person who likes all that is liked would be
-        held back by rewards.person_cap, and be compared with themselves alone by the gate.
+        They get different names at each answer. If they were one person, `rewards.person_cap` would limit them, and the gate
+        would compare their opinions only with each other.
         """
         for number in range(people):
             self.add_feedback(turn, f"unnamed {turn} {number} {signal}", kind, signal, **details)
 
     def add_rating(self, turn: str, rating: Any) -> None:
-        """Keep a rating of an answer as it was found."""
+        """Keep the rating of a turn as it is written."""
         self.ratings.append((turn, rating))
 
 
 @dataclass(frozen=True)
 class RawRating:
-    """A rating of an answer as it is written. What a number means depends on all others of its file."""
+    """A rating of an answer as it is written. The meaning of a number depends on all ratings of its file."""
 
     draft: Draft
     turn: str
@@ -120,10 +120,11 @@ class RawRating:
 
 @dataclass
 class Recording:
-    """What a file held, ready to be stored, and what was left out.
+    """The conversations of a file, ready to be stored, and what was left out.
 
-    `kinds` says which emoji are opinions. `rows` counts what was read, by format. `dropped` counts by reason; `first` has
-    the place and the detail of the first of each reason. `scales` says by file how its ratings were understood.
+    `reactions` says which emoji are opinions. `row_counts` counts rows by format. `dropped` counts what was left out by
+    reason; `first_dropped` has the place and the detail of the first for each reason. `scales` has the rating scales of
+    each file.
     """
 
     space: str
@@ -135,16 +136,16 @@ class Recording:
     scales: dict[str, str] = field(default_factory=dict)
     tokenizer_sha256: str = ""
     ratings: dict[str, list[RawRating]] = field(default_factory=dict)
-    keys: set[str] = field(default_factory=set)  # of the conversations
+    keys: set[str] = field(default_factory=set)  # keys of the conversations
 
     def start_draft(self, key: str) -> Draft:
-        """Begin a conversation."""
+        """Return a new conversation with this key. `add` keeps it."""
         return Draft(self.space, key)
 
     def add(self, draft: Draft, row: RecordedRow) -> None:
-        """Keep a conversation that `row` holds or begins. Raises OddRow where one with its key was kept before."""
+        """Keep a conversation that starts in `row`. Raises OddRow if there is one with the same key."""
         if draft.key in self.keys:
-            raise OddRow("has the id of a conversation that came before", draft.key)
+            raise OddRow("has a duplicate conversation id", draft.key)
         self.keys.add(draft.key)
         self.dialogues.append((draft.conversation, draft.messages, draft.turns, draft.feedback))
         if draft.ratings:
@@ -152,13 +153,13 @@ class Recording:
             kept += [RawRating(draft, turn, raw, row.place) for turn, raw in draft.ratings]
 
     def leave_out(self, reason: str, place: str, detail: str = "", count: int = 1) -> None:
-        """Count something as left out; `reason` is a noun phrase, `place` where it was."""
+        """Count something as left out. `reason` is a noun phrase; `place` says where it was."""
         if count:
             self.dropped[reason] += count
             self.first_dropped.setdefault(reason, (place, detail[:80]))
 
     def explain(self, reason: str) -> str:
-        """Say what was left out for a reason: the first of it, and how many more."""
+        """Describe what was left out for a reason: the first case, and how many more."""
         place, detail = self.first_dropped[reason]
         noun, _, predicate = reason.partition(" that ")
         what = f"{place} {predicate}" if noun in ("row", "file") else f"{place}: {reason}"
@@ -167,7 +168,7 @@ class Recording:
 
     @contextmanager
     def leaving_out(self, place: str, noun: str = "row") -> Iterator[None]:
-        """Leave out what raises OddRow, or is not of its format's shape, and go on."""
+        """Suppress OddRow and ValidationError, and count the `noun` at `place` as left out."""
         try:
             yield
         except OddRow as odd:
@@ -178,28 +179,28 @@ class Recording:
 
     @property
     def format(self) -> str:
-        """The names of the formats that were found."""
+        """The names of the formats that were read."""
         return ", ".join(self.row_counts)
 
     @property
     def scale_summary(self) -> str:
-        """How the ratings were understood, for people."""
+        """The scales of the ratings, for people."""
         if len(set(self.scales.values())) > 1:
             return "; ".join(f"{file}: {scale}" for file, scale in self.scales.items())
         return next(iter(self.scales.values()), "")
 
     def count_feedback(self, kind: FeedbackKind) -> int:
-        """How many acts of one kind of feedback were read."""
+        """Return the number of acts of one kind of feedback."""
         return sum(row.kind == kind and not row.retracts for *_, given in self.dialogues for row in given)
 
     @property
     def answer_count(self) -> int:
-        """How many answers were read."""
+        """The number of answers."""
         return sum(len(turns) for _, _, turns, _ in self.dialogues)
 
     @property
     def counts(self) -> dict[str, int]:
-        """How much was read, as the report of a replay has it."""
+        """The figures of the recording, with the keys of a replay's report."""
         return {
             "conversations": len(self.dialogues),
             "assistant_messages": self.answer_count,
@@ -209,14 +210,14 @@ class Recording:
         }
 
     def lines(self) -> list[str]:
-        """Say what was read, how, and what was left out and why."""
+        """Return lines for people: the formats, the figures, the scales, and what was left out."""
         rows = ", ".join(f"{name} ({count:,} rows)" for name, count in self.row_counts.items())
         found = [f"format: {rows}", f"read: {format_counts(self.counts)}"]
         found += [f"ratings: {self.scale_summary}"] if self.scales else []
         return found + [f"left out: {self.explain(reason)}" for reason in self.first_dropped]
 
     def drop_token_ids(self) -> None:
-        """Drop recorded token ids, which are another tokenizer's; the texts stay and are tokenized anew."""
+        """Drop recorded token ids of another tokenizer, so that the texts are tokenized again."""
         self.dialogues = [
             (
                 conversation,
@@ -229,12 +230,12 @@ class Recording:
 
 
 def format_counts(counts: dict[str, int]) -> str:
-    """Return figures as one line."""
+    """Return counts as one line of text."""
     return ", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in counts.items())
 
 
 def make_shape_error(error: ValidationError) -> OddRow:
-    """Say in a few words what is wrong with the shape of a row."""
+    """Return an OddRow that describes the first validation error."""
     first = error.errors(include_url=False)[0]
     key = ".".join(part for part in first["loc"] if isinstance(part, str))
     if first["type"] == "missing":

@@ -1,4 +1,4 @@
-"""Slack's export: a ZIP (or its folder) with lists of people and channels, and a file for each channel and day."""
+"""Slack export: read a ZIP (or its folder) with lists of people and channels, and a file for each channel and day."""
 
 import html
 import re
@@ -29,14 +29,14 @@ MARKUP = re.compile(r"<([^<>|]+)(?:\|([^<>]*))?>")
 
 
 class Profile(BaseModel):
-    """How somebody is called."""
+    """The names of a person."""
 
     display_name: str | None = None
     real_name: str | None = None
 
 
 class SlackUser(BaseModel):
-    """Somebody in a workspace."""
+    """A person or a bot in a workspace."""
 
     id: str
     name: str = ""
@@ -50,7 +50,7 @@ class SlackUser(BaseModel):
 
 
 class SlackReaction(BaseModel):
-    """Who reacted with one emoji."""
+    """The reactions with one emoji."""
 
     name: str
     users: list[str] = []
@@ -103,12 +103,12 @@ def _make_post(
     row: RecordedRow,
     recording: Recording,
 ) -> Post:
-    """Return a message as a post. Raises OddRow where nobody says anything in it."""
+    """Return a message as a post. Raises OddRow if it is a notice of the platform, or has no author."""
     if message.subtype not in SPEECH:
-        raise OddRow("is of the platform itself", message.subtype or "")
+        raise OddRow("is a platform notice", message.subtype or "")
     author = message.user or message.bot_id
     if author is None:
-        raise OddRow("does not say who wrote it")
+        raise OddRow("has no author")
     reactions = []
     for one in message.reactions:
         found = tuple(user for user in one.users if user not in bots)
@@ -129,7 +129,7 @@ def _make_post(
 
 
 def plain_text(text: str, people: dict[str, SlackUser], bots: set[str]) -> str:
-    """Return a text as people see it: with names, without markup, without the mention of the bot that it is for."""
+    """Return a text as people see it: with names, without markup, and without mentions of bots."""
 
     def name(found: re.Match[str]) -> str:
         if found[1] in bots:

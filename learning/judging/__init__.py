@@ -1,1 +1,1 @@
-"""Judging: whether a version is better, from what people said."""
+"""Judging: decide from people's opinions whether a version is better."""

@@ -1,7 +1,7 @@
-"""Evaluation: what is measured of a policy with transformers, in the training process, and intervals of what was measured.
+"""Evaluation: measure a policy with transformers, in the training process.
 
-Log-probabilities of answers, KL to the base, sampled answers. What follows from it is the question of
-`learning.judging.gate`, and whether vLLM serves the same policy that of the probe. It knows no database and no server.
+It computes log-probabilities of answers and the KL to the base, and samples answers. `learning.judging.gate` draws the
+conclusions. The probe checks that vLLM serves the same policy. It does not depend on a database or a server.
 """
 
 import re
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     import torch
 
 Rows = Sequence[tuple[Sequence[int], Sequence[int]]]
-BATCH_TOKENS = 2048  # of one forward pass
+BATCH_TOKENS = 2048  # padded tokens in one forward pass
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "min_p": None}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One answer that a model gave to a prompt, as token ids and as text."""
+    """One answer of a model to a prompt, as token ids and as text."""
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
@@ -36,13 +36,13 @@ class Sample:
 
     @property
     def is_well_formed(self) -> bool:
-        """Whether the answer ended by itself and reads as text."""
+        """Whether the answer ended by itself and is well-formed text."""
         return self.is_finished and is_well_formed(self.text)
 
 
 @dataclass(frozen=True)
 class Manner:
-    """What answers are like: their mean number of words, the share that ended by themselves and that is well-formed."""
+    """Style of some answers: the mean number of words, the share that ended by themselves, the share that is well-formed."""
 
     words: float
     ended: float
@@ -50,7 +50,7 @@ class Manner:
 
 
 def summarize_samples(samples: Sequence[Sample]) -> Manner:
-    """Return what answers are like."""
+    """Return the mean length of answers, and the shares that ended and are well-formed."""
     return Manner(
         words=float(np.mean([len(one.text.split()) for one in samples])),
         ended=float(np.mean([one.is_finished for one in samples])),
@@ -59,7 +59,7 @@ def summarize_samples(samples: Sequence[Sample]) -> Manner:
 
 
 def is_well_formed(text: str) -> bool:
-    """Whether `text` reads as text: not empty, no broken characters, no loop of the same four words."""
+    """Whether `text` is not empty and has no broken characters and no four words that are repeated three times."""
     if not text.strip() or "\ufffd" in text or "<|" in text:
         return False
     words = re.findall(r"\S+", text)
@@ -78,14 +78,14 @@ class TokenizedAnswer(Protocol):
 
 
 def token_rows(answers: Sequence[TokenizedAnswer]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The (prompt ids, completion ids) row of each answer."""
+    """Return the (prompt ids, completion ids) row of each answer."""
     return [(one.prompt_ids, one.completion_ids) for one in answers]
 
 
 def answer_logprobs(model: Any, rows: Rows) -> list["torch.Tensor"]:
-    """The log-probability (nats) of each completion token of each (prompt ids, completion ids) row, one row at a time.
+    """Return the log-probability (nats) of each completion token of each (prompt ids, completion ids) row.
 
-    At the model's own temperature. One row at a time, so that padding cannot change a figure.
+    The model's own temperature applies. Rows are read one at a time, so that padding cannot change a figure.
     """
     import torch
 
@@ -101,7 +101,7 @@ def answer_logprobs(model: Any, rows: Rows) -> list["torch.Tensor"]:
 
 
 def split_batches(rows: Rows, tokens: int = BATCH_TOKENS) -> Iterator[Rows]:
-    """The rows (prompt ids, completion ids) in order, in batches of no more than `tokens` when padded, or of one row."""
+    """Yield the (prompt ids, completion ids) rows in order, in batches of at most `tokens` when padded, or of one row."""
     start, longest = 0, 0
     for end, (prompt, completion) in enumerate(rows):
         longest = max(longest, len(prompt) + len(completion))
@@ -113,7 +113,7 @@ def split_batches(rows: Rows, tokens: int = BATCH_TOKENS) -> Iterator[Rows]:
 
 
 def pad_batch(batch: Rows, device: Any, pad: int = 0) -> dict[str, "torch.Tensor"]:
-    """The rows as a model takes them: `input_ids` and `attention_mask` (n × the longest)."""
+    """Return the inputs of a model for some rows: `input_ids` and `attention_mask` (n × the longest)."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
@@ -123,7 +123,7 @@ def pad_batch(batch: Rows, device: Any, pad: int = 0) -> dict[str, "torch.Tensor
 
 
 def batched_logprobs(model: Any, rows: Rows) -> list["torch.Tensor"]:
-    """As `answer_logprobs`, in padded batches: faster, and the same but for rounding."""
+    """Return the same as `answer_logprobs`, except for rounding; padded batches make it faster."""
     import torch
 
     found: list[torch.Tensor] = []
@@ -137,11 +137,11 @@ def batched_logprobs(model: Any, rows: Rows) -> list["torch.Tensor"]:
 
 
 def _answer_logits(model: Any, batch: Rows) -> list["torch.Tensor"]:
-    """The logits (tokens × vocabulary) that each row's completion tokens were drawn from."""
+    """Return the logits (tokens × vocabulary) that each row's completion tokens were drawn from."""
     import torch
 
     inputs = pad_batch(batch, model.device)
-    first = min(len(prompt) for prompt, _ in batch) - 1  # what comes before needs no logits
+    first = min(len(prompt) for prompt, _ in batch) - 1  # earlier positions need no logits
     kept = torch.arange(first, inputs["input_ids"].shape[1], device=model.device)
     logits = model(**inputs, logits_to_keep=kept, use_cache=False).logits
     return [
@@ -151,9 +151,9 @@ def _answer_logits(model: Any, batch: Rows) -> list["torch.Tensor"]:
 
 
 def next_logprobs(model: Any, prefixes: Sequence[Sequence[int]]) -> list["torch.Tensor"]:
-    """The log-probabilities (vocabulary,) of the token after each prefix, without padding.
+    """Return the log-probabilities (vocabulary,) of the token after each prefix, without padding.
 
-    Prefixes that begin a longer one are read with it, once.
+    A prefix that begins a longer one is read together with it.
     """
     import torch
 
@@ -172,15 +172,15 @@ def next_logprobs(model: Any, prefixes: Sequence[Sequence[int]]) -> list["torch.
 
 
 def perplexity(logprobs: Sequence["torch.Tensor"]) -> float:
-    """exp of the mean negative log-probability of all tokens of answers, as `answer_logprobs` gives them."""
+    """Return exp of the mean negative log-probability over all tokens of answers, as `answer_logprobs` returns them."""
     return float(np.exp(-np.concatenate(logprobs).mean()))
 
 
 def kl_to_base(model: Any, samples: Sequence[Sample]) -> float:
-    """KL(policy || base) for each token (nats) of a model in training, along the policy's own samples.
+    """Return KL(policy || base) per token (nats) of a model in training, along the policy's own samples.
 
-    At each place the two distributions of the next token are compared whole, which is never below zero and far steadier than
-    the log-ratio of the sampled tokens alone (Amini et al., 2025, "Better Estimation of the KL Divergence Between Language
+    At each position it compares the whole distributions of the next token. That is never below zero and varies far less
+    than the log-ratio of the sampled tokens (Amini et al., 2025, "Better Estimation of the KL Divergence Between Language
     Models", arXiv:2504.10637).
     """
     import torch
@@ -201,7 +201,7 @@ def kl_to_base(model: Any, samples: Sequence[Sample]) -> float:
 
 @contextmanager
 def preserve_random_state() -> Iterator[None]:
-    """Inside, what is sampled does not change what is drawn after it."""
+    """Restore torch's random state afterwards, so that sampling inside does not change later draws."""
     import torch
 
     state = torch.random.get_rng_state()
@@ -212,7 +212,7 @@ def preserve_random_state() -> Iterator[None]:
 
 
 def pad_id(tokenizer: Any) -> int:
-    """The token id that a transformers tokenizer pads with."""
+    """Return the token id that a transformers tokenizer pads with."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
@@ -228,8 +228,8 @@ def generate(
 ) -> list[Sample]:
     """Sample one answer to each prompt, in batches padded on the left.
 
-    At the model's own temperature, which `learning.models.trainable` puts into its logits; `truncation`
-    (`PolicyConfig.truncation`) cuts unlikely tokens away.
+    The model's own temperature applies, which `learning.models.trainable` puts into its logits. `truncation`
+    (`PolicyConfig.truncation`) cuts unlikely tokens.
     """
     import torch
 

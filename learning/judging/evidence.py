@@ -1,7 +1,7 @@
-"""Evidence: what a candidate and the live version make of the answers that people judged, and what they answer themselves.
+"""Evidence: measure the candidate and the live version, on the answers that people judged and on answers of their own.
 
-Both are measured alike, by a training run and again when a candidate has waited. Which opinions judge, and what follows
-from them, is the question of `learning.judging.gate`. It knows no database and no server.
+Both are measured alike, by a training run and again when a candidate has waited. `learning.judging.gate` selects the
+opinions and draws the conclusions. It does not depend on a database or a server.
 """
 
 import itertools
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a model gives the tokens of each judged answer (nats), and what it says to the prompts that it is asked."""
+    """A model's log-probabilities (nats) of the tokens of each judged answer, and its own answers to some prompts."""
 
     logprobs: "list[torch.Tensor]"
     samples: list[Sample]
 
 
 def choose_prompts(rows: Sequence[Experience], count: int) -> list[Experience]:
-    """Return `count` rows whose prompts are answered anew: different ones in their order; again where there are fewer."""
+    """Return `count` rows with different prompts, in order; prompts are repeated if there are fewer."""
     different = {row.prompt_ids: row for row in rows}
     return list(itertools.islice(itertools.cycle(different.values()), count))
 
 
 def sample_answers(config: Config, model: Any, tokenizer: ChatTokenizer, asked: Sequence[Experience]) -> list[Sample]:
-    """Return one answer of a model to each prompt, sampled as the policy's are."""
+    """Return one answer of a model to each prompt, with the policy's sampling settings."""
     prompts = [one.prompt_ids for one in asked]
     return generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed, config.policy.truncation)
 
@@ -44,7 +44,7 @@ def sample_answers(config: Config, model: Any, tokenizer: ChatTokenizer, asked: 
 def measure_model(
     config: Config, model: Any, tokenizer: ChatTokenizer, judged: Sequence[Experience], asked: Sequence[Experience]
 ) -> Measurement:
-    """Measure a model on the `judged` answers and the prompts that it is `asked`."""
+    """Measure a model on the `judged` answers and on the prompts of `asked`."""
     return Measurement(batched_logprobs(model, token_rows(judged)), sample_answers(config, model, tokenizer, asked))
 
 
@@ -58,9 +58,9 @@ def compare_with_live(
     soundness: Soundness,
     faults: Sequence[str] = (),
 ) -> Evidence:
-    """Return what the `judged` answers say of a candidate beside the live version, with what its run measured.
+    """Compare a candidate with the live version on the `judged` answers.
 
-    The questions of the `others` help to tell kinds of questions apart.
+    The questions of the `others` help to cluster questions by kind. `soundness` and `faults` are copied into the result.
     """
     kinds = cluster_questions([row.question for row in (*judged, *others)], embedder, config.seed)[: len(judged)]
     opinions = collect_opinions(judged, kinds.tolist(), config.rewards.person_cap)

@@ -1,19 +1,18 @@
-"""The gate: is a candidate sound, safe and better than the live version? A Verdict with its reasons.
+"""The gate: decide whether a candidate is sound, safe and better than the live version, and give the reasons.
 
-Better is what the held-out opinions say, those that no run learned from, and there are two ways to ask them. Margin: do the
-answers that were liked become likelier than those that were not? In long answers chance is louder than taste. Gain: are the
-candidate's own answers more like those that were liked (`compute_gain`)? One of the two must not be luck, and each has half
-of the level that `learning.judging.error_budget` leaves to this verdict. Nobody's opinions count for more than
-`rewards.person_cap`.
+"Better" rests on held-out opinions, which no run learned from. They are tested in two ways. Margin: did liked answers become
+likelier, relative to disliked ones? In long answers noise hides this. Gain: are the candidate's own answers more like the
+liked ones (`compute_gain`)? One of the two must be significant, at half of the level that `learning.judging.error_budget`
+gives this verdict. Nobody's opinions weigh more than `rewards.person_cap`.
 
-When to judge is decided by the opinions alone, never by what a candidate makes of them: or waiting for more would be
-stopping at the luckiest moment. What n opinions can show at best, one in as many as there are ways to exchange them (1 / (n
-choose k) where k are liked), must be ROOM times below what the verdict requires. At its limit a perfect candidate alone
-would pass: five of each kind give p = 1/252 = 0.004, enough for the first verdict (p ≤ 0.0086), and two people of ten who
-slip would fail any candidate. A candidate that may wait is therefore judged once, from seven of each kind on (1/3432), and
-looks before that spend nothing. Where values are exchangeable given the opinions, the test is exact at whatever moment the
-opinions choose.  Pure functions of what was measured; whether vLLM serves the same policy is the probe's question, in
-`learning.rollout.deployment`.
+The opinions alone decide when to judge, never the candidate's figures on them: otherwise, waiting for more opinions would be
+stopping at the luckiest moment. The smallest p-value that n opinions can give (1 / (n choose k) if k are likes) must be
+HEADROOM times below the required one. Without that room only a perfect candidate would pass: five of each kind give p =
+1/252 = 0.004, enough for the first verdict (p ≤ 0.0086), but two people of ten who slip would fail any candidate. So a
+candidate that may wait is judged once, from seven of each kind on (1/3432), and earlier looks spend nothing. If values are
+exchangeable given the opinions, the test is exact at whatever moment the opinions choose.
+
+Pure functions of measurements. The probe (`learning.rollout.deployment`) checks that vLLM serves the same policy.
 """
 
 import math
@@ -38,19 +37,19 @@ from learning.judging.statistics import CONFIDENCE, Interval, bootstrap
 if TYPE_CHECKING:
     from learning.data.experience import Experience
 
-HEADROOM = 20  # times: simulated people needed the fewest reactions until a promotion with 10 to 100
-MOST_WANTED = 256  # judged answers: more are not foreseen
-OWN_STRATUM = 4  # questions that one person judged, from which on they are compared with each other alone
-ROUGH_LEVEL = 0.01  # the level at which a p-value is precise that decides nothing, and is told to people alone
+HEADROOM = 20  # a factor; with 10 to 100, simulated people needed the fewest reactions until a promotion
+MOST_WANTED = 256  # judged answers; the forecast ends there
+OWN_STRATUM = 4  # judged questions from which on a person's opinions are compared only with each other
+ROUGH_LEVEL = 0.01  # precision level of a p-value that is only reported and decides nothing
 
 
 @dataclass(frozen=True)
 class HeldOutOpinions:
-    """What people said about held-out answers: a row for each answer.
+    """People's opinions on held-out answers, one row per answer.
 
-    `signs` is +1 for an answer that was liked and -1 for one that was not, `kinds` the kind of its question, `units` what
-    was asked (the answers to one question are not independent), `strata` within which opinions are exchangeable, `weights`
-    (in (0, 1]) how much each opinion counts. They name nobody: a version's record keeps them.
+    `signs` is +1 for a liked answer and -1 for a disliked one. `kinds` is the kind of its question. `units` identifies the
+    question, because answers to one question are not independent. Opinions in the same of the `strata` are exchangeable.
+    `weights` (in (0, 1]) is how much each opinion counts. Nobody is named, because a version's record keeps these rows.
     """
 
     signs: list[int]
@@ -62,11 +61,11 @@ class HeldOutOpinions:
 
 @dataclass(frozen=True)
 class Gain:
-    """What the candidate's answers gain over the live version's, by the held-out opinions.
+    """Gain of the candidate's answers over the live version's, estimated from the held-out opinions.
 
-    `counts` (one for each opinion) is how much each counts: the sum of their products with the opinions, less what is usual
-    for such a question, is the gain, in units of rewards, which go from -1 to 1. `by_prompt` (one for each prompt) is the
-    gain on each; its mean is the same.
+    `counts` has a coefficient for each opinion. The gain is the sum of their products with the opinions, after the mean of
+    each kind of question is subtracted; its unit is that of rewards, in [-1, 1]. `by_prompt` has the gain on each prompt;
+    its mean is the same gain.
     """
 
     counts: list[float]
@@ -75,10 +74,10 @@ class Gain:
 
 @dataclass(frozen=True, kw_only=True)
 class Soundness:
-    """What a run measured of its candidate, and no reaction changes.
+    """The measurements of a candidate that do not depend on reactions.
 
-    `kl` is nats for each sampled token of the candidate, against the base. `change` is how far its log-probabilities are
-    from its parent's, `rounding` how far the served number format moves them (mean, nats).
+    `kl` is in nats per sampled token of the candidate, to the base. `change` is the mean distance (nats) of its
+    log-probabilities from its parent's; `rounding` is how far the served number format moves them.
     """
 
     kl: float
@@ -91,10 +90,10 @@ class Soundness:
 
 @dataclass(frozen=True)
 class Evidence(Soundness):
-    """What was measured of a candidate against the live version, on the same held-out answers and the same prompts.
+    """Measurements of a candidate and the live version, on the same held-out answers and the same prompts.
 
-    `live` and `candidate` are the mean log-probability for each token (nats) of each answer of the `opinions`. `faults` are
-    what is wrong already: with its training, with its files.
+    `live` and `candidate` are the mean log-probability per token (nats) of each answer of the `opinions`. `faults` are
+    problems that were found before, in its training or its files.
     """
 
     opinions: HeldOutOpinions
@@ -105,15 +104,17 @@ class Evidence(Soundness):
 
 
 class VerdictMetrics(Metrics):
-    """The figures behind a verdict. Gains, and the margins that they are of, are None where there is no answer of each kind;
-    what is `by_chance` or `by_luck` is a p-value, and None where the opinions could show nothing.
+    """The figures behind a verdict.
+
+    Margins and gains are None unless there are liked and disliked answers. Fields `*_by_chance` and `*_by_luck` are
+    p-values; they are None if the opinions were too few to show anything.
     """
 
     held_out_liked: int = 0
     held_out_disliked: int = 0
     well_formed: float | None = None
     base_well_formed: float | None = None
-    level: float | None = None  # of significance, that was left to this verdict
+    level: float | None = None  # significance level of this verdict
     margin_before: float | None = None
     margin_after: float | None = None
     margin_gain: float | None = None
@@ -128,9 +129,9 @@ class VerdictMetrics(Metrics):
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a candidate may go live, why not, and the figures behind it.
+    """Whether a candidate may go live, the reasons if it may not, and the figures.
 
-    `wanted` is about how many more judged answers it takes to tell, where nothing but evidence is missing; 0 otherwise.
+    If only evidence is missing, `answers_wanted` estimates how many more judged answers are needed; otherwise it is 0.
     """
 
     passed: bool
@@ -140,11 +141,11 @@ class Verdict:
 
 
 def collect_opinions(rows: Sequence["Experience"], kinds: Sequence[int], person_cap: float) -> HeldOutOpinions:
-    """Return what people said about held-out answers (n), whose questions are of these `kinds` (n,).
+    """Return people's opinions on held-out answers (n), whose questions are of these `kinds` (n,).
 
-    Somebody who likes everything, or nothing, says nothing of a candidate, and would seem to where all that they ask is
-    alike. So the opinions of one person on at least OWN_STRATUM questions are compared with each other, and all others with
-    all others.
+    A person who likes everything, or nothing, says nothing about a candidate, but would appear to if all their questions
+    are alike. So a person's opinions on OWN_STRATUM questions or more are compared only with each other; all remaining
+    opinions are compared together.
     """
     judges: list[tuple[str, ...]] = [row.opinion_holders if len(row.opinion_holders) == 1 else () for row in rows]
     questions = Counter(
@@ -161,10 +162,10 @@ def collect_opinions(rows: Sequence["Experience"], kinds: Sequence[int], person_
 
 
 def judge(evidence: Evidence, gate: GateConfig, seed: int, earlier: Sequence[bool] = (), may_wait: bool = False) -> Verdict:
-    """Weigh the evidence: no evidence, no promotion.
+    """Judge a candidate by its evidence. Without enough evidence it does not pass.
 
     `earlier` are the verdicts that had enough evidence, oldest first: True for each that found its version better. A
-    candidate that `may_wait` is not judged before there is room for it to show anything.
+    candidate that `may_wait` is judged only when the opinions leave HEADROOM.
     """
     reasons = list(evidence.faults)
     opinions = evidence.opinions
@@ -179,14 +180,14 @@ def judge(evidence: Evidence, gate: GateConfig, seed: int, earlier: Sequence[boo
         reasons.append(_explain_not_better(evidence, gains, p_values))
     if evidence.is_no_change:
         reasons.append(
-            f"no change: log-probabilities are {evidence.change:.4f} nats from its parent's, and the number format that is "
-            f"served moves them by {evidence.rounding:.4f}; more reactions will tell them apart"
+            f"no change: log-probabilities differ from the parent's by {evidence.change:.4f} nats, the served number format "
+            f"alone moves them by {evidence.rounding:.4f}; train again with more reactions"
         )
     if not evidence.kl <= gate.kl_budget:
-        reasons.append(f"too far from the base: KL {evidence.kl:.3f} nats a token, budget {gate.kl_budget:g}")
+        reasons.append(f"too far from the base: KL = {evidence.kl:.3f} nats per token, required ≤ {gate.kl_budget:g}")
     wanted = min(gate.well_formed, evidence.base_well_formed)
     if not evidence.well_formed >= wanted:
-        reasons.append(f"answers break: {evidence.well_formed:.0%} well-formed, {wanted:.0%} wanted")
+        reasons.append(f"too few well-formed answers: {evidence.well_formed:.0%}, required ≥ {wanted:.0%}")
     is_all = len(reasons) == 1 and p_values is None
     figures = VerdictMetrics(
         held_out_liked=liked,
@@ -204,17 +205,17 @@ def judge(evidence: Evidence, gate: GateConfig, seed: int, earlier: Sequence[boo
 
 
 def compute_allowed_p(gate: GateConfig, earlier: Sequence[bool]) -> float:
-    """Return the p-value that either way of asking may have at most, after the `earlier` verdicts."""
+    """Return the largest p-value at which either test is significant, after the `earlier` verdicts."""
     return compute_next_level(1 - gate.confidence, earlier) / 2
 
 
 def can_suffice(opinions: HeldOutOpinions, gate: GateConfig, allowed: float) -> bool:
-    """Whether these opinions could show anything at the `allowed` level, whatever a candidate does to their answers."""
+    """Whether these opinions could give a p-value of at most `allowed` for any candidate."""
     return _are_enough(*_count(opinions), gate) and _least_p(opinions) <= allowed
 
 
 def _count(opinions: HeldOutOpinions) -> tuple[int, int]:
-    """Count the answers that were liked and those that were not."""
+    """Count the liked and the disliked answers."""
     liked = sum(sign > 0 for sign in opinions.signs)
     return liked, len(opinions.signs) - liked
 
@@ -228,7 +229,7 @@ def _least_p(opinions: HeldOutOpinions) -> float:
 
 
 def count_wanted(opinions: HeldOutOpinions, gate: GateConfig, allowed: float) -> int:
-    """Return about how many more judged answers it takes until they can suffice, if as many are liked as so far."""
+    """Estimate how many more judged answers are needed, if the share of likes stays the same."""
     liked, disliked = _count(opinions)
     now = liked + disliked
     share = (liked + 1) / (now + 2)
@@ -242,9 +243,9 @@ def count_wanted(opinions: HeldOutOpinions, gate: GateConfig, allowed: float) ->
 def select_newest_sufficient(
     rows: Sequence["Experience"], since: datetime | None, gate: GateConfig, allowed: float, person_cap: float
 ) -> list["Experience"]:
-    """Return the rows on which all was said `since`, where those can suffice; otherwise all.
+    """Return the rows whose feedback was all given at `since` or later, if those can suffice; otherwise all rows.
 
-    What was said before helped to choose the version that is live now, and flatters it.
+    Earlier feedback helped to choose the live version, so it is biased in its favour.
     """
     newer = [row for row in rows if since is not None and row.said_at >= since]
     is_enough = can_suffice(collect_opinions(newer, [0] * len(newer), person_cap), gate, allowed)
@@ -258,14 +259,13 @@ def compute_gain(
     after: Sequence[Sample],
     embedder: Embedder | None,
 ) -> Gain:
-    """Return what the answers `after` gain over those `before` to the same prompts, by `opinions` on `judged` answers.
+    """Return the gain of the answers `after` over those `before` to the same prompts, from `opinions` on `judged` answers.
 
-    The direct method of off-policy evaluation (Dudík, Langford and Li, 2011, "Doubly Robust Policy Evaluation and Learning",
-    arXiv:1103.4601): a ridge regression of the opinions on features of the judged answers says what other answers are worth.
-    It is linear in the opinions, so the gain is a sum of what each of them counts, and needs no second fit for a permutation
-    of them. Answers are compared with others to the same kind of question alone: or a candidate would gain by speaking as
-    one speaks of what people like to speak of. Features beyond those of all judged answers are cut: what nobody saw,
-    nobody judged.
+    It uses the direct method of off-policy evaluation (Dudík, Langford and Li, 2011, "Doubly Robust Policy Evaluation and
+    Learning", arXiv:1103.4601): a ridge regression of the opinions on features of the judged answers predicts the worth of
+    other answers. The prediction is linear in the opinions, so a permutation of them needs no second fit. Answers are
+    compared only within a kind of question; otherwise a candidate would gain by the style of popular subjects. Features are
+    clipped to the range of the judged answers, because nobody judged anything beyond it.
     """
     signs = subtract_kind_means(np.array(opinions.signs, dtype=float), opinions.kinds)
     if not before or not signs.any():
@@ -281,7 +281,7 @@ def compute_gain(
 
 
 def subtract_kind_means(values: np.ndarray, kinds: Sequence[int]) -> np.ndarray:
-    """Return values (n × …) less the mean of those of the same kind (n,)."""
+    """Return values (n × …) minus the mean of their kind (n,)."""
     found = np.array(values, dtype=float)
     for kind in np.unique(kinds):
         found[np.asarray(kinds) == kind] -= found[np.asarray(kinds) == kind].mean(0)
@@ -289,7 +289,7 @@ def subtract_kind_means(values: np.ndarray, kinds: Sequence[int]) -> np.ndarray:
 
 
 def margin(values: np.ndarray, signs: np.ndarray, weights: np.ndarray | None = None) -> float:
-    """Return the mean of `values` over liked answers less that over disliked ones; all of them (n,)."""
+    """Return the mean of `values` over liked answers minus that over disliked ones; all arrays are (n,)."""
     weights = np.ones(len(values)) if weights is None else weights
     liked, disliked = signs > 0, signs < 0
     return float(np.average(values[liked], weights=weights[liked]) - np.average(values[disliked], weights=weights[disliked]))
@@ -303,7 +303,10 @@ def margin_interval(values: np.ndarray, signs: np.ndarray, seed: int, weights: n
 
 @dataclass(frozen=True)
 class PValues:
-    """How often chance does as well, in both ways of asking, and `by_luck` of the answers; what is `allowed` of each."""
+    """The p-values of the margin and of the gain by permutation, and of the gain by sign flips (`by_luck`).
+
+    `allowed` is the largest one that is significant.
+    """
 
     by_margin: float
     by_gain: float
@@ -312,12 +315,12 @@ class PValues:
 
     @property
     def is_better(self) -> bool:
-        """Whether they show that the candidate is better."""
+        """Whether the p-values show that the candidate is better."""
         return min(self.by_margin, max(self.by_gain, self.by_luck)) <= self.allowed
 
     @property
     def metrics(self) -> VerdictMetrics:
-        """The same, for the record of a version."""
+        """The p-values as metrics of a version."""
         return VerdictMetrics(margin_gain_by_chance=self.by_margin, gain_by_chance=self.by_gain, gain_by_luck=self.by_luck)
 
 
@@ -332,7 +335,7 @@ class Gains:
 
     @property
     def metrics(self) -> VerdictMetrics:
-        """The same, for the record of a version."""
+        """The gains as metrics of a version."""
         return VerdictMetrics(
             margin_before=self.margin_before,
             margin_after=self.margin_after,
@@ -346,7 +349,7 @@ class Gains:
 
 
 def compute_p_values(evidence: Evidence, allowed: float, seed: int) -> PValues:
-    """Ask the held-out opinions in both ways."""
+    """Test the margin and the gain on the held-out opinions."""
     opinions, gain = evidence.opinions, evidence.gain
     signs, of = np.array(opinions.signs), (opinions.units, opinions.strata)
     likelier = subtract_kind_means(np.subtract(evidence.candidate, evidence.live), opinions.kinds)
@@ -371,25 +374,25 @@ def _measure_gains(evidence: Evidence, seed: int) -> Gains:
 
 
 def explain_too_little(opinions: HeldOutOpinions, gate: GateConfig, allowed: float) -> str:
-    """Say why opinions could show nothing at the `allowed` level, and how many could."""
+    """Return why opinions cannot give a p-value of at most `allowed`, and how many would."""
     liked, disliked = _count(opinions)
-    said = f"too little evidence: {liked} liked and {disliked} disliked answers are held out"
+    said = f"too little evidence: {liked} liked and {disliked} disliked held-out answers"
     if not _are_enough(liked, disliked, gate):
-        return f"{said}; {gate.min_held_out} are needed, two at least of each kind"
+        return f"{said}, required ≥ {gate.min_held_out} with at least two of each kind"
     each = next(count for count in range(2, 64) if 1 / math.comb(2 * count, count) <= allowed)
     return (
-        f"{said}, which give p = {_least_p(opinions):.2g} at best, required p ≤ {allowed:.2g}; {each} of each would do, or "
-        "a few more where one person judged most"
+        f"{said}, best possible p = {_least_p(opinions):.2g}, required ≤ {allowed:.2g}; {each} of each kind are enough, or "
+        "a few more if one person judged most of them"
     )
 
 
 def _explain_not_better(evidence: Evidence, gains: Gains, p_values: PValues) -> str:
     allowed, (gain, low, high) = p_values.allowed, gains.by_gain
     prompts = len(evidence.gain.by_prompt)
-    too_few = f"; {prompts} different prompts are too few to tell its answers from luck" if 2.0**-prompts > allowed else ""
+    too_few = f"; {prompts} different prompts are too few for the sign-flip test" if 2.0**-prompts > allowed else ""
     return (
-        f"not shown to be better: by the held-out opinions its answers gain {gain:+.3f} of a reward, 95% interval "
-        f"{low:+.3f} to {high:+.3f} (permutation test p = {p_values.by_gain:.2g}, "
-        f"sign-flip test p = {p_values.by_luck:.2g}); liked over disliked gains {gains.by_margin.value:+.4f} nats a "
-        f"token (permutation test p = {p_values.by_margin:.2g}); required p ≤ {allowed:.2g}{too_few}"
+        f"not shown to be better: reward gain {gain:+.3f}, 95% interval {low:+.3f} to {high:+.3f} "
+        f"(permutation test: p = {p_values.by_gain:.2g}, sign-flip test: p = {p_values.by_luck:.2g}); "
+        f"margin gain {gains.by_margin.value:+.4f} nats per token (permutation test: p = {p_values.by_margin:.2g}); "
+        f"required p ≤ {allowed:.2g}{too_few}"
     )

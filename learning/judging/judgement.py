@@ -1,4 +1,4 @@
-"""Judgement: what became of a version that a run trained, or that waited."""
+"""Judgement: the outcome for a version that was trained, or that waited."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Judgement:
-    """Whether a version passed the gate, or waits for more reactions, and why it did not pass."""
+    """Whether a version passed the gate or waits for more reactions, and the reasons if it did not pass."""
 
     policy: str
     passed: bool
@@ -14,5 +14,5 @@ class Judgement:
     reasons: list[str]
 
     def as_json(self) -> dict[str, Any]:
-        """Return what a training process tells the process that started it."""
+        """Return the JSON that a training process sends to the process that started it."""
         return {"policy": self.policy, "passed": self.passed, "waits": self.waits, "reasons": self.reasons}

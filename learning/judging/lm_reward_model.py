@@ -1,8 +1,8 @@
-"""LmRewardModel: how likely people are to like an answer, from the policy's base model with a head that gives one number.
+"""LmRewardModel: predict whether people like an answer, with the policy's base model and a scalar head.
 
-TRL's RewardTrainer on pairs of a liked and a disliked answer (Bradley and Terry, 1952, "Rank Analysis of Incomplete Block
-Designs"), to one prompt where there are such and else to any two. It reads every word where `RewardModel` reads a
-sentence's embedding, and takes a training run for each fold. It judges, for the report; it does not teach.
+TRL's RewardTrainer fits it to pairs of a liked and a disliked answer (Bradley and Terry, 1952, "Rank Analysis of Incomplete
+Block Designs"), to the same prompt if there are such pairs, otherwise to any two prompts. It reads every word, whereas
+`RewardModel` reads an embedding. Each fold takes a training run. It serves the report; nothing is trained on its output.
 """
 
 import random
@@ -17,12 +17,12 @@ from learning.judging.evaluation import pad_batch, split_batches, token_rows
 from learning.judging.reward_scores import ScoredAnswers, calibrate_scores, has_enough
 
 FOLDS = 3
-STEPS = 60  # of a run, at most
-PASSES = 12  # over the pairs, at most
+STEPS = 60  # maximum steps of a run
+PASSES = 12  # maximum passes over the pairs
 
 
 class LmRewardModel:
-    """Fitted to rated answers; `chances` judges others."""
+    """A reward model from a language model. `fit` trains it on rated answers; `predict_chances` scores others."""
 
     def __init__(self, base_model: str, config: Config):
         self.base_model = base_model
@@ -30,7 +30,7 @@ class LmRewardModel:
         self._fitted: Any = None
 
     def fit(self, rated: Sequence[Experience]) -> ScoredAnswers | None:
-        """Learn from rated answers; what it makes of each when it has not seen its unit. None where there are too few."""
+        """Fit to rated answers. Return their out-of-fold scores, or None if there are too few answers."""
         from sklearn.model_selection import GroupKFold
 
         if not has_enough(rated, FOLDS):
@@ -44,7 +44,7 @@ class LmRewardModel:
         return judged
 
     def predict_chances(self, answers: Sequence[Experience]) -> np.ndarray:
-        """The probability (n,) that each answer is liked."""
+        """Return the probability (n,) that each answer is liked."""
         return self._platt.predict_proba(self._compute_scores(self._fitted, answers)[:, None])[:, 1]
 
     def _train(self, rated: Sequence[Experience]) -> Any:
@@ -95,7 +95,7 @@ class LmRewardModel:
 
 
 def make_pairs(rated: Sequence[Experience], rng: random.Random) -> list[dict[str, list[int]]]:
-    """Each answer beside one of the other kind, to the same prompt where there is any."""
+    """Pair each answer with one of the opposite opinion, to the same prompt if there is any."""
     sides: dict[bool, list[Experience]] = {True: [], False: []}
     for one in rated:
         sides[one.reward > 0].append(one)

@@ -1,7 +1,6 @@
-"""Metrics of a run: all figures that it leaves, in `metrics.json` and in the record of its version.
+"""Metrics of a run: the figures in `metrics.json` and in the record of its version.
 
-They are JSON in both places, flat, under the keys that these records name. What a version of kibitz did not measure yet has
-its default when it is read.
+Both are flat JSON, with the fields of these records as keys. A figure that an older kibitz did not record gets its default.
 """
 
 from dataclasses import dataclass
@@ -17,9 +16,11 @@ from learning.judging.statistics import Interval
 
 @dataclass(frozen=True)
 class Health:
-    """How a policy is: nats a token of held-out liked answers (None without any), KL to the base, well-formed samples; and
-    what liked over disliked held-out answers gained since the run began, with its 95% interval (None without both).
-    `liked_error` is the standard error of what liked answers changed since then: there are few of them.
+    """The state of a policy during a run.
+
+    `liked` is the mean log-probability of held-out liked answers (nats per token; None without any). `kl` is the KL to the
+    base. `gained` is the change of the margin of liked over disliked held-out answers since the run began, with its 95%
+    interval (None unless there are both). `liked_error` is the standard error of the change of `liked`.
     """
 
     liked: float | None
@@ -32,7 +33,7 @@ class Health:
 
 @dataclass(frozen=True, kw_only=True)
 class Check(Health):
-    """How a policy was after a step of a run."""
+    """The state of a policy after a step of a run."""
 
     step: int
 
@@ -42,9 +43,10 @@ def _trl(key: str) -> float:
 
 
 class TrainingMetrics(Record):
-    """Figures of the steps of a run: how many there were, their time (s) and losses; why the guard `stopped` them, if it
-    did, after which step the weights were `kept`, and its `checks`. Those of TRL are means over the last quarter of
-    the steps.
+    """Figures of the steps of a run: their number, time (s) and losses.
+
+    `stopped` is why the guard stopped the run, or None. `kept` is the step whose weights were kept. `checks` are the
+    guard's. TRL's figures are means over the last quarter of the steps.
     """
 
     steps: int = 0
@@ -62,8 +64,10 @@ class TrainingMetrics(Record):
 
 
 class RunMetrics(VerdictMetrics, TrainingMetrics, Estimate):
-    """What can be read of every run. `taken_back` names the turns that taught an earlier version and about which opinions
-    were taken back since. `steps_share_of_run` is the share of the run's time that its steps took.
+    """Metrics that can be read of every run.
+
+    `taken_back` has the turns that taught an earlier version and whose opinions were retracted since. `steps_share_of_run`
+    is the share of the run's time that its steps took.
     """
 
     taken_back: list[str] = Field(default_factory=list)
@@ -71,13 +75,13 @@ class RunMetrics(VerdictMetrics, TrainingMetrics, Estimate):
 
 
 class EvidenceMetrics(Record):
-    """What the verdict rests on."""
+    """The evidence of the verdict."""
 
     evidence: Evidence
 
 
 class AllMetrics(RunMetrics, EvidenceMetrics):
-    """What a run records: also what is read by the version of kibitz alone that wrote it."""
+    """Everything that a run records, including figures that only the version of kibitz that wrote them reads."""
 
     answers_before: Manner
     answers_after: Manner

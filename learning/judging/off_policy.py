@@ -1,8 +1,8 @@
-"""Off-policy estimate: what a policy would earn, from answers that people judged and that another policy gave.
+"""Off-policy estimate: the reward that a policy would earn, from judged answers of another policy.
 
-The doubly robust estimate (Dudík, Langford and Li, 2011, "Doubly Robust Policy Evaluation and Learning", arXiv:1103.4601):
-what a reward model makes of the policy's own answers, put right by where it errs on the judged ones, each as much as the
-policy makes it likelier. It is right where either the reward model or the weights are. It knows no weights of a policy.
+The doubly robust estimate (Dudík, Langford and Li, 2011, "Doubly Robust Policy Evaluation and Learning", arXiv:1103.4601) is
+a reward model's score of the policy's own answers, corrected by the model's errors on the judged answers. Importance weights
+say how much each error counts. The estimate is right if either the reward model or the weights are right.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,12 +21,12 @@ from learning.judging.statistics import Bin, Interval, calibration, mean_interva
 if TYPE_CHECKING:
     import torch
 
-MAX_IMPORTANCE = 2.0  # of importance weights: without it one answer that became much likelier would be the whole estimate
+MAX_IMPORTANCE = 2.0  # cap of importance weights, or one answer that became much likelier would dominate the estimate
 
 
 @dataclass(frozen=True)
 class Answers:
-    """A policy's own answer to each held-out prompt, and the log-probabilities (nats) that it gives the held-out answers."""
+    """A policy's own answer to each held-out prompt, and its log-probabilities (nats) of the held-out answers."""
 
     own: Mapping[tuple[int, ...], Sample]
     logprobs: Sequence["torch.Tensor"]
@@ -34,14 +34,15 @@ class Answers:
 
 @dataclass(frozen=True, kw_only=True)
 class Quality(Scores):
-    """How good the reward model is, and how its probabilities fit what people said."""
+    """The scores of a reward model, and the calibration of its probabilities."""
 
     calibration: list[Bin]
 
 
 class Estimate(Record):
-    """The worth (in [-1, 1]) of the policies before and after a run, the gain with its 95% interval, and the quality of the
-    reward model that says so; None where too little is rated to fit one.
+    """The estimated worth (in [-1, 1]) of an answer before and after a run, and the gain with its 95% interval.
+
+    All fields are None if too few answers are rated to fit a reward model.
     """
 
     estimated_worth_before: float | None = None
@@ -51,16 +52,16 @@ class Estimate(Record):
 
 
 def doubly_robust(expected: np.ndarray, weights: np.ndarray, rewards: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """What each judged answer says of the policy's worth (n,); its mean is the estimate.
+    """Return the terms (n,) of the doubly robust estimate of a policy's worth; the estimate is their mean.
 
-    `predict_rewards` is what the model makes of the policy's own answer to the same prompt, `predicted` what it makes of the
-    judged one, which earned `rewards`; where the log-probability was not recorded, `weights` is 0: the model has the word.
+    `expected` is the model's prediction for the policy's own answer to each prompt, `predicted` the one for the judged
+    answer, which earned `rewards`. `weights` is 0 for an answer without recorded log-probabilities; its term is `expected`.
     """
     return expected + weights * (rewards - predicted)
 
 
 def importance_weights(now: Sequence["torch.Tensor"], judged: Sequence[Experience]) -> np.ndarray:
-    """How much likelier each judged answer (n,) is now than it was when it was given; 0 where that is not known."""
+    """Return how many times likelier each judged answer (n,) is than when it was sampled; 0 if that is not known."""
     return np.array(
         [
             0.0 if one.logprobs is None else min(MAX_IMPORTANCE, float(np.exp(float(row.sum()) - sum(one.logprobs))))
@@ -77,7 +78,7 @@ def estimate_worth(
     after: Answers,
     seed: int,
 ) -> Estimate:
-    """Estimate the worth of a policy `before` and `after`; nothing where too little is rated to fit the reward model."""
+    """Estimate a policy's worth `before` and `after`. The estimate is empty if too few answers are rated."""
     quality = model.fit(training)
     rows = [row for row, one in enumerate(held_out) if one.prompt_ids in before.own and one.prompt_ids in after.own]
     if quality is None or not rows:

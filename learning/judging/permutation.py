@@ -1,8 +1,7 @@
-"""Permutation tests: how often chance alone would show as much as was seen. Pure functions of numbers.
+"""Permutation tests: p-values of sums. Pure functions of numbers.
 
-A permutation test (Fisher, 1935, "The Design of Experiments") is exact however few numbers there are, where a bootstrap
-interval of so few is too narrow. What must stay together stays together: whole units are exchanged, and only within their
-stratum. It knows no policy and no people.
+A permutation test (Fisher, 1935, "The Design of Experiments") is exact for any number of values; a bootstrap interval of few
+values is too narrow. Whole units are permuted, and only within their stratum.
 """
 
 import math
@@ -11,9 +10,9 @@ from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
-DRAWS = 1000  # random permutations, at least: the p-values are told to people
-ENOUGH_AS_LARGE = 10  # so many that are as large show that p is not below the level; so many are expected at the level
-MAX_DRAWS = 2_000_000  # random permutations, at most
+DRAWS = 1000  # minimum number of random permutations, because people are shown the p-values
+ENOUGH_AS_LARGE = 10  # drawing stops after this many draws as large as the observed sum; this many are expected at the level
+MAX_DRAWS = 2_000_000  # maximum number of random permutations
 
 
 def permutation_p_value(
@@ -24,13 +23,13 @@ def permutation_p_value(
     seed: int,
     level: float = ENOUGH_AS_LARGE / DRAWS,
 ) -> float:
-    """Return how often permuted `signs` (n,) have a sum of products with `values` (n,) that is as large (one-sided).
+    """Return the one-sided p-value of the sum of `values` * `signs` (both (n,)) when the signs are permuted.
 
-    Rows of one of the `units` (n,) keep their signs together. Two units exchange their signs if they are in the same of the
-    `strata` (n,) and have as many rows. The p-value is precise enough to be compared with `level`.
+    Rows of the same unit (`units`, (n,)) keep their signs together. Two units may exchange their signs if they have the same
+    stratum (`strata`, (n,)) and the same number of rows. The p-value is precise enough to be compared with `level`.
     """
     groups = _group_exchangeable(units, strata)
-    products = [signs[rows] @ values[rows].T for rows in groups]  # what each unit's signs give at each unit's place
+    products = [signs[rows] @ values[rows].T for rows in groups]  # (each unit's signs) × (each unit's values)
 
     def draw(rng: np.random.Generator) -> np.ndarray:
         drawn = np.zeros(DRAWS)
@@ -43,16 +42,16 @@ def permutation_p_value(
 
 
 def sign_flip_p_value(values: np.ndarray, seed: int, level: float = ENOUGH_AS_LARGE / DRAWS) -> float:
-    """Return how often the sum of `values` (n,) would be as large if each had either sign as likely (one-sided)."""
+    """Return the one-sided p-value of the sum of `values` (n,) when each value has a random sign."""
     if len(values) < 2:
         return 1.0
     return _p_value(float(values.sum()), lambda rng: rng.choice((-1.0, 1.0), (DRAWS, len(values))) @ values, seed, level)
 
 
 def _p_value(seen: float, draw: Callable[[np.random.Generator], np.ndarray], seed: int, level: float) -> float:
-    """Return how often what is drawn is as large as what was `seen`.
+    """Return the share of draws that are at least as large as `seen`.
 
-    Drawing ends early where the answer is clear (Besag and Clifford, 1991, "Sequential Monte Carlo p-values").
+    Drawing stops early if the result is clear (Besag and Clifford, 1991, "Sequential Monte Carlo p-values").
     """
     if not math.isfinite(seen):
         return 1.0
@@ -65,7 +64,7 @@ def _p_value(seen: float, draw: Callable[[np.random.Generator], np.ndarray], see
 
 
 def least_p_value(signs: np.ndarray, units: Sequence[Hashable], strata: Sequence[Hashable]) -> float:
-    """Return the smallest p-value that any values could give: one in as many as there are different permutations."""
+    """Return the smallest p-value that any values can give: 1 / the number of different permutations."""
     ways = 0.0
     for rows in _group_exchangeable(units, strata):
         alike = Counter(tuple(unit) for unit in signs[rows].tolist())
@@ -74,7 +73,7 @@ def least_p_value(signs: np.ndarray, units: Sequence[Hashable], strata: Sequence
 
 
 def _group_exchangeable(units: Sequence[Hashable], strata: Sequence[Hashable]) -> list[np.ndarray]:
-    """Group the rows of units that may exchange their signs: arrays of row numbers (units x rows in each)."""
+    """Group units that may exchange their signs. Each group is an array of row numbers (units × rows of each unit)."""
     of_unit: dict[tuple[Hashable, Hashable], list[int]] = defaultdict(list)
     for row, key in enumerate(zip(units, strata, strict=True)):
         of_unit[key].append(row)

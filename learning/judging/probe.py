@@ -1,8 +1,8 @@
-"""The probe of a version: places at which the server must hold the same tokens likely as the trainer does.
+"""The probe of a version: token prefixes after which the server must give the same log-probabilities as the trainer.
 
-It is made of answers to prompts that are nobody's words: it stays with the version, whoever is forgotten. The reference is
-computed in float32. How far a sound server may be from it is not guessed but measured, on the trainer's own model in the
-number format that is served. It knows no server: `learning.rollout.deployment` asks the questions.
+Its prompts are no person's words, so it stays with the version when a person is forgotten. The reference is computed in
+float32. The tolerance is measured: it is how far the trainer's own model moves in the number format that is served.
+`learning.rollout.deployment` compares a server with it.
 """
 
 import json
@@ -24,21 +24,20 @@ if TYPE_CHECKING:
 
 PROMPTS = ("hello", "good night", "what should i eat?", "tell me something about yourself")
 FILE = "probe.json"
-LONGEST = 512  # tokens of prompt and answer
-PROBED = 16  # tokens of an answer, in steps of four
-TOP = 8  # likeliest next tokens
+LONGEST = 512  # maximum tokens of prompt and answer
+PROBED = 16  # first tokens of an answer that are probed, in steps of four
+TOP = 8  # likeliest next tokens that are compared
 LOGPROB_FIELDS = ("candidate", "rounded", "parent")
-TOLERATED_ROUNDINGS = 2.0  # a server rounds elsewhere than the trainer does, but no more than that
-MIN_ROUNDINGS_FROM_PARENT = (
-    3.0  # roundings that a candidate must be from its parent: a server that is one away is then at most half as far
-)
+TOLERATED_ROUNDINGS = 2.0  # a server rounds at other places than the trainer does
+MIN_ROUNDINGS_FROM_PARENT = 3.0  # so that a server one rounding away is at most half as far from the candidate as the parent
 
 
 @dataclass(frozen=True)
 class ProbePlace:
-    """Token ids, the candidate's likeliest next tokens, and their log-probabilities (nats): the candidate's in float32, the
-    candidate's in the number format that is served, and its parent's in float32. All at the temperature that the version was
-    trained for, which the operator may change later.
+    """Token ids of a prefix, the candidate's likeliest next tokens, and their log-probabilities (nats).
+
+    `candidate` and `parent` are computed in float32, `rounded` is the candidate in the served number format. `temperature`
+    is the one that the version was trained for; the operator may change it later.
     """
 
     prompt_ids: list[int]
@@ -50,7 +49,7 @@ class ProbePlace:
 
 
 def sample_prefixes(model: "Model", tokenizer: ChatTokenizer, max_tokens: int, seed: int) -> list[list[int]]:
-    """Token ids up to places inside a model's answers."""
+    """Return token ids that end inside a model's own answers to `PROMPTS`."""
     prompts = [tokenizer.prompt_ids([{"role": "user", "content": text}]) for text in PROMPTS]
     samples = generate(model, tokenizer, prompts, max_tokens, seed)
     return [
@@ -63,8 +62,9 @@ def sample_prefixes(model: "Model", tokenizer: ChatTokenizer, max_tokens: int, s
 
 @dataclass(frozen=True)
 class ProbeLogprobs:
-    """What a model holds likely at each place (the log-probabilities of the vocabulary, nats): computed in float32, which is
-    the reference, and in the number format that it is served in.
+    """A model's log-probabilities (nats) of the whole vocabulary at each place.
+
+    `exact` is computed in float32 and is the reference; `served` is computed in the served number format.
     """
 
     exact: Sequence["torch.Tensor"]
@@ -72,7 +72,7 @@ class ProbeLogprobs:
 
 
 def measure(model: "Model", places: Sequence[Sequence[int]]) -> ProbeLogprobs:
-    """Return what a model holds likely at some places, in float32 and in its own number format."""
+    """Return a model's log-probabilities at some places, in float32 and in its own number format."""
     served = next_logprobs(model, places)
     with as_float32(model):
         return ProbeLogprobs(next_logprobs(model, places), served)
@@ -81,7 +81,7 @@ def measure(model: "Model", places: Sequence[Sequence[int]]) -> ProbeLogprobs:
 def write(
     directory: Path, places: Sequence[Sequence[int]], candidate: ProbeLogprobs, parent: ProbeLogprobs, temperature: float
 ) -> list[ProbePlace]:
-    """Save, and return, what a candidate and its parent hold of the candidate's likeliest next tokens at each place."""
+    """Write the probe of a candidate into its `directory`, and return its places."""
     rows = []
     for place, own, rounded, other in zip(places, candidate.exact, candidate.served, parent.exact, strict=True):
         tokens = own.topk(TOP).indices
@@ -92,17 +92,16 @@ def write(
 
 
 def read(directory: Path) -> list[ProbePlace]:
-    """Return the places of a version's probe. Raises OSError, ValueError, KeyError or TypeError where it cannot be read."""
+    """Return the places of a version's probe. Raises OSError, ValueError, KeyError or TypeError if it cannot be read."""
     rows = json.loads((directory / FILE).read_text())
-    return [ProbePlace(**{"rounded": row["candidate"], **row}) for row in rows]  # older ones were of float32 alone
+    return [ProbePlace(**{"rounded": row["candidate"], **row}) for row in rows]  # older probes have float32 only
 
 
 @dataclass(frozen=True)
 class Distances:
-    """Mean distances (nats) of log-probabilities at a probe's places.
+    """Mean distances (nats) of log-probabilities at a probe's places, as the trainer computes them.
 
-    `rounding` is how far the number format alone moves the candidate's, `change` how far the candidate is from its parent,
-    both as the trainer computes them.
+    `rounding` is how far the number format alone moves the candidate; `change` is how far the candidate is from its parent.
     """
 
     rounding: float
@@ -110,16 +109,16 @@ class Distances:
 
     @property
     def is_no_change(self) -> bool:
-        """Whether rounding hides what was learned, so that a server cannot be shown to serve the candidate."""
+        """Whether rounding hides the change, so that no test can show that a server serves the candidate."""
         return self.change < MIN_ROUNDINGS_FROM_PARENT * self.rounding
 
     def tolerance(self, least: float) -> float:
-        """Return how far a sound server may be from the reference."""
+        """Return the largest distance (nats) of a sound server from the reference, at least `least`."""
         return max(least, TOLERATED_ROUNDINGS * self.rounding)
 
 
 def compute_distances(places: Sequence[ProbePlace]) -> Distances:
-    """Return what the trainer's own numbers say of how far a candidate is from its parent, and from itself as served."""
+    """Return the distances of a candidate from its parent, and from itself in the served number format."""
     candidate, rounded, parent = ([one for place in places for one in getattr(place, name)] for name in LOGPROB_FIELDS)
     return Distances(mean_distance(candidate, rounded), mean_distance(candidate, parent))
 

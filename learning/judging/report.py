@@ -1,7 +1,8 @@
-"""The report of a training run: what it read, what it learned, what the policy said before and after, and why the rest was
-left out. It reads the files of the version that the run made; it trains and judges nothing.
+"""The report of a training run: its data, results, answers before and after, and the turns that were left out.
 
-Run: ``kibitz report RUN``, where a run has the name of the version that it made.
+It only reads the files of the version that the run made.
+
+Run: ``kibitz report RUN``, where RUN is the name of the version.
 """
 
 import base64
@@ -25,18 +26,18 @@ from learning.judging.metrics import Check, RunMetrics
 from learning.judging.off_policy import Quality
 from learning.judging.statistics import Interval, mean_interval
 
-MAX_SAMPLES = 12  # answers side by side
+MAX_SAMPLES = 12  # prompts whose answers are shown side by side
 
 STYLE: dict[str, Callable[[str], float]] = {"words": lambda text: len(text.split()), **NAMED_FEATURES}
-del STYLE["length"]  # people count words
+del STYLE["length"]  # a logarithm; "words" shows the same to people
 
 
-MaybeInterval = tuple[float | None, float | None, float | None]  # as Interval; all None where there was too little to tell
+MaybeInterval = tuple[float | None, float | None, float | None]  # as Interval; all None if there was too little data
 
 
 @dataclass(frozen=True)
 class Answered:
-    """What the policy said to a question before and after a run."""
+    """The policy's answers to a question before and after a run."""
 
     question: str
     before: str
@@ -45,9 +46,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class Change:
-    """A counter of words or signs: its mean before and after, the change with its 95% interval, and how large that is in
-    standard deviations.
-    """
+    """A style feature: its mean before and after, the change with its 95% interval, its size in standard deviations."""
 
     name: str
     before: float
@@ -60,7 +59,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Report:
-    """All that a report says, under the keys of its JSON. `worth` is that of an answer before and after."""
+    """The content of a report, with the fields of its JSON. `worth` is the worth of an answer before and after."""
 
     version: str
     parent: str | None
@@ -90,17 +89,17 @@ class Report:
 
 
 def write_samples(directory: Path, questions: Sequence[str], before: Sequence[Sample], after: Sequence[Sample]) -> None:
-    """Keep what was answered to the same prompts before and after a run."""
+    """Write the answers to the same prompts before and after a run into a version's directory."""
     rows = [Answered(question, old.text, new.text) for question, old, new in zip(questions, before, after, strict=True)]
     (directory / SAMPLES_FILE).write_text(json.dumps([asdict(row) for row in rows]))
 
 
 def collect(version: PolicyVersion, outcome: str) -> Report:
-    """All that a report says. Raises DataError where the files of the version are gone."""
+    """Collect the content of a version's report. Raises DataError if the version has no files."""
     directory = Path(version.path)
     manifest = read_manifest(directory)
     if manifest is None:
-        raise DataError(f"version '{version.name}' left no files ({outcome}); `kibitz policies` lists those that did")
+        raise DataError(f"version '{version.name}' has no files ({outcome}); choose another version from `kibitz policies`")
     metrics = RunMetrics.from_json(json.loads((directory / "metrics.json").read_text()))
     kept = directory / SAMPLES_FILE
     samples = [Answered(**row) for row in json.loads(kept.read_text())] if kept.is_file() else []
@@ -135,7 +134,7 @@ def collect(version: PolicyVersion, outcome: str) -> Report:
 
 
 def compare_style(samples: Sequence[Answered]) -> list[Change]:
-    """For each counter its mean before and after, and the change with its 95% interval; what changed most comes first."""
+    """Return the change of each style feature that occurs, the largest change first."""
     found = []
     texts = [row.before for row in samples], [row.after for row in samples]
     for name, count in STYLE.items():
@@ -149,13 +148,13 @@ def compare_style(samples: Sequence[Answered]) -> list[Change]:
 
 
 def render_html(found: Report) -> str:
-    """The report as one HTML page with its plots in it."""
+    """Return the report as one HTML page with embedded plots."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape())
     return environment.get_template("report.html").render(**vars(found), plots=_draw_plots(found))
 
 
 def _draw_plots(found: Report) -> list[tuple[str, str]]:
-    """Titles, and pictures as data URLs."""
+    """Return the titles of the plots with their images as data URLs."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -170,14 +169,14 @@ def _draw_plots(found: Report) -> list[tuple[str, str]]:
         panels[1].plot(steps, [check.kl for check in found.checks], marker="o", label="KL to the base")
         if all(check.liked is not None for check in found.checks):
             panels[1].plot(steps, [check.liked for check in found.checks], marker="o", label="held-out liked answers")
-        panels[1].set(xlabel="step", title="nats a token")
+        panels[1].set(xlabel="step", title="nats per token")
         panels[1].legend(frameon=False, fontsize=8)
         if all(check.gained is not None for check in found.checks):
             gained = np.array([check.gained for check in found.checks]).T
             panels[2].plot(steps, gained[0], marker="o")
             panels[2].fill_between(steps, gained[1], gained[2], alpha=0.2, linewidth=0)
             panels[2].axhline(0, color="tab:gray", linestyle=":")
-        panels[2].set(xlabel="step", title="held-out liked over disliked, gained (95%)")
+        panels[2].set(xlabel="step", title="margin gain on held-out answers (95%)")
         made.append(("The run", _encode_figure(figure)))
     if found.style:
         figure, axes = pyplot.subplots(figsize=(6, 0.5 + 0.4 * len(found.style)), layout="constrained")
@@ -186,7 +185,7 @@ def _draw_plots(found: Report) -> list[tuple[str, str]]:
             values = [getattr(row, when) / (max(row.before, row.after) or 1) for row in found.style][::-1]
             axes.barh(np.arange(len(names)) + shift, values, height=0.34, color=colour, label=when)
         axes.set_yticks(range(len(names)), names)
-        axes.set(title="style of answers to held-out prompts, the larger of the two as 1")
+        axes.set(title="style of answers to held-out prompts (larger value = 1)")
         axes.legend(frameon=False, fontsize=8)
         made.append(("What changed", _encode_figure(figure)))
     if found.reward_model:
@@ -194,8 +193,8 @@ def _draw_plots(found: Report) -> list[tuple[str, str]]:
         said, true, counts = zip(*found.reward_model.calibration, strict=True)
         axes.plot([0, 1], [0, 1], color="tab:gray", linestyle=":")
         axes.scatter(said, true, s=[8 + 2 * count for count in counts])
-        axes.set(xlabel="chance that it is liked", ylabel="share that was", title="on questions it did not see")
-        made.append(("How far the reward model can be believed", _encode_figure(figure)))
+        axes.set(xlabel="predicted chance of a like", ylabel="share of likes", title="on unseen questions")
+        made.append(("Calibration of the reward model", _encode_figure(figure)))
     return made
 
 

@@ -1,8 +1,8 @@
-"""RewardModel: how likely people are to like an answer, from frozen sentence embeddings of it and of what was asked.
+"""RewardModel: predict whether people like an answer, from frozen sentence embeddings of the answer and the question.
 
-A logistic regression on the two embeddings, on what they have in common, and on how long the answer is; how strongly it is
-held back is chosen on questions that it did not see, and its probabilities are those of such questions too (Platt, 1999,
-"Probabilistic Outputs for Support Vector Machines"). It judges, for the report; it does not teach.
+It is a logistic regression on the answer's embedding, its product with the question's, their similarity, and the length of
+the answer. The regularisation strength is chosen on unseen questions, and the probabilities are calibrated on them (Platt,
+1999, "Probabilistic Outputs for Support Vector Machines"). It serves the report; nothing is trained on its output.
 """
 
 from collections.abc import Sequence
@@ -16,22 +16,22 @@ from learning.data.experience import Experience
 from learning.judging.reward_scores import ScoredAnswers, calibrate_scores, has_enough
 
 FOLDS = 5
-STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)  # inverse weights of the penalty that are tried
-TYPICAL = 4.0  # the logarithm of an answer's words
+STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)  # inverse regularisation strengths that are tried
+TYPICAL = 4.0  # logarithm of a typical answer's number of words
 
 
 class AnyRewardModel(Protocol):
-    """What both kinds can do."""
+    """The protocol of both kinds of reward model."""
 
     def fit(self, rated: Sequence[Experience]) -> ScoredAnswers | None:
-        """Learn from rated answers; what it makes of each when it has not seen its unit. None where there are too few."""
+        """Fit to rated answers. Return their out-of-fold scores, or None if there are too few answers."""
 
     def predict_chances(self, answers: Sequence[Experience]) -> np.ndarray:
-        """The probability (n,) that each answer is liked."""
+        """Return the probability (n,) that each answer is liked."""
 
 
 class RewardModel:
-    """Fitted to rated answers; `chances` judges others."""
+    """A reward model from embeddings. `fit` trains it on rated answers; `predict_chances` scores others."""
 
     def __init__(self, embedder: Embedder, seed: int):
         self.embedder = embedder
@@ -39,7 +39,7 @@ class RewardModel:
         self._fitted: Any = None
 
     def fit(self, rated: Sequence[Experience]) -> ScoredAnswers | None:
-        """Learn from rated answers; what it makes of each when it has not seen its unit. None where there are too few."""
+        """Fit to rated answers. Return their out-of-fold scores, or None if there are too few answers."""
         from sklearn.linear_model import LogisticRegression
         from sklearn.model_selection import GroupKFold, cross_val_predict
 
@@ -59,7 +59,7 @@ class RewardModel:
         return judged
 
     def predict_chances(self, answers: Sequence[Experience]) -> np.ndarray:
-        """The probability (n,) that each answer is liked."""
+        """Return the probability (n,) that each answer is liked."""
         scores = self._fitted.decision_function(self._make_inputs(answers))
         return self._platt.predict_proba(scores[:, None])[:, 1]
 
@@ -67,13 +67,13 @@ class RewardModel:
         asked = self.embedder.encode([one.question for one in answers])
         said = self.embedder.encode([one.answer for one in answers])
         near = (asked * said).sum(1, keepdims=True)
-        # All dimensions of an embedding together weigh as much as how long the answer is: it is what people go by first.
+        # Length gets the weight of a whole embedding, because it influences people most.
         length = (np.log1p([[len(one.answer.split())] for one in answers]) - TYPICAL) / 2
         return np.hstack([said, asked * said, near, length, length**2])
 
 
 def make_reward_model(config: Config, embedder: Embedder | None, base_model: str) -> AnyRewardModel | None:
-    """The kind that `reward_model.kind` names; None where that is made of embeddings and there are none."""
+    """Make the kind of `reward_model.kind`. Return None if that kind needs an embedder and there is none."""
     if config.reward_model.kind == "lm":
         from learning.judging.lm_reward_model import LmRewardModel
 

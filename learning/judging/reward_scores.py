@@ -1,4 +1,4 @@
-"""Reward scores: what a reward model makes of answers that it did not see, and how good that is."""
+"""Reward scores: a reward model's predictions for unseen answers, and their quality."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ import numpy as np
 from learning.data.experience import Experience
 from learning.judging.statistics import calibration_error
 
-MIN_PER_KIND = 20  # answers of each kind, from which on it is worth asking
+MIN_PER_KIND = 20  # liked, and disliked, answers that a reward model needs
 
 
 @dataclass(frozen=True)
 class ScoredAnswers:
-    """Answers with their length and the probability that they are liked (n,), by a model that saw nothing of their units."""
+    """Predicted chances of a like, opinions, units and lengths of answers (n,). The model did not see the answers' units."""
 
     chances: np.ndarray
     liked: np.ndarray
@@ -23,13 +23,13 @@ class ScoredAnswers:
 
 
 def has_enough(rated: Sequence[Experience], folds: int) -> bool:
-    """Whether there are so many answers of each kind, in so many units, that it is worth asking."""
+    """Whether there are enough liked and disliked answers, and enough units, to fit a reward model."""
     liked = sum(one.reward > 0 for one in rated)
     return min(liked, len(rated) - liked) >= MIN_PER_KIND and len({one.unit for one in rated}) >= 2 * folds
 
 
 def calibrate_scores(scores: np.ndarray, rated: Sequence[Experience], folds: Any) -> tuple[ScoredAnswers, Any]:
-    """Scores (n,) of units that were not seen, as probabilities, and what makes such of other scores."""
+    """Return out-of-fold scores (n,) as probabilities, and the fitted calibration for other scores."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import cross_val_predict
 
@@ -42,8 +42,10 @@ def calibrate_scores(scores: np.ndarray, rated: Sequence[Experience], folds: Any
 
 @dataclass(frozen=True)
 class Scores:
-    """How good a reward model is: the area under the ROC curve with its 95% interval over units, that of length alone, and
-    the error of its probabilities in ten bins.
+    """The quality of a reward model.
+
+    It has the area under the ROC curve (AUC) with its 95% interval over units, the AUC of the length alone, and the
+    calibration error in ten bins.
     """
 
     reward_model_auc: float
@@ -54,7 +56,7 @@ class Scores:
 
 
 def score(judged: ScoredAnswers, seed: int, draws: int = 2000) -> Scores:
-    """Return how good a reward model is."""
+    """Return the quality of a reward model's scores."""
     from sklearn.metrics import roc_auc_score
 
     rng = np.random.default_rng(seed)

@@ -1,11 +1,11 @@
-"""Statistics: intervals, areas under curves and calibration of what was measured. It knows no torch and no tokens."""
+"""Statistics: intervals, areas under ROC curves, and calibration."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-CONFIDENCE = 0.95  # of intervals
+CONFIDENCE = 0.95  # confidence level of intervals
 
 
 class Interval(NamedTuple):
@@ -17,7 +17,7 @@ class Interval(NamedTuple):
 
 
 class Bin(NamedTuple):
-    """Of chances that are about the same: their mean, the share that came true, and how many there are."""
+    """A bin of similar chances: their mean, the share that came true, and their number."""
 
     chance: float
     came_true: float
@@ -25,7 +25,7 @@ class Bin(NamedTuple):
 
 
 def accuracy(values: np.ndarray, signs: np.ndarray) -> float:
-    """How often a liked answer has a higher value than a disliked one, ties half (the area under the ROC curve)."""
+    """Return how often a liked answer has a higher value than a disliked one; ties count half (area under the ROC curve)."""
     differences = values[signs > 0][:, None] - values[signs < 0][None, :]
     return float((differences > 0).mean() + 0.5 * (differences == 0).mean())
 
@@ -33,7 +33,7 @@ def accuracy(values: np.ndarray, signs: np.ndarray) -> float:
 def bootstrap(
     statistic: Callable[[np.ndarray], float], signs: np.ndarray, confidence: float, seed: int, draws: int = 2000
 ) -> Interval:
-    """`statistic` over all rows, with a percentile interval over resampled rows (stratified by sign)."""
+    """Return `statistic` over all rows, with a percentile interval over resampled rows (stratified by sign)."""
     rng = np.random.default_rng(seed)
     groups = [np.flatnonzero(signs == sign) for sign in np.unique(signs)]
     drawn = [statistic(np.concatenate([rng.choice(group, len(group)) for group in groups])) for _ in range(draws)]
@@ -52,7 +52,7 @@ def unit_bootstrap(
 ) -> tuple[float | None, float | None, float | None]:
     """Return a statistic of values and signs (n,) with its interval over resampled units, each with all of its rows.
 
-    None where all signs are alike.
+    All three are None if all signs are equal.
     """
     if len(np.unique(signs)) < 2:
         return None, None, None
@@ -72,13 +72,13 @@ def unit_bootstrap(
 
 
 def mean_interval(values: Sequence[float], seed: int, confidence: float = CONFIDENCE) -> Interval:
-    """The mean of `values` with its bootstrap interval."""
+    """Return the mean of `values` with its bootstrap interval."""
     array = np.asarray(values, dtype=float)
     return bootstrap(lambda pick: float(array[pick].mean()), np.ones(len(array)), confidence, seed)
 
 
 def calibration(chances: np.ndarray, came_true: np.ndarray, bins: int = 10) -> list[Bin]:
-    """Return the bins of chances (n,), of what came true (n,), that are not empty."""
+    """Return the non-empty bins of chances (n,) and their outcomes (n,)."""
     bin_of = np.minimum((chances * bins).astype(int), bins - 1)
     return [
         Bin(float(chances[bin_of == one].mean()), float(came_true[bin_of == one].mean()), int((bin_of == one).sum()))
@@ -87,5 +87,5 @@ def calibration(chances: np.ndarray, came_true: np.ndarray, bins: int = 10) -> l
 
 
 def calibration_error(chances: np.ndarray, came_true: np.ndarray) -> float:
-    """How far chances are from what came true, on average over ten bins."""
+    """Return the mean difference between chances and outcomes, over ten bins."""
     return sum(abs(said - true) * count for said, true, count in calibration(chances, came_true)) / len(chances)

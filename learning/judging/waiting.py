@@ -1,9 +1,9 @@
-"""Waiting: a candidate with too little evidence is judged once people have said enough, or is given up.
+"""Waiting: judge a candidate that had too little evidence once there are enough opinions, or give it up.
 
-What judges it are the answers that are held out, and those to new questions that came after its training rows were drawn:
-neither it nor what it was trained on has learned from them. Only the opinions say when there are enough, never what the
-candidate makes of them (`learning.judging.gate`), so it is judged once, and looks before that are free. After
-`learning.wait_reactions` what there is must do. It is meant for the training process and knows no server.
+It is judged by held-out answers, and by answers to new questions that came after its training rows were drawn; neither it
+nor its parent learned from those. The opinions alone decide when there are enough, never the candidate's figures
+(`learning.judging.gate`), so it is judged once and earlier looks cost nothing. After `learning.wait_reactions` it is judged
+by whatever evidence there is. This runs in the training process and does not depend on a server.
 """
 
 import json
@@ -45,37 +45,37 @@ from learning.judging.metrics import EvidenceMetrics
 from learning.models.trainable import load_served, silence_libraries
 from learning.models.version_files import discard_weights, find_faults, fingerprint
 
-BEFORE_ALL = datetime.min.replace(tzinfo=UTC)  # of a verdict whose time is not recorded
+BEFORE_ALL = datetime.min.replace(tzinfo=UTC)  # for verdicts without a recorded time
 
 
 class _Measured(Record):
-    """What of a version's metrics is not measured again."""
+    """The metrics of a version that are not measured again."""
 
     evidence: Soundness
 
 
 def read_earlier_verdicts(registry: PolicyRegistry) -> list[bool]:
-    """Return the verdicts that had enough evidence, in their order: True for each that found its version better."""
+    """Return the verdicts that had enough evidence, oldest first: True for each that found its version better."""
     metrics = sorted((version.metrics for version in registry.all()), key=lambda one: one.judged_at or BEFORE_ALL)
     return [one.is_better for one in metrics if one.had_enough_evidence]
 
 
 def reject_unjudged(registry: PolicyRegistry, version: PolicyVersion, reason: str) -> None:
-    """Reject a version that waits. Nothing was asked of the opinions, so it spends nothing; its weights may go."""
+    """Reject a waiting version. No test was made on the opinions, so this spends nothing of the error budget."""
     metrics = version.metrics | Metrics(reasons=[reason], waits_for=0)
     registry.record_verdict(version.name, PolicyState.REJECTED, metrics, reason)
 
 
 def give_up(registry: PolicyRegistry, version: PolicyVersion, reason: str) -> None:
-    """As `reject_unjudged`, and its weights go."""
+    """Reject a waiting version and delete its weights."""
     reject_unjudged(registry, version, reason)
     registry.database.run_after_commit(partial(discard_weights, Path(version.path)))
 
 
 def judge_waiting(config: Config, progress: Progress) -> Judgement:
-    """Look at the evidence for the version that waits; judge it where that is enough.
+    """Judge the waiting version if there is enough evidence.
 
-    Raises RegistryError where no version waits.
+    Raises RegistryError if no version is waiting.
     """
     with (
         lock_directory(config.data, "train"),
@@ -85,7 +85,7 @@ def judge_waiting(config: Config, progress: Progress) -> Judgement:
         registry = PolicyRegistry(database)
         waiting = registry.find_waiting()
         if not waiting:
-            raise RegistryError("no version waits to be judged; `kibitz policies` lists them all")
+            raise RegistryError("no version is waiting to be judged; `kibitz policies` lists all versions")
         return _judge(config, database, registry, waiting[-1], report)
 
 
@@ -95,7 +95,7 @@ def _judge(
     live, drawn_at, path = registry.get_live(), version.drawn_at, Path(version.path)
     if reason := _find_obstacle(config, version, live):
         return _give_up_for(registry, version, reason)
-    assert drawn_at is not None  # a version that waits has it
+    assert drawn_at is not None  # every waiting version has it
     progress("reading feedback", 0, 1)
     store, tokenizer = ConversationStore(database), ChatTokenizer(version.base_model, config.policy.template_args)
     embedding = make_embedder(config)
@@ -122,14 +122,14 @@ def _judge(
     metrics |= Metrics(reasons=verdict.reasons, judged_at=judged_at, waits_for=0)
     state = PolicyState.CANDIDATE if verdict.passed else PolicyState.REJECTED
     registry.record_verdict(version.name, state, metrics, "passed" if verdict.passed else "; ".join(verdict.reasons))
-    write_text(path / "metrics.json", json.dumps(metrics.as_json(), indent=1, sort_keys=True))  # of the report
+    write_text(path / "metrics.json", json.dumps(metrics.as_json(), indent=1, sort_keys=True))  # the report reads it
     if not verdict.passed:
         discard_weights(path)
     return Judgement(version.name, verdict.passed, waits=False, reasons=verdict.reasons)
 
 
 def _find_obstacle(config: Config, version: PolicyVersion, live: PolicyVersion) -> str | None:
-    """Why a version cannot be judged any more."""
+    """Return why a version can no longer be judged, or None if it can."""
     if live.name != version.judged_against:
         return str(VerdictOutdated(version.name, version.judged_against, live.name))
     if not (Path(version.path) / "manifest.json").is_file():
@@ -155,7 +155,7 @@ def _measure_and_judge(
     embedding: Embedder | None,
     progress: Progress,
 ) -> tuple[Evidence, Verdict]:
-    """Measure a version and the live one on the `judged` answers. What no reaction changes was measured by its run."""
+    """Measure a version and the live one on the `judged` answers. The rest was measured by the version's run."""
     progress("measuring", 0, 1)
     silence_libraries()
     asked = choose_prompts(judged, config.gate.samples)
