@@ -1,6 +1,6 @@
-"""Answers: one answer from the question to its last edit, and the opinions that arrive while it grows and later.
+"""Show an answer from the question to its last edit, and record the opinions on it.
 
-What is the same on every platform that edits messages. It knows no platform: what shows an answer is given.
+All platforms that edit messages share this; each of them provides an `AnswerView`.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ PlatformMessage = TypeVar("PlatformMessage")
 
 
 class AnswerView(Protocol):
-    """The messages that show one answer. `turn_id` is known before the turn is stored."""
+    """The messages that show one answer. `turn_id` is set before the turn is stored."""
 
     turn_id: str
 
@@ -40,14 +40,14 @@ class AnswerView(Protocol):
         """Show a growing answer, with a way to stop it."""
 
     async def show_final(self, text: str) -> None:
-        """Show the final answer, all of it, with the buttons."""
+        """Show the whole final answer, with the buttons."""
 
     async def apologize(self, text: str = SORRY) -> None:
-        """Say that there will be no answer, and why where people should know."""
+        """Say that there will be no answer, and why if people should know."""
 
 
 class Answers:
-    """The answers of one platform: those that are growing now, and where each is shown."""
+    """The answers of one platform: those that are growing, and where each is shown."""
 
     def __init__(self, shared: Services, platform: str):
         self.dialogue = shared.dialogue
@@ -62,9 +62,9 @@ class Answers:
         self._posts_in_flight: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
 
     async def find_turn_id(self, message_id: str, channel: str = "") -> str | None:
-        """The turn that a message shows; None where the message is not ours.
+        """Return the id of the turn that a message shows, or None if the message is not ours.
 
-        People are quick: what is being posted in the `channel` at this moment is in the ledger before this returns.
+        People are quick: this waits until messages that are being posted in `channel` are recorded.
         """
         found = await self._call(self.deliveries.find_turn_id, self.platform, message_id)
         if found is None and channel in self._posts_in_flight:
@@ -75,7 +75,7 @@ class Answers:
 
     @contextlib.asynccontextmanager
     async def posting(self, channel: str) -> AsyncIterator[None]:
-        """Around the sending of a message and its `deliver`: opinions on it wait until the ledger has it."""
+        """Hold reactions in a channel while the block sends a message and records its delivery."""
         posted = asyncio.Event()
         self._posts_in_flight[channel].add(posted)
         try:
@@ -91,11 +91,11 @@ class Answers:
         await self._call(self.deliveries.add, self.platform, channel, message_id, turn_id, part)
 
     async def find_last_turn_id(self, channel: str) -> str | None:
-        """The newest turn that was shown in a channel."""
+        """Return the id of the newest turn shown in a channel, or None."""
         return await self._call(self.deliveries.find_last_turn_id, self.platform, channel)
 
     async def needs_answer(self, event_id: str) -> bool:
-        """Whether the message of an event was never heard, or its answer never shown. A forgotten one needs none."""
+        """Return whether an event's message was never stored, or its answer never shown. A forgotten message needs none."""
         store = self.dialogue.store
         message = await self._call(store.find_message_of_event, event_id)
         if message is None:
@@ -106,14 +106,14 @@ class Answers:
         return not await self._call(self.deliveries.is_shown, self.platform, turn.id)
 
     def stop(self, turn_id: str) -> None:
-        """End an answer where it is, if it still grows."""
+        """Stop an answer if it is still growing."""
         if turn_id in self._stops:
             self._stops[turn_id].set()
 
     async def ask_and_show(
         self, ask: Callable[[ReplyOptions], Awaitable[Turn]], shown: AnswerView, budget: AsyncLimiter
     ) -> None:
-        """Ask, show the answer while it grows, then whole. One that was given before is shown if it never was."""
+        """Ask for an answer and show it while it grows, then in full. Show an earlier answer only if it never was shown."""
         with working_on(turn=shown.turn_id):
             await self._give(ask, shown, budget)
 
@@ -143,7 +143,7 @@ class Answers:
         except KibitzError as error:
             log.warning("no answer (turn %s): %s", turn_id, error)
             await self._try_to_apologize(shown)
-        except Exception as error:  # whatever fails: people are told that there is no answer, operators why, in one line
+        except Exception as error:  # whatever fails: people get an apology, operators the reason in one line
             log.error("no answer (turn %s): %r", turn_id, error, exc_info=log.isEnabledFor(logging.DEBUG))
             await self._try_to_apologize(shown)
         finally:
@@ -156,19 +156,19 @@ class Answers:
             log.warning("an apology could not be shown (turn %s): %r", shown.turn_id, error)
 
     async def select_overheard(self, said: Sequence[Message], admits: Callable[[str], bool]) -> list[Message]:
-        """Choose from messages that nobody addressed to kibitz those that it may be shown beside one that is.
+        """Return those of the overheard messages that kibitz may be shown beside one addressed to it.
 
-        They have words, and their authors may take part here (`admits`) and consent to be learned from.
+        They have words, and their authors may take part here (`admits`) and consent to learning.
         """
         spoken = [one for one in said if one.text.strip() and admits(one.author_id)]
         willing = await self._call(self.users.filter_consenting, self.platform, {one.author_id for one in spoken})
         return [one for one in spoken if one.author_id in willing]
 
     async def record_reaction(self, channel: str, message_id: str, reaction: Feedback, is_admitted: bool = True) -> None:
-        """Commit a reaction on a message, if it shows a turn of ours (which `reaction` does not name yet).
+        """Record a reaction to a message if the message shows one of our turns. `reaction.turn_id` is not set yet.
 
-        Whoever is not admitted may still take back what they gave: the lists may have changed, and a platform may not say
-        who takes a reaction back.
+        People who are not admitted may still take back their reactions: the lists may have changed, and a platform may
+        not name the roles of whoever removes a reaction.
         """
         if not (is_admitted or reaction.retracts):
             return
@@ -178,7 +178,7 @@ class Answers:
                 await self._commit(replace(reaction, turn_id=turn_id), only_if_given=not is_admitted)
 
     async def record_opinion(self, given: Feedback) -> bool:
-        """Commit an opinion; one on an answer that still grows waits for its turn. False where it is not recorded."""
+        """Record an opinion. Return False if it was dropped. One on a growing answer waits until the turn is stored."""
         with self.opinions.take(given) as taken:
             return taken and await self._commit(given)
 
@@ -193,24 +193,24 @@ class Answers:
             await self.dialogue.record_feedback(given)
             return True
         except DatabaseUnavailable:
-            raise  # it is not stored, and so not acknowledged (law 1)
+            raise  # not stored, so not acknowledged (law 1)
         except KibitzError as error:
             log.warning("an opinion on turn %s was dropped: %s", given.turn_id, error)
             return False
 
     async def reconcile_reactions(self, turn_id: str, reading: ReactionSnapshot, admits: Callable[[str], bool]) -> None:
-        """Make the recorded reactions on a turn those that the platform's API showed.
+        """Make the recorded reactions to a turn match those that the platform's API showed.
 
-        Add what is missing, of people who may react there (`admits`). Add nothing of those who were forgotten after the turn
-        was shown: they may have reacted before that. Take back what is gone: not what is only not listed. Events that arrive
-        meanwhile are counted once.
+        Add missing reactions of people who may react there (`admits`), except people who were forgotten after the turn was
+        shown: they may have reacted before that. Take back reactions that are gone, unless the API listed only some of
+        their people. Events that arrive meanwhile are counted once.
         """
         shown_at = await self._call(self.deliveries.find_first_shown_at, self.platform, turn_id)
         if shown_at is None:
             return
         forgotten = await self._call(self.users.find_forgotten_since, self.platform, shown_at)
         said = await self._read_feedback(turn_id)
-        # No await from here until all are claimed: of what comes later nothing is missing in `said`.
+        # No await until all are claimed: `said` would miss what is recorded meanwhile.
         newer = {(row.user_id, row.signal) for row in said if row.at > reading.read_at}
         recorded = self._select_reactions(said)
         shown = {(user, symbol): message for message, user, symbol in reading.reactions}
@@ -230,7 +230,7 @@ class Answers:
             await self._commit(row)
 
     async def retract_reactions(self, turn_id: str, message_id: str, symbol: str | None) -> None:
-        """All reactions on a message are gone, or all with one emoji: every one of them is taken back."""
+        """Take back all reactions to a message, or those with the emoji `symbol`, after the platform cleared them."""
         recorded = self._select_reactions(await self._read_feedback(turn_id))
         for (user, given), kind in sorted(recorded.items()):
             if symbol in (None, given):
@@ -241,7 +241,7 @@ class Answers:
         return (await self._call(self.dialogue.store.read_feedback_on, [turn_id])).get(turn_id, [])
 
     def _select_reactions(self, said: list[Feedback]) -> dict[tuple[str, str], FeedbackKind]:
-        """The reactions that are recorded and were not taken back: who gave which emoji, and the opinion that it is."""
+        """Return the reactions that were not taken back: (user, emoji) -> the kind of opinion."""
         return {
             (row.user_id, row.signal): row.kind
             for row in not_retracted(said)
@@ -255,12 +255,12 @@ async def catch_up_on_messages(
     answer: Callable[[PlatformMessage], Awaitable[None]],
     edit: Callable[[PlatformMessage], Awaitable[None]],
 ) -> None:
-    """Have those of the messages `said` (oldest first) answered that were missed; update the others where they were edited.
+    """Queue answers to the messages of `said` (oldest first) that were missed; update the others if they were edited.
 
-    `take` decides, within the limits of people, whether a message is to be answered; `answer` queues its answer.
+    `take` decides whether a message gets an answer, within people's limits; `answer` queues it.
     """
     missed = []
-    for message in reversed(said):  # the newest first: of too many those are answered that people still wait for
+    for message in reversed(said):  # newest first: if they are too many, people still wait for these
         with working_on(request=new_id()):
             if await take(message):
                 missed.append(message)

@@ -1,7 +1,4 @@
-"""What all connectors share: the protocol that they keep, and the lanes in which their events are worked off.
-
-It knows no platform and no policy.
-"""
+"""The protocol of a connector, the services that connectors share, and the lanes that handle their events in order."""
 
 import asyncio
 import contextlib
@@ -26,34 +23,34 @@ Work = Callable[[], Awaitable[None]]
 
 
 class Connector(Protocol):
-    """One platform: its events become messages and feedback, answers go back."""
+    """One platform: its events become messages and feedback, and answers go back."""
 
     name: str
 
     async def run(self) -> None:
-        """Serve until cancelled; reconnects by itself. Raises ConnectorError where only the operator can help."""
+        """Serve until cancelled, reconnecting as needed. Raises ConnectorError if only the operator can help."""
 
     async def stop(self) -> None:
-        """Take nothing new in, finish or mark what is in flight, and close."""
+        """Accept nothing new, finish or mark what is in flight, and close."""
 
 
 @dataclass(frozen=True)
 class Desk:
-    """Where people ask about kibitz itself; each answer is a text to show."""
+    """The functions behind questions and commands about kibitz itself. They return texts to show."""
 
-    explain_turn: Callable[[str], Awaitable[str]]  # what made a turn, by its id, and what came of what was said about it
+    explain_turn: Callable[[str], Awaitable[str]]  # turn id -> what made the turn, and what its feedback led to
     describe_status: Callable[[], Awaitable[str]]
     roll_back: Callable[[], Awaitable[str]]
     pause_learning: Callable[[], Awaitable[str]]
-    manage_consent: Callable[[str, str, str], Awaitable[str]]  # platform, user, and status, on or off
+    manage_consent: Callable[[str, str, str], Awaitable[str]]  # platform, user, choice (status, on, off)
     forget_person: Callable[[str, str], Awaitable[str]]  # platform, user
-    find_faults: Callable[[], list[str]]  # what keeps kibitz from answering now, as it was last seen
-    list_failing_tasks: Callable[[], list[str]]  # the names of the tasks that fail now
+    find_faults: Callable[[], list[str]]  # what keeps kibitz from answering, as last seen
+    list_failing_tasks: Callable[[], list[str]]  # names of the tasks that fail now
 
 
 @dataclass(frozen=True)
 class Services:
-    """What the chat platforms share: made once, by the composition root."""
+    """The objects that all connectors share. `bot.app` makes them once."""
 
     dialogue: DialogueManager
     deliveries: Deliveries
@@ -70,7 +67,7 @@ async def sleep_unless_stopped(stopping: asyncio.Event, seconds: float) -> None:
 
 
 def open_listener(section: str, host: str, port: int) -> socket.socket:
-    """The socket of a server. Raises ConfigError that names the keys of `section` where the address cannot be had."""
+    """Return a listening socket. Raises ConfigError, naming the keys of `section`, if the address is not available."""
     found = listen(f"{section}.port", host, port, otherwise=f", or turn [{section}] off")
     # asyncio does this only for sockets that it makes itself; without it each piece of a stream waits 40 ms for an ACK.
     found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -78,11 +75,10 @@ def open_listener(section: str, host: str, port: int) -> socket.socket:
 
 
 class Lanes:
-    """One queue and one worker for each conversation, so that what arrived first is done first.
+    """One queue and one worker for each conversation, which handle its events in order of arrival.
 
-    `put` never waits: it is called before the first await of an event's handler, while events are still in order. A lane
-    holds at most `depth` pieces of work, all lanes together `total`; what does not fit is refused. Each
-    piece of work logs with the ids of the event that put it there.
+    `put` never waits: call it before the first await of an event's handler, while events are still in order. A lane holds
+    at most `depth` pieces of work, all lanes together `total`; more is refused. Work logs with the ids of its event.
     """
 
     def __init__(self, depth: int = 8, total: int = 1024):
@@ -94,7 +90,7 @@ class Lanes:
         self._freed = asyncio.Event()
 
     def put(self, key: str, work: Work) -> bool:
-        """Queue a piece of work in the lane `key`; False where the lane, or everything, is full or closed."""
+        """Queue work in the lane `key`. Return False if the lane or the total is full, or the lanes are closed."""
         queue = self._queues.get(key) or asyncio.Queue(self.depth)
         if not self._open or self._waiting >= self.total or queue.full():
             return False
@@ -106,7 +102,7 @@ class Lanes:
         return True
 
     async def put_patiently(self, key: str, work: Work) -> bool:
-        """Queue a piece of work as soon as it fits; False where the lanes are closed."""
+        """Queue work as soon as it fits. Return False if the lanes are closed."""
         while self._open:
             if self.put(key, work):
                 return True
@@ -115,7 +111,7 @@ class Lanes:
         return False
 
     async def close(self, seconds: float) -> None:
-        """Refuse new work, give what is under way `seconds` to end, and cancel the rest."""
+        """Refuse new work, give running work `seconds` to end, and cancel the rest."""
         self._open = False
         self._freed.set()
         workers = list(self._workers.values())
@@ -140,6 +136,6 @@ class Lanes:
                     work = queue.get_nowait()
                     self._waiting -= 1
                     await work()
-        finally:  # no await since the queue was found empty: nothing can have been put in between
+        finally:  # no await since the queue was empty: nothing was put in between
             self._waiting -= queue.qsize()
             del self._queues[key], self._workers[key]

@@ -1,7 +1,4 @@
-"""Commands: what people may ask of kibitz itself with slash commands, the same on every chat platform.
-
-It knows no platform and no database: what is asked goes to the desk that the composition root made.
-"""
+"""The slash commands, the same on every chat platform. `Desk` does the work."""
 
 import logging
 from collections.abc import Iterable
@@ -14,7 +11,7 @@ from connectors.base import Desk
 
 log = logging.getLogger(__name__)
 
-CONSENT_CHOICES = ("status", "on", "off")  # what /privacy takes; the first where nothing is said
+CONSENT_CHOICES = ("status", "on", "off")  # of /privacy; the first is the default
 
 
 @dataclass(frozen=True)
@@ -28,18 +25,18 @@ class Command:
 
 
 COMMANDS = (
-    Command("status", "What is live, what was said, what was learned."),
-    Command("why", "What made the last answer here, and what came of reactions to it."),
-    Command("privacy", "Whether kibitz may learn from you; on and off change it.", CONSENT_CHOICES),
+    Command("status", "Show what is live, what was said and what was learned."),
+    Command("why", "Show what made the last answer here, and what reactions to it led to."),
+    Command("privacy", "Show whether kibitz may learn from you; on and off change it.", CONSENT_CHOICES),
     Command("forget-me", "Erase what you wrote and reacted to, and every version that learned from it."),
-    Command("rollback", "Take the live version back (operators).", for_operators=True),
-    Command("pause-learning", "Train no new versions; used again, go on (operators).", for_operators=True),
+    Command("rollback", "Roll back the live version (operators).", for_operators=True),
+    Command("pause-learning", "Pause learning, or resume it if it is paused (operators).", for_operators=True),
 )
 
 
 @dataclass(frozen=True)
 class Asker:
-    """Who uses a command, and where."""
+    """The person who uses a command, and the channel."""
 
     user: str
     channel: str
@@ -47,7 +44,7 @@ class Asker:
 
 
 def ask_for_choice(choices: Iterable[str]) -> str:
-    """What to say to somebody who chose what there is not."""
+    """Return the reply to a choice that does not exist."""
     return f"Say one of {', '.join(choices)}."
 
 
@@ -60,7 +57,7 @@ class Commands:
         self.answers = answers
 
     async def run(self, command: Command, asker: Asker, choice: str = "") -> str:
-        """Do what was asked; returns what to tell the one who asked, and nobody else."""
+        """Run a command. Return the reply, which only the asker may see."""
         if command.for_operators and not self.access.is_operator(asker.user, asker.roles):
             return "Only an operator may do that (config keys access.operators, access.operator_roles)."
         if command.choices and choice not in ("", *command.choices):
@@ -69,7 +66,7 @@ class Commands:
             return await self._dispatch(command.name, asker, choice or "status")
         except KibitzError as error:
             return str(error)
-        except Exception as error:  # whatever fails: who asked is told, and operators why, in one line
+        except Exception as error:  # whatever fails: the asker gets an apology, operators the reason in one line
             log.error("/%s failed: %r", command.name, error, exc_info=log.isEnabledFor(logging.DEBUG))
             return SORRY
 

@@ -1,7 +1,7 @@
-"""Opinions as they arrive: decide which are recorded, and count each of them once.
+"""Decide which opinions are recorded as they arrive, and count each of them once.
 
 A platform may deliver an event twice, and its API may show a reaction before we get the event. The memory that detects
-this is bounded and is not stored. It knows no database.
+this is bounded and is not stored.
 """
 
 from collections import Counter, OrderedDict
@@ -14,10 +14,8 @@ from typing import TypeVar
 from bot.types import Feedback, now
 from connectors.access import Access
 
-MOST_WAITING = (
-    256  # opinions that may wait to be written; the rest of a flood is not counted, and answers do not wait for it
-)
-MOST_REMEMBERED = 100_000  # reactions and events that are known again; of more the oldest are forgotten
+MOST_WAITING = 256  # opinions that may wait to be written; more are shed, so that answers do not wait for a flood
+MOST_REMEMBERED = 100_000  # reactions and events remembered to detect repeats; older ones are dropped
 
 Reaction = tuple[str, str, str]  # message, user, emoji
 Key = TypeVar("Key")
@@ -26,9 +24,9 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class ReactionSnapshot:
-    """The reactions that a platform's API showed on the `messages` of one answer, when it was asked (`at`).
+    """The reactions to the `messages` of one answer, as the platform's API showed them at `read_at`.
 
-    `partial` holds the emoji of which it showed more reactions than people: who is not listed may have reacted all the same.
+    `incomplete` holds the emoji with more reactions than listed people: a person who is not listed may have reacted.
     """
 
     messages: Collection[str]
@@ -38,7 +36,7 @@ class ReactionSnapshot:
 
 
 class Opinions:
-    """The opinions that arrive from one platform, each recorded or counted in `Access.shed`, and never both."""
+    """The opinions that arrive from one platform. Each is either recorded or counted in `Access.shed_count`."""
 
     def __init__(self, access: Access, platform: str):
         self._access, self._platform = access, platform
@@ -46,27 +44,26 @@ class Opinions:
         self._writing: Counter[Reaction] = Counter()
         # When the last event of a reaction was shed, and whether it was a removal.
         self._shed: OrderedDict[Reaction, tuple[datetime, bool]] = OrderedDict()
-        self._recorded_from_api: OrderedDict[Reaction, bool] = (
-            OrderedDict()
-        )  # recorded from the API, before its event: was it a removal?
-        self._events: OrderedDict[str, bool] = OrderedDict()  # by id: was it shed?
+        # Recorded from the API before the event came -> whether it was a removal.
+        self._recorded_from_api: OrderedDict[Reaction, bool] = OrderedDict()
+        self._events: OrderedDict[str, bool] = OrderedDict()  # event id -> whether it was shed
 
     @contextmanager
     def take(self, given: Feedback, message_id: str = "") -> Iterator[bool]:
-        """Yield whether to record an opinion now. One that is too many is counted as shed.
+        """Yield whether to record an opinion now. An opinion over the limit is counted as shed.
 
-        `message_id` is that of the message with the reaction; "" for an opinion that is no reaction.
+        `message_id` is that of the message with the reaction; "" if the opinion is not a reaction.
         """
         reaction = (message_id, given.user_id, given.signal)
         if self._recorded_from_api.pop(reaction, None) is given.retracts:
-            yield False  # the API told of it first: it is recorded
+            yield False  # recorded from the API already
         elif self._waiting >= MOST_WAITING or not self._access.may_judge(self._platform, given.user_id):
             self._count_shed(reaction, given)
             yield False
         else:
             self._shed.pop(reaction, None)
             if given.event_id is not None:
-                self._access.shed_count -= self._events.get(given.event_id, False)  # it comes again, and is taken this time
+                self._access.shed_count -= self._events.get(given.event_id, False)  # shed before, recorded now
                 _put_bounded(self._events, given.event_id, False)
             self._waiting += 1
             self._writing[reaction] += 1
@@ -79,10 +76,10 @@ class Opinions:
                     del self._writing[reaction]
 
     def claim(self, messages: Iterable[str], user: str, symbol: str, is_removal: bool, read_at: datetime) -> bool:
-        """Whether to record a reaction (or its removal) that the API showed, at `read_at`, on parts of one answer.
+        """Return whether to record a reaction, or its removal, that the API showed at `read_at` on parts of one answer.
 
-        Not if an event of this reaction is being written or was shed after `read_at`: that event is newer or the same. A
-        shed event stops counting as shed when what it said is recorded here. A later event that says the same is ignored.
+        False if an event of this reaction is being written or was shed after `read_at`: that event is newer or the
+        same. A shed event no longer counts as shed if it says the same. A later event that says the same is ignored.
         """
         reactions = [(message, user, symbol) for message in messages]
         shed = [self._shed[one] for one in reactions if one in self._shed]
@@ -95,13 +92,13 @@ class Opinions:
         return True
 
     def expect_new_event(self, reaction: Reaction) -> None:
-        """Take the next event of a reaction as new: it was cleared without an event of its own."""
+        """Treat the next event of a reaction as new, because the reaction was cleared without an event of its own."""
         self._recorded_from_api.pop(reaction, None)
 
     def _count_shed(self, reaction: Reaction, given: Feedback) -> None:
         if given.event_id is not None:
             if given.event_id in self._events:
-                return  # delivered again: it is recorded, being recorded, or counted
+                return  # redelivered: it is recorded, being recorded, or counted
             _put_bounded(self._events, given.event_id, True)
         self._access.shed_count += 1
         if reaction[0]:

@@ -1,8 +1,7 @@
-"""Splitting: a long answer becomes several messages, each within a platform's limit and whole in its Markdown.
+"""Split a long answer into messages that fit a platform's limit, each with whole Markdown.
 
 A cut is made at the end of a paragraph, else of a line, a sentence, a word, else anywhere. A code fence that is open at a
-cut is closed there and opened again, with its language, in the next part. It knows no platform: the limit and the unit in
-which it is counted are given.
+cut is closed there and opened again, with its language, in the next part.
 """
 
 import re
@@ -19,13 +18,13 @@ JOINERS = "\u200d\ufe0e\ufe0f"
 
 
 def count_utf16_units(text: str) -> int:
-    """The length of `text` in UTF-16 code units, never less than in code points."""
+    """Return the length of `text` in UTF-16 code units, which is never less than in code points."""
     return len(text) + sum(character > "\uffff" for character in text)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One message: a stretch of the answer (`body`), and the fences opened before it and closed after it."""
+    """One message: a piece of the answer (`body`), and the fences opened before it and closed after it."""
 
     opening: str
     body: str
@@ -33,14 +32,14 @@ class Part:
 
     @property
     def text(self) -> str:
-        """What is sent."""
+        """The text to send."""
         return self.opening + self.body + self.closing
 
 
 def split(text: str, limit: int, units: Units = count_utf16_units) -> list[Part]:
-    """Parts of at most `limit` units whose bodies, joined, are `text`. Raises ValueError for a limit below 200."""
+    """Split `text` into parts of at most `limit` units. Their bodies join to `text`. Raises ValueError if `limit` < 200."""
     if limit < 200:
-        raise ValueError(f"limit is {limit}; parts of less than 200 units have no room for a fence")
+        raise ValueError(f"limit is {limit}, too few units for a part with a code fence; use 200 or more")
     parts: list[Part] = []
     start, fence = 0, ""
     while start < len(text) or not parts:
@@ -59,7 +58,7 @@ def split(text: str, limit: int, units: Units = count_utf16_units) -> list[Part]
 
 
 def find_open_fence(text: str) -> str:
-    """The line that opened the code fence which `text` leaves open, or "" where all are closed."""
+    """Return the line that opened the code fence which `text` leaves open, or "" if none is open."""
     opened, marker = "", ""
     for line in text.split("\n"):
         match = FENCE.match(line.rstrip("\r"))
@@ -80,7 +79,7 @@ def _make_closing_fence(body: str, fence: str) -> str:
 
 
 def _find_cut(text: str, room: int, units: Units) -> int:
-    """How much of `text` goes into `room` units, up to the best place to cut in the second half of it."""
+    """Return where to cut `text` (in code points): the best place in the second half of what fits into `room` units."""
     end = _find_fitting_length(text, room, units)
     for pattern in CUTS:
         places = [match.end() for match in pattern.finditer(text, 0, end) if match.end() > end // 2]
@@ -93,7 +92,7 @@ def _find_cut(text: str, room: int, units: Units) -> int:
 
 
 def _find_fitting_length(text: str, room: int, units: Units) -> int:
-    """The longest beginning of `text` (in code points) that is at most `room` units; at least 1."""
+    """Return the length (in code points, at least 1) of the longest beginning of `text` that fits into `room` units."""
     low, high = 1, min(len(text), room)
     while low < high:
         middle = (low + high + 1) // 2
@@ -105,7 +104,7 @@ def _find_fitting_length(text: str, room: int, units: Units) -> int:
 
 
 def _is_inside_character(text: str, place: int) -> bool:
-    """Whether what stands before and after `place` is seen as one character."""
+    """Return whether a cut at `place` would split what people see as one character."""
     if place >= len(text):
         return False
     after = text[place]

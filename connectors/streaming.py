@@ -1,8 +1,7 @@
-"""Streaming: a growing answer is shown by edits, never more often than its channel may be edited.
+"""Show a growing answer by edits, as often as its channel may be edited.
 
-The first text is shown at once, what follows at even steps: a burst of edits at the beginning would only make people wait
-for the rest. Only the newest text is ever sent, one edit is in flight at a time, and the final text is always sent. It
-knows no platform: what shows a text is given.
+The first text is shown at once, later text at even steps: a burst of edits at the beginning would only make people wait
+for the rest. Only the newest text is sent, with one edit in flight at a time, and the final text is always sent.
 """
 
 import asyncio
@@ -16,14 +15,14 @@ log = logging.getLogger(__name__)
 
 
 class Budgets:
-    """How often each channel may be edited: `edits` in `seconds`, shared by all answers in it."""
+    """Limits of `edits` in `seconds` for each channel, shared by all answers in it."""
 
     def __init__(self, edits: float, seconds: float, channels: int = 4096):
         self.edits, self.seconds, self.channels = edits, seconds, channels
         self._limiters: OrderedDict[str, AsyncLimiter] = OrderedDict()
 
     def get_limiter(self, channel: str) -> AsyncLimiter:
-        """The limiter of a channel; those that were used least lately are forgotten."""
+        """Return the limiter of a channel. Beyond `channels` of them, the least recently used are dropped."""
         limiter = self._limiters.pop(channel, None) or AsyncLimiter(self.edits, self.seconds)
         self._limiters[channel] = limiter
         while len(self._limiters) > self.channels:
@@ -32,9 +31,9 @@ class Budgets:
 
 
 class GrowingText:
-    """A text that grows while `show` puts its newest state before people.
+    """A growing text whose newest state `show` displays.
 
-    A failed edit in between is logged and made good by the next one; a failed final one is raised.
+    A failed edit is logged, and the next one includes its text. A failed final edit is raised.
     """
 
     def __init__(self, show: Callable[[str], Awaitable[None]], budget: AsyncLimiter):
@@ -47,18 +46,18 @@ class GrowingText:
         self._task = asyncio.create_task(self._run())
 
     def add(self, piece: str) -> None:
-        """Append a piece; it is shown when the budget allows. Never waits."""
+        """Append a piece, to be shown when the budget allows. Never waits."""
         self.text += piece
         self._grown.set()
 
     async def finish(self, text: str) -> None:
-        """Show the final text, after the edit that is in flight and without waiting for the budget."""
+        """Show the final text after the edit in flight, without waiting for the budget."""
         await self.abandon()
         await self._show(text)
         self.edits += 1
 
     async def abandon(self) -> None:
-        """Show no more; returns when no edit is in flight."""
+        """Stop showing. Return when no edit is in flight."""
         async with self._in_flight:
             self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
@@ -72,6 +71,6 @@ class GrowingText:
                 try:
                     await self._show(self.text)
                     self.edits += 1
-                except Exception as error:  # whatever a platform's client raises: the next edit holds this text too
-                    log.warning("an edit of a growing answer failed (%s); the next one makes it good", error)
+                except Exception as error:  # whatever a platform's client raises
+                    log.warning("an edit of a growing answer failed (%s); the next one includes its text", error)
             await asyncio.sleep(self._budget.time_period / self._budget.max_rate)

@@ -1,7 +1,7 @@
-"""The terminal: one person talks with kibitz, reacts, and watches it learn.
+"""A chat on standard input and output: one person talks with kibitz, reacts, and watches it learn.
 
-On a terminal it streams answers and keeps a prompt at the bottom (prompt_toolkit); otherwise it reads lines and prints
-lines, so that it can be scripted. It knows no model and no training: questions about them go to the functions it is given.
+On a terminal it streams answers and keeps a prompt at the bottom (prompt_toolkit). Otherwise it reads and prints lines,
+so that it can be scripted.
 """
 
 import asyncio
@@ -25,11 +25,11 @@ HELP = """say something, or:
   /good               👍 the last answer
   /bad                👎 the last answer
   /undo               take back what you said about the last answer
-  /regenerate         have it answered again
+  /regenerate         get another answer
   /correct TEXT       say what the answer should have been
-  /why                what made the last answer
-  /status             what is live, what was learned
-  /privacy on|off     whether kibitz may learn from you
+  /why                show what made the last answer
+  /status             show what is live and what was learned
+  /privacy on|off     allow or forbid kibitz to learn from you
   /forget-me          erase what you wrote and reacted to, and every version that learned from it
   /quit"""
 
@@ -55,7 +55,7 @@ class Terminal:
                 if text == "/quit":
                     break
                 if text and not self.is_interactive:
-                    print(f"you: {text}", flush=True)  # on a terminal it stands there already
+                    print(f"you: {text}", flush=True)  # a terminal shows it already
                 if text:
                     with working_on(request=new_id()):
                         turn = await self._handle(text, place, turn)
@@ -107,7 +107,7 @@ class Terminal:
                 print(await self._react(command, rest.strip(), turn))
         except (ServingError, TemplateError) as error:
             print(f"sorry, I cannot answer now: {error}", flush=True)
-        except KibitzError as error:  # what this speaks of was forgotten elsewhere, or nothing can be stored just now
+        except KibitzError as error:  # the answer was forgotten elsewhere, or nothing can be stored now
             print(f"sorry, that did not work: {error}", flush=True)
         return turn
 

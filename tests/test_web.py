@@ -212,7 +212,7 @@ async def test_bad_requests_are_told_in_one_line_and_nothing_is_stored(live, cli
     said = await client.chat.completions.create(model="kibitz", messages=HELLO)
     before = live.store.count_rows()
     bad = [
-        ("/v1/chat/completions", {}, 400, "messages is empty; send one at least"),
+        ("/v1/chat/completions", {}, 400, "messages is empty; send at least one"),
         ("/v1/chat/completions", {"messages": [{"role": "robot", "content": "x"}]}, 400, "messages.0.role"),
         ("/v1/feedback", {"inference_id": "chatcmpl-none", "value": True}, 404, "no completion with the id"),
         ("/v1/feedback", {"inference_id": said.id, "value": 3}, 400, "[-1, 1]"),

@@ -1,1 +1,1 @@
-"""Discord: mentions, replies, threads and direct messages; buttons, reactions, slash commands."""
+"""The Discord connector: mentions, replies, threads and direct messages; buttons, reactions, slash commands."""

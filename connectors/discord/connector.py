@@ -1,9 +1,9 @@
-"""Discord: mentions, replies, direct messages and threads are answered; reactions and buttons become feedback.
+"""Answer mentions, replies, direct messages and threads on Discord; turn reactions and buttons into feedback.
 
-Answers grow by edits, long ones go on in further messages, and buttons stand under the last part. A thread or a direct
-message is one conversation; in a channel a mention begins one, and replies to its answers go on with it.
+Answers grow by edits; long ones continue in further messages, with buttons under the last part. A thread or a direct
+message is one conversation; in a channel a mention begins one, and replies to its answers continue it.
 
-It knows no model and no training. Run: ``kibitz serve`` with `[discord] token_env` set.
+Run: ``kibitz serve`` with `[discord] token_env` set.
 """
 
 import asyncio
@@ -36,12 +36,12 @@ from connectors.streaming import Budgets
 
 log = logging.getLogger(__name__)
 RECONNECT_SECONDS = 5.0  # doubled up to a minute
-READY_SECONDS = 2.0  # without news of another server until all are known, and what was missed is read
+READY_SECONDS = 2.0  # without a further server until all count as known and reconciliation begins
 NOT_ADMITTED = "You may not do that here."
 
 
 class Discord:
-    """One bot user."""
+    """The connector of one bot user."""
 
     name = "discord"
 
@@ -56,13 +56,13 @@ class Discord:
         self.places = Places(shared.dialogue, self.answers, config.message_content)
         self.commands = Commands(shared.desk, shared.access, self.answers)
         self._call = shared.dialogue.store.database.call
-        self._pending: set[int] = set()  # messages that wait or are being answered: what reads the API leaves them alone
+        self._pending: set[int] = set()  # messages that wait or are being answered; reconciliation skips them
         self._token = bot_token
         self._client: discord.Client | None = None
         self._stopping = asyncio.Event()
 
     async def run(self) -> None:
-        """Serve until `stop`. Raises ConnectorError where Discord refuses the token or an intent."""
+        """Serve until `stop`. Raises ConnectorError if Discord refuses the token or an intent."""
         wait = RECONNECT_SECONDS
         while not self._stopping.is_set():
             self._client = _Client(self)
@@ -80,7 +80,7 @@ class Discord:
                 ) from error
             except Exception as error:  # any malformed payload ends discord.py's loop; ours goes on
                 if not self._stopping.is_set():
-                    log.warning("the connection to Discord ended (%r); again in %.0f s", error, wait)
+                    log.warning("the connection to Discord ended (%r); connecting again in %.0f s", error, wait)
             finally:
                 if not self._client.is_closed():
                     await self._client.close()
@@ -88,14 +88,14 @@ class Discord:
             wait = min(60, 2 * wait)
 
     async def stop(self) -> None:
-        """Take nothing new in, let answers end, close the connection."""
+        """Accept nothing new, let answers end, and close the connection."""
         self._stopping.set()
         await self.lanes.close(10)
         if self._client is not None:
             await self._client.close()
 
     def handle_message(self, message: discord.Message, me: discord.ClientUser) -> None:
-        """Queue a message that is for us, or may be. Called in the order of events; never waits."""
+        """Queue a message that is, or may be, addressed to us. Call it in the order of events; it never waits."""
         if message.id in self._pending or not (is_speech(message) and self._admits_author(message)):
             return
         if not self.is_addressed(message, me):
@@ -109,9 +109,9 @@ class Discord:
             self._run_soon(message, self._refuse(message, BUSY))
 
     async def claim_missed(self, message: discord.Message, me: discord.ClientUser, roles: Roles, began: int | None) -> bool:
-        """Return whether a message is to be answered now that may have been missed; nobody answers later what is too much.
+        """Return whether to answer a message now that may have been missed. One over the limit is never answered.
 
-        `began` is the first message that was addressed to us in its channel, among those that may have been missed.
+        `began` is the first message addressed to us in its channel, among those that may have been missed.
         """
         event = make_event_id(message.id)
         if message.id in self._pending or not is_speech(message):
@@ -129,14 +129,14 @@ class Discord:
         return True
 
     async def queue_missed(self, message: discord.Message, me: discord.ClientUser) -> None:
-        """Have a message answered that was missed, as soon as there is room for it."""
+        """Queue the answer to a missed message as soon as there is room for it."""
         self._pending.add(message.id)
         await self.lanes.put_patiently(
             str(message.channel.id), self._track_pending(message, lambda: self._answer(message, me))
         )
 
     async def handle_edit(self, message: discord.Message, me: discord.ClientUser) -> None:
-        """The author of a message changed it: what we heard of it is changed too, after what is under way there."""
+        """Update a stored message that its author edited, after earlier work in its channel."""
         at = message.edited_at
 
         async def edit() -> None:
@@ -148,12 +148,12 @@ class Discord:
             await self.lanes.put_patiently(str(message.channel.id), edit)
 
     async def handle_deletion(self, channel_id: int, message_id: int) -> None:
-        """A message is gone: if we heard it, it is forgotten, after what is under way there."""
+        """Forget a deleted message if it is stored, after earlier work in its channel."""
         if await self._is_heard(message_id):
             await self.lanes.put_patiently(str(channel_id), lambda: self.dialogue.delete(make_event_id(message_id)))
 
     async def handle_reaction(self, event: discord.RawReactionActionEvent, added: bool) -> None:
-        """A reaction that came or went becomes feedback; neutral emoji and messages that are not ours do not."""
+        """Record an added or removed reaction as feedback. Ignore neutral emoji and messages that are not ours."""
         at, symbol = now(), event.emoji.name or ""
         kind = self.reactions.classify(symbol)
         if kind is None or (event.member is not None and event.member.bot):
@@ -163,13 +163,13 @@ class Discord:
         await self.answers.record_reaction(str(event.channel_id), str(event.message_id), given, is_admitted)
 
     async def handle_reactions_cleared(self, message_id: int, symbol: str | None) -> None:
-        """All reactions on a message are gone, or all with one emoji: every one of them is taken back."""
+        """Take back all reactions to a message, or those with one emoji, after a moderator cleared them."""
         turn_id = await self.answers.find_turn_id(str(message_id))
         if turn_id is not None:
             await self.answers.retract_reactions(turn_id, str(message_id), symbol)
 
     async def handle_button(self, act: str, turn_id: str, interaction: discord.Interaction) -> None:
-        """A button under an answer. What it says is committed before Discord is told."""
+        """Act on a button under an answer. An opinion is committed before Discord gets a response."""
         user = interaction.user
         is_admitted = self.admits(user.id, interaction.channel_id or 0, read_roles(user))
         if act in ("up", "down"):
@@ -188,7 +188,7 @@ class Discord:
     async def _toggle_opinion(
         self, kind: FeedbackKind, turn_id: str, interaction: discord.Interaction, is_admitted: bool
     ) -> None:
-        """👍 or 👎, or taken back, which whoever gave it always may."""
+        """Record 👍 or 👎, or take it back, which whoever gave it always may."""
         user, event = str(interaction.user.id), f"discord:{interaction.id}"
         given = select_effective((await self.dialogue.explain(turn_id)).feedback)
         again = any((row.user_id, row.kind, row.signal) == (user, kind, "button") for row in given)
@@ -204,19 +204,19 @@ class Discord:
             await interaction.response.send_message("Taken back." if again else "Noted, thank you.", ephemeral=True)
 
     async def record_comment(self, turn_id: str, user: str, text: str, event: str) -> None:
-        """Why somebody did not like an answer."""
+        """Record why somebody did not like an answer."""
         await self.answers.record_opinion(
             Feedback(turn_id, user, FeedbackKind.COMMENT, signal="reason", text=text, event_id=event)
         )
 
     def admits(self, user_id: int, channel_id: int, roles: list[str] | None) -> bool:
-        """Whether a person with these roles may take part in a channel; not if their roles cannot be known."""
+        """Return whether a person with these roles (None if unknown: then they may not) may take part in a channel."""
         channel = None if self._client is None else self._client.get_channel(channel_id)
         parent = str(channel.parent_id) if isinstance(channel, discord.Thread) else ""
         return roles is not None and self.access.admits(str(user_id), str(channel_id), roles, parent)
 
     def is_addressed(self, message: discord.Message, me: discord.ClientUser) -> bool:
-        """Whether a message is said to us: directly, by a mention, or as a reply to an answer where we may read all."""
+        """Return whether a message is addressed to us: directly, by mention, or, if we may read all, as a reply to us."""
         answer = find_reply_target(message) if self.config.message_content else None
         is_reply = answer is not None and answer.author.id == me.id
         return message.guild is None or is_reply or mentions_us(message, me)
@@ -237,7 +237,7 @@ class Discord:
             await self._refuse(message, BUSY)
 
     async def _refuse(self, message: discord.Message, why: str) -> None:
-        """Say once why a message gets no answer. It gets none later either."""
+        """Say once why a message gets no answer, now or later."""
         if await self.dialogue.decline(make_channel_conversation(message), make_event_id(message.id)):
             await message.reply(why, mention_author=False)
 
@@ -247,7 +247,7 @@ class Discord:
         text = said.text
         is_about_another = quoted is not None and quoted.author.id != me.id and read_words(quoted, markup) != ""
         if not text and not said.unreadable and is_about_another:
-            text = f"@{me.display_name}"  # a mention alone, about what it replies to
+            text = f"@{me.display_name}"  # a mention alone is about the message it replies to
 
         async def ask(options: ReplyOptions) -> Turn:
             question = replace(make_message(message, text), at=now())
@@ -257,13 +257,13 @@ class Discord:
 
         if text:
             await self._ask_and_show(message, ask, markup)
-        elif message.type != discord.MessageType.thread_starter_message:  # it only shows again what stands elsewhere
+        elif message.type != discord.MessageType.thread_starter_message:  # it only repeats another message
             await self._refuse(message, said.refusal)
 
     async def _read_earlier(
         self, message: discord.Message, me: discord.ClientUser, place: Conversation, markup: Markup
     ) -> list[Message]:
-        """What people said that a message may be about; of those only who may take part and be learned from."""
+        """Return what a message may be about, said by people who may take part and consent to learning."""
         said = await self.places.find_earlier(message, me, place)
         roles, admitted = Roles(self.access), set[str]()
         for one in said:
@@ -277,25 +277,25 @@ class Discord:
         if message is not None and me is not None:
             markup = Markup(message, me)
             if (question := find_reply_target(message)) is not None:
-                read_words(question, markup)  # the names in it
+                read_words(question, markup)  # for the names in it
             await self._ask_and_show(message, lambda options: self.dialogue.regenerate(turn_id, user, options), markup)
 
     async def _ask_and_show(
         self, message: discord.Message, ask: Callable[[ReplyOptions], Awaitable[Turn]], markup: Markup
     ) -> None:
-        """Show an answer while it grows, then whole, under `message`."""
+        """Show an answer under `message` while it grows, then in full."""
         async with typing(message.channel):
             shown = DiscordAnswer(self.answers, message, new_id(), markup)
             await self.answers.ask_and_show(ask, shown, self.budgets.get_limiter(str(message.channel.id)))
 
     async def _is_heard(self, message_id: int) -> bool:
-        """Whether we heard a message, or are about to."""
+        """Return whether a message is stored, or waits to be."""
         if message_id in self._pending:
             return True
         return await self._call(self.dialogue.store.find_message_of_event, make_event_id(message_id)) is not None
 
     def _enqueue(self, message: discord.Message, work: Work) -> bool:
-        """Queue work on a message in its channel's lane; False where it is full."""
+        """Queue work on a message in its channel's lane. Return False if the lane is full."""
         self._pending.add(message.id)
         if not (is_put := self.lanes.put(str(message.channel.id), self._track_pending(message, work))):
             self._pending.discard(message.id)
@@ -323,7 +323,7 @@ class Discord:
 
 
 class _Client(discord.Client):
-    """discord.py's client; every event goes to the connector."""
+    """discord.py's client, which passes every event to the connector."""
 
     def __init__(self, connector: Discord):
         intents = discord.Intents.default()
@@ -333,7 +333,7 @@ class _Client(discord.Client):
             allowed_mentions=discord.AllowedMentions(everyone=False, users=False, roles=False, replied_user=True),
             proxy=find_proxy(discord.http.Route.BASE),  # discord.py does not look for one
             guild_ready_timeout=READY_SECONDS,
-            max_messages=None,  # what people wrote is in the database alone, where it can be forgotten
+            max_messages=None,  # only the database keeps people's words, where they can be forgotten
         )
         self.connector = connector
         tolerate_bad_messages(self)
@@ -368,7 +368,7 @@ class _Client(discord.Client):
         return made
 
     async def on_ready(self) -> None:
-        # A new session: nothing is replayed. (A resumed one is, and does not come here.)
+        # Discord replays no events for a new session. (A resumed one does not come here.)
         await reconcile(self.connector, self)
 
     async def on_message(self, message: discord.Message) -> None:

@@ -1,8 +1,8 @@
-"""Discord's markup: what people see instead of ids, and back again in answers.
+"""Replace Discord's markup with the names that people see, and restore it in answers.
 
 Discord writes mentions, custom emoji and times as `<@12>`, `<#34>`, `<:name:56>`, `<t:78>`. The policy is shown names, as
-people are. Where it says a name that stood before it, people see what Discord makes of it: no mention rings anybody
-(the client's `allowed_mentions`). It knows no event and no conversation.
+people are. A name in its answer that it was shown becomes markup again. Mentions notify nobody (the client's
+`allowed_mentions`).
 """
 
 import re
@@ -16,24 +16,24 @@ MARKUP = re.compile(
 )
 UNKNOWN = {"user": "@unknown-user", "role": "@unknown-role", "channel": "#unknown"}  # as Discord itself shows them
 CODE = r"```.*?(?:```|\Z)|`[^`\n]+`"
-LEFT_ALONE = rf"{CODE}|<[^<>\s]+>|\w+://\S+"  # code, markup that stands as it should already, links
+LEFT_ALONE = rf"{CODE}|<[^<>\s]+>|\w+://\S+"  # code, finished markup, links
 
 
 def mentions_us(message: discord.Message, me: discord.ClientUser) -> bool:
-    """Whether a message mentions us, or the role that Discord made for us."""
+    """Return whether a message mentions us, or the role that Discord made for us."""
     ours = _own_role(message)
     return any(user.id == me.id for user in message.mentions) or (ours is not None and ours in message.role_mentions)
 
 
 class Markup:
-    """The names in what one answer is about."""
+    """The names in the messages that one answer is about."""
 
     def __init__(self, message: discord.Message, me: discord.ClientUser):
         self._message, self._me = message, me
-        self._markup_by_name: dict[str, str] = {}  # how Discord writes each name that was read
+        self._markup_by_name: dict[str, str] = {}  # the markup of each name that was read
 
     def make_readable(self, content: str, message: discord.Message | None = None) -> str:
-        """Return a text as people see it, without mentions of us. It is of `message`, or of the one that is answered."""
+        """Return the text of `message` (by default the one that is answered) as people see it, without mentions of us."""
         mentioned = {user.id: user for user in (message or self._message).mentions}
 
         def name(match: re.Match[str]) -> str:
@@ -47,7 +47,7 @@ class Markup:
         return MARKUP.sub(name, self._remove_own_mentions(content)).strip()
 
     def restore_markup(self, text: str) -> str:
-        """Return an answer as Discord writes it: names that were read, and the server's own emoji. Code stays as it is."""
+        """Return an answer with markup for names that were read and the server's own emoji. Code stays as it is."""
         guild = self._message.guild
         emoji = {f":{one.name}:": str(one) for one in guild.emojis if one.is_usable()} if guild and ":" in text else {}
         known = emoji | self._markup_by_name
@@ -81,14 +81,14 @@ class Markup:
         return re.sub(rf"<(?:{ids})>\s*", "", content)
 
     def _find_channel_name(self, number: int) -> str | None:
-        """The name of a channel, if the author of the message may see it."""
+        """Return the name of a channel, or None if the author of the message may not see it."""
         guild, author = self._message.guild, self._message.author
         channel = guild.get_channel_or_thread(number) if guild is not None else None
         if channel is None or not isinstance(author, discord.Member):
             return None
         try:
             return f"#{channel.name}" if channel.permissions_for(author).view_channel else None
-        except discord.ClientException:  # a thread whose channel is not known
+        except discord.ClientException:  # a thread whose channel is unknown
             return None
 
 

@@ -1,7 +1,7 @@
-"""DiscordMessages: the messages that show one answer on Discord, and what stands under them.
+"""The messages that show one answer on Discord, and their buttons.
 
-An answer is a reply to its question that grows by edits; what is too long goes on in further messages; buttons stand under
-the last part. It knows no event and no conversation.
+An answer is a reply to its question that grows by edits. A long answer continues in further messages, with buttons under
+the last part.
 """
 
 import asyncio
@@ -21,16 +21,14 @@ from connectors.splitting import split
 
 LIMIT = 2000  # characters of one message
 BUTTONS = {"up": "👍", "down": "👎", "again": "🔄", "stop": "⏹️"}
-INVALID_FORM_BODY = 50035  # Discord's code for a request that names what is not there
-RecordComment = Callable[
-    [str, str, str, str], Awaitable[None]
-]  # keeps why an answer was not liked: the turn, the person, the text, the event
-TYPING_DELAY = 0.2  # seconds until it is shown that an answer is being made: most have begun to appear by then
+INVALID_FORM_BODY = 50035  # Discord's code for a request with an invalid field, such as a reply to a message that is gone
+RecordComment = Callable[[str, str, str, str], Awaitable[None]]  # takes turn id, user, text, event id
+TYPING_DELAY = 0.2  # seconds before the typing indicator is shown: most answers appear sooner
 
 
 @contextlib.asynccontextmanager
 async def typing(channel: discord.abc.Messageable) -> AsyncIterator[None]:
-    """Show that an answer is being made, if it is not there soon. Nobody waits for it; where it fails it does no harm."""
+    """Show the typing indicator while the block runs, unless it ends soon. Failures of the indicator are ignored."""
 
     async def type_on() -> None:
         await asyncio.sleep(TYPING_DELAY)
@@ -51,7 +49,7 @@ class DiscordAnswer:
     def __init__(self, answers: Answers, to: discord.Message, turn_id: str, markup: Markup):
         self.answers, self.question, self.turn_id, self.markup = answers, to, turn_id, markup
         self.messages: list[discord.Message] = []
-        self.is_removed = False  # a moderator deleted what was shown of it
+        self.is_removed = False  # a moderator deleted one of the messages
 
     async def show_partial(self, text: str) -> None:
         """Show the beginning of a growing answer."""
@@ -59,7 +57,7 @@ class DiscordAnswer:
             await self._show(0, split(self.markup.restore_markup(text), LIMIT)[0].text, ["stop"])
 
     async def show_final(self, text: str) -> None:
-        """Show the final answer: every part of it, and the buttons under the last."""
+        """Show all parts of the final answer, with the buttons under the last."""
         parts = [part.text for part in split(self.markup.restore_markup(text) or "…", LIMIT) if part.text.strip()] or ["…"]
         for number, part in enumerate(parts):
             await self._show(number, part, ["up", "down", "again"] if number == len(parts) - 1 else [])
@@ -74,7 +72,7 @@ class DiscordAnswer:
         view = discord.ui.View(timeout=None)
         for act in buttons:
             view.add_item(Button(act, self.turn_id))
-        view.stop()  # its buttons are found by their ids, also after a restart
+        view.stop()  # presses are matched by custom id, also after a restart
         if number < len(self.messages):
             try:
                 await self.messages[number].edit(content=text, view=view)
@@ -102,7 +100,7 @@ class DiscordAnswer:
 class Button(
     discord.ui.DynamicItem[discord.ui.Button[Any]], template=r"kibitz:(?P<act>up|down|again|stop):(?P<turn>[0-9a-f-]{36})"
 ):
-    """A button that says in its id what it is about, so that it works after a restart."""
+    """A button whose id names its act and its turn, so that it works after a restart."""
 
     def __init__(self, act: str, turn_id: str):
         super().__init__(discord.ui.Button(emoji=BUTTONS[act], custom_id=f"kibitz:{act}:{turn_id}"))
@@ -112,16 +110,16 @@ class Button(
     async def from_custom_id(
         cls, interaction: discord.Interaction, item: discord.ui.Item[Any], match: re.Match[str], /
     ) -> "Button":
-        """The button that was pressed."""
+        """Return the button that was pressed."""
         return cls(match["act"], match["turn"])
 
     async def callback(self, interaction: discord.Interaction[Any]) -> None:
-        """Hand it to the connector."""
+        """Pass the press to the connector."""
         await interaction.client.connector.handle_button(self.act, self.turn_id, interaction)
 
 
 class ReasonModal(discord.ui.Modal, title="What was wrong with it?"):
-    """A short reason for 👎; the opinion is recorded already."""
+    """The modal that asks for a short reason for 👎. The opinion is recorded already."""
 
     text: discord.ui.TextInput[Any] = discord.ui.TextInput(label="In a few words", required=False, max_length=300)
 
@@ -130,7 +128,7 @@ class ReasonModal(discord.ui.Modal, title="What was wrong with it?"):
         self.record_comment, self.turn_id = keep, turn_id
 
     async def on_submit(self, interaction: discord.Interaction[Any]) -> None:
-        """RecordComment what was said."""
+        """Record the reason, if one was given."""
         if self.text.value.strip():
             user, event = str(interaction.user.id), f"discord:{interaction.id}"
             await self.record_comment(self.turn_id, user, self.text.value, event)

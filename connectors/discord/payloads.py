@@ -1,7 +1,6 @@
-"""Payloads: an event that discord.py cannot read costs that event, and not the connection. Each has an id in the log.
+"""Skip events that discord.py cannot read, without losing the connection, and give each event an id in the log.
 
-discord.py lets whatever goes wrong in a payload end the client, which loses the session and all that happens until the next
-one. It knows no conversation.
+In discord.py an error in a payload ends the client, which loses the session and all events until the next one.
 """
 
 import logging
@@ -19,7 +18,7 @@ Parse = Callable[[dict[str, Any]], None]
 
 
 def tolerate_bad_messages(client: discord.Client) -> None:
-    """Have a client log what it cannot read of messages, reactions and interactions, and go on."""
+    """Make a client log messages, reactions and interactions that it cannot read, and go on."""
     parsers: dict[str, Parse] = client._connection.parsers
     for name, parse in parsers.items():
         if name.startswith(("MESSAGE_", "INTERACTION_")):

@@ -1,7 +1,7 @@
-"""Places: which conversation a message on Discord belongs to, and what was said there before.
+"""Find the conversation that a message on Discord belongs to, and what was said there before.
 
-A thread or a direct message is one conversation; in a channel a mention begins one, and replies go on with it. A thread has
-the scope of its channel, unless it is private. It knows no policy, and not who may take part.
+A thread or a direct message is one conversation; in a channel a mention begins one, and replies continue it. A thread has
+the scope of its channel, unless it is private.
 """
 
 import logging
@@ -18,19 +18,19 @@ log = logging.getLogger(__name__)
 
 
 def make_channel_conversation(message: discord.Message) -> Conversation:
-    """The channel of a message as a place: where it is said to nobody in particular."""
+    """Return the channel of a message as a conversation without a thread."""
     space = "" if message.guild is None else str(message.guild.id)
     return Conversation("discord", str(message.channel.id), space, is_public=is_public(message))
 
 
 def find_reply_target(message: discord.Message) -> discord.Message | None:
-    """The message that one refers to, where Discord sent it along."""
+    """Return the message that another replies to, or None if Discord did not send it along."""
     found = None if message.reference is None else message.reference.resolved
     return found if isinstance(found, discord.Message) else None
 
 
 def is_public(message: discord.Message) -> bool:
-    """Whether everybody on the server may read the channel of a message."""
+    """Return whether everybody on the server may read the channel of a message."""
     channel, guild = message.channel, message.guild
     if guild is None or guild.default_role is None or isinstance(channel, (discord.DMChannel, discord.GroupChannel)):
         return False
@@ -38,23 +38,23 @@ def is_public(message: discord.Message) -> bool:
         return False
     try:
         return channel.permissions_for(guild.default_role).view_channel
-    except discord.ClientException:  # a thread whose channel is not known
+    except discord.ClientException:  # a thread whose channel is unknown
         return False
 
 
 class Places:
-    """The conversations of one bot. `reads_all`: Discord tells it also of messages that do not mention it."""
+    """The conversations of one bot. `reads_all`: Discord also sends it the text of messages that do not mention it."""
 
     def __init__(self, dialogue: DialogueManager, answers: Answers, reads_all: bool):
         self.dialogue, self.answers, self.reads_all = dialogue, answers, reads_all
         self._call = dialogue.store.database.call
 
     def may_be_in_own_thread(self, message: discord.Message) -> bool:
-        """Whether a message may be to us because of where it is written: in a thread."""
+        """Return whether a message may be addressed to us because it is in a thread."""
         return self.reads_all and isinstance(message.channel, discord.Thread)
 
     async def is_in_own_thread(self, message: discord.Message, me: discord.ClientUser) -> bool:
-        """Whether a message is in a thread of ours: one that we started, or in which we answered something before it."""
+        """Return whether a message is in a thread that we started, or in which we answered an earlier message."""
         if not self.may_be_in_own_thread(message):
             return False
         first = await self._call(self.answers.deliveries.find_first_question_event, await self.find_conversation(message))
@@ -62,10 +62,10 @@ class Places:
         return began or getattr(message.channel, "owner_id", None) == me.id
 
     async def find_conversation(self, message: discord.Message) -> Conversation:
-        """The conversation that a message belongs to.
+        """Return the conversation that a message belongs to.
 
-        A thread has the scope of its channel, unless it is private. One that began at an answer or a question goes on with
-        it, as a reply to either does.
+        A thread has the scope of its channel, unless it is private. A thread that began at an answer or a question
+        continues its conversation, as a reply to either does.
         """
         channel, here, reference = message.channel, make_channel_conversation(message), message.reference
         if message.guild is None or (isinstance(channel, discord.Thread) and channel.is_private()):
@@ -79,7 +79,10 @@ class Places:
     async def find_earlier(
         self, message: discord.Message, me: discord.ClientUser, place: Conversation
     ) -> list[discord.Message]:
-        """What a message may be about, oldest first: what it replies to; in a thread, what came before our first answer."""
+        """Return the messages that a message may be about, oldest first.
+
+        These are the one that it replies to and, in a thread, those before our first answer.
+        """
         found = [message]
         if (
             self.may_be_in_own_thread(message)
@@ -96,13 +99,13 @@ class Places:
         return [one for _, one in sorted(said.items())]
 
     async def _find_conversation_with(self, message_id: int, here: Conversation) -> Conversation | None:
-        """The conversation in this channel that a message of ours, or one that we heard, belongs to."""
+        """Return the conversation of a message that we sent or stored, or None if there is none in this channel."""
         store, turn_id = self.dialogue.store, await self.answers.find_turn_id(str(message_id))
         if turn_id is not None:
-            known: Turn | Message | None = await self._call(store.find_turn, turn_id)  # none while it still grows
+            known: Turn | Message | None = await self._call(store.find_turn, turn_id)  # None while it still grows
         else:
             known = await self._call(store.find_message_of_event, make_event_id(message_id))
         if known is None or (isinstance(known, Message) and known.is_forgotten):
             return None
         found = await self._call(store.read_conversation, known.conversation_id)
-        return found if (found.space, found.channel) == (here.space, here.channel) else None  # else forwarded from elsewhere
+        return found if (found.space, found.channel) == (here.space, here.channel) else None  # forwarded from elsewhere

@@ -1,7 +1,7 @@
-"""Reading: what a Discord message says, as text.
+"""Read what a Discord message says, as text.
 
-Its words with names as people see them, what it forwards, polls, and text files, which Discord makes of long pastes. What
-cannot be read is named. It knows no event, no policy, and not whether a message is for us.
+This covers its words, with names as people see them, forwarded messages, polls, and text files (Discord turns long pastes
+into files). Things that cannot be read are named.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from connectors.reading import KINDS, LARGEST_FILE, TEXT_TYPES, MessageContent
 
 log = logging.getLogger(__name__)
 
-SPEECH = {  # all other types tell that something happened, such as a renamed thread
+SPEECH = {  # the other types report events, such as a renamed thread
     discord.MessageType.default,
     discord.MessageType.reply,
     discord.MessageType.chat_input_command,
@@ -32,23 +32,23 @@ MessageOrSnapshot = discord.Message | discord.MessageSnapshot
 
 
 def make_event_id(message_id: int) -> str:
-    """What names a message's event in the database."""
+    """Return the id of a message's event in the database."""
     return f"discord:{message_id}"
 
 
 def is_speech(message: discord.Message) -> bool:
-    """Whether a person says something with a message."""
+    """Return whether a message is something that a person says."""
     return message.type in SPEECH and not message.author.bot and message.webhook_id is None
 
 
 def make_message(message: discord.Message, text: str) -> Message:
-    """A message of a person as the dialogue keeps it; it does not say yet of which conversation."""
+    """Return a person's message as the dialogue keeps it, with no conversation yet."""
     author, event = message.author, make_event_id(message.id)
     return Message("", str(author.id), text, event_id=event, at=message.created_at, author_name=author.display_name)
 
 
 async def read(message: discord.Message, markup: Markup) -> MessageContent:
-    """MessageContent all of a message, text files too."""
+    """Read all of a message, including text files."""
     files: dict[int, str] = {}
     left = LARGEST_FILE
     for one in (one for part in _parts(message) for one in part.attachments if _is_text(one)):
@@ -59,7 +59,7 @@ async def read(message: discord.Message, markup: Markup) -> MessageContent:
 
 
 def read_words(message: discord.Message, markup: Markup) -> str:
-    """Read what a message says by itself, as people see it who scroll past it; its files are only named."""
+    """Return a message as people see it who scroll past it: its files are only named."""
     return _compose_content(message, markup, {}).text
 
 
@@ -83,7 +83,7 @@ def _compose_content(message: discord.Message, markup: Markup, files: dict[int, 
 
 
 def _parts(message: discord.Message) -> Sequence[MessageOrSnapshot]:
-    """The message itself and what it forwards."""
+    """Return the message itself and those that it forwards."""
     return [message, *message.message_snapshots]
 
 
@@ -99,7 +99,7 @@ def _is_text(attachment: discord.Attachment) -> bool:
 
 
 async def _read_file(attachment: discord.Attachment) -> str | None:
-    """What stands in a text file; None where it cannot be read."""
+    """Return the content of a text file, or None if it cannot be read."""
     try:
         async with asyncio.timeout(FILE_SECONDS):
             return (await attachment.read()).decode("utf-8-sig", "replace").strip()

@@ -1,9 +1,9 @@
-"""Reconciliation: what happened on Discord while nobody listened is learned from its API.
+"""Catch up, from Discord's API, on what happened while kibitz was not connected.
 
-After a lost session or a restart nothing is replayed. Messages that are for us and were not heard are answered, those that
-were changed are changed, those that are gone are forgotten, and the reactions on our recent answers are compared with what
-we recorded: what is missing is added, what is gone is taken back. All go the ways that live events go: the same lists and
-limits hold, and each event is claimed once. It knows no gateway.
+Discord replays nothing after a lost session or a restart. Missed messages that are addressed to us are answered, edits are
+applied, and deleted messages are forgotten. The reactions to our recent answers are compared with the recorded ones: missing
+reactions are added, and removed ones are taken back. All this takes the path of live events: the same lists and limits
+hold, and each event is claimed once.
 """
 
 import logging
@@ -30,13 +30,13 @@ ReadableChannel = (
     discord.TextChannel | discord.VoiceChannel | discord.StageChannel | discord.Thread | discord.PartialMessageable
 )
 
-MOST_ANSWERS = 200  # whose reactions are compared, newest first
-MOST_MESSAGES = 200  # of one channel that are looked at, newest first
-UNKNOWN_MESSAGE = 10008  # Discord's code: the channel is there, the message is not
+MOST_ANSWERS = 200  # the newest, whose reactions are compared
+MOST_MESSAGES = 200  # the newest of each channel, which are read
+UNKNOWN_MESSAGE = 10008  # Discord's code for a missing message in a channel that exists
 
 
 class Bot(Protocol):
-    """What hears the live events, and is told of those that were missed."""
+    """The connector that handles live events, as reconciliation uses it."""
 
     config: DiscordConfig
     dialogue: DialogueManager
@@ -45,26 +45,26 @@ class Bot(Protocol):
     answers: Answers
 
     def admits(self, user_id: int, channel_id: int, roles: list[str] | None) -> bool:
-        """Tell whether a person with these roles may take part in a channel."""
+        """Return whether a person with these roles may take part in a channel."""
 
     def is_addressed(self, message: discord.Message, me: discord.ClientUser) -> bool:
-        """Tell whether a message is said to us."""
+        """Return whether a message is addressed to us."""
 
     async def claim_missed(self, message: discord.Message, me: discord.ClientUser, roles: Roles, began: int | None) -> bool:
-        """Return whether a message is to be answered now that may have been missed."""
+        """Return whether to answer a message now that may have been missed."""
 
     async def queue_missed(self, message: discord.Message, me: discord.ClientUser) -> None:
-        """Have a message answered that was missed."""
+        """Queue the answer to a missed message."""
 
     async def handle_edit(self, message: discord.Message, me: discord.ClientUser) -> None:
-        """Take over what the author of a message changed."""
+        """Update a stored message that its author edited."""
 
     async def handle_deletion(self, channel_id: int, message_id: int) -> None:
-        """Forget a message that is gone."""
+        """Forget a deleted message."""
 
 
 async def reconcile(bot: Bot, client: discord.Client) -> None:
-    """Bring messages and reactions of the last `discord.reconcile_hours` up to date; what cannot be read is logged."""
+    """Bring messages and reactions of the last `discord.reconcile_hours` up to date. Log what cannot be read."""
     since = now() - timedelta(hours=bot.config.reconcile_hours)
     call, roles = bot.dialogue.store.database.call, Roles(bot.access)
     shown = await call(bot.answers.deliveries.read_since, "discord", since, MOST_ANSWERS)
@@ -74,13 +74,13 @@ async def reconcile(bot: Bot, client: discord.Client) -> None:
     for turn_id, messages in parts.items():
         try:
             await _reconcile_reactions(bot, client, roles, turn_id, messages)
-        except Exception as error:  # what Discord refuses, or discord.py cannot read: the rest is compared all the same
+        except Exception as error:  # Discord refuses it, or discord.py cannot read it: compare the rest
             log.info("the reactions on answer %s cannot be read: %r", turn_id, error)
     said: list[discord.Message] = []
     for channel in _list_channels(client, {int(answer.channel) for answer in shown}):
         try:
             async for message in channel.history(after=since, limit=MOST_MESSAGES, oldest_first=False):
-                said.append(message)  # noqa: PERF401 (what was read before something cannot be read is kept)
+                said.append(message)  # noqa: PERF401 (an error keeps what was read before it)
         except Exception as error:  # as above
             log.info("channel %s cannot be read: %r", channel, error)
     said.sort(key=lambda message: message.id)
@@ -89,14 +89,14 @@ async def reconcile(bot: Bot, client: discord.Client) -> None:
     for channel_id, event in sorted({(answer.channel, asked.get(answer.turn_id, "")) for answer in shown}):
         question = int(event.rpartition(":")[-1] or 0)
         if question and event not in there and await _is_gone(client, int(channel_id), question):
-            await bot.handle_deletion(int(channel_id), question)  # before anything is answered that would be shown it
+            await bot.handle_deletion(int(channel_id), question)  # before an answer can be made from it
     if client.user is not None:
         await _reconcile_messages(bot, client.user, roles, said)
 
 
 async def _reconcile_messages(bot: Bot, me: discord.ClientUser, roles: Roles, said: list[discord.Message]) -> None:
-    """Have those of these messages (oldest first) answered that were missed; take over what was changed of the others."""
-    began: dict[int, int] = {}  # the first message to us in each channel: in a thread, later ones are to us as well
+    """Queue answers to the messages of `said` (oldest first) that were missed; apply edits of the others."""
+    began: dict[int, int] = {}  # per channel, the first message to us; in a thread, later ones are to us too
     for message in said:
         if is_speech(message) and bot.is_addressed(message, me):
             began.setdefault(message.channel.id, message.id)
@@ -119,7 +119,7 @@ async def _is_gone(client: discord.Client, channel: int, message: int) -> bool:
 
 
 def _list_channels(client: discord.Client, known: set[int]) -> Iterator[ReadableChannel]:
-    """Every channel and thread of our guilds, and those where we spoke lately (direct messages among them)."""
+    """Yield every channel and thread of our guilds, and those where we spoke recently, such as direct messages."""
     seen = set()
     for guild in client.guilds:
         readable: list[ReadableChannel] = [
@@ -137,7 +137,7 @@ def _list_channels(client: discord.Client, known: set[int]) -> Iterator[Readable
 
 
 def _find_channel(client: discord.Client, number: int) -> ReadableChannel:
-    """A channel; which server it is on is known only if the channel is."""
+    """Return a channel. Its server is known only if discord.py knows the channel."""
     channel = client.get_channel(number)
     return channel if isinstance(channel, ReadableChannel) else client.get_partial_messageable(number)
 

@@ -1,6 +1,6 @@
-"""Roles: those of people on a Discord server, where lists of roles decide who may take part.
+"""Find the roles of people on a Discord server, for access lists of roles.
 
-An event mostly names them; a message or a reaction that is read from the API does not. It knows no list.
+An event usually names them; a message or a reaction that is read from the API does not.
 """
 
 import logging
@@ -13,19 +13,19 @@ log = logging.getLogger(__name__)
 
 
 def read_roles(person: object) -> list[str]:
-    """The roles that an event names; none where it names none."""
+    """Return the ids of the roles that an event names; [] if it names none."""
     return [str(role.id) for role in person.roles] if isinstance(person, discord.Member) else []
 
 
 class Roles:
-    """The roles of people, asked of Discord once each, and only if they decide something."""
+    """The roles of people. Each is fetched from Discord once, and only if access depends on roles."""
 
     def __init__(self, access: Access):
         self._are_needed = access.needs_roles
         self._known: dict[tuple[int, int], list[str] | None] = {}
 
     async def find_roles(self, guild: discord.Guild | None, person: discord.abc.User) -> list[str] | None:
-        """The roles of a person on a server; None where they cannot be known now."""
+        """Return the ids of a person's roles on a server, or None if they cannot be read now."""
         if isinstance(person, discord.Member) or guild is None or not self._are_needed:
             return read_roles(person)
         key = guild.id, person.id

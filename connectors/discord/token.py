@@ -1,4 +1,4 @@
-"""The token of a Discord bot, as the environment has it."""
+"""Read the token of a Discord bot from the environment."""
 
 import os
 
@@ -7,7 +7,7 @@ from bot.errors import ConfigError
 
 
 def read_token(config: DiscordConfig) -> str:
-    """The bot's token. Raises ConfigError where the variable is not set or holds something else."""
+    """Return the bot's token. Raises ConfigError if the variable is not set or holds a Slack token."""
     found = os.environ.get(config.token_env, "").strip()
     key = f"config key discord.token_env has value '{config.token_env}'"
     if not found:

@@ -1,1 +1,1 @@
-"""A Discord and a Slack on this machine, for tests and for `kibitz bench connectors`."""
+"""Local servers of Discord and Slack, for tests and for `kibitz bench connectors`."""

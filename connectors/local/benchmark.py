@@ -1,13 +1,12 @@
-"""Benchmark: what the connectors add to what vLLM itself takes, over a local server of each platform.
+"""Measure the time that the connectors add to vLLM's own, over a local server of each platform.
 
-People on so many conversations at once write, wait for the whole answer, sometimes react, and write again. "Added" is the
-time from the event to the text that people see, less the time from kibitz's request to vLLM to the same text from vLLM. It
-knows no platform: what drives one is given.
+In many conversations at once people write, wait for the whole answer, sometimes react, and write again. "Added" is the time
+from the event to the text that people see, less the time from kibitz's request to vLLM to the same text from vLLM.
 
-For each number of conversations it is measured twice: with people who think about `think` seconds before they write, and at
-full load, where everybody writes again at once, the machine is always full, and a latency says how long its queue is.
+Each number of conversations is measured twice: with people who think about `think` seconds before they write, and at full
+load, with people who write again at once. At full load a latency says how long the machine's queue is.
 
-Run: ``kibitz bench connectors`` in a checkout (the local servers are in `tests/`).
+Run: ``kibitz bench connectors``.
 """
 
 import asyncio
@@ -27,7 +26,7 @@ from bot.types import FeedbackKind, Progress, Reply, Turn
 TEXTS = ["hello", "i can't sleep", "good night", "tell me a joke", "what should i eat", "how are you"]
 MESSAGES_PER_CONVERSATION = 8  # messages in one conversation
 CONVERSATIONS = (1, 16, 64)
-ROUNDS = 48  # messages in one conversation whose people think, at most: they take their time
+ROUNDS = 48  # messages in one conversation with people who think, at most
 
 
 class TimedAnswer(Protocol):
@@ -48,7 +47,7 @@ class Platform(Protocol):
 
     @property
     def met_429(self) -> int:
-        """How often the platform refused because of too many requests."""
+        """How often the platform answered 429 (too many requests)."""
 
     async def start(self) -> None:
         """Start the platform, and the connector on it."""
@@ -57,27 +56,27 @@ class Platform(Protocol):
         """Stop both."""
 
     def place(self, direct: bool = False) -> str:
-        """A new channel, or a new direct message."""
+        """Return a new channel, or a new direct message."""
 
     async def say(self, place: str, user: str, text: str) -> str:
-        """A person writes to the bot; returns the question's id."""
+        """Write to the bot as a person. Return the question's id."""
 
     def answers(self, place: str) -> Sequence[Any]:
-        """What is `Shown` in a place."""
+        """Return the answers in a place, oldest first."""
 
     async def wait_for_change(self, place: str) -> None:
-        """Wait until something that is shown in a place changes."""
+        """Wait until an answer in a place changes."""
 
     async def find_turn_id(self, answer: Any) -> str:
-        """The turn that an answer shows."""
+        """Return the id of the turn that an answer shows."""
 
     async def react(self, user: str, answer: Any, likes: bool) -> None:
-        """A person adds 👍 or 👎."""
+        """Add 👍 or 👎 as a person."""
 
 
 @dataclass(frozen=True)
 class ReplyTimes:
-    """One answer of vLLM: when it was asked for, when the first text came, when the last (monotonic, s)."""
+    """The times of one answer of vLLM: the request, the first text, the last text (monotonic, s)."""
 
     asked_at: float
     first_at: float
@@ -95,7 +94,7 @@ class Exchange:
 
 @asynccontextmanager
 async def recording_replies(dialogue: DialogueManager) -> AsyncIterator[dict[float, ReplyTimes]]:
-    """Every answer of vLLM meanwhile, by its latency in ms (which no two answers share)."""
+    """Yield a dict of the answers that vLLM gives in the block, by latency in ms (which no two answers share)."""
     found: dict[float, ReplyTimes] = {}
     ask = dialogue.policy.reply
 
@@ -120,7 +119,7 @@ async def recording_replies(dialogue: DialogueManager) -> AsyncIterator[dict[flo
 
 @dataclass
 class Round:
-    """What came of one number of conversations."""
+    """The outcome for one number of conversations."""
 
     exchanges: list[Exchange] = field(default_factory=list)
     reactions: int = 0
@@ -131,7 +130,7 @@ class Round:
 async def measure(
     dialogue: DialogueManager, platform: Platform, messages: int, think: float, seed: int, progress: Progress
 ) -> dict[str, float]:
-    """The figures of one platform: `messages` for each number of conversations at each pace, after 32 to warm up."""
+    """Measure one platform with `messages` for each number of conversations at each pace, after 32 to warm up."""
     name = platform.name
     figures: dict[str, float] = {}
     totals = dict.fromkeys((f"{name}_lost", f"{name}_doubled", f"{name}_reactions_sent", f"{name}_reactions_stored"), 0)
@@ -161,7 +160,7 @@ async def measure(
 
 
 async def wait_for_answers(platform: Platform, place: str, count: int) -> Sequence[Any]:
-    """The answers in a place, as soon as `count` of them are whole. Raises TimeoutError after a minute."""
+    """Return the answers in a place as soon as `count` of them are whole. Raises TimeoutError after 5 minutes."""
     async with asyncio.timeout(300):
         while sum(one.is_whole for one in platform.answers(place)) < count:
             await platform.wait_for_change(place)
@@ -171,7 +170,7 @@ async def wait_for_answers(platform: Platform, place: str, count: int) -> Sequen
 async def _converse(
     platform: Platform, count: int, messages: int, rng: random.Random, progress: Progress, think: float
 ) -> Round:
-    """`messages` questions in `count` places at once; people think (about) `think` seconds before each."""
+    """Ask `messages` questions in `count` places at once. People think about `think` seconds before each."""
     found = Round()
     thoughts = [rng.uniform(0, 2 * think) for _ in range(messages)]
     label = f"{platform.name}, {count} conversations"
@@ -213,7 +212,7 @@ async def _find_turn(dialogue: DialogueManager, platform: Platform, exchange: Ex
 def _compute_added(
     exchanges: Sequence[Exchange], turns: Sequence[Turn | None], from_vllm: dict[float, ReplyTimes]
 ) -> dict[str, list[float]]:
-    """What was added to each answer, to its first text and to its last (s)."""
+    """Return the time added to each answer's first text and to its last (s)."""
     added: dict[str, list[float]] = {"first_added": [], "added": []}
     for exchange, turn in zip(exchanges, turns, strict=True):
         if turn is not None and turn.latency_ms in from_vllm:
@@ -224,13 +223,13 @@ def _compute_added(
 
 
 def _count_doubled(platform: Platform, exchanges: Sequence[Exchange]) -> int:
-    """How many answers there are to questions that have one."""
+    """Return the number of answers beyond one for each question."""
     places = {exchange.place for exchange in exchanges}
     return sum(len(platform.answers(place)) for place in places) - len(exchanges)
 
 
 async def _count_stored(dialogue: DialogueManager, turns: Sequence[Turn | None], expected: int) -> int:
-    """How many of the reactions are in the database, at the latest after some seconds."""
+    """Return how many reactions are in the database, waiting up to 5 s for `expected` of them."""
     store = dialogue.store
     ids = [turn.id for turn in turns if turn is not None]
     found = 0

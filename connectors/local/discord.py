@@ -1,7 +1,7 @@
-"""A Discord of our own on loopback: gateway and REST as discord.py speaks them, and what the platform refuses.
+"""A local Discord server on loopback: the gateway and REST API that discord.py uses, with the platform's refusals.
 
 It keeps channels, threads, messages and reactions, hides contents that need the privileged intent, dedupes nonces, counts
-rate limits and answers 429, refuses replies to what is gone, replays events on RESUME, and checks interaction deadlines.
+rate limits and answers 429, refuses replies to missing messages, replays events on RESUME, and checks interaction deadlines.
 Tests drive it as people would.
 """
 
@@ -30,10 +30,10 @@ from connectors.local.discord_state import (
 
 
 class LocalDiscord(DiscordState):
-    """One server, one guild, one bot."""
+    """A Discord server with one guild and one bot."""
 
     async def start(self) -> None:
-        """Listen, and point discord.py here."""
+        """Listen, and point discord.py at this server."""
         app = web.Application()
         app.router.add_get("/gw", self._gateway)
         app.router.add_get("/files/{name}", self._file)
@@ -52,18 +52,18 @@ class LocalDiscord(DiscordState):
         await self._runner.cleanup()
 
     async def announce_thread(self, thread: int) -> None:
-        """A thread is shown to who is connected already."""
+        """Announce a thread to a bot that is connected already."""
         await self.dispatch("THREAD_CREATE", self.channels[thread] | {"newly_created": True})
 
     async def send_raw(self, channel: int, user: int, content: str, **more: Any) -> int:
-        """A message with any fields, whose content is not hidden."""
+        """Send a message with any fields, without hiding its content. Return its id."""
         message = self._message(channel, user, content) | more
         self.messages[int(message["id"])] = message
         await self.dispatch("MESSAGE_CREATE", message | self._make_guild_fields(channel, user))
         return int(message["id"])
 
     async def say(self, channel: int, user: int, content: str, mention: bool = True, reply_to: int | None = None) -> int:
-        """A person writes a message; in a channel it mentions the bot unless told otherwise."""
+        """Write a message as a person. In a channel it mentions the bot unless `mention` is False. Return its id."""
         direct = self.channels[channel]["type"] == 1
         mention = mention and not direct
         text = f"<@{BOT}> {content}" if mention else content
@@ -79,7 +79,7 @@ class LocalDiscord(DiscordState):
         return int(message["id"])
 
     async def edit(self, message: int, content: str) -> None:
-        """The author of a message changes it."""
+        """Edit a message as its author."""
         found = self.messages[message]
         mention = f"<@{BOT}> " if found["content"].startswith(f"<@{BOT}>") else ""
         edited = datetime.fromtimestamp(time.time(), UTC).isoformat()
@@ -89,12 +89,12 @@ class LocalDiscord(DiscordState):
         )
 
     async def delete(self, message: int) -> None:
-        """The author of a message deletes it."""
+        """Delete a message as its author."""
         found = self.messages.pop(message)
         await self.dispatch("MESSAGE_DELETE", {"id": str(message), "channel_id": found["channel_id"]})
 
     async def react(self, user: int, message: int, emoji: str, remove: bool = False) -> None:
-        """A person adds or removes a reaction."""
+        """Add or remove a reaction as a person."""
         (self.reactions[message].discard if remove else self.reactions[message].add)((user, emoji))
         channel = int(self.messages[message]["channel_id"]) if message in self.messages else next(iter(self.channels))
         event = {
@@ -110,7 +110,7 @@ class LocalDiscord(DiscordState):
         await self.dispatch("MESSAGE_REACTION_REMOVE" if remove else "MESSAGE_REACTION_ADD", event)
 
     async def add_super_reaction(self, user: int, message: int, emoji: str) -> None:
-        """A person adds a super reaction."""
+        """Add a super reaction as a person."""
         self.bursts[message].add((user, emoji))
         channel = int(self.messages[message]["channel_id"])
         event = {"user_id": str(user), "channel_id": str(channel), "message_id": str(message), "burst": True, "type": 1}
@@ -118,7 +118,7 @@ class LocalDiscord(DiscordState):
         await self.dispatch("MESSAGE_REACTION_ADD", event | self._make_guild_fields(channel, user))
 
     async def clear_reactions(self, message: int, emoji: str | None = None) -> None:
-        """A moderator clears all reactions, or those with one emoji."""
+        """Clear all reactions, or those with one emoji, as a moderator."""
         self.reactions[message] = {one for one in self.reactions[message] if emoji not in (None, one[1])}
         event = {"channel_id": self.messages[message]["channel_id"], "message_id": str(message)}
         if emoji:
@@ -126,20 +126,20 @@ class LocalDiscord(DiscordState):
         await self.dispatch("MESSAGE_REACTION_REMOVE_EMOJI" if emoji else "MESSAGE_REACTION_REMOVE_ALL", event)
 
     async def press(self, user: int, message: int, act: str) -> dict[str, Any]:
-        """A person presses the button whose id holds `act`; returns the bot's first response."""
+        """Press the button whose id holds `act` as a person. Return the bot's first response."""
         rows = self.messages[message]["components"]
         button = next(one for row in rows for one in row["components"] if f":{act}:" in one["custom_id"])
         data = {"custom_id": button["custom_id"], "component_type": 2}
         return await self._interact(user, 3, data, message)
 
     async def submit(self, user: int, message: int, modal: dict[str, Any], text: str) -> dict[str, Any]:
-        """A person sends a modal that they were shown."""
+        """Submit a modal as a person. Return the bot's first response."""
         field = modal["components"][0]["components"][0]
         rows = [{"type": 1, "components": [{"type": 4, "custom_id": field["custom_id"], "value": text}]}]
         return await self._interact(user, 5, {"custom_id": modal["custom_id"], "components": rows}, message)
 
     async def use_command(self, user: int, channel: int, name: str, choice: str = "") -> str:
-        """A person uses a slash command; returns what they, and nobody else, are told."""
+        """Use a slash command as a person. Return the reply that only they see."""
         options = [{"name": "choice", "type": 3, "value": choice}] if choice else []
         first = await self._interact(user, 2, {"id": "1", "name": name, "type": 1, "options": options}, channel=channel)
         assert (first["type"], first["data"]["flags"]) == (5, 64)  # deferred, for the user only
@@ -234,7 +234,7 @@ class LocalDiscord(DiscordState):
         if self.forgets_sessions:
             await socket.send_json({"op": 9, "d": False})
             return
-        while seen < len(self._events):  # what is dispatched meanwhile comes after what was missed
+        while seen < len(self._events):  # events dispatched meanwhile come after the missed ones
             await socket.send_json(self._events[seen])
             seen += 1
         self._socket = socket
@@ -369,11 +369,11 @@ class LocalDiscord(DiscordState):
 
     @staticmethod
     def _json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
-        # discord.py compares the content type with ==; a charset would break everything.
+        # discord.py compares the content type with ==, so there must be no charset.
         response = web.Response(body=json.dumps(body).encode(), status=status, headers=headers)
         response.headers["Content-Type"] = "application/json"
         return response
 
 
 async def _no_pause(client: discord.Client, shard_id: int | None, *, initial: bool = False) -> None:
-    """discord.py's hook before it begins a session; its own waits 5 s where it is not the first."""
+    """Replace discord.py's hook before a session begins, which waits 5 s if it is not the first."""

@@ -1,4 +1,4 @@
-"""What the local Discord knows: channels, messages, people, and the payloads that describe them."""
+"""The state of the local Discord: channels, messages, people, and the payloads that describe them."""
 
 import asyncio
 import itertools
@@ -11,12 +11,12 @@ from aiohttp import web
 TOKEN = "fake.discord.token"
 BOT = 1001
 GUILD = 2001
-OWN_ROLE = 3001  # that Discord made for the bot
+OWN_ROLE = 3001  # made by Discord for the bot
 MESSAGE_CONTENT = 1 << 15
 VIA = {"Via": "1.1 fake"}
 
 VIEW_CHANNEL = 1 << 10  # the permission to view a channel
-SPEECH = (0, 19, 20, 21, 23)  # types of messages that can be replied to
+SPEECH = (0, 19, 20, 21, 23)  # message types that can be replied to
 ROLE = {"color": 0, "colors": {"primary_color": 0}, "hoist": False, "managed": False, "mentionable": False, "flags": 0}
 
 
@@ -29,20 +29,20 @@ class DiscordState:
         self.messages: dict[int, dict[str, Any]] = {}
         self.reactions: dict[int, set[tuple[int, str]]] = defaultdict(set)
         self.bursts: dict[int, set[tuple[int, str]]] = defaultdict(set)  # super reactions
-        self.unlisted: set[int] = set()  # people who are not in the lists of who reacted
-        self.roles: dict[int, list[int]] = defaultdict(list)  # of people
+        self.unlisted: set[int] = set()  # people left out of the lists of reactions
+        self.roles: dict[int, list[int]] = defaultdict(list)  # by person
         self.files: dict[str, bytes] = {}  # by name
         self.callbacks: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self.deferred_replies: asyncio.Queue[dict[str, Any]] = asyncio.Queue()  # what followed a deferred answer
+        self.deferred_replies: asyncio.Queue[dict[str, Any]] = asyncio.Queue()  # responses that followed a deferred one
         self.commands: list[str] = []
         self.refused: list[str] = []
-        self.limit, self.window = 1000, 1.0  # of posts and edits in one channel
+        self.limit, self.window = 1000, 1.0  # posts and edits in one channel, and the seconds
         self.met_429 = 0
         self.typing_calls: list[int] = []  # channels
         self.typing_status = 204
         self.is_dropping_events = False  # events are delivered to nobody
-        self.interaction_seconds = 60.0  # in which an interaction must be answered (Discord: 3)
-        self.forgets_sessions = False  # who wants to resume must begin anew
+        self.interaction_seconds = 60.0  # until an interaction must be answered (Discord: 3)
+        self.forgets_sessions = False  # a bot that resumes must begin a new session
         self.write_times: dict[str, list[float]] = defaultdict(list)  # when the bot wrote or changed each of its messages
         self.change_signals: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)  # by channel
         self.allowed_intents = ~MESSAGE_CONTENT
@@ -57,7 +57,7 @@ class DiscordState:
         self._deadlines: dict[str, float] = {}
 
     def channel(self, kind: int = 0) -> int:
-        """A new channel: 0 text, 1 direct message, 11 public thread."""
+        """Make a channel (0 text, 1 direct message, 11 public thread). Return its id."""
         number = next(self._ids)
         made: dict[str, Any] = {"id": str(number), "type": kind, "last_message_id": None}
         if kind == 1:
@@ -68,7 +68,7 @@ class DiscordState:
         return number
 
     def thread(self, parent: int, owner: int = 1, private: bool = False, starter: int | None = None) -> int:
-        """A new thread; one that begins at a message (`starter`) has its id."""
+        """Make a thread. Return its id, which is that of `starter` if it begins at a message."""
         made = self.channels.pop(self.channel(12 if private else 11))
         number = starter or int(made["id"])
         times = {"archive_timestamp": "2026-01-01T00:00:00+00:00", "create_timestamp": "2026-01-01T00:00:00+00:00"}
@@ -79,23 +79,23 @@ class DiscordState:
         return number
 
     def file(self, name: str, kind: str, content: bytes = b"") -> dict[str, Any]:
-        """An attachment of a message."""
+        """Store a file. Return it as an attachment of a message."""
         self.files[name] = content
         url = f"http://127.0.0.1:{self.port}/files/{name}"
         about = {"filename": name, "content_type": kind, "size": len(content), "url": url, "proxy_url": url}
         return {"id": str(next(self._ids)), **about}
 
     def buttons(self, message: int) -> list[str]:
-        """What the buttons under a message do."""
+        """Return the acts of the buttons under a message."""
         return [one["custom_id"].split(":")[1] for row in self.messages[message]["components"] for one in row["components"]]
 
     def answers(self, channel: int) -> list[dict[str, Any]]:
-        """The bot's messages in a channel, oldest first."""
+        """Return the bot's messages in a channel, oldest first."""
         found = [one for one in self.messages.values() if one["channel_id"] == str(channel)]
         return sorted((one for one in found if one["author"]["id"] == str(BOT)), key=lambda one: int(one["id"]))
 
     async def dispatch(self, name: str, data: dict[str, Any]) -> None:
-        """Send an event, or keep it for RESUME."""
+        """Send an event to the bot if it is connected, and keep it for RESUME."""
         event = {"op": 0, "t": name, "s": len(self._events) + 1, "d": data}
         self._events.append(event)
         if self._socket is not None and not self._socket.closed and not self.is_dropping_events:
@@ -145,7 +145,7 @@ class DiscordState:
         self.change_signals[message["channel_id"]].clear()
 
     def _hide_content(self, message: dict[str, Any]) -> dict[str, Any]:
-        """A message as the API shows it to an application that may not read all contents."""
+        """Return a message as the API shows it to the bot, without content that its intents do not cover."""
         direct = self.channels[int(message["channel_id"])]["type"] == 1
         to_us = direct or message["mentions"] or message["mention_roles"] or message["author"]["id"] == str(BOT)
         return message if to_us or self._intents & MESSAGE_CONTENT else message | {"content": ""}

@@ -1,7 +1,7 @@
-"""Every platform, driven in one way: people say, react, take back, ask again, edit and delete on a server of our own.
+"""Drive every platform in one way: people write, react, take back, regenerate, edit and delete on a local server.
 
 The connector on the other side is the real one, with the platform's unmodified client library. The scenarios of the tests
-and `kibitz bench connectors` use these. They know no database.
+and `kibitz bench connectors` use these.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ PEOPLE = {"ann": 11, "bob": 12, "cleo": 13}
 
 @dataclass
 class SeenAnswer:
-    """An answer as people see it. `first` and `final` are when its first and its last words appeared (monotonic, s)."""
+    """An answer as people see it. Its first and last words appeared at `first_at` and `final_at` (monotonic, s)."""
 
     id: str
     question: str
@@ -42,26 +42,26 @@ class SeenAnswer:
 
 
 class Platform(benchmark.Platform, Protocol):
-    """One platform with the connector to it: what the benchmark needs, and what else people do."""
+    """One platform with its connector: what the benchmark needs, and what else people do."""
 
     async def restart(self, meanwhile: Callable[[], Awaitable[None]]) -> None:
-        """Stop the connector and start a new one, as another process would be; people go on in between where they can."""
+        """Stop the connector and start a new one, as a new process would. `meanwhile` is what people do in between."""
 
     async def take_back(self, user: str, answer: SeenAnswer, likes: bool) -> None:
-        """A person removes 👍 or 👎."""
+        """Remove 👍 or 👎 as a person."""
 
     async def regenerate(self, user: str, answer: SeenAnswer) -> None:
-        """A person wants another answer."""
+        """Ask for another answer as a person."""
 
     async def edit(self, place: str, question: str, text: str) -> None:
-        """The author of a question changes it."""
+        """Edit a question as its author."""
 
     async def delete(self, place: str, question: str) -> None:
-        """The author of a question deletes it."""
+        """Delete a question as its author."""
 
 
 class _ConnectorRunner:
-    """Starting and stopping a connector is the same everywhere."""
+    """Starts and stops a connector, the same for all platforms."""
 
     connector: Any
 
@@ -79,7 +79,7 @@ class _ConnectorRunner:
 
 
 class _LocalServerPlatform:
-    """A platform with a server of our own, and the connector to it."""
+    """A platform with a local server, and the connector to it."""
 
     def __init__(self, fake: LocalDiscord | LocalSlack, online: asyncio.Event, make: Callable[[], Connector]):
         self.fake: Any = fake
@@ -101,7 +101,7 @@ class _LocalServerPlatform:
     async def restart(self, meanwhile: Callable[[], Awaitable[None]]) -> None:
         await self._bot.stop()
         self._online.clear()
-        self.fake.is_dropping_events = True  # so long away that nothing is delivered later
+        self.fake.is_dropping_events = True  # away too long for anything to be delivered later
         await meanwhile()
         self.fake.is_dropping_events = False
         await self._bot.start()
@@ -214,7 +214,7 @@ class SlackPlatform(_LocalServerPlatform):
 
 
 class WebPlatform:
-    """The HTTP API, with a client that keeps what it was sent."""
+    """The HTTP API, with a client that keeps the answers it received."""
 
     name = "web"
     met_429 = 0
@@ -308,12 +308,12 @@ class WebPlatform:
         self._change_signals[place].clear()
 
     async def _ready(self) -> None:
-        await self._http.get("/healthz")  # the socket listens already: whoever connects waits
+        await self._http.get("/healthz")  # the socket listens already, so this waits for the server
 
 
 PLATFORMS = {platform.name: platform for platform in (DiscordPlatform, SlackPlatform, WebPlatform)}
 
 
 def make_discord_id(user: str) -> int:
-    """A person's id on Discord."""
+    """Return a person's id on Discord."""
     return PEOPLE.get(user) or 100_000 + int(user.removeprefix("user"))

@@ -1,7 +1,7 @@
-"""A Slack of our own on loopback: Web API and Socket Mode as slack-bolt speaks them, and what the platform refuses.
+"""A local Slack server on loopback: the Web API and Socket Mode that slack-bolt uses, with the platform's refusals.
 
-It redelivers what is not acked in time, sends `app_mention` and `message` for one post, keeps streams as a state machine,
-counts rate limits, and keeps messages and their blocks. Tests drive it as people would.
+It redelivers events that are not acked in time, sends `app_mention` and `message` for one post, keeps streams as a state
+machine, counts rate limits, and keeps messages and their blocks. Tests drive it as people would.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from connectors.local.slack_state import APP_TOKEN, BOT, BOT_TOKEN, TEAM, SlackS
 
 
 class LocalSlack(SlackState):
-    """One workspace, one app."""
+    """A Slack server with one workspace and one app."""
 
     async def start(self) -> None:
         """Listen."""
@@ -46,9 +46,10 @@ class LocalSlack(SlackState):
         mention: bool = True,
         **more: Any,
     ) -> str:
-        """A person writes a message; in a channel (C…) it mentions the bot. `repeat`: Slack delivers each event so often.
+        """Write a message as a person. Return its id.
 
-        `more` is what else the event holds, such as `subtype` or `files`.
+        In a channel (C…) it mentions the bot unless `mention` is False. Each event is delivered `repeat` times. `more`
+        holds further fields of the event, such as `subtype` or `files`.
         """
         ts = self.ts()
         event = {"user": user, "text": text, "ts": ts, "channel": channel, "event_ts": ts, "client_msg_id": ts, **more}
@@ -68,7 +69,7 @@ class LocalSlack(SlackState):
         return ts
 
     async def edit(self, channel: str, ts: str, text: str) -> None:
-        """The author of a message changes it."""
+        """Edit a message as its author."""
         before = dict(self.said[ts])
         mention = f"<@{BOT}> " if before["text"].startswith(f"<@{BOT}>") else ""
         self.said[ts] |= {"text": mention + text, "edited": {"user": before["user"], "ts": self.ts()}}
@@ -76,14 +77,14 @@ class LocalSlack(SlackState):
         await self.deliver_event({**event, "message": self.said[ts], "previous_message": before}, f"Ev{next(self.numbers)}")
 
     async def delete(self, channel: str, ts: str) -> None:
-        """The author of a message deletes it."""
+        """Delete a message as its author."""
         event = {"type": "message", "subtype": "message_deleted", "channel": channel, "hidden": True, "event_ts": self.ts()}
         await self.deliver_event(
             {**event, "deleted_ts": ts, "previous_message": self.said.pop(ts)}, f"Ev{next(self.numbers)}"
         )
 
     async def open_assistant(self, channel: str, user: str) -> str:
-        """A person opens an assistant thread; returns its id."""
+        """Open an assistant thread as a person. Return its id."""
         ts = self.ts()
         self.assistants.add(ts)
         thread = {"user_id": user, "channel_id": channel, "thread_ts": ts, "context": {}}
@@ -93,19 +94,19 @@ class LocalSlack(SlackState):
         return ts
 
     async def open_messages(self, channel: str, user: str) -> None:
-        """A person opens the tab where they talk with an agent."""
+        """Open the tab for talking with an agent as a person."""
         self.channels.add(channel)
         event = {"type": "app_home_opened", "user": user, "channel": channel, "tab": "messages", "event_ts": self.ts()}
         await self.deliver_event({**event, "context": {"entities": None}}, f"Ev{next(self.numbers)}")
 
     async def look_at(self, channel: str) -> None:
-        """A person looks at a channel while the app is visible. Slack says neither who nor where."""
+        """Look at a channel as a person while the app is visible. The event does not say who or where they are."""
         entity = {"type": "slack#/types/channel_id", "value": channel, "team_id": TEAM}
         event = {"type": "app_context_changed", "context": {"entities": [entity]}}
         await self.deliver_event(event, f"Ev{next(self.numbers)}")
 
     async def stop_session(self, channel: str, thread: str, user: str) -> None:
-        """A person uses Slack's own stop button, which stands beside a session that is processing."""
+        """Press Slack's own stop button, beside a session that is processing, as a person."""
         assert self.sessions[channel, thread][-1] == "processing"
         streams = [one for one in self.answers(channel, thread) if one["streaming"]]
         for one in streams:
@@ -115,14 +116,14 @@ class LocalSlack(SlackState):
         await self.deliver_event(event | stopped, f"Ev{next(self.numbers)}")
 
     async def submit(self, user: str, view: dict[str, Any], text: str) -> None:
-        """A person sends a modal that they were shown."""
+        """Submit a modal as a person."""
         state = {"values": {"reason": {"text": {"type": "plain_text_input", "value": text}}}}
         shown = {**view, "id": f"V{next(self.numbers)}", "state": state}
         body = {"type": "view_submission", "user": {"id": user}, "team": {"id": TEAM}, "api_app_id": "A1", "view": shown}
         await self._deliver("interactive", body)
 
     async def react(self, user: str, message: dict[str, Any], name: str, remove: bool = False, at: str = "") -> None:
-        """A person adds or removes a reaction."""
+        """Add or remove a reaction as a person."""
         item = {"type": "message", "channel": message["channel"], "ts": message["ts"]}
         kind = "reaction_removed" if remove else "reaction_added"
         (self.reactions.discard if remove else self.reactions.add)((message["ts"], user, name))
@@ -136,7 +137,7 @@ class LocalSlack(SlackState):
         await self._deliver("events_api", payload)
 
     async def click(self, user: str, message: dict[str, Any], act: str) -> None:
-        """A person presses `up`, `down`, `again` or `stop` under a message."""
+        """Press `up`, `down`, `again` or `stop` under a message as a person."""
         action = self._action(message, act) | {"action_ts": self.ts(), "block_id": "b"}
         container = {"type": "message", "message_ts": message["ts"], "channel_id": message["channel"]}
         if message.get("thread_ts"):
@@ -157,7 +158,7 @@ class LocalSlack(SlackState):
         )
 
     async def use_command(self, user: str, channel: str, name: str, text: str = "") -> str:
-        """A person uses a slash command; returns what they are told, which may come long after the ack."""
+        """Use a slash command as a person. Return the reply, which may come long after the ack."""
         found = f"respond{next(self.numbers)}"
         self._command_replies[found] = asyncio.get_running_loop().create_future()
         url = f"http://127.0.0.1:{self.port}/respond/{found}"
@@ -174,7 +175,7 @@ class LocalSlack(SlackState):
             await socket.send_json({"type": "disconnect", "reason": "refresh_requested"})
 
     def redeliver_unacked(self) -> None:
-        """Deliver again now what is not acked yet."""
+        """Redeliver events that are not acked yet, without waiting for their time to run out."""
         for waiting in self._waiting.values():
             if not waiting.done():
                 waiting.set_exception(TimeoutError())
@@ -312,7 +313,7 @@ class LocalSlack(SlackState):
         return self._new(body, streaming=True, text=body.get("markdown_text") or "")
 
     def _change(self, method: str, body: dict[str, Any]) -> dict[str, Any]:
-        """Change a message that is there: `chat.update`, `chat.appendStream`, `chat.stopStream`."""
+        """Change a message for `chat.update`, `chat.appendStream` or `chat.stopStream`. Return the response."""
         message = self.messages.get(body.get("ts", ""))
         if message is None:
             return {"error": "message_not_found"}

@@ -1,4 +1,4 @@
-"""What the local Slack knows: messages and reactions, and what it answers when it is asked for them."""
+"""The state of the local Slack: messages and reactions, and the API's responses about them."""
 
 import asyncio
 import itertools
@@ -10,7 +10,7 @@ from aiohttp import web
 
 BOT_TOKEN, APP_TOKEN = "xoxb-fake", "xapp-fake"
 TEAM, BOT = "T1", "UBOT"
-NUMBERS = itertools.count(1)  # ids are never used again, also where one test run makes several workspaces
+NUMBERS = itertools.count(1)  # ids are never reused, also if one test run makes several workspaces
 
 LAST = 0  # microseconds of the last id
 
@@ -26,7 +26,7 @@ class SlackState:
         self.acked: dict[str, dict[str, Any]] = {}
         self.deliveries = 0
         self.ack_seconds = 60.0  # Slack: 3
-        self.rate_limited = 0  # so many of the next calls that write are answered 429
+        self.rate_limited = 0  # how many of the next writing calls are answered 429
         self.no_streams = False
         self.is_dropping_events = False  # events are delivered to nobody
         self.met_429 = 0
@@ -36,15 +36,15 @@ class SlackState:
         self.channels: set[str] = set()
         self.reactions: set[tuple[str, str, str]] = set()  # message, user, name
         self.views: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self.assistants: set[str] = set()  # the threads that are an assistant's
+        self.assistants: set[str] = set()  # threads of assistants
         self.statuses: list[str] = []
         self.is_agent = False  # the app's manifest has agent_view
         self.sessions: dict[tuple[str, str], list[str]] = defaultdict(list)  # the statuses of each thread's session
-        self.names: dict[str, str] = {}  # of people and channels
-        self.files: dict[str, str] = {}  # by id, what they hold
-        self.whispers: list[tuple[str, str]] = []  # who was told something that nobody else sees, and what
-        self._command_replies: dict[str, asyncio.Future[str]] = {}  # what is told through a response_url
-        self.http_url = ""  # events are posted there, signed, where it is set; else they go through the socket
+        self.names: dict[str, str] = {}  # by id of a person or channel
+        self.files: dict[str, str] = {}  # contents, by id
+        self.whispers: list[tuple[str, str]] = []  # user and text of ephemeral messages
+        self._command_replies: dict[str, asyncio.Future[str]] = {}  # replies to a response_url
+        self.http_url = ""  # if set, events are posted there, signed; otherwise they go through the socket
         self.connected = asyncio.Event()
         self.numbers = NUMBERS
         self._sockets: list[web.WebSocketResponse] = []
@@ -52,25 +52,25 @@ class SlackState:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def ts(self) -> str:
-        """A new message id: the time, in microseconds that were never used before."""
+        """Return a new message id: the time in microseconds, never used before."""
         global LAST
         LAST = max(LAST + 1, int(time.time() * 1e6))
         return f"{LAST // 10**6}.{LAST % 10**6:06d}"
 
     def file(self, name: str, mimetype: str, content: str = "") -> dict[str, Any]:
-        """A file that a message may hold."""
+        """Store a file. Return it as a message's file."""
         found = f"F{next(self.numbers)}"
         self.files[found] = content
         url = f"http://127.0.0.1:{self.port}/files/{found}"
         return {"id": found, "name": name, "mimetype": mimetype, "url_private": url, "size": len(content)}
 
     def answers(self, channel: str, thread: str | None = None) -> list[dict[str, Any]]:
-        """The bot's messages in a channel, or in one thread of it, oldest first."""
+        """Return the bot's messages in a channel, or in one thread of it, oldest first."""
         found = [one for one in self.messages.values() if one["channel"] == channel]
         return [one for one in found if thread is None or one.get("thread_ts") == thread]
 
     def is_final(self, message: dict[str, Any]) -> bool:
-        """Whether a message is final, with its feedback buttons."""
+        """Return whether a message is final, with its feedback buttons."""
         return not message["streaming"] and any(block["type"] == "context_actions" for block in message["blocks"])
 
     @staticmethod
@@ -82,7 +82,7 @@ class SlackState:
                     return {"type": "feedback_buttons", "action_id": element["action_id"], "value": element[side]["value"]}
                 if element.get("action_id") == act:
                     return {"type": "button", "action_id": act, "value": element["value"]}
-        raise AssertionError(f"there is no button {act}: {message['blocks']}")
+        raise AssertionError(f"no button {act}: {message['blocks']}")
 
     def _new(self, body: dict[str, Any], streaming: bool, text: str) -> dict[str, Any]:
         ts = self.ts()

@@ -1,1 +1,1 @@
-"""Slack: mentions, threads, direct messages; native streams, buttons, reactions; Socket Mode or HTTP."""
+"""The Slack connector: mentions, threads, direct messages; native streams, buttons, reactions; Socket Mode or HTTP."""

@@ -1,7 +1,7 @@
-"""Slack: mentions, direct messages and threads are answered; feedback buttons and reactions become feedback.
+"""Answer mentions, direct messages and threads on Slack; turn feedback buttons and reactions into feedback.
 
-In Socket Mode, or by HTTP with Slack's signature checked. What arrives is committed before Slack is told that we have
-it, and each event has one effect. It knows no model and no training.
+Events come through Socket Mode, or by HTTP with Slack's signature checked. An event is committed before it is acked, and
+each event has one effect.
 
 Run: ``kibitz serve`` with `[slack] bot_token_env` and `app_token_env` (or `signing_secret_env`) set.
 """
@@ -41,7 +41,7 @@ from connectors.slack.workspace import SLACK, Workspace
 
 log = logging.getLogger(__name__)
 
-DEAD_SECONDS = 60.0  # seconds without a pong after which the socket is made anew
+DEAD_SECONDS = 60.0  # without a pong, after which the socket is reconnected
 API = "https://slack.com/api/"
 FATAL_ERRORS = {"invalid_auth", "not_authed", "account_inactive", "token_revoked", "not_allowed_token_type", "missing_scope"}
 GREETING = "Hello! Ask me anything; your 👍 and 👎 teach me."
@@ -49,7 +49,7 @@ GREETING = "Hello! Ask me anything; your 👍 and 👎 teach me."
 
 @dataclass(frozen=True)
 class Secrets:
-    """What Slack knows the app by: for Socket Mode an app-level token, for HTTP a signing secret and our socket."""
+    """The app's credentials: for Socket Mode an app-level token, for HTTP a signing secret and a listening socket."""
 
     bot_token: str
     app_token: str = ""
@@ -58,13 +58,13 @@ class Secrets:
 
     @classmethod
     def open(cls, config: SlackConfig) -> "Secrets":
-        """Raises ConfigError where one is not set or of another kind, or the address of HTTP cannot be had."""
+        """Read the secrets, and listen for HTTP. Raises ConfigError for a wrong secret or an unavailable address."""
         found = read_secrets(config)
         return replace(found, listener=open_listener("slack", config.host, config.port)) if found.signing_secret else found
 
 
 def read_secrets(config: SlackConfig) -> Secrets:
-    """Read Slack's secrets, without listening. Raises ConfigError where one is not set or of another kind."""
+    """Read Slack's secrets, without listening. Raises ConfigError if one is not set or of another kind."""
     bot_token = _read_secret("bot_token_env", config.bot_token_env, "xoxb-")
     if not config.signing_secret_env:
         return Secrets(bot_token, _read_secret("app_token_env", config.app_token_env, "xapp-"))
@@ -90,13 +90,13 @@ def _read_secret(key: str, variable: str, prefix: str) -> str:
 
 
 class Slack:
-    """One app in one workspace."""
+    """The connector of one app in one workspace."""
 
     name = SLACK
 
     def __init__(self, shared: Services, config: SlackConfig, secrets: Secrets, api: str = API):
         self.workspace = Workspace(shared, config, secrets.bot_token, api)
-        # Acked when the handler has committed. (bolt would look for a signing secret of its own in the environment.)
+        # Ack after the handler has committed. (Without a signing secret, bolt would look for one in the environment.)
         self._app = _App(
             client=self.workspace.client, signing_secret=secrets.signing_secret or "none", process_before_response=True
         )
@@ -106,10 +106,10 @@ class Slack:
         self._register_handlers()
 
     async def run(self) -> None:
-        """Serve until `stop`. Raises ConnectorError where Slack refuses a token or a scope is missing."""
+        """Serve until `stop`. Raises ConnectorError if Slack refuses a token or a scope is missing."""
         wait = 5.0
-        # One for all: the client would else make a session, and a connection, for each request.
-        if self.workspace.client.session is not None:  # of a run that failed
+        # One session for all requests: the client would otherwise make a session, and a connection, for each.
+        if self.workspace.client.session is not None:  # left by a run that failed
             await self.workspace.client.session.close()
         self.workspace.client.session = aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=self.workspace.client.timeout)
@@ -128,12 +128,12 @@ class Slack:
                         f"Slack refuses the app ({code}); check the tokens (config keys slack.bot_token_env, "
                         "slack.app_token_env) and the scopes (docs/slack-manifest.yaml)"
                     ) from error
-                log.warning("Slack cannot be reached (%s); again in %.0f s", code or repr(error), wait)
+                log.warning("Slack cannot be reached (%s); connecting again in %.0f s", code or repr(error), wait)
             await sleep_unless_stopped(self._stopping, wait)
             wait = min(60.0, 2 * wait)
 
     async def stop(self) -> None:
-        """Take nothing new in, let answers end, close the socket."""
+        """Accept nothing new, let answers end, and close the socket."""
         self._stopping.set()
         if self._handler is not None:
             self._handler.client.auto_reconnect_enabled = False
@@ -145,18 +145,18 @@ class Slack:
             await self.workspace.client.session.close()
 
     async def _serve_socket_mode(self, handler: AsyncSocketModeHandler) -> None:
-        """Serve in Socket Mode; make the socket anew when it is silent: a dead one tells nobody."""
+        """Serve in Socket Mode. Reconnect when the socket is silent: a dead socket raises no error."""
         await handler.connect_async()
         client = handler.client
         while not self._stopping.is_set():
             await sleep_unless_stopped(self._stopping, DEAD_SECONDS / 4)
             last = client.last_ping_pong_time
             if last is not None and datetime.now(UTC).timestamp() - last > DEAD_SECONDS and not self._stopping.is_set():
-                log.warning("the socket to Slack is silent; connecting anew")
+                log.warning("the socket to Slack is silent; connecting again")
                 await client.connect_to_new_endpoint(force=True)
 
     async def _serve_http(self) -> None:
-        """Serve by HTTP; bolt checks the signature and the age of each request."""
+        """Serve by HTTP. bolt checks the signature and the age of each request."""
         app = self._app.web_app("/slack/events")
         app.middlewares.append(_check_timestamp)
         runner = http.AppRunner(app, shutdown_timeout=10)
@@ -180,7 +180,7 @@ class Slack:
         app.event("assistant_thread_started")(self._handle_assistant_thread)
         app.event("reaction_added")(self._handle_reaction)
         app.event("reaction_removed")(self._handle_reaction)
-        app.event(re.compile(".*"))(_ignore)  # what has no listener is not acked, and comes again
+        app.event(re.compile(".*"))(_ignore)  # an event without a listener is not acked, and comes again
         SlackInteractions(self.workspace).register_handlers(app)
 
     async def _handle_mention(self, event: dict[str, Any], body: dict[str, Any], request: AsyncBoltRequest) -> None:
@@ -188,15 +188,16 @@ class Slack:
         await self._receive(place, event, _read_attempt(request))
 
     async def _handle_message(self, event: dict[str, Any], body: dict[str, Any], request: AsyncBoltRequest) -> None:
-        """A message may be for us without a mention; of mentions `app_mention` tells."""
+        """Receive a message that is for us without a mention. Mentions arrive as `app_mention`."""
         place = await self._find_place(event, body.get("team_id", ""))
         if place is not None and (place.is_direct or not self.workspace.reader.mentions_us(event)):
             await self._receive(place, event, _read_attempt(request))
 
     async def _find_place(self, event: dict[str, Any], team: str) -> Place | None:
-        """Return where a message that is for us belongs; None where it is not for us.
+        """Return the place of a message that is for us, or None if it is not.
 
-        A direct message is, and a mention; one in a thread where we answered before it is, if `slack.follow_threads` is on.
+        Direct messages and mentions are for us. If `slack.follow_threads` is on, so are messages in a thread where we
+        answered an earlier message.
         """
         place = Place(event["channel"], event.get("thread_ts", ""), team)
         if event.get("subtype") not in SPEECH:
@@ -222,14 +223,14 @@ class Slack:
                 await self._commit_and_queue(place, event, read) if read.text else await self._decline(place, event, read)
             )
         except Exception:
-            if attempt == 1:  # not for what was over when Slack sent it again, and once
+            if attempt == 1:  # once, and only if the fault outlasts a redelivery
                 await self._say_if_possible(place, SORRY)
-            raise  # it is not acked, and comes again
+            raise  # the event is not acked, and comes again
         if notice:
             await self.workspace.say(place, notice)
 
     async def _commit_and_queue(self, place: Place, event: dict[str, Any], read: MessageContent) -> str:
-        """Commit a message and queue its answer; returns why there will be none, or ""."""
+        """Commit a message and queue its answer. Return why there will be none, or ""."""
         heard = await self._hear(place, event, read)
         if not heard.is_new:
             return ""
@@ -239,17 +240,17 @@ class Slack:
             notice = BUSY
         else:
             return ""
-        await self.workspace.dialogue.forget(heard.message.id)  # after a restart it is not answered either
+        await self.workspace.dialogue.forget(heard.message.id)  # so that it is not answered after a restart either
         return notice
 
     async def _decline(self, place: Place, event: dict[str, Any], read: MessageContent) -> str:
-        """Commit that a message without words has no answer; returns what to say to it, if it is to us."""
+        """Record that a message without words gets no answer. Return the reply to it, "" if it is not for us."""
         is_new = await self.workspace.dialogue.decline(_make_conversation(place), _make_event_id(place, event))
         is_to_us = place.is_direct or self.workspace.reader.mentions_us(event)
         return read.refusal if is_new and is_to_us and self.workspace.access.may_write(self.name, event["user"]) else ""
 
     async def claim_missed(self, event: dict[str, Any], team: str) -> bool:
-        """Return whether to answer a message now that may have been missed; what is too much is never answered."""
+        """Return whether to answer a message now that may have been missed. One over the limit is never answered."""
         place = await self._find_place(event, team) if self._may_talk(event) else None
         if place is None or not await self.workspace.answers.needs_answer(_make_event_id(place, event)):
             return False
@@ -259,12 +260,12 @@ class Slack:
         return True
 
     async def queue_missed(self, event: dict[str, Any], team: str) -> None:
-        """Have a message answered that was missed, as soon as there is room for it."""
+        """Queue the answer to a missed message as soon as there is room for it."""
         place = await self._find_place(event, team)
         if place is None:
             return
         read = await self.workspace.reader.read(event)
-        if not read.text:  # it is too long ago to say why
+        if not read.text:  # too late to say why
             await self.workspace.dialogue.decline(_make_conversation(place), _make_event_id(place, event))
             return
         heard = await self._hear(place, event, read)
@@ -288,7 +289,7 @@ class Slack:
         await ask_and_show(self.workspace, place, heard.message.author_id, ask)
 
     async def _overhear(self, place: Place, ts: str, until: datetime) -> None:
-        """Take in what people wrote in a thread before a message: it is what the message is about."""
+        """Store what people wrote in a thread before a message, because the message may be about it."""
         written = await self.workspace.reader.read_thread(place, before=ts)
         said = []
         for one in written:
@@ -301,13 +302,13 @@ class Slack:
         await self.workspace.dialogue.overhear(_make_conversation(place), overheard, until)
 
     async def _handle_assistant_thread(self, event: dict[str, Any]) -> None:
-        """A person opened an assistant thread (of an older app)."""
+        """Greet a person who opened an assistant thread (of an older app)."""
         thread = event["assistant_thread"]
         if self.workspace.access.admits(thread["user_id"], thread["channel_id"]):
             await self.workspace.say(Place(thread["channel_id"], thread["thread_ts"], ""), GREETING)
 
     async def _handle_home_opened(self, event: dict[str, Any]) -> None:
-        """A person opened the tab where they talk with an agent. They are greeted where nothing was said before."""
+        """Greet a person who opened the tab for talking with an agent, if nothing was said there before."""
         if event.get("tab") == "messages":
             self.workspace.sessions.is_agent = True
             if self.workspace.access.admits(event["user"], event["channel"]):
@@ -319,17 +320,17 @@ class Slack:
             await self.workspace.say(Place(channel, "", ""), GREETING)
 
     async def _handle_context_change(self) -> None:
-        """A person looks at something else in Slack. That is nobody's business; but only agents are told."""
+        """Note that the app is an agent, because only agents get this event. What the person looks at is ignored."""
         self.workspace.sessions.is_agent = True
 
     async def _handle_stop(self, event: dict[str, Any]) -> None:
-        """A person used Slack's own button to stop an answer."""
+        """Stop the answer for which a person pressed Slack's own stop button."""
         turn_id = self.workspace.sessions.find_growing_turn(event["channel"], event.get("thread_ts", ""))
         if turn_id is not None and self.workspace.access.admits(event["user"], event["channel"]):
             self.workspace.answers.stop(turn_id)
 
     async def handle_edit(self, event: dict[str, Any]) -> None:
-        """The author of a message changed it: what we heard of it is changed too."""
+        """Update a stored message that its author edited."""
         now, before = event["message"], event.get("previous_message", {})
         if now.get("edited") and not now.get("bot_id") and now.get("text") != before.get("text"):
             read, at = await self.workspace.reader.read(now), datetime.fromtimestamp(float(now["edited"]["ts"]), UTC)
@@ -337,7 +338,7 @@ class Slack:
                 await self.workspace.dialogue.edit(make_event_id(event["channel"], now["ts"]), read.text, at)
 
     async def _handle_deletion(self, event: dict[str, Any]) -> None:
-        """A message is gone: if we heard it, it is forgotten."""
+        """Forget a deleted message if it is stored."""
         await self.workspace.dialogue.delete(make_event_id(event["channel"], event["deleted_ts"]))
 
     async def _handle_reaction(self, event: dict[str, Any], body: dict[str, Any]) -> None:
@@ -355,14 +356,14 @@ class Slack:
         try:
             await self.workspace.say(place, text)
         except Exception as error:  # whatever Slack refuses, or a broken network raises
-            log.warning("nothing could be said in %s: %s", place.channel, read_error_code(error) or repr(error))
+            log.warning("cannot post in %s: %s", place.channel, read_error_code(error) or repr(error))
 
 
 class _App(AsyncApp):
-    """bolt, with an id in the log for whatever arrives."""
+    """bolt, with an id in the log for each request."""
 
     async def async_dispatch(self, req: AsyncBoltRequest) -> BoltResponse:
-        """Handle an event, a button or a command; only events have an id of their own."""
+        """Handle an event, a button or a command. Only events have an id of their own."""
         with working_on(request=f"slack:{req.body.get('event_id') or new_id()}"):
             return await super().async_dispatch(req)
 
@@ -376,17 +377,17 @@ def _make_event_id(place: Place, event: dict[str, Any]) -> str:
 
 
 def _read_attempt(request: AsyncBoltRequest) -> int:
-    """How often Slack sent an event before."""
+    """Return how often Slack sent an event before."""
     return int(request.headers.get("x-slack-retry-num", ["0"])[0])
 
 
 @http.middleware
 async def _check_timestamp(request: http.Request, handler: Callable[[http.Request], Awaitable[http.StreamResponse]]) -> Any:
-    """bolt checks the age of a request and fails on a time that is no number; that is refused here."""
+    """Refuse a request whose time is not a number: bolt, which checks its age, would fail on it."""
     if not request.headers.get("X-Slack-Request-Timestamp", "").isdecimal():
         raise http.HTTPUnauthorized
     return await handler(request)
 
 
 async def _ignore() -> None:
-    """An event that means nothing to us."""
+    """Ignore an event."""

@@ -1,7 +1,6 @@
-"""SlackInteractions: buttons under answers, the modal that asks why, and slash commands.
+"""Handle the buttons under answers, the modal that asks why, and slash commands.
 
-Slack waits for 3 seconds to be told that we have an act. A command may take longer, so it is acked first and answered later.
-It knows no event and no conversation.
+Slack waits 3 seconds for an ack. A command may take longer, so it is acked first and answered later.
 """
 
 import logging
@@ -27,13 +26,13 @@ NOT_ADMITTED = "You may not do that here."
 
 
 class SlackInteractions:
-    """What people do with what Slack shows them."""
+    """The handlers of buttons, modals and commands."""
 
     def __init__(self, workspace: Workspace):
         self.workspace = workspace
 
     def register_handlers(self, app: AsyncApp) -> None:
-        """Take over the buttons, modals and commands of an app."""
+        """Register handlers for the buttons, modals and commands of an app."""
         app.action(re.compile("opinion|again|stop"))(self._handle_button)
         app.view("reason")(self._handle_reason)
         for command in COMMANDS:
@@ -52,12 +51,12 @@ class SlackInteractions:
             await ack(text=BUSY)
 
     async def _handle_button(self, ack: Any, body: dict[str, Any], action: dict[str, Any]) -> None:
-        """A button under an answer. What it says is committed before Slack is told."""
+        """Act on a button under an answer. An opinion is committed before Slack gets the ack."""
         user, container = body["user"]["id"], body["container"]
         place = Place(container["channel_id"], container.get("thread_ts", ""), body["team"]["id"])
         try:
             notice = await self._perform_action(user, place, action, body["trigger_id"])
-        except Exception as error:  # whatever fails: who pressed it is told, and operators why, in one line
+        except Exception as error:  # whatever fails: the person gets an apology, operators the reason in one line
             log.error("a button failed: %r", error, exc_info=log.isEnabledFor(logging.DEBUG))
             notice = SORRY
         if notice:
@@ -65,7 +64,7 @@ class SlackInteractions:
         await ack()
 
     async def _perform_action(self, user: str, place: Place, action: dict[str, Any], trigger: str) -> str:
-        """Do what a button says; returns what to tell the person who pressed it, if anything."""
+        """Do what a button says. Return what to tell the person who pressed it, or ""."""
         if not self.workspace.access.admits(user, place.channel):
             return NOT_ADMITTED
         if action["action_id"] == "opinion":
@@ -76,7 +75,7 @@ class SlackInteractions:
         return ""
 
     async def _record_opinion(self, user: str, action: dict[str, Any], trigger: str) -> str:
-        """A click on 👍 or 👎. Slack does not say when one is taken back: the last click counts."""
+        """Record a click on 👍 or 👎. The last click counts, because Slack does not report that one is taken back."""
         act, _, turn_id = action["value"].partition(":")
         kind = FeedbackKind.APPROVAL if act == "up" else FeedbackKind.DISAPPROVAL
         event = f"slack:{turn_id}:{user}:{action['action_ts']}"
@@ -85,8 +84,8 @@ class SlackInteractions:
         if act == "down":
             try:
                 await self.workspace.client.views_open(trigger_id=trigger, view=make_reason_modal(turn_id))
-            except SlackApiError as error:  # too late, most likely: the opinion is recorded all the same
-                log.info("nobody could be asked why: %s", read_error_code(error))
+            except SlackApiError as error:  # too late, most likely; the opinion is recorded anyway
+                log.info("cannot ask for the reason of a 👎: %s", read_error_code(error))
         return NOTED
 
     async def _regenerate(self, user: str, place: Place, turn_id: str) -> str:
@@ -98,7 +97,7 @@ class SlackInteractions:
         return "" if self.workspace.lanes.put(lane, lambda: ask_and_show(self.workspace, place, user, regenerate)) else BUSY
 
     async def _handle_reason(self, ack: Any, body: dict[str, Any], view: dict[str, Any]) -> None:
-        """Why somebody did not like an answer."""
+        """Record why somebody did not like an answer."""
         said = view["state"]["values"]["reason"]["text"].get("value") or ""
         if said.strip():
             turn_id, user, event = view["private_metadata"], body["user"]["id"], f"slack:{view['id']}"

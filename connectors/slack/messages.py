@@ -1,7 +1,7 @@
-"""SlackMessages: the messages that show one answer on Slack.
+"""The messages that show one answer on Slack.
 
-A native stream in a thread while Slack's limits allow it, else a post that is edited; feedback buttons under the last
-part. It knows no event and no conversation.
+In a thread an answer is a native stream, while Slack's limits allow it; otherwise it is a post that is edited. Feedback
+buttons stand under the last part.
 """
 
 import logging
@@ -20,17 +20,17 @@ from connectors.splitting import split
 
 log = logging.getLogger(__name__)
 
-LIMIT = 11_000  # characters of one markdown block: 12,000, and some for what is put between
+LIMIT = 11_000  # characters of one markdown block; Slack's limit is 12,000, and neutral mentions are longer
 Blocks = list[dict[str, Any]]
 
 
 def neutralize_mentions(text: str) -> str:
-    """What the model says, with no mention in it that would ring anybody: <!channel>, <@U…>, <#C…>."""
+    """Return the model's text with mentions that notify nobody: <!channel>, <@U…>, <#C…>."""
     return re.sub(r"<(?=[!@#])", "<\u200b", text)
 
 
 def make_reason_modal(turn_id: str) -> dict[str, Any]:
-    """The modal that asks why somebody did not like an answer."""
+    """Return the modal that asks why somebody did not like an answer."""
 
     def plain(text: str) -> dict[str, str]:
         return {"type": "plain_text", "text": text}
@@ -42,15 +42,15 @@ def make_reason_modal(turn_id: str) -> dict[str, Any]:
 
 
 class SlackAnswer:
-    """One answer, from its first words to its buttons."""
+    """The messages that show one answer."""
 
     def __init__(self, workspace: Workspace, place: Place, user: str):
         self.workspace, self.place, self.user = workspace, place, user
         self.turn_id = new_id()
         self._ts = ""
         self._streaming = False
-        self._sent = ""  # what the stream holds
-        self._halted = False  # somebody used Slack's own stop
+        self._sent = ""  # the text in the stream
+        self._halted = False  # somebody pressed Slack's own stop button
 
     async def show_partial(self, text: str) -> None:
         """Show the beginning of a growing answer."""
@@ -65,7 +65,7 @@ class SlackAnswer:
             await self._edit(text, [self._button("stop", "⏹ Stop")])
 
     async def show_final(self, text: str) -> None:
-        """Show the final answer: every part of it, and the buttons under the last."""
+        """Show all parts of the final answer, with the buttons under the last."""
         parts = [neutralize_mentions(part.text) for part in split(text or "…", LIMIT) if part.text.strip()] or ["…"]
         for number, part in enumerate(parts):
             buttons = self._make_feedback_blocks() if number == len(parts) - 1 else []
@@ -115,7 +115,7 @@ class SlackAnswer:
             self.workspace.answers.stop(self.turn_id)
 
     async def _finish(self, text: str, buttons: Blocks) -> None:
-        """End the stream with the rest of the text; where that cannot be, edit what is there."""
+        """End the stream with the rest of the text. If that fails, edit the message."""
         if self._streaming:
             follows = text.startswith(self._sent)
             try:
@@ -126,7 +126,7 @@ class SlackAnswer:
                     blocks=buttons,
                 )
             except SlackApiError as error:
-                log.info("a stream could not be ended (%s); its message is edited", read_error_code(error))
+                log.info("cannot end a stream (%s); its message is edited", read_error_code(error))
             else:
                 if follows:
                     return
@@ -151,7 +151,7 @@ class SlackAnswer:
         await self.workspace.answers.record_delivery(channel, f"{channel}:{ts}", self.turn_id, part)
 
     def _make_feedback_blocks(self) -> Blocks:
-        """The native feedback buttons, and one to answer again (Slack has no icon for that: `trash` is the only one)."""
+        """Return the native feedback buttons, and a button to answer again (Slack's only icon for buttons is `trash`)."""
 
         def thumb(symbol: str, act: str, label: str) -> dict[str, Any]:
             text = {"type": "plain_text", "text": symbol}

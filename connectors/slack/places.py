@@ -1,4 +1,4 @@
-"""Places on Slack, the events in them, and what Slack refuses there."""
+"""Places on Slack, the ids of events in them, and Slack's error codes."""
 
 from dataclasses import dataclass
 
@@ -20,15 +20,15 @@ class Place:
 
 
 def make_event_id(channel: str, ts: str) -> str:
-    """What names a message's event in the database."""
+    """Return the id of a message's event in the database."""
     return f"slack:{channel}:{ts}"
 
 
 def read_error_code(error: BaseException) -> str:
-    """Slack's code for what it refuses; "" where something else went wrong."""
+    """Return Slack's code for a refusal; "" for any other error."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     if not isinstance(error, SlackApiError):
         return ""
-    said = error.response.data  # a page instead of JSON where something between us and Slack answered
+    said = error.response.data  # not JSON if something between us and Slack responded
     return str(said.get("error", "")) if isinstance(said, dict) else f"status {error.response.status_code}"

@@ -1,7 +1,7 @@
-"""SlackReader: what a Slack message says to those who see it, as plain text.
+"""Read a Slack message as people see it, as plain text.
 
-Markup becomes the names that people see, names of emoji become emoji, and text files become their text. What Slack does not
-tell in time, or the app's scopes do not let us read, stays as it is. It knows no conversation and no database.
+Markup becomes the names that people see, names of emoji become emoji, and text files become their text. Markup stays as it
+is if Slack does not answer in time, or the app's scopes do not allow reading it.
 """
 
 import asyncio
@@ -24,9 +24,9 @@ from connectors.slack.places import Place, read_error_code
 log = logging.getLogger(__name__)
 
 SPEECH = (None, "file_share", "me_message", "thread_broadcast")  # the subtypes of messages that people write
-ANSWER_SECONDS = 2.0  # that Slack may take to tell a name or send a file: it wants to know within 3 that we have the message
-NAMES = 10_000  # names that are kept in memory
-EARLIER = 20  # messages of a thread, the newest, that a message in it is shown with
+ANSWER_SECONDS = 2.0  # for Slack to send a name or a file: it wants a message acked within 3
+NAMES = 10_000  # kept in memory
+EARLIER = 20  # the newest messages of a thread that are shown with a message in it
 _MARKUP = re.compile(r"<([@#!]?)([^<>|]+)(?:\|([^<>]*))?>")
 _CODE_OR_EMOJI = re.compile(r"(```.*?```|`[^`\n]+`)|(?<!\w):([a-z0-9_+'-]+):(?!\w)", re.DOTALL)
 
@@ -34,16 +34,16 @@ Fetched = TypeVar("Fetched")
 
 
 async def fetch(asked: Awaitable[Any]) -> dict[str, Any]:
-    """Return what Slack answers, or nothing where it refuses."""
+    """Return Slack's response, or {} if it refuses."""
     try:
         return dict((await asked).data)
     except SlackApiError as error:
-        log.info("Slack does not tell: %s", read_error_code(error))
+        log.info("Slack refused a request: %s", read_error_code(error))
         return {}
 
 
 class SlackReader:
-    """Reads messages. `me` is the app's own user id, known once it is connected."""
+    """A reader of messages. `me` is the app's own user id, known once it is connected."""
 
     def __init__(self, web: AsyncWebClient):
         self.me = ""
@@ -51,21 +51,21 @@ class SlackReader:
         self._names: OrderedDict[str, str] = OrderedDict()
 
     def mentions_us(self, message: dict[str, Any]) -> bool:
-        """Whether a message mentions the app."""
+        """Return whether a message mentions the app."""
         return bool(self._make_mention_pattern().search(message.get("text") or ""))
 
     async def read(self, message: dict[str, Any]) -> MessageContent:
-        """MessageContent all of a message, text files too."""
+        """Read all of a message, including text files."""
         files = message.get("files") or []
         contents = await asyncio.gather(*(self._read_file(one) for one in files))
         return await self._compose_content(message, list(zip(files, contents, strict=True)))
 
     async def read_words(self, message: dict[str, Any]) -> str:
-        """Read what a message says by itself, as people see it who scroll past it; its files are only named."""
+        """Return a message as people see it who scroll past it: its files are only named."""
         return (await self._compose_content(message, [(one, "") for one in message.get("files") or []])).text
 
     async def find_name(self, user: str) -> str:
-        """Return what people see a person called; the id where Slack does not tell."""
+        """Return the name that people see for a person, or the id if Slack does not send a name."""
         return await self._look_up_name("@", user)
 
     async def read_thread(self, place: Place, before: str) -> list[dict[str, Any]]:
@@ -79,7 +79,7 @@ class SlackReader:
         return sorted(theirs, key=lambda one: float(one["ts"]))[-EARLIER:]
 
     async def _compose_content(self, message: dict[str, Any], files: list[tuple[dict[str, Any], str]]) -> MessageContent:
-        """Put together the words of a message, what it forwards, and its `files` with what they say."""
+        """Join the words of a message, those that it forwards, and its `files` with their contents."""
         forwarded = [one for one in message.get("attachments") or [] if one.get("is_share") or one.get("is_msg_unfurl")]
         raw = [message.get("text") or "", *(_with_author(one) for one in forwarded)]
         words = [await self._make_readable(one) for one in raw]
@@ -90,7 +90,7 @@ class SlackReader:
         return MessageContent("\n".join([text, *named]), tuple(dict.fromkeys(map(_kind, unread))))
 
     async def _make_readable(self, raw: str) -> str:
-        """A text of Slack's as people see it, without mentions of us."""
+        """Return a text of Slack's as people see it, without mentions of us."""
         raw = self._make_mention_pattern().sub("", raw)
         unnamed = {(one[1], one[2]) for one in _MARKUP.finditer(raw) if one[1] in ("@", "#") and not one[3]}
         names = {(kind, id_): await self._look_up_name(kind, id_) for kind, id_ in unnamed}
@@ -102,7 +102,7 @@ class SlackReader:
             found = await _wait_briefly(self._fetch_person_name(id_) if kind == "@" else self._fetch_channel_name(id_))
             if found is None:
                 return id_
-            self._names[id_] = found or id_  # of whom Slack tells nothing once, it is not asked again
+            self._names[id_] = found or id_  # an unknown id is not asked for again
             if len(self._names) > NAMES:
                 self._names.popitem(last=False)
         return self._names[id_]
@@ -116,13 +116,13 @@ class SlackReader:
         return str((await fetch(self._client.conversations_info(channel=channel))).get("channel", {}).get("name") or "")
 
     async def _read_file(self, file: dict[str, Any]) -> str:
-        """What stands in a text file; "" where it is none, or cannot be read."""
+        """Return the content of a text file; "" if it is not a text file or cannot be read."""
         if not str(file.get("mimetype", "")).startswith(TEXT_TYPES) and file.get("mode") != "snippet":
             return ""
         url = str(file.get("url_private_download") or file.get("url_private") or "")
         own = urlsplit(self._client.base_url).hostname
         host = urlsplit(url).hostname or ""
-        if host != own and not host.endswith(".slack.com"):  # nobody else is shown the token
+        if host != own and not host.endswith(".slack.com"):  # send the token to nobody else
             return ""
         return await _wait_briefly(self._download(url)) or ""
 
@@ -130,7 +130,7 @@ class SlackReader:
         session, found = self._client.session, b""
         assert session is not None
         headers = {"Authorization": f"Bearer {self._client.token}"}
-        # Without the scope files:read Slack sends people to its login page.
+        # Without the scope files:read Slack redirects to its login page.
         async with session.get(url, headers=headers, allow_redirects=False) as response:
             if response.status != 200:
                 return ""
@@ -145,17 +145,17 @@ class SlackReader:
 
 
 async def _wait_briefly(asked: Awaitable[Fetched]) -> Fetched | None:
-    """Return what Slack tells within SECONDS; None where it does not, or the network is broken."""
+    """Return Slack's response, or None if it takes more than ANSWER_SECONDS or the network fails."""
     try:
         async with asyncio.timeout(ANSWER_SECONDS):
             return await asked
     except (TimeoutError, aiohttp.ClientError) as error:
-        log.info("Slack does not tell: %r", error)
+        log.info("Slack did not answer: %r", error)
         return None
 
 
 def _render_markup(found: re.Match[str], names: dict[tuple[str, str], str]) -> str:
-    """What people see in the place of one piece of markup."""
+    """Return what people see for one piece of markup."""
     kind, target, label = found[1], found[2], found[3]
     if kind in ("@", "#"):
         return kind + (label or names[kind, target]).removeprefix(kind)
@@ -166,7 +166,7 @@ def _render_markup(found: re.Match[str], names: dict[tuple[str, str], str]) -> s
 
 
 def _with_author(forwarded: dict[str, Any]) -> str:
-    """A forwarded message, with who said it."""
+    """Return the text of a forwarded message, with its author's name."""
     text, author = forwarded.get("text") or forwarded.get("fallback") or "", forwarded.get("author_name")
     return f"{author}: {text}" if author and text else text
 

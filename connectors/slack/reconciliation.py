@@ -1,9 +1,8 @@
-"""Reconciliation: what happened on Slack while nobody listened is learned from its API.
+"""Catch up, from Slack's API, on what happened while kibitz was not connected.
 
-Slack delivers an event for some minutes and then no more. Messages that are for us and were not heard are answered, those
-that were changed are changed, those that are gone are forgotten, and the reactions on our recent answers are compared with
-what we recorded. All go the ways that live events go, which claim each event once. What the app's scopes do not let us read
-is left. It knows no socket.
+Slack stops delivering an event after some minutes. Missed messages that are for us are answered, edits are applied, deleted
+messages are forgotten, and the reactions to our recent answers are compared with the recorded ones. All this takes the path
+of live events, which claims each event once. Places that the app's scopes do not allow reading are skipped.
 """
 
 import logging
@@ -19,34 +18,34 @@ from connectors.slack.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
-MOST_ANSWERS = 200  # whose reactions are compared, newest first
-MOST_MESSAGES = 200  # of one channel or thread that are looked at
-TOMBSTONE = "tombstone"  # what Slack leaves of a deleted message that was answered in its thread
+MOST_ANSWERS = 200  # the newest, whose reactions are compared
+MOST_MESSAGES = 200  # of each channel or thread, which are read
+TOMBSTONE = "tombstone"  # what Slack leaves of a deleted message with replies in its thread
 
 
 class App(Protocol):
-    """What hears the live events, and is told of those that were missed."""
+    """The connector that handles live events, as reconciliation uses it."""
 
     async def claim_missed(self, event: dict[str, Any], team: str) -> bool:
         """Return whether to answer a message now that may have been missed."""
 
     async def queue_missed(self, event: dict[str, Any], team: str) -> None:
-        """Have a message answered that was missed."""
+        """Queue the answer to a missed message."""
 
     async def handle_edit(self, event: dict[str, Any]) -> None:
-        """Take over what the author of a message changed."""
+        """Update a stored message that its author edited."""
 
 
 async def reconcile(workspace: Workspace, app: App, team: str) -> None:
-    """Bring messages and reactions of the last `slack.reconcile_hours` up to date; what cannot be read is logged."""
+    """Bring messages and reactions of the last `slack.reconcile_hours` up to date. Log what cannot be read."""
     try:
         await _reconcile(workspace, app, team)
-    except Exception:  # what is live must not end because of what was missed
-        log.exception("what was missed on Slack could not be read")
+    except Exception:  # a fault here must not end the connection
+        log.exception("cannot catch up on what was missed on Slack")
 
 
 async def _reconcile(workspace: Workspace, app: App, team: str) -> None:
-    until = now()  # what comes later is heard
+    until = now()  # later events arrive live
     since = until - timedelta(hours=workspace.config.reconcile_hours)
     call, store, answers = workspace.dialogue.store.database.call, workspace.dialogue.store, workspace.answers
     shown = await call(answers.deliveries.read_since, answers.platform, since, MOST_ANSWERS)
@@ -79,7 +78,7 @@ async def _reconcile(workspace: Workspace, app: App, team: str) -> None:
         workspace.sessions.is_agent = True  # it answered in a thread that a direct message began
     for event, place in questions.items():
         if event not in said and await _is_gone(workspace, place, event.rpartition(":")[-1]):
-            await workspace.dialogue.delete(event)  # before anything is answered that would be shown it
+            await workspace.dialogue.delete(event)  # before an answer can be made from it
     await catch_up_on_messages(
         sorted(said.values(), key=_read_time),
         take=lambda message: app.claim_missed(message, team),
@@ -89,7 +88,7 @@ async def _reconcile(workspace: Workspace, app: App, team: str) -> None:
 
 
 async def _fetch_messages(workspace: Workspace, place: Place, window: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """Return the messages that are there in a thread, or in a channel; None where Slack refuses."""
+    """Return the messages in a thread, or else in a channel; None if Slack refuses."""
     wanted = {"channel": place.channel, "limit": MOST_MESSAGES, **window}
     web = workspace.client
     asked = web.conversations_replies(ts=place.thread, **wanted) if place.thread else web.conversations_history(**wanted)
@@ -100,7 +99,7 @@ async def _fetch_messages(workspace: Workspace, place: Place, window: dict[str, 
 
 
 def _read_time(message: dict[str, Any]) -> float:
-    """When a message was written (seconds since 1970)."""
+    """Return when a message was written (seconds since 1970)."""
     return float(message["ts"])
 
 
@@ -115,7 +114,7 @@ async def _reconcile_reactions(workspace: Workspace, turn_id: str, messages: lis
         channel, _, ts = message_id.partition(":")
         got = await fetch(workspace.client.reactions_get(channel=channel, timestamp=ts, full=True))
         if "message" not in got:
-            return  # what is not known of one part may be on it
+            return  # a reaction may be on the part that cannot be read
         listed = [
             one for one in got["message"].get("reactions", []) if workspace.reactions.classify(one["name"]) is not None
         ]

@@ -1,9 +1,9 @@
-"""SlackSessions: what Slack shows while an answer is being made, and its own way to stop one.
+"""Show on Slack that an answer is being made, and find the answer that Slack's stop button means.
 
 An app is an agent (its manifest has `agent_view`) or an older one with `assistant_view`. An agent has a session in each
 thread, with a status and Slack's stop button, and each direct message to it begins a thread; an older app has a status in
-its assistant threads. Which it is Slack does not say: it follows from the events that arrive and the calls that Slack
-accepts. It knows no conversation and no database.
+its assistant threads. Slack does not say which an app is: it follows from the events that arrive and the calls that Slack
+accepts.
 """
 
 import logging
@@ -18,11 +18,11 @@ from connectors.slack.places import Place, read_error_code
 
 log = logging.getLogger(__name__)
 
-STATUSES = 20  # answers a minute that have a status; each is set twice, and Slack takes 50 a minute
+STATUSES = 20  # answers a minute with a status; each sets it twice, and Slack allows 50 calls a minute
 
 
 class SlackSessions:
-    """The answers that are being made. `is_agent` is None as long as nothing tells."""
+    """The answers that are being made. `is_agent` is None until it is known."""
 
     def __init__(self, web: AsyncWebClient):
         self.is_agent: bool | None = None
@@ -31,19 +31,19 @@ class SlackSessions:
         self._budget = AsyncLimiter(STATUSES, 60)
 
     def find_thread(self, event: dict[str, Any]) -> str:
-        """Return the thread that a direct message belongs to, "" for none. Each message to an agent begins one."""
-        if "app_context" in event or "context" in event:  # what the person looks at; only agents are told
+        """Return the thread of a direct message, "" for none. Each message to an agent begins a thread."""
+        if "app_context" in event or "context" in event:  # what the person looks at, sent only to agents
             self.is_agent = True
         return event.get("thread_ts") or (event["ts"] if self.is_agent else "")
 
     def find_growing_turn(self, channel: str, thread: str) -> str | None:
-        """Return the turn that is being made in a thread, if there is one."""
+        """Return the id of the turn that is being made in a thread, or None."""
         found = (turn for place, turn in self._growing.items() if (place.channel, place.thread) == (channel, thread))
         return next(found, None)
 
     @asynccontextmanager
     async def processing(self, place: Place, turn_id: str) -> AsyncIterator[None]:
-        """Show that an answer is being made, as long as the block runs; where Slack refuses, no harm done."""
+        """Show that an answer is being made while the block runs. A refusal by Slack is ignored."""
         self._growing[place] = turn_id
         has_session = False
         try:
@@ -57,7 +57,7 @@ class SlackSessions:
                 await self._set_session(place, "active")
 
     async def _begin(self, place: Place) -> bool:
-        """Show the status; returns whether there is a session, whose status does not end by itself."""
+        """Show the status. Return whether there is a session, whose status does not end by itself."""
         if self.is_agent is not False and await self._set_session(place, "processing"):
             self.is_agent = True
             return True
@@ -74,7 +74,7 @@ class SlackSessions:
 
 
 async def _try_call(asked: Awaitable[Any]) -> bool:
-    """Whether Slack does what it is asked for: nobody is left without an answer because of a status."""
+    """Return whether a call succeeds. A failed status must leave nobody without an answer."""
     try:
         await asked
     except Exception as error:  # whatever Slack refuses, or a broken network raises

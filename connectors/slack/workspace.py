@@ -1,4 +1,4 @@
-"""Workspace: what all parts of the Slack connector share: the dialogue, access, the limits, and the way to Slack."""
+"""The objects that all parts of the Slack connector share: the dialogue, access, the limits, and Slack's client."""
 
 from aiolimiter import AsyncLimiter
 from slack_sdk.http_retry.builtin_async_handlers import AsyncRateLimitErrorRetryHandler
@@ -17,7 +17,7 @@ SLACK = "slack"
 
 
 class Workspace:
-    """One app in one workspace, seen from within kibitz. It hears no event."""
+    """The shared objects of one app in one workspace."""
 
     def __init__(self, shared: Services, config: SlackConfig, token: str, api: str):
         self.config = config
@@ -35,5 +35,5 @@ class Workspace:
         self.sessions = SlackSessions(self.client)
 
     async def say(self, place: Place, text: str) -> None:
-        """Post a text of our own."""
+        """Post a text of our own in a place."""
         await self.client.chat_postMessage(channel=place.channel, text=text, thread_ts=place.thread or None)

@@ -1,7 +1,7 @@
-"""HTTP errors: whatever goes wrong in a request becomes JSON in OpenAI's shape, with one line that says what to do.
+"""Turn the errors of a request into JSON in OpenAI's shape, with one line that says what to do.
 
-A fault of ours is told with an id, and one line with that id goes to the log. Here too is what browsers are refused for: a
-Host that is not ours, a page of another site. It knows no route.
+A fault of ours has an id, which the response and one line of the log name. Browsers are refused here too, if the Host is not
+ours or the page belongs to another site.
 """
 
 import logging
@@ -31,13 +31,13 @@ def make_error_body(message: str, kind: str = "invalid_request_error") -> dict[s
 
 
 def describe_error(error: Exception) -> tuple[int, dict[str, Any]]:
-    """Return the status and the JSON that tell of an error. A fault of ours goes to the log, in one line."""
+    """Return the status and the JSON of an error. Log a fault of ours in one line."""
     if isinstance(error, KibitzError) and not isinstance(error, DatabaseUnavailable):
         if isinstance(error, DataError):
             return 400, make_error_body(str(error))
         return 503 if isinstance(error, ServingError) else 500, make_error_body(str(error), "server_error")
     fault = new_id()
-    is_safe = isinstance(error, DBAPIError | DatabaseUnavailable | OSError)  # the texts of others may quote people
+    is_safe = isinstance(error, DBAPIError | DatabaseUnavailable | OSError)  # other errors may quote people
     log.error(
         "a request failed (%s): %s%s",
         fault,
@@ -45,25 +45,25 @@ def describe_error(error: Exception) -> tuple[int, dict[str, Any]]:
         _describe_location(error),
     )
     if isinstance(error, DatabaseUnavailable):
-        told = f"kibitz can store nothing now; ask again in a while, or tell its operator of {fault}"
+        told = f"kibitz cannot use its database now; ask again later, or give the operator the id {fault}"
         return 503, make_error_body(told, "server_error")
-    return 500, make_error_body(f"kibitz failed; ask again, or tell its operator of {fault}", "server_error")
+    return 500, make_error_body(f"kibitz failed; ask again, or give the operator the id {fault}", "server_error")
 
 
 def _describe_location(error: Exception) -> str:
-    """Where an error was raised."""
+    """Return where an error was raised: " (at FILE:LINE)"."""
     return "".join(f" (at {place.filename}:{place.lineno})" for place in traceback.extract_tb(error.__traceback__)[-1:])
 
 
 async def respond_with_refusal(request: Request, error: Exception) -> Response:
-    """Answer a request that a route refused."""
+    """Return the response to a request that a route refused."""
     assert isinstance(error, HTTPException)
     kind = "authentication_error" if error.status_code == 401 else "invalid_request_error"
     return JSONResponse(make_error_body(error.detail, kind), error.status_code, headers=error.headers)
 
 
 class ErrorMiddleware:
-    """Give each request an id in the log, and tell of every error while it is handled, if the answer has not begun."""
+    """Give each request an id in the log, and respond to every error with JSON, unless the response has begun."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -81,7 +81,7 @@ class ErrorMiddleware:
             try:
                 await self.app(scope, receive, watched)
             except ClientDisconnect:
-                return  # nobody listens
+                return  # nobody reads the response
             except Exception as error:  # a bug or a full disk: this request ends, and the others do not
                 status, told = describe_error(error)
                 if not has_begun:
@@ -89,7 +89,7 @@ class ErrorMiddleware:
 
 
 class KnownHosts:
-    """Answer only to the names of this machine that are given: a page of another site could reach us under its own."""
+    """Refuse requests for hosts other than `hosts`: a page of another site could reach us under its own name."""
 
     def __init__(self, app: ASGIApp, hosts: Collection[str]):
         self.app, self.hosts = app, hosts
@@ -101,14 +101,14 @@ class KnownHosts:
             await self.app(scope, receive, send)
             return
         line = (
-            f"the Host of this request is '{host[:100]}'; without tokens kibitz answers to {', '.join(self.hosts)} alone: "
+            f"without tokens kibitz answers only to {', '.join(self.hosts)}: the Host of this request is '{host[:100]}'; "
             "use one of these, or set web.tokens_env"
         )
         await JSONResponse(make_error_body(line), 400)(scope, receive, send)
 
 
 class KnownOrigins(CORSMiddleware):
-    """Let the pages of known other sites use the API in a browser, and say to others which setting lets them."""
+    """Let pages of the configured origins use the API in a browser, and tell other pages which setting would."""
 
     def __init__(self, app: ASGIApp, origins: Collection[str]):
         methods = ("GET", "POST", "PUT", "DELETE")
@@ -119,7 +119,7 @@ class KnownOrigins(CORSMiddleware):
         origin = request_headers["origin"]
         if self.is_allowed_origin(origin):
             return super().preflight_response(request_headers)
-        line = f"web.cors_origins does not hold '{origin[:100]}'; add it to let pages from there use this API"
+        line = f"origin '{origin[:100]}' is not in web.cors_origins; add it to let its pages use this API"
         return JSONResponse(make_error_body(line), 403)
 
 

@@ -1,4 +1,4 @@
-"""What operators scrape: how much there is of everything, and which version answers, as Prometheus reads it."""
+"""Metrics for Prometheus: how many rows each table has, and which version is live."""
 
 from collections.abc import Iterator, Mapping
 
@@ -9,7 +9,7 @@ MEDIA_TYPE = "text/plain; version=0.0.4"
 
 
 def render(counts: Mapping[str, int], live: str) -> bytes:
-    """Return the counts and the name of the live version."""
+    """Return the counts (by table) and the name of the live version, in Prometheus's text format."""
     registry = CollectorRegistry()
     registry.register(_Counts(counts, live))
     return generate_latest(registry)
@@ -21,7 +21,7 @@ class _Counts:
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         for table, count in self.counts.items():
-            yield GaugeMetricFamily(f"kibitz_{table}", f"How many {table.replace('_', ' ')} there are.", value=count)
-        live = GaugeMetricFamily("kibitz_live", "The version that answers.", labels=["version"])
+            yield GaugeMetricFamily(f"kibitz_{table}", f"Number of {table.replace('_', ' ')}.", value=count)
+        live = GaugeMetricFamily("kibitz_live", "The live version.", labels=["version"])
         live.add_metric([self.live], 1)
         yield live

@@ -1,4 +1,4 @@
-"""The shapes of the OpenAI chat API, and of feedback as TensorZero's users know it. It knows no server and no store."""
+"""The shapes of the OpenAI chat API, and of feedback as TensorZero's users know it."""
 
 import json
 import time
@@ -19,7 +19,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class Shape(BaseModel):
-    """A JSON object in which an optional field may be null: clients write out what they leave to us."""
+    """A JSON object whose optional fields may be null: clients send null for what they do not set."""
 
     @model_validator(mode="before")
     @classmethod
@@ -28,7 +28,7 @@ class Shape(BaseModel):
 
 
 class ContentPart(Shape):
-    """A piece of a message. Of one that is no text only its kind is told."""
+    """A part of a message."""
 
     type: str = "text"
     text: str = ""
@@ -36,36 +36,36 @@ class ContentPart(Shape):
 
     @property
     def is_text(self) -> bool:
-        """Whether it can be read."""
+        """Whether kibitz can read the part."""
         return self.type in ("text", "input_text", "output_text", "refusal")
 
     @property
     def visible_text(self) -> str:
-        """What the policy is shown of it."""
+        """The text that the policy is shown; the kind in brackets if the part is not text."""
         kind = self.type.removeprefix("input_").removesuffix("_url")
         return self.text or self.refusal if self.is_text else f"[{kind[:20]}]"
 
 
 class ChatMessage(Shape):
-    """One message of a chat. What a tool or a function answered is taken as said by the user."""
+    """One message of a chat. The results of tools and functions count as the user's words."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[ContentPart] = ""
 
     @property
     def parts(self) -> list[ContentPart]:
-        """What it consists of."""
+        """The content as parts."""
         return [ContentPart(text=self.content)] if isinstance(self.content, str) else self.content
 
     @property
     def text(self) -> str:
-        """What the policy is shown of it; of an answer, what the policy itself said."""
+        """The text that the policy is shown. An answer has only the policy's own words."""
         text = "".join(part.visible_text for part in self.parts)
         return text.removeprefix(UNSEEN) if self.speaker == Role.ASSISTANT else text
 
     @property
     def speaker(self) -> Role:
-        """Whose words they are to the policy."""
+        """The role in which the policy sees the message."""
         match self.role:
             case "system" | "developer":
                 return Role.SYSTEM
@@ -76,21 +76,21 @@ class ChatMessage(Shape):
 
 
 class StreamOptions(Shape):
-    """What a stream also tells."""
+    """What a stream includes besides the answer."""
 
     include_usage: bool = False
 
 
 class ResponseFormat(Shape):
-    """The form that an answer should have."""
+    """The requested form of an answer."""
 
     type: str = "text"
 
 
 class CompletionRequest(Shape):
-    """A request for an answer. Temperature and the like are not followed: they are those that training assumes.
+    """A request for an answer. Temperature and the like are ignored: training assumes the policy's own values.
 
-    `conversation` names a conversation whose history kibitz keeps; `regenerates` a completion that was not wanted.
+    `conversation` names a conversation whose history kibitz keeps; `regenerates` names a completion to answer again.
     """
 
     messages: list[ChatMessage] = []
@@ -112,7 +112,7 @@ class CompletionRequest(Shape):
     @model_validator(mode="after")
     def _check_answerable(self) -> "CompletionRequest":
         if not self.messages and not self.regenerates:
-            raise ValueError("messages is empty; send one at least")
+            raise ValueError("messages is empty; send at least one")
         if self.n != 1:
             raise ValueError("n must be 1: kibitz gives one answer at a time; ask again for another")
         for name in ("tool_choice", "function_call"):
@@ -124,17 +124,17 @@ class CompletionRequest(Shape):
 
     @property
     def token_limit(self) -> int | None:
-        """How many tokens the answer may have at most, if the client says so."""
+        """The most tokens that the answer may have, or None."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The texts that the answer ends before."""
+        """The texts before which the answer ends."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
     def has_unseen(self) -> bool:
-        """Whether there is something that cannot be read in what is asked: in the user's messages since the last answer."""
+        """Whether the user's messages since the last answer hold something that kibitz cannot read."""
         said = [one for one in self.messages if one.speaker != Role.SYSTEM]
         while said and said[-1].speaker == Role.USER:
             if not all(part.is_text for part in said.pop().parts):
@@ -142,10 +142,10 @@ class CompletionRequest(Shape):
         return False
 
     def split_question(self) -> tuple[str, History]:
-        """Return the question, and what is around it.
+        """Return the question, and its history.
 
-        It is the last message of the user. Notes of the system after that bear on it; after an answer they are the question.
-        An answer at the end is to be continued.
+        The question is the last message of the user; system messages after it join the history. System messages after
+        an answer are the question. An answer at the end is to be continued.
         """
         said = [one for one in self.messages if one.text.strip()]
         notes: list[ChatMessage] = []
@@ -161,10 +161,10 @@ class CompletionRequest(Shape):
 
 
 class FeedbackRequest(Shape):
-    """What somebody thinks of a completion: `value` is true or false (or 1 or 0), a number in [-1, 1], or text.
+    """Feedback on a completion: `value` is true or false (or 1 or 0), a number in [-1, 1], or text.
 
-    Text is a comment where `metric_name` is "comment", and what should have been said where it is "demonstration".
-    `episode_id`, in place of `inference_id`, means the last answer in a conversation; with `dryrun` nothing is recorded.
+    Text is a comment if `metric_name` is "comment", and a correction if it is "demonstration". `episode_id`, in place of
+    `inference_id`, means the last answer in a conversation. With `dryrun` nothing is recorded.
     """
 
     inference_id: Annotated[Name, Field(validation_alias=AliasChoices("inference_id", "completion_id"))] = ""
@@ -190,7 +190,7 @@ class FeedbackRequest(Shape):
         return self
 
     def make_feedback(self, turn_id: str, user: str) -> Feedback:
-        """The act of feedback that this is."""
+        """Return the feedback to record."""
         if isinstance(self.value, str):
             kind = FeedbackKind.COMMENT if self.metric_name == "comment" else FeedbackKind.CORRECTION
             return Feedback(turn_id, user, kind, signal=self.metric_name, text=self.value)
@@ -201,13 +201,13 @@ class FeedbackRequest(Shape):
 
 
 class PrivacyDecision(BaseModel):
-    """Whether somebody may be learned from."""
+    """A person's decision whether kibitz may learn from them."""
 
     consent: bool
 
 
 class PersonQuery(BaseModel):
-    """One of the people whom a client tells apart; "" for the client itself."""
+    """The person that a request is about, if its client tells people apart; "" for the client itself."""
 
     user: Name = ""
 
@@ -216,7 +216,7 @@ Parsed = TypeVar("Parsed", bound=BaseModel)
 
 
 def parse(shape: type[Parsed], given: bytes | dict[str, str]) -> Parsed:
-    """A request's body, or its query, as `shape`. Raises DataError with one line."""
+    """Return a request's body or query as `shape`. Raises DataError, with one line, if it does not fit."""
     try:
         return shape.model_validate(given) if isinstance(given, dict) else shape.model_validate_json(given)
     except ValidationError as error:
@@ -226,12 +226,12 @@ def parse(shape: type[Parsed], given: bytes | dict[str, str]) -> Parsed:
 
 
 def model_card() -> dict[str, Any]:
-    """The one model that there is."""
+    """Return the description of the only model."""
     return {"id": MODEL, "object": "model", "created": 0, "owned_by": MODEL}
 
 
 def make_completion(turn: Turn, before: str = "") -> dict[str, Any]:
-    """A turn as a chat completion, its text after what we say ourselves `before` it."""
+    """Return a turn as a chat completion, with our own words `before` its text."""
     prompt, answer = len(turn.prompt_ids or ()), len(turn.completion_ids or ())
     said = {"role": "assistant", "content": before + render_answer(turn)}
     return {
@@ -244,7 +244,7 @@ def make_completion(turn: Turn, before: str = "") -> dict[str, Any]:
 
 
 def make_chunk(turn_id: str, delta: dict[str, str], turn: Turn | None = None) -> str:
-    """One server-sent event of a streamed completion; the last one carries the finished turn."""
+    """Return one server-sent event of a streamed completion. The last one has the finished `turn`."""
     choice = {"index": 0, "delta": delta, "finish_reason": None if turn is None else _map_finish_reason(turn)}
     ended = {} if turn is None else {"system_fingerprint": turn.policy_version, "episode_id": turn.conversation_id}
     return f"data: {json.dumps({**_frame(turn_id, 'chat.completion.chunk'), **ended, 'choices': [choice]})}\n\n"

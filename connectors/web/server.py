@@ -1,8 +1,8 @@
-"""The web: an OpenAI-compatible API, feedback on its completions, a chat page, and what operators scrape.
+"""The HTTP server: an OpenAI-compatible API, feedback on its completions, a chat page, health and metrics.
 
-`POST /v1/chat/completions` shows the policy the messages that the client sends, as any OpenAI server does; with
-`conversation` in the body kibitz keeps the history itself and takes the last message only. A completion's id is the
-turn's, so `POST /v1/feedback` may come days later. It knows no model and no training.
+`POST /v1/chat/completions` shows the policy the messages that the client sends, as any OpenAI server does. With
+`conversation` in the body, kibitz keeps the history itself and reads only the last message. A completion's id is that of
+its turn, so `POST /v1/feedback` may come days later.
 
 Run: ``kibitz serve``, then http://127.0.0.1:8080/.
 """
@@ -48,9 +48,9 @@ from connectors.web.openai_api import (
 )
 from connectors.web.request_body import read_json
 
-Pieces = asyncio.Queue[str | Turn | None]  # of an answer, then all of it, then the end
+Pieces = asyncio.Queue[str | Turn | None]  # pieces of an answer, then its turn, then None
 
-LONGEST_NAME = 48  # characters of a user's name, which stands before those of its people
+LONGEST_NAME = 48  # characters of a user's name, which prefixes the names of its people
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PAGE = Path(__file__).with_name("page.html")
 CONTENT_SECURITY_POLICY = (
@@ -60,7 +60,7 @@ CONTENT_SECURITY_POLICY = (
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the server listens, the names of its users by token, and the other sites whose pages may talk to it.
+    """The listening socket, the users' names by token, and the other origins whose pages may use the API.
 
     It is opened before anything else starts.
     """
@@ -71,7 +71,7 @@ class Endpoint:
 
     @classmethod
     def open(cls, config: WebConfig) -> "Endpoint":
-        """Raises ConfigError where the address cannot be had, or others could come in without a token."""
+        """Listen. Raises ConfigError if the address is not available, or others could connect without a token."""
         known = read_users(config)
         if "*" in config.cors_origins and not known:
             raise ConfigError(
@@ -82,13 +82,13 @@ class Endpoint:
 
     @property
     def url(self) -> str:
-        """Where the server listens."""
+        """The URL of the server."""
         host, port = self.socket.getsockname()[:2]
         return http_url(host, port)
 
 
 class Web:
-    """One HTTP server in the event loop of kibitz."""
+    """One HTTP server in kibitz's event loop."""
 
     name = "web"
 
@@ -102,7 +102,7 @@ class Web:
         self._server = _Server(
             uvicorn.Config(
                 self._app(),
-                log_config=None,  # uvicorn logs as all others do
+                log_config=None,  # bot.logs configures the log
                 log_level="warning",
                 access_log=False,
                 lifespan="off",
@@ -115,7 +115,7 @@ class Web:
         await self._server.serve(sockets=[self._socket])
 
     async def stop(self) -> None:
-        """Take nothing new in, let what is under way end, and close."""
+        """Accept nothing new, let answers end, and close."""
         self._server.should_exit = True
         if self._answering:
             await asyncio.wait(self._answering, timeout=10)
@@ -175,7 +175,7 @@ class Web:
         self._track(answering)
         if asked.stream:
             events = self._stream_events(asked, options, pieces, answering)
-            first = await anext(events)  # what goes wrong before the first token is told by the status
+            first = await anext(events)  # an error before the first token can still set the status
             return StreamingResponse(_prepend(first, events), media_type="text/event-stream")
         return JSONResponse(make_completion(await asyncio.shield(answering), UNSEEN if asked.has_unseen else ""))
 
@@ -194,7 +194,7 @@ class Web:
     async def _stream_events(
         self, asked: CompletionRequest, options: ReplyOptions, pieces: Pieces, answering: asyncio.Task[Turn]
     ) -> AsyncIterator[str]:
-        """Server-sent events of one answer; whoever goes away before its end has stopped it."""
+        """Yield the server-sent events of one answer. A client that disconnects stops the answer."""
         assert options.turn_id is not None
         assert options.stop is not None
         said = False
@@ -214,7 +214,7 @@ class Web:
                 said = True
             try:
                 turn = await asyncio.shield(answering)
-            except Exception as error:  # the status was sent: what went wrong is told in the stream
+            except Exception as error:  # the status was sent: the error goes into the stream
                 if not said:
                     raise
                 _, told = describe_error(error)
@@ -233,7 +233,7 @@ class Web:
             turn = await self._find_last_turn(given.episode_id, user)
         else:
             turn = await self._find_own_turn(given.inference_id.removeprefix("chatcmpl-"), user)
-        # Clients that name nobody here speak for whoever asked: an opinion of somebody who took no part counts nothing.
+        # Without a name, the opinion is the asker's: one of somebody who took no part would not count.
         author = _make_author_id(user, given.user) if given.user else turn.asker_id
         feedback = given.make_feedback(turn.id, author)
         self._check_limit(self.access.may_judge, author, request, user)
@@ -254,14 +254,14 @@ class Web:
         return JSONResponse({"feedback_id": feedback_id, "retracted": True})
 
     async def _delete(self, request: Request) -> Response:
-        """A completion and the question to it are forgotten."""
+        """Forget a completion and its question."""
         user, completion_id = self._authorize(request), request.path_params["completion_id"]
         turn = await self._find_own_turn(completion_id.removeprefix("chatcmpl-"), user)
         await self.dialogue.forget(turn.message_id)
         return JSONResponse({"object": "chat.completion.deleted", "id": completion_id, "deleted": True})
 
     async def _privacy(self, request: Request) -> Response:
-        """Whether we may learn from who asks (GET), their decision (PUT), and forgetting them (DELETE)."""
+        """Return whether kibitz may learn from the caller (GET), record their decision (PUT), or forget them (DELETE)."""
         user = self._authorize(request)
         author, call = _make_author_id(user, _read_person(request)), self.dialogue.store.database.call
         if request.method == "DELETE":
@@ -274,7 +274,7 @@ class Web:
         return JSONResponse({"consent": await call(self.users.has_consent, self.name, author)})
 
     async def _find_own_turn(self, turn_id: str, user: str) -> Turn:
-        """That a turn was answered to this user; who cannot see a turn does not learn whether it is there."""
+        """Return a turn of this user. Raises 404 for all others, so that nobody learns whether a turn exists."""
         call, store = self.dialogue.store.database.call, self.dialogue.store
         turn = await call(store.find_turn, turn_id)
         place = None if turn is None else await call(store.read_conversation, turn.conversation_id)
@@ -283,7 +283,7 @@ class Web:
         return turn
 
     async def _find_last_turn(self, episode_id: str, user: str) -> Turn:
-        """The last answer in a conversation of this user, by its id or by the name that the user gave it."""
+        """Return the last answer in a conversation of this user, by its id or the user's own name for it."""
         call, store = self.dialogue.store.database.call, self.dialogue.store
         turn = await call(store.find_last_turn_at, Conversation(self.name, episode_id, space=user))
         turn = turn or await call(store.find_last_turn, episode_id)
@@ -306,7 +306,7 @@ class Web:
         return Response(metrics.render(counts, self.dialogue.policy.version), media_type=metrics.MEDIA_TYPE)
 
     def _authorize(self, request: Request) -> str:
-        """Who asks, by bearer token."""
+        """Return the name of the user, by bearer token. Raises 401 or 403."""
         user = self._authenticate(request)
         if not self.access.admits(user):
             raise HTTPException(403, f"{user} may not talk to this kibitz")
@@ -319,11 +319,11 @@ class Web:
         for known, name in self._users.items():
             if scheme.lower() == "bearer" and secrets.compare_digest(known.encode(), token.strip().encode()):
                 return name
-        raise HTTPException(401, "give a token of this kibitz: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
+        raise HTTPException(401, "no known token was sent; send Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
 
     def _check_limit(self, admit: Callable[[str, str, list[str]], bool], author: str, request: Request, user: str) -> None:
-        """Count an act of `author` in the limit `admit`. Raises the answer 429 where it is too much."""
-        sources = [f"token {user}", *([f"address {request.client.host}"] if request.client else [])]  # not to be made up
+        """Count an act of `author` with `admit`. Raises 429 if it is over the limit."""
+        sources = [f"token {user}", *([f"address {request.client.host}"] if request.client else [])]  # not forgeable
         if not admit(self.name, author, sources):
             raise HTTPException(429, TOO_FAST, {"Retry-After": "60"})
 
@@ -342,7 +342,7 @@ class _Server(uvicorn.Server):
 
 
 def read_users(config: WebConfig) -> dict[str, str]:
-    """The names of users by token. Raises ConfigError where others than this machine could come in without one."""
+    """Return users' names by token. Raises ConfigError if they are malformed, or others could connect without one."""
     found: dict[str, str] = {}
     listed = os.environ.get(config.tokens_env, "") if config.tokens_env else ""
     for entry in filter(None, (part.strip() for part in listed.split(","))):
@@ -368,17 +368,17 @@ def read_users(config: WebConfig) -> dict[str, str]:
 
 
 def _make_author_id(user: str, person: str) -> str:
-    """Who speaks: the holder of a token, or one of the people that its client tells apart."""
+    """Return the author's id: that of a token's holder, or of one of the people that its client tells apart."""
     return f"{user}/{person}" if person else user
 
 
 def _read_person(request: Request) -> str:
-    """The person whom a query names; "" for the client itself."""
+    """Return the person that a query names, "" for the client itself."""
     return parse(PersonQuery, dict(request.query_params)).user
 
 
 def _may_speak_for(user: str, person: str, given: Feedback) -> bool:
-    """Whether feedback was given by a client: by one of its people, where it names one."""
+    """Return whether feedback was given by `person` of a client, or by anybody of the client if `person` is ""."""
     return given.user_id == _make_author_id(user, person) or (not person and given.user_id.startswith(f"{user}/"))
 
 
