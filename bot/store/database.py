@@ -183,7 +183,7 @@ class Database:
 
     def _run_job(self, function: Callable[..., Result], args: tuple[Any, ...]) -> Result:
         """Run one function of a batch; beside others, what it writes has a savepoint, so that its failure harms none."""
-        promised = len(self._local.afterwards)
+        promised = len(self._local.after_commit)
         try:
             with self._translate_outages():
                 result = function(*args)
@@ -192,7 +192,7 @@ class Database:
         except DatabaseUnavailable:
             raise  # and with it the whole transaction
         except BaseException:
-            del self._local.afterwards[promised:]
+            del self._local.after_commit[promised:]
             if self._local.savepoint is not None:
                 self._local.savepoint.rollback()
             raise
@@ -213,12 +213,12 @@ class Database:
                     group.invalidate()  # or it would go back to the pool with its transaction open
                     raise
             except BaseException:
-                self._local.afterwards.clear()
+                self._local.after_commit.clear()
                 raise
             finally:
                 self._local.group, self._local.shared = None, False
-        while self._local.afterwards:
-            self._local.afterwards.pop(0)()
+        while self._local.after_commit:
+            self._local.after_commit.pop(0)()
 
     @contextmanager
     def _translate_outages(self) -> Iterator[None]:
@@ -239,7 +239,7 @@ class Database:
         if self._local.group is None:
             _run_or_log(work)
         else:
-            self._local.afterwards.append(partial(copy_context().run, _run_or_log, work))
+            self._local.after_commit.append(partial(copy_context().run, _run_or_log, work))
 
     def scrub(self) -> None:
         """Leave nothing of what was deleted in the files: SQLite's log is emptied; free pages are zeroed as they come.
