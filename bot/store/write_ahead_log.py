@@ -15,7 +15,7 @@ from bot.errors import quote_error
 log = logging.getLogger(__name__)
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds between two tries, doubled each time
-PATIENCE = 1.0  # seconds: whoever reads longer than this is worth a line; `close` waits as long
+IDLE_WAIT_SECONDS = 1.0  # seconds: whoever reads longer than this is worth a line; `close` waits as long
 
 
 class WriteAheadLog:
@@ -46,7 +46,7 @@ class WriteAheadLog:
             return
         timer.cancel()
         timer.join()
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + IDLE_WAIT_SECONDS
         while (hindrance := self._find_hindrance()) is not None and time.monotonic() < deadline:
             time.sleep(FIRST_PAUSE)
         if hindrance is not None:
@@ -63,7 +63,7 @@ class WriteAheadLog:
                     log.warning("what was deleted is gone from the files of %s now", self._engine.url.database)
                 self._timer, self._is_told = None, False
             elif not self._is_closed and self._timer in (None, threading.current_thread()):
-                if pause >= PATIENCE and not self._is_told:
+                if pause >= IDLE_WAIT_SECONDS and not self._is_told:
                     self._is_told = True
                     log.warning("%s (%s); kibitz tries again until it is gone", self._remains_text, hindrance)
                 self._timer = threading.Timer(pause, self._try_to_empty, [min(2 * pause, LONGEST_PAUSE)])
