@@ -136,7 +136,7 @@ def test_a_replay_of_a_broken_or_useless_file_is_refused_and_stores_no_half_of_i
     assert "messages: 0" in here("status", "--config", config).stdout
     refused(here("replay", file, "--config", config, "--format", "yaml"), "must be auto or one of kibitz, oasst")
     refused(here("export", tmp_path, "--config", config), "cannot be written (it is a directory)")
-    refused(here("replay", "", "--config", config), "an empty path was given")
+    refused(here("replay", "", "--config", config), "a path is empty")
 
 
 def rated(count: int) -> str:
@@ -493,7 +493,7 @@ def test_an_output_file_takes_the_place_of_a_plain_file_and_of_nothing_else(tmp_
                 refused(here(*command, one, *options), "it is a device, a pipe or a socket")
             for one in (".", "/", tmp_path):
                 refused(here(*command, one, *options), "it is a directory")
-            refused(here(*command, "", *options), "an empty path was given")
+            refused(here(*command, "", *options), "a path is empty")
             refused(here(*command, "x" * 5000, *options), "cannot be used (File name too long)")
         for command in (("backup",), ("export",)):  # the name fits, and that of the unfinished file does not
             refused(here(*command, tmp_path / ("x" * 250), *options), "cannot be written (File name too long)")

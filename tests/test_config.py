@@ -42,7 +42,7 @@ def test_the_example_file_holds_every_key_at_its_default_with_a_comment():
             {"serving": {"url": "localhost:8000"}},
             "config key 'serving.url' has value 'localhost:8000'; write http://HOST:PORT",
         ),
-        ({"database": {"url": "sqlite:///x", "url_env": "URL"}}, "database.url_env is set beside database.url"),
+        ({"database": {"url": "sqlite:///x", "url_env": "URL"}}, "database.url and database.url_env are both set"),
         (
             {"policy": {"temperature": 1e-9}},
             "'policy.temperature' has value 1e-09; input should be greater than or equal to 0.01",

@@ -44,7 +44,7 @@ def test_an_error_for_people_is_a_row_with_what_to_do():
 
 def test_a_check_that_breaks_off_is_a_row_and_the_rest_is_looked_at():
     rows = run_checks([("bug", lambda: str(1 / 0)), ("house", lambda: "stands")])
-    found = "the check broke off (ZeroDivisionError: division by zero)"
+    found = "the check crashed (ZeroDivisionError: division by zero)"
     assert rows == [CheckResult("bug", "not", found, "report this as a bug of kibitz"), CheckResult("house", "ok", "stands")]
     with pytest.raises(KeyboardInterrupt):  # the control: what is no error of a check ends it
         run_checks([("interrupted", interrupt)])
