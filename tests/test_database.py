@@ -116,7 +116,10 @@ def test_a_database_that_is_not_there_says_so_without_its_password(url, wanted):
 def test_a_database_that_may_not_be_written_says_so(config, database):
     readonly = Database(f"sqlite:///file:{config.data / 'kibitz.db'}?mode=ro&uri=true")
     readonly.upgrade()  # nothing is to be done
-    with pytest.raises(DatabaseUnavailable, match="cannot be written; let kibitz write"), readonly.begin() as connection:
+    with (
+        pytest.raises(DatabaseUnavailable, match="cannot be written; give kibitz permission"),
+        readonly.begin() as connection,
+    ):
         connection.execute(messages.delete())
 
 
@@ -241,7 +244,7 @@ def test_a_log_that_nobody_reads_is_emptied_at_once_and_nothing_is_told(
 def test_a_database_from_the_future_says_what_to_install(config, database, here):
     with database.begin() as connection:
         connection.execute(sa.text("update alembic_version set version_num = '9999'"))
-    wanted = "has schema 9999, which this kibitz does not know; install the kibitz that wrote it, or newer"
+    wanted = "has schema 9999, which this kibitz does not know; install the kibitz that wrote it, or a newer one"
     refused(here("status", "--data-dir", config.data), wanted)
 
 
@@ -253,7 +256,7 @@ def test_a_database_from_the_future_says_what_to_install(config, database, here)
         ("sqlite:///file:x?mode=memory&uri=true", "keeps nothing when kibitz ends"),
         ("mysql://ann:hunter2@here/there", "another database; write sqlite:///FILE, or postgresql+psycopg://"),
         ("postgresql+nothing://ann:hunter2@here/there", "write sqlite:///FILE, or postgresql+psycopg://"),
-        ("postgresql://ann:hunter2@here:port/there", "is no URL; write sqlite:///FILE, or postgresql+psycopg://"),
+        ("postgresql://ann:hunter2@here:port/there", "is not a URL; write sqlite:///FILE, or postgresql+psycopg://"),
     ],
 )
 def test_a_url_that_names_no_database_that_is_kept_is_refused(tmp_path, here, url, wanted):

@@ -120,7 +120,7 @@ def test_the_doctor_leaves_a_database_as_it_is(config):
     with sqlite3.connect(file) as raw:
         raw.execute("UPDATE alembic_version SET version_num = '9999'")
     row = rows_of(config)["database"]
-    assert (row.outcome, row.to_do) == ("not", "install the kibitz that wrote it, or newer")
+    assert (row.outcome, row.to_do) == ("not", "install the kibitz that wrote it, or a newer one")
 
 
 def test_the_doctor_leaves_the_file_of_another_program_as_it_is(config, tmp_path):

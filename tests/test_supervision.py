@@ -258,7 +258,7 @@ async def test_a_running_kibitz_keeps_its_tasks_and_says_what_fails(live, monkey
             raise RuntimeError("a bug in a connector")
         await asyncio.Event().wait()
 
-    live.keep("broken", connect)
+    live.keep_running("broken", connect)
     await until(lambda: make_desk(live).list_failing_tasks() == ["broken"])
     assert "failing: broken since" in await make_desk(live).describe_status()
     assert set(read_failures(live.config.data / HEALTH_FILE)) == {"broken"}
