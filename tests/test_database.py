@@ -254,7 +254,7 @@ def test_a_database_from_the_future_says_what_to_install(config, database, here)
         ("sqlite://", "keeps nothing when kibitz ends; write sqlite:///FILE"),
         ("sqlite:///:memory:", "keeps nothing when kibitz ends"),
         ("sqlite:///file:x?mode=memory&uri=true", "keeps nothing when kibitz ends"),
-        ("mysql://ann:hunter2@here/there", "another database; write sqlite:///FILE, or postgresql+psycopg://"),
+        ("mysql://ann:hunter2@here/there", "an unsupported database; write sqlite:///FILE, or postgresql+psycopg://"),
         ("postgresql+nothing://ann:hunter2@here/there", "write sqlite:///FILE, or postgresql+psycopg://"),
         ("postgresql://ann:hunter2@here:port/there", "is not a URL; write sqlite:///FILE, or postgresql+psycopg://"),
     ],

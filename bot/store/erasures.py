@@ -79,7 +79,7 @@ class Erasures:
         try:
             return bytes.fromhex(self._lines()[0])
         except (ValueError, IndexError) as error:
-            raise DataError(f"{self.path}: line 1 is not a salt of kibitz; restore the file") from error
+            raise DataError(f"{self.path}: line 1 is not the salt that kibitz wrote; restore the file") from error
 
     def _lines(self) -> list[str]:
         try:

@@ -189,7 +189,7 @@ def _erase_with_answers(
 
 
 def erase_rows(connection: sa.Connection, own: list[str], made: dict[str, str], said: Iterable[str] = ()) -> ErasureCounts:
-    """Blank the messages `own`. Delete the answers `made` (reply ids by turn id), their feedback, and that of `said`."""
+    """Blank the messages `own`. Delete the answers `made` (reply ids by turn id), their feedback and the feedback `said`."""
     opinions = set(said)
     for ids in chunks(made):
         opinions.update(connection.execute(sa.select(feedback.c.id).where(feedback.c.turn_id.in_(ids))).scalars())
