@@ -470,7 +470,7 @@ def test_a_candidate_is_deployed_by_its_name_and_rejected_ones_are_pruned(tmp_pa
     assert [version.name for version in registry.find_requested()] == [wanted]
     registry.promote(wanted)
     refused(
-        here("deploy", outdated, *options), f"was judged against policy-0, but {wanted} is live now; `kibitz train` makes"
+        here("deploy", outdated, *options), f"was judged against policy-0, but {wanted} is live now; make a candidate"
     )
     refused(here("deploy", wanted, *options), f"{wanted} is live: only a candidate can be deployed")
     registry.reject(rejected)
