@@ -1,4 +1,4 @@
-"""Run: ``python -m bot COMMAND``, which is ``kibitz COMMAND``."""
+"""Run ``kibitz COMMAND`` as ``python -m bot COMMAND``."""
 
 from bot.cli.main import main
 

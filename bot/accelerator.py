@@ -1,6 +1,6 @@
-"""Accelerator: whether this machine has a GPU that kibitz uses, how much memory it has, and how much of it is free.
+"""Find this machine's GPU and its free memory.
 
-It asks `nvidia-smi`, which comes with the driver, so that no torch is imported to find out.
+Uses `nvidia-smi`, which comes with the driver, to avoid importing torch.
 """
 
 import csv
@@ -18,7 +18,7 @@ SMI_SECONDS = 20
 
 @dataclass(frozen=True)
 class Card:
-    """One GPU: its memory in bytes, and its compute capability (8.0 and up compute in bfloat16)."""
+    """One GPU, with its memory in bytes and its compute capability (bfloat16 needs 8.0)."""
 
     name: str
     total: int
@@ -30,7 +30,7 @@ class Card:
 
 
 def has_gpu() -> bool:
-    """Tell whether models are served and trained on a GPU here: there is one, it is visible, and torch is built for it."""
+    """Return whether models run on a GPU: one exists, it is visible, and torch is built for it."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not any(Path("/dev").glob("nvidia[0-9]*")):
         return False
     try:
@@ -40,7 +40,7 @@ def has_gpu() -> bool:
 
 
 def read_card() -> Card | None:
-    """Read name and memory of the first visible GPU; None without one, or where `nvidia-smi` cannot tell."""
+    """Return the first visible GPU, or None if there is none or `nvidia-smi` does not report it."""
     if not has_gpu():
         return None
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
@@ -53,7 +53,7 @@ def read_card() -> Card | None:
 
 
 def parse_card(told: str) -> Card | None:
-    """Parse the first line that `nvidia-smi --query-gpu` prints (MiB); None where it holds no numbers."""
+    """Parse the first line of `nvidia-smi --query-gpu` (MiB). Return None if it has no numbers."""
     row = next(csv.reader(told.splitlines()), [])
     fields = [field.strip() for field in row]
     if len(fields) < 3 or not (fields[1].isdigit() and fields[2].isdigit()):
@@ -63,7 +63,7 @@ def parse_card(told: str) -> Card | None:
 
 
 def read_free_memory() -> int:
-    """Return how many bytes of main memory a new process could use, within a container's limit; 0 if nobody can tell."""
+    """Return how many bytes of main memory are available within the container's limit, or 0 if unknown."""
     try:
         found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), flags=re.M)
     except OSError:
@@ -71,7 +71,7 @@ def read_free_memory() -> int:
     available = int(found[1]) * 1024 if found else 0
     group = Path("/sys/fs/cgroup")
     try:
-        limit = int((group / "memory.max").read_text())  # "max" where there is none
+        limit = int((group / "memory.max").read_text())  # "max" means no limit
         used = int((group / "memory.current").read_text())
         cache = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), flags=re.M)
         return min(available, limit - used + (int(cache[1]) if cache else 0))

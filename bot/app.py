@@ -1,6 +1,6 @@
-"""The composition root: the parts of a kibitz that serves are made and joined here, nowhere else.
+"""The composition root: make and connect the parts of a serving kibitz.
 
-It imports all three packages; only the commands import it.
+This module imports all three packages. Only the commands import it.
 """
 
 import asyncio
@@ -46,7 +46,7 @@ Announce = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Kibitz:
-    """The running parts of one kibitz."""
+    """The running parts of a kibitz."""
 
     config: Config
     database: Database
@@ -61,16 +61,16 @@ class Kibitz:
     start: Start
 
     def keep_running(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
-        """Start a task that is tried again whenever it fails, until this kibitz is stopped."""
+        """Start a task that is restarted whenever it fails, until kibitz stops."""
         self.start(supervise(name, work, self.health))
 
 
 @contextlib.asynccontextmanager
 async def running(config: Config, model: str, tell: Announce, may_change: bool = False) -> AsyncIterator[Kibitz]:
-    """A kibitz that serves: database, vLLM at the live version, dialogue. Everything is stopped at the end.
+    """Run a kibitz with its database, vLLM at the live version, and dialogue. Stop everything at the end.
 
-    A data directory whose versions come from another base model is refused, unless the model `may_change`: then it takes
-    its place once vLLM has generated a token with it.
+    Raises RegistryError if the versions in the data directory come from another base model. With `may_change` the new model
+    replaces that one instead, once vLLM has generated a token with it.
     """
     with lock_directory(config.data, "serve"):
         database, store, registry = open_stores(config)
@@ -97,7 +97,7 @@ async def running(config: Config, model: str, tell: Announce, may_change: bool =
                 kibitz = Kibitz(config, database, *parts)
                 await _start_tasks(kibitz, recall, tokenizer, tell)
                 gc.collect()
-                gc.freeze()  # what was loaded stays: to look through it again would stop every answer for 0.3 s
+                gc.freeze()  # scanning the loaded objects again would stop every answer for 0.3 s
                 yield kibitz
         finally:
             await policy.close()
@@ -108,15 +108,15 @@ async def running(config: Config, model: str, tell: Announce, may_change: bool =
 
 
 def _finish_forgetting(database: Database, registry: PolicyRegistry, tell: Announce) -> None:
-    """Finish what a crash left unfinished: what was forgotten is forgotten here too, and leaves no trace."""
+    """Forget again what the database still has of forgotten people and messages, after a crash or a restore."""
     if again := forget_again(database, registry):
-        tell(f"the database is older than what was forgotten since: {again} people and messages are forgotten again")
+        tell(f"the database had {again} people and messages that were forgotten since; they are forgotten again")
     remove_purged_files(registry)
     database.scrub()
 
 
 def _make_policy(config: Config, model: str, tokenizer: ChatTokenizer) -> tuple[Policy, VllmServer | None]:
-    """Return the client of the vLLM that the config names; or of one of our own, which is not started yet."""
+    """Return the policy's client, and our own vLLM (not started yet), or None if the config names a server."""
     served = config.model_copy(update={"policy": tokenizer.with_thought_tokens(config.policy)})
     key, thinks = config.serving.read_key(), (tokenizer.end_ids, tokenizer.thoughts)
     server = None if config.serving.url else VllmServer(served, model)
@@ -127,16 +127,16 @@ def _make_policy(config: Config, model: str, tokenizer: ChatTokenizer) -> tuple[
 
 
 def _register_base(registry: PolicyRegistry, policy: Policy, model: str, may_change: bool, tell: Announce) -> None:
-    """Take the model as the base of the versions to come, now that vLLM generates with it."""
+    """Register the model as the base of new versions, now that vLLM generates with it."""
     base = registry.ensure_base(model, may_change)
     policy.set_base(base.name)
     if foreign := registry.find_foreign():
         changed = f"policy.model was changed: {base.name} is {model}, and {registry.get_live().name} is live"
-        tell(f"{changed}; {len(foreign)} versions of another model serve again only when it comes back")
+        tell(f"{changed}; {len(foreign)} versions of another model serve again only when that model is set again")
 
 
 async def _start_tasks(kibitz: Kibitz, recall: Recall, tokenizer: ChatTokenizer, tell: Announce) -> None:
-    """Bring the live version back, and start what runs beside the answers."""
+    """Load the live version, and start the background tasks."""
     config, health, deployment = kibitz.config, kibitz.health, kibitz.deployment
     if kibitz.server is not None:
         kibitz.start(kibitz.server.watch(kibitz.policy, deployment.restore_live, health))
@@ -151,16 +151,16 @@ async def _start_tasks(kibitz: Kibitz, recall: Recall, tokenizer: ChatTokenizer,
 
 
 async def _check_reachable(policy: Policy, config: Config) -> None:
-    """Have a vLLM that is not ours generate a token. Raises ServingError where it does not."""
+    """Have an external vLLM generate a token. Raises ServingError if it does not."""
     await policy.admin.connect()
     if not await policy.admin.is_ready(config.serving.reply_seconds):
         raise ServingError(f"the vLLM at {policy.admin.url} generates no token; see its log")
 
 
 def run(main: Coroutine[Any, Any, None], until_stopped: bool = False) -> None:
-    """Run a command's coroutine; SIGTERM ends it as Ctrl-C does.
+    """Run a command's coroutine. SIGTERM ends it as Ctrl-C does, with KeyboardInterrupt.
 
-    With `until_stopped` it is the command's own end to be stopped, and no interruption, unless a second one cuts it short.
+    With `until_stopped`, one such signal is the normal end of the command. A second one interrupts it.
     """
     stops = 0
 
@@ -184,13 +184,13 @@ def run(main: Coroutine[Any, Any, None], until_stopped: bool = False) -> None:
 
 
 def make_services(kibitz: Kibitz, access: Access) -> Services:
-    """What the chat platforms of one kibitz share."""
+    """Return the services that the connectors of a kibitz share."""
     reactions, users = Reactions(kibitz.config.reactions), Users(kibitz.database, kibitz.config.privacy)
     return Services(kibitz.dialogue, Deliveries(kibitz.database), reactions, access, users, make_desk(kibitz))
 
 
 def make_desk(kibitz: Kibitz) -> Desk:
-    """What people may ask about this kibitz, and for themselves."""
+    """Return the functions behind the chat commands: status, rollback, privacy and so on."""
     call, users = kibitz.database.call, Users(kibitz.database, kibitz.config.privacy)
 
     async def status() -> str:
@@ -199,7 +199,7 @@ def make_desk(kibitz: Kibitz) -> Desk:
 
     async def rollback() -> str:
         before, after = await call(kibitz.registry.roll_back)
-        return f"{before.name} is taken back; {after.name} answers again in a moment"
+        return f"{before.name} was rolled back; {after.name} answers again in a moment"
 
     async def pause_learning() -> str:
         return describe_pause(await call(kibitz.registry.toggle_learning))
@@ -211,7 +211,7 @@ def make_desk(kibitz: Kibitz) -> Desk:
 
     async def forget(platform: str, user: str) -> str:
         erased = await call(forget_person, kibitz.database, kibitz.registry, platform, user)
-        return f"{erased}. {describe_consent(False)} What stands in the channels of this platform is yours to delete."
+        return f"{erased}. {describe_consent(False)} Messages in the channels of this platform are yours to delete."
 
     def failing() -> list[str]:
         return sorted(kibitz.health.failures)

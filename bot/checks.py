@@ -1,6 +1,7 @@
-"""Checks: what kibitz needs, each as one row: what, whether it works, found, what to do.
+"""Run checks, and return one row for each: its name, its outcome, what was found, and what to do.
 
-An error for people (`bot.errors`) is a row that does not work, and what it says after its last semicolon is what to do."""
+A KibitzError makes a failed row. The text after its last semicolon is what to do.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ Outcome = Literal["ok", "not", "skip"]
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One thing that kibitz needs, and whether it is there."""
+    """The result of one check."""
 
     what: str
     outcome: Outcome
@@ -22,16 +23,16 @@ class CheckResult:
 
 
 class Skipped(Exception):
-    """A check does not apply here; its text says why."""
+    """A check does not apply here. Its text says why."""
 
 
 Check = tuple[str, Callable[[], str]]
 
 
 def run_checks(checks: Sequence[Check], tell: Callable[[CheckResult], None] = lambda row: None) -> list[CheckResult]:
-    """Run checks in order. Each returns what it found, or raises KibitzError (it does not work) or Skipped.
+    """Run checks in order. Each returns what it found, or raises KibitzError (it failed) or Skipped.
 
-    Any other error is a fault of kibitz or of a library. It is a row too, so that the rest is still looked at.
+    Any other error is a bug of kibitz or of a library. It makes a failed row too, so that the other checks still run.
     """
     rows = []
     for what, check in checks:
@@ -42,14 +43,14 @@ def run_checks(checks: Sequence[Check], tell: Callable[[CheckResult], None] = la
         except KibitzError as error:
             row = _make_failed_result(what, quote_error(error))
         except Exception as error:
-            row = CheckResult(what, "not", f"the check broke off ({quote_error(error)})", "report this as a bug of kibitz")
+            row = CheckResult(what, "not", f"the check crashed ({quote_error(error)})", "report this as a bug of kibitz")
         rows.append(row)
         tell(row)
     return rows
 
 
 def has_passed(rows: Sequence[CheckResult]) -> bool:
-    """Tell whether nothing that is needed is missing."""
+    """Return whether no check failed."""
     return all(row.outcome != "not" for row in rows)
 
 

@@ -1,9 +1,9 @@
-"""The configuration: what `config.toml` may say, its defaults, and its errors.
+"""The configuration: the keys of `config.toml`, their defaults, and their errors.
 
-It knows nothing about what the values are used for. Unknown keys are refused with the nearest known one. Secrets are
-given by the name of an environment variable, never by value.
+An unknown key is an error that names the nearest known key. Secrets are given by the name of an environment variable, never
+by value.
 
-Use: ``config = load(Path("config.toml"))``; `config.example.toml` shows every key.
+Use ``config = load(Path("config.toml"))``. `config.example.toml` shows every key.
 """
 
 import difflib
@@ -22,7 +22,7 @@ from pydantic_core import PydanticCustomError
 from bot.environment import expand_home, read_secret, read_variable
 from bot.errors import ConfigError
 
-SECRET = "secret"  # the type of errors about values that are never shown
+SECRET = "secret"  # the type of errors whose value must not be shown
 
 
 def _check_plain(value: Any) -> Any:
@@ -33,12 +33,12 @@ def _check_plain(value: Any) -> Any:
 
 def _check_variable(value: str) -> str:
     if value and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
-        raise PydanticCustomError(SECRET, "name an environment variable here, and put the secret itself into that variable")
+        raise PydanticCustomError(SECRET, "name an environment variable here, and put the secret into that variable")
     return value
 
 
 def _normalize_address(value: str) -> str:
-    """A server's address as clients write it, with or without /v1, as ours adds its paths to it."""
+    """Return a server's address without /v1 and what follows it, because our client adds the paths."""
     parts = urlsplit(value.strip())
     if not value.strip():
         return ""
@@ -46,7 +46,7 @@ def _normalize_address(value: str) -> str:
         raise PydanticCustomError(SECRET, "holds a password; leave it out, and name the variable of a key in api_key_env")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise PydanticCustomError("address", "write http://HOST:PORT")
-    _ = parts.port  # raises where it is none
+    _ = parts.port  # raises ValueError if it is not a port
     path = re.sub(r"/v1(/.*)?$", "", parts.path).rstrip("/")
     return f"{parts.scheme}://{parts.netloc}{path}"
 
@@ -59,19 +59,19 @@ Variable = Annotated[str, AfterValidator(_check_variable)]  # the name of an env
 PathName = Annotated[str, AfterValidator(expand_home)]  # a path, or a name that does not begin with ~
 
 
-VLLM_HOST = "127.0.0.1"  # of our own vLLM, whose --api-key guards only /v1: nobody but this machine may reach the rest
+VLLM_HOST = "127.0.0.1"  # our own vLLM must not be reachable from elsewhere: its --api-key guards only /v1
 DEFAULT_PERSONA = (
-    "You are kibitz, a friendly regular of this chat."  # of every model but the toy, where dialogue.persona is not set
+    "You are kibitz, a friendly regular of this chat."  # for every model but the toy, if dialogue.persona is not set
 )
 
 
 class Section(BaseModel):
-    """A part of the config: immutable, and without unknown keys."""
+    """A part of the config. It is immutable and refuses unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def fill(self, values: Mapping[str, Any]) -> Self:
-        """Return the section with those of `values` that nobody set; what was set stays."""
+        """Return the section with `values` for the keys that were not set."""
         return self.model_copy(update={key: value for key, value in values.items() if key not in self.model_fields_set})
 
 
@@ -83,19 +83,19 @@ class PolicyConfig(Section):
     max_tokens: Positive = 128
     thought_tokens: Positive = 512
     template_args: dict[str, Plain] = {}
-    temperature: Annotated[float, Field(ge=0.01, le=2)] = 1.0  # vLLM draws as at 0.01 below that, and a trainer would not
+    temperature: Annotated[float, Field(ge=0.01, le=2)] = 1.0  # below that vLLM samples as at 0.01, and a trainer does not
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
     min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @property
     def truncation(self) -> dict[str, float]:
-        """What cuts unlikely tokens away."""
+        """The sampling parameters that cut off unlikely tokens."""
         return {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
 
     @property
     def sampling(self) -> dict[str, float]:
-        """How a token is drawn."""
+        """All sampling parameters."""
         return {"temperature": self.temperature, **self.truncation}
 
 
@@ -115,12 +115,12 @@ class ServingConfig(Section):
     extra_args: list[str] = []
 
     def read_key(self) -> str:
-        """Read the key of the vLLM at `url`. Raises ConfigError where its variable is not set."""
+        """Return the API key of the vLLM at `url`. Raises ConfigError if its variable is not set."""
         return read_secret("serving.api_key_env", self.api_key_env) if self.api_key_env else "none"
 
 
 class DialogueConfig(Section):
-    """What the policy is shown."""
+    """What the policy gets in its prompt."""
 
     persona: str = ""
     embedder: PathName = "all-MiniLM-L6-v2"
@@ -131,7 +131,7 @@ class DialogueConfig(Section):
 
 
 class ReactionsConfig(Section):
-    """Which emoji are an opinion; all others are neutral."""
+    """The emoji that are opinions. All others are neutral."""
 
     approval: list[str] = ["👍", "❤️", "🎉", "😂", "🔥", "💯", "🙏", "🥰", "😍", "👏", "✅"]
     disapproval: list[str] = ["👎", "😡", "🤮", "💩", "😠", "❌"]
@@ -153,13 +153,13 @@ class RewardsConfig(Section):
 
 
 class RewardModelConfig(Section):
-    """What judges answers that nobody judged, for reports."""
+    """The model that judges answers without feedback, for reports."""
 
     kind: Literal["embedding", "lm"] = "embedding"
 
 
 class PrivacyConfig(Section):
-    """Who may be learned from, and for how long what people say is kept."""
+    """Whom kibitz may learn from, and how long messages are kept."""
 
     consent: Literal["assumed", "asked"] = "assumed"
     retention_days: Annotated[int, Field(ge=0, le=36_500)] = 0
@@ -199,7 +199,7 @@ class TrainingConfig(Section):
 
 
 class GateConfig(Section):
-    """What a candidate must show before it may go live."""
+    """The evidence that a candidate needs to go live."""
 
     min_held_out: Annotated[int, Field(ge=2)] = 6
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
@@ -279,7 +279,7 @@ class DatabaseConfig(Section):
 
 
 class Config(Section):
-    """Everything that an operator may set. Relative paths are relative to the working directory."""
+    """The whole config. Relative paths are relative to the working directory."""
 
     data_dir: PathName = "kibitz-data"
     seed: Annotated[int, Field(ge=0)] = 0
@@ -302,12 +302,12 @@ class Config(Section):
 
     @property
     def data(self) -> Path:
-        """The data directory: everything that kibitz writes is under it."""
+        """The data directory, which contains everything that kibitz writes."""
         return Path(self.data_dir)
 
     @property
     def database_url(self) -> str:
-        """The SQLAlchemy URL of the database. Raises ConfigError where its variable is not set."""
+        """The SQLAlchemy URL of the database. Raises ConfigError if its variable is not set."""
         if self.database.url_env:
             return read_variable("database.url_env", self.database.url_env)
         file = sa.URL.create("sqlite", database=str(self.data / "kibitz.db"))
@@ -315,7 +315,7 @@ class Config(Section):
 
     @property
     def addresses(self) -> dict[str, tuple[str, int]]:
-        """The host and the port that each part which is turned on listens on, by the config key of the port."""
+        """The host and port of each server that is turned on, by the config key of the port."""
         found = {} if self.serving.url else {"serving.port": (VLLM_HOST, self.serving.port)}
         if self.web.enabled:
             found["web.port"] = (self.web.host, self.web.port)
@@ -324,16 +324,16 @@ class Config(Section):
         return found
 
     def without_secrets(self) -> Self:
-        """Return the config as it may be stored: without the database's URL, which may hold a password."""
+        """Return the config without the database's URL, which may contain a password."""
         return self.model_copy(update={"database": self.database.model_copy(update={"url": ""})})
 
     def save(self, path: Path) -> None:
-        """Write the resolved config as JSON, without secrets; `load` reads it back."""
+        """Write the resolved config as JSON, without secrets. `load` reads it back."""
         path.write_text(json.dumps(self.without_secrets().model_dump(), indent=1, sort_keys=True))
 
 
 def load(path: Path | None = None, **overrides: Any) -> Config:
-    """Read a TOML (or resolved JSON) file, or the defaults, with command-line values on top.
+    """Return the config of a TOML (or resolved JSON) file, or the defaults. `overrides` that are not None come first.
 
     Raises ConfigError with one line that names the key, the value and the fix.
     """
@@ -347,18 +347,18 @@ def load(path: Path | None = None, **overrides: Any) -> Config:
         except UnicodeDecodeError as error:
             raise ConfigError(f"--config {path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
         except ValueError as error:
-            raise ConfigError(f"--config {path}: is not valid TOML: {error}") from error
+            raise ConfigError(f"--config {path}: is not valid TOML ({error}); fix it") from error
     values.update({key: value for key, value in overrides.items() if value is not None})
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_describe_first_error(error)) from None  # the cause quotes values, some of them secret
+        raise ConfigError(_describe_first_error(error)) from None  # the cause may quote a secret
     if config.database.url and config.database.url_env:
-        raise ConfigError("config key database.url_env is set beside database.url; remove one of them")
+        raise ConfigError("config keys database.url and database.url_env are both set; remove one of them")
     keys: dict[int, str] = {}
     for key, (_, port) in config.addresses.items():
         if port and keys.setdefault(port, key) != key:
-            raise ConfigError(f"config keys {keys[port]} and {key} both have value {port}; give each a port of its own")
+            raise ConfigError(f"config keys {keys[port]} and {key} both have value {port}; use two different ports")
     if config.training.lora_rank > config.serving.max_lora_rank:
         raise ConfigError(
             f"config key training.lora_rank has value {config.training.lora_rank}, above serving.max_lora_rank "
@@ -367,13 +367,13 @@ def load(path: Path | None = None, **overrides: Any) -> Config:
     if config.training.batch_size < 2 * config.training.processes:
         raise ConfigError(
             f"config key training.processes has value {config.training.processes}, too many for training.batch_size "
-            f"({config.training.batch_size}): each needs 2 answers a step; lower the first or raise the second"
+            f"({config.training.batch_size}), each needs 2 answers per step; lower the first or raise the second"
         )
     return config
 
 
 def list_known_keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
-    """Every dotted key of the config with its default."""
+    """Return every dotted key of the config with its default."""
     keys: dict[str, Any] = {}
     for name, info in model.model_fields.items():
         if isinstance(info.default, Section):

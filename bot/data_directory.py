@@ -1,7 +1,4 @@
-"""DataDirectory: the one place that kibitz writes to: private, shown to be writable, held by one serving process at a time.
-
-Of what is kept in it, it knows the names alone.
-"""
+"""The data directory: make it, check that it can be written, close it to other users, and lock it."""
 
 import contextlib
 import errno
@@ -15,9 +12,9 @@ import filelock
 
 from bot.errors import ConfigError
 
-HEALTH_FILE = "failing.json"  # which tasks of the serving process fail now (bot.supervision)
+HEALTH_FILE = "failing.json"  # the serving process's failing tasks (bot.supervision)
 FULL = {errno.ENOSPC, errno.EDQUOT}
-WITNESS = bytes(2**16)  # a full disk still takes empty files
+WITNESS = bytes(2**16)  # not empty, because a full disk still takes empty files
 OWN_FILE_PATTERNS = (
     *("kibitz.db*", "policies", "doctor-*", "models", "embedders", "bench", "home", "cache", ".cache", ".triton"),
     *("vllm.log", "train-config.json", "erasures.txt", "config.toml", "*.lock", ".writable-*", HEALTH_FILE),
@@ -27,7 +24,7 @@ OWN_FILE_PATTERNS = (
 def prepare_directory(data: Path) -> None:
     """Make the directory, check that this user may write in it, and close it to other users.
 
-    A full disk is passed over: what only reads goes on. Raises ConfigError.
+    A full disk is no error, so that commands that only read still work. Raises ConfigError.
     """
     with _translate_os_errors(data):
         if not data.is_dir():
@@ -42,7 +39,7 @@ def prepare_directory(data: Path) -> None:
 
 
 def check_directory_writable(data: Path) -> None:
-    """Write a file in the directory and remove it. Raises ConfigError where that fails, for instance on a full disk."""
+    """Write a file in the directory and remove it. Raises ConfigError if that fails, for instance on a full disk."""
     with _translate_os_errors(data):
         _write_witness(data)
 
@@ -62,22 +59,22 @@ def _translate_os_errors(data: Path) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(
             f"data_dir has value '{data}', which cannot be written ({error.strerror}); "
-            "give another with data_dir in the config or --data-dir"
+            "set another with data_dir in the config or --data-dir"
         ) from error
 
 
 def _make_private(data: Path) -> None:
-    """Let nobody else read what earlier versions of kibitz wrote with the permissions that are usual.
+    """Remove the permissions of other users, also from files that earlier versions of kibitz wrote.
 
-    The directory itself is closed only if nothing else lies in it: somebody may have named one that others use.
+    The directory itself keeps its permissions if it has foreign files, because others may use it.
     """
     try:
         entries = list(data.iterdir())
-    except OSError:  # somebody lets us write here and not look
+    except OSError:  # we may write here but not list
         return
     ours = [entry for entry in entries if any(fnmatch(entry.name, pattern) for pattern in OWN_FILE_PATTERNS)]
     for path in [*ours, *([data] if len(ours) == len(entries) else [])]:
-        with contextlib.suppress(OSError):  # of another user, or just removed
+        with contextlib.suppress(OSError):  # it belongs to another user, or was just removed
             mode = path.stat().st_mode
             if mode & 0o077:
                 path.chmod(stat.S_IMODE(mode) & ~0o077)
@@ -85,7 +82,10 @@ def _make_private(data: Path) -> None:
 
 @contextlib.contextmanager
 def lock_directory(data: Path, purpose: str) -> Iterator[None]:
-    """Hold the directory for `purpose` ("serve", "train"): one process at a time. The kernel frees it if we die."""
+    """Lock the directory for `purpose` ("serve", "train"), so that one process at a time does it.
+
+    The kernel frees the lock if we die. Raises ConfigError if another process holds it.
+    """
     prepare_directory(data)
     path = data / f"{purpose}.lock"
     lock = filelock.FileLock(path, timeout=0)
@@ -93,7 +93,7 @@ def lock_directory(data: Path, purpose: str) -> Iterator[None]:
         lock.acquire()
     except filelock.Timeout as error:
         raise ConfigError(
-            f"data_dir '{data}' is in use: another kibitz holds {path}; stop that one, or give another --data-dir"
+            f"data_dir '{data}' is in use: another kibitz holds {path}; stop that one, or use another --data-dir"
         ) from error
     try:
         yield
@@ -102,7 +102,7 @@ def lock_directory(data: Path, purpose: str) -> Iterator[None]:
 
 
 def is_locked(data: Path, purpose: str) -> bool:
-    """Whether some process holds the directory for `purpose` now."""
+    """Return whether a process holds the lock for `purpose` now."""
     if not (data / f"{purpose}.lock").exists():
         return False
     try:

@@ -1,6 +1,6 @@
-"""Environment: what kibitz takes from where it runs: secrets, standard streams, a home, a user name, a proxy, a port.
+"""Read the process's environment: secrets, paths, standard streams, home directory, user name, proxy, ports.
 
-It knows no config: whoever asks names the key that an error should speak of.
+It does not depend on the config. Callers pass the config key that an error message should name.
 """
 
 import errno
@@ -18,9 +18,9 @@ from bot.errors import ConfigError
 
 
 def read_variable(key: str, variable: str) -> str:
-    """Return what the environment variable that a config key names holds, without blanks and line ends around it.
+    """Return the value of the environment variable that a config key names, stripped of white space.
 
-    Raises ConfigError where it is not set.
+    Raises ConfigError if it is not set.
     """
     value = os.environ.get(variable, "").strip()
     if not value:
@@ -29,17 +29,15 @@ def read_variable(key: str, variable: str) -> str:
 
 
 def read_secret(key: str, variable: str) -> str:
-    """As `read_variable`, of what is sent in a header: one word. Raises ConfigError where it is not."""
+    """Return the value of an environment variable that is sent in a header. Raises ConfigError if it is not one word."""
     value = read_variable(key, variable)
     if any(character.isspace() or not character.isprintable() for character in value):
-        raise ConfigError(
-            f"config key {key}: ${variable} holds blanks or line ends within its value; put the secret there alone"
-        )
+        raise ConfigError(f"config key {key}: the value of ${variable} contains white space; put only the secret there")
     return value
 
 
 def expand_home(path: str) -> str:
-    """Replace a `~` at the beginning of a path. Raises ConfigError where there is no such home directory."""
+    """Expand a leading `~` of a path. Raises ConfigError if there is no such home directory."""
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         raise ConfigError(f"the path '{path}' begins with ~, but there is no such home directory; write the whole path")
@@ -47,24 +45,24 @@ def expand_home(path: str) -> str:
 
 
 def read_path(text: str) -> Path:
-    """Return the path that a command line names, with the home directory for a `~`.
+    """Return a path from the command line, with a leading `~` expanded.
 
-    Raises ConfigError for an empty name, which would be the working directory, and for one that the system refuses.
+    Raises ConfigError if the text is empty, which would be the working directory, or if the system refuses the path.
     """
     if not text:
-        raise ConfigError("an empty path was given; name a file or a directory, '.' is this one")
+        raise ConfigError("a path is empty; name a file or a directory, '.' is the working directory")
     path = Path(expand_home(text))
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        pass  # whoever needs it says so
+        pass  # callers that need the file report it
     except OSError as error:
         raise ConfigError(f"the path '{text}' cannot be used ({error.strerror}); name another") from error
     return path
 
 
 def check_arguments(arguments: Iterable[str]) -> None:
-    """Check that the arguments of a command line are text, as no database takes others. Raises ConfigError."""
+    """Raise ConfigError if an argument is not UTF-8 text, because no database takes it."""
     for argument in arguments:
         try:
             argument.encode()
@@ -73,29 +71,29 @@ def check_arguments(arguments: Iterable[str]) -> None:
 
 
 def open_standard_streams() -> None:
-    """Open /dev/null in place of each standard stream that is closed, so that no other file gets its number.
+    """Open /dev/null in place of each closed standard stream, so that no other file gets its descriptor.
 
-    A character that the encoding of an output does not have is shown as "?", as what people say has all kinds.
+    Characters that the encoding of an output lacks are printed as "?", because messages contain any character.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (it stays open as long as we run)
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (it stays open until we end)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
 def ensure_user(data: Path) -> None:
-    """Give this process a user name and a home directory (below `data`) where it has none, as in many containers.
+    """Set a user name and a home directory (below `data`) if this process has none, as in many containers.
 
-    Libraries ask for both while they are imported, and end where there are none.
+    Some libraries need both when they are imported.
     """
     try:
         getpass.getuser()
     except (KeyError, OSError):
         os.environ["LOGNAME"] = f"user-{os.getuid()}"
     if not os.environ.get("HOME"):
-        os.environ.pop("HOME", None)  # an empty one would be the root directory
+        os.environ.pop("HOME", None)  # an empty value would mean the root directory
         try:
             Path.home()
         except RuntimeError:
@@ -114,13 +112,13 @@ def find_proxy(url: str) -> str | None:
 
 
 def listen(key: str, host: str, port: int, otherwise: str = "") -> socket.socket:
-    """Open a socket that listens on an IPv4 or IPv6 host and a port; 0 is any free one.
+    """Return a socket that listens on an IPv4 or IPv6 host and a port (0 for any free one).
 
-    Raises ConfigError that names the port's `key` where the address cannot be had, and what can be done `otherwise`.
+    Raises ConfigError if the address cannot be used. The message names the port's `key` and ends with `otherwise`.
     """
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=512)
-    except (OSError, ValueError) as error:  # ValueError: of a name that no host can have
+    except (OSError, ValueError) as error:  # ValueError: the name cannot be a host's
         why = (
             "which is in use"
             if getattr(error, "errno", None) == errno.EADDRINUSE
@@ -132,5 +130,5 @@ def listen(key: str, host: str, port: int, otherwise: str = "") -> socket.socket
 
 
 def http_url(host: str, port: int) -> str:
-    """Return the URL of a server; an IPv6 host stands in brackets."""
+    """Return the URL of a server, with brackets around an IPv6 host."""
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"

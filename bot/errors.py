@@ -1,29 +1,29 @@
 """The errors that kibitz raises for people.
 
-    KibitzError                one line that names the key, the value and the fix
-    |-- ConfigError            a config key or a command-line value cannot be used
-    |-- TemplateError          the model's chat template refuses a conversation
-    |-- DataError              a file or a database that kibitz was given cannot be read
-    |   |-- DatabaseUnavailable    the database is locked, full or gone; nothing was stored
-    |   '-- Forgotten          what was to be answered is forgotten; nobody waits for it
-    |-- ServingError           vLLM cannot be started, reached or used
-    |   |-- ReplyInterrupted   an answer broke off; what was said so far is kept
-    |   |-- Unavailable        vLLM could not be asked just now; the same may succeed in a moment
-    |   |-- Asleep             vLLM sleeps while a version is trained
-    |   '-- ProbeFailed        a server does not serve what was trained
-    |-- ConnectorError         a platform cannot be served until the operator does something
-    |-- TrainingError          a run has nothing to train on, or did not train
-    |   '-- NothingToLearn     no usable reward: not a fault, only nothing to do
-    '-- RegistryError          a policy version cannot make the transition that was asked for
-        '-- VerdictOutdated    a candidate was judged against a version that is not live any more
+    KibitzError                    one line that says what is wrong, what was found, and what to do
+    |-- ConfigError                a config key or a command-line value cannot be used
+    |-- TemplateError              the model's chat template refuses a conversation
+    |-- DataError                  a file or a database cannot be used
+    |   |-- DatabaseUnavailable    the database is locked, full, gone or broken; nothing was stored
+    |   '-- ForgottenError         the message to answer was forgotten; nobody waits for an answer
+    |-- ServingError               vLLM cannot be started, reached or used
+    |   |-- ReplyInterrupted       an answer broke off; its beginning is kept
+    |   |-- ServerUnavailable      vLLM does not answer at the moment; a new try may succeed
+    |   |-- ServerAsleep           vLLM sleeps while a version is trained
+    |   '-- ProbeFailed            a server does not serve the version that was trained
+    |-- ConnectorError             a platform cannot be served until the operator does something
+    |-- TrainingError              a run has nothing to train on, or did not train
+    |   '-- NothingToLearn         there is no usable reward yet, which is no fault
+    '-- RegistryError              a policy version cannot make the transition
+        '-- VerdictOutdated        a candidate was judged against a version that is no longer live
 
-The command line shows the message and exits with code 2; everything else is a bug with a traceback. `quote_error` quotes
-any error in one line.
+The command line shows the message and exits with code 2. Any other error is a bug and shows a traceback. `quote_error`
+quotes any error in one line.
 """
 
 
 class KibitzError(Exception):
-    """Something that the person at the keyboard can put right; its text is one line."""
+    """An error that the user can fix. Its text is one line."""
 
 
 class ConfigError(KibitzError):
@@ -35,15 +35,15 @@ class TemplateError(KibitzError):
 
 
 class DataError(KibitzError):
-    """A file or a database that kibitz was given cannot be read."""
+    """A file or a database cannot be used."""
 
 
 class DatabaseUnavailable(DataError):
-    """The database is locked, full, gone or broken. Nothing was stored; the same may succeed later."""
+    """The database is locked, full, gone or broken. Nothing was stored, and a new try may succeed."""
 
 
 class ForgottenError(DataError):
-    """What was to be answered was forgotten, before its answer or meanwhile; nobody waits for it."""
+    """The message to answer was forgotten, before its answer or meanwhile. Nobody waits for an answer."""
 
 
 class ServingError(KibitzError):
@@ -51,7 +51,7 @@ class ServingError(KibitzError):
 
 
 class ReplyInterrupted(ServingError):
-    """An answer of a version broke off after its first token; `text` is what had been said."""
+    """An answer of a version broke off after its first token. `text` is its beginning."""
 
     def __init__(self, text: str, version: str, cause: str):
         super().__init__(f"the answer broke off: {cause}")
@@ -60,18 +60,18 @@ class ReplyInterrupted(ServingError):
 
 
 class ServerUnavailable(ServingError):
-    """vLLM could not be asked just now: it is away, failing or busy. It says nothing about what was asked."""
+    """vLLM is away, failing or busy at the moment. The request itself may be fine."""
 
 
 class ServerAsleep(ServingError):
-    """vLLM sleeps while a version is trained: nobody is answered until that ends."""
+    """vLLM sleeps while a version is trained. Nobody is answered until that ends."""
 
     def __init__(self) -> None:
         super().__init__("I am learning and cannot answer meanwhile; ask again in a few minutes")
 
 
 class ProbeFailed(ServingError):
-    """A server's log-probabilities are not those of the version that it was given."""
+    """A server's log-probabilities are not those of the version that it loaded."""
 
 
 class ConnectorError(KibitzError):
@@ -83,28 +83,28 @@ class TrainingError(KibitzError):
 
 
 class NothingToLearn(TrainingError):
-    """There is no usable reward: not a fault, only nothing to do yet."""
+    """There is no usable reward yet. This is no fault."""
 
 
 class RegistryError(KibitzError):
-    """A policy version cannot make the transition that was asked for."""
+    """A policy version cannot make the transition."""
 
 
 class VerdictOutdated(RegistryError):
-    """A candidate was judged against a version that is not live any more."""
+    """A candidate was judged against a version that is no longer live."""
 
     def __init__(self, name: str, judged_against: str | None, live: str):
         super().__init__(
-            f"{name} was judged against {judged_against}, but {live} is live now; `kibitz train` makes a candidate that is "
-            "judged against it"
+            f"{name} was judged against {judged_against}, but {live} is live now; make a candidate that is judged against "
+            "it with `kibitz train`"
         )
 
 
 def quote_error(error: BaseException, only_first_line: bool = False) -> str:
-    """Return what an error says, in one line: ours whole, anybody else's with its kind and cut to 240 characters.
+    """Return an error's text in one line. Errors of others begin with their type and are cut to 240 characters.
 
-    `only_first_line` is for errors whose further lines may quote what people wrote. Of a database's error it is what the
-    driver says in its first line, since rows follow.
+    With `only_first_line`, further lines are dropped, because they may quote people's messages. Of a database's error only
+    the driver's first line is used, because the others quote rows.
     """
     if isinstance(error, KibitzError):
         return " ".join(str(error).split())

@@ -1,9 +1,8 @@
-"""Logging: where lines go, how they look, and the ids of what is being worked on.
+"""Logging: handlers, formats, and the ids in each line.
 
-Each line has the ids that `working_on` sets: `request` is the platform's id of an event (or one made here), `turn` is
-the answer. Tasks inherit them; `keep_ids` carries them to a task that was there before. What people say is logged only if
-`log.text` is true: else `log_text` does nothing, and tracebacks do not quote the errors of libraries. It knows no platform
-and no store.
+`working_on` sets the ids: `request` is the platform's id of an event (or one made here), `turn` is the answer. New tasks
+inherit them, and `keep_ids` carries them to a task that exists already. People's texts are logged only if `log.text` is
+true. Otherwise `log_text` does nothing, and tracebacks do not quote the errors of libraries.
 """
 
 import contextlib
@@ -20,18 +19,18 @@ from bot.config import LogConfig
 from bot.errors import KibitzError, quote_error
 
 OURS = ("bot", "connectors", "learning")
-OPERATOR = logging.getLogger("kibitz")  # what happens to kibitz as a whole; its operator is told, whatever the level is
-SAID = logging.getLogger("said")  # what people and kibitz say
-SHOWN = 200  # characters of a text
+OPERATOR = logging.getLogger("kibitz")  # announcements to the operator, shown at every level
+SAID = logging.getLogger("said")  # texts of people and of kibitz
+SHOWN = 200  # characters of a text that are logged
 
 Raised = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
-_ids: ContextVar[Mapping[str, str]] = ContextVar("ids", default={})  # noqa: B039 (nobody changes it)
+_ids: ContextVar[Mapping[str, str]] = ContextVar("ids", default={})  # noqa: B039 (it is never mutated)
 
 
 @contextlib.contextmanager
 def working_on(**ids: str) -> Iterator[None]:
-    """Add ids to each line that is logged inside, also by tasks that begin there."""
+    """Add ids to each line that is logged inside, also by tasks that are created inside."""
     before = _ids.set({**_ids.get(), **ids})
     try:
         yield
@@ -40,7 +39,7 @@ def working_on(**ids: str) -> Iterator[None]:
 
 
 def keep_ids(work: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
-    """Return `work` with the ids of this moment, for a task that may have begun with other ones."""
+    """Return `work` bound to the current ids, for a task that may have others."""
     ids = _ids.get()
 
     async def kept() -> None:
@@ -54,19 +53,19 @@ def keep_ids(work: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None
 
 
 def log_text(what: str, text: str) -> None:
-    """Log the beginning of a text that somebody said, if `log.text` is true."""
+    """Log the beginning of somebody's text, if `log.text` is true."""
     SAID.info("%s: %r%s", what, text[:SHOWN], "…" if len(text) > SHOWN else "")
 
 
 class _Lines(logging.Formatter):
-    """Lines that quote an error of a library only where `quotes_people`: it may hold what somebody said."""
+    """A formatter that quotes errors of libraries only with `quotes_people`, because they may contain people's texts."""
 
     def __init__(self, quotes_people: bool):
         super().__init__()
         self.quotes_people = quotes_people
 
     def formatException(self, ei: Raised) -> str:
-        """Return the places that an error went through, and its kind; of our own errors also what they say."""
+        """Return a traceback with the error's type, and with the text of our own errors."""
         error = ei[1]
         if self.quotes_people or error is None:
             return super().formatException(ei)
@@ -75,7 +74,7 @@ class _Lines(logging.Formatter):
 
 
 class TextLines(_Lines):
-    """Lines for people: time, level, logger, ids, message; a traceback follows on lines of its own."""
+    """Lines for people: time, level, logger, ids, message. A traceback follows on its own lines."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return a record as text."""
@@ -85,10 +84,10 @@ class TextLines(_Lines):
 
 
 class JsonLines(_Lines):
-    """Lines for programs: an object with `time` (ISO 8601, UTC), `level`, `logger`, the ids, `message` and `traceback`."""
+    """JSON lines: an object with `time` (ISO 8601, UTC), `level`, `logger`, the ids, `message` and `traceback`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return a record as JSON, in one line."""
+        """Return a record as one line of JSON."""
         row = {"time": _time(record), "level": record.levelname.lower(), "logger": record.name, **_ids.get()}
         row["message"] = record.getMessage()
         if record.exc_info:
@@ -97,7 +96,7 @@ class JsonLines(_Lines):
 
 
 class StandardError(logging.Handler):
-    """Writes to what `sys.stderr` is at the moment: progress bars and prompts put something in its place."""
+    """A handler that writes to the current `sys.stderr`, which progress bars and prompts replace."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line."""
@@ -108,7 +107,7 @@ class StandardError(logging.Handler):
 
 
 class Terminal(logging.Handler):
-    """Shows the operator what happens, as the commands always did; an error that ends a command only if the log does not."""
+    """A handler that shows announcements on the terminal. It skips errors if the log shows them."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line."""
@@ -122,9 +121,9 @@ class Terminal(logging.Handler):
 
 
 def set_up(config: LogConfig) -> None:
-    """Log to standard error as the config says. Other libraries log warnings only: their details quote what people say.
+    """Log to standard error as the config says. Libraries log warnings only, because their details quote people's texts.
 
-    What the operator is told stands on the terminal or in the log; in both where the terminal does not show the log.
+    Announcements go to the terminal or to the log. They go to both if the log is redirected away from the terminal.
     """
     root, is_json = logging.getLogger(), config.format == "json"
     for handler in [one for one in root.handlers if isinstance(one, StandardError)]:
@@ -151,7 +150,7 @@ def _time(record: logging.LogRecord) -> str:
     return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
 
 
-# Until `set_up`: what the operator is told is shown, and nothing that people say is logged.
+# Until `set_up` is called, announcements are shown and no texts are logged.
 for _logger in (OPERATOR, SAID):
     _logger.setLevel(logging.INFO)
 SAID.disabled = True

@@ -1,4 +1,4 @@
-"""Output: what commands print, draw as progress, and write into files. It knows no command."""
+"""Output of commands: announcements, tables, progress bars and JSON files."""
 
 import json
 import signal
@@ -19,12 +19,12 @@ console = Console()
 
 
 def announce(text: str) -> None:
-    """Tell the operator what happens: on the terminal or in the log, as `logs.set_up` decided."""
+    """Tell the operator something, on the terminal or in the log, as `logs.set_up` decided."""
     logs.OPERATOR.info("%s", text)
 
 
 def make_log_progress(tell: Callable[[str], None]) -> Progress:
-    """A report of progress for a log: a line for each tenth."""
+    """Return a progress callable that calls `tell` with one line per tenth."""
     told: dict[str, int] = {}
 
     def report(stage: str, done: int, total: int) -> None:
@@ -36,7 +36,7 @@ def make_log_progress(tell: Callable[[str], None]) -> Progress:
 
 
 def write_json(path: Path | None, name: str, figures: dict[str, Any], setup: dict[str, Any]) -> None:
-    """Write `{"name", "figures", "setup"}`, whole or not at all."""
+    """Write `{"name", "figures", "setup"}` to a file, whole or not at all. Do nothing if `path` is None."""
     if path is None:
         return
     output_files.write_text(path, json.dumps({"name": name, "figures": figures, "setup": setup}, indent=1, sort_keys=True))
@@ -44,7 +44,7 @@ def write_json(path: Path | None, name: str, figures: dict[str, Any], setup: dic
 
 
 def print_figures(figures: dict[str, Any]) -> None:
-    """Show figures as a table."""
+    """Print figures as a table."""
     table = Table("figure", "value")
     for name, value in figures.items():
         if isinstance(value, dict):
@@ -54,7 +54,7 @@ def print_figures(figures: dict[str, Any]) -> None:
 
 
 def print_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Show rows of text as a table."""
+    """Print rows of text as a table."""
     table = Table(*header)
     for row in rows:
         table.add_row(*map(Text, row))
@@ -62,7 +62,7 @@ def print_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def check_writable(*paths: Path | None) -> None:
-    """Refuse an output file that could not be written, before the work and not after it."""
+    """Raise DataError if an output file cannot be written. Call this before the work."""
     for path in paths:
         if path is not None:
             output_files.check_replaceable(path)
@@ -70,7 +70,7 @@ def check_writable(*paths: Path | None) -> None:
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """A rich progress bar, fed by (stage, done, total); on something that is no terminal it is silent."""
+    """Show a progress bar on standard error, if that is a terminal. Yield its progress callable."""
     text = progress.TextColumn("{task.description}")
     columns = text, progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeElapsedColumn()
     with progress.Progress(*columns, console=Console(stderr=True), transient=True) as shown:
@@ -89,8 +89,9 @@ def progress_bar() -> Iterator[Progress]:
 
 @contextmanager
 def interruptible(report: Progress) -> Iterator[Progress]:
-    """A report that ends the work where Ctrl-C was pressed, also if a library lost the exception: many have a bare `except`
-    around their imports. For work in the main thread, outside an event loop.
+    """Yield a progress callable that raises KeyboardInterrupt after Ctrl-C, even if a library swallowed the exception.
+
+    Many libraries have a bare `except` around their imports. For work in the main thread, outside an event loop.
     """
     pressed = False
     before = signal.getsignal(signal.SIGINT)

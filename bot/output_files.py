@@ -1,4 +1,4 @@
-"""Output files: written whole or not at all, and never in the place of a directory, a device, a pipe or a socket."""
+"""Write output files, whole or not at all, and never over a directory, a device, a pipe or a socket."""
 
 import os
 import stat
@@ -10,7 +10,7 @@ from bot.errors import DataError
 
 
 def check_replaceable(path: Path) -> None:
-    """Check that a plain file is at `path`, or that one can be made there. Raises DataError otherwise."""
+    """Check that `path` is a plain file, or that one can be made there. Raises DataError otherwise."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -28,7 +28,7 @@ def check_replaceable(path: Path) -> None:
 
 @contextmanager
 def replace(path: Path) -> Iterator[Path]:
-    """Give a new file that only its owner may read. At the end it takes the place of `path`; on an error nothing changes.
+    """Yield a new file that only its owner may read. It replaces `path` at the end; on an error nothing changes.
 
     Raises DataError if the file cannot be written.
     """
@@ -55,4 +55,4 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _make_write_error(path: Path, reason: str | None) -> DataError:
-    return DataError(f"{path}: cannot be written ({reason}); nothing was changed, name another file")
+    return DataError(f"{path}: cannot be written ({reason}), nothing was changed; name another file")

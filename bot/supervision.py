@@ -1,6 +1,6 @@
-"""Supervision: a task that fails harms no other, is reported once, and is tried again until it works.
+"""Supervision: restart failing tasks until they work, and report each failure once.
 
-`Health` knows which tasks fail now; `/readyz`, `/status` and `kibitz status` ask it. No task is known here by name.
+`Health` holds the tasks that fail now, for `/readyz`, `/status` and `kibitz status`.
 """
 
 import asyncio
@@ -19,9 +19,9 @@ from bot.types import now
 
 log = logging.getLogger(__name__)
 
-FIRST_PAUSE = 1.0  # seconds before the first new try; each further one waits twice as long
+FIRST_PAUSE = 1.0  # seconds before the first retry; each further pause is twice as long
 LONGEST_PAUSE = 60.0
-STABLE_SECONDS = 120.0  # seconds after which a task without steps counts as working again
+STABLE_SECONDS = 120.0  # a continuous task that ran so long counts as working again
 
 Tell = Callable[[str], None]
 Start = Callable[[Coroutine[Any, Any, None]], None]
@@ -29,16 +29,16 @@ Start = Callable[[Coroutine[Any, Any, None]], None]
 
 @dataclass(frozen=True)
 class Failure:
-    """Since when a task fails, and why."""
+    """A failing task's first failure and last reason."""
 
     since: datetime
     reason: str
 
 
 class Health:
-    """Which tasks fail now. Tells the operator when one begins to fail and when it works again.
+    """The tasks that fail now. Tells the operator when one begins to fail and when it works again.
 
-    With a `file`, what fails is written there, so that another process can read it (`read_failures`).
+    With a `file`, the failures are written there, so that another process can read them (`read_failures`).
     """
 
     def __init__(self, tell: Tell, file: Path | None = None):
@@ -49,22 +49,22 @@ class Health:
         self._write()
 
     def record_failure(self, name: str, error: Exception) -> None:
-        """Record that a task failed. Each reason is told once until the task works again."""
+        """Record that a task failed. Report each reason once until the task works again."""
         before, reason = self.failures.get(name), quote_error(error, only_first_line=True)
         is_ours = isinstance(error, KibitzError)
         told = self._told.setdefault(name, set())
-        kind = reason if is_ours else type(error).__name__  # texts of libraries hold addresses and numbers
+        kind = reason if is_ours else type(error).__name__  # texts of libraries contain addresses and numbers
         if kind not in told:
             told.add(kind)
             self.tell(f"{name} failed: {reason} (kibitz goes on, and tries again)")
-            if not is_ours:  # only where, not what: error texts of libraries may quote what people said
+            if not is_ours:  # without the error's text: libraries may quote people's messages
                 log.error("%s failed at\n%s", name, "".join(traceback.format_tb(error.__traceback__)))
         if before is None or before.reason != reason:
             self.failures[name] = Failure(before.since if before else now(), reason)
             self._write()
 
     def record_recovery(self, name: str) -> None:
-        """Record that a task works."""
+        """Record that a task works, and tell the operator if it failed before."""
         if self.failures.pop(name, None) is not None:
             del self._told[name]
             self.tell(f"{name} works again")
@@ -78,12 +78,12 @@ class Health:
             unfinished = self._file.with_suffix(".unfinished")
             unfinished.write_text(json.dumps(rows), encoding="utf-8")
             unfinished.rename(self._file)
-        except OSError as error:  # a full disk must not end what reports it
+        except OSError as error:  # a full disk must not end the supervision
             log.warning("%s cannot be written: %s", self._file, error.strerror)
 
 
 def read_failures(file: Path) -> dict[str, Failure]:
-    """Read which tasks of another process fail; nothing where it wrote no file."""
+    """Return the failing tasks of another process by name, empty if its file cannot be read."""
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
         return {name: Failure(datetime.fromisoformat(since), reason) for name, (since, reason) in rows.items()}
@@ -92,7 +92,7 @@ def read_failures(file: Path) -> dict[str, Failure]:
 
 
 def describe_failures(failing: dict[str, Failure]) -> list[str]:
-    """What fails, for people."""
+    """Return a line for people for each failing task."""
     return [f"failing: {name} since {one.since:%Y-%m-%d %H:%M} UTC: {one.reason}" for name, one in failing.items()]
 
 
@@ -103,10 +103,10 @@ async def supervise(
     every: float | None = None,
     longest_pause: float = LONGEST_PAUSE,
 ) -> None:
-    """Do `work` until it returns or, with `every`, again and again with so many seconds between.
+    """Run `work` until it returns or, with `every`, repeatedly with so many seconds between.
 
-    Work that fails is tried again after a pause, which doubles up to `longest_pause` seconds. It works again when it
-    returns, or runs for SETTLED seconds where it has no steps. Raises ConfigError: only the operator can put that right.
+    Work that fails is retried after a pause, which doubles up to `longest_pause` seconds. It counts as recovered when it
+    returns or, without `every`, has run for STABLE_SECONDS. ConfigError is raised, because only the operator can fix it.
     """
     loop = asyncio.get_running_loop()
     first_pause = pause = min(FIRST_PAUSE, longest_pause)
@@ -138,7 +138,7 @@ async def supervise(
 
 @contextlib.asynccontextmanager
 async def background_tasks() -> AsyncIterator[Start]:
-    """Give a function that starts tasks in one TaskGroup. They are cancelled at the end; an error of one ends the body."""
+    """Yield a function that starts tasks in one TaskGroup. They are cancelled at the end; an error of one ends the body."""
     started: list[asyncio.Task[None]] = []
     async with asyncio.TaskGroup() as group:
         try:

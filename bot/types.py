@@ -1,6 +1,6 @@
-"""The small frozen records that the parts of kibitz hand to each other.
+"""The small frozen records that the parts of kibitz exchange.
 
-They know no database, no platform and no model. Ids are text; times are timezone-aware and in UTC.
+Ids are text. Times are timezone-aware and in UTC.
 """
 
 from collections.abc import Callable
@@ -14,18 +14,18 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
 
 
 def new_id() -> str:
-    """A UUIDv7 as text: ids made later sort later."""
+    """Return a new UUIDv7 as text. Later ids sort after earlier ones."""
     return str(uuid_utils.uuid7())
 
 
 def now() -> datetime:
-    """The current time in UTC."""
+    """Return the current time in UTC."""
     return datetime.now(UTC)
 
 
-Progress = Callable[[str, int, int], None]  # is told what is done: the stage, how much of it, of how much
-Person = tuple[str, str]  # a platform, and its id for somebody
-FORGOTTEN = ""  # stands for the author of an erased message; nobody is called so
+Progress = Callable[[str, int, int], None]  # called with the stage, the amount done, and the total
+Person = tuple[str, str]  # a platform, and a user id there
+FORGOTTEN = ""  # the author id of an erased message; no user has it
 
 
 class Role(StrEnum):
@@ -37,7 +37,7 @@ class Role(StrEnum):
 
 
 class FeedbackKind(StrEnum):
-    """What a person said about an answer."""
+    """The kind of one act of feedback."""
 
     APPROVAL = "approval"
     DISAPPROVAL = "disapproval"
@@ -49,7 +49,7 @@ class FeedbackKind(StrEnum):
 
 
 class PolicyState(StrEnum):
-    """Where a policy version is in its life; `bot.store.registry` holds the transitions."""
+    """The state of a policy version. `bot.store.registry` holds the transitions."""
 
     TRAINING = "training"
     CANDIDATE = "candidate"
@@ -63,9 +63,9 @@ class PolicyState(StrEnum):
 
 @dataclass(frozen=True)
 class Conversation:
-    """A place where people talk: a terminal, a channel, a thread, or an imported file's dialogue.
+    """A place where people talk: a terminal, a channel, a thread, or an imported dialogue.
 
-    `is_public`: everybody in its space may read it.
+    If `is_public`, everybody in its space may read it.
     """
 
     platform: str
@@ -78,10 +78,10 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Message:
-    """One message of a conversation. `event_id` is the platform's id of the event that brought it, claimed once.
+    """One message of a conversation. `event_id` is the platform's id of its event, and unique.
 
-    `author_name` is what people saw its author called when it was written; "" where nobody else is there.
-    Of a message that was erased (`bot.store.forgetting`) only its place is left: its author is FORGOTTEN, its text empty.
+    `author_name` is the name that people saw when it was written, "" if nobody else is in the conversation. An erased
+    message (`bot.store.forgetting`) keeps its row: its author is FORGOTTEN and its text is empty.
     """
 
     conversation_id: str
@@ -97,16 +97,16 @@ class Message:
 
     @property
     def is_forgotten(self) -> bool:
-        """Whether only the message's place is left."""
+        """Whether the message was erased."""
         return self.author_id == FORGOTTEN
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What the policy said, and all that made it.
+    """An answer of the policy, with everything that made it.
 
-    `prompt_ids` and `completion_ids` are the exact token ids; `logprobs` holds the log-probability (nats) under the
-    sampling distribution of each of the `completion_ids`.
+    `prompt_ids` and `completion_ids` are the exact token ids. `logprobs` has the log-probability (nats) of each of the
+    `completion_ids` under the sampling distribution.
     """
 
     text: str
@@ -121,7 +121,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class FollowUp:
-    """A message that its author wrote after an answer: how likely it is each kind of thing said about that answer."""
+    """A message after an answer, with the probability of each kind of opinion that it may express about the answer."""
 
     turn_id: str
     message_id: str
@@ -129,13 +129,13 @@ class FollowUp:
 
     @property
     def kind(self) -> str:
-        """What it most likely is."""
+        """The most likely kind."""
         return max(self.chances, key=lambda kind: self.chances[kind])
 
 
 @dataclass(frozen=True)
 class StoredMessage:
-    """A message that is committed, where it was said, and whether its event is new."""
+    """A committed message with its conversation. `is_new` is False if its event was stored before."""
 
     message: Message
     place: Conversation
@@ -144,11 +144,11 @@ class StoredMessage:
 
 @dataclass(frozen=True)
 class Turn:
-    """One answer in a conversation: the message that it answers, and what made it.
+    """One answer in a conversation, with the message that it answers and everything that made it.
 
-    An imported turn was not sampled by us: its `policy_version` is "imported" and its ids and log-probabilities are
-    None. `replaces` names the turn that was regenerated. `shown` holds the ids of the earlier messages that the policy was
-    shown: those of the recent window with None, those that were remembered with their similarity to the question.
+    An imported turn was not sampled by us: its `policy_version` is "imported", its ids and log-probabilities are None.
+    `replaces` is the id of the turn that it regenerates. `shown` has the ids of the earlier messages in the prompt: recent
+    messages with None, recalled ones with their similarity to the question.
     """
 
     conversation_id: str
@@ -170,22 +170,21 @@ class Turn:
 
     @property
     def sources(self) -> set[str]:
-        """The ids of the messages that it was made from: its question, and what the policy was shown."""
+        """The ids of the messages that it was made from: its question and the `shown` ones."""
         return {self.message_id, *self.shown}
 
     @property
     def remembered(self) -> dict[str, float]:
-        """Of what was shown, what came from long ago or elsewhere, with its similarity to the question."""
+        """The recalled messages among the `shown`, with their similarity to the question."""
         return {message: score for message, score in self.shown.items() if score is not None}
 
 
 @dataclass(frozen=True)
 class Feedback:
-    """One act of one person about one turn: given, or taken back (`retracts`).
+    """One act of feedback of one person on one turn, or its retraction (`retracts`).
 
-    `signal` is what was used to say it (an emoji, a button, a command), so that taking back ❤️ leaves 👍 standing.
-    `value` is the rank for RANK and a number in [-1, 1] for RATING; `text` is the wanted answer for CORRECTION and what
-    was said for COMMENT.
+    `signal` is the means (an emoji, a button, a command), so that retracting ❤️ keeps 👍. `value` is the rank for RANK and a
+    number in [-1, 1] for RATING. `text` is the wanted answer for CORRECTION and the comment for COMMENT.
     """
 
     turn_id: str
@@ -204,32 +203,33 @@ Time = Annotated[datetime, PlainSerializer(datetime.isoformat)]  # in a Record
 
 
 class Record(BaseModel):
-    """What is kept as JSON, typed. A key that was never said stays away from the JSON; one that is not known is kept, since
-    another version of kibitz wrote it.
+    """A typed record that is stored as JSON.
+
+    Keys that were not set are left out of the JSON. Unknown keys are kept, because another version of kibitz wrote them.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """Read what `as_json` gave. Raises pydantic's ValidationError, a ValueError, where that does not fit."""
+        """Return the record that `as_json` gave. Raises pydantic's ValidationError, a ValueError, if it does not fit."""
         return cls.model_validate(values)
 
     def as_json(self) -> dict[str, Any]:
-        """Return what was said, and no defaults."""
+        """Return the values that were set, without defaults."""
         return self.model_dump(by_alias=True, exclude_unset=True)
 
     def __or__(self, other: "Record") -> Self:
-        """Return this with all that `other` says, which goes before what this says of the same."""
+        """Return this record updated with the values of `other`."""
         return self.from_json(self.as_json() | other.as_json())
 
 
 class Metrics(Record):
-    """What is recorded of a policy version: the verdict on it, and what the life of versions depends on.
+    """The recorded verdict on a policy version, and the values that its life cycle depends on.
 
-    `judged_against` is the version that was live then, `drawn_at` when the rows that it learned from were drawn, `judged_at`
-    when the opinions that judged it were. `gain` is what its answers gain, in rewards; `kl` is nats a token, to the base.
-    What else a run measured (`learning.judging.metrics`) is kept with it.
+    `judged_against` is the version that was live then. `drawn_at` is the time at which its training rows were read,
+    `judged_at` that of the opinions that judged it. `gain` is in rewards; `kl` is in nats per token, to the base. The other
+    measures of a run (`learning.judging.metrics`) are kept with it.
     """
 
     reasons: list[str] = []  # why it does not serve
@@ -242,7 +242,7 @@ class Metrics(Record):
     is_better: bool = False
     kl: float | None = None
     gain: float | None = None
-    live_before: str | None = Field(  # of a base model that made way for another: the version that was live
+    live_before: str | None = Field(  # for a replaced base model: the version that was live
         default=None,
         validation_alias="live when the base model was changed",
         serialization_alias="live when the base model was changed",
@@ -251,9 +251,9 @@ class Metrics(Record):
 
 @dataclass(frozen=True)
 class PolicyVersion:
-    """One immutable version of the policy: the base model (version 0), an adapter on it, or weights of its own.
+    """One immutable version of the policy: a base model, an adapter on it, or weights of its own.
 
-    `parent` is the version that its training continued, `replaced` the one that was live when it was promoted.
+    `parent` is the version that its training continued. `replaced` is the one that was live when it was promoted.
     """
 
     name: str
@@ -268,30 +268,30 @@ class PolicyVersion:
 
     @property
     def is_base(self) -> bool:
-        """Whether it is a base model itself."""
+        """Whether it is a base model."""
         return self.parent is None
 
     @property
     def judged_against(self) -> str | None:
-        """The name of the version that was live when it was judged: its verdict holds beside that one alone."""
+        """The name of the version that was live when it was judged. Its verdict holds only against that one."""
         return self.metrics.judged_against or self.parent
 
     @property
     def awaited_reactions(self) -> int:
-        """How many reactions must come after `drawn_at` until its evidence is looked at again, while it is WAITING."""
+        """How many reactions must come after `drawn_at` until it is judged again, while it is WAITING."""
         return self.metrics.waits_for
 
     @property
     def drawn_at(self) -> datetime | None:
-        """When the rows that it learned from were drawn; None where nothing is recorded."""
+        """When its training rows were read, or None if not recorded."""
         return self.metrics.drawn_at
 
     @property
     def judged_at(self) -> datetime | None:
-        """When the opinions that judged it were drawn; None for a base model, which nobody judged."""
+        """When the opinions that judged it were read, or None for a base model, which is not judged."""
         return self.metrics.judged_at
 
     @property
     def weights(self) -> str | None:
-        """The directory of its own weights; None for a base model."""
+        """The directory of its own weights, or None for a base model."""
         return None if self.is_base else self.path

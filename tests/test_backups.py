@@ -259,9 +259,9 @@ def test_what_cannot_be_restored_is_refused_in_a_line_and_changes_nothing(config
     cut = file.with_name("cut")
     cut.write_bytes(good.read_bytes()[:20_000])
     for one, wanted in (
-        (file.with_name("nothing"), "there is no such file"),
+        (file.with_name("nothing"), "does not exist"),
         (strange, "file is not a database"),
-        (foreign, "is no database of kibitz"),
+        (foreign, "is not a database of kibitz"),
         (cut, "malformed"),
         (config.data / "kibitz.db", "is the database itself"),
     ):
@@ -311,7 +311,7 @@ def test_a_backup_replaces_an_older_backup_and_no_other_file(config, store, toke
     in_use.upgrade()
     before = [one.read_bytes() for one in (notes, foreign, other)]
     for one in (notes, foreign, other):
-        refused(here("backup", one, *directory), "is no backup of kibitz, and is not replaced")
+        refused(here("backup", one, *directory), "is not a backup of kibitz, so it is not replaced")
     assert [one.read_bytes() for one in (notes, foreign, other)] == before
     in_use.close()
     file.touch()  # as `mktemp` leaves it
@@ -330,7 +330,7 @@ def test_a_date_that_is_none_is_told_before_anything_is_restored(config, databas
     database.close()
     for odd in ("notadate", "9999-99-99"):
         noted.write_text(f"{sound}\nperson 0123 {odd} .")
-        wanted = f"line 3 has the date '{odd}', which is none; restore the file"
+        wanted = f"line 3 has '{odd}', which is not a date; restore the file"
         refused(here("restore", file, "--replace", "--data-dir", config.data), wanted)
     again = Database(config.database_url)
     assert ConversationStore(again).find_turn(turn.id) == turn

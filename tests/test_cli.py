@@ -55,7 +55,7 @@ def test_mistakes_in_the_config_and_on_the_command_line(tmp_path, demo_model, he
     refused(here("simulate", "--config", config, "--json", "/no/where.json"), "there is no directory /no")
     refused(here("simulate", "--config", config, "--json", tmp_path), "it is a directory")
     refused(
-        here("simulate", "--config", config, "--plot", "curve.foo"), "--plot has value 'curve.foo', which is no PNG file"
+        here("simulate", "--config", config, "--plot", "curve.foo"), "--plot has value 'curve.foo', which is not a PNG file"
     )
     refused(here("rollback", "--config", config), "kibitz policies")
     refused(here("dance"), "No such command")
@@ -136,7 +136,7 @@ def test_a_replay_of_a_broken_or_useless_file_is_refused_and_stores_no_half_of_i
     assert "messages: 0" in here("status", "--config", config).stdout
     refused(here("replay", file, "--config", config, "--format", "yaml"), "must be auto or one of kibitz, oasst")
     refused(here("export", tmp_path, "--config", config), "cannot be written (it is a directory)")
-    refused(here("replay", "", "--config", config), "an empty path was given")
+    refused(here("replay", "", "--config", config), "a path is empty")
 
 
 def rated(count: int) -> str:
@@ -297,7 +297,7 @@ def test_a_benchmark_that_serves_leaves_what_an_interrupted_one_of_learning_kept
 def test_of_a_data_directory_where_nobody_talked_it_is_said_that_nothing_was_said(tmp_path, demo_model, here):
     config = write_config(tmp_path, demo_model)
     for command in (("export", tmp_path / "out.jsonl"), ("why", "some-turn")):
-        refused(here(*command, "--config", config), "nothing was said yet in this data directory")
+        refused(here(*command, "--config", config), "this data directory has no conversations yet")
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -466,12 +466,10 @@ def test_a_candidate_is_deployed_by_its_name_and_rejected_ones_are_pruned(tmp_pa
     refused(here("deploy", "policy-9", *options), "there is no such policy version; `kibitz policies` lists them all")
     done = here("deploy", wanted, *options)
     assert done.returncode == 0, done.stderr
-    assert f"{wanted} will be proven when kibitz starts" in done.stdout
+    assert f"{wanted} will be probed when kibitz starts" in done.stdout
     assert [version.name for version in registry.find_requested()] == [wanted]
     registry.promote(wanted)
-    refused(
-        here("deploy", outdated, *options), f"was judged against policy-0, but {wanted} is live now; `kibitz train` makes"
-    )
+    refused(here("deploy", outdated, *options), f"was judged against policy-0, but {wanted} is live now; make a candidate")
     refused(here("deploy", wanted, *options), f"{wanted} is live: only a candidate can be deployed")
     registry.reject(rejected)
     assert "removed the files of 1 rejected versions" in here("prune", *options).stdout
@@ -493,7 +491,7 @@ def test_an_output_file_takes_the_place_of_a_plain_file_and_of_nothing_else(tmp_
                 refused(here(*command, one, *options), "it is a device, a pipe or a socket")
             for one in (".", "/", tmp_path):
                 refused(here(*command, one, *options), "it is a directory")
-            refused(here(*command, "", *options), "an empty path was given")
+            refused(here(*command, "", *options), "a path is empty")
             refused(here(*command, "x" * 5000, *options), "cannot be used (File name too long)")
         for command in (("backup",), ("export",)):  # the name fits, and that of the unfinished file does not
             refused(here(*command, tmp_path / ("x" * 250), *options), "cannot be written (File name too long)")
@@ -556,7 +554,7 @@ def test_only_somebody_who_is_known_can_be_forgotten(tmp_path, database, store, 
         ("discrod", "ann", "there is no platform 'discrod'; write one of discord, slack, terminal, test, web"),
         ("Discord", "ann", "there is no platform 'Discord'"),
         ("test", "", "nobody on test has the id ''"),
-        ("test", "cleo", "nobody on test has the id 'cleo', and nothing was forgotten"),
+        ("test", "cleo", "nobody on test has the id 'cleo', so nothing was forgotten"),
         ("web", "ann", "ids there are TOKEN-NAME/PERSON, such as local/ann"),
         ("discord", "ann", "ids there are numbers"),
     ):

@@ -42,7 +42,7 @@ def test_the_example_file_holds_every_key_at_its_default_with_a_comment():
             {"serving": {"url": "localhost:8000"}},
             "config key 'serving.url' has value 'localhost:8000'; write http://HOST:PORT",
         ),
-        ({"database": {"url": "sqlite:///x", "url_env": "URL"}}, "database.url_env is set beside database.url"),
+        ({"database": {"url": "sqlite:///x", "url_env": "URL"}}, "database.url and database.url_env are both set"),
         (
             {"policy": {"temperature": 1e-9}},
             "'policy.temperature' has value 1e-09; input should be greater than or equal to 0.01",
@@ -58,8 +58,8 @@ def test_the_example_file_holds_every_key_at_its_default_with_a_comment():
         ({"slack": {"reconcile_hours": 1e9}}, "'slack.reconcile_hours' has value 1000000000.0; input should be less"),
         ({"training": {"max_length": 16}}, "'training.max_length' has value 16"),
         ({"training": {"processes": 99}}, "training.processes has value 99, too many for training.batch_size (16)"),
-        ({"training": {"processes": 3, "batch_size": 4}}, "each needs 2 answers a step; lower the first"),
-        ({"serving": {"port": 8080}}, "config keys serving.port and web.port both have value 8080; give each a port"),
+        ({"training": {"processes": 3, "batch_size": 4}}, "each needs 2 answers per step; lower the first"),
+        ({"serving": {"port": 8080}}, "config keys serving.port and web.port both have value 8080; use two different ports"),
         (
             {"web": {"port": 9}, "slack": {"port": 9, "signing_secret_env": "SECRET"}},
             "config keys web.port and slack.port both have value 9",

@@ -116,7 +116,10 @@ def test_a_database_that_is_not_there_says_so_without_its_password(url, wanted):
 def test_a_database_that_may_not_be_written_says_so(config, database):
     readonly = Database(f"sqlite:///file:{config.data / 'kibitz.db'}?mode=ro&uri=true")
     readonly.upgrade()  # nothing is to be done
-    with pytest.raises(DatabaseUnavailable, match="cannot be written; let kibitz write"), readonly.begin() as connection:
+    with (
+        pytest.raises(DatabaseUnavailable, match="cannot be written; give kibitz permission"),
+        readonly.begin() as connection,
+    ):
         connection.execute(messages.delete())
 
 
@@ -201,7 +204,7 @@ def test_what_cannot_be_removed_is_named_and_stops_nothing_else(database, regist
 async def test_a_busy_log_is_emptied_later_in_the_background_and_the_operator_is_told(
     config, database, store, registry, tokenizer, monkeypatch, caplog
 ):
-    monkeypatch.setattr(write_ahead_log, "PATIENCE", 0)
+    monkeypatch.setattr(write_ahead_log, "IDLE_WAIT_SECONDS", 0)
     monkeypatch.setattr(database_module, "BUSY_SECONDS", 10**6)  # who waits for the reader waits for ever
     answered(store, tokenizer, SECRET, "hello", author="ann")
     with read_from(config.data / "kibitz.db"):
@@ -241,7 +244,7 @@ def test_a_log_that_nobody_reads_is_emptied_at_once_and_nothing_is_told(
 def test_a_database_from_the_future_says_what_to_install(config, database, here):
     with database.begin() as connection:
         connection.execute(sa.text("update alembic_version set version_num = '9999'"))
-    wanted = "has schema 9999, which this kibitz does not know; install the kibitz that wrote it, or newer"
+    wanted = "has schema 9999, which this kibitz does not know; install the kibitz that wrote it, or a newer one"
     refused(here("status", "--data-dir", config.data), wanted)
 
 
@@ -251,9 +254,9 @@ def test_a_database_from_the_future_says_what_to_install(config, database, here)
         ("sqlite://", "keeps nothing when kibitz ends; write sqlite:///FILE"),
         ("sqlite:///:memory:", "keeps nothing when kibitz ends"),
         ("sqlite:///file:x?mode=memory&uri=true", "keeps nothing when kibitz ends"),
-        ("mysql://ann:hunter2@here/there", "another database; write sqlite:///FILE, or postgresql+psycopg://"),
+        ("mysql://ann:hunter2@here/there", "an unsupported database; write sqlite:///FILE, or postgresql+psycopg://"),
         ("postgresql+nothing://ann:hunter2@here/there", "write sqlite:///FILE, or postgresql+psycopg://"),
-        ("postgresql://ann:hunter2@here:port/there", "is no URL; write sqlite:///FILE, or postgresql+psycopg://"),
+        ("postgresql://ann:hunter2@here:port/there", "is not a URL; write sqlite:///FILE, or postgresql+psycopg://"),
     ],
 )
 def test_a_url_that_names_no_database_that_is_kept_is_refused(tmp_path, here, url, wanted):

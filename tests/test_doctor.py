@@ -44,7 +44,7 @@ def test_an_error_for_people_is_a_row_with_what_to_do():
 
 def test_a_check_that_breaks_off_is_a_row_and_the_rest_is_looked_at():
     rows = run_checks([("bug", lambda: str(1 / 0)), ("house", lambda: "stands")])
-    found = "the check broke off (ZeroDivisionError: division by zero)"
+    found = "the check crashed (ZeroDivisionError: division by zero)"
     assert rows == [CheckResult("bug", "not", found, "report this as a bug of kibitz"), CheckResult("house", "ok", "stands")]
     with pytest.raises(KeyboardInterrupt):  # the control: what is no error of a check ends it
         run_checks([("interrupted", interrupt)])
@@ -120,7 +120,7 @@ def test_the_doctor_leaves_a_database_as_it_is(config):
     with sqlite3.connect(file) as raw:
         raw.execute("UPDATE alembic_version SET version_num = '9999'")
     row = rows_of(config)["database"]
-    assert (row.outcome, row.to_do) == ("not", "install the kibitz that wrote it, or newer")
+    assert (row.outcome, row.to_do) == ("not", "install the kibitz that wrote it, or a newer one")
 
 
 def test_the_doctor_leaves_the_file_of_another_program_as_it_is(config, tmp_path):

@@ -41,7 +41,7 @@ def test_a_secret_loses_its_line_end_and_may_have_none_within(monkeypatch):
     monkeypatch.setenv("SECRET", " word\r\n")
     assert read_secret("some.key", "SECRET") == read_variable("some.key", "SECRET") == "word"
     monkeypatch.setenv("SECRET", "one\ntwo")
-    with pytest.raises(ConfigError, match=r"some\.key: \$SECRET holds blanks or line ends") as error:
+    with pytest.raises(ConfigError, match=r"some\.key: the value of \$SECRET contains white space") as error:
         read_secret("some.key", "SECRET")
     assert "two" not in str(error.value), "a secret is not shown"
     for empty in ("", " \n"):

@@ -175,7 +175,9 @@ def test_nobody_counts_more_than_the_cap_after_smoothing_either():
     rng = np.random.default_rng(0)
     texts = ["Well?", "Well, well.", "Yes, you did it!", "no"]
     said = [
-        experience(f"{person} {row}", float(rng.choice([1, -1])), opinion_holders=(person,), answer=texts[int(rng.integers(4))])
+        experience(
+            f"{person} {row}", float(rng.choice([1, -1])), opinion_holders=(person,), answer=texts[int(rng.integers(4))]
+        )
         for person, count in (("ann", 300), *((f"p{number}", 10) for number in range(8)))
         for row in range(count)
     ]

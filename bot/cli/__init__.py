@@ -1,1 +1,1 @@
-"""The command line: each command is a few lines over a function elsewhere."""
+"""The command line. Each command only calls a function of another module."""

@@ -1,4 +1,4 @@
-"""The commands that back the database up and put it back."""
+"""The commands that back up and restore the database."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,19 +14,19 @@ from bot.store import backups
 @command()
 def backup(
     config: Config,
-    file: Annotated[Path, path_argument("The file to write; an older backup there is replaced.")],
+    file: Annotated[Path, path_argument("The file to write. An older backup is replaced.")],
 ) -> None:
-    """Copy the database into FILE; also while kibitz runs."""
+    """Copy the database into FILE. Works while kibitz runs."""
     check_writable(file)
     backups.back_up(config, file)
-    console.print(f"backup: {file}; to keep the weights of the versions copy {config.data / 'policies'} too", soft_wrap=True)
+    console.print(f"backup: {file}; it has no weights of versions, copy {config.data / 'policies'} too", soft_wrap=True)
 
 
 @command()
 def restore(
     config: Config,
     file: Annotated[Path, path_argument("A file that `kibitz backup` wrote.")],
-    replace: Annotated[bool, typer.Option("--replace", help="Put it in the place of the database that is there.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace the database that exists.")] = False,
 ) -> None:
-    """Take the database from FILE. Who was forgotten since then stays forgotten."""
+    """Restore the database from FILE. People who were forgotten since the backup stay forgotten."""
     console.print(str(backups.restore(config, file, replace)), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The benchmarks: what the project claims, measured."""
+"""The benchmark commands. They measure what the project claims."""
 
 import asyncio
 import shutil
@@ -34,7 +34,7 @@ def run_benchmark(
     json_file: Path | None,
     setup: dict[str, Any],
 ) -> None:
-    """Run a benchmark on a kibitz that serves, with a database and versions of its own; print its figures and write them."""
+    """Run a benchmark on a serving kibitz with its own database and versions. Print the figures and write them."""
     check_writable(json_file)
     config, model = prepare_model(config)
     figures: dict[str, Any] = {}
@@ -58,11 +58,13 @@ def run_benchmark(
 def bench_swap(
     config: Config,
     swaps: Annotated[int | None, typer.Option(min=1)] = None,
-    requests: Annotated[int | None, typer.Option(min=16, help="Requests without swaps; at least as many with them.")] = None,
+    requests: Annotated[
+        int | None, typer.Option(min=16, help="Requests without swaps; at least as many with swaps.")
+    ] = None,
     concurrent: Annotated[int, typer.Option(min=1)] = 16,
     json_file: JsonFile = None,
 ) -> None:
-    """Swap versions under streaming load: failed, mixed and stalled answers, and what it costs."""
+    """Swap versions under streaming load. Count failed, mixed and stalled answers, and measure the cost."""
     from learning.bench import swap
 
     usual = swap.choose_defaults(config.policy.model)
@@ -83,11 +85,11 @@ def bench_swap(
 @command("overhead", group=bench, default_model="toy")
 def bench_overhead(
     config: Config,
-    messages: Annotated[int | None, typer.Option(min=16, help="Messages in one block.")] = None,
+    messages: Annotated[int | None, typer.Option(min=16, help="Messages per block.")] = None,
     blocks: Annotated[int | None, typer.Option(min=1)] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """What DialogueManager adds to the same prompts straight to vLLM."""
+    """Measure the latency that DialogueManager adds to the same prompts sent directly to vLLM."""
     from learning.bench import overhead, swap
 
     usual = swap.choose_defaults(config.policy.model)
@@ -105,11 +107,13 @@ def bench_overhead(
 @command("connectors", group=bench, default_model="toy")
 def bench_connectors(
     config: Config,
-    messages: Annotated[int, typer.Option(min=64, help="Messages for each number of conversations.")] = 256,
-    think: Annotated[float, typer.Option(min=0.1, help="Seconds that people think, but at full load.")] = 1.0,
+    messages: Annotated[int, typer.Option(min=64, help="Messages per number of conversations.")] = 256,
+    think: Annotated[
+        float, typer.Option(min=0.1, help="Seconds that people think before a message, except at full load.")
+    ] = 1.0,
     json_file: JsonFile = None,
 ) -> None:
-    """What Discord, Slack and the web add to vLLM's own time, over local servers of each."""
+    """Measure the latency that Discord, Slack and the web add to vLLM, with a local server for each."""
     from connectors.local import benchmark
     from connectors.local.platforms import PLATFORMS
 
@@ -128,10 +132,10 @@ def bench_connectors(
 @command("recall", group=bench)
 def bench_recall(
     config: Config,
-    file: Annotated[Path, path_argument("Conversations with questions and their evidence, one a line.")],
+    file: Annotated[Path, path_argument("Conversations with questions and their evidence, one per line.")],
     json_file: JsonFile = None,
 ) -> None:
-    """Whether the tracker finds the turns that answer a question, beside recency, dense vectors alone and BM25 alone."""
+    """Measure how well recall finds the turns that answer a question, against recency, dense vectors and BM25."""
     from bot.memory.recall import load_retrieval_weights
     from learning.bench import recall
 
@@ -148,18 +152,18 @@ def bench_recall(
 @command("learning", group=bench, default_model="toy")
 def bench_learning(
     config: Config,
-    part: Annotated[str, typer.Option("--slice", help="ci (some ten minutes), rates, regimes or full (hours).")] = "full",
-    arms: Annotated[str | None, typer.Option(help="Objectives and controls, with commas between; all if not given.")] = None,
+    part: Annotated[str, typer.Option("--slice", help="ci (about ten minutes), rates, regimes or full (hours).")] = "full",
+    arms: Annotated[str | None, typer.Option(help="Objectives and controls, separated by commas. Default: all.")] = None,
     users: Annotated[str | None, typer.Option(help="Built-in users, or a Python file with utility(prompt, reply).")] = None,
     json_file: JsonFile = None,
     plot: PlotFile = None,
 ) -> None:
-    """What each objective learns from simulated people's reactions, beside a frozen and a placebo control."""
+    """Measure what each objective learns from simulated reactions, against a frozen and a placebo control."""
     from learning.bench import grid, simulated_people
 
     check_writable(json_file, plot)
     if users is not None:
-        simulated_people.find_utility(users)  # refused here, before anything runs
+        simulated_people.find_utility(users)  # raises before anything runs
     wanted = grid.choose_cells(part, users, arms, config.seed)
     config, base = prepare_model(config, serves=False)
     with progress_bar() as progress:
@@ -179,7 +183,7 @@ def bench_train(
     config: Config,
     json_file: JsonFile = None,
 ) -> None:
-    """What each objective costs in time and memory, against a plain TRL script on the same rows."""
+    """Measure the time and memory of each objective, against a plain TRL script on the same rows."""
     from learning.bench import train
 
     check_writable(json_file)
@@ -194,11 +198,11 @@ def bench_train(
 def bench_tracker(
     config: Config,
     sizes: Annotated[
-        str, typer.Option(help="Stored turns (1e3, 1e5, 1e6) and mentions in one channel (2k, 150k), with commas between.")
+        str, typer.Option(help="Stored turns (1e3, 1e5, 1e6) or mentions in one channel (2k, 150k), separated by commas.")
     ] = "1e3,1e5,1e6,150k",
     json_file: JsonFile = None,
 ) -> None:
-    """What remembering costs: a message, with a thousand to a million stored turns, and one channel that has grown."""
+    """Measure what recall costs per message, with up to a million stored turns and with one large channel."""
     from learning.bench import tracker
 
     check_writable(json_file)
@@ -206,7 +210,7 @@ def bench_tracker(
     known = [*tracker.SIZES, *tracker.CHANNELS]
     unknown = [size for size in wanted if size not in known]
     if unknown:
-        raise ConfigError(f"--sizes has value '{unknown[0]}'; choose from {', '.join(known)}")
+        raise ConfigError(f"option --sizes has value '{unknown[0]}'; choose from {', '.join(known)}")
     config, base = prepare_model(config, serves=False)
     with progress_bar() as progress:
         figures = tracker.measure_apart(config, base, wanted, progress)

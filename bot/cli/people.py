@@ -1,4 +1,4 @@
-"""The commands about what people said: what is known, why an answer was given, and what is forgotten."""
+"""The commands about people's data: show a conversation's state, explain an answer, export, forget."""
 
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +19,7 @@ from bot.store.registry import PolicyRegistry
 from bot.store.stores import open_stores
 from bot.types import Person
 
-ID_FORMS = {  # what people's ids look like on each platform of kibitz's own
+ID_FORMS = {  # the form of people's ids on each built-in platform
     "discord": "numbers, such as 80351110224678912",
     "slack": "member ids, such as U012AB3CD",
     "web": "TOKEN-NAME/PERSON, such as local/ann",
@@ -30,9 +30,9 @@ ID_FORMS = {  # what people's ids look like on each platform of kibitz's own
 @command()
 def state(
     config: Config,
-    conversation: Annotated[str, typer.Argument(help="A conversation's id; without one the latest are listed.")] = "",
+    conversation: Annotated[str, typer.Argument(help="The id of a conversation. Without it, the latest are listed.")] = "",
 ) -> None:
-    """What a conversation is about, who takes part, what is open, what people said of themselves."""
+    """Show a conversation's topic, participants, open questions, and what people said about themselves."""
     database, store, _ = open_stores(config)
     if conversation:
         said = store.read_messages(store.read_conversation(conversation).id, LATEST_MESSAGES)
@@ -48,9 +48,9 @@ def state(
 @command()
 def why(
     config: Config,
-    turn: Annotated[str, typer.Argument(help="A turn's id; without one the latest that people spoke of are listed.")] = "",
+    turn: Annotated[str, typer.Argument(help="The id of a turn. Without it, the latest with feedback are listed.")] = "",
 ) -> None:
-    """Why an answer is what it is, what people said of it, and which versions learned from that."""
+    """Explain an answer: what it was made from, its feedback, and the versions that learned from that."""
     from bot.models.tokenizer import ChatTokenizer
     from learning.data.explanation import explain
     from learning.data.replay_buffer import ReplayBuffer
@@ -71,9 +71,9 @@ def why(
 @command()
 def export(
     config: Config,
-    file: Annotated[Path, path_argument("The file to write; an older one there is replaced.")],
+    file: Annotated[Path, path_argument("The file to write. An existing file is replaced.")],
 ) -> None:
-    """Write every conversation that may teach, with its feedback, to FILE, in the form that `kibitz replay` reads."""
+    """Write the conversations of consenting people, with feedback, to FILE, in the format that `kibitz replay` reads."""
     from learning.importers import kibitz_export
     from learning.training.replay import tokenizer_fingerprint
 
@@ -85,9 +85,9 @@ def export(
 
 
 def _find_spoken_model(registry: PolicyRegistry) -> str:
-    """The model that people talked with. Raises DataError where nobody talked yet: none is chosen before that."""
+    """Return the base model that people talked with. Raises DataError if nobody has talked with kibitz yet."""
     if not registry.find_directories():
-        raise DataError("nothing was said yet in this data directory; talk with `kibitz chat`, or name another --data-dir")
+        raise DataError("this data directory has no conversations yet; talk with `kibitz chat`, or use another --data-dir")
     return registry.get_base().base_model
 
 
@@ -95,9 +95,9 @@ def _find_spoken_model(registry: PolicyRegistry) -> str:
 def forget(
     config: Config,
     platform: Annotated[str, typer.Argument(help="discord, slack, web or terminal.")],
-    user: Annotated[str, typer.Argument(help="The platform's id of the person.")],
+    user: Annotated[str, typer.Argument(help="The person's id on the platform.")],
 ) -> None:
-    """Erase what a person wrote and reacted to, and every version that learned from it; also while kibitz runs."""
+    """Erase a person's messages and feedback, and every version that learned from them. Works while kibitz runs."""
     database, _, registry = open_stores(config)
     check_known((platform, user), find_people(database))
     console.print(f"{forget_person(database, registry, platform, user)}; they teach no more until they consent")
@@ -105,11 +105,11 @@ def forget(
 
 
 def check_known(person: Person, people: set[Person]) -> None:
-    """Check that a person is one of the `people` that kibitz knows. Raises DataError that tells what to write instead."""
+    """Check that a person is one of `people`. Raises DataError that tells what to write instead."""
     platform, user = person
     platforms = sorted({*ID_FORMS, *(one for one, _ in people)})
     if platform not in platforms:
         raise DataError(f"there is no platform '{platform}'; write one of {', '.join(platforms)}")
     if person not in people:
         form = f"; ids there are {ID_FORMS[platform]}" if platform in ID_FORMS else ""
-        raise DataError(f"nobody on {platform} has the id '{user}', and nothing was forgotten{form}")
+        raise DataError(f"nobody on {platform} has the id '{user}', so nothing was forgotten{form}")

@@ -1,4 +1,4 @@
-"""The commands that talk with people: in the terminal, and on the platforms that the config turns on."""
+"""The commands that talk with people: in the terminal, or on the platforms that the config turns on."""
 
 import asyncio
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from learning.training.choice import prepare_model
 
 @command()
 def chat(config: Config) -> None:
-    """Talk in the terminal; learning goes on in the background."""
+    """Chat in the terminal, and learn from your reactions in the background."""
     from connectors.terminal import Terminal
 
     config, model = prepare_model(config)
@@ -33,7 +33,7 @@ def chat(config: Config) -> None:
 
 @command()
 def serve(config: Config) -> None:
-    """Serve and learn until stopped (Ctrl-C or SIGTERM)."""
+    """Serve the configured platforms and learn, until Ctrl-C or SIGTERM."""
     made = _prepare_connectors(config)
     config, model = prepare_model(config)
 
@@ -55,7 +55,7 @@ def serve(config: Config) -> None:
 
 
 def _prepare_connectors(config: Config) -> list[Callable[[Kibitz], Connector]]:
-    """What makes each connector that the config turns on. Tokens and addresses are looked at now, before anything starts."""
+    """Return a factory for each connector that is turned on. Tokens and addresses are checked before anything starts."""
     access = Access(config.access)
     made: list[Callable[[Kibitz], Connector]] = []
     if config.discord.token_env:

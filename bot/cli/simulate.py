@@ -1,4 +1,4 @@
-"""`kibitz simulate`: people with hidden preferences talk, react, and are learned from."""
+"""`kibitz simulate`: learn from simulated people with hidden preferences."""
 
 from typing import Annotated
 
@@ -19,14 +19,16 @@ def simulate(
     config: Config,
     users: Annotated[str | None, typer.Option(help="Built-in users, or a file with utility(prompt, reply).")] = None,
     rounds: Annotated[int | None, typer.Option(min=1)] = None,
-    messages: Annotated[int | None, typer.Option(min=1, help="Exchanges a round.")] = None,
-    reaction_rate: Annotated[float | None, typer.Option(min=0, max=1, help="How often a user reacts.")] = None,
-    noise: Annotated[float, typer.Option(min=0, max=1, help="How often a reaction is the wrong one.")] = 0.1,
-    samples: Annotated[int, typer.Option(min=1, help="Answers to each held-out prompt when judging.")] = 3,
+    messages: Annotated[int | None, typer.Option(min=1, help="Messages per round.")] = None,
+    reaction_rate: Annotated[
+        float | None, typer.Option(min=0, max=1, help="The share of answers that get a reaction.")
+    ] = None,
+    noise: Annotated[float, typer.Option(min=0, max=1, help="The share of reactions that are wrong.")] = 0.1,
+    samples: Annotated[int, typer.Option(min=1, help="Answers per held-out prompt in the evaluation.")] = 3,
     json_file: JsonFile = None,
     plot: PlotFile = None,
 ) -> None:
-    """Simulated users with hidden preferences talk, react, and are learned from."""
+    """Learn from simulated users with hidden preferences, and print the learning curve."""
     from learning.bench import simulated_people, simulation
 
     check_writable(json_file, plot)

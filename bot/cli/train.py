@@ -1,4 +1,4 @@
-"""The commands that train: a warm start, a run now, a replay of recorded conversations."""
+"""The commands that train: a warm start, one run, or a replay of recorded conversations."""
 
 import json
 import sys
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 @command()
 def pretrain(
     config: Config,
-    pairs: Annotated[Path | None, path_argument("JSON lines of messages, or the Cornell corpus's folder.")] = None,
-    out: Annotated[Path | None, path_option("--out", help="Where the model goes; below --data-dir by default.")] = None,
+    pairs: Annotated[Path | None, path_argument("JSON lines of messages, or the folder of the Cornell corpus.")] = None,
+    out: Annotated[Path | None, path_option("--out", help="The model's directory. Default: below --data-dir.")] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 1,
     learning_rate: Annotated[float, typer.Option(min=0.0)] = 5e-4,
     json_file: JsonFile = None,
 ) -> None:
-    """Make the toy policy, or tune the configured model on your own prompt-response pairs."""
+    """Make the toy policy, or fine-tune the configured model on prompt-response pairs."""
     from learning.importers.pairs import read_pairs as read_pairs
 
     check_writable(json_file)
@@ -47,7 +47,7 @@ def pretrain(
         return
     dialogues = list(read_pairs(pairs))
     if len(dialogues) < 2:
-        raise ConfigError(f"{pairs}: holds {len(dialogues)} pairs; at least 2 are needed, one is held out")
+        raise ConfigError(f"{pairs}: has {len(dialogues)} pairs; give at least 2, one is held out")
     config, model = prepare_model(config)
     directory = out or config.data / "models" / f"pretrained-{pairs.stem}"
     with progress_bar() as progress:
@@ -61,15 +61,15 @@ def pretrain(
 @command()
 def train(
     config: Config,
-    progress: Annotated[str, typer.Option(help="How to report: bar, or json for a parent process.")] = "bar",
-    deploy: Annotated[bool, typer.Option("--deploy", help="Have what passes the gate deployed.")] = False,
-    judge: Annotated[bool, typer.Option("--judge", help="Train nothing; judge the candidate that waits.")] = False,
+    progress: Annotated[str, typer.Option(help="How to show progress: bar, or json for a parent process.")] = "bar",
+    deploy: Annotated[bool, typer.Option("--deploy", help="Deploy the candidate if it passes the gate.")] = False,
+    judge: Annotated[bool, typer.Option("--judge", help="Train nothing. Judge the waiting candidate again.")] = False,
 ) -> None:
-    """One training run now; registers a candidate with its verdict, which `kibitz deploy` takes live."""
+    """Train one candidate and judge it. `kibitz deploy` makes it live."""
     from learning.judging.waiting import judge_waiting
     from learning.training.run import train_version
 
-    is_told = progress == "json"  # by whoever started this process, who has told of the model already
+    is_told = progress == "json"  # the parent process has announced the model already
     tell = (lambda text: None) if is_told else announce
     config, model = prepare_model(config, tell, serves=False)
     database, _, registry = open_stores(config)
@@ -92,7 +92,7 @@ def train(
 
 
 def _write_line(**values: Any) -> None:
-    """One line for the parent process."""
+    """Write one line of JSON for the parent process."""
     sys.stdout.write(json.dumps(values) + "\n")
     sys.stdout.flush()
 
@@ -100,12 +100,12 @@ def _write_line(**values: Any) -> None:
 @command(default_model=None)
 def replay(
     config: Config,
-    file: Annotated[Path, path_argument("Recorded conversations with reactions: a file, a directory or a ZIP.")],
-    format: Annotated[str, typer.Option(help="auto finds it out; a name that is not known lists those that are.")] = "auto",
+    file: Annotated[Path, path_argument("Recorded conversations with reactions: a file, a directory or a ZIP file.")],
+    format: Annotated[str, typer.Option(help="The file format. auto detects it; an unknown name lists all.")] = "auto",
     json_file: JsonFile = None,
     plot: PlotFile = None,
 ) -> None:
-    """Offline replay training: import recorded conversations, train on them, gate, and report."""
+    """Import recorded conversations, train a candidate on them, and judge it."""
     from learning.importers import formats
     from learning.training import replay as offline
 

@@ -1,4 +1,4 @@
-"""The commands that show versions of the policy, take them live and take them back."""
+"""The commands that list, deploy, roll back and prune versions of the policy."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -22,9 +22,9 @@ from learning.models import version_files
 
 @command()
 def status(config: Config) -> None:
-    """What is live, what was said, what was learned."""
+    """Show the live version, and counts of messages, feedback and runs."""
     is_running = is_locked(config.data, "serve")
-    # First: the database may be what fails.
+    # Printed before the database is opened, because that may be what fails.
     lines = describe_failures(read_failures(config.data / HEALTH_FILE)) if is_running else []
     console.print("\n".join([f"running: {'yes' if is_running else 'no'}", *lines]), markup=False)
     _, store, registry = open_stores(config)
@@ -56,11 +56,11 @@ def _format_number(value: float | None) -> str:
 
 @command()
 def rollback(config: Config) -> None:
-    """Take the live version back; the one that it replaced answers again."""
+    """Retire the live version and return to the one that it replaced."""
     _, _, registry = open_stores(config)
     taken_back, live = registry.roll_back()
-    running = "; the running kibitz follows at once" if is_locked(config.data, "serve") else ""
-    console.print(f"{taken_back.name} was taken back, {live.name} is live{running}")
+    running = "; the running kibitz switches at once" if is_locked(config.data, "serve") else ""
+    console.print(f"{taken_back.name} was rolled back, {live.name} is live{running}")
 
 
 @command()
@@ -68,7 +68,7 @@ def deploy(
     config: Config,
     version: Annotated[str, typer.Argument(help="A candidate that `kibitz train` or `kibitz replay` made.")],
 ) -> None:
-    """Take a candidate live: a running kibitz, or the next one that starts, proves it on its vLLM first."""
+    """Make a candidate live. The running kibitz, or the next one that starts, probes it on its vLLM first."""
     database, store, registry = open_stores(config)
     candidate, live = registry.get(version), registry.get_live()
     is_waiting = candidate.state == PolicyState.WAITING
@@ -76,24 +76,24 @@ def deploy(
         raise VerdictOutdated(version, candidate.judged_against, live.name)
     registry.request_deployment(version)
     if is_waiting:
-        told = f"{describe_wait(candidate, store)}; if it passes the gate then, it is proven and goes live"
+        told = f"{describe_wait(candidate, store)}; if it passes the gate then, it is probed and goes live"
     else:
-        when = "is proven now" if is_locked(config.data, "serve") else "will be proven when kibitz starts"
-        told = f"{version} {when}, and goes live if vLLM serves it as it was trained; `kibitz policies` tells"
+        when = "is probed now" if is_locked(config.data, "serve") else "will be probed when kibitz starts"
+        told = f"{version} {when}, and goes live if vLLM serves it as it was trained; `kibitz policies` shows the result"
     database.close()
     console.print(told)
 
 
 @command("pause-learning")
 def pause_learning(config: Config) -> None:
-    """Train no new versions; used again, go on. A running kibitz follows."""
+    """Pause learning, or resume it if it is paused. A running kibitz applies this at once."""
     _, _, registry = open_stores(config)
     console.print(describe_pause(registry.toggle_learning()))
 
 
 @command()
 def prune(config: Config) -> None:
-    """Remove what is left of rejected versions: reports, samples, records. Their weights went when they were rejected."""
+    """Remove the remaining files of rejected versions: reports, samples, records. Their weights are gone already."""
     database, _, registry = open_stores(config)
     rejected = [Path(version.path) for version in registry.all() if version.state == PolicyState.REJECTED]
     count, size = version_files.prune(rejected)
@@ -104,17 +104,17 @@ def prune(config: Config) -> None:
 @command()
 def report(
     config: Config,
-    run: Annotated[str, typer.Argument(help="The version that the run made; without one the newest that left files.")] = "",
-    out: Annotated[Path | None, path_option("--out", help="Where the page goes; RUN.html if not given.")] = None,
+    run: Annotated[str, typer.Argument(help="The version that the run made. Default: the newest with files.")] = "",
+    out: Annotated[Path | None, path_option("--out", help="The HTML file. Default: RUN.html.")] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """What a training run read, learned and left out, and what the policy said before and after, as a page with plots."""
+    """Write a page with plots about a training run: its data, its verdict, and answers before and after."""
     from learning.judging import report as reports
 
     database, _, registry = open_stores(config)
     ran = {row["policy"]: row["outcome"] for row in registry.list_runs()}
     if not ran:
-        raise ConfigError("kibitz report: there was no training run yet; `kibitz train` makes one")
+        raise ConfigError("there is no training run yet; `kibitz train` makes one")
     whole = [one for one in ran if (Path(registry.get(one).path) / "manifest.json").is_file()]
     name = run or (whole or list(ran))[-1]
     version = registry.get(name)

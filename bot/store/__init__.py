@@ -1,1 +1,1 @@
-"""Store: all that touches SQL: what is said, what people think of it, who is known, which versions there are."""
+"""The database: conversations, feedback, people and policy versions. All SQL of kibitz is in this package."""

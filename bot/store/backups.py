@@ -1,7 +1,7 @@
-"""Backups: the database in one file, copied while kibitz runs, and put back without what was forgotten since.
+"""Backups: copy the database into one file while kibitz runs, and restore it without what was forgotten since.
 
-SQLite only: PostgreSQL has its own tools. The weights of versions lie beside the database and never change; they are copied
-by whatever copies directories. It knows no server.
+SQLite only, because PostgreSQL has its own tools. The weights of versions are not in a backup: they never change, and any
+copy of their directory will do.
 """
 
 import sqlite3
@@ -27,7 +27,7 @@ _COUNT_OUR_TABLES = "SELECT count(*) FROM sqlite_master WHERE name IN ('alembic_
 
 @dataclass(frozen=True)
 class RestoreReport:
-    """What a restored database is without."""
+    """What a restore removed: how many people and messages were forgotten again, and which versions were withdrawn."""
 
     forgotten: int
     withdrawn: list[str]
@@ -38,33 +38,36 @@ class RestoreReport:
 
 
 def back_up(config: Config, file: Path) -> None:
-    """Write the database as it is at this moment into a file, whole or not at all. Nobody waits for it."""
+    """Write the current database into a file, whole or not at all, without blocking anybody.
+
+    Raises DataError if the database is PostgreSQL's or cannot be copied, or if `file` is something else than a backup.
+    """
     source = _find_sqlite_file(config, f"pg_dump --format=custom --file={file}")
     if not source.is_file():
-        raise DataError(f"there is no database {source} to back up")
+        raise DataError(f"there is no database {source} to back up; use another --data-dir")
     _refuse_same(source, file)
     if file.is_file() and file.stat().st_size and not _is_backup(file):
-        raise DataError(f"{file}: is no backup of kibitz, and is not replaced; name another file, or remove it")
+        raise DataError(f"{file}: is not a backup of kibitz, so it is not replaced; name another file, or remove it")
     with _replace_database_file(file) as unfinished:
         _copy(source, unfinished)
 
 
 def restore(config: Config, file: Path, replaces: bool = False) -> RestoreReport:
-    """Take the database from a file that `back_up` wrote, in the place of the one that is there if it `replaces` it.
+    """Restore the database from a file that `back_up` wrote. An existing database is replaced only with `replaces`.
 
-    Who was forgotten since is forgotten again, and what people decided about their consent since stays decided, as far as
-    the database that is replaced can still be read. Versions that the backup does not know, or whose files are gone, never
-    serve again.
+    People who were forgotten since the backup are forgotten again. Decisions about consent since then are kept, if the
+    replaced database can still be read. Versions that the backup does not have, or whose files are gone, never serve again.
+    Raises DataError if the file cannot be used or a database exists, ConfigError if kibitz runs.
     """
     target = _find_sqlite_file(config, f"pg_restore --clean --dbname=DATABASE {file}, and start kibitz: it forgets again")
     policies = config.data / "policies"
     _refuse_same(target, file)
     if not file.is_file():
-        raise DataError(f"{file}: there is no such file; name one that `kibitz backup` wrote")
-    Erasures(config.data).read()  # what cannot be read is told before anything is replaced
+        raise DataError(f"{file}: does not exist; name a file that `kibitz backup` wrote")
+    Erasures(config.data).read()  # raises DataError before anything is replaced
     with lock_directory(config.data, "serve"), lock_directory(config.data, "train"):
         if target.exists() and not replaces:
-            raise DataError(f"there is a database already, {target}; add --replace to put the backup in its place")
+            raise DataError(f"there is a database already, {target}; add --replace to replace it")
         names = {name for (name,) in _read_rows(target, "SELECT name FROM policies")}
         used = {path.name for path in policies.glob("policy-*") if path.is_dir()} | names
         decisions = _read_rows(target, "SELECT platform, user_id, consent, at FROM users")
@@ -78,7 +81,7 @@ def restore(config: Config, file: Path, replaces: bool = False) -> RestoreReport
             _empty_log(target)
         with closing(Database(config.database_url, config.data)) as database:
             registry = PolicyRegistry(database)
-            forgotten = forget_again(database, registry)  # a crash before this: `kibitz serve` begins with the same
+            forgotten = forget_again(database, registry)  # after a crash before this, `kibitz serve` does the same
             remove_purged_files(registry)
     return RestoreReport(forgotten, withdrawn)
 
@@ -87,7 +90,7 @@ def _find_sqlite_file(config: Config, instead: str) -> Path:
     database = Database(config.database_url)
     database.close()
     if database.file is None:
-        raise DataError(f"the database {database.url} is PostgreSQL's, which has its own tools; run {instead}")
+        raise DataError(f"the database {database.url} is PostgreSQL, which has its own tools; run {instead}")
     return database.file
 
 
@@ -98,7 +101,7 @@ def _refuse_same(database: Path, file: Path) -> None:
 
 @contextmanager
 def _replace_database_file(path: Path) -> Iterator[Path]:
-    """Give a file for a database. At the end it takes the place of `path`, without its log; on an error nothing changes."""
+    """Yield a file for a database. It replaces `path` at the end, without its log; on an error nothing changes."""
     with output_files.replace(path) as unfinished:
         try:
             yield unfinished
@@ -107,14 +110,14 @@ def _replace_database_file(path: Path) -> Iterator[Path]:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a database of ours, of any version, into a single file."""
+    """Copy a database of kibitz, with any schema, into a single file."""
     try:
         with (
             closing(sqlite3.connect(_uri(source, "ro"), uri=True)) as old,
             closing(sqlite3.connect(target)) as new,
         ):
             if old.execute(_COUNT_OUR_TABLES).fetchone() != (2,):
-                raise DataError(f"{source}: is no database of kibitz; name a file that `kibitz backup` wrote")
+                raise DataError(f"{source}: is not a database of kibitz; name a file that `kibitz backup` wrote")
             old.backup(new)
             new.execute("PRAGMA journal_mode = DELETE")  # one file, without a log
             found = new.execute("PRAGMA quick_check(1)").fetchone()[0]
@@ -125,12 +128,12 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _is_backup(file: Path) -> bool:
-    """Whether `back_up` may have written a file: a database of kibitz in use has a log, a backup has none."""
+    """Return whether a file may be a backup. A database of kibitz that is in use has a log, a backup has none."""
     return _read_rows(file, _COUNT_OUR_TABLES) == [(2,)] and _read_rows(file, "PRAGMA journal_mode") == [("delete",)]
 
 
 def _read_rows(database: Path, query: str) -> list[tuple[Any, ...]]:
-    """The rows of a query, as far as a database can still be read."""
+    """Return the rows of a query, or none if the database cannot be read."""
     try:
         with closing(sqlite3.connect(_uri(database, "ro"), uri=True)) as old:
             return old.execute(query).fetchall()
@@ -139,7 +142,7 @@ def _read_rows(database: Path, query: str) -> list[tuple[Any, ...]]:
 
 
 def _reapply_decisions(file: Path, database: Database, decisions: list[tuple[Any, ...]]) -> None:
-    """Write people's decisions (platform, person, consent, when in SQLite's form) that are newer than the database's own."""
+    """Record those `decisions` (platform, person, consent, time in SQLite's form) that are newer than the database's."""
     known = {(platform, user): at for platform, user, at in _read_rows(file, "SELECT platform, user_id, at FROM users")}
     with database.begin() as connection:
         for platform, user, consent, at in decisions:
@@ -148,7 +151,7 @@ def _reapply_decisions(file: Path, database: Database, decisions: list[tuple[Any
 
 
 def _empty_log(database: Path) -> None:
-    """Write the log of a database that is to be replaced into it, and remove it: SQLite would read it into the new one."""
+    """Checkpoint and remove the log of a database to be replaced. SQLite would apply it to the new database."""
     with suppress(sqlite3.Error), closing(sqlite3.connect(_uri(database, "rw"), uri=True)) as old:
         old.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     _remove_log(database)

@@ -1,7 +1,7 @@
-"""ConversationStore: messages, turns and raw feedback, and the tables that hold them.
+"""ConversationStore: store and read messages, turns and raw feedback.
 
-Synchronous, called through `Database.call` from the event loop. It keeps facts only: what a reaction is worth is
-derived in `learning.data.rewards`, what the policy is shown is decided in `bot.chat.tracker`.
+It is synchronous; the event loop calls it through `Database.call`. It stores facts only. `learning.data.rewards` derives
+rewards from them, and `bot.chat.tracker` chooses the messages of a prompt.
 """
 
 from collections import defaultdict
@@ -27,26 +27,26 @@ DialogueRecord = tuple[Conversation, list[Message], list[Turn], list[Feedback]]
 
 
 class ConversationStore:
-    """What was said, what answered it, and what people thought of the answer."""
+    """The stored messages, the answers to them, and the feedback on these."""
 
     def __init__(self, database: Database):
         self.database = database
 
     def open_conversation(self, conversation: Conversation) -> Conversation:
-        """The stored conversation at this place, made now if it is new."""
+        """Return the stored conversation at this place. Create it if it is new."""
         with self.database.begin() as connection:
             row = connection.execute(_PLACE, vars(conversation)).one_or_none()
             if row is None:
                 connection.execute(_INSERT[conversations], _to_columns(conversations, conversation))
                 return conversation
             found = Conversation(**row._mapping)
-            if found.is_public != conversation.is_public:  # what was public may have been closed since
+            if found.is_public != conversation.is_public:  # a public place may have been closed since
                 change = conversations.update().where(conversations.c.id == found.id)
                 connection.execute(change.values(is_public=conversation.is_public))
             return replace(found, is_public=conversation.is_public)
 
     def read_conversation(self, conversation_id: str) -> Conversation:
-        """One conversation by its id."""
+        """Return a conversation by its id. Raises DataError if there is none."""
         with self.database.read() as connection:
             row = connection.execute(_PLACES.where(conversations.c.id == conversation_id)).one_or_none()
         if row is None:
@@ -54,7 +54,7 @@ class ConversationStore:
         return Conversation(**row._mapping)
 
     def find_latest_conversations(self, limit: int) -> list[tuple[Conversation, int, datetime]]:
-        """The conversations in which something was said last, with how many messages each has and when the last came."""
+        """Return the conversations with the newest messages: each with its count of messages and the time of the last."""
         last = sa.func.max(messages.c.at)
         query = _PLACES.add_columns(sa.func.count().label("messages"), last.label("last"))
         query = query.join(messages).group_by(conversations.c.id).order_by(last.desc()).limit(limit)
@@ -64,7 +64,7 @@ class ConversationStore:
         return [(Conversation(**{name: getattr(row, name) for name in names}), row.messages, row.last) for row in rows]
 
     def add_message(self, message: Message) -> bool:
-        """Commit a message; False where it, or its event, was committed before."""
+        """Commit a message. Return False if it, or its event, was committed before."""
         with self.database.begin() as connection:
             is_new = self._insert_once(messages, _to_message_row(message))
             if is_new:
@@ -72,14 +72,14 @@ class ConversationStore:
         return is_new
 
     def add_message_at(self, place: Conversation, message: Message) -> StoredMessage:
-        """Commit a message at a place, in one transaction with the place."""
+        """Commit a message and, if it is new, its conversation, in one transaction."""
         with self.database.begin():
             place = self.open_conversation(place)
             message = replace(message, conversation_id=place.id)
             return StoredMessage(message, place, self.add_message(message))
 
     def add_earlier_messages(self, place: Conversation, said: Sequence[Message], until: datetime) -> None:
-        """Commit what was said at a place (oldest first) as older than `until`, whatever the platform's clock said."""
+        """Commit the messages at a place (oldest first) with times before `until`, whatever the platform's clock says."""
         with self.database.begin():
             place = self.open_conversation(place)
             for number, message in enumerate(said, -len(said)):
@@ -87,7 +87,7 @@ class ConversationStore:
                 self.add_message(replace(message, conversation_id=place.id, at=at))
 
     def find_or_add_message(self, message: Message) -> tuple[Message, Turn | None]:
-        """Commit a message; where it or its event came before, the message as it is stored, with the answer to it if any."""
+        """Commit a message. If it or its event was stored before, return the stored one and the answer to it, if any."""
         with self.database.read() as connection:
             row = connection.execute(_FIRST, {"id": message.id, "event_id": message.event_id}).one_or_none()
         if row is None:
@@ -97,7 +97,7 @@ class ConversationStore:
         return first, self.find_answer(first.id)
 
     def edit_message(self, message_id: str, text: str, at: datetime) -> bool:
-        """Put what its author changed a message to in its place; False where a later edit came before, which holds."""
+        """Store the new text of a message. Return False and change nothing if a later edit is stored already."""
         late = sa.or_(messages.c.edited_at.is_(None), messages.c.edited_at < at)
         change = messages.update().where(messages.c.id == message_id, messages.c.author_id != FORGOTTEN, late)
         with self.database.begin() as connection:
@@ -109,13 +109,13 @@ class ConversationStore:
         return is_newest
 
     def add_turn(self, turn: Turn) -> None:
-        """Commit an answer and the message that it was sent as, in one transaction.
+        """Commit an answer and its message, in one transaction.
 
-        Raises Forgotten where anything that the answer was made from has been forgotten meanwhile: then nothing is stored.
+        Raises ForgottenError, and stores nothing, if anything that the answer was made from was forgotten meanwhile.
         """
         with self.database.begin() as connection:
             there = connection.execute(_COUNT_KEPT, {"sources": list(turn.sources)}).scalar_one()
-            if there < len(turn.sources):  # a forgotten answer leaves no row, a forgotten message an empty one
+            if there < len(turn.sources):  # a forgotten answer has no row, a forgotten message an empty one
                 raise ForgottenError("what this answers was forgotten meanwhile; the answer is not kept")
             reply = Message(
                 turn.conversation_id, "kibitz", turn.text, Role.ASSISTANT, turn.message_id, at=turn.at, id=turn.reply_id
@@ -125,14 +125,14 @@ class ConversationStore:
             sources.add(connection, [turn])
 
     def add_feedback(self, given: Feedback) -> bool:
-        """Append one act of feedback; False where its event was claimed before. Raises DataError where there is no turn."""
+        """Append one act of feedback. Return False if its event was stored before. Raises DataError if there is no turn."""
         try:
             return self._insert_once(feedback, _to_columns(feedback, given))
         except IntegrityError as error:
             raise DataError(f"there is no turn '{given.turn_id}'") from error
 
     def add_dialogues(self, dialogues: Iterable[DialogueRecord]) -> None:
-        """Commit imported conversations, all or none; what is there already is left as it is."""
+        """Commit imported conversations, all or none. Rows that exist already stay as they are."""
         left = iter(dialogues)
         with self.database.begin() as connection:
             while some := list(islice(left, CHUNK)):
@@ -149,53 +149,55 @@ class ConversationStore:
                     sources.add(connection, [row for row in fresh if isinstance(row, Turn)])
 
     def find_turn(self, turn_id: str) -> Turn | None:
-        """One answer by its id."""
+        """Return an answer by its id."""
         found = self._select_turns(turns.c.id == turn_id)
         return found[0] if found else None
 
     def find_answer(self, message_id: str) -> Turn | None:
-        """The newest answer to a message."""
+        """Return the newest answer to a message."""
         found = self._select_turns(turns.c.message_id == message_id)
         return found[-1] if found else None
 
     def find_last_turn(self, conversation_id: str) -> Turn | None:
-        """The newest answer in a conversation."""
+        """Return the newest answer in a conversation."""
         found = self._select_turns(turns.c.conversation_id == conversation_id, newest=1)
         return found[0] if found else None
 
     def find_last_turn_at(self, place: Conversation) -> Turn | None:
-        """The newest answer in the conversation at a place."""
+        """Return the newest answer in the conversation at a place."""
         with self.database.read() as connection:
             row = connection.execute(_PLACE, vars(place)).one_or_none()
         return None if row is None else self.find_last_turn(row.id)
 
     def find_message_of_event(self, event_id: str | None) -> Message | None:
-        """The message that a platform's event brought."""
+        """Return the message that a platform's event brought."""
         with self.database.read() as connection:
             row = connection.execute(sa.select(*MESSAGE_COLUMNS).where(messages.c.event_id == event_id)).one_or_none()
         return None if row is None else as_message(row)
 
     def read_message(self, message_id: str) -> Message:
-        """One message by its id."""
+        """Return a message by its id, which must exist."""
         with self.database.read() as connection:
             return as_message(connection.execute(sa.select(*MESSAGE_COLUMNS).where(messages.c.id == message_id)).one())
 
     def find_question_events(self, turn_ids: Iterable[str]) -> dict[str, str]:
-        """By turn, the event that brought what it answers; without what was forgotten."""
+        """Return the event of the question of each turn, by turn id. Forgotten questions are left out."""
         query = sa.select(turns.c.id, messages.c.event_id).join(messages, messages.c.id == turns.c.message_id)
         query = query.where(messages.c.event_id.is_not(None), messages.c.author_id != FORGOTTEN)
         return {row.id: row.event_id for row in self._select_by_ids(query, turns.c.id, turn_ids)}
 
     def read_recent_messages(self, conversation_id: str, before: Message, limit: int) -> list[Message]:
-        """The last `limit` messages before one, oldest first: without answers that were regenerated, and with the
-        asker's own corrections in place of what was said."""
+        """Return the last `limit` messages before one, oldest first.
+
+        Answers that were regenerated are left out. Answers that the asker corrected have the corrected text.
+        """
         with self.database.read() as connection:
             values = {"place": conversation_id, "at": before.at, "before": before.id, "most": limit}
             rows = connection.execute(_RECENT, values).all()
         return self._apply_corrections([as_message(row) for row in reversed(rows)])
 
     def read_feedback_on(self, turn_ids: Iterable[str]) -> dict[str, list[Feedback]]:
-        """Every act of feedback on these turns, by turn."""
+        """Return all feedback on these turns, by turn id, oldest first."""
         found: dict[str, list[Feedback]] = defaultdict(list)
         query = sa.select(feedback).order_by(feedback.c.at, feedback.c.id)
         for row in self._select_by_ids(query, feedback.c.turn_id, turn_ids):
@@ -203,22 +205,22 @@ class ConversationStore:
         return found
 
     def find_feedback(self, feedback_id: str) -> Feedback | None:
-        """One act of feedback by its id."""
+        """Return one act of feedback by its id."""
         with self.database.read() as connection:
             row = connection.execute(sa.select(feedback).where(feedback.c.id == feedback_id)).one_or_none()
         return None if row is None else _as_feedback(row)
 
     def find_turns_with_feedback(self, newest: int | None = None) -> list[Turn]:
-        """All turns (or the newest) that anyone reacted to, oldest first."""
+        """Return all turns with feedback (or the `newest` ones), oldest first."""
         return self._select_turns(sa.exists().where(feedback.c.turn_id == turns.c.id), newest)
 
     def read_turns(self, turn_ids: Iterable[str]) -> list[Turn]:
-        """These turns, oldest first."""
+        """Return these turns, oldest first."""
         found = [turn for ids in chunks(turn_ids) for turn in self._select_turns(turns.c.id.in_(ids))]
         return sorted(found, key=lambda turn: (turn.at, turn.id))
 
     def count_rows(self) -> dict[str, int]:
-        """How much there is of everything."""
+        """Return the number of conversations, messages, turns and acts of feedback, by table name."""
         with self.database.read() as connection:
             return {
                 table.name: connection.execute(sa.select(sa.func.count()).select_from(table)).scalar_one()
@@ -226,17 +228,14 @@ class ConversationStore:
             }
 
     def count_reactions(self, since: datetime | None = None, until: datetime | None = None) -> int:
-        """How many acts of feedback there are, or came `since` or `until` a time, that could teach.
-
-        Given and not taken back; neither ranks nor comments.
-        """
+        """Count the acts of feedback (`since` or `until` a time) that could teach: no retractions, ranks or comments."""
         query = _REACTIONS if since is None else _REACTIONS.where(feedback.c.at >= since)
         query = query if until is None else query.where(feedback.c.at <= until)
         with self.database.read() as connection:
             return connection.execute(query).scalar_one()
 
     def read_dialogues(self) -> Iterator[DialogueRecord]:
-        """Every conversation with all that belongs to it, one at a time."""
+        """Yield every conversation with its messages, turns and feedback."""
         with self.database.read() as connection:
             found = connection.execute(_PLACES.order_by(conversations.c.id)).all()
         for row in found:
@@ -251,42 +250,42 @@ class ConversationStore:
             )
 
     def read_messages(self, conversation_id: str, newest: int | None = None) -> list[Message]:
-        """Every message of a conversation (or the newest), oldest first."""
+        """Return all messages of a conversation (or the `newest` ones), oldest first."""
         query = sa.select(*MESSAGE_COLUMNS).where(messages.c.conversation_id == conversation_id)
         query = query.order_by(messages.c.at.desc(), messages.c.id.desc()).limit(newest)
         with self.database.read() as connection:
             return [as_message(row) for row in connection.execute(query)][::-1]
 
     def find_messages(self, message_ids: Iterable[str]) -> dict[str, Message]:
-        """Those of these messages that there are, by id."""
+        """Return the stored messages among these, by id."""
         return {
             row.id: as_message(row) for row in self._select_by_ids(sa.select(*MESSAGE_COLUMNS), messages.c.id, message_ids)
         }
 
     def find_authors_behind(self, turn_ids: Iterable[str]) -> dict[str, set[str]]:
-        """By turn, everybody whose words it was made from, directly or through other answers."""
+        """Return the authors of everything that each turn was made from, directly or through other answers, by turn id."""
         with self.database.read() as connection:
             return sources.find_authors_behind(connection, turn_ids)
 
     def find_platforms(self, conversation_ids: Iterable[str]) -> dict[str, str]:
-        """The platform of each conversation."""
+        """Return the platform of each conversation, by id."""
         query = sa.select(conversations.c.id, conversations.c.platform)
         return {row.id: row.platform for row in self._select_by_ids(query, conversations.c.id, conversation_ids)}
 
     def read_texts(self, message_ids: Iterable[str]) -> dict[str, str]:
-        """The text of each message."""
+        """Return the text of each message, by id."""
         query = sa.select(messages.c.id, messages.c.text)
         return {row.id: row.text for row in self._select_by_ids(query, messages.c.id, message_ids)}
 
     def find_first_followups(self, turn_ids: Iterable[str]) -> dict[str, tuple[FollowUp, Message]]:
-        """By turn, what was noted as following up on it first, with its message."""
+        """Return the first follow-up of each turn with its message, by turn id."""
         query = sa.select(followups.c.turn_id, followups.c.chances, *MESSAGE_COLUMNS).join(messages)
         query = query.where(messages.c.text != "").order_by(messages.c.id.desc())
         rows = self._select_by_ids(query, followups.c.turn_id, turn_ids)
         return {row.turn_id: (FollowUp(row.turn_id, row.id, row.chances), as_message(row)) for row in rows}
 
     def _select_by_ids(self, query: sa.Select, column: sa.Column, ids: Iterable[str]) -> list[sa.Row]:
-        """The rows of a query whose `column` is one of `ids`, however many those are."""
+        """Return the rows of a query whose `column` is one of `ids`, in chunks that one statement can have."""
         with self.database.read() as connection:
             return [row for some in chunks(ids) for row in connection.execute(query.where(column.in_(some)))]
 
@@ -320,7 +319,7 @@ _REACTIONS = (
 MESSAGE_COLUMNS = [messages.c[name] for name in Message.__dataclass_fields__]
 
 
-# Statements of the hot path are built once: building one costs more than running it.
+# The statements of the hot path are built once, because building one costs more than running it.
 _FIRST = sa.select(*MESSAGE_COLUMNS).where(
     sa.or_(messages.c.id == sa.bindparam("id"), messages.c.event_id == sa.bindparam("event_id"))
 )
@@ -359,11 +358,11 @@ _CORRECTIONS = (
 _PLACES = sa.select(*(conversations.c[name] for name in Conversation.__dataclass_fields__))
 _PLACE = _PLACES.where(*(conversations.c[name] == sa.bindparam(name) for name in ("platform", "space", "channel", "thread")))
 _found = sa.select(conversations.c.scope).where(conversations.c.id == sa.bindparam("place")).scalar_subquery()
-_scope = sa.func.coalesce(_found, 0)  # of no conversation: the foreign key refuses the message
+_scope = sa.func.coalesce(_found, 0)  # without a conversation the foreign key refuses the message
 _INSERT = {table: table.insert() for table in (conversations, turns, feedback)} | {
     messages: messages.insert().values(scope=_scope)
 }
-_INSERT_ONCE = {  # what came before leaves its row as it is
+_INSERT_ONCE = {  # an existing row stays as it is
     (dialect, table): made.on_conflict_do_nothing().returning(table.c.id)
     for dialect, insert in (("sqlite", sqlite.insert), ("postgresql", postgresql.insert))
     for table, made in ((messages, insert(messages).values(scope=_scope)), (feedback, insert(feedback)))
@@ -379,7 +378,7 @@ def _to_message_row(message: Message) -> dict[str, Any]:
 
 
 def as_message(row: Any) -> Message:
-    """The message in a row that was read by the columns MESSAGE."""
+    """Return the message in a row with MESSAGE_COLUMNS."""
     values = {name: getattr(row, name) for name in Message.__dataclass_fields__}
     return Message(**{**values, "role": Role(values["role"])})
 

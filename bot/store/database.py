@@ -1,7 +1,6 @@
-"""Database: transactions, and the one place that takes database work off the event loop.
+"""Database: transactions, and the thread that runs database work for the event loop.
 
-SQLite by default, PostgreSQL by URL, through SQLAlchemy Core. It knows no table and no statement: those are
-`bot.store.tables`' and its owners'.
+SQLite by default, PostgreSQL by URL, through SQLAlchemy Core. It does not depend on any table.
 """
 
 import asyncio
@@ -37,26 +36,29 @@ _FORMS = "write sqlite:///FILE, or postgresql+psycopg://USER:PASSWORD@HOST/DATAB
 
 class _Local(threading.local):
     def __init__(self) -> None:
-        self.after_commit: list[Callable[[], None]] = []  # what is to be done when that transaction is committed
+        self.after_commit: list[Callable[[], None]] = []  # to be called when the transaction is committed
 
-    group: sa.Connection | None = None  # the transaction of the batch that this thread is at work on
-    shared = False  # whether it is of more than one function
-    savepoint: sa.NestedTransaction | None = None  # what the function at work has written
+    group: sa.Connection | None = None  # the transaction of this thread's current batch
+    shared = False  # whether the batch has more than one function
+    savepoint: sa.NestedTransaction | None = None  # the writes of the current function
 
 
 class Database:
-    """One engine, and one thread for it, so that callers on the event loop never wait for a disk.
+    """An engine with one thread, so that the event loop never waits for a disk.
 
-    `directory` is where files lie that belong to the database: by default, where SQLite's own file is.
+    `directory` is for files that belong to the database. Default: the directory of SQLite's file.
     """
 
     def __init__(self, url: str, directory: Path | None = None, is_read_only: bool = False):
-        """Open nothing yet. What `is_read_only` leaves a file of SQLite as it is, and makes none."""
+        """Prepare an engine, and open nothing yet. With `is_read_only` an SQLite file is neither changed nor created.
+
+        Raises DataError if the URL cannot be used.
+        """
         parts = _read_url(url)
         self.url = _without_secrets(parts)
         self.dialect = parts.get_backend_name()
         try:
-            # Error messages must not spell what people wrote.
+            # Error messages must not contain people's texts, which are parameters.
             self.engine = sa.create_engine(parts, pool_pre_ping=self.dialect != "sqlite", hide_parameters=True)
         except ImportError as error:
             raise DataError(f"config key database.url needs a driver: {error}; pip install 'kibitz[postgresql]'") from error
@@ -74,7 +76,7 @@ class Database:
         self._wal = WriteAheadLog(self.engine) if self.dialect == "sqlite" else None
 
     def upgrade(self) -> None:
-        """Bring the schema to this program's version; refuse a database from the future or a broken file."""
+        """Migrate the schema to this program's revision. Raises DataError if it is newer, or the file is broken."""
         if self.find_revision() == self.newest_revision:
             return  # without the write lock
         with self._translate_errors(), self.engine.begin() as connection:
@@ -83,9 +85,9 @@ class Database:
             command.upgrade(config, "head")
 
     def find_revision(self) -> str | None:
-        """Return the revision of the database's schema, None where it has none yet. Nothing is changed.
+        """Return the revision of the database's schema, or None if it has none yet. Change nothing.
 
-        Raises DataError where the database is from the future, or is none.
+        Raises DataError if this program does not know the revision, or the file is not a database.
         """
         if self.file is not None and not self.file.exists():
             return None
@@ -94,7 +96,7 @@ class Database:
         if found is not None and found not in {one.revision for one in _load_migrations().walk_revisions()}:
             raise DataError(
                 f"the database {self.url} has schema {found}, which this kibitz does not know; "
-                "install the kibitz that wrote it, or newer"
+                "install the kibitz that wrote it, or a newer one"
             )
         return found
 
@@ -105,7 +107,7 @@ class Database:
 
     @contextmanager
     def _translate_errors(self) -> Iterator[None]:
-        """Raise what a database says inside that cannot be used as DataError."""
+        """Raise errors of the driver inside as DataError."""
         try:
             yield
         except sa.exc.DBAPIError as error:
@@ -115,9 +117,9 @@ class Database:
 
     @contextmanager
     def begin(self) -> Iterator[sa.Connection]:
-        """A transaction: committed at the end, rolled back on an error. Inside `call` it is a part of the call's own.
+        """Begin a transaction, which is committed at the end and rolled back on an error. Inside `call` it joins the call's.
 
-        Raises DatabaseUnavailable, here as in `read` and `call`, where the database is locked, full or gone.
+        Raises DatabaseUnavailable, as `read` and `call` do, if the database is locked, full or gone.
         """
         group = self._local.group
         if group is None:
@@ -133,24 +135,23 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
-        """A connection to read with; it never takes the write lock."""
+        """Yield a connection for reading, which never takes the write lock."""
         group = self._local.group
         with self._translate_outages():
             if group is not None and group.in_transaction():
-                yield group  # what the batch wrote before is seen
+                yield group  # this connection sees the batch's earlier writes
                 return
             with self.engine.connect().execution_options(read_only=True) as connection:
                 yield connection
 
     def call(self, function: Callable[..., Result], *args: Any) -> asyncio.Future[Result]:
-        """Run a synchronous store function in the database's thread; when it returns, all that it wrote is committed.
+        """Run a synchronous store function in the database's thread. The future is done when its writes are committed.
 
-        It is queued at once: functions run in the order of these calls. One that fails has written nothing. Those that wait
-        for the thread together are committed together (group commit): under load a commit, which waits for the disk, costs
-        more than all else.
+        Functions run in the order of the calls. One that fails writes nothing. Functions that wait for the thread at the
+        same time are committed together (group commit), because a commit waits for the disk and costs the most under load.
         """
         future: Future[Result] = Future()
-        with_ids = partial(copy_context().run, function)  # what it logs has the ids of who asked
+        with_ids = partial(copy_context().run, function)  # its log lines have the caller's ids
         self._waiting.append((with_ids, args, future))
         self._thread.submit(self._run_batch)
         return asyncio.wrap_future(future)
@@ -168,7 +169,7 @@ class Database:
                     try:
                         settled.append((future, self._run_job(function, args), None))
                     except DatabaseUnavailable:
-                        raise  # SQLite may have undone all that the batch wrote, on a full disk for one
+                        raise  # SQLite may have undone the whole batch, for example on a full disk
                     except BaseException as error:
                         if not self._local.shared:
                             raise
@@ -182,7 +183,7 @@ class Database:
                 future.set_exception(failure)
 
     def _run_job(self, function: Callable[..., Result], args: tuple[Any, ...]) -> Result:
-        """Run one function of a batch; beside others, what it writes has a savepoint, so that its failure harms none."""
+        """Run one function of a batch. In a shared batch it has a savepoint, so that its failure harms no other."""
         promised = len(self._local.after_commit)
         try:
             with self._translate_outages():
@@ -190,7 +191,7 @@ class Database:
                 if self._local.savepoint is not None:
                     self._local.savepoint.commit()
         except DatabaseUnavailable:
-            raise  # and with it the whole transaction
+            raise  # the whole transaction fails
         except BaseException:
             del self._local.after_commit[promised:]
             if self._local.savepoint is not None:
@@ -202,7 +203,7 @@ class Database:
 
     @contextmanager
     def _group_commit(self) -> Iterator[sa.Connection]:
-        """A connection for all that is begun inside: committed together at the end, or not at all."""
+        """Yield a connection for all transactions inside. They are committed together at the end, or not at all."""
         with self._translate_outages(), self.engine.connect() as group:
             self._local.group = group
             try:
@@ -210,7 +211,7 @@ class Database:
                 try:
                     group.commit()
                 except BaseException:
-                    group.invalidate()  # or it would go back to the pool with its transaction open
+                    group.invalidate()  # otherwise it returns to the pool with an open transaction
                     raise
             except BaseException:
                 self._local.after_commit.clear()
@@ -222,7 +223,7 @@ class Database:
 
     @contextmanager
     def _translate_outages(self) -> Iterator[None]:
-        """Raise an outage inside as DatabaseUnavailable; every other error stays what it is."""
+        """Raise outages inside as DatabaseUnavailable. Other errors stay as they are."""
         try:
             yield
         except sa.exc.DBAPIError as error:
@@ -232,9 +233,9 @@ class Database:
             raise found from error
 
     def run_after_commit(self, work: Callable[[], None]) -> None:
-        """Do something that must not happen unless what was written is committed: now, or when its batch is.
+        """Call `work` once the current batch is committed, or now if there is none.
 
-        If it fails that is logged, and nobody is told that the commit failed.
+        An error of `work` is only logged, because the commit has succeeded.
         """
         if self._local.group is None:
             _run_or_log(work)
@@ -242,22 +243,22 @@ class Database:
             self._local.after_commit.append(partial(copy_context().run, _run_or_log, work))
 
     def scrub(self) -> None:
-        """Leave nothing of what was deleted in the files: SQLite's log is emptied; free pages are zeroed as they come.
+        """Empty SQLite's log, which may contain deleted text. Free pages are zeroed when they are freed.
 
-        Nothing waits: while others read, it is done in the background.
+        Does not block: while others read, the log is emptied in the background.
         """
         if self._wal is not None:
             self._wal.empty()
 
     def close(self) -> None:
-        """Finish what is queued and close all connections."""
+        """Finish the queued calls and close all connections."""
         self._thread.shutdown()
         if self._wal is not None:
             self._wal.close()
         self.engine.dispose()
 
 
-@cache  # each of its files is a module that is loaded
+@cache  # loading imports every migration
 def _load_migrations() -> ScriptDirectory:
     return ScriptDirectory.from_config(_make_alembic_config())
 
@@ -272,17 +273,17 @@ def _run_or_log(work: Callable[[], None]) -> None:
     try:
         work()
     except Exception:
-        log.exception("work after a commit failed; what was committed stays")
+        log.exception("work after a commit failed; the commit stays")
 
 
 def _read_url(url: str) -> sa.URL:
-    """The parts of a database's URL. Raises DataError for what is none, or names no database that is kept."""
+    """Return the parts of a database's URL. Raises DataError if it is invalid, unsupported or in memory."""
     try:
         parts = sa.make_url(url)
-    except (sa.exc.ArgumentError, ValueError) as error:  # ValueError: of a port that is no number
-        raise DataError(f"config key database.url has a value that is no URL; {_FORMS}") from error
+    except (sa.exc.ArgumentError, ValueError) as error:  # ValueError: the port is not a number
+        raise DataError(f"config key database.url has a value that is not a URL; {_FORMS}") from error
     if parts.get_backend_name() not in ("sqlite", "postgresql"):
-        raise DataError(f"config key database.url has value '{_without_secrets(parts)}', another database; {_FORMS}")
+        raise DataError(f"config key database.url has value '{_without_secrets(parts)}', an unsupported database; {_FORMS}")
     if parts.get_backend_name() == "sqlite" and (
         not parts.database or ":memory:" in parts.database or parts.query.get("mode") == "memory"
     ):
@@ -293,23 +294,23 @@ def _read_url(url: str) -> sa.URL:
 
 
 def _without_secrets(url: sa.URL) -> str:
-    return url.set(query={}).render_as_string(hide_password=True)  # a query may hold a password too
+    return url.set(query={}).render_as_string(hide_password=True)  # a query may contain a password too
 
 
 def _configure_sqlite(connection: Any, _: Any) -> None:
-    connection.isolation_level = None  # transactions are begun by us, below, not by the driver
+    connection.isolation_level = None  # the driver must not begin transactions; `_begin_immediate` does
     for pragma in (
         "journal_mode = WAL",
         "synchronous = FULL",
         f"busy_timeout = {BUSY_SECONDS * 1000:.0f}",
         "foreign_keys = ON",
-        "secure_delete = ON",  # what is forgotten is gone from the file too (law 10)
+        "secure_delete = ON",  # forgotten text must be gone from the file too (law 10)
     ):
         connection.execute(f"PRAGMA {pragma}")
 
 
 def _hide_rows(context: sa.engine.ExceptionContext) -> None:
-    """Leave of an error what its first line says: PostgreSQL quotes the row in further lines, and errors come into logs."""
+    """Cut an error's text to its first line. PostgreSQL quotes the row in the others, and errors are logged."""
     for error in (context.original_exception, context.sqlalchemy_exception):
         if error is not None and error.args and isinstance(error.args[0], str):
             error.args = (error.args[0].partition("\n")[0], *error.args[1:])

@@ -1,7 +1,7 @@
-"""Erasures: who and what was forgotten, in a file beside the database that names nobody.
+"""Erasures: record forgotten people and messages in a file beside the database, without names.
 
-A backup is older than what was forgotten since; this file is not part of it, so that a restored database can be told. A
-person stands in it as a salted hash, a message by its random id. It knows no table.
+The file is not part of a backup, so that a restored database can forget again what was forgotten since. A person is
+recorded as a salted hash, a message by its random id.
 """
 
 import hashlib
@@ -21,33 +21,33 @@ from bot.types import Person
 
 @dataclass
 class NotedErasures:
-    """When each person was forgotten last, by digest, and the ids of all messages that were."""
+    """The recorded erasures: when each person was last forgotten, by digest, and the ids of forgotten messages."""
 
     people: dict[str, datetime] = field(default_factory=dict)
     messages: set[str] = field(default_factory=set)
 
 
 class Erasures:
-    """The file of one data directory. What is added is on disk before the database is told to forget it."""
+    """The file of one data directory. An erasure is on disk before the database forgets."""
 
     def __init__(self, directory: Path):
         self.path = directory / "erasures.txt"
-        self._lock = FileLock(directory / "erasures.lock")  # of several processes one makes the salt
+        self._lock = FileLock(directory / "erasures.lock")  # only one process may make the salt
 
     def add_person(self, person: Person, at: datetime) -> None:
-        """Note that a person is forgotten."""
+        """Record that a person is forgotten."""
         self._add("person", self.digest(person), at)
 
     def add_message(self, message_id: str, at: datetime) -> None:
-        """Note that a message is forgotten."""
+        """Record that a message is forgotten."""
         self._add("message", message_id, at)
 
     def count_bytes(self) -> int:
-        """Return how many bytes were noted: it grows whenever anybody is forgotten, in whatever process."""
+        """Return the size of the file. It grows with every erasure, in whatever process."""
         return self.path.stat().st_size if self.path.exists() else 0
 
     def read(self) -> NotedErasures:
-        """Return all that was noted. Raises DataError where the file cannot be read."""
+        """Return all erasures. Raises DataError if the file cannot be read."""
         found = NotedErasures()
         for number, line in enumerate(self._lines()[1:], 2):
             match line.split(" "):
@@ -55,26 +55,26 @@ class Erasures:
                     found.people[digest] = self._read_time(at, number)
                 case ["message", message_id, _, "."]:
                     found.messages.add(message_id)
-        return found  # a line without its end was cut off by a crash, and nothing was forgotten then
+        return found  # a crash cut off a line without its end, before anything was forgotten
 
     def _read_time(self, text: str, number: int) -> datetime:
         try:
             return datetime.fromisoformat(text).astimezone(UTC)
         except (ValueError, OverflowError) as error:
-            raise DataError(f"{self.path}: line {number} has the date '{text}', which is none; restore the file") from error
+            raise DataError(f"{self.path}: line {number} has '{text}', which is not a date; restore the file") from error
 
     def digest(self, person: Person) -> str:
-        """Return what stands for a person in this file."""
+        """Return the salted hash of a person."""
         return hashlib.blake2b(json.dumps(person).encode(), key=self._salt, digest_size=16).hexdigest()
 
     def _add(self, kind: str, what: str, at: datetime) -> None:
-        assert self._salt  # stands in the first line
+        assert self._salt  # the first line must be written first
         self._write(f"\n{kind} {what} {at.isoformat()} .")
 
     @cached_property
     def _salt(self) -> bytes:
         with self._lock:
-            if not self.count_bytes():  # an empty one is what a full disk or a crash leaves
+            if not self.count_bytes():  # a full disk or a crash leaves an empty file
                 self._write(secrets.token_hex(16), self.path.with_name(self.path.name + ".unfinished"))
         try:
             return bytes.fromhex(self._lines()[0])
@@ -85,10 +85,10 @@ class Erasures:
         try:
             return self.path.read_text().splitlines() if self.path.exists() else []
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{self.path}: cannot be read ({error}); restore the file, or let kibitz read it") from error
+            raise DataError(f"{self.path}: cannot be read ({error}); restore the file, or give kibitz permission") from error
 
     def _write(self, text: str, unfinished: Path | None = None) -> None:
-        """Add a text, on disk when this returns; what begins the file is written `unfinished` first: whole or not at all."""
+        """Append a text and sync it to disk. The start of the file goes to `unfinished` first: whole or not at all."""
         if unfinished is not None:
             unfinished.unlink(missing_ok=True)
         try:

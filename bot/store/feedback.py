@@ -1,7 +1,6 @@
-"""What still stands of all that people said about answers.
+"""Reduce feedback rows to people's current opinions.
 
-Feedback is an append-only record; giving and taking back are both rows of it. `select_effective` folds the rows into each
-person's present opinion. It is pure: it knows no database, no reward and no platform.
+Feedback is append-only: giving and retracting are both rows. The functions are pure and do not depend on the database.
 """
 
 from collections.abc import Iterable
@@ -12,9 +11,9 @@ OPINION_KINDS = {FeedbackKind.APPROVAL, FeedbackKind.DISAPPROVAL, FeedbackKind.R
 
 
 def not_retracted(feedback: Iterable[Feedback]) -> list[Feedback]:
-    """The rows that nobody took back, oldest first, whatever order they came in.
+    """Return the rows that were not retracted, oldest first. `feedback` may have any order.
 
-    A retraction takes back what the same person said with the same signal before it. The same event twice has one effect.
+    A retraction cancels the same person's earlier feedback with the same signal. A repeated event has no further effect.
     """
     latest: dict[tuple[str, str, str, str], Feedback] = {}
     for row in sorted(feedback, key=_sort_key):
@@ -23,7 +22,7 @@ def not_retracted(feedback: Iterable[Feedback]) -> list[Feedback]:
 
 
 def select_effective(feedback: Iterable[Feedback]) -> list[Feedback]:
-    """The rows that count: of a person's approvals, disapprovals and ratings of one turn only the last that is held."""
+    """Return the rows that count: of a person's approvals, disapprovals and ratings of a turn only the last is kept."""
     rows = not_retracted(feedback)
     opinion = {(row.turn_id, row.user_id): row.id for row in rows if row.kind in OPINION_KINDS}
     return [row for row in rows if row.kind not in OPINION_KINDS or opinion[row.turn_id, row.user_id] == row.id]

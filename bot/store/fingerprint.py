@@ -1,6 +1,6 @@
-"""Fingerprint: tells base models apart by their weights, whatever their directories are called.
+"""Fingerprints of base models: tell models apart by their weights, not by their directories.
 
-It reads a little of each tensor, so that a model of any size takes a moment.
+Only a little of each tensor is read, so that a model of any size takes a moment.
 """
 
 import hashlib
@@ -10,15 +10,15 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-SAMPLE = 4096  # bytes, at the beginning, in the middle and at the end of each tensor
-SLICES = 1024  # of a pickle of older days, which does not say where its tensors are
-LOCAL_HEADER = 30  # bytes, of an entry of a ZIP archive; its name and what else it has follow
+SAMPLE = 4096  # bytes read at the beginning, in the middle and at the end of each tensor
+SLICES = 1024  # parts of a legacy pickle, whose tensors cannot be located
+LOCAL_HEADER = 30  # bytes of a ZIP entry's header, before its name and extra field
 
-Span = tuple[str, int, int]  # what a tensor is called, and where in its file it begins and ends, in bytes
+Span = tuple[str, int, int]  # a tensor's name, and its begin and end in the file, in bytes
 
 
 def fingerprint_model(model: str) -> str:
-    """Return the sha256 of samples of all weights of the model in a directory; "" where there are none to read."""
+    """Return the sha256 of samples of all weights in a model's directory, or "" if there are none to read."""
     digest = hashlib.sha256()
     try:
         files = sorted(Path(model).glob("*.safetensors")) or sorted(Path(model).glob("pytorch_model*.bin"))
@@ -36,12 +36,12 @@ def fingerprint_model(model: str) -> str:
 
 
 def _find_safetensors_spans(file: Path) -> Iterator[Span]:
-    """Read from a safetensors file's header where its tensors are. Raises ValueError where it is none."""
+    """Yield the tensors of a safetensors file, from its header. Raises ValueError if it is not one."""
     with file.open("rb") as opened:
         start = opened.read(8)
         size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= size <= min(100_000_000, file.stat().st_size):
-            raise ValueError(f"{file.name} is no safetensors file")
+            raise ValueError(f"{file.name} is not a safetensors file")
         header = json.loads(opened.read(size))
     for name in sorted(header.keys() - {"__metadata__"}):
         begin, end = (8 + size + offset for offset in header[name]["data_offsets"])
@@ -49,7 +49,7 @@ def _find_safetensors_spans(file: Path) -> Iterator[Span]:
 
 
 def _find_torch_spans(file: Path) -> Iterator[Span]:
-    """Find the tensors of a file that torch saved: entries of an archive, or, of older days, anywhere in a pickle."""
+    """Yield the tensors of a file that torch saved: the entries of an archive, or slices of a legacy pickle."""
     if not zipfile.is_zipfile(file):
         size = file.stat().st_size
         yield from ((f"{part} of {size}", size * part // SLICES, size * (part + 1) // SLICES) for part in range(SLICES))

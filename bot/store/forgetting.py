@@ -1,10 +1,10 @@
-"""Forgetting: a person or a message is erased, with all that was made from their words (law 10).
+"""Forgetting: erase a person or a message, with everything that was made from their words (law 10).
 
-Of a message only its place is left, so that its event, delivered again, is still known. Every answer that was made from it
-goes (its policy was shown the text and may repeat it), every answer that was made from such an answer, and what people said
-about them. With a person also the policy versions go that were trained on any of it. What stands in the platform's own
-channels is not ours to delete. What is forgotten is noted outside of the database (`bot.store.erasures`), so that a backup
-does not bring it back. It knows no platform and no server: a running kibitz follows the registry.
+A message keeps an empty row, so that its event is still recognized if it is delivered again. The answers that were made
+from it are erased, because they may repeat its text, and so are the answers made from those, with all their feedback.
+Forgetting a person also purges the policy versions that were trained on any of it. Messages in a platform's own channels
+are not ours to delete. Erasures are recorded outside the database (`bot.store.erasures`), so that a backup does not bring
+anything back.
 """
 
 import logging
@@ -44,13 +44,13 @@ from bot.types import FORGOTTEN, Person, PolicyState, Role, now
 
 log = logging.getLogger(__name__)
 
-UNFINISHED_SUFFIX = ".unfinished"  # what the name of a version's directory ends with while its run is under way
-SAMPLES_FILE = "samples.json"  # beside a version's weights: what was answered before and after its training
+UNFINISHED_SUFFIX = ".unfinished"  # of a version's directory during its run
+SAMPLES_FILE = "samples.json"  # beside a version's weights: answers before and after its training
 
 
 @dataclass(frozen=True)
 class ErasureCounts:
-    """How much is gone."""
+    """How many rows and versions an erasure removed."""
 
     messages: int
     answers: int
@@ -67,10 +67,10 @@ class ErasureCounts:
 def forget_person(
     database: Database, registry: PolicyRegistry, platform: str, user_id: str, until: datetime | None = None
 ) -> ErasureCounts:
-    """Erase all that a person wrote, all that they said about answers, and all that was made from either.
+    """Erase a person's messages and feedback, and everything that was made from either, in one transaction.
 
-    Their consent is withheld from now on. With `until` it is done again, as they asked for it then: what they said, taught
-    and decided since stays. Nothing is half erased: it is one transaction.
+    Their consent is withheld from now on. `until` repeats an earlier request: what they said, taught and decided after that
+    time is kept.
     """
     at = until or now()
     if database.directory is not None and until is None:
@@ -97,7 +97,7 @@ def forget_person(
 
 
 def forget_message(database: Database, message_id: str) -> ErasureCounts:
-    """Erase one message, as its author deleted it. Versions that learned from it stay: one deletion must not move them."""
+    """Erase one message that its author deleted. Versions that learned from it stay: one deletion must not purge them."""
     if database.directory is not None:
         Erasures(database.directory).add_message(message_id, now())
     with database.begin() as connection:
@@ -108,7 +108,7 @@ def forget_message(database: Database, message_id: str) -> ErasureCounts:
 
 
 def forget_again(database: Database, registry: PolicyRegistry) -> int:
-    """Forget who and what is noted as forgotten and yet is here: the database is older than that. Return how many."""
+    """Forget again the recorded people and messages that an older database still has. Return how many there were."""
     if database.directory is None:
         return 0
     erasures = Erasures(database.directory)
@@ -131,7 +131,7 @@ def forget_again(database: Database, registry: PolicyRegistry) -> int:
 
 
 def find_people(database: Database) -> set[Person]:
-    """Return everybody who wrote, is behind an answer, judged, taught a version or decided something about themselves."""
+    """Return everybody who wrote, is behind an answer, gave feedback, taught a version, or decided about consent."""
     with database.read() as connection:
         return {(platform, user) for query in _PEOPLE for platform, user in connection.execute(query) if user != FORGOTTEN}
 
@@ -154,7 +154,7 @@ _PEOPLE = (
 
 
 def remove_purged_files(registry: PolicyRegistry) -> None:
-    """Remove the files of purged versions; also what a crash left behind. What cannot be removed is logged."""
+    """Remove the files of purged versions, also those that a crash left. Log what cannot be removed."""
     for name, path in registry.find_directories(PolicyState.PURGED).items():
         if Path(path).is_dir():
             try:
@@ -164,9 +164,9 @@ def remove_purged_files(registry: PolicyRegistry) -> None:
 
 
 def remove_samples(registry: PolicyRegistry) -> None:
-    """Remove the samples that reports show: questions that were held out stand in them, and whose they are is not said.
+    """Remove the samples of all reports, because they contain held-out questions without their authors.
 
-    Those of runs under way go too; a run that writes some afterwards looks itself for what was forgotten meanwhile.
+    The samples of unfinished runs go too. A run that writes some later checks for erasures itself.
     """
     for samples in [
         Path(f"{path}{end}") / SAMPLES_FILE
@@ -176,22 +176,20 @@ def remove_samples(registry: PolicyRegistry) -> None:
         try:
             samples.unlink(missing_ok=True)
         except OSError as error:
-            log.error("what was forgotten may be in %s, which cannot be removed (%s); remove it", samples, error.strerror)
+            log.error("%s may contain forgotten text and cannot be removed (%s); remove it", samples, error.strerror)
 
 
 def _erase_with_answers(
     connection: sa.Connection, written: sa.Select, said: sa.Select | None = None, turn_ids: sa.Select | None = None
 ) -> ErasureCounts:
-    """Erase messages and turns, all that was made from them and said about that, and the feedback that `said` selects."""
+    """Erase messages and turns, the answers made from them with their feedback, and the feedback that `said` selects."""
     own = list(connection.execute(written).scalars())
     opinions = [] if said is None else list(connection.execute(said).scalars())
     return erase_rows(connection, own, find_answers_from(connection, written, turn_ids), opinions)
 
 
 def erase_rows(connection: sa.Connection, own: list[str], made: dict[str, str], said: Iterable[str] = ()) -> ErasureCounts:
-    """Erase the text and the author of the messages `own`, the answers `made` (reply ids by turn id) with all that was said
-    about them, and the feedback `said`.
-    """
+    """Blank the messages `own`. Delete the answers `made` (reply ids by turn id), their feedback and the feedback `said`."""
     opinions = set(said)
     for ids in chunks(made):
         opinions.update(connection.execute(sa.select(feedback.c.id).where(feedback.c.turn_id.in_(ids))).scalars())

@@ -1,9 +1,10 @@
 """Histories: find our own messages in a history that a client keeps itself.
 
-Clients of the OpenAI API send all that was said before with each question. A turn that was shown such a history names our
-messages in it, as any other turn does (`Turn.shown`), so that consent and forgetting hold there too (laws 7 and 10). They
-are found by a fingerprint of their words within the space of the client: a history has no ids. What stands in it and was
-never said to us belongs to the question that it came with. Synchronous, called through `Database.call`; it knows no tokens.
+Clients of the OpenAI API send the whole conversation with each question. A turn that was shown such a history names our
+messages in it, as any other turn does (`Turn.shown`), so that consent and forgetting hold there too (laws 7 and 10). A
+history has no ids, so messages are found by a fingerprint of their words within the client's space. Text that was never
+sent to us before belongs to the question that it came with. The functions are synchronous; call them through
+`Database.call`.
 """
 
 import hashlib
@@ -16,16 +17,16 @@ from bot.store.database import Database
 from bot.store.tables import chunks, conversations, fingerprints, messages
 from bot.types import Conversation, Message, Role
 
-ALIKE = 1000  # of very many messages with the same words the newest are looked at
+ALIKE = 1000  # messages with the same words that are considered, the newest first
 
 
 def fingerprint_text(role: Role, text: str) -> str:
-    """Return what tells the words of a message from others, however a client changed the white space between them."""
+    """Return a hash of a message's role and words. White space between the words does not matter."""
     return hashlib.blake2b(f"{role}\0{' '.join(text.split())}".encode(), digest_size=16).hexdigest()
 
 
 def add_fingerprint(database: Database, message: Message, person: str) -> None:
-    """Keep the fingerprint of a stored message, for `find_repeated_messages`. `person` wrote it, or was answered by it."""
+    """Store the fingerprint of a stored message, for `find_repeated_messages`. `person` wrote it, or got it as an answer."""
     if message.text.strip():
         values = {"id": message.id, "place": message.conversation_id, "of": person}
         with database.begin() as connection:
@@ -35,13 +36,13 @@ def add_fingerprint(database: Database, message: Message, person: str) -> None:
 def find_repeated_messages(
     database: Database, place: Conversation, person: str, history: Sequence[Message]
 ) -> list[Message]:
-    """Return the stored messages that a history (oldest first) repeats, and the questions of those that are answers.
+    """Return the stored messages that a history (oldest first) repeats, and the questions of the answers among them.
 
-    They were said in the space of `place`. Of several with the same words it is the one that belongs to the message before
-    or after it in the history, as answer and question; else the newest of the same person, else the newest.
+    Only messages in the space of `place` are searched. Of several with the same words, the one that is question or answer to
+    its neighbour in the history is preferred, then the newest of the same person, then the newest.
     """
     found: set[str] = set()
-    asked = ""  # the id of what the answer after a message answers
+    asked = ""  # the id of the question of the next answer in the history
     with database.read() as connection:
         words = [fingerprint_text(said.role, said.text) for said in history]
         for said, before in reversed(list(zip(words, ["", *words], strict=False))):

@@ -1,6 +1,6 @@
-"""Judged: which turns people said something about, by their ids alone, so that only those are read that are wanted.
+"""Find the turns with feedback by their ids, so that callers read only the ones they need.
 
-Synchronous, called through `Database.call`; it knows no reward and no run.
+The functions are synchronous; call them through `Database.call`.
 """
 
 from dataclasses import dataclass
@@ -13,15 +13,16 @@ from bot.store.tables import conversations, feedback, followups, run_feedback, t
 
 @dataclass(frozen=True)
 class JudgedTurn:
-    """A turn that somebody reacted to, and the message that it answers, as other turns may."""
+    """A turn with feedback, and the message that it answers. Other turns may answer the same message."""
 
     turn_id: str
     message_id: str
 
 
 def find_judged_turns(database: Database, space: str | None = None, followed_up: bool = False) -> list[JudgedTurn]:
-    """Return all turns that anyone reacted to, oldest first; of one imported `space` where it is given. With `followed_up`
-    also those that something was only said after.
+    """Return all turns with feedback, oldest first, or those of one imported `space`.
+
+    With `followed_up`, turns that only have follow-ups are included.
     """
     is_judged: sa.ColumnElement[bool] = turns.c.id.in_(sa.select(feedback.c.turn_id))
     if followed_up:
@@ -34,7 +35,7 @@ def find_judged_turns(database: Database, space: str | None = None, followed_up:
 
 
 def find_reconsidered_turns(database: Database) -> set[str]:
-    """Return the turns of opinions that taught a run and about which more was said."""
+    """Return the turns whose feedback taught a run and that also have other feedback."""
     other = feedback.alias()
     query = (
         sa.select(feedback.c.turn_id)

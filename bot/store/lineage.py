@@ -1,6 +1,6 @@
-"""Lineage: which versions come from which base model, where that is, and which of them may take another's place.
+"""Lineage of versions: their base models, the places of these, and the version to roll back to.
 
-It knows versions and the files of models, and no database.
+It does not depend on the database.
 """
 
 from collections.abc import Collection, Sequence
@@ -12,17 +12,17 @@ from bot.types import PolicyState, PolicyVersion
 
 
 def is_same_base(base: PolicyVersion, model: str, weights: str) -> bool:
-    """Return whether a base version is of this model, perhaps at another place: of the same weights where both are known.
+    """Return whether a base version is this model, perhaps at another path, by comparing their weights.
 
-    `weights` is the fingerprint of the model. Where one has none (a hub model's weights are elsewhere, a directory may be
-    gone), both must have the same name, with all of its path.
+    `weights` is the fingerprint of the model. If either has no fingerprint (a hub model, or a directory that is gone), both
+    must have the same full name or path.
     """
     known = base.sha256 or fingerprint_model(base.base_model)
     return known == weights if known and weights else base.base_model == model
 
 
 def check_same_base(base: PolicyVersion, model: str, weights: str) -> None:
-    """Raise RegistryError where a base version is of another model."""
+    """Raise RegistryError if a base version is another model."""
     if not is_same_base(base, model, weights):
         raise RegistryError(
             f"the model is '{model}', but this data directory's versions come from '{base.base_model}'; set "
@@ -31,9 +31,9 @@ def check_same_base(base: PolicyVersion, model: str, weights: str) -> None:
 
 
 def relocate_base(base: PolicyVersion, versions: Sequence[PolicyVersion], model: str, weights: str) -> list[PolicyVersion]:
-    """Return the versions that change where the weights of a base are at `model` now: it and all that come from it.
+    """Return the versions that change if the weights of `base` are at `model` now: the base and its descendants.
 
-    A fingerprint that is known stays so where the files of the model cannot be read.
+    A known fingerprint is kept if the model's files cannot be read.
     """
     moved = replace(base, base_model=model, path=model, sha256=weights or base.sha256)
     bases = find_bases(versions)
@@ -43,7 +43,7 @@ def relocate_base(base: PolicyVersion, versions: Sequence[PolicyVersion], model:
 
 
 def find_bases(versions: Sequence[PolicyVersion]) -> dict[str, PolicyVersion]:
-    """Return the base version that each of all versions (oldest first) comes from, by the name of the version."""
+    """Return the base of each version, by the version's name. `versions` are all versions, oldest first."""
     bases: dict[str, PolicyVersion] = {}
     for version in versions:  # parents come before their children
         bases[version.name] = version if version.parent is None else bases[version.parent]
@@ -53,9 +53,9 @@ def find_bases(versions: Sequence[PolicyVersion]) -> dict[str, PolicyVersion]:
 def find_rollback_target(
     live: PolicyVersion, versions: Sequence[PolicyVersion], barred: Collection[str] = ()
 ) -> PolicyVersion | None:
-    """Return the version to go back to: the newest that was live before and may serve again; None before the first.
+    """Return the version to roll back to: the newest that was live before and may serve again, or None before the first.
 
-    What was purged since, is `barred` or comes from another base model is passed by. If no other is left it is the base.
+    Versions that were purged, are `barred`, or come from another base model are skipped. If none is left it is the base.
     """
     by_name = {version.name: version for version in versions}
     bases = find_bases(versions)
@@ -72,6 +72,6 @@ def find_rollback_target(
 
 
 def find_last_live(base: PolicyVersion, versions: Sequence[PolicyVersion]) -> PolicyVersion:
-    """Return what was live when a base model was set aside; where that was purged since, the newest before it."""
+    """Return the version that was live when a base model was replaced or, if it was purged since, the newest before it."""
     last = next((version for version in versions if version.name == base.metrics.live_before), base)
     return last if last.state == PolicyState.RETIRED else find_rollback_target(last, versions) or base

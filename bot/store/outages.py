@@ -1,7 +1,6 @@
-"""Outages: what an error of SQLite or PostgreSQL means for the person who runs kibitz.
+"""Outages: turn errors of SQLite and PostgreSQL into advice for the operator.
 
-A database that is locked, full, gone or unusable is an outage; every other error is a bug and stays what it is. It knows
-no connection and no table.
+A database that is locked, full, gone or unusable is an outage. Every other error is a bug and stays as it is.
 """
 
 import sqlite3
@@ -13,7 +12,7 @@ from bot.errors import DatabaseUnavailable, quote_error
 
 _LOCKED = "is locked by another program; end that program, or try again when it is done"
 _FULL = "has no room left on its disk; free some space, then try again"
-_READ_ONLY = "cannot be written; let kibitz write the file and its directory"
+_READ_ONLY = "cannot be written; give kibitz permission to write the file and its directory"
 _BROKEN = "cannot be opened ({reason}); restore it from a backup (kibitz restore FILE), or move it away"
 _GONE = "cannot be read or written ({reason}); check that its disk is there and that kibitz may use the file"
 _SILENT = "does not answer ({reason}); check that the server runs, and the config key database.url"
@@ -41,7 +40,7 @@ _OF_POSTGRESQL = {  # by the beginning of the SQLSTATE
 
 
 def find_outage(error: sa.exc.DBAPIError, url: str) -> DatabaseUnavailable | None:
-    """Return what to tell people of an error of the database at `url`; None if it is a bug."""
+    """Return the error to raise for an outage of the database at `url`, or None if `error` is a bug."""
     advice = _advise_on_sqlite(error.orig) if isinstance(error.orig, sqlite3.Error) else _advise_on_postgresql(error)
     if advice is None:
         return None
@@ -50,11 +49,11 @@ def find_outage(error: sa.exc.DBAPIError, url: str) -> DatabaseUnavailable | Non
 
 def _advise_on_sqlite(error: Any) -> str | None:
     code = getattr(error, "sqlite_errorcode", 0)
-    return _FULL if code == sqlite3.SQLITE_IOERR_SHMSIZE else _OF_SQLITE.get(code & 0xFF)  # there: no room for its index
+    return _FULL if code == sqlite3.SQLITE_IOERR_SHMSIZE else _OF_SQLITE.get(code & 0xFF)  # no room for the log's index
 
 
 def _advise_on_postgresql(error: sa.exc.DBAPIError) -> str | None:
     state = getattr(error.orig, "sqlstate", None)
-    if state is None:  # no server said it: there is no connection
+    if state is None:  # not the server's error: there is no connection
         return _SILENT if isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError) else None
     return next((advice for prefix, advice in _OF_POSTGRESQL.items() if state.startswith(prefix)), None)

@@ -1,6 +1,6 @@
-"""Participants: who wrote in which channel (law 7: only those who took part may teach).
+"""Find who wrote in which channel. Only participants may teach (law 7).
 
-A channel is many conversations: on Discord each mention is one. It knows no opinions.
+A channel has many conversations: on Discord each mention is one.
 """
 
 from collections.abc import Iterable
@@ -15,12 +15,12 @@ _SCOPES = sa.select(conversations.c.id, conversations.c.scope)
 _WROTE = (
     sa.select(messages.c.id)
     .where(*(messages.c[name] == sa.bindparam(name) for name in ("author_id", "scope")), messages.c.role == Role.USER)
-    .limit(1)  # however much they wrote
+    .limit(1)  # one message is enough
 )
 
 
 def find_participants(database: Database, asked: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
-    """Return those of `asked`, pairs of a conversation and a person, whose person wrote in its channel."""
+    """Return the pairs (conversation id, user id) of `asked` whose person wrote in the conversation's channel."""
     pairs = set(asked)
     with database.read() as connection:
         scopes = {

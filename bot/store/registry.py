@@ -1,9 +1,9 @@
-"""PolicyRegistry: the policy versions and their life cycle, and the tables that hold them.
+"""PolicyRegistry: the policy versions, their life cycle, and the runs that made them.
 
-A version is immutable: its name and its directory are never used again (vLLM keys its prefix cache by adapter name). Only
-where its base model is may change, if the weights of that are the same (`bot.store.lineage.relocate_base`). The live version
-is the one row in state LIVE; promoting is one transaction. It knows no torch and no server, so that a rollback works while
-training is broken.
+A version is immutable. Its name and directory are never used again, because vLLM keys its prefix cache by adapter name. Only
+the path of its base model may change, if the weights are the same (`bot.store.lineage.relocate_base`). The live version is
+the one row in state LIVE, and promoting is one transaction. It does not depend on torch or on a server, so that a rollback
+works while training is broken.
 """
 
 from collections.abc import Collection, Sequence
@@ -36,9 +36,9 @@ TRANSITIONS: dict[PolicyState, set[PolicyState]] = {
 }
 
 MAY_SERVE = {S.CANDIDATE, S.WAITING, S.CANARY, S.LIVE, S.RETIRED}
-BASE = "policy-0"  # the first base model; each that takes its place has a name of its own
+BASE = "policy-0"  # the first base model; later ones have names of their own
 LEARNING_PAUSED = "learning paused"  # the name of a switch
-DEPLOY_PREFIX = "deploy "  # the name of a switch, with that of a version after it
+DEPLOY_PREFIX = "deploy "  # the name of a switch is this with a version's name
 _BASES = sa.select(policies).where(policies.c.parent.is_(None)).order_by(policies.c.number.desc())  # the newest first
 _WITHOUT_METRICS = sa.select(*(column for column in policies.c if column.name != "metrics")).order_by(policies.c.number)
 
@@ -50,19 +50,19 @@ class PolicyRegistry:
         self.database = database
 
     def check_base(self, base_model: str) -> None:
-        """Raise RegistryError where this data directory's versions come from another base model."""
+        """Raise RegistryError if the versions of this data directory come from another base model."""
         weights = fingerprint_model(base_model)
         with self.database.read() as connection:
             if connection.execute(_BASES).first() is not None:
                 check_same_base(_read_base(connection), base_model, weights)
 
     def ensure_base(self, base_model: str, may_change: bool = False) -> PolicyVersion:
-        """Return the version that is the base model itself, live from the start; made now if there is none.
+        """Return the version of the base model. Create it if it is new; the first one is live from the start.
 
-        Where the versions come from another base model, it is refused unless it `may_change`: then the new one goes live
-        under a name of its own, and nothing that was trained on the other serves until that model comes back. A model that
-        comes back has its old name, and what was live when it went is live again. What people said stays. A model that is at
-        another place, with the same weights, is noted to be there, in its version and in all that come from it.
+        If the versions come from another base model, RegistryError is raised unless it `may_change`. Then the new model goes
+        live under a name of its own, and nothing that was trained on the other serves until that model comes back. A model
+        that comes back has its old name, and the version that was live when it was replaced is live again. Conversations and
+        feedback stay. A model with the same weights at another path is recorded there, with all versions that come from it.
         """
         weights = fingerprint_model(base_model)
         with self.database.begin() as connection:
@@ -87,7 +87,7 @@ class PolicyRegistry:
         return version
 
     def get_base(self) -> PolicyVersion:
-        """Return the base model's own version: that of the live version, where the base model was changed."""
+        """Return the version of the base model that the live version comes from."""
         with self.database.read() as connection:
             return _read_base(connection)
 
@@ -102,7 +102,7 @@ class PolicyRegistry:
         return {name for name, base in bases.items() if base is not ours}
 
     def reserve(self, parent: PolicyVersion, policies_dir: Path) -> PolicyVersion:
-        """A new version in state TRAINING, with a name and a directory that were never used before."""
+        """Create a version in state TRAINING, with a name and a directory that were never used before."""
         with self.database.begin() as connection:
             number = _find_next_number(connection)
             name = f"policy-{number}"
@@ -112,29 +112,29 @@ class PolicyRegistry:
         return version
 
     def complete(self, name: str, sha256: str, metrics: Metrics) -> PolicyVersion:
-        """The version's files are whole: it is a candidate from now on."""
+        """Make a version whose files are complete a candidate."""
         return self.move(name, S.CANDIDATE, sha256=sha256, metrics=metrics)
 
     def reject(self, name: str, metrics: Metrics | None = None) -> PolicyVersion:
-        """The version will never serve."""
+        """Reject a version. It will never serve."""
         return self.move(name, S.REJECTED, **({} if metrics is None else {"metrics": metrics}))
 
     def find_waiting(self) -> list[PolicyVersion]:
-        """The versions that wait for evidence, oldest first."""
+        """Return the versions that wait for evidence, oldest first."""
         with self.database.read() as connection:
             query = sa.select(policies).where(policies.c.state == S.WAITING).order_by(policies.c.number)
             return [_as_version(row) for row in connection.execute(query)]
 
     def record_verdict(self, name: str, state: PolicyState, metrics: Metrics, outcome: str) -> PolicyVersion:
-        """Make a waiting version a candidate, reject it, or have it wait on; its run ends so too. One transaction."""
+        """Move a waiting version to `state` (candidate, rejected, or waiting again), and set its run's outcome."""
         with self.database.begin() as connection:
             connection.execute(runs.update().where(runs.c.policy == name).values(outcome=outcome))
             return _move(connection, name, state, metrics=metrics)
 
     def request_deployment(self, name: str) -> None:
-        """Have a running kibitz, or the next one that starts, deploy a candidate; one that waits, once it is a candidate.
+        """Ask the running kibitz, or the next one that starts, to deploy a candidate, or a waiting version once it is one.
 
-        Raises RegistryError where it is neither.
+        Raises RegistryError if the version is in another state.
         """
         with self.database.begin() as connection:
             state = self.get(name).state
@@ -145,16 +145,16 @@ class PolicyRegistry:
                 connection.execute(switches.insert().values(name=wanted, since=now()))
 
     def find_requested(self) -> list[PolicyVersion]:
-        """The candidates that are to be deployed, oldest first."""
+        """Return the candidates whose deployment was requested, oldest first."""
         asked = sa.literal(DEPLOY_PREFIX) + policies.c.name == switches.c.name
         query = sa.select(policies).join(switches, asked).where(policies.c.state == S.CANDIDATE)
         with self.database.read() as connection:
             return [_as_version(row) for row in connection.execute(query.order_by(policies.c.number))]
 
     def promote(self, name: str, metrics: Metrics | None = None, instead_of: str | None = None) -> PolicyVersion:
-        """Make a version live, with other metrics where they are given, and retire the one that was, in one transaction.
+        """Make a version live and retire the live one, in one transaction. `metrics` replace the version's if given.
 
-        Raises VerdictOutdated where `instead_of` is given, and another version is live by now.
+        Raises VerdictOutdated if `instead_of` is given but not live.
         """
         with self.database.begin() as connection:
             before = _read_live(connection)
@@ -164,23 +164,23 @@ class PolicyRegistry:
             return _move(connection, name, S.LIVE, replaced=before.name, **({} if metrics is None else {"metrics": metrics}))
 
     def roll_back(self) -> tuple[PolicyVersion, PolicyVersion]:
-        """Take the live version back; return it and the newest before it that may serve, which is live now."""
+        """Retire the live version and make the newest before it that may serve live. Return both."""
         with self.database.begin() as connection:
             live = _read_live(connection)
             back = find_rollback_target(live, _read_all(connection))
             if back is None:
                 others = [version for version in _read_all(connection) if version.is_base and version.name != live.name]
                 raise RegistryError(
-                    f"{live.name} is live and has replaced nothing: there is no version to go back to"
+                    f"{live.name} is live and has replaced nothing, so there is no version to go back to"
                     + (f"; to have {others[-1].base_model} back, set policy.model and start kibitz again" if others else "")
                 )
             return _move(connection, live.name, S.RETIRED), _move(connection, back.name, S.LIVE)
 
     def purge_taught(self, connection: sa.Connection, person: Person, until: datetime | None = None) -> list[PolicyVersion]:
-        """Withdraw every version that a person taught (`until` then), and all that were trained on from those; return them.
+        """Purge every version that a person taught (`until` a time), and all trained from those. Return them.
 
-        Nothing says afterwards that they taught any of them. In the transaction of `connection`; the versions' files are for
-        the caller to remove.
+        The records of who taught them are deleted for this person. This runs in the transaction of `connection`. The caller
+        removes the versions' files.
         """
         theirs = (run_teachers.c.platform == person[0]) & (run_teachers.c.user_id == person[1])
         if until is not None:
@@ -194,9 +194,9 @@ class PolicyRegistry:
         return purge_versions(connection, taught)
 
     def reconcile_directory(self, policies_dir: Path, used: Collection[str]) -> list[str]:
-        """Bring the versions of a restored database in line with a directory, and return the names of those withdrawn.
+        """Match the versions of a restored database to a directory. Return the names of the versions that were withdrawn.
 
-        A version whose files are not there never serves again. Names that were `used` since are never used again.
+        A version without files never serves again. Names that were `used` since the backup are never used again.
         """
         with self.database.begin() as connection:
             for version in _read_all(connection):
@@ -219,7 +219,7 @@ class PolicyRegistry:
         return withdrawn
 
     def toggle_learning(self) -> bool:
-        """Pause the training of new versions, or go on with it where it was paused; True if it is paused now."""
+        """Pause the training of new versions, or resume it if it is paused. Return whether it is paused now."""
         switch = switches.c.name == LEARNING_PAUSED
         with self.database.begin() as connection:
             if connection.execute(switches.delete().where(switch)).rowcount:
@@ -228,43 +228,43 @@ class PolicyRegistry:
         return True
 
     def is_learning_paused(self) -> bool:
-        """Whether an operator paused the training of new versions."""
+        """Return whether an operator paused the training of new versions."""
         with self.database.read() as connection:
             query = sa.select(switches.c.name).where(switches.c.name == LEARNING_PAUSED)
             return connection.execute(query).first() is not None
 
     def move(self, name: str, state: PolicyState, **changes: Any) -> PolicyVersion:
-        """One transition of the table above, with other columns changed along."""
+        """Move a version to another state, and change other columns too. Raises RegistryError if TRANSITIONS forbids it."""
         with self.database.begin() as connection:
             return _move(connection, name, state, **changes)
 
     def get_live(self) -> PolicyVersion:
-        """The version that answers."""
+        """Return the live version."""
         return self._read_one(policies.c.state == S.LIVE)
 
     def get(self, name: str) -> PolicyVersion:
-        """One version by its name."""
+        """Return a version by its name. Raises RegistryError if there is none."""
         return self._read_one(policies.c.name == name)
 
     def all(self) -> list[PolicyVersion]:
-        """Every version there ever was, oldest first."""
+        """Return every version, oldest first."""
         with self.database.read() as connection:
             return _read_all(connection)
 
     def find_directories(self, state: PolicyState | None = None) -> dict[str, str]:
-        """Return where the files of each version are, by name, oldest first; of those in one `state` where it is given."""
+        """Return the directory of each version (or of those in one `state`), by name, oldest first."""
         query = _WITHOUT_METRICS if state is None else _WITHOUT_METRICS.where(policies.c.state == state)
         with self.database.read() as connection:
             return {row.name: row.path for row in connection.execute(query)}
 
     def count(self, state: PolicyState) -> int:
-        """How many versions are in a state; nothing else is read of them."""
+        """Return how many versions are in a state."""
         query = sa.select(sa.func.count()).select_from(policies).where(policies.c.state == state)
         with self.database.read() as connection:
             return connection.execute(query).scalar_one()
 
     def reject_unfinished(self) -> list[str]:
-        """Reject what a dead process left in training; returns the names."""
+        """Reject the versions that a dead process left in TRAINING. Return their names."""
         stale = [version.name for version in self.all() if version.state == S.TRAINING]
         for name in stale:
             self.reject(name, Metrics(outcome="the run did not end"))
@@ -278,13 +278,12 @@ class PolicyRegistry:
         feedback: Sequence[str],
         followups: Sequence[str] = (),
     ) -> str:
-        """Record a run with the feedback, and the messages that followed up, that it learns from; return its id.
+        """Record a run with the feedback and the follow-up messages that it learns from. Return its id.
 
-        Who taught it is recorded too, because that must outlive what they said. Raises RegistryError where any of it was
-        deleted since it was read.
+        Its teachers are recorded too, to outlive their messages. Raises RegistryError if any data was deleted meanwhile.
         """
         run_id = new_id()
-        with self.database.read() as connection:  # a long walk, without the write lock
+        with self.database.read() as connection:  # takes long, so it must not hold the write lock
             people = find_people_behind(connection, feedback, followups)
         run = {"id": run_id, "policy": policy, "config": config, "manifest_sha256": manifest_sha256}
         try:
@@ -299,17 +298,17 @@ class PolicyRegistry:
                         connection.execute(table.insert(), [{"run_id": run_id, **row} for row in rows])
         except IntegrityError as error:
             raise RegistryError(
-                f"something that {policy} was to learn from was deleted meanwhile; the next run learns from the rest"
+                f"some training data of {policy} was deleted meanwhile; the next run learns from the rest"
             ) from error
         return run_id
 
     def end_run(self, run_id: str, outcome: str) -> None:
-        """Record how a run ended."""
+        """Record the outcome of a run."""
         with self.database.begin() as connection:
             connection.execute(runs.update().where(runs.c.id == run_id).values(outcome=outcome, ended_at=now()))
 
     def list_runs(self) -> list[dict[str, Any]]:
-        """Every run with its policy, outcome, times and how much feedback taught it, oldest first."""
+        """Return every run with its policy, outcome, times and the number `n` of feedback acts, oldest first."""
         taught = sa.select(sa.func.count()).where(run_feedback.c.run_id == runs.c.id).scalar_subquery()
         query = sa.select(
             runs.c.policy, runs.c.outcome, runs.c.manifest_sha256, runs.c.started_at, runs.c.ended_at, taught.label("n")
@@ -326,9 +325,9 @@ class PolicyRegistry:
 
 
 def purge_versions(connection: sa.Connection, names: Collection[str]) -> list[PolicyVersion]:
-    """Purge these versions for ever, and return those that were not purged before.
+    """Purge these versions. Return those that were not purged before.
 
-    If the live version is among them, the newest before it that may serve is live afterwards.
+    If the live version is among them, the newest before it that may serve becomes live.
     """
     versions = _read_all(connection)
     live = next((version for version in versions if version.state == S.LIVE), None)
@@ -355,7 +354,7 @@ def _read_base(connection: sa.Connection) -> PolicyVersion:
 
 
 def _relocate_base(connection: sa.Connection, base: PolicyVersion, model: str, weights: str) -> PolicyVersion:
-    """Note where the weights of a base are now, and return the base."""
+    """Record the current path of a base's weights, and return the base."""
     versions = _read_all(connection)
     current = next(version for version in versions if version.name == base.name)
     for one in relocate_base(current, versions, model, weights):
@@ -365,7 +364,7 @@ def _relocate_base(connection: sa.Connection, base: PolicyVersion, model: str, w
 
 
 def _set_aside(connection: sa.Connection, base: PolicyVersion) -> None:
-    """Retire what is live of a base model that makes way for another, and reject its candidates."""
+    """Retire the live version of a base model that is replaced, and reject its candidates."""
     for version in _read_all(connection):
         if version.state == S.LIVE:
             _move(connection, version.name, S.RETIRED)
@@ -379,7 +378,7 @@ def _set_aside(connection: sa.Connection, base: PolicyVersion) -> None:
 def _read_live(connection: sa.Connection) -> PolicyVersion:
     row = connection.execute(sa.select(policies).where(policies.c.state == S.LIVE)).one_or_none()
     if row is None:
-        raise RegistryError("no version is live yet: this data directory was never served; `kibitz policies` lists them all")
+        raise RegistryError("no version is live: this data directory was never served; `kibitz policies` lists them all")
     return _as_version(row)
 
 
@@ -390,7 +389,7 @@ def _move(connection: sa.Connection, name: str, state: PolicyState, **changes: A
     found = _as_version(row)
     if state not in TRANSITIONS[found.state]:
         allowed = ", ".join(sorted(TRANSITIONS[found.state])) or "nothing"
-        raise RegistryError(f"{name} is {found.state} and cannot become {state}; from there it may become {allowed}")
+        raise RegistryError(f"{name} is {found.state} and cannot become {state}; it may become {allowed}")
     connection.execute(policies.update().where(policies.c.name == name).values(state=state, **changes))
     return replace(found, state=state, **changes)
 

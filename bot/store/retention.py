@@ -1,9 +1,8 @@
-"""Retention: what was said longer ago than `privacy.retention_days` is erased.
+"""Retention: erase messages that are older than `privacy.retention_days`.
 
-Text and opinions go, as when a person is forgotten; places stay. What is younger stays too: if the policy was shown
-something older for a younger answer, the answer stays, and its token ids, which spell the older text, go; who had written
-that is kept, so that they can be forgotten later. Versions that learned from what goes stay, and so does the record of who
-taught them. It knows no platform and no server.
+Text and opinions are erased as when a person is forgotten. A younger answer whose prompt had an older message is kept, but
+its token ids are erased, because they contain the older text. The authors of that text are recorded, so that they can still
+be forgotten. Versions that learned from erased messages stay, with the record of their teachers.
 """
 
 from collections.abc import Awaitable, Callable, Collection
@@ -19,14 +18,14 @@ from bot.store.sources import keep_origins
 from bot.store.tables import UTCDateTime, messages, sources, turns
 from bot.types import now
 
-ERASE_SECONDS = 3600.0  # seconds between two looks
+ERASE_SECONDS = 3600.0  # seconds between two erasures
 BATCH_SIZE = 32  # messages in one transaction, so that nobody waits long for the database
 
 OnErased = Callable[[Collection[str]], Awaitable[None]]
 
 
 async def erase_expired(database: Database, days: int, tell: OnErased) -> None:
-    """Erase what is older than so many days; 0 is for ever. `tell` is called with the ids of the messages that are gone."""
+    """Erase messages older than `days` (0 keeps all). Call `tell` with the ids of the erased messages."""
     if not days:
         return
     before = now() - timedelta(days=days)
@@ -40,14 +39,14 @@ async def erase_expired(database: Database, days: int, tell: OnErased) -> None:
 
 
 def erase_before(database: Database, before: datetime, limit: int) -> list[str]:
-    """Erase the `limit` oldest messages that were written before a time, in one transaction; return their ids."""
+    """Erase the `limit` oldest messages from before a time, in one transaction. Return their ids."""
     with database.begin() as connection:
         rows = connection.execute(_OLDEST, {"before": before, "most": limit}).all()
         ids = [row.id for row in rows]
         if not ids:
             return []
         made = {row.id: row.reply_id for row in connection.execute(_ANSWERS, {"ids": ids})}
-        # A younger answer may be shown both: it is kept, without the ids of what it was shown.
+        # A younger answer that was shown any of these is kept, without its token ids.
         of_these = sources.c.message_id.in_([*ids, *made.values()])
         spelt = turns.c.id.in_(sa.select(sources.c.turn_id).where(of_these)) & turns.c.id.not_in(list(made))
         keep_origins(connection, connection.execute(sa.select(turns.c.id).where(spelt)).scalars().all())

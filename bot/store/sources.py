@@ -1,7 +1,7 @@
-"""Sources: the messages that an answer was made from, and the table that holds them, followed in both directions.
+"""Sources: record which messages an answer was made from, and follow these links in both directions.
 
-An answer is made from its question and from the earlier messages that the policy was shown. Those may be answers
-themselves, so both directions are recursive. It knows nothing of forgetting and of training.
+An answer is made from its question and from the earlier messages in the prompt. Those may be answers themselves, so both
+directions are recursive.
 """
 
 from collections import defaultdict
@@ -14,7 +14,7 @@ from bot.types import FORGOTTEN, Person, Role, Turn
 
 
 def add(connection: sa.Connection, answers: Iterable[Turn]) -> None:
-    """Record what these answers were made from. Their turns and all the messages must be stored."""
+    """Record the sources of these answers. Their turns and all source messages must be stored."""
     rows = [{"turn_id": turn.id, "message_id": message} for turn in answers for message in turn.sources]
     if rows:
         connection.execute(_INSERT, rows)
@@ -25,8 +25,8 @@ def find_answers_from(
 ) -> dict[str, str]:
     """Return the answers that were made from these messages, directly or through other answers: reply ids by turn id.
 
-    `message_ids` and `turn_ids` select one column of ids; the turns are returned too, with what was made from them. When an
-    answer was given, and in which conversation, does not matter.
+    `message_ids` and `turn_ids` select one column of ids. The selected turns are returned too, with the answers made from
+    them. The time and the conversation of an answer do not matter.
     """
     made = sa.select(turns.c.id, turns.c.reply_id).join(sources, sources.c.turn_id == turns.c.id)
     begun = sources.c.message_id.in_(message_ids)
@@ -36,7 +36,7 @@ def find_answers_from(
 
 
 def find_authors_behind(connection: sa.Connection, turn_ids: Iterable[str]) -> dict[str, set[str]]:
-    """Return by turn everybody whose words it was made from, directly or through other answers, by their ids."""
+    """Return the user ids of all authors that each turn was made from, directly or through answers, by turn id."""
     wanted = list(turn_ids)
     people: defaultdict[str, set[str]] = defaultdict(set)
     made_from: defaultdict[str, set[str]] = defaultdict(set)
@@ -49,7 +49,7 @@ def find_authors_behind(connection: sa.Connection, turn_ids: Iterable[str]) -> d
         for turn_id, author in connection.execute(_ORIGINS, {"turns": some}):
             people[turn_id].add(author)
     changes = True
-    while changes:  # once for each step from answer to answer at most, and mostly once: ids of later turns are larger
+    while changes:  # mostly one pass, because ids of later turns sort later; at most one per step from answer to answer
         changes = False
         for turn_id in sorted(made_from):
             more = set().union(*(people[one] for one in made_from[turn_id])) - people[turn_id]
@@ -59,7 +59,7 @@ def find_authors_behind(connection: sa.Connection, turn_ids: Iterable[str]) -> d
 
 
 def keep_origins(connection: sa.Connection, turn_ids: Iterable[str]) -> None:
-    """Keep who is behind these turns, before any of what they were made from is erased."""
+    """Record the authors behind these turns, before any of their sources is erased."""
     found = find_authors_behind(connection, turn_ids)
     for some in chunks(found):
         connection.execute(origins.delete().where(origins.c.turn_id.in_(some)))
@@ -69,9 +69,9 @@ def keep_origins(connection: sa.Connection, turn_ids: Iterable[str]) -> None:
 
 
 def find_people_behind(connection: sa.Connection, feedback_ids: Iterable[str], followup_ids: Iterable[str]) -> set[Person]:
-    """Return everybody whose opinions or words are in this feedback, these follow-up messages, or the answers they judge."""
+    """Return the authors of this feedback, of these follow-ups, and of the sources of the answers that they judge."""
     people: set[Person] = set()
-    judged: dict[str, str] = {}  # by turn: its platform
+    judged: dict[str, str] = {}  # the platform of each turn
     for query, column, ids in ((_OPINIONS, feedback.c.id, feedback_ids), (_FOLLOWUPS, followups.c.message_id, followup_ids)):
         for some in chunks(ids):
             for turn_id, platform, person in connection.execute(query.where(column.in_(some))):
@@ -99,7 +99,7 @@ _answers = _answers.union(
     .join(_answers, _answers.c.id == sources.c.turn_id)
 )
 _source = turns.alias()
-_STEPS = (  # of each answer the author of each message that it was made from, or, of an answer, its turn
+_STEPS = (  # for each answer and source: the source's author, or the source's turn if it is an answer
     sa.select(_answers.c.id, messages.c.author_id, _source.c.id)
     .select_from(_answers)
     .join(sources, sources.c.turn_id == _answers.c.id)

@@ -1,4 +1,4 @@
-"""Stores: the database that a config names, with what stands on it."""
+"""Open the database that a config names, with its stores."""
 
 from bot.config import Config
 from bot.store.conversations import ConversationStore
@@ -7,7 +7,7 @@ from bot.store.registry import PolicyRegistry
 
 
 def open_stores(config: Config) -> tuple[Database, ConversationStore, PolicyRegistry]:
-    """Return the database at this program's schema, with the stores on it."""
+    """Return the database, migrated to this program's schema, with its stores."""
     database = Database(config.database_url, config.data)
     database.upgrade()
     return database, ConversationStore(database), PolicyRegistry(database)

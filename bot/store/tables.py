@@ -1,7 +1,4 @@
-"""The tables: the shape of all that is stored. Alembic migrations stand beside this module.
-
-It knows no connection, and not what anything means: `bot.store.conversations` and `bot.store.registry` own their tables.
-"""
+"""The tables of the database. `bot/store/migrations` has the Alembic migrations."""
 
 import hashlib
 import json
@@ -18,7 +15,7 @@ metadata = sa.MetaData()
 
 
 class UTCDateTime(sa.TypeDecorator):
-    """A time in UTC: stored without a zone (SQLite has none), read back with one."""
+    """A time in UTC. It is stored without a zone, because SQLite has none, and read back with one."""
 
     impl = sa.DateTime
     cache_ok = True
@@ -31,7 +28,7 @@ class UTCDateTime(sa.TypeDecorator):
 
 
 class RecordJSON(sa.TypeDecorator):
-    """A Record of this kind, stored as its JSON."""
+    """A Record of one kind, stored as JSON."""
 
     impl = sa.JSON
     cache_ok = True
@@ -48,7 +45,7 @@ class RecordJSON(sa.TypeDecorator):
 
 
 def compute_scope(platform: str, space: str, channel: str) -> int:
-    """Return the number of a channel with its threads: what was said there may be remembered there (63 bits)."""
+    """Return the scope (63 bits) of a channel with its threads. Recall does not cross scopes."""
     digest = hashlib.blake2b(json.dumps([platform, space, channel]).encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1
 
@@ -89,12 +86,12 @@ messages = sa.Table(
     sa.Column("at", UTCDateTime, nullable=False),
     sa.Column("edited_at", UTCDateTime),
     sa.Column("author_name", sa.String(64), nullable=False, server_default=""),
-    sa.Column("scope", sa.BigInteger, nullable=False, server_default="0"),  # that of its conversation
+    sa.Column("scope", sa.BigInteger, nullable=False, server_default="0"),  # the conversation's, copied
     sa.Index("messages_in_order", "conversation_id", "at", "id"),
     sa.Index("messages_of_scopes", "scope", "id"),
     sa.Index("messages_of_authors", "author_id", "scope"),
     sa.Index(
-        *("messages_in_time", "at", "id"),  # of those that are not erased
+        *("messages_in_time", "at", "id"),  # only of messages that are not erased
         sqlite_where=sa.text("author_id <> ''"),
         postgresql_where=sa.text("author_id <> ''"),
     ),
@@ -108,10 +105,10 @@ embeddings = sa.Table(
     sa.Column("space", sa.String(128), nullable=False),
     sa.Column("vector", sa.LargeBinary, nullable=False),
     sa.Index("embeddings_of_messages", "message_id"),
-    sqlite_with_rowid=False,  # the vectors of a conversation lie beside each other
+    sqlite_with_rowid=False,  # stores the vectors of a conversation next to each other
 )
 
-words = sa.Table(  # of messages that say something, what they can be found by
+words = sa.Table(  # the index of content words (`bot.store.word_index`)
     "words",
     metadata,
     sa.Column("scope", sa.BigInteger, primary_key=True, autoincrement=False),
@@ -143,7 +140,7 @@ turns = sa.Table(
     sa.Index("turns_in_time", "at", "id"),
 )
 
-sources = sa.Table(  # what each turn was made from: its message, and the keys of `shown`
+sources = sa.Table(  # the messages that each turn was made from: its question, and the keys of `shown`
     "sources",
     metadata,
     sa.Column("turn_id", sa.ForeignKey("turns.id"), primary_key=True),
@@ -152,7 +149,7 @@ sources = sa.Table(  # what each turn was made from: its message, and the keys o
     sqlite_with_rowid=False,
 )
 
-origins = sa.Table(  # who wrote what each turn was made from, as far as it was erased for its age
+origins = sa.Table(  # the authors behind each turn whose sources were erased for their age
     "origins",
     metadata,
     sa.Column("turn_id", sa.ForeignKey("turns.id"), primary_key=True),
@@ -183,7 +180,7 @@ deliveries = sa.Table(
     sa.Column("platform", sa.String(32), primary_key=True),
     sa.Column("message_id", sa.String(64), primary_key=True),
     sa.Column("channel", sa.String(128), nullable=False),
-    sa.Column("turn_id", sa.String(64), nullable=False, index=True),  # may be recorded before its turn is
+    sa.Column("turn_id", sa.String(64), nullable=False, index=True),  # may be stored before its turn
     sa.Column("part", sa.Integer, nullable=False),
     sa.Column("at", UTCDateTime, nullable=False, index=True),
     sa.Index("deliveries_in_channels", "platform", "channel", "turn_id"),
@@ -237,7 +234,7 @@ run_followups = sa.Table(
     sa.Column("message_id", sa.ForeignKey("messages.id"), primary_key=True, index=True),
 )
 
-run_teachers = sa.Table(  # who taught a run; outlives their messages and opinions, and goes when they are forgotten
+run_teachers = sa.Table(  # who taught a run; outlives their messages, and is deleted when they are forgotten
     "run_teachers",
     metadata,
     sa.Column("run_id", sa.ForeignKey("runs.id"), primary_key=True),
@@ -287,7 +284,7 @@ CHUNK = 500  # ids in one IN (...): below every engine's limit on parameters
 
 
 def chunks(ids: Iterable[str]) -> Iterator[list[str]]:
-    """The ids in lists that one statement can hold."""
+    """Yield the ids in lists of at most CHUNK."""
     left = iter(ids)
     while chunk := list(islice(left, CHUNK)):
         yield chunk

@@ -1,7 +1,6 @@
-"""Users: what people decided about themselves, and the table that holds it.
+"""Users: store and read people's decisions about consent.
 
-Only those may teach who consent (law 7). Whoever has decided nothing is taken as `privacy.consent` says. It knows no
-platform's client: people are known by their platform and its id for them.
+Only people who consent may teach (law 7). `privacy.consent` holds for people without a decision.
 """
 
 from collections.abc import Iterable
@@ -16,28 +15,28 @@ from bot.types import Person, now
 
 
 class Users:
-    """Everybody who decided something."""
+    """The people who made a decision."""
 
     def __init__(self, database: Database, config: PrivacyConfig):
         self.database = database
         self.is_consent_assumed = config.consent == "assumed"
 
     def has_consent(self, platform: str, user_id: str) -> bool:
-        """Whether a person may be learned from."""
+        """Return whether kibitz may learn from a person."""
         return self.read_decisions().get((platform, user_id), self.is_consent_assumed)
 
     def filter_consenting(self, platform: str, user_ids: Iterable[str]) -> set[str]:
-        """Those of these people who may be learned from."""
+        """Return the people among these whom kibitz may learn from."""
         decided = self.read_decisions()
         return {one for one in user_ids if decided.get((platform, one), self.is_consent_assumed)}
 
     def record_consent(self, platform: str, user_id: str, consent: bool) -> None:
-        """Give or withhold consent; the last decision holds."""
+        """Record a person's consent or refusal. The last decision holds."""
         with self.database.begin() as connection:
             record_decision(connection, (platform, user_id), consent=consent)
 
     def read_decisions(self) -> dict[Person, bool]:
-        """The consent of everybody who said something about it."""
+        """Return the consent of everybody who made a decision."""
         with self.database.read() as connection:
             rows = connection.execute(sa.select(users.c.platform, users.c.user_id, users.c.consent))
             return {(row.platform, row.user_id): row.consent for row in rows}
@@ -50,21 +49,21 @@ class Users:
 
 
 def resolve_voice(platform: str, user_id: str, config: WebConfig) -> str:
-    """Return whom a person counts as in training, where nobody may count more than once (law 7).
+    """Return the id that a person counts as in training, where nobody may count more than once (law 7).
 
-    Clients of the web say themselves which people they speak for, as "TOKEN'S NAME/PERSON". Unless the operator trusts those
-    names, everybody behind one token counts as one person. For consent and forgetting each of them is their own.
+    Web clients name their users themselves, as "TOKEN'S NAME/PERSON". Unless the operator trusts those names, everybody
+    behind one token counts as one person. For consent and forgetting each of them is a person of their own.
     """
     return user_id if platform != "web" or config.trust_user_names else user_id.partition("/")[0]
 
 
 def has_decided_since(connection: sa.Connection, person: Person, at: datetime) -> bool:
-    """Whether a person decided about their consent after a time."""
+    """Return whether a person decided about their consent after a time."""
     return bool(connection.execute(sa.select(sa.exists().where(_is_person(person), users.c.at > at))).scalar_one())
 
 
 def record_decision(connection: sa.Connection, person: Person, **values: object) -> None:
-    """Write a person's decision in the transaction of `connection`."""
+    """Store a person's decision in the transaction of `connection`."""
     if not connection.execute(users.update().where(_is_person(person)).values(at=now(), **values)).rowcount:
         connection.execute(users.insert().values(platform=person[0], user_id=person[1], at=now(), **values))
 

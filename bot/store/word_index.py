@@ -1,6 +1,6 @@
-"""Word index: which messages of a scope hold a word, in the database, and the table that says so.
+"""Word index: find the messages of a scope that contain a word.
 
-It finds what is too old to be in memory. It knows no vectors and no ranking.
+The index is in the database. It finds messages that are too old to be in memory.
 """
 
 import math
@@ -13,15 +13,15 @@ from bot.store.tables import chunks, messages, words
 from bot.store.words import FUNCTION_WORDS, extract_content_words
 from bot.store.words import extract_words as words_of
 
-MAX_WORD_LENGTH = 64  # characters of a word, and
-MAX_WORDS = 64  # words of a message, and of a question, at most
-MAX_MESSAGES_PER_WORD = 256  # messages with a word that are looked at; a word that more of them hold tells little
+MAX_WORD_LENGTH = 64  # characters of a word that are indexed
+MAX_WORDS = 64  # words of a message or a question that are used
+MAX_MESSAGES_PER_WORD = 256  # messages that are read per word; a more frequent word says little
 
 Text = tuple[str, str]  # a message's id and its text
 
 
 def add(connection: sa.Connection, texts: Iterable[Text]) -> None:
-    """Record the words of stored messages."""
+    """Index the words of stored messages."""
     rows = [
         {"id": message_id, "word": word} for message_id, text in texts for word in _limit_words(extract_content_words(text))
     ]
@@ -30,15 +30,15 @@ def add(connection: sa.Connection, texts: Iterable[Text]) -> None:
 
 
 def remove(connection: sa.Connection, message_ids: Iterable[str]) -> None:
-    """Remove the words of messages."""
+    """Remove messages from the index."""
     for ids in chunks(message_ids):
         connection.execute(words.delete().where(words.c.message_id.in_(ids)))
 
 
 def find(connection: sa.Connection, scopes: Collection[int], question: str, before: str, limit: int) -> list[str]:
-    """Return the `limit` messages older than `before` that share the rarest words with a question: their ids, oldest first.
+    """Return the ids of the `limit` messages before `before` that share the rarest words with a question, oldest first.
 
-    Of messages that share the same words the newest are taken.
+    Of messages that share the same words the newest come first.
     """
     shared: defaultdict[str, float] = defaultdict(float)
     for word in _limit_words(set(words_of(question)) - FUNCTION_WORDS):

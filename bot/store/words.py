@@ -1,11 +1,11 @@
-"""Words: a text as what it can be matched by. Pure functions; they know no message and no index."""
+"""Extract the words of a text for matching. All functions are pure."""
 
 import re
 
 import Stemmer
 
-CHARACTERS = 4000  # of one message, at most, that are looked at
-MIN_CONTENT_WORDS = 3  # words that are no function words
+CHARACTERS = 4000  # characters of a message that are read
+MIN_CONTENT_WORDS = 3  # a text with fewer says too little
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
 UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
 ENGLISH_FUNCTION_WORDS = """
@@ -21,7 +21,7 @@ _POSSESSIVE = re.compile(r"['’]s?$")
 
 
 def extract_words(text: str) -> list[str]:
-    """The words of a text for matching: case folded, English endings cut; pairs of characters where no spaces are."""
+    """Return the words of a text: case-folded and stemmed as English. Text without spaces becomes pairs of characters."""
     text = text[:CHARACTERS].casefold()
     found = []
     for word in WORD.findall(text):
@@ -33,12 +33,12 @@ def extract_words(text: str) -> list[str]:
 
 
 def clear_stem_cache() -> None:
-    """Begin anew with an empty cache of words that were stemmed."""
+    """Drop the stemmer's cache of words."""
     global _stem
     _stem = Stemmer.Stemmer("english").stemWord
 
 
 def extract_content_words(text: str) -> set[str]:
-    """The words of a text that are no function words; none where it says too little to be remembered."""
+    """Return the content words of a text, or none if there are too few to remember it."""
     found = set(extract_words(text)) - FUNCTION_WORDS
     return found if len(found) >= MIN_CONTENT_WORDS else set()

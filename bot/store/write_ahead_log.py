@@ -1,7 +1,6 @@
-"""WriteAheadLog: SQLite's log, emptied so that no deleted text stays in it.
+"""Empty SQLite's write-ahead log, so that no deleted text stays in it.
 
-While anybody reads from the log it cannot be emptied. Then it is tried again in the background, and the operator is told.
-It knows no table.
+The log cannot be emptied while anybody reads from it. Then WriteAheadLog retries in the background and tells the operator.
 """
 
 import logging
@@ -14,23 +13,23 @@ from bot.errors import quote_error
 
 log = logging.getLogger(__name__)
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds between two tries, doubled each time
-PATIENCE = 1.0  # seconds: whoever reads longer than this is worth a line; `close` waits as long
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds before a retry; the pause doubles each time
+IDLE_WAIT_SECONDS = 1.0  # seconds; a longer delay is logged, and `close` waits so long
 
 
 class WriteAheadLog:
-    """The log of one SQLite database. Thread-safe; only `close` waits."""
+    """The write-ahead log of one SQLite database. Thread-safe. Only `close` blocks."""
 
     def __init__(self, engine: sa.Engine):
         self._engine = engine
         self._lock = threading.Lock()  # protects the fields below
-        self._timer: threading.Timer | None = None  # of the next try, from the first that failed until one succeeds
+        self._timer: threading.Timer | None = None  # for the next retry, set until one succeeds
         self._is_told = False
         self._is_closed = False
 
     @property
     def is_waiting(self) -> bool:
-        """Whether the log could not be emptied yet, and is tried again."""
+        """Whether the log could not be emptied yet and a retry is due."""
         return self._timer is not None
 
     def empty(self) -> None:
@@ -38,7 +37,7 @@ class WriteAheadLog:
         self._try_to_empty(FIRST_PAUSE)
 
     def close(self) -> None:
-        """Try for a last moment, if the log is not empty yet; tell the operator if that fails."""
+        """Try a last time if the log is not empty yet. Tell the operator if that fails."""
         with self._lock:
             self._is_closed = True
             timer = self._timer
@@ -46,14 +45,14 @@ class WriteAheadLog:
             return
         timer.cancel()
         timer.join()
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + IDLE_WAIT_SECONDS
         while (hindrance := self._find_hindrance()) is not None and time.monotonic() < deadline:
             time.sleep(FIRST_PAUSE)
         if hindrance is not None:
             log.warning("%s (%s); it goes when kibitz starts the next time", self._remains_text, hindrance)
 
     def _try_to_empty(self, pause: float) -> None:
-        """Try to empty the log; where that fails, try again after `pause` seconds, and then later and later."""
+        """Try to empty the log. If that fails, retry after `pause` seconds, then with doubled pauses."""
         hindrance = self._find_hindrance()
         with self._lock:
             if hindrance is None:
@@ -63,7 +62,7 @@ class WriteAheadLog:
                     log.warning("what was deleted is gone from the files of %s now", self._engine.url.database)
                 self._timer, self._is_told = None, False
             elif not self._is_closed and self._timer in (None, threading.current_thread()):
-                if pause >= PATIENCE and not self._is_told:
+                if pause >= IDLE_WAIT_SECONDS and not self._is_told:
                     self._is_told = True
                     log.warning("%s (%s); kibitz tries again until it is gone", self._remains_text, hindrance)
                 self._timer = threading.Timer(pause, self._try_to_empty, [min(2 * pause, LONGEST_PAUSE)])
@@ -75,7 +74,7 @@ class WriteAheadLog:
         return f"what was deleted is still in the log of {self._engine.url.database}"
 
     def _find_hindrance(self) -> str | None:
-        """Try to empty the log without waiting for anybody; return what is in the way, or None where nothing was."""
+        """Try to empty the log without waiting. Return what prevents it, or None on success."""
         try:
             with self._engine.connect().execution_options(read_only=True) as connection:
                 patience = connection.exec_driver_sql("PRAGMA busy_timeout").scalar_one()
