@@ -395,7 +395,7 @@ async def test_the_benchmark_of_the_tracker_asks_one_conversation_a_mention_and_
     monkeypatch.setattr(tracker, "SMALL", 20)
     monkeypatch.setattr(tracker, "QUESTIONS", 80)
     if scope == "wide":  # the control: a memory that sees all channels
-        monkeypatch.setattr("bot.memory.scope_key.compute_scope", lambda *channel: 0)
+        monkeypatch.setattr("bot.memory.scope.compute_scope", lambda *channel: 0)
         monkeypatch.setattr("bot.store.tables.compute_scope", lambda *channel: 0)
         monkeypatch.setattr(
             Memory, "find_visible", lambda self, place, ids: ConversationStore(self.database).find_messages(ids)
