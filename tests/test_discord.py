@@ -438,7 +438,7 @@ async def test_operators_pause_learning_and_others_do_not(live, platform):
     assert "Only an operator" in await platform.use_command(BOB, channel, "pause-learning")
     assert "paused" in await platform.use_command(ANN, channel, "pause-learning")
     assert "learning: paused" in await platform.use_command(BOB, channel, "status")
-    assert "goes on" in await platform.use_command(ANN, channel, "pause-learning")
+    assert "learning is resumed" in await platform.use_command(ANN, channel, "pause-learning")
     assert "paused" not in await platform.use_command(BOB, channel, "status")
     await bot.stop()
     await running
