@@ -55,7 +55,7 @@ from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyVersi
 from connectors.access import Access
 from connectors.answers import Answers
 from connectors.base import Services
-from learning.models import toy
+from learning.models import builtin, toy
 from learning.training.choice import prepare_model
 from learning.training.run import Outcome, train_version
 
@@ -74,8 +74,11 @@ ON_BOTH_ENGINES = {
 # A slow machine is no fault of the code.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+pytest_plugins = ["deployment_stage"]  # fixtures of candidates and of a server that can be made to fail
 Done = subprocess.CompletedProcess[str]
 PATIENT = AccessConfig(messages_per_minute=100_000, opinions_per_minute=100_000)
+
+ROOT = Path(__file__).parent.parent  # of the repository
 
 
 @pytest.fixture(scope="session")
@@ -455,3 +458,15 @@ async def until(condition, seconds: float = 300) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.05)
+
+
+def write_config(tmp_path: Path, model: str, extra: str = "") -> Path:
+    path = tmp_path / "config.toml"
+    path.write_text(f'data_dir = "{tmp_path / "data"}"\n{extra}\n[policy]\nmodel = "{model}"\n')
+    return path
+
+
+@pytest.fixture(scope="session")
+def builtin_model() -> str:
+    """The built-in model, as `make setup` converted it."""
+    return str(builtin.find_or_convert(lambda text: None, lambda stage, done, total: None))

@@ -1,12 +1,12 @@
 """What kibitz reads in Slack's messages, and Slack's names of emoji. Nobody is answered here."""
 
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import aiohttp
 import pytest
 import pytest_asyncio
 import yaml
+from conftest import ROOT
 from slack_sdk.web.async_client import AsyncWebClient
 
 from bot.chat.reactions import Reactions
@@ -19,7 +19,7 @@ from connectors.local.slack_state import BOT, BOT_TOKEN
 from connectors.reading import LARGEST_FILE, NOTHING_SAID
 from connectors.slack.reader import SlackReader
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = ROOT / "docs"
 MANIFESTS = {file.stem: yaml.safe_load(file.read_text()) for file in sorted(DOCS.glob("slack-manifest*.yaml"))}
 
 

@@ -2,10 +2,10 @@
 
 import json
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from bot.chat.texts import describe_state
 from bot.memory.facts import find_facts, resolve_facts
@@ -13,7 +13,7 @@ from bot.memory.state import derive_state
 from bot.types import FORGOTTEN, Message, Role
 from learning.fitting import topics
 
-TIAGE = Path(__file__).parent.parent.parent / "shared" / "data" / "tiage"
+TIAGE = ROOT.parent / "shared" / "data" / "tiage"
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
 

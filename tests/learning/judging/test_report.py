@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from conftest import answered, converse, react
-from test_training import quiet
 
 from bot.errors import DataError
 from bot.store.forgetting import forget_message
@@ -17,6 +16,10 @@ from learning.data.explanation import TrainingUse, explain
 from learning.data.replay_buffer import ReplayBuffer
 from learning.judging import report
 from learning.training.run import train_version
+
+
+def quiet(*_) -> None:
+    """Show no progress."""
 
 
 def test_a_report_says_what_was_learned_and_why_the_rest_was_not(trained):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from test_builtin import builtin_model  # noqa: F401 (a fixture)
 
 from bot import app as kibitz
 from bot.chat.dialogue import ReplyOptions
@@ -37,7 +36,7 @@ EVERYDAY = [
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def real(builtin_model, tmp_path_factory) -> AsyncIterator[kibitz.Kibitz]:  # noqa: F811
+async def real(builtin_model, tmp_path_factory) -> AsyncIterator[kibitz.Kibitz]:
     config, model = prepare_model(load(data_dir=str(tmp_path_factory.mktemp("real"))), lambda text: None)
     assert model == builtin_model
     async with kibitz.running(config, model, lambda text: None) as running:

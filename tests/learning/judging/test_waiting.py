@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from conftest import answered, react, succeeded
-from test_deployment import source, stage, vllm  # noqa: F401 (fixtures)
 
 from bot.chat.texts import describe_status
 from bot.config import Config
@@ -80,7 +79,7 @@ class Waiting:
 
 
 @pytest.fixture
-def waiting(config, store, registry, tokenizer, source) -> Waiting:  # noqa: F811
+def waiting(config, store, registry, tokenizer, source) -> Waiting:
     changes = {"dialogue": config.dialogue.model_copy(update={"embedder": "none"})}
     changes |= {"gate": config.gate.model_copy(update={"samples": 8})}
     version = swap.register_copy(registry, source, config.data / "policies")
@@ -235,7 +234,7 @@ def test_kibitz_deploy_asks_for_it_in_advance(waiting, here):
     assert [version.name for version in waiting.registry.find_requested()] == [waiting.version.name]
 
 
-async def test_a_running_kibitz_judges_it_and_takes_it_live(waiting, stage):  # noqa: F811
+async def test_a_running_kibitz_judges_it_and_takes_it_live(waiting, stage):
     """With a real training process; the loop begins as it does after a restart."""
     told: list[str] = []
     learner = OnlineLearner(waiting.store, stage.deployment, waiting.config, told.append)
@@ -255,7 +254,7 @@ async def test_a_running_kibitz_judges_it_and_takes_it_live(waiting, stage):  # 
     assert not await learner.judge_waiting()
 
 
-async def test_one_that_cannot_be_judged_holds_no_run_back_for_ever(waiting, stage, monkeypatch):  # noqa: F811
+async def test_one_that_cannot_be_judged_holds_no_run_back_for_ever(waiting, stage, monkeypatch):
     async def fails(*_):
         raise TrainingError("out of memory")
 

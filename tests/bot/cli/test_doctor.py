@@ -7,9 +7,8 @@ import socket
 import sqlite3
 
 import pytest
-from conftest import migrate, refused
+from conftest import migrate, refused, write_config
 from fake_vllm import FakeVllm
-from test_cli import write_config
 
 from bot.checks import CheckResult, Skipped, has_passed, run_checks
 from bot.cli.doctor import check_ports, list_machine_checks

@@ -1,10 +1,10 @@
 """Follow-ups: what people say next is recorded as what it says about the answer before it."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from bot.chat.dialogue import DialogueManager
 from bot.memory.followups import KINDS, FollowUps, compute_features, predict_chances
@@ -43,7 +43,7 @@ def test_the_same_words_after_another_question_are_no_repetition(embedder):
 
 def test_what_is_shipped_is_what_the_script_learns_and_it_is_calibrated(embedder):
     learned, figures = followups.fit(0, embedder, lambda *_: None)
-    shipped = json.loads(Path(__file__).parent.parent.joinpath("bot/memory/followup_weights.json").read_text())
+    shipped = json.loads(ROOT.joinpath("bot/memory/followup_weights.json").read_text())
     assert np.allclose(learned["weights"], shipped["weights"], atol=0.02)
     assert figures["accuracy"] > 0.7
     assert figures["calibration_error"] < 0.15

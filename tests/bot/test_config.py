@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT
 
 from bot.config import Config, list_known_keys, load
 from bot.errors import ConfigError
 from bot.store.database import Database
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_the_example_file_holds_every_key_at_its_default_with_a_comment():

@@ -24,12 +24,6 @@ def quiet(*_: object) -> None:
     pass
 
 
-@pytest.fixture(scope="session")
-def builtin_model() -> str:
-    """The built-in model, as `make setup` converted it."""
-    return str(builtin.find_or_convert(quiet, quiet))
-
-
 @pytest.fixture
 def cache(builtin_model, tmp_path, monkeypatch):
     """A cache of its own with a copy of the converted model."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from bot.config import ReactionsConfig
 from bot.errors import ConfigError, DataError
@@ -19,7 +20,7 @@ from learning.data.selection import cap_people
 from learning.importers.formats import read_recording
 from learning.importers.pairs import read_pairs
 
-OASST = Path(__file__).parent.parent.parent / "shared" / "data" / "oasst-reactions.trees.jsonl"
+OASST = ROOT.parent / "shared" / "data" / "oasst-reactions.trees.jsonl"
 QUESTION = {"role": "user", "content": "hello"}
 ANSWER = {"role": "assistant", "content": "Hi!"}
 WORSE = {"role": "assistant", "content": "Go away"}

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Done, answered, react, refused
+from conftest import ROOT, Done, answered, react, refused, write_config
 
 from bot.data_directory import lock_directory
 from bot.errors import ConfigError
@@ -27,7 +27,6 @@ from bot.store.users import Users
 from bot.types import Conversation, Metrics
 from learning.bench import simulated_people, simulation
 
-ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 
 
@@ -35,12 +34,6 @@ def kibitz(*arguments: object, stdin: str = "") -> Done:
     """A command in a process of its own."""
     command = [sys.executable, "-m", "bot", *map(str, arguments)]
     return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=900, env=ENV, cwd=ROOT)
-
-
-def write_config(tmp_path: Path, model: str, extra: str = "") -> Path:
-    path = tmp_path / "config.toml"
-    path.write_text(f'data_dir = "{tmp_path / "data"}"\n{extra}\n[policy]\nmodel = "{model}"\n')
-    return path
 
 
 def test_mistakes_in_the_config_and_on_the_command_line(tmp_path, demo_model, here):

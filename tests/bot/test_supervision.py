@@ -10,8 +10,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 import sqlalchemy as sa
 import typer
-from conftest import refused, until
-from test_cli import write_config
+from conftest import refused, until, write_config
 
 from bot.app import make_desk, run
 from bot.config import load

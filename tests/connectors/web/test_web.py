@@ -14,7 +14,7 @@ import httpx
 import openai
 import pytest
 import pytest_asyncio
-from conftest import PATIENT, shared, until
+from conftest import PATIENT, ROOT, shared, until
 
 from bot.config import AccessConfig, WebConfig
 from bot.errors import ConfigError
@@ -26,7 +26,6 @@ from learning.data.replay_buffer import ReplayBuffer
 from learning.data.rewards import compute_reward
 
 HELLO = [{"role": "user", "content": "hello"}]
-ROOT = Path(__file__).parent.parent
 
 
 async def served(live, config: WebConfig, access: AccessConfig = PATIENT) -> AsyncIterator[tuple[str, Web]]:
