@@ -40,7 +40,7 @@ class TrainingUse:
         meaning = ""
         if self.smoothing:
             meaning = f" ({self.smoothing:.0%} from similar answers, unless it was compared with another answer)"
-        less = " (reduced for its age, or because its people said more than their share)" if self.weight < 1 else ""
+        less = " (reduced because its people said more than their share)" if self.weight < 1 else ""
         return f"used by {self.policy}: advantage {self.advantage:+.2f}{meaning}, weight {self.weight:.2f}{less}"
 
 

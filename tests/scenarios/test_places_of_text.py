@@ -221,8 +221,6 @@ async def test_a_word_is_gone_from_every_place_where_text_may_lie(teaching, toke
         await talk.all_about_it(is_held_out_alone)
         await talk.others()
         await kibitz.dialogue.tracker.recall.flush()
-        while "ScopeIndex" not in search.memory(kibitz):  # what is embedded at the start has it read anew
-            await talk.ask(BOB, "and what else?", "nothing")
         with learn_in_an_instant(tokenizer):
             finished = train_version(kibitz.config, lambda *_: None)
         version = kibitz.registry.get(finished.policy)
@@ -233,6 +231,8 @@ async def test_a_word_is_gone_from_every_place_where_text_may_lie(teaching, toke
             assert found >= {f"policies/{version.name}/{SAMPLES_FILE}", under_way}
             assert bool(found & {"kibitz.db", "kibitz.db-wal"}) == (kibitz.database.dialect == "sqlite")
             assert search.columns(kibitz.database.engine) == COLUMNS
+            while "ScopeIndex" not in search.memory(kibitz):  # what is embedded meanwhile has it read anew
+                await talk.ask(BOB, "and what else?", "nothing")
             assert search.memory(kibitz) >= {"ScopeIndex", "_lru_cache_wrapper"}
             stem = words._stem  # its cache cannot be read
             assert vectors_of(kibitz, WORD)

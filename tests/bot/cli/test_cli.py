@@ -265,7 +265,8 @@ def test_pretraining_on_ones_own_pairs_prints_measures_of_held_out_answers(tmp_p
 async def test_a_benchmark_leaves_the_operators_data_alone(live, tmp_path, demo_model):
     config = write_config(tmp_path, demo_model)
     config.write_text(f'{config.read_text()}[serving]\nurl = "{live.policy.admin.url}"\n[dialogue]\nembedder = "none"\n')
-    command = ["bench", "overhead", "--messages", 16, "--blocks", 1, "--config", config, "--json", tmp_path / "out.json"]
+    command = ["bench", "overhead", "--model", demo_model, "--messages", 16, "--blocks", 1, "--config", config]
+    command += ["--json", tmp_path / "out.json"]
     done = await asyncio.to_thread(kibitz, *command)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out.json").read_text())["figures"]
@@ -282,7 +283,9 @@ def test_a_benchmark_that_serves_leaves_what_an_interrupted_one_of_learning_kept
     old.parent.mkdir(parents=True)
     for file in (kept, old):
         file.write_text("{}")
-    refused(here("bench", "overhead", "--config", config), "vLLM at http://127.0.0.1:9 does not answer")
+    refused(
+        here("bench", "overhead", "--model", demo_model, "--config", config), "vLLM at http://127.0.0.1:9 does not answer"
+    )
     assert kept.read_text() == "{}"
     assert not old.exists(), "the control: it begins with nothing of its own"
 

@@ -95,8 +95,8 @@ def test_a_turn_is_explained_with_its_reward_and_the_runs_that_used_it(trained, 
 def test_an_explanation_says_what_smoothing_makes_of_an_advantage():
     assert TrainingUse("policy-1", 0.5).describe() == "used by policy-1: advantage +0.50, weight 1.00"
     line = TrainingUse("policy-1", 0.5, 0.4, smoothing=0.9).describe()
-    assert "+0.50 (90% of it is what answers like it earned, the rest its own reward against the usual" in line
-    assert "weight 0.40, for its age or because its people say more than their share" in line
+    assert "+0.50 (90% from similar answers, unless it was compared with another answer)" in line
+    assert "weight 0.40 (reduced because its people said more than their share)" in line
 
 
 OPINIONS = {  # who says what -> whether it counts
