@@ -78,7 +78,7 @@ async def serving(config, database, tokenizer, web: WebConfig, access: AccessCon
     async def forget(platform: str, user: str) -> str:
         return str(await database.call(forget_person, database, PolicyRegistry(database), platform, user))
 
-    desk = SimpleNamespace(list_faults=readiness.list_faults, list_failing_tasks=lambda: failing, forget_person=forget)
+    desk = SimpleNamespace(find_faults=readiness.list_faults, list_failing_tasks=lambda: failing, forget_person=forget)
     ledger, reactions, users = Deliveries(database), Reactions(ReactionsConfig()), Users(database, config.privacy)
     door = Endpoint.open(web)
     server = Web(Services(dialogue, ledger, reactions, Access(access), users, desk), door)
