@@ -26,9 +26,8 @@ from bot.types import FORGOTTEN, Conversation, Feedback, FeedbackKind, Message, 
 log = logging.getLogger(__name__)
 
 OnTurn = Callable[[Turn], Awaitable[None]]
-StoredQuestion = tuple[
-    Message, Turn | None, Surroundings | None
-]  # a stored message; its answer, if it has one; otherwise its surroundings
+# A stored message; its answer, if it has one; otherwise its surroundings.
+StoredQuestion = tuple[Message, Turn | None, Surroundings | None]
 
 MAX_MESSAGE_CHARACTERS = 100_000  # of one message, far more than the policy's token budget
 INTERRUPTED = "interrupted"  # our own finish reason
