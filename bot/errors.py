@@ -100,15 +100,22 @@ class VerdictOutdated(RegistryError):
         )
 
 
-def quote_error(error: BaseException, only_first_line: bool = False) -> str:
+def quote_error(error: BaseException) -> str:
     """Return an error's text in one line. Errors of others begin with their type and are cut to 240 characters.
 
-    With `only_first_line`, further lines are dropped, because they may quote people's messages. Of a database's error only
-    the driver's first line is used, because the others quote rows.
+    Of a database's error only the driver's first line is used, because the others quote rows.
     """
+    return _quote(error, str(error))
+
+
+def quote_first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, as `quote_error` does. Further lines may quote people's messages."""
+    return _quote(error, str(error) if isinstance(error, KibitzError) else str(error).partition("\n")[0])
+
+
+def _quote(error: BaseException, said: str) -> str:
     if isinstance(error, KibitzError):
-        return " ".join(str(error).split())
+        return " ".join(said.split())
     if driver := str(getattr(error, "orig", None) or ""):  # SQLAlchemy wraps the driver's error in one of its own
         return driver.partition("\n")[0][:240]
-    said = str(error).partition("\n")[0] if only_first_line else str(error)
     return f"{type(error).__name__}: {' '.join(said.split())}"[:240].rstrip(": ")

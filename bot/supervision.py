@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from bot.errors import ConfigError, KibitzError, quote_error
+from bot.errors import ConfigError, KibitzError, quote_first_line
 from bot.types import now
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class Health:
 
     def record_failure(self, name: str, error: Exception) -> None:
         """Record that a task failed. Report each reason once until the task works again."""
-        before, reason = self.failures.get(name), quote_error(error, only_first_line=True)
+        before, reason = self.failures.get(name), quote_first_line(error)
         is_ours = isinstance(error, KibitzError)
         told = self._told.setdefault(name, set())
         kind = reason if is_ours else type(error).__name__  # texts of libraries contain addresses and numbers

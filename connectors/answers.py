@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 from aiolimiter import AsyncLimiter
 
 from bot.chat.dialogue import ReplyOptions, render_answer
-from bot.errors import DatabaseUnavailable, ForgottenError, KibitzError, ServerAsleep
+from bot.errors import DatabaseUnavailable, ForgottenError, KibitzError, ServerAsleep, quote_first_line
 from bot.logs import working_on
 from bot.store.feedback import not_retracted
 from bot.types import Feedback, FeedbackKind, Message, Turn, new_id
@@ -144,7 +144,7 @@ class Answers:
             log.warning("no answer (turn %s): %s", turn_id, error)
             await self._try_to_apologize(shown)
         except Exception as error:  # whatever fails: people get an apology, operators the reason in one line
-            log.error("no answer (turn %s): %r", turn_id, error, exc_info=log.isEnabledFor(logging.DEBUG))
+            log.error("no answer (turn %s): %s", turn_id, quote_first_line(error), exc_info=log.isEnabledFor(logging.DEBUG))
             await self._try_to_apologize(shown)
         finally:
             del self._stops[turn_id], self._stored[turn_id]
@@ -153,7 +153,7 @@ class Answers:
         try:
             await shown.apologize(text)
         except Exception as error:  # whatever a platform's client raises: the question may be gone, or the channel closed
-            log.warning("an apology could not be shown (turn %s): %r", shown.turn_id, error)
+            log.warning("an apology could not be shown (turn %s): %s", shown.turn_id, quote_first_line(error))
 
     async def select_overheard(self, said: Sequence[Message], admits: Callable[[str], bool]) -> list[Message]:
         """Return those of the overheard messages that kibitz may be shown beside one addressed to it.

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from bot.errors import KibitzError
+from bot.errors import KibitzError, quote_first_line
 from connectors.access import Access
 from connectors.answers import SORRY, Answers
 from connectors.base import Desk
@@ -67,7 +67,7 @@ class Commands:
         except KibitzError as error:
             return str(error)
         except Exception as error:  # whatever fails: the asker gets an apology, operators the reason in one line
-            log.error("/%s failed: %r", command.name, error, exc_info=log.isEnabledFor(logging.DEBUG))
+            log.error("/%s failed: %s", command.name, quote_first_line(error), exc_info=log.isEnabledFor(logging.DEBUG))
             return SORRY
 
     async def _dispatch(self, name: str, asker: Asker, choice: str) -> str:

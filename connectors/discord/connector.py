@@ -17,7 +17,7 @@ import discord
 from bot.chat.dialogue import ReplyOptions
 from bot.config import DiscordConfig
 from bot.environment import find_proxy
-from bot.errors import ConnectorError
+from bot.errors import ConnectorError, quote_first_line
 from bot.store.feedback import select_effective
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn, new_id, now
 from connectors.access import TOO_FAST
@@ -80,7 +80,7 @@ class Discord:
                 ) from error
             except Exception as error:  # any malformed payload ends discord.py's loop; ours goes on
                 if not self._stopping.is_set():
-                    log.warning("the connection to Discord ended (%r); connecting again in %.0f s", error, wait)
+                    log.warning("Discord cannot be reached (%s); again in %.0f s", quote_first_line(error), wait)
             finally:
                 if not self._client.is_closed():
                     await self._client.close()
@@ -316,8 +316,8 @@ class Discord:
 
         def done(_: Any) -> None:
             self._pending.discard(message.id)
-            if not task.cancelled() and task.exception() is not None:
-                log.warning("message %s could not be refused: %r", message.id, task.exception())
+            if not task.cancelled() and (failure := task.exception()) is not None:
+                log.warning("message %s could not be refused: %s", message.id, quote_first_line(failure))
 
         task.add_done_callback(done)
 

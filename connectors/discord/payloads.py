@@ -9,6 +9,7 @@ from typing import Any
 
 import discord
 
+from bot.errors import quote_first_line
 from bot.logs import working_on
 from bot.types import new_id
 
@@ -34,6 +35,8 @@ def _make_tolerant(name: str, parse: Parse) -> Parse:
                     data = {**data, "poll": {**poll, "expiry": data["timestamp"]}}
                 parse(data)
             except Exception as error:  # whatever a payload makes discord.py raise
-                log.warning("an event of Discord (%s %s) cannot be read: %r", name, data.get("id", ""), error)
+                log.warning(
+                    "an event of Discord (%s %s) cannot be read: %s", name, data.get("id", ""), quote_first_line(error)
+                )
 
     return read

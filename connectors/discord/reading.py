@@ -12,6 +12,7 @@ from pathlib import PurePath
 import aiohttp
 import discord
 
+from bot.errors import quote_first_line
 from bot.types import Message
 from connectors.discord.markup import Markup
 from connectors.reading import KINDS, LARGEST_FILE, TEXT_TYPES, MessageContent
@@ -104,5 +105,5 @@ async def _read_file(attachment: discord.Attachment) -> str | None:
         async with asyncio.timeout(FILE_SECONDS):
             return (await attachment.read()).decode("utf-8-sig", "replace").strip()
     except (discord.HTTPException, aiohttp.ClientError, TimeoutError) as error:
-        log.info("the file %s cannot be read: %r", attachment.id, error)
+        log.info("the file %s cannot be read: %s", attachment.id, quote_first_line(error))
         return None

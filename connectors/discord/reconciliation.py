@@ -16,6 +16,7 @@ import discord
 from bot.chat.dialogue import DialogueManager
 from bot.chat.reactions import Reactions
 from bot.config import DiscordConfig
+from bot.errors import quote_first_line
 from bot.store.deliveries import Delivery
 from bot.types import now
 from connectors.access import Access
@@ -75,14 +76,14 @@ async def reconcile(bot: Bot, client: discord.Client) -> None:
         try:
             await _reconcile_reactions(bot, client, roles, turn_id, messages)
         except Exception as error:  # Discord refuses it, or discord.py cannot read it: compare the rest
-            log.info("the reactions on answer %s cannot be read: %r", turn_id, error)
+            log.info("the reactions on answer %s cannot be read: %s", turn_id, quote_first_line(error))
     said: list[discord.Message] = []
     for channel in _list_channels(client, {int(answer.channel) for answer in shown}):
         try:
             async for message in channel.history(after=since, limit=MOST_MESSAGES, oldest_first=False):
                 said.append(message)  # noqa: PERF401 (an error keeps what was read before it)
         except Exception as error:  # as above
-            log.info("channel %s cannot be read: %r", channel, error)
+            log.info("channel %s cannot be read: %s", channel, quote_first_line(error))
     said.sort(key=lambda message: message.id)
     there = {make_event_id(message.id) for message in said}
     asked = await call(bot.dialogue.store.find_question_events, [answer.turn_id for answer in shown])

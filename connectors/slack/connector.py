@@ -25,7 +25,7 @@ from slack_bolt.response import BoltResponse
 
 from bot.chat.dialogue import ReplyOptions
 from bot.config import SlackConfig
-from bot.errors import ConfigError, ConnectorError
+from bot.errors import ConfigError, ConnectorError, quote_first_line
 from bot.logs import working_on
 from bot.types import Conversation, Feedback, Message, StoredMessage, Turn, new_id
 from connectors.access import TOO_FAST
@@ -128,7 +128,7 @@ class Slack:
                         f"Slack refuses the app ({code}); check the tokens (config keys slack.bot_token_env, "
                         "slack.app_token_env) and the scopes (docs/slack-manifest.yaml)"
                     ) from error
-                log.warning("Slack cannot be reached (%s); connecting again in %.0f s", code or repr(error), wait)
+                log.warning("Slack cannot be reached (%s); again in %.0f s", code or quote_first_line(error), wait)
             await sleep_unless_stopped(self._stopping, wait)
             wait = min(60.0, 2 * wait)
 
@@ -356,7 +356,7 @@ class Slack:
         try:
             await self.workspace.say(place, text)
         except Exception as error:  # whatever Slack refuses, or a broken network raises
-            log.warning("cannot post in %s: %s", place.channel, read_error_code(error) or repr(error))
+            log.warning("cannot post in %s: %s", place.channel, read_error_code(error) or quote_first_line(error))
 
 
 class _App(AsyncApp):

@@ -11,6 +11,7 @@ from slack_bolt.async_app import AsyncApp
 from slack_sdk.errors import SlackApiError
 
 from bot.chat.dialogue import ReplyOptions
+from bot.errors import quote_first_line
 from bot.types import Feedback, FeedbackKind, Turn
 from connectors.answers import BUSY, NOT_RECORDED, SORRY
 from connectors.commands import COMMANDS, Asker
@@ -57,7 +58,7 @@ class SlackInteractions:
         try:
             notice = await self._perform_action(user, place, action, body["trigger_id"])
         except Exception as error:  # whatever fails: the person gets an apology, operators the reason in one line
-            log.error("a button failed: %r", error, exc_info=log.isEnabledFor(logging.DEBUG))
+            log.error("a button failed: %s", quote_first_line(error), exc_info=log.isEnabledFor(logging.DEBUG))
             notice = SORRY
         if notice:
             self.workspace.lanes.put(f"notices to {user}", lambda: self._whisper(place, user, notice))

@@ -18,6 +18,7 @@ from slack_sdk.errors import SlackApiError
 from slack_sdk.web.async_client import AsyncWebClient
 
 from bot.chat.slack_emoji import find_emoji
+from bot.errors import quote_first_line
 from connectors.reading import KINDS, LARGEST_FILE, TEXT_TYPES, MessageContent
 from connectors.slack.places import Place, read_error_code
 
@@ -150,7 +151,7 @@ async def _wait_briefly(asked: Awaitable[Fetched]) -> Fetched | None:
         async with asyncio.timeout(ANSWER_SECONDS):
             return await asked
     except (TimeoutError, aiohttp.ClientError) as error:
-        log.info("Slack did not answer: %r", error)
+        log.info("Slack did not answer: %s", quote_first_line(error))
         return None
 
 

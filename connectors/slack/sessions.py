@@ -14,6 +14,7 @@ from typing import Any
 from aiolimiter import AsyncLimiter
 from slack_sdk.web.async_client import AsyncWebClient
 
+from bot.errors import quote_first_line
 from connectors.slack.places import Place, read_error_code
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,6 @@ async def _try_call(asked: Awaitable[Any]) -> bool:
     try:
         await asked
     except Exception as error:  # whatever Slack refuses, or a broken network raises
-        log.debug("no status: %s", read_error_code(error) or repr(error))
+        log.debug("no status: %s", read_error_code(error) or quote_first_line(error))
         return False
     return True

@@ -26,7 +26,7 @@ from bot.errors import (
     ServerUnavailable,
     ServingError,
     VerdictOutdated,
-    quote_error,
+    quote_first_line,
 )
 from bot.serving.policy import Policy
 from bot.store.registry import PolicyRegistry
@@ -200,7 +200,7 @@ class Deployment:
             await self.follow_registry()
             self._refused = None
         except Exception as error:
-            cause = quote_error(error, only_first_line=True)
+            cause = quote_first_line(error)
             reason = f"the live version cannot be served, {self.policy.version} still answers: {cause}"
             pause = min(2 * refused.pause, RETRY_SECONDS) if refused is not None else RETRY_FIRST
             self._refused = ServingFailure(live, reason, pause, clock() + pause)

@@ -5,7 +5,7 @@ import sqlite3
 import pytest
 import sqlalchemy as sa
 
-from bot.errors import ConfigError, quote_error
+from bot.errors import ConfigError, quote_error, quote_first_line, quote_first_line
 
 
 class Rows(Exception):
@@ -30,5 +30,12 @@ def test_every_error_is_one_line_and_of_a_databases_rows_nothing_is_quoted(error
 
 def test_of_an_error_that_may_quote_people_only_the_first_line_is_told():
     error = ValueError("no such tone\nin: what somebody wrote")
-    assert quote_error(error, only_first_line=True) == "ValueError: no such tone"
+    assert quote_first_line(error) == "ValueError: no such tone"
     assert "somebody" in quote_error(error), "the control"
+
+
+def test_an_error_that_holds_what_somebody_wrote_is_named_without_it():
+    with pytest.raises(UnicodeEncodeError) as raised:
+        "my secret \ud83d".encode()
+    assert "secret" not in quote_first_line(raised.value)
+    assert "secret" in repr(raised.value), "the control: this is what a log line must not hold"
