@@ -5,7 +5,7 @@ import sqlite3
 import pytest
 import sqlalchemy as sa
 
-from bot.errors import ConfigError, quote_error, quote_first_line, quote_first_line
+from bot.errors import ConfigError, quote_error, quote_first_line
 
 
 class Rows(Exception):
