@@ -147,7 +147,8 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist must find these marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put all tests that use the one vLLM into one process, also with `-n 2`."""
+    """Run all tests that use the one vLLM in one process, also with `-n 2`, and the long scenarios first."""
+    items.sort(key=lambda item: "scenarios" not in item.path.parts)
     for item in items:
         if "live" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("vLLM"))
