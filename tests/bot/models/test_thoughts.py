@@ -68,7 +68,8 @@ def test_however_a_stream_is_cut_the_same_is_shown(parts, cuts, thoughts):
     shown = [said.add(text[start:end]) for start, end in itertools.pairwise(places)]
     shown.append(said.flush())
     assert "".join(shown) == thoughts.remove_from(text) == told_apart(text, thoughts)
-    if "`" not in text and not thoughts.is_only_at_start:
+    forms_another = "<think>" in text.replace("<think>", "").replace("</think>", "")  # text like any other
+    if "`" not in text and not thoughts.is_only_at_start and not forms_another:
         assert not any("<think>" in "".join(shown[:count]) for count in range(len(shown) + 1))
 
 
