@@ -147,10 +147,14 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist must find these marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run all tests that use the one vLLM in one process, also with `-n 2`, and the long scenarios first."""
-    items.sort(key=lambda item: "scenarios" not in item.path.parts)
+    """Run all tests that use the one vLLM in one process, also with `-n 2`, and the long scenarios without it first."""
+
+    def uses_vllm(item: pytest.Item) -> bool:
+        return "live" in getattr(item, "fixturenames", ())
+
+    items.sort(key=lambda item: uses_vllm(item) or "scenarios" not in item.path.parts)
     for item in items:
-        if "live" in getattr(item, "fixturenames", ()):
+        if uses_vllm(item):
             item.add_marker(pytest.mark.xdist_group("vLLM"))
 
 
