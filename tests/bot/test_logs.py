@@ -14,9 +14,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from conftest import shared, until
+from conftest import shared, until, write_config
 from fake_vllm import FakeVllm
-from test_cli import write_config
 
 from bot import app, logs
 from bot.errors import DataError
