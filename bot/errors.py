@@ -105,17 +105,19 @@ def quote_error(error: BaseException) -> str:
 
     Of a database's error only the driver's first line is used, because the others quote rows.
     """
-    return _quote(error, str(error))
+    if isinstance(error, KibitzError):
+        return " ".join(str(error).split())
+    return _quote_foreign(error, str(error))
 
 
 def quote_first_line(error: BaseException) -> str:
     """Return the first line of an error's text, as `quote_error` does. Further lines may quote people's messages."""
-    return _quote(error, str(error) if isinstance(error, KibitzError) else str(error).partition("\n")[0])
-
-
-def _quote(error: BaseException, said: str) -> str:
     if isinstance(error, KibitzError):
-        return " ".join(said.split())
+        return quote_error(error)
+    return _quote_foreign(error, str(error).partition("\n")[0])
+
+
+def _quote_foreign(error: BaseException, text: str) -> str:
     if driver := str(getattr(error, "orig", None) or ""):  # SQLAlchemy wraps the driver's error in one of its own
         return driver.partition("\n")[0][:240]
-    return f"{type(error).__name__}: {' '.join(said.split())}"[:240].rstrip(": ")
+    return f"{type(error).__name__}: {' '.join(text.split())}"[:240].rstrip(": ")

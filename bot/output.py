@@ -101,13 +101,13 @@ def interruptible(report: Progress) -> Iterator[Progress]:
         pressed = True
         raise KeyboardInterrupt
 
-    def heard(stage: str, done: int, total: int) -> None:
+    def report_or_interrupt(stage: str, done: int, total: int) -> None:
         if pressed:
             raise KeyboardInterrupt
         report(stage, done, total)
 
     signal.signal(signal.SIGINT, press)
     try:
-        yield heard
+        yield report_or_interrupt
     finally:
         signal.signal(signal.SIGINT, before)

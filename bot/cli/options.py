@@ -17,7 +17,6 @@ from bot.errors import ConfigError
 INTERRUPTED = 130
 BAD_INPUT = 2  # the exit code of every error that the user can fix
 
-
 app = typer.Typer(
     name="kibitz",
     help="A chatbot that learns from its users' reactions.",
@@ -48,20 +47,10 @@ def _read_plot(text: str) -> Path:
 
 
 ConfigFile = Annotated[Path | None, path_option("--config", help="The config file. Default: ./config.toml, if it exists.")]
-
-
 DataDir = Annotated[Path | None, path_option("--data-dir", help="The directory that kibitz writes to.")]
-
-
 Seed = Annotated[int | None, typer.Option("--seed", help="The seed of all random numbers.")]
-
-
 ModelName = Annotated[str | None, typer.Option("--model", help="toy, builtin, a model directory or a hub name.")]
-
-
 JsonFile = Annotated[Path | None, path_option("--json", help="Write the figures to this file.")]
-
-
 PlotFile = Annotated[Path | None, path_option("--plot", help="Plot the result to this PNG file.", parser=_read_plot)]
 
 

@@ -35,7 +35,7 @@ class WriteAheadLog:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether the log could not be emptied yet and a retry is due."""
+        """Whether the log is not empty yet, or the file not rebuilt, and a try is due."""
         return self._timer is not None
 
     def empty(self) -> None:
@@ -45,7 +45,7 @@ class WriteAheadLog:
         self._try_to_empty(FIRST_PAUSE)
 
     def close(self) -> None:
-        """Try a last time if the log is not empty yet. Tell the operator if that fails."""
+        """Try a last time if a try is due. Tell the operator if that fails."""
         with self._lock:
             self._is_closed = True
             timer = self._timer
@@ -60,7 +60,10 @@ class WriteAheadLog:
             log.warning("%s (%s); it goes when kibitz starts the next time", self._remains_text, hindrance)
 
     def _try_to_empty(self, pause: float) -> None:
-        """Try to empty the log. If that fails, retry after `pause` seconds, then with doubled pauses."""
+        """Try to empty the log, and in a retry to rebuild a small file.
+
+        Retry after `pause` seconds, then with doubled pauses, until everything that was asked for is done.
+        """
         is_retry, rebuilds, asked = threading.current_thread() is self._timer, self._is_small(), self._asked
         hindrance = self._find_hindrance(rebuilds and is_retry)
         with self._lock:
