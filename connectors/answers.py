@@ -49,14 +49,14 @@ class AnswerView(Protocol):
 class Answers:
     """The answers of one platform: those that are growing, and where each is shown."""
 
-    def __init__(self, shared: Services, platform: str):
-        self.dialogue = shared.dialogue
-        self.deliveries = shared.deliveries
-        self.reactions = shared.reactions
-        self.opinions = Opinions(shared.access, platform)
-        self.users = shared.users
+    def __init__(self, services: Services, platform: str):
+        self.dialogue = services.dialogue
+        self.deliveries = services.deliveries
+        self.reactions = services.reactions
+        self.opinions = Opinions(services.access, platform)
+        self.users = services.users
         self.platform = platform
-        self._call = shared.dialogue.store.database.call
+        self._call = services.dialogue.store.database.call
         self._stops: dict[str, asyncio.Event] = {}
         self._stored: dict[str, asyncio.Event] = {}
         self._posts_in_flight: defaultdict[str, set[asyncio.Event]] = defaultdict(set)

@@ -45,17 +45,17 @@ class Discord:
 
     name = "discord"
 
-    def __init__(self, shared: Services, config: DiscordConfig, bot_token: str):
-        self.dialogue = shared.dialogue
-        self.reactions = shared.reactions
-        self.access = shared.access
+    def __init__(self, services: Services, config: DiscordConfig, bot_token: str):
+        self.dialogue = services.dialogue
+        self.reactions = services.reactions
+        self.access = services.access
         self.config = config
         self.lanes = Lanes(config.waiting)
         self.budgets = Budgets(config.edits, config.edit_seconds)
-        self.answers = Answers(shared, self.name)
-        self.places = Places(shared.dialogue, self.answers, config.message_content)
-        self.commands = Commands(shared.desk, shared.access, self.answers)
-        self._call = shared.dialogue.store.database.call
+        self.answers = Answers(services, self.name)
+        self.places = Places(services.dialogue, self.answers, config.message_content)
+        self.commands = Commands(services.desk, services.access, self.answers)
+        self._call = services.dialogue.store.database.call
         self._pending: set[int] = set()  # messages that wait or are being answered; reconciliation skips them
         self._token = bot_token
         self._client: discord.Client | None = None

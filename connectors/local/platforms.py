@@ -115,9 +115,9 @@ class DiscordPlatform(_LocalServerPlatform):
 
     name = "discord"
 
-    def __init__(self, shared: Services):
+    def __init__(self, services: Services):
         fake = LocalDiscord()
-        super().__init__(fake, fake.identified, lambda: Discord(shared, DiscordConfig(), TOKEN))
+        super().__init__(fake, fake.identified, lambda: Discord(services, DiscordConfig(), TOKEN))
 
     def place(self, direct: bool = False) -> str:
         return str(self.fake.channel(1 if direct else 0))
@@ -164,10 +164,10 @@ class SlackPlatform(_LocalServerPlatform):
 
     name = "slack"
 
-    def __init__(self, shared: Services):
+    def __init__(self, services: Services):
         fake = LocalSlack()
         secrets = Secrets(BOT_TOKEN, APP_TOKEN)
-        super().__init__(fake, fake.connected, lambda: Slack(shared, SlackConfig(), secrets, fake.api))
+        super().__init__(fake, fake.connected, lambda: Slack(services, SlackConfig(), secrets, fake.api))
 
     def place(self, direct: bool = False) -> str:
         return f"{'D' if direct else 'C'}{next(self.fake.numbers)}"
@@ -219,8 +219,8 @@ class WebPlatform:
     name = "web"
     met_429 = 0
 
-    def __init__(self, shared: Services):
-        self._bot = _ConnectorRunner(lambda: Web(shared, self._endpoint), self._ready)
+    def __init__(self, services: Services):
+        self._bot = _ConnectorRunner(lambda: Web(services, self._endpoint), self._ready)
         self._shown: dict[str, list[SeenAnswer]] = {}
         self._given: dict[tuple[str, str, bool], str] = {}
         self._asking: set[asyncio.Task[None]] = set()

@@ -94,8 +94,8 @@ class Slack:
 
     name = SLACK
 
-    def __init__(self, shared: Services, config: SlackConfig, secrets: Secrets, api: str = API):
-        self.workspace = Workspace(shared, config, secrets.bot_token, api)
+    def __init__(self, services: Services, config: SlackConfig, secrets: Secrets, api: str = API):
+        self.workspace = Workspace(services, config, secrets.bot_token, api)
         # Ack after the handler has committed. (Without a signing secret, bolt would look for one in the environment.)
         self._app = _App(
             client=self.workspace.client, signing_secret=secrets.signing_secret or "none", process_before_response=True

@@ -19,16 +19,16 @@ SLACK = "slack"
 class Workspace:
     """The shared objects of one app in one workspace."""
 
-    def __init__(self, shared: Services, config: SlackConfig, token: str, api: str):
+    def __init__(self, services: Services, config: SlackConfig, token: str, api: str):
         self.config = config
-        self.dialogue = shared.dialogue
-        self.reactions = shared.reactions
-        self.access = shared.access
+        self.dialogue = services.dialogue
+        self.reactions = services.reactions
+        self.access = services.access
         self.lanes = Lanes(config.waiting)
         self.budgets = Budgets(config.edits, 60)
         self.streams = AsyncLimiter(config.streams, 60)
-        self.answers = Answers(shared, SLACK)
-        self.commands = Commands(shared.desk, shared.access, self.answers)
+        self.answers = Answers(services, SLACK)
+        self.commands = Commands(services.desk, services.access, self.answers)
         self.client = AsyncWebClient(token=token, base_url=api)
         self.client.retry_handlers.append(AsyncRateLimitErrorRetryHandler(max_retry_count=5))
         self.reader = SlackReader(self.client)

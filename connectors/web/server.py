@@ -92,11 +92,11 @@ class Web:
 
     name = "web"
 
-    def __init__(self, shared: Services, door: Endpoint):
-        self.dialogue = shared.dialogue
-        self.access = shared.access
-        self.desk = shared.desk
-        self.users = shared.users
+    def __init__(self, services: Services, door: Endpoint):
+        self.dialogue = services.dialogue
+        self.access = services.access
+        self.desk = services.desk
+        self.users = services.users
         self._users, self._socket, self._origins = door.users, door.socket, door.origins
         self._answering: set[asyncio.Task[Turn]] = set()
         self._server = _Server(
