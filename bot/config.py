@@ -21,6 +21,7 @@ from pydantic_core import PydanticCustomError
 
 from bot.environment import expand_home, read_secret, read_variable
 from bot.errors import ConfigError
+from bot.types import SamplingParams
 
 SECRET = "secret"  # the type of errors whose value must not be shown
 
@@ -89,14 +90,14 @@ class PolicyConfig(Section):
     min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @property
-    def truncation(self) -> dict[str, float]:
+    def truncation(self) -> SamplingParams:
         """The sampling parameters that cut off unlikely tokens."""
-        return {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
+        return SamplingParams(top_p=self.top_p, top_k=self.top_k, min_p=self.min_p)
 
     @property
-    def sampling(self) -> dict[str, float]:
+    def sampling(self) -> SamplingParams:
         """All sampling parameters."""
-        return {"temperature": self.temperature, **self.truncation}
+        return self.truncation | SamplingParams(temperature=self.temperature)
 
 
 class ServingConfig(Section):

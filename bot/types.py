@@ -101,6 +101,51 @@ class Message:
         return self.author_id == FORGOTTEN
 
 
+Time = Annotated[datetime, PlainSerializer(datetime.isoformat)]  # in a Record
+
+
+class Record(BaseModel):
+    """A typed record that is stored as JSON.
+
+    Keys that were not set are left out of the JSON. Unknown keys are kept, because another version of kibitz wrote them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """Return the record that `as_json` gave. Raises pydantic's ValidationError, a ValueError, if it does not fit."""
+        return cls.model_validate(values)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the values that were set, without defaults."""
+        return self.model_dump(by_alias=True, exclude_unset=True)
+
+    def __or__(self, other: "Record") -> Self:
+        """Return this record updated with the values of `other`."""
+        return self.from_json(self.as_json() | other.as_json())
+
+
+class SamplingParams(Record):
+    """How the tokens of an answer are sampled. Each default leaves the model's own distribution as it is.
+
+    The answer has at most `max_tokens` and ends before the first of the texts `stop`. An imported turn has no value set.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_tokens: int | None = None
+    seed: int | None = None
+    stop: list[str] = []
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether top_p, top_k or min_p cut away some tokens, which a trainer cannot reproduce."""
+        return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
+
+
 @dataclass(frozen=True)
 class Reply:
     """An answer of the policy, with everything that made it.
@@ -115,7 +160,7 @@ class Reply:
     completion_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: str
-    sampling: dict[str, Any]
+    sampling: SamplingParams
     latency_ms: float
 
 
@@ -161,7 +206,7 @@ class Turn:
     completion_ids: tuple[int, ...] | None
     logprobs: tuple[float, ...] | None
     finish_reason: str
-    sampling: dict[str, Any]
+    sampling: SamplingParams
     latency_ms: float
     replaces: str | None = None
     shown: dict[str, float | None] = field(default_factory=dict)
@@ -197,31 +242,6 @@ class Feedback:
     event_id: str | None = None
     at: datetime = field(default_factory=now)
     id: str = field(default_factory=new_id)
-
-
-Time = Annotated[datetime, PlainSerializer(datetime.isoformat)]  # in a Record
-
-
-class Record(BaseModel):
-    """A typed record that is stored as JSON.
-
-    Keys that were not set are left out of the JSON. Unknown keys are kept, because another version of kibitz wrote them.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Self:
-        """Return the record that `as_json` gave. Raises pydantic's ValidationError, a ValueError, if it does not fit."""
-        return cls.model_validate(values)
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the values that were set, without defaults."""
-        return self.model_dump(by_alias=True, exclude_unset=True)
-
-    def __or__(self, other: "Record") -> Self:
-        """Return this record updated with the values of `other`."""
-        return self.from_json(self.as_json() | other.as_json())
 
 
 class Metrics(Record):

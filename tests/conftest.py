@@ -51,7 +51,7 @@ from bot.store.conversations import ConversationStore
 from bot.store.database import Database
 from bot.store.registry import PolicyRegistry
 from bot.store.tables import policies
-from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyVersion, Turn, new_id
+from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyVersion, SamplingParams, Turn, new_id
 from connectors.access import Access
 from connectors.answers import Answers
 from connectors.base import Services
@@ -424,7 +424,7 @@ def answered(
         completion_ids=completion,
         logprobs=(-0.5,) * len(completion),
         finish_reason="stop",
-        sampling={},
+        sampling=SamplingParams(),
         latency_ms=1.0,
     )
     turn = replace(turn, **details)  # type: ignore[arg-type]

@@ -21,7 +21,20 @@ from bot.serving.policy import STOPPED, OnText, Policy
 from bot.store.conversations import ConversationStore
 from bot.store.forgetting import forget_message
 from bot.store.histories import add_fingerprint, find_repeated_messages
-from bot.types import FORGOTTEN, Conversation, Feedback, FeedbackKind, Message, Reply, Role, StoredMessage, Turn, new_id, now
+from bot.types import (
+    FORGOTTEN,
+    Conversation,
+    Feedback,
+    FeedbackKind,
+    Message,
+    Reply,
+    Role,
+    SamplingParams,
+    StoredMessage,
+    Turn,
+    new_id,
+    now,
+)
 
 log = logging.getLogger(__name__)
 
@@ -324,7 +337,7 @@ class DialogueManager:
                 stops=options.stops,
             )
         except ReplyInterrupted as broken:
-            return Reply(broken.text, broken.version, (), (), (), INTERRUPTED, {}, 0.0)
+            return Reply(broken.text, broken.version, (), (), (), INTERRUPTED, SamplingParams(), 0.0)
 
     async def _turn(self, turn_id: str) -> Turn:
         turn = await self.store.database.call(self.store.find_turn, turn_id)

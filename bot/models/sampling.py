@@ -4,51 +4,45 @@ The defaults in config.py suit only the toy policy, which was made for them.
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from bot.config import Config, PolicyConfig
+from bot.config import PolicyConfig
 from bot.errors import ConfigError, quote_error
+from bot.types import SamplingParams
 
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p")
-PLAIN_SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
 # By `model_type` of config.json, for models without advice in generation_config.json: the advice on their makers' model
 # cards for chat without thinking.
-FAMILIES: dict[str, dict[str, float]] = {
-    "qwen2": {"temperature": 0.7, "top_p": 0.8, "top_k": 20},
-    "qwen3": {"temperature": 0.7, "top_p": 0.8, "top_k": 20},
-    "qwen3_5": {"temperature": 0.7, "top_p": 0.8, "top_k": 20},
-    "llama": {"temperature": 0.6, "top_p": 0.9},
-    "mistral": {"temperature": 0.7, "top_p": 0.95},
-    "gemma2": {"temperature": 1.0, "top_p": 0.95, "top_k": 64},
-    "gemma3": {"temperature": 1.0, "top_p": 0.95, "top_k": 64},
-    "gemma3_text": {"temperature": 1.0, "top_p": 0.95, "top_k": 64},
-    "phi3": {"temperature": 0.7, "top_p": 0.95},
+FAMILIES = {
+    "qwen2": SamplingParams(temperature=0.7, top_p=0.8, top_k=20),
+    "qwen3": SamplingParams(temperature=0.7, top_p=0.8, top_k=20),
+    "qwen3_5": SamplingParams(temperature=0.7, top_p=0.8, top_k=20),
+    "llama": SamplingParams(temperature=0.6, top_p=0.9),
+    "mistral": SamplingParams(temperature=0.7, top_p=0.95),
+    "gemma2": SamplingParams(temperature=1.0, top_p=0.95, top_k=64),
+    "gemma3": SamplingParams(temperature=1.0, top_p=0.95, top_k=64),
+    "gemma3_text": SamplingParams(temperature=1.0, top_p=0.95, top_k=64),
+    "phi3": SamplingParams(temperature=0.7, top_p=0.95),
 }
-DEFAULT_SAMPLING = {"temperature": 0.7, "top_p": 0.95}
+DEFAULT_SAMPLING = SamplingParams(temperature=0.7, top_p=0.95)
 
 
-def is_truncated(sampling: Mapping[str, Any]) -> bool:
-    """Tell whether top_p, top_k or min_p cut away some tokens, which a trainer cannot reproduce."""
-    return sampling.get("top_p", 1.0) < 1.0 or sampling.get("top_k", 0) > 0 or sampling.get("min_p", 0.0) > 0.0
-
-
-def recommend_sampling(model: str, ignored: Collection[str] = ()) -> tuple[dict[str, float], str]:
+def recommend_sampling(model: str, ignored: Collection[str] = ()) -> tuple[SamplingParams, str]:
     """Return the recommended sampling for a model (a directory or a hub name), and its source.
 
     Raises ConfigError if the model's own advice is invalid, except for the keys in `ignored`, which the operator has set.
     """
-    own = {
+    advice = {
         name: value
         for name, value in _read_json(model, "generation_config.json").items()
         if name in SAMPLING_KEYS and value is not None
     }
-    for name, value in own.items():
-        if name in ignored:
-            continue
+    followed = {name: value for name, value in advice.items() if name not in ignored}
+    for name, value in followed.items():
         try:
             PolicyConfig.model_validate({name: value}, strict=True)
         except ValidationError as error:
@@ -56,25 +50,25 @@ def recommend_sampling(model: str, ignored: Collection[str] = ()) -> tuple[dict[
                 f"policy.model '{model}': its generation_config.json has {name} {value!r} "
                 f"({error.errors()[0]['msg'].lower()}); set policy.{name} yourself, or correct that file"
             ) from error
-    if own:
-        return PLAIN_SAMPLING | own, "the model's generation_config.json"
+    if advice:
+        return SamplingParams(**followed), "the model's generation_config.json"
     family = _read_json(model, "config.json").get("model_type", "")
-    return PLAIN_SAMPLING | FAMILIES.get(
-        family, DEFAULT_SAMPLING
-    ), f"the family {family}" if family in FAMILIES else "no known family"
+    known = FAMILIES.get(family)
+    return (DEFAULT_SAMPLING, "no known family") if known is None else (known, f"the family {family}")
 
 
-def apply_sampling_defaults(config: Config, model: str) -> Config:
-    """Return the config with the recommended sampling in the keys that nobody set."""
-    found, _ = recommend_sampling(model, config.policy.model_fields_set)
-    return config.model_copy(update={"policy": config.policy.fill(found)})
+def apply_sampling_defaults(policy: PolicyConfig, model: str) -> PolicyConfig:
+    """Return the section with the recommended sampling in the keys that nobody set."""
+    found, _ = recommend_sampling(model, policy.model_fields_set)
+    return policy.fill({name: getattr(found, name) for name in SAMPLING_KEYS})
 
 
-def describe_sampling(config: Config, model: str) -> str:
+def describe_sampling(policy: PolicyConfig, model: str) -> str:
     """Describe in one line how answers are sampled, and the source of that."""
-    _, source = recommend_sampling(model, config.policy.model_fields_set)
-    own = [f"policy.{name}" for name in SAMPLING_KEYS if name in config.policy.model_fields_set]
-    drawn = ", ".join(f"{name} {value:g}" for name, value in apply_sampling_defaults(config, model).policy.sampling.items())
+    _, source = recommend_sampling(model, policy.model_fields_set)
+    own = [f"policy.{name}" for name in SAMPLING_KEYS if name in policy.model_fields_set]
+    sampling = apply_sampling_defaults(policy, model).sampling
+    drawn = ", ".join(f"{name} {getattr(sampling, name):g}" for name in SAMPLING_KEYS)
     return f"sampling: {drawn} ({source}{'; set by you: ' + ', '.join(own) if own else ''})"
 
 

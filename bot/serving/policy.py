@@ -23,7 +23,7 @@ from bot.models.stops import StopFilter
 from bot.models.thoughts import ThoughtFilter, Thoughts
 from bot.serving.admin import MALFORMED_ERRORS, ServerAdmin
 from bot.store.registry import BASE
-from bot.types import Reply
+from bot.types import Reply, SamplingParams
 
 STOPPED = "stopped"  # our own finish reason: somebody stopped the answer
 LULL_SECONDS = 5.0  # the longest wait for a moment without requests, before new requests have to wait
@@ -38,8 +38,7 @@ class _Request:
     version: str
     prompt_ids: tuple[int, ...]
     body: dict[str, Any]
-    sampling: dict[str, Any]
-    stops: tuple[str, ...]
+    sampling: SamplingParams
 
 
 class _GrowingReply:
@@ -159,17 +158,19 @@ class Policy:
         stops: Sequence[str],
     ) -> "_Request":
         most = min(max_tokens or self.config.max_tokens, self.config.max_tokens)
-        sampling: dict[str, Any] = {
-            **self.config.sampling,
-            **({} if temperature is None else {"temperature": temperature}),
-            "max_tokens": self.fixed_tokens or most,
-            **({} if seed is None else {"seed": seed}),
-        }
+        asked: dict[str, Any] = {"max_tokens": self.fixed_tokens or most}
+        if temperature is not None:
+            asked["temperature"] = temperature
+        if seed is not None:
+            asked["seed"] = seed
+        if stops:
+            asked["stop"] = list(stops)
+        sampling = self.config.sampling | SamplingParams(**asked)
         body = {
             "model": self.admin.find_served_name(version),
             "prompt": list(prompt_ids),
             "return_token_ids": True,
-            **sampling,
+            **sampling.model_dump(exclude_unset=True, exclude={"stop"}),  # StopFilter cuts the answer
         }
         body["logprobs"] = 0  # only the sampled token's
         if self.fixed_tokens:
@@ -180,10 +181,10 @@ class Policy:
             body["skip_special_tokens"] = False  # otherwise the marks around thoughts are missing
         if cache_salt:
             body["cache_salt"] = cache_salt
-        return _Request(version, tuple(prompt_ids), body, sampling, tuple(stops))
+        return _Request(version, tuple(prompt_ids), body, sampling)
 
     async def _stream(self, asked: "_Request", on_text: OnText | None, stop: asyncio.Event | None) -> Reply:
-        growing = _GrowingReply(self.thoughts, asked.stops)
+        growing = _GrowingReply(self.thoughts, asked.sampling.stop)
         started = time.monotonic()
         try:
             async with contextlib.aclosing(self.admin.stream("/v1/completions", asked.body)) as events:
@@ -208,7 +209,7 @@ class Policy:
             completion_ids=tuple(growing.completion_ids),
             logprobs=tuple(growing.logprobs),
             finish_reason=growing.finish_reason,
-            sampling={**asked.sampling, "stop": list(asked.stops)} if asked.stops else asked.sampling,
+            sampling=asked.sampling,
             latency_ms=1000 * (time.monotonic() - started),
         )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from bot.types import Metrics, Record
+from bot.types import Metrics, Record, SamplingParams
 
 metadata = sa.MetaData()
 
@@ -131,7 +131,7 @@ turns = sa.Table(
     sa.Column("completion_ids", sa.JSON),
     sa.Column("logprobs", sa.JSON),
     sa.Column("finish_reason", sa.String(32), nullable=False),
-    sa.Column("sampling", sa.JSON, nullable=False),
+    sa.Column("sampling", RecordJSON(SamplingParams), nullable=False),
     sa.Column("latency_ms", sa.Float, nullable=False),
     sa.Column("replaces", sa.String(64), index=True),
     sa.Column("shown", sa.JSON, nullable=False, server_default="{}"),

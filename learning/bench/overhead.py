@@ -86,7 +86,7 @@ async def chat_completion(policy: Policy, messages: list[dict[str, str]], seed: 
     """Stream a chat completion as a client without kibitz would, and return its text."""
     config = policy.config
     body: dict[str, Any] = {"model": policy.admin.find_served_name(policy.version), "messages": messages, "seed": seed}
-    body |= {"max_tokens": LENGTH, "ignore_eos": True, **config.sampling}
+    body |= {"max_tokens": LENGTH, "ignore_eos": True, **config.sampling.as_json()}
     events = policy.admin.stream("/v1/chat/completions", body | {"cache_salt": salt})
     return "".join([choice["delta"].get("content") or "" async for event in events for choice in event["choices"]])
 

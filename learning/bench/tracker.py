@@ -39,7 +39,7 @@ from bot.store.conversations import ConversationStore
 from bot.store.database import Database
 from bot.store.forgetting import forget_message
 from bot.store.tables import embeddings
-from bot.types import Conversation, Feedback, FeedbackKind, Message, Progress, Role, Turn, new_id
+from bot.types import Conversation, Feedback, FeedbackKind, Message, Progress, Role, SamplingParams, Turn, new_id
 from learning.fitting.dialogues import make_dialogue
 
 SIZES = {"1e3": 1_000, "1e5": 100_000, "1e6": 1_000_000}  # messages in many channels
@@ -203,7 +203,7 @@ def _mention(
     if not is_turn:
         return place, [question, answer], [], []
     sampled = (PROMPT, ANSWER, (-0.5,) * len(ANSWER))
-    turn = Turn(place.id, question.id, answer.id, said, user, "policy-0", *sampled, "stop", {}, 1.0)
+    turn = Turn(place.id, question.id, answer.id, said, user, "policy-0", *sampled, "stop", SamplingParams(), 1.0)
     liked = [Feedback(turn.id, user, FeedbackKind.APPROVAL, "bench")] if number % 10 == 0 else []
     return place, [question, answer], [turn], liked
 

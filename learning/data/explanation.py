@@ -71,7 +71,7 @@ class TurnExplanation:
             f"asked by {name(self.question.author_id)}, {self.question.at:%Y-%m-%d %H:%M}: {_shorten(self.question.text)}",
             f"answered by {turn.policy_version} in {turn.latency_ms:.0f} ms ({turn.finish_reason}): {_shorten(turn.text)}",
             f"prompt {len(turn.prompt_ids or ())} tokens, answer {len(turn.completion_ids or ())} tokens, log-probability "
-            f"{sum(turn.logprobs or ()):.2f}, sampled with {turn.sampling}",
+            f"{sum(turn.logprobs or ()):.2f}, sampled with {turn.sampling.as_json()}",
         ]
         found += [
             f"remembered ({score:.2f}): {name(said.author_id)}: {_shorten(said.text)}" for said, score in self.remembered

@@ -13,7 +13,6 @@ from datetime import datetime
 from bot.chat.dialogue import UNFINISHED_REASONS
 from bot.config import Config
 from bot.memory.embedder import Embedder
-from bot.models.sampling import is_truncated
 from bot.models.tokenizer import ChatTokenizer
 from bot.store.conversations import ConversationStore
 from bot.store.feedback import select_effective
@@ -266,7 +265,7 @@ class ReplayBuffer:
 
     def _has_own_ids(self, turn: Turn, completion: Sequence[int]) -> bool:
         """Whether a turn's token ids are in our vocabulary, and its answer's spell its text (up to a stop string)."""
-        prompt, text, has_stops = turn.prompt_ids or (), turn.text, "stop" in turn.sampling
+        prompt, text, has_stops = turn.prompt_ids or (), turn.text, bool(turn.sampling.stop)
         ids, size = [*prompt, *completion], len(self.tokenizer.hf)
         if ids and not 0 <= min(ids) <= max(ids) < size:
             return False
@@ -281,7 +280,7 @@ class ReplayBuffer:
             completion = tuple(self.tokenizer.completion_ids(self.tokenizer.neutralise(turn.text)))
         else:
             prompt, completion = turn.prompt_ids, turn.completion_ids
-        is_sampled = not is_truncated(turn.sampling) and age <= self.config.learning.max_age
+        is_sampled = not turn.sampling.is_truncated and age <= self.config.learning.max_age
         first = Experience(
             turn_id=turn.id,
             unit=voices.find_unit(turn),

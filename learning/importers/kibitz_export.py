@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -12,7 +13,7 @@ from bot import output_files
 from bot.config import PrivacyConfig
 from bot.store.conversations import ConversationStore, DialogueRecord
 from bot.store.users import Users
-from bot.types import Conversation, Feedback, Message, Role, Turn
+from bot.types import Conversation, Feedback, Message, Record, Role, Turn
 from learning.data.voices import Consent
 from learning.importers.recorded_files import RecordedRow
 from learning.importers.recording import OddRow, Recording
@@ -68,9 +69,14 @@ def export(store: ConversationStore, path: Path, tokenizer_sha256: str, privacy:
                 "turns": [asdict(one) for one in turns],
                 "feedback": [asdict(one) for one in feedback],
             }
-            file.write(json.dumps(row, default=datetime.isoformat, ensure_ascii=False) + "\n")
+            file.write(json.dumps(row, default=_as_json, ensure_ascii=False) + "\n")
             written.update(conversations=1, messages=len(messages), turns=len(turns), feedback=len(feedback))
     return +written
+
+
+def _as_json(value: datetime | Record) -> Any:
+    """Return what `json` writes for a value that it does not know."""
+    return value.as_json() if isinstance(value, Record) else value.isoformat()
 
 
 def _keep_consenting(dialogue: DialogueRecord, store: ConversationStore, users: Users) -> DialogueRecord:

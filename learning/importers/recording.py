@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from bot.chat.reactions import Reactions
 from bot.store.conversations import DialogueRecord
-from bot.types import Conversation, Feedback, FeedbackKind, Message, Role, Turn
+from bot.types import Conversation, Feedback, FeedbackKind, Message, Role, SamplingParams, Turn
 from learning.data.voices import IMPORT_PLATFORM
 from learning.importers.recorded_files import RecordedRow
 
@@ -72,7 +72,7 @@ class Draft:
             "completion_ids": None,
             "logprobs": None,
             "finish_reason": "stop",
-            "sampling": {},
+            "sampling": SamplingParams(),
             "latency_ms": 0.0,
         }
         turn = Turn(

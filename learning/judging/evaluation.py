@@ -6,15 +6,15 @@ conclusions. The probe checks that vLLM serves the same policy. It does not depe
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from bot.models.sampling import PLAIN_SAMPLING
 from bot.models.tokenizer import ChatTokenizer
+from bot.types import SamplingParams
 from learning.models.trainable import as_base, as_served
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Rows = Sequence[tuple[Sequence[int], Sequence[int]]]
 BATCH_TOKENS = 2048  # padded tokens in one forward pass
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "min_p": None}
+UNTRUNCATED = SamplingParams()
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
     seed: int,
-    truncation: Mapping[str, float] | None = None,
+    truncation: SamplingParams = UNTRUNCATED,
     greedy: bool = False,
     batch_size: int | None = None,
 ) -> list[Sample]:
@@ -240,6 +241,8 @@ def generate(
     samples: dict[int, Sample] = {}
     model.eval()
     batch_size = batch_size or count_samples_at_once(model, max(map(len, prompts), default=0) + max_tokens)
+    kept = {"top_p": truncation.top_p, "top_k": truncation.top_k, "min_p": truncation.min_p}
+    choice = GREEDY if greedy else {"do_sample": True, "temperature": 1.0, **kept}
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # so that little of a batch is padding
     for start in range(0, len(prompts), batch_size):
         rows = order[start : start + batch_size]
@@ -247,7 +250,6 @@ def generate(
         width = max(map(len, batch))
         ids = torch.tensor([[pad] * (width - len(row)) + [*row] for row in batch], device=model.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=model.device)
-        sampling = {"do_sample": True, **PLAIN_SAMPLING, **(truncation or {})}
         with torch.no_grad(), as_served(model):
             out = model.generate(
                 input_ids=ids,
@@ -255,7 +257,7 @@ def generate(
                 max_new_tokens=max_tokens,
                 pad_token_id=pad,
                 eos_token_id=sorted(ends),
-                **(GREEDY if greedy else sampling),
+                **choice,
             )
         for row, prompt, said in zip(rows, batch, out[:, width:].tolist(), strict=True):
             end = next((place for place, token in enumerate(said, 1) if token in ends), None)

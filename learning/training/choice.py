@@ -36,8 +36,8 @@ def resolve_model(config: Config, tell: Announce = announce, replays: bool = Fal
     if pretraining.is_toy(model):  # the config's defaults were chosen for the toy
         return config, model
     suits = {"persona": DEFAULT_PERSONA, **(builtin.DIALOGUE if model == str(builtin.locate_model()) else {})}
-    config = config.model_copy(update={"dialogue": config.dialogue.fill(suits)})
-    return apply_size_defaults(apply_sampling_defaults(config, model), model, replays), model
+    filled = {"dialogue": config.dialogue.fill(suits), "policy": apply_sampling_defaults(config.policy, model)}
+    return apply_size_defaults(config.model_copy(update=filled), model, replays), model
 
 
 def prepare_model(
@@ -51,7 +51,7 @@ def prepare_model(
     check_extra_args(config)
     plan = check_model(found, model, serves)
     if not pretraining.is_toy(model):
-        tell(describe_sampling(config, model))
+        tell(describe_sampling(config.policy, model))
         tell(describe_sizes(found, model, config))
     if plan is not None:
         tell(plan.description)

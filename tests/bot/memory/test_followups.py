@@ -11,7 +11,7 @@ from bot.memory.followups import KINDS, FollowUps, compute_features, predict_cha
 from bot.memory.recall import Recall, load_retrieval_weights
 from bot.memory.scope import Memory
 from bot.store.forgetting import forget_message
-from bot.types import Conversation, Message, Turn, new_id
+from bot.types import Conversation, Message, SamplingParams, Turn, new_id
 from learning.fitting import followups
 
 QUESTION, ANSWER = "how do i cook rice?", "Boil it in milk for an hour."
@@ -66,7 +66,7 @@ async def test_it_is_recorded_for_the_answer_before_it_and_forgotten_with_it(sto
         return message
 
     asked = say(QUESTION)
-    turn = Turn(place.id, asked.id, new_id(), ANSWER, "ann", "policy-0", (1,), (2,), (-0.1,), "stop", {}, 1.0)
+    turn = Turn(place.id, asked.id, new_id(), ANSWER, "ann", "policy-0", (1,), (2,), (-0.1,), "stop", SamplingParams(), 1.0)
     store.add_turn(turn)
     thanks, other = say("thanks, that's perfect"), say("thanks, that's perfect", "bob")
     assert await noted.record(thanks) is None  # nothing has a vector yet

@@ -22,7 +22,7 @@ from bot.store.conversations import ConversationStore
 from bot.store.forgetting import forget_message, forget_person
 from bot.store.tables import embeddings
 from bot.store.users import Users
-from bot.types import Conversation, Message, Turn, new_id, now
+from bot.types import Conversation, Message, SamplingParams, Turn, new_id, now
 from learning.bench import recall as recall_benchmark
 from learning.bench import tracker
 from learning.fitting.dialogues import make_dialogue
@@ -128,7 +128,7 @@ async def test_an_answer_that_was_replaced_or_was_made_for_the_unwilling_is_not_
 ):
     place = crowded(store)
     asked = tell(store, place, "tell me something", "dora")
-    made = Turn(place.id, asked.id, new_id(), FACT, "dora", "policy-0", (1,), (2,), (-0.1,), "stop", {}, 1.0)
+    made = Turn(place.id, asked.id, new_id(), FACT, "dora", "policy-0", (1,), (2,), (-0.1,), "stop", SamplingParams(), 1.0)
     store.add_turn(made)
     assert FACT in await found(recall, place)
     Users(database, PrivacyConfig()).record_consent("test", "dora", consent=False)

@@ -1,6 +1,7 @@
 """The store: what is acknowledged is on disk, the same event has one effect, facts are only ever added."""
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from bot.errors import DataError
 from bot.store.conversations import ConversationStore
 from bot.store.database import Database
 from bot.store.tables import feedback, metadata
-from bot.types import Conversation, Feedback, FeedbackKind, Message, Role, new_id, now
+from bot.types import Conversation, Feedback, FeedbackKind, Message, Role, SamplingParams, new_id, now
 
 
 def test_the_migrations_make_the_tables_that_the_code_uses(database):
@@ -39,6 +40,18 @@ def test_a_message_and_a_reaction_of_one_event_are_stored_once(store, tokenizer)
     assert store.add_feedback(given)
     assert not store.add_feedback(replace(given, id=new_id()))
     assert store.count_rows()["feedback"] == 1
+
+
+def test_how_a_turn_was_sampled_is_read_as_it_was_written_also_by_another_version(store, tokenizer):
+    written = {"temperature": 0.7, "top_k": 20, "max_tokens": 64, "stop": ["\n"], "mirostat": {"tau": 3}}
+    turn = answered(store, tokenizer, "hello", "Hey there!", sampling=SamplingParams.from_json(written))
+    with store.database.begin() as connection:
+        assert json.loads(connection.exec_driver_sql("SELECT CAST(sampling AS TEXT) FROM turns").scalar_one()) == written
+    found = store.find_turn(turn.id)
+    assert found == turn
+    assert found.sampling.as_json() == written
+    assert (found.sampling.top_p, found.sampling.seed, found.sampling.is_truncated) == (1.0, None, True)
+    assert answered(store, tokenizer, "hello", "Hey there!").sampling.as_json() == {}, "an imported turn has none"
 
 
 def test_what_is_acknowledged_survives_a_kill(config, store, tokenizer):

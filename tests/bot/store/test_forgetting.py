@@ -19,7 +19,7 @@ from bot.store.registry import BASE
 from bot.store.tables import followups, run_teachers, sources
 from bot.store.teachers import find_taught_versions
 from bot.store.users import Users
-from bot.types import Conversation, Feedback, FeedbackKind, Message, Metrics, PolicyState, Turn, new_id, now
+from bot.types import Conversation, Feedback, FeedbackKind, Message, Metrics, PolicyState, SamplingParams, Turn, new_id, now
 from learning.data.replay_buffer import ReplayBuffer
 from learning.importers.kibitz_export import export
 
@@ -41,7 +41,8 @@ def dialogue(store, tokenizer, *said: tuple[str, str], channel: str = "", shown:
 
 def store_turn(store, place: Conversation, asked: Message, **details) -> Turn:
     """A stored answer that repeats the secret."""
-    turn = Turn(place.id, asked.id, new_id(), SECRET, asked.author_id, BASE, (1,), (2,), (-0.5,), "stop", {}, 1.0, **details)
+    sampled = (1,), (2,), (-0.5,), "stop", SamplingParams(), 1.0
+    turn = Turn(place.id, asked.id, new_id(), SECRET, asked.author_id, BASE, *sampled, **details)
     store.add_turn(turn)
     return turn
 

@@ -108,13 +108,13 @@ async def test_a_client_says_how_long_an_answer_may_be_and_what_ends_it(live, cl
     assert (len(whole) > 4, reason) == (True, "stop")  # the control
     one, text, reason = await ask(max_tokens=1)
     turn = (await live.dialogue.explain(one.removeprefix("chatcmpl-"))).turn
-    assert (len(turn.completion_ids), turn.sampling["max_tokens"], reason) == (1, 1, "length")
+    assert (len(turn.completion_ids), turn.sampling.max_tokens, reason) == (1, 1, "length")
     assert whole.startswith(text)
     stop = whole[2:4]
     one, text, reason = await ask(stop=[stop, "never said"])
     turn = (await live.dialogue.explain(one.removeprefix("chatcmpl-"))).turn
     assert (text, turn.text, reason) == (whole[: whole.index(stop)],) * 2 + ("stop",)
-    assert turn.sampling["stop"] == [stop, "never said"]
+    assert turn.sampling.stop == [stop, "never said"]
     assert len(turn.logprobs) == len(turn.completion_ids)
     await live.dialogue.record_feedback(Feedback(turn.id, "local", FeedbackKind.APPROVAL))
     learned = ReplayBuffer(live.store, live.dialogue.tracker.tokenizer, live.config).snapshot()

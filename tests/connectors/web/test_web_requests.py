@@ -181,13 +181,13 @@ async def test_an_answer_has_as_many_tokens_as_it_may_and_ends_before_a_stop(ser
         return server.turn(chunks[0].id), text, chunks[-1].choices[0].finish_reason
 
     turn, text, reason = await ask()
-    assert (text, reason, turn.sampling["max_tokens"]) == ("one two\nthree four", "stop", config.policy.max_tokens)
+    assert (text, reason, turn.sampling.max_tokens) == ("one two\nthree four", "stop", config.policy.max_tokens)
     turn, text, reason = await ask(max_completion_tokens=2, max_tokens=3)
     assert (len(turn.completion_ids), turn.text, reason) == (2, text, "length")
     turn, _, reason = await ask(max_tokens=10**6)
-    assert (turn.sampling["max_tokens"], reason) == (config.policy.max_tokens, "stop")
+    assert (turn.sampling.max_tokens, reason) == (config.policy.max_tokens, "stop")
     turn, text, reason = await ask(stop="\nthree")
-    assert (turn.text, text, reason, turn.sampling["stop"]) == ("one two", "one two", "stop", ["\nthree"])
+    assert (turn.text, text, reason, turn.sampling.stop) == ("one two", "one two", "stop", ["\nthree"])
     assert len(turn.logprobs) == len(turn.completion_ids)
     await server.http.post("/v1/feedback", json={"inference_id": turn.id, "value": True})
     [learned] = ReplayBuffer(server.store, tokenizer, config).snapshot().rated

@@ -56,7 +56,7 @@ async def test_a_reply_knows_what_made_it(live, tokenizer):
     assert turn.completion_ids[-1] == tokenizer.hf.eos_token_id
     assert len(turn.logprobs) == len(turn.completion_ids)
     assert turn.policy_version == live.policy.version
-    assert turn.sampling["seed"] == 3
+    assert turn.sampling.seed == 3
     assert live.store.find_turn(turn.id) == turn
 
 
