@@ -16,7 +16,7 @@ from bot.chat.dialogue import DialogueManager
 from bot.chat.reactions import Reactions
 from bot.chat.texts import describe_consent, describe_pause, describe_state, describe_status
 from bot.chat.tracker import StateTracker
-from bot.config import Config
+from bot.config import Config, ServingConfig
 from bot.data_directory import HEALTH_FILE, lock_directory
 from bot.errors import ServingError
 from bot.memory.caches import PAUSE_SECONDS, Caches
@@ -77,18 +77,18 @@ async def running(config: Config, model: str, tell: Announce, may_change: bool =
         if not may_change:
             registry.check_base(model)
         _finish_forgetting(database, registry, tell)
-        recall = make_recall(config, database)
+        recall = make_recall(config.dialogue, config.data, database)
         tokenizer = ChatTokenizer(model, config.policy.template_args)
         tracker = StateTracker(store, tokenizer, recall, config.dialogue, config.policy.context_tokens)
         policy, server = _make_policy(config, model, tokenizer)
         health = Health(tell, config.data / HEALTH_FILE)
-        deployment = Deployment(policy, registry, config, tell)
+        deployment = Deployment(policy, registry, config.serving, config.training, config.gate, tell)
         try:
             if server is not None:
                 tell(f"starting vLLM (its log: {server.log_path})")
             async with asyncio.TaskGroup() as group:
                 group.create_task(recall.load_embedder())
-                group.create_task(_check_reachable(policy, config) if server is None else server.start(policy))
+                group.create_task(_check_reachable(policy, config.serving) if server is None else server.start(policy))
             _register_base(registry, policy, model, may_change, tell)
             async with background_tasks() as start:
                 dialogue = DialogueManager(store, tracker, policy)
@@ -117,11 +117,11 @@ def _finish_forgetting(database: Database, registry: PolicyRegistry, tell: Annou
 
 def _make_policy(config: Config, model: str, tokenizer: ChatTokenizer) -> tuple[Policy, VllmServer | None]:
     """Return the policy's client, and our own vLLM (not started yet), or None if the config names a server."""
-    served = config.model_copy(update={"policy": tokenizer.with_thought_tokens(config.policy)})
-    key, thinks = config.serving.read_key(), (tokenizer.end_ids, tokenizer.thoughts)
-    server = None if config.serving.url else VllmServer(served, model)
-    url = config.serving.url if server is None else server.url
-    policy = Policy(url, served.policy, config.serving.reply_seconds, key, *thinks)
+    serving, policy_config = config.serving, tokenizer.with_thought_tokens(config.policy)
+    key, thinks = serving.read_key(), (tokenizer.end_ids, tokenizer.thoughts)
+    server = None if serving.url else VllmServer(serving, policy_config, config.training, config.data, model)
+    url = serving.url if server is None else server.url
+    policy = Policy(url, policy_config, serving.reply_seconds, key, *thinks)
     policy.admin.log_path = "" if server is None else str(server.log_path)
     return policy, server
 
@@ -150,10 +150,10 @@ async def _start_tasks(kibitz: Kibitz, recall: Recall, tokenizer: ChatTokenizer,
     kibitz.start(supervise("retention", expire, health, ERASE_SECONDS))
 
 
-async def _check_reachable(policy: Policy, config: Config) -> None:
+async def _check_reachable(policy: Policy, serving: ServingConfig) -> None:
     """Have an external vLLM generate a token. Raises ServingError if it does not."""
     await policy.admin.connect()
-    if not await policy.admin.is_ready(config.serving.reply_seconds):
+    if not await policy.admin.is_ready(serving.reply_seconds):
         raise ServingError(f"the vLLM at {policy.admin.url} generates no token; see its log")
 
 

@@ -30,11 +30,12 @@ class Stage:
     deployment: Deployment
     registry: PolicyRegistry
     source: Path
+    policies: Path
     told: list[str]
 
     def candidate(self) -> PolicyVersion:
         """A candidate that was judged against what is live now."""
-        return swap.register_copy(self.registry, self.source, self.deployment.config.data / "policies")
+        return swap.register_copy(self.registry, self.source, self.policies)
 
     def state(self, version: PolicyVersion) -> PolicyState:
         return self.registry.get(version.name).state
@@ -55,5 +56,6 @@ async def stage(vllm, config, registry, source) -> AsyncIterator[Stage]:
     policy = Policy(vllm.url, config.policy, base=BASE)
     await policy.admin.connect()
     told: list[str] = []
-    yield Stage(Deployment(policy, registry, config, told.append), registry, source, told)
+    deployment = Deployment(policy, registry, config.serving, config.training, config.gate, told.append)
+    yield Stage(deployment, registry, source, config.data / "policies", told)
     await policy.close()

@@ -59,7 +59,7 @@ def weight_of(adapter: Path) -> float:
 def learn_in_an_instant(tokenizer: ChatTokenizer) -> Iterator[pytest.MonkeyPatch]:
     """Inside, runs train a policy with one weight. More can be replaced with what is yielded."""
 
-    def served(config: Any, base_model: str, version: str | None = None) -> OneWeight:
+    def served(policy: Any, serving: Any, base_model: str, version: str | None = None) -> OneWeight:
         return OneWeight(base_model, tokenizer, 0.0 if version is None else weight_of(Path(version)))
 
     def teach(
@@ -99,7 +99,7 @@ def learn_in_an_instant(tokenizer: ChatTokenizer) -> Iterator[pytest.MonkeyPatch
 
     stand_ins = {
         "load_served": served,
-        "make_trainable": lambda config, base_model, model: model,
+        "make_trainable": lambda policy, serving, training, base_model, model: model,
         "train_with_guard": teach,
         "generate": generate,
         "save": save,

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import filelock
@@ -27,8 +28,8 @@ from bot.supervision import Health
 class StandingVllm(VllmServer):
     """A vLLM whose process belongs to somebody else: it is emptied instead of started, and never stopped."""
 
-    def __init__(self, url: str, config: Config, model: str):
-        super().__init__(config, model)
+    def __init__(self, url: str, *own: Any):
+        super().__init__(*own)
         self.url = url.rstrip("/")
 
     async def start(self, policy: Policy) -> None:
@@ -78,7 +79,7 @@ def used_alone(url: str) -> Iterator[None]:
 async def keep(config: Config, model: str) -> None:
     """Start a vLLM, say where it is, and keep it until this task is cancelled. Raises ServingError where it ends before."""
     with lock_directory(config.data, "serve"):
-        server = VllmServer(config, model)
+        server = VllmServer(config.serving, config.policy, config.training, config.data, model)
         policy = Policy(server.url, config.policy)
         print(f"starting vLLM (its log: {server.log_path})", flush=True)
         try:

@@ -18,7 +18,7 @@ def backup(
 ) -> None:
     """Copy the database into FILE. Works while kibitz runs."""
     check_writable(file)
-    backups.back_up(config, file)
+    backups.back_up(config.database_url, file)
     console.print(f"backup: {file}; it has no weights of versions, copy {config.data / 'policies'} too", soft_wrap=True)
 
 
@@ -29,4 +29,5 @@ def restore(
     replace: Annotated[bool, typer.Option("--replace", help="Replace the database that exists.")] = False,
 ) -> None:
     """Restore the database from FILE. People who were forgotten since the backup stay forgotten."""
-    console.print(str(backups.restore(config, file, replace)), soft_wrap=True)
+    restored = backups.restore(config.database_url, config.data, file, replaces=replace)
+    console.print(str(restored), soft_wrap=True)

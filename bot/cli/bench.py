@@ -77,7 +77,8 @@ def bench_swap(
             for number, source in enumerate(sources):
                 swap.save_random_version(kibitz.config, base, source, config.seed + number)
             tokenizer = kibitz.dialogue.tracker.tokenizer
-            return await swap.measure_swaps(kibitz.deployment, tokenizer, sources, swaps, requests, concurrent, progress)
+            asked = kibitz.config.data / "policies", swaps, requests, concurrent
+            return await swap.measure_swaps(kibitz.deployment, tokenizer, sources, *asked, progress)
 
     run_benchmark("bench swap", config, job, json_file, {"concurrent": concurrent, "swaps": swaps, "requests": requests})
 
@@ -143,7 +144,12 @@ def bench_recall(
     asked = recall.read(file)
     with progress_bar() as progress:
         figures = asyncio.run(
-            recall.measure(asked, make_embedder(config), load_retrieval_weights(config.dialogue.retrieval_weights), progress)
+            recall.measure(
+                asked,
+                make_embedder(config.dialogue, config.data),
+                load_retrieval_weights(config.dialogue.retrieval_weights),
+                progress,
+            )
         )
     print_figures(figures)
     write_json(json_file, "bench recall", figures, {"file": file.name, "embedder": config.dialogue.embedder})
@@ -213,6 +219,6 @@ def bench_tracker(
         raise ConfigError(f"option --sizes has value '{unknown[0]}'; choose from {', '.join(known)}")
     config, base = prepare_model(config, serves=False)
     with progress_bar() as progress:
-        figures = tracker.measure_apart(config, base, wanted, progress)
+        figures = tracker.measure_apart(config.policy, config.dialogue, config.data, base, wanted, progress)
     print_figures(figures)
     write_json(json_file, "bench tracker", figures, {"embedder": config.dialogue.embedder, "sizes": wanted})

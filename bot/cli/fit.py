@@ -18,7 +18,7 @@ from learning.training.choice import prepare_model
 
 def _require_embedder(config: Config) -> Embedder:
     """Return the configured embedding model. Raises ConfigError if there is none."""
-    found = make_embedder(config)
+    found = make_embedder(config.dialogue, config.data)
     if found is None:
         raise ConfigError("config key dialogue.embedder has value 'none'; name an embedding model")
     return found

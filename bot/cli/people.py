@@ -36,7 +36,7 @@ def state(
     database, store, _ = open_stores(config)
     if conversation:
         said = store.read_messages(store.read_conversation(conversation).id, LATEST_MESSAGES)
-        console.print(describe_state(derive_state(said, make_embedder(config))), markup=False)
+        console.print(describe_state(derive_state(said, make_embedder(config.dialogue, config.data))), markup=False)
     else:
         table = Table("conversation", "platform", "channel", "thread", "messages", "last")
         for one, messages, last in store.find_latest_conversations(20):

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bot.config import Config
+from bot.config import DialogueConfig
 from bot.errors import ConfigError, quote_error
 
 if TYPE_CHECKING:
@@ -153,6 +153,6 @@ def _quiet() -> Iterator[None]:
         root.setLevel(level)
 
 
-def make_embedder(config: Config) -> Embedder | None:
-    """Return the embedder that a config names, with its files under the data directory; None for "none"."""
-    return None if config.dialogue.embedder == "none" else Embedder(config.dialogue.embedder, config.data)
+def make_embedder(dialogue: DialogueConfig, data: Path) -> Embedder | None:
+    """Return the embedder that the config names, with its files under the data directory; None for "none"."""
+    return None if dialogue.embedder == "none" else Embedder(dialogue.embedder, data)

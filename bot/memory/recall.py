@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bot.config import Config
+from bot.config import DialogueConfig
 from bot.errors import ConfigError
 from bot.memory.embedder import BATCH, Embedder, make_embedder
 from bot.memory.index import Entry, ScopeIndex, Weights
@@ -274,7 +274,7 @@ def _add_vectors(indexes: Sequence[ScopeIndex], vectors: Mapping[str, np.ndarray
         index.add_vectors(vectors)
 
 
-def make_recall(config: Config, database: Database) -> Recall:
+def make_recall(dialogue: DialogueConfig, data: Path, database: Database) -> Recall:
     """Return the Recall that a config describes."""
-    learned = load_retrieval_weights(config.dialogue.retrieval_weights)
-    return Recall(Memory(database, config.dialogue.across_channels), make_embedder(config), learned)
+    learned = load_retrieval_weights(dialogue.retrieval_weights)
+    return Recall(Memory(database, dialogue.across_channels), make_embedder(dialogue, data), learned)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bot.accelerator import GIB, Card, has_gpu, read_card, read_free_memory
-from bot.config import Config, PolicyConfig
+from bot.config import Config, PolicyConfig, ServingConfig, TrainingConfig
 from bot.errors import ConfigError, KibitzError, quote_error
 from bot.models.architectures import can_serve, can_serve_adapters, can_train
 from bot.models.dtype import choose_dtype
@@ -43,15 +43,15 @@ def check_model(config: Config, model: str, serves: bool = True) -> MemoryPlan |
     Returns the plan for the GPU's memory, or None if there is nothing to share. Raises ConfigError for the first fault.
     """
     shape = read_shape(model)
-    check_architecture(config, model)
-    check_weights(config, model)
+    check_architecture(config.policy, config.serving, model)
+    check_weights(config.policy, model)
     if config.learning.enabled or not serves:
-        check_temperature(config, model)
-    tokenizer = check_tokenizer(config, model, shape)
+        check_temperature(config.policy, model)
+    tokenizer = check_tokenizer(config.policy, model, shape)
     served = config.model_copy(update={"policy": tokenizer.with_thought_tokens(config.policy)})
     check_context(served.policy, shape)
-    check_disk(config, shape)
-    check_download(config, model, shape)
+    check_disk(config.policy, config.training, config.data, shape)
+    check_download(config.policy, model, shape)
     return check_memory(served, model, shape) if serves else None
 
 
@@ -70,19 +70,18 @@ def raise_if_refused(name: str, error: Exception) -> None:
         ) from error
 
 
-def check_files(config: Config, model: str) -> None:
+def check_files(policy: PolicyConfig, model: str) -> None:
     """Raise ConfigError if transformers cannot use a config.json, or a directory lacks weights that it describes.
 
     Only the headers of the weights are read. Weights of a hub model are checked when they are loaded.
     """
-    _check_config(config, model)
+    _check_config(policy.model, model)
     directory = Path(model)
     if not directory.is_dir():
         return
-    name = config.policy.model
     files = list_weight_files(directory)
     if not files:
-        raise ConfigError(f"policy.model '{name}' has no weights (*.safetensors) in {directory}; download it again")
+        raise ConfigError(f"policy.model '{policy.model}' has no weights (*.safetensors) in {directory}; download it again")
     for file in files:
         if file.suffix == ".safetensors":
             read_tensor_shapes(file)
@@ -91,18 +90,18 @@ def check_files(config: Config, model: str) -> None:
                 file, "torch did not write it, or it is cut off" if file.is_file() else "no such file"
             )
     if all(file.suffix == ".safetensors" for file in files):
-        _check_tensors(name, directory)
+        _check_tensors(policy.model, directory)
 
 
-def _check_config(config: Config, model: str) -> None:
+def _check_config(name: str, model: str) -> None:
     from transformers import AutoConfig
 
     read_settings(model)
     try:
         AutoConfig.from_pretrained(model)
     except Exception as error:  # the checks of an architecture may raise anything
-        raise_if_refused(config.policy.model, error)
-        raise make_config_error(config.policy.model, error) from error
+        raise_if_refused(name, error)
+        raise make_config_error(name, error) from error
 
 
 def _is_saved_by_torch(file: Path) -> bool:
@@ -140,7 +139,7 @@ def _check_tensors(name: str, directory: Path) -> None:
             )
 
 
-def check_weights(config: Config, model: str) -> None:
+def check_weights(policy: PolicyConfig, model: str) -> None:
     """Raise ConfigError if transformers finds that a directory's weights are not those that config.json describes.
 
     It loads the model onto torch's meta device: this reads the headers and maps names as for training, but keeps no weights.
@@ -150,7 +149,7 @@ def check_weights(config: Config, model: str) -> None:
         return
     from transformers import AutoModelForCausalLM
 
-    name = config.policy.model
+    name = policy.model
     try:
         with _quiet_transformers():
             _, found = AutoModelForCausalLM.from_pretrained(
@@ -198,9 +197,9 @@ def _dimensions(shape: Iterable[int]) -> str:
     return " x ".join(map(str, shape))
 
 
-def check_architecture(config: Config, model: str) -> None:
+def check_architecture(policy: PolicyConfig, serving: ServingConfig, model: str) -> None:
     """Raise ConfigError if vLLM does not serve a model with adapters, or transformers does not train it."""
-    name = config.policy.model
+    name = policy.model
     settings = read_settings(model)
     named = settings.get("architectures") or [""]
     if not isinstance(named, list):
@@ -221,7 +220,7 @@ def check_architecture(config: Config, model: str) -> None:
             f"policy.model '{name}' has model_type '{kind}', for which the installed transformers has no causal language "
             "model; name a causal language model, or update transformers"
         )
-    if config.serving.url:
+    if serving.url:
         return  # that server has loaded its model already
     if not can_serve(architecture, model):
         raise ConfigError(
@@ -235,9 +234,8 @@ def check_architecture(config: Config, model: str) -> None:
         )
 
 
-def check_temperature(config: Config, model: str) -> None:
+def check_temperature(policy: PolicyConfig, model: str) -> None:
     """Raise ConfigError if training cannot reproduce the temperature for this model (`learning.models.trainable`)."""
-    policy = config.policy
     if policy.temperature != 1.0 and has_output_bias(model):
         raise ConfigError(
             f"config key policy.temperature has value {policy.temperature:g}, which training cannot reproduce for "
@@ -268,12 +266,12 @@ def check_context(policy: PolicyConfig, shape: ModelShape) -> None:
         )
 
 
-def check_tokenizer(config: Config, model: str, shape: ModelShape) -> ChatTokenizer:
+def check_tokenizer(policy: PolicyConfig, model: str, shape: ModelShape) -> ChatTokenizer:
     """Return a model's tokenizer. Raises ConfigError if its ids exceed the model's vocabulary, or if its chat template is
     missing, fails, or writes in channels.
     """
-    name = config.policy.model
-    tokenizer = ChatTokenizer(model, config.policy.template_args)
+    name = policy.model
+    tokenizer = ChatTokenizer(model, policy.template_args)
     token, last = max(tokenizer.hf.get_vocab().items(), key=lambda one: one[1], default=("", -1))  # ids may have gaps
     if last >= shape.vocabulary:
         raise ConfigError(
@@ -313,7 +311,7 @@ def check_memory(config: Config, model: str, shape: ModelShape, card: Card | Non
             "config key serving.sleep_while_training has value true, and there is no GPU here whose memory vLLM could free; "
             "set it to false"
         )
-    dtype = choose_dtype(config, model)
+    dtype = choose_dtype(config.serving, model)
     element = DTYPE_BYTES.get(dtype, 2)
     card = card or read_card()
     if card is not None:
@@ -328,20 +326,20 @@ def check_memory(config: Config, model: str, shape: ModelShape, card: Card | Non
     return None
 
 
-def check_disk(config: Config, shape: ModelShape) -> None:
+def check_disk(policy: PolicyConfig, training: TrainingConfig, data: Path, shape: ModelShape) -> None:
     """Raise ConfigError if the data directory has no room for a few versions."""
-    whole = config.training.weights == "full"
-    version = weights_bytes(shape, 2) if whole else shape.count_adapter_parameters(config.training.lora_rank) * 4
+    whole = training.weights == "full"
+    version = weights_bytes(shape, 2) if whole else shape.count_adapter_parameters(training.lora_rank) * 4
     need = LEAST_DISK + (2 if whole else KEPT_VERSIONS) * version
-    free = _measure_free_disk(config.data)
+    free = _measure_free_disk(data)
     if free < need:
         raise ConfigError(
-            f"data_dir '{config.data}' has {free / GIB:.2f} GiB of disk left, and kibitz needs {need / GIB:.2f} GiB for "
-            f"'{config.policy.model}' and its versions; free disk space, or name another directory with --data-dir"
+            f"data_dir '{data}' has {free / GIB:.2f} GiB of disk left, and kibitz needs {need / GIB:.2f} GiB for "
+            f"'{policy.model}' and its versions; free disk space, or name another directory with --data-dir"
         )
 
 
-def check_download(config: Config, model: str, shape: ModelShape) -> None:
+def check_download(policy: PolicyConfig, model: str, shape: ModelShape) -> None:
     """Raise ConfigError if a hub model is not downloaded yet and the hub's cache has no room for it."""
     if Path(model).is_dir():
         return
@@ -356,7 +354,7 @@ def check_download(config: Config, model: str, shape: ModelShape) -> None:
     free = _measure_free_disk(place)
     if free < need:
         raise ConfigError(
-            f"policy.model '{config.policy.model}' is {need / GIB:.1f} GiB to download, and {place} has "
+            f"policy.model '{policy.model}' is {need / GIB:.1f} GiB to download, and {place} has "
             f"{free / GIB:.1f} GiB of disk left; free disk space, or name another directory with HF_HUB_CACHE"
         )
 

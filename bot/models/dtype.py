@@ -1,18 +1,18 @@
 """Dtype: chooses the number format that server and trainer share."""
 
 from bot.accelerator import has_gpu, read_card
-from bot.config import Config
+from bot.config import ServingConfig
 from bot.errors import ConfigError
 
 
-def choose_dtype(config: Config, model: str) -> str:
+def choose_dtype(serving: ServingConfig, model: str) -> str:
     """Return the number format for server and trainer: the configured one, or that of the saved model.
 
     A model saved in another format than 16 bits gets float32 on processors. On a GPU it gets 16 bits, because vLLM's LoRA
     kernels take no others. Raises ConfigError if float32 is configured on a GPU.
     """
     on_gpu = has_gpu()
-    wanted = config.serving.dtype
+    wanted = serving.dtype
     if wanted == "float32" and on_gpu:
         raise ConfigError(
             "config key serving.dtype has value 'float32', which vLLM's LoRA kernels do not take on a GPU; "

@@ -10,7 +10,7 @@ or with gradient checkpointing of one layer and the inputs of the others), and a
 from dataclasses import dataclass
 
 from bot.accelerator import GIB, Card
-from bot.config import Config, TrainingConfig
+from bot.config import Config, PolicyConfig, ServingConfig, TrainingConfig
 from bot.errors import ConfigError
 from bot.models.shape import ModelShape
 
@@ -100,9 +100,9 @@ def evaluation_bytes(shape: ModelShape, length: int, context: int, element: int)
     return int(ALLOCATOR_FACTOR * max(logits, sampled, in_float32))
 
 
-def training_bytes(shape: ModelShape, config: Config, fit: BatchFit, element: int) -> int:
+def training_bytes(shape: ModelShape, policy: PolicyConfig, training: TrainingConfig, fit: BatchFit, element: int) -> int:
     """Count the peak bytes of one training run."""
-    training, context = config.training, config.policy.context_tokens + config.policy.max_tokens
+    context = policy.context_tokens + policy.max_tokens
     step = step_bytes(
         shape, training, _count_sequences(training, fit.answers), training.max_length, element, fit.gradient_checkpointing
     )
@@ -124,9 +124,9 @@ def count_parallel_answers(shape: ModelShape, tokens: int, free: int, element: i
     return max(LEAST_PARALLEL_ANSWERS, min(8 * LEAST_PARALLEL_ANSWERS, int(free / ALLOCATOR_FACTOR) // each))
 
 
-def serving_bytes(shape: ModelShape, config: Config, total: int, element: int) -> int:
+def serving_bytes(shape: ModelShape, policy: PolicyConfig, serving: ServingConfig, total: int, element: int) -> int:
     """Count the bytes that vLLM needs at least on a card of `total` bytes: weights, adapters, a few answers, activations."""
-    serving, context = config.serving, config.policy.context_tokens + config.policy.max_tokens
+    context = policy.context_tokens + policy.max_tokens
     adapters = serving.max_loras * shape.count_adapter_parameters(serving.max_lora_rank) * element
     tokens, answers = (8192, 1024) if total >= LARGE_CARD else (2048, 256)
     computing = tokens * (4 * shape.hidden + 2 * shape.query_width + 3 * shape.intermediate) * element
@@ -163,25 +163,25 @@ def fit_batch(
 
 def plan_memory(shape: ModelShape, config: Config, card: Card, element: int = 2) -> MemoryPlan:
     """Share a card between vLLM and one training run. Raises ConfigError if they do not fit."""
-    serving, training = config.serving, config.training
-    least = serving_bytes(shape, config, card.total, element)
+    policy, serving, training = config.policy, config.serving, config.training
+    least = serving_bytes(shape, policy, serving, card.total, element)
     usable = card.total - SPARE_BYTES - CUDA_GRAPH_BYTES
     if least > usable:
         raise ConfigError(
-            f"policy.model '{config.policy.model}' needs at least {_format_gib(least)} to be served, and the GPU has "
+            f"policy.model '{policy.model}' needs at least {_format_gib(least)} to be served, and the GPU has "
             f"{_format_gib(card.total)}; use a smaller model, or lower policy.context_tokens or serving.max_loras"
         )
     share = serving.memory_share
     if share and share * card.total < least:
         raise ConfigError(
             f"config key serving.memory_share has value {share:g}, {_format_gib(share * card.total)} of this GPU, and "
-            f"'{config.policy.model}' needs at least {_format_gib(least)}; raise it to {_round_up(least / card.total):g}"
+            f"'{policy.model}' needs at least {_format_gib(least)}; raise it to {_round_up(least / card.total):g}"
         )
     if not config.learning.enabled:
         share = share or LARGEST_SHARE
-        return _check_free(config, card, MemoryPlan(share, None, f"{_describe_card(card, share)}; nothing is trained"))
+        return _check_free(card, MemoryPlan(share, None, f"{_describe_card(card, share)}; nothing is trained"))
     taken = SLEEPING_BYTES if serving.sleep_while_training else share * card.total if share else least
-    context = config.policy.context_tokens + config.policy.max_tokens
+    context = policy.context_tokens + policy.max_tokens
     held = CUDA_CONTEXT_BYTES + weights_bytes(shape, element) + training_state_bytes(shape, training, element)
     measuring = evaluation_bytes(shape, training.max_length, context, element)
     fit = None
@@ -191,13 +191,13 @@ def plan_memory(shape: ModelShape, config: Config, card: Card, element: int = 2)
             fit = fit_batch(shape, training, training.batch_size, training.max_length, room, element)
     if fit is None:
         smallest = BatchFit(min(training.batch_size, LEAST_FOR_KTO), 1, True)
-        need = training_bytes(shape, config, smallest, element)
+        need = training_bytes(shape, policy, training, smallest, element)
         other = "serving.memory_share" if share else "policy.context_tokens"
         ways = f"lower {'' if measuring > room else 'training.max_length or '}{other}, set learning.enabled = false"
         if not serving.sleep_while_training:
             ways += ", or serving.sleep_while_training = true"
         raise ConfigError(
-            f"'{config.policy.model}' and one training run do not fit on this GPU together: vLLM takes "
+            f"'{policy.model}' and one training run do not fit on this GPU together: vLLM takes "
             f"{_format_gib(taken)}, a run needs {_format_gib(need)}, the GPU has {_format_gib(card.total)}; {ways}"
         )
     run = held + max(fit.peak_bytes, measuring)
@@ -208,7 +208,7 @@ def plan_memory(shape: ModelShape, config: Config, card: Card, element: int = 2)
     line = f"{_describe_card(card, share)}, a training run {_format_gib(run)}: {describe_fit(fit)}"
     if serving.sleep_while_training:
         line += "; vLLM sleeps meanwhile"
-    return _check_free(config, card, MemoryPlan(share, fit, line))
+    return _check_free(card, MemoryPlan(share, fit, line))
 
 
 def describe_fit(fit: BatchFit) -> str:
@@ -219,7 +219,7 @@ def describe_fit(fit: BatchFit) -> str:
     return f"{parts}, {'with' if fit.gradient_checkpointing else 'without'} gradient checkpointing"
 
 
-def _check_free(config: Config, card: Card, plan: MemoryPlan) -> MemoryPlan:
+def _check_free(card: Card, plan: MemoryPlan) -> MemoryPlan:
     """Raise ConfigError if other programs fill the card. vLLM would fail too, but a minute later and less clearly."""
     wanted = plan.share * card.total
     if card.free < wanted:

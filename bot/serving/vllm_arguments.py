@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from bot.accelerator import has_gpu
-from bot.config import VLLM_HOST, Config
+from bot.config import VLLM_HOST, PolicyConfig, ServingConfig
 from bot.errors import ConfigError
 from bot.serving import children
 from bot.serving.vllm_log import find_first_cause
@@ -42,10 +42,9 @@ CONFIG_KEYS = {
 READ_AT_ONCE = 2048  # the least number of tokens that vLLM on CPUs reads at once
 
 
-def list_own_options(config: Config) -> dict[str, str]:
+def list_own_options(serving: ServingConfig, policy: PolicyConfig) -> dict[str, str]:
     """Return the options of our own vLLM and their values ("" for a flag), without those that are chosen at its start."""
-    serving = config.serving
-    longest = config.policy.context_tokens + config.policy.max_tokens
+    longest = policy.context_tokens + policy.max_tokens
     found = {
         "--served-model-name": BASE,
         "--host": VLLM_HOST,
@@ -68,19 +67,18 @@ def list_own_options(config: Config) -> dict[str, str]:
     return found
 
 
-def check_extra_args(config: Config) -> None:
+def check_extra_args(serving: ServingConfig, policy: PolicyConfig) -> None:
     """Raise ConfigError if `serving.extra_args` has an option that kibitz sets itself."""
 
     def name(argument: str) -> str:
         return argument.partition("=")[0].replace("_", "-").replace("--no-", "--")
 
-    first = next(iter(config.serving.extra_args), "-")
+    first = next(iter(serving.extra_args), "-")
     if not first.startswith("-"):  # vLLM would take it for the name of a model
         raise ConfigError(f"config key serving.extra_args begins with '{first}', which is no option; begin with --OPTION")
-    ours = {
-        name(option) for option in ("--model", "--port", "--dtype", "--gpu-memory-utilization", *list_own_options(config))
-    }
-    for argument in config.serving.extra_args:
+    own = list_own_options(serving, policy)
+    ours = {name(option) for option in ("--model", "--port", "--dtype", "--gpu-memory-utilization", *own)}
+    for argument in serving.extra_args:
         if argument.startswith("--") and name(argument) in ours:
             key = CONFIG_KEYS.get(name(argument), "")
             raise ConfigError(
@@ -89,11 +87,11 @@ def check_extra_args(config: Config) -> None:
             )
 
 
-def check_extra_args_with_vllm(config: Config) -> None:
+def check_extra_args_with_vllm(serving: ServingConfig) -> None:
     """Let the installed vLLM parse `serving.extra_args` (about 10 s), without a start. Raises ConfigError if it fails."""
-    if not config.serving.extra_args:
+    if not serving.extra_args:
         return
-    command = [sys.executable, "-c", READ_ARGUMENTS, *config.serving.extra_args]
+    command = [sys.executable, "-c", READ_ARGUMENTS, *serving.extra_args]
     done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=children.end_with_parent)
     if done.returncode != 0:
         cause = find_first_cause(done.stderr) or f"code {done.returncode}"

@@ -8,20 +8,18 @@ import contextlib
 import os
 import signal
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 from bot import THREAD_ENVIRONMENT
 from bot.accelerator import GIB, has_gpu, read_card
-from bot.config import VLLM_HOST, Config
+from bot.config import VLLM_HOST, PolicyConfig, ServingConfig, TrainingConfig
 from bot.data_directory import is_locked
 from bot.environment import http_url, listen
 from bot.errors import ServingError
 from bot.models.dtype import choose_dtype
 from bot.serving import children
 from bot.serving.policy import Policy
-from bot.serving.vllm_arguments import (
-    find_entry_point,
-    list_own_options,
-)
+from bot.serving.vllm_arguments import find_entry_point, list_own_options
 from bot.serving.vllm_log import find_first_cause
 from bot.supervision import Health, supervise
 
@@ -35,12 +33,15 @@ NO_MEMORY = ("out of memory", "OutOfMemory", "less than desired", "No available 
 class VllmServer:
     """A child process with vLLM's OpenAI server, on loopback."""
 
-    def __init__(self, config: Config, model: str):
-        self.config = config
+    def __init__(self, serving: ServingConfig, policy: PolicyConfig, training: TrainingConfig, data: Path, model: str):
+        self.serving = serving
+        self.policy_config = policy
+        self.training = training
+        self.data = data
         self.model = model
-        self.port = _find_free_port(config.serving.port)
+        self.port = _find_free_port(serving.port)
         self.url = http_url(VLLM_HOST, self.port)
-        self.log_path = config.data / "vllm.log"
+        self.log_path = data / "vllm.log"
         self._process: asyncio.subprocess.Process | None = None
         self._log_start = 0  # the log's size at the newest start
 
@@ -56,7 +57,7 @@ class VllmServer:
                 stderr=log,
                 env=self._environment(),
             )
-        deadline = asyncio.get_running_loop().time() + self.config.serving.startup_seconds
+        deadline = asyncio.get_running_loop().time() + self.serving.startup_seconds
         while not await policy.admin.is_ready(PROBE_SECONDS):
             if self._process.returncode is not None:
                 raise ServingError(
@@ -65,7 +66,7 @@ class VllmServer:
             if asyncio.get_running_loop().time() > deadline:
                 await self.stop()
                 raise ServingError(
-                    f"vLLM was not ready after {self.config.serving.startup_seconds} s; {self._describe_failure()}, "
+                    f"vLLM was not ready after {self.serving.startup_seconds} s; {self._describe_failure()}, "
                     "or raise serving.startup_seconds"
                 )
             await asyncio.sleep(0.5)
@@ -115,10 +116,10 @@ class VllmServer:
 
     async def wait_for_memory(self, tell: Callable[[str], None]) -> None:
         """Wait while a training run holds the GPU memory that vLLM needs to start. `tell` gets one line about the wait."""
-        wanted = self.config.serving.memory_share
+        wanted = self.serving.memory_share
         deadline = asyncio.get_running_loop().time() + RUN_SECONDS
         is_told = False
-        while is_locked(self.config.data, "train") and asyncio.get_running_loop().time() < deadline:
+        while is_locked(self.data, "train") and asyncio.get_running_loop().time() < deadline:
             card = await asyncio.to_thread(read_card)
             if card is None or card.free >= wanted * card.total:
                 return
@@ -133,11 +134,11 @@ class VllmServer:
     def _command(self) -> list[str]:
         options = {
             "--port": str(self.port),
-            "--dtype": choose_dtype(self.config, self.model),
-            **list_own_options(self.config),
+            "--dtype": choose_dtype(self.serving, self.model),
+            **list_own_options(self.serving, self.policy_config),
         }
         own = [part for name, value in options.items() for part in (name, value) if part]
-        return find_entry_point(self.model) + own + self.config.serving.extra_args
+        return find_entry_point(self.model) + own + self.serving.extra_args
 
     def _environment(self) -> dict[str, str]:
         defaults = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -145,7 +146,7 @@ class VllmServer:
             # One core is left to the other processes: vLLM on all cores slows them and itself (docs/experiments.md).
             defaults |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(len(children.find_spare_cores()))}
             defaults |= {"VLLM_CPU_KVCACHE_SPACE": "1"}
-        if self.config.training.weights == "full" or self.config.serving.sleep_while_training:
+        if self.training.weights == "full" or self.serving.sleep_while_training:
             defaults["VLLM_SERVER_DEV_MODE"] = "1"  # needed to replace weights and to sleep
         inherited = {name: value for name, value in os.environ.items() if THREAD_ENVIRONMENT.get(name) != value}
         return {**defaults, **inherited, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
@@ -160,7 +161,7 @@ class VllmServer:
         if not cause:
             return f"see {self.log_path}"
         is_misread = self._process is not None and self._process.returncode == USAGE_EXIT_CODE
-        advice = "; correct serving.extra_args" if is_misread and self.config.serving.extra_args else ""
+        advice = "; correct serving.extra_args" if is_misread and self.serving.extra_args else ""
         if any(sign in cause for sign in NO_MEMORY):
             advice = "; lower policy.context_tokens or serving.memory_share, or end other programs that use the memory"
         return f"vLLM says: {cause}{advice} (its log: {self.log_path})"

@@ -13,7 +13,6 @@ from typing import Any
 from urllib.parse import quote
 
 from bot import output_files
-from bot.config import Config
 from bot.data_directory import lock_directory
 from bot.errors import DataError
 from bot.store.database import Database
@@ -37,12 +36,12 @@ class RestoreReport:
         return f"restored; {self.forgotten} people and messages that were forgotten since are forgotten again{gone}"
 
 
-def back_up(config: Config, file: Path) -> None:
+def back_up(database_url: str, file: Path) -> None:
     """Write the current database into a file, whole or not at all, without blocking anybody.
 
     Raises DataError if the database is PostgreSQL's or cannot be copied, or if `file` is something else than a backup.
     """
-    source = _find_sqlite_file(config, f"pg_dump --format=custom --file={file}")
+    source = _find_sqlite_file(database_url, f"pg_dump --format=custom --file={file}")
     if not source.is_file():
         raise DataError(f"there is no database {source} to back up; use another --data-dir")
     _refuse_same(source, file)
@@ -52,20 +51,21 @@ def back_up(config: Config, file: Path) -> None:
         _copy(source, unfinished)
 
 
-def restore(config: Config, file: Path, replaces: bool = False) -> RestoreReport:
+def restore(database_url: str, data: Path, file: Path, *, replaces: bool = False) -> RestoreReport:
     """Restore the database from a file that `back_up` wrote. An existing database is replaced only with `replaces`.
 
     People who were forgotten since the backup are forgotten again. Decisions about consent since then are kept, if the
     replaced database can still be read. Versions that the backup does not have, or whose files are gone, never serve again.
     Raises DataError if the file cannot be used or a database exists, ConfigError if kibitz runs.
     """
-    target = _find_sqlite_file(config, f"pg_restore --clean --dbname=DATABASE {file}, and start kibitz: it forgets again")
-    policies = config.data / "policies"
+    instead = f"pg_restore --clean --dbname=DATABASE {file}, and start kibitz: it forgets again"
+    target = _find_sqlite_file(database_url, instead)
+    policies = data / "policies"
     _refuse_same(target, file)
     if not file.is_file():
         raise DataError(f"{file}: does not exist; name a file that `kibitz backup` wrote")
-    Erasures(config.data).read()  # raises DataError before anything is replaced
-    with lock_directory(config.data, "serve"), lock_directory(config.data, "train"):
+    Erasures(data).read()  # raises DataError before anything is replaced
+    with lock_directory(data, "serve"), lock_directory(data, "train"):
         if target.exists() and not replaces:
             raise DataError(f"there is a database already, {target}; add --replace to replace it")
         names = {name for (name,) in _read_rows(target, "SELECT name FROM policies")}
@@ -73,21 +73,21 @@ def restore(config: Config, file: Path, replaces: bool = False) -> RestoreReport
         decisions = _read_rows(target, "SELECT platform, user_id, consent, at FROM users")
         with _replace_database_file(target) as unfinished:
             _copy(file, unfinished)
-            with closing(Database(f"sqlite:///{unfinished}", config.data)) as database:
+            with closing(Database(f"sqlite:///{unfinished}", data)) as database:
                 database.upgrade()
                 withdrawn = PolicyRegistry(database).reconcile_directory(policies, used)
                 _reapply_decisions(unfinished, database, decisions)
                 database.scrub()
             _empty_log(target)
-        with closing(Database(config.database_url, config.data)) as database:
+        with closing(Database(database_url, data)) as database:
             registry = PolicyRegistry(database)
             forgotten = forget_again(database, registry)  # after a crash before this, `kibitz serve` does the same
             remove_purged_files(registry)
     return RestoreReport(forgotten, withdrawn)
 
 
-def _find_sqlite_file(config: Config, instead: str) -> Path:
-    database = Database(config.database_url)
+def _find_sqlite_file(database_url: str, instead: str) -> Path:
+    database = Database(database_url)
     database.close()
     if database.file is None:
         raise DataError(f"the database {database.url} is PostgreSQL, which has its own tools; run {instead}")

@@ -84,10 +84,10 @@ class Arena:
         self.seed = seed
         self.base_model = base_model
         self.tokenizer = ChatTokenizer(base_model, config.policy.template_args)
-        self.embedder = make_embedder(config)
+        self.embedder = make_embedder(config.dialogue, config.data)
         self.prompts = [text for text, _ in toy.list_prompts(held_out=True) for _ in range(SAMPLES_PER_PROMPT)]
         self.untouched = [self._tokenize_dialogue(dialogue) for dialogue in toy.make_dialogues(128, seed=10_000 + seed)]
-        self.model = load_for_training(config, base_model)
+        self.model = load_for_training(config.policy, config.serving, config.training, base_model)
         self.start = copy_weights(self.model)
         self.since = 0  # the first reaction that the policy learns from
         with as_base(self.model):
@@ -182,18 +182,19 @@ def with_logprobs(arena: Arena, found: Sequence[Experience]) -> list[Experience]
 def train_policy(arena: Arena, found: Sequence[Experience], objective: str, number: int) -> RunEnd:
     """Train once on experiences, with selection, drift detection and guard as in production."""
     found = found[arena.since :]
-    looks_for_drift = arena.config.learning.detect_drift
-    change = detect_drift(arena.config, arena.base_model, arena.model, found) if looks_for_drift else None
+    config = arena.config
+    judges = config.policy, config.serving, config.rewards
+    change = detect_drift(*judges, arena.base_model, arena.model, found) if config.learning.detect_drift else None
     if change is not None:
         found = found[change.since :]
         since = arena.since + change.since
         if change.against:
             arena.reset_policy()
         arena.since = since
-    training = arena.config.training.model_copy(update={"objective": objective})
-    config = arena.config.model_copy(update={"seed": arena.seed + number, "training": training})
+    training = config.training.model_copy(update={"objective": objective})
+    config = config.model_copy(update={"seed": arena.seed + number, "training": training})
     taught, held_out = split_held_out(found, config.learning.held_out)
-    rows = with_advantages(taught, arena.embedder, config, arena.seed)
+    rows = with_advantages(taught, arena.embedder, config.rewards, arena.seed)
     prompts = list(dict.fromkeys(one.prompt_ids for one in [*held_out, *taught]))
     before = copy_weights(arena.model)
     figures = train_with_guard(config, arena.model, arena.tokenizer, rows, held_out, prompts, lambda *_: None)

@@ -68,7 +68,7 @@ def save_random_version(config: Config, base_model: str, directory: Path, seed: 
     from learning.models.trainable import as_base, cast_for_serving, load_for_training, save
 
     torch.manual_seed(seed)
-    model = load_for_training(config, base_model)
+    model = load_for_training(config.policy, config.serving, config.training, base_model)
     with torch.no_grad():
         for name, weights in model.named_parameters():
             if weights.requires_grad and "lora_A" not in name:
@@ -196,9 +196,9 @@ def count_mixed(answers: Sequence[TimedAnswer], expected: ExpectedAnswers, limit
     return sum(distance > limit for distance in compute_distances(answers, expected))
 
 
-async def go_live(deployment: Deployment, source: Path) -> PolicyVersion:
+async def go_live(deployment: Deployment, source: Path, policies: Path) -> PolicyVersion:
     """Register a copy of the weights in `source` as a new version, and deploy it with the real deployment."""
-    version = register_copy(deployment.registry, source, deployment.config.data / "policies")
+    version = register_copy(deployment.registry, source, policies)
     return await deployment.deploy(version.name)
 
 
@@ -206,12 +206,15 @@ async def measure_swaps(
     deployment: Deployment,
     tokenizer: ChatTokenizer,
     sources: Sequence[Path],
+    policies: Path,
     swaps: int,
     requests: int,
     concurrent: int,
     progress: Progress,
 ) -> dict[str, Any]:
     """Measure streaming load, first without and then with `swaps` swaps through the real deployment.
+
+    The versions have the weights in `sources`, and their directories in `policies`.
 
     An answer is `mixed` if its distance from its version's answer on an idle server is more than half of the distance
     between versions (`versions_apart_nats`). Without swaps that distance is at most `rounding_nats`.
@@ -231,13 +234,13 @@ async def measure_swaps(
         expected: ExpectedAnswers = {}
         said_by: list[dict[Prompt, GreedyAnswer]] = []
         for source in sources:  # the reference answers of each set of weights, while the server is idle
-            version = await go_live(deployment, source)
+            version = await go_live(deployment, source, policies)
             said_by.append(await ask_greedily(policy, version.name, prompts))
             expected[version.name] = said_by[-1]
         await run_load(policy, islice(cycle(prompts), 2 * concurrent), concurrent, lambda: None)  # warm up, not counted
         quiet, usual = [], []
         for source, said in zip(sources, said_by, strict=True):
-            expected[(await go_live(deployment, source)).name] = said
+            expected[(await go_live(deployment, source, policies)).name] = said
             count = max(requests // len(sources), len(prompts))  # each prompt at least once, for its usual time below
             quiet.append(await run_load(policy, islice(cycle(prompts), count), concurrent, done))
             usual.append(_compute_median_seconds(quiet[-1][0]))
@@ -247,7 +250,7 @@ async def measure_swaps(
         usual_of = {policy.version: usual[-1]}
         for number in range(swaps):
             await reached[finished + requests // swaps].wait()
-            version = await go_live(deployment, sources[number % len(sources)])
+            version = await go_live(deployment, sources[number % len(sources)], policies)
             expected[version.name] = said_by[number % len(sources)]
             usual_of[version.name] = usual[number % len(sources)]
         await reached[finished + requests // swaps].wait()

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from bot.chat.tracker import StateTracker
-from bot.config import Config, DialogueConfig
+from bot.config import DialogueConfig, PolicyConfig
 from bot.errors import DataError
 from bot.memory.embedder import Embedder, make_embedder
 from bot.memory.recall import Recall, load_retrieval_weights
@@ -63,13 +63,16 @@ class Parts:
     progress: Progress
 
 
-def measure_apart(config: Config, model: str, sizes: Sequence[str], progress: Progress) -> dict[str, Any]:
+def measure_apart(
+    policy: PolicyConfig, dialogue: DialogueConfig, data: Path, model: str, sizes: Sequence[str], progress: Progress
+) -> dict[str, Any]:
     """Return the figures of `measure`, with each size in a process of its own. Raises the errors of that process."""
     figures: dict[str, Any] = {"leaks": 0}
     context = multiprocessing.get_context("spawn")
     for size in sizes:
         ours, theirs = context.Pipe(duplex=False)
-        child = context.Process(target=_measure_in_child, args=(theirs, config, model, size), daemon=True)
+        given = theirs, policy, dialogue, data, model, size
+        child = context.Process(target=_measure_in_child, args=given, daemon=True)
         child.start()
         theirs.close()
         found: Any = None
@@ -88,11 +91,11 @@ def measure_apart(config: Config, model: str, sizes: Sequence[str], progress: Pr
     return figures
 
 
-def _measure_in_child(ours: Any, config: Config, model: str, size: str) -> None:
-    tokenizer = ChatTokenizer(model, config.policy.template_args)
-    learned = load_retrieval_weights(config.dialogue.retrieval_weights)
+def _measure_in_child(ours: Any, policy: PolicyConfig, dialogue: DialogueConfig, data: Path, model: str, size: str) -> None:
+    tokenizer = ChatTokenizer(model, policy.template_args)
+    learned = load_retrieval_weights(dialogue.retrieval_weights)
     try:
-        job = measure(make_embedder(config), tokenizer, learned, [size], lambda *done: ours.send(done))
+        job = measure(make_embedder(dialogue, data), tokenizer, learned, [size], lambda *done: ours.send(done))
         ours.send(asyncio.run(job))
     except Exception as error:
         ours.send(error)

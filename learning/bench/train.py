@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bot.accelerator import has_gpu, read_card
-from bot.config import Config, DatabaseConfig
+from bot.config import Config, DatabaseConfig, TrainingConfig
 from bot.models.shape import read_shape
 from bot.models.tokenizer import ChatTokenizer
 from bot.serving.children import end_with_parent
@@ -121,13 +121,13 @@ def _measure_run(config: Config, base_model: str, plain: bool, size: Size) -> tu
     silence_libraries()
     tokenizer = ChatTokenizer(base_model, config.policy.template_args)
     rows = _rows(tokenizer, size.rows, config.seed)
-    model = load_for_training(config, base_model)
+    model = load_for_training(config.policy, config.serving, config.training, base_model)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     used = select_usable(rows, config.training.objective)
     began = time.monotonic()
     if plain:
-        _train_plain(model, tokenizer, used, config)
+        _train_plain(model, tokenizer, used, config.training, config.seed)
     else:
         train(model, tokenizer.hf, rows, config.training, config.seed, lambda *_: None)
     seconds = time.monotonic() - began
@@ -145,7 +145,9 @@ def _length(row: Experience, reads_pairs: bool) -> int:
     return own + len(row.prompt_ids) + len(row.rejected_ids or ()) if reads_pairs else own
 
 
-def _train_plain(model: Any, tokenizer: ChatTokenizer, rows: Sequence[Experience], config: Config) -> None:
+def _train_plain(
+    model: Any, tokenizer: ChatTokenizer, rows: Sequence[Experience], training: TrainingConfig, seed: int
+) -> None:
     """Train with TRL's stock trainer for the objective, or with its SFTTrainer if TRL has none, on the same rows."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
@@ -159,15 +161,15 @@ def _train_plain(model: Any, tokenizer: ChatTokenizer, rows: Sequence[Experience
         make_training_arguments,
     )
 
-    common = make_training_arguments(config.training, config.training.batch_size, len(rows), config.seed)
-    if config.training.objective == "kto":
+    common = make_training_arguments(training, training.batch_size, len(rows), seed)
+    if training.objective == "kto":
         data = [{key: row[key] for key in ("prompt_ids", "completion_ids", "label")} for row in kto_examples(rows)]
         trainer: Any = type("PlainKTO", (KTOTrainer,), {"_prepare_dataset": TokenKTOTrainer._prepare_dataset})
-        args: Any = KTOConfig(**common, beta=config.training.beta)
-    elif config.training.objective == "dpo":
+        args: Any = KTOConfig(**common, beta=training.beta)
+    elif training.objective == "dpo":
         data = dpo_examples(rows)
         trainer = type("PlainDPO", (DPOTrainer,), {"_prepare_dataset": TokenDPOTrainer._prepare_dataset})
-        args = DPOConfig(**common, beta=config.training.beta)
+        args = DPOConfig(**common, beta=training.beta)
     else:
         data = [
             {

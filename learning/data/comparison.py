@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bot.config import Config
+from bot.config import RewardsConfig
 from bot.memory.embedder import Embedder
 from learning.data.features import extract_features, predict_rewards
 from learning.data.selection import assign_advantages, cluster_questions
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def with_advantages(
-    found: Sequence["Experience"], embedder: Embedder | None, config: Config, seed: int
+    found: Sequence["Experience"], embedder: Embedder | None, rewards: RewardsConfig, seed: int
 ) -> list["Experience"]:
     """Return the experiences with advantages and weights. With an embedder, rewards are compared within a kind of prompt.
 
@@ -28,7 +28,7 @@ def with_advantages(
     the same question, by a correction or a pick, are not smoothed.
     """
     kind_of = cluster_questions([one.question for one in found], embedder, seed)
-    share = config.rewards.smoothing
+    share = rewards.smoothing
     refused = {(one.prompt_ids, one.rejected_ids) for one in found}
     is_compared = [one.rejected_ids is not None or (one.prompt_ids, one.completion_ids) in refused for one in found]
 
@@ -39,8 +39,8 @@ def with_advantages(
     return assign_advantages(
         found,
         kind_of,
-        config.rewards.prior,
-        config.rewards.person_cap,
+        rewards.prior,
+        rewards.person_cap,
         smooth if share and found else None,
     )
 

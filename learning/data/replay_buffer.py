@@ -104,7 +104,7 @@ class ReplayBuffer:
                 training, self.embedder.encode([f"{one.question}\n{one.answer}" for one in training])
             )
             found.dropped += dropped
-        found.training = with_advantages(training, self.embedder, self.config, self.config.seed)
+        found.training = with_advantages(training, self.embedder, self.config.rewards, self.config.seed)
         found.trained_on, dropped = select_for_training(found.training, self.config.training, self.config.seed)
         found.dropped += dropped
         found.without_logprobs = sum(one.logprobs is None for one in drawn)

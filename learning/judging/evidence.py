@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from bot.config import Config
+from bot.config import PolicyConfig, RewardsConfig
 from bot.memory.embedder import Embedder
 from bot.models.tokenizer import ChatTokenizer
 from learning.data.experience import Experience
@@ -35,21 +35,30 @@ def choose_prompts(rows: Sequence[Experience], count: int) -> list[Experience]:
     return list(itertools.islice(itertools.cycle(different.values()), count))
 
 
-def sample_answers(config: Config, model: Any, tokenizer: ChatTokenizer, asked: Sequence[Experience]) -> list[Sample]:
+def sample_answers(
+    policy: PolicyConfig, seed: int, model: Any, tokenizer: ChatTokenizer, asked: Sequence[Experience]
+) -> list[Sample]:
     """Return one answer of a model to each prompt, with the policy's sampling settings."""
     prompts = [one.prompt_ids for one in asked]
-    return generate(model, tokenizer, prompts, config.policy.max_tokens, config.seed, config.policy.truncation)
+    return generate(model, tokenizer, prompts, policy.max_tokens, seed, policy.truncation)
 
 
 def measure_model(
-    config: Config, model: Any, tokenizer: ChatTokenizer, judged: Sequence[Experience], asked: Sequence[Experience]
+    policy: PolicyConfig,
+    seed: int,
+    model: Any,
+    tokenizer: ChatTokenizer,
+    judged: Sequence[Experience],
+    asked: Sequence[Experience],
 ) -> Measurement:
     """Measure a model on the `judged` answers and on the prompts of `asked`."""
-    return Measurement(batched_logprobs(model, token_rows(judged)), sample_answers(config, model, tokenizer, asked))
+    logprobs = batched_logprobs(model, token_rows(judged))
+    return Measurement(logprobs, sample_answers(policy, seed, model, tokenizer, asked))
 
 
 def compare_with_live(
-    config: Config,
+    rewards: RewardsConfig,
+    seed: int,
     judged: Sequence[Experience],
     others: Sequence[Experience],
     live: Measurement,
@@ -62,7 +71,7 @@ def compare_with_live(
 
     The questions of the `others` help to cluster questions by kind. `soundness` and `faults` are copied into the result.
     """
-    kinds = cluster_questions([row.question for row in (*judged, *others)], embedder, config.seed)[: len(judged)]
-    opinions = collect_opinions(judged, kinds.tolist(), config.rewards.person_cap)
+    kinds = cluster_questions([row.question for row in (*judged, *others)], embedder, seed)[: len(judged)]
+    opinions = collect_opinions(judged, kinds.tolist(), rewards.person_cap)
     gain = compute_gain([row.answer for row in judged], opinions, live.samples, candidate.samples, embedder)
     return Evidence(opinions, means(live.logprobs), means(candidate.logprobs), gain, [*faults], **asdict(soundness))

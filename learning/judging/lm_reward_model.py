@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bot.config import Config
+from bot.config import TrainingConfig
 from learning.data.experience import Experience
 from learning.judging.evaluation import pad_batch, split_batches, token_rows
 from learning.judging.reward_scores import ScoredAnswers, calibrate_scores, has_enough
@@ -24,9 +24,10 @@ PASSES = 12  # maximum passes over the pairs
 class LmRewardModel:
     """A reward model from a language model. `fit` trains it on rated answers; `predict_chances` scores others."""
 
-    def __init__(self, base_model: str, config: Config):
+    def __init__(self, base_model: str, training: TrainingConfig, seed: int):
         self.base_model = base_model
-        self.config = config
+        self.training = training
+        self.seed = seed
         self._fitted: Any = None
 
     def fit(self, rated: Sequence[Experience]) -> ScoredAnswers | None:
@@ -36,7 +37,7 @@ class LmRewardModel:
         if not has_enough(rated, FOLDS):
             return None
         scores = np.empty(len(rated))
-        folds = GroupKFold(FOLDS, shuffle=True, random_state=self.config.seed)
+        folds = GroupKFold(FOLDS, shuffle=True, random_state=self.seed)
         for seen, unseen in folds.split(rated, groups=[one.unit for one in rated]):
             scores[unseen] = self._compute_scores(self._train([rated[row] for row in seen]), [rated[row] for row in unseen])
         self._fitted = self._train(rated)
@@ -57,23 +58,23 @@ class LmRewardModel:
         from learning.models.batching import fit_to_machine, machine_arguments
         from learning.models.reporter import report_progress
 
-        set_seed(self.config.seed)
+        set_seed(self.seed)
         model = AutoModelForSequenceClassification.from_pretrained(self.base_model, num_labels=1, dtype=torch.float32)
-        rank = self.config.training.lora_rank
+        rank = self.training.lora_rank
         settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="SEQ_CLS")
-        rows = make_pairs(rated, random.Random(self.config.seed))
-        batch_size = min(self.config.training.batch_size, len(rows))
+        rows = make_pairs(rated, random.Random(self.seed))
+        batch_size = min(self.training.batch_size, len(rows))
         adapted = get_peft_model(model, settings)
-        pairwise = self.config.training.model_copy(update={"objective": "dpo", "weights": "lora"})  # two answers a row
+        pairwise = self.training.model_copy(update={"objective": "dpo", "weights": "lora"})  # two answers a row
         longest = max(len(ids) for row in rows for ids in row.values())
         trainer = RewardTrainer(
             model=adapted,
             args=RewardConfig(
                 output_dir="unused",
                 max_steps=max(1, min(STEPS, PASSES * len(rows) // batch_size)),
-                learning_rate=self.config.training.learning_rate,
+                learning_rate=self.training.learning_rate,
                 max_length=None,
-                seed=self.config.seed,
+                seed=self.seed,
                 **machine_arguments(fit_to_machine(adapted, pairwise, batch_size, longest)),
             ),
             train_dataset=Dataset.from_list(rows),

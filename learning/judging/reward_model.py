@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from bot.config import Config
+from bot.config import RewardModelConfig, TrainingConfig
 from bot.memory.embedder import Embedder
 from learning.data.experience import Experience
 from learning.judging.reward_scores import ScoredAnswers, calibrate_scores, has_enough
@@ -72,13 +72,15 @@ class RewardModel:
         return np.hstack([said, asked * said, near, length, length**2])
 
 
-def make_reward_model(config: Config, embedder: Embedder | None, base_model: str) -> AnyRewardModel | None:
+def make_reward_model(
+    reward_model: RewardModelConfig, training: TrainingConfig, seed: int, embedder: Embedder | None, base_model: str
+) -> AnyRewardModel | None:
     """Make the kind of `reward_model.kind`. Return None if that kind needs an embedder and there is none."""
-    if config.reward_model.kind == "lm":
+    if reward_model.kind == "lm":
         from learning.judging.lm_reward_model import LmRewardModel
 
-        return LmRewardModel(base_model, config)
-    return None if embedder is None else RewardModel(embedder, config.seed)
+        return LmRewardModel(base_model, training, seed)
+    return None if embedder is None else RewardModel(embedder, seed)
 
 
 def _log_loss(scores: np.ndarray, liked: np.ndarray) -> float:

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from bot.config import Config
+from bot.config import Config, ServingConfig
 from bot.data_directory import lock_directory
 from bot.errors import RegistryError, VerdictOutdated
 from bot.memory.embedder import Embedder, make_embedder
@@ -26,7 +26,7 @@ from bot.types import Metrics, PolicyState, PolicyVersion, Progress, Record, now
 from learning.data.experience import Experience
 from learning.data.manifest import read_since
 from learning.data.replay_buffer import ReplayBuffer
-from learning.judging.evidence import choose_prompts, compare_with_live, measure_model
+from learning.judging.evidence import Measurement, choose_prompts, compare_with_live, measure_model
 from learning.judging.gate import (
     HEADROOM,
     Evidence,
@@ -93,12 +93,12 @@ def _judge(
     config: Config, database: Database, registry: PolicyRegistry, version: PolicyVersion, progress: Progress
 ) -> Judgement:
     live, drawn_at, path = registry.get_live(), version.drawn_at, Path(version.path)
-    if reason := _find_obstacle(config, version, live):
+    if reason := _find_obstacle(config.serving, version, live):
         return _give_up_for(registry, version, reason)
     assert drawn_at is not None  # every waiting version has it
     progress("reading feedback", 0, 1)
     store, tokenizer = ConversationStore(database), ChatTokenizer(version.base_model, config.policy.template_args)
-    embedding = make_embedder(config)
+    embedding = make_embedder(config.dialogue, config.data)
     rows = ReplayBuffer(store, tokenizer, config, embedding).find_unseen(read_since(path), drawn_at)
     judged_at, came = now(), store.count_reactions(drawn_at)
     is_last = came >= config.learning.wait_reactions
@@ -128,13 +128,13 @@ def _judge(
     return Judgement(version.name, verdict.passed, waits=False, reasons=verdict.reasons)
 
 
-def _find_obstacle(config: Config, version: PolicyVersion, live: PolicyVersion) -> str | None:
+def _find_obstacle(serving: ServingConfig, version: PolicyVersion, live: PolicyVersion) -> str | None:
     """Return why a version can no longer be judged, or None if it can."""
     if live.name != version.judged_against:
         return str(VerdictOutdated(version.name, version.judged_against, live.name))
     if not (Path(version.path) / "manifest.json").is_file():
         return "its files are gone"
-    found = find_faults(Path(version.path), version.base_model, config.serving.max_lora_rank)
+    found = find_faults(Path(version.path), version.base_model, serving.max_lora_rank)
     if not found and fingerprint(Path(version.path)) != version.sha256:
         found = ["its weights are not those that were registered"]
     return found[0] if found else None
@@ -159,10 +159,13 @@ def _measure_and_judge(
     progress("measuring", 0, 1)
     silence_libraries()
     asked = choose_prompts(judged, config.gate.samples)
-    of_live, of_version = (
-        measure_model(config, load_served(config, one.base_model, one.weights), tokenizer, judged, asked)
-        for one in (live, version)
-    )
+    policy, seed = config.policy, config.seed
+
+    def measure(one: PolicyVersion) -> Measurement:
+        model = load_served(policy, config.serving, one.base_model, one.weights)
+        return measure_model(policy, seed, model, tokenizer, judged, asked)
+
+    of_live, of_version = measure(live), measure(version)
     kept = _Measured.from_json(version.metrics.as_json()).evidence
-    evidence = compare_with_live(config, judged, [], of_live, of_version, embedding, kept)
-    return evidence, judge(evidence, config.gate, config.seed, earlier)
+    evidence = compare_with_live(config.rewards, seed, judged, [], of_live, of_version, embedding, kept)
+    return evidence, judge(evidence, config.gate, seed, earlier)

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from bot.config import Config
+from bot.config import PolicyConfig, ServingConfig, TrainingConfig
 from bot.errors import TrainingError, quote_error
 from bot.models.dtype import choose_dtype
 from learning.models.prefix import share_prefixes
@@ -30,43 +30,51 @@ FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f") 
 CAP = "final_logit_softcapping"
 
 
-def load_for_training(config: Config, base_model: str, version: str | None = None) -> "Model":
+def load_for_training(
+    policy: PolicyConfig,
+    serving: ServingConfig,
+    training: TrainingConfig,
+    base_model: str,
+    version: str | None = None,
+) -> "Model":
     """Load the base model, or the version in a directory, for training: with an adapter (new if it has none), or whole.
 
     A whole model is in float32 until `cast_for_serving`, because 16 bits would lose its small steps. It can continue an
     adapter, which is merged into it; an adapter cannot continue a whole model. Raises TrainingError if loading fails.
     """
-    return make_trainable(config, base_model, load_served(config, base_model, version))
+    return make_trainable(policy, serving, training, base_model, load_served(policy, serving, base_model, version))
 
 
-def make_trainable(config: Config, base_model: str, found: "Model") -> "Model":
+def make_trainable(
+    policy: PolicyConfig, serving: ServingConfig, training: TrainingConfig, base_model: str, found: "Model"
+) -> "Model":
     """Make a model from `load_served` trainable, as `load_for_training` does."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    if config.training.weights == "full":
-        return _make_whole(config, base_model, found)
+    if training.weights == "full":
+        return _make_whole(policy, serving, base_model, found)
     if isinstance(found, PeftModel):
         return found
-    rank = config.training.lora_rank
+    rank = training.lora_rank
     settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM", bias="none")
     model = get_peft_model(found, settings)
     model.peft_config["default"].base_model_name_or_path = base_model
     return model
 
 
-def load_served(config: Config, base_model: str, version: str | None = None) -> "Model":
+def load_served(policy: PolicyConfig, serving: ServingConfig, base_model: str, version: str | None = None) -> "Model":
     """Load the base model, or the version in a directory, as it is served. Raises TrainingError."""
     from peft import PeftModel
     from safetensors import SafetensorError
 
     if version is None:
-        return _load_pretrained(config, base_model)
+        return _load_pretrained(policy, serving, base_model)
     directory = Path(version)
     if is_whole(directory):
-        return _load_pretrained(config, str(find_weights_folder(directory)), _advise_restoring(directory))
+        return _load_pretrained(policy, serving, str(find_weights_folder(directory)), _advise_restoring(directory))
     if missing := find_missing_files(directory):
         raise TrainingError(f"{directory.name} cannot be loaded, {missing[0]} is missing; {_advise_restoring(directory)}")
-    base = _load_pretrained(config, base_model)
+    base = _load_pretrained(policy, serving, base_model)
     try:
         return PeftModel.from_pretrained(base, version, is_trainable=True)
     except (OSError, ValueError, SafetensorError) as error:
@@ -87,7 +95,7 @@ def as_base(model: "Model") -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def base_of(config: Config, base_model: str, model: "Model") -> Iterator["Model"]:
+def base_of(policy: PolicyConfig, serving: ServingConfig, base_model: str, model: "Model") -> Iterator["Model"]:
     """Give the base model of a model from `load_for_training` or `load_served` for the block."""
     from peft import PeftModel
 
@@ -95,7 +103,7 @@ def base_of(config: Config, base_model: str, model: "Model") -> Iterator["Model"
         with as_base(model):
             yield model
     else:
-        yield _load_pretrained(config, base_model)
+        yield _load_pretrained(policy, serving, base_model)
 
 
 def copy_weights(model: "Model") -> dict[str, Any]:
@@ -203,14 +211,16 @@ def find_not_finite(model: "Model") -> list[str]:
     return [name for name, value in model.named_parameters() if not value.isfinite().all()]
 
 
-def _load_pretrained(config: Config, source: str, advice: str = "put it back, or name another") -> "PreTrainedModel":
+def _load_pretrained(
+    policy: PolicyConfig, serving: ServingConfig, source: str, advice: str = "put it back, or name another"
+) -> "PreTrainedModel":
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
-        found = AutoModelForCausalLM.from_pretrained(source, dtype=choose_dtype(config, source))
-        divide_logits(found, config.policy.temperature)
+        found = AutoModelForCausalLM.from_pretrained(source, dtype=choose_dtype(serving, source))
+        divide_logits(found, policy.temperature)
         share_prefixes(found)
         return found.to("cuda") if torch.cuda.is_available() else found
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -248,7 +258,7 @@ def divide_logits(model: "PreTrainedModel", temperature: float) -> None:
         )
 
 
-def _make_whole(config: Config, base_model: str, model: Any) -> "PreTrainedModel":
+def _make_whole(policy: PolicyConfig, serving: ServingConfig, base_model: str, model: Any) -> "PreTrainedModel":
     from peft import PeftModel
 
     served_dtype = next(model.parameters()).dtype
@@ -260,7 +270,7 @@ def _make_whole(config: Config, base_model: str, model: Any) -> "PreTrainedModel
     model.requires_grad_(True)
     model.get_input_embeddings().requires_grad_(False)
     trained = {name for name, value in model.named_parameters() if value.requires_grad}
-    base = _load_pretrained(config, base_model).named_parameters()
+    base = _load_pretrained(policy, serving, base_model).named_parameters()
     model.base_weights = {name: value.detach().float() for name, value in base if name in trained}
     return model
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from bot.config import Config
+from bot.config import GateConfig, ServingConfig, TrainingConfig
 from bot.errors import (
     ConfigError,
     KibitzError,
@@ -73,10 +73,18 @@ class ServingFailure:
 class Deployment:
     """Keeps one vLLM server on the version that the registry calls live."""
 
-    def __init__(self, policy: Policy, registry: PolicyRegistry, config: Config, announce: Announce = lambda text: None):
+    def __init__(
+        self,
+        policy: Policy,
+        registry: PolicyRegistry,
+        serving: ServingConfig,
+        training: TrainingConfig,
+        gate: GateConfig,
+        announce: Announce = lambda text: None,
+    ):
         self.policy, self.admin = policy, policy.admin
         self.registry = registry
-        self.config = config
+        self.serving, self.training, self.gate = serving, training, gate
         self.announce = announce
         self.probed: dict[str, ProbeResult] = {}  # the last probe of each version
         self._refused: ServingFailure | None = None
@@ -138,7 +146,7 @@ class Deployment:
     async def _try_to_deploy(self, version: PolicyVersion) -> bool:
         """Deploy or reject a candidate. Returns False if it must wait for the server."""
         async with self._swapping:
-            if not await self.admin.is_ready(self.config.serving.reply_seconds):
+            if not await self.admin.is_ready(self.serving.reply_seconds):
                 return False
         try:
             await self.deploy(version.name)
@@ -170,9 +178,9 @@ class Deployment:
         async with self._swapping:
             live = await self.registry.database.call(self.registry.get_live)
             before = self.policy.version
-            if live.name == before and (not self.config.serving.url or await self.admin.has_version(before)):
+            if live.name == before and (not self.serving.url or await self.admin.has_version(before)):
                 return False
-            if self.config.serving.url:
+            if self.serving.url:
                 await self.admin.connect()
             async with self._proving(live):
                 self.policy.version = live.name
@@ -216,7 +224,7 @@ class Deployment:
             await self.admin.connect()
             if self.admin.weights_version == self.admin.base:
                 self.policy.version = self.admin.base
-            if self.config.training.weights == "full" and not self.admin.can_replace_weights:
+            if self.training.weights == "full" and not self.admin.can_replace_weights:
                 raise ConfigError(
                     f"config key training.weights has value 'full', but the vLLM at {self.admin.url} does not allow its "
                     "weights to be replaced; start it with VLLM_SERVER_DEV_MODE=1 in its environment, or set "
@@ -238,7 +246,7 @@ class Deployment:
         The one exception to laws 5 and 9 (docs/architecture.md), used only with `serving.sleep_while_training`.
         """
         async with self._swapping:
-            async with self.policy.pause_replies(self.config.serving.reply_seconds):
+            async with self.policy.pause_replies(self.serving.reply_seconds):
                 self.policy.is_asleep = True
             self.announce("vLLM sleeps while a version is trained; nobody is answered until the training ends")
             try:
@@ -306,7 +314,7 @@ class Deployment:
     async def _replacing_weights(self, name: str) -> AsyncIterator[None]:
         """Pause replies and load the whole weights of a version for the block. An error restores the weights before it."""
         before = self.admin.weights_version
-        async with self.policy.pause_replies(self.config.serving.reply_seconds):
+        async with self.policy.pause_replies(self.serving.reply_seconds):
             try:
                 await self._replace_weights(name)
                 yield
@@ -334,7 +342,7 @@ class Deployment:
         directory = Path(version.path)
         if not (directory / "manifest.json").is_file():
             return ["manifest.json is missing, so its training run did not finish"]
-        found = find_faults(directory, version.base_model, self.config.serving.max_lora_rank)
+        found = find_faults(directory, version.base_model, self.serving.max_lora_rank)
         if not found and fingerprint(directory) != version.sha256:
             found = ["its weights differ from those that were registered"]
         return found
@@ -358,7 +366,7 @@ class Deployment:
         found = ProbeResult(
             distance=probe.mean_distance(served, [one for place in places for one in place.candidate]),
             from_parent=probe.mean_distance(served, [one for place in places for one in place.parent]),
-            tolerance=probe.compute_distances(places).tolerance(self.config.gate.probe_tolerance),
+            tolerance=probe.compute_distances(places).tolerance(self.gate.probe_tolerance),
         )
         self.probed[version.name] = found
         if not found.passed:

@@ -92,23 +92,23 @@ class SelfTest:
         """Check that the model exists, its weights are complete, and its architecture can be served and trained."""
         self.config, model = self._find()
         shape = read_shape(model)
-        check_architecture(self.config, model)
-        check_weights(self.config, model)
+        check_architecture(self.config.policy, self.config.serving, model)
+        check_weights(self.config.policy, model)
         self._model = model
-        dtype = choose_dtype(self.config, model)
+        dtype = choose_dtype(self.config.serving, model)
         return f"{self.config.policy.model}: {shape.family}, {shape.size_label} parameters, as {dtype}"
 
     def check_template(self) -> str:
         """Check the tokenizer and its chat template."""
         shape = read_shape(self.model)
-        tokenizer = check_tokenizer(self.config, self.model, shape)
+        tokenizer = check_tokenizer(self.config.policy, self.model, shape)
         check_context(tokenizer.with_thought_tokens(self.config.policy), shape)
         return f"a greeting is {len(tokenizer.prompt_ids(QUESTION))} tokens"
 
     def check_room(self) -> str:
         """Check that memory and disk suffice to serve and train the model."""
         shape = read_shape(self.model)
-        check_disk(self.config, shape)
+        check_disk(self.config.policy, self.config.training, self.config.data, shape)
         if is_locked(self.config.data, "serve"):
             raise Skipped("a kibitz runs on this data directory and uses the memory")
         plan = check_memory(self.config, self.model, shape)
@@ -126,19 +126,20 @@ class SelfTest:
 
     async def _ask_one_token(self, model: str) -> str:
         began = time.monotonic()
-        policy_config = self.config.policy.model_copy(update={"max_tokens": 1})
-        url, waited = self.config.serving.url, ""
+        config = self.config
+        policy_config = config.policy.model_copy(update={"max_tokens": 1})
+        url, waited = config.serving.url, ""
         if not url:
-            self._server = VllmServer(self.config, model)
+            self._server = VllmServer(config.serving, config.policy, config.training, config.data, model)
             url = self._server.url
         self._url = ""
-        policy = Policy(url, policy_config, self.config.serving.reply_seconds, self.config.serving.read_key())
+        policy = Policy(url, policy_config, config.serving.reply_seconds, config.serving.read_key())
         try:
             if self._server is not None:
                 await self._server.start(policy)
                 waited = f"; vLLM was ready after {time.monotonic() - began:.0f} s"
             await policy.admin.connect()
-            reply = await policy.reply(ChatTokenizer(model, self.config.policy.template_args).prompt_ids(QUESTION))
+            reply = await policy.reply(ChatTokenizer(model, config.policy.template_args).prompt_ids(QUESTION))
         finally:
             await policy.close()
         if len(reply.logprobs) != len(reply.completion_ids) or not all(map(math.isfinite, reply.logprobs)):
@@ -250,7 +251,7 @@ def _step(config: Config, model: str, version: Path) -> dict[str, float]:
     tokenizer = ChatTokenizer(model, config.policy.template_args)
     rows = make_rows(tokenizer, 2 * config.training.batch_size, length)
     training = config.training.model_copy(update={"max_steps": 1, "processes": 1})
-    made = load_model(config, model)
+    made = load_model(config.policy, config.serving, config.training, model)
     began = time.monotonic()
     figures = train(made, tokenizer.hf, rows, training, config.seed, lambda *_: None)
     seconds = time.monotonic() - began

@@ -23,7 +23,7 @@ def find_base_model(config: Config, tell: Announce = announce) -> str:
     Raises ConfigError if there is no such model.
     """
     with progress_bar() as progress:
-        return pretraining.find_or_make_base_model(config, tell, progress)
+        return pretraining.find_or_make_base_model(config.policy.model, config.data, config.seed, tell, progress)
 
 
 def resolve_model(config: Config, tell: Announce = announce, replays: bool = False) -> tuple[Config, str]:
@@ -32,7 +32,7 @@ def resolve_model(config: Config, tell: Announce = announce, replays: bool = Fal
     Raises ConfigError if the model does not exist or its files are incomplete.
     """
     model = find_base_model(config, tell)
-    check_files(config, model)
+    check_files(config.policy, model)
     if pretraining.is_toy(model):  # the config's defaults were chosen for the toy
         return config, model
     suits = {"persona": DEFAULT_PERSONA, **(builtin.DIALOGUE if model == str(builtin.locate_model()) else {})}
@@ -48,7 +48,7 @@ def prepare_model(
     Raises ConfigError if the model cannot be trained on this machine or, with `serves`, not be served.
     """
     found, model = resolve_model(config, tell, replays)
-    check_extra_args(config)
+    check_extra_args(config.serving, config.policy)
     plan = check_model(found, model, serves)
     if not pretraining.is_toy(model):
         tell(describe_sampling(config.policy, model))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.stats import binomtest
 
-from bot.config import Config
+from bot.config import PolicyConfig, RewardsConfig, ServingConfig
 from learning.data.experience import Experience
 from learning.data.selection import cap_people
 from learning.judging.evaluation import batched_logprobs, token_rows
@@ -37,15 +37,22 @@ class Drift:
     against: bool
 
 
-def detect_drift(config: Config, base_model: str, policy: "Model", rated: Sequence[Experience]) -> Drift | None:
-    """Return the change of taste that rated answers (oldest first) show against a policy, or None."""
+def detect_drift(
+    policy: PolicyConfig,
+    serving: ServingConfig,
+    rewards: RewardsConfig,
+    base_model: str,
+    model: "Model",
+    rated: Sequence[Experience],
+) -> Drift | None:
+    """Return the change of taste that rated answers (oldest first) show against a policy's model, or None."""
     rows = token_rows(rated)
-    own = batched_logprobs(policy, rows)
-    with base_of(config, base_model, policy) as model:
-        base = batched_logprobs(model, rows)
+    own = batched_logprobs(model, rows)
+    with base_of(policy, serving, base_model, model) as base_policy:
+        base = batched_logprobs(base_policy, rows)
     learned = np.array([float((mine - other).sum()) for mine, other in zip(own, base, strict=True)])
     liked = np.array([one.reward > 0 for one in rated])
-    return find_change_point(learned, liked, [one.opinion_holders for one in rated], config.rewards.person_cap)
+    return find_change_point(learned, liked, [one.opinion_holders for one in rated], rewards.person_cap)
 
 
 def find_change_point(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bot.config import Config
+from bot.config import Config, LearningConfig, TrainingConfig
 from bot.errors import NothingToLearn
 from bot.store.registry import PolicyRegistry
 from bot.types import PolicyVersion, Progress
@@ -50,17 +50,18 @@ def prepare_lesson(
     After a change of taste (`drift`) only the feedback since then is read, and the run may begin again from the base.
     `space` restricts it to one import. Raises NothingToLearn if there is no usable reward, or no difference between them.
     """
+    policy, serving, rewards = config.policy, config.serving, config.rewards
     live = registry.get_live()
-    parent = _choose_parent(config, registry, live, from_base)
+    parent = _choose_parent(config.learning, config.training, registry, live, from_base)
     looks_for_drift = config.learning.detect_drift and space is None
     since = read_since(Path(live.path)) if looks_for_drift else ""
     snapshot = buffer.snapshot(space, since)
     _refuse_empty(snapshot)
     progress("loading the model", 0, 1)
     silence_libraries()
-    model = load_served(config, live.base_model, live.weights)
+    model = load_served(policy, serving, live.base_model, live.weights)
     change = (
-        detect_drift(config, live.base_model, model, snapshot.training_and_held_out)
+        detect_drift(policy, serving, rewards, live.base_model, model, snapshot.training_and_held_out)
         if looks_for_drift and not live.is_base
         else None
     )
@@ -73,22 +74,24 @@ def prepare_lesson(
     earlier = read_earlier_verdicts(registry)
     judged = snapshot.judged
     if space is None:
-        wanted = config.gate, compute_allowed_p(config.gate, earlier) / HEADROOM, config.rewards.person_cap
+        wanted = config.gate, compute_allowed_p(config.gate, earlier) / HEADROOM, rewards.person_cap
         judged = select_newest_sufficient(judged, live.judged_at, *wanted)
     asked = choose_prompts([*snapshot.held_out, *snapshot.training], config.gate.samples)
-    before = measure_model(config, model, buffer.tokenizer, judged, asked)
+    before = measure_model(policy, config.seed, model, buffer.tokenizer, judged, asked)
     if parent != live:
         del model  # there may be no memory for both
-        model = load_served(config, parent.base_model, parent.weights)
+        model = load_served(policy, serving, parent.base_model, parent.weights)
     return Lesson(parent, model, snapshot, since, live, before, judged, asked, earlier)
 
 
-def _choose_parent(config: Config, registry: PolicyRegistry, live: PolicyVersion, from_base: bool) -> PolicyVersion:
+def _choose_parent(
+    learning: LearningConfig, training: TrainingConfig, registry: PolicyRegistry, live: PolicyVersion, from_base: bool
+) -> PolicyVersion:
     """Return the version that a run continues if there is no change of taste."""
-    every = config.learning.from_base_every
+    every = learning.from_base_every
     is_due = every > 0 and len(registry.list_runs()) % every == every - 1
     # An adapter is served on the base model, so it cannot continue a version that has whole weights.
-    cannot = config.training.weights == "lora" and is_whole(Path(live.path))
+    cannot = training.weights == "lora" and is_whole(Path(live.path))
     return registry.get_base() if from_base or is_due or cannot else live
 
 

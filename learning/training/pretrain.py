@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bot.config import Config, TrainingConfig
+from bot.config import TrainingConfig
 from bot.data_directory import lock_directory
 from bot.errors import ConfigError, quote_error
 from bot.models.check import raise_if_refused
@@ -69,22 +69,21 @@ def _has_dimensions_of(directory: Path, recipe: DemoRecipe) -> bool:
     return found == ["qwen3", recipe.vocabulary, recipe.hidden, recipe.layers]
 
 
-def find_or_make_base_model(config: Config, tell: Callable[[str], None], progress: Progress) -> str:
-    """Return the config's base model, as a path or hub name. "builtin" is converted, and "toy" (or "demo", its older name)
-    made, on first use.
+def find_or_make_base_model(name: str, data: Path, seed: int, tell: Callable[[str], None], progress: Progress) -> str:
+    """Return the base model that `policy.model` names, as a path or hub name. "builtin" is converted, and "toy" (its older
+    name is "demo") made, on first use.
 
     Raises ConfigError if there is no such model.
     """
-    name = config.policy.model
     if name == "builtin":
         return str(builtin.find_or_convert(tell, progress))
     if name in TOY:
-        recipe = DemoRecipe(seed=config.seed)
-        directory = recipe.locate_model(config.data).absolute()
+        recipe = DemoRecipe(seed=seed)
+        directory = recipe.locate_model(data).absolute()
         if not (directory / "config.json").exists():
             tell("making the toy policy (once, about a minute)")
-            with lock_directory(config.data, "train"):
-                make_demo(recipe, config.data, progress)
+            with lock_directory(data, "train"):
+                make_demo(recipe, data, progress)
         return str(directory)
     try:
         path = Path(name).expanduser()

@@ -92,7 +92,7 @@ def _run_worker(job: Path) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     tempfile.tempdir = str(job)  # temporary files are deleted with the job
     config, base_model, training, held_out, prompts = pickle.loads((job / "job").read_bytes())
-    model = load_for_training(config, base_model, str(job / "start"))
+    model = load_for_training(config.policy, config.serving, config.training, base_model, str(job / "start"))
 
     def report(stage: str, done: int, total: int) -> None:
         if is_first_process():

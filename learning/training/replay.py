@@ -95,7 +95,8 @@ def _describe_left_out(recording: Recording) -> str:
 
 def _measure_reward_model(snapshot: Snapshot, config: Config, base_model: str) -> dict[str, Any]:
     """Return a reward model's scores on rated answers in conversations that it was not trained on."""
-    model = make_reward_model(config, make_embedder(config), base_model)
+    embedder = make_embedder(config.dialogue, config.data)
+    model = make_reward_model(config.reward_model, config.training, config.seed, embedder, base_model)
     judged = None if model is None else model.fit(snapshot.rated)
     return {"reward_model_auc": None} if judged is None else asdict(score(judged, config.seed))
 

@@ -93,7 +93,7 @@ class Run:
         self.config, self.database, self.progress, self.space = config, database, progress, space
         self.began = time.monotonic()
         self.registry, self.store = PolicyRegistry(database), ConversationStore(database)
-        self.embedder = make_embedder(config)
+        self.embedder = make_embedder(config.dialogue, config.data)
         self.tokenizer = ChatTokenizer(self.registry.get_live().base_model, config.policy.template_args)
         self.thinking = config.model_copy(update={"policy": self.tokenizer.with_thought_tokens(config.policy)})
         # Nobody adds feedback to an import.
@@ -150,10 +150,11 @@ class Run:
 
         config, parent, said = self.thinking, lesson.parent, lesson.before.samples
         set_seed(config.seed)  # a new adapter begins with random weights
-        model = make_trainable(config, parent.base_model, lesson.model)
+        model = make_trainable(config.policy, config.serving, config.training, parent.base_model, lesson.model)
+        told = config.policy, config.seed, model, self.tokenizer
         with as_base(model):
             first = lesson.asked[:ENOUGH_SAMPLES]
-            base_samples = said if lesson.live.is_base else sample_answers(config, model, self.tokenizer, first)
+            base_samples = said if lesson.live.is_base else sample_answers(*told, first)
             prefixes = probe.sample_prefixes(model, self.tokenizer, config.policy.max_tokens, config.seed)
         of_parent = probe.measure(model, prefixes)
         rows = lesson.snapshot.training, lesson.snapshot.held_out, [one.prompt_ids for one in lesson.asked], self.progress
@@ -163,7 +164,7 @@ class Run:
             figures = train_with_guard(config, model, self.tokenizer, *rows, said if lesson.live == parent else ())
         self.progress("measuring", 0, 1)
         cast_for_serving(model)
-        after = measure_model(config, model, self.tokenizer, lesson.judged, lesson.asked)
+        after = measure_model(*told, lesson.judged, lesson.asked)
         kl = kl_to_base(model, after.samples[:ENOUGH_SAMPLES])
         save(model, directory)
         write_samples(directory, [one.question for one in lesson.asked], said, after.samples)
@@ -185,8 +186,10 @@ class Run:
             rounding=change.rounding,
             is_no_change=change.is_no_change,
         )
-        rows = config, lesson.judged, snapshot.training
-        evidence = compare_with_live(*rows, before, after, self.embedder, soundness, trained.faults)
+        rows = lesson.judged, snapshot.training
+        evidence = compare_with_live(
+            config.rewards, config.seed, *rows, before, after, self.embedder, soundness, trained.faults
+        )
         verdict = judge(evidence, config.gate, config.seed, lesson.earlier, self.may_wait)
         estimate = self._estimate(lesson, after)
         metrics = AllMetrics(
@@ -205,14 +208,15 @@ class Run:
 
     def _estimate(self, lesson: Lesson, after: Measurement) -> Estimate:
         """Estimate with a reward model what people would think of the answers before and after."""
-        judge_of = make_reward_model(self.config, self.embedder, lesson.parent.base_model)
+        config, base_model = self.config, lesson.parent.base_model
+        judge_of = make_reward_model(config.reward_model, config.training, config.seed, self.embedder, base_model)
         if judge_of is None or lesson.live != lesson.parent:
             return Estimate()
         prompts = [one.prompt_ids for one in lesson.asked]
         old, new = (
             Answers(dict(zip(prompts, found.samples, strict=True)), found.logprobs) for found in (lesson.before, after)
         )
-        return estimate_worth(lesson.snapshot.training, lesson.judged, judge_of, old, new, self.config.seed)
+        return estimate_worth(lesson.snapshot.training, lesson.judged, judge_of, old, new, config.seed)
 
     def _save(
         self, lesson: Lesson, version: PolicyVersion, unfinished: Path, metrics: AllMetrics, manifest: Manifest

@@ -60,7 +60,7 @@ async def test_a_database_that_is_gone_for_a_moment_ends_neither_the_learner_nor
     told: list[str] = []
     health = Health(told.append, tmp_path / HEALTH_FILE)
     policy = Policy("http://127.0.0.1:9", config.policy)
-    deployment = Deployment(policy, registry, config, told.append)
+    deployment = Deployment(policy, registry, config.serving, config.training, config.gate, told.append)
     looks: list[str] = []
     look = deployment.follow_registry
     deployment.follow_registry = lambda: looks.append("") or look()
@@ -213,7 +213,7 @@ async def test_a_vllm_that_cannot_be_restarted_is_tried_until_it_can(config, mon
     async def restore() -> None:
         restored.append("")
 
-    server = Server(config, config.policy.model)
+    server = Server(config.serving, config.policy, config.training, config.data, config.policy.model)
     policy = Policy(server.url, config.policy)
     health = Health(told.append)
     await server.start(policy)

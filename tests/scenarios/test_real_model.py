@@ -65,10 +65,11 @@ async def test_log_probabilities_are_those_of_the_trainer_at_the_policys_tempera
     assert real.config.policy.temperature != 1.0
     turn = await say(real, "tell me about your day")
     base = real.registry.get_base().base_model
-    model = await asyncio.to_thread(load_served, real.config, base)
+    policy, serving = real.config.policy, real.config.serving
+    model = await asyncio.to_thread(load_served, policy, serving, base)
     (own,) = answer_logprobs(model, [(turn.prompt_ids, turn.completion_ids)])
-    plain = real.config.model_copy(update={"policy": real.config.policy.model_copy(update={"temperature": 1.0})})
-    (other,) = answer_logprobs(await asyncio.to_thread(load_served, plain, base), [(turn.prompt_ids, turn.completion_ids)])
+    plain = await asyncio.to_thread(load_served, policy.model_copy(update={"temperature": 1.0}), serving, base)
+    (other,) = answer_logprobs(plain, [(turn.prompt_ids, turn.completion_ids)])
     assert mean_distance(own.tolist(), turn.logprobs) < 0.2
     assert mean_distance(other.tolist(), turn.logprobs) > 2 * mean_distance(own.tolist(), turn.logprobs), "the control"
 
@@ -93,6 +94,8 @@ async def test_swaps_under_load_mix_nothing_and_rounding_is_not_taken_for_a_mix(
     for seed, source in enumerate(sources):
         await asyncio.to_thread(swap.save_random_version, real.config, real.registry.get_base().base_model, source, seed)
     tokenizer = real.dialogue.tracker.tokenizer
-    figures = await swap.measure_swaps(real.deployment, tokenizer, sources, 2, 16, 4, lambda *_: None)
+    figures = await swap.measure_swaps(
+        real.deployment, tokenizer, sources, real.config.data / "policies", 2, 16, 4, lambda *_: None
+    )
     assert (figures["swaps"], figures["failed"], figures["mixed"]) == (2, 0, 0)
     assert 0 < figures["rounding_nats"] < figures["versions_apart_nats"] / 2

@@ -414,11 +414,12 @@ async def test_the_benchmark_of_the_tracker_asks_one_conversation_a_mention_and_
 
 def test_each_size_of_the_benchmark_is_measured_in_a_process_of_its_own(config, monkeypatch, tmp_path):
     told: list[tuple[str, int, int]] = []
-    plain = config.model_copy(update={"dialogue": DialogueConfig(embedder="none")})
-    figures = tracker.measure_apart(plain, config.policy.model, ["1e3"], lambda *one: told.append(one))
+    model = config.policy.model
+    plain = DialogueConfig(embedder="none")
+    figures = tracker.measure_apart(config.policy, plain, config.data, model, ["1e3"], lambda *one: told.append(one))
     assert told[-1][1:] == (1000, 1000)
     assert figures["leaks"] == 0
     assert 0 < figures["memory_mb_1e3"] < 400, "the libraries of training are not loaded there"
-    wrong = config.model_copy(update={"dialogue": DialogueConfig(embedder="/nowhere/model")})
+    wrong = DialogueConfig(embedder="/nowhere/model")
     with pytest.raises(ConfigError, match=r"dialogue\.embedder"):
-        tracker.measure_apart(wrong, config.policy.model, ["1e3"], lambda *_: None)
+        tracker.measure_apart(config.policy, wrong, config.data, model, ["1e3"], lambda *_: None)

@@ -102,9 +102,9 @@ def test_vllm_and_one_training_run_fit_on_the_card(name, gib):
     plan = plan_memory(shape, config, card(gib))
     assert plan.batch is not None
     assert (plan.batch.answers, plan.batch.accumulation_steps, plan.batch.gradient_checkpointing) == wanted
-    vllm, run = plan.share * gib * GIB, training_bytes(shape, config, plan.batch, 2)
+    vllm, run = plan.share * gib * GIB, training_bytes(shape, config.policy, config.training, plan.batch, 2)
     assert vllm + CUDA_GRAPH_BYTES + run + SPARE_BYTES <= gib * GIB
-    assert serving_bytes(shape, config, gib * GIB, 2) <= vllm
+    assert serving_bytes(shape, config.policy, config.serving, gib * GIB, 2) <= vllm
     assert f"serving.memory_share {plan.share:g}" in plan.description
     assert "\n" not in plan.description
 

@@ -63,7 +63,7 @@ def change(file: Path, **values: object) -> None:
 
 def check(config: Config, model: str) -> None:
     """As every command does."""
-    check_files(config, model)
+    check_files(config.policy, model)
     check_model(config, model)
 
 
@@ -247,12 +247,12 @@ def test_weights_pass_under_whatever_names_an_architecture_saves_them(model, kin
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1536, "pad_token_id": 0}
     made = getattr(transformers, f"{name}Config")(**sizes, **heads, **settings)
     getattr(transformers, f"{name}ForCausalLM")(made).save_pretrained(model)
-    check_weights(configured(model), str(model))
+    check_weights(configured(model).policy, str(model))
     tensors = load_file(model / "model.safetensors")
     tensors.pop(max(one for one in tensors if "layers.1" in one and ("experts" in one or name != "Mixtral")))
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"download both again|transformers cannot make"):  # the control
-        check_weights(configured(model), str(model))
+        check_weights(configured(model).policy, str(model))
 
 
 def test_a_config_that_says_nothing(model):
@@ -264,13 +264,13 @@ def test_a_config_that_says_nothing(model):
 def test_a_quantized_model_is_refused_before_anything_starts(model, method):
     change(model / "config.json", quantization_config={"quant_method": method, "bits": 4})
     with pytest.raises(ConfigError, match=rf"is quantized \({method}\), .*; name the original model"):
-        check_architecture(configured(model), str(model))
+        check_architecture(configured(model).policy, configured(model).serving, str(model))
 
 
 def test_a_package_that_a_model_needs_to_be_trained_is_one_line(model):
     change(model / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(TrainingError, match=r"cannot be loaded \(ImportError: .*\); put it back"):
-        load_served(configured(model), str(model))
+        load_served(configured(model).policy, configured(model).serving, str(model))
 
 
 def test_an_architecture_that_transformers_does_not_train(model):
@@ -376,14 +376,14 @@ def test_a_model_that_is_larger_than_the_memory(model, monkeypatch):
 def test_too_little_disk(model, monkeypatch):
     monkeypatch.setattr(model_check, "LEAST_DISK", 2**60)
     with pytest.raises(ConfigError, match=r"of disk left, and kibitz needs .*--data-dir"):
-        check_disk(configured(model), read_shape(str(model)))
+        check_disk(configured(model).policy, configured(model).training, configured(model).data, read_shape(str(model)))
 
 
 def test_a_hub_model_that_the_disk_has_no_room_for(model, monkeypatch):
     shape = replace(read_shape(str(model)), parameters=10**15)
-    check_download(configured(model), str(model), shape)  # it is here already
+    check_download(configured(model).policy, str(model), shape)  # it is here already
     with pytest.raises(ConfigError, match=r"GiB to download, and .* of disk left; .*HF_HUB_CACHE"):
-        check_download(configured(model), "nobody/nothing", shape)
+        check_download(configured(model).policy, "nobody/nothing", shape)
 
 
 def test_what_is_read_from_vllms_source_is_what_vllm_says():

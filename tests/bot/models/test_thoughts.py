@@ -171,10 +171,10 @@ def test_a_model_that_answers_in_channels_is_refused(demo_model, tmp_path):
     model = make_tokenizer(demo_model, family, tmp_path / "tokenizer")
     shape = replace(read_shape(demo_model), vocabulary=10**6)
     with pytest.raises(ConfigError, match=r"answers in channels \(<\|channel\|>\), .*; name a model"):
-        check_tokenizer(load(policy={"model": model}), model, shape)
+        check_tokenizer(PolicyConfig(model=model), model, shape)
     plain = replace(family, template=template.replace("<|channel|>final", ""))
     model = make_tokenizer(demo_model, plain, tmp_path / "tokenizer")
-    assert check_tokenizer(load(policy={"model": model}), model, shape).thoughts == UNMARKED, "the control"
+    assert check_tokenizer(PolicyConfig(model=model), model, shape).thoughts == UNMARKED, "the control"
 
 
 def thinking(name: str) -> dict[str, bool]:

@@ -148,16 +148,17 @@ def test_what_asks_vllm_imports_nothing_from_where_kibitz_was_started(tmp_path, 
         monkeypatch.setattr(vllm_arguments, "READ_ARGUMENTS", program)
         assert architectures.can_serve("ours", "model") == is_sound
         if is_sound:
-            vllm_arguments.check_extra_args_with_vllm(config)
+            vllm_arguments.check_extra_args_with_vllm(config.serving)
         else:
             with pytest.raises(ConfigError, match="vLLM refuses"):
-                vllm_arguments.check_extra_args_with_vllm(config)
+                vllm_arguments.check_extra_args_with_vllm(config.serving)
 
 
 @pytest.mark.usefixtures("_elsewhere")
 def test_vllm_imports_nothing_from_where_kibitz_was_started(tmp_path, monkeypatch):
     """Nor do the processes that it starts, which inherit this."""
-    server = vllm_server.VllmServer(load(data_dir=str(tmp_path)), "model")
+    config = load(data_dir=str(tmp_path))
+    server = vllm_server.VllmServer(config.serving, config.policy, config.training, config.data, "model")
     run = [sys.executable, "-c", USES_OURS]
     assert subprocess.run(run, env=server._environment(), capture_output=True).returncode == 0
     unsafe = {name: value for name, value in server._environment().items() if name != "PYTHONSAFEPATH"}

@@ -52,6 +52,11 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, card: Card | None) -> None:
         monkeypatch.setattr(f"bot.{module}.read_card", lambda: card)
 
 
+def make_server(config: Config) -> VllmServer:
+    """Our own vLLM for the model of a config, not started."""
+    return VllmServer(config.serving, config.policy, config.training, config.data, config.policy.model)
+
+
 def test_of_vllms_errors_the_engines_own_is_quoted():
     cause = find_first_cause(LOG)
     assert cause.startswith("ValueError: Free memory on device cuda:0 (12.3/79.6 GiB)")
@@ -69,7 +74,7 @@ def test_of_vllms_errors_the_engines_own_is_quoted():
 async def test_a_vllm_that_has_too_little_memory_says_so_in_one_line(config, monkeypatch):
     """The real vLLM, with no memory at all for what it keeps of each answer."""
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "0")
-    server = VllmServer(config, config.policy.model)
+    server = make_server(config)
     policy = Policy(server.url, config.policy)
     try:
         with pytest.raises(ServingError) as error:
@@ -85,7 +90,7 @@ async def test_a_vllm_that_has_too_little_memory_says_so_in_one_line(config, mon
 
 
 def test_the_variables_of_cpus_are_set_on_cpus_alone(config, monkeypatch):
-    server = VllmServer(config, config.policy.model)
+    server = make_server(config)
     of_cpus = {"OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_KVCACHE_SPACE"}
     for name in of_cpus:
         monkeypatch.delenv(name, raising=False)
@@ -98,7 +103,7 @@ def test_the_variables_of_cpus_are_set_on_cpus_alone(config, monkeypatch):
 
 def test_the_share_of_the_gpu_is_vllms_setting(config, monkeypatch):
     serving = config.serving.model_copy(update={"memory_share": 0.4})
-    server = VllmServer(config.model_copy(update={"serving": serving}), config.policy.model)
+    server = make_server(config.model_copy(update={"serving": serving}))
     assert "--gpu-memory-utilization" not in server._command(), "on CPUs it would be a share of the main memory"
     on_a_gpu(monkeypatch, Card("H100", 80 * accelerator.GIB, 79 * accelerator.GIB))
     command = server._command()
@@ -106,32 +111,32 @@ def test_the_share_of_the_gpu_is_vllms_setting(config, monkeypatch):
 
 
 def test_on_a_gpu_a_model_that_was_saved_as_float32_is_served_in_16_bits(config, monkeypatch):
-    assert choose_dtype(config, config.policy.model) == "float32"
+    assert choose_dtype(config.serving, config.policy.model) == "float32"
     on_a_gpu(monkeypatch, Card("H100", 80 * accelerator.GIB, 0, 9.0))
-    assert choose_dtype(config, config.policy.model) == "bfloat16"
+    assert choose_dtype(config.serving, config.policy.model) == "bfloat16"
     on_a_gpu(monkeypatch, Card("T4", 16 * accelerator.GIB, 0, 7.5))
-    assert choose_dtype(config, config.policy.model) == "float16", "it does not compute in bfloat16"
+    assert choose_dtype(config.serving, config.policy.model) == "float16", "it does not compute in bfloat16"
     asked = load(serving={"dtype": "float32"})
     with pytest.raises(ConfigError, match=r"serving.dtype has value 'float32'.*set it to"):
-        choose_dtype(asked, config.policy.model)
+        choose_dtype(asked.serving, config.policy.model)
     on_a_gpu(monkeypatch, None)
-    assert choose_dtype(asked, config.policy.model) == "float32"
+    assert choose_dtype(asked.serving, config.policy.model) == "float32"
 
 
 def test_a_model_that_was_saved_in_a_format_that_vllm_does_not_compute_in_is_served_as_float32(demo_model, tmp_path):
     model = Path(shutil.copytree(demo_model, tmp_path / "model"))
     settings = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(settings | {"dtype": "float64"}))
-    assert choose_dtype(load(), str(model)) == "float32"
+    assert choose_dtype(load().serving, str(model)) == "float32"
     (model / "config.json").write_text(json.dumps(settings | {"dtype": "float16"}))
-    assert choose_dtype(load(), str(model)) == "float16", "the control"
+    assert choose_dtype(load().serving, str(model)) == "float16", "the control"
 
 
 @pytest.mark.parametrize("extra", [[], ["--nonsense"]])
 async def test_extra_arguments_are_blamed_only_where_there_are_some(config, extra):
     """A process stands for a vLLM that cannot read its command line."""
     serving = config.serving.model_copy(update={"extra_args": extra})
-    server = VllmServer(config.model_copy(update={"serving": serving}), config.policy.model)
+    server = make_server(config.model_copy(update={"serving": serving}))
     code = "import sys; sys.stderr.write('vllm: error: argument --x: invalid\\n'); sys.exit(2)"
     server._command = lambda: [sys.executable, "-c", code]
     policy = Policy(server.url, config.policy)
@@ -169,7 +174,8 @@ def test_what_kibitz_gives_vllm_itself_is_no_extra_argument(demo_model, tmp_path
     config = load(data_dir=str(tmp_path), policy={"model": demo_model}, serving={"extra_args": arguments})
     with pytest.raises(ConfigError, match=wanted):
         prepare_model(config, lambda line: None)
-    check_extra_args(load(serving={"extra_args": ["--max-num-seqs", "8", "--seed=1"]}))
+    known = load(serving={"extra_args": ["--max-num-seqs", "8", "--seed=1"]})
+    check_extra_args(known.serving, known.policy)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +198,7 @@ def test_arguments_that_vllm_understands_pass():
 @pytest.mark.slow
 async def test_a_vllm_that_cannot_read_its_command_line_says_what_to_correct(config):
     serving = config.serving.model_copy(update={"extra_args": ["--nonsense"]})
-    server = VllmServer(config.model_copy(update={"serving": serving}), config.policy.model)
+    server = make_server(config.model_copy(update={"serving": serving}))
     policy = Policy(server.url, config.policy)
     try:
         with pytest.raises(ServingError, match=r"unrecognized arguments: --nonsense; correct serving\.extra_args"):
@@ -204,7 +210,7 @@ async def test_a_vllm_that_cannot_read_its_command_line_says_what_to_correct(con
 
 async def test_a_restart_waits_for_a_run_that_holds_the_memory(config, monkeypatch):
     serving = config.serving.model_copy(update={"memory_share": 0.5})
-    server = VllmServer(config.model_copy(update={"serving": serving}), config.policy.model)
+    server = make_server(config.model_copy(update={"serving": serving}))
     said: list[str] = []
     await asyncio.wait_for(server.wait_for_memory(said.append), 5)
     with lock_directory(config.data, "train"):

@@ -42,11 +42,11 @@ def test_what_is_restored_is_what_was_backed_up(config, store, registry, tokeniz
     turn = answered(store, tokenizer, "hello", "Hey there!")
     given = react(store, turn, True)
     version = taught(registry, config.data, given.id)
-    back_up(config, file)
+    back_up(config.database_url, file)
     assert file.stat().st_mode & 0o077 == 0  # nobody else may read it
     assert [path.name for path in file.parent.iterdir()] == [file.name]
     answered(store, tokenizer, "good night", "Sleep well!")
-    restored = restore(config, file, replaces=True)
+    restored = restore(config.database_url, config.data, file, replaces=True)
     assert (restored.forgotten, restored.withdrawn) == (0, [])
     database = Database(config.database_url)
     found = ConversationStore(database)
@@ -63,12 +63,12 @@ def test_a_restore_revives_nobody_who_was_forgotten_since_nor_serves_what_they_t
     clean = taught(registry, config.data, react(store, bobs, True, "bob").id)
     theirs = taught(registry, config.data, react(store, anns, True, "ann").id)
     deleted = answered(store, tokenizer, "never mind", "ok", author="bob")
-    back_up(config, file)
+    back_up(config.database_url, file)
     forget_message(database, deleted.message_id)
     forget_person(database, registry, "test", "ann")
     database.close()
     assert "ann" not in (config.data / "erasures.txt").read_text()  # it names nobody
-    assert restore(config, file, replaces=True).forgotten == 2
+    assert restore(config.database_url, config.data, file, replaces=True).forgotten == 2
     again = Database(config.database_url)
     store, registry = ConversationStore(again), PolicyRegistry(again)
     assert store.find_turn(anns.id) is store.find_turn(deleted.id) is None
@@ -79,7 +79,7 @@ def test_a_restore_revives_nobody_who_was_forgotten_since_nor_serves_what_they_t
     assert not Users(again, config.privacy).has_consent("test", "ann")
     again.close()
     (config.data / "erasures.txt").unlink()
-    restore(config, file, replaces=True)  # the control: without the list she would be back
+    restore(config.database_url, config.data, file, replaces=True)  # the control: without the list she would be back
     again = Database(config.database_url)
     assert ConversationStore(again).read_message(anns.message_id).text == SECRET
     again.close()
@@ -90,13 +90,13 @@ def test_what_people_decided_after_the_backup_stays_decided(config, database, st
     for name in ("bob", "dora"):
         answered(store, tokenizer, "hello", "ok", author=name)
     users.record_consent("test", "dora", consent=False)
-    back_up(config, file)
+    back_up(config.database_url, file)
     users.record_consent("test", "bob", consent=False)
     users.record_consent("test", "dora", consent=True)
     answered(store, tokenizer, SECRET, "ok", author="cleo")
     forget_person(database, PolicyRegistry(database), "test", "cleo")
     database.close()
-    restore(config, file, replaces=True)
+    restore(config.database_url, config.data, file, replaces=True)
     again = Database(config.database_url)
     users = Users(again, config.privacy)
     assert users.read_decisions() == {("test", "bob"): False, ("test", "dora"): True, ("test", "cleo"): False}
@@ -104,11 +104,11 @@ def test_what_people_decided_after_the_backup_stays_decided(config, database, st
     since = answered(ConversationStore(again), tokenizer, "hello again", "ok", author="cleo")
     assert forget_again(again, PolicyRegistry(again)) == 0, "what she says when she comes back stays"
     assert ConversationStore(again).find_turn(since.id) == since
-    back_up(config, newer := file.with_name("newer"))
+    back_up(config.database_url, newer := file.with_name("newer"))
     users.record_consent("test", "bob", consent=True)
     again.close()
-    restore(config, file, replaces=True)
-    restore(config, newer, replaces=True)
+    restore(config.database_url, config.data, file, replaces=True)
+    restore(config.database_url, config.data, newer, replaces=True)
     again = Database(config.database_url)
     assert Users(again, config.privacy).read_decisions()["test", "bob"], (
         "the newest decision holds, whichever file it stood in"
@@ -120,12 +120,12 @@ def test_who_comes_back_keeps_what_they_say_and_decide_where_the_database_knows_
     config, database, store, tokenizer, file
 ):
     """The backup is older than Ann, and the database that knew of her was lost."""
-    back_up(config, file)
+    back_up(config.database_url, file)
     answered(store, tokenizer, SECRET, "ok", author="ann")
     forget_person(database, PolicyRegistry(database), "test", "ann")
     database.close()
     database.file.unlink()
-    restore(config, file, replaces=True)
+    restore(config.database_url, config.data, file, replaces=True)
     again = Database(config.database_url)
     store, registry, users = ConversationStore(again), PolicyRegistry(again), Users(again, config.privacy)
     registry.ensure_base("base")
@@ -144,10 +144,10 @@ def test_who_is_forgotten_twice_is_forgotten_again_as_of_the_second_time(config,
     answered(store, tokenizer, "hello", "ok", author="ann")
     forget_person(database, registry, "test", "ann")
     answered(store, tokenizer, SECRET, "ok", author="ann")
-    back_up(config, file)
+    back_up(config.database_url, file)
     forget_person(database, registry, "test", "ann")
     database.close()
-    assert restore(config, file, replaces=True).forgotten == 1
+    assert restore(config.database_url, config.data, file, replaces=True).forgotten == 1
     again = Database(config.database_url)
     assert SECRET not in {one.text for row in ConversationStore(again).read_dialogues() for one in row[1]}
     again.close()
@@ -186,8 +186,8 @@ def test_who_comes_back_after_being_forgotten_keeps_what_a_later_backup_has(
     answered(store, tokenizer, SECRET, "ok", author="ann")
     forget_person(database, registry, "test", "ann")
     since = answered(store, tokenizer, "hello again", "ok", author="ann")
-    back_up(config, file)
-    assert restore(config, file, replaces=True).forgotten == 0
+    back_up(config.database_url, file)
+    assert restore(config.database_url, config.data, file, replaces=True).forgotten == 0
     assert forget_again(database, registry) == 0
     again = Database(config.database_url)
     assert ConversationStore(again).find_turn(since.id) == since
@@ -207,11 +207,11 @@ def test_names_that_were_used_since_are_never_used_again_and_their_versions_are_
 ):
     given = react(store, answered(store, tokenizer, "hello", "ok"), True)
     before = taught(registry, config.data, given.id)
-    back_up(config, file)
+    back_up(config.database_url, file)
     since = taught(registry, config.data, given.id)
     failed = registry.reserve(registry.get(BASE), config.data / "policies").name  # has no directory
     database.close()
-    assert restore(config, file, replaces=True).withdrawn == [since, failed]
+    assert restore(config.database_url, config.data, file, replaces=True).withdrawn == [since, failed]
     again = Database(config.database_url)
     found = PolicyRegistry(again)
     assert found.get_live().name == before
@@ -225,10 +225,10 @@ def test_a_version_whose_weights_are_not_there_does_not_serve_in_a_new_data_dire
 ):
     given = react(store, answered(store, tokenizer, "hello", "ok"), True)
     first, second = (taught(registry, config.data, given.id) for _ in range(2))
-    back_up(config, file)
+    back_up(config.database_url, file)
     new = config.model_copy(update={"data_dir": str(tmp_path_factory.mktemp("new"))})
     shutil.copytree(config.data / "policies" / first, new.data / "policies" / first)
-    assert restore(new, file).withdrawn == [second]
+    assert restore(new.database_url, new.data, file).withdrawn == [second]
     again = Database(new.database_url)
     live = PolicyRegistry(again).get_live()
     assert (live.name, Path(live.path)) == (first, new.data / "policies" / first)
@@ -237,11 +237,11 @@ def test_a_version_whose_weights_are_not_there_does_not_serve_in_a_new_data_dire
 
 
 def test_a_backup_from_before_the_first_start_can_be_restored_after_it(config, database, demo_model, file):
-    back_up(config, file)
+    back_up(config.database_url, file)
     registry = PolicyRegistry(database)
     used = registry.reserve(registry.ensure_base(demo_model), config.data / "policies").name
     database.close()
-    assert restore(config, file, replaces=True).withdrawn == [used]
+    assert restore(config.database_url, config.data, file, replaces=True).withdrawn == [used]
     again = Database(config.database_url)
     found = PolicyRegistry(again)
     assert found.ensure_base(demo_model).name == found.get_live().name == BASE
@@ -253,7 +253,7 @@ def test_what_cannot_be_restored_is_refused_in_a_line_and_changes_nothing(config
     answered(store, tokenizer, "hello", "ok")
     directory = ("--data-dir", config.data)
     good, strange, foreign = file, file.with_name("strange"), file.with_name("foreign")
-    back_up(config, good)
+    back_up(config.database_url, good)
     strange.write_text("this is no database " * 200)
     sqlite3.connect(foreign).execute("CREATE TABLE things (id)").connection.close()
     cut = file.with_name("cut")
@@ -280,10 +280,10 @@ def test_of_postgresql_its_own_tools_are_named(config, file):
     url = "postgresql+psycopg://kibitz:hunter2@127.0.0.1:1/kibitz"
     other = config.model_copy(update={"database": config.database.model_copy(update={"url": url})})
     with pytest.raises(DataError, match="run pg_dump") as refused:
-        back_up(other, file)
+        back_up(other.database_url, file)
     assert "hunter2" not in str(refused.value)
     with pytest.raises(DataError, match="run pg_restore"):
-        restore(other, file)
+        restore(other.database_url, other.data, file)
 
 
 def test_a_line_that_a_crash_cut_off_is_passed_by_and_a_lost_salt_is_told(tmp_path):
@@ -317,12 +317,12 @@ def test_a_backup_replaces_an_older_backup_and_no_other_file(config, store, toke
     file.touch()  # as `mktemp` leaves it
     for _ in range(2):
         succeeded(here("backup", file, *directory))
-    restore(config, file, replaces=True)
+    restore(config.database_url, config.data, file, replaces=True)
     assert store.count_rows()["turns"] == 1
 
 
 def test_a_date_that_is_none_is_told_before_anything_is_restored(config, database, store, registry, tokenizer, file, here):
-    back_up(config, file)
+    back_up(config.database_url, file)
     turn = answered(store, tokenizer, "hello", "ok")
     Erasures(config.data).add_person(("test", "ann"), now())
     noted = config.data / "erasures.txt"

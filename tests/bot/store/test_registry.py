@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from conftest import answered, react
 from safetensors.numpy import save_file
 
+from bot.config import Config
 from bot.errors import RegistryError, VerdictOutdated
 from bot.serving.policy import Policy
 from bot.store.conversations import ConversationStore
@@ -347,11 +348,15 @@ async def nobody(config) -> AsyncIterator[Policy]:
     await policy.close()
 
 
+def make_learner(store: ConversationStore, policy: Policy, registry: PolicyRegistry, config: Config) -> OnlineLearner:
+    return OnlineLearner(store, Deployment(policy, registry, config.serving, config.training, config.gate), config)
+
+
 async def test_what_a_forgotten_person_taught_is_learned_anew_also_where_kibitz_was_stopped_meanwhile(
     registry, database, tmp_path, config, tokenizer, nobody
 ):
     store = ConversationStore(database)
-    learner = OnlineLearner(store, Deployment(nobody, registry, config), config)
+    learner = make_learner(store, nobody, registry, config)
     given = [react(store, answered(store, tokenizer, "hello", "ok", author=one), True, one) for one in ("ann", "bob")]
     assert await learner._count_learned() == 0
     version = registry.reserve(registry.get(BASE), tmp_path / "policies")
@@ -368,7 +373,7 @@ async def test_a_look_at_the_versions_reads_none_of_their_metrics(registry, data
     read: list[str] = []
     listen = database.engine, "before_cursor_execute", lambda *details: read.append(details[2])
     sa.event.listen(*listen)
-    learner = OnlineLearner(ConversationStore(database), Deployment(nobody, registry, config), config)  # no server is asked
+    learner = make_learner(ConversationStore(database), nobody, registry, config)  # no server is asked
     assert learner._read_counts()[1] == 1
     assert registry.find_directories(PolicyState.PURGED) == {version.name: version.path}
     assert list(registry.find_directories()) == [BASE, version.name]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bot.config import Config
+from bot.config import RewardsConfig
 from learning.data.comparison import pair_best_with_worst, with_advantages
 from learning.data.experience import Experience
 from learning.data.rewards import advantages
@@ -154,7 +154,7 @@ def test_smoothing_takes_the_place_of_a_share_of_each_advantage():
     said = [experience(str(row), (-1.0, 1.0)[row % 2], answer=("Well.", "Well?")[row % 2]) for row in range(40)]
     said[0] = replace(said[0], reward=1.0)  # a mistake
     plain, some, all_of_it = (
-        [one.advantage for one in with_advantages(said, None, Config(rewards={"smoothing": share}), seed=0)]
+        [one.advantage for one in with_advantages(said, None, RewardsConfig(smoothing=share), seed=0)]
         for share in (0, 0.5, 1)
     )
     assert plain[0] > 0 > all_of_it[0]
@@ -165,8 +165,8 @@ def test_a_correction_and_what_it_corrects_keep_what_was_said_of_them():
     said = [experience(str(row), (-1.0, 1.0)[row % 2], answer=("No.", "You?")[row % 2]) for row in range(40)]
     said += [experience("corrected", -0.5, prompt_ids=(9,), completion_ids=(7,), answer="You?")]
     said += [experience("correction", 1.0, prompt_ids=(9,), completion_ids=(8,), rejected_ids=(7,), answer="No.")]
-    found = with_advantages(said, None, Config(rewards={"smoothing": 1.0}), seed=0)
-    plain = with_advantages(said, None, Config(), seed=0)
+    found = with_advantages(said, None, RewardsConfig(smoothing=1.0), seed=0)
+    plain = with_advantages(said, None, RewardsConfig(), seed=0)
     assert [one.advantage for one in found[-2:]] == [one.advantage for one in plain[-2:]]
     assert found[0].advantage != plain[0].advantage, "the control"
 
@@ -181,7 +181,7 @@ def test_nobody_counts_more_than_the_cap_after_smoothing_either():
         for person, count in (("ann", 300), *((f"p{number}", 10) for number in range(8)))
         for row in range(count)
     ]
-    found = with_advantages(said, None, Config(rewards={"smoothing": 0.9}), seed=0)
+    found = with_advantages(said, None, RewardsConfig(smoothing=0.9), seed=0)
     counts = {
         name: sum(abs(one.advantage) * one.weight for one in found if one.opinion_holders == (name,))
         for name in ("ann", "p0")

@@ -20,7 +20,7 @@ NARROW = Config(serving={"dtype": "bfloat16"})
 
 def asked_of_server(config: Config, base: str, version: str, places: list[probe.ProbePlace]) -> list[float]:
     """What a server that holds `version` in bfloat16 gives at the places of a probe."""
-    found = next_logprobs(load_served(config, base, version), [place.prompt_ids for place in places])
+    found = next_logprobs(load_served(config.policy, config.serving, base, version), [place.prompt_ids for place in places])
     return [float(row[token]) for row, place in zip(found, places, strict=True) for token in place.tokens]
 
 
@@ -60,7 +60,7 @@ def test_the_tolerance_follows_the_number_format(demo_model, versions, tmp_path)
 
 
 def test_what_rounding_hides_is_no_change_and_not_promoted(demo_model, tmp_path):
-    model = load_for_training(NARROW, demo_model)
+    model = load_for_training(NARROW.policy, NARROW.serving, NARROW.training, demo_model)
     start = copy_weights(model)
     places = [list(range(3, 3 + length)) for length in (8, 12, 16)]
     parent = probe.measure(model, places)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bot.config import Config
+from bot.config import TrainingConfig
 from learning.data.experience import Experience
 from learning.judging.lm_reward_model import LmRewardModel, make_pairs
 from learning.judging.reward_model import RewardModel
@@ -89,8 +89,7 @@ def words_of(tokenizer, likes, count: int = 288, seed: int = 0) -> list[Experien
 
 @pytest.mark.slow
 def test_the_base_model_with_a_head_learns_what_people_like_and_nothing_from_chance(demo_model, tokenizer):
-    config = Config()
-    model = LmRewardModel(demo_model, config)
+    model = LmRewardModel(demo_model, TrainingConfig(), seed=0)
     judged = model.fit(words_of(tokenizer, lambda style, rng: style.emoji))
     assert score(judged, seed=0).reward_model_auc_low > 0.7
     plain, lively = (
@@ -98,7 +97,9 @@ def test_the_base_model_with_a_head_learns_what_people_like_and_nothing_from_cha
         for emoji in (False, True)
     )
     assert 1 > model.predict_chances(lively).mean() > model.predict_chances(plain).mean() > 0
-    chance = LmRewardModel(demo_model, config).fit(words_of(tokenizer, lambda style, rng: rng.random() < 0.5))
+    chance = LmRewardModel(demo_model, TrainingConfig(), seed=0).fit(
+        words_of(tokenizer, lambda style, rng: rng.random() < 0.5)
+    )
     control = score(chance, seed=0)
     assert control.reward_model_auc_low < 0.5 < control.reward_model_auc_high
     assert model.fit(words_of(tokenizer, lambda style, rng: style.emoji, count=20)) is None

@@ -67,7 +67,9 @@ class Waiting:
         """People like the half of these answers that the version makes likelier than the base (or less likely)."""
         rows = [(turn.prompt_ids, turn.completion_ids) for turn in turns]
         base = self.registry.get_base().base_model
-        models = (load_served(self.config, base, weights) for weights in (None, self.version.path))
+        models = (
+            load_served(self.config.policy, self.config.serving, base, weights) for weights in (None, self.version.path)
+        )
         before, after = (means(batched_logprobs(model, rows)) for model in models)
         gained = [sign * (new - old) for old, new in zip(before, after, strict=True)]
         middle = sorted(gained)[len(gained) // 2]

@@ -1,6 +1,7 @@
 """The model that a run trains: whole weights beside the base that they are held to, and what becomes of them."""
 
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,14 @@ TINY = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidde
 TINY |= {"num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}
 
 
+def load_trainable(config: Config, base_model: str, version: str | None = None) -> Any:
+    return load_for_training(config.policy, config.serving, config.training, base_model, version)
+
+
+def load_as_served(config: Config, base_model: str, version: str | None = None) -> Any:
+    return load_served(config.policy, config.serving, base_model, version)
+
+
 @pytest.fixture(scope="module")
 def rows(tokenizer):
     prompt = tokenizer.prompt_ids([{"role": "user", "content": "hello"}])
@@ -50,7 +59,7 @@ def moved(model, scale: float = 0.02) -> None:
 
 
 def test_whole_weights_are_beside_those_of_the_base(demo_model, rows):
-    model, base = load_for_training(FULL, demo_model), told(AutoModelForCausalLM.from_pretrained(demo_model), rows)
+    model, base = load_trainable(FULL, demo_model), told(AutoModelForCausalLM.from_pretrained(demo_model), rows)
     moved(model)
     own = told(model, rows)
     assert not torch.allclose(own, base, atol=1e-2), "the control"
@@ -63,7 +72,7 @@ def test_whole_weights_are_beside_those_of_the_base(demo_model, rows):
 
 
 def test_all_is_trained_but_the_embeddings(demo_model):
-    model = load_for_training(FULL, demo_model)
+    model = load_trainable(FULL, demo_model)
     frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
     assert frozen == {"model.embed_tokens.weight"}, "the output layer is tied to it"
     assert set(copy_weights(model)) == set(model.base_weights)
@@ -71,14 +80,14 @@ def test_all_is_trained_but_the_embeddings(demo_model):
 
 def test_whole_weights_go_on_from_an_adapter_and_from_whole_ones(demo_model, tmp_path, rows):
     save_random_version(Config(), demo_model, tmp_path / "adapter", seed=0)
-    merged = load_for_training(FULL, demo_model, str(tmp_path / "adapter"))
-    as_served = told(load_served(FULL, demo_model, str(tmp_path / "adapter")), rows)
+    merged = load_trainable(FULL, demo_model, str(tmp_path / "adapter"))
+    as_served = told(load_as_served(FULL, demo_model, str(tmp_path / "adapter")), rows)
     assert torch.allclose(told(merged, rows), as_served, atol=1e-4)
     moved(merged)
     save(merged, tmp_path / "whole")
-    again = load_for_training(FULL, demo_model, str(tmp_path / "whole"))
+    again = load_trainable(FULL, demo_model, str(tmp_path / "whole"))
     assert torch.equal(told(again, rows), told(merged, rows))
-    base = told(load_served(FULL, demo_model), rows)
+    base = told(load_as_served(FULL, demo_model), rows)
     for model in (merged, again):
         with as_base(model):
             assert torch.equal(told(model, rows), base), "the base stays the base"
@@ -87,7 +96,7 @@ def test_whole_weights_go_on_from_an_adapter_and_from_whole_ones(demo_model, tmp
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_what_was_taught_elsewhere_is_taken_over(demo_model, tmp_path, rows, kind):
     config = Config(training={"weights": kind})
-    taught, here = load_for_training(config, demo_model), load_for_training(config, demo_model)
+    taught, here = load_trainable(config, demo_model), load_trainable(config, demo_model)
     moved(taught)
     assert not torch.allclose(told(here, rows), told(taught, rows), atol=1e-3)
     save(taught, tmp_path)
@@ -96,7 +105,7 @@ def test_what_was_taught_elsewhere_is_taken_over(demo_model, tmp_path, rows, kin
 
 
 def test_weights_are_drawn_to_the_base_by_a_share_of_the_way(demo_model):
-    model = load_for_training(FULL, demo_model)
+    model = load_trainable(FULL, demo_model)
     start = copy_weights(model)
     moved(model)
     away = {name: value - start[name] for name, value in copy_weights(model).items()}
@@ -111,20 +120,20 @@ def test_weights_are_drawn_to_the_base_by_a_share_of_the_way(demo_model):
 def test_what_is_measured_is_what_is_served_also_in_sixteen_bits(demo_model, tmp_path, rows):
     base = tmp_path / "base"
     AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.bfloat16).save_pretrained(base)
-    model = load_for_training(FULL, str(base))
+    model = load_trainable(FULL, str(base))
     assert {value.dtype for value in model.parameters()} == {torch.float32}
     moved(model)
     trained = told(model, rows)
     cast_for_serving(model)
     assert not torch.equal(told(model, rows), trained), "the control: the numbers are not the same"
     save(model, tmp_path)
-    assert torch.equal(told(load_served(FULL, str(base), str(tmp_path)), rows), told(model, rows))
+    assert torch.equal(told(load_as_served(FULL, str(base), str(tmp_path)), rows), told(model, rows))
     with as_base(model):
-        assert torch.equal(told(model, rows), told(load_served(FULL, str(base)), rows))
+        assert torch.equal(told(model, rows), told(load_as_served(FULL, str(base)), rows))
 
 
 def test_a_weight_that_is_no_number_is_named(demo_model):
-    model = load_for_training(FULL, demo_model)
+    model = load_trainable(FULL, demo_model)
     assert find_not_finite(model) == []
     model.model.norm.weight.data[3] = float("nan")
     assert find_not_finite(model) == ["model.norm.weight"]
@@ -165,16 +174,16 @@ def test_an_architecture_whose_logits_cannot_be_divided_is_refused():
 
 def test_what_is_trained_at_a_temperature_is_saved_as_the_model_is(demo_model, tmp_path, rows):
     warm = Config(training={"weights": "full"}, policy={"temperature": 0.5})
-    model = load_for_training(warm, demo_model)
+    model = load_trainable(warm, demo_model)
     moved(model)
     own = told(model, rows)
     save(model, tmp_path)
     plain = told(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), rows)
     assert not torch.allclose(plain, own, atol=1e-2)
-    assert torch.allclose(told(load_for_training(warm, demo_model, str(tmp_path)), rows), own, atol=1e-5)
+    assert torch.allclose(told(load_trainable(warm, demo_model, str(tmp_path)), rows), own, atol=1e-5)
     with as_base(model):
         base = told(model, rows)
-    assert torch.allclose(base, told(load_served(warm, demo_model), rows), atol=1e-5)
+    assert torch.allclose(base, told(load_as_served(warm, demo_model), rows), atol=1e-5)
 
 
 def test_a_capped_model_keeps_its_own_cap_in_its_files(tmp_path):
@@ -191,7 +200,7 @@ def test_a_capped_model_keeps_its_own_cap_in_its_files(tmp_path):
 
 
 def test_the_reference_is_computed_in_float32_and_the_weights_come_back_exactly(demo_model, rows):
-    narrow = load_for_training(Config(serving={"dtype": "bfloat16"}), demo_model)
+    narrow = load_trainable(Config(serving={"dtype": "bfloat16"}), demo_model)
     before, rounded = copy_weights(narrow), told(narrow, rows)
     kept = {name: value.clone() for name, value in narrow.named_parameters()}
     with as_float32(narrow):
@@ -208,15 +217,15 @@ def test_the_reference_is_computed_in_float32_and_the_weights_come_back_exactly(
 def test_a_version_whose_files_are_gone_or_broken_is_named_with_what_to_do(demo_model, tmp_path, kind):
     version = tmp_path / "policy-7"
     save_random_version(Config(training={"weights": kind}), demo_model, version, seed=0)
-    load_served(Config(), demo_model, str(version))  # the control
+    load_as_served(Config(), demo_model, str(version))  # the control
     (weights,) = version.rglob("*.safetensors")
     wanted = r"policy-7.* cannot be loaded.*policy-7, or take the version back with `kibitz rollback`"
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(TrainingError, match=wanted):
-        load_served(Config(), demo_model, str(version))
+        load_as_served(Config(), demo_model, str(version))
     weights.unlink()
     with pytest.raises(TrainingError, match=wanted):
-        load_served(Config(), demo_model, str(version))
+        load_as_served(Config(), demo_model, str(version))
     shutil.rmtree(version)
     with pytest.raises(TrainingError, match=wanted):
-        load_served(Config(), demo_model, str(version))
+        load_as_served(Config(), demo_model, str(version))

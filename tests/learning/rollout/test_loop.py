@@ -201,7 +201,9 @@ async def test_swaps_under_load_fail_and_mix_nothing(live, tokenizer, tmp_path, 
     sources = [tmp_path / "one", tmp_path / "two"]
     for seed, source in enumerate(sources):
         await version_of(live, source, seed, kind)
-    figures = await swap.measure_swaps(live.deployment, tokenizer, sources, 2, 96, 8, lambda *_: None)
+    figures = await swap.measure_swaps(
+        live.deployment, tokenizer, sources, live.config.data / "policies", 2, 96, 8, lambda *_: None
+    )
     assert (figures["swaps"], figures["failed"], figures["mixed"]) == (2, 0, 0)
     assert figures["requests"] >= 96
 
@@ -267,10 +269,8 @@ async def test_weights_are_not_changed_under_an_answer_that_does_not_end(live, m
 
 async def test_a_server_that_was_started_again_by_somebody_else_is_given_its_weights_again(live, tmp_path):
     name = await swapped_in(live, tmp_path, 51, "full")
-    elsewhere = live.config.model_copy(
-        update={"serving": live.config.serving.model_copy(update={"url": live.policy.admin.url})}
-    )
-    deployment = Deployment(live.policy, live.registry, elsewhere)
+    elsewhere = live.config.serving.model_copy(update={"url": live.policy.admin.url})
+    deployment = Deployment(live.policy, live.registry, elsewhere, live.config.training, live.config.gate)
     assert not await deployment.follow_registry(), "nothing has changed"
     await live.policy.admin.replace_weights("default", live.registry.get(BASE).base_model)  # as a fresh one would be
     live.policy.admin.weights_version = name
@@ -291,7 +291,8 @@ async def test_what_cannot_be_served_is_tried_again_later_and_later(live, tmp_pa
     (Path(bad.path) / "manifest.json").unlink()
     tries, told, really = [], [], Deployment._find_faults
     monkeypatch.setattr(Deployment, "_find_faults", lambda self, version: tries.append(self) or really(self, version))
-    watcher = Deployment(live.policy, live.registry, live.config, told.append)
+    sections = live.config.serving, live.config.training, live.config.gate
+    watcher = Deployment(live.policy, live.registry, *sections, told.append)
     live.registry.promote(bad.name)
     task = asyncio.create_task(watcher.watch(0.02))
     await until(lambda: sum(one is watcher for one in tries) >= 2)
@@ -330,9 +331,11 @@ async def test_a_server_that_keeps_its_weights_is_an_error_for_people(live, tmp_
         await live.policy.admin.connect()
     assert live.policy.admin.can_replace_weights
     monkeypatch.delenv("VLLM_SERVER_DEV_MODE")
-    whole = live.config.model_copy(update={"training": TrainingConfig(weights="full")})
-    assert VllmServer(whole, "model")._environment()["VLLM_SERVER_DEV_MODE"] == "1"
-    assert "VLLM_SERVER_DEV_MODE" not in VllmServer(live.config, "model")._environment(), "not without need"
+    serving, policy, data = live.config.serving, live.config.policy, live.config.data
+    whole = VllmServer(serving, policy, TrainingConfig(weights="full"), data, "model")
+    assert whole._environment()["VLLM_SERVER_DEV_MODE"] == "1"
+    own = VllmServer(serving, policy, live.config.training, data, "model")
+    assert "VLLM_SERVER_DEV_MODE" not in own._environment(), "not without need"
 
 
 async def test_a_reload_under_one_name_is_caught(live, tokenizer, tmp_path):

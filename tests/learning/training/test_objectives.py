@@ -12,7 +12,7 @@ import trl.trainer.utils
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bot.config import Config, TrainingConfig
+from bot.config import PolicyConfig, ServingConfig, TrainingConfig
 from bot.errors import NothingToLearn, TrainingError
 from learning.data.experience import Experience
 from learning.data.selection import draw_batches, select_for_training, select_usable
@@ -33,7 +33,7 @@ def quiet(stage: str, done: int, total: int) -> None:
 
 @pytest.fixture(scope="module")
 def model(demo_model):
-    return load_for_training(Config(), demo_model)
+    return load_for_training(PolicyConfig(), ServingConfig(), TrainingConfig(), demo_model)
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_an_objective_makes_liked_answers_likelier_than_disliked_ones(fresh, tok
 @pytest.mark.slow
 def test_whole_weights_learn_from_every_objective_and_are_drawn_to_the_base(demo_model, tokenizer):
     whole = {"weights": "full", "full_learning_rate": 3e-4}
-    model = load_for_training(Config(training=whole), demo_model)
+    model = load_for_training(PolicyConfig(), ServingConfig(), TrainingConfig(**whole), demo_model)
     rows, start = lessons(model, tokenizer), copy_weights(model)
     before, gone = margin(model, rows), {}
     for objective in ("kto", "dpo", "sft", "pg", "mixed"):

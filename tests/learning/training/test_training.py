@@ -168,7 +168,7 @@ def test_two_processes_teach_what_one_does_and_say_what_it_would_say(small, demo
     found = ReplayBuffer(store, tokenizer, small).snapshot()
     prompts = [one.prompt_ids for one in found.held_out]
     taught, stages = [], []
-    model = load_model(small, demo_model)
+    model = load_model(small.policy, small.serving, small.training, demo_model)
     start = copy_weights(model)
     for processes in (1, 2):
         restore_weights(model, start)
@@ -317,7 +317,7 @@ def test_a_continued_policy_is_anchored_to_the_base(demo_model, tokenizer, tmp_p
     """First-step rewards are log-ratios to the reference: not zero if it is the base, zero if it is the policy itself."""
     config = Config(training={"weights": kind})
     save_random_version(config, demo_model, tmp_path / "parent", seed=0)
-    model = load_model(config, demo_model, str(tmp_path / "parent"))
+    model = load_model(config.policy, config.serving, config.training, demo_model, str(tmp_path / "parent"))
     if not anchored:  # the control: what TRL does by itself
         monkeypatch.setattr(TokenKTOTrainer, "anchor_to_base", lambda self: nullcontext())
     prompt = tokenizer.prompt_ids([{"role": "user", "content": "hello"}])
