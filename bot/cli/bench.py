@@ -21,6 +21,7 @@ from bot.config import AccessConfig, Config, DatabaseConfig
 from bot.data_directory import is_locked
 from bot.errors import ConfigError
 from bot.memory.embedder import make_embedder
+from bot.models.purpose import Purpose
 from bot.output import announce, check_writable, console, print_figures, progress_bar, write_json
 from bot.types import Progress
 from connectors.access import Access
@@ -142,15 +143,9 @@ def bench_recall(
 
     check_writable(json_file)
     asked = recall.read(file)
+    learned = load_retrieval_weights(config.dialogue.retrieval_weights)
     with progress_bar() as progress:
-        figures = asyncio.run(
-            recall.measure(
-                asked,
-                make_embedder(config.dialogue, config.data),
-                load_retrieval_weights(config.dialogue.retrieval_weights),
-                progress,
-            )
-        )
+        figures = asyncio.run(recall.measure(asked, make_embedder(config.dialogue, config.data), learned, progress))
     print_figures(figures)
     write_json(json_file, "bench recall", figures, {"file": file.name, "embedder": config.dialogue.embedder})
 
@@ -171,7 +166,7 @@ def bench_learning(
     if users is not None:
         simulated_people.find_utility(users)  # raises before anything runs
     wanted = grid.choose_cells(part, users, arms, config.seed)
-    config, base = prepare_model(config, serves=False)
+    config, base = prepare_model(config, purpose=Purpose.TRAIN)
     with progress_bar() as progress:
         points = grid.run_cells(config, base, wanted, config.data / "bench" / f"learning-{part}.jsonl", progress)
     figures = grid.compute_figures(points, config.training.objective)
@@ -193,7 +188,7 @@ def bench_train(
     from learning.bench import train
 
     check_writable(json_file)
-    config, base = prepare_model(config, serves=False)
+    config, base = prepare_model(config, purpose=Purpose.TRAIN)
     with progress_bar() as progress:
         figures = train.measure(config, base, progress)
     print_figures(figures)
@@ -217,7 +212,7 @@ def bench_tracker(
     unknown = [size for size in wanted if size not in known]
     if unknown:
         raise ConfigError(f"option --sizes has value '{unknown[0]}'; choose from {', '.join(known)}")
-    config, base = prepare_model(config, serves=False)
+    config, base = prepare_model(config, purpose=Purpose.TRAIN)
     with progress_bar() as progress:
         figures = tracker.measure_apart(config.policy, config.dialogue, config.data, base, wanted, progress)
     print_figures(figures)

@@ -18,6 +18,7 @@ from bot.cli.options import (
 )
 from bot.config import Config
 from bot.errors import ConfigError, NothingToLearn
+from bot.models.purpose import Purpose
 from bot.output import announce, check_writable, console, print_figures, progress_bar, write_json
 from bot.store.stores import open_stores
 from learning.training import pretrain as pretraining
@@ -71,7 +72,7 @@ def train(
 
     is_told = progress == "json"  # the parent process has announced the model already
     tell = (lambda text: None) if is_told else announce
-    config, model = prepare_model(config, tell, serves=False)
+    config, model = prepare_model(config, tell, Purpose.TRAIN)
     database, _, registry = open_stores(config)
     registry.ensure_base(model)
     database.close()
@@ -113,7 +114,7 @@ def replay(
     recording = formats.read_recording(file, format, config.reactions)
     for line in recording.lines():
         announce(line)
-    config, base = prepare_model(config, serves=False, replays=True)
+    config, base = prepare_model(config, purpose=Purpose.REPLAY)
     database, store, registry = open_stores(config)
     registry.ensure_base(base)
     with progress_bar() as progress:

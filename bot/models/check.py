@@ -16,6 +16,7 @@ from bot.errors import ConfigError, KibitzError, quote_error
 from bot.models.architectures import can_serve, can_serve_adapters, can_train
 from bot.models.dtype import choose_dtype
 from bot.models.memory_budget import MemoryPlan, plan_memory, weights_bytes
+from bot.models.purpose import Purpose
 from bot.models.shape import (
     DTYPE_BYTES,
     ModelShape,
@@ -37,22 +38,22 @@ KEPT_VERSIONS = 8  # versions that the disk must have room for
 LEAST_DISK = GIB // 4  # bytes, for the database, logs and the embedding model
 
 
-def check_model(config: Config, model: str, serves: bool = True) -> MemoryPlan | None:
-    """Check that a model can be trained on this machine and, if `serves`, served. Call `check_files` first.
+def check_model(config: Config, model: str, purpose: Purpose = Purpose.SERVE) -> MemoryPlan | None:
+    """Check that a model can be trained on this machine and, for Purpose.SERVE, served. Call `check_files` first.
 
     Returns the plan for the GPU's memory, or None if there is nothing to share. Raises ConfigError for the first fault.
     """
     shape = read_shape(model)
     check_architecture(config.policy, config.serving, model)
     check_weights(config.policy, model)
-    if config.learning.enabled or not serves:
+    if config.learning.enabled or purpose != Purpose.SERVE:
         check_temperature(config.policy, model)
     tokenizer = check_tokenizer(config.policy, model, shape)
     served = config.model_copy(update={"policy": tokenizer.with_thought_tokens(config.policy)})
     check_context(served.policy, shape)
     check_disk(config.policy, config.training, config.data, shape)
     check_download(config.policy, model, shape)
-    return check_memory(served, model, shape) if serves else None
+    return check_memory(served, model, shape) if purpose == Purpose.SERVE else None
 
 
 def raise_if_refused(name: str, error: Exception) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from bot.accelerator import has_gpu
 from bot.config import Config
+from bot.models.purpose import Purpose
 from bot.models.shape import ModelShape, read_shape
 
 
@@ -77,12 +78,12 @@ def find_defaults(shape: ModelShape) -> SizeDefaults:
     return next(row for row in SIZE_TABLE if shape.billions <= row.max_billions and row.family in ("", shape.family))
 
 
-def apply_size_defaults(config: Config, model: str, replays: bool = False) -> Config:
+def apply_size_defaults(config: Config, model: str, purpose: Purpose = Purpose.SERVE) -> Config:
     """Return the config with the defaults for a model's size and family in the keys that nobody set.
 
-    Without a GPU an offline replay (`replays`) is shorter than a run beside the chat.
+    Without a GPU an offline replay is shorter than a run beside the chat.
     """
-    wanted = _values(find_defaults(read_shape(model)), replays)
+    wanted = _values(find_defaults(read_shape(model)), purpose)
     return config.model_copy(update={name: getattr(config, name).fill(values) for name, values in wanted.items()})
 
 
@@ -92,7 +93,7 @@ def describe_sizes(config: Config, model: str, asked: Config | None = None) -> s
     row = find_defaults(shape)
     own = [
         f"{name}.{key}"
-        for name, values in _values(row).items()
+        for name, values in _values(row, Purpose.SERVE).items()
         for key in values
         if asked is not None and key in getattr(asked, name).model_fields_set
     ]
@@ -106,7 +107,7 @@ def describe_sizes(config: Config, model: str, asked: Config | None = None) -> s
     )
 
 
-def _values(row: SizeDefaults, replays: bool = False) -> dict[str, dict[str, Any]]:
+def _values(row: SizeDefaults, purpose: Purpose) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {
         "training": {
             "learning_rate": row.learning_rate,
@@ -118,6 +119,6 @@ def _values(row: SizeDefaults, replays: bool = False) -> dict[str, dict[str, Any
         "gate": {"kl_budget": row.kl_budget},
     }
     if not has_gpu() and row is not SIZE_TABLE[0]:
-        for section, values in (*CPU_DEFAULTS.items(), *(CPU_REPLAY_DEFAULTS.items() if replays else ())):
+        for section, values in (*CPU_DEFAULTS.items(), *(CPU_REPLAY_DEFAULTS.items() if purpose == Purpose.REPLAY else ())):
             found[section] |= values
     return found

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from bot.config import DEFAULT_PERSONA, Config
 from bot.models.check import check_files, check_model
+from bot.models.purpose import Purpose
 from bot.models.sampling import apply_sampling_defaults, describe_sampling
 from bot.models.sizes import apply_size_defaults, describe_sizes
 from bot.output import announce, progress_bar
@@ -26,7 +27,7 @@ def find_base_model(config: Config, tell: Announce = announce) -> str:
         return pretraining.find_or_make_base_model(config.policy.model, config.data, config.seed, tell, progress)
 
 
-def resolve_model(config: Config, tell: Announce = announce, replays: bool = False) -> tuple[Config, str]:
+def resolve_model(config: Config, tell: Announce = announce, purpose: Purpose = Purpose.SERVE) -> tuple[Config, str]:
     """Return the config with its unset values filled in for the base model, and the model's path or hub name.
 
     Raises ConfigError if the model does not exist or its files are incomplete.
@@ -37,19 +38,17 @@ def resolve_model(config: Config, tell: Announce = announce, replays: bool = Fal
         return config, model
     suits = {"persona": DEFAULT_PERSONA, **(builtin.DIALOGUE if model == str(builtin.locate_model()) else {})}
     filled = {"dialogue": config.dialogue.fill(suits), "policy": apply_sampling_defaults(config.policy, model)}
-    return apply_size_defaults(config.model_copy(update=filled), model, replays), model
+    return apply_size_defaults(config.model_copy(update=filled), model, purpose), model
 
 
-def prepare_model(
-    config: Config, tell: Announce = announce, serves: bool = True, replays: bool = False
-) -> tuple[Config, str]:
+def prepare_model(config: Config, tell: Announce = announce, purpose: Purpose = Purpose.SERVE) -> tuple[Config, str]:
     """Resolve and check the base model. As `resolve_model`, with vLLM's share of the GPU memory in the config.
 
-    Raises ConfigError if the model cannot be trained on this machine or, with `serves`, not be served.
+    Raises ConfigError if the model cannot be trained on this machine or, for Purpose.SERVE, not be served.
     """
-    found, model = resolve_model(config, tell, replays)
+    found, model = resolve_model(config, tell, purpose)
     check_extra_args(config.serving, config.policy)
-    plan = check_model(found, model, serves)
+    plan = check_model(found, model, purpose)
     if not pretraining.is_toy(model):
         tell(describe_sampling(config.policy, model))
         tell(describe_sizes(found, model, config))

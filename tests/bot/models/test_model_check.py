@@ -29,6 +29,7 @@ from bot.models.check import (
     check_weights,
     raise_if_refused,
 )
+from bot.models.purpose import Purpose
 from bot.models.shape import read_shape
 from learning.models.trainable import divide_logits
 from learning.models.trainable import load_served as load_served
@@ -314,7 +315,7 @@ def test_a_temperature_that_training_cannot_reproduce_is_refused_where_something
         still = configured(phi, policy=warm, learning={"enabled": False})
         check(still, str(phi))  # it only serves
         with pytest.raises(ConfigError, match="output layer has a bias"):
-            check_model(still, str(phi), serves=False)  # it only trains
+            check_model(still, str(phi), Purpose.TRAIN)  # it only trains
 
 
 def test_a_context_that_is_longer_than_the_model_reads(model):

@@ -7,6 +7,7 @@ import pytest
 
 from bot.config import Config, load
 from bot.errors import ConfigError
+from bot.models.purpose import Purpose
 from bot.models.shape import count_parameters, make_shape, read_shape
 from bot.models.sizes import apply_size_defaults, describe_sizes, find_defaults
 
@@ -80,10 +81,10 @@ def test_without_a_gpu_a_replay_is_shorter_than_a_run_beside_the_chat(tmp_path, 
     asked = load(gate={"samples": 48})
     for has_gpu, steps, samples in ((False, 24, 96), (True, 36, 192)):
         monkeypatch.setattr("bot.models.sizes.has_gpu", lambda found=has_gpu: found)
-        found = apply_size_defaults(load(), str(tmp_path), replays=True)
+        found = apply_size_defaults(load(), str(tmp_path), Purpose.REPLAY)
         assert (found.training.max_steps, found.gate.samples) == (steps, samples)
         assert apply_size_defaults(load(), str(tmp_path)).training.max_steps == 36
-        assert apply_size_defaults(asked, str(tmp_path), replays=True).gate.samples == 48
+        assert apply_size_defaults(asked, str(tmp_path), Purpose.REPLAY).gate.samples == 48
 
 
 def test_what_is_filled_in_stays_when_the_config_goes_to_a_child(tmp_path):

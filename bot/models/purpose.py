@@ -1,0 +1,11 @@
+"""Purpose: what a base model is prepared for. It decides what is checked and which defaults apply."""
+
+from enum import StrEnum
+
+
+class Purpose(StrEnum):
+    """What a command does with a model."""
+
+    SERVE = "serve"  # vLLM answers with it, and runs beside the chat train it
+    TRAIN = "train"  # a run trains it, and no server of ours is needed
+    REPLAY = "replay"  # as TRAIN, on recorded conversations
