@@ -78,7 +78,7 @@ def train(
     database.close()
 
     def work(report: Callable[[str, int, int], None]) -> "Judgement":
-        return judge_waiting(config, report) if judge else train_version(config, report, deploys=deploy)
+        return judge_waiting(config, report) if judge else train_version(config, report, is_deployment_requested=deploy)
 
     if progress != "json":
         with progress_bar() as report:

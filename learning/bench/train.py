@@ -98,7 +98,7 @@ def _measure_steps_share(config: Config, base_model: str) -> float:
         registry.ensure_base(base_model)
         store.add_dialogues(recording.dialogues)
         database.close()
-        outcome = train_version(apart, lambda *_: None, space=recording.space, from_base=True)
+        outcome = train_version(apart, lambda *_: None, space=recording.space)
         return outcome.figures.steps_share_of_run
     finally:
         shutil.rmtree(place)

@@ -43,16 +43,18 @@ class Lesson:
 
 
 def prepare_lesson(
-    config: Config, registry: PolicyRegistry, buffer: ReplayBuffer, space: str | None, from_base: bool, progress: Progress
+    config: Config, registry: PolicyRegistry, buffer: ReplayBuffer, space: str | None, progress: Progress
 ) -> Lesson:
     """Read the feedback, load the version to continue, and measure the live version.
 
     After a change of taste (`drift`) only the feedback since then is read, and the run may begin again from the base.
-    `space` restricts it to one import. Raises NothingToLearn if there is no usable reward, or no difference between them.
+    `space` restricts it to one import, and then the run begins from the base. Raises NothingToLearn if there is no usable
+    reward, or no difference between them.
     """
     policy, serving, rewards = config.policy, config.serving, config.rewards
     live = registry.get_live()
-    parent = _choose_parent(config.learning, config.training, registry, live, from_base)
+    chosen = _choose_parent(config.learning, config.training, registry, live)
+    parent = chosen if space is None else registry.get_base()
     looks_for_drift = config.learning.detect_drift and space is None
     since = read_since(Path(live.path)) if looks_for_drift else ""
     snapshot = buffer.snapshot(space, since)
@@ -85,14 +87,14 @@ def prepare_lesson(
 
 
 def _choose_parent(
-    learning: LearningConfig, training: TrainingConfig, registry: PolicyRegistry, live: PolicyVersion, from_base: bool
+    learning: LearningConfig, training: TrainingConfig, registry: PolicyRegistry, live: PolicyVersion
 ) -> PolicyVersion:
-    """Return the version that a run continues if there is no change of taste."""
+    """Return the version that a run on all feedback continues if there is no change of taste."""
     every = learning.from_base_every
     is_due = every > 0 and len(registry.list_runs()) % every == every - 1
     # An adapter is served on the base model, so it cannot continue a version that has whole weights.
     cannot = training.weights == "lora" and is_whole(Path(live.path))
-    return registry.get_base() if from_base or is_due or cannot else live
+    return registry.get_base() if is_due or cannot else live
 
 
 def _refuse_empty(snapshot: Snapshot) -> None:

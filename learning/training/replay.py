@@ -54,7 +54,7 @@ def replay(
         recording.dropped["recorded token ids of another tokenizer (tokenized anew)"] = recording.answer_count
     store.add_dialogues(recording.dialogues)
     try:
-        outcome = train_version(config, progress, space=recording.space, from_base=True)
+        outcome = train_version(config, progress, space=recording.space)
     except NothingToLearn as error:
         raise NothingToLearn(f"{error} ({format_counts(read)}){_describe_left_out(recording)}") from error
     dropped = dict(recording.dropped) | outcome.dropped

@@ -70,12 +70,12 @@ class TrainingResult:
 
 
 def train_version(
-    config: Config, progress: Progress, space: str | None = None, from_base: bool = False, deploys: bool = False
+    config: Config, progress: Progress, space: str | None = None, *, is_deployment_requested: bool = False
 ) -> Outcome:
-    """Train a new version on all feedback, or on one imported `space`.
+    """Train a new version on all feedback, or from the base model on one imported `space`.
 
-    It continues the live version, or starts from the base model: with `from_base`, or as `learning.from_base_every` says.
-    With `deploys`, its deployment is requested if it passes. Raises NothingToLearn, before anything is registered, if there
+    On all feedback it continues the live version, or starts from the base model as `learning.from_base_every` says. With
+    `is_deployment_requested` it is deployed if it passes. Raises NothingToLearn, before anything is registered, if there
     is no usable reward.
     """
     with (
@@ -83,7 +83,7 @@ def train_version(
         closing(Database(config.database_url)) as database,
         interruptible(progress) as report,
     ):
-        return Run(config, database, report, space).train(from_base, deploys)
+        return Run(config, database, report, space).train(is_deployment_requested=is_deployment_requested)
 
 
 class Run:
@@ -99,12 +99,12 @@ class Run:
         # Nobody adds feedback to an import.
         self.may_wait = config.learning.wait_reactions > 0 and space is None
 
-    def train(self, from_base: bool, deploys: bool) -> Outcome:
+    def train(self, *, is_deployment_requested: bool) -> Outcome:
         """Make and register a version. If anything fails, only its name and the reason are kept."""
         self._remove_abandoned()
         self.progress("reading feedback", 0, 1)
         buffer = ReplayBuffer(self.store, self.tokenizer, self.config, self.embedder)
-        lesson = prepare_lesson(self.thinking, self.registry, buffer, self.space, from_base, self.progress)
+        lesson = prepare_lesson(self.thinking, self.registry, buffer, self.space, self.progress)
         snapshot, manifest = lesson.snapshot, make_manifest(self.config, lesson)
         version = self.registry.reserve(lesson.parent, self.config.data / "policies")
         settings = self.config.without_secrets().model_dump()
@@ -117,7 +117,7 @@ class Run:
             trained = self._train_and_measure(lesson, unfinished)
             verdict, metrics = self._judge(lesson, trained)
             self._save(lesson, version, unfinished, metrics, manifest)
-            adapter_sha256 = self._register(version, verdict, metrics, deploys)
+            adapter_sha256 = self._register(version, verdict, metrics, is_deployment_requested)
             self.registry.end_run(run_id, "passed" if verdict.passed else "; ".join(verdict.reasons))
         except BaseException as error:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -237,7 +237,7 @@ class Run:
         is_any_gone = any(self.store.find_turn(turn_id) is None for turn_id in {one.turn_id for one in lesson.asked})
         return is_any_gone or self.registry.get(lesson.live.name).state == PolicyState.PURGED
 
-    def _register(self, version: PolicyVersion, verdict: Verdict, metrics: AllMetrics, deploys: bool) -> str:
+    def _register(self, version: PolicyVersion, verdict: Verdict, metrics: AllMetrics, is_deployment_requested: bool) -> str:
         """Register the version as waiting, candidate or rejected, in one transaction. Returns its weights' fingerprint."""
         directory, registry, waits = Path(version.path), self.registry, metrics.waits_for > 0
         sha256 = fingerprint(directory)
@@ -248,7 +248,7 @@ class Run:
                 registry.move(version.name, PolicyState.WAITING)
             elif not verdict.passed:
                 registry.reject(version.name)
-            if deploys and (waits or verdict.passed):
+            if is_deployment_requested and (waits or verdict.passed):
                 registry.request_deployment(version.name)
             for other in superseded:
                 reject_unjudged(registry, other, f"{version.name} was trained after it")

@@ -302,7 +302,7 @@ class Histories(RuleBasedStateMachine):
     @rule(deploys=st.booleans())
     def train(self, deploys: bool) -> None:
         with contextlib.suppress(NothingToLearn):
-            outcome = train_version(self.config, lambda *_: None, deploys=deploys)
+            outcome = train_version(self.config, lambda *_: None, is_deployment_requested=deploys)
             self._note_run(outcome.policy)
             if deploys:
                 self._follow()
@@ -324,7 +324,7 @@ class Histories(RuleBasedStateMachine):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("learning.training.run.train_with_guard", fail)
             with contextlib.suppress(NothingToLearn), pytest.raises(RuntimeError):
-                train_version(self.config, lambda *_: None, deploys=True)
+                train_version(self.config, lambda *_: None, is_deployment_requested=True)
         assert self.kibitz.registry.get_live() == live
 
     @precondition(lambda self: self.kibitz.registry.get_live().name == BASE)

@@ -116,7 +116,7 @@ def test_with_too_little_evidence_a_version_waits_until_one_that_was_trained_lat
 ):
     converse(store, tokenizer, likes_emoji=True, count=24)
     patient = small.model_copy(update={"learning": small.learning.model_copy(update={"wait_reactions": 20})})
-    first = train_version(patient, quiet, deploys=True)
+    first = train_version(patient, quiet, is_deployment_requested=True)
     assert (first.passed, first.waits) == (False, True), first.reasons
     waiting = registry.get(first.policy)
     assert registry.find_waiting() == [waiting]
