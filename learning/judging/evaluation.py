@@ -224,7 +224,6 @@ def generate(
     max_tokens: int,
     seed: int,
     truncation: SamplingParams = UNTRUNCATED,
-    greedy: bool = False,
     batch_size: int | None = None,
 ) -> list[Sample]:
     """Sample one answer to each prompt, in batches padded on the left.
@@ -234,15 +233,36 @@ def generate(
     """
     import torch
 
+    torch.manual_seed(seed)
+    kept = {"top_p": truncation.top_p, "top_k": truncation.top_k, "min_p": truncation.min_p}
+    choice = {"do_sample": True, "temperature": 1.0, **kept}
+    return _generate(model, tokenizer, prompts, max_tokens, choice, batch_size)
+
+
+def generate_greedily(
+    model: Any, tokenizer: ChatTokenizer, prompts: Sequence[Sequence[int]], max_tokens: int
+) -> list[Sample]:
+    """Return the answer of the likeliest tokens to each prompt."""
+    return _generate(model, tokenizer, prompts, max_tokens, GREEDY)
+
+
+def _generate(
+    model: Any,
+    tokenizer: ChatTokenizer,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    choice: dict[str, Any],
+    batch_size: int | None = None,
+) -> list[Sample]:
+    """Return one answer to each prompt. `choice` tells transformers how to choose its tokens."""
+    import torch
+
     from learning.models.batching import count_samples_at_once
 
-    torch.manual_seed(seed)
     ends, pad = tokenizer.end_ids, pad_id(tokenizer.hf)
     samples: dict[int, Sample] = {}
     model.eval()
     batch_size = batch_size or count_samples_at_once(model, max(map(len, prompts), default=0) + max_tokens)
-    kept = {"top_p": truncation.top_p, "top_k": truncation.top_k, "min_p": truncation.min_p}
-    choice = GREEDY if greedy else {"do_sample": True, "temperature": 1.0, **kept}
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # so that little of a batch is padding
     for start in range(0, len(prompts), batch_size):
         rows = order[start : start + batch_size]

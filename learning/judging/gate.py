@@ -161,18 +161,18 @@ def collect_opinions(rows: Sequence["Experience"], kinds: Sequence[int], person_
     )
 
 
-def judge(evidence: Evidence, gate: GateConfig, seed: int, earlier: Sequence[bool] = (), may_wait: bool = False) -> Verdict:
+def judge(evidence: Evidence, gate: GateConfig, seed: int, earlier: Sequence[bool] = (), headroom: float = 1.0) -> Verdict:
     """Judge a candidate by its evidence. Without enough evidence it does not pass.
 
     `earlier` are the verdicts that had enough evidence, oldest first: True for each that found its version better. A
-    candidate that `may_wait` is judged only when the opinions leave HEADROOM.
+    candidate that may wait is judged only when the opinions leave a `headroom` of HEADROOM.
     """
     reasons = list(evidence.faults)
     opinions = evidence.opinions
     liked, disliked = _count(opinions)
     level, allowed = compute_next_level(1 - gate.confidence, earlier), compute_allowed_p(gate, earlier)
     gains = _measure_gains(evidence, seed) if min(liked, disliked) >= 2 else None
-    least = allowed / HEADROOM if may_wait else allowed
+    least = allowed / headroom
     p_values = compute_p_values(evidence, allowed, seed) if can_suffice(opinions, gate, least) else None
     if gains is None or p_values is None:
         reasons.append(explain_too_little(opinions, gate, least))

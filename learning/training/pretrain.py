@@ -194,7 +194,7 @@ def warm_start(
     silence_libraries()
     from transformers import AutoModelForCausalLM, set_seed
 
-    from learning.judging.evaluation import answer_logprobs, generate, perplexity
+    from learning.judging.evaluation import answer_logprobs, generate_greedily, perplexity
 
     shuffled = list(dialogues)
     random.Random(seed).shuffle(shuffled)
@@ -210,7 +210,7 @@ def warm_start(
     unfinished.mkdir(parents=True)
     fine_tune(model, tokenizer, training, seed, learning_rate, 16, epochs, unfinished, progress)
     prompts = [tokenizer.prompt_ids(dialogue[:-1]) for dialogue in held_out[:200]]
-    said = generate(model, tokenizer, prompts, max_tokens=64, seed=seed, greedy=True)
+    said = generate_greedily(model, tokenizer, prompts, max_tokens=64)
     measures = text_overlap([reply.text for reply in said], [dialogue[-1]["content"] for dialogue in held_out[:200]])
     measures |= {"perplexity_before": before, "perplexity": perplexity(answer_logprobs(model, rows))}
     model.save_pretrained(unfinished)

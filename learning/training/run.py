@@ -27,7 +27,7 @@ from learning.data.replay_buffer import ReplayBuffer
 from learning.judging import probe
 from learning.judging.evaluation import Sample, kl_to_base, summarize_samples
 from learning.judging.evidence import Measurement, compare_with_live, measure_model, sample_answers
-from learning.judging.gate import Soundness, Verdict, judge
+from learning.judging.gate import HEADROOM, Soundness, Verdict, judge
 from learning.judging.judgement import Judgement
 from learning.judging.metrics import AllMetrics, TrainingMetrics
 from learning.judging.off_policy import Answers, Estimate, estimate_worth
@@ -190,7 +190,7 @@ class Run:
         evidence = compare_with_live(
             config.rewards, config.seed, *rows, before, after, self.embedder, soundness, trained.faults
         )
-        verdict = judge(evidence, config.gate, config.seed, lesson.earlier, self.may_wait)
+        verdict = judge(evidence, config.gate, config.seed, lesson.earlier, HEADROOM if self.may_wait else 1.0)
         estimate = self._estimate(lesson, after)
         metrics = AllMetrics(
             taken_back=snapshot.taken_back,

@@ -31,7 +31,7 @@ from connectors.answers import SORRY
 from connectors.local.platforms import DiscordPlatform, Platform, SlackPlatform, WebPlatform
 from learning.data.explanation import explain
 from learning.data.replay_buffer import ReplayBuffer
-from learning.judging.evaluation import generate
+from learning.judging.evaluation import generate_greedily
 
 MARKS = Thoughts("<think>", "</think>")
 OPENED = Thoughts("<think>", "</think>", is_opened_by_prompt=True)
@@ -215,13 +215,13 @@ def test_sampling_for_the_gate_stops_there_too(demo_model, tokenizer, tmp_path):
 
     model = AutoModelForCausalLM.from_pretrained(demo_model)
     prompts = [tokenizer.prompt_ids(HELLO)]
-    (plain,) = generate(model, tokenizer, prompts, 32, seed=0, greedy=True)
+    (plain,) = generate_greedily(model, tokenizer, prompts, 32)
     end = next(one for one in map(tokenizer.hf.decode, plain.completion_ids) if one in "!?.,")
     template = "{% for said in messages %}<|im_start|>{{ said.role }}\n{{ said.content }}" + end + "\n{% endfor %}"
     family = Family(template, end, "<|im_end|>")
     other = ChatTokenizer(make_tokenizer(demo_model, family, tmp_path / "tokenizer"))
     assert len(other.end_ids) == 2
-    (sooner,) = generate(model, other, prompts, 32, seed=0, greedy=True)
+    (sooner,) = generate_greedily(model, other, prompts, 32)
     assert sooner.is_finished
     assert sooner.completion_ids == plain.completion_ids[: len(sooner.completion_ids)] != plain.completion_ids
     assert sooner.text == plain.text.partition(end)[0]

@@ -333,22 +333,22 @@ def test_a_candidate_that_may_wait_is_judged_once_there_is_room_to_show_anything
     few = {"live": [-1.0] * 10, "candidate": [0.0] * 5 + [-2.0] * 5, "gain": Gain([0.2] * 5 + [-0.2] * 5, [1.0] * 12)}
     barely = evidence(signs=[1] * 5 + [-1] * 5, **few)
     assert judge(barely, GateConfig(), seed=0).passed, "the control: it cannot wait"
-    verdict = judge(barely, GateConfig(), seed=0, may_wait=True)
+    verdict = judge(barely, GateConfig(), seed=0, headroom=HEADROOM)
     assert not verdict.passed
     assert not verdict.figures.had_enough_evidence, "it spends nothing"
     assert verdict.reasons[0].startswith("too little evidence: 5 liked and 5 disliked held-out answers")
     assert "7 of each kind are enough" in verdict.reasons[0]
     assert verdict.answers_wanted == 4
-    assert judge(evidence(), GateConfig(), seed=0, may_wait=True).passed
+    assert judge(evidence(), GateConfig(), seed=0, headroom=HEADROOM).passed
 
 
 def test_what_is_wrong_for_another_reason_does_not_wait():
     few = {"signs": [1] * 5 + [-1] * 5, "live": [0.0] * 10, "candidate": [0.0] * 10, "gain": Gain([0.0] * 10, [0.0] * 12)}
-    assert judge(evidence(**few), GateConfig(), seed=0, may_wait=True).answers_wanted > 0, "the control"
+    assert judge(evidence(**few), GateConfig(), seed=0, headroom=HEADROOM).answers_wanted > 0, "the control"
     for changes in ({"kl": 0.9}, {"well_formed": 0.5}, {"faults": ["broken"]}, {"is_no_change": True}):
-        assert judge(evidence(**few, **changes), GateConfig(), seed=0, may_wait=True).answers_wanted == 0
+        assert judge(evidence(**few, **changes), GateConfig(), seed=0, headroom=HEADROOM).answers_wanted == 0
     enough = evidence(worth=0.0, likelier=0.0)
-    assert judge(enough, GateConfig(), seed=0, may_wait=True).answers_wanted == 0
+    assert judge(enough, GateConfig(), seed=0, headroom=HEADROOM).answers_wanted == 0
 
 
 def test_how_many_answers_are_wanted_is_foreseen_from_how_many_are_liked():
