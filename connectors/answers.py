@@ -175,21 +175,17 @@ class Answers:
         with self.opinions.take(reaction, message_id) as taken:
             turn_id = await self.find_turn_id(message_id, channel) if taken else None
             if turn_id is not None:
-                await self._commit(replace(reaction, turn_id=turn_id), only_if_given=not is_admitted)
+                given = replace(reaction, turn_id=turn_id)
+                await (self._commit(given) if is_admitted else self._commit_if_recorded(given))
 
     async def record_opinion(self, given: Feedback) -> bool:
         """Record an opinion. Return False if it was dropped. One on a growing answer waits until the turn is stored."""
         with self.opinions.take(given) as taken:
             return taken and await self._commit(given)
 
-    async def _commit(self, given: Feedback, only_if_given: bool = False) -> bool:
-        if given.turn_id in self._stored:
-            await self._stored[given.turn_id].wait()
+    async def _commit(self, given: Feedback) -> bool:
+        await self._wait_until_stored(given.turn_id)
         try:
-            if only_if_given:
-                recorded = self._select_reactions(await self._read_feedback(given.turn_id))
-                if (given.user_id, given.signal) not in recorded:
-                    return False
             await self.dialogue.record_feedback(given)
             return True
         except DatabaseUnavailable:
@@ -197,6 +193,16 @@ class Answers:
         except KibitzError as error:
             log.warning("an opinion on turn %s was dropped: %s", given.turn_id, error)
             return False
+
+    async def _commit_if_recorded(self, retraction: Feedback) -> bool:
+        """Commit the retraction of a reaction, if that was recorded and not taken back yet."""
+        await self._wait_until_stored(retraction.turn_id)
+        recorded = self._select_reactions(await self._read_feedback(retraction.turn_id))
+        return (retraction.user_id, retraction.signal) in recorded and await self._commit(retraction)
+
+    async def _wait_until_stored(self, turn_id: str) -> None:
+        if turn_id in self._stored:
+            await self._stored[turn_id].wait()
 
     async def reconcile_reactions(self, turn_id: str, reading: ReactionSnapshot, admits: Callable[[str], bool]) -> None:
         """Make the recorded reactions to a turn match those that the platform's API showed.

@@ -152,13 +152,13 @@ class Discord:
         if await self._is_heard(message_id):
             await self.lanes.put_patiently(str(channel_id), lambda: self.dialogue.delete(make_event_id(message_id)))
 
-    async def handle_reaction(self, event: discord.RawReactionActionEvent, added: bool) -> None:
+    async def handle_reaction(self, event: discord.RawReactionActionEvent) -> None:
         """Record an added or removed reaction as feedback. Ignore neutral emoji and messages that are not ours."""
         at, symbol = now(), event.emoji.name or ""
         kind = self.reactions.classify(symbol)
         if kind is None or (event.member is not None and event.member.bot):
             return
-        given = Feedback("", str(event.user_id), kind, signal=symbol, retracts=not added, at=at)
+        given = Feedback("", str(event.user_id), kind, symbol, retracts=event.event_type == "REACTION_REMOVE", at=at)
         is_admitted = self.admits(event.user_id, event.channel_id, read_roles(event.member))  # a removal names no roles
         await self.answers.record_reaction(str(event.channel_id), str(event.message_id), given, is_admitted)
 
@@ -388,10 +388,10 @@ class _Client(discord.Client):
 
     async def on_raw_reaction_add(self, event: discord.RawReactionActionEvent) -> None:
         if self.user is not None and event.user_id != self.user.id:
-            await self.connector.handle_reaction(event, added=True)
+            await self.connector.handle_reaction(event)
 
     async def on_raw_reaction_remove(self, event: discord.RawReactionActionEvent) -> None:
-        await self.connector.handle_reaction(event, added=False)
+        await self.connector.handle_reaction(event)
 
     async def on_raw_reaction_clear(self, event: discord.RawReactionClearEvent) -> None:
         await self.connector.handle_reactions_cleared(event.message_id, None)
