@@ -37,6 +37,7 @@ from bot.store.retention import ERASE_SECONDS, erase_expired
 from bot.store.stores import open_stores
 from bot.store.users import Users
 from bot.supervision import Health, Start, background_tasks, describe_failures, supervise
+from bot.types import PolicyVersion
 from connectors.access import Access
 from connectors.base import Desk, Services
 from learning.rollout.deployment import Deployment
@@ -66,15 +67,15 @@ class Kibitz:
 
 
 @contextlib.asynccontextmanager
-async def running(config: Config, model: str, tell: Announce, may_change: bool = False) -> AsyncIterator[Kibitz]:
+async def running(config: Config, model: str, tell: Announce, *, may_change_base: bool = False) -> AsyncIterator[Kibitz]:
     """Run a kibitz with its database, vLLM at the live version, and dialogue. Stop everything at the end.
 
-    Raises RegistryError if the versions in the data directory come from another base model. With `may_change` the new model
-    replaces that one instead, once vLLM has generated a token with it.
+    Raises RegistryError if the versions in the data directory come from another base model. With `may_change_base` the
+    new model replaces that one instead, once vLLM has generated a token with it.
     """
     with lock_directory(config.data, "serve"):
         database, store, registry = open_stores(config)
-        if not may_change:
+        if not may_change_base:
             registry.check_base(model)
         _finish_forgetting(database, registry, tell)
         recall = make_recall(config.dialogue, config.data, database)
@@ -89,7 +90,9 @@ async def running(config: Config, model: str, tell: Announce, may_change: bool =
             async with asyncio.TaskGroup() as group:
                 group.create_task(recall.load_embedder())
                 group.create_task(_check_reachable(policy, config.serving) if server is None else server.start(policy))
-            _register_base(registry, policy, model, may_change, tell)
+            # Only now that vLLM generates with it.
+            base = registry.set_base(model) if may_change_base else registry.ensure_base(model)
+            _use_base(registry, policy, base, tell)
             async with background_tasks() as start:
                 dialogue = DialogueManager(store, tracker, policy)
                 readiness = Readiness(make_checks(policy, database, config.data))
@@ -126,12 +129,11 @@ def _make_policy(config: Config, model: str, tokenizer: ChatTokenizer) -> tuple[
     return policy, server
 
 
-def _register_base(registry: PolicyRegistry, policy: Policy, model: str, may_change: bool, tell: Announce) -> None:
-    """Register the model as the base of new versions, now that vLLM generates with it."""
-    base = registry.ensure_base(model, may_change)
+def _use_base(registry: PolicyRegistry, policy: Policy, base: PolicyVersion, tell: Announce) -> None:
+    """Name the base of new versions to the policy's client, and tell people if it is another one than before."""
     policy.set_base(base.name)
     if foreign := registry.find_foreign():
-        changed = f"policy.model was changed: {base.name} is {model}, and {registry.get_live().name} is live"
+        changed = f"policy.model was changed: {base.name} is {base.base_model}, and {registry.get_live().name} is live"
         tell(f"{changed}; {len(foreign)} versions of another model serve again only when that model is set again")
 
 
@@ -157,11 +159,20 @@ async def _check_reachable(policy: Policy, serving: ServingConfig) -> None:
         raise ServingError(f"the vLLM at {policy.admin.url} generates no token; see its log")
 
 
-def run(main: Coroutine[Any, Any, None], until_stopped: bool = False) -> None:
-    """Run a command's coroutine. SIGTERM ends it as Ctrl-C does, with KeyboardInterrupt.
+def run(main: Coroutine[Any, Any, None]) -> None:
+    """Run a command's coroutine. SIGTERM ends it as Ctrl-C does, with KeyboardInterrupt."""
+    if _count_stops(main) is not None:
+        raise KeyboardInterrupt
 
-    With `until_stopped`, one such signal is the normal end of the command. A second one interrupts it.
-    """
+
+def run_until_stopped(main: Coroutine[Any, Any, None]) -> None:
+    """As `run`, but one SIGTERM is the normal end of the command. A second one interrupts it."""
+    if _count_stops(main) not in (None, 1):
+        raise KeyboardInterrupt
+
+
+def _count_stops(main: Coroutine[Any, Any, None]) -> int | None:
+    """Run a coroutine. Return how often SIGTERM came if it was cancelled, or None if it ended by itself."""
     stops = 0
 
     async def guarded() -> None:
@@ -179,8 +190,8 @@ def run(main: Coroutine[Any, Any, None], until_stopped: bool = False) -> None:
     try:
         asyncio.run(guarded())
     except asyncio.CancelledError:
-        if stops != 1 or not until_stopped:
-            raise KeyboardInterrupt from None
+        return stops
+    return None
 
 
 def make_services(kibitz: Kibitz, access: Access) -> Services:

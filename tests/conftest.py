@@ -136,7 +136,7 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
         return None
     try:
         model = find_demo_model()
-        kibitz.run(standing_vllm.keep(live_config(CACHE / "vllm", model, port), model), until_stopped=True)
+        kibitz.run_until_stopped(standing_vllm.keep(live_config(CACHE / "vllm", model, port), model))
     except KeyboardInterrupt:
         return 0
     except KibitzError as error:

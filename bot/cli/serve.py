@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 
-from bot.app import Kibitz, make_desk, make_services, run, running
+from bot.app import Kibitz, make_desk, make_services, run, run_until_stopped, running
 from bot.cli.options import command
 from bot.config import Config
 from bot.output import announce
@@ -21,7 +21,7 @@ def chat(config: Config) -> None:
     config, model = prepare_model(config)
 
     async def main() -> None:
-        async with running(config, model, announce, may_change=True) as kibitz:
+        async with running(config, model, announce, may_change_base=True) as kibitz:
             terminal = Terminal(kibitz.dialogue, make_desk(kibitz))
             if config.learning.enabled:
                 learner = OnlineLearner(kibitz.store, kibitz.deployment, config, announce)
@@ -38,7 +38,7 @@ def serve(config: Config) -> None:
     config, model = prepare_model(config)
 
     async def main() -> None:
-        async with running(config, model, announce, may_change=True) as kibitz:
+        async with running(config, model, announce, may_change_base=True) as kibitz:
             announce(f"serving {kibitz.policy.version}; vLLM answers at {kibitz.policy.admin.url}")
             connectors = [make(kibitz) for make in made]
             for connector in connectors:
@@ -51,7 +51,7 @@ def serve(config: Config) -> None:
             finally:
                 await asyncio.gather(*(connector.stop() for connector in connectors), return_exceptions=True)
 
-    run(main(), until_stopped=True)
+    run_until_stopped(main())
 
 
 def _prepare_connectors(config: Config) -> list[Callable[[Kibitz], Connector]]:

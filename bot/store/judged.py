@@ -10,6 +10,9 @@ import sqlalchemy as sa
 from bot.store.database import Database
 from bot.store.tables import conversations, feedback, followups, run_feedback, turns
 
+_HAS_FEEDBACK = turns.c.id.in_(sa.select(feedback.c.turn_id))
+_HAS_FOLLOWUP = turns.c.id.in_(sa.select(followups.c.turn_id))
+
 
 @dataclass(frozen=True)
 class JudgedTurn:
@@ -19,15 +22,18 @@ class JudgedTurn:
     message_id: str
 
 
-def find_judged_turns(database: Database, space: str | None = None, followed_up: bool = False) -> list[JudgedTurn]:
-    """Return all turns with feedback, oldest first, or those of one imported `space`.
+def find_judged_turns(database: Database, space: str | None = None) -> list[JudgedTurn]:
+    """Return all turns with feedback, oldest first, or those of one imported `space`."""
+    return _find_turns(database, _HAS_FEEDBACK, space)
 
-    With `followed_up`, turns that only have follow-ups are included.
-    """
-    is_judged: sa.ColumnElement[bool] = turns.c.id.in_(sa.select(feedback.c.turn_id))
-    if followed_up:
-        is_judged = sa.or_(is_judged, turns.c.id.in_(sa.select(followups.c.turn_id)))
-    query = sa.select(turns.c.id, turns.c.message_id).where(is_judged)
+
+def find_judged_or_followed_turns(database: Database, space: str | None = None) -> list[JudgedTurn]:
+    """Return all turns with feedback or a follow-up, oldest first, or those of one imported `space`."""
+    return _find_turns(database, _HAS_FEEDBACK | _HAS_FOLLOWUP, space)
+
+
+def _find_turns(database: Database, condition: sa.ColumnElement[bool], space: str | None) -> list[JudgedTurn]:
+    query = sa.select(turns.c.id, turns.c.message_id).where(condition)
     if space is not None:
         query = query.join(conversations).where(conversations.c.space == space)
     with database.read() as connection:

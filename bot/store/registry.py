@@ -56,32 +56,33 @@ class PolicyRegistry:
             if connection.execute(_BASES).first() is not None:
                 check_same_base(_read_base(connection), base_model, weights)
 
-    def ensure_base(self, base_model: str, may_change: bool = False) -> PolicyVersion:
-        """Return the version of the base model. Create it if it is new; the first one is live from the start.
+    def ensure_base(self, base_model: str) -> PolicyVersion:
+        """As `set_base`, but raise RegistryError if the versions come from another base model."""
+        with self.database.begin():
+            self.check_base(base_model)
+            return self.set_base(base_model)
 
-        If the versions come from another base model, RegistryError is raised unless it `may_change`. Then the new model goes
-        live under a name of its own, and nothing that was trained on the other serves until that model comes back. A model
-        that comes back has its old name, and the version that was live when it was replaced is live again. Conversations and
-        feedback stay. A model with the same weights at another path is recorded there, with all versions that come from it.
+    def set_base(self, base_model: str) -> PolicyVersion:
+        """Make a model the base of new versions, and return its version. The first one is live from the start.
+
+        If the versions come from another base model, the new model goes live under a name of its own, and nothing that was
+        trained on the other serves until that model comes back. A model that comes back has its old name, and the version
+        that was live when it was replaced is live again. Conversations and feedback stay. A model with the same weights at
+        another path is recorded there, with all versions that come from it.
         """
         weights = fingerprint_model(base_model)
         with self.database.begin() as connection:
             bases = [_as_version(row) for row in connection.execute(_BASES)]
-            if not bases:
-                version = PolicyVersion(BASE, None, base_model, base_model, S.LIVE, sha256=weights)
-                connection.execute(policies.insert().values(number=0, **asdict(version)))
-                return version
-            current = _read_base(connection)
-            if not may_change:
-                check_same_base(current, base_model, weights)
-            if is_same_base(current, base_model, weights):
-                return _relocate_base(connection, current, base_model, weights)
-            _set_aside(connection, current)
+            if bases:
+                current = _read_base(connection)
+                if is_same_base(current, base_model, weights):
+                    return _relocate_base(connection, current, base_model, weights)
+                _set_aside(connection, current)
             back = next((base for base in bases if is_same_base(base, base_model, weights)), None)
             if back is not None:
                 _move(connection, find_last_live(back, _read_all(connection)).name, S.LIVE)
                 return _relocate_base(connection, back, base_model, weights)
-            number = _find_next_number(connection)
+            number = _find_next_number(connection) if bases else 0  # BASE, even if later names were used
             version = PolicyVersion(f"policy-{number}", None, base_model, base_model, S.LIVE, sha256=weights)
             connection.execute(policies.insert().values(number=number, **asdict(version)))
         return version

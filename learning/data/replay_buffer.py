@@ -16,7 +16,7 @@ from bot.memory.embedder import Embedder
 from bot.models.tokenizer import ChatTokenizer
 from bot.store.conversations import ConversationStore
 from bot.store.feedback import select_effective
-from bot.store.judged import JudgedTurn, find_judged_turns, find_reconsidered_turns
+from bot.store.judged import JudgedTurn, find_judged_or_followed_turns, find_judged_turns, find_reconsidered_turns
 from bot.store.registry import PolicyRegistry
 from bot.store.teachers import find_feedback_that_taught, find_turns_that_taught
 from bot.store.users import Users
@@ -139,7 +139,8 @@ class ReplayBuffer:
         return found.rated
 
     def _find_judged(self, space: str | None = None) -> list[JudgedTurn]:
-        return find_judged_turns(self.store.database, space, self.config.rewards.followup > 0)
+        find = find_judged_or_followed_turns if self.config.rewards.followup > 0 else find_judged_turns
+        return find(self.store.database, space)
 
     def _read_pool(self, space: str | None, since: str) -> Snapshot:
         """Return the experiences that a run is drawn from, all in `training`, and the other turns counted by reason.

@@ -298,19 +298,19 @@ def test_of_a_data_directory_where_nobody_talked_it_is_said_that_nothing_was_sai
 
 
 @pytest.mark.parametrize(
-    ("signals", "options", "end"),
+    ("signals", "runner", "end"),
     [
-        (1, "", "interrupted"),
-        (1, "until_stopped=True", "stopped"),
-        (2, "", "interrupted"),
-        (2, "until_stopped=True", "interrupted"),
+        (1, "run", "interrupted"),
+        (1, "run_until_stopped", "stopped"),
+        (2, "run", "interrupted"),
+        (2, "run_until_stopped", "interrupted"),
     ],
 )
-def test_sigterm_drains_and_a_second_one_ends_at_once(signals, options, end):
+def test_sigterm_drains_and_a_second_one_ends_at_once(signals, runner, end):
     """What is there to be stopped, as `kibitz serve` is, was not interrupted by it, once it drained."""
     script = """
 import asyncio, sys
-from bot.app import run
+from bot.app import RUNNER
 from bot.output import interruptible
 async def main():
     goes_on = asyncio.Event()
@@ -323,12 +323,12 @@ async def main():
         await goes_on.wait()
         print("drained", flush=True)
 try:
-    run(main(), OPTIONS)
+    RUNNER(main())
     print("stopped", flush=True)
 except KeyboardInterrupt:
     print("interrupted", flush=True)
 """
-    command = [sys.executable, "-c", script.replace("OPTIONS", options)]
+    command = [sys.executable, "-c", script.replace("RUNNER", runner)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=ENV, cwd=ROOT, **pipes) as process:
         said = [process.stdout.readline()]

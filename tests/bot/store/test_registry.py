@@ -46,7 +46,7 @@ def test_a_changed_base_model_goes_live_under_a_name_of_its_own_and_nothing_of_t
     registry.promote(live.name)
     waiting = candidate(registry, tmp_path)
     assert registry.find_foreign() == set()
-    base = registry.ensure_base("/models/another", may_change=True)
+    base = registry.set_base("/models/another")
     assert (base.name, base.is_base, base.state) == ("policy-3", True, PolicyState.LIVE)
     assert registry.get_base() == registry.get_live() == base
     assert registry.find_foreign() == {BASE, live.name, waiting.name}
@@ -58,7 +58,7 @@ def test_a_changed_base_model_goes_live_under_a_name_of_its_own_and_nothing_of_t
     assert (version.name, version.base_model) == ("policy-4", "/models/another")
     with pytest.raises(RegistryError, match="versions come from"):  # nobody can tell whether they are the same
         registry.ensure_base("/elsewhere/another")
-    assert registry.ensure_base("/models/third", may_change=True).name == "policy-5", "a name is never used again"
+    assert registry.set_base("/models/third").name == "policy-5", "a name is never used again"
 
 
 def test_a_base_model_that_comes_back_has_its_name_and_what_was_live_of_it(registry, database, demo_model, tmp_path):
@@ -67,20 +67,20 @@ def test_a_base_model_that_comes_back_has_its_name_and_what_was_live_of_it(regis
         registry.promote(version.name)
     registry.roll_back()
     for other in ("/models/another", "/models/third", "/models/another"):
-        registry.ensure_base(other, may_change=True)
+        registry.set_base(other)
         assert registry.get_live().base_model == registry.get_base().base_model == other
     assert registry.get_base().name == "policy-4", "under its first name"
     with pytest.raises(RegistryError, match=r"set policy\.model and start kibitz again"):
         registry.roll_back()
-    back = registry.ensure_base(demo_model, may_change=True)
+    back = registry.set_base(demo_model)
     assert (back.name, back.state, registry.get_base()) == (BASE, PolicyState.RETIRED, back)
     assert registry.get_live().name == two.name, "not the newest, which was taken back"
     assert registry.find_foreign() == {"policy-4", "policy-5"}
     assert registry.reserve(registry.get_live(), tmp_path).base_model == demo_model
-    registry.ensure_base("/models/third", may_change=True)
+    registry.set_base("/models/third")
     with database.begin() as connection:
         purge_versions(connection, {two.name})
-    registry.ensure_base(demo_model, may_change=True)
+    registry.set_base(demo_model)
     assert registry.get_live().name == one.name, "what was purged meanwhile is passed by"
     assert registry.roll_back()[1].name == BASE
 
@@ -107,7 +107,7 @@ def test_models_are_told_apart_by_their_weights_and_not_by_the_name_of_their_dir
     other = weights(tmp_path / "two" / "final", 2.0)
     with pytest.raises(RegistryError, match=r"versions come from"):
         registry.ensure_base(other)
-    assert registry.ensure_base(other, may_change=True).name == "policy-2"
+    assert registry.set_base(other).name == "policy-2"
     assert registry.find_foreign() == {base.name, version.name}
     shutil.rmtree(tmp_path / "two")
     with pytest.raises(RegistryError, match=r"versions come from"):  # other weights at the same place
@@ -157,9 +157,9 @@ def test_a_base_model_that_comes_back_from_another_place_is_there_and_what_took_
     registry.promote(trained.name)
     shutil.rmtree(one)
     weights(tmp_path / "one", 2.0)  # in place
-    assert registry.ensure_base(one, may_change=True).name == "policy-2"
+    assert registry.set_base(one).name == "policy-2"
     two = weights(tmp_path / "two", 1.0)
-    back = registry.ensure_base(two, may_change=True)
+    back = registry.set_base(two)
     assert (back.name, back.path, registry.get_live().name) == (BASE, two, trained.name)
     assert places(registry) == {BASE: two, "policy-1": two, "policy-2": one}
     assert fingerprint_model(registry.get_live().base_model) == registry.get_base().sha256

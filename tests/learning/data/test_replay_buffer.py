@@ -262,7 +262,7 @@ def test_what_people_said_of_another_base_models_answers_is_learned_from_as_text
     )
     react(store, later, approves=True)
     assert ReplayBuffer(store, tokenizer, config).snapshot().dropped == {"its token ids are from another tokenizer": 1}
-    registry.ensure_base("/models/another", may_change=True)
+    registry.set_base("/models/another")
     (found,) = ReplayBuffer(store, tokenizer, config).snapshot().rated
     chat = [("user", "hello"), ("assistant", "Hey there!"), ("user", "and now?")]
     assert list(found.prompt_ids) == tokenizer.prompt_ids([{"role": role, "content": text} for role, text in chat])

@@ -224,7 +224,7 @@ def test_one_that_learned_from_somebody_who_is_forgotten_is_purged_as_any_other(
 
 
 def test_another_base_model_ends_its_waiting(waiting):
-    waiting.registry.ensure_base("/models/another", may_change=True)
+    waiting.registry.set_base("/models/another")
     assert waiting.state == PolicyState.REJECTED
 
 

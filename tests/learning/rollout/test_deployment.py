@@ -164,13 +164,13 @@ async def test_a_base_model_is_changed_only_once_it_has_generated_a_token(vllm, 
     config = config.model_copy(update={"serving": serving, "dialogue": dialogue})
     vllm.broken.add("/v1/completions")
     with pytest.raises(ExceptionGroup) as failed:
-        async with app.running(config, str(another), lambda text: None, may_change=True):
+        async with app.running(config, str(another), lambda text: None, may_change_base=True):
             pass
     assert failed.group_contains(ServingError, match="generates no token")
     assert [version.name for version in registry.all()] == [BASE]
     assert registry.get_live().base_model == demo_model
     vllm.broken.clear()
     told: list[str] = []
-    async with app.running(config, str(another), told.append, may_change=True) as kibitz:
+    async with app.running(config, str(another), told.append, may_change_base=True) as kibitz:
         assert kibitz.policy.version == kibitz.policy.admin.base == registry.get_live().name == "policy-1"
     assert any("policy-1 is live; 1 versions of another model" in line for line in told), told
