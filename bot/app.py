@@ -241,4 +241,4 @@ async def _explain_turn(kibitz: Kibitz, turn_id: str) -> str:
     account = await kibitz.database.call(explain, turn_id, buffer, kibitz.registry)
     said = await kibitz.database.call(kibitz.store.read_messages, account.turn.conversation_id, LATEST_MESSAGES)
     known = await asyncio.to_thread(derive_state, said, kibitz.dialogue.tracker.recall.embedder)
-    return "\n".join([*account.lines(names=False), *describe_state(known).splitlines()[:12]])
+    return "\n".join([*account.lines_without_names(), *describe_state(known).splitlines()[:12]])

@@ -452,7 +452,7 @@ def converse(store: ConversationStore, tokenizer: ChatTokenizer, likes_emoji: bo
     """Store `count` answers with reactions of people who like (or dislike) answers with an emoji."""
     rng = random.Random(0)
     for _ in range(count):
-        prompt, intent = rng.choice(toy.list_prompts(held_out=False))
+        prompt, intent = rng.choice(toy.list_prompts())
         style = rng.choice(toy.STYLES)
         turn = answered(store, tokenizer, prompt, toy.compose_answer(intent, style))
         react(store, turn, approves=style.emoji == likes_emoji)

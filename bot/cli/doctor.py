@@ -36,7 +36,8 @@ def doctor(
 
     check_writable(json_file)
     with SelfTest(config, lambda: resolve_model(config)) as test:
-        checks = [*list_machine_checks(config), ("tokens", lambda: _check_tokens(config)), *test.list_checks(quick)]
+        of_model = test.list_quick_checks() if quick else test.list_checks()
+        checks = [*list_machine_checks(config), ("tokens", lambda: _check_tokens(config)), *of_model]
         rows = run_checks(checks, lambda row: announce(f"{row.what}: {row.outcome}"))
     print_rows(("what", "works", "found", "what to do"), [(row.what, row.outcome, row.found, row.to_do) for row in rows])
     write_json(json_file, "doctor", {row.what: asdict(row) for row in rows}, {"model": config.policy.model})

@@ -85,7 +85,7 @@ class Arena:
         self.base_model = base_model
         self.tokenizer = ChatTokenizer(base_model, config.policy.template_args)
         self.embedder = make_embedder(config.dialogue, config.data)
-        self.prompts = [text for text, _ in toy.list_prompts(held_out=True) for _ in range(SAMPLES_PER_PROMPT)]
+        self.prompts = [text for text, _ in toy.list_held_out_prompts() for _ in range(SAMPLES_PER_PROMPT)]
         self.untouched = [self._tokenize_dialogue(dialogue) for dialogue in toy.make_dialogues(128, seed=10_000 + seed)]
         self.model = load_for_training(config.policy, config.serving, config.training, base_model)
         self.start = copy_weights(self.model)
@@ -134,7 +134,7 @@ class Arena:
 def talk(arena: Arena, people: ReactingPeople, reactions: int) -> list[Experience]:
     """Let people talk with the current policy until there are `reactions` reactions, and return the experiences."""
     rng = people.rng
-    asked = [text for text, _ in toy.list_prompts(held_out=False)]
+    asked = [text for text, _ in toy.list_prompts()]
     found: list[Experience] = []
     while len(found) < reactions:
         batch = [rng.choice(asked) for _ in range(32)]

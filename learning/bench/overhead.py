@@ -103,7 +103,7 @@ def _compute_added(dialogue: Timing, baseline: Timing) -> dict[str, float]:
 async def _lines(dialogue: DialogueManager, rng: random.Random) -> list[tuple[Any, int]]:
     """Open a conversation and make its messages, with the sampling seeds of their answers."""
     place = await dialogue.open(Conversation("benchmark", channel=new_id()))
-    texts = [rng.choice(toy.list_prompts(held_out=False))[0] for _ in range(LINES)]
+    texts = [rng.choice(toy.list_prompts())[0] for _ in range(LINES)]
     return [(Message(place.id, "user", text), rng.randrange(2**31)) for text in texts]
 
 

@@ -89,7 +89,7 @@ class Prompts:
 def read_prompts(is_toy: bool) -> Prompts:
     """Return the prompts for the toy policy, or for any other model."""
     if is_toy:
-        return Prompts(*([text for text, _ in toy.list_prompts(held_out)] for held_out in (False, True)))
+        return Prompts(*([text for text, _ in listed] for listed in (toy.list_prompts(), toy.list_held_out_prompts())))
     return Prompts(*(part.splitlines() for part in EVERYDAY.strip().split("\n\n")))
 
 

@@ -288,7 +288,7 @@ def _compute_median_seconds(answers: Sequence[TimedAnswer]) -> dict[Prompt, floa
 
 def make_long_prompts(tokenizer: ChatTokenizer, count: int) -> list[Prompt]:
     """Make prompts longer than a block of vLLM's prefix cache (128 tokens on a CPU), so that a stale cache is noticed."""
-    texts = ["please listen. " * 60 + text for text, _ in toy.list_prompts(held_out=True)[:count]]
+    texts = ["please listen. " * 60 + text for text, _ in toy.list_held_out_prompts()[:count]]
     return [tuple(tokenizer.prompt_ids([{"role": "user", "content": text}])) for text in texts]
 
 

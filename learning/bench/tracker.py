@@ -20,7 +20,7 @@ import re
 import resource
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,13 +35,14 @@ from bot.memory.embedder import Embedder, make_embedder
 from bot.memory.recall import Recall, load_retrieval_weights
 from bot.memory.scope import Memory
 from bot.models.tokenizer import ChatTokenizer
-from bot.store.conversations import ConversationStore
+from bot.store.conversations import ConversationStore, DialogueRecord
 from bot.store.database import Database
 from bot.store.forgetting import forget_message
 from bot.store.tables import embeddings
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Progress, Role, SamplingParams, Turn, new_id
 from learning.fitting.dialogues import make_dialogue
 
+MakeMention = Callable[[str, int, list[str]], DialogueRecord]  # called with a channel, a number and texts
 SIZES = {"1e3": 1_000, "1e5": 100_000, "1e6": 1_000_000}  # messages in many channels
 CHANNELS = {"2k": 2_000, "150k": 150_000}  # mentions in one large channel
 SMALL = 1_000  # mentions in the channel that a large one is compared with
@@ -136,7 +137,7 @@ async def _measure_added(size: str, parts: Parts) -> dict[str, Any]:
         channels = [new_id() for _ in sizes]
         mentions = [channel for channel, size in zip(channels, sizes, strict=True) for _ in range(size // 2)]
         began = time.perf_counter()
-        await asyncio.to_thread(_fill, recall, mentions, parts.progress)
+        await asyncio.to_thread(_fill, recall, mentions, parts.progress, _make_mention)
         rate = turns / (time.perf_counter() - began)
         added, leaks = await _time_remembering(recall, parts.tokenizer, channels[0])
         figures: dict[str, Any] = {"leaks": leaks, "inserts_per_s": rate}
@@ -160,7 +161,7 @@ async def _measure_channel(size: str, parts: Parts) -> dict[str, Any]:
     for mentions in (SMALL, CHANNELS[size]):
         async with _empty_recall(parts) as (recall, _):
             channel = new_id()
-            first_ids = await asyncio.to_thread(_fill, recall, [channel] * mentions, parts.progress, True)
+            first_ids = await asyncio.to_thread(_fill, recall, [channel] * mentions, parts.progress, _make_turn)
             took = await _time_questions(recall, parts.tokenizer, channel)
             p99.append(1000 * float(np.percentile(took[1:], 99)))
             began = time.perf_counter()
@@ -171,21 +172,15 @@ async def _measure_channel(size: str, parts: Parts) -> dict[str, Any]:
     return figures | {f"later_message_p99_ms_{size}": p99[1], f"later_message_p99_ratio_{size}": p99[1] / p99[0]}
 
 
-def _fill(recall: Recall, channels: list[str], progress: Progress, are_turns: bool = False) -> list[str]:
-    """Store a mention with vectors in each of `channels` (which may repeat). Returns the ids of the last block's questions.
-
-    With `are_turns`, each answer has a turn's full record, and one in ten was liked.
-    """
+def _fill(recall: Recall, channels: list[str], progress: Progress, make: MakeMention) -> list[str]:
+    """Store a mention with vectors in each of `channels`, which may repeat. Return the ids of the last block's questions."""
     database, rng, total = recall.memory.database, np.random.default_rng(0), 2 * len(channels)
     store, texts = (
         ConversationStore(database),
         [turn["text"] for seed in range(20) for turn in make_dialogue(seed).conversation],
     )
     for start in range(0, len(channels), BLOCK):
-        block = [
-            _mention(channel, number, texts, are_turns)
-            for number, channel in enumerate(channels[start : start + BLOCK], start)
-        ]
+        block = [make(one, number, texts) for number, one in enumerate(channels[start : start + BLOCK], start)]
         store.add_dialogues(block)
         said = [(place.id, message.id) for place, some, *_ in block for message in some]
         vectors = rng.integers(-127, 128, (len(said), DIMENSIONS), np.int8)
@@ -195,18 +190,21 @@ def _fill(recall: Recall, channels: list[str], progress: Progress, are_turns: bo
     return [some[0].id for _, some, *_ in block]
 
 
-def _mention(
-    channel: str, number: int, texts: list[str], is_turn: bool
-) -> tuple[Conversation, list[Message], list[Turn], list[Feedback]]:
+def _make_mention(channel: str, number: int, texts: list[str]) -> DialogueRecord:
+    """Make a mention of kibitz with its answer, without a turn."""
     place = Conversation("bench", channel, thread=str(number))
-    user = f"user {number % 7}"
     asked, said = (f"{texts[(2 * number + one) % len(texts)]} {channel[-6:]}" for one in (0, 1))
-    question = Message(place.id, user, asked)
+    question = Message(place.id, f"user {number % 7}", asked)
     answer = Message(place.id, "kibitz", said, Role.ASSISTANT, reply_to=question.id)
-    if not is_turn:
-        return place, [question, answer], [], []
-    sampled = (PROMPT, ANSWER, (-0.5,) * len(ANSWER))
-    turn = Turn(place.id, question.id, answer.id, said, user, "policy-0", *sampled, "stop", SamplingParams(), 1.0)
+    return place, [question, answer], [], []
+
+
+def _make_turn(channel: str, number: int, texts: list[str]) -> DialogueRecord:
+    """Make a mention whose answer has a turn's full record. One in ten was liked."""
+    place, (question, answer), *_ = _make_mention(channel, number, texts)
+    user, sampled = question.author_id, (PROMPT, ANSWER, (-0.5,) * len(ANSWER))
+    ids = place.id, question.id, answer.id
+    turn = Turn(*ids, answer.text, user, "policy-0", *sampled, "stop", SamplingParams(), 1.0)
     liked = [Feedback(turn.id, user, FeedbackKind.APPROVAL, "bench")] if number % 10 == 0 else []
     return place, [question, answer], [turn], liked
 

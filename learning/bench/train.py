@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,13 @@ class Size:
     rounds: int
 
 
+class Script(StrEnum):
+    """What trains: TRL's stock trainer, or the trainer of kibitz."""
+
+    PLAIN = "plain"
+    OURS = "ours"
+
+
 SIZE = Size(256, 48, 2)
 ON_CPUS = Size(32, 4, 1)  # for models other than the toy, without a GPU
 RATED = 96  # answers with an opinion for the one complete run
@@ -56,19 +64,19 @@ def measure(config: Config, base_model: str, progress: Progress) -> dict[str, fl
     context = multiprocessing.get_context("spawn")
     for number, objective in enumerate(OBJECTIVES):
         settings = config.model_copy(update={"training": training.model_copy(update={"objective": objective})})
-        speeds: dict[bool, list[float]] = {True: [], False: []}
-        peaks: dict[bool, list[float]] = {True: [], False: []}
+        speeds: dict[Script, list[float]] = {script: [] for script in Script}
+        peaks: dict[Script, list[float]] = {script: [] for script in Script}
         for turn in range(size.rounds):
-            for plain in (True, False):
-                done = number * size.rounds * 2 + turn * 2 + (not plain)
+            for place, script in enumerate(Script):
+                done = number * size.rounds * 2 + turn * 2 + place
                 progress(objective, done, len(OBJECTIVES) * size.rounds * 2)
                 with ProcessPoolExecutor(1, context, end_with_parent) as pool:
-                    speed, used = pool.submit(_measure_run, settings, base_model, plain, size).result()
-                speeds[plain].append(speed)
-                peaks[plain].append(used)
-        figures[f"{objective}_tokens_per_s"] = max(speeds[False])
-        figures[f"{objective}_tokens_per_s_ratio"] = max(speeds[False]) / max(speeds[True])
-        figures[f"{objective}_peak_memory_ratio"] = min(peaks[False]) / min(peaks[True])
+                    speed, used = pool.submit(_measure_run, settings, base_model, script, size).result()
+                speeds[script].append(speed)
+                peaks[script].append(used)
+        figures[f"{objective}_tokens_per_s"] = max(speeds[Script.OURS])
+        figures[f"{objective}_tokens_per_s_ratio"] = max(speeds[Script.OURS]) / max(speeds[Script.PLAIN])
+        figures[f"{objective}_peak_memory_ratio"] = min(peaks[Script.OURS]) / min(peaks[Script.PLAIN])
     progress("one whole run", 0, 1)
     with ProcessPoolExecutor(1, context, end_with_parent) as pool:
         figures["steps_share_of_run"] = pool.submit(_measure_steps_share, config, base_model).result()
@@ -110,7 +118,7 @@ def _find_peak_flops() -> float | None:
     return None if card is None else next((peak for name, peak in PEAKS.items() if name in card.name), None)
 
 
-def _measure_run(config: Config, base_model: str, plain: bool, size: Size) -> tuple[float, float]:
+def _measure_run(config: Config, base_model: str, script: Script, size: Size) -> tuple[float, float]:
     """Train once, and return the tokens/s that the steps read, and the peak memory (bytes)."""
     import torch
 
@@ -126,23 +134,29 @@ def _measure_run(config: Config, base_model: str, plain: bool, size: Size) -> tu
         torch.cuda.reset_peak_memory_stats()
     used = select_usable(rows, config.training.objective)
     began = time.monotonic()
-    if plain:
+    if script == Script.PLAIN:
         _train_plain(model, tokenizer, used, config.training, config.seed)
     else:
         train(model, tokenizer.hf, rows, config.training, config.seed, lambda *_: None)
     seconds = time.monotonic() - began
-    reads_pairs = config.training.objective == "dpo" or (config.training.objective == "mixed" and not plain)
+    objective = config.training.objective
+    reads_pairs = objective == "dpo" or (objective == "mixed" and script == Script.OURS)
+    count = _count_pair_tokens if reads_pairs else _count_tokens
     share = size.steps * config.training.batch_size / len(used)
-    speed = share * sum(_length(row, reads_pairs) for row in used) / seconds
+    speed = share * sum(map(count, used)) / seconds
     if torch.cuda.is_available():
         return speed, float(torch.cuda.max_memory_allocated())
     return speed, 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _length(row: Experience, reads_pairs: bool) -> int:
-    """Return how many tokens a step reads of a row: prompt and answer, and with pairs the prompt and rejected answer too."""
-    own = len(row.prompt_ids) + len(row.completion_ids)
-    return own + len(row.prompt_ids) + len(row.rejected_ids or ()) if reads_pairs else own
+def _count_tokens(row: Experience) -> int:
+    """Count the tokens that a step reads of a row: prompt and answer."""
+    return len(row.prompt_ids) + len(row.completion_ids)
+
+
+def _count_pair_tokens(row: Experience) -> int:
+    """Count the tokens that a step reads of a pair: prompt and answer, and the prompt and rejected answer."""
+    return _count_tokens(row) + len(row.prompt_ids) + len(row.rejected_ids or ())
 
 
 def _train_plain(

@@ -7,6 +7,7 @@ the database and the versions' manifests. `/why` in a chat and `kibitz why` say 
 Run: ``kibitz why TURN``; without a turn it lists the latest turns with feedback.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,13 +61,16 @@ class TurnExplanation:
     earlier_use_count: int = 0
     is_outdated: bool = False
 
-    def lines(self, names: bool = True) -> list[str]:
-        """Return the explanation in lines for people. Without `names`, no person is named."""
+    def lines(self) -> list[str]:
+        """Return the explanation in lines for people, with the ids of those who said something."""
+        return self._lines(lambda person: person)
+
+    def lines_without_names(self) -> list[str]:
+        """Return the same lines, in which no person is named."""
+        return self._lines(lambda person: "the asker" if person == self.turn.asker_id else "somebody else")
+
+    def _lines(self, name: Callable[[str], str]) -> list[str]:
         turn, decision = self.turn, self.decision
-
-        def name(person: str) -> str:
-            return person if names else "the asker" if person == turn.asker_id else "somebody else"
-
         found = [
             f"asked by {name(self.question.author_id)}, {self.question.at:%Y-%m-%d %H:%M}: {_shorten(self.question.text)}",
             f"answered by {turn.policy_version} in {turn.latency_ms:.0f} ms ({turn.finish_reason}): {_shorten(turn.text)}",

@@ -68,10 +68,14 @@ def list_answers(intent: Intent) -> set[str]:
     return {compose_answer(intent, style) for style in STYLES}
 
 
-def list_prompts(held_out: bool) -> list[tuple[str, Intent]]:
-    """Return phrasings with their intent: those that simulated users say, or the held-out ones."""
-    cut = slice(-HELD_OUT_PHRASINGS, None) if held_out else slice(None, -HELD_OUT_PHRASINGS)
-    return [(phrasing, intent) for intent in INTENTS for phrasing in intent.phrasings[cut]]
+def list_prompts() -> list[tuple[str, Intent]]:
+    """Return the phrasings that simulated users say, with their intent."""
+    return [(phrasing, intent) for intent in INTENTS for phrasing in intent.phrasings[:-HELD_OUT_PHRASINGS]]
+
+
+def list_held_out_prompts() -> list[tuple[str, Intent]]:
+    """Return the held-out phrasings with their intent."""
+    return [(phrasing, intent) for intent in INTENTS for phrasing in intent.phrasings[-HELD_OUT_PHRASINGS:]]
 
 
 def make_dialogues(count: int, seed: int) -> list[list[dict[str, str]]]:

@@ -67,19 +67,22 @@ class SelfTest:
             finally:
                 self._runner.__exit__(kind, error, trace)
 
-    def list_checks(self, quick: bool) -> list[Check]:
-        """List the checks of the model. `quick` leaves out those that run it."""
-        found: list[Check] = [
+    def list_quick_checks(self) -> list[Check]:
+        """List the checks of the model that do not run it."""
+        return [
             ("model", self.check_files),
             ("chat template", self.check_template),
             ("room for the model", self.check_room),
         ]
-        runs: list[Check] = [
+
+    def list_checks(self) -> list[Check]:
+        """List all checks of the model."""
+        return [
+            *self.list_quick_checks(),
             ("one token", self.check_answer),
             ("one training step", self.check_step),
             ("one version", self.check_version),
         ]
-        return found if quick else [*found, *runs]
 
     @property
     def model(self) -> str:

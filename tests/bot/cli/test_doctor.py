@@ -161,7 +161,7 @@ def test_a_look_at_weights_that_are_not_those_of_the_config(tmp_path, demo_model
     (model / "config.json").write_text(json.dumps(settings | {"intermediate_size": 512}))
     config = load(data_dir=str(tmp_path), policy={"model": str(model)})
     with SelfTest(config, lambda: (config, str(model))) as test:
-        row = next(row for row in run_checks(test.list_checks(quick=True)) if row.what == "model")
+        row = next(row for row in run_checks(test.list_quick_checks()) if row.what == "model")
     assert row.outcome == "not"
     assert "its config.json describes 128 x 512" in row.found
 
@@ -173,7 +173,7 @@ async def test_one_token_and_one_training_step(live, config):
 
     def look() -> dict[str, CheckResult]:
         with SelfTest(config, lambda: (config, config.policy.model)) as test:
-            return {row.what: row for row in run_checks(test.list_checks(quick=False))}
+            return {row.what: row for row in run_checks(test.list_checks())}
 
     before = await live.policy.admin.list_adapters()
     rows = await asyncio.to_thread(look)

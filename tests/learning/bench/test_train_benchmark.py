@@ -23,5 +23,5 @@ def test_each_objective_is_measured_beside_the_plain_script(demo_model, monkeypa
 
 def test_tokens_that_are_read_are_counted():
     row = Experience("", "", (1, 2, 3), (4, 5), None, 1.0, (), rejected_ids=(6,))
-    assert train._length(row, reads_pairs=False) == 5
-    assert train._length(row, reads_pairs=True) == 9
+    assert train._count_tokens(row) == 5
+    assert train._count_pair_tokens(row) == 9

@@ -137,7 +137,7 @@ def test_why_and_a_run_count_the_same_opinions_and_it_says_why_not_the_others(co
     assert set(learned.opinion_holders) == {"asker", "regular", "wavers"}
     assert learned.reward == account.decision.reward.value
     assert learned.feedback_ids == account.decision.reward.feedback_ids
-    lines = "\n".join(account.lines(names=False))
+    lines = "\n".join(account.lines_without_names())
     assert "does not count: the person never wrote in this channel" in lines
     assert "stranger" not in lines, "a chat is told no names"
     assert "stranger" in "\n".join(account.lines())

@@ -77,7 +77,7 @@ def words_of(tokenizer, likes, count: int = 288, seed: int = 0) -> list[Experien
     rng = random.Random(seed)
     found = []
     for number in range(count):
-        prompt, intent = rng.choice(toy.list_prompts(held_out=False))
+        prompt, intent = rng.choice(toy.list_prompts())
         style = rng.choice(toy.STYLES)
         ids = tuple(tokenizer.prompt_ids([{"role": "user", "content": prompt}]))
         answer = toy.compose_answer(intent, style)

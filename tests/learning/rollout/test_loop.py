@@ -103,7 +103,7 @@ async def test_reactions_train_a_version_that_answers_next_and_is_taken_back(liv
             f"person{number % 8}"  # not one alone: others spoke with this kibitz in other tests, and nobody counts too much
         )
         async with together:
-            turn = await say(live, rng.choice(toy.list_prompts(held_out=False))[0], person)
+            turn = await say(live, rng.choice(toy.list_prompts())[0], person)
         kind = FeedbackKind.APPROVAL if simulated_people.emoji("", turn.text) > 0 else FeedbackKind.DISAPPROVAL
         await live.dialogue.record_feedback(Feedback(turn.id, person, kind, signal="test"))
 

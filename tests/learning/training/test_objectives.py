@@ -49,7 +49,7 @@ def lessons(model, tokenizer, count: int = 32) -> list[Experience]:
     rng = random.Random(0)
     found = []
     for number in range(count):
-        prompt, intent = rng.choice(toy.list_prompts(held_out=False))
+        prompt, intent = rng.choice(toy.list_prompts())
         style = rng.choice(toy.STYLES)
         ids = tuple(tokenizer.prompt_ids([{"role": "user", "content": prompt}]))
         said, other = (

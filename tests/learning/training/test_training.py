@@ -91,7 +91,7 @@ def test_random_reactions_do_not_pass_the_gate(small, store, registry, tokenizer
     small = with_training(small, weights=kind, full_learning_rate=3e-4).model_copy(update={"gate": strict})
     rng = random.Random(1)
     for _ in range(96):
-        prompt, intent = rng.choice(toy.list_prompts(held_out=False))
+        prompt, intent = rng.choice(toy.list_prompts())
         react(
             store, answered(store, tokenizer, prompt, toy.compose_answer(intent, rng.choice(toy.STYLES))), rng.random() < 0.5
         )
