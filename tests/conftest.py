@@ -120,6 +120,15 @@ def servers_are_told_at_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def children_have_the_usual_priority() -> Iterator[None]:
+    """Start vLLM and training at the priority of the tests: beside other busy processes they would hardly run at all."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("bot.serving.children.SERVING_NICENESS", 0)
+        patched.setattr("bot.serving.children.TRAINING_NICENESS", 0)
+        yield
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--histories", type=int, default=0, help="how many random histories to try (test_random_histories)")
     parser.addoption("--picture", action="store_true", help="take the picture of the chat page in docs anew (test_web)")
