@@ -7,20 +7,25 @@ so that it can be scripted.
 import asyncio
 import contextlib
 import getpass
+import os
 import sys
+import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from concurrent.futures import Future
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.patch_stdout import patch_stdout
 
 from bot.chat.dialogue import DialogueManager, ReplyOptions, render_answer
-from bot.errors import KibitzError, ServingError, TemplateError
+from bot.errors import DataError, KibitzError, ServingError, TemplateError
 from bot.logs import working_on
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn, new_id
 from connectors.base import Desk
 from connectors.commands import CONSENT_CHOICES, ask_for_choice
 
 PLATFORM = SIGNAL = "terminal"
+STANDARD_INPUT = 0  # its file descriptor
+READ_SIZE = 2**16  # bytes
 HELP = """say something, or:
   /good               👍 the last answer
   /bad                👎 the last answer
@@ -49,7 +54,7 @@ class Terminal:
         place = await self.dialogue.open(Conversation(PLATFORM, channel=self.user))
         turn = await self.dialogue.store.database.call(self.dialogue.store.find_last_turn, place.id)
         print("Talk to kibitz. /help lists the commands." if self.is_interactive else "", end="\n" * self.is_interactive)
-        async with contextlib.aclosing(self._read_lines()) as lines:
+        async with contextlib.aclosing(_prompt_for_lines() if self.is_interactive else read_lines(STANDARD_INPUT)) as lines:
             async for line in lines:
                 text = line.strip()
                 if text == "/quit":
@@ -59,19 +64,6 @@ class Terminal:
                 if text:
                     with working_on(request=new_id()):
                         turn = await self._handle(text, place, turn)
-
-    async def _read_lines(self) -> AsyncGenerator[str, None]:
-        if not self.is_interactive:
-            while line := await asyncio.to_thread(sys.stdin.readline):
-                yield line
-            return
-        session: PromptSession[str] = PromptSession()
-        with patch_stdout(raw=True):
-            while True:
-                try:
-                    yield await session.prompt_async("you: ")
-                except (EOFError, KeyboardInterrupt):
-                    return
 
     async def _handle(self, text: str, place: Conversation, turn: Turn | None) -> Turn | None:
         command, _, rest = text.partition(" ")
@@ -139,3 +131,52 @@ class Terminal:
 
     def _print(self, text: str) -> None:
         print(text, end="", flush=True)
+
+
+async def _prompt_for_lines() -> AsyncGenerator[str, None]:
+    session: PromptSession[str] = PromptSession()
+    with patch_stdout(raw=True):
+        while True:
+            try:
+                yield await session.prompt_async("you: ")
+            except (EOFError, KeyboardInterrupt):
+                return
+
+
+async def read_lines(descriptor: int) -> AsyncGenerator[str, None]:
+    """Yield the lines of a file, a pipe, a terminal or a device, until its end. Bytes that are not UTF-8 become U+FFFD.
+
+    Raises DataError if it cannot be read.
+    """
+    unread = b""
+    while True:
+        *lines, unread = unread.split(b"\n")
+        for line in lines:
+            yield line.decode(errors="replace")
+        try:
+            more = await asyncio.wrap_future(_start_reading(descriptor))
+        except OSError as error:
+            raise DataError(f"the input cannot be read ({error.strerror}); give another, or use a terminal") from error
+        if not more:
+            break
+        unread += more
+    if unread:
+        yield unread.decode(errors="replace")
+
+
+def _start_reading(descriptor: int) -> Future[bytes]:
+    """Read what comes next in a thread that does not keep the process alive, because nothing can end its read.
+
+    It does not use sys.stdin, which has a lock that the interpreter needs to end.
+    """
+    done: Future[bytes] = Future()
+    done.set_running_or_notify_cancel()  # cancelling it has no effect from now on
+
+    def read() -> None:
+        try:
+            done.set_result(os.read(descriptor, READ_SIZE))
+        except OSError as error:
+            done.set_exception(error)
+
+    threading.Thread(target=read, daemon=True).start()
+    return done

@@ -2,8 +2,7 @@
 
 import asyncio
 import logging
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 from aiolimiter import AsyncLimiter
@@ -96,8 +95,12 @@ async def talk_in_the_terminal(config, tokenizer, monkeypatch, lines: Callable[[
     config = config.model_copy(update={"serving": serving, "dialogue": dialogue})
     async with app.running(config, config.policy.model, lambda text: None) as kibitz:
         terminal = Terminal(kibitz.dialogue, app.make_desk(kibitz))
-        typed = lines(terminal)
-        monkeypatch.setattr(sys.stdin, "readline", lambda: next(typed, ""), raising=False)
+
+        async def read_lines(_: int) -> AsyncIterator[str]:
+            for line in lines(terminal):
+                yield line
+
+        monkeypatch.setattr("connectors.terminal.read_lines", read_lines)
         terminal.is_interactive = False
         await terminal.run()
     await vllm.stop()
