@@ -160,37 +160,48 @@ async def _check_reachable(policy: Policy, serving: ServingConfig) -> None:
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
-    """Run a command's coroutine. SIGTERM ends it as Ctrl-C does, with KeyboardInterrupt."""
-    if _count_stops(main) is not None:
+    """Run a command's coroutine. Ctrl-C and SIGTERM cancel it, and then KeyboardInterrupt is raised."""
+    if _run_and_collect_stops(main) is not None:
         raise KeyboardInterrupt
 
 
 def run_until_stopped(main: Coroutine[Any, Any, None]) -> None:
-    """As `run`, but one SIGTERM is the normal end of the command. A second one interrupts it."""
-    if _count_stops(main) not in (None, 1):
+    """As `run`, but one SIGTERM is the normal end of the command. A second signal interrupts it."""
+    if _run_and_collect_stops(main) not in (None, [signal.SIGTERM]):
         raise KeyboardInterrupt
 
 
-def _count_stops(main: Coroutine[Any, Any, None]) -> int | None:
-    """Run a coroutine. Return how often SIGTERM came if it was cancelled, or None if it ended by itself."""
-    stops = 0
+def _run_and_collect_stops(main: Coroutine[Any, Any, None]) -> list[int] | None:
+    """Run a coroutine. Return the signals that came if it was cancelled, or None if it ended by itself.
+
+    Each SIGINT or SIGTERM cancels it: the first one what it does, the second one its cleaning up. No signal raises an
+    exception, because that would come out of whatever the event loop runs at that moment.
+    """
+    stops: list[int] = []
+    usual = {sign: signal.getsignal(sign) for sign in (signal.SIGINT, signal.SIGTERM)}
 
     async def guarded() -> None:
-        task = asyncio.current_task()
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
 
-        def stop() -> None:
-            nonlocal stops
-            stops += 1
-            task.cancel()
+        def stop(sign: int, _: Any) -> None:
+            stops.append(sign)
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(task.cancel)
 
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
+        # Not the loop's own signal handlers: prompt_toolkit removes that of SIGINT.
+        for sign, handler in usual.items():
+            if handler is not signal.SIG_IGN:  # shells have background commands ignore Ctrl-C
+                signal.signal(sign, stop)
         await main
 
     try:
         asyncio.run(guarded())
     except asyncio.CancelledError:
         return stops
+    finally:
+        for sign, handler in usual.items():
+            signal.signal(sign, handler)
     return None
 
 
@@ -205,7 +216,7 @@ def make_desk(kibitz: Kibitz) -> Desk:
     call, users = kibitz.database.call, Users(kibitz.database, kibitz.config.privacy)
 
     async def status() -> str:
-        told = await call(describe_status, kibitz.store, kibitz.registry)
+        told = await call(describe_status, kibitz.store, kibitz.registry, kibitz.config.data)
         return "\n".join([told, *describe_failures(kibitz.health.failures)])
 
     async def rollback() -> str:

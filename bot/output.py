@@ -91,15 +91,17 @@ def progress_bar() -> Iterator[Progress]:
 def interruptible(report: Progress) -> Iterator[Progress]:
     """Yield a progress callable that raises KeyboardInterrupt after Ctrl-C, even if a library swallowed the exception.
 
-    Many libraries have a bare `except` around their imports. For work in the main thread, outside an event loop.
+    Many libraries have a bare `except` around their imports. Only the first Ctrl-C raises it at once, so that a second one
+    does not interrupt the removal of unfinished files. For work in the main thread, outside an event loop.
     """
     pressed = False
     before = signal.getsignal(signal.SIGINT)
 
     def press(*_: Any) -> None:
         nonlocal pressed
-        pressed = True
-        raise KeyboardInterrupt
+        if not pressed:
+            pressed = True
+            raise KeyboardInterrupt
 
     def report_or_interrupt(stage: str, done: int, total: int) -> None:
         if pressed:

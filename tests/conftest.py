@@ -10,6 +10,7 @@ import logging
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -365,6 +366,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
     def run(*arguments: object, application: typer.Typer = app) -> Done:
         monkeypatch.setattr(sys, "argv", ["kibitz", *map(str, arguments)])
         said, errors, usual = io.StringIO(), io.StringIO(), os.umask(0o022)
+        handlers = {sign: signal.getsignal(sign) for sign in (signal.SIGINT, signal.SIGTERM)}
         try:
             with (
                 restore_logging(),
@@ -374,7 +376,9 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
             ):
                 main(application)
         finally:
-            os.umask(usual)  # a command changes it for its own process; this process goes on
+            os.umask(usual)  # a command changes these for its own process; this process goes on
+            for sign, handler in handlers.items():
+                signal.signal(sign, handler)
         return subprocess.CompletedProcess(sys.argv, ended.value.code, said.getvalue(), errors.getvalue())
 
     return run

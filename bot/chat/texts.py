@@ -1,5 +1,9 @@
 """Texts: messages for operators and people, the same at the console and in a chat."""
 
+from pathlib import Path
+from typing import Any
+
+from bot.data_directory import is_locked
 from bot.memory.state import ConversationState
 from bot.store.conversations import ConversationStore
 from bot.store.registry import BASE, PolicyRegistry
@@ -36,8 +40,8 @@ def describe_consent(consents: bool) -> str:
     return "kibitz does not learn from you and does not bring up your earlier messages (/privacy on changes this)."
 
 
-def describe_status(store: ConversationStore, registry: PolicyRegistry) -> str:
-    """Return the lines of `kibitz status` and `/status`."""
+def describe_status(store: ConversationStore, registry: PolicyRegistry, data: Path) -> str:
+    """Return the lines of `kibitz status` and `/status`. `data` is the data directory."""
     counts = store.count_rows()
     versions = registry.all()
     live = next((version.name for version in versions if version.state == PolicyState.LIVE), f"{BASE} (not started yet)")
@@ -49,11 +53,18 @@ def describe_status(store: ConversationStore, registry: PolicyRegistry) -> str:
     lines += [describe_wait(version, store) for version in registry.find_waiting()]
     if registry.is_learning_paused():
         lines.append("learning: paused")
-    runs = registry.list_runs()
-    if runs:
-        last = runs[-1]
+    if last := _find_last_run(registry, data):
         lines.append(f"last run: {last['policy']}, trained on {last['n']} reactions: {last['outcome']}")
     return "\n".join(lines)
+
+
+def _find_last_run(registry: PolicyRegistry, data: Path) -> dict[str, Any] | None:
+    """Return the last run, as `list_runs` does. A run without an end was killed if no process trains now."""
+    last = next(reversed(registry.list_runs()), None)
+    if last is None or last["ended_at"] is not None or is_locked(data, "train"):
+        return last
+    again = next(reversed(registry.list_runs()), None)  # it may have ended before we looked at the lock
+    return last | {"outcome": "interrupted"} if again == last else again
 
 
 def describe_wait(version: PolicyVersion, store: ConversationStore) -> str:

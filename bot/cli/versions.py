@@ -28,7 +28,7 @@ def status(config: Config) -> None:
     lines = describe_failures(read_failures(config.data / HEALTH_FILE)) if is_running else []
     console.print("\n".join([f"running: {'yes' if is_running else 'no'}", *lines]), markup=False)
     _, store, registry = open_stores(config)
-    console.print(describe_status(store, registry))
+    console.print(describe_status(store, registry, config.data))
 
 
 @command()

@@ -199,7 +199,7 @@ async def train_in_child(config: Config, progress: Progress, option: str) -> Jud
 
 
 async def _stop(child: asyncio.subprocess.Process) -> None:
-    for sign in (signal.SIGINT, signal.SIGKILL):
+    for sign in (signal.SIGTERM, signal.SIGKILL):  # not SIGINT, which it ignores if a shell had us ignore it
         if child.returncode is not None:
             return
         with contextlib.suppress(ProcessLookupError):

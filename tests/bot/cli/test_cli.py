@@ -23,10 +23,12 @@ from bot.errors import ConfigError
 from bot.output import interruptible
 from bot.store.conversations import ConversationStore
 from bot.store.database import Database
+from bot.store.registry import PolicyRegistry
 from bot.store.users import Users
 from bot.types import Conversation, Metrics
 from learning.bench import simulated_people, simulation
 
+INTERRUPTED = "kibitz: interrupted; all that was stored is kept, an unfinished training run left nothing behind"
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 
 
@@ -185,7 +187,8 @@ def test_what_kibitz_exports_it_can_replay(tmp_path, store, registry, tokenizer,
     assert (figures["assistant_messages"], figures["without_logprobs"]) == (24, 0)
 
 
-def test_ctrl_c_in_the_middle_of_a_run_leaves_nothing_half_written(tmp_path, demo_model, here):
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_middle_of_a_run_leaves_nothing_half_written(tmp_path, demo_model, here, sign):
     file = tmp_path / "file.jsonl"
     file.write_text(rated(400))
     config = write_config(tmp_path, demo_model)
@@ -203,7 +206,7 @@ def test_ctrl_c_in_the_middle_of_a_run_leaves_nothing_half_written(tmp_path, dem
     deadline = time.monotonic() + 300
     while not list(policies.glob("*.unfinished")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    child.send_signal(signal.SIGINT)
+    child.send_signal(sign)
     _, said = child.communicate(timeout=300)
     assert child.returncode == 2
     assert "interrupted" in said
@@ -211,6 +214,65 @@ def test_ctrl_c_in_the_middle_of_a_run_leaves_nothing_half_written(tmp_path, dem
     assert list(policies.iterdir()) == []
     assert not (tmp_path / "o.json").exists()
     assert "policy-1" in here("policies", "--config", config).stdout
+    database = Database(f"sqlite:///{tmp_path / 'data' / 'kibitz.db'}")
+    [run] = PolicyRegistry(database).list_runs()
+    assert run["outcome"] == "interrupted"
+    assert run["ended_at"] is not None
+    database.close()
+
+
+COMMAND = """
+import atexit, os, signal, sys, typer
+from bot.cli.main import main
+signal.signal(signal.SIGINT, signal.HANDLER)
+application = typer.Typer()
+def wait(where):
+    os.write(1, where)  # what print() was given stays where it is
+    print(sys.stdin.readline(), end="")
+@application.command()
+def work():
+    if WAITS_AT_ITS_END:
+        atexit.register(wait, b"at its end\\n")
+    wait(b"ready\\n")
+main(application)
+"""
+
+
+def start_command(handler: str, *, waits_at_its_end: bool = False) -> subprocess.Popen[str]:
+    """Start a command that waits for a line of input, with a handler of SIGINT, and wait until it waits."""
+    code = COMMAND.replace("HANDLER", handler).replace("WAITS_AT_ITS_END", str(waits_at_its_end))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", code], env=ENV, cwd=ROOT, **pipes)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("handler", ["default_int_handler", "SIG_IGN"])
+def test_sigterm_interrupts_every_command_even_one_that_ignores_ctrl_c(handler):
+    with start_command(handler) as process:
+        process.terminate()
+        told = process.stderr.read()
+        assert (process.wait(300), told.strip().splitlines()) == (2, [INTERRUPTED])
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_while_the_process_ends_ends_it_at_once_without_a_traceback(first, second):
+    with start_command("default_int_handler", waits_at_its_end=True) as process:
+        process.send_signal(first)
+        assert process.stdout.readline() == "at its end\n"
+        process.send_signal(second)
+        told = process.stderr.read()
+        assert (process.wait(300), told.strip().splitlines()) == (2, [INTERRUPTED])
+
+
+def test_what_a_command_printed_is_there_whole_though_a_signal_ends_the_process_at_its_end():
+    with start_command("default_int_handler", waits_at_its_end=True) as process:
+        process.stdin.write("done\n")  # the command ends by itself
+        process.stdin.flush()
+        assert [process.stdout.readline(), process.stdout.readline()] == ["done\n", "at its end\n"]
+        process.terminate()
+        assert (process.stderr.read(), process.wait(300)) == ("", 0)
 
 
 @pytest.mark.parametrize("module", ["typer", "sqlalchemy", "learning.rollout.loop"])
@@ -240,8 +302,21 @@ def test_ctrl_c_that_a_library_lost_ends_the_work_at_the_next_step():
             signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             report("train", 2, 3)
+        signal.raise_signal(signal.SIGINT)  # a second one does not interrupt the removal of what is unfinished
     assert told == [("train", 1, 3)]
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_run_that_was_killed_is_called_interrupted_unless_a_process_trains(tmp_path, registry, config, here):
+    config.save(tmp_path / "config.json")
+    version = registry.reserve(registry.get_live(), config.data / "policies")
+    run_id = registry.begin_run(version.name, {}, "hash", [])
+    told = f"last run: {version.name}, trained on 0 reactions: "
+    with lock_directory(config.data, "train"):
+        assert f"{told}training" in here("status", "--config", tmp_path / "config.json").stdout
+    assert f"{told}interrupted" in here("status", "--config", tmp_path / "config.json").stdout
+    registry.end_run(run_id, "passed")
+    assert f"{told}passed" in here("status", "--config", tmp_path / "config.json").stdout
 
 
 def test_pretraining_on_ones_own_pairs_prints_measures_of_held_out_answers(tmp_path, demo_model, here):
@@ -297,21 +372,30 @@ def test_of_a_data_directory_where_nobody_talked_it_is_said_that_nothing_was_sai
     assert not (tmp_path / "out.jsonl").exists()
 
 
+INT, TERM = signal.SIGINT, signal.SIGTERM
+
+
 @pytest.mark.parametrize(
     ("signals", "runner", "end"),
     [
-        (1, "run", "interrupted"),
-        (1, "run_until_stopped", "stopped"),
-        (2, "run", "interrupted"),
-        (2, "run_until_stopped", "interrupted"),
+        ([TERM], "run", "interrupted"),
+        ([TERM], "run_until_stopped", "stopped"),
+        ([INT], "run", "interrupted"),
+        ([INT], "run_until_stopped", "interrupted"),
+        ([TERM, TERM], "run", "interrupted"),
+        ([TERM, TERM], "run_until_stopped", "interrupted"),
+        ([TERM, INT], "run_until_stopped", "interrupted"),
+        ([INT, TERM], "run_until_stopped", "interrupted"),
+        ([INT, INT], "run_until_stopped", "interrupted"),
     ],
 )
 def test_sigterm_drains_and_a_second_one_ends_at_once(signals, runner, end):
     """What is there to be stopped, as `kibitz serve` is, was not interrupted by it, once it drained."""
     script = """
-import asyncio, sys
+import asyncio, signal, sys
 from bot.app import RUNNER
-from bot.output import interruptible
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
+signal.signal(signal.SIGTERM, lambda *_: print("as before", flush=True))
 async def main():
     goes_on = asyncio.Event()
     asyncio.get_running_loop().add_reader(sys.stdin, goes_on.set)
@@ -327,21 +411,22 @@ try:
     print("stopped", flush=True)
 except KeyboardInterrupt:
     print("interrupted", flush=True)
+signal.raise_signal(signal.SIGTERM)
 """
     command = [sys.executable, "-c", script.replace("RUNNER", runner)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=ENV, cwd=ROOT, **pipes) as process:
         said = [process.stdout.readline()]
-        for _ in range(signals):
-            process.send_signal(signal.SIGTERM)
+        for sign in signals:
+            process.send_signal(sign)
             said.append(process.stdout.readline())
-        if signals == 1:
+        if len(signals) == 1:
             process.stdin.write("what was under way is done\n")
             process.stdin.flush()
         said += process.stdout.readlines()
         assert process.wait(300) == 0
-    drained = ["drained\n"] if signals == 1 else []
-    assert said == ["ready\n", "draining\n", *drained, f"{end}\n"]
+    drained = ["drained\n"] if len(signals) == 1 else []
+    assert said == ["ready\n", "draining\n", *drained, f"{end}\n", "as before\n"], "the handlers are those of before"
 
 
 @pytest.mark.parametrize("command", ["chat", "serve"])

@@ -136,7 +136,7 @@ def test_looks_that_cannot_suffice_spend_nothing_and_end_with_the_limit(waiting)
     found = waiting.registry.get(waiting.version.name)
     assert 8 < found.awaited_reactions <= waiting.config.learning.wait_reactions
     assert waiting.has_weights
-    text = describe_status(waiting.store, waiting.registry)
+    text = describe_status(waiting.store, waiting.registry, waiting.config.data)
     assert f"{found.name} waits for about {found.awaited_reactions - 8} more reactions before it is judged" in text
     for turn in waiting.say(16, "liked by all"):
         react(waiting.store, turn, approves=True)
