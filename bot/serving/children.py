@@ -3,8 +3,11 @@
 import asyncio
 import contextlib
 import ctypes
+import multiprocessing
 import os
 import signal
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 SERVING_NICENESS, TRAINING_NICENESS = 10, 19  # the bot (0) comes first, then answers, then learning
@@ -46,3 +49,16 @@ async def start(*command: str, niceness: int, on: set[int] | None = None, **opti
     return await asyncio.create_subprocess_exec(
         *command, stdin=asyncio.subprocess.DEVNULL, process_group=0, preexec_fn=as_our_child, **options
     )
+
+
+@contextlib.contextmanager
+def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Yield a pool of fresh processes. If the body fails or is interrupted, they are ended in the middle of their work."""
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise

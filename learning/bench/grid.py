@@ -8,10 +8,9 @@ Run: ``kibitz bench learning``.
 
 import hashlib
 import json
-import multiprocessing
 import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 
 from bot.config import Config
 from bot.errors import ConfigError
-from bot.serving.children import end_with_parent
+from bot.serving.children import worker_pool
 from bot.types import Progress
 from learning.bench.learning import STEPS, Point, run_cell
 from learning.judging.statistics import mean_interval
@@ -81,20 +80,15 @@ def run_cells(
     kept.parent.mkdir(parents=True, exist_ok=True)
     progress("learning", len(found), len(wanted))
     if left:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context, end_with_parent) as pool, kept.open("a") as file:
-            try:
-                jobs = {pool.submit(run_cell, config, base_model, **asdict(cell)): cell for cell in left}
-                for job in as_completed(jobs):
-                    cell = jobs[job]
-                    found[cell] = job.result()
-                    row = {"mark": mark, "cell": asdict(cell), "points": [asdict(point) for point in found[cell]]}
-                    file.write(json.dumps(row) + "\n")
-                    file.flush()
-                    progress(f"learning: {cell.arm} with {Path(cell.users).stem}", len(found), len(wanted))
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        with worker_pool(workers) as pool, kept.open("a") as file:
+            jobs = {pool.submit(run_cell, config, base_model, **asdict(cell)): cell for cell in left}
+            for job in as_completed(jobs):
+                cell = jobs[job]
+                found[cell] = job.result()
+                row = {"mark": mark, "cell": asdict(cell), "points": [asdict(point) for point in found[cell]]}
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                progress(f"learning: {cell.arm} with {Path(cell.users).stem}", len(found), len(wanted))
     kept.unlink(missing_ok=True)
     return {cell: found[cell] for cell in wanted}
 

@@ -35,6 +35,7 @@ from bot.memory.embedder import Embedder, make_embedder
 from bot.memory.recall import Recall, load_retrieval_weights
 from bot.memory.scope import Memory
 from bot.models.tokenizer import ChatTokenizer
+from bot.serving.children import end_with_parent
 from bot.store.conversations import ConversationStore, DialogueRecord
 from bot.store.database import Database
 from bot.store.forgetting import forget_message
@@ -93,6 +94,7 @@ def measure_apart(
 
 
 def _measure_in_child(ours: Any, policy: PolicyConfig, dialogue: DialogueConfig, data: Path, model: str, size: str) -> None:
+    end_with_parent()
     tokenizer = ChatTokenizer(model, policy.template_args)
     learned = load_retrieval_weights(dialogue.retrieval_weights)
     try:

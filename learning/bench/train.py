@@ -7,13 +7,11 @@ Run: ``kibitz bench train``.
 """
 
 import json
-import multiprocessing
 import resource
 import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -23,7 +21,7 @@ from bot.accelerator import has_gpu, read_card
 from bot.config import Config, DatabaseConfig, TrainingConfig
 from bot.models.shape import read_shape
 from bot.models.tokenizer import ChatTokenizer
-from bot.serving.children import end_with_parent
+from bot.serving.children import worker_pool
 from bot.store.stores import open_stores
 from bot.types import Progress
 from learning.data.experience import Experience
@@ -61,7 +59,6 @@ def measure(config: Config, base_model: str, progress: Progress) -> dict[str, fl
     figures: dict[str, float] = {}
     size = SIZE if is_toy(base_model) or has_gpu() else ON_CPUS
     training = config.training.model_copy(update={"max_steps": size.steps, "epochs": size.steps})
-    context = multiprocessing.get_context("spawn")
     for number, objective in enumerate(OBJECTIVES):
         settings = config.model_copy(update={"training": training.model_copy(update={"objective": objective})})
         speeds: dict[Script, list[float]] = {script: [] for script in Script}
@@ -70,7 +67,7 @@ def measure(config: Config, base_model: str, progress: Progress) -> dict[str, fl
             for place, script in enumerate(Script):
                 done = number * size.rounds * 2 + turn * 2 + place
                 progress(objective, done, len(OBJECTIVES) * size.rounds * 2)
-                with ProcessPoolExecutor(1, context, end_with_parent) as pool:
+                with worker_pool(1) as pool:
                     speed, used = pool.submit(_measure_run, settings, base_model, script, size).result()
                 speeds[script].append(speed)
                 peaks[script].append(used)
@@ -78,7 +75,7 @@ def measure(config: Config, base_model: str, progress: Progress) -> dict[str, fl
         figures[f"{objective}_tokens_per_s_ratio"] = max(speeds[Script.OURS]) / max(speeds[Script.PLAIN])
         figures[f"{objective}_peak_memory_ratio"] = min(peaks[Script.OURS]) / min(peaks[Script.PLAIN])
     progress("one whole run", 0, 1)
-    with ProcessPoolExecutor(1, context, end_with_parent) as pool:
+    with worker_pool(1) as pool:
         figures["steps_share_of_run"] = pool.submit(_measure_steps_share, config, base_model).result()
     if (peak := _find_peak_flops()) is not None:
         parameters = read_shape(base_model).parameters

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from bot.config import load
 from bot.errors import ConfigError, TrainingError
 from bot.models import architectures
 from bot.serving import vllm_arguments, vllm_server
+from bot.serving.children import worker_pool
 from bot.store.conversations import ConversationStore
 from bot.store.database import Database
 from bot.store.registry import PolicyRegistry
@@ -168,5 +168,15 @@ def test_vllm_imports_nothing_from_where_kibitz_was_started(tmp_path, monkeypatc
 
 @pytest.mark.usefixtures("_elsewhere")
 def test_the_processes_of_a_benchmark_import_nothing_from_where_kibitz_was_started():
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with worker_pool(1) as pool:
         assert pool.submit(os.getpid).result() != os.getpid()
+
+
+def test_the_processes_of_an_interrupted_benchmark_do_not_end_their_work_first():
+    with pytest.raises(KeyboardInterrupt), worker_pool(1) as pool:
+        pool.submit(signal.pause)  # it would never end
+        children = multiprocessing.active_children()
+        raise KeyboardInterrupt
+    for child in children:
+        child.join(300)
+    assert [child.exitcode for child in children] == [-signal.SIGTERM]
