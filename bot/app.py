@@ -115,6 +115,7 @@ def _finish_forgetting(database: Database, registry: PolicyRegistry, tell: Annou
     if again := forget_again(database, registry):
         tell(f"the database had {again} people and messages that were forgotten since; they are forgotten again")
     remove_purged_files(registry)
+    database.rebuild(tell)
     database.scrub()
 
 

@@ -10,10 +10,11 @@ from rich.text import Text
 from bot.chat.texts import describe_state
 from bot.cli.options import command, path_argument
 from bot.config import Config
+from bot.data_directory import is_locked
 from bot.errors import DataError
 from bot.memory.embedder import make_embedder
 from bot.memory.state import LATEST_MESSAGES, derive_state
-from bot.output import check_writable, console
+from bot.output import announce, check_writable, console
 from bot.store.forgetting import find_people, forget_person
 from bot.store.registry import PolicyRegistry
 from bot.store.stores import open_stores
@@ -101,6 +102,8 @@ def forget(
     database, _, registry = open_stores(config)
     check_known((platform, user), find_people(database))
     console.print(f"{forget_person(database, registry, platform, user)}; they teach no more until they consent")
+    if not is_locked(config.data, "serve"):
+        database.rebuild(announce)
     database.close()
 
 

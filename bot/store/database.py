@@ -1,10 +1,11 @@
 """Database: transactions, and the thread that runs database work for the event loop.
 
-SQLite by default, PostgreSQL by URL, through SQLAlchemy Core. It does not depend on any table.
+SQLite by default, PostgreSQL by URL, through SQLAlchemy Core. It depends on no table but the one that a rebuild needs.
 """
 
 import asyncio
 import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from alembic.script import ScriptDirectory
 
 from bot.errors import DatabaseUnavailable, DataError, quote_error
 from bot.store.outages import find_outage
+from bot.store.rebuild import Rebuild
 from bot.store.write_ahead_log import WriteAheadLog
 
 log = logging.getLogger(__name__)
@@ -64,6 +66,8 @@ class Database:
             raise DataError(f"config key database.url needs a driver: {error}; pip install 'kibitz[postgresql]'") from error
         except sa.exc.ArgumentError as error:
             raise DataError(f"config key database.url has value '{self.url}'; {_FORMS}") from error
+        if self.dialect == "sqlite":
+            sa.event.listen(self.engine, "connect", _keep_temporary_files_beside)
         if self.dialect == "sqlite" and not is_read_only:
             sa.event.listen(self.engine, "connect", _configure_sqlite)
             sa.event.listen(self.engine, "begin", _begin_immediate)
@@ -74,6 +78,7 @@ class Database:
         self._waiting: deque[Job] = deque()
         self._local = _Local()
         self._wal = WriteAheadLog(self.engine) if self.dialect == "sqlite" else None
+        self._rebuild = Rebuild(self.engine, self._wal) if self._wal is not None else None
 
     def upgrade(self) -> None:
         """Migrate the schema to this program's revision. Raises DataError if it is newer, or the file is broken."""
@@ -243,17 +248,24 @@ class Database:
             self._local.after_commit.append(partial(copy_context().run, _run_or_log, work))
 
     def scrub(self) -> None:
-        """Empty SQLite's log, which may contain deleted text. Free pages are zeroed when they are freed.
+        """Empty SQLite's log, which may contain deleted text, and plan a rebuild of the file if one is due.
 
         Does not block: while others read, the log is emptied in the background.
         """
-        if self._wal is not None:
+        if self._wal is not None and self._rebuild is not None:
             self._wal.empty()
+            self._rebuild.plan()
+
+    def rebuild(self, tell: Callable[[str], None]) -> None:
+        """Rebuild SQLite's file now if something was erased since the last time. Announce with `tell` if that takes long."""
+        if self._rebuild is not None:
+            self._rebuild.run(tell)
 
     def close(self) -> None:
-        """Finish the queued calls and close all connections."""
+        """Finish the queued calls, and a planned rebuild, and close all connections."""
         self._thread.shutdown()
-        if self._wal is not None:
+        if self._wal is not None and self._rebuild is not None:
+            self._rebuild.close()
             self._wal.close()
         self.engine.dispose()
 
@@ -307,6 +319,20 @@ def _configure_sqlite(connection: Any, _: Any) -> None:
         "secure_delete = ON",  # forgotten text must be gone from the file too (law 10)
     ):
         connection.execute(f"PRAGMA {pragma}")
+
+
+def _keep_temporary_files_beside(connection: Any, _: Any) -> None:
+    """Have SQLite write its temporary files, which contain people's texts, beside the database, unless SQLITE_TMPDIR is set.
+
+    The setting is one for the whole process. SQLite reads SQLITE_TMPDIR only before the first connection.
+    """
+    *_, file = connection.execute("PRAGMA database_list").fetchone()
+    directory = str(Path(file).parent)
+    if "SQLITE_TMPDIR" in os.environ or not os.access(directory, os.W_OK | os.X_OK):
+        return
+    if connection.execute("PRAGMA temp_store_directory").fetchone() != (directory,):
+        quoted = directory.replace("'", "''")
+        connection.execute(f"PRAGMA temp_store_directory = '{quoted}'")
 
 
 def _hide_rows(context: sa.engine.ExceptionContext) -> None:

@@ -19,6 +19,7 @@ import sqlalchemy as sa
 
 from bot.store.database import Database
 from bot.store.erasures import Erasures
+from bot.store.rebuild import mark_rebuild_due
 from bot.store.registry import PolicyRegistry
 from bot.store.sources import find_answers_from
 from bot.store.tables import (
@@ -213,4 +214,6 @@ def erase_rows(connection: sa.Connection, own: list[str], made: dict[str, str], 
     blank = {"text": "", "author_id": FORGOTTEN, "author_name": ""}
     for ids in chunks(own):
         connection.execute(messages.update().where(messages.c.id.in_(ids)).values(**blank))
+    if own or made or opinions:
+        mark_rebuild_due(connection)
     return ErasureCounts(len(own), len(made), len(opinions), 0)
