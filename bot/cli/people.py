@@ -101,9 +101,9 @@ def forget(
     """Erase a person's messages and feedback, and every version that learned from them. Works while kibitz runs."""
     database, _, registry = open_stores(config)
     check_known((platform, user), find_people(database))
-    console.print(f"{forget_person(database, registry, platform, user)}; they teach no more until they consent")
     if not is_locked(config.data, "serve"):
-        database.rebuild(announce)
+        database.rebuild_at_close(announce)
+    console.print(f"{forget_person(database, registry, platform, user)}; they teach no more until they consent")
     database.close()
 
 

@@ -4,6 +4,7 @@ SQLite only, because PostgreSQL has its own tools. The weights of versions are n
 copy of their directory will do.
 """
 
+import logging
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -20,6 +21,8 @@ from bot.store.erasures import Erasures
 from bot.store.forgetting import forget_again, remove_purged_files
 from bot.store.registry import PolicyRegistry
 from bot.store.users import record_decision
+
+log = logging.getLogger(__name__)
 
 _COUNT_OUR_TABLES = "SELECT count(*) FROM sqlite_master WHERE name IN ('alembic_version', 'conversations')"
 
@@ -75,11 +78,13 @@ def restore(database_url: str, data: Path, file: Path, *, replaces: bool = False
             _copy(file, unfinished)
             with closing(Database(f"sqlite:///{unfinished}", data)) as database:
                 database.upgrade()
+                database.rebuild_at_close(log.info)  # the backup may be older than the rebuild after an erasure
                 withdrawn = PolicyRegistry(database).reconcile_directory(policies, used)
                 _reapply_decisions(unfinished, database, decisions)
                 database.scrub()
             _empty_log(target)
         with closing(Database(database_url, data)) as database:
+            database.rebuild_at_close(log.info)
             registry = PolicyRegistry(database)
             forgotten = forget_again(database, registry)  # after a crash before this, `kibitz serve` does the same
             remove_purged_files(registry)

@@ -261,6 +261,11 @@ class Database:
         if self._rebuild is not None:
             self._rebuild.run(tell)
 
+    def rebuild_at_close(self, tell: Callable[[str], None]) -> None:
+        """Have `close` do what `rebuild` does. For commands: while somebody is served, a large file must not be rebuilt."""
+        if self._rebuild is not None:
+            self._rebuild.run_at_close(tell)
+
     def close(self) -> None:
         """Finish the queued calls, and a planned rebuild, and close all connections."""
         self._thread.shutdown()

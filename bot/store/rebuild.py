@@ -46,6 +46,7 @@ class Rebuild:
         self._lock = threading.Lock()  # protects the fields below
         self._timer: threading.Timer | None = None  # for the planned rebuild
         self._covered: datetime | None = None  # the file has nothing that was erased until then; its log may
+        self._tell_at_close: Callable[[str], None] | None = None
         self._is_told = False  # that erased words remain
         self._is_closed = False
 
@@ -64,8 +65,14 @@ class Rebuild:
         if not self._try():
             self._plan()
 
+    def run_at_close(self, tell: Callable[[str], None]) -> None:
+        """Have `close` do what `run` does, because nobody is served. Then nothing is planned."""
+        self._tell_at_close = tell
+
     def close(self) -> None:
         """Run a planned rebuild now. Tell the operator if that fails."""
+        if self._tell_at_close is not None:
+            self.run(self._tell_at_close)
         with self._lock:
             self._is_closed = True
             timer = self._timer
@@ -77,11 +84,11 @@ class Rebuild:
 
     def _plan(self) -> None:
         with self._lock:
-            if self._timer is not None or self._is_closed:
+            if self._timer is not None or self._is_closed or self._tell_at_close is not None:
                 return
             if self._is_large:
                 size = _describe_size(self._size)
-                self._warn_once(f"kibitz rebuilds the file ({size}) when it does not serve, at the latest at its next start")
+                self._warn_once(f"kibitz rebuilds the file ({size}) when it starts the next time")
                 return
             self._timer = threading.Timer(DELAY_SECONDS, self._run_planned)
             self._timer.daemon = True
