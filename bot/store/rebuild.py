@@ -83,12 +83,16 @@ class Rebuild:
         self._run_planned()
 
     def _plan(self) -> None:
+        if self._tell_at_close is not None:
+            return
+        if self._is_large:
+            self._warn_once(f"kibitz rebuilds the file ({_describe_size(self._size)}) when it starts the next time")
+        else:
+            self._start_timer()
+
+    def _start_timer(self) -> None:
         with self._lock:
-            if self._timer is not None or self._is_closed or self._tell_at_close is not None:
-                return
-            if self._is_large:
-                size = _describe_size(self._size)
-                self._warn_once(f"kibitz rebuilds the file ({size}) when it starts the next time")
+            if self._timer is not None or self._is_closed:
                 return
             self._timer = threading.Timer(DELAY_SECONDS, self._run_planned)
             self._timer.daemon = True
@@ -109,8 +113,7 @@ class Rebuild:
             with self._engine.connect().execution_options(read_only=True) as connection:
                 connection.exec_driver_sql("VACUUM")
         except sa.exc.DBAPIError as error:
-            with self._lock:
-                self._warn_once(f"the file cannot be rebuilt ({quote_error(error)}), and kibitz tries again later")
+            self._warn_once(f"the file cannot be rebuilt ({quote_error(error)}), and kibitz tries again later")
             self._wal.empty()  # the failure may have filled it
             return False
         with self._lock:
@@ -133,11 +136,14 @@ class Rebuild:
             with self._engine.begin() as connection:
                 connection.execute(switches.delete().where(switches.c.name == DUE, switches.c.since == self._covered))
         except sa.exc.DBAPIError as error:
-            log.warning("%s is rebuilt again at the next start (%s)", self._engine.url.database, quote_error(error))
+            log.warning("%s will be rebuilt once more (%s)", self._engine.url.database, quote_error(error))
+            self._covered = None
+            self._start_timer()
 
     def _warn_once(self, remedy: str) -> None:
-        if not self._is_told:
-            self._is_told = True
+        with self._lock:
+            is_told, self._is_told = self._is_told, True
+        if not is_told:
             log.warning("unused parts of %s may still hold what was deleted; %s", self._engine.url.database, remedy)
 
     @property

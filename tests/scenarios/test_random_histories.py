@@ -45,8 +45,9 @@ from bot.errors import DatabaseUnavailable, NothingToLearn, RegistryError
 from bot.models.tokenizer import ChatTokenizer
 from bot.store.conversations import ConversationStore
 from bot.store.database import Database
+from bot.store.rebuild import DUE
 from bot.store.registry import BASE, PolicyRegistry
-from bot.store.tables import run_feedback, runs
+from bot.store.tables import run_feedback, runs, switches
 from bot.supervision import supervise
 from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, Turn
 from learning.data.replay_buffer import ReplayBuffer
@@ -493,8 +494,8 @@ class Histories(RuleBasedStateMachine):
             assert version.state == PolicyState.REJECTED or not Path(version.path).exists()
         if not self.ledger.forgotten:
             return
-        # While somebody reads, the log is emptied a moment later.
-        self.stage.do(_soon(lambda: not self.kibitz.database._wal.is_waiting, "law 10: in the end the log is emptied"))
+        # While somebody reads, the log is emptied a moment later, and then the file is rebuilt.
+        self.stage.do(_soon(lambda: not _is_rebuild_due(self.kibitz.database), "law 10: in the end the file is rebuilt"))
         spelled = [one for word in self.ledger.forgotten for one in self._spellings(word)]
         pattern = re.compile(b"|".join(re.escape(one.encode()) + rb"(?!\d)" for one in sorted(spelled)))
         for path in self.data.rglob("*"):
@@ -608,6 +609,11 @@ async def _soon(condition: Any, law: str) -> None:
     assert condition(), law
 
 
+def _is_rebuild_due(database: Database) -> bool:
+    with database.read() as connection:
+        return connection.execute(sa.select(switches.c.name).where(switches.c.name == DUE)).first() is not None
+
+
 @contextlib.contextmanager
 def _locked(data: Path) -> Iterator[None]:
     """Inside, another program is writing to the database."""
@@ -653,6 +659,7 @@ def stage(demo_model, tokenizer, tmp_path_factory) -> Iterator[Stage]:
         patch.setattr("bot.app.ChatTokenizer", lambda *_: tokenizer)
         patch.setattr("bot.app.gc", SimpleNamespace(collect=lambda: 0, freeze=lambda: None))
         patch.setattr("bot.store.database.BUSY_SECONDS", 0.01)
+        patch.setattr("bot.store.rebuild.DELAY_SECONDS", 0.01)
         # What watches in the background looks when a history wants it to, so that a history can be repeated.
         patch.setattr(Deployment, "watch", partialmethod(Deployment.watch, 3600.0))
         patch.setattr("bot.app.PAUSE_SECONDS", 3600.0)
