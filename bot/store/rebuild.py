@@ -99,9 +99,12 @@ class Rebuild:
             self._timer.start()
 
     def _run_planned(self) -> None:
+        is_done = not self._is_large and self._try()
         with self._lock:
-            self._timer = None
-        if self._is_large or not self._try():
+            self._timer = None  # only now, so that `close` waits for the rebuild
+        if is_done:
+            self.plan()  # for what was erased meanwhile
+        else:
             self._plan()
 
     def _try(self) -> bool:
