@@ -4,7 +4,7 @@ Ids are text. Times are timezone-aware and in UTC.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any, Self
@@ -222,6 +222,10 @@ class Turn:
     def remembered(self) -> dict[str, float]:
         """The recalled messages among the `shown`, with their similarity to the question."""
         return {message: score for message, score in self.shown.items() if score is not None}
+
+    def without_token_ids(self) -> "Turn":
+        """Return the turn without token ids and log-probabilities, so that its text is tokenized anew."""
+        return replace(self, prompt_ids=None, completion_ids=None, logprobs=None)
 
 
 @dataclass(frozen=True)

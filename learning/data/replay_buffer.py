@@ -74,6 +74,14 @@ class KnownVersions:
     age: dict[str, int]
 
 
+def without_foreign_ids(turn: Turn, foreign: set[str]) -> Turn:
+    """Return a turn without token ids and log-probabilities if a version of another base model answered.
+
+    `foreign` has the names of those versions (`PolicyRegistry.find_foreign`).
+    """
+    return turn.without_token_ids() if turn.policy_version in foreign else turn
+
+
 class ReplayBuffer:
     """Draws snapshots from the ConversationStore.
 
@@ -196,7 +204,7 @@ class ReplayBuffer:
         turns = self.store.read_turns(one.turn_id for one in judged)
         voices = Voices(self.store, self.users, turns, self.config.web)
         answers: dict[str, list[tuple[float, Experience]]] = defaultdict(list)
-        for turn in (self._without_foreign_ids(turn, reader.foreign) for turn in turns):
+        for turn in (without_foreign_ids(turn, reader.foreign) for turn in turns):
             decision = self._decide(turn, voices)
             earned = decision.reward
             if decision.reason is not None or earned is None:
@@ -218,7 +226,7 @@ class ReplayBuffer:
 
     def decide(self, turn: Turn) -> Decision:
         """Decide what counts of the feedback on one turn, as a run that started now would."""
-        turn = self._without_foreign_ids(turn, PolicyRegistry(self.store.database).find_foreign())
+        turn = without_foreign_ids(turn, PolicyRegistry(self.store.database).find_foreign())
         voices = Voices(self.store, self.users, [turn], self.config.web)
         decision = self._decide(turn, voices)
         if decision.reason is None and decision.reward is not None:
@@ -257,12 +265,6 @@ class ReplayBuffer:
         if turn.completion_ids is not None and not self._has_own_ids(turn, turn.completion_ids):
             return "its token ids are from another tokenizer"
         return None
-
-    def _without_foreign_ids(self, turn: Turn, foreign: set[str]) -> Turn:
-        """Return a turn without token ids and log-probabilities if a version of another base model answered."""
-        if turn.policy_version not in foreign:
-            return turn
-        return replace(turn, prompt_ids=None, completion_ids=None, logprobs=None)
 
     def _has_own_ids(self, turn: Turn, completion: Sequence[int]) -> bool:
         """Whether a turn's token ids are in our vocabulary, and its answer's spell its text (up to a stop string)."""

@@ -12,8 +12,10 @@ from pydantic import BaseModel, ConfigDict
 from bot import output_files
 from bot.config import PrivacyConfig
 from bot.store.conversations import ConversationStore, DialogueRecord
+from bot.store.registry import PolicyRegistry
 from bot.store.users import Users
 from bot.types import Conversation, Feedback, Message, Record, Role, Turn
+from learning.data.replay_buffer import without_foreign_ids
 from learning.data.voices import Consent
 from learning.importers.recorded_files import RecordedRow
 from learning.importers.recording import OddRow, Recording
@@ -52,9 +54,11 @@ def export(store: ConversationStore, path: Path, tokenizer_sha256: str, privacy:
     """Write all conversations to a file, as far as people consent. Return how much was written and left out.
 
     For people who do not consent, it leaves out their messages, their feedback, and the answers that were made from their
-    words. The file is either complete or absent. Raises DataError if it cannot be written.
+    words. The token ids are those of one tokenizer: answers of another base model are written without ids, as texts to
+    tokenize anew. The file is either complete or absent. Raises DataError if it cannot be written.
     """
     written: Counter[str] = Counter()
+    foreign = PolicyRegistry(store.database).find_foreign()
     users = Users(store.database, privacy)
     with output_files.replace(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         file.write(json.dumps({EXPORT_KEY: VERSION, "tokenizer_sha256": tokenizer_sha256}) + "\n")
@@ -66,7 +70,7 @@ def export(store: ConversationStore, path: Path, tokenizer_sha256: str, privacy:
             row = {
                 "conversation": asdict(conversation),
                 "messages": [asdict(one) for one in messages],
-                "turns": [asdict(one) for one in turns],
+                "turns": [asdict(without_foreign_ids(one, foreign)) for one in turns],
                 "feedback": [asdict(one) for one in feedback],
             }
             file.write(json.dumps(row, default=_as_json, ensure_ascii=False) + "\n")

@@ -8,7 +8,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -219,12 +219,7 @@ class Recording:
     def drop_token_ids(self) -> None:
         """Drop recorded token ids of another tokenizer, so that the texts are tokenized again."""
         self.dialogues = [
-            (
-                conversation,
-                said,
-                [replace(turn, prompt_ids=None, completion_ids=None, logprobs=None) for turn in turns],
-                given,
-            )
+            (conversation, said, [turn.without_token_ids() for turn in turns], given)
             for conversation, said, turns, given in self.dialogues
         ]
 

@@ -1,6 +1,7 @@
 """kibitz's own export: whatever was said is written, read back as it was, and not written without consent."""
 
 import json
+import shutil
 
 import pytest
 from conftest import answered, react
@@ -9,10 +10,12 @@ from hypothesis import strategies as st
 
 from bot.config import PrivacyConfig, load
 from bot.errors import DataError
+from bot.models.tokenizer import ChatTokenizer
 from bot.store.conversations import ConversationStore
 from bot.store.database import Database
 from bot.store.users import Users
 from bot.types import Conversation, Feedback, FeedbackKind, new_id
+from learning.data.replay_buffer import ReplayBuffer
 from learning.importers.formats import read_recording
 from learning.importers.kibitz_export import export
 
@@ -67,6 +70,30 @@ def test_an_export_reads_back_with_ids_and_feedback(tmp_path, store, tokenizer):
     )
     found.drop_token_ids()
     assert found.dialogues[0][2][0].completion_ids is None
+
+
+def test_answers_of_a_former_model_are_exported_to_be_tokenized_anew_and_all_of_them_teach(
+    tmp_path, store, registry, tokenizer, demo_model
+):
+    other = tmp_path / "other"
+    shutil.copytree(demo_model, other)
+    tokenizer.hf.train_new_from_iterator([f"hello there {number}" for number in range(99)], 300).save_pretrained(other)
+    another = ChatTokenizer(str(other))
+    assert another.completion_ids("Hey there!") != tokenizer.completion_ids("Hey there!"), "two tokenizers"
+    former = answered(store, tokenizer, "hello", "Hey there!")
+    newer = answered(store, another, "hi", "Hey there!", policy_version=registry.set_base("/models/another").name)
+    for turn in (former, newer):
+        react(store, turn, approves=True)
+    export(store, tmp_path / "out", "hash", PrivacyConfig())
+    found = read_recording(tmp_path / "out")
+    ids = {turn.policy_version: turn.completion_ids for _, _, turns, _ in found.dialogues for turn in turns}
+    assert ids == {former.policy_version: None, newer.policy_version: newer.completion_ids}
+    store.add_dialogues(found.dialogues)
+    read = ReplayBuffer(store, another, load()).snapshot(found.space)
+    assert not read.dropped
+    assert {one.completion_ids for one in read.rated} == {newer.completion_ids}, (
+        "the same words, in the ids of one tokenizer"
+    )
 
 
 def test_what_an_answer_was_shown_and_replaced_is_read_back(tmp_path, store, tokenizer):
