@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,7 +74,9 @@ def progress_bar() -> Iterator[Progress]:
     """Show a progress bar on standard error, if that is a terminal. Yield its progress callable."""
     text = progress.TextColumn("{task.description}")
     columns = text, progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeElapsedColumn()
-    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+    terminal = Console(stderr=True, force_terminal=sys.stderr.isatty())  # FORCE_COLOR makes no terminal of a file
+    # Elsewhere a bar is disabled: it would leave an empty line at its end, in a log perhaps.
+    with progress.Progress(*columns, console=terminal, transient=True, disable=not terminal.is_interactive) as shown:
         task = shown.add_task("starting", total=None)
         current = ""
 

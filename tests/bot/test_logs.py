@@ -20,6 +20,7 @@ from fake_vllm import FakeVllm
 from bot import app, logs
 from bot.errors import DataError
 from bot.logs import working_on
+from bot.output import progress_bar
 from bot.store.database import Database
 from bot.types import FeedbackKind
 from connectors.base import Lanes
@@ -256,6 +257,16 @@ def test_a_log_that_the_terminal_does_not_show_has_what_the_operator_is_told_too
     assert out.count("50%") == errors.count("50%") == 1
     assert (out.count("it ends"), errors.count("it ends")) == (0, 1)
     assert format == "text" or [json.loads(line)["level"] for line in errors.splitlines()] == ["info", "error"]
+
+
+@pytest.mark.parametrize("environment", [{}, {"FORCE_COLOR": "1"}, {"TERM": "dumb"}], ids=str)
+def test_a_progress_bar_writes_nothing_where_standard_error_is_no_terminal(capsys, monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with progress_bar() as report:
+        report("reading", 1, 2)
+        print("a line", file=sys.stderr)
+    assert capsys.readouterr().err == "a line\n"
 
 
 def test_a_command_logs_as_its_config_says_and_ends_with_a_line_of_the_log(tmp_path, demo_model, here):
