@@ -38,6 +38,7 @@ from bot.store.stores import open_stores
 from bot.store.users import Users
 from bot.supervision import Health, Start, background_tasks, describe_failures, supervise
 from bot.types import PolicyVersion
+from bot.wording import count_noun
 from connectors.access import Access
 from connectors.base import Desk, Services
 from learning.rollout.deployment import Deployment
@@ -113,7 +114,8 @@ async def running(config: Config, model: str, tell: Announce, *, may_change_base
 def _finish_forgetting(database: Database, registry: PolicyRegistry, tell: Announce) -> None:
     """Forget again what the database still has of forgotten people and messages, after a crash or a restore."""
     if again := forget_again(database, registry):
-        tell(f"the database had {again} people and messages that were forgotten since; they are forgotten again")
+        found = count_noun(again, "forgotten person or message", "forgotten people and messages")
+        tell(f"the database still had {found}; all are forgotten again")
     remove_purged_files(registry)
     database.rebuild(tell)
     database.scrub()
@@ -135,7 +137,9 @@ def _use_base(registry: PolicyRegistry, policy: Policy, base: PolicyVersion, tel
     policy.set_base(base.name)
     if foreign := registry.find_foreign():
         changed = f"policy.model was changed: {base.name} is {base.base_model}, and {registry.get_live().name} is live"
-        tell(f"{changed}; {len(foreign)} versions of another model serve again only when that model is set again")
+        tell(
+            f"{changed}; {count_noun(len(foreign), 'version')} of another model can serve only when that model is set again"
+        )
 
 
 async def _start_tasks(kibitz: Kibitz, recall: Recall, tokenizer: ChatTokenizer, tell: Announce) -> None:

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Self
 import uuid_utils
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
 
+from bot.wording import count_noun
+
 
 def new_id() -> str:
     """Return a new UUIDv7 as text. Later ids sort after earlier ones."""
@@ -144,6 +146,16 @@ class SamplingParams(Record):
     def is_truncated(self) -> bool:
         """Whether top_p, top_k or min_p cut away some tokens, which a trainer cannot reproduce."""
         return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
+
+    def describe(self) -> str:
+        """Describe the values that were set and that change something, for people. Return "" if there are none."""
+        told = [f"temperature {self.temperature:g}"] * ("temperature" in self.model_fields_set)
+        told += [f"top_p {self.top_p:g}"] * (self.top_p < 1) + [f"top_k {self.top_k}"] * (self.top_k > 0)
+        told += [f"min_p {self.min_p:g}"] * (self.min_p > 0)
+        told += [] if self.max_tokens is None else [f"at most {count_noun(self.max_tokens, 'token')}"]
+        told += [] if self.seed is None else [f"seed {self.seed}"]
+        told += [count_noun(len(self.stop), "stop text")] * bool(self.stop)
+        return ", ".join(told)
 
 
 @dataclass(frozen=True)

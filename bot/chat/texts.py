@@ -8,6 +8,7 @@ from bot.memory.state import ConversationState
 from bot.store.conversations import ConversationStore
 from bot.store.registry import BASE, PolicyRegistry
 from bot.types import PolicyState, PolicyVersion
+from bot.wording import count_noun
 
 
 def describe_state(found: ConversationState) -> str:
@@ -17,7 +18,7 @@ def describe_state(found: ConversationState) -> str:
         if found.topic
         else ["no messages"]
     )
-    lines += [f"participant: {name} ({count} messages)" for name, count in found.participants.items()]
+    lines += [f"participant: {name} ({count_noun(count, 'message')})" for name, count in found.participants.items()]
     lines += [f"open: {message.author_id}: {_shorten(message.text)}" for message in found.unanswered]
     lines += [f"fact: {fact} ({fact.message.at:%Y-%m-%d})" for fact in found.facts]
     lines += [f"former fact: {fact} ({fact.message.at:%Y-%m-%d})" for fact in found.former_facts]
@@ -54,7 +55,7 @@ def describe_status(store: ConversationStore, registry: PolicyRegistry, data: Pa
     if registry.is_learning_paused():
         lines.append("learning: paused")
     if last := _find_last_run(registry, data):
-        lines.append(f"last run: {last['policy']}, trained on {last['n']} reactions: {last['outcome']}")
+        lines.append(f"last run: {last['policy']}, trained on {count_noun(last['n'], 'reaction')}: {last['outcome']}")
     return "\n".join(lines)
 
 
@@ -70,4 +71,4 @@ def _find_last_run(registry: PolicyRegistry, data: Path) -> dict[str, Any] | Non
 def describe_wait(version: PolicyVersion, store: ConversationStore) -> str:
     """Say how many more reactions a version waits for."""
     more = max(1, version.awaited_reactions - store.count_reactions(version.drawn_at))
-    return f"{version.name} waits for about {more} more reaction{'s' * (more > 1)} before it is judged"
+    return f"{version.name} waits for about {count_noun(more, 'more reaction')} before it is judged"

@@ -19,6 +19,7 @@ from bot.errors import ConfigError
 from bot.output import announce, check_writable, print_rows, write_json
 from bot.serving.vllm_arguments import check_extra_args, check_extra_args_with_vllm
 from bot.store.database import Database
+from bot.wording import count_noun
 
 PYTHONS = ((3, 11), (3, 13))
 LEAST_MEMORY = 3 * GIB  # for vLLM's processes and the bot, without a model
@@ -61,7 +62,7 @@ def _check_tokens(config: Config) -> str:
     if config.web.enabled:
         from connectors.web.server import read_users
 
-        names.append(f"web ({len(read_users(config.web)) or 'no'} tokens)")
+        names.append(f"web ({count_noun(len(read_users(config.web)), 'token')})")
     return ", ".join(names) or "no platform is turned on; kibitz chat needs none"
 
 

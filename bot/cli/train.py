@@ -21,6 +21,7 @@ from bot.errors import ConfigError, NothingToLearn
 from bot.models.purpose import Purpose
 from bot.output import announce, check_writable, console, print_figures, progress_bar, write_json
 from bot.store.stores import open_stores
+from bot.wording import count_noun
 from learning.training import pretrain as pretraining
 from learning.training.choice import prepare_model
 
@@ -48,7 +49,7 @@ def pretrain(
         return
     dialogues = list(read_pairs(pairs))
     if len(dialogues) < 2:
-        raise ConfigError(f"{pairs}: has {len(dialogues)} pairs; give at least 2, one is held out")
+        raise ConfigError(f"{pairs}: has {count_noun(len(dialogues), 'pair')}; give at least 2, one is held out")
     config, model = prepare_model(config)
     directory = out or config.data / "models" / f"pretrained-{pairs.stem}"
     with progress_bar() as progress:

@@ -17,6 +17,7 @@ from bot.output import check_writable, console, write_json
 from bot.store.stores import open_stores
 from bot.supervision import describe_failures, read_failures
 from bot.types import PolicyState
+from bot.wording import count_noun
 from learning.models import version_files
 
 
@@ -98,7 +99,7 @@ def prune(config: Config) -> None:
     rejected = [Path(version.path) for version in registry.all() if version.state == PolicyState.REJECTED]
     count, size = version_files.prune(rejected)
     database.close()
-    console.print(f"removed the files of {count} rejected versions, {size / 1e6:.1f} MB")
+    console.print(f"removed the files of {count_noun(count, 'rejected version')}, {size / 1e6:.1f} MB")
 
 
 @command()

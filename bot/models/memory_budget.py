@@ -13,6 +13,7 @@ from bot.accelerator import GIB, Card
 from bot.config import Config, PolicyConfig, ServingConfig, TrainingConfig
 from bot.errors import ConfigError
 from bot.models.shape import ModelShape
+from bot.wording import count_noun
 
 ALLOCATOR_FACTOR = 1.15  # torch's allocator keeps more memory than is in use
 CUDA_CONTEXT_BYTES = int(0.8 * GIB)  # CUDA's context and kernels, in each process
@@ -213,7 +214,7 @@ def plan_memory(shape: ModelShape, config: Config, card: Card, element: int = 2)
 
 def describe_fit(fit: BatchFit) -> str:
     """Describe how a step reads its batch."""
-    parts = f"{fit.answers} answers at once" + (
+    parts = f"{count_noun(fit.answers, 'answer')} at once" + (
         f", {fit.accumulation_steps} times a step" if fit.accumulation_steps > 1 else ""
     )
     return f"{parts}, {'with' if fit.gradient_checkpointing else 'without'} gradient checkpointing"

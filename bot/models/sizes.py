@@ -10,6 +10,7 @@ from bot.accelerator import has_gpu
 from bot.config import Config
 from bot.models.purpose import Purpose
 from bot.models.shape import ModelShape, read_shape
+from bot.wording import count_noun
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,8 @@ def describe_sizes(config: Config, model: str, asked: Config | None = None) -> s
     training = config.training
     return (
         f"training for {shape.size_label} parameters ({shape.family or 'unknown family'}): learning rate "
-        f"{training.learning_rate:g}, rank {training.lora_rank}, {training.batch_size} answers a step, "
-        f"{training.max_steps} steps, {training.max_length} tokens, smoothing "
+        f"{training.learning_rate:g}, rank {training.lora_rank}, {count_noun(training.batch_size, 'answer')} a step, "
+        f"{count_noun(training.max_steps, 'step')}, {count_noun(training.max_length, 'token')}, smoothing "
         f"{config.rewards.smoothing:g}, KL budget {config.gate.kl_budget:g} "
         f"({'set by you: ' + ', '.join(own) if own else row.reason})"
     )

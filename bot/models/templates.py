@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields, replace
 from inspect import signature
 
 from bot.errors import ConfigError, TemplateError, quote_error
+from bot.wording import count_noun
 
 ChatMessages = Sequence[Mapping[str, str]]
 Scalar = bool | int | float | str
@@ -109,8 +110,9 @@ class Template:
                 rendered.append(text)
         if not rendered:
             raise TemplateError(
-                f"the chat template of '{self._model}' refuses a conversation of {len(messages)} messages, and its newest "
-                "message alone; see policy.template_args, or use another model"
+                f"the chat template of '{self._model}' refuses a conversation of "
+                f"{count_noun(len(messages), 'message')}, and its newest message alone; see policy.template_args, or use "
+                "another model"
             )
         return rendered[0]  # the template alters texts
 

@@ -21,6 +21,7 @@ from bot.store.erasures import Erasures
 from bot.store.forgetting import forget_again, remove_purged_files
 from bot.store.registry import PolicyRegistry
 from bot.store.users import record_decision
+from bot.wording import count_noun
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,8 @@ class RestoreReport:
 
     def __str__(self) -> str:
         gone = f"; {', '.join(self.withdrawn)} never serve again" if self.withdrawn else ""
-        return f"restored; {self.forgotten} people and messages that were forgotten since are forgotten again{gone}"
+        again = count_noun(self.forgotten, "person or message", "people and messages")
+        return f"restored; forgotten again, because they were forgotten since: {again}{gone}"
 
 
 def back_up(database_url: str, file: Path) -> None:

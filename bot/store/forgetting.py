@@ -42,6 +42,7 @@ from bot.store.tables import (
 )
 from bot.store.users import has_decided_since, record_decision
 from bot.types import FORGOTTEN, Person, PolicyState, Role, now
+from bot.wording import count_noun
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +61,8 @@ class ErasureCounts:
 
     def __str__(self) -> str:
         return (
-            f"{self.messages} messages, {self.answers} answers, {self.opinions} opinions "
-            f"and {self.policies} policy versions are gone"
+            f"gone: {count_noun(self.messages, 'message')}, {count_noun(self.answers, 'answer')}, "
+            f"{count_noun(self.opinions, 'opinion')} and {count_noun(self.policies, 'policy version')}"
         )
 
 

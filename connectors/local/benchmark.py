@@ -22,6 +22,7 @@ import numpy as np
 
 from bot.chat.dialogue import DialogueManager
 from bot.types import FeedbackKind, Progress, Reply, Turn
+from bot.wording import count_noun
 
 TEXTS = ["hello", "i can't sleep", "good night", "tell me a joke", "what should i eat", "how are you"]
 MESSAGES_PER_CONVERSATION = 8  # messages in one conversation
@@ -173,7 +174,7 @@ async def _converse(
     """Ask `messages` questions in `count` places at once. People think about `think` seconds before each."""
     found = Round()
     thoughts = [rng.uniform(0, 2 * think) for _ in range(messages)]
-    label = f"{platform.name}, {count} conversations"
+    label = f"{platform.name}, {count_noun(count, 'conversation')}"
 
     async def talk(number: int, lines: list[tuple[str, bool | None]]) -> None:
         user = f"user{number}"

@@ -26,6 +26,7 @@ from bot.serving.policy import Policy
 from bot.store.database import Database
 from bot.store.tables import conversations
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Progress, Reply, Turn, new_id
+from bot.wording import count_noun
 from learning.bench.simulated_people import People, Prompts
 from learning.judging.evaluation import is_well_formed
 from learning.judging.statistics import mean_interval
@@ -62,7 +63,7 @@ class CurveRow:
         """Format the row as one line, to announce it while the simulation runs."""
         return (
             f"{self.version}: utility {self.utility:+.2f} ({self.low:+.2f} to {self.high:+.2f}), "
-            f"frozen {self.frozen:+.2f}, {self.reactions} reactions" + (f"; {self.note}" if self.note else "")
+            f"frozen {self.frozen:+.2f}, {count_noun(self.reactions, 'reaction')}" + (f"; {self.note}" if self.note else "")
         )
 
 

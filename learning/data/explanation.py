@@ -15,6 +15,7 @@ from bot.errors import DataError
 from bot.store.registry import PolicyRegistry
 from bot.store.teachers import find_taught_versions
 from bot.types import Message, Turn
+from bot.wording import count_noun
 from learning.data.manifest import read_manifest, read_since
 from learning.data.replay_buffer import Decision, ReplayBuffer
 
@@ -74,9 +75,8 @@ class TurnExplanation:
         found = [
             f"asked by {name(self.question.author_id)}, {self.question.at:%Y-%m-%d %H:%M}: {_shorten(self.question.text)}",
             f"answered by {turn.policy_version} in {turn.latency_ms:.0f} ms ({turn.finish_reason}): {_shorten(turn.text)}",
-            f"prompt {len(turn.prompt_ids or ())} tokens, answer {len(turn.completion_ids or ())} tokens, log-probability "
-            f"{sum(turn.logprobs or ()):.2f}, sampled with {turn.sampling.as_json()}",
         ]
+        found += _describe_sampling(turn)
         found += [
             f"remembered ({score:.2f}): {name(said.author_id)}: {_shorten(said.text)}" for said, score in self.remembered
         ]
@@ -100,7 +100,7 @@ class TurnExplanation:
             found.append("no longer trained on: older than the detected change of opinions")
         found += [one.describe() for one in self.uses]
         if self.earlier_use_count:
-            found.append(f"also used by {self.earlier_use_count} earlier versions")
+            found.append(f"also used by {count_noun(self.earlier_use_count, 'earlier version')}")
         return found if self.uses else [*found, "not used by any version yet"]
 
 
@@ -134,6 +134,20 @@ def _find_uses(policy: str, directory: Path, turn_id: str) -> list[TrainingUse]:
         return [TrainingUse(policy, None)]
     smoothing = manifest.rewards["smoothing"]
     return [TrainingUse(policy, row.advantage, row.weight, smoothing) for row in manifest.rows if row.turn_id == turn_id]
+
+
+def _describe_sampling(turn: Turn) -> list[str]:
+    """Return a line about how an answer was sampled, or none if nothing of it was recorded."""
+    told = []
+    if turn.prompt_ids:
+        told.append(f"prompt {count_noun(len(turn.prompt_ids), 'token')}")
+    if turn.completion_ids:
+        told.append(f"answer {count_noun(len(turn.completion_ids), 'token')}")
+    if turn.logprobs:
+        told.append(f"log-probability {sum(turn.logprobs):.2f}")
+    if sampling := turn.sampling.describe():
+        told.append(f"sampled with {sampling}")
+    return [", ".join(told)] if told else []
 
 
 def _describe_counting(reason: str | None) -> str:

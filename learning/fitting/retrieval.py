@@ -17,6 +17,7 @@ from bot.errors import DataError
 from bot.memory.embedder import Embedder
 from bot.memory.index import Entry, ScopeIndex
 from bot.types import Progress
+from bot.wording import count_noun
 from learning.fitting.dialogues import Dialogue
 
 PRIOR = {
@@ -95,8 +96,8 @@ def fit_and_validate(
     places = sorted({place for place, _ in judged})
     if len(places) < 2 or len(judged) < FEWEST_ANSWERS:
         raise DataError(
-            f"too few judged answers remembered something: {len(judged)} in {len(places)} conversations, required "
-            f"{FEWEST_ANSWERS} in 2; collect more reactions first"
+            f"too few judged answers remembered something: {len(judged)} in "
+            f"{count_noun(len(places), 'conversation')}, required {FEWEST_ANSWERS} in 2; collect more reactions first"
         )
     everything = [one for _, one in judged]
     every_other = set(places[::2])
@@ -111,7 +112,7 @@ def fit_and_validate(
     }
     if figures["held_out_nats_after"] >= figures["held_out_nats_before"]:
         raise DataError(
-            f"weights fitted to {len(judged)} judged answers are no better on held-out ones (nats: "
+            f"weights fitted to {count_noun(len(judged), 'judged answer')} are no better on held-out ones (nats: "
             f"{figures['held_out_nats_after']:.4f}, before {figures['held_out_nats_before']:.4f}); the weights are kept"
         )
     return move_weights(everything, prior), figures

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from bot.chat.reactions import Reactions
 from bot.config import ReactionsConfig
 from bot.errors import ConfigError, DataError
+from bot.wording import count_noun
 from learning.importers.chat_messages import read_rated_chat
 from learning.importers.discord_export import read_discord
 from learning.importers.kibitz_export import EXPORT_KEY, read_export
@@ -105,5 +106,5 @@ def _explain_nothing_read(recording: Recording) -> str:
     if not reasons:
         return "has no conversations; give a file that has some"
     others = recording.dropped.total() - recording.dropped[reasons[0]]
-    more = f", and {others:,} others were left out" if others else ""
+    more = f", and {count_noun(others, 'other')} left out" if others else ""
     return f"has nothing to replay: {recording.explain(reasons[0])}{more}; known formats: {', '.join(NAMES)}"

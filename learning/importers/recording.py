@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from bot.chat.reactions import Reactions
 from bot.store.conversations import DialogueRecord
 from bot.types import Conversation, Feedback, FeedbackKind, Message, Role, SamplingParams, Turn
+from bot.wording import count_noun
 from learning.data.voices import IMPORT_PLATFORM
 from learning.importers.recorded_files import RecordedRow
 
@@ -211,7 +212,7 @@ class Recording:
 
     def lines(self) -> list[str]:
         """Return lines for people: the formats, the figures, the scales, and what was left out."""
-        rows = ", ".join(f"{name} ({count:,} rows)" for name, count in self.row_counts.items())
+        rows = ", ".join(f"{name} ({count_noun(count, 'row')})" for name, count in self.row_counts.items())
         found = [f"format: {rows}", f"read: {format_counts(self.counts)}"]
         found += [f"ratings: {self.scale_summary}"] if self.scales else []
         return found + [f"left out: {self.explain(reason)}" for reason in self.first_dropped]

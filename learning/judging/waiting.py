@@ -23,6 +23,7 @@ from bot.store.conversations import ConversationStore
 from bot.store.database import Database
 from bot.store.registry import PolicyRegistry
 from bot.types import Metrics, PolicyState, PolicyVersion, Progress, Record, now
+from bot.wording import count_noun
 from learning.data.experience import Experience
 from learning.data.manifest import read_since
 from learning.data.replay_buffer import ReplayBuffer
@@ -110,7 +111,8 @@ def _judge(
     if not can_suffice(opinions, config.gate, least):
         reason = explain_too_little(opinions, config.gate, least)
         if is_last:
-            return _give_up_for(registry, version, f"{reason}; it has waited for {came} reactions (learning.wait_reactions)")
+            waited = f"it has waited for {count_noun(came, 'reaction')} (learning.wait_reactions)"
+            return _give_up_for(registry, version, f"{reason}; {waited}")
         most = max(config.learning.wait_reactions, came + 1)
         waits_for = min(came + count_wanted(opinions, config.gate, least), most)
         metrics = version.metrics | Metrics(reasons=[reason], waits_for=waits_for)

@@ -18,6 +18,7 @@ from bot.serving import children
 from bot.store.conversations import ConversationStore
 from bot.supervision import Health, supervise
 from bot.types import PolicyState, PolicyVersion, Progress
+from bot.wording import count_noun
 from learning.judging.judgement import Judgement
 from learning.rollout.deployment import Deployment
 
@@ -62,7 +63,7 @@ class OnlineLearner:
         if paused or await self.judge_waiting() or said - self._learned < self.config.learning.min_reactions:
             return
         self._learned = said
-        self.announce(f"training on {said} reactions")
+        self.announce(f"training on {count_noun(said, 'reaction')}")
         try:
             await self.learn_once()
         except NothingToLearn as error:

@@ -33,6 +33,7 @@ from bot.serving.children import end_with_parent
 from bot.serving.policy import Policy
 from bot.serving.vllm_server import VllmServer
 from bot.types import new_id
+from bot.wording import count_noun
 
 if TYPE_CHECKING:
     from learning.data.experience import Experience
@@ -106,7 +107,7 @@ class SelfTest:
         shape = read_shape(self.model)
         tokenizer = check_tokenizer(self.config.policy, self.model, shape)
         check_context(tokenizer.with_thought_tokens(self.config.policy), shape)
-        return f"a greeting is {len(tokenizer.prompt_ids(QUESTION))} tokens"
+        return f"a greeting is {count_noun(len(tokenizer.prompt_ids(QUESTION)), 'token')}"
 
     def check_room(self) -> str:
         """Check that memory and disk suffice to serve and train the model."""
@@ -147,7 +148,8 @@ class SelfTest:
             await policy.close()
         if len(reply.logprobs) != len(reply.completion_ids) or not all(map(math.isfinite, reply.logprobs)):
             raise ServingError(
-                f"vLLM at {url} returned {len(reply.completion_ids)} tokens with {len(reply.logprobs)} log-probabilities; "
+                f"vLLM at {url} returned {count_noun(len(reply.completion_ids), 'token')} with "
+                f"{count_noun(len(reply.logprobs), 'log-probability', 'log-probabilities')}; "
                 "start it with --logprobs-mode processed_logprobs, or let kibitz start its own"
             )
         self._url = url
@@ -176,8 +178,9 @@ class SelfTest:
         figures = json.loads(told[-1])
         self._version = version
         return (
-            f"{figures['seconds']:.1f} s with {figures['rows']} answers of {figures['length']} tokens, loss "
-            f"{figures['loss']:.3f}, at most {figures['memory'] / 2**30:.1f} GiB"
+            f"{figures['seconds']:.1f} s with {count_noun(figures['rows'], 'answer')} of "
+            f"{count_noun(figures['length'], 'token')}, loss {figures['loss']:.3f}, "
+            f"at most {figures['memory'] / 2**30:.1f} GiB"
         )
 
     def check_version(self) -> str:

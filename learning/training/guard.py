@@ -13,6 +13,7 @@ from typing import Any
 from scipy.stats import binomtest, fisher_exact, norm
 from transformers import TrainerCallback
 
+from bot.wording import count_noun
 from learning.judging.metrics import Check, Health
 from learning.models.ranks import broadcast_from_first
 from learning.models.trainable import copy_weights, restore_weights
@@ -89,7 +90,7 @@ class Guard(TrainerCallback):
         if first.liked is not None and now.liked is not None and not now.liked >= first.liked - most:
             return f"held-out liked answers lost {first.liked - now.liked:.2f} nats a token"
         if self._has_too_few_well_formed(first, now):
-            return f"only {now.well_formed} of {now.samples} samples were well-formed"
+            return f"only {now.well_formed} of {count_noun(now.samples, 'sample')} well-formed"
         return None
 
     def _has_too_few_well_formed(self, first: Health, now: Health) -> bool:

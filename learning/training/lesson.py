@@ -8,6 +8,7 @@ from bot.config import Config, LearningConfig, TrainingConfig
 from bot.errors import NothingToLearn
 from bot.store.registry import PolicyRegistry
 from bot.types import PolicyVersion, Progress
+from bot.wording import count_noun
 from learning.data.experience import Experience, Snapshot
 from learning.data.manifest import Manifest, read_since
 from learning.data.replay_buffer import ReplayBuffer
@@ -20,6 +21,8 @@ from learning.training.drift import detect_drift
 
 if TYPE_CHECKING:
     from learning.models.trainable import Model
+
+LIMITS = ("learning.max_turns", "training.max_length")  # that reasons for leaving turns out name
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def prepare_lesson(
         else None
     )
     if change is not None:
-        progress(f"people came to want the opposite: {change.since} older answers count no more", 0, 1)
+        progress(f"people came to want the opposite: {count_noun(change.since, 'older answer')} left out", 0, 1)
         since = snapshot.training_and_held_out[change.since].turn_id
         snapshot = buffer.snapshot(since=since)
         _refuse_empty(snapshot)
@@ -102,14 +105,15 @@ def _refuse_empty(snapshot: Snapshot) -> None:
         rewards = {one.reward for one in snapshot.training}
         if len(rewards) == 1 and not any(one.rejected_ids for one in snapshot.training):
             raise NothingToLearn(
-                f"all {len(snapshot.training)} rewards are {rewards.pop():+.2f}: there is no difference to learn from; "
-                "collect more reactions first"
+                f"every reward is {rewards.pop():+.2f} ({count_noun(len(snapshot.training), 'answer')}): there is no "
+                "difference to learn from; collect more reactions first"
             )
         return
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(snapshot.dropped.items()))
+    limits = "".join(f", or raise {key}" for key in LIMITS if key in reasons)
     raise NothingToLearn(
-        f"no usable reward: {snapshot.turns} turns with feedback were read, {len(snapshot.held_out)} are held out"
-        f"{', left out: ' + reasons if reasons else ''}; collect more reactions first, or raise the limit named here"
+        f"no usable reward: {count_noun(snapshot.turns, 'turn')} with feedback, {len(snapshot.held_out)} held out"
+        f"{', left out: ' + reasons if reasons else ''}; collect more reactions first{limits}"
     )
 
 

@@ -30,6 +30,7 @@ from bot.config import TrainingConfig
 from bot.errors import NothingToLearn, TrainingError
 from bot.models.memory_budget import BatchFit, describe_fit
 from bot.types import Progress
+from bot.wording import count_noun
 from learning.data.experience import Experience
 from learning.data.selection import draw_batches, select_for_training
 from learning.judging.evaluation import pad_id
@@ -140,8 +141,8 @@ def train(
     usable, _ = select_for_training(rows, config, seed)
     if not usable:
         raise NothingToLearn(
-            f"training.objective '{config.objective}' can use none of {len(rows)} answers; collect more reactions, or set "
-            "another objective"
+            f"training.objective '{config.objective}' can use none of {count_noun(len(rows), 'answer')}; collect more "
+            "reactions, or set another objective"
         )
     batch_size = min(config.batch_size, len(usable))
     fit = fit_to_machine(model, config, compute_batch_share(batch_size), max(map(_count_tokens, usable)))
@@ -162,10 +163,10 @@ def train(
         except (torch.OutOfMemoryError, MemoryError) as error:
             if fit.answers <= 4 or config.processes > 1:  # several processes cannot restart at different moments
                 raise TrainingError(
-                    f"out of memory with {fit.answers} answers at a time; lower training.max_length"
+                    f"out of memory with {count_noun(fit.answers, 'answer')} at a time; lower training.max_length"
                 ) from error
             fit = fit.shrink()
-            progress(f"out of memory; going on with {fit.answers} answers at a time", 0, 1)
+            progress(f"out of memory; going on with {count_noun(fit.answers, 'answer')} at a time", 0, 1)
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     if not all(entry["loss"] == entry["loss"] for entry in logged) or not outcome.training_loss == outcome.training_loss:
         raise TrainingError("the loss became NaN; lower training.learning_rate")

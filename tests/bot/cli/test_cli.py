@@ -333,7 +333,7 @@ def test_pretraining_on_ones_own_pairs_prints_measures_of_held_out_answers(tmp_p
     assert figures["rouge_l"] == 100.0
     assert (tmp_path / "data" / "models" / "pretrained-pairs" / "config.json").exists()
     pairs.write_text(json.dumps({"messages": said}))
-    refused(here("pretrain", pairs, "--config", config), "has 1 pairs")
+    refused(here("pretrain", pairs, "--config", config), "has 1 pair;")
 
 
 @pytest.mark.slow
@@ -592,12 +592,12 @@ def test_pretraining_removes_no_directory_that_holds_something_else_than_a_model
     pairs.write_text(json.dumps({"messages": said}))
     mine.mkdir()
     options = ("--config", config, "--out", mine)
-    refused(here("pretrain", pairs, *options), "has 1 pairs")  # an empty one is taken
+    refused(here("pretrain", pairs, *options), "has 1 pair;")  # an empty one is taken
     (mine / "notes.txt").write_text("my only notes")
     refused(here("pretrain", pairs, *options), "the path exists and holds no model")
     refused(here("pretrain", pairs, "--config", config, "--out", pairs), "the path exists and holds no model")
     (mine / "config.json").write_text("{}")
-    refused(here("pretrain", pairs, *options), "has 1 pairs")
+    refused(here("pretrain", pairs, *options), "has 1 pair;")
 
 
 @pytest.mark.parametrize("command", ["state", "why", "deploy", "report", "forget discord", "forget", "backup", "restore"])

@@ -76,3 +76,19 @@ def test_advice_that_is_no_json_object_is_refused(tmp_path, content):
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(ConfigError, match=r"its generation_config\.json cannot be read \(.*\); correct it"):
         recommend_sampling(model)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "told"),
+    [
+        (SamplingParams(), ""),
+        (
+            SamplingParams(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, max_tokens=128),
+            "temperature 1, at most 128 tokens",
+        ),
+        (SamplingParams(temperature=0.7, top_p=0.9, top_k=20, min_p=0.1), "temperature 0.7, top_p 0.9, top_k 20, min_p 0.1"),
+        (SamplingParams(max_tokens=1, seed=7, stop=["END"]), "at most 1 token, seed 7, 1 stop text"),
+    ],
+)
+def test_how_an_answer_was_sampled_is_told_in_words(sampling, told):
+    assert sampling.describe() == told

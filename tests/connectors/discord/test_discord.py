@@ -426,7 +426,7 @@ async def test_a_person_decides_and_is_forgotten_by_command(live, platform, bot)
     await platform.react(person, int(answer["id"]), "👍")
     await eventually(live, bot, answer, {str(person): 1.0})
     told = await platform.use_command(person, channel, "forget-me")
-    assert told.startswith("1 messages, 1 answers, 1 opinions and 0 policy versions are gone")
+    assert told.startswith("gone: 1 message, 1 answer, 1 opinion and 0 policy versions")
     assert await bot.answers.find_turn_id(answer["id"]) is None
     assert not await live.database.call(bot.answers.users.has_consent, "discord", str(person))
     assert await platform.use_command(person, channel, "why") == "There is no answer here yet."

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import answered, converse, react
 
+from bot.config import load
 from bot.errors import DataError
 from bot.store.forgetting import forget_message
-from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, new_id, now
+from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, SamplingParams, new_id, now
 from learning.data.explanation import TrainingUse, explain
 from learning.data.replay_buffer import ReplayBuffer
 from learning.judging import report
@@ -90,6 +91,18 @@ def test_a_turn_is_explained_with_its_reward_and_the_runs_that_used_it(trained, 
         explain("nothing", buffer, registry)
     shutil.rmtree(version.path)
     assert f"used by {version.name}, whose files are gone" in explain(rows[0][0], buffer, registry).lines()
+
+
+def test_an_explanation_says_how_an_answer_was_sampled_and_nothing_where_that_is_unknown(store, registry, tokenizer):
+    sampling = SamplingParams(temperature=1.0, max_tokens=128)
+    sampled = answered(store, tokenizer, "hello", "Hey!", sampling=sampling)
+    imported = answered(store, tokenizer, "hi", "Ho!", prompt_ids=None, completion_ids=None, logprobs=None)
+    buffer = ReplayBuffer(store, tokenizer, load())
+    told = {turn.id: explain(turn.id, buffer, registry).lines() for turn in (sampled, imported)}
+    [line] = [line for line in told[sampled.id] if "sampled with" in line]
+    assert line.endswith("sampled with temperature 1, at most 128 tokens")
+    assert line.startswith(f"prompt {len(sampled.prompt_ids)} tokens, answer {len(sampled.completion_ids)} tokens, log-pro")
+    assert not [line for line in told[imported.id] if "token" in line or "sampled" in line]
 
 
 def test_an_explanation_says_what_smoothing_makes_of_an_advantage():

@@ -173,4 +173,4 @@ async def test_a_base_model_is_changed_only_once_it_has_generated_a_token(vllm, 
     told: list[str] = []
     async with app.running(config, str(another), told.append, may_change_base=True) as kibitz:
         assert kibitz.policy.version == kibitz.policy.admin.base == registry.get_live().name == "policy-1"
-    assert any("policy-1 is live; 1 versions of another model" in line for line in told), told
+    assert any("policy-1 is live; 1 version of another model can serve" in line for line in told), told

@@ -138,8 +138,11 @@ def test_with_too_little_evidence_a_version_waits_until_one_that_was_trained_lat
 
 
 def test_a_run_without_usable_rewards_registers_nothing(small, store, registry, tokenizer):
-    with pytest.raises(NothingToLearn, match="no usable reward: 0 turns"):
+    with pytest.raises(NothingToLearn, match=r"0 turns with feedback, 0 held out; collect more reactions first$"):
         train_version(small, quiet)
+    react(store, answered(store, tokenizer, "hello", "Hey!"), approves=True)
+    with pytest.raises(NothingToLearn, match=r"1 turn with .*collect more reactions first, or raise training\.max_length$"):
+        train_version(with_training(small, max_length=1), quiet)
     assert [version.name for version in registry.all()] == [BASE]
 
 
@@ -227,8 +230,8 @@ def out_of_memory(*_: object) -> None:
 @pytest.mark.parametrize(
     ("case", "word"),
     [
-        ("one turn only", "no usable reward|all 1 rewards"),
-        ("one class only", r"all \d+ rewards are \+1\.00"),
+        ("one turn only", r"no usable reward|every reward is [+-]1.00 \(1 answer\)"),
+        ("one class only", r"every reward is \+1\.00 \(\d+ answers\)"),
         ("the loss is no number", "NaN; lower training.learning_rate"),
         ("no memory", "out of memory with 4 answers at a time; lower training.max_length"),
         ("the base model is gone", "cannot be loaded"),
