@@ -4,7 +4,18 @@ import json
 import time
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AliasChoices, BaseModel, Field, StrictBool, StrictFloat, StrictInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    ValidationError,
+    model_validator,
+)
 
 from bot.chat.dialogue import History, render_answer
 from bot.errors import DataError
@@ -14,7 +25,31 @@ MODEL = "kibitz"
 UNSEEN = "(I can read text only; I have not seen what came with it.)\n\n"  # before an answer to a message with a picture
 INT64 = 2**63
 
-Name = Annotated[str, Field(max_length=64, pattern=r"^[^\x00]*$")]
+
+def _refuse_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("contains the character U+0000, which no database keeps; leave it out")
+    return text
+
+
+# A value that may have one of several types is checked here: pydantic would report each type that it tried.
+def _as_list(given: Any) -> Any:
+    if not isinstance(given, str | list):
+        raise ValueError(f"must be a text or a list, not {json.dumps(given)[:40]}")
+    return [given] if isinstance(given, str) else given
+
+
+def _as_parts(given: Any) -> Any:
+    return [{"text": given}] if isinstance(given, str) else _as_list(given)
+
+
+def _check_value(given: Any) -> Any:
+    if not isinstance(given, str | bool | int | float):
+        raise ValueError(f"must be true, false, a number or a text, not {json.dumps(given)[:40]}")
+    return given
+
+
+Name = Annotated[str, Field(max_length=64), AfterValidator(_refuse_nul)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -50,17 +85,12 @@ class ChatMessage(Shape):
     """One message of a chat. The results of tools and functions count as the user's words."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[ContentPart] = ""
-
-    @property
-    def parts(self) -> list[ContentPart]:
-        """The content as parts."""
-        return [ContentPart(text=self.content)] if isinstance(self.content, str) else self.content
+    content: Annotated[list[ContentPart], BeforeValidator(_as_parts)] = []
 
     @property
     def text(self) -> str:
         """The text that the policy is shown. An answer has only the policy's own words."""
-        text = "".join(part.visible_text for part in self.parts)
+        text = "".join(part.visible_text for part in self.content)
         return text.removeprefix(UNSEEN) if self.speaker == Role.ASSISTANT else text
 
     @property
@@ -100,7 +130,7 @@ class CompletionRequest(Shape):
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] = []
+    stop: Annotated[list[Stop], Field(max_length=16), BeforeValidator(_as_list)] = []
     n: int = 1
     tool_choice: Any = "auto"
     function_call: Any = "auto"
@@ -130,14 +160,14 @@ class CompletionRequest(Shape):
     @property
     def stops(self) -> tuple[str, ...]:
         """The texts before which the answer ends."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        return tuple(self.stop)
 
     @property
     def has_unseen(self) -> bool:
         """Whether the user's messages since the last answer hold something that kibitz cannot read."""
         said = [one for one in self.messages if one.speaker != Role.SYSTEM]
         while said and said[-1].speaker == Role.USER:
-            if not all(part.is_text for part in said.pop().parts):
+            if not all(part.is_text for part in said.pop().content):
                 return True
         return False
 
@@ -170,7 +200,7 @@ class FeedbackRequest(Shape):
     inference_id: Annotated[Name, Field(validation_alias=AliasChoices("inference_id", "completion_id"))] = ""
     episode_id: Name = ""
     metric_name: Name = "rating"
-    value: StrictBool | StrictInt | StrictFloat | str
+    value: Annotated[StrictBool | StrictInt | StrictFloat | str, BeforeValidator(_check_value)]
     user: Name = ""
     dryrun: bool = False
 
@@ -222,7 +252,10 @@ def parse(shape: type[Parsed], given: bytes | dict[str, str]) -> Parsed:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"{where or 'body'}: {first['msg']}") from error
+        if first["type"] != "value_error":
+            raise DataError(f"{where or 'body'}: {first['msg']}") from error
+        told = str(first["ctx"]["error"])  # our own words
+        raise DataError(f"{where}: {told}" if where else told) from error
 
 
 def model_card() -> dict[str, Any]:

@@ -126,3 +126,32 @@ def test_a_dislike_is_a_dislike_also_as_a_number(value, kind, rating):
 def test_an_opinion_that_would_be_lost_is_refused(fields):
     with pytest.raises(DataError):
         parse(FeedbackRequest, json.dumps({"inference_id": "x", **fields}).encode())
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"stop": ["END"] * 20}, r"stop: List should have at most 16 items after validation, not 20"),
+        ({"stop": ["", "there"]}, r"stop\.0: String should have at least 1 character"),
+        ({"stop": ""}, r"stop\.0: String should have at least 1 character"),
+        ({"stop": ["there", "x" * 257]}, r"stop\.1: String should have at most 256 characters"),
+        ({"stop": 5}, "stop: must be a text or a list, not 5"),
+        ({"messages": [USER, {"role": "user", "content": 5}]}, r"messages\.1\.content: must be a text or a list, not 5"),
+        ({"messages": [{"role": "user", "content": [{"text": 5}]}]}, r"messages\.0\.content\.0\.text: Input should be a"),
+        ({"user": "a\0b"}, r"user: contains the character U\+0000"),
+        ({"n": 2}, "n must be 1: kibitz gives one answer at a time"),
+    ],
+)
+def test_what_a_field_of_several_types_breaks_is_told_and_no_name_of_a_library(fields, told):
+    with pytest.raises(DataError, match=f"^{told}"):
+        completion(**fields)
+
+
+@pytest.mark.parametrize(("value", "shown"), [([1], r"\[1\]"), ({"a": 1}, '{"a": 1}')])
+def test_a_value_of_feedback_that_is_neither_a_number_nor_a_text_is_told(value, shown):
+    with pytest.raises(DataError, match=f"^value: must be true, false, a number or a text, not {shown}$"):
+        parse(FeedbackRequest, json.dumps({"inference_id": "x", "value": value}).encode())
+
+
+def test_a_stop_may_be_one_text_or_a_list_of_texts():
+    assert completion(stop="END").stops == completion(stop=["END"]).stops == ("END",)
