@@ -304,14 +304,23 @@ def live_config(data: Path, model: str, port: int = 0) -> Config:
     return load(data_dir=str(data), policy={"model": model}, learning=learning, serving=serving, gate={"samples": 16})
 
 
+def claim_vllm(shared_by_processes: Path) -> None:
+    """Fail if another process of the run has started a vLLM."""
+    try:
+        (shared_by_processes / "vLLM").touch(exist_ok=False)
+    except FileExistsError:
+        pytest.fail(
+            "another process of this run uses vLLM already; run pytest with --dist loadgroup beside -n", pytrace=False
+        )
+
+
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def live(
     demo_model: str, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
 ) -> AsyncIterator[kibitz.Kibitz]:
     """Yield a whole kibitz on the one vLLM of the run, with the real watcher of rollbacks."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        with (tmp_path_factory.getbasetemp().parent / "vLLM").open("x"):  # fails if another process started a vLLM
-            pass
+        claim_vllm(tmp_path_factory.getbasetemp().parent)
     data = tmp_path_factory.mktemp("live")
     model = str(shutil.copytree(demo_model, data / "base"))  # one test removes it for a moment; others read the original
     url = pytestconfig.getoption("--vllm-url")

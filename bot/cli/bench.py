@@ -153,7 +153,9 @@ def bench_recall(
 @command("learning", group=bench, default_model="toy")
 def bench_learning(
     config: Config,
-    part: Annotated[str, typer.Option("--slice", help="ci (about ten minutes), rates, regimes or full (hours).")] = "full",
+    part: Annotated[
+        str, typer.Option("--slice", help="ci (a quarter of an hour on two cores), rates, regimes or full (hours).")
+    ] = "full",
     arms: Annotated[str | None, typer.Option(help="Objectives and controls, separated by commas. Default: all.")] = None,
     users: Annotated[str | None, typer.Option(help="Built-in users, or a Python file with utility(prompt, reply).")] = None,
     json_file: JsonFile = None,
@@ -212,7 +214,7 @@ def bench_tracker(
     unknown = [size for size in wanted if size not in known]
     if unknown:
         raise ConfigError(f"option --sizes has value '{unknown[0]}'; choose from {', '.join(known)}")
-    config, base = prepare_model(config, purpose=Purpose.TRAIN)
+    config, base = prepare_model(config, purpose=Purpose.READ)
     with progress_bar() as progress:
         figures = tracker.measure_apart(config.policy, config.dialogue, config.data, base, wanted, progress)
     print_figures(figures)

@@ -11,6 +11,7 @@ from bot.cli.options import JsonFile, command, path_argument, path_option
 from bot.config import Config
 from bot.errors import ConfigError
 from bot.memory.embedder import Embedder, make_embedder
+from bot.models.purpose import Purpose
 from bot.output import check_writable, print_figures, progress_bar, write_json
 from bot.store.stores import open_stores
 from learning.training.choice import prepare_model
@@ -61,7 +62,7 @@ def _fit_from_feedback(config: Config, embedder: Embedder, progress: Any) -> tup
     from learning.fitting import reminders, retrieval
 
     database, store, _ = open_stores(config)
-    config, model = prepare_model(config)
+    config, model = prepare_model(config, purpose=Purpose.READ)
     rated = ReplayBuffer(store, ChatTokenizer(model, config.policy.template_args), config).read_rated()
     memory = Memory(database, config.dialogue.across_channels)
     judged = list(reminders.read_judged_examples(rated, store, memory, embedder, progress))

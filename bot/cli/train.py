@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -50,7 +50,7 @@ def pretrain(
     dialogues = list(read_pairs(pairs))
     if len(dialogues) < 2:
         raise ConfigError(f"{pairs}: has {count_noun(len(dialogues), 'pair')}; give at least 2, one is held out")
-    config, model = prepare_model(config)
+    config, model = prepare_model(config, purpose=Purpose.READ)
     directory = out or config.data / "models" / f"pretrained-{pairs.stem}"
     with progress_bar() as progress:
         recipe = config.seed, epochs, learning_rate, progress, config.policy.template_args
@@ -63,7 +63,9 @@ def pretrain(
 @command()
 def train(
     config: Config,
-    progress: Annotated[str, typer.Option(help="How to show progress: bar, or json for a parent process.")] = "bar",
+    progress: Annotated[
+        Literal["bar", "json"], typer.Option(help="How to show progress. json is for a parent process.")
+    ] = "bar",
     deploy: Annotated[bool, typer.Option("--deploy", help="Deploy the candidate if it passes the gate.")] = False,
     judge: Annotated[bool, typer.Option("--judge", help="Train nothing. Judge the waiting candidate again.")] = False,
 ) -> None:

@@ -9,3 +9,4 @@ class Purpose(StrEnum):
     SERVE = "serve"  # vLLM answers with it, and runs beside the chat train it
     TRAIN = "train"  # a run trains it, and no server of ours is needed
     REPLAY = "replay"  # as TRAIN, on recorded conversations
+    READ = "read"  # its tokenizer or weights are used, and nothing is sampled or trained as [policy] and [training] say

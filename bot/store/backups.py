@@ -68,7 +68,8 @@ def restore(database_url: str, data: Path, file: Path, *, replaces: bool = False
     policies = data / "policies"
     _refuse_same(target, file)
     if not file.is_file():
-        raise DataError(f"{file}: does not exist; name a file that `kibitz backup` wrote")
+        found = "is a directory" if file.is_dir() else "is not a plain file" if file.exists() else "does not exist"
+        raise DataError(f"{file}: {found}; name a file that `kibitz backup` wrote")
     Erasures(data).read()  # raises DataError before anything is replaced
     with lock_directory(data, "serve"), lock_directory(data, "train"):
         if target.exists() and not replaces:

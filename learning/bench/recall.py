@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bot.errors import DataError
 from bot.memory.embedder import Embedder
@@ -28,13 +28,16 @@ from bot.store.database import Database
 from bot.types import Conversation, Message, Progress, new_id
 
 FIRST = (5, 10, 20)
+FORM = '{"conversation": [{"id", "speaker", "text"}, …], "questions": [{"text", "evidence": [id, …]}, …]}'
 ALONE: dict[str, dict[str, float]] = {"dense": {"dense": 1.0}, "bm25": {"bm25": 1.0}}
 
 
 class SpokenLine(BaseModel):
     """One message of a conversation."""
 
-    id: str | int
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
+    id: str
     speaker: str
     text: str
     at: datetime | str | None = None
@@ -43,9 +46,11 @@ class SpokenLine(BaseModel):
 class Question(BaseModel):
     """A question about a conversation, and the ids of the messages that answer it."""
 
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
     text: str
-    evidence: list[str | int]
-    category: str | int = "all"
+    evidence: list[str]
+    category: str = "all"
 
 
 class ConversationWithQuestions(BaseModel):
@@ -56,8 +61,8 @@ class ConversationWithQuestions(BaseModel):
 
     def list_answerable(self) -> list[tuple[Question, list[str]]]:
         """Return the questions with evidence in the conversation, and that evidence; unknown ids are left out."""
-        ids = {str(said.id) for said in self.conversation}
-        known = [(question, [str(one) for one in question.evidence if str(one) in ids]) for question in self.questions]
+        ids = {said.id for said in self.conversation}
+        known = [(question, [one for one in question.evidence if one in ids]) for question in self.questions]
         return [(question, evidence) for question, evidence in known if evidence]
 
 
@@ -66,7 +71,7 @@ def read(path: Path) -> list[ConversationWithQuestions]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read ({error}); give a UTF-8 file of JSON lines") from error
+        raise DataError(f"{path}: cannot be read ({error}); give a UTF-8 file whose lines are {FORM}") from error
     found = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -75,8 +80,9 @@ def read(path: Path) -> list[ConversationWithQuestions]:
             asked = ConversationWithQuestions.model_validate_json(line)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the line"
-            raise DataError(f"{path}, line {number}: {where}: {first['msg']}") from error
+            where = "".join(f"{part}." for part in first["loc"])[:-1]
+            fault = f"{where}: {first['msg']}" if where else first["msg"]
+            raise DataError(f"{path}, line {number}: {fault}; each line must be {FORM}") from error
         found.append(asked)
     if not any(asked.list_answerable() for asked in found):
         raise DataError(f"{path} has no question whose evidence names a message of its conversation; check the ids")
@@ -126,7 +132,7 @@ async def _store(database: Database, asked: ConversationWithQuestions) -> tuple[
     place = Conversation("recall", new_id())
     said = [Message(place.id, turn.speaker, turn.text, at=_time(turn.at)) for turn in asked.conversation]
     await database.call(store.add_dialogues, [(place, said, [], [])])
-    return {str(turn.id): message.id for turn, message in zip(asked.conversation, said, strict=True)}, place.id
+    return {turn.id: message.id for turn, message in zip(asked.conversation, said, strict=True)}, place.id
 
 
 def _time(given: datetime | str | None) -> datetime:
@@ -153,7 +159,7 @@ def _compute_figures(places: Mapping[str, list[tuple[Question, list[int]]]], too
         figures[f"{name}_recall_at_10"] = _recall(places[name], 10)
     kinds: defaultdict[str, list[tuple[Question, list[int]]]] = defaultdict(list)
     for row in rows:
-        kinds[str(row[0].category)].append(row)
+        kinds[row[0].category].append(row)
     for category, some in sorted(kinds.items()):
         figures[f"recall_at_10_{category}"] = _recall(some, 10)
     for percent in (50, 99):

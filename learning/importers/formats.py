@@ -96,15 +96,17 @@ def read_recording(path: Path, format: str = "auto", reactions: ReactionsConfig 
             one.read(rows[one.name], recording)
     convert_ratings(recording)
     if not recording.dialogues:
-        raise DataError(f"{path}: {_explain_nothing_read(recording)}")
+        raise DataError(f"{path}: {_explain_nothing_read(recording, format)}")
     return recording
 
 
-def _explain_nothing_read(recording: Recording) -> str:
-    """Return why nothing was read: the first problem, and how many rows were left out besides."""
+def _explain_nothing_read(recording: Recording, format: str) -> str:
+    """Return why nothing was read: the first problem, how many rows were left out besides, and what to give."""
     reasons = list(recording.dropped)
     if not reasons:
         return "has no conversations; give a file that has some"
     others = recording.dropped.total() - recording.dropped[reasons[0]]
     more = f", and {count_noun(others, 'other')} left out" if others else ""
-    return f"has nothing to replay: {recording.explain(reasons[0])}{more}; known formats: {', '.join(NAMES)}"
+    keys = [" and ".join(map(repr, sorted(mark))) for one in FORMATS if one.name == format for mark in one.marks]
+    wanted = f"JSON objects with {' or '.join(keys)}" if keys else f"a file in one of the formats {', '.join(NAMES)}"
+    return f"has no conversation that can be read: {recording.explain(reasons[0])}{more}; give {wanted}"

@@ -49,7 +49,7 @@ def prepare_model(config: Config, tell: Announce = announce, purpose: Purpose = 
     found, model = resolve_model(config, tell, purpose)
     check_extra_args(config.serving, config.policy)
     plan = check_model(found, model, purpose)
-    if not pretraining.is_toy(model):
+    if not pretraining.is_toy(model) and purpose != Purpose.READ:
         tell(describe_sampling(config.policy, model))
         tell(describe_sizes(found, model, config))
     if plan is not None:

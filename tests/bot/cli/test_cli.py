@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,8 +19,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Done, answered, react, refused, write_config
 
+from bot.config import load
 from bot.data_directory import lock_directory
 from bot.errors import ConfigError
+from bot.models.purpose import Purpose
 from bot.output import interruptible
 from bot.store.conversations import ConversationStore
 from bot.store.database import Database
@@ -27,6 +30,7 @@ from bot.store.registry import PolicyRegistry
 from bot.store.users import Users
 from bot.types import Conversation, Metrics
 from learning.bench import simulated_people, simulation
+from learning.training.choice import prepare_model
 
 INTERRUPTED = "kibitz: interrupted; all that was stored is kept, an unfinished training run left nothing behind"
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
@@ -53,6 +57,8 @@ def test_mistakes_in_the_config_and_on_the_command_line(tmp_path, demo_model, he
         here("simulate", "--config", config, "--plot", "curve.foo"), "--plot has value 'curve.foo', which is not a PNG file"
     )
     refused(here("rollback", "--config", config), "kibitz policies")
+    refused(here("train", "--config", config, "--progress", "x"), "'x' is not one of 'bar', 'json'")
+    assert "bar|json" in here("train", "--help").stdout
     refused(here("dance"), "No such command")
     refused(kibitz("dance"), "No such command")  # the same at the console
 
@@ -583,6 +589,27 @@ def test_an_output_file_takes_the_place_of_a_plain_file_and_of_nothing_else(tmp_
     plain.write_text("an older export")
     assert here("export", plain, *options).returncode == 0, "the control"
     assert "kibitz-export" in plain.read_text()
+
+
+@pytest.mark.parametrize("command", ["pretrain", "bench recall"])
+def test_a_file_of_another_form_is_refused_with_the_form_that_is_wanted(tmp_path, demo_model, here, command):
+    (tmp_path / "a.txt").write_text("so it goes")
+    done = here(*command.split(), tmp_path / "a.txt", "--config", write_config(tmp_path, demo_model))
+    refused(done, "line 1")
+    assert "replay" not in done.stderr
+    assert {"pretrain": "give JSON objects with 'messages'", "bench recall": "each line must be {"}[command] in done.stderr
+
+
+def test_a_command_that_neither_samples_nor_trains_says_nothing_of_sampling_and_learning_rates(tmp_path, demo_model, here):
+    other = shutil.copytree(demo_model, tmp_path / "another")
+    config = write_config(tmp_path, str(other))
+    done = here("fit-retrieval", "--from-feedback", "--config", config)
+    refused(done, "too few judged answers remembered something: 0 in 0 conversations")
+    assert "sampling" not in done.stdout
+    assert "learning rate" not in done.stdout
+    told: list[str] = []
+    prepare_model(load(config), told.append, Purpose.TRAIN)
+    assert [line.partition(":")[0] for line in told][:1] == ["sampling"], "the control"
 
 
 def test_pretraining_removes_no_directory_that_holds_something_else_than_a_model(tmp_path, demo_model, here):

@@ -306,6 +306,13 @@ async def test_the_benchmark_of_recall_counts_what_is_found_and_says_what_it_can
         file.write_text(bad)
         with pytest.raises(DataError, match=r"asked\.jsonl"):
             recall_benchmark.read(file)
+    for bad, found in (
+        ("so it goes", "Invalid JSON"),
+        ('{"conversation": 5, "questions": []}', "conversation: Input should"),
+    ):
+        file.write_text(f"\n{bad}")
+        with pytest.raises(DataError, match=rf'asked\.jsonl, line 2: {found}.*; each line must be {{"conversation": '):
+            recall_benchmark.read(file)
 
 
 async def test_what_is_older_than_what_is_in_memory_is_found_by_its_words(store, recall, monkeypatch):

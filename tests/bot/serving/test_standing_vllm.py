@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 import standing_vllm
-from conftest import live_config
+from conftest import claim_vllm, live_config
 
 from bot.errors import ProbeFailed, ServingError
 from bot.store.registry import BASE
@@ -39,6 +39,12 @@ async def test_a_run_finds_nothing_of_an_earlier_one_in_the_vllm_that_stays_up(l
     finally:  # the kibitz that the other tests share goes on, with a policy-1 of its own
         await standing_vllm.make_fresh(live.policy.admin, demo_model)
         await live.deployment.restore_live()
+
+
+def test_a_second_process_of_a_run_that_uses_vllm_is_told_which_option_prevents_it(tmp_path):
+    claim_vllm(tmp_path)
+    with pytest.raises(pytest.fail.Exception, match="run pytest with --dist loadgroup"):
+        claim_vllm(tmp_path)
 
 
 def test_two_runs_do_not_use_one_vllm_at_once():

@@ -260,6 +260,7 @@ def test_what_cannot_be_restored_is_refused_in_a_line_and_changes_nothing(config
     cut.write_bytes(good.read_bytes()[:20_000])
     for one, wanted in (
         (file.with_name("nothing"), "does not exist"),
+        (file.parent, "is a directory; name a file that `kibitz backup` wrote"),
         (strange, "file is not a database"),
         (foreign, "is not a database of kibitz"),
         (cut, "malformed"),

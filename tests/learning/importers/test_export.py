@@ -135,6 +135,10 @@ def _exported(store, tmp_path, privacy) -> str:
 ODD = [
     (lambda row: row | {"turns": [row["turns"][0] | {"prompt_ids": ["x"]}]}, "wrong kind in 'turns.prompt_ids'"),
     (lambda row: row | {"turns": [row["turns"][0] | {"logprobs": [float("nan")]}]}, "wrong kind in 'turns.logprobs'"),
+    (
+        lambda row: row | {"turns": [row["turns"][0] | {"sampling": {"temperature": "x"}}]},
+        "wrong kind in 'turns.sampling.temperature'",
+    ),
     (lambda row: row | {"turns": [row["turns"][0] | {"message_id": "missing"}]}, "an answer without its messages"),
     (lambda row: row | {"turns": row["turns"] * 2}, "a duplicate answer id"),
     (lambda row: row | {"turns": [*row["turns"], row["turns"][0] | {"id": "other"}]}, "a duplicate answer id"),
@@ -157,6 +161,7 @@ def test_an_odd_line_of_an_export_is_left_out_and_the_rest_is_stored(tmp_path, s
     found = read_recording(tmp_path / "odd")
     assert found.dropped.total() == 1
     assert reason in next(iter(found.dropped))
+    assert found.lines()[-1].startswith("left out: line 3 has ")
     store.add_dialogues(found.dialogues)
     assert store.count_rows()["turns"] == 2
 
