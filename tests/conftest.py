@@ -51,7 +51,6 @@ from bot.store import database as database_module
 from bot.store.conversations import ConversationStore
 from bot.store.database import Database
 from bot.store.registry import PolicyRegistry
-from bot.store.tables import policies
 from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyVersion, SamplingParams, Turn, new_id
 from connectors.access import Access
 from connectors.answers import Answers
@@ -250,7 +249,7 @@ def trained_once(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> t
         training={"max_steps": 6},
         gate={"samples": 12},
     )
-    database = Database(config.database_url)
+    database = Database(config.database_url, config.data)
     database.upgrade()
     store = ConversationStore(database)
     PolicyRegistry(database).ensure_base(demo_model)
@@ -269,17 +268,14 @@ def trained(trained_once: tuple[Config, Outcome], tmp_path: Path, monkeypatch: p
     original, outcome = trained_once
     data = shutil.copytree(original.data, tmp_path / "trained")
     config = original.model_copy(update={"data_dir": str(data)})
-    database = Database(config.database_url)
-    with database.begin() as connection:
-        moved = sa.func.replace(policies.c.path, str(original.data), str(data))
-        connection.execute(sa.update(policies).values(path=moved))
+    database = Database(config.database_url, config.data)
     yield Trained(config, outcome, ConversationStore(database), PolicyRegistry(database))
     database.close()
 
 
 @pytest.fixture
 def database(config: Config) -> Iterator[Database]:
-    opened = Database(config.database_url)
+    opened = Database(config.database_url, config.data)
     opened.upgrade()
     yield opened
     opened.close()

@@ -30,12 +30,11 @@ class Stage:
     deployment: Deployment
     registry: PolicyRegistry
     source: Path
-    policies: Path
     told: list[str]
 
     def candidate(self) -> PolicyVersion:
         """A candidate that was judged against what is live now."""
-        return swap.register_copy(self.registry, self.source, self.policies)
+        return swap.register_copy(self.registry, self.source)
 
     def state(self, version: PolicyVersion) -> PolicyState:
         return self.registry.get(version.name).state
@@ -57,5 +56,5 @@ async def stage(vllm, config, registry, source) -> AsyncIterator[Stage]:
     await policy.admin.connect()
     told: list[str] = []
     deployment = Deployment(policy, registry, config.serving, config.training, config.gate, told.append)
-    yield Stage(deployment, registry, source, config.data / "policies", told)
+    yield Stage(deployment, registry, source, told)
     await policy.close()

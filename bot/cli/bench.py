@@ -78,7 +78,7 @@ def bench_swap(
             for number, source in enumerate(sources):
                 swap.save_random_version(kibitz.config, base, source, config.seed + number)
             tokenizer = kibitz.dialogue.tracker.tokenizer
-            asked = kibitz.config.data / "policies", swaps, requests, concurrent
+            asked = swaps, requests, concurrent
             return await swap.measure_swaps(kibitz.deployment, tokenizer, sources, *asked, progress)
 
     run_benchmark("bench swap", config, job, json_file, {"concurrent": concurrent, "swaps": swaps, "requests": requests})

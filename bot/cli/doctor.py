@@ -159,7 +159,7 @@ def check_ports(config: Config) -> str:
 
 def check_database(config: Config) -> str:
     """Check that the database can be opened and its schema used or migrated. Change nothing."""
-    database = Database(config.database_url, is_read_only=True)
+    database = Database(config.database_url, config.data, is_read_only=True)
     try:
         if (found := database.find_revision()) is None:
             return f"{database.url} has no tables yet; the first start makes them"

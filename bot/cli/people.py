@@ -18,7 +18,7 @@ from bot.output import announce, check_writable, console
 from bot.store.forgetting import find_people, forget_person
 from bot.store.registry import PolicyRegistry
 from bot.store.stores import open_stores
-from bot.types import Person
+from bot.types import Person, PolicyState
 
 ID_FORMS = {  # the form of people's ids on each built-in platform
     "discord": "numbers, such as 80351110224678912",
@@ -58,7 +58,7 @@ def why(
 
     database, store, registry = open_stores(config)
     if turn:
-        tokenizer = ChatTokenizer(_find_spoken_model(registry), config.policy.template_args)
+        tokenizer = ChatTokenizer(_find_spoken_model(config, registry), config.policy.template_args)
         for line in explain(turn, ReplayBuffer(store, tokenizer, config), registry).lines():
             console.print(line, markup=False, highlight=False)
     else:
@@ -80,16 +80,25 @@ def export(
 
     check_writable(file)
     database, store, registry = open_stores(config)
-    written = kibitz_export.export(store, file, tokenizer_fingerprint(_find_spoken_model(registry)), config.privacy)
+    written = kibitz_export.export(store, file, tokenizer_fingerprint(_find_spoken_model(config, registry)), config.privacy)
     database.close()
     console.print(", ".join(f"{name}: {count}" for name, count in written.items()) or "nothing was said yet")
 
 
-def _find_spoken_model(registry: PolicyRegistry) -> str:
-    """Return the base model that people talked with. Raises DataError if nobody has talked with kibitz yet."""
-    if not registry.find_directories():
+def _find_spoken_model(config: Config, registry: PolicyRegistry) -> str:
+    """Return the base model that people talked with, also if it was moved since, for example with the data directory.
+
+    Raises DataError if nobody has talked with kibitz yet, and RegistryError if the model is gone.
+    """
+    from learning.training.choice import find_base_model
+
+    if not registry.count(PolicyState.LIVE):
         raise DataError("this data directory has no conversations yet; talk with `kibitz chat`, or use another --data-dir")
-    return registry.get_base().base_model
+    model = registry.get_base().base_model
+    if Path(model).is_absolute() and not Path(model).is_dir():
+        model = find_base_model(config)
+        registry.check_base(model)
+    return model
 
 
 @command()

@@ -71,10 +71,12 @@ def deploy(
 ) -> None:
     """Make a candidate live. The running kibitz, or the next one that starts, probes it on its vLLM first."""
     database, store, registry = open_stores(config)
-    candidate, live = registry.get(version), registry.get_live()
+    candidate = registry.get(version)
     is_waiting = candidate.state == PolicyState.WAITING
-    if (is_waiting or candidate.state == PolicyState.CANDIDATE) and candidate.judged_against != live.name:
-        raise VerdictOutdated(version, candidate.judged_against, live.name)
+    if is_waiting or candidate.state == PolicyState.CANDIDATE:
+        live = registry.get_live()
+        if candidate.judged_against != live.name:
+            raise VerdictOutdated(version, candidate.judged_against, live.name)
     registry.request_deployment(version)
     if is_waiting:
         told = f"{describe_wait(candidate, store)}; if it passes the gate then, it is probed and goes live"

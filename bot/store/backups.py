@@ -36,7 +36,8 @@ class RestoreReport:
     withdrawn: list[str]
 
     def __str__(self) -> str:
-        gone = f"; {', '.join(self.withdrawn)} never serve again" if self.withdrawn else ""
+        names = ", ".join(self.withdrawn)
+        gone = f"; never to serve again, because the backup or the directory lacks them: {names}" if names else ""
         again = count_noun(self.forgotten, "person or message", "people and messages")
         return f"restored; forgotten again, because they were forgotten since: {again}{gone}"
 
@@ -65,7 +66,6 @@ def restore(database_url: str, data: Path, file: Path, *, replaces: bool = False
     """
     instead = f"pg_restore --clean --dbname=DATABASE {file}, and start kibitz: it forgets again"
     target = _find_sqlite_file(database_url, instead)
-    policies = data / "policies"
     _refuse_same(target, file)
     if not file.is_file():
         found = "is a directory" if file.is_dir() else "is not a plain file" if file.exists() else "does not exist"
@@ -75,14 +75,14 @@ def restore(database_url: str, data: Path, file: Path, *, replaces: bool = False
         if target.exists() and not replaces:
             raise DataError(f"there is a database already, {target}; add --replace to replace it")
         names = {name for (name,) in _read_rows(target, "SELECT name FROM policies")}
-        used = {path.name for path in policies.glob("policy-*") if path.is_dir()} | names
+        used = {path.name for path in (data / "policies").glob("policy-*") if path.is_dir()} | names
         decisions = _read_rows(target, "SELECT platform, user_id, consent, at FROM users")
         with _replace_database_file(target) as unfinished:
             _copy(file, unfinished)
             with closing(Database(f"sqlite:///{unfinished}", data)) as database:
                 database.upgrade()
                 database.rebuild_at_close(log.info)  # the backup may be older than the rebuild after an erasure
-                withdrawn = PolicyRegistry(database).reconcile_directory(policies, used)
+                withdrawn = PolicyRegistry(database).reconcile_directory(used)
                 _reapply_decisions(unfinished, database, decisions)
                 database.scrub()
             _empty_log(target)

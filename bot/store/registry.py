@@ -6,9 +6,10 @@ the one row in state LIVE, and promoting is one transaction. It does not depend 
 works while training is broken.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +19,14 @@ from sqlalchemy.exc import IntegrityError
 from bot.errors import RegistryError, VerdictOutdated
 from bot.store.database import Database
 from bot.store.fingerprint import fingerprint_model
-from bot.store.lineage import check_same_base, find_bases, find_last_live, find_rollback_target, is_same_base, relocate_base
+from bot.store.lineage import check_same_base, find_bases, find_last_live, find_rollback_target, is_same_base
 from bot.store.sources import find_people_behind
 from bot.store.tables import policies, run_feedback, run_followups, run_teachers, runs, switches
+from bot.store.versions import Versions
+from bot.store.weights import discard_weights
 from bot.types import Metrics, Person, PolicyState, PolicyVersion, new_id, now
 
 S = PolicyState
-TRANSITIONS: dict[PolicyState, set[PolicyState]] = {
-    S.TRAINING: {S.CANDIDATE, S.REJECTED, S.PURGED},
-    S.CANDIDATE: {S.WAITING, S.CANARY, S.LIVE, S.REJECTED, S.PURGED},
-    S.WAITING: {S.WAITING, S.CANDIDATE, S.REJECTED, S.PURGED},
-    S.CANARY: {S.LIVE, S.REJECTED, S.PURGED},
-    S.LIVE: {S.RETIRED},
-    S.RETIRED: {S.LIVE, S.PURGED},
-    S.REJECTED: {S.PURGED},
-    S.PURGED: set(),
-}
-
 MAY_SERVE = {S.CANDIDATE, S.WAITING, S.CANARY, S.LIVE, S.RETIRED}
 BASE = "policy-0"  # the first base model; later ones have names of their own
 LEARNING_PAUSED = "learning paused"  # the name of a switch
@@ -44,17 +36,23 @@ _WITHOUT_METRICS = sa.select(*(column for column in policies.c if column.name !=
 
 
 class PolicyRegistry:
-    """All versions of the policy, the live one, and the runs that made them."""
+    """All versions of the policy, the live one, and the runs that made them.
+
+    The files of trained versions are below `directory`, which is in the database's directory.
+    """
 
     def __init__(self, database: Database):
+        if database.directory is None:
+            raise ValueError("the versions of a database without a directory have no place for their files")
         self.database = database
+        self.directory = (database.directory / "policies").absolute()
 
     def check_base(self, base_model: str) -> None:
         """Raise RegistryError if the versions of this data directory come from another base model."""
         weights = fingerprint_model(base_model)
-        with self.database.read() as connection:
-            if connection.execute(_BASES).first() is not None:
-                check_same_base(_read_base(connection), base_model, weights)
+        with self._read() as versions:
+            if versions.select(_BASES):
+                check_same_base(versions.read_base(), base_model, weights)
 
     def ensure_base(self, base_model: str) -> PolicyVersion:
         """As `set_base`, but raise RegistryError if the versions come from another base model."""
@@ -71,46 +69,41 @@ class PolicyRegistry:
         another path is recorded there, with all versions that come from it.
         """
         weights = fingerprint_model(base_model)
-        with self.database.begin() as connection:
-            bases = [_as_version(row) for row in connection.execute(_BASES)]
+        with self._begin() as versions:
+            bases = versions.select(_BASES)
             if bases:
-                current = _read_base(connection)
+                current = versions.read_base()
                 if is_same_base(current, base_model, weights):
-                    return _relocate_base(connection, current, base_model, weights)
-                _set_aside(connection, current)
+                    return versions.relocate_base(current, base_model, weights)
+                for rejected in versions.set_aside(current):
+                    self.database.run_after_commit(partial(discard_weights, Path(rejected.path)))
             back = next((base for base in bases if is_same_base(base, base_model, weights)), None)
             if back is not None:
-                _move(connection, find_last_live(back, _read_all(connection)).name, S.LIVE)
-                return _relocate_base(connection, back, base_model, weights)
-            number = _find_next_number(connection) if bases else 0  # BASE, even if later names were used
-            version = PolicyVersion(f"policy-{number}", None, base_model, base_model, S.LIVE, sha256=weights)
-            connection.execute(policies.insert().values(number=number, **asdict(version)))
-        return version
+                versions.move(find_last_live(back, versions.read_all()).name, S.LIVE)
+                return versions.relocate_base(back, base_model, weights)
+            number = versions.find_next_number() if bases else 0  # BASE, even if later names were used
+            return versions.add(number, None, base_model, S.LIVE, weights)
 
     def get_base(self) -> PolicyVersion:
         """Return the version of the base model that the live version comes from."""
-        with self.database.read() as connection:
-            return _read_base(connection)
+        with self._read() as versions:
+            return versions.read_base()
 
     def find_foreign(self) -> set[str]:
         """Return the names of versions that come from another base model than the live one."""
-        with self.database.read() as connection:
-            versions = [_as_version(row) for row in connection.execute(_WITHOUT_METRICS)]
-        if not versions:
+        with self._read() as versions:
+            known = versions.select(_WITHOUT_METRICS)
+        live = next((version.name for version in known if version.state == S.LIVE), None)
+        if live is None:
             return set()
-        bases = find_bases(versions)
-        ours = bases[next(version.name for version in versions if version.state == S.LIVE)]
+        bases = find_bases(known)
+        ours = bases[live]
         return {name for name, base in bases.items() if base is not ours}
 
-    def reserve(self, parent: PolicyVersion, policies_dir: Path) -> PolicyVersion:
+    def reserve(self, parent: PolicyVersion) -> PolicyVersion:
         """Create a version in state TRAINING, with a name and a directory that were never used before."""
-        with self.database.begin() as connection:
-            number = _find_next_number(connection)
-            name = f"policy-{number}"
-            path = str((policies_dir / name).absolute())
-            version = PolicyVersion(name, parent.name, parent.base_model, path, S.TRAINING)
-            connection.execute(policies.insert().values(number=number, **asdict(version)))
-        return version
+        with self._begin() as versions:
+            return versions.add(versions.find_next_number(), parent.name, parent.base_model, S.TRAINING)
 
     def complete(self, name: str, sha256: str, metrics: Metrics) -> PolicyVersion:
         """Make a version whose files are complete a candidate."""
@@ -122,15 +115,14 @@ class PolicyRegistry:
 
     def find_waiting(self) -> list[PolicyVersion]:
         """Return the versions that wait for evidence, oldest first."""
-        with self.database.read() as connection:
-            query = sa.select(policies).where(policies.c.state == S.WAITING).order_by(policies.c.number)
-            return [_as_version(row) for row in connection.execute(query)]
+        with self._read() as versions:
+            return versions.select(sa.select(policies).where(policies.c.state == S.WAITING).order_by(policies.c.number))
 
     def record_verdict(self, name: str, state: PolicyState, metrics: Metrics, outcome: str) -> PolicyVersion:
         """Move a waiting version to `state` (candidate, rejected, or waiting again), and set its run's outcome."""
-        with self.database.begin() as connection:
-            connection.execute(runs.update().where(runs.c.policy == name).values(outcome=outcome))
-            return _move(connection, name, state, metrics=metrics)
+        with self._begin() as versions:
+            versions.connection.execute(runs.update().where(runs.c.policy == name).values(outcome=outcome))
+            return versions.move(name, state, metrics=metrics)
 
     def request_deployment(self, name: str) -> None:
         """Ask the running kibitz, or the next one that starts, to deploy a candidate, or a waiting version once it is one.
@@ -149,33 +141,33 @@ class PolicyRegistry:
         """Return the candidates whose deployment was requested, oldest first."""
         asked = sa.literal(DEPLOY_PREFIX) + policies.c.name == switches.c.name
         query = sa.select(policies).join(switches, asked).where(policies.c.state == S.CANDIDATE)
-        with self.database.read() as connection:
-            return [_as_version(row) for row in connection.execute(query.order_by(policies.c.number))]
+        with self._read() as versions:
+            return versions.select(query.order_by(policies.c.number))
 
     def promote(self, name: str, metrics: Metrics | None = None, instead_of: str | None = None) -> PolicyVersion:
         """Make a version live and retire the live one, in one transaction. `metrics` replace the version's if given.
 
         Raises VerdictOutdated if `instead_of` is given but not live.
         """
-        with self.database.begin() as connection:
-            before = _read_live(connection)
+        with self._begin() as versions:
+            before = versions.read_live()
             if instead_of is not None and before.name != instead_of:
                 raise VerdictOutdated(name, instead_of, before.name)
-            _move(connection, before.name, S.RETIRED)
-            return _move(connection, name, S.LIVE, replaced=before.name, **({} if metrics is None else {"metrics": metrics}))
+            versions.move(before.name, S.RETIRED)
+            return versions.move(name, S.LIVE, replaced=before.name, **({} if metrics is None else {"metrics": metrics}))
 
     def roll_back(self) -> tuple[PolicyVersion, PolicyVersion]:
         """Retire the live version and make the newest before it that may serve live. Return both."""
-        with self.database.begin() as connection:
-            live = _read_live(connection)
-            back = find_rollback_target(live, _read_all(connection))
+        with self._begin() as versions:
+            live = versions.read_live()
+            back = find_rollback_target(live, versions.read_all())
             if back is None:
-                others = [version for version in _read_all(connection) if version.is_base and version.name != live.name]
+                others = [version for version in versions.read_all() if version.is_base and version.name != live.name]
                 raise RegistryError(
                     f"{live.name} is live and has replaced nothing, so there is no version to go back to"
                     + (f"; to have {others[-1].base_model} back, set policy.model and start kibitz again" if others else "")
                 )
-            return _move(connection, live.name, S.RETIRED), _move(connection, back.name, S.LIVE)
+            return versions.move(live.name, S.RETIRED), versions.move(back.name, S.LIVE)
 
     def purge_taught(self, connection: sa.Connection, person: Person, until: datetime | None = None) -> list[PolicyVersion]:
         """Purge every version that a person taught (`until` a time), and all trained from those. Return them.
@@ -188,35 +180,29 @@ class PolicyRegistry:
             theirs &= run_teachers.c.run_id.in_(sa.select(runs.c.id).where(runs.c.started_at <= until))
         query = sa.select(runs.c.policy).join(run_teachers, run_teachers.c.run_id == runs.c.id).where(theirs)
         taught = set(connection.execute(query).scalars())
-        for version in _read_all(connection):  # parents come before their children
+        versions = Versions(connection, self.directory)
+        for version in versions.read_all():  # parents come before their children
             if version.parent in taught:
                 taught.add(version.name)
         connection.execute(run_teachers.delete().where(theirs))
-        return purge_versions(connection, taught)
+        return versions.purge(taught)
 
-    def reconcile_directory(self, policies_dir: Path, used: Collection[str]) -> list[str]:
-        """Match the versions of a restored database to a directory. Return the names of the versions that were withdrawn.
+    def reconcile_directory(self, used: Collection[str]) -> list[str]:
+        """Match the versions of a restored database to the directory. Return the names of the versions that were withdrawn.
 
-        A version without files never serves again. Names that were `used` since the backup are never used again.
+        A version without files never serves again. Names that were `used` since the backup are never used again. If the
+        backup has no base model yet, their parent is the one that the first start adds.
         """
-        with self.database.begin() as connection:
-            for version in _read_all(connection):
-                if not version.is_base:
-                    path = str((policies_dir / version.name).absolute())
-                    connection.execute(policies.update().where(policies.c.name == version.name).values(path=path))
-            known = _read_all(connection)
+        with self._begin() as versions:
+            known = versions.read_all()
             missing = {version.name for version in known if not version.is_base and not Path(version.path).is_dir()}
             gone = {version.name for version in known if version.name in missing and version.state in MAY_SERVE}
-            withdrawn = [version.name for version in purge_versions(connection, gone)]
-            base_model = next((version.base_model for version in reversed(known) if version.is_base), "")
+            withdrawn = [version.name for version in versions.purge(gone)]
+            parent, base_model = next(((one.name, one.base_model) for one in reversed(known) if one.is_base), (BASE, ""))
             for name in sorted(set(used) - {BASE} - {version.name for version in known}):
                 number = name.removeprefix("policy-")
-                if not number.isdecimal():
-                    continue  # not a name of ours
-                path = str((policies_dir / name).absolute())
-                version = PolicyVersion(name, BASE, base_model, path, S.PURGED)
-                connection.execute(policies.insert().values(number=int(number), **asdict(version)))
-                withdrawn.append(name)
+                if number.isdecimal() and name == f"policy-{int(number)}":  # otherwise it is not ours
+                    withdrawn.append(versions.add(int(number), parent, base_model, S.PURGED).name)
         return withdrawn
 
     def toggle_learning(self) -> bool:
@@ -236,27 +222,29 @@ class PolicyRegistry:
 
     def move(self, name: str, state: PolicyState, **changes: Any) -> PolicyVersion:
         """Move a version to another state, and change other columns too. Raises RegistryError if TRANSITIONS forbids it."""
-        with self.database.begin() as connection:
-            return _move(connection, name, state, **changes)
+        with self._begin() as versions:
+            return versions.move(name, state, **changes)
 
     def get_live(self) -> PolicyVersion:
-        """Return the live version."""
-        return self._read_one(policies.c.state == S.LIVE)
+        """Return the live version. Raises RegistryError if there is none."""
+        with self._read() as versions:
+            return versions.read_live()
 
     def get(self, name: str) -> PolicyVersion:
         """Return a version by its name. Raises RegistryError if there is none."""
-        return self._read_one(policies.c.name == name)
+        with self._read() as versions:
+            return versions.read(name)
 
     def all(self) -> list[PolicyVersion]:
         """Return every version, oldest first."""
-        with self.database.read() as connection:
-            return _read_all(connection)
+        with self._read() as versions:
+            return versions.read_all()
 
     def find_directories(self, state: PolicyState | None = None) -> dict[str, str]:
         """Return the directory of each version (or of those in one `state`), by name, oldest first."""
         query = _WITHOUT_METRICS if state is None else _WITHOUT_METRICS.where(policies.c.state == state)
-        with self.database.read() as connection:
-            return {row.name: row.path for row in connection.execute(query)}
+        with self._read() as versions:
+            return {version.name: version.path for version in versions.select(query)}
 
     def count(self, state: PolicyState) -> int:
         """Return how many versions are in a state."""
@@ -317,84 +305,12 @@ class PolicyRegistry:
         with self.database.read() as connection:
             return [dict(row._mapping) for row in connection.execute(query)]
 
-    def _read_one(self, condition: sa.ColumnElement[bool]) -> PolicyVersion:
+    @contextmanager
+    def _read(self) -> Iterator[Versions]:
         with self.database.read() as connection:
-            row = connection.execute(sa.select(policies).where(condition)).one_or_none()
-        if row is None:
-            raise RegistryError("there is no such policy version; `kibitz policies` lists them all")
-        return _as_version(row)
+            yield Versions(connection, self.directory)
 
-
-def purge_versions(connection: sa.Connection, names: Collection[str]) -> list[PolicyVersion]:
-    """Purge these versions. Return those that were not purged before.
-
-    If the live version is among them, the newest before it that may serve becomes live.
-    """
-    versions = _read_all(connection)
-    live = next((version for version in versions if version.state == S.LIVE), None)
-    if live is not None and live.name in names:
-        back = find_rollback_target(live, versions, barred=names)
-        if back is None:
-            raise RegistryError(f"{live.name} is the base model itself and cannot be withdrawn")
-        _move(connection, live.name, S.RETIRED)
-        _move(connection, back.name, S.LIVE)
-    gone = [version.name for version in versions if version.name in names and version.state != S.PURGED]
-    return [_move(connection, name, S.PURGED) for name in gone]
-
-
-def _find_next_number(connection: sa.Connection) -> int:
-    return connection.execute(sa.select(sa.func.max(policies.c.number))).scalar_one() + 1
-
-
-def _read_all(connection: sa.Connection) -> list[PolicyVersion]:
-    return [_as_version(row) for row in connection.execute(sa.select(policies).order_by(policies.c.number))]
-
-
-def _read_base(connection: sa.Connection) -> PolicyVersion:
-    return find_bases(_read_all(connection))[_read_live(connection).name]
-
-
-def _relocate_base(connection: sa.Connection, base: PolicyVersion, model: str, weights: str) -> PolicyVersion:
-    """Record the current path of a base's weights, and return the base."""
-    versions = _read_all(connection)
-    current = next(version for version in versions if version.name == base.name)
-    for one in relocate_base(current, versions, model, weights):
-        place = {"base_model": one.base_model, "path": one.path, "sha256": one.sha256}
-        connection.execute(policies.update().where(policies.c.name == one.name).values(place))
-    return replace(current, base_model=model, path=model, sha256=weights or current.sha256)
-
-
-def _set_aside(connection: sa.Connection, base: PolicyVersion) -> None:
-    """Retire the live version of a base model that is replaced, and reject its candidates."""
-    for version in _read_all(connection):
-        if version.state == S.LIVE:
-            _move(connection, version.name, S.RETIRED)
-            metrics = base.metrics | Metrics(live_before=version.name)
-            connection.execute(policies.update().where(policies.c.name == base.name).values(metrics=metrics))
-        elif version.state in (S.CANDIDATE, S.WAITING, S.CANARY):
-            metrics = version.metrics | Metrics(outcome="the base model was changed")
-            _move(connection, version.name, S.REJECTED, metrics=metrics)
-
-
-def _read_live(connection: sa.Connection) -> PolicyVersion:
-    row = connection.execute(sa.select(policies).where(policies.c.state == S.LIVE)).one_or_none()
-    if row is None:
-        raise RegistryError("no version is live: this data directory was never served; `kibitz policies` lists them all")
-    return _as_version(row)
-
-
-def _move(connection: sa.Connection, name: str, state: PolicyState, **changes: Any) -> PolicyVersion:
-    row = connection.execute(sa.select(policies).where(policies.c.name == name)).one_or_none()
-    if row is None:
-        raise RegistryError(f"there is no policy version '{name}'; `kibitz policies` lists them all")
-    found = _as_version(row)
-    if state not in TRANSITIONS[found.state]:
-        allowed = ", ".join(sorted(TRANSITIONS[found.state])) or "nothing"
-        raise RegistryError(f"{name} is {found.state} and cannot become {state}; it may become {allowed}")
-    connection.execute(policies.update().where(policies.c.name == name).values(state=state, **changes))
-    return replace(found, state=state, **changes)
-
-
-def _as_version(row: Any) -> PolicyVersion:
-    values = {name: row._mapping[name] for name in PolicyVersion.__dataclass_fields__ if name in row._mapping}
-    return PolicyVersion(**{**values, "state": PolicyState(values["state"])})
+    @contextmanager
+    def _begin(self) -> Iterator[Versions]:
+        with self.database.begin() as connection:
+            yield Versions(connection, self.directory)

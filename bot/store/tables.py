@@ -193,7 +193,6 @@ policies = sa.Table(
     sa.Column("name", sa.String(64), nullable=False, unique=True),
     sa.Column("parent", sa.String(64)),
     sa.Column("base_model", sa.Text, nullable=False),
-    sa.Column("path", sa.Text, nullable=False),
     sa.Column("sha256", sa.String(64), nullable=False),
     sa.Column("state", sa.String(16), nullable=False),
     sa.Column("replaced", sa.String(64)),

@@ -84,9 +84,9 @@ def save_random_version(config: Config, base_model: str, directory: Path, seed: 
     (directory / "manifest.json").write_text("{}")
 
 
-def register_copy(registry: PolicyRegistry, source: Path, policies: Path) -> PolicyVersion:
+def register_copy(registry: PolicyRegistry, source: Path) -> PolicyVersion:
     """Register a copy of the weights in `source` as a new version, judged against the live one."""
-    version = registry.reserve(registry.get_base(), policies)
+    version = registry.reserve(registry.get_base())
     shutil.copytree(source, version.path)
     return registry.complete(version.name, fingerprint(source), Metrics(judged_against=registry.get_live().name))
 
@@ -196,9 +196,9 @@ def count_mixed(answers: Sequence[TimedAnswer], expected: ExpectedAnswers, limit
     return sum(distance > limit for distance in compute_distances(answers, expected))
 
 
-async def go_live(deployment: Deployment, source: Path, policies: Path) -> PolicyVersion:
+async def go_live(deployment: Deployment, source: Path) -> PolicyVersion:
     """Register a copy of the weights in `source` as a new version, and deploy it with the real deployment."""
-    version = register_copy(deployment.registry, source, policies)
+    version = register_copy(deployment.registry, source)
     return await deployment.deploy(version.name)
 
 
@@ -206,7 +206,6 @@ async def measure_swaps(
     deployment: Deployment,
     tokenizer: ChatTokenizer,
     sources: Sequence[Path],
-    policies: Path,
     swaps: int,
     requests: int,
     concurrent: int,
@@ -214,7 +213,7 @@ async def measure_swaps(
 ) -> dict[str, Any]:
     """Measure streaming load, first without and then with `swaps` swaps through the real deployment.
 
-    The versions have the weights in `sources`, and their directories in `policies`.
+    The versions have the weights in `sources`.
 
     An answer is `mixed` if its distance from its version's answer on an idle server is more than half of the distance
     between versions (`versions_apart_nats`). Without swaps that distance is at most `rounding_nats`.
@@ -234,13 +233,13 @@ async def measure_swaps(
         expected: ExpectedAnswers = {}
         said_by: list[dict[Prompt, GreedyAnswer]] = []
         for source in sources:  # the reference answers of each set of weights, while the server is idle
-            version = await go_live(deployment, source, policies)
+            version = await go_live(deployment, source)
             said_by.append(await ask_greedily(policy, version.name, prompts))
             expected[version.name] = said_by[-1]
         await run_load(policy, islice(cycle(prompts), 2 * concurrent), concurrent, lambda: None)  # warm up, not counted
         quiet, usual = [], []
         for source, said in zip(sources, said_by, strict=True):
-            expected[(await go_live(deployment, source, policies)).name] = said
+            expected[(await go_live(deployment, source)).name] = said
             count = max(requests // len(sources), len(prompts))  # each prompt at least once, for its usual time below
             quiet.append(await run_load(policy, islice(cycle(prompts), count), concurrent, done))
             usual.append(_compute_median_seconds(quiet[-1][0]))
@@ -250,7 +249,7 @@ async def measure_swaps(
         usual_of = {policy.version: usual[-1]}
         for number in range(swaps):
             await reached[finished + requests // swaps].wait()
-            version = await go_live(deployment, sources[number % len(sources)], policies)
+            version = await go_live(deployment, sources[number % len(sources)])
             expected[version.name] = said_by[number % len(sources)]
             usual_of[version.name] = usual[number % len(sources)]
         await reached[finished + requests // swaps].wait()

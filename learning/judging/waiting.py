@@ -22,6 +22,7 @@ from bot.output_files import write_text
 from bot.store.conversations import ConversationStore
 from bot.store.database import Database
 from bot.store.registry import PolicyRegistry
+from bot.store.weights import discard_weights
 from bot.types import Metrics, PolicyState, PolicyVersion, Progress, Record, now
 from bot.wording import count_noun
 from learning.data.experience import Experience
@@ -44,7 +45,7 @@ from learning.judging.gate import (
 from learning.judging.judgement import Judgement
 from learning.judging.metrics import EvidenceMetrics
 from learning.models.trainable import load_served, silence_libraries
-from learning.models.version_files import discard_weights, find_faults, fingerprint
+from learning.models.version_files import find_faults, fingerprint
 
 BEFORE_ALL = datetime.min.replace(tzinfo=UTC)  # for verdicts without a recorded time
 
@@ -80,7 +81,7 @@ def judge_waiting(config: Config, progress: Progress) -> Judgement:
     """
     with (
         lock_directory(config.data, "train"),
-        closing(Database(config.database_url)) as database,
+        closing(Database(config.database_url, config.data)) as database,
         interruptible(progress) as report,
     ):
         registry = PolicyRegistry(database)

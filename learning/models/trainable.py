@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from bot.config import PolicyConfig, ServingConfig, TrainingConfig
 from bot.errors import TrainingError, quote_error
 from bot.models.dtype import choose_dtype
+from bot.store.weights import WHOLE
 from learning.models.prefix import share_prefixes
-from learning.models.version_files import WHOLE, find_missing_files, find_weights_folder, is_whole
+from learning.models.version_files import find_missing_files, find_weights_folder, is_whole
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
-WHOLE = "model"  # the folder of whole weights in a version's directory
+from bot.store.weights import ADAPTER_FILES, WHOLE
+
 PICKLES = {".bin", ".pt", ".pkl", ".pickle"}
 
 
@@ -42,16 +42,6 @@ def fingerprint(directory: Path) -> str:
             while part := file.read(2**20):
                 digest.update(part)
     return digest.hexdigest()
-
-
-def discard_weights(directory: Path) -> None:
-    """Delete the weights of a version that will never serve. The same feedback and seed would make the same bytes again.
-
-    The files that reports and explanations read are kept.
-    """
-    shutil.rmtree(directory / WHOLE, ignore_errors=True)
-    for name in ADAPTER_FILES:
-        (directory / name).unlink(missing_ok=True)
 
 
 def remove_unfinished(policies: Path) -> None:

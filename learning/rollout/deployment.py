@@ -30,10 +30,11 @@ from bot.errors import (
 )
 from bot.serving.policy import Policy
 from bot.store.registry import PolicyRegistry
+from bot.store.weights import discard_weights
 from bot.supervision import Health, supervise
 from bot.types import Metrics, PolicyState, PolicyVersion, Record
 from learning.judging import probe
-from learning.models.version_files import discard_weights, find_faults, find_weights_folder, fingerprint, is_whole
+from learning.models.version_files import find_faults, find_weights_folder, fingerprint, is_whole
 
 Announce = Callable[[str], None]
 RETRY_FIRST = 1.0  # seconds before a version that could not be served is tried again; each try doubles the pause

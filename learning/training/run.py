@@ -21,6 +21,7 @@ from bot.store.conversations import ConversationStore
 from bot.store.database import Database
 from bot.store.forgetting import SAMPLES_FILE, UNFINISHED_SUFFIX
 from bot.store.registry import PolicyRegistry
+from bot.store.weights import discard_weights
 from bot.types import Metrics, PolicyState, PolicyVersion, Progress
 from learning.data.manifest import Manifest
 from learning.data.replay_buffer import ReplayBuffer
@@ -35,7 +36,7 @@ from learning.judging.report import write_samples
 from learning.judging.reward_model import make_reward_model
 from learning.judging.waiting import reject_unjudged
 from learning.models.trainable import as_base, cast_for_serving, find_not_finite, make_trainable, save
-from learning.models.version_files import discard_weights, find_faults, fingerprint, remove_unfinished
+from learning.models.version_files import find_faults, fingerprint, remove_unfinished
 from learning.training.lesson import Lesson, make_manifest, prepare_lesson
 from learning.training.processes import train_in_processes
 from learning.training.teaching import train_with_guard
@@ -80,7 +81,7 @@ def train_version(
     """
     with (
         lock_directory(config.data, "train"),
-        closing(Database(config.database_url)) as database,
+        closing(Database(config.database_url, config.data)) as database,
         interruptible(progress) as report,
     ):
         return Run(config, database, report, space).train(is_deployment_requested=is_deployment_requested)
@@ -106,7 +107,7 @@ class Run:
         buffer = ReplayBuffer(self.store, self.tokenizer, self.config, self.embedder)
         lesson = prepare_lesson(self.thinking, self.registry, buffer, self.space, self.progress)
         snapshot, manifest = lesson.snapshot, make_manifest(self.config, lesson)
-        version = self.registry.reserve(lesson.parent, self.config.data / "policies")
+        version = self.registry.reserve(lesson.parent)
         settings = self.config.without_secrets().model_dump()
         run_id = self.registry.begin_run(
             version.name, settings, manifest.sha256, snapshot.feedback_ids, snapshot.followup_ids
@@ -142,7 +143,7 @@ class Run:
         """Remove what killed runs left behind."""
         for name in self.registry.reject_unfinished():
             discard_weights(Path(self.registry.get(name).path))
-        remove_unfinished(self.config.data / "policies")
+        remove_unfinished(self.registry.directory)
 
     def _train_and_measure(self, lesson: Lesson, directory: Path) -> TrainingResult:
         """Train the model, measure it, and write its weights, samples and probe to a directory."""

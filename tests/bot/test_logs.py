@@ -99,7 +99,7 @@ async def feedback_on(kibitz: app.Kibitz, turn_id: str) -> str:
 def kibitz_turn(config, turn_id: str):
     from bot.store.conversations import ConversationStore
 
-    database = Database(config.database_url)
+    database = Database(config.database_url, config.data)
     found = ConversationStore(database).find_turn(turn_id)
     database.close()
     return found

@@ -53,7 +53,7 @@ async def test_a_database_that_is_gone_for_a_moment_ends_neither_the_learner_nor
 ):
     url = postgresql()
     config = load(data_dir=str(tmp_path), database={"url": url}, learning={"check_seconds": 0.05})
-    database = Database(config.database_url)
+    database = Database(config.database_url, config.data)
     database.upgrade()
     registry = PolicyRegistry(database)
     registry.ensure_base(demo_model)

@@ -112,7 +112,7 @@ async def test_a_chat_in_the_terminal_goes_on_where_what_it_speaks_of_was_forgot
 ):
     def lines(terminal: Terminal) -> Iterator[str]:
         yield "hello\n"
-        database = Database(config.database_url)  # of `kibitz forget` in another process
+        database = Database(config.database_url, config.data)  # of `kibitz forget` in another process
         forget_person(database, PolicyRegistry(database), PLATFORM, terminal.user)
         database.close()
         yield f"{command}\n"

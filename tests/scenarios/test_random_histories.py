@@ -164,8 +164,6 @@ class Histories(RuleBasedStateMachine):
         self.data = Path(tempfile.mkdtemp(prefix="kibitz-history-", dir=_quick_directory()))
         shutil.copytree(template, self.data, dirs_exist_ok=True)
         moved = str(template), str(self.data)
-        with contextlib.closing(sqlite3.connect(self.data / "kibitz.db")) as database, database:
-            database.execute("UPDATE policies SET path = replace(path, ?, ?)", moved)
         for name, (parent, path, *known) in self.ledger.versions.items():
             self.ledger.versions[name] = parent, path.replace(*moved), *known
         self.stage.vllm.adapters.clear()
@@ -682,7 +680,7 @@ def stage(demo_model, tokenizer, tmp_path_factory) -> Iterator[Stage]:
 def _talked(stage: Stage, data: Path, turns: int) -> Path:
     """Let others, who are not in the ledger, talk and judge in a new data directory."""
     config = stage.config.model_copy(update={"data_dir": str(data)})
-    database = Database(config.database_url)
+    database = Database(config.database_url, config.data)
     database.upgrade()
     store = ConversationStore(database)
     PolicyRegistry(database).ensure_base(config.policy.model)

@@ -51,7 +51,7 @@ async def say(real: kibitz.Kibitz, text: str, seed: int = 1):
 async def version_of(real: kibitz.Kibitz, source: Path, seed: int) -> str:
     base = real.registry.get_base().base_model
     await asyncio.to_thread(swap.save_random_version, real.config, base, source, seed)
-    return swap.register_copy(real.registry, source, real.config.data / "policies").name
+    return swap.register_copy(real.registry, source).name
 
 
 async def test_everyday_questions_get_answers_that_end_by_themselves(real):
@@ -94,8 +94,6 @@ async def test_swaps_under_load_mix_nothing_and_rounding_is_not_taken_for_a_mix(
     for seed, source in enumerate(sources):
         await asyncio.to_thread(swap.save_random_version, real.config, real.registry.get_base().base_model, source, seed)
     tokenizer = real.dialogue.tracker.tokenizer
-    figures = await swap.measure_swaps(
-        real.deployment, tokenizer, sources, real.config.data / "policies", 2, 16, 4, lambda *_: None
-    )
+    figures = await swap.measure_swaps(real.deployment, tokenizer, sources, 2, 16, 4, lambda *_: None)
     assert (figures["swaps"], figures["failed"], figures["mixed"]) == (2, 0, 0)
     assert 0 < figures["rounding_nats"] < figures["versions_apart_nats"] / 2

@@ -31,6 +31,7 @@ from bot.store.users import Users
 from bot.types import Conversation, Metrics
 from learning.bench import simulated_people, simulation
 from learning.training.choice import prepare_model
+from learning.training.pretrain import DemoRecipe
 
 INTERRUPTED = "kibitz: interrupted; all that was stored is kept, an unfinished training run left nothing behind"
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
@@ -539,18 +540,53 @@ async def test_a_scripted_chat_answers_reacts_and_explains(live, tmp_path, demo_
         said = said[said.index(part) + len(part) :]
 
 
+def test_in_a_copied_data_directory_only_its_own_files_are_pruned(tmp_path, registry, tmp_path_factory, here):
+    version = registry.reserve(registry.get_live())
+    Path(version.path).mkdir(parents=True)
+    registry.reject(version.name)
+    copy = shutil.copytree(tmp_path, tmp_path_factory.mktemp("other") / "copy")
+    assert "removed the files of 1 rejected versions" in here("prune", "--data-dir", copy).stdout
+    assert list((copy / "policies").iterdir()) == []
+    assert Path(version.path).is_dir()
+
+
+def test_a_moved_data_directory_still_has_its_base_model(tmp_path, demo_model, tokenizer, here):
+    before, after = tmp_path / "before", tmp_path / "after"
+    toy = DemoRecipe().locate_model(before)
+    shutil.copytree(demo_model, toy)
+    with contextlib.closing(Database(f"sqlite:///{before / 'kibitz.db'}")) as database:
+        database.upgrade()
+        PolicyRegistry(database).ensure_base(str(toy))
+        turn = answered(ConversationStore(database), tokenizer, "hello", "Hey there!")
+    shutil.move(before, after)
+    (tmp_path / "config.toml").write_text('[policy]\nmodel = "toy"\n')
+    options = ("--data-dir", after, "--config", tmp_path / "config.toml")
+    for command in (("export", tmp_path / "out"), ("why", turn.id)):
+        done = here(*command, *options)
+        assert done.returncode == 0, done.stderr
+    (tmp_path / "config.toml").write_text(f'[policy]\nmodel = "{weightless(tmp_path / "another")}"\n')
+    refused(here("export", tmp_path / "out", *options), f"this data directory's versions come from '{toy}'")
+
+
+def weightless(directory: Path) -> Path:
+    """A directory that is a base model by its config, without the weights of any."""
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    return directory
+
+
 def test_a_candidate_is_deployed_by_its_name_and_rejected_ones_are_pruned(tmp_path, config, registry, here):
     config.save(tmp_path / "config.json")
     options = ("--config", tmp_path / "config.json")
 
     def candidate() -> str:
-        version = registry.reserve(registry.get_live(), tmp_path / "policies")
+        version = registry.reserve(registry.get_live())
         Path(version.path).mkdir(parents=True)
         (Path(version.path) / "samples.json").write_text("what somebody asked")
         return registry.complete(version.name, "hash", Metrics(judged_against=registry.get_live().name)).name
 
     wanted, outdated, rejected = candidate(), candidate(), candidate()
-    refused(here("deploy", "policy-9", *options), "there is no such policy version; `kibitz policies` lists them all")
+    refused(here("deploy", "policy-9", *options), "there is no policy version 'policy-9'; `kibitz policies` lists them all")
     done = here("deploy", wanted, *options)
     assert done.returncode == 0, done.stderr
     assert f"{wanted} will be probed when kibitz starts" in done.stdout

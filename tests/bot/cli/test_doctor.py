@@ -103,7 +103,7 @@ def test_the_doctor_leaves_a_database_as_it_is(config):
     row = rows_of(config)["database"]
     assert (row.outcome, row.found) == ("ok", f"sqlite:///{file} has no tables yet; the first start makes them")
     assert not file.exists()
-    database = Database(config.database_url)
+    database = Database(config.database_url, config.data)
     database.upgrade()
     newest = database.newest_revision
     assert rows_of(config)["database"].found == f"sqlite:///{file}"

@@ -71,7 +71,7 @@ async def test_a_training_process_finds_the_database_and_its_password_is_in_noth
     url = sa.make_url(postgresql()).set(password="hunter2").render_as_string(hide_password=False)
     policy, training, gate = {"model": demo_model}, {"max_steps": 6}, {"samples": 12}
     config = load(data_dir=str(tmp_path), policy=policy, training=training, gate=gate, database={"url": url})
-    database = Database(config.database_url)
+    database = Database(config.database_url, config.data)
     database.upgrade()
     PolicyRegistry(database).ensure_base(demo_model)
     converse(ConversationStore(database), tokenizer, likes_emoji=True, count=48)

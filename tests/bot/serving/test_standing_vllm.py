@@ -22,7 +22,7 @@ async def test_a_run_finds_nothing_of_an_earlier_one_in_the_vllm_that_stays_up(l
         return standing_vllm.running_on(url, live_config(tmp_path / name, demo_model), demo_model, lambda text: None)
 
     def register(kibitz) -> str:
-        return swap.register_copy(kibitz.registry, new, kibitz.config.data / "policies").name
+        return swap.register_copy(kibitz.registry, new).name
 
     try:
         async with running("one") as first:

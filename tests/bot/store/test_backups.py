@@ -24,7 +24,7 @@ SECRET = "xyzzy-4711"
 
 def taught(registry, data: Path, feedback_id: str) -> str:
     """A live version with files of its own that a run on this feedback made."""
-    version = registry.reserve(registry.get(BASE), data / "policies")
+    version = registry.reserve(registry.get(BASE))
     registry.begin_run(version.name, {}, "", [feedback_id])
     Path(version.path).mkdir(parents=True)
     (Path(version.path) / "manifest.json").write_text("{}")
@@ -48,7 +48,7 @@ def test_what_is_restored_is_what_was_backed_up(config, store, registry, tokeniz
     answered(store, tokenizer, "good night", "Sleep well!")
     restored = restore(config.database_url, config.data, file, replaces=True)
     assert (restored.forgotten, restored.withdrawn) == (0, [])
-    database = Database(config.database_url)
+    database = Database(config.database_url, config.data)
     found = ConversationStore(database)
     assert found.find_turn(turn.id) == turn
     assert found.count_rows()["turns"] == 1
@@ -69,7 +69,7 @@ def test_a_restore_revives_nobody_who_was_forgotten_since_nor_serves_what_they_t
     database.close()
     assert "ann" not in (config.data / "erasures.txt").read_text()  # it names nobody
     assert restore(config.database_url, config.data, file, replaces=True).forgotten == 2
-    again = Database(config.database_url)
+    again = Database(config.database_url, config.data)
     store, registry = ConversationStore(again), PolicyRegistry(again)
     assert store.find_turn(anns.id) is store.find_turn(deleted.id) is None
     assert store.find_turn(bobs.id) == bobs  # the control
@@ -80,7 +80,7 @@ def test_a_restore_revives_nobody_who_was_forgotten_since_nor_serves_what_they_t
     again.close()
     (config.data / "erasures.txt").unlink()
     restore(config.database_url, config.data, file, replaces=True)  # the control: without the list she would be back
-    again = Database(config.database_url)
+    again = Database(config.database_url, config.data)
     assert ConversationStore(again).read_message(anns.message_id).text == SECRET
     again.close()
 
@@ -97,7 +97,7 @@ def test_what_people_decided_after_the_backup_stays_decided(config, database, st
     forget_person(database, PolicyRegistry(database), "test", "cleo")
     database.close()
     restore(config.database_url, config.data, file, replaces=True)
-    again = Database(config.database_url)
+    again = Database(config.database_url, config.data)
     users = Users(again, config.privacy)
     assert users.read_decisions() == {("test", "bob"): False, ("test", "dora"): True, ("test", "cleo"): False}
     assert users.find_forgotten_since("test", began) == {"cleo"}
@@ -109,7 +109,7 @@ def test_what_people_decided_after_the_backup_stays_decided(config, database, st
     again.close()
     restore(config.database_url, config.data, file, replaces=True)
     restore(config.database_url, config.data, newer, replaces=True)
-    again = Database(config.database_url)
+    again = Database(config.database_url, config.data)
     assert Users(again, config.privacy).read_decisions()["test", "bob"], (
         "the newest decision holds, whichever file it stood in"
     )
@@ -126,7 +126,7 @@ def test_who_comes_back_keeps_what_they_say_and_decide_where_the_database_knows_
     database.close()
     database.file.unlink()
     restore(config.database_url, config.data, file, replaces=True)
-    again = Database(config.database_url)
+    again = Database(config.database_url, config.data)
     store, registry, users = ConversationStore(again), PolicyRegistry(again), Users(again, config.privacy)
     registry.ensure_base("base")
     since = answered(store, tokenizer, "hello again", "ok", author="ann")
@@ -148,7 +148,7 @@ def test_who_is_forgotten_twice_is_forgotten_again_as_of_the_second_time(config,
     forget_person(database, registry, "test", "ann")
     database.close()
     assert restore(config.database_url, config.data, file, replaces=True).forgotten == 1
-    again = Database(config.database_url)
+    again = Database(config.database_url, config.data)
     assert SECRET not in {one.text for row in ConversationStore(again).read_dialogues() for one in row[1]}
     again.close()
 
@@ -160,7 +160,7 @@ def test_what_could_not_be_forgotten_is_at_the_next_start_and_what_was_said_sinc
     monkeypatch.setattr("bot.store.database.BUSY_SECONDS", 0.01)
     with closing(sqlite3.connect(database.file, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        with closing(Database(config.database_url)) as hurried, pytest.raises(DatabaseUnavailable):
+        with closing(Database(config.database_url, config.data)) as hurried, pytest.raises(DatabaseUnavailable):
             forget_person(hurried, registry, "test", "ann")
         other.execute("ROLLBACK")
     since = answered(store, tokenizer, "hello again", "ok", author="ann")
@@ -189,7 +189,7 @@ def test_who_comes_back_after_being_forgotten_keeps_what_a_later_backup_has(
     back_up(config.database_url, file)
     assert restore(config.database_url, config.data, file, replaces=True).forgotten == 0
     assert forget_again(database, registry) == 0
-    again = Database(config.database_url)
+    again = Database(config.database_url, config.data)
     assert ConversationStore(again).find_turn(since.id) == since
     again.close()
 
@@ -209,14 +209,14 @@ def test_names_that_were_used_since_are_never_used_again_and_their_versions_are_
     before = taught(registry, config.data, given.id)
     back_up(config.database_url, file)
     since = taught(registry, config.data, given.id)
-    failed = registry.reserve(registry.get(BASE), config.data / "policies").name  # has no directory
+    failed = registry.reserve(registry.get(BASE)).name  # has no directory
     database.close()
     assert restore(config.database_url, config.data, file, replaces=True).withdrawn == [since, failed]
-    again = Database(config.database_url)
+    again = Database(config.database_url, config.data)
     found = PolicyRegistry(again)
     assert found.get_live().name == before
     assert not Path(found.get(since).path).exists()
-    assert found.reserve(found.get_live(), config.data / "policies").name == "policy-4"
+    assert found.reserve(found.get_live()).name == "policy-4"
     again.close()
 
 
@@ -229,7 +229,7 @@ def test_a_version_whose_weights_are_not_there_does_not_serve_in_a_new_data_dire
     new = config.model_copy(update={"data_dir": str(tmp_path_factory.mktemp("new"))})
     shutil.copytree(config.data / "policies" / first, new.data / "policies" / first)
     assert restore(new.database_url, new.data, file).withdrawn == [second]
-    again = Database(new.database_url)
+    again = Database(new.database_url, new.data)
     live = PolicyRegistry(again).get_live()
     assert (live.name, Path(live.path)) == (first, new.data / "policies" / first)
     assert (config.data / "policies" / second).is_dir()  # nothing outside of the new directory is touched
@@ -239,14 +239,47 @@ def test_a_version_whose_weights_are_not_there_does_not_serve_in_a_new_data_dire
 def test_a_backup_from_before_the_first_start_can_be_restored_after_it(config, database, demo_model, file):
     back_up(config.database_url, file)
     registry = PolicyRegistry(database)
-    used = registry.reserve(registry.ensure_base(demo_model), config.data / "policies").name
+    used = registry.reserve(registry.ensure_base(demo_model)).name
     database.close()
     assert restore(config.database_url, config.data, file, replaces=True).withdrawn == [used]
-    again = Database(config.database_url)
+    again = Database(config.database_url, config.data)
     found = PolicyRegistry(again)
     assert found.ensure_base(demo_model).name == found.get_live().name == BASE
-    assert found.reserve(found.get_live(), config.data / "policies").name == "policy-2"
+    assert found.reserve(found.get_live()).name == "policy-2"
     again.close()
+
+
+def test_every_command_can_read_what_a_backup_from_before_the_first_chat_leaves(config, database, demo_model, file, here):
+    back_up(config.database_url, file)
+    registry = PolicyRegistry(database)
+    registry.ensure_base(demo_model)
+    Path(registry.reserve(registry.get_live()).path).mkdir(parents=True)
+    database.close()
+    options = ("--data-dir", config.data)
+    restored = here("restore", file, "--replace", *options)
+    assert "never to serve again, because the backup or the directory lacks them: policy-1" in restored.stdout
+    assert not (config.data / "policies" / "policy-1").exists()
+    for command in (("status",), ("policies",), ("prune",), ("why",), ("pause-learning",)):
+        succeeded(here(*command, *options))
+    for command, wanted in (
+        (("export", file.with_name("out")), "this data directory has no conversations yet"),
+        (("why", "some-turn"), "this data directory has no conversations yet"),
+        (("deploy", "policy-1"), "policy-1 is purged: only a candidate can be deployed"),
+        (("deploy", "policy-9"), "there is no policy version 'policy-9'"),
+        (("rollback",), "no version is live, of 1 recorded"),
+        (("report",), "there is no training run yet"),
+        (("report", "policy-9"), "there is no training run yet"),
+        (("forget", "web", "ann"), "nobody on web has the id 'ann'"),
+    ):
+        refused(here(*command, *options), wanted)
+
+
+def test_a_folder_with_a_name_that_is_not_ours_is_no_version(config, database, registry, file):
+    back_up(config.database_url, file)
+    for name in ("policy-007", "policy-x", "policy-2.unfinished"):
+        (config.data / "policies" / name).mkdir(parents=True)
+    database.close()
+    assert restore(config.database_url, config.data, file, replaces=True).withdrawn == []
 
 
 def test_what_cannot_be_restored_is_refused_in_a_line_and_changes_nothing(config, store, tokenizer, file, here):
@@ -333,7 +366,7 @@ def test_a_date_that_is_none_is_told_before_anything_is_restored(config, databas
         noted.write_text(f"{sound}\nperson 0123 {odd} .")
         wanted = f"line 3 has '{odd}', which is not a date; restore the file"
         refused(here("restore", file, "--replace", "--data-dir", config.data), wanted)
-    again = Database(config.database_url)
+    again = Database(config.database_url, config.data)
     assert ConversationStore(again).find_turn(turn.id) == turn
     again.close()
     noted.write_text(f"{sound}\nperson 0123 2026-01-01T00:00:00 .")  # the control

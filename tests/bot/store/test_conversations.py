@@ -191,7 +191,7 @@ def test_a_database_from_the_future_is_refused(config, database):
     with database.begin() as connection:
         connection.execute(sa.text("update alembic_version set version_num = '9999'"))
     with pytest.raises(DataError, match="9999"):
-        Database(config.database_url).upgrade()
+        Database(config.database_url, config.data).upgrade()
 
 
 def test_a_broken_database_file_is_refused_and_left_as_it_was(tmp_path):
@@ -204,7 +204,7 @@ def test_a_broken_database_file_is_refused_and_left_as_it_was(tmp_path):
 
 
 def test_two_stores_on_one_file_do_not_lose_each_others_writes(config, store, tokenizer):
-    other = ConversationStore(Database(config.database_url))
+    other = ConversationStore(Database(config.database_url, config.data))
     turn = answered(store, tokenizer, "hello", "Hey there!")
     for number in range(10):
         (store if number % 2 else other).add_feedback(Feedback(turn.id, str(number), FeedbackKind.APPROVAL))

@@ -19,8 +19,9 @@ from bot.store import write_ahead_log
 from bot.store.database import Database
 from bot.store.forgetting import forget_person, remove_purged_files
 from bot.store.outages import find_outage
-from bot.store.registry import BASE, purge_versions
+from bot.store.registry import BASE
 from bot.store.tables import messages
+from bot.store.versions import Versions
 from bot.types import Conversation, Message
 
 SECRET = "xyzzy-4711"
@@ -183,11 +184,11 @@ async def test_work_after_the_commit_that_fails_is_logged_and_nobody_is_told_tha
 
 
 def test_what_cannot_be_removed_is_named_and_stops_nothing_else(database, registry, tmp_path, caplog, monkeypatch):
-    versions = [registry.reserve(registry.get(BASE), tmp_path / "policies") for _ in range(2)]
+    versions = [registry.reserve(registry.get(BASE)) for _ in range(2)]
     for version in versions:
         Path(version.path).mkdir(parents=True)
     with database.begin() as connection:
-        purge_versions(connection, {version.name for version in versions})
+        Versions(connection, registry.directory).purge({version.name for version in versions})
     stuck = versions[0].path
 
     def refuse(path: str) -> None:
@@ -220,12 +221,12 @@ def test_a_log_that_stays_busy_until_the_end_is_told_and_emptied_at_the_next_sta
 ):
     answered(store, tokenizer, SECRET, "hello", author="ann")
     with read_from(config.data / "kibitz.db"):
-        database = Database(config.database_url)
+        database = Database(config.database_url, config.data)
         forget_person(database, registry, "test", "ann")
         database.close()
         assert "it goes when kibitz starts the next time" in caplog.text
         assert holds_secret(config.data)
-    again = Database(config.database_url)
+    again = Database(config.database_url, config.data)
     again.scrub()
     assert not holds_secret(config.data)
     again.close()

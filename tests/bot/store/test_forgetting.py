@@ -1,7 +1,9 @@
 """What is forgotten is gone: text, embeddings, feedback, and the policy versions that learned from it (law 10)."""
 
 import asyncio
+import shutil
 import time
+from contextlib import closing
 from datetime import timedelta
 from itertools import permutations
 from pathlib import Path
@@ -14,8 +16,9 @@ from conftest import answered, migrate, react
 from bot.config import PrivacyConfig
 from bot.errors import DataError, RegistryError
 from bot.memory.scope import Memory
+from bot.store.database import Database
 from bot.store.forgetting import SAMPLES_FILE, forget_message, forget_person
-from bot.store.registry import BASE
+from bot.store.registry import BASE, PolicyRegistry
 from bot.store.tables import followups, run_teachers, sources
 from bot.store.teachers import find_taught_versions
 from bot.store.users import Users
@@ -53,7 +56,7 @@ def everything_on_disk(data: Path) -> bytes:
 
 def taught(registry, tmp_path: Path, feedback: list[str], parent: str = BASE, probe: str = SECRET):
     """A version with files of its own that a run on this feedback made."""
-    version = registry.reserve(registry.get(parent), tmp_path / "policies")
+    version = registry.reserve(registry.get(parent))
     registry.begin_run(version.name, {}, "", feedback)
     Path(version.path).mkdir(parents=True)
     (Path(version.path) / "probe.json").write_text(probe)
@@ -71,7 +74,7 @@ def test_with_a_person_the_versions_go_that_learned_from_what_they_said_next(
     store.add_message(after)
     with database.begin() as connection:
         connection.execute(followups.insert(), {"turn_id": turn.id, "message_id": after.id, "chances": {"approval": 1.0}})
-    version = registry.reserve(registry.get(BASE), tmp_path / "policies")
+    version = registry.reserve(registry.get(BASE))
     registry.begin_run(version.name, {}, "", [], [after.id])
     registry.complete(version.name, "", Metrics())
     assert find_taught_versions(registry.database, [], [after.id]) == [version.name]
@@ -103,6 +106,27 @@ def test_a_forgotten_person_leaves_nothing_anywhere(config, database, store, reg
     assert [registry.get(one.name).state for one in (first, child)] == [PolicyState.PURGED] * 2
     assert [Path(one.path).exists() for one in (clean, first, child)] == [True, False, False]
     assert (Path(clean.path) / "probe.json").is_file()
+
+
+@pytest.mark.parametrize("put", [shutil.move, shutil.copytree], ids=["moved", "copied"])
+def test_in_another_place_the_files_go_that_are_there(
+    config, database, store, registry, tokenizer, tmp_path, tmp_path_factory, put
+):
+    [turn], [kept] = (dialogue(store, tokenizer, (person, SECRET)) for person in ("ann", "bob"))
+    gone = taught(registry, tmp_path, [react(store, turn, True, "ann").id])
+    stays = taught(registry, tmp_path, [react(store, kept, True, "bob").id], probe="")
+    for version in (gone, stays):
+        (Path(version.path) / SAMPLES_FILE).write_text(SECRET)
+    database.close()
+    other = config.model_copy(update={"data_dir": str(tmp_path_factory.mktemp("other") / "data")})
+    put(config.data, other.data)
+    policies = other.data / "policies"
+    with closing(Database(other.database_url, other.data)) as again:
+        forget_person(again, PolicyRegistry(again), "test", "ann")
+    assert [path.name for path in policies.iterdir()] == [stays.name]
+    assert not (policies / stays.name / SAMPLES_FILE).exists()
+    if put is shutil.copytree:
+        assert all((Path(version.path) / SAMPLES_FILE).exists() for version in (gone, stays)), "what was copied stays"
 
 
 def test_nobody_else_is_touched_and_forgetting_twice_is_forgetting_once(database, store, registry, tokenizer, tmp_path):
@@ -161,7 +185,7 @@ async def test_what_is_forgotten_amid_other_work_is_gone_from_the_files_too(conf
 def test_a_run_whose_teacher_is_forgotten_meanwhile_leaves_no_version(database, store, registry, tokenizer, tmp_path):
     [turn] = dialogue(store, tokenizer, ("ann", SECRET))
     given = react(store, turn, True, "ann")
-    version = registry.reserve(registry.get(BASE), tmp_path / "policies")
+    version = registry.reserve(registry.get(BASE))
     registry.begin_run(version.name, {}, "", [given.id])
     forget_person(database, registry, "test", "ann")
     with pytest.raises(Exception, match="purged and cannot become candidate"):
@@ -221,7 +245,7 @@ def test_what_taught_a_version_outlives_the_message_and_is_forgotten_with_the_pe
     store.add_message(after)
     with database.begin() as connection:
         connection.execute(followups.insert(), {"turn_id": second.id, "message_id": after.id, "chances": {"approval": 1.0}})
-    version = registry.reserve(registry.get(BASE), tmp_path / "policies")
+    version = registry.reserve(registry.get(BASE))
     registry.begin_run(version.name, {}, "", [given.id], [after.id] if how == "followed up" else [])
     registry.complete(version.name, "", Metrics())
     registry.promote(version.name)
@@ -243,7 +267,7 @@ def test_what_taught_a_version_outlives_the_message_and_is_forgotten_with_the_pe
 def test_a_run_does_not_begin_on_what_was_deleted_since_it_was_read(database, store, registry, tokenizer, tmp_path):
     [turn] = dialogue(store, tokenizer, ("ann", SECRET))
     given = react(store, turn, True, "bob")
-    version = registry.reserve(registry.get(BASE), tmp_path / "policies")
+    version = registry.reserve(registry.get(BASE))
     forget_message(database, turn.message_id)
     with pytest.raises(RegistryError, match="deleted meanwhile"):
         registry.begin_run(version.name, {}, "", [given.id])

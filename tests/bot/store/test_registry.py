@@ -2,7 +2,9 @@
 
 import shutil
 from collections.abc import AsyncIterator
+from contextlib import closing
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,17 +17,20 @@ from bot.config import Config
 from bot.errors import RegistryError, VerdictOutdated
 from bot.serving.policy import Policy
 from bot.store.conversations import ConversationStore
+from bot.store.database import Database
 from bot.store.fingerprint import fingerprint_model
 from bot.store.forgetting import forget_person
-from bot.store.registry import BASE, TRANSITIONS, PolicyRegistry, purge_versions
+from bot.store.registry import BASE, PolicyRegistry
 from bot.store.tables import policies
+from bot.store.versions import TRANSITIONS, Versions
+from bot.store.weights import ADAPTER_FILES
 from bot.types import Metrics, PolicyState
 from learning.rollout.deployment import Deployment
 from learning.rollout.loop import OnlineLearner
 
 
 def candidate(registry, tmp_path, parent=BASE):
-    version = registry.reserve(registry.get(parent), tmp_path / "policies")
+    version = registry.reserve(registry.get(parent))
     return registry.complete(version.name, "hash", Metrics(kl=0.1))
 
 
@@ -54,7 +59,7 @@ def test_a_changed_base_model_goes_live_under_a_name_of_its_own_and_nothing_of_t
     assert registry.get(waiting.name).metrics.outcome == "the base model was changed"
     with pytest.raises(RegistryError, match="no version to go back to"):
         registry.roll_back()
-    version = registry.reserve(registry.get_live(), tmp_path)
+    version = registry.reserve(registry.get_live())
     assert (version.name, version.base_model) == ("policy-4", "/models/another")
     with pytest.raises(RegistryError, match="versions come from"):  # nobody can tell whether they are the same
         registry.ensure_base("/elsewhere/another")
@@ -76,13 +81,67 @@ def test_a_base_model_that_comes_back_has_its_name_and_what_was_live_of_it(regis
     assert (back.name, back.state, registry.get_base()) == (BASE, PolicyState.RETIRED, back)
     assert registry.get_live().name == two.name, "not the newest, which was taken back"
     assert registry.find_foreign() == {"policy-4", "policy-5"}
-    assert registry.reserve(registry.get_live(), tmp_path).base_model == demo_model
+    assert registry.reserve(registry.get_live()).base_model == demo_model
     registry.set_base("/models/third")
     with database.begin() as connection:
-        purge_versions(connection, {two.name})
+        Versions(connection, registry.directory).purge({two.name})
     registry.set_base(demo_model)
     assert registry.get_live().name == one.name, "what was purged meanwhile is passed by"
     assert registry.roll_back()[1].name == BASE
+
+
+def with_weights(version):
+    for name in ADAPTER_FILES:
+        file = Path(version.path) / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("weights")
+    (Path(version.path) / "metrics.json").write_text("what the report reads")
+    return version
+
+
+def files(version):
+    return {path.name for path in Path(version.path).iterdir()}
+
+
+def test_the_weights_of_candidates_go_with_their_base_model_once_the_change_is_committed(registry, database, tmp_path):
+    live, candidate_, waiting = (with_weights(candidate(registry, tmp_path)) for _ in range(3))
+    registry.promote(live.name)
+    registry.move(waiting.name, PolicyState.WAITING)
+    with pytest.raises(KeyError), database.begin():
+        registry.set_base("/models/another")
+        raise KeyError("this transaction fails")
+    everything = {*ADAPTER_FILES, "metrics.json"}
+    assert files(candidate_) == files(waiting) == everything
+    registry.set_base("/models/another")
+    assert files(candidate_) == files(waiting) == {"metrics.json"}
+    assert files(live) == everything, "it is live again when its base model comes back"
+
+
+def test_the_path_of_a_version_follows_from_the_directory_of_the_database(config, registry, database, demo_model, tmp_path):
+    version = candidate(registry, tmp_path)
+    assert Path(version.path) == config.data / "policies" / version.name
+    with closing(Database(config.database_url, tmp_path / "elsewhere")) as moved:
+        found = PolicyRegistry(moved)
+        assert Path(found.get(version.name).path) == tmp_path / "elsewhere" / "policies" / version.name
+        assert found.find_directories() == {one.name: one.path for one in found.all()}
+        assert found.get(BASE).path == demo_model, "a base model is where it is"
+
+
+def test_a_database_without_a_directory_has_no_registry():
+    with (
+        closing(Database("postgresql+psycopg://127.0.0.1:1/kibitz")) as database,
+        pytest.raises(ValueError, match="no place"),
+    ):
+        PolicyRegistry(database)
+
+
+def test_the_error_for_a_missing_version_names_it_and_that_for_no_live_one_says_so(database):
+    registry = PolicyRegistry(database)
+    with pytest.raises(RegistryError, match=r"there is no policy version 'policy-7'"):
+        registry.get("policy-7")
+    with pytest.raises(RegistryError, match=r"no version is live, of 0 recorded"):
+        registry.get_live()
+    assert registry.find_foreign() == set()
 
 
 def test_whether_the_base_model_is_another_one_is_asked_without_changing_anything(registry, demo_model):
@@ -219,9 +278,9 @@ def test_what_older_and_newer_versions_of_kibitz_recorded_is_read_and_kept(regis
 
 
 def test_names_and_directories_are_never_used_again(registry, tmp_path):
-    first = registry.reserve(registry.get(BASE), tmp_path)
+    first = registry.reserve(registry.get(BASE))
     registry.reject(first.name)
-    second = registry.reserve(registry.get(BASE), tmp_path)
+    second = registry.reserve(registry.get(BASE))
     assert (first.name, second.name) == ("policy-1", "policy-2")
     assert first.path != second.path
 
@@ -250,7 +309,7 @@ def promoted(registry, tmp_path, count):
 def test_a_rollback_passes_by_what_was_purged(registry, database, tmp_path, purged):
     names = promoted(registry, tmp_path, 4)
     with database.begin() as connection:
-        purge_versions(connection, {names[number] for number in purged})
+        Versions(connection, registry.directory).purge({names[number] for number in purged})
     left = [name for number, name in enumerate(names) if number not in purged]
     assert registry.get_live().name == names[3]
     for name in [*reversed(left[:-1]), BASE]:
@@ -263,17 +322,17 @@ def test_withdrawing_the_live_version_passes_by_what_was_purged_before(registry,
     first, second, third = promoted(registry, tmp_path, 3)
     for names, live in (({second}, third), ({third}, first), ({first}, BASE)):
         with database.begin() as connection:
-            assert [version.name for version in purge_versions(connection, names)] == list(names)
+            assert [version.name for version in Versions(connection, registry.directory).purge(names)] == list(names)
         assert registry.get_live().name == live
     with database.begin() as connection:
-        assert purge_versions(connection, {first, second}) == []  # forgetting twice is forgetting once
+        assert Versions(connection, registry.directory).purge({first, second}) == []  # forgetting twice is forgetting once
 
 
 def test_versions_that_replaced_each_other_in_turn_can_all_be_withdrawn(registry, database, tmp_path):
     first, second = promoted(registry, tmp_path, 2)
     registry.promote(first)  # deployed again by hand: it has replaced its own successor now
     with database.begin() as connection:
-        purge_versions(connection, {first, second})
+        Versions(connection, registry.directory).purge({first, second})
     assert registry.get_live().name == BASE
 
 
@@ -286,7 +345,7 @@ def test_only_the_transitions_of_the_table_are_made(registry, tmp_path, before, 
         PolicyState.REJECTED: [PolicyState.REJECTED],
     }
     if before in paths and after != PolicyState.LIVE:
-        version = registry.reserve(registry.get(BASE), tmp_path)
+        version = registry.reserve(registry.get(BASE))
         for state in paths[before]:
             registry.move(version.name, state)
     else:
@@ -359,7 +418,7 @@ async def test_what_a_forgotten_person_taught_is_learned_anew_also_where_kibitz_
     learner = make_learner(store, nobody, registry, config)
     given = [react(store, answered(store, tokenizer, "hello", "ok", author=one), True, one) for one in ("ann", "bob")]
     assert await learner._count_learned() == 0
-    version = registry.reserve(registry.get(BASE), tmp_path / "policies")
+    version = registry.reserve(registry.get(BASE))
     registry.begin_run(version.name, {}, "", [given[0].id])
     registry.complete(version.name, "hash", Metrics())
     assert await learner._count_learned() == 2, "a restart does not train again on them"

@@ -77,7 +77,7 @@ async def test_what_is_too_old_is_erased_and_what_is_younger_stays(
     config, database, store, registry, tokenizer, talk, tmp_path
 ):
     old, young = talk
-    version = registry.reserve(registry.get(BASE), tmp_path / "policies")
+    version = registry.reserve(registry.get(BASE))
     [given] = [row for row in store.read_feedback_on([old.id])[old.id] if row.text is None]
     registry.begin_run(version.name, {}, "", [given.id])
     registry.complete(version.name, "", Metrics())
@@ -175,7 +175,7 @@ async def test_who_is_behind_a_young_answer_can_be_forgotten_and_say_no_after_th
     assert ("test", "ann") in find_people(database), "`kibitz forget` knows her by what was made from her words"
     users.record_consent("test", "ann", consent=False)
     assert used() == []
-    version = registry.reserve(registry.get(BASE), tmp_path / "policies")
+    version = registry.reserve(registry.get(BASE))
     registry.begin_run(version.name, {}, "", [one.id for one in given])
     registry.complete(version.name, "", Metrics())
     erased = forget_person(database, registry, "test", "ann")

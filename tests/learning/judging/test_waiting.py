@@ -14,6 +14,7 @@ from bot.errors import RegistryError, TrainingError
 from bot.store.conversations import ConversationStore
 from bot.store.forgetting import forget_person
 from bot.store.registry import BASE, PolicyRegistry
+from bot.store.weights import ADAPTER_FILES
 from bot.types import Feedback, FeedbackKind, Metrics, PolicyState, PolicyVersion, Record, Turn, now
 from learning.bench import swap
 from learning.data.replay_buffer import ReplayBuffer
@@ -23,7 +24,6 @@ from learning.judging.evaluation import batched_logprobs, means
 from learning.judging.waiting import judge_waiting, read_earlier_verdicts
 from learning.models import toy
 from learning.models.trainable import load_served
-from learning.models.version_files import ADAPTER_FILES
 from learning.rollout.loop import JUDGE_TRIES, OnlineLearner
 
 APPROVAL = FeedbackKind.APPROVAL
@@ -84,7 +84,7 @@ class Waiting:
 def waiting(config, store, registry, tokenizer, source) -> Waiting:
     changes = {"dialogue": config.dialogue.model_copy(update={"embedder": "none"})}
     changes |= {"gate": config.gate.model_copy(update={"samples": 8})}
-    version = swap.register_copy(registry, source, config.data / "policies")
+    version = swap.register_copy(registry, source)
     drawn = Metrics(drawn_at=now(), waits_for=10, reasons=["too few"])
     metrics = version.metrics | drawn | Record(evidence=MEASURED)
     registry.begin_run(version.name, {}, "", [])
@@ -118,7 +118,7 @@ def test_one_that_people_like_less_is_rejected_for_a_price(waiting):
 
 def test_what_earlier_verdicts_spent_is_not_there_for_one_that_waited(waiting):
     level_of_first = compute_next_level(1 - waiting.config.gate.confidence, [])
-    spent = waiting.registry.reserve(waiting.registry.get_live(), waiting.config.data / "policies")
+    spent = waiting.registry.reserve(waiting.registry.get_live())
     verdict = Metrics(had_enough_evidence=True, is_better=False, judged_at=now())
     waiting.registry.complete(spent.name, "hash", verdict)
     waiting.registry.move(spent.name, PolicyState.REJECTED)
@@ -192,7 +192,7 @@ def test_what_cannot_be_judged_any_more_says_why(waiting, case):
     path = Path(waiting.version.path)
     match case:
         case "another version is live":
-            other = waiting.registry.reserve(waiting.registry.get_live(), waiting.config.data / "policies")
+            other = waiting.registry.reserve(waiting.registry.get_live())
             waiting.registry.complete(other.name, "hash", Metrics())
             waiting.registry.promote(other.name)
             reason = f"{waiting.version.name} was judged against {BASE}, but {other.name} is live now"
@@ -226,6 +226,7 @@ def test_one_that_learned_from_somebody_who_is_forgotten_is_purged_as_any_other(
 def test_another_base_model_ends_its_waiting(waiting):
     waiting.registry.set_base("/models/another")
     assert waiting.state == PolicyState.REJECTED
+    assert not waiting.has_weights, "what never serves need not be kept"
 
 
 def test_kibitz_deploy_asks_for_it_in_advance(waiting, here):

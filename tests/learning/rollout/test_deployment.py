@@ -4,6 +4,7 @@ vLLM's routes on loopback that can be made to fail. What the real vLLM makes of 
 
 import asyncio
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ from fake_vllm import FakeVllm
 
 from bot import app
 from bot.errors import DatabaseUnavailable, ProbeFailed, RegistryError, ServerUnavailable, ServingError, VerdictOutdated
-from bot.store.registry import BASE
+from bot.store.database import Database
+from bot.store.registry import BASE, PolicyRegistry
+from bot.store.weights import ADAPTER_FILES
 from bot.types import PolicyState
-from learning.models.version_files import ADAPTER_FILES
 from learning.rollout.deployment import DEPLOY_TRIES, Deployment
 
 
@@ -27,6 +29,22 @@ async def test_a_candidate_goes_live_in_the_place_of_what_it_was_judged_against(
     assert (stage.state(one), stage.state(two)) == (PolicyState.RETIRED, PolicyState.LIVE)
     assert set(vllm.adapters) == {two.name} == {stage.deployment.policy.version}
     assert await stage.deployment.deploy(two.name) == stage.registry.get(two.name), "whoever asks second is told the same"
+
+
+async def test_the_live_version_is_served_from_where_the_data_directory_was_moved_to(
+    stage, vllm, config, database, tmp_path_factory
+):
+    one = stage.candidate()
+    await stage.deployment.deploy(one.name)
+    vllm.adapters.clear()
+    database.close()
+    other = config.model_copy(update={"data_dir": str(tmp_path_factory.mktemp("other") / "data")})
+    shutil.move(config.data, other.data)
+    with closing(Database(other.database_url, other.data)) as moved:
+        parts = stage.deployment.policy, PolicyRegistry(moved), other.serving, other.training, other.gate
+        await Deployment(*parts, stage.told.append).restore_live()
+    assert vllm.adapters == {one.name: other.data / "policies" / one.name}
+    assert stage.deployment.policy.version == one.name
 
 
 async def test_a_run_under_way_does_not_undo_a_rollback(stage, vllm):

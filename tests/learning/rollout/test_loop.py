@@ -36,7 +36,7 @@ async def version_of(live, source: Path, seed: int, kind: str = "lora") -> str:
     """A candidate of random weights; they stay in `source` too."""
     config = live.config.model_copy(update={"training": TrainingConfig(weights=kind)})
     await asyncio.to_thread(swap.save_random_version, config, live.registry.get(BASE).base_model, source, seed)
-    return swap.register_copy(live.registry, source, live.config.data / "policies").name
+    return swap.register_copy(live.registry, source).name
 
 
 async def swapped_in(live, tmp_path: Path, seed: int, kind: str = "lora") -> str:
@@ -161,7 +161,7 @@ async def test_a_candidate_that_the_server_serves_differently_is_rejected(live, 
     other = tmp_path / "other"
     await asyncio.to_thread(swap.save_random_version, live.config, live.registry.get(BASE).base_model, other, 6)
     shutil.copy(other / "probe.json", source / "probe.json")  # the trainer's figures are of other weights
-    version = swap.register_copy(live.registry, source, live.config.data / "policies")
+    version = swap.register_copy(live.registry, source)
     before = live.policy.version
     with pytest.raises(ServingError, match="failed its probe"):
         await live.deployment.deploy(version.name)
@@ -175,7 +175,7 @@ async def test_a_version_is_proven_at_the_temperature_that_it_was_trained_for(li
     warm = live.config.model_copy(update={"policy": live.config.policy.model_copy(update={"temperature": 0.6})})
     base = live.registry.get_base().base_model
     await asyncio.to_thread(swap.save_random_version, warm, base, tmp_path / "warm", 41)
-    version = swap.register_copy(live.registry, tmp_path / "warm", live.config.data / "policies")
+    version = swap.register_copy(live.registry, tmp_path / "warm")
     assert live.policy.config.temperature == 1.0
     await live.deployment.deploy(version.name)
     places = json.loads((Path(version.path) / "probe.json").read_text())
@@ -189,7 +189,7 @@ async def test_a_version_whose_files_changed_after_it_was_registered_is_refused(
     sources = [tmp_path / "one", tmp_path / "two"]
     for seed, source in enumerate(sources):
         await asyncio.to_thread(swap.save_random_version, live.config, live.registry.get(BASE).base_model, source, seed)
-    version = swap.register_copy(live.registry, sources[0], live.config.data / "policies")
+    version = swap.register_copy(live.registry, sources[0])
     shutil.copy(sources[1] / "adapter_model.safetensors", version.path)
     with pytest.raises(ServingError, match="differ from those that were registered"):
         await live.deployment.deploy(version.name)
@@ -201,9 +201,7 @@ async def test_swaps_under_load_fail_and_mix_nothing(live, tokenizer, tmp_path, 
     sources = [tmp_path / "one", tmp_path / "two"]
     for seed, source in enumerate(sources):
         await version_of(live, source, seed, kind)
-    figures = await swap.measure_swaps(
-        live.deployment, tokenizer, sources, live.config.data / "policies", 2, 96, 8, lambda *_: None
-    )
+    figures = await swap.measure_swaps(live.deployment, tokenizer, sources, 2, 96, 8, lambda *_: None)
     assert (figures["swaps"], figures["failed"], figures["mixed"]) == (2, 0, 0)
     assert figures["requests"] >= 96
 

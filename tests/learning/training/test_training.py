@@ -206,7 +206,7 @@ def test_whole_weights_go_on_from_whole_ones_and_adapters_begin_at_the_base(smal
     assert second.figures.kl > first.figures.kl > 0, "it is the base that it is held to"
     assert registry.get(train_version(small, quiet).policy).parent == BASE, "an adapter is served on the base"
     save_random_version(small, registry.get(BASE).base_model, tmp_path / "adapter", seed=0)
-    adapter = register_copy(registry, tmp_path / "adapter", small.data / "policies")
+    adapter = register_copy(registry, tmp_path / "adapter")
     registry.promote(adapter.name)
     assert registry.get(train_version(whole, quiet).policy).parent == adapter.name, "it is merged"
 
@@ -300,7 +300,7 @@ def test_an_interrupted_run_leaves_nothing_behind_and_the_next_one_works(small, 
 
 def test_what_a_killed_run_left_is_cleared_up_by_the_next(small, store, registry, tokenizer):
     converse(store, tokenizer, likes_emoji=True, count=24)
-    registry.reserve(registry.get(BASE), small.data / "policies")
+    registry.reserve(registry.get(BASE))
     leftover = small.data / "policies" / "policy-1.unfinished"
     leftover.mkdir(parents=True)
     assert train_version(small, quiet).policy == "policy-2"
