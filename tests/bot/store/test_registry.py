@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 import sqlalchemy as sa
-from conftest import answered, react
+from conftest import answered, migrate, react
 from safetensors.numpy import save_file
 
 from bot.config import Config
@@ -125,6 +125,18 @@ def test_the_path_of_a_version_follows_from_the_directory_of_the_database(config
         assert Path(found.get(version.name).path) == tmp_path / "elsewhere" / "policies" / version.name
         assert found.find_directories() == {one.name: one.path for one in found.all()}
         assert found.get(BASE).path == demo_model, "a base model is where it is"
+
+
+def test_versions_of_an_older_kibitz_are_found_without_the_paths_that_it_stored(registry, database, demo_model, tmp_path):
+    version = candidate(registry, tmp_path)
+    migrate(database, "0012")
+    stored = sa.table("policies", sa.column("path"), sa.column("parent"))
+    with database.begin() as connection:
+        assert connection.execute(sa.select(stored.c.path).where(stored.c.parent.is_(None))).scalar_one() == demo_model
+        connection.execute(stored.update().where(stored.c.parent.is_not(None)).values(path="/where/it/was"))
+    database.upgrade()
+    assert registry.get(version.name) == version
+    assert registry.get_live().path == demo_model
 
 
 def test_a_database_without_a_directory_has_no_registry():
