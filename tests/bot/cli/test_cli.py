@@ -316,7 +316,7 @@ def test_ctrl_c_that_a_library_lost_ends_the_work_at_the_next_step():
 
 def test_a_run_that_was_killed_is_called_interrupted_unless_a_process_trains(tmp_path, registry, config, here):
     config.save(tmp_path / "config.json")
-    version = registry.reserve(registry.get_live(), config.data / "policies")
+    version = registry.reserve(registry.get_live())
     run_id = registry.begin_run(version.name, {}, "hash", [])
     told = f"last run: {version.name}, trained on 0 reactions: "
     with lock_directory(config.data, "train"):
