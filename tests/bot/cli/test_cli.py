@@ -545,7 +545,7 @@ def test_in_a_copied_data_directory_only_its_own_files_are_pruned(tmp_path, regi
     Path(version.path).mkdir(parents=True)
     registry.reject(version.name)
     copy = shutil.copytree(tmp_path, tmp_path_factory.mktemp("other") / "copy")
-    assert "removed the files of 1 rejected versions" in here("prune", "--data-dir", copy).stdout
+    assert "removed the files of 1 rejected version" in here("prune", "--data-dir", copy).stdout
     assert list((copy / "policies").iterdir()) == []
     assert Path(version.path).is_dir()
 
@@ -595,7 +595,7 @@ def test_a_candidate_is_deployed_by_its_name_and_rejected_ones_are_pruned(tmp_pa
     refused(here("deploy", outdated, *options), f"was judged against policy-0, but {wanted} is live now; make a candidate")
     refused(here("deploy", wanted, *options), f"{wanted} is live: only a candidate can be deployed")
     registry.reject(rejected)
-    assert "removed the files of 1 rejected versions" in here("prune", *options).stdout
+    assert "removed the files of 1 rejected version" in here("prune", *options).stdout
     assert not Path(registry.get(rejected).path).exists()
     assert Path(registry.get(wanted).path).exists()
     assert Path(registry.get(outdated).path).exists(), "a candidate may still be deployed"
