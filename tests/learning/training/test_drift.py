@@ -114,5 +114,5 @@ def test_a_run_is_told_where_only_new_opinions_of_one_kind_are_left(small, store
     for turn in store.find_turns_with_feedback():
         react(store, turn, approves=False)
     assert Path(registry.get_live().path).is_dir()
-    with pytest.raises(NothingToLearn, match=r"rewards are -1\.00"):
+    with pytest.raises(NothingToLearn, match=r"every reward is -1\.00"):
         train_version(small, quiet)
