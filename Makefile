@@ -70,9 +70,9 @@ demo: setup  ## simulated people teach the toy policy; then a word with the chat
 chat: setup  ## talk with the built-in chat model, and teach it
 	@$(BIN)/kibitz chat --data-dir $(CHAT)
 
-# Three processes, also on two cores: one for the tests that share the vLLM, which often wait, and two for the rest.
+# Two processes: one for the tests that share the vLLM, one for the rest. With three, each makes its own trained versions.
 test: setup  ## run the tests, but for those marked slow; TESTS= runs all
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 3 --dist loadgroup -m '$(TESTS)'
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m '$(TESTS)'
 
 test-slow:  ## run the tests marked slow
 	@$(MAKE) --no-print-directory test TESTS=slow

@@ -1,6 +1,6 @@
 """Fixtures and helpers of the tests: the demo policy, one real vLLM for the whole run, and one trained version.
 
-`make test` runs three processes. One runs all tests that use vLLM, so that there is one vLLM. The others run the rest.
+`make test` runs two processes. One runs all tests that use vLLM, so that there is one vLLM. The other runs the rest.
 """
 
 import asyncio

@@ -116,8 +116,15 @@ async def is_interrupted(chat: Process) -> bool:
         return await chat.wait() == 2 and "kibitz: interrupted" in told and "Traceback" not in told
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("open_input", [open_pipe, open_terminal])
+@pytest.mark.parametrize(
+    ("open_input", "sign"),
+    [
+        (open_pipe, signal.SIGINT),
+        (open_terminal, signal.SIGTERM),
+        pytest.param(open_pipe, signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(open_terminal, signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
 async def test_a_signal_ends_a_chat_that_waits_for_a_line(
     vllm, tmp_path: Path, demo_model, open_input: Callable[[], tuple[int, int]], sign: int
 ):
@@ -134,7 +141,7 @@ async def test_a_signal_ends_a_chat_that_waits_for_a_line(
             assert await is_interrupted(chat)
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sign", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 async def test_a_signal_ends_a_chat_on_a_terminal_in_the_middle_of_an_answer(vllm, tmp_path: Path, demo_model, sign: int):
     vllm.goes_on.clear()
     theirs, ours = open_terminal()

@@ -194,7 +194,7 @@ def test_what_kibitz_exports_it_can_replay(tmp_path, store, registry, tokenizer,
     assert (figures["assistant_messages"], figures["without_logprobs"]) == (24, 0)
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sign", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_in_the_middle_of_a_run_leaves_nothing_half_written(tmp_path, demo_model, here, sign):
     file = tmp_path / "file.jsonl"
     file.write_text(rated(400))

@@ -139,7 +139,7 @@ def test_an_interrupted_grid_goes_on_where_it_was(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("anchored", [True, False])
 def test_random_reactions_do_not_move_the_policy_and_without_the_anchor_they_do(demo_model, anchored):
-    """Ten rounds in which the adapter goes on from where it was, on shuffled reactions."""
+    """Ten rounds in which the adapter goes on from where it was, on shuffled reactions. The control ends once it moved."""
     settings = Config()
     if not anchored:  # the control
         training = settings.training.model_copy(update={"weight_decay": 0.0})
@@ -150,9 +150,13 @@ def test_random_reactions_do_not_move_the_policy_and_without_the_anchor_they_do(
     for number in range(ROUNDS):
         said += talk(arena, people, 24)
         train_policy(arena, shuffle_rewards(said, people.rng), "kto", number)
-    found = arena.judge_policy(len(said), people.utility, run=RunEnd())
-    held = found.kl < settings.gate.kl_budget and found.perplexity_ratio < 1.05
-    assert held == anchored, (found.kl, found.perplexity_ratio)
+        if anchored and number < ROUNDS - 1:
+            continue
+        found = arena.judge_policy(len(said), people.utility, run=RunEnd())
+        is_held = found.kl < settings.gate.kl_budget and found.perplexity_ratio < 1.05
+        if not is_held:
+            break
+    assert is_held == anchored, (number, found.kl, found.perplexity_ratio)
     assert found.kl != 0
     arena.reset_policy()
     assert arena.judge_policy(0, people.utility, run=RunEnd()).kl == 0, "it is version 0 again"
