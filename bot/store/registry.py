@@ -51,14 +51,14 @@ class PolicyRegistry:
         """Raise RegistryError if the versions of this data directory come from another base model."""
         weights = fingerprint_model(base_model)
         with self._read() as versions:
-            if versions.select(_BASES):
-                check_same_base(versions.read_base(), base_model, weights)
+            _check_base(versions, base_model, weights)
 
     def ensure_base(self, base_model: str) -> PolicyVersion:
         """As `set_base`, but raise RegistryError if the versions come from another base model."""
-        with self.database.begin():
-            self.check_base(base_model)
-            return self.set_base(base_model)
+        weights = fingerprint_model(base_model)
+        with self._begin() as versions:
+            _check_base(versions, base_model, weights)
+            return self._set_base(versions, base_model, weights)
 
     def set_base(self, base_model: str) -> PolicyVersion:
         """Make a model the base of new versions, and return its version. The first one is live from the start.
@@ -70,19 +70,7 @@ class PolicyRegistry:
         """
         weights = fingerprint_model(base_model)
         with self._begin() as versions:
-            bases = versions.select(_BASES)
-            if bases:
-                current = versions.read_base()
-                if is_same_base(current, base_model, weights):
-                    return versions.relocate_base(current, base_model, weights)
-                for rejected in versions.set_aside(current):
-                    self.database.run_after_commit(partial(discard_weights, Path(rejected.path)))
-            back = next((base for base in bases if is_same_base(base, base_model, weights)), None)
-            if back is not None:
-                versions.move(find_last_live(back, versions.read_all()).name, S.LIVE)
-                return versions.relocate_base(back, base_model, weights)
-            number = versions.find_next_number() if bases else 0  # BASE, even if later names were used
-            return versions.add(number, None, base_model, S.LIVE, weights)
+            return self._set_base(versions, base_model, weights)
 
     def get_base(self) -> PolicyVersion:
         """Return the version of the base model that the live version comes from."""
@@ -305,6 +293,21 @@ class PolicyRegistry:
         with self.database.read() as connection:
             return [dict(row._mapping) for row in connection.execute(query)]
 
+    def _set_base(self, versions: Versions, base_model: str, weights: str) -> PolicyVersion:
+        bases = versions.select(_BASES)
+        if bases:
+            current = versions.read_base()
+            if is_same_base(current, base_model, weights):
+                return versions.relocate_base(current, base_model, weights)
+            for rejected in versions.set_aside(current):
+                self.database.run_after_commit(partial(discard_weights, Path(rejected.path)))
+        back = next((base for base in bases if is_same_base(base, base_model, weights)), None)
+        if back is not None:
+            versions.move(find_last_live(back, versions.read_all()).name, S.LIVE)
+            return versions.relocate_base(back, base_model, weights)
+        number = versions.find_next_number() if bases else 0  # BASE, even if later names were used
+        return versions.add(number, None, base_model, S.LIVE, weights)
+
     @contextmanager
     def _read(self) -> Iterator[Versions]:
         with self.database.read() as connection:
@@ -314,3 +317,8 @@ class PolicyRegistry:
     def _begin(self) -> Iterator[Versions]:
         with self.database.begin() as connection:
             yield Versions(connection, self.directory)
+
+
+def _check_base(versions: Versions, base_model: str, weights: str) -> None:
+    if versions.select(_BASES):
+        check_same_base(versions.read_base(), base_model, weights)
