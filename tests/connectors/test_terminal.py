@@ -70,14 +70,6 @@ async def test_a_read_that_is_given_up_does_not_hold_back_the_event_loop(pipe):
     sink.close()
 
 
-@pytest.fixture
-async def vllm(tokenizer) -> AsyncIterator[FakeVllm]:
-    server = FakeVllm(tokenizer)
-    await server.start()
-    yield server
-    await server.stop()
-
-
 def open_pipe() -> tuple[int, int]:
     return os.pipe()
 
