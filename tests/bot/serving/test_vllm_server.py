@@ -182,7 +182,7 @@ def test_what_kibitz_gives_vllm_itself_is_no_extra_argument(demo_model, tmp_path
     ("arguments", "wanted"),
     [
         (["--nonsense", "1"], r"refuses \(unrecognized arguments: --nonsense"),
-        (["--max-num-seqs", "many"], r"refuses \(argument --max-num-seqs: .*many"),
+        pytest.param(["--max-num-seqs", "many"], r"refuses \(argument --max-num-seqs: .*many", marks=pytest.mark.slow),
     ],
 )
 def test_arguments_that_vllm_does_not_understand_are_told_in_its_own_words_without_a_start(arguments, wanted):

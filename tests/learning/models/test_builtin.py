@@ -60,6 +60,7 @@ def test_the_default_model_is_the_built_in_one_and_it_is_not_converted_twice(cac
     assert (told.dialogue.persona, told.dialogue.recent, told.dialogue.remembered) == ("", 8, 0)
 
 
+@pytest.mark.slow
 def test_a_damaged_conversion_is_made_anew_and_that_is_said(cache):
     weights = builtin.locate_model() / "model.safetensors"
     whole = weights.read_bytes()
