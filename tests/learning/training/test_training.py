@@ -161,8 +161,7 @@ def test_each_so_many_th_run_begins_at_the_base_again(small, store, registry, to
     ("kind", "objective"),
     [
         ("lora", "kto"),
-        pytest.param("full", "kto", marks=pytest.mark.slow),
-        pytest.param("lora", "mixed", marks=pytest.mark.slow),
+        pytest.param("full", "mixed", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_teach_what_one_does_and_say_what_it_would_say(small, demo_model, store, tokenizer, kind, objective):
