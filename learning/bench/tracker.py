@@ -69,6 +69,10 @@ def measure_apart(
     policy: PolicyConfig, dialogue: DialogueConfig, data: Path, model: str, sizes: Sequence[str], progress: Progress
 ) -> dict[str, Any]:
     """Return the figures of `measure`, with each size in a process of its own. Raises the errors of that process."""
+    embedder = make_embedder(dialogue, data)
+    if embedder is not None:
+        embedder.encode(["ready"])  # the first time it is converted, with libraries whose memory is not to be measured
+        embedder.close()
     figures: dict[str, Any] = {"leaks": 0}
     context = multiprocessing.get_context("spawn")
     for size in sizes:
