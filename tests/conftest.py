@@ -180,7 +180,8 @@ def engine(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def postgresql() -> Iterator[Callable[[], str]]:
-    """Start a real PostgreSQL server. Yield a function that makes a new database and returns its URL.
+    """Start a real PostgreSQL server. Yield a function that makes a database with the newest schema and returns
+    its URL.
 
     If we are root, the server runs as another user. pytest makes its directory private, so the data lies elsewhere.
     """
@@ -194,9 +195,14 @@ def postgresql() -> Iterator[Callable[[], str]]:
     def made() -> str:
         name = f"test_{new_id().replace('-', '')}"
         with admin.connect() as connection:
-            connection.exec_driver_sql(f"CREATE DATABASE {name}")
+            connection.exec_driver_sql(f"CREATE DATABASE {name} TEMPLATE migrated")
         return _psycopg(server.get_uri(name))
 
+    with admin.connect() as connection:
+        connection.exec_driver_sql("CREATE DATABASE migrated")
+    migrated = Database(_psycopg(server.get_uri("migrated")), place)
+    migrated.upgrade()  # once: it takes longer than most tests
+    migrated.close()
     yield made
     admin.dispose()
     server.cleanup()
@@ -273,9 +279,22 @@ def trained(trained_once: tuple[Config, Outcome], tmp_path: Path, monkeypatch: p
     database.close()
 
 
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an SQLite file with the newest schema. It is made once, because that takes longer than most tests."""
+    file = tmp_path_factory.mktemp("empty") / "kibitz.db"
+    made = Database(f"sqlite:///{file}")
+    made.upgrade()
+    made.close()
+    return file
+
+
 @pytest.fixture
-def database(config: Config) -> Iterator[Database]:
+def database(config: Config, empty_database: Path) -> Iterator[Database]:
+    """Yield a database with the newest schema and without rows."""
     opened = Database(config.database_url, config.data)
+    if opened.file is not None and not opened.file.exists():
+        shutil.copyfile(empty_database, opened.file)
     opened.upgrade()
     yield opened
     opened.close()
