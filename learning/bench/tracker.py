@@ -99,9 +99,9 @@ def measure_apart(
 
 def _measure_in_child(ours: Any, policy: PolicyConfig, dialogue: DialogueConfig, data: Path, model: str, size: str) -> None:
     end_with_parent()
-    tokenizer = ChatTokenizer(model, policy.template_args)
-    learned = load_retrieval_weights(dialogue.retrieval_weights)
     try:
+        tokenizer = ChatTokenizer(model, policy.template_args)
+        learned = load_retrieval_weights(dialogue.retrieval_weights)
         job = measure(make_embedder(dialogue, data), tokenizer, learned, [size], lambda *done: ours.send(done))
         ours.send(asyncio.run(job))
     except Exception as error:

@@ -48,3 +48,6 @@ def test_each_size_of_the_benchmark_is_measured_in_a_process_of_its_own(config, 
     wrong = DialogueConfig(embedder="/nowhere/model")
     with pytest.raises(ConfigError, match=r"dialogue\.embedder"):
         tracker.measure_apart(config.policy, wrong, config.data, model, ["1e3"], lambda *_: None)
+    wrong = DialogueConfig(embedder="none", retrieval_weights="/nowhere/weights")  # read only in that process
+    with pytest.raises(ConfigError, match=r"dialogue\.retrieval_weights"):
+        tracker.measure_apart(config.policy, wrong, config.data, model, ["1e3"], lambda *_: None)
