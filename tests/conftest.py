@@ -191,6 +191,7 @@ def postgresql() -> Iterator[Callable[[], str]]:
     with admin.connect() as connection:  # no crash to survive; on a busy disk the server took minutes to stop
         connection.exec_driver_sql("ALTER SYSTEM SET fsync = off")
         connection.exec_driver_sql("SELECT pg_reload_conf()")
+        connection.exec_driver_sql("CREATE DATABASE migrated")
 
     def made() -> str:
         name = f"test_{new_id().replace('-', '')}"
@@ -198,8 +199,6 @@ def postgresql() -> Iterator[Callable[[], str]]:
             connection.exec_driver_sql(f"CREATE DATABASE {name} TEMPLATE migrated")
         return _psycopg(server.get_uri(name))
 
-    with admin.connect() as connection:
-        connection.exec_driver_sql("CREATE DATABASE migrated")
     migrated = Database(_psycopg(server.get_uri("migrated")), place)
     migrated.upgrade()  # once: it takes longer than most tests
     migrated.close()
