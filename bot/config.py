@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 import sqlalchemy as sa
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from bot.environment import expand_home, read_secret, read_variable
@@ -170,7 +170,8 @@ class LearningConfig(Section):
     """When to train, and on what."""
 
     enabled: bool = True
-    min_reactions: Positive = 24
+    distil_every: Positive = Field(20, validation_alias=AliasChoices("distil_every", "min_reactions"))  # its older name
+    distil_prompts: Annotated[int, Field(ge=0)] = 64
     check_seconds: Annotated[float, Field(gt=0)] = 5.0
     wait_reactions: Annotated[int, Field(ge=0)] = 24
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.25

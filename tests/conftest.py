@@ -313,7 +313,7 @@ def registry(database: Database, demo_model: str) -> PolicyRegistry:
 
 def live_config(data: Path, model: str, port: int = 0) -> Config:
     """Return the config of the fixture `live` and of its vLLM."""
-    learning = {"min_reactions": 24, "check_seconds": 0.2}
+    learning = {"distil_every": 24, "check_seconds": 0.2}
     serving = {"port": port, "startup_seconds": 1800, "reply_seconds": 600}  # 30 and 1 are enough on an idle machine
     return load(data_dir=str(data), policy={"model": model}, learning=learning, serving=serving, gate={"samples": 16})
 

@@ -1,16 +1,11 @@
 """The grid of `kibitz bench learning`: objectives and controls, over kinds of people, noise, reaction rates and seeds.
 
-Each cell runs in a process of its own, with one thread; `learning.bench.learning` runs it. Finished cells are kept in a
-file, so that an interrupted benchmark can continue.
+`learning.bench.learning` runs a cell, in a process of its own, with one thread.
 
 Run: ``kibitz bench learning``.
 """
 
-import hashlib
-import json
-import os
-from collections.abc import Iterable, Sequence
-from concurrent.futures import as_completed
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -20,8 +15,8 @@ import numpy as np
 
 from bot.config import Config
 from bot.errors import ConfigError
-from bot.serving.children import worker_pool
 from bot.types import Progress
+from learning.bench import jobs
 from learning.bench.learning import STEPS, Point, run_cell
 from learning.judging.statistics import mean_interval
 
@@ -45,6 +40,10 @@ class Cell:
     noise: float = 0.1
     rate: float = 1.0
     regime: str = "fresh"
+
+    def describe(self) -> str:
+        """Describe the cell to people who wait for it."""
+        return f"{self.arm} with {Path(self.users).stem}"
 
 
 def choose_cells(part: str, users: str | None, arms: str | None = None, seed: int = 0) -> list[Cell]:
@@ -72,43 +71,13 @@ def choose_cells(part: str, users: str | None, arms: str | None = None, seed: in
 def run_cells(
     config: Config, base_model: str, wanted: Sequence[Cell], kept: Path, progress: Progress
 ) -> dict[Cell, list[Point]]:
-    """Run cells and return their points. Cells in the file `kept` are not run again; it is deleted when all are done."""
-    mark = hash_settings(config, base_model)
-    found = {cell: points for cell, points in read_kept_points(kept, mark) if cell in set(wanted)}
-    left = [cell for cell in wanted if cell not in found]
-    workers = min(len(left), os.cpu_count() or 1)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    progress("learning", len(found), len(wanted))
-    if left:
-        with worker_pool(workers) as pool, kept.open("a") as file:
-            jobs = {pool.submit(run_cell, config, base_model, **asdict(cell)): cell for cell in left}
-            for job in as_completed(jobs):
-                cell = jobs[job]
-                found[cell] = job.result()
-                row = {"mark": mark, "cell": asdict(cell), "points": [asdict(point) for point in found[cell]]}
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-                progress(f"learning: {cell.arm} with {Path(cell.users).stem}", len(found), len(wanted))
-    kept.unlink(missing_ok=True)
-    return {cell: found[cell] for cell in wanted}
+    """Run cells, each in a process of its own, and return their points. Finished cells are kept in the file `kept`."""
+    found = jobs.run_cells(_run, config, base_model, wanted, kept, progress)
+    return {cell: [Point(**row) for row in rows] for cell, rows in found.items()}
 
 
-def hash_settings(config: Config, base_model: str) -> str:
-    """Return a hash of the settings that a cell is run with (16 hex digits)."""
-    return hashlib.sha256(json.dumps([config.model_dump(), base_model], sort_keys=True).encode()).hexdigest()[:16]
-
-
-def read_kept_points(file: Path, mark: str) -> Iterable[tuple[Cell, list[Point]]]:
-    """Read the cells that an interrupted run with these settings left in a file."""
-    if not file.is_file():
-        return
-    for line in file.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:  # the interruption cut this line
-            continue
-        if row["mark"] == mark:
-            yield Cell(**row["cell"]), [Point(**point) for point in row["points"]]
+def _run(config: Config, base_model: str, cell: Cell) -> jobs.Rows:
+    return [asdict(point) for point in run_cell(config, base_model, **asdict(cell))]
 
 
 def compute_figures(found: dict[Cell, list[Point]], default: str) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from learning.data.selection import split_held_out
 from learning.judging.evaluation import Sample, batched_logprobs, generate, kl_to_base, perplexity, token_rows
 from learning.models import toy
 from learning.models.trainable import as_base, copy_weights, load_for_training, restore_weights, silence_libraries
+from learning.training.distillation import make_labels
 from learning.training.drift import detect_drift
 from learning.training.teaching import train_with_guard
 
@@ -85,6 +86,7 @@ class Arena:
         self.base_model = base_model
         self.tokenizer = ChatTokenizer(base_model, config.policy.template_args)
         self.embedder = make_embedder(config.dialogue, config.data)
+        self.said = [text for text, _ in toy.list_prompts()]
         self.prompts = [text for text, _ in toy.list_held_out_prompts() for _ in range(SAMPLES_PER_PROMPT)]
         self.untouched = [self._tokenize_dialogue(dialogue) for dialogue in toy.make_dialogues(128, seed=10_000 + seed)]
         self.model = load_for_training(config.policy, config.serving, config.training, base_model)
@@ -134,7 +136,7 @@ class Arena:
 def talk(arena: Arena, people: ReactingPeople, reactions: int) -> list[Experience]:
     """Let people talk with the current policy until there are `reactions` reactions, and return the experiences."""
     rng = people.rng
-    asked = [text for text, _ in toy.list_prompts()]
+    asked = arena.said
     found: list[Experience] = []
     while len(found) < reactions:
         batch = [rng.choice(asked) for _ in range(32)]
@@ -197,7 +199,9 @@ def train_policy(arena: Arena, found: Sequence[Experience], objective: str, numb
     rows = with_advantages(taught, arena.embedder, config.rewards, arena.seed)
     prompts = list(dict.fromkeys(one.prompt_ids for one in [*held_out, *taught]))
     before = copy_weights(arena.model)
-    figures = train_with_guard(config, arena.model, arena.tokenizer, rows, held_out, prompts, lambda *_: None)
+    told = config, arena.model, arena.tokenizer
+    labels = make_labels(*told, taught, [*dict.fromkeys(one.prompt_ids for one in taught)], arena.embedder)
+    figures = train_with_guard(*told, rows, held_out, prompts, lambda *_: None, labels=labels)
     if figures.stopped and not figures.kept:
         restore_weights(arena.model, before)  # in production the version would be rejected
     return RunEnd(figures.stopped is not None, change is not None)

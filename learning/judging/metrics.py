@@ -46,7 +46,8 @@ class TrainingMetrics(Record):
     """Figures of the steps of a run: their number, time (s) and losses.
 
     `stopped` is why the guard stopped the run, or None. `kept` is the step whose weights were kept. `checks` are the
-    guard's. TRL's figures are means over the last quarter of the steps.
+    guard's. TRL's figures are means over the last quarter of the steps. `labels` is the number of own answers that the
+    policy learned from, because a reward head judged them, and `labels_stopped` is why the guard stopped that, or None.
     """
 
     steps: int = 0
@@ -61,6 +62,8 @@ class TrainingMetrics(Record):
     stopped: str | None = None
     kept: int = 0
     checks: list[Check] = Field(default_factory=list)
+    labels: int = 0
+    labels_stopped: str | None = None
 
 
 class RunMetrics(VerdictMetrics, TrainingMetrics, Estimate):

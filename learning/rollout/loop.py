@@ -60,7 +60,7 @@ class OnlineLearner:
         # Purged versions take what they learned with them: learn again from all that is left.
         self._learned = min(said, self._learned) if purged == self._purged else 0
         self._purged = purged
-        if paused or await self.judge_waiting() or said - self._learned < self.config.learning.min_reactions:
+        if paused or await self.judge_waiting() or said - self._learned < self.config.learning.distil_every:
             return
         self._learned = said
         self.announce(f"training on {count_noun(said, 'reaction')}")

@@ -11,7 +11,7 @@ import torch
 
 from bot.config import Config
 from bot.errors import ConfigError
-from learning.bench import grid
+from learning.bench import grid, jobs
 from learning.bench.grid import (
     CONTROLS,
     OBJECTIVES,
@@ -128,12 +128,12 @@ def test_an_interrupted_grid_goes_on_where_it_was(tmp_path, monkeypatch):
 
     monkeypatch.setattr(grid, "run_cell", None)  # nothing is run
     config = Config()
-    half(grid.hash_settings(config, "model"))
+    half(jobs.hash_settings(config, "model"))
     found = run_cells(config, "model", wanted[:2], kept, lambda *_: None)
     assert [points[-1].win_rate for points in found.values()] == [0.9, 0.9]
     assert not kept.exists(), "all is done"
     half("of other settings")
-    assert list(grid.read_kept_points(kept, grid.hash_settings(config, "model"))) == []
+    assert list(jobs.read_kept_rows(kept, jobs.hash_settings(config, "model"))) == []
 
 
 @pytest.mark.slow

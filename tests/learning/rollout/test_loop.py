@@ -144,7 +144,7 @@ async def test_enough_new_reactions_start_a_run_by_themselves_and_a_failed_one_d
     base = Path(live.registry.get(BASE).base_model)
     aside = base.with_name("aside")
     turn = await say(live, "hello")
-    for number in range(live.config.learning.min_reactions):
+    for number in range(live.config.learning.distil_every):
         await live.dialogue.record_feedback(Feedback(turn.id, f"user {number}", FeedbackKind.APPROVAL))
     base.rename(aside)  # training must fail: its base model is gone
     try:

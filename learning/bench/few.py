@@ -1,0 +1,205 @@
+"""Benchmark: what few reactions change, in the served answers and in the weights, beside a frozen and a placebo control.
+
+Simulated people with a hidden utility react to one answer after the other. A reward head is fitted after each reaction, and
+answers are chosen by it as in production (`learning.judging.best_of_n`).
+
+- *served*: the base model's answers, chosen from at most 8. The plain tenth is left out of the figures.
+- *weights*: every `learning.distil_every` reactions a version is trained as in production, without the gate. Its figures are
+  those of single answers.
+- *placebo*: the same with reactions that are drawn by lot.
+
+Prompts by which answers are judged are never said by people. All win rates are those of the people's true utility over
+version 0's answers to the same prompts, without ties.
+
+Run: ``kibitz bench learning --slice few``.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from bot.config import Config
+from learning.bench.jobs import Rows
+from learning.bench.learning import Arena, ReactingPeople, RunEnd, make_experience, train_policy
+from learning.bench.simulated_people import Utility, find_utility
+from learning.data.experience import Experience
+from learning.data.feature_space import AnswerText, FeatureExtractor
+from learning.judging.best_of_n import MANY, PLAIN_SHARE, compute_chances, compute_scores, count_candidates
+from learning.judging.evaluation import Sample, batched_logprobs, token_rows
+from learning.judging.taught_head import TaughtHead, fit_head
+from learning.models.trainable import silence_libraries
+
+NOISE = 0.1  # the share of mistaken reactions
+SERVED_STEPS = (10, 20, 30, 40, 50, 100, 200)  # reactions after which served answers are judged
+WEIGHTS_STEPS = (20, 40, 50, 60, 80, 100)  # and single answers of the trained policy
+USUAL = 512  # of the latest candidates tell what answers are usually like
+REFIT_ALWAYS, REFIT_EVERY = 50, 5  # reactions up to which the head is refitted after each; afterwards after so many
+
+
+@dataclass(frozen=True)
+class FewCell:
+    """One series of reactions. `arm` is "served", "weights", or one of them with "placebo_" before it."""
+
+    arm: str
+    users: str
+    seed: int
+
+    def describe(self) -> str:
+        """Describe the cell to people who wait for it."""
+        return f"{self.arm} with {Path(self.users).stem}"
+
+
+@dataclass(frozen=True)
+class FewPoint:
+    """The figures of a policy after a number of reactions. `candidates` is how many answers it may choose from.
+
+    `oracle` is the win rate of a choice among 8 by the chance that these people approve; well-formedness and perplexity are
+    measured for weights only.
+    """
+
+    reactions: int
+    win_rate: float
+    candidates: int
+    oracle: float | None = None
+    well_formed: float | None = None
+    perplexity_ratio: float | None = None
+    kl: float | None = None
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The answers of one policy to one prompt, as tokens, and as the head sees them."""
+
+    prompt: str
+    samples: Sequence[Sample]
+    texts: Sequence[AnswerText]
+
+
+def sample_candidates(arena: Arena, prompts: Sequence[str], seed: int) -> list[Candidates]:
+    """Have the current policy answer each prompt MANY times."""
+    samples = arena.generate_answers([prompt for prompt in prompts for _ in range(MANY)], seed)
+    logprobs = batched_logprobs(arena.model, token_rows(samples))
+    texts = [
+        AnswerText(one.text, one.is_finished, float(row.mean()) if len(row) else None)
+        for one, row in zip(samples, logprobs, strict=True)
+    ]
+    starts = range(0, len(samples), MANY)
+    return [
+        Candidates(prompt, samples[start : start + MANY], texts[start : start + MANY])
+        for prompt, start in zip(prompts, starts, strict=True)
+    ]
+
+
+@dataclass
+class Series:
+    """Reactions that came in one after the other, and the head that was fitted to them."""
+
+    arena: Arena
+    people: ReactingPeople
+    extractor: FeatureExtractor
+    is_placebo: bool
+    rated: list[Experience] = field(default_factory=list)
+    usual: list[AnswerText] = field(default_factory=list)
+    head: TaughtHead | None = None
+    most_used: int = 1  # the most answers that were ever chosen from
+
+    @property
+    def candidates(self) -> int:
+        """From how many answers the head may choose."""
+        return 1 if self.head is None else count_candidates(self.head.head.e_value, MANY)
+
+    def hear(self, offered: Sequence[Candidates]) -> None:
+        """Let people react to one answer to each prompt."""
+        for one in offered:
+            self._hear(one)
+
+    def _hear(self, offered: Candidates) -> None:
+        rng, count = self.people.rng, self.candidates
+        self.most_used = max(self.most_used, count)
+        count = 1 if rng.random() < PLAIN_SHARE else count
+        row = int(np.searchsorted(np.cumsum(self.choose(offered, count)), rng.random()))
+        sample, text = offered.samples[row], offered.texts[row]
+        likes = rng.random() < 0.5 if self.is_placebo else self.people.give_opinion(offered.prompt, sample.text)
+        said = make_experience(self.arena, offered.prompt, sample, bool(likes), rng)
+        # importance weights know plain samples only
+        self.rated.append(replace(said, is_finished=text.is_finished, mean_logprob=text.mean_logprob))
+        self.usual = [*self.usual, *offered.texts[:count]][-USUAL:]
+        if len(self.rated) <= REFIT_ALWAYS or not len(self.rated) % REFIT_EVERY:
+            self.head = fit_head(self.rated, self.usual, self.extractor, cap=1.0)
+
+    def choose(self, offered: Candidates, count: int) -> np.ndarray:
+        """Return the probability (count,) that each of the first `count` answers is chosen."""
+        if self.head is None or count == 1:
+            return np.ones(1)
+        mean, sd = self.head.predict(self.extractor.extract(offered.texts[:count]))
+        return compute_chances(compute_scores(mean, sd))
+
+
+def run_cell(config: Config, base_model: str, cell: FewCell) -> Rows:
+    """Run one series, and return its points. Meant for a process of its own."""
+    import torch
+    from transformers import set_seed
+
+    torch.set_num_threads(1)
+    silence_libraries()
+    set_seed(cell.seed)  # the adapter must not depend on what this process did before
+    arena = Arena(config, base_model, cell.seed)
+    utility = find_utility(cell.users)
+    people = ReactingPeople(utility, NOISE, 1.0, random.Random(f"{cell.seed} {cell.users} {cell.arm}"))
+    series = Series(arena, people, FeatureExtractor(arena.embedder), cell.arm.startswith("placebo"))
+    run = run_weights if cell.arm.endswith("weights") else run_served
+    return [asdict(point) for point in run(series, utility)]
+
+
+def run_served(series: Series, utility: Utility) -> list[FewPoint]:
+    """Let people react to answers of the base model, and judge the chosen ones."""
+    arena, rng = series.arena, series.people.rng
+    asked = [rng.choice(arena.said) for _ in range(SERVED_STEPS[-1])]
+    offered = sample_candidates(arena, asked, rng.randrange(2**31))
+    unseen = sample_candidates(arena, arena.prompts, rng.randrange(2**31))
+    oracle = _judge(arena, utility, unseen, [_choose_by_utility(utility, one) for one in unseen])
+    points = []
+    for step in SERVED_STEPS:
+        series.hear(offered[len(series.rated) : step])
+        chances = [series.choose(one, series.candidates) for one in unseen]
+        points.append(FewPoint(step, _judge(arena, utility, unseen, chances), series.most_used, oracle))
+    return points
+
+
+def run_weights(series: Series, utility: Utility) -> list[FewPoint]:
+    """Let people react to chosen answers of a policy that is trained every so many reactions, and judge its single answers."""
+    arena, rng, every = series.arena, series.people.rng, series.arena.config.learning.distil_every
+    points, end = [], RunEnd()
+    for number, step in enumerate(WEIGHTS_STEPS):
+        asked = [rng.choice(arena.said) for _ in range(step - len(series.rated))]
+        series.hear(sample_candidates(arena, asked, rng.randrange(2**31)))
+        if not step % every:
+            end = train_policy(arena, series.rated, arena.config.training.objective, number)
+        found = arena.judge_policy(step, utility, end)
+        measured = found.well_formed, found.perplexity_ratio, found.kl
+        points.append(FewPoint(step, found.win_rate, series.most_used, None, *measured))
+    return points
+
+
+def _choose_by_utility(utility: Utility, offered: Candidates) -> np.ndarray:
+    """Return the probability (n,) of a choice by the chance that people approve, at random among equals."""
+    approved = np.sign([utility(offered.prompt, one.text) for one in offered.samples])
+    best = approved == approved.max()
+    return best / best.sum()
+
+
+def _judge(arena: Arena, utility: Utility, offered: Sequence[Candidates], chances: Sequence[np.ndarray]) -> float:
+    """Return the win rate of chosen answers over version 0's answers to the same prompts, without ties."""
+    first: dict[str, list[float]] = {}
+    for prompt, one in zip(arena.prompts, arena.first, strict=True):
+        first.setdefault(prompt, []).append(utility(prompt, one.text))
+    wins = losses = 0.0
+    for one, chance in zip(offered, chances, strict=True):
+        mine = np.array([utility(one.prompt, sample.text) for sample in one.samples[: len(chance)]])
+        away = mine[:, None] - np.array(first[one.prompt])
+        wins += float(chance @ (away > 0).mean(1))
+        losses += float(chance @ (away < 0).mean(1))
+    return wins / (wins + losses) if wins + losses else 0.5

@@ -1,0 +1,130 @@
+"""TaughtHead: a reward head with the space of its features, fitted to answers that people judged.
+
+It has a name, which depends on its content alone, and is written as one small JSON file.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bot.errors import DataError
+from bot.output_files import write_text
+from learning.data.experience import Experience
+from learning.data.feature_space import AnswerText, FeatureExtractor, FeatureSpace
+from learning.data.selection import cap_people
+from learning.judging.best_of_n import LEAST_OF_A_KIND, LEAST_REACTIONS
+from learning.judging.reward_head import RewardHead
+
+NEWEST = 512  # judged answers that a head is fitted to, at most
+PROOF_STEP = 10  # reactions between two looks at the e-value, when a proof in the past is looked for
+
+
+@dataclass(frozen=True)
+class TaughtHead:
+    """A fitted head. `teachers` are the people whose opinions it was fitted to."""
+
+    head: RewardHead
+    space: FeatureSpace
+    teachers: tuple[str, ...]
+
+    @cached_property
+    def name(self) -> str:
+        """Its name."""
+        content = json.dumps(self.as_json(), sort_keys=True)
+        return f"head-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+
+    def predict(self, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the mean and standard deviation (n,) of the log odds that answers with raw features (n × raw) are liked."""
+        return self.head.predict(self.space.place(raw))
+
+    def explain(self, raw: np.ndarray, row: int, most: int = 3) -> dict[str, float]:
+        """Return the features that move one of the answers most against the mean of all of them, in log odds."""
+        places = self.space.place(raw)
+        away = places[row] - places.mean(0)
+        moved = {self.space.names[one]: value * float(away[one]) for one, value in self.head.coefficients.items()}
+        largest = sorted(moved, key=lambda name: -abs(moved[name]))[:most]
+        return {name: moved[name] for name in largest if abs(moved[name]) >= 0.05}
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the head as JSON values, without its name."""
+        return {"head": self.head.as_json(), "space": self.space.as_json(), "teachers": [*self.teachers]}
+
+    def save(self, directory: Path) -> None:
+        """Write the head to its file in a directory."""
+        directory.mkdir(parents=True, exist_ok=True)
+        write_text(directory / f"{self.name}.json", json.dumps(self.as_json()))
+
+
+def fit_head(
+    rated: Sequence[Experience], usual: Sequence[AnswerText], extractor: FeatureExtractor, cap: float
+) -> TaughtHead | None:
+    """Fit a head to the newest of the `rated` answers (oldest first), corrections apart.
+
+    `usual` are other answers of the policy, which nobody judged; they tell what its answers are usually like. No person
+    counts for more than a share `cap`. Returns None if there are too few reactions, or none of one kind.
+    """
+    judged = [one for one in rated if not one.is_correction][-NEWEST:]
+    liked = np.array([one.reward > 0 for one in judged])
+    if len(judged) < LEAST_REACTIONS or min(liked.sum(), (~liked).sum()) < LEAST_OF_A_KIND:
+        return None
+    raw, space = _place(judged, usual, extractor)
+    head = RewardHead.fit(space.place(raw), liked, _weigh(judged, cap), space.group_sizes)
+    teachers = tuple(sorted({person for one in judged for person in one.opinion_holders}))
+    return TaughtHead(head, space, teachers)
+
+
+def find_peak_e_value(rated: Sequence[Experience], extractor: FeatureExtractor, cap: float) -> float:
+    """Return the highest e-value that a head ever had, as reactions came in.
+
+    By luck it exceeds 1/p at any time with a chance of about p (Ville's inequality). So what was proven stays proven, though
+    answers that became alike tell nothing more.
+    """
+    judged = [one for one in rated if not one.is_correction][-NEWEST:]
+    if not judged:
+        return 0.0
+    raw, space = _place(judged, (), extractor)
+    places, weights = space.place(raw), _weigh(judged, cap)
+    liked = np.array([one.reward > 0 for one in judged])
+    ends = [*range(LEAST_REACTIONS, len(judged), PROOF_STEP), len(judged)]
+    enough = [end for end in ends if min(liked[:end].sum(), (~liked[:end]).sum()) >= LEAST_OF_A_KIND]
+    found = (RewardHead.fit(places[:end], liked[:end], weights[:end], space.group_sizes).e_value for end in enough)
+    return max(found, default=0.0)
+
+
+def read_head(file: Path) -> TaughtHead:
+    """Read a head from its file. Raises DataError if it is damaged."""
+    try:
+        values = json.loads(file.read_text())
+        return TaughtHead(
+            RewardHead.from_json(values["head"]),
+            FeatureSpace.from_json(values["space"]),
+            tuple(values["teachers"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file}: is no reward head ({type(error).__name__}); delete it, and it is fitted anew") from error
+
+
+def describe_answer(one: Experience) -> AnswerText:
+    """Return an experience's answer as the head sees it."""
+    return AnswerText(one.answer, one.is_finished, one.mean_logprob)
+
+
+def _place(
+    judged: Sequence[Experience], usual: Sequence[AnswerText], extractor: FeatureExtractor
+) -> tuple[np.ndarray, FeatureSpace]:
+    """Return the raw features of judged answers, and the space fitted to them and to the `usual` ones."""
+    raw = extractor.extract([describe_answer(one) for one in judged])
+    others = [extractor.extract(usual)] if usual else []
+    return raw, FeatureSpace.fit(np.concatenate([raw, *others]))
+
+
+def _weigh(judged: Sequence[Experience], cap: float) -> np.ndarray:
+    """Return how much each answer counts (n,): the size of its reward, limited for people who say more than their share."""
+    size = np.abs([one.reward for one in judged])
+    return size * cap_people([one.opinion_holders for one in judged], size, cap)
