@@ -185,7 +185,7 @@ class LearningConfig(Section):
 class TrainingConfig(Section):
     """One training run."""
 
-    objective: Literal["kto", "dpo", "sft", "pg", "mixed"] = "kto"
+    objective: Literal["kto", "bco", "dpo", "sft", "pg", "mixed"] = "kto"
     weights: Literal["lora", "full"] = "lora"
     anchor: Annotated[float, Field(ge=0)] = 0.1
     weight_decay: Annotated[float, Field(ge=0)] = 20.0

@@ -20,7 +20,7 @@ from learning.bench import jobs
 from learning.bench.learning import STEPS, Point, run_cell
 from learning.judging.statistics import mean_interval
 
-OBJECTIVES = ("kto", "dpo", "sft", "pg", "mixed")
+OBJECTIVES = ("kto", "bco", "dpo", "sft", "pg", "mixed")
 CONTROLS = ("frozen", "placebo")
 ARMS = (*OBJECTIVES, *CONTROLS)
 RATES = [one for one in product((0.0, 0.1, 0.2), (1.0, 0.2, 0.05)) if one != (0.1, 1.0)]  # (noise, reaction rate)

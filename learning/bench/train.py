@@ -28,7 +28,7 @@ from learning.data.experience import Experience
 from learning.models import toy
 from learning.training.pretrain import is_toy
 
-OBJECTIVES = ("kto", "dpo", "sft", "pg", "mixed")
+OBJECTIVES = ("kto", "bco", "dpo", "sft", "pg", "mixed")
 
 
 @dataclass(frozen=True)
@@ -164,13 +164,8 @@ def _train_plain(
     from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
     from learning.models.reporter import report_progress
-    from learning.training.objectives import (
-        TokenDPOTrainer,
-        TokenKTOTrainer,
-        dpo_examples,
-        kto_examples,
-        make_training_arguments,
-    )
+    from learning.training.objectives import make_training_arguments
+    from learning.training.token_trainers import TokenDPOTrainer, TokenKTOTrainer, dpo_examples, kto_examples
 
     common = make_training_arguments(training, training.batch_size, len(rows), seed)
     if training.objective == "kto":

@@ -133,7 +133,7 @@ def test_the_doctor_leaves_the_file_of_another_program_as_it_is(config, tmp_path
 def test_what_a_step_is_made_on_is_of_use_to_every_objective(tokenizer):
     rows = make_rows(tokenizer, 8, 40)
     assert all(len(row.prompt_ids) + len(row.completion_ids) == 40 for row in rows)
-    for objective in ("kto", "dpo", "sft", "pg", "mixed"):
+    for objective in ("kto", "bco", "dpo", "sft", "pg", "mixed"):
         assert len(select_usable(rows, objective)) >= 4
 
 

@@ -87,7 +87,7 @@ def test_the_small_slice_has_every_arm_on_every_seed_and_the_full_one_holds_it()
         assert set(choose_cells(part, None)) < set(whole)
         assert not set(choose_cells(part, None)) & set(small)
     assert {cell.arm for cell in choose_cells("rates", None, "kto,frozen")} == {"kto", "frozen"}
-    with pytest.raises(ConfigError, match="--arms has value 'kto,ppo'; choose from kto,dpo"):
+    with pytest.raises(ConfigError, match="--arms has value 'kto,ppo'; choose from kto,bco,dpo"):
         choose_cells("ci", None, "kto,ppo")
     assert {cell.users for cell in choose_cells("ci", "mine.py")} == {"mine.py"}
     assert [cell.seed for cell in choose_cells("ci", None, "kto", seed=100)] == [*range(100, 100 + SEEDS)]

@@ -21,10 +21,11 @@ from learning.models import batching, toy
 from learning.models.trainable import copy_weights, load_for_training, restore_weights
 from learning.training import objectives
 from learning.training.guard import CHECKS, Guard, Health, Limits, choose_check_steps
-from learning.training.objectives import TokenDPOTrainer, TokenKTOTrainer, make_training_arguments, train
+from learning.training.objectives import make_training_arguments, train
+from learning.training.token_trainers import SHIFT_DECAY, TokenBCOTrainer, TokenDPOTrainer, TokenKTOTrainer
 from learning.training.weighted_trainer import CUT, TERMS, WeightedTrainer, make_weighted_trainer, row_losses
 
-OBJECTIVES = ("kto", "dpo", "sft", "pg", "mixed")
+OBJECTIVES = ("kto", "bco", "dpo", "sft", "pg", "mixed")
 
 
 def quiet(stage: str, done: int, total: int) -> None:
@@ -91,7 +92,7 @@ def test_whole_weights_learn_from_every_objective_and_are_drawn_to_the_base(demo
     model = load_for_training(PolicyConfig(), ServingConfig(), TrainingConfig(**whole), demo_model)
     rows, start = lessons(model, tokenizer), copy_weights(model)
     before, gone = margin(model, rows), {}
-    for objective in ("kto", "dpo", "sft", "pg", "mixed"):
+    for objective in OBJECTIVES:
         for decay in (0.0, 100.0):
             settings = TrainingConfig(objective=objective, max_steps=8, weight_decay=decay, **whole)
             train(model, tokenizer.hf, rows, settings, 0, quiet)
@@ -121,7 +122,7 @@ def test_each_objective_uses_what_it_can(model, tokenizer):
     liked = replace(liked, rejected_ids=None, logprobs=None)
     rows = [pair, liked, disliked, replace(disliked, logprobs=None)]
     used = {name: [rows.index(one) for one in select_usable(rows, name)] for name in OBJECTIVES}
-    assert used["kto"] == used["mixed"] == [0, 1, 2, 3]
+    assert used["kto"] == used["bco"] == used["mixed"] == [0, 1, 2, 3]
     assert used["dpo"] == [0]
     assert used["sft"] == [0, 1]
     assert used["pg"] == [0, 1, 2], "how likely a disliked answer was when it was sampled must be known"
@@ -130,7 +131,7 @@ def test_each_objective_uses_what_it_can(model, tokenizer):
 def test_who_counts_less_moves_the_policy_less(fresh, tokenizer):
     rows = lessons(fresh, tokenizer, 64)
     few = [replace(one, weight=0.05) for one in rows]
-    for objective in ("kto", "dpo", "mixed"):
+    for objective in ("kto", "bco", "dpo", "mixed"):
         used = []
         for taught in (few, [*few[:32], *rows[32:]]):
             start = copy_weights(fresh)
@@ -158,7 +159,7 @@ def read_by(model, tokenizer, rows, settings: TrainingConfig, monkeypatch) -> li
 
         return compute_loss
 
-    for trainer in (TokenKTOTrainer, TokenDPOTrainer, WeightedTrainer):
+    for trainer in (TokenKTOTrainer, TokenBCOTrainer, TokenDPOTrainer, WeightedTrainer):
         monkeypatch.setattr(trainer, "compute_loss", watched(trainer.compute_loss))
     train(model, tokenizer.hf, rows, settings, 0, quiet)
     monkeypatch.undo()
@@ -219,6 +220,55 @@ def test_what_a_run_does_not_read_is_not_said_to_be_learned(tokenizer):
     for seed in range(8):
         learned, dropped = select_for_training(light, pairs, seed)
         assert (len(learned), sum(dropped.values())) == (20, 20), "chance says which, not how many"
+
+
+def bco_losses(seen: list[list[tuple[float, float]]], decay: float, is_shifted: bool = True) -> list[float]:
+    """The losses of steps, written by hand, from the reward and the weight of each answer (below zero: disliked)."""
+    found = []
+    for step in range(len(seen)):
+        means = []
+        for sign in (1, -1):
+            rows = [
+                (decay ** (step - then) * abs(weight), reward)
+                for then in range(step + 1)
+                for reward, weight in seen[then]
+                if weight * sign > 0
+            ]
+            means.append(sum(weight * reward for weight, reward in rows) / sum(weight for weight, _ in rows))
+        shift = sum(means) / 2 if is_shifted else 0.0
+        terms = [
+            abs(weight) * math.log1p(math.exp(shift - reward if weight > 0 else reward - shift))
+            for reward, weight in seen[step]
+        ]
+        found.append(sum(terms) / len(terms))
+    return found
+
+
+def test_bco_is_a_classifier_between_the_mean_rewards_of_both_classes(fresh, tokenizer, monkeypatch):
+    rows = [
+        replace(one, weight=1 / (1 + number % 3), advantage=1.5 if one.advantage > 0 else -0.5)
+        for number, one in enumerate(lessons(fresh, tokenizer, 16))
+    ]
+    texts = [(one.prompt_ids, one.completion_ids) for one in rows]
+    base = [sum(one.logprobs) for one in rows]
+    noise = torch.Generator().manual_seed(0)
+    for name, value in fresh.named_parameters():  # it goes on from a policy that has left its base
+        if "lora_B" in name:
+            value.data = 0.1 * torch.randn(value.shape, generator=noise)
+    config, seen, real = TrainingConfig(objective="bco", max_steps=3), [], TokenBCOTrainer.compute_loss
+
+    def watched(self, model, *given, **named):
+        rewards = [
+            config.beta * (float(row.sum()) - was) for row, was in zip(batched_logprobs(fresh, texts), base, strict=True)
+        ]
+        seen.append([(reward, one.weight * one.advantage) for reward, one in zip(rewards, rows, strict=True)])
+        return real(self, model, *given, **named)
+
+    monkeypatch.setattr(TokenBCOTrainer, "compute_loss", watched)
+    figures = train(fresh, tokenizer.hf, rows, config, 0, quiet)
+    assert figures.loss == pytest.approx(bco_losses(seen, SHIFT_DECAY), abs=1e-4)
+    for control in (bco_losses(seen, SHIFT_DECAY, is_shifted=False), bco_losses(seen, decay=0.0)):  # the last batch's means
+        assert abs(figures.loss[-1] - control[-1]) > 2e-3
 
 
 def losses(term: str, shift: float, advantage: float = 1.0, anchor: float = 0.0) -> torch.Tensor:
@@ -364,7 +414,7 @@ def trained(model, tokenizer, room: int, monkeypatch, objective: str) -> tuple[l
     return said, moved
 
 
-@pytest.mark.parametrize("objective", ["kto", "dpo", "pg"])
+@pytest.mark.parametrize("objective", ["kto", "bco", "dpo", "pg"])
 def test_a_batch_that_is_read_in_parts_moves_the_weights_the_same_way(fresh, tokenizer, monkeypatch, objective):
     said, whole = trained(fresh, tokenizer, 2**36, monkeypatch, objective)
     assert not [line for line in said if "memory" in line]

@@ -23,10 +23,11 @@ from learning.models import toy
 from learning.models.trainable import copy_weights, restore_weights
 from learning.models.trainable import load_for_training as load_model
 from learning.models.version_files import is_whole
-from learning.training.objectives import TokenKTOTrainer, train
+from learning.training.objectives import train
 from learning.training.processes import train_in_processes
 from learning.training.run import train_version
 from learning.training.teaching import train_with_guard
+from learning.training.token_trainers import AnchoredTrainer, TokenKTOTrainer
 
 METRICS = {  # what a run leaves in metrics.json and in the registry
     *("reasons", "judged_against", "drawn_at", "judged_at", "waits_for", "level", "had_enough_evidence", "is_better"),
@@ -161,6 +162,7 @@ def test_each_so_many_th_run_begins_at_the_base_again(small, store, registry, to
     ("kind", "objective"),
     [
         ("lora", "kto"),
+        pytest.param("lora", "bco", marks=pytest.mark.slow),
         pytest.param("full", "mixed", marks=pytest.mark.slow),
     ],
 )
@@ -314,19 +316,19 @@ def test_two_runs_at_once_are_refused(small, store, registry, tokenizer):
 
 
 @pytest.mark.parametrize("anchored", [True, False])
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_a_continued_policy_is_anchored_to_the_base(demo_model, tokenizer, tmp_path, anchored, kind, monkeypatch):
+@pytest.mark.parametrize(("kind", "objective"), [("lora", "kto"), ("full", "kto"), ("lora", "bco")])
+def test_a_continued_policy_is_anchored_to_the_base(demo_model, tokenizer, tmp_path, anchored, kind, objective, monkeypatch):
     """First-step rewards are log-ratios to the reference: not zero if it is the base, zero if it is the policy itself."""
     config = Config(training={"weights": kind})
     save_random_version(config, demo_model, tmp_path / "parent", seed=0)
     model = load_model(config.policy, config.serving, config.training, demo_model, str(tmp_path / "parent"))
     if not anchored:  # the control: what TRL does by itself
-        monkeypatch.setattr(TokenKTOTrainer, "anchor_to_base", lambda self: nullcontext())
+        monkeypatch.setattr(AnchoredTrainer, "anchor_to_base", lambda self: nullcontext())
     prompt = tokenizer.prompt_ids([{"role": "user", "content": "hello"}])
     rows = [
         Experience(text, text, tuple(prompt), tuple(tokenizer.completion_ids(text)), None, worth, (), advantage=worth)
         for text, worth in (("Hey!", 1.0), ("No.", -1.0), ("Hello.", 1.0), ("Hi there", 1.0))
     ]
-    settings = TrainingConfig(objective="kto", epochs=1, batch_size=4, learning_rate=1e-6, weights=kind)
+    settings = TrainingConfig(objective=objective, epochs=1, batch_size=4, learning_rate=1e-6, weights=kind)
     first = train(model, tokenizer.hf, rows, settings, seed=0, progress=quiet).trl_first_reward
     assert (abs(first) > 1e-3) == anchored
