@@ -437,7 +437,7 @@ async def test_a_connection_that_the_server_may_be_closing_is_not_used_again(liv
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
                 await reader.readexactly(int(re.search(rb"(?i)content-length: (\d+)", head).group(1)))
-                event = b'data: {"choices":[{"text":"Hi","logprobs":null,"finish_reason":"stop"}]}\n\n'
+                event = b'data: {"choices":[{"index":0,"text":"Hi","logprobs":null,"finish_reason":"stop"}]}\n\n'
                 writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(event) + event)
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
