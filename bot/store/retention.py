@@ -2,7 +2,8 @@
 
 Text and opinions are erased as when a person is forgotten. A younger answer whose prompt had an older message is kept, but
 its token ids are erased, because they contain the older text, and so are the texts of its candidates. The authors of that
-text are recorded, so that they can still be forgotten. Versions that learned from erased messages stay, with the record of their teachers.
+text are recorded, so that they can still be forgotten. Versions that learned from erased messages stay, with the record of
+their teachers.
 """
 
 from collections.abc import Awaitable, Callable, Collection
