@@ -153,7 +153,7 @@ class Talk:
         await self.dialogue.regenerate(first.id, BOB)
         self.dialogue.sampler.selector = LongestAnswer()
         self.vllm.says = ["what was it?", f"{WORD}?"]
-        await self.dialogue.respond(Message("", BOB, f"did you say {WORD}?"), place=PLACE)
+        await self.dialogue.respond(Message("", ANN, f"did I say {WORD}?"), place=PLACE)
         self.dialogue.sampler.selector = None
         typo = f"the {WORD} is edited away"
         event = new_id()
