@@ -95,7 +95,7 @@ async def running(config: Config, model: str, tell: Announce, *, may_change_base
             base = registry.set_base(model) if may_change_base else registry.ensure_base(model)
             _use_base(registry, policy, base, tell)
             async with background_tasks() as start:
-                dialogue = DialogueManager(store, tracker, policy)
+                dialogue = DialogueManager(store, tracker, policy, selector=None, candidates=config.serving.candidates)
                 readiness = Readiness(make_checks(policy, database, config.data))
                 parts = store, registry, policy, dialogue, deployment, server, readiness, health, start
                 kibitz = Kibitz(config, database, *parts)

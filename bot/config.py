@@ -8,57 +8,18 @@ Use ``config = load(Path("config.toml"))``. `config.example.toml` shows every ke
 
 import difflib
 import json
-import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
 
 import sqlalchemy as sa
-from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
-from bot.environment import expand_home, read_secret, read_variable
+from bot.config_values import SECRET, Address, Candidates, Hours, PathName, Plain, Positive, Share, Variable
+from bot.environment import read_secret, read_variable
 from bot.errors import ConfigError
 from bot.types import SamplingParams
-
-SECRET = "secret"  # the type of errors whose value must not be shown
-
-
-def _check_plain(value: Any) -> Any:
-    if not isinstance(value, bool | int | float | str):
-        raise PydanticCustomError("plain", "use true, false, a number or a text")
-    return value
-
-
-def _check_variable(value: str) -> str:
-    if value and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
-        raise PydanticCustomError(SECRET, "name an environment variable here, and put the secret into that variable")
-    return value
-
-
-def _normalize_address(value: str) -> str:
-    """Return a server's address without /v1 and what follows it, because our client adds the paths."""
-    parts = urlsplit(value.strip())
-    if not value.strip():
-        return ""
-    if parts.username or parts.password:
-        raise PydanticCustomError(SECRET, "holds a password; leave it out, and name the variable of a key in api_key_env")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise PydanticCustomError("address", "write http://HOST:PORT")
-    _ = parts.port  # raises ValueError if it is not a port
-    path = re.sub(r"/v1(/.*)?$", "", parts.path).rstrip("/")
-    return f"{parts.scheme}://{parts.netloc}{path}"
-
-
-Plain = Annotated[bool | int | float | str, BeforeValidator(_check_plain)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(ge=1)]
-Hours = Annotated[float, Field(ge=0, le=24 * 365)]
-Variable = Annotated[str, AfterValidator(_check_variable)]  # the name of an environment variable that holds a secret
-PathName = Annotated[str, AfterValidator(expand_home)]  # a path, or a name that does not begin with ~
-
 
 VLLM_HOST = "127.0.0.1"  # our own vLLM must not be reachable from elsewhere: its --api-key guards only /v1
 DEFAULT_PERSONA = (
@@ -103,7 +64,7 @@ class PolicyConfig(Section):
 class ServingConfig(Section):
     """The vLLM server."""
 
-    url: Annotated[str, AfterValidator(_normalize_address)] = ""
+    url: Address = ""
     api_key_env: Variable = ""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -113,6 +74,7 @@ class ServingConfig(Section):
     max_lora_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] = 16
     startup_seconds: Positive = 300
     reply_seconds: Positive = 120
+    candidates: Candidates = 8
     extra_args: list[str] = []
 
     def read_key(self) -> str:
@@ -236,6 +198,7 @@ class WebConfig(Section):
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
     tokens_env: Variable = ""
     trust_user_names: bool = False
+    candidates: Candidates = 1
     cors_origins: list[Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")]] = []
 
 

@@ -8,6 +8,7 @@
     |   '-- ForgottenError         the message to answer was forgotten; nobody waits for an answer
     |-- ServingError               vLLM cannot be started, reached or used
     |   |-- ReplyInterrupted       an answer broke off; its beginning is kept
+    |   |-- RequestRefused         vLLM does not accept the request, and would not accept it again
     |   |-- ServerUnavailable      vLLM does not answer at the moment; a new try may succeed
     |   |-- ServerAsleep           vLLM sleeps while a version is trained
     |   '-- ProbeFailed            a server does not serve the version that was trained
@@ -57,6 +58,10 @@ class ReplyInterrupted(ServingError):
         super().__init__(f"the answer broke off: {cause}")
         self.text = text
         self.version = version
+
+
+class RequestRefused(ServingError):
+    """vLLM does not accept the request itself (HTTP 400). A new try would fail too."""
 
 
 class ServerUnavailable(ServingError):

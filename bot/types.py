@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Annotated, Any, Self
 
 import uuid_utils
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PlainSerializer, model_validator
 
 from bot.wording import count_noun
 
@@ -176,6 +176,53 @@ class Reply:
     latency_ms: float
 
 
+class Candidate(Record):
+    """One of several answers that were sampled for one message.
+
+    `is_finished`: it ended by itself. `mean_logprob` is in nats per token. `score` is a pessimistic estimate of how much
+    people like it, in log odds. `chance` is the probability with which it was chosen. Numbers are finite, because
+    PostgreSQL stores no others in JSON.
+    """
+
+    text: str
+    is_finished: bool = True
+    mean_logprob: FiniteFloat | None = None
+    score: FiniteFloat = 0.0
+    chance: FiniteFloat = 0.0
+    features: dict[str, FiniteFloat] = {}
+
+
+class Selection(Record):
+    """How an answer was chosen, and from which candidates.
+
+    `head` is the name of the reward head, and `chosen` the index of the answer among the candidates. If `is_plain`, the
+    answer was drawn to be a plain sample, as an unbiased control. `why` says why only one answer was sampled, or why none
+    was chosen. `moved` has the features that moved the chosen answer most against the mean of the candidates, in log odds.
+    """
+
+    head: str = ""
+    chosen: NonNegativeInt = 0
+    is_plain: bool = False
+    why: str = ""
+    candidates: list[Candidate] = []
+    moved: dict[str, FiniteFloat] = {}
+
+    @model_validator(mode="after")
+    def _check_chosen(self) -> Self:
+        if self.chosen >= max(1, len(self.candidates)):
+            raise ValueError(f"chosen is {self.chosen}, but there are {len(self.candidates)} candidates")
+        return self
+
+    @property
+    def is_selected(self) -> bool:
+        """Whether the answer was chosen from several, so that its distribution is not the policy's."""
+        return len(self.candidates) > 1
+
+    def without_texts(self) -> Self:
+        """Return the selection with the texts of all candidates erased."""
+        return self.model_copy(update={"candidates": [one.model_copy(update={"text": ""}) for one in self.candidates]})
+
+
 @dataclass(frozen=True)
 class FollowUp:
     """A message after an answer, with the probability of each kind of opinion that it may express about the answer."""
@@ -205,7 +252,8 @@ class Turn:
 
     An imported turn was not sampled by us: its `policy_version` is "imported", its ids and log-probabilities are None.
     `replaces` is the id of the turn that it regenerates. `shown` has the ids of the earlier messages in the prompt: recent
-    messages with None, recalled ones with their similarity to the question.
+    messages with None, recalled ones with their similarity to the question. `selection` tells how the answer was chosen; it
+    is None if nothing chooses answers.
     """
 
     conversation_id: str
@@ -222,8 +270,14 @@ class Turn:
     latency_ms: float
     replaces: str | None = None
     shown: dict[str, float | None] = field(default_factory=dict)
+    selection: Selection | None = None
     at: datetime = field(default_factory=now)
     id: str = field(default_factory=new_id)
+
+    @property
+    def is_selected(self) -> bool:
+        """Whether it was chosen from several answers, so that its distribution is not the policy's."""
+        return self.selection is not None and self.selection.is_selected
 
     @property
     def sources(self) -> set[str]:

@@ -12,12 +12,15 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
+from bot.chat.selecting import AnswerSampler
 from bot.chat.speakers import clean_name
 from bot.chat.tracker import Context, StateTracker, Surroundings
+from bot.config import ServingConfig
 from bot.errors import DataError, ForgottenError, ReplyInterrupted
 from bot.logs import log_text, working_on
 from bot.memory.followups import FollowUps
 from bot.serving.policy import STOPPED, OnText, Policy
+from bot.serving.selection import Selector
 from bot.store.conversations import ConversationStore
 from bot.store.forgetting import forget_message
 from bot.store.histories import add_fingerprint, find_repeated_messages
@@ -30,6 +33,7 @@ from bot.types import (
     Reply,
     Role,
     SamplingParams,
+    Selection,
     StoredMessage,
     Turn,
     new_id,
@@ -51,7 +55,7 @@ UNFINISHED_REASONS = {INTERRUPTED, STOPPED}  # never train on such a turn: it te
 @dataclass(frozen=True)
 class ReplyOptions:
     """Options for one answer: callbacks, an event that stops it, the id of its turn, the sampling seed, the largest number
-    of tokens, and the texts that it ends before.
+    of tokens, the texts that it ends before, and from how many candidates it may be chosen.
 
     `on_turn` receives the final turn while it is being committed. Database calls that follow from it come after the commit.
     """
@@ -64,6 +68,7 @@ class ReplyOptions:
     max_tokens: int | None = None
     stops: tuple[str, ...] = ()
     has_client_history: bool = False  # the client keeps the history, and may send question and answer again
+    candidates: int | None = None  # None: as many as the DialogueManager samples
 
 
 DEFAULT_OPTIONS = ReplyOptions()
@@ -106,12 +111,20 @@ def render_answer(turn: Turn) -> str:
 
 
 class DialogueManager:
-    """The bot's side of every conversation."""
+    """The bot's side of every conversation. A `selector` chooses each answer from at most `candidates`."""
 
-    def __init__(self, store: ConversationStore, tracker: StateTracker, policy: Policy):
+    def __init__(
+        self,
+        store: ConversationStore,
+        tracker: StateTracker,
+        policy: Policy,
+        selector: Selector | None = None,
+        candidates: int = ServingConfig().candidates,
+    ):
         self.store = store
         self.tracker = tracker
         self.policy = policy
+        self.sampler = AnswerSampler(policy, selector, candidates)
         self.followups = FollowUps(tracker.recall)
         self._follow_up_tasks: set[asyncio.Task[None]] = set()
         self._secret = secrets.token_bytes(32)
@@ -218,6 +231,8 @@ class DialogueManager:
             log.debug("stored feedback %s, which %s %s%s", given.id, act, given.kind, "" if is_new else " again")
             if given.text and not given.retracts:
                 log_text("feedback", given.text)
+        if is_new:
+            self.sampler.notice_feedback()
         return is_new
 
     async def retract(self, feedback_id: str, user_id: str) -> bool:
@@ -276,7 +291,7 @@ class DialogueManager:
         turn_id = options.turn_id or new_id()
         with working_on(turn=turn_id):
             with self.tracker.recall.answering():
-                reply = await self._reply(message.conversation_id, context, options)
+                reply, selection = await self._sample(message, context, asker_id, options)
             turn = Turn(
                 conversation_id=message.conversation_id,
                 message_id=message.id,
@@ -292,6 +307,7 @@ class DialogueManager:
                 latency_ms=reply.latency_ms,
                 replaces=replaces,
                 shown=context.shown,
+                selection=selection,
                 id=turn_id,
             )
             answer = Message(turn.conversation_id, "", turn.text, Role.ASSISTANT, id=turn.reply_id)
@@ -323,21 +339,26 @@ class DialogueManager:
         except Exception:
             log.exception("cannot record a follow-up")
 
-    async def _reply(self, conversation_id: str, context: Context, options: ReplyOptions) -> Reply:
+    async def _sample(
+        self, message: Message, context: Context, asker_id: str, options: ReplyOptions
+    ) -> tuple[Reply, Selection | None]:
         # Without it, the timing of the prefix cache reveals texts of other conversations (CVE-2025-46570).
-        salt = hashlib.blake2b(conversation_id.encode(), key=self._secret).hexdigest()
+        salt = hashlib.blake2b(message.conversation_id.encode(), key=self._secret).hexdigest()
         try:
-            return await self.policy.reply(
+            return await self.sampler.sample(
                 context.prompt_ids,
-                seed=options.seed,
-                cache_salt=salt,
+                message.text,
+                asker_id,
+                most=options.candidates,
                 on_text=options.on_text,
                 stop=options.stop,
+                seed=options.seed,
+                cache_salt=salt,
                 max_tokens=options.max_tokens,
                 stops=options.stops,
             )
         except ReplyInterrupted as broken:
-            return Reply(broken.text, broken.version, (), (), (), INTERRUPTED, SamplingParams(), 0.0)
+            return Reply(broken.text, broken.version, (), (), (), INTERRUPTED, SamplingParams(), 0.0), None
 
     async def _turn(self, turn_id: str) -> Turn:
         turn = await self.store.database.call(self.store.find_turn, turn_id)

@@ -18,6 +18,7 @@ from bot.cli.options import (
     path_argument,
 )
 from bot.config import AccessConfig, Config, DatabaseConfig
+from bot.config_values import MOST_CANDIDATES
 from bot.data_directory import is_locked
 from bot.errors import ConfigError
 from bot.memory.embedder import make_embedder
@@ -89,21 +90,38 @@ def bench_overhead(
     config: Config,
     messages: Annotated[int | None, typer.Option(min=16, help="Messages per block.")] = None,
     blocks: Annotated[int | None, typer.Option(min=1)] = None,
+    candidates: Annotated[
+        str | None, typer.Option(help="Also compare the choice from so many answers with one answer: 4,8.")
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Measure the latency that DialogueManager adds to the same prompts sent directly to vLLM."""
+    """Measure the latency that DialogueManager adds to the same prompts sent directly to vLLM, and what candidates cost."""
     from learning.bench import overhead, swap
 
+    counts = _read_counts(candidates) if candidates is not None else []
     usual = swap.choose_defaults(config.policy.model)
     alone = 0 if messages else usual.alone
     messages, blocks = messages or usual.messages, blocks or usual.blocks
 
     async def job(kibitz: Kibitz, progress: Progress) -> dict[str, Any]:
-        return await overhead.measure_overhead(
+        figures = await overhead.measure_overhead(
             kibitz.dialogue, kibitz.policy, messages, blocks, config.seed, progress, alone
         )
+        if counts:
+            figures |= await overhead.measure_candidates(kibitz.dialogue, counts, messages, blocks, config.seed, progress)
+        return figures
 
-    run_benchmark("bench overhead", config, job, json_file, {"messages": messages, "blocks": blocks})
+    setup = {"messages": messages, "blocks": blocks} | ({"candidates": counts} if counts else {})
+    run_benchmark("bench overhead", config, job, json_file, setup)
+
+
+def _read_counts(candidates: str) -> list[int]:
+    """Return the numbers of candidates that an option lists. Raises ConfigError if one is none."""
+    listed = [one.strip() for one in candidates.split(",")]
+    wrong = next((one for one in listed if not (one.isdecimal() and 1 <= int(one) <= MOST_CANDIDATES)), None)
+    if wrong is not None:
+        raise ConfigError(f"option --candidates has value '{wrong}'; give numbers from 1 to {MOST_CANDIDATES}, such as 4,8")
+    return [int(one) for one in listed]
 
 
 @command("connectors", group=bench, default_model="toy")

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import aiohttp
 
-from bot.errors import ServerUnavailable, ServingError
+from bot.errors import RequestRefused, ServerUnavailable, ServingError
 from bot.store.registry import BASE
 
 FRESH = "default"  # vLLM's name for the weights that it started with
@@ -153,10 +153,14 @@ class ServerAdmin:
         return await self._ask("POST", "/v1/completions", body, read)
 
     async def stream(self, path: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        """Yield the server-sent events of one streamed request. Raises ServingError if the server refuses it or fails."""
+        """Yield the server-sent events of one streamed request.
+
+        Raises RequestRefused if the server answers with 400, and ServingError if it fails otherwise.
+        """
         async with self._http.post(f"{self.url}{path}", json={**body, "stream": True}) as response:
             if response.status != 200:
-                raise ServingError(f"vLLM refused {path} ({response.status}): {(await response.text())[:300]}")
+                refused = RequestRefused if response.status == 400 else ServingError
+                raise refused(f"vLLM refused {path} ({response.status}): {(await response.text())[:300]}")
             async for line in response.content:
                 if line.startswith(b"data: {"):
                     event = json.loads(line.removeprefix(b"data: "))

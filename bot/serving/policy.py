@@ -1,4 +1,4 @@
-"""Policy: asks vLLM for an answer by one version, and returns a Reply that records how it was made.
+"""Policy: asks vLLM for one or several answers by one version, and returns Replies that record how they were made.
 
 Prompts are token ids, which `bot.models.tokenizer` makes with the chat template. So the prompt and the budget are exact, and
 vLLM answers sooner than through its chat endpoint (docs/experiments.md).
@@ -18,7 +18,7 @@ from typing import Any
 import aiohttp
 
 from bot.config import PolicyConfig
-from bot.errors import ReplyInterrupted, ServerAsleep, ServerUnavailable, ServingError
+from bot.errors import ReplyInterrupted, RequestRefused, ServerAsleep, ServerUnavailable, ServingError
 from bot.models.stops import StopFilter
 from bot.models.thoughts import ThoughtFilter, Thoughts
 from bot.serving.admin import MALFORMED_ERRORS, ServerAdmin
@@ -33,12 +33,18 @@ OnText = Callable[[str], Awaitable[None] | None]
 
 @dataclass(frozen=True)
 class _Request:
-    """A request for one answer by one version."""
+    """A request for `count` answers by one version."""
 
     version: str
     prompt_ids: tuple[int, ...]
     body: dict[str, Any]
     sampling: SamplingParams
+    count: int
+
+    def find_sampling(self, index: int) -> SamplingParams:
+        """Return the sampling parameters of one of the answers: vLLM adds its index to the seed."""
+        seed = self.sampling.seed
+        return self.sampling if seed is None or not index else self.sampling | SamplingParams(seed=seed + index)
 
 
 class _GrowingReply:
@@ -52,7 +58,9 @@ class _GrowingReply:
         self._thoughts, self._stops = ThoughtFilter(thoughts), StopFilter(stops)
 
     def add(self, choice: dict[str, Any]) -> str:
-        """Add a piece of the stream, and return the text to show now."""
+        """Add a piece of the stream, and return the text to show now. After the end of the answer nothing is added."""
+        if self.finish_reason:
+            return ""
         self.completion_ids += choice.get("token_ids") or []
         self.logprobs += (choice["logprobs"] or {}).get("token_logprobs") or []
         piece = self._thoughts.add(choice["text"])
@@ -67,7 +75,8 @@ class _GrowingReply:
         return piece
 
 
-async def _hand_over(piece: str, on_text: OnText | None) -> None:
+async def hand_over(piece: str, on_text: OnText | None) -> None:
+    """Pass a piece of text to `on_text`, if there is one, unless the piece is empty."""
     if piece and on_text is not None:
         pending = on_text(piece)
         if pending is not None:
@@ -125,9 +134,42 @@ class Policy:
         The reply's `sampling` records both; its ids and log-probabilities are those of all sampled tokens. Thoughts are in
         these, but neither in the reply's text nor passed to `on_text`.
 
-        Raises ServerAsleep while vLLM sleeps, ServingError if it fails twice before the first text, and ReplyInterrupted if
-        it fails later.
+        Raises ServerAsleep while vLLM sleeps, ServingError if it fails twice before the first text (RequestRefused at once
+        if it does not accept the request), and ReplyInterrupted if it fails later.
         """
+        limits = seed, temperature, cache_salt, max_tokens, stops
+        [reply] = await self._ask(version, lambda name: self._make_request(prompt_ids, name, 1, *limits), on_text, stop)
+        return reply
+
+    async def sample_replies(
+        self,
+        prompt_ids: Sequence[int],
+        count: int,
+        *,
+        version: str | None = None,
+        seed: int | None = None,
+        temperature: float | None = None,
+        cache_salt: str | None = None,
+        stop: asyncio.Event | None = None,
+        max_tokens: int | None = None,
+        stops: Sequence[str] = (),
+    ) -> list[Reply]:
+        """Sample `count` answers to the prompt in one request, and return them in vLLM's order once all have ended.
+
+        The limits hold for each answer, and the errors are those of `reply`. If `stop` is set, answers that have not ended
+        have the finish reason STOPPED. `latency_ms` is the time until the last answer ended.
+        """
+        limits = seed, temperature, cache_salt, max_tokens, stops
+        return await self._ask(version, lambda name: self._make_request(prompt_ids, name, count, *limits), None, stop)
+
+    async def _ask(
+        self,
+        version: str | None,
+        make_request: Callable[[str], _Request],
+        on_text: OnText | None,
+        stop: asyncio.Event | None,
+    ) -> list[Reply]:
+        """Ask `version`, or the current one, when replies are not paused. Try again if nothing was answered yet."""
         async with self._changed:
             await self._changed.wait_for(lambda: self.is_asleep or not self._is_paused)
             if self.is_asleep:
@@ -135,10 +177,10 @@ class Policy:
             version = version or self.version
             self._in_flight[version] += 1
         try:
-            asked = self._make_request(prompt_ids, version, seed, temperature, cache_salt, max_tokens, stops)
+            asked = make_request(version)
             try:
                 return await self._stream(asked, on_text, stop)
-            except ReplyInterrupted:
+            except (ReplyInterrupted, RequestRefused):
                 raise
             except ServingError:
                 return await self._stream(asked, on_text, stop)
@@ -151,12 +193,13 @@ class Policy:
         self,
         prompt_ids: Sequence[int],
         version: str,
+        count: int,
         seed: int | None,
         temperature: float | None,
         cache_salt: str | None,
         max_tokens: int | None,
         stops: Sequence[str],
-    ) -> "_Request":
+    ) -> _Request:
         most = min(max_tokens or self.config.max_tokens, self.config.max_tokens)
         asked: dict[str, Any] = {"max_tokens": self.fixed_tokens or most}
         if temperature is not None:
@@ -173,6 +216,8 @@ class Policy:
             **sampling.model_dump(exclude_unset=True, exclude={"stop"}),  # StopFilter cuts the answer
         }
         body["logprobs"] = 0  # only the sampled token's
+        if count > 1:
+            body["n"] = count
         if self.fixed_tokens:
             body["ignore_eos"] = True
         elif self.end_ids:
@@ -181,37 +226,41 @@ class Policy:
             body["skip_special_tokens"] = False  # otherwise the marks around thoughts are missing
         if cache_salt:
             body["cache_salt"] = cache_salt
-        return _Request(version, tuple(prompt_ids), body, sampling)
+        return _Request(version, tuple(prompt_ids), body, sampling, count)
 
-    async def _stream(self, asked: "_Request", on_text: OnText | None, stop: asyncio.Event | None) -> Reply:
-        growing = _GrowingReply(self.thoughts, asked.sampling.stop)
+    async def _stream(self, asked: _Request, on_text: OnText | None, stop: asyncio.Event | None) -> list[Reply]:
+        growing = [_GrowingReply(self.thoughts, asked.sampling.stop) for _ in range(asked.count)]
         started = time.monotonic()
         try:
             async with contextlib.aclosing(self.admin.stream("/v1/completions", asked.body)) as events:
                 async for event in events:
                     if stop is not None and stop.is_set():
-                        growing.finish_reason = STOPPED
+                        for one in growing:
+                            one.finish_reason = one.finish_reason or STOPPED
                         break  # vLLM ends a request when its connection closes
-                    for choice in event["choices"]:
-                        await _hand_over(growing.add(choice), on_text)
-                    if growing.is_cut:
+                    for choice in event["choices"]:  # of several answers, in any order
+                        await hand_over(growing[choice["index"]].add(choice), on_text)
+                    # Without a cut vLLM ends the stream itself, and the connection can be used again.
+                    if any(one.is_cut for one in growing) and all(one.finish_reason for one in growing):
                         break
-        except ServingError as error:
-            raise _make_error(str(error), growing.text, asked.version) from error
-        except (aiohttp.ClientError, TimeoutError, *MALFORMED_ERRORS) as error:
-            raise _make_error(str(error) or type(error).__name__, growing.text, asked.version) from error
-        if not growing.finish_reason:
-            raise _make_error("the stream ended early", growing.text, asked.version)
-        return Reply(
-            text=growing.text,
-            policy_version=asked.version,
-            prompt_ids=asked.prompt_ids,
-            completion_ids=tuple(growing.completion_ids),
-            logprobs=tuple(growing.logprobs),
-            finish_reason=growing.finish_reason,
-            sampling=asked.sampling,
-            latency_ms=1000 * (time.monotonic() - started),
-        )
+        except (ServingError, aiohttp.ClientError, TimeoutError, *MALFORMED_ERRORS) as error:
+            raise _make_error(error, growing, asked.version) from error
+        if not all(one.finish_reason for one in growing):
+            raise _make_error(ServingError("the stream ended early"), growing, asked.version)
+        latency_ms = 1000 * (time.monotonic() - started)
+        return [
+            Reply(
+                text=one.text,
+                policy_version=asked.version,
+                prompt_ids=asked.prompt_ids,
+                completion_ids=tuple(one.completion_ids),
+                logprobs=tuple(one.logprobs),
+                finish_reason=one.finish_reason,
+                sampling=asked.find_sampling(index),
+                latency_ms=latency_ms,
+            )
+            for index, one in enumerate(growing)
+        ]
 
     @contextlib.contextmanager
     def fixed_length(self, tokens: int) -> Iterator[None]:
@@ -259,6 +308,10 @@ class Policy:
         await self.admin.close()
 
 
-def _make_error(cause: str, text: str, version: str) -> ServingError:
-    cause = cause.splitlines()[0][:300]
-    return ReplyInterrupted(text, version, cause) if text else ServingError(f"{version} did not answer: {cause}")
+def _make_error(error: Exception, growing: Sequence[_GrowingReply], version: str) -> ServingError:
+    """Return the error to raise: an interruption with the first text, if there is some."""
+    cause = (str(error) or type(error).__name__).splitlines()[0][:300]
+    if text := next((one.text for one in growing if one.text), ""):
+        return ReplyInterrupted(text, version, cause)
+    kind = RequestRefused if isinstance(error, RequestRefused) else ServingError
+    return kind(f"{version} did not answer: {cause}")

@@ -1,8 +1,9 @@
 """Retention: erase messages that are older than `privacy.retention_days`.
 
 Text and opinions are erased as when a person is forgotten. A younger answer whose prompt had an older message is kept, but
-its token ids are erased, because they contain the older text. The authors of that text are recorded, so that they can still
-be forgotten. Versions that learned from erased messages stay, with the record of their teachers.
+its token ids are erased, because they contain the older text, and so are the texts of its candidates. The authors of that
+text are recorded, so that they can still be forgotten. Versions that learned from erased messages stay, with the record of
+their teachers.
 """
 
 from collections.abc import Awaitable, Callable, Collection
@@ -51,6 +52,10 @@ def erase_before(database: Database, before: datetime, limit: int) -> list[str]:
         spelt = turns.c.id.in_(sa.select(sources.c.turn_id).where(of_these)) & turns.c.id.not_in(list(made))
         keep_origins(connection, connection.execute(sa.select(turns.c.id).where(spelt)).scalars().all())
         connection.execute(turns.update().where(spelt).values(dict.fromkeys(_IDS, sa.null())))
+        selected = sa.select(turns.c.id, turns.c.selection).where(spelt, turns.c.selection.is_not(None))
+        for row in connection.execute(selected).all():
+            change = turns.update().where(turns.c.id == row.id)
+            connection.execute(change.values(selection=row.selection.without_texts()))
         connection.execute(sources.delete().where(sources.c.message_id.in_(list(made.values()))))
         replies = set(made.values())
         erase_rows(connection, [one for one in ids if one not in replies], made)

@@ -9,7 +9,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from bot.types import Metrics, Record, SamplingParams
+from bot.types import Metrics, Record, SamplingParams, Selection
 
 metadata = sa.MetaData()
 
@@ -28,13 +28,13 @@ class UTCDateTime(sa.TypeDecorator):
 
 
 class RecordJSON(sa.TypeDecorator):
-    """A Record of one kind, stored as JSON."""
+    """A Record of one kind, stored as JSON. None is stored as NULL."""
 
     impl = sa.JSON
     cache_ok = True
 
     def __init__(self, kind: type[Record]):
-        super().__init__()
+        super().__init__(none_as_null=True)
         self.kind = kind
 
     def process_bind_param(self, value: Record | None, dialect: Any) -> dict[str, Any] | None:
@@ -135,6 +135,7 @@ turns = sa.Table(
     sa.Column("latency_ms", sa.Float, nullable=False),
     sa.Column("replaces", sa.String(64), index=True),
     sa.Column("shown", sa.JSON, nullable=False, server_default="{}"),
+    sa.Column("selection", RecordJSON(Selection)),
     sa.Column("at", UTCDateTime, nullable=False),
     sa.Index("turns_in_order", "conversation_id", "at", "id"),
     sa.Index("turns_in_time", "at", "id"),

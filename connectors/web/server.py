@@ -60,7 +60,8 @@ CONTENT_SECURITY_POLICY = (
 
 @dataclass(frozen=True)
 class Endpoint:
-    """The listening socket, the users' names by token, and the other origins whose pages may use the API.
+    """The listening socket, the users' names by token, the other origins whose pages may use the API, and how many
+    candidates a streamed answer may have.
 
     It is opened before anything else starts.
     """
@@ -68,6 +69,7 @@ class Endpoint:
     users: dict[str, str]
     socket: socket.socket
     origins: tuple[str, ...] = ()
+    candidates: int = WebConfig().candidates
 
     @classmethod
     def open(cls, config: WebConfig) -> "Endpoint":
@@ -78,7 +80,7 @@ class Endpoint:
                 "config key web.cors_origins has value '*', with which any page could talk to kibitz without a token; "
                 "name the origins, or set web.tokens_env"
             )
-        return cls(known, open_listener("web", config.host, config.port), tuple(config.cors_origins))
+        return cls(known, open_listener("web", config.host, config.port), tuple(config.cors_origins), config.candidates)
 
     @property
     def url(self) -> str:
@@ -98,6 +100,7 @@ class Web:
         self.desk = services.desk
         self.users = services.users
         self._users, self._socket, self._origins = door.users, door.socket, door.origins
+        self._candidates = door.candidates
         self._answering: set[asyncio.Task[Turn]] = set()
         self._server = _Server(
             uvicorn.Config(
@@ -169,6 +172,7 @@ class Web:
             max_tokens=asked.token_limit,
             stops=asked.stops,
             has_client_history=True,
+            candidates=self._candidates if asked.stream else None,
         )
         answering = asyncio.create_task(self._answer(asked, user, author, options))
         answering.add_done_callback(lambda _: pieces.put_nowait(None))

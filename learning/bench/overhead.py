@@ -1,8 +1,8 @@
-"""Benchmark: measure the time that DialogueManager adds to the same prompts sent straight to vLLM.
+"""Benchmark: measure the time that DialogueManager adds to the same prompts sent straight to vLLM, and what candidates cost.
 
 Timings are ratios or differences against a baseline that is measured in the same run, in alternating blocks.
 
-Run: ``kibitz bench overhead``.
+Run: ``kibitz bench overhead``, or ``kibitz bench overhead --candidates 4,8``.
 """
 
 import asyncio
@@ -17,7 +17,8 @@ import numpy as np
 from bot.chat.dialogue import DialogueManager, ReplyOptions
 from bot.chat.tracker import Context
 from bot.serving.policy import Policy
-from bot.types import Conversation, Message, Progress, new_id, now
+from bot.serving.selection import SamplingPlan
+from bot.types import Candidate, Conversation, Message, Progress, Reply, Selection, new_id, now
 from learning.bench.swap import LENGTH
 from learning.models import toy
 
@@ -26,10 +27,29 @@ LINES = 4  # messages per conversation
 
 @dataclass
 class Timing:
-    """The times of one way of answering: of each message (s), and of all messages together (s)."""
+    """The times of one way of answering (s): of each message, of all messages together, and from each message to its first
+    text, if that was measured.
+    """
 
     messages: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    first_texts: list[float] = field(default_factory=list)
+
+
+class FirstInAlphabet:
+    """A selector that always samples as many answers as it may, and chooses without any work."""
+
+    def plan(self, asker_id: str, most: int) -> SamplingPlan:
+        """Return a plan with `most` answers."""
+        return SamplingPlan(most)
+
+    async def choose(self, question: str, replies: Sequence[Reply]) -> Selection:
+        """Choose the answer that comes first in alphabetical order."""
+        chosen = min(range(len(replies)), key=lambda row: replies[row].text)
+        return Selection(head="alphabet", chosen=chosen, candidates=[Candidate(text=one.text) for one in replies])
+
+    def notice_feedback(self) -> None:
+        """Learn nothing."""
 
 
 Job = Callable[[Any, int, str], Awaitable[Any]]  # (line of a conversation, sampling seed, cache salt)
@@ -80,6 +100,64 @@ async def measure_overhead(
             figures[f"messages_per_s_{concurrent}"] = len(timings["dialogue"].messages) / timings["dialogue"].seconds
             figures[f"straight_p50_ms_{concurrent}"] = 1000 * float(np.percentile(timings["straight"].messages, 50))
         return figures
+
+
+async def measure_candidates(
+    dialogue: DialogueManager, counts: Sequence[int], messages: int, blocks: int, seed: int, progress: Progress
+) -> dict[str, float]:
+    """Time answers that are chosen from `counts` candidates against single ones, in alternating blocks of `messages`.
+
+    Throughput is measured with 16 conversations at a time, latency (at the median) with one. All answers have LENGTH tokens.
+    """
+    counts = sorted({1, *counts})
+    chosen = {
+        count: DialogueManager(dialogue.store, dialogue.tracker, dialogue.policy, FirstInAlphabet(), count)
+        for count in counts
+    }
+    figures: dict[str, float] = {}
+    done = 0
+    with dialogue.policy.fixed_length(LENGTH):
+        for concurrent in (1, 16):
+            timings = {count: Timing() for count in counts}
+            for block in range(-1, blocks):  # the first block warms up and is not counted
+                rng = random.Random(f"{seed} {concurrent} {block}")
+                for count in rng.sample(counts, len(counts)):
+                    progress("choosing", done, 2 * (blocks + 1) * len(counts))
+                    lines = random.Random(f"{seed} {concurrent} {block} messages")  # the same for each count
+                    heard = [await _lines(dialogue, lines) for _ in range(messages // LINES)]
+                    timing = await _run_with_first_texts(concurrent, chosen[count], heard)
+                    if block >= 0:
+                        timings[count].seconds += timing.seconds
+                        timings[count].messages += timing.messages
+                        timings[count].first_texts += timing.first_texts
+                    done += 1
+            for count in counts[1:]:
+                figures |= _compare_with_one(count, timings[count], timings[1], is_alone=concurrent == 1)
+    return figures
+
+
+async def _run_with_first_texts(
+    concurrent: int, dialogue: DialogueManager, heard: Sequence[Sequence[tuple[Any, int]]]
+) -> Timing:
+    first_texts: list[float] = []
+
+    async def respond(message: Message, number: int, _: str) -> None:
+        began, pieces = time.monotonic(), list[float]()
+        await dialogue.respond(
+            replace(message, at=now()), ReplyOptions(lambda _: pieces.append(time.monotonic() - began), seed=number)
+        )
+        first_texts.append(pieces[0] if pieces else time.monotonic() - began)
+
+    return replace(await _run_concurrently(concurrent, respond, heard), first_texts=first_texts)
+
+
+def _compare_with_one(count: int, several: Timing, one: Timing, is_alone: bool) -> dict[str, float]:
+    if not is_alone:
+        return {f"candidates_{count}_throughput_ratio": one.seconds / several.seconds}
+    return {
+        f"candidates_{count}_first_text_ratio": float(np.median(several.first_texts) / np.median(one.first_texts)),
+        f"candidates_{count}_final_text_ratio": float(np.median(several.messages) / np.median(one.messages)),
+    }
 
 
 async def chat_completion(policy: Policy, messages: list[dict[str, str]], seed: int, salt: str) -> str:

@@ -14,12 +14,13 @@ from pathlib import Path
 from bot.errors import DataError
 from bot.store.registry import PolicyRegistry
 from bot.store.teachers import find_taught_versions
-from bot.types import Message, Turn
+from bot.types import Message, Selection, Turn
 from bot.wording import count_noun
 from learning.data.manifest import read_manifest, read_since
 from learning.data.replay_buffer import Decision, ReplayBuffer
 
 MAX_RUNS = 8  # newest runs that are shown
+MAX_MOVED = 3  # features of a chosen answer that are shown
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class TurnExplanation:
             f"answered by {turn.policy_version} in {turn.latency_ms:.0f} ms ({turn.finish_reason}): {_shorten(turn.text)}",
         ]
         found += _describe_sampling(turn)
+        found += [] if turn.selection is None else _describe_selection(turn.selection)
         found += [
             f"remembered ({score:.2f}): {name(said.author_id)}: {_shorten(said.text)}" for said, score in self.remembered
         ]
@@ -148,6 +150,20 @@ def _describe_sampling(turn: Turn) -> list[str]:
     if sampling := turn.sampling.describe():
         told.append(f"sampled with {sampling}")
     return [", ".join(told)] if told else []
+
+
+def _describe_selection(selection: Selection) -> list[str]:
+    """Return one or two lines about how an answer was selected."""
+    if not selection.is_selected:
+        if selection.is_plain:
+            return ["a plain sample: drawn without a choice, for comparison with chosen answers"]
+        return [f"not chosen from several answers: {selection.why}"] if selection.why else []
+    chosen = selection.candidates[selection.chosen]
+    count = count_noun(len(selection.candidates), "answer")
+    told = [f"chosen from {count} by {selection.head or 'an unnamed head'}, with chance {chosen.chance:.2f}"]
+    strongest = sorted(selection.moved.items(), key=lambda one: -abs(one[1]))[:MAX_MOVED]
+    moved = ", ".join(f"{name} {moved:+.2f}" for name, moved in strongest)
+    return [*told, f"against the mean of these answers (log odds): {moved}"] if moved else told
 
 
 def _describe_counting(reason: str | None) -> str:

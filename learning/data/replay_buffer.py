@@ -283,7 +283,7 @@ class ReplayBuffer:
             completion = tuple(self.tokenizer.completion_ids(self.tokenizer.neutralise(turn.text)))
         else:
             prompt, completion = turn.prompt_ids, turn.completion_ids
-        is_sampled = not turn.sampling.is_truncated and age <= self.config.learning.max_age
+        is_sampled = not (turn.is_selected or turn.sampling.is_truncated) and age <= self.config.learning.max_age
         first = Experience(
             turn_id=turn.id,
             unit=voices.find_unit(turn),
@@ -298,6 +298,9 @@ class ReplayBuffer:
             question=voices.questions[turn.message_id],
             question_id=turn.message_id,
             answer=turn.text,
+            is_selected=turn.is_selected,
+            mean_logprob=sum(turn.logprobs) / len(turn.logprobs) if turn.logprobs else None,
+            is_finished=turn.finish_reason == "stop",
         )
         yield first
         if correction is not None:
@@ -310,6 +313,9 @@ class ReplayBuffer:
                 answer=correction,
                 rejected_ids=completion,
                 is_correction=True,
+                is_selected=False,
+                mean_logprob=None,
+                is_finished=True,
             )
 
     def _read_prompt_chat(self, turn: Turn) -> list[dict[str, str]]:

@@ -30,6 +30,7 @@ TURN_FIELDS = (
     "finish_reason",
     "sampling",
     "latency_ms",
+    "selection",
 )  # of a turn
 
 

@@ -3,6 +3,8 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
+from functools import partial
 
 import pytest
 from aiolimiter import AsyncLimiter
@@ -14,7 +16,7 @@ from bot.errors import DataError, ForgottenError
 from bot.store.database import Database
 from bot.store.forgetting import forget_person
 from bot.store.registry import PolicyRegistry
-from bot.types import Message, new_id
+from bot.types import Message, SamplingParams, Turn, new_id
 from connectors.access import Access
 from connectors.answers import SORRY
 from connectors.commands import COMMANDS, Asker, Commands
@@ -25,10 +27,10 @@ class Screen:
     """What a person sees of one answer."""
 
     def __init__(self, broken: bool = False):
-        self.turn_id, self.told, self.broken = new_id(), [], broken
+        self.turn_id, self.grew, self.told, self.broken = new_id(), [], [], broken
 
     async def show_partial(self, text: str) -> None:
-        """Nothing grows here."""
+        self.grew.append(text)
 
     async def show_final(self, text: str) -> None:
         self.told.append(text)
@@ -61,6 +63,24 @@ async def test_an_apology_that_fails_too_ends_quietly_and_cancelling_still_cance
     assert "could not be shown" in caplog.text
     with pytest.raises(asyncio.CancelledError):
         await answers.ask_and_show(fails(asyncio.CancelledError()), Screen(), AsyncLimiter(9))
+
+
+async def test_an_answer_that_comes_as_a_whole_is_shown_once_and_one_that_grows_meanwhile(answers):  # noqa: F811
+    """What is chosen from several answers is known when all have ended; there is nothing to edit then."""
+    turn = Turn("", "", "", "Hey there!", "ann", "policy-0", None, None, None, "stop", SamplingParams(), 1.0)
+
+    async def ask(options, pieces: list[str], pause: float):
+        for piece in pieces:
+            options.on_text(piece)
+            await asyncio.sleep(pause) if pause else None
+        await options.on_turn(whole)
+        return whole
+
+    for pieces, pause, wanted in ((["Hey there!"], 0, []), (["Hey", " there!"], 0.05, ["Hey"])):  # the second is the control
+        screen = Screen()
+        whole = replace(turn, id=screen.turn_id)
+        await answers.ask_and_show(partial(ask, pieces=pieces, pause=pause), screen, AsyncLimiter(9))
+        assert (screen.grew[:1], screen.told) == (wanted, ["Hey there!"])
 
 
 async def test_nobody_is_told_about_a_question_that_they_deleted(answers):  # noqa: F811

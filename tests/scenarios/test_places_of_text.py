@@ -23,6 +23,7 @@ import pytest
 import sqlalchemy as sa
 from conftest import until
 from fake_vllm import FakeVllm
+from longest_answer import LongestAnswer
 from one_weight import EXCLAIMS, STATES, learn_in_an_instant
 
 from bot import app
@@ -34,7 +35,7 @@ from bot.models.tokenizer import ChatTokenizer
 from bot.store import words
 from bot.store.forgetting import SAMPLES_FILE, UNFINISHED_SUFFIX
 from bot.store.tables import embeddings, messages, metadata
-from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, Turn, new_id, now
+from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, Record, Turn, new_id, now
 from learning.data.selection import is_held_out, question_key
 from learning.importers.kibitz_export import export
 from learning.judging import probe, report
@@ -103,6 +104,7 @@ LOOP = {"asyncio", "_asyncio", "aiohttp", "selectors", "uvloop"}
 
 
 def _plain(value: Any) -> Any:
+    value = value.as_json() if isinstance(value, Record) else value
     return json.dumps(value) if isinstance(value, dict) else value
 
 
@@ -149,6 +151,10 @@ class Talk:
         await self.judge(first, ANN, FeedbackKind.CORRECTION, f"say {WORD} again")
         self.vllm.says = f"again {WORD}"
         await self.dialogue.regenerate(first.id, BOB)
+        self.dialogue.sampler.selector = LongestAnswer()
+        self.vllm.says = ["what was it?", f"{WORD}?"]
+        await self.dialogue.respond(Message("", ANN, f"did I say {WORD}?"), place=PLACE)
+        self.dialogue.sampler.selector = None
         typo = f"the {WORD} is edited away"
         event = new_id()
         self.vllm.says = f"you wrote {WORD}"
@@ -164,7 +170,10 @@ class Talk:
         return first
 
 
-COLUMNS = {"messages.text", "words.word", "turns.prompt_ids", "turns.completion_ids", "feedback.text"}
+COLUMNS = {
+    *("messages.text", "words.word", "feedback.text"),
+    *("turns.prompt_ids", "turns.completion_ids", "turns.selection"),
+}
 
 
 @contextlib.asynccontextmanager

@@ -348,10 +348,11 @@ async def test_a_benchmark_leaves_the_operators_data_alone(live, tmp_path, demo_
     config = write_config(tmp_path, demo_model)
     config.write_text(f'{config.read_text()}[serving]\nurl = "{live.policy.admin.url}"\n[dialogue]\nembedder = "none"\n')
     command = ["bench", "overhead", "--model", demo_model, "--messages", 16, "--blocks", 1, "--config", config]
+    command += ["--candidates", "2"]
     command += ["--json", tmp_path / "out.json"]
     done = await asyncio.to_thread(kibitz, *command)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "out.json").read_text())["figures"]
+    assert json.loads((tmp_path / "out.json").read_text())["figures"]["candidates_2_throughput_ratio"] > 0
     assert "messages: 0" in kibitz("status", "--config", config).stdout
     apart = Database(f"sqlite:///{tmp_path / 'data' / 'bench' / 'serving' / 'kibitz.db'}")
     assert ConversationStore(apart).count_rows()["turns"] > 0
@@ -370,6 +371,9 @@ def test_a_benchmark_that_serves_leaves_what_an_interrupted_one_of_learning_kept
     )
     assert kept.read_text() == "{}"
     assert not old.exists(), "the control: it begins with nothing of its own"
+    for odd in ("4,0", "65", "many"):
+        wanted = f"option --candidates has value '{odd.split(',')[-1]}'; give numbers from 1 to 64, such as 4,8"
+        refused(here("bench", "overhead", "--candidates", odd, "--config", config), wanted)
 
 
 def test_of_a_data_directory_where_nobody_talked_it_is_said_that_nothing_was_said(tmp_path, demo_model, here):

@@ -12,12 +12,13 @@ from dataclasses import replace
 import pytest
 import sqlalchemy as sa
 from conftest import answered, migrate, react
+from pydantic import ValidationError
 
 from bot.errors import DataError
 from bot.store.conversations import ConversationStore
 from bot.store.database import Database
 from bot.store.tables import feedback, metadata
-from bot.types import Conversation, Feedback, FeedbackKind, Message, Role, SamplingParams, new_id, now
+from bot.types import Candidate, Conversation, Feedback, FeedbackKind, Message, Role, SamplingParams, Selection, new_id, now
 
 
 def test_the_migrations_make_the_tables_that_the_code_uses(database):
@@ -52,6 +53,30 @@ def test_how_a_turn_was_sampled_is_read_as_it_was_written_also_by_another_versio
     assert found.sampling.as_json() == written
     assert (found.sampling.top_p, found.sampling.seed, found.sampling.is_truncated) == (1.0, None, True)
     assert answered(store, tokenizer, "hello", "Hey there!").sampling.as_json() == {}, "an imported turn has none"
+
+
+def test_how_an_answer_was_chosen_is_read_as_it_was_written_and_lost_in_an_older_schema(database, store, tokenizer):
+    written = {"head": "head-1", "chosen": 1, "candidates": [{"text": "Hi"}, {"text": "Hey!", "rank": 3}], "new": True}
+    turn = answered(store, tokenizer, "hello", "Hey!", selection=Selection.from_json(written))
+    plain = answered(store, tokenizer, "hello", "Hey!")
+    columns = "SELECT CAST(selection AS TEXT) FROM turns ORDER BY id"
+    with database.begin() as connection:
+        stored = connection.exec_driver_sql(columns).scalars().all()
+    assert json.loads(stored[0]) == written
+    assert stored[1] is None
+    assert (store.find_turn(turn.id), store.find_turn(plain.id)) == (turn, plain)
+    assert (turn.is_selected, plain.is_selected) == (True, False)
+    assert store.find_turn(turn.id).selection.as_json() == written, "also by another version"
+    migrate(database, "0014")
+    migrate(database, "head")
+    assert store.find_turn(turn.id) == replace(turn, selection=None)
+
+
+@pytest.mark.parametrize("odd", [{"chosen": 1}, {"chosen": -1}, {"moved": {"length": float("nan")}}, {"candidates": [{}]}])
+def test_a_selection_that_cannot_be_is_refused(odd):
+    with pytest.raises(ValidationError):
+        Selection.from_json(odd)
+    Selection(chosen=1, candidates=[Candidate(text="a"), Candidate(text="b")], moved={"length": 1.0})  # the control
 
 
 def test_what_is_acknowledged_survives_a_kill(config, store, tokenizer):

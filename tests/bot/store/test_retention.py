@@ -22,7 +22,19 @@ from bot.store.registry import BASE
 from bot.store.retention import erase_expired
 from bot.store.tables import embeddings, feedback, messages, metadata, run_teachers, sources, turns, words
 from bot.store.users import Users
-from bot.types import Conversation, Feedback, FeedbackKind, Message, Metrics, PolicyState, Turn, new_id, now
+from bot.types import (
+    Candidate,
+    Conversation,
+    Feedback,
+    FeedbackKind,
+    Message,
+    Metrics,
+    PolicyState,
+    Selection,
+    Turn,
+    new_id,
+    now,
+)
 from learning.data.explanation import explain
 from learning.data.replay_buffer import ReplayBuffer
 
@@ -63,7 +75,9 @@ def talk(database, store, tokenizer):
     place = store.open_conversation(Conversation("test", new_id()))
     old = answered(store, tokenizer, SECRET, f"you said {SECRET}", author="ann", place=place)
     shown = {old.message_id: None, old.reply_id: 0.5}
-    young = answered(store, tokenizer, YOUNG, "Nice!", author="bob", place=place, shown=shown)
+    candidates = [Candidate(text=f"again: {SECRET}"), Candidate(text="Nice!", chance=0.7, features={"length": 5.0})]
+    chosen = Selection(head="head-1", chosen=1, candidates=candidates)
+    young = answered(store, tokenizer, YOUNG, "Nice!", author="bob", place=place, shown=shown, selection=chosen)
     react(store, old, approves=True, user="bob")
     store.add_feedback(Feedback(old.id, "ann", FeedbackKind.CORRECTION, text=SECRET))
     react(store, young, approves=True, user="bob")
@@ -104,6 +118,9 @@ async def test_what_is_too_old_is_erased_and_what_is_younger_stays(
     left = store.find_turn(young.id)
     assert (left.text, left.shown) == (young.text, young.shown)
     assert (left.prompt_ids, left.completion_ids, left.logprobs) == (None, None, None), "they spelt the old text"
+    assert (left.is_selected, left.selection.head, left.selection.chosen) == (True, "head-1", 1)
+    assert [one.text for one in left.selection.candidates] == ["", ""], "they were made from the old text"
+    assert [one.chance for one in left.selection.candidates] == [0.0, 0.7]
     assert store.read_message(young.message_id).text == YOUNG
     assert store.read_feedback_on([young.id])[young.id] == said
     counts = count_rows(database)
@@ -123,7 +140,8 @@ async def test_what_is_too_old_is_erased_and_what_is_younger_stays(
 
 
 async def test_a_young_answer_that_was_shown_nothing_old_keeps_its_ids(database, store, tokenizer, talk):
-    apart = answered(store, tokenizer, "hello", "Hey there!")
+    candidates = [Candidate(text="Hey there!"), Candidate(text="Hi")]
+    apart = answered(store, tokenizer, "hello", "Hey there!", selection=Selection(candidates=candidates))
     await erase_expired(database, 90, tell_nobody)
     assert store.find_turn(apart.id) == apart
 

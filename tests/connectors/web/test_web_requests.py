@@ -16,6 +16,7 @@ import pytest_asyncio
 import sqlalchemy as sa
 from conftest import PATIENT
 from fake_vllm import FakeVllm
+from longest_answer import LongestAnswer
 
 from bot.chat.dialogue import DialogueManager
 from bot.chat.reactions import Reactions
@@ -97,6 +98,22 @@ async def serving(config, database, tokenizer, web: WebConfig, access: AccessCon
 async def server(config, database, tokenizer, registry) -> AsyncIterator[Server]:
     async with serving(config, database, tokenizer, WebConfig(port=0)) as found:
         yield found
+
+
+@pytest.mark.parametrize(("streamed", "wanted"), [(1, [1, 3]), (2, [2, 3]), (64, [3, 3])])
+async def test_a_streamed_answer_is_chosen_from_fewer_candidates(config, database, tokenizer, registry, streamed, wanted):
+    async with serving(config, database, tokenizer, WebConfig(port=0, candidates=streamed)) as server:
+        server.vllm.says = ["Hey there!", "Hello, my friend!", "Hi"]
+        server.dialogue.sampler.selector, server.dialogue.sampler.candidates = LongestAnswer(), 3
+        asked = {"model": "kibitz", "messages": HELLO}
+        stream = await server.client.chat.completions.create(**asked, stream=True)
+        pieces = [chunk.choices[0].delta.content or "" async for chunk in stream]
+        whole = await server.client.chat.completions.create(**asked)
+        assert [body.get("n", 1) for body in server.vllm.asked] == wanted
+        assert "".join(pieces) == server.vllm.says[streamed > 1]
+        assert (len([piece for piece in pieces if piece]) > 1) == (streamed == 1)
+        assert whole.choices[0].message.content == server.vllm.says[1]
+        assert server.turn(whole.id).is_selected
 
 
 async def test_a_chat_with_tools_and_a_developer_is_answered(server):

@@ -10,7 +10,7 @@ from bot.config import load
 from bot.memory.followups import KINDS
 from bot.serving.policy import STOPPED
 from bot.store.tables import followups
-from bot.types import Conversation, Feedback, FeedbackKind, Message, new_id
+from bot.types import Candidate, Conversation, Feedback, FeedbackKind, Message, Selection, new_id
 from learning.data.replay_buffer import ReplayBuffer
 
 
@@ -31,6 +31,27 @@ def test_a_snapshot_is_rebuilt_from_the_facts_and_uses_the_recorded_ids(store, t
         assert experience.completion_ids == by_turn[experience.turn_id].completion_ids
         assert experience.prompt_ids == by_turn[experience.turn_id].prompt_ids
     assert first.without_logprobs == 0
+
+
+def test_a_chosen_answer_has_no_log_probabilities_to_weigh_by_and_a_correction_of_it_was_not_chosen(store, tokenizer):
+    several = Selection(candidates=[Candidate(text="Hey there!"), Candidate(text="Hi")])
+    turns = {
+        "chosen": answered(store, tokenizer, "hello 1", "Hey there!", selection=several, finish_reason="length"),
+        "plain": answered(store, tokenizer, "hello 2", "Hey there!", selection=Selection(is_plain=True)),
+        "single": answered(store, tokenizer, "hello 3", "Hey there!"),
+        "imported": answered(store, tokenizer, "hello 4", "Hey there!", prompt_ids=None, completion_ids=None, logprobs=None),
+    }
+    for turn in turns.values():
+        react(store, turn, approves=True)
+    store.add_feedback(Feedback(turns["chosen"].id, "asker", FeedbackKind.CORRECTION, text="Hi!"))
+    found = {(one.turn_id, one.is_correction): one for one in snapshot(store, tokenizer).rated}
+    seen = {name: found[turn.id, False] for name, turn in turns.items()}
+    assert {name: one.is_selected for name, one in seen.items()} == dict.fromkeys(turns, False) | {"chosen": True}
+    assert {name for name, one in seen.items() if one.logprobs is None} == {"chosen", "imported"}
+    assert {name: one.mean_logprob for name, one in seen.items()} == dict.fromkeys(turns, -0.5) | {"imported": None}
+    assert {name for name, one in seen.items() if not one.is_finished} == {"chosen"}
+    correction = found[turns["chosen"].id, True]
+    assert (correction.is_selected, correction.mean_logprob, correction.is_finished) == (False, None, True)
 
 
 def test_what_is_held_out_stays_held_out_when_more_is_said(store, tokenizer):

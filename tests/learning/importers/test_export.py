@@ -14,7 +14,7 @@ from bot.models.tokenizer import ChatTokenizer
 from bot.store.conversations import ConversationStore
 from bot.store.database import Database
 from bot.store.users import Users
-from bot.types import Conversation, Feedback, FeedbackKind, new_id
+from bot.types import Candidate, Conversation, Feedback, FeedbackKind, Selection, new_id
 from learning.data.replay_buffer import ReplayBuffer
 from learning.importers.formats import read_recording
 from learning.importers.kibitz_export import export
@@ -110,6 +110,27 @@ def test_what_an_answer_was_shown_and_replaced_is_read_back(tmp_path, store, tok
     assert {texts[message]: score for message, score in again.shown.items()} == {"hello": None, "Hey!": 0.5}
 
 
+def test_an_export_reads_back_how_an_answer_was_chosen(tmp_path, store, tokenizer):
+    candidates = [Candidate(text="Hi"), Candidate(text="Hey!", mean_logprob=-0.5, chance=0.7, features={"length": 4.0})]
+    chosen = Selection(head="head-1", chosen=1, candidates=candidates, moved={"length": 0.4})
+    answered(store, tokenizer, "hello", "Hey!", selection=chosen)
+    answered(store, tokenizer, "hello", "Hey!")
+    export(store, tmp_path / "out", "", PrivacyConfig())
+    turns = [turn for _, _, (turn,), _ in read_recording(tmp_path / "out").dialogues]
+    assert [turn.selection for turn in turns] in ([chosen, None], [None, chosen])
+
+
+def test_an_export_from_before_selections_is_read(tmp_path, store, tokenizer):
+    turn = answered(store, tokenizer, "hello", "Hey there!")
+    header, line = _exported(store, tmp_path, PrivacyConfig()).splitlines()
+    row = json.loads(line)
+    assert "selection" in row["turns"][0]
+    del row["turns"][0]["selection"]
+    (tmp_path / "old").write_text(f"{header}\n{json.dumps(row)}\n", encoding="utf-8")
+    ((_, _, (again,), _),) = read_recording(tmp_path / "old").dialogues
+    assert (again.text, again.selection) == (turn.text, None)
+
+
 def test_who_does_not_consent_is_in_no_export(tmp_path, store, database, tokenizer):
     privacy = PrivacyConfig()
     place = store.open_conversation(Conversation("test", channel=new_id()))
@@ -139,6 +160,12 @@ ODD = [
         lambda row: row | {"turns": [row["turns"][0] | {"sampling": {"temperature": "x"}}]},
         "wrong kind in 'turns.sampling.temperature'",
     ),
+    (lambda row: row | {"turns": [row["turns"][0] | {"selection": "best"}]}, "wrong kind in 'turns.selection'"),
+    (
+        lambda row: row | {"turns": [row["turns"][0] | {"selection": {"candidates": [{"text": 1}]}}]},
+        "wrong kind in 'turns.selection.candidates.text'",
+    ),
+    (lambda row: row | {"turns": [row["turns"][0] | {"selection": {"chosen": 2}}]}, "wrong kind in 'turns.selection'"),
     (lambda row: row | {"turns": [row["turns"][0] | {"message_id": "missing"}]}, "an answer without its messages"),
     (lambda row: row | {"turns": row["turns"] * 2}, "a duplicate answer id"),
     (lambda row: row | {"turns": [*row["turns"], row["turns"][0] | {"id": "other"}]}, "a duplicate answer id"),

@@ -389,6 +389,12 @@ async def test_overhead_is_measured_against_the_same_prompts(live, monkeypatch):
     wanted = {"throughput_ratio_1", "throughput_ratio_16", "p50_added_ms_1", "p50_added_ms_16", "p99_added_ms_16"}
     assert wanted <= set(figures)
     assert all(figures[name] > 0 for name in wanted if name.startswith("throughput"))
+    assert not any("candidates" in name for name in figures)
+    figures = await overhead.measure_candidates(live.dialogue, [1, 3], 4, 1, 0, lambda *_: None)
+    assert set(figures) == {f"candidates_3_{name}_ratio" for name in ("throughput", "first_text", "final_text")}
+    assert min(figures.values()) > 0
+    turns = live.store.find_turns_with_feedback()  # nobody judged these
+    assert not any(turn.is_selected for turn in turns)
 
 
 @pytest.mark.slow
@@ -437,7 +443,7 @@ async def test_a_connection_that_the_server_may_be_closing_is_not_used_again(liv
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
                 await reader.readexactly(int(re.search(rb"(?i)content-length: (\d+)", head).group(1)))
-                event = b'data: {"choices":[{"text":"Hi","logprobs":null,"finish_reason":"stop"}]}\n\n'
+                event = b'data: {"choices":[{"index":0,"text":"Hi","logprobs":null,"finish_reason":"stop"}]}\n\n'
                 writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(event) + event)
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
