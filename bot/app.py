@@ -10,7 +10,7 @@ import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bot.chat.dialogue import DialogueManager
 from bot.chat.reactions import Reactions
@@ -43,6 +43,9 @@ from connectors.access import Access
 from connectors.base import Desk, Services
 from learning.rollout.deployment import Deployment
 
+if TYPE_CHECKING:
+    from learning.rollout.selector import HeadSelector
+
 Announce = Callable[[str], None]
 
 
@@ -58,6 +61,7 @@ class Kibitz:
     dialogue: DialogueManager
     deployment: Deployment
     server: VllmServer | None
+    selector: "HeadSelector | None"
     readiness: Readiness
     health: Health
     start: Start
@@ -95,9 +99,10 @@ async def running(config: Config, model: str, tell: Announce, *, may_change_base
             base = registry.set_base(model) if may_change_base else registry.ensure_base(model)
             _use_base(registry, policy, base, tell)
             async with background_tasks() as start:
-                dialogue = DialogueManager(store, tracker, policy, selector=None, candidates=config.serving.candidates)
+                selector = _make_selector(config, store, tokenizer, recall) if config.learning.enabled else None
+                dialogue = DialogueManager(store, tracker, policy, selector, config.serving.candidates)
                 readiness = Readiness(make_checks(policy, database, config.data))
-                parts = store, registry, policy, dialogue, deployment, server, readiness, health, start
+                parts = store, registry, policy, dialogue, deployment, server, selector, readiness, health, start
                 kibitz = Kibitz(config, database, *parts)
                 await _start_tasks(kibitz, recall, tokenizer, tell)
                 gc.collect()
@@ -132,6 +137,14 @@ def _make_policy(config: Config, model: str, tokenizer: ChatTokenizer) -> tuple[
     return policy, server
 
 
+def _make_selector(config: Config, store: ConversationStore, tokenizer: ChatTokenizer, recall: Recall) -> "HeadSelector":
+    """Return what chooses answers by the people's reactions."""
+    from learning.data.replay_buffer import ReplayBuffer
+    from learning.rollout.selector import HeadSelector
+
+    return HeadSelector(ReplayBuffer(store, tokenizer, config), recall.embedder, config.seed)
+
+
 def _use_base(registry: PolicyRegistry, policy: Policy, base: PolicyVersion, tell: Announce) -> None:
     """Name the base of new versions to the policy's client, and tell people if it is another one than before."""
     policy.set_base(base.name)
@@ -149,7 +162,10 @@ async def _start_tasks(kibitz: Kibitz, recall: Recall, tokenizer: ChatTokenizer,
         kibitz.start(kibitz.server.watch(kibitz.policy, deployment.restore_live, health))
     await deployment.restore_live()
     kibitz.start(deployment.watch(health=health))
-    caches = Caches(Erasures(config.data), recall, tokenizer)
+    selector = kibitz.selector
+    caches = Caches(Erasures(config.data), recall, tokenizer, [] if selector is None else [selector.forget])
+    if selector is not None:
+        kibitz.keep_running("reward head", selector.run)
     kibitz.start(supervise("caches", caches.drop_forgotten, health, PAUSE_SECONDS))
     kibitz.keep_running("readiness", kibitz.readiness.watch)
     kibitz.keep_running("embedding", lambda: recall.embed_missing(make_log_progress(tell)))
@@ -234,6 +250,7 @@ def make_desk(kibitz: Kibitz) -> Desk:
     async def privacy(platform: str, user: str, choice: str) -> str:
         if choice != "status":
             await call(users.record_consent, platform, user, choice == "on")
+            kibitz.dialogue.sampler.notice_feedback()  # what the person said counts now, or no more
         return describe_consent(await call(users.has_consent, platform, user))
 
     async def forget(platform: str, user: str) -> str:

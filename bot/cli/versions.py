@@ -12,13 +12,14 @@ from bot.chat.texts import describe_pause, describe_status, describe_wait
 from bot.cli.options import JsonFile, command, path_option
 from bot.config import Config
 from bot.data_directory import HEALTH_FILE, is_locked
-from bot.errors import ConfigError, VerdictOutdated
+from bot.errors import ConfigError, DataError, VerdictOutdated
 from bot.output import check_writable, console, write_json
 from bot.store.stores import open_stores
 from bot.supervision import describe_failures, read_failures
 from bot.types import PolicyState
 from bot.wording import count_noun
 from learning.models import version_files
+from learning.rollout.heads import list_heads, locate_heads
 
 
 @command()
@@ -34,7 +35,7 @@ def status(config: Config) -> None:
 
 @command()
 def policies(config: Config) -> None:
-    """List every policy version."""
+    """List every policy version, and the newest reward heads."""
     _, _, registry = open_stores(config)
     table = Table("version", "state", "parent", "KL", "gain", "made", "why not")
     for version in registry.all():
@@ -49,6 +50,15 @@ def policies(config: Config) -> None:
             "; ".join(figures.reasons) or figures.outcome,
         )
     console.print(table)
+    if found := list(list_heads(locate_heads(config.data))):
+        heads = Table("reward head", "e-value", "taught by", "made")
+        for head in found:
+            if isinstance(head, DataError):
+                heads.add_row(str(head), "", "", "")
+            else:
+                made = f"{head.written_at:%Y-%m-%d %H:%M}"
+                heads.add_row(head.name, f"{head.e_value:.3g}", count_noun(head.teachers, "person", "people"), made)
+        console.print(heads)
 
 
 def _format_number(value: float | None) -> str:

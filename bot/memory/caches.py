@@ -5,7 +5,7 @@ Another process may forget something (`kibitz forget`), so it watches the file t
 
 import asyncio
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 
 from bot.memory.recall import Recall
 from bot.models.tokenizer import ChatTokenizer
@@ -16,10 +16,12 @@ COMMIT_SECONDS = 15.0  # from the record of an erasure to its commit, at most: t
 
 
 class Caches:
-    """The texts in memory: the indexes of recall, and the tokenizer's caches."""
+    """The texts in memory: the indexes of recall, the tokenizer's caches, and what `others` forget when they are called."""
 
-    def __init__(self, erasures: Erasures, recall: Recall, tokenizer: ChatTokenizer):
-        self._erasures, self._recall, self._tokenizer = erasures, recall, tokenizer
+    def __init__(
+        self, erasures: Erasures, recall: Recall, tokenizer: ChatTokenizer, others: Sequence[Callable[[], None]] = ()
+    ):
+        self._erasures, self._recall, self._forgets = erasures, recall, [tokenizer.forget_texts, *others]
         self._noted = erasures.count_bytes()
         self._again_at = math.inf
 
@@ -30,10 +32,14 @@ class Caches:
             return
         self._again_at = math.inf if noted == self._noted else clock + COMMIT_SECONDS
         await self._recall.drop_forgotten()
-        self._tokenizer.forget_texts()
+        self._forget_texts()
         self._noted = noted
 
     async def drop(self, message_ids: Collection[str]) -> None:
         """Drop these messages, which are erased."""
         await self._recall.drop(message_ids)
-        self._tokenizer.forget_texts()
+        self._forget_texts()
+
+    def _forget_texts(self) -> None:
+        for forget in self._forgets:
+            forget()

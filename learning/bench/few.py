@@ -170,7 +170,7 @@ def run_served(series: Series, utility: Utility) -> list[FewPoint]:
 
 
 def run_weights(series: Series, utility: Utility) -> list[FewPoint]:
-    """Let people react to chosen answers of a policy that is trained every so many reactions, and judge its single answers."""
+    """Let people react to chosen answers of a policy that is trained again and again, and judge its single answers."""
     arena, rng, every = series.arena, series.people.rng, series.arena.config.learning.distil_every
     points, end = [], RunEnd()
     for number, step in enumerate(WEIGHTS_STEPS):
@@ -194,8 +194,8 @@ def _choose_by_utility(utility: Utility, offered: Candidates) -> np.ndarray:
 def _judge(arena: Arena, utility: Utility, offered: Sequence[Candidates], chances: Sequence[np.ndarray]) -> float:
     """Return the win rate of chosen answers over version 0's answers to the same prompts, without ties."""
     first: dict[str, list[float]] = {}
-    for prompt, one in zip(arena.prompts, arena.first, strict=True):
-        first.setdefault(prompt, []).append(utility(prompt, one.text))
+    for prompt, answer in zip(arena.prompts, arena.first, strict=True):
+        first.setdefault(prompt, []).append(utility(prompt, answer.text))
     wins = losses = 0.0
     for one, chance in zip(offered, chances, strict=True):
         mine = np.array([utility(one.prompt, sample.text) for sample in one.samples[: len(chance)]])

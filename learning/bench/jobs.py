@@ -10,23 +10,23 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import as_completed
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from bot.config import Config
 from bot.serving.children import worker_pool
 from bot.types import Progress
 
 
-class AnyCell(Hashable, Protocol):
-    """A frozen dataclass that names one cell of a benchmark."""
+class Cell(Hashable, Protocol):
+    """One cell of a benchmark: a frozen dataclass."""
 
-    __dataclass_fields__: Any
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def describe(self) -> str:
         """Describe the cell to people who wait for it."""
 
 
-C = TypeVar("C", bound=AnyCell)
+C = TypeVar("C", bound=Cell)
 Rows = list[dict[str, Any]]
 
 

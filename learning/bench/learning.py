@@ -27,7 +27,7 @@ from learning.data.selection import split_held_out
 from learning.judging.evaluation import Sample, batched_logprobs, generate, kl_to_base, perplexity, token_rows
 from learning.models import toy
 from learning.models.trainable import as_base, copy_weights, load_for_training, restore_weights, silence_libraries
-from learning.training.distillation import make_labels
+from learning.training.distillation import is_proven, make_labels
 from learning.training.drift import detect_drift
 from learning.training.teaching import train_with_guard
 
@@ -200,7 +200,9 @@ def train_policy(arena: Arena, found: Sequence[Experience], objective: str, numb
     prompts = list(dict.fromkeys(one.prompt_ids for one in [*held_out, *taught]))
     before = copy_weights(arena.model)
     told = config, arena.model, arena.tokenizer
-    labels = make_labels(*told, taught, [*dict.fromkeys(one.prompt_ids for one in taught)], arena.embedder)
+    prompts_taught = [*dict.fromkeys(one.prompt_ids for one in reversed(taught))]
+    has_labels = is_proven(config, found, arena.embedder)
+    labels = make_labels(*told, found, prompts_taught, arena.embedder) if has_labels else []
     figures = train_with_guard(*told, rows, held_out, prompts, lambda *_: None, labels=labels)
     if figures.stopped and not figures.kept:
         restore_weights(arena.model, before)  # in production the version would be rejected

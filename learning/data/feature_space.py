@@ -22,7 +22,7 @@ SMALLEST_SD = 0.05  # a feature that hardly varies says nothing
 
 @dataclass(frozen=True)
 class AnswerText:
-    """An answer as text, with what its sampling tells: whether it ended by itself, its mean log-probability (nats a token)."""
+    """An answer as text, whether it ended by itself, and its mean log-probability (nats a token; None if unknown)."""
 
     text: str
     is_finished: bool = True
@@ -83,7 +83,7 @@ class FeatureSpace:
         return cls(names, mean, sd, components, centre)
 
     def place(self, raw: np.ndarray) -> np.ndarray:
-        """Return the places (n × features) of answers with these raw features (n × raw). Nothing in them is infinite or NaN."""
+        """Return the places (n × features) of answers with raw features (n × raw). They are finite."""
         values = (_project(raw, self.components, self.centre) - self.mean) / np.maximum(self.sd, SMALLEST_SD)
         return np.clip(np.nan_to_num(values, posinf=LIMIT, neginf=-LIMIT), -LIMIT, LIMIT)
 

@@ -138,10 +138,11 @@ class ReplayBuffer:
             found |= {voices.find_unit(turn) for turn in turns}
         return found
 
-    def read_rated(self) -> list[Experience]:
-        """Return all answers with a reward, oldest first, without a limit."""
+    def read_rated(self, newest: int | None = None) -> list[Experience]:
+        """Return all answers with a reward, oldest first, or those of the `newest` turns with feedback."""
         found, reader = Snapshot(), self._find_known_versions()
         judged = self._find_judged()
+        judged = judged if newest is None else judged[-newest:]
         for start in range(0, len(judged), PAGE):
             self._read_into(judged[start : start + PAGE], reader, found)
         return found.rated

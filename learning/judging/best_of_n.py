@@ -6,9 +6,9 @@ So the number of answers depends on the evidence that the prediction is right, a
 """
 
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
-from scipy.stats import norm
 
 FEW, MANY = 4, 8  # answers to choose from
 FEW_E_VALUE, MANY_E_VALUE = 3.0, 20.0  # the e-values that they need
@@ -24,8 +24,13 @@ HARMFUL = 0.95  # probability that chosen answers are liked less than plain ones
 class Approval:
     """How many answers of a sort were liked and disliked."""
 
-    liked: float = 0.0
-    disliked: float = 0.0
+    liked: int = 0
+    disliked: int = 0
+
+    @property
+    def total(self) -> int:
+        """How many there are."""
+        return self.liked + self.disliked
 
 
 def count_candidates(e_value: float, most: int) -> int:
@@ -40,7 +45,7 @@ def is_harmful(chosen: Approval, plain: Approval) -> bool:
     Both rates have a uniform prior; the difference of the posteriors is taken as normal.
     """
     means, variances = zip(*(_describe_rate(one) for one in (chosen, plain)), strict=True)
-    return bool(norm.cdf((means[1] - means[0]) / sum(variances) ** 0.5) > HARMFUL)
+    return NormalDist().cdf((means[1] - means[0]) / sum(variances) ** 0.5) > HARMFUL
 
 
 def _describe_rate(one: Approval) -> tuple[float, float]:

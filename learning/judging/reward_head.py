@@ -4,9 +4,9 @@ It averages Bayesian logistic regressions on small sets of the features of an an
 of features. Each regression counts in proportion to its evidence, so that one that explains the reactions soon outweighs the
 rest. Hoeting et al. (1999), "Bayesian Model Averaging: A Tutorial".
 
-`e_value` is the ratio of that evidence to the evidence of a constant rate of approval. It is what a bettor would have who had
-bet on each reaction, before learning from it, at the odds of that rate, so that it exceeds 1/p by luck with a chance of
-about p. Shafer (2021), "Testing by Betting".
+`e_value` is the ratio of that evidence to the evidence of a constant rate of approval. It is what a bettor has who bet on
+each reaction, before learning from it, at the odds of that rate. So by luck it exceeds 1/p with a chance of about p.
+Shafer (2021), "Testing by Betting".
 """
 
 import itertools

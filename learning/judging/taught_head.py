@@ -1,6 +1,6 @@
 """TaughtHead: a reward head with the space of its features, fitted to answers that people judged.
 
-It has a name, which depends on its content alone, and is written as one small JSON file.
+Its name is the hash of its content. `learning.rollout.heads` has the files.
 """
 
 import hashlib
@@ -8,13 +8,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bot.errors import DataError
-from bot.output_files import write_text
 from learning.data.experience import Experience
 from learning.data.feature_space import AnswerText, FeatureExtractor, FeatureSpace
 from learning.data.selection import cap_people
@@ -55,11 +52,6 @@ class TaughtHead:
         """Return the head as JSON values, without its name."""
         return {"head": self.head.as_json(), "space": self.space.as_json(), "teachers": [*self.teachers]}
 
-    def save(self, directory: Path) -> None:
-        """Write the head to its file in a directory."""
-        directory.mkdir(parents=True, exist_ok=True)
-        write_text(directory / f"{self.name}.json", json.dumps(self.as_json()))
-
 
 def fit_head(
     rated: Sequence[Experience], usual: Sequence[AnswerText], extractor: FeatureExtractor, cap: float
@@ -95,19 +87,6 @@ def find_peak_e_value(rated: Sequence[Experience], extractor: FeatureExtractor, 
     enough = [end for end in ends if min(liked[:end].sum(), (~liked[:end]).sum()) >= LEAST_OF_A_KIND]
     found = (RewardHead.fit(places[:end], liked[:end], weights[:end], space.group_sizes).e_value for end in enough)
     return max(found, default=0.0)
-
-
-def read_head(file: Path) -> TaughtHead:
-    """Read a head from its file. Raises DataError if it is damaged."""
-    try:
-        values = json.loads(file.read_text())
-        return TaughtHead(
-            RewardHead.from_json(values["head"]),
-            FeatureSpace.from_json(values["space"]),
-            tuple(values["teachers"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file}: is no reward head ({type(error).__name__}); delete it, and it is fitted anew") from error
 
 
 def describe_answer(one: Experience) -> AnswerText:

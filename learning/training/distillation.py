@@ -31,6 +31,13 @@ BATCH_SIZE = 64
 RATE = 4.0  # times the learning rate: labels are many and agree with each other, so the steps may be larger
 
 
+def is_proven(config: Config, taught: Sequence[Experience], embedder: Embedder | None) -> bool:
+    """Whether a head that is fitted to these judged answers (oldest first) is or was proven, so that it may label others."""
+    if not config.learning.distil_prompts:
+        return False
+    return find_peak_e_value(taught, FeatureExtractor(embedder), config.rewards.person_cap) >= MANY_E_VALUE
+
+
 def make_labels(
     config: Config,
     model: "Model",
@@ -41,20 +48,17 @@ def make_labels(
 ) -> list[Experience]:
     """Have a model answer prompts, and return its answers with the advantages that a reward head gives them.
 
-    The head is fitted to the judged answers `taught` (oldest first). Returns nothing unless it is or was proven.
+    The head is fitted to the judged answers `taught` (oldest first), which `is_proven` accepted.
     """
-    extractor, cap = FeatureExtractor(embedder), config.rewards.person_cap
-    count = config.learning.distil_prompts
-    if not count or find_peak_e_value(taught, extractor, cap) < MANY_E_VALUE:
-        return []
-    asked = [prompt for prompt in prompts[:count] for _ in range(ANSWERS)]
+    extractor = FeatureExtractor(embedder)
+    asked = [prompt for prompt in prompts[: config.learning.distil_prompts] for _ in range(ANSWERS)]
     samples = generate(model, tokenizer, asked, config.policy.max_tokens, config.seed, config.policy.truncation)
     logprobs = [tuple(row.tolist()) for row in batched_logprobs(model, token_rows(samples))]
     texts = [
         AnswerText(one.text, one.is_finished, float(np.mean(row)) if row else None)
         for one, row in zip(samples, logprobs, strict=True)
     ]
-    head = fit_head(taught, texts, extractor, cap)
+    head = fit_head(taught, texts, extractor, config.rewards.person_cap)
     if head is None:
         return []
     mean, _ = head.predict(extractor.extract(texts))

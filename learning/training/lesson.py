@@ -17,6 +17,7 @@ from learning.judging.gate import HEADROOM, compute_allowed_p, select_newest_suf
 from learning.judging.waiting import read_earlier_verdicts
 from learning.models.trainable import load_served, silence_libraries
 from learning.models.version_files import fingerprint, is_whole
+from learning.training.distillation import is_proven
 from learning.training.drift import detect_drift
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ class Lesson:
 
     `parent` is the version to continue and `model` its model. `snapshot` holds the feedback since the turn `since` ("" for
     all). The gate scores the `judged` answers and samples the `asked` prompts; `before` is the live version's measurement of
-    both. `earlier` are the gate's earlier verdicts.
+    both. `earlier` are the gate's earlier verdicts. A reward head is fitted to the answers `for_head`; there are none unless
+    it is or was proven.
     """
 
     parent: PolicyVersion
@@ -43,6 +45,19 @@ class Lesson:
     judged: list[Experience]
     asked: list[Experience]
     earlier: list[bool]
+    for_head: list[Experience]
+
+    @property
+    def feedback_ids(self) -> list[str]:
+        """The ids of the feedback that the weights depend on. Forgetting any of it withdraws the version."""
+        behind_labels = {one for experience in self.for_head for one in experience.feedback_ids}
+        return sorted({*self.snapshot.feedback_ids, *behind_labels})
+
+    @property
+    def followup_ids(self) -> list[str]:
+        """The ids of the follow-ups that the weights depend on. Forgetting any of them withdraws the version."""
+        behind_labels = {one.followup_id for one in self.for_head if one.followup_id is not None}
+        return sorted({*self.snapshot.followup_ids, *behind_labels})
 
 
 def prepare_lesson(
@@ -86,7 +101,11 @@ def prepare_lesson(
     if parent != live:
         del model  # there may be no memory for both
         model = load_served(policy, serving, parent.base_model, parent.weights)
-    return Lesson(parent, model, snapshot, since, live, before, judged, asked, earlier)
+    # Those that are held out teach the head too, since few reactions must do. A head is proven by luck in one case of
+    # MANY_E_VALUE at most; docs/architecture.md, "Few reactions", counts that beside the gate's own errors.
+    said = [] if space is not None else [one for one in snapshot.training_and_held_out if not one.is_correction]
+    for_head = said if is_proven(config, said, buffer.embedder) else []
+    return Lesson(parent, model, snapshot, since, live, before, judged, asked, earlier, for_head)
 
 
 def _choose_parent(

@@ -10,6 +10,7 @@ import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bot.config import Config
 from bot.data_directory import lock_directory
@@ -23,6 +24,7 @@ from bot.store.forgetting import SAMPLES_FILE, UNFINISHED_SUFFIX
 from bot.store.registry import PolicyRegistry
 from bot.store.weights import discard_weights
 from bot.types import Metrics, PolicyState, PolicyVersion, Progress
+from learning.data.experience import Experience
 from learning.data.manifest import Manifest
 from learning.data.replay_buffer import ReplayBuffer
 from learning.judging import probe
@@ -37,6 +39,7 @@ from learning.judging.reward_model import make_reward_model
 from learning.judging.waiting import reject_unjudged
 from learning.models.trainable import as_base, cast_for_serving, find_not_finite, make_trainable, save
 from learning.models.version_files import find_faults, fingerprint, remove_unfinished
+from learning.training.distillation import make_labels
 from learning.training.lesson import Lesson, make_manifest, prepare_lesson
 from learning.training.processes import train_in_processes
 from learning.training.teaching import train_with_guard
@@ -109,9 +112,7 @@ class Run:
         snapshot, manifest = lesson.snapshot, make_manifest(self.config, lesson)
         version = self.registry.reserve(lesson.parent)
         settings = self.config.without_secrets().model_dump()
-        run_id = self.registry.begin_run(
-            version.name, settings, manifest.sha256, snapshot.feedback_ids, snapshot.followup_ids
-        )
+        run_id = self.registry.begin_run(version.name, settings, manifest.sha256, lesson.feedback_ids, lesson.followup_ids)
         unfinished = Path(version.path + UNFINISHED_SUFFIX)
         try:
             unfinished.mkdir(parents=True)
@@ -158,11 +159,13 @@ class Run:
             base_samples = said if lesson.live.is_base else sample_answers(*told, first)
             prefixes = probe.sample_prefixes(model, self.tokenizer, config.policy.max_tokens, config.seed)
         of_parent = probe.measure(model, prefixes)
+        labels = self._make_labels(lesson, model)
         rows = lesson.snapshot.training, lesson.snapshot.held_out, [one.prompt_ids for one in lesson.asked], self.progress
         if config.training.processes > 1:
-            figures = train_in_processes(config, model, parent.base_model, *rows)
+            figures = train_in_processes(config, model, parent.base_model, *rows, labels)
         else:
-            figures = train_with_guard(config, model, self.tokenizer, *rows, said if lesson.live == parent else ())
+            earlier = said if lesson.live == parent else ()
+            figures = train_with_guard(config, model, self.tokenizer, *rows, earlier, labels)
         self.progress("measuring", 0, 1)
         cast_for_serving(model)
         after = measure_model(*told, lesson.judged, lesson.asked)
@@ -174,6 +177,14 @@ class Run:
         found += find_faults(directory, parent.base_model, config.serving.max_lora_rank)
         found += [f"{name}: not finite" for name in find_not_finite(model)]
         return TrainingResult(figures, found, base_samples, after, kl, probe.compute_distances(written))
+
+    def _make_labels(self, lesson: Lesson, model: Any) -> list[Experience]:
+        """Have the model answer prompts that it may be trained on, and a proven reward head judge its answers."""
+        if not lesson.for_head:
+            return []
+        self.progress("answering prompts, for the reward head to judge", 0, 1)
+        prompts = [*dict.fromkeys(one.prompt_ids for one in reversed(lesson.snapshot.training))]
+        return make_labels(self.thinking, model, self.tokenizer, lesson.for_head, prompts, self.embedder)
 
     def _judge(self, lesson: Lesson, trained: TrainingResult) -> tuple[Verdict, AllMetrics]:
         """Judge the trained model by the feedback. Returns the verdict, and all figures of the run."""

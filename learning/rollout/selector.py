@@ -1,0 +1,155 @@
+"""HeadSelector: chooses answers by a reward head, which it fits again after each reaction.
+
+It holds one head in memory. Without evidence that the head is right it asks for one answer only. A tenth of the answers stay
+plain samples. When chosen answers are liked less than plain ones, it stops choosing.
+"""
+
+import asyncio
+import random
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from bot.memory.embedder import Embedder
+from bot.serving.selection import SamplingPlan
+from bot.store.registry import PolicyRegistry
+from bot.types import Candidate, Reply, Selection
+from learning.data.experience import Experience
+from learning.data.feature_space import AnswerText, FeatureExtractor
+from learning.data.replay_buffer import ReplayBuffer
+from learning.judging.best_of_n import (
+    FEW_E_VALUE,
+    LEAST_OF_A_KIND,
+    LEAST_REACTIONS,
+    PLAIN_SHARE,
+    Approval,
+    compute_chances,
+    compute_scores,
+    count_candidates,
+    is_harmful,
+)
+from learning.judging.taught_head import NEWEST, TaughtHead, fit_head
+from learning.rollout.heads import locate_heads, remove_heads, save_head
+
+USUAL = 512  # of the latest candidates tell what answers are usually like
+
+
+@dataclass(frozen=True)
+class _State:
+    """A head with what decides about its use; or `why` it is not used."""
+
+    head: TaughtHead | None = None
+    why: str = ""
+    only_for: frozenset[str] = field(default_factory=frozenset)  # askers; everybody if it is empty
+
+
+class HeadSelector:
+    """A `bot.serving.selection.Selector`. `run` keeps its head up to date, except while learning is paused."""
+
+    def __init__(self, buffer: ReplayBuffer, embedder: Embedder | None, seed: int):
+        self._buffer = buffer
+        self._extractor = FeatureExtractor(embedder)
+        self._heads = locate_heads(buffer.config.data)
+        self._rng = random.Random(seed)
+        self._usual: deque[AnswerText] = deque(maxlen=USUAL)
+        self._state = _State(why="the reward head is not fitted yet")
+        self._is_outdated = asyncio.Event()
+
+    def plan(self, asker_id: str, most: int) -> SamplingPlan:
+        """Return how many answers to sample, from 1 to `most`."""
+        state = self._state
+        if state.head is None:
+            return SamplingPlan(why=state.why)
+        if state.only_for and asker_id not in state.only_for:
+            return SamplingPlan(why="one person alone taught the reward head, so it chooses for that person only")
+        if self._rng.random() < PLAIN_SHARE:
+            return SamplingPlan(is_plain=True)
+        return SamplingPlan(count_candidates(state.head.head.e_value, most))
+
+    async def choose(self, question: str, replies: Sequence[Reply]) -> Selection:
+        """Choose one of the replies, the likelier the better the head's pessimistic score of it is."""
+        head = self._state.head
+        if head is None:  # it was forgotten meanwhile
+            return Selection(candidates=[_describe(one) for one in replies], why=self._state.why)
+        texts = [AnswerText(one.text, one.finish_reason == "stop", _mean(one.logprobs)) for one in replies]
+        raw = await asyncio.to_thread(self._extractor.extract, texts)
+        self._usual.extend(texts)
+        scores = compute_scores(*head.predict(raw))
+        chances = compute_chances(scores)
+        chosen = self._rng.choices(range(len(replies)), chances.tolist())[0]
+        rows = zip(replies, scores, chances, head.space.place(raw), strict=True)
+        candidates = [
+            _describe(one).model_copy(
+                update={
+                    "score": float(score),
+                    "chance": float(chance),
+                    "features": dict(zip(head.space.names, np.round(place, 3).tolist(), strict=True)),
+                }
+            )
+            for one, score, chance, place in rows
+        ]
+        return Selection(head=head.name, chosen=chosen, candidates=candidates, moved=head.explain(raw, chosen))
+
+    def notice_feedback(self) -> None:
+        """Have the head fitted again."""
+        self._is_outdated.set()
+
+    async def run(self) -> None:
+        """Fit the head now and after each reaction, forever."""
+        self._is_outdated.set()
+        while True:
+            await self._is_outdated.wait()
+            self._is_outdated.clear()
+            if await self._buffer.store.database.call(self._is_paused):
+                continue
+            rated = await self._buffer.store.database.call(self._buffer.read_rated, NEWEST)
+            self._state = await asyncio.to_thread(self._fit, rated, list(self._usual))
+
+    def forget(self) -> None:
+        """Drop all that was fitted to anybody's texts and reactions, also from the disk, and fit again."""
+        self._state = _State(why="something was forgotten, and the reward head is fitted again")
+        self._usual.clear()
+        self._extractor.forget()
+        remove_heads(self._heads)
+        self._is_outdated.set()
+
+    def _is_paused(self) -> bool:
+        return PolicyRegistry(self._buffer.store.database).is_learning_paused()
+
+    def _fit(self, rated: Sequence[Experience], usual: Sequence[AnswerText]) -> _State:
+        head = fit_head(rated, usual, self._extractor, self._buffer.config.rewards.person_cap)
+        if head is None:
+            needed = f"{LEAST_REACTIONS} reactions with {LEAST_OF_A_KIND} of each kind are needed"
+            return _State(why=f"too few reactions for a reward head ({len(rated)}; {needed})")
+        if head.head.e_value < FEW_E_VALUE:
+            return _State(why=f"the reward head is not sure (e-value {head.head.e_value:.2g}, needed {FEW_E_VALUE:g})")
+        chosen, plain = (_count_approval(one for one in rated if one.is_selected == kind) for kind in (True, False))
+        if is_harmful(chosen, plain):
+            told = f"{chosen.liked} of {chosen.total}, against {plain.liked} of {plain.total}"
+            return _State(why=f"chosen answers were liked less than plain ones ({told})")
+        save_head(head, self._heads)
+        return _State(head, only_for=frozenset(_find_circle(rated, head.teachers)))
+
+
+def _find_circle(rated: Sequence[Experience], teachers: Sequence[str]) -> set[str]:
+    """Return whom a head serves that one person alone taught: that person. An empty set stands for everybody."""
+    if len(teachers) != 1:
+        return set()
+    askers = {one.asker for one in rated}  # a web user's id differs from the id that the person counts as
+    return {*teachers} | (askers if len(askers) == 1 else set())
+
+
+def _count_approval(rated: Iterable[Experience]) -> Approval:
+    judged = [one for one in rated if not one.is_correction]
+    liked = sum(one.reward > 0 for one in judged)
+    return Approval(liked, len(judged) - liked)
+
+
+def _describe(reply: Reply) -> Candidate:
+    return Candidate(text=reply.text, is_finished=reply.finish_reason == "stop", mean_logprob=_mean(reply.logprobs))
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
