@@ -132,9 +132,8 @@ class LearningConfig(Section):
     """When to train, and on what."""
 
     enabled: bool = True
-    distil_every: Positive = Field(
-        default=20, validation_alias=AliasChoices("distil_every", "min_reactions")
-    )  # its older name
+    # "min_reactions" is its older name
+    distil_every: Positive = Field(default=20, validation_alias=AliasChoices("distil_every", "min_reactions"))
     distil_prompts: Annotated[int, Field(ge=0)] = 64
     check_seconds: Annotated[float, Field(gt=0)] = 5.0
     wait_reactions: Annotated[int, Field(ge=0)] = 24

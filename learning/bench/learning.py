@@ -223,6 +223,8 @@ def run_cell(
     torch.set_num_threads(1)
     silence_libraries()
     set_seed(seed)  # the adapter must not depend on what this process did before
+    # An objective is measured by what it makes of the reactions alone.
+    config = config.model_copy(update={"learning": config.learning.model_copy(update={"distil_prompts": 0})})
     objective = config.training.objective if arm in ("frozen", "placebo") else arm
     arena = Arena(config, base_model, seed)
     wanted = simulated_users(users)
