@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 ANSWERS = 8  # to each prompt
 STEPS = 15
 BATCH_SIZE = 64
+LEAST_ADVANTAGE = 0.01  # of the most different answers; Adam would make whole steps of rounding
 RATE = 4.0  # times the learning rate: labels are many and agree with each other, so the steps may be larger
 
 
@@ -48,7 +49,8 @@ def make_labels(
 ) -> list[Experience]:
     """Have a model answer prompts, and return its answers with the advantages that a reward head gives them.
 
-    The head is fitted to the judged answers `taught` (oldest first), which `is_proven` accepted.
+    The head is fitted to the judged answers `taught` (oldest first), which `is_proven` accepted. Returns nothing if the
+    answers to each prompt are all alike to it.
     """
     extractor = FeatureExtractor(embedder)
     asked = [prompt for prompt in prompts[: config.learning.distil_prompts] for _ in range(ANSWERS)]
@@ -64,6 +66,8 @@ def make_labels(
     mean, _ = head.predict(extractor.extract(texts))
     chances = (1 / (1 + np.exp(-mean))).reshape(-1, ANSWERS)
     advantages = 2 * (chances - chances.mean(1, keepdims=True))
+    if np.abs(advantages).max() < LEAST_ADVANTAGE:
+        return []
     return [
         Experience(
             turn_id="",
