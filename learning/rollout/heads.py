@@ -4,6 +4,7 @@ A file never changes. Its name is the hash of its content. Turns name the head t
 when anything is forgotten (`bot.store.forgetting`); the next one is fitted to what is left.
 """
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,7 +39,8 @@ def locate_heads(data: Path) -> Path:
 
 def save_head(head: TaughtHead, directory: Path) -> None:
     """Write a head to its file, and delete the oldest files. Raises DataError if it cannot be written."""
-    directory.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):  # `write_text` says what is wrong
+        directory.mkdir(parents=True, exist_ok=True)
     file = directory / f"{head.name}.json"
     if not file.exists():
         write_text(file, json.dumps(head.as_json()))
