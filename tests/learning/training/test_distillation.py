@@ -98,15 +98,12 @@ def test_a_label_compares_an_answer_with_the_others_to_its_prompt(labels, said):
 
 
 def test_the_same_seed_gives_the_same_labels_and_another_seed_others(model, settings, tokenizer, said, labels):
-    again, other = (
-        make_labels(settings.model_copy(update={"seed": seed}), model, tokenizer, judge(30), said[:4], None)
-        for seed in (0, 1)
-    )
-    once = make_labels(settings, model, tokenizer, judge(30), said[:4], None)
+    told = model, tokenizer, judge(30), said[:4], None
+    once, again, other = (make_labels(settings.model_copy(update={"seed": seed}), *told) for seed in (0, 0, 1))
     assert again == once
     assert [one.completion_ids for one in other] != [one.completion_ids for one in once]
     fewer = settings.model_copy(update={"learning": settings.learning.model_copy(update={"distil_prompts": 2})})
-    assert len(make_labels(fewer, model, tokenizer, judge(30), said[:4], None)) == 2 * ANSWERS
+    assert len(make_labels(fewer, *told)) == 2 * ANSWERS
 
 
 def test_labels_move_the_policys_own_answers_to_the_taste_and_shuffled_ones_do_not(fresh, settings, tokenizer, labels):
