@@ -112,5 +112,7 @@ async def test_reactions_by_lot_change_no_answer_and_kibitz_says_why(settings, t
     (locate_heads(load(settings).data) / "head-123.json").write_text("{}")
     damaged = here("policies", "--config", settings)
     succeeded(damaged)
-    assert "is no reward head (KeyError); delete it" in " ".join(damaged.stdout.split()), "it is listed, and the versions too"
+    assert "is no reward head (KeyError); delete it" in " ".join(damaged.stdout.split()), (
+        "it is listed, and the versions too"
+    )
     assert "policy-0" in damaged.stdout

@@ -1,4 +1,4 @@
-"""What a run begins with: with a proven reward head also the policy's own answers, labelled; and whom it learned from then."""
+"""What a run begins with: with a proven reward head also the policy's own answers, labelled; and whom it learned from."""
 
 from pathlib import Path
 
