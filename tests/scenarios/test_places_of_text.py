@@ -1,8 +1,8 @@
 """Where people's words may lie: one word is put into every place, and looked for when it was to be forgotten (law 10).
 
 Every file of the data directory, every table and column, all that the running parts hold in memory, and the log are
-searched, as text and as token ids. Reward heads hold no words, and are searched for who taught them. `docs/architecture.md` lists the places. The control is that the word was in each of them
-before.
+searched, as text and as token ids. Reward heads hold no words, and are searched for who taught them.
+`docs/architecture.md` lists the places. The control is that the word was in each of them before.
 """
 
 import asyncio
