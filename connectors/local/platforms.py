@@ -1,5 +1,5 @@
-"""Drive every platform in one way: people write, react, take back, regenerate, pick, edit and delete on a
-local server.
+"""Drive every platform in one way: people write, react, pick, take back, regenerate, edit and delete on a local
+server.
 
 The connector on the other side is the real one, with the platform's unmodified client library. The scenarios of the tests
 and `kibitz bench connectors` use these.
