@@ -50,6 +50,21 @@ class FeedbackKind(StrEnum):
     RANK = "rank"
 
 
+class Reason(StrEnum):
+    """Why a person dislikes an answer. Each reason that they give is a COMMENT with the reason as its text."""
+
+    TOO_LONG = "too long"
+    WRONG = "wrong"
+    OFF_TOPIC = "off topic"
+    TONE = "tone"
+    UNSAFE = "unsafe"
+
+    @property
+    def signal(self) -> str:
+        """The signal of the feedback that gives this reason. Each reason has its own, so that several stand side by side."""
+        return f"reason: {self}"
+
+
 class PolicyState(StrEnum):
     """The state of a policy version. `bot.store.registry` holds the transitions."""
 
@@ -312,6 +327,20 @@ class Feedback:
     event_id: str | None = None
     at: datetime = field(default_factory=now)
     id: str = field(default_factory=new_id)
+
+
+@dataclass(frozen=True)
+class Pick:
+    """A person's choice between the answer `turn_id` and the answer that it replaces.
+
+    `bot.store.picks` stores it as two acts of feedback.
+    """
+
+    turn_id: str
+    user_id: str
+    prefers_new: bool
+    event_id: str | None = None
+    at: datetime = field(default_factory=now)
 
 
 class Metrics(Record):

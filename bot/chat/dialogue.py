@@ -24,12 +24,14 @@ from bot.serving.selection import Selector
 from bot.store.conversations import ConversationStore
 from bot.store.forgetting import forget_message
 from bot.store.histories import add_fingerprint, find_repeated_messages
+from bot.store.picks import PICK, find_pick, record_pick, retract_pick
 from bot.types import (
     FORGOTTEN,
     Conversation,
     Feedback,
     FeedbackKind,
     Message,
+    Pick,
     Reply,
     Role,
     SamplingParams,
@@ -240,8 +242,25 @@ class DialogueManager:
         given = await self.store.database.call(self.store.find_feedback, feedback_id)
         if given is None or given.user_id != user_id:
             return False
+        if given.signal == PICK:
+            standing = await self.store.database.call(find_pick, self.store, given.turn_id, user_id)
+            return given in standing and await self.retract_pick(Pick(given.turn_id, user_id, prefers_new=False))
         taken_back = replace(given, id=new_id(), at=now(), event_id=None, retracts=True)
         return await self.record_feedback(taken_back)
+
+    async def record_pick(self, pick: Pick) -> list[Feedback]:
+        """Commit a pick as `bot.store.picks.record_pick` does, and return its acts. Raises DataError as it does."""
+        with working_on(turn=pick.turn_id):
+            acts = await self.store.database.call(record_pick, self.store, pick)
+            log.debug("stored the pick of the %s answer", "new" if pick.prefers_new else "earlier")
+        return acts
+
+    async def retract_pick(self, pick: Pick) -> bool:
+        """Take back a person's pick between a turn and the answer that it replaces. Return False if there is none."""
+        with working_on(turn=pick.turn_id):
+            is_new = await self.store.database.call(retract_pick, self.store, pick)
+            log.debug("took back the pick%s", "" if is_new else ", of which there is none")
+        return is_new
 
     async def explain(self, turn_id: str) -> Explanation:
         """Return a turn and the feedback on it; `learning.data.explanation` computes its reward. Raises DataError if there
