@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
-from bot.types import Record
+from bot.records import Record
 from learning.judging.evaluation import Manner
 from learning.judging.gate import Evidence, VerdictMetrics
 from learning.judging.off_policy import Estimate
