@@ -323,7 +323,8 @@ class Metrics(Record):
     """The recorded verdict on a policy version, and the values that its life cycle depends on.
 
     `judged_against` is the version that was live then. `drawn_at` is the time at which its training rows were read,
-    `judged_at` that of the opinions that judged it. `gain` is in rewards; `kl` is in nats per token, to the base. The other
+    `judged_at` that of the opinions that judged it. `labels` is the number of the policy's own answers that it learned from,
+    because a reward head judged them. `gain` is in rewards; `kl` is in nats per token, to the base. The other
     measures of a run (`learning.judging.metrics`) are kept with it.
     """
 
@@ -335,6 +336,7 @@ class Metrics(Record):
     waits_for: int = 0  # reactions after `drawn_at`
     had_enough_evidence: bool = False
     is_better: bool = False
+    labels: int = 0
     kl: float | None = None
     gain: float | None = None
     live_before: str | None = Field(  # for a replaced base model: the version that was live

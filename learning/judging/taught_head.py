@@ -19,7 +19,10 @@ from learning.judging.best_of_n import LEAST_OF_A_KIND, LEAST_REACTIONS
 from learning.judging.reward_head import RewardHead
 
 NEWEST = 512  # judged answers that a head is fitted to, at most
-PROOF_STEP = 10  # reactions between two looks at the e-value, when a proof in the past is looked for
+LOOKS_ALWAYS, LOOKS_EVERY = (
+    64,
+    8,
+)  # a proof in the past is looked for after each of so many reactions, then after every so many
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ def find_peak_e_value(rated: Sequence[Experience], extractor: FeatureExtractor, 
     raw, space = _place(judged, (), extractor)
     places, weights = space.place(raw), _weigh(judged, cap)
     liked = np.array([one.reward > 0 for one in judged])
-    ends = [*range(LEAST_REACTIONS, len(judged), PROOF_STEP), len(judged)]
+    ends = [*range(LEAST_REACTIONS, len(judged) + 1)]
+    ends = [end for end in ends if end <= LOOKS_ALWAYS or not end % LOOKS_EVERY or end == len(judged)]
     enough = [end for end in ends if min(liked[:end].sum(), (~liked[:end]).sum()) >= LEAST_OF_A_KIND]
     found = (RewardHead.fit(places[:end], liked[:end], weights[:end], space.group_sizes).e_value for end in enough)
     return max(found, default=0.0)

@@ -23,6 +23,7 @@ from learning.judging.best_of_n import (
     FEW_E_VALUE,
     LEAST_OF_A_KIND,
     LEAST_REACTIONS,
+    MANY_E_VALUE,
     PLAIN_SHARE,
     Approval,
     compute_chances,
@@ -91,6 +92,11 @@ class HeadSelector:
             for one, score, chance, place in rows
         ]
         return Selection(head=head.name, chosen=chosen, candidates=candidates, moved=head.explain(raw, chosen))
+
+    def is_proven(self) -> bool:
+        """Whether the head may choose from the most answers, and label others."""
+        head = self._state.head
+        return head is not None and head.head.e_value >= MANY_E_VALUE
 
     def notice_feedback(self) -> None:
         """Have the head fitted again."""

@@ -33,6 +33,8 @@ STEPS = 10  # in a round
 BATCH_SIZE = 64
 # Labels are many and agree with each other, so the steps are larger, and less of them is taken back, than with reactions.
 RATE = 4.0  # times training.learning_rate
+SIZE = 0.5  # standard deviation of the advantages
+LARGEST_SCALE = 6.0  # of differences between probabilities
 ANCHOR = 0.4  # times training.anchor
 DECAY = 0.5  # times training.weight_decay
 
@@ -69,7 +71,9 @@ def label_answers(
         return []
     mean, _ = head.predict(extractor.extract(texts))
     chances = (1 / (1 + np.exp(-mean))).reshape(-1, ANSWERS)
-    advantages = 2 * (chances - chances.mean(1, keepdims=True))
+    advantages = chances - chances.mean(1, keepdims=True)
+    # Of the same size in each round, so that the penalty does not outweigh them when answers become alike.
+    advantages *= min(SIZE / max(float(advantages.std()), 1e-9), LARGEST_SCALE)
     return [
         Experience(
             turn_id="",
