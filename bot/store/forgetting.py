@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 
 UNFINISHED_SUFFIX = ".unfinished"  # of a version's directory during its run
 SAMPLES_FILE = "samples.json"  # beside a version's weights: answers before and after its training
+HEADS_DIRECTORY = "heads"  # in the data directory: the files of reward heads, with the ids of their teachers
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,7 @@ def forget_person(
         is_newer = until is not None and has_decided_since(connection, (platform, user_id), until)
         record_decision(connection, (platform, user_id), **({} if is_newer else {"consent": False}), forgotten_at=at)
     database.run_after_commit(partial(remove_purged_files, registry))
-    database.run_after_commit(partial(remove_samples, registry))
-    database.run_after_commit(database.scrub)
+    _remove_derived_files(database, registry)
     return replace(erased, policies=len(purged))
 
 
@@ -104,9 +104,15 @@ def forget_message(database: Database, message_id: str) -> ErasureCounts:
         Erasures(database.directory).add_message(message_id, now())
     with database.begin() as connection:
         erased = _erase_with_answers(connection, sa.select(messages.c.id).where(messages.c.id == message_id))
-    database.run_after_commit(partial(remove_samples, PolicyRegistry(database)))
-    database.run_after_commit(database.scrub)
+    _remove_derived_files(database, PolicyRegistry(database))
     return erased
+
+
+def _remove_derived_files(database: Database, registry: PolicyRegistry) -> None:
+    """After the commit, remove what was made from the erased rows beside the database, and their traces in its file."""
+    database.run_after_commit(partial(remove_samples, registry))
+    database.run_after_commit(partial(remove_heads, registry.directory.parent / HEADS_DIRECTORY))
+    database.run_after_commit(database.scrub)
 
 
 def forget_again(database: Database, registry: PolicyRegistry) -> int:
@@ -179,6 +185,15 @@ def remove_samples(registry: PolicyRegistry) -> None:
             samples.unlink(missing_ok=True)
         except OSError as error:
             log.error("%s may contain forgotten text and cannot be removed (%s); remove it", samples, error.strerror)
+
+
+def remove_heads(directory: Path) -> None:
+    """Remove the reward heads in a directory, because a head cannot be divided by its teachers."""
+    for head in directory.glob("head-*.json*"):
+        try:
+            head.unlink(missing_ok=True)
+        except OSError as error:
+            log.error("%s may have learned from what is forgotten and cannot be removed (%s)", head, error.strerror)
 
 
 def _erase_with_answers(

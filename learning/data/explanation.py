@@ -28,18 +28,22 @@ class TrainingUse:
     """The use of a turn by a run.
 
     `advantage` is None if the version's files are gone. `smoothing` is the share of the advantage that was predicted from
-    similar answers (`rewards.smoothing`).
+    similar answers (`rewards.smoothing`). If `is_for_head`, the run did not train on the turn, but fitted a reward head to
+    it.
     """
 
     policy: str
     advantage: float | None
     weight: float = 1.0
     smoothing: float = 0.0
+    is_for_head: bool = False
 
     def describe(self) -> str:
         """Describe the use in one line for people."""
         if self.advantage is None:
             return f"used by {self.policy}, whose files are gone"
+        if self.is_for_head:
+            return f"used by {self.policy}: it taught the reward head that judged the policy's own answers"
         meaning = ""
         if self.smoothing:
             meaning = f" ({self.smoothing:.0%} from similar answers, unless it was compared with another answer)"
@@ -135,7 +139,9 @@ def _find_uses(policy: str, directory: Path, turn_id: str) -> list[TrainingUse]:
     if manifest is None:
         return [TrainingUse(policy, None)]
     smoothing = manifest.rewards["smoothing"]
-    return [TrainingUse(policy, row.advantage, row.weight, smoothing) for row in manifest.rows if row.turn_id == turn_id]
+    found = [TrainingUse(policy, row.advantage, row.weight, smoothing) for row in manifest.rows if row.turn_id == turn_id]
+    of_head = [TrainingUse(policy, 0.0, is_for_head=True) for row in manifest.head_rows if row.turn_id == turn_id]
+    return found or of_head
 
 
 def _describe_sampling(turn: Turn) -> list[str]:

@@ -5,6 +5,7 @@ and the first principal components of its embedding. They are standardised by wh
 at LIMIT: no answer is further from the usual than the answers that people judged can tell about.
 """
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,22 +36,27 @@ class FeatureExtractor:
     def __init__(self, embedder: Embedder | None, size: int = 8192):
         self._embedder, self._size = embedder, size
         self._known: dict[str, np.ndarray] = {}
+        self._lock = threading.Lock()  # for `_known`: a choice and a fit extract at the same time, each in a thread
 
     def extract(self, answers: Sequence[AnswerText]) -> np.ndarray:
         """Return the named features, `ended` and the log-probability (NaN if unknown), then the embedding (n × raw)."""
-        new = [text for text in dict.fromkeys(one.text for one in answers) if text not in self._known]
-        if new:
-            self._known |= dict(zip(new, extract_features(new, self._embedder), strict=True))
-        rows = [self._known[one.text] for one in answers]
-        while len(self._known) > self._size:
-            del self._known[next(iter(self._known))]
+        with self._lock:
+            known = {one.text: self._known.get(one.text) for one in answers}
+        if new := [text for text, row in known.items() if row is None]:
+            known |= (found := dict(zip(new, extract_features(new, self._embedder), strict=True)))
+            with self._lock:
+                self._known |= found
+                while len(self._known) > self._size:
+                    del self._known[next(iter(self._known))]
+        rows = [known[one.text] for one in answers]
         sampled = [[float(one.is_finished), np.nan if one.mean_logprob is None else one.mean_logprob] for one in answers]
         named, embedded = np.split(np.array(rows), [len(NAMED_FEATURES)], axis=1)
         return np.hstack([named, np.array(sampled), embedded])
 
     def forget(self) -> None:
         """Drop all texts."""
-        self._known.clear()
+        with self._lock:
+            self._known.clear()
 
 
 NAMED = (*NAMED_FEATURES, "ended", "log-probability")
@@ -69,7 +75,7 @@ class FeatureSpace:
     @classmethod
     def fit(cls, raw: np.ndarray) -> "FeatureSpace":
         """Fit the space to the raw features (n × raw) of the policy's usual answers."""
-        embedded = raw[:, len(NAMED) :]
+        _, embedded = _split(raw)
         centre = embedded.mean(0)
         components = np.zeros((0, embedded.shape[1]))
         if len(raw) >= LEAST_ANSWERS and embedded.shape[1]:
@@ -85,7 +91,7 @@ class FeatureSpace:
     def place(self, raw: np.ndarray) -> np.ndarray:
         """Return the places (n × features) of answers with raw features (n × raw). They are finite."""
         values = (_project(raw, self.components, self.centre) - self.mean) / np.maximum(self.sd, SMALLEST_SD)
-        return np.clip(np.nan_to_num(values, posinf=LIMIT, neginf=-LIMIT), -LIMIT, LIMIT)
+        return np.clip(np.nan_to_num(values), -LIMIT, LIMIT)
 
     @property
     def group_sizes(self) -> tuple[int, int]:
@@ -103,10 +109,16 @@ class FeatureSpace:
     def from_json(cls, values: dict[str, Any]) -> "FeatureSpace":
         """Return the space that `as_json` gave."""
         arrays = {key: np.array(values[key], dtype=float) for key in ("mean", "sd", "components", "centre")}
-        arrays["components"] = arrays["components"].reshape(-1, len(arrays["centre"]))
+        arrays["components"] = arrays["components"].reshape(len(values["components"]), len(arrays["centre"]))
         return cls(tuple(values["names"]), **arrays)
 
 
-def _project(raw: np.ndarray, components: np.ndarray, centre: np.ndarray) -> np.ndarray:
+def _split(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the named features, NaN where they are not finite, and the embedding, which is finite."""
     named, embedded = np.split(raw, [len(NAMED)], axis=1)
+    return np.where(np.isfinite(named), named, np.nan), np.nan_to_num(embedded, posinf=0.0, neginf=0.0)
+
+
+def _project(raw: np.ndarray, components: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    named, embedded = _split(raw)
     return np.hstack([named, (embedded - centre) @ components.T])

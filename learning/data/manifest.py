@@ -26,7 +26,9 @@ class Row(NamedTuple):
 class Manifest(Record):
     """The base model, parent, settings, trained and held-out rows of a run, and the count of rows left out by reason.
 
-    `sha256` is the hash of the rest. A manifest has no time, path or version number, so equal runs have equal manifests.
+    If a reward head labelled the policy's own answers, `head_rows` are those that it was fitted to, and `distil_prompts` is
+    how many prompts were answered, at most. `sha256` is the hash of the rest. A manifest has no time, path or version
+    number, so equal runs have equal manifests.
     """
 
     base_sha256: str = ""
@@ -38,6 +40,8 @@ class Manifest(Record):
     since: str = ""  # the first turn whose feedback counts; "" for all
     rows: list[Row] = Field(default_factory=list)
     held_out: list[Row] = Field(default_factory=list)
+    head_rows: list[Row] = Field(default_factory=list)
+    distil_prompts: int = 0
     dropped: dict[str, int] = Field(default_factory=dict)
     sha256: str = ""
 

@@ -85,12 +85,6 @@ class RewardHead:
         spread = shares @ (np.array(variances) + (np.array(means) - mean) ** 2)
         return mean, np.sqrt(spread)
 
-    def draw(self, places: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Return the log odds (n,) of answers under one draw from the posterior."""
-        chosen = self.sets[rng.choice(len(self.sets), p=[one.share for one in self.sets])]
-        design = np.hstack([np.ones((len(places), 1)), places[:, chosen.features]])
-        return design @ rng.multivariate_normal(chosen.mean, chosen.covariance)
-
     @property
     def coefficients(self) -> dict[int, float]:
         """The mean coefficient of each feature that is in any of the sets, in log odds per standard deviation."""

@@ -81,7 +81,7 @@ def find_peak_e_value(rated: Sequence[Experience], extractor: FeatureExtractor, 
     answers that became alike tell nothing more.
     """
     judged = [one for one in rated if not one.is_correction][-NEWEST:]
-    if not judged:
+    if len(judged) < LEAST_REACTIONS:
         return 0.0
     raw, space = _place(judged, (), extractor)
     places, weights = space.place(raw), _weigh(judged, cap)

@@ -1,9 +1,10 @@
 """Heads: the files of reward heads, `heads/head-HASH.json` in the data directory.
 
 A file never changes. Its name is the hash of its content. Turns name the head that chose their answer. All files are deleted
-when anything is forgotten, because a head cannot be divided by its teachers; the next one is fitted to what is left.
+when anything is forgotten (`bot.store.forgetting`); the next one is fitted to what is left.
 """
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 from bot.errors import DataError
 from bot.output_files import write_text
+from bot.store.forgetting import HEADS_DIRECTORY
 from learning.data.feature_space import FeatureSpace
 from learning.judging.reward_head import RewardHead
 from learning.judging.taught_head import TaughtHead
@@ -32,12 +34,13 @@ class HeadFile:
 
 def locate_heads(data: Path) -> Path:
     """Return the directory of heads in a data directory."""
-    return data / "heads"
+    return data / HEADS_DIRECTORY
 
 
 def save_head(head: TaughtHead, directory: Path) -> None:
     """Write a head to its file, and delete the oldest files. Raises DataError if it cannot be written."""
-    directory.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):  # `write_text` says what is wrong
+        directory.mkdir(parents=True, exist_ok=True)
     file = directory / f"{head.name}.json"
     if not file.exists():
         write_text(file, json.dumps(head.as_json()))
@@ -51,7 +54,7 @@ def read_head(file: Path) -> TaughtHead:
         values: dict[str, Any] = json.loads(file.read_text())
         parts = RewardHead.from_json(values["head"]), FeatureSpace.from_json(values["space"])
         found = TaughtHead(*parts, tuple(values["teachers"]))
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
         raise DataError(f"{file}: is no reward head ({type(error).__name__}); delete it, a new one is fitted") from error
     if found.name != file.stem:
         raise DataError(f"{file}: was changed after it was written; delete it, a new one is fitted")
@@ -67,12 +70,6 @@ def list_heads(directory: Path) -> Iterator[HeadFile | DataError]:
             yield HeadFile(head.name, written, len(head.teachers), head.head.e_value)
         except DataError as error:
             yield error
-
-
-def remove_heads(directory: Path) -> None:
-    """Delete all heads of a directory."""
-    for file in _list_files(directory):
-        file.unlink(missing_ok=True)
 
 
 def _list_files(directory: Path) -> list[Path]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from bot.memory.embedder import Embedder
 from bot.serving.selection import SamplingPlan
+from bot.store.forgetting import remove_heads
 from bot.store.registry import PolicyRegistry
 from bot.types import Candidate, Reply, Selection
 from learning.data.experience import Experience
@@ -32,9 +33,10 @@ from learning.judging.best_of_n import (
     is_harmful,
 )
 from learning.judging.taught_head import NEWEST, TaughtHead, fit_head
-from learning.rollout.heads import locate_heads, remove_heads, save_head
+from learning.rollout.heads import locate_heads, save_head
 
 USUAL = 512  # of the latest candidates tell what answers are usually like
+PAUSE_SECONDS = 1.0  # between two looks whether learning is still paused
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class HeadSelector:
         self._usual: deque[AnswerText] = deque(maxlen=USUAL)
         self._state = _State(why="the reward head is not fitted yet")
         self._is_outdated = asyncio.Event()
+        self._forgotten = 0  # times that something was forgotten
 
     def plan(self, asker_id: str, most: int) -> SamplingPlan:
         """Return how many answers to sample, from 1 to `most`."""
@@ -108,13 +111,21 @@ class HeadSelector:
         while True:
             await self._is_outdated.wait()
             self._is_outdated.clear()
-            if await self._buffer.store.database.call(self._is_paused):
-                continue
+            while await self._buffer.store.database.call(self._is_paused):
+                if self._state.head is None:
+                    self._state = _State(why="learning is paused, so the reward head is not fitted")
+                await asyncio.sleep(PAUSE_SECONDS)
+            forgotten = self._forgotten
             rated = await self._buffer.store.database.call(self._buffer.read_rated, NEWEST)
-            self._state = await asyncio.to_thread(self._fit, rated, list(self._usual))
+            state = await asyncio.to_thread(self._fit_and_save, rated, list(self._usual))
+            if forgotten == self._forgotten:
+                self._state = state
+            else:  # it was fitted to what was forgotten meanwhile
+                self.forget()
 
     def forget(self) -> None:
         """Drop all that was fitted to anybody's texts and reactions, also from the disk, and fit again."""
+        self._forgotten += 1
         self._state = _State(why="something was forgotten, and the reward head is fitted again")
         self._usual.clear()
         self._extractor.forget()
@@ -124,7 +135,7 @@ class HeadSelector:
     def _is_paused(self) -> bool:
         return PolicyRegistry(self._buffer.store.database).is_learning_paused()
 
-    def _fit(self, rated: Sequence[Experience], usual: Sequence[AnswerText]) -> _State:
+    def _fit_and_save(self, rated: Sequence[Experience], usual: Sequence[AnswerText]) -> _State:
         head = fit_head(rated, usual, self._extractor, self._buffer.config.rewards.person_cap)
         if head is None:
             needed = f"{LEAST_REACTIONS} reactions with {LEAST_OF_A_KIND} of each kind are needed"

@@ -37,6 +37,7 @@ SIZE = 0.5  # standard deviation of the advantages
 LARGEST_SCALE = 6.0  # of differences between probabilities
 ANCHOR = 0.4  # times training.anchor
 DECAY = 0.5  # times training.weight_decay
+LEAST_ADVANTAGE = 0.01  # of the most different answers; Adam would make whole steps of rounding
 
 
 def is_proven(config: Config, taught: Sequence[Experience], embedder: Embedder | None) -> bool:
@@ -56,7 +57,8 @@ def label_answers(
 ) -> list[Experience]:
     """Have a model answer prompts, and return its answers with the advantages that a reward head gives them.
 
-    The head is fitted to the judged answers `taught` (oldest first), which `is_proven` accepted.
+    The head is fitted to the judged answers `taught` (oldest first), which `is_proven` accepted. Returns nothing if the
+    answers to each prompt are all alike to it.
     """
     extractor = FeatureExtractor(embedder)
     asked = [prompt for prompt in prompts[: config.learning.distil_prompts] for _ in range(ANSWERS)]
@@ -72,8 +74,10 @@ def label_answers(
     mean, _ = head.predict(extractor.extract(texts))
     chances = (1 / (1 + np.exp(-mean))).reshape(-1, ANSWERS)
     advantages = chances - chances.mean(1, keepdims=True)
+    if np.abs(advantages).max() < LEAST_ADVANTAGE:
+        return []
     # Of the same size in each round, so that the penalty does not outweigh them when answers become alike.
-    advantages *= min(SIZE / max(float(advantages.std()), 1e-9), LARGEST_SCALE)
+    advantages *= min(SIZE / float(advantages.std()), LARGEST_SCALE)
     return [
         Experience(
             turn_id="",

@@ -149,6 +149,8 @@ def make_manifest(config: Config, lesson: Lesson) -> Manifest:
         since=lesson.since,
         rows=[experience.make_manifest_row() for experience in snapshot.trained_on],
         held_out=[experience.make_manifest_row() for experience in snapshot.held_out],
+        head_rows=[experience.make_manifest_row() for experience in lesson.for_head],
+        distil_prompts=config.learning.distil_prompts if lesson.for_head else 0,
         dropped=dict(sorted(snapshot.dropped.items())),
     )
     return manifest.sign()
