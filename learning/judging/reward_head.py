@@ -85,6 +85,12 @@ class RewardHead:
         spread = shares @ (np.array(variances) + (np.array(means) - mean) ** 2)
         return mean, np.sqrt(spread)
 
+    def draw(self, places: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Return the log odds (n,) that answers are liked, under one draw from the posterior."""
+        drawn = self.sets[rng.choice(len(self.sets), p=[one.share for one in self.sets])]
+        design = np.hstack([np.ones((len(places), 1)), places[:, drawn.features]])
+        return design @ rng.multivariate_normal(drawn.mean, drawn.covariance)
+
     @property
     def coefficients(self) -> dict[int, float]:
         """The mean coefficient of each feature that is in any of the sets, in log odds per standard deviation."""

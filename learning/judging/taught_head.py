@@ -43,6 +43,17 @@ class TaughtHead:
         """Return the mean and standard deviation (n,) of the log odds that answers with raw features (n × raw) are liked."""
         return self.head.predict(self.space.place(raw))
 
+    def compute_doubts(self, raw: np.ndarray, of_rival: np.ndarray, seed: int, draws: int = 64) -> np.ndarray:
+        """Return how unsure it is whether people like each answer better than a rival (n,), from 0 to 1 for a toss-up.
+
+        Each draw from the posterior has an opinion. Houlsby et al. (2011), "Bayesian Active Learning for Classification and
+        Preference Learning", arXiv:1112.5745, ask for the pair on which such draws disagree most.
+        """
+        rng, places = np.random.default_rng(seed), self.space.place(np.concatenate([raw, of_rival]))
+        drawn = np.array([self.head.draw(places, rng) for _ in range(draws)])
+        better = (drawn[:, :-1] > drawn[:, -1:]).mean(0)
+        return 4 * better * (1 - better)
+
     def explain(self, raw: np.ndarray, row: int, most: int = 3) -> dict[str, float]:
         """Return the features that move one of the answers most against the mean of all of them, in log odds."""
         places = self.space.place(raw)

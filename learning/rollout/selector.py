@@ -16,7 +16,7 @@ from bot.memory.embedder import Embedder
 from bot.serving.selection import SamplingPlan
 from bot.store.forgetting import remove_heads
 from bot.store.registry import PolicyRegistry
-from bot.types import Candidate, Reply, Selection
+from bot.types import Candidate, Reply, Selection, Turn
 from learning.data.experience import Experience
 from learning.data.feature_space import AnswerText, FeatureExtractor
 from learning.data.replay_buffer import ReplayBuffer
@@ -72,16 +72,21 @@ class HeadSelector:
             return SamplingPlan(is_plain=True)
         return SamplingPlan(count_candidates(state.head.head.e_value, most))
 
-    async def choose(self, question: str, replies: Sequence[Reply]) -> Selection:
-        """Choose one of the replies, the likelier the better the head's pessimistic score of it is."""
+    async def choose(self, replies: Sequence[Reply], rival: Turn | None = None) -> Selection:
+        """Choose one of the replies, the likelier the better the head's pessimistic score of it is.
+
+        Beside a `rival` that people compare with it, choose the one on which draws from the head's posterior disagree most.
+        """
         head = self._state.head
         if head is None:  # it was forgotten meanwhile
             return Selection(candidates=[_describe(one) for one in replies], why=self._state.why)
-        texts = [AnswerText(one.text, one.finish_reason == "stop", _mean(one.logprobs)) for one in replies]
-        raw = await asyncio.to_thread(self._extractor.extract, texts)
+        texts = [_describe_text(one) for one in replies]
+        raw = await asyncio.to_thread(self._extractor.extract, texts if rival is None else [*texts, _describe_text(rival)])
         self._usual.extend(texts)
+        raw, of_rival = raw[: len(texts)], raw[len(texts) :]
         scores = compute_scores(*head.predict(raw))
-        chances = compute_chances(scores)
+        doubts = scores if rival is None else head.compute_doubts(raw, of_rival, self._rng.randrange(2**32))
+        chances = compute_chances(doubts)
         chosen = self._rng.choices(range(len(replies)), chances.tolist())[0]
         rows = zip(replies, scores, chances, head.space.place(raw), strict=True)
         candidates = [
@@ -162,6 +167,10 @@ def _count_approval(rated: Iterable[Experience]) -> Approval:
     judged = [one for one in rated if not one.is_correction]
     liked = sum(one.reward > 0 for one in judged)
     return Approval(liked, len(judged) - liked)
+
+
+def _describe_text(said: Reply | Turn) -> AnswerText:
+    return AnswerText(said.text, said.finish_reason == "stop", _mean(said.logprobs or ()))
 
 
 def _describe(reply: Reply) -> Candidate:

@@ -79,7 +79,9 @@ def test_answers_that_are_all_alike_prove_nothing(extractor):
 
 def test_a_person_who_says_more_than_their_share_proves_less_than_many_people(extractor):
     said = judge(60)
-    loud = [replace(one, opinion_holders=("loud",) if number < 50 else one.opinion_holders) for number, one in enumerate(said)]
+    loud = [
+        replace(one, opinion_holders=("loud",) if number < 50 else one.opinion_holders) for number, one in enumerate(said)
+    ]
     many, one = (find_peak_e_value(given, extractor, CAP) for given in (said, loud))
     assert one < many
     assert find_peak_e_value(loud, extractor, cap=1.0) == pytest.approx(find_peak_e_value(said, extractor, cap=1.0))
@@ -87,7 +89,9 @@ def test_a_person_who_says_more_than_their_share_proves_less_than_many_people(ex
 
 def test_what_was_proven_stays_proven_though_answers_became_alike(extractor):
     said = judge(40)
-    alike = [replace(one, answer="Hey there! 👋", reward=1.0 if number % 5 else -1.0) for number, one in enumerate(judge(80))]
+    alike = [
+        replace(one, answer="Hey there! 👋", reward=1.0 if number % 5 else -1.0) for number, one in enumerate(judge(80))
+    ]
     peak = find_peak_e_value(said, extractor, CAP)
     assert peak >= MANY_E_VALUE
     assert find_peak_e_value([*said, *alike], extractor, CAP) >= MANY_E_VALUE
