@@ -221,12 +221,12 @@ def config(tmp_path: Path, demo_model: str, engine: str, request: pytest.Fixture
 
 @pytest.fixture
 def small(config: Config) -> Config:
-    """Return a config whose training runs are short and are judged at once."""
+    """Return a config whose training runs are short, learn from reactions alone, and are judged at once."""
     return config.model_copy(
         update={
             "training": config.training.model_copy(update={"max_steps": 12}),
             "gate": config.gate.model_copy(update={"samples": 32}),
-            "learning": config.learning.model_copy(update={"wait_reactions": 0}),
+            "learning": config.learning.model_copy(update={"wait_reactions": 0, "distil_prompts": 0}),
         }
     )
 
@@ -251,6 +251,7 @@ def trained_once(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> t
     config = load(
         data_dir=str(tmp_path_factory.mktemp("trained")),
         policy={"model": demo_model},
+        learning={"distil_prompts": 0},
         training={"max_steps": 6},
         gate={"samples": 12},
     )
@@ -313,7 +314,7 @@ def registry(database: Database, demo_model: str) -> PolicyRegistry:
 
 def live_config(data: Path, model: str, port: int = 0) -> Config:
     """Return the config of the fixture `live` and of its vLLM."""
-    learning = {"distil_every": 24, "check_seconds": 0.2}
+    learning = {"distil_every": 24, "distil_prompts": 8, "check_seconds": 0.2}
     serving = {"port": port, "startup_seconds": 1800, "reply_seconds": 600}  # 30 and 1 are enough on an idle machine
     return load(data_dir=str(data), policy={"model": model}, learning=learning, serving=serving, gate={"samples": 16})
 

@@ -1,0 +1,161 @@
+"""Labels of a reward head, on the toy policy: they move its own answers to the taste that the head was taught."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from bot.config import Config, load
+from learning.bench import simulated_people
+from learning.data.experience import Experience
+from learning.judging.evaluation import Sample, generate
+from learning.models import toy
+from learning.models.trainable import copy_weights, load_for_training, restore_weights
+from learning.training import distillation
+from learning.training.distillation import ANSWERS, choose_training, is_proven, make_labels
+from learning.training.objectives import train
+from learning.training.teaching import train_with_guard
+
+PROMPTS = 24
+
+
+@pytest.fixture(scope="module")
+def settings(demo_model) -> Config:
+    return load(policy={"model": demo_model}, learning={"distil_prompts": PROMPTS}, gate={"samples": 8})
+
+
+@pytest.fixture(scope="module")
+def model(settings, demo_model):
+    return load_for_training(settings.policy, settings.serving, settings.training, demo_model)
+
+
+@pytest.fixture
+def fresh(model) -> Iterator[object]:
+    """The demo policy with an adapter that changes nothing yet."""
+    start = copy_weights(model)
+    yield model
+    restore_weights(model, start)
+
+
+def judge(count: int, *, is_by_lot: bool = False) -> list[Experience]:
+    """Return answers that people judged: they like those with an emoji, or by lot."""
+    rng = random.Random(0)
+    found = []
+    for number in range(count):
+        style = rng.choice(toy.STYLES)
+        prompt, intent = rng.choice(toy.list_prompts())
+        likes = rng.random() < 0.5 if is_by_lot else style.emoji
+        one = Experience(f"turn {number}", prompt, (), (), None, 1.0 if likes else -1.0, (), question=prompt)
+        found.append(replace(one, answer=toy.compose_answer(intent, style), opinion_holders=(f"person {number % 5}",)))
+    return found
+
+
+def spell(tokenizer, prompts) -> list[tuple[int, ...]]:
+    return [tuple(tokenizer.prompt_ids([{"role": "user", "content": text}])) for text, _ in prompts]
+
+
+@pytest.fixture(scope="module")
+def said(tokenizer) -> list[tuple[int, ...]]:
+    """The token ids of the prompts that people say."""
+    return spell(tokenizer, random.Random(1).sample(toy.list_prompts(), PROMPTS))
+
+
+@pytest.fixture(scope="module")
+def labels(model, settings, tokenizer, said) -> list[Experience]:
+    return make_labels(settings, model, tokenizer, judge(30), said, None)
+
+
+def measure_utility(model, tokenizer) -> float:
+    """The share of answers to held-out prompts that people would like."""
+    prompts = spell(tokenizer, toy.list_held_out_prompts()) * 2
+    answers = generate(model, tokenizer, prompts, 48, seed=7)
+    return float(np.mean([simulated_people.emoji("", one.text) > 0 for one in answers]))
+
+
+def test_only_a_head_that_was_proven_labels_anything(settings):
+    assert is_proven(settings, judge(40), None)
+    assert not is_proven(settings, judge(40, is_by_lot=True), None), "the control"
+    assert not is_proven(settings, judge(8), None)
+    assert not is_proven(settings, [], None)
+    off = settings.model_copy(update={"learning": settings.learning.model_copy(update={"distil_prompts": 0})})
+    assert not is_proven(off, judge(40), None)
+
+
+def test_a_label_compares_an_answer_with_the_others_to_its_prompt(labels, said):
+    assert len(labels) == PROMPTS * ANSWERS
+    groups = [labels[start : start + ANSWERS] for start in range(0, len(labels), ANSWERS)]
+    assert [{one.prompt_ids for one in group} for group in groups] == [{prompt} for prompt in said]
+    assert all(sum(one.advantage for one in group) == pytest.approx(0, abs=1e-9) for group in groups)
+    for group in groups:
+        liked = [simulated_people.emoji("", one.answer) > 0 for one in group]
+        if any(liked) and not all(liked):
+            best = max(group, key=lambda one: one.advantage)
+            assert simulated_people.emoji("", best.answer) > 0
+    assert all(len(one.logprobs) == len(one.completion_ids) for one in labels)
+    assert {one.feedback_ids for one in labels} == {()}, "nobody said it"
+
+
+def test_the_same_seed_gives_the_same_labels_and_another_seed_others(model, settings, tokenizer, said, labels):
+    told = model, tokenizer, judge(30), said[:4], None
+    once, again, other = (make_labels(settings.model_copy(update={"seed": seed}), *told) for seed in (0, 0, 1))
+    assert again == once
+    assert [one.completion_ids for one in other] != [one.completion_ids for one in once]
+    fewer = settings.model_copy(update={"learning": settings.learning.model_copy(update={"distil_prompts": 2})})
+    assert len(make_labels(fewer, *told)) == 2 * ANSWERS
+
+
+def test_labels_move_the_policys_own_answers_to_the_taste_and_shuffled_ones_do_not(fresh, settings, tokenizer, labels):
+    start, before = copy_weights(fresh), measure_utility(fresh, tokenizer)
+    shuffled = random.Random(0).sample([one.advantage for one in labels], len(labels))
+    by_lot = [replace(one, advantage=advantage) for one, advantage in zip(labels, shuffled, strict=True)]
+    after = {}
+    for name, rows in {"taught": labels, "by lot": by_lot}.items():
+        figures = train(fresh, tokenizer.hf, rows, choose_training(settings.training), 0, lambda *_: None)
+        assert 0 < figures.steps <= distillation.STEPS
+        after[name] = measure_utility(fresh, tokenizer)
+        restore_weights(fresh, start)
+    assert after["taught"] > before + 0.15
+    assert after["by lot"] == pytest.approx(before, abs=0.15)
+
+
+def test_answers_that_are_all_alike_have_no_labels(model, settings, tokenizer, said, monkeypatch):
+    ids = tuple(tokenizer.completion_ids("Hey there! 👋"))
+
+    def say_the_same(model, tokenizer, prompts, *_):
+        return [Sample(tuple(prompt), ids, "Hey there! 👋", is_finished=True) for prompt in prompts]
+
+    monkeypatch.setattr(distillation, "generate", say_the_same)
+    assert make_labels(settings, model, tokenizer, judge(30), said[:2], None) == []
+    assert make_labels(settings, model, tokenizer, judge(8), said[:2], None) == [], "nor does a head that is none"
+
+
+@pytest.mark.parametrize("is_harmful", [False, True], ids=["as it should", "with labels that do harm"])
+def test_a_run_learns_from_labels_first_and_drops_what_they_did_if_they_harm(
+    fresh, settings, tokenizer, labels, monkeypatch, is_harmful
+):
+    rows = [replace(one, advantage=one.reward, prompt_ids=labels[0].prompt_ids) for one in judge(16)]
+    rows = [replace(one, completion_ids=tuple(tokenizer.completion_ids(one.answer))) for one in rows]
+    start, taught = copy_weights(fresh), []
+
+    def train_and_note(model, tokenizer, rows, settings, seed, progress, callbacks):
+        moved = max(float((value - start[name]).abs().max()) for name, value in copy_weights(model).items())
+        taught.append((settings.objective, len(rows), moved > 0))
+        if is_harmful and len(taught) == 1:
+            monkeypatch.setattr(callbacks[0], "find_fault", lambda first, now: "it harms")
+        return train(model, tokenizer, rows, settings, seed, progress, callbacks)
+
+    monkeypatch.setattr("learning.training.objectives.train", train_and_note)
+    short = settings.model_copy(update={"training": settings.training.model_copy(update={"max_steps": 2})})
+    monkeypatch.setattr(distillation, "STEPS", 3)
+    figures = train_with_guard(
+        *(short, fresh, tokenizer, rows, [], [labels[0].prompt_ids], lambda *_: None), labels=labels[: 8 * ANSWERS]
+    )
+    assert taught == [("pg", 8 * ANSWERS, False), (short.training.objective, 16, not is_harmful)]
+    assert figures.labels == 8 * ANSWERS
+    assert figures.labels_stopped == ("it harms; stopped after 1 of 3 steps" if is_harmful else None)
+    assert figures.steps == 2
+    taught.clear()
+    assert train_with_guard(short, fresh, tokenizer, rows, [], [labels[0].prompt_ids], lambda *_: None).labels == 0
+    assert [objective for objective, *_ in taught] == [short.training.objective], "the control"
