@@ -205,11 +205,12 @@ def train_policy(arena: Arena, found: Sequence[Experience], objective: str, numb
     def teach(settings: Config, rows: Sequence[Experience]) -> TrainingMetrics:
         return train_with_guard(settings, *told, rows, held_out, prompts, lambda *_: None)
 
-    if is_proven(config, found, arena.embedder):
-        distil(config, *told, found, [*dict.fromkeys(one.prompt_ids for one in reversed(taught))], arena.embedder, teach)
     figures = teach(config, rows)
-    if figures.stopped and not figures.kept:
+    is_harmed = figures.stopped is not None and not figures.kept
+    if is_harmed:
         restore_weights(arena.model, before)  # in production the version would be rejected
+    elif is_proven(config, found, arena.embedder):
+        distil(config, *told, found, [*dict.fromkeys(one.prompt_ids for one in reversed(taught))], arena.embedder, teach)
     return RunEnd(figures.stopped is not None, change is not None)
 
 

@@ -35,8 +35,8 @@ BATCH_SIZE = 64
 RATE = 4.0  # times training.learning_rate
 SIZE = 0.5  # standard deviation of the advantages
 LARGEST_SCALE = 6.0  # of differences between probabilities
-ANCHOR = 0.4  # times training.anchor
-DECAY = 0.5  # times training.weight_decay
+ANCHOR = 0.2  # times training.anchor
+DECAY = 0.25  # times training.weight_decay
 LEAST_ADVANTAGE = 0.01  # of the most different answers; Adam would make whole steps of rounding
 
 

@@ -165,9 +165,9 @@ class Run:
             base_samples = said if lesson.live.is_base else sample_answers(*told, first)
             prefixes = probe.sample_prefixes(model, self.tokenizer, config.policy.max_tokens, config.seed)
         of_parent = probe.measure(model, prefixes)
-        distilled = self._distil(lesson, model)
-        is_untouched = lesson.live == parent and not distilled.labels
-        figures = self._teach(lesson, model, config, lesson.snapshot.training, said if is_untouched else ())
+        figures = self._teach(lesson, model, config, lesson.snapshot.training, said if lesson.live == parent else ())
+        is_harmed = figures.stopped is not None and not figures.kept
+        distilled = DistillationMetrics() if is_harmed else self._distil(lesson, model)
         self.progress("measuring", 0, 1)
         cast_for_serving(model)
         after = measure_model(*told, lesson.judged, lesson.asked)
@@ -175,7 +175,7 @@ class Run:
         save(model, directory)
         write_samples(directory, [one.question for one in lesson.asked], said, after.samples)
         written = probe.write(directory, prefixes, probe.measure(model, prefixes), of_parent, config.policy.temperature)
-        found = [f"training only harmed the policy: {figures.stopped}"] if figures.stopped and not figures.kept else []
+        found = [f"training only harmed the policy: {figures.stopped}"] if is_harmed else []
         found += find_faults(directory, parent.base_model, config.serving.max_lora_rank)
         found += [f"{name}: not finite" for name in find_not_finite(model)]
         return TrainingResult(figures, distilled, found, base_samples, after, kl, probe.compute_distances(written))
