@@ -6,12 +6,13 @@ Its name is the hash of its content. `learning.rollout.heads` has the files.
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from bot.types import Reason
 from learning.data.experience import Experience
 from learning.data.feature_space import AnswerText, FeatureExtractor, FeatureSpace
 from learning.data.selection import cap_people
@@ -19,10 +20,11 @@ from learning.judging.best_of_n import LEAST_OF_A_KIND, LEAST_REACTIONS
 from learning.judging.reward_head import RewardHead
 
 NEWEST = 512  # judged answers that a head is fitted to, at most
-LOOKS_ALWAYS, LOOKS_EVERY = (
-    64,
-    8,
-)  # a proof in the past is looked for after each of so many reactions, then after every so many
+# A proof in the past is looked for after each of so many reactions, then after every so many.
+LOOKS_ALWAYS, LOOKS_EVERY = 64, 8
+REASON_WEIGHT = 0.5  # of the answer that a reason asks for, beside the disliked one
+# What each reason asks for, in standard deviations of features. The other reasons ask for nothing that a feature names.
+WANTED_SHIFTS: dict[Reason, dict[str, float]] = {Reason.TOO_LONG: {"length": -1.0, "sentences": -1.0}}
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,17 @@ def fit_head(
     if len(judged) < LEAST_REACTIONS or min(liked.sum(), (~liked).sum()) < LEAST_OF_A_KIND:
         return None
     raw, space = _place(judged, usual, extractor)
-    head = RewardHead.fit(space.place(raw), liked, _weigh(judged, cap), space.group_sizes)
+    places, weights = space.place(raw), _weigh(judged, cap)
+    head = RewardHead.fit(places, liked, weights, space.group_sizes)
+    shifted, behind = _shift_by_reasons(judged, places, space.names)
+    if behind:
+        # What would be liked is no reaction, so it is no evidence that the head is right.
+        told = (
+            np.vstack([places, shifted]),
+            np.r_[liked, [True] * len(behind)],
+            np.r_[weights, REASON_WEIGHT * weights[behind]],
+        )
+        head = replace(RewardHead.fit(*told, space.group_sizes), e_value=head.e_value)
     teachers = tuple(sorted({person for one in judged for person in one.opinion_holders}))
     return TaughtHead(head, space, teachers)
 
@@ -102,6 +114,21 @@ def find_peak_e_value(rated: Sequence[Experience], extractor: FeatureExtractor, 
     enough = [end for end in ends if min(liked[:end].sum(), (~liked[:end]).sum()) >= LEAST_OF_A_KIND]
     found = (RewardHead.fit(places[:end], liked[:end], weights[:end], space.group_sizes).e_value for end in enough)
     return max(found, default=0.0)
+
+
+def _shift_by_reasons(
+    judged: Sequence[Experience], places: np.ndarray, names: Sequence[str]
+) -> tuple[np.ndarray, list[int]]:
+    """Return the places of answers that would be better by the reasons that people gave (n × features), and the numbers of
+    the disliked answers behind them.
+    """
+    shifted, behind = [], []
+    for row, one in enumerate(judged):
+        for reason in sorted(WANTED_SHIFTS.keys() & one.reasons) if one.reward < 0 else ():
+            away = [WANTED_SHIFTS[reason].get(name, 0.0) for name in names]
+            shifted.append(places[row] + away)
+            behind.append(row)
+    return np.array(shifted).reshape(-1, len(names)), behind
 
 
 def describe_answer(one: Experience) -> AnswerText:
