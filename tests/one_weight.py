@@ -5,6 +5,7 @@ deployed is the real code: `learn_in_an_instant` replaces the functions of runs 
 """
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from learning.judging import evidence, waiting
 from learning.judging.evaluation import Rows, Sample
 from learning.judging.metrics import TrainingMetrics
 from learning.judging.probe import ProbeLogprobs
-from learning.training import lesson, run
+from learning.training import distillation, lesson, run
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
 VOCABULARY = 16  # tokens that a probe looks at
@@ -63,12 +64,21 @@ def learn_in_an_instant(tokenizer: ChatTokenizer) -> Iterator[pytest.MonkeyPatch
         return OneWeight(base_model, tokenizer, 0.0 if version is None else weight_of(Path(version)))
 
     def teach(
-        config: Any, model: OneWeight, tokenizer: ChatTokenizer, training: Sequence[Experience], *_: Any
+        config: Any, model: OneWeight, tokenizer: ChatTokenizer, training: Sequence[Experience], *others: Any
     ) -> TrainingMetrics:
-        exclaims = np.array([1.0 if "!" in one.answer else -1.0 for one in training])
-        worth = np.array([one.advantage * one.weight for one in training])
+        labels = others[-1]
+        rows = [*training, *labels]
+        exclaims = np.array([1.0 if "!" in one.answer else -1.0 for one in rows])
+        worth = np.array([one.advantage * one.weight for one in rows])
         model.weight += PACE * float(np.tanh(exclaims @ worth))
-        return TrainingMetrics(stopped=None, kept=1, checks=[], step_seconds=0.0)
+        return TrainingMetrics(stopped=None, kept=1, checks=[], step_seconds=0.0, labels=len(labels))
+
+    def answer_in_both_ways(
+        model: OneWeight, tokenizer: ChatTokenizer, prompts: Sequence[Sequence[int]], *_: Any
+    ) -> list[Sample]:
+        ways = [(text, tuple(tokenizer.completion_ids(text))) for text in (EXCLAIMS, STATES)]
+        said = zip(prompts, itertools.cycle(ways), strict=False)
+        return [Sample(tuple(prompt), ids, text, is_finished=True) for prompt, (text, ids) in said]
 
     def generate(model: OneWeight, tokenizer: ChatTokenizer, prompts: Sequence[Sequence[int]], *_: Any) -> list[Sample]:
         said = EXCLAIMS if model.weight > 0 else STATES
@@ -113,10 +123,11 @@ def learn_in_an_instant(tokenizer: ChatTokenizer) -> Iterator[pytest.MonkeyPatch
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, stand_in in stand_ins.items():
-            places = [module for module in (lesson, run, evidence, waiting) if hasattr(module, name)]
+            places = [module for module in (lesson, run, evidence, waiting, distillation) if hasattr(module, name)]
             assert places, f"nothing uses {name} any more"
             for module in places:
                 patch.setattr(module, name, stand_in)
+        patch.setattr(distillation, "generate", answer_in_both_ways)
         patch.setattr("learning.judging.probe.sample_prefixes", lambda model, *_: [[1, 2, 3]])
         patch.setattr(
             "learning.judging.probe.measure", lambda model, places: ProbeLogprobs([model.likely()], [model.likely()])

@@ -38,12 +38,19 @@ def locate_heads(data: Path) -> Path:
 
 
 def save_head(head: TaughtHead, directory: Path) -> None:
-    """Write a head to its file, and delete the oldest files. Raises DataError if it cannot be written."""
+    """Write a head to its file, and delete the oldest files. Raises DataError if it cannot be written.
+
+    If something is forgotten meanwhile, the head is not written.
+    """
     with contextlib.suppress(OSError):  # `write_text` says what is wrong
         directory.mkdir(parents=True, exist_ok=True)
     file = directory / f"{head.name}.json"
     if not file.exists():
-        write_text(file, json.dumps(head.as_json()))
+        try:
+            write_text(file, json.dumps(head.as_json()))
+        except DataError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):  # forgetting removes unfinished files too
+                raise
     for old in _list_files(directory)[KEPT:]:
         old.unlink(missing_ok=True)
 

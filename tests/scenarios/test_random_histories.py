@@ -661,6 +661,7 @@ def stage(demo_model, tokenizer, tmp_path_factory) -> Iterator[Stage]:
         # What watches in the background looks when a history wants it to, so that a history can be repeated.
         patch.setattr(Deployment, "watch", partialmethod(Deployment.watch, 3600.0))
         patch.setattr("bot.app.PAUSE_SECONDS", 3600.0)
+        patch.setattr("learning.rollout.selector.HeadSelector.run", lambda _: asyncio.Event().wait())
         for turns, is_trained in SAID_BEFORE:
             made.beginnings.append((_talked(made, tmp_path_factory.mktemp("template"), turns), Ledger()))
             first = _histories(made)()

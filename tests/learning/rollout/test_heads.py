@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bot import output_files
 from bot.errors import DataError
 from bot.store.forgetting import remove_heads
 from learning.data.experience import Experience
@@ -136,6 +137,18 @@ def test_a_file_that_is_not_there_or_cannot_be_written_is_told_in_one_line(plain
     for directory in (tmp_path, tmp_path / "file"):
         with pytest.raises(DataError, match="cannot be written"):
             save_head(plain, directory)
+
+
+def test_what_is_forgotten_while_a_head_is_written_leaves_no_file_and_no_error(plain, tmp_path, monkeypatch):
+    def write_while_somebody_is_forgotten(path, text):
+        with output_files.replace(path) as unfinished:
+            unfinished.write_text(text)
+            assert list(tmp_path.iterdir()) == [unfinished]
+            remove_heads(tmp_path)
+
+    monkeypatch.setattr(heads, "write_text", write_while_somebody_is_forgotten)
+    save_head(plain, tmp_path)
+    assert list(list_heads(tmp_path)) == []
 
 
 def test_only_the_newest_files_are_kept_and_forgetting_removes_all(tmp_path, monkeypatch):

@@ -35,18 +35,8 @@ METRICS = {  # what a run leaves in metrics.json and in the registry
     *("margin_gain", "margin_gain_low", "margin_gain_high", "margin_gain_by_chance"),
     *("gain", "gain_low", "gain_high", "gain_by_chance", "gain_by_luck"),
     *("trl/loss", "trl/rewards/margins", "trl/kl", "trl/first_reward", "steps", "step_seconds", "train_loss", "rows"),
-    *(
-        "loss",
-        "stopped",
-        "kept",
-        "checks",
-        "labels",
-        "labels_stopped",
-        "taken_back",
-        "answers_before",
-        "answers_after",
-        "evidence",
-    ),
+    *("loss", "stopped", "kept", "checks", "labels", "labels_stopped"),
+    *("taken_back", "answers_before", "answers_after", "evidence"),
     *("estimated_worth_before", "estimated_worth_after", "estimated_gain", "reward_model", "steps_share_of_run"),
 }
 EVIDENCE = {"opinions", "live", "candidate", "gain", "kl", "well_formed", "base_well_formed", "faults"}
