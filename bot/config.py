@@ -349,9 +349,14 @@ def list_known_keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[s
     return keys
 
 
+OLDER_NAMES = {"learning.min_reactions": "learning.distil_every"}
+
+
 def _describe_first_error(error: ValidationError) -> str:
     detail = error.errors()[0]
     key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden" and key in OLDER_NAMES:
+        return f"config key '{key}' is the older name of '{OLDER_NAMES[key]}', which is set too; remove one of them"
     if detail["type"] == "extra_forbidden":
         known = [*list_known_keys(), *{name.split(".")[0] for name in list_known_keys()}]
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)

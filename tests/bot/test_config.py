@@ -36,6 +36,13 @@ def test_the_example_file_holds_every_key_at_its_default_with_a_comment():
         ({"policy": {"modle": "demo"}}, "'policy.modle' is not known; did you mean 'policy.model'?"),
         ({"policy": {"temperature": "hot"}}, "config key 'policy.temperature' has value 'hot'"),
         ({"seed": -1}, "config key 'seed' has value -1"),
+        ({"learning": {"distil_every": 0}}, "'learning.distil_every' has value 0"),
+        ({"learning": {"min_reactions": 0}}, "'learning.min_reactions' has value 0"),
+        ({"learning": {"distil_prompts": -1}}, "'learning.distil_prompts' has value -1"),
+        (
+            {"learning": {"min_reactions": 5, "distil_every": 7}},
+            "'learning.min_reactions' is the older name of 'learning.distil_every', which is set too; remove one",
+        ),
         ({"serving": {"max_lora_rank": 7}}, "config key 'serving.max_lora_rank' has value 7"),
         (
             {"serving": {"url": "localhost:8000"}},
@@ -188,6 +195,14 @@ def test_the_containers_install_torch_keep_their_caches_and_run_as_the_owner_of_
     assert "TORCH_INDEX" in services["kibitz-cpu"]["build"]["args"]
     assert recipe.index("run make setup TORCH_INDEX=URL") > recipe.index("torch-cpu:"), "without it the build says so"
     assert recipe.index("--no-print-directory torch-cpu") < recipe.index("'.[$(EXTRA)$(DEV)]'"), "and at once"
+
+
+def test_the_older_name_of_a_key_still_works_and_is_saved_as_the_new_one(tmp_path):
+    config = load(learning={"min_reactions": 5})
+    assert config.learning.distil_every == 5 != load().learning.distil_every
+    config.save(tmp_path / "config.json")
+    assert "min_reactions" not in (tmp_path / "config.json").read_text()
+    assert load(tmp_path / "config.json") == config
 
 
 def test_a_saved_config_reads_back_the_same(tmp_path):
