@@ -29,7 +29,7 @@ def simulate(
     plot: PlotFile = None,
 ) -> None:
     """Learn from simulated users with hidden preferences, and print the learning curve."""
-    from learning.bench import simulated_people, simulation, simulation_figures
+    from learning.bench import held_out, simulated_people, simulation, simulation_figures
 
     check_writable(json_file, plot)
     usual = simulated_people.choose_defaults(is_toy(config.policy.model))
@@ -63,6 +63,6 @@ def simulate(
         console.print(f"learning curve: {plot}")
     setup = {"users": users, "rounds": rounds, "messages": messages, "reaction_rate": reaction_rate, "noise": noise}
     setup |= {"samples": samples, "seed": config.seed, "model": config.policy.model}
-    setup |= {"served_samples": simulation.SERVED_SAMPLES, "candidates": config.serving.candidates}
+    setup |= {"served_samples": held_out.SERVED_SAMPLES, "candidates": config.serving.candidates}
     setup |= {"training": config.training.model_dump(), "gate": config.gate.model_dump()}
     write_json(json_file, "simulate", simulation_figures.compute_figures(play, config.policy.model), setup)

@@ -14,14 +14,11 @@ A frozen control (version 0, never trained) answers the same prompts with the sa
 Run: ``kibitz simulate``, or with other users ``kibitz simulate --users FILE.py``.
 """
 
-import asyncio
 import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import sqlalchemy as sa
 
 from bot.chat.dialogue import DialogueManager, ReplyOptions
@@ -29,21 +26,16 @@ from bot.errors import ConfigError, NothingToLearn, ProbeFailed
 from bot.serving.policy import Policy
 from bot.store.database import Database
 from bot.store.tables import conversations
-from bot.types import Conversation, Feedback, FeedbackKind, Message, Progress, Reply, Turn, new_id
+from bot.types import Conversation, Feedback, FeedbackKind, Message, Progress, Turn, new_id
 from bot.wording import count_noun
+from learning.bench.held_out import CONCURRENT, HeldOutAnswers, HeldOutJudge, ServedAnswers, run_together
 from learning.bench.simulated_people import People, Prompts
-from learning.data.feature_space import FeatureExtractor
-from learning.judging.best_of_n import compute_chances, compute_scores, count_candidates
-from learning.judging.evaluation import is_well_formed
 from learning.judging.statistics import mean_interval
-from learning.judging.taught_head import TaughtHead
 from learning.rollout.loop import OnlineLearner
-from learning.rollout.selector import HeadSelector, describe_reply
+from learning.rollout.selector import HeadSelector
 
 PLATFORM = "simulation"  # the platform of simulated people
-CONCURRENT = 16
-EARLY = 20  # reactions to answers that are asked for one after the other; then a first row shows what the head made of them
-SERVED_SAMPLES = 1  # requests for candidates for each held-out prompt, when served answers are judged
+EARLY = (20, 40)  # reactions after which the first round has rows of its own
 SHOWN = 3  # held-out prompts whose answers are shown before and after
 DECISIVENESS = 4.0  # a user gives an answer of utility u 👍 with probability sigmoid(4u), else 👎
 
@@ -87,25 +79,6 @@ class CurveRow:
             f"served {self.served_utility:+.2f} ({chosen}), "
             f"frozen {self.frozen:+.2f}, {count_noun(self.reactions, 'reaction')}" + (f"; {self.note}" if self.note else "")
         )
-
-
-@dataclass(frozen=True)
-class HeldOutAnswers:
-    """A version's answers to the held-out prompts: utility by prompt, first answer by prompt, and shares of all answers."""
-
-    utilities: dict[str, float]
-    first: dict[str, str]
-    well_formed: float
-    ended: float
-
-
-@dataclass(frozen=True)
-class ServedAnswers:
-    """The head's choice among `candidates` answers to each held-out prompt: its utility, and the likeliest answer."""
-
-    utilities: dict[str, float]
-    likeliest: dict[str, str]
-    candidates: int
 
 
 @dataclass(frozen=True)
@@ -157,24 +130,27 @@ class Simulation:
         self.refused: list[str] = []  # errors of versions that passed the gate but failed the probe
         self.promoted: list[str] = []
         self.first_choice_reactions: int | None = None  # reactions after which an answer was first chosen from several
-        self._extractor = FeatureExtractor(dialogue.tracker.recall.embedder)  # of its own: the head learns from its own
-        self._candidates: tuple[str, dict[str, list[Reply]]] = ("", {})  # those of one version, by held-out prompt
+        self.judge = HeldOutJudge(dialogue, policy, selector, people, asked.held_out, progress)
 
     async def run(self, rounds: int, messages: int, samples: int, show: Callable[[CurveRow], None]) -> list[CurveRow]:
         """Run `rounds` times: talk (`messages` exchanges), train, score the live version on `samples` answers per prompt.
 
-        The first EARLY reactions come one after the other. There is a row after them.
+        In the first round there is a row after each number of reactions in EARLY, too. People talk one after the other until
+        the first of these, so that what few reactions change does not depend on who is faster.
         """
-        self._frozen = await self._ask_held_out(self.policy.admin.base, samples)
+        self._frozen = await self.judge.ask(self.policy.admin.base, samples)
         await self._judge(samples, approval=None, kl=0.0, note="the start", show=show)
         for number in range(1, rounds + 1):
             drawn = self._draw_messages(messages)
-            early = self._find_early(drawn) if number == 1 else 0
             approvals: list[bool] = []
-            if early:
-                approvals += await self._talk(drawn[:early], f"round 1: the first {EARLY} reactions", together=1)
-                await self._judge(samples, _share(approvals), self.rows[-1].kl, f"the first {EARLY} reactions", show)
-            approvals += await self._talk(drawn[early:], f"round {number}: talking", CONCURRENT)
+            done = 0
+            for count in EARLY if number == 1 else ():
+                if end := self._count_messages_until(count, drawn):
+                    stage = f"the first {count} reactions"
+                    approvals += await self._talk(drawn[done:end], stage, CONCURRENT if done else 1)
+                    await self._judge(samples, _share(approvals), self.rows[-1].kl, stage, show)
+                    done = end
+            approvals += await self._talk(drawn[done:], f"round {number}: talking", CONCURRENT)
             kl, note = await self._learn()
             last, served = await self._judge(samples, _share(approvals), kl, note, show)
             self.samples = [
@@ -195,10 +171,10 @@ class Simulation:
             for text in said
         ]
 
-    def _find_early(self, drawn: Sequence[SaidMessage]) -> int:
-        """Return the number of messages until there are EARLY reactions; 0 if no more reactions follow."""
+    def _count_messages_until(self, count: int, drawn: Sequence[SaidMessage]) -> int:
+        """Return the number of messages until there are `count` reactions; 0 if no more reactions follow."""
         reacting = [number for number, one in enumerate(drawn, start=1) if one.attention < self.people.reaction_rate]
-        return reacting[EARLY - 1] if len(reacting) > EARLY else 0
+        return reacting[count - 1] if len(reacting) > count else 0
 
     async def _talk(self, said: Sequence[SaidMessage], stage: str, together: int) -> list[bool]:
         """Let people say messages, `together` at once, and react to some answers. Returns the reactions (True for 👍)."""
@@ -217,14 +193,15 @@ class Simulation:
                 await self._react(turn, user, approves)
                 given.append(approves)
 
-        await self._gather([one(message) for message in said], stage, together)
+        await run_together([one(message) for message in said], together, stage, self.progress)
         return given
 
     async def _note_first_choice(self, turn: Turn) -> None:
-        assert turn.selection is not None
-        self.first_choice_reactions = count = await self._count_reactions()
-        candidates = len(turn.selection.candidates)
-        self.learner.announce(f"after {count_noun(count, 'reaction')}: answers are chosen from {candidates} now")
+        count = await self._count_reactions()
+        if self.first_choice_reactions is None and turn.selection is not None:
+            self.first_choice_reactions = count
+            candidates = len(turn.selection.candidates)
+            self.learner.announce(f"after {count_noun(count, 'reaction')}: answers are chosen from {candidates} now")
 
     async def _count_reactions(self) -> int:
         return await self.dialogue.store.database.call(self.dialogue.store.count_reactions)
@@ -236,9 +213,9 @@ class Simulation:
             await self.selector.wait_until_current()
 
     async def _learn(self) -> tuple[float, str]:
-        kl, served = self.rows[-1].kl if self.rows else 0.0, self.policy.version
+        kl, before = self.rows[-1].kl if self.rows else 0.0, self.policy.version
         await self.learner.judge_waiting()  # as the loop does before a run, which supersedes a version that still waits
-        if self.policy.version != served:
+        if self.policy.version != before:
             self.promoted.append(self.policy.version)
             kl = self._kl_of(self.policy.version)
         try:
@@ -266,8 +243,8 @@ class Simulation:
         the frozen control's.
         """
         version = self.policy.version
-        live = self._frozen if version == self.policy.admin.base else await self._ask_held_out(version, samples)
-        served = await self._choose_held_out(version, live)
+        live = self._frozen if version == self.policy.admin.base else await self.judge.ask(version, samples)
+        served = await self.judge.choose(version, live)
         mean, low, high = self._describe(live.utilities)
         served_mean, served_low, served_high = self._describe(served.utilities)
         frozen_mean, frozen_low, frozen_high = self._describe(self._frozen.utilities)
@@ -307,87 +284,6 @@ class Simulation:
 
     def _describe_gain(self, utilities: dict[str, float]) -> tuple[float, float, float]:
         return self._describe({prompt: value - self._frozen.utilities[prompt] for prompt, value in utilities.items()})
-
-    async def _ask_held_out(self, version: str, samples: int) -> HeldOutAnswers:
-        """Ask a version each held-out prompt `samples` times, with the same sampling seeds as every other version."""
-        replies: dict[str, dict[int, Reply]] = {prompt: {} for prompt in self.asked.held_out}
-
-        async def one(prompt: str, number: int, seed: int) -> None:
-            replies[prompt][number] = await self.policy.reply(self._find_ids(prompt), version=version, seed=seed)
-
-        seeds = random.Random(self.people.seed)
-        work = [one(prompt, number, seeds.randrange(2**31)) for number in range(samples) for prompt in self.asked.held_out]
-        await self._gather(work, f"judging {version}", CONCURRENT)
-        every = [reply for those in replies.values() for reply in those.values()]
-        return HeldOutAnswers(
-            utilities={
-                prompt: sum(self.people.utility(prompt, reply.text) for reply in those.values()) / len(those)
-                for prompt, those in replies.items()
-            },
-            first={prompt: those[0].text for prompt, those in replies.items()},
-            well_formed=sum(is_well_formed(reply.text) for reply in every) / len(every),
-            ended=sum(reply.finish_reason == "stop" for reply in every) / len(every),
-        )
-
-    async def _choose_held_out(self, version: str, single: HeldOutAnswers) -> ServedAnswers:
-        """Have the head as it stands choose among a version's answers to each held-out prompt.
-
-        Utilities are the mean over its choice, by the chance of each answer. Without a head the `single` answers are served.
-        """
-        if self.selector is None:
-            return ServedAnswers(single.utilities, single.first, candidates=1)
-        await self.selector.wait_until_current()
-        head = self.selector.head
-        count = 1 if head is None else count_candidates(head.head.e_value, self.dialogue.sampler.candidates)
-        if head is None or count == 1:
-            return ServedAnswers(single.utilities, single.first, candidates=1)
-        utilities, likeliest = {}, {}
-        for prompt, replies in (await self._sample_candidates(version, count)).items():
-            chances = await asyncio.to_thread(self._compute_chances, head, replies)
-            utilities[prompt] = float(chances @ [self.people.utility(prompt, reply.text) for reply in replies])
-            likeliest[prompt] = replies[int(chances.argmax())].text
-        return ServedAnswers(utilities, likeliest, count)
-
-    def _compute_chances(self, head: TaughtHead, replies: Sequence[Reply]) -> np.ndarray:
-        raw = self._extractor.extract([describe_reply(one) for one in replies])
-        return compute_chances(compute_scores(*head.predict(raw)))
-
-    async def _sample_candidates(self, version: str, count: int) -> dict[str, list[Reply]]:
-        """Return `count` answers to each held-out prompt, without blank ones, as chats do.
-
-        The seed is that of the first single answer. Answers that were sampled for an earlier row are used again.
-        """
-        known, found = self._candidates
-        if known != version or count > min(len(replies) for replies in found.values()):
-            found = {}
-
-            async def one(prompt: str, seed: int) -> None:
-                found[prompt] = await self.policy.sample_replies(self._find_ids(prompt), count, version=version, seed=seed)
-
-            seeds = random.Random(self.people.seed)
-            work = [one(prompt, seeds.randrange(2**31)) for prompt in self.asked.held_out]
-            await self._gather(work, f"judging {version} with {count} candidates", CONCURRENT)
-            self._candidates = version, found
-        offered = {prompt: found[prompt][:count] for prompt in self.asked.held_out}
-        return {prompt: [one for one in those if one.text.strip()] or those[:1] for prompt, those in offered.items()}
-
-    def _find_ids(self, prompt: str) -> Sequence[int]:
-        return self.dialogue.tracker.fit_messages([{"role": "user", "content": prompt}]).prompt_ids
-
-    async def _gather(self, work: Sequence[Any], stage: str, together: int) -> None:
-        places = asyncio.Semaphore(together)
-        done = 0
-
-        async def one(job: Any) -> None:
-            nonlocal done
-            async with places:
-                await job
-            done += 1
-            self.progress(stage, done, len(work))
-
-        async with asyncio.TaskGroup() as group:
-            for job in work:
-                group.create_task(one(job))
 
 
 def _share(approvals: Sequence[bool]) -> float | None:

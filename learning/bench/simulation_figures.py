@@ -71,9 +71,9 @@ def describe_changes(played: Simulation) -> str:
 
 
 def make_table(rows: Sequence[CurveRow]) -> Table:
-    """Make a table of the rows of a simulation."""
-    names = ("version", "reactions", "served (95%)", "from", "weights (95%)", "frozen (95%)", "approval", "KL")
-    found = Table(*names, "well-formed", "ended", title="true utility on held-out prompts")
+    """Make a table of the rows of a simulation. "from" has the number of candidates of served answers."""
+    names = ("version", "reactions", "served (95%)", "from", "weights (95%)", "frozen", "approval", "KL")
+    found = Table(*names, "well-formed", "ended", title="true utility on held-out prompts", padding=0)
     for row in rows:
         found.add_row(
             row.version,
@@ -81,7 +81,7 @@ def make_table(rows: Sequence[CurveRow]) -> Table:
             f"{row.served_utility:+.2f} ({row.served_low:+.2f} to {row.served_high:+.2f})",
             str(row.candidates),
             f"{row.utility:+.2f} ({row.low:+.2f} to {row.high:+.2f})",
-            f"{row.frozen:+.2f} ({row.frozen_low:+.2f} to {row.frozen_high:+.2f})",
+            f"{row.frozen:+.2f}",
             "" if row.approval is None else f"{row.approval:.0%}",
             f"{row.kl:.3f}",
             f"{row.well_formed:.0%}",
