@@ -19,7 +19,7 @@ from learning.data.feature_space import FeatureExtractor
 from learning.judging.best_of_n import compute_chances, compute_scores, count_candidates
 from learning.judging.evaluation import is_well_formed
 from learning.judging.taught_head import TaughtHead
-from learning.rollout.selector import HeadSelector, describe_reply
+from learning.rollout.selector import HeadSelector, describe_text
 
 CONCURRENT = 16  # requests at once
 SERVED_SAMPLES = 1  # requests for candidates for each prompt
@@ -106,7 +106,7 @@ class HeldOutJudge:
         return ServedAnswers(utilities, likeliest, count)
 
     def _compute_chances(self, head: TaughtHead, replies: Sequence[Reply]) -> np.ndarray:
-        raw = self._extractor.extract([describe_reply(one) for one in replies])
+        raw = self._extractor.extract([describe_text(one) for one in replies])
         return compute_chances(compute_scores(*head.predict(raw)))
 
     async def _sample_candidates(self, version: str, count: int) -> dict[str, list[Reply]]:
