@@ -60,6 +60,12 @@ class HeadSelector:
         self._state = _State(why="the reward head is not fitted yet")
         self._is_outdated = asyncio.Event()
         self._forgotten = 0  # times that something was forgotten
+        self._is_current = asyncio.Event()
+
+    @property
+    def head(self) -> TaughtHead | None:
+        """The head that chooses answers, or None."""
+        return self._state.head
 
     def plan(self, asker_id: str, most: int) -> SamplingPlan:
         """Return how many answers to sample, from 1 to `most`."""
@@ -80,8 +86,8 @@ class HeadSelector:
         head = self._state.head
         if head is None:  # it was forgotten meanwhile
             return Selection(candidates=[_describe(one) for one in replies], why=self._state.why)
-        texts = [_describe_text(one) for one in replies]
-        raw = await asyncio.to_thread(self._extractor.extract, texts if rival is None else [*texts, _describe_text(rival)])
+        texts = [describe_text(one) for one in replies]
+        raw = await asyncio.to_thread(self._extractor.extract, texts if rival is None else [*texts, describe_text(rival)])
         self._usual.extend(texts)
         raw, of_rival = raw[: len(texts)], raw[len(texts) :]
         scores = compute_scores(*head.predict(raw))
@@ -108,7 +114,12 @@ class HeadSelector:
 
     def notice_feedback(self) -> None:
         """Have the head fitted again."""
+        self._is_current.clear()
         self._is_outdated.set()
+
+    async def wait_until_current(self) -> None:
+        """Wait until the head is fitted to all feedback so far. While learning is paused, wait until it goes on."""
+        await self._is_current.wait()
 
     async def run(self) -> None:
         """Fit the head now and after each reaction, forever."""
@@ -127,6 +138,8 @@ class HeadSelector:
                 self._state = state
             else:  # it was fitted to what was forgotten meanwhile
                 self.forget()
+            if not self._is_outdated.is_set():
+                self._is_current.set()
 
     def forget(self) -> None:
         """Drop all that was fitted to anybody's texts and reactions, also from the disk, and fit again."""
@@ -135,7 +148,7 @@ class HeadSelector:
         self._usual.clear()
         self._extractor.forget()
         remove_heads(self._heads)
-        self._is_outdated.set()
+        self.notice_feedback()
 
     def _is_paused(self) -> bool:
         return PolicyRegistry(self._buffer.store.database).is_learning_paused()
@@ -155,6 +168,11 @@ class HeadSelector:
         return _State(head, only_for=frozenset(_find_circle(rated, head.teachers)))
 
 
+def describe_text(said: Reply | Turn) -> AnswerText:
+    """Return an answer as the head sees it."""
+    return AnswerText(said.text, said.finish_reason == "stop", _mean(said.logprobs or ()))
+
+
 def _find_circle(rated: Sequence[Experience], teachers: Sequence[str]) -> set[str]:
     """Return whom a head serves that one person alone taught: that person. An empty set stands for everybody."""
     if len(teachers) != 1:
@@ -167,10 +185,6 @@ def _count_approval(rated: Iterable[Experience]) -> Approval:
     judged = [one for one in rated if not one.is_correction]
     liked = sum(one.reward > 0 for one in judged)
     return Approval(liked, len(judged) - liked)
-
-
-def _describe_text(said: Reply | Turn) -> AnswerText:
-    return AnswerText(said.text, said.finish_reason == "stop", _mean(said.logprobs or ()))
 
 
 def _describe(reply: Reply) -> Candidate:
