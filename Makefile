@@ -64,6 +64,8 @@ torch-cpu:
 demo: setup  ## simulated people teach the toy policy; then a word with the chat model
 	@mkdir -p $(DATA)
 	@echo "1. the toy policy, a million parameters made here: simulated users teach it"
+	@echo "   first a reward head learns to choose among several answers, after a dozen reactions or two (served);"
+	@echo "   then training runs bring what people like into the weights (utility of single answers)"
 	$(BIN)/kibitz simulate --data-dir $(DATA) --json $(DATA)/demo.json --plot $(DATA)/demo.png
 	@echo "2. the built-in chat model, SmolLM2-135M-Instruct, which nobody has taught yet"
 	@printf '%s\n' "hello, who are you?" "how do i keep a plant alive?" "i had a long day at work." /quit \

@@ -23,7 +23,7 @@ from bot.memory.caches import PAUSE_SECONDS, Caches
 from bot.memory.recall import Recall, make_recall
 from bot.memory.state import LATEST_MESSAGES, derive_state
 from bot.models.tokenizer import ChatTokenizer
-from bot.output import make_log_progress
+from bot.output import announce, make_log_progress
 from bot.serving.policy import Policy
 from bot.serving.readiness import Readiness, make_checks
 from bot.serving.vllm_server import VllmServer
@@ -42,6 +42,7 @@ from bot.wording import count_noun
 from connectors.access import Access
 from connectors.base import Desk, Services
 from learning.rollout.deployment import Deployment
+from learning.rollout.loop import OnlineLearner
 
 if TYPE_CHECKING:
     from learning.rollout.selector import HeadSelector
@@ -224,6 +225,12 @@ def _run_and_collect_stops(main: Coroutine[Any, Any, None]) -> list[int] | None:
         for sign, handler in usual.items():
             signal.signal(sign, handler)
     return None
+
+
+def make_learner(kibitz: Kibitz) -> OnlineLearner:
+    """Return what trains versions from the reactions to a kibitz."""
+    is_proven = (lambda: False) if kibitz.selector is None else kibitz.selector.is_proven
+    return OnlineLearner(kibitz.store, kibitz.deployment, kibitz.config, announce, is_head_proven=is_proven)
 
 
 def make_services(kibitz: Kibitz, access: Access) -> Services:

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Annotated, Any, Self
+from typing import Self
 
 import uuid_utils
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PlainSerializer, model_validator
+from pydantic import Field, FiniteFloat, NonNegativeInt, model_validator
 
+from bot.records import Record, Time
 from bot.wording import count_noun
 
 
@@ -48,6 +49,21 @@ class FeedbackKind(StrEnum):
     RATING = "rating"
     COMMENT = "comment"
     RANK = "rank"
+
+
+class Reason(StrEnum):
+    """Why a person dislikes an answer. Each reason that they give is a COMMENT with the reason as its text."""
+
+    TOO_LONG = "too long"
+    WRONG = "wrong"
+    OFF_TOPIC = "off topic"
+    TONE = "tone"
+    UNSAFE = "unsafe"
+
+    @property
+    def signal(self) -> str:
+        """The signal of the feedback that gives this reason. Each reason has its own, so that several stand side by side."""
+        return f"reason: {self}"
 
 
 class PolicyState(StrEnum):
@@ -103,31 +119,6 @@ class Message:
         return self.author_id == FORGOTTEN
 
 
-Time = Annotated[datetime, PlainSerializer(datetime.isoformat)]  # in a Record
-
-
-class Record(BaseModel):
-    """A typed record that is stored as JSON.
-
-    Keys that were not set are left out of the JSON. Unknown keys are kept, because another version of kibitz wrote them.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Self:
-        """Return the record that `as_json` gave. Raises pydantic's ValidationError, a ValueError, if it does not fit."""
-        return cls.model_validate(values)
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the values that were set, without defaults."""
-        return self.model_dump(by_alias=True, exclude_unset=True)
-
-    def __or__(self, other: "Record") -> Self:
-        """Return this record updated with the values of `other`."""
-        return self.from_json(self.as_json() | other.as_json())
-
-
 class SamplingParams(Record):
     """How the tokens of an answer are sampled. Each default leaves the model's own distribution as it is.
 
@@ -140,7 +131,7 @@ class SamplingParams(Record):
     min_p: float = 0.0
     max_tokens: int | None = None
     seed: int | None = None
-    stop: list[str] = []
+    stop: list[str] = Field(default_factory=list)
 
     @property
     def is_truncated(self) -> bool:
@@ -189,7 +180,7 @@ class Candidate(Record):
     mean_logprob: FiniteFloat | None = None
     score: FiniteFloat = 0.0
     chance: FiniteFloat = 0.0
-    features: dict[str, FiniteFloat] = {}
+    features: dict[str, FiniteFloat] = Field(default_factory=dict)
 
 
 class Selection(Record):
@@ -204,8 +195,8 @@ class Selection(Record):
     chosen: NonNegativeInt = 0
     is_plain: bool = False
     why: str = ""
-    candidates: list[Candidate] = []
-    moved: dict[str, FiniteFloat] = {}
+    candidates: list[Candidate] = Field(default_factory=list)
+    moved: dict[str, FiniteFloat] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check_chosen(self) -> Self:
@@ -314,15 +305,30 @@ class Feedback:
     id: str = field(default_factory=new_id)
 
 
+@dataclass(frozen=True)
+class Pick:
+    """A person's choice between the answer `turn_id` and the answer that it replaces.
+
+    `bot.store.picks` stores it as two acts of feedback.
+    """
+
+    turn_id: str
+    user_id: str
+    prefers_new: bool
+    event_id: str | None = None
+    at: datetime = field(default_factory=now)
+
+
 class Metrics(Record):
     """The recorded verdict on a policy version, and the values that its life cycle depends on.
 
     `judged_against` is the version that was live then. `drawn_at` is the time at which its training rows were read,
-    `judged_at` that of the opinions that judged it. `gain` is in rewards; `kl` is in nats per token, to the base. The other
+    `judged_at` that of the opinions that judged it. `labels` is the number of the policy's own answers that it learned from,
+    because a reward head judged them. `gain` is in rewards; `kl` is in nats per token, to the base. The other
     measures of a run (`learning.judging.metrics`) are kept with it.
     """
 
-    reasons: list[str] = []  # why it does not serve
+    reasons: list[str] = Field(default_factory=list)  # why it does not serve
     outcome: str = ""  # why its run ended without a verdict
     judged_against: str | None = None
     drawn_at: Time | None = None
@@ -330,6 +336,7 @@ class Metrics(Record):
     waits_for: int = 0  # reactions after `drawn_at`
     had_enough_evidence: bool = False
     is_better: bool = False
+    labels: int = 0
     kl: float | None = None
     gain: float | None = None
     live_before: str | None = Field(  # for a replaced base model: the version that was live

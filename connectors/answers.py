@@ -17,6 +17,7 @@ from bot.chat.dialogue import ReplyOptions, render_answer
 from bot.errors import DatabaseUnavailable, ForgottenError, KibitzError, ServerAsleep, quote_first_line
 from bot.logs import working_on
 from bot.store.feedback import not_retracted
+from bot.store.picks import find_earlier_answer
 from bot.types import Feedback, FeedbackKind, Message, Turn, new_id
 from connectors.base import Services
 from connectors.opinions import Opinions, ReactionSnapshot
@@ -26,15 +27,22 @@ log = logging.getLogger(__name__)
 
 BUSY = "I am still busy with what was said here before; please say that again in a moment."
 SORRY = "Sorry, I cannot answer now."
+NOTED = "Noted, thank you."
+TAKEN_BACK = "Taken back."
+NOT_ADMITTED = "You may not do that here."
 NOT_RECORDED = "Sorry, that is not recorded; please try again in a minute."
 
 PlatformMessage = TypeVar("PlatformMessage")
 
 
 class AnswerView(Protocol):
-    """The messages that show one answer. `turn_id` is set before the turn is stored."""
+    """The messages that show one answer. `turn_id` is set before the turn is stored.
+
+    `asks_for_pick` is set before `show_final`: whether to ask which is better, this answer or the one that it replaces.
+    """
 
     turn_id: str
+    asks_for_pick: bool
 
     async def show_partial(self, text: str) -> None:
         """Show a growing answer, with a way to stop it."""
@@ -123,7 +131,7 @@ class Answers:
 
         async def whole(turn: Turn) -> None:
             await growing.abandon()
-            await shown.show_final(render_answer(turn))
+            await self._show_final(turn, shown)
 
         stop = self._stops[turn_id] = asyncio.Event()
         stored = self._stored[turn_id] = asyncio.Event()
@@ -135,7 +143,7 @@ class Answers:
                 await growing.abandon()
             if turn.id != turn_id and not await self._call(self.deliveries.is_shown, self.platform, turn.id):
                 shown.turn_id = turn.id
-                await shown.show_final(render_answer(turn))
+                await self._show_final(turn, shown)
         except ForgottenError as error:
             log.info("no answer (turn %s): %s", turn_id, error)
         except ServerAsleep as error:
@@ -148,6 +156,12 @@ class Answers:
             await self._try_to_apologize(shown)
         finally:
             del self._stops[turn_id], self._stored[turn_id]
+
+    async def _show_final(self, turn: Turn, shown: AnswerView) -> None:
+        if turn.replaces is not None:
+            earlier = await self._call(find_earlier_answer, self.dialogue.store, turn.id)
+            shown.asks_for_pick = earlier is not None
+        await shown.show_final(render_answer(turn))
 
     async def _try_to_apologize(self, shown: AnswerView, text: str = SORRY) -> None:
         try:
@@ -178,15 +192,18 @@ class Answers:
                 given = replace(reaction, turn_id=turn_id)
                 await (self._commit(given) if is_admitted else self._commit_if_recorded(given))
 
-    async def record_opinion(self, given: Feedback) -> bool:
-        """Record an opinion. Return False if it was dropped. One on a growing answer waits until the turn is stored."""
-        with self.opinions.take(given) as taken:
-            return taken and await self._commit(given)
+    async def record_opinion(self, given: Feedback, store: Callable[[], Awaitable[object]] | None = None) -> bool:
+        """Record an opinion. Return False if it was dropped. One on a growing answer waits until the turn is stored.
 
-    async def _commit(self, given: Feedback) -> bool:
+        If it consists of several acts, `given` stands for all of them, and `store` commits them.
+        """
+        with self.opinions.take(given) as taken:
+            return taken and await self._commit(given, store)
+
+    async def _commit(self, given: Feedback, store: Callable[[], Awaitable[object]] | None = None) -> bool:
         await self._wait_until_stored(given.turn_id)
         try:
-            await self.dialogue.record_feedback(given)
+            await (self.dialogue.record_feedback(given) if store is None else store())
             return True
         except DatabaseUnavailable:
             raise  # not stored, so not acknowledged (law 1)
@@ -197,7 +214,7 @@ class Answers:
     async def _commit_if_recorded(self, retraction: Feedback) -> bool:
         """Commit the retraction of a reaction, if that was recorded and not taken back yet."""
         await self._wait_until_stored(retraction.turn_id)
-        recorded = self._select_reactions(await self._read_feedback(retraction.turn_id))
+        recorded = self._select_reactions(await self.read_feedback(retraction.turn_id))
         return (retraction.user_id, retraction.signal) in recorded and await self._commit(retraction)
 
     async def _wait_until_stored(self, turn_id: str) -> None:
@@ -215,7 +232,7 @@ class Answers:
         if shown_at is None:
             return
         forgotten = await self._call(self.users.find_forgotten_since, self.platform, shown_at)
-        said = await self._read_feedback(turn_id)
+        said = await self.read_feedback(turn_id)
         # No await until all are claimed: `said` would miss what is recorded meanwhile.
         newer = {(row.user_id, row.signal) for row in said if row.at > reading.read_at}
         recorded = self._select_reactions(said)
@@ -237,13 +254,14 @@ class Answers:
 
     async def retract_reactions(self, turn_id: str, message_id: str, symbol: str | None) -> None:
         """Take back all reactions to a message, or those with the emoji `symbol`, after the platform cleared them."""
-        recorded = self._select_reactions(await self._read_feedback(turn_id))
+        recorded = self._select_reactions(await self.read_feedback(turn_id))
         for (user, given), kind in sorted(recorded.items()):
             if symbol in (None, given):
                 self.opinions.expect_new_event((message_id, user, given))
                 await self.dialogue.record_feedback(Feedback(turn_id, user, kind, given, retracts=True))
 
-    async def _read_feedback(self, turn_id: str) -> list[Feedback]:
+    async def read_feedback(self, turn_id: str) -> list[Feedback]:
+        """Return all feedback on a turn, oldest first."""
         return (await self._call(self.dialogue.store.read_feedback_on, [turn_id])).get(turn_id, [])
 
     def _select_reactions(self, said: list[Feedback]) -> dict[tuple[str, str], FeedbackKind]:

@@ -19,9 +19,11 @@ from prompt_toolkit.patch_stdout import patch_stdout
 from bot.chat.dialogue import DialogueManager, ReplyOptions, render_answer
 from bot.errors import DataError, KibitzError, ServingError, TemplateError
 from bot.logs import working_on
-from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn, new_id
+from bot.store.feedback import find_reasons
+from bot.types import Conversation, Feedback, FeedbackKind, Message, Pick, Reason, Turn, new_id
 from connectors.base import Desk
 from connectors.commands import CONSENT_CHOICES, ask_for_choice
+from connectors.reasons import make_acts
 
 PLATFORM = SIGNAL = "terminal"
 STANDARD_INPUT = 0  # its file descriptor
@@ -29,14 +31,21 @@ READ_SIZE = 2**16  # bytes
 HELP = """say something, or:
   /good               👍 the last answer
   /bad                👎 the last answer
+  /bad LETTERS        the same, and why: {why}
   /undo               take back what you said about the last answer
   /regenerate         get another answer
+  /better earlier     after /regenerate: the answer before was better
+  /better this        after /regenerate: this answer is better
   /correct TEXT       say what the answer should have been
   /why                show what made the last answer
   /status             show what is live and what was learned
   /privacy on|off     allow or forbid kibitz to learn from you
   /forget-me          erase what you wrote and reacted to, and every version that learned from it
   /quit"""
+LETTERS = {"l": Reason.TOO_LONG, "w": Reason.WRONG, "o": Reason.OFF_TOPIC, "t": Reason.TONE, "u": Reason.UNSAFE}
+WHY = ", ".join(f"{letter} {reason}" for letter, reason in LETTERS.items())
+CHOICES = {"earlier": False, "this": True}  # of /better -> whether the new answer is better
+WHICH = "which is better? /better earlier or /better this"
 
 
 class Terminal:
@@ -73,7 +82,7 @@ class Terminal:
                     lambda: self.dialogue.respond(Message(place.id, self.user, text), self._reply_options)
                 )
             if command == "/help":
-                print(HELP)
+                print(HELP.format(why=WHY))
             elif command == "/status":
                 print(await self.desk.describe_status())
             elif command == "/privacy":
@@ -90,11 +99,11 @@ class Terminal:
             elif turn is None:
                 print("there is no answer yet")
             elif command == "/regenerate":
-                return await self._stream(lambda: self.dialogue.regenerate(turn.id, self.user, self._reply_options))
+                before = turn.id
+                turn = await self._stream(lambda: self.dialogue.regenerate(before, self.user, self._reply_options))
+                print(WHICH, flush=True)
             elif command == "/why":
                 print(await self.desk.explain_turn(turn.id))
-            elif command == "/correct" and not rest.strip():
-                print("say what the answer should have been: /correct TEXT")
             else:
                 print(await self._react(command, rest.strip(), turn))
         except (ServingError, TemplateError) as error:
@@ -104,20 +113,47 @@ class Terminal:
         return turn
 
     async def _react(self, command: str, text: str, turn: Turn) -> str:
+        if command == "/better":
+            return await self._pick(text.lower(), turn)
         if command == "/correct":
+            if not text:
+                return "say what the answer should have been: /correct TEXT"
             given = [Feedback(turn.id, self.user, FeedbackKind.CORRECTION, SIGNAL, text=text)]
         elif command == "/good":
             given = [Feedback(turn.id, self.user, FeedbackKind.APPROVAL, SIGNAL)]
         elif command == "/bad":
-            given = [Feedback(turn.id, self.user, FeedbackKind.DISAPPROVAL, SIGNAL)]
+            return await self._dislike(text, turn)
         elif command == "/undo":
             kinds = (FeedbackKind.APPROVAL, FeedbackKind.DISAPPROVAL, FeedbackKind.CORRECTION)
             given = [Feedback(turn.id, self.user, kind, SIGNAL, retracts=True) for kind in kinds]
+            await self.dialogue.retract_pick(Pick(turn.id, self.user, prefers_new=False))
+            await self._set_reasons(set(), turn)
         else:
             return f"there is no command {command}; /help lists them all"
         for one in given:
             await self.dialogue.record_feedback(one)
         return "taken back" if command == "/undo" else f"noted ({turn.policy_version})"
+
+    async def _dislike(self, text: str, turn: Turn) -> str:
+        """Record 👎, and why if `text` has letters of LETTERS."""
+        await self.dialogue.record_feedback(Feedback(turn.id, self.user, FeedbackKind.DISAPPROVAL, SIGNAL))
+        letters = set("".join(text.lower().split()))
+        if not letters <= LETTERS.keys():
+            return f"noted ({turn.policy_version}), but not why: say it in letters ({WHY})"
+        if letters:
+            await self._set_reasons({LETTERS[letter] for letter in letters}, turn)
+        return f"noted ({turn.policy_version})"
+
+    async def _set_reasons(self, reasons: set[Reason], turn: Turn) -> None:
+        standing = find_reasons((await self.dialogue.explain(turn.id)).feedback, self.user)
+        for act in make_acts(standing, reasons, turn.id, self.user):
+            await self.dialogue.record_feedback(act)
+
+    async def _pick(self, choice: str, turn: Turn) -> str:
+        if choice not in CHOICES:
+            return ask_for_choice(CHOICES)
+        await self.dialogue.record_pick(Pick(turn.id, self.user, CHOICES[choice]))
+        return f"noted ({turn.policy_version})"
 
     async def _stream(self, answer: Callable[[], Awaitable[Turn]]) -> Turn:
         print("kibitz: ", end="", flush=True)

@@ -4,28 +4,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from bot.serving.selection import SamplingPlan
-from bot.types import Candidate, Reply, Selection
+from bot.types import Candidate, Reply, Selection, Turn
 
 
 @dataclass
 class LongestAnswer:
     """Plans with `planned`, or with as many answers as it may. If `error` is set, whatever it is asked raises that.
 
-    `plans` has who asked and the most answers, `choices` the question with the texts to choose from, of each time.
+    `plans` has who asked and the most answers, `choices` the id of the rival with the texts to choose from, of each time.
     """
 
     planned: SamplingPlan | None = None
     error: Exception | None = None
     plans: list[tuple[str, int]] = field(default_factory=list)
-    choices: list[tuple[str, list[str]]] = field(default_factory=list)
+    choices: list[tuple[str | None, list[str]]] = field(default_factory=list)
     noticed: int = 0
 
     def plan(self, asker_id: str, most: int) -> SamplingPlan:
         self.plans.append((asker_id, most))
         return self.planned or SamplingPlan(most)
 
-    async def choose(self, question: str, replies: Sequence[Reply]) -> Selection:
-        self.choices.append((question, [one.text for one in replies]))
+    async def choose(self, replies: Sequence[Reply], rival: Turn | None = None) -> Selection:
+        self.choices.append((None if rival is None else rival.id, [one.text for one in replies]))
         if self.error is not None:
             raise self.error
         chosen = max(range(len(replies)), key=lambda row: len(replies[row].text))

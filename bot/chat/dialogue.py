@@ -24,12 +24,14 @@ from bot.serving.selection import Selector
 from bot.store.conversations import ConversationStore
 from bot.store.forgetting import forget_message
 from bot.store.histories import add_fingerprint, find_repeated_messages
+from bot.store.picks import PICK, find_pick, record_pick, retract_pick
 from bot.types import (
     FORGOTTEN,
     Conversation,
     Feedback,
     FeedbackKind,
     Message,
+    Pick,
     Reply,
     Role,
     SamplingParams,
@@ -202,7 +204,7 @@ class DialogueManager:
         message = await self.store.database.call(self.store.read_message, turn.message_id)
         if message.edited_at is None or message.edited_at < turn.at:
             await self.record_feedback(Feedback(turn.id, user_id, FeedbackKind.REGENERATE, signal="regenerate"))
-        return await self._answer(message, await self.tracker.build_context(message), turn.asker_id, turn.id, options)
+        return await self._answer(message, await self.tracker.build_context(message), turn.asker_id, turn, options)
 
     async def edit(self, event_id: str, text: str, at: datetime) -> None:
         """Store the new text of a message that its author edited. Answers stay as they were."""
@@ -240,8 +242,25 @@ class DialogueManager:
         given = await self.store.database.call(self.store.find_feedback, feedback_id)
         if given is None or given.user_id != user_id:
             return False
+        if given.signal == PICK:
+            standing = await self.store.database.call(find_pick, self.store, given.turn_id, user_id)
+            return given in standing and await self.retract_pick(Pick(given.turn_id, user_id, prefers_new=False))
         taken_back = replace(given, id=new_id(), at=now(), event_id=None, retracts=True)
         return await self.record_feedback(taken_back)
+
+    async def record_pick(self, pick: Pick) -> list[Feedback]:
+        """Commit a pick as `bot.store.picks.record_pick` does, and return its acts. Raises DataError as it does."""
+        with working_on(turn=pick.turn_id):
+            acts = await self.store.database.call(record_pick, self.store, pick)
+            log.debug("stored the pick of the %s answer", "new" if pick.prefers_new else "earlier")
+        return acts
+
+    async def retract_pick(self, pick: Pick) -> bool:
+        """Take back a person's pick between a turn and the answer that it replaces. Return False if there is none."""
+        with working_on(turn=pick.turn_id):
+            is_new = await self.store.database.call(retract_pick, self.store, pick)
+            log.debug("took back the pick%s", "" if is_new else ", of which there is none")
+        return is_new
 
     async def explain(self, turn_id: str) -> Explanation:
         """Return a turn and the feedback on it; `learning.data.explanation` computes its reward. Raises DataError if there
@@ -286,12 +305,12 @@ class DialogueManager:
         return first, answered, self.tracker.read_surroundings(first, place) if wanted else None
 
     async def _answer(
-        self, message: Message, context: Context, asker_id: str, replaces: str | None, options: ReplyOptions
+        self, message: Message, context: Context, asker_id: str, rival: Turn | None, options: ReplyOptions
     ) -> Turn:
         turn_id = options.turn_id or new_id()
         with working_on(turn=turn_id):
             with self.tracker.recall.answering():
-                reply, selection = await self._sample(message, context, asker_id, options)
+                reply, selection = await self._sample(message, context, asker_id, rival, options)
             turn = Turn(
                 conversation_id=message.conversation_id,
                 message_id=message.id,
@@ -305,7 +324,7 @@ class DialogueManager:
                 finish_reason=reply.finish_reason,
                 sampling=reply.sampling,
                 latency_ms=reply.latency_ms,
-                replaces=replaces,
+                replaces=None if rival is None else rival.id,
                 shown=context.shown,
                 selection=selection,
                 id=turn_id,
@@ -318,7 +337,7 @@ class DialogueManager:
             finally:
                 await stored
                 self.tracker.recall.embed_later([message, answer])
-                if replaces is None:
+                if rival is None:
                     self._follow_up_tasks.add(task := asyncio.create_task(self._record_follow_up(message)))
                     task.add_done_callback(self._follow_up_tasks.discard)
             tokens = len(turn.completion_ids or ())
@@ -340,15 +359,15 @@ class DialogueManager:
             log.exception("cannot record a follow-up")
 
     async def _sample(
-        self, message: Message, context: Context, asker_id: str, options: ReplyOptions
+        self, message: Message, context: Context, asker_id: str, rival: Turn | None, options: ReplyOptions
     ) -> tuple[Reply, Selection | None]:
         # Without it, the timing of the prefix cache reveals texts of other conversations (CVE-2025-46570).
         salt = hashlib.blake2b(message.conversation_id.encode(), key=self._secret).hexdigest()
         try:
             return await self.sampler.sample(
                 context.prompt_ids,
-                message.text,
                 asker_id,
+                rival=rival,
                 most=options.candidates,
                 on_text=options.on_text,
                 stop=options.stop,

@@ -12,7 +12,7 @@ from typing import Any
 from bot.errors import ReplyInterrupted, RequestRefused, quote_error, quote_first_line
 from bot.serving.policy import STOPPED, OnText, Policy, hand_over
 from bot.serving.selection import SamplingPlan, Selector
-from bot.types import Reply, Selection
+from bot.types import Reply, Selection, Turn
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +33,9 @@ class AnswerSampler:
     async def sample(
         self,
         prompt_ids: Sequence[int],
-        question: str,
         asker_id: str,
         *,
+        rival: Turn | None = None,
         most: int | None = None,
         on_text: OnText | None = None,
         stop: asyncio.Event | None = None,
@@ -44,7 +44,7 @@ class AnswerSampler:
         """Return the answer, and how it was selected: None if nothing was planned.
 
         A single answer is passed to `on_text` as it grows, a chosen one as a whole. At most `most` answers are sampled, if
-        given; `limits` are those of `Policy.reply`. Raises as `Policy.reply`.
+        given; `limits` are those of `Policy.reply`. `rival` is the turn that the answer replaces. Raises as `Policy.reply`.
         """
         plan = self._plan(asker_id, self.candidates if most is None else min(most, self.candidates))
         if plan.count > 1:
@@ -57,7 +57,7 @@ class AnswerSampler:
                 reply = await self.policy.reply(prompt_ids, on_text=on_text, stop=stop, **limits)
                 self._note_refusal(plan.count, error)  # only now: it may have refused the prompt
                 return reply, Selection(why=IS_REFUSED)
-            reply, selection = await self._choose(question, replies)
+            reply, selection = await self._choose(replies, rival)
             await hand_over(reply.text, on_text)
             return reply, selection
         reply = await self.policy.reply(prompt_ids, on_text=on_text, stop=stop, **limits)
@@ -84,7 +84,7 @@ class AnswerSampler:
             return SamplingPlan(why=f"the selector has no plan ({type(error).__name__})")
         return replace(plan, count=min(plan.count, most))
 
-    async def _choose(self, question: str, replies: Sequence[Reply]) -> tuple[Reply, Selection]:
+    async def _choose(self, replies: Sequence[Reply], rival: Turn | None) -> tuple[Reply, Selection]:
         """Return one of the replies, and how it was chosen. Blank ones are not chosen from."""
         usable = [one for one in replies if one.text.strip()]
         first = (usable or replies)[0]
@@ -95,7 +95,7 @@ class AnswerSampler:
         assert self.selector is not None
         try:
             async with asyncio.timeout(CHOICE_SECONDS):
-                selection = await self.selector.choose(question, usable)
+                selection = await self.selector.choose(usable, rival)
             if len(selection.candidates) != len(usable):
                 raise ValueError(f"{len(selection.candidates)} candidates for {len(usable)} answers")
             return usable[selection.chosen], selection

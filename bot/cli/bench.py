@@ -172,7 +172,11 @@ def bench_recall(
 def bench_learning(
     config: Config,
     part: Annotated[
-        str, typer.Option("--slice", help="ci (a quarter of an hour on two cores), rates, regimes or full (hours).")
+        str,
+        typer.Option(
+            "--slice",
+            help="few (reward head) or ci (objectives): minutes on two cores; rates, regimes or full: hours.",
+        ),
     ] = "full",
     arms: Annotated[str | None, typer.Option(help="Objectives and controls, separated by commas. Default: all.")] = None,
     users: Annotated[str | None, typer.Option(help="Built-in users, or a Python file with utility(prompt, reply).")] = None,
@@ -180,19 +184,25 @@ def bench_learning(
     plot: PlotFile = None,
 ) -> None:
     """Measure what each objective learns from simulated reactions, against a frozen and a placebo control."""
-    from learning.bench import grid, simulated_people
+    from learning.bench import few_figures, grid, simulated_people
 
     check_writable(json_file, plot)
     if users is not None:
         simulated_people.find_utility(users)  # raises before anything runs
-    wanted = grid.choose_cells(part, users, arms, config.seed)
+    is_few, kept = part == few_figures.SLICE, config.data / "bench" / f"learning-{part}.jsonl"
+    if is_few and arms is not None:
+        raise ConfigError(f"option --arms has value '{arms}', and --slice few has its own arms; leave --arms out")
+    cells = [] if is_few else grid.choose_cells(part, users, arms, config.seed)
     config, base = prepare_model(config, purpose=Purpose.TRAIN)
     with progress_bar() as progress:
-        points = grid.run_cells(config, base, wanted, config.data / "bench" / f"learning-{part}.jsonl", progress)
-    figures = grid.compute_figures(points, config.training.objective)
+        if is_few:
+            series = few_figures.run_cells(config, base, few_figures.choose_cells(users, config.seed), kept, progress)
+        else:
+            points = grid.run_cells(config, base, cells, kept, progress)
+    figures = few_figures.compute_figures(series) if is_few else grid.compute_figures(points, config.training.objective)
     print_figures(figures)
     if plot is not None:
-        grid.plot(points, plot)
+        few_figures.plot(series, plot) if is_few else grid.plot(points, plot)
         console.print(f"plot: {plot}")
     setup = {"slice": part, "arms": arms, "users": users, "seeds": grid.SEEDS, "seed": config.seed}
     setup["model"] = config.policy.model

@@ -3,13 +3,12 @@
 import asyncio
 from collections.abc import Callable
 
-from bot.app import Kibitz, make_desk, make_services, run, run_until_stopped, running
+from bot.app import Kibitz, make_desk, make_learner, make_services, run, run_until_stopped, running
 from bot.cli.options import command
 from bot.config import Config
 from bot.output import announce
 from connectors.access import Access
 from connectors.base import Connector
-from learning.rollout.loop import OnlineLearner
 from learning.training.choice import prepare_model
 
 
@@ -24,7 +23,7 @@ def chat(config: Config) -> None:
         async with running(config, model, announce, may_change_base=True) as kibitz:
             terminal = Terminal(kibitz.dialogue, make_desk(kibitz))
             if config.learning.enabled:
-                learner = OnlineLearner(kibitz.store, kibitz.deployment, config, announce)
+                learner = make_learner(kibitz)
                 kibitz.start(learner.run(kibitz.health))
             await terminal.run()
 
@@ -44,7 +43,7 @@ def serve(config: Config) -> None:
             for connector in connectors:
                 kibitz.keep_running(connector.name, connector.run)
             if config.learning.enabled:
-                learner = OnlineLearner(kibitz.store, kibitz.deployment, config, announce)
+                learner = make_learner(kibitz)
                 kibitz.start(learner.run(kibitz.health))
             try:
                 await asyncio.Event().wait()

@@ -29,7 +29,7 @@ def simulate(
     plot: PlotFile = None,
 ) -> None:
     """Learn from simulated users with hidden preferences, and print the learning curve."""
-    from learning.bench import simulated_people, simulation
+    from learning.bench import held_out, simulated_people, simulation, simulation_figures
 
     check_writable(json_file, plot)
     usual = simulated_people.choose_defaults(is_toy(config.policy.model))
@@ -49,17 +49,20 @@ def simulate(
                 learner = OnlineLearner(kibitz.store, kibitz.deployment, config, announce, progress)
                 people = simulated_people.People(utility, reaction_rate, noise, config.seed)
                 asked = simulated_people.read_prompts(is_toy(base))
-                play = simulation.Simulation(kibitz.dialogue, kibitz.policy, learner, people, asked, progress)
+                parts = kibitz.dialogue, kibitz.policy, learner, kibitz.selector
+                play = simulation.Simulation(*parts, people, asked, progress)
                 await play.run(rounds, messages, samples, lambda row: announce(row.to_line()))
                 played.append(play)
 
     run(main())
-    rows = played[0].rows
-    console.print(simulation.make_table(rows), simulation.make_samples_table(played[0].samples))
+    [play] = played
+    console.print(simulation_figures.make_table(play.rows), simulation_figures.make_samples_table(play.samples))
+    console.print(simulation_figures.describe_changes(play), markup=False, highlight=False)
     if plot is not None:
-        simulation.plot(rows, plot, f"users: {users}, {noise:.0%} noise, {reaction_rate:.0%} react")
+        simulation_figures.plot(play, plot, f"users: {users}, {noise:.0%} noise, {reaction_rate:.0%} react")
         console.print(f"learning curve: {plot}")
     setup = {"users": users, "rounds": rounds, "messages": messages, "reaction_rate": reaction_rate, "noise": noise}
     setup |= {"samples": samples, "seed": config.seed, "model": config.policy.model}
+    setup |= {"served_samples": held_out.SERVED_SAMPLES, "candidates": config.serving.candidates}
     setup |= {"training": config.training.model_dump(), "gate": config.gate.model_dump()}
-    write_json(json_file, "simulate", simulation.compute_figures(played[0], config.policy.model), setup)
+    write_json(json_file, "simulate", simulation_figures.compute_figures(play, config.policy.model), setup)

@@ -68,8 +68,13 @@ SIZE_TABLE = (
 )  # fmt: skip
 
 
-# Without a GPU all but the toy policy learn from shorter turns, so that a run takes minutes, not hours.
-CPU_DEFAULTS: dict[str, dict[str, Any]] = {"training": {"max_length": 512}}
+# Without a GPU all but the toy policy learn from shorter turns and from fewer answers of their own, so that a run takes
+# minutes, not hours; and people choose from fewer answers, so that they need not wait for seconds.
+CPU_DEFAULTS: dict[str, dict[str, Any]] = {
+    "training": {"max_length": 512},
+    "learning": {"distil_prompts": 12},
+    "serving": {"candidates": 4},
+}
 # A replay reads whole recorded conversations, which share no beginnings: it takes fewer steps and samples to save time.
 CPU_REPLAY_DEFAULTS: dict[str, dict[str, Any]] = {"training": {"max_steps": 24}, "gate": {"samples": 96}}
 
@@ -121,5 +126,5 @@ def _values(row: SizeDefaults, purpose: Purpose) -> dict[str, dict[str, Any]]:
     }
     if not has_gpu() and row is not SIZE_TABLE[0]:
         for section, values in (*CPU_DEFAULTS.items(), *(CPU_REPLAY_DEFAULTS.items() if purpose == Purpose.REPLAY else ())):
-            found[section] |= values
+            found[section] = found.get(section, {}) | values
     return found

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from bot.types import Reply, Selection
+from bot.types import Reply, Selection, Turn
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,11 @@ class Selector(Protocol):
     def plan(self, asker_id: str, most: int) -> SamplingPlan:
         """Return how many answers to sample, from 1 to `most`. It is called for each message, and must do no I/O."""
 
-    async def choose(self, question: str, replies: Sequence[Reply]) -> Selection:
-        """Choose one of at least two replies. The selection's candidates are the replies, in their order."""
+    async def choose(self, replies: Sequence[Reply], rival: Turn | None = None) -> Selection:
+        """Choose one of at least two replies. The selection's candidates are the replies, in their order.
+
+        People will compare the chosen one with the `rival`, if given: then choose one of which that comparison tells most.
+        """
 
     def notice_feedback(self) -> None:
         """Learn that feedback was committed. It must return at once, and refit in the background."""

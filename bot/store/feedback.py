@@ -5,7 +5,7 @@ Feedback is append-only: giving and retracting are both rows. The functions are 
 
 from collections.abc import Iterable
 
-from bot.types import Feedback, FeedbackKind
+from bot.types import Feedback, FeedbackKind, Reason
 
 OPINION_KINDS = {FeedbackKind.APPROVAL, FeedbackKind.DISAPPROVAL, FeedbackKind.RATING}
 
@@ -26,6 +26,12 @@ def select_effective(feedback: Iterable[Feedback]) -> list[Feedback]:
     rows = not_retracted(feedback)
     opinion = {(row.turn_id, row.user_id): row.id for row in rows if row.kind in OPINION_KINDS}
     return [row for row in rows if row.kind not in OPINION_KINDS or opinion[row.turn_id, row.user_id] == row.id]
+
+
+def find_reasons(feedback: Iterable[Feedback], user_id: str) -> set[Reason]:
+    """Return the reasons that a person gives for disliking the turn of this feedback."""
+    given = {row.signal for row in not_retracted(feedback) if row.user_id == user_id and row.kind == FeedbackKind.COMMENT}
+    return {reason for reason in Reason if reason.signal in given}
 
 
 def _sort_key(row: Feedback) -> tuple:

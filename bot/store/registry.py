@@ -228,6 +228,14 @@ class PolicyRegistry:
         with self._read() as versions:
             return versions.read_all()
 
+    def get_newest(self) -> PolicyVersion:
+        """Return the version that was made last. Raises RegistryError if there is none."""
+        with self._read() as versions:
+            found = versions.select(sa.select(policies).order_by(policies.c.number.desc()).limit(1))
+        if not found:
+            raise RegistryError("there is no policy version yet")
+        return found[0]
+
     def find_directories(self, state: PolicyState | None = None) -> dict[str, str]:
         """Return the directory of each version (or of those in one `state`), by name, oldest first."""
         query = _WITHOUT_METRICS if state is None else _WITHOUT_METRICS.where(policies.c.state == state)

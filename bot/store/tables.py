@@ -9,7 +9,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from bot.types import Metrics, Record, SamplingParams, Selection
+from bot.records import Record
+from bot.types import Metrics, SamplingParams, Selection
 
 metadata = sa.MetaData()
 

@@ -18,14 +18,14 @@ from bot.chat.dialogue import ReplyOptions
 from bot.config import DiscordConfig
 from bot.environment import find_proxy
 from bot.errors import ConnectorError, quote_first_line
-from bot.store.feedback import select_effective
-from bot.types import Conversation, Feedback, FeedbackKind, Message, Turn, new_id, now
+from bot.types import Conversation, Feedback, Message, Turn, new_id, now
 from connectors.access import TOO_FAST
-from connectors.answers import BUSY, NOT_RECORDED, Answers
+from connectors.answers import BUSY, Answers
 from connectors.base import Lanes, Services, Work, sleep_unless_stopped
 from connectors.commands import COMMANDS, Asker, Command, Commands
+from connectors.discord.interactions import DiscordInteractions
 from connectors.discord.markup import Markup, mentions_us
-from connectors.discord.messages import LIMIT, Button, DiscordAnswer, ReasonModal, typing
+from connectors.discord.messages import LIMIT, Button, DiscordAnswer, typing
 from connectors.discord.payloads import tolerate_bad_messages
 from connectors.discord.places import Places, find_reply_target, make_channel_conversation
 from connectors.discord.reading import is_speech, make_event_id, make_message, read, read_words
@@ -37,7 +37,6 @@ from connectors.streaming import Budgets
 log = logging.getLogger(__name__)
 RECONNECT_SECONDS = 5.0  # doubled up to a minute
 READY_SECONDS = 2.0  # without a further server until all count as known and reconciliation begins
-NOT_ADMITTED = "You may not do that here."
 
 
 class Discord:
@@ -55,6 +54,7 @@ class Discord:
         self.answers = Answers(services, self.name)
         self.places = Places(services.dialogue, self.answers, config.message_content)
         self.commands = Commands(services.desk, services.access, self.answers)
+        self.interactions = DiscordInteractions(self.answers, self.admits, self._queue_regeneration)
         self._call = services.dialogue.store.database.call
         self._pending: set[int] = set()  # messages that wait or are being answered; reconciliation skips them
         self._token = bot_token
@@ -168,47 +168,6 @@ class Discord:
         if turn_id is not None:
             await self.answers.retract_reactions(turn_id, str(message_id), symbol)
 
-    async def handle_button(self, act: str, turn_id: str, interaction: discord.Interaction) -> None:
-        """Act on a button under an answer. An opinion is committed before Discord gets a response."""
-        user = interaction.user
-        is_admitted = self.admits(user.id, interaction.channel_id or 0, read_roles(user))
-        if act in ("up", "down"):
-            kind = FeedbackKind.APPROVAL if act == "up" else FeedbackKind.DISAPPROVAL
-            await self._toggle_opinion(kind, turn_id, interaction, is_admitted)
-        elif not is_admitted:
-            await interaction.response.send_message(NOT_ADMITTED, ephemeral=True)
-        elif act == "stop":
-            self.answers.stop(turn_id)
-            await interaction.response.defer()
-        else:
-            await interaction.response.defer()
-            if not self.lanes.put(str(interaction.channel_id), lambda: self._regenerate(turn_id, str(user.id), interaction)):
-                await interaction.followup.send(BUSY, ephemeral=True)
-
-    async def _toggle_opinion(
-        self, kind: FeedbackKind, turn_id: str, interaction: discord.Interaction, is_admitted: bool
-    ) -> None:
-        """Record 👍 or 👎, or take it back, which whoever gave it always may."""
-        user, event = str(interaction.user.id), f"discord:{interaction.id}"
-        given = select_effective((await self.dialogue.explain(turn_id)).feedback)
-        again = any((row.user_id, row.kind, row.signal) == (user, kind, "button") for row in given)
-        if not (is_admitted or again):
-            await interaction.response.send_message(NOT_ADMITTED, ephemeral=True)
-        elif not await self.answers.record_opinion(
-            Feedback(turn_id, user, kind, signal="button", retracts=again, event_id=event)
-        ):
-            await interaction.response.send_message(NOT_RECORDED, ephemeral=True)
-        elif kind == FeedbackKind.DISAPPROVAL and not again:
-            await interaction.response.send_modal(ReasonModal(self.record_comment, turn_id))
-        else:
-            await interaction.response.send_message("Taken back." if again else "Noted, thank you.", ephemeral=True)
-
-    async def record_comment(self, turn_id: str, user: str, text: str, event: str) -> None:
-        """Record why somebody did not like an answer."""
-        await self.answers.record_opinion(
-            Feedback(turn_id, user, FeedbackKind.COMMENT, signal="reason", text=text, event_id=event)
-        )
-
     def admits(self, user_id: int, channel_id: int, roles: list[str] | None) -> bool:
         """Return whether a person with these roles (None if unknown: then they may not) may take part in a channel."""
         channel = None if self._client is None else self._client.get_channel(channel_id)
@@ -272,7 +231,11 @@ class Discord:
         read_so = [make_message(one, read_words(one, markup)) for one in said]
         return await self.answers.select_overheard(read_so, admitted.__contains__)
 
-    async def _regenerate(self, turn_id: str, user: str, interaction: discord.Interaction) -> None:
+    def _queue_regeneration(self, turn_id: str, interaction: discord.Interaction) -> bool:
+        return self.lanes.put(str(interaction.channel_id), lambda: self._regenerate(turn_id, interaction))
+
+    async def _regenerate(self, turn_id: str, interaction: discord.Interaction) -> None:
+        user = str(interaction.user.id)
         message, me = interaction.message, interaction.client.user
         if message is not None and me is not None:
             markup = Markup(message, me)

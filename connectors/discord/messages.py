@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import hashlib
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
@@ -17,12 +17,13 @@ import discord
 from bot.errors import ForgottenError
 from connectors.answers import SORRY, Answers
 from connectors.discord.markup import Markup
+from connectors.picks import PICKS
 from connectors.splitting import split
 
 LIMIT = 2000  # characters of one message
 BUTTONS = {"up": "👍", "down": "👎", "again": "🔄", "stop": "⏹️"}
+PICK_ROW = 1  # of the buttons
 INVALID_FORM_BODY = 50035  # Discord's code for a request with an invalid field, such as a reply to a message that is gone
-RecordComment = Callable[[str, str, str, str], Awaitable[None]]  # takes turn id, user, text, event id
 TYPING_DELAY = 0.2  # seconds before the typing indicator is shown: most answers appear sooner
 
 
@@ -49,6 +50,7 @@ class DiscordAnswer:
     def __init__(self, answers: Answers, to: discord.Message, turn_id: str, markup: Markup):
         self.answers, self.question, self.turn_id, self.markup = answers, to, turn_id, markup
         self.messages: list[discord.Message] = []
+        self.asks_for_pick = False
         self.is_removed = False  # a moderator deleted one of the messages
 
     async def show_partial(self, text: str) -> None:
@@ -59,8 +61,9 @@ class DiscordAnswer:
     async def show_final(self, text: str) -> None:
         """Show all parts of the final answer, with the buttons under the last."""
         parts = [part.text for part in split(self.markup.restore_markup(text) or "…", LIMIT) if part.text.strip()] or ["…"]
+        buttons = ["up", "down", "again", *(PICKS if self.asks_for_pick else [])]
         for number, part in enumerate(parts):
-            await self._show(number, part, ["up", "down", "again"] if number == len(parts) - 1 else [])
+            await self._show(number, part, buttons if number == len(parts) - 1 else [])
 
     async def apologize(self, text: str = SORRY) -> None:
         """Say that there will be no answer."""
@@ -98,12 +101,17 @@ class DiscordAnswer:
 
 
 class Button(
-    discord.ui.DynamicItem[discord.ui.Button[Any]], template=r"kibitz:(?P<act>up|down|again|stop):(?P<turn>[0-9a-f-]{36})"
+    discord.ui.DynamicItem[discord.ui.Button[Any]],
+    template=rf"kibitz:(?P<act>{'|'.join([*BUTTONS, *PICKS])}):(?P<turn>[0-9a-f-]{{36}})",
 ):
     """A button whose id names its act and its turn, so that it works after a restart."""
 
     def __init__(self, act: str, turn_id: str):
-        super().__init__(discord.ui.Button(emoji=BUTTONS[act], custom_id=f"kibitz:{act}:{turn_id}"))
+        row = PICK_ROW if act in PICKS else 0
+        shown = discord.ui.Button[Any](
+            emoji=BUTTONS.get(act), label=PICKS.get(act), custom_id=f"kibitz:{act}:{turn_id}", row=row
+        )
+        super().__init__(shown)
         self.act, self.turn_id = act, turn_id
 
     @classmethod
@@ -115,21 +123,4 @@ class Button(
 
     async def callback(self, interaction: discord.Interaction[Any]) -> None:
         """Pass the press to the connector."""
-        await interaction.client.connector.handle_button(self.act, self.turn_id, interaction)
-
-
-class ReasonModal(discord.ui.Modal, title="What was wrong with it?"):
-    """The modal that asks for a short reason for 👎. The opinion is recorded already."""
-
-    text: discord.ui.TextInput[Any] = discord.ui.TextInput(label="In a few words", required=False, max_length=300)
-
-    def __init__(self, keep: RecordComment, turn_id: str):
-        super().__init__()
-        self.record_comment, self.turn_id = keep, turn_id
-
-    async def on_submit(self, interaction: discord.Interaction[Any]) -> None:
-        """Record the reason, if one was given."""
-        if self.text.value.strip():
-            user, event = str(interaction.user.id), f"discord:{interaction.id}"
-            await self.record_comment(self.turn_id, user, self.text.value, event)
-        await interaction.response.send_message("Noted, thank you.", ephemeral=True)
+        await interaction.client.connector.interactions.handle_button(self.act, self.turn_id, interaction)

@@ -8,6 +8,7 @@ Tests drive it as people would.
 import asyncio
 import json
 import time
+from collections.abc import Collection
 from datetime import UTC, datetime
 from typing import Any
 
@@ -26,6 +27,7 @@ from connectors.local.discord_state import (
     VIA,
     VIEW_CHANNEL,
     DiscordState,
+    fill_in,
 )
 
 
@@ -132,11 +134,13 @@ class LocalDiscord(DiscordState):
         data = {"custom_id": button["custom_id"], "component_type": 2}
         return await self._interact(user, 3, data, message)
 
-    async def submit(self, user: int, message: int, modal: dict[str, Any], text: str) -> dict[str, Any]:
-        """Submit a modal as a person. Return the bot's first response."""
-        field = modal["components"][0]["components"][0]
-        rows = [{"type": 1, "components": [{"type": 4, "custom_id": field["custom_id"], "value": text}]}]
-        return await self._interact(user, 5, {"custom_id": modal["custom_id"], "components": rows}, message)
+    async def submit(
+        self, user: int, message: int, modal: dict[str, Any], text: str, ticked: Collection[str] | None = None
+    ) -> dict[str, Any]:
+        """Submit a modal as a person, with boxes `ticked` in place of those that are ticked already. Return the response."""
+        filled = [fill_in(label["component"], text, ticked) for label in modal["components"]]
+        labels = [{"type": 18, "id": number, "component": field} for number, field in enumerate(filled)]
+        return await self._interact(user, 5, {"custom_id": modal["custom_id"], "components": labels}, message)
 
     async def use_command(self, user: int, channel: int, name: str, choice: str = "") -> str:
         """Use a slash command as a person. Return the reply that only they see."""

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import time
 from collections import defaultdict
+from collections.abc import Collection
 from typing import Any
 
 from aiohttp import web
@@ -149,3 +150,16 @@ class DiscordState:
         direct = self.channels[int(message["channel_id"])]["type"] == 1
         to_us = direct or message["mentions"] or message["mention_roles"] or message["author"]["id"] == str(BOT)
         return message if to_us or self._intents & MESSAGE_CONTENT else message | {"content": ""}
+
+
+def fill_in(field: dict[str, Any], text: str, ticked: Collection[str] | None) -> dict[str, Any]:
+    """Return what Discord sends for a text input (type 4) or a checkbox group (22) of a modal."""
+    sent = {"type": field["type"], "custom_id": field["custom_id"]}
+    if field["type"] == 4:
+        return {**sent, "value": text}
+    options = {one["value"]: one.get("default", False) for one in field["options"]}
+    chosen = [value for value, is_ticked in options.items() if (is_ticked if ticked is None else value in ticked)]
+    assert len(options) <= 10
+    assert set(ticked or ()) <= options.keys()
+    assert field["min_values"] <= len(chosen) <= field["max_values"]
+    return {**sent, "values": chosen}

@@ -1,4 +1,5 @@
-"""Drive every platform in one way: people write, react, take back, regenerate, edit and delete on a local server.
+"""Drive every platform in one way: people write, react, pick, take back, regenerate, edit and delete on a local
+server.
 
 The connector on the other side is the real one, with the platform's unmodified client library. The scenarios of the tests
 and `kibitz bench connectors` use these.
@@ -22,6 +23,7 @@ from connectors.local.discord import LocalDiscord
 from connectors.local.discord_state import TOKEN
 from connectors.local.slack import LocalSlack
 from connectors.local.slack_state import APP_TOKEN, BOT_TOKEN
+from connectors.picks import EARLIER, NEWER
 from connectors.slack.connector import Secrets, Slack
 from connectors.web.server import Endpoint, Web
 
@@ -52,6 +54,12 @@ class Platform(benchmark.Platform, Protocol):
 
     async def regenerate(self, user: str, answer: SeenAnswer) -> None:
         """Ask for another answer as a person."""
+
+    async def pick(self, user: str, answer: SeenAnswer, prefers_new: bool) -> None:
+        """Say as a person which is better: a second answer, or the one that it replaces."""
+
+    async def take_pick_back(self, user: str, answer: SeenAnswer, prefers_new: bool) -> None:
+        """Take that back."""
 
     async def edit(self, place: str, question: str, text: str) -> None:
         """Edit a question as its author."""
@@ -152,6 +160,11 @@ class DiscordPlatform(_LocalServerPlatform):
     async def regenerate(self, user: str, answer: SeenAnswer) -> None:
         await self.fake.press(make_discord_id(user), int(answer.id), "again")
 
+    async def pick(self, user: str, answer: SeenAnswer, prefers_new: bool) -> None:
+        await self.fake.press(make_discord_id(user), int(answer.id), NEWER if prefers_new else EARLIER)
+
+    take_pick_back = pick  # the same button again
+
     async def edit(self, place: str, question: str, text: str) -> None:
         await self.fake.edit(int(question), text)
 
@@ -206,6 +219,11 @@ class SlackPlatform(_LocalServerPlatform):
     async def regenerate(self, user: str, answer: SeenAnswer) -> None:
         await self.fake.click(user.upper(), self.fake.messages[answer.id], "again")
 
+    async def pick(self, user: str, answer: SeenAnswer, prefers_new: bool) -> None:
+        await self.fake.click(user.upper(), self.fake.messages[answer.id], NEWER if prefers_new else EARLIER)
+
+    take_pick_back = pick  # the same button again
+
     async def edit(self, place: str, question: str, text: str) -> None:
         await self.fake.edit(place, question, text)
 
@@ -222,7 +240,7 @@ class WebPlatform:
     def __init__(self, services: Services):
         self._bot = _ConnectorRunner(lambda: Web(services, self._endpoint), self._ready)
         self._shown: dict[str, list[SeenAnswer]] = {}
-        self._given: dict[tuple[str, str, bool], str] = {}
+        self._given: dict[tuple[str, str, str, bool], str] = {}
         self._asking: set[asyncio.Task[None]] = set()
         self._change_signals: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
         self._count = 0
@@ -263,12 +281,24 @@ class WebPlatform:
         return answer.id.removeprefix("chatcmpl-")
 
     async def react(self, user: str, answer: SeenAnswer, likes: bool) -> None:
-        body = {"inference_id": answer.id, "metric_name": "thumb", "value": likes, "user": user}
-        async with self._http.post("/v1/feedback", json=body) as response:
-            self._given[user, answer.id, likes] = (await response.json())["feedback_id"]
+        await self._give(user, answer, "thumb", likes)
 
     async def take_back(self, user: str, answer: SeenAnswer, likes: bool) -> None:
-        given = self._given[user, answer.id, likes]
+        await self._retract(user, answer, "thumb", likes)
+
+    async def pick(self, user: str, answer: SeenAnswer, prefers_new: bool) -> None:
+        await self._give(user, answer, "pick", prefers_new)
+
+    async def take_pick_back(self, user: str, answer: SeenAnswer, prefers_new: bool) -> None:
+        await self._retract(user, answer, "pick", prefers_new)
+
+    async def _give(self, user: str, answer: SeenAnswer, metric: str, value: bool) -> None:
+        body = {"inference_id": answer.id, "metric_name": metric, "value": value, "user": user}
+        async with self._http.post("/v1/feedback", json=body) as response:
+            self._given[user, answer.id, metric, value] = (await response.json())["feedback_id"]
+
+    async def _retract(self, user: str, answer: SeenAnswer, metric: str, value: bool) -> None:
+        given = self._given[user, answer.id, metric, value]
         await self._http.delete(f"/v1/feedback/{given}", params={"user": user})
 
     async def regenerate(self, user: str, answer: SeenAnswer) -> None:

@@ -7,11 +7,12 @@ machine, counts rate limits, and keeps messages and their blocks. Tests drive it
 import asyncio
 import json
 import time
+from collections.abc import Collection
 from typing import Any
 
 from aiohttp import WSMsgType, web
 
-from connectors.local.slack_state import APP_TOKEN, BOT, BOT_TOKEN, TEAM, SlackState
+from connectors.local.slack_state import APP_TOKEN, BOT, BOT_TOKEN, TEAM, SlackState, fill_in
 
 
 class LocalSlack(SlackState):
@@ -115,12 +116,14 @@ class LocalSlack(SlackState):
         stopped = {"streaming_message_ts": [one["ts"] for one in streams], "event_ts": self.ts()}
         await self.deliver_event(event | stopped, f"Ev{next(self.numbers)}")
 
-    async def submit(self, user: str, view: dict[str, Any], text: str) -> None:
-        """Submit a modal as a person."""
-        state = {"values": {"reason": {"text": {"type": "plain_text_input", "value": text}}}}
-        shown = {**view, "id": f"V{next(self.numbers)}", "state": state}
+    async def submit(
+        self, user: str, view: dict[str, Any], text: str, ticked: Collection[str] | None = None, view_id: str = ""
+    ) -> dict[str, Any]:
+        """Submit a modal as a person, with boxes `ticked` in place of those that are ticked already. Return the ack."""
+        state = {"values": fill_in(view, text, ticked)}
+        shown = {**view, "id": view_id or f"V{next(self.numbers)}", "state": state}
         body = {"type": "view_submission", "user": {"id": user}, "team": {"id": TEAM}, "api_app_id": "A1", "view": shown}
-        await self._deliver("interactive", body)
+        return await self._deliver("interactive", body)
 
     async def react(self, user: str, message: dict[str, Any], name: str, remove: bool = False, at: str = "") -> None:
         """Add or remove a reaction as a person."""
@@ -137,25 +140,24 @@ class LocalSlack(SlackState):
         await self._deliver("events_api", payload)
 
     async def click(self, user: str, message: dict[str, Any], act: str) -> None:
-        """Press `up`, `down`, `again` or `stop` under a message as a person."""
+        """Press `up`, `down`, `again`, `stop` or a button of a pick under a message as a person."""
         action = self._action(message, act) | {"action_ts": self.ts(), "block_id": "b"}
         container = {"type": "message", "message_ts": message["ts"], "channel_id": message["channel"]}
         if message.get("thread_ts"):
             container["thread_ts"] = message["thread_ts"]
-        await self._deliver(
-            "interactive",
-            {
-                "type": "block_actions",
-                "user": {"id": user, "team_id": TEAM},
-                "team": {"id": TEAM},
-                "api_app_id": "A1",
-                "container": container,
-                "channel": {"id": message["channel"]},
-                "message": {"ts": message["ts"]},
-                "trigger_id": f"t{next(self.numbers)}",
-                "actions": [action],
-            },
-        )
+        body = {
+            "type": "block_actions",
+            "user": {"id": user, "team_id": TEAM},
+            "team": {"id": TEAM},
+            "api_app_id": "A1",
+            "container": container,
+            "channel": {"id": message["channel"]},
+            "message": {"ts": message["ts"]},
+            "trigger_id": f"t{next(self.numbers)}",
+            "actions": [action],
+        }
+        for _ in range(self.repeats):
+            await self._deliver("interactive", body)
 
     async def use_command(self, user: str, channel: str, name: str, text: str = "") -> str:
         """Use a slash command as a person. Return the reply, which may come long after the ack."""
@@ -275,7 +277,11 @@ class LocalSlack(SlackState):
         return asked[method]() if method in asked else self._change(method, body)
 
     def _open_view(self, view: Any) -> dict[str, Any]:
-        self.views.put_nowait(view if isinstance(view, dict) else json.loads(view))
+        view = view if isinstance(view, dict) else json.loads(view)
+        elements = [block["element"] for block in view["blocks"] if block["type"] == "input"]
+        if len(view["title"]["text"]) > 24 or any(one.get("initial_options") == [] for one in elements):
+            return {"error": "invalid_arguments"}
+        self.views.put_nowait(view)
         return {"view": {"id": "V1"}}
 
     def _show_status(self, body: dict[str, Any]) -> dict[str, Any]:

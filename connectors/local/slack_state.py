@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import time
 from collections import defaultdict
+from collections.abc import Collection
 from typing import Any
 
 from aiohttp import web
@@ -28,6 +29,7 @@ class SlackState:
         self.ack_seconds = 60.0  # Slack: 3
         self.rate_limited = 0  # how many of the next writing calls are answered 429
         self.no_streams = False
+        self.repeats = 1  # how often each press of a button is delivered
         self.is_dropping_events = False  # events are delivered to nobody
         self.met_429 = 0
         self.write_times: dict[str, list[float]] = defaultdict(list)  # when the bot wrote or changed each of its messages
@@ -124,3 +126,19 @@ class SlackState:
         if any(len(one["text"]) > 12_000 for one in body.get("blocks") or [] if one["type"] == "markdown"):
             return {"error": "msg_blocks_too_long"}
         return None
+
+
+def fill_in(view: dict[str, Any], text: str, ticked: Collection[str] | None) -> dict[str, Any]:
+    """Return the values that Slack sends for the texts and checkboxes of a modal, by block and action."""
+    values: dict[str, Any] = {}
+    for block in view["blocks"]:
+        field = block["element"]
+        sent: dict[str, Any] = {"type": field["type"]}
+        if field["type"] == "plain_text_input":
+            sent["value"] = text or None
+        else:
+            options = {one["value"]: one for one in field["options"]}
+            before = [one["value"] for one in field.get("initial_options", [])]
+            sent["selected_options"] = [options[value] for value in (before if ticked is None else ticked)]
+        values[block["block_id"]] = {field["action_id"]: sent}
+    return values

@@ -12,18 +12,18 @@ from slack_sdk.errors import SlackApiError
 
 from bot.chat.dialogue import ReplyOptions
 from bot.errors import quote_first_line
-from bot.types import Feedback, FeedbackKind, Turn
-from connectors.answers import BUSY, NOT_RECORDED, SORRY
+from bot.store.feedback import find_reasons
+from bot.types import Feedback, FeedbackKind, Pick, Turn
+from connectors.answers import BUSY, NOT_ADMITTED, NOT_RECORDED, NOTED, SORRY
 from connectors.commands import COMMANDS, Asker
+from connectors.picks import NEWER, PICKS, press_pick
+from connectors.reasons import record_reasons
 from connectors.slack.messages import ask_and_show, make_reason_modal
 from connectors.slack.places import Place, read_error_code
 from connectors.slack.reader import fetch
 from connectors.slack.workspace import Workspace
 
 log = logging.getLogger(__name__)
-
-NOTED = "Noted, thank you."
-NOT_ADMITTED = "You may not do that here."
 
 
 class SlackInteractions:
@@ -34,7 +34,7 @@ class SlackInteractions:
 
     def register_handlers(self, app: AsyncApp) -> None:
         """Register handlers for the buttons, modals and commands of an app."""
-        app.action(re.compile("opinion|again|stop"))(self._handle_button)
+        app.action(re.compile("|".join(["opinion", "again", "stop", *PICKS])))(self._handle_button)
         app.view("reason")(self._handle_reason)
         for command in COMMANDS:
             app.command(f"/kibitz-{command.name}")(self._handle_command)
@@ -66,7 +66,12 @@ class SlackInteractions:
 
     async def _perform_action(self, user: str, place: Place, action: dict[str, Any], trigger: str) -> str:
         """Do what a button says. Return what to tell the person who pressed it, or ""."""
-        if not self.workspace.access.admits(user, place.channel):
+        is_admitted = self.workspace.access.admits(user, place.channel)
+        if action["action_id"] in PICKS:
+            event = f"slack:{action['value']}:{user}:{action['action_ts']}"
+            pick = Pick(action["value"], user, action["action_id"] == NEWER, event)
+            return await press_pick(self.workspace.answers, pick, is_admitted)
+        if not is_admitted:
             return NOT_ADMITTED
         if action["action_id"] == "opinion":
             return await self._record_opinion(user, action, trigger)
@@ -83,8 +88,9 @@ class SlackInteractions:
         if not await self.workspace.answers.record_opinion(Feedback(turn_id, user, kind, signal="button", event_id=event)):
             return NOT_RECORDED
         if act == "down":
+            standing = find_reasons(await self.workspace.answers.read_feedback(turn_id), user)
             try:
-                await self.workspace.client.views_open(trigger_id=trigger, view=make_reason_modal(turn_id))
+                await self.workspace.client.views_open(trigger_id=trigger, view=make_reason_modal(turn_id, standing))
             except SlackApiError as error:  # too late, most likely; the opinion is recorded anyway
                 log.info("cannot ask for the reason of a 👎: %s", read_error_code(error))
         return NOTED
@@ -98,13 +104,15 @@ class SlackInteractions:
         return "" if self.workspace.lanes.put(lane, lambda: ask_and_show(self.workspace, place, user, regenerate)) else BUSY
 
     async def _handle_reason(self, ack: Any, body: dict[str, Any], view: dict[str, Any]) -> None:
-        """Record why somebody did not like an answer."""
-        said = view["state"]["values"]["reason"]["text"].get("value") or ""
-        if said.strip():
-            turn_id, user, event = view["private_metadata"], body["user"]["id"], f"slack:{view['id']}"
-            given = Feedback(turn_id, user, FeedbackKind.COMMENT, signal="reason", text=said, event_id=event)
-            await self.workspace.answers.record_opinion(given)
-        await ack()
+        """Record why somebody did not like an answer. If that is over a limit, say so in the modal, which stays open."""
+        turn_id, user, event = view["private_metadata"], body["user"]["id"], f"slack:{view['id']}"
+        boxes, comment = (view["state"]["values"][name][name] for name in ("reasons", "comment"))
+        ticked = [option["value"] for option in boxes.get("selected_options") or []]
+        given = ticked, comment.get("value") or ""
+        if await record_reasons(self.workspace.answers, turn_id, user, *given, event):
+            await ack()
+        else:
+            await ack(response_action="errors", errors={"reasons": NOT_RECORDED})
 
     async def _whisper(self, place: Place, user: str, text: str) -> None:
         """Tell one person something that nobody else sees."""

@@ -6,14 +6,16 @@ buttons stand under the last part.
 
 import logging
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
 from slack_sdk.errors import SlackApiError
 
 from bot.chat.dialogue import ReplyOptions
-from bot.types import Turn, new_id
+from bot.types import Reason, Turn, new_id
+from connectors import reasons
 from connectors.answers import SORRY
+from connectors.picks import PICKS
 from connectors.slack.places import Place, read_error_code
 from connectors.slack.workspace import Workspace
 from connectors.splitting import split
@@ -29,16 +31,29 @@ def neutralize_mentions(text: str) -> str:
     return re.sub(r"<(?=[!@#])", "<\u200b", text)
 
 
-def make_reason_modal(turn_id: str) -> dict[str, Any]:
-    """Return the modal that asks why somebody did not like an answer."""
+def make_reason_modal(turn_id: str, standing: Collection[Reason]) -> dict[str, Any]:
+    """Return the modal that asks why somebody did not like an answer. The `standing` reasons are ticked."""
 
-    def plain(text: str) -> dict[str, str]:
-        return {"type": "plain_text", "text": text}
+    def option(reason: Reason) -> dict[str, Any]:
+        return {"text": _plain(str(reason)), "value": str(reason)}
 
-    field = {"type": "plain_text_input", "action_id": "text", "max_length": 300}
-    question = {"type": "input", "block_id": "reason", "optional": True, "label": plain("In a few words"), "element": field}
-    frame = {"title": plain("What was wrong?"), "submit": plain("Send"), "close": plain("Skip")}
-    return {"type": "modal", "callback_id": "reason", "private_metadata": turn_id, **frame, "blocks": [question]}
+    def question(name: str, label: str, element: dict[str, Any]) -> dict[str, Any]:
+        field = {"action_id": name, **element}
+        return {"type": "input", "block_id": name, "optional": True, "label": _plain(label), "element": field}
+
+    boxes: dict[str, Any] = {"type": "checkboxes", "options": [option(reason) for reason in Reason]}
+    if standing:  # Slack refuses an empty list
+        boxes["initial_options"] = [option(reason) for reason in Reason if reason in standing]
+    blocks = [
+        question("reasons", reasons.TICK, boxes),
+        question("comment", reasons.COMMENT, {"type": "plain_text_input", "max_length": reasons.MOST_CHARACTERS}),
+    ]
+    frame = {"title": _plain(reasons.TITLE), "submit": _plain("Send"), "close": _plain("Skip")}
+    return {"type": "modal", "callback_id": "reason", "private_metadata": turn_id, **frame, "blocks": blocks}
+
+
+def _plain(text: str) -> dict[str, Any]:
+    return {"type": "plain_text", "text": text}
 
 
 class SlackAnswer:
@@ -47,6 +62,7 @@ class SlackAnswer:
     def __init__(self, workspace: Workspace, place: Place, user: str):
         self.workspace, self.place, self.user = workspace, place, user
         self.turn_id = new_id()
+        self.asks_for_pick = False
         self._ts = ""
         self._streaming = False
         self._sent = ""  # the text in the stream
@@ -62,7 +78,7 @@ class SlackAnswer:
         elif self._streaming:
             await self._append(text)
         else:
-            await self._edit(text, [self._button("stop", "⏹ Stop")])
+            await self._edit(text, [self._buttons({"stop": "⏹ Stop"})])
 
     async def show_final(self, text: str) -> None:
         """Show all parts of the final answer, with the buttons under the last."""
@@ -99,7 +115,7 @@ class SlackAnswer:
                     self._streaming, self._sent = True, text
                     await self._record_delivery(sent["ts"], 0)
                     return
-        await self._post(text, [self._button("stop", "⏹ Stop")], 0)
+        await self._post(text, [self._buttons({"stop": "⏹ Stop"})], 0)
 
     async def _append(self, text: str) -> None:
         more = text[len(self._sent) :]
@@ -151,11 +167,10 @@ class SlackAnswer:
         await self.workspace.answers.record_delivery(channel, f"{channel}:{ts}", self.turn_id, part)
 
     def _make_feedback_blocks(self) -> Blocks:
-        """Return the native feedback buttons, and a button to answer again (Slack's only icon for buttons is `trash`)."""
+        """Return the native feedback buttons, and the others (Slack's only icon for buttons is `trash`)."""
 
         def thumb(symbol: str, act: str, label: str) -> dict[str, Any]:
-            text = {"type": "plain_text", "text": symbol}
-            return {"text": text, "value": f"{act}:{self.turn_id}", "accessibility_label": label}
+            return {"text": _plain(symbol), "value": f"{act}:{self.turn_id}", "accessibility_label": label}
 
         feedback = {
             "type": "feedback_buttons",
@@ -163,12 +178,16 @@ class SlackAnswer:
             "positive_button": thumb("👍", "up", "Good answer"),
             "negative_button": thumb("👎", "down", "Bad answer"),
         }
-        return [{"type": "context_actions", "elements": [feedback]}, self._button("again", "🔄 Answer again")]
+        buttons = {"again": "🔄 Answer again"} | (PICKS if self.asks_for_pick else {})
+        return [{"type": "context_actions", "elements": [feedback]}, self._buttons(buttons)]
 
-    def _button(self, act: str, label: str) -> dict[str, Any]:
-        text = {"type": "plain_text", "text": label, "emoji": True}
-        button = {"type": "button", "action_id": act, "text": text, "value": self.turn_id}
-        return {"type": "actions", "elements": [button]}
+    def _buttons(self, labels: dict[str, str]) -> dict[str, Any]:
+        """Return a row of buttons. `labels` has the text of each act."""
+        buttons = [
+            {"type": "button", "action_id": act, "text": _plain(label) | {"emoji": True}, "value": self.turn_id}
+            for act, label in labels.items()
+        ]
+        return {"type": "actions", "elements": buttons}
 
 
 async def ask_and_show(

@@ -19,7 +19,8 @@ from pydantic import (
 
 from bot.chat.dialogue import History, render_answer
 from bot.errors import DataError
-from bot.types import Feedback, FeedbackKind, Role, Turn
+from bot.store.picks import PICK
+from bot.types import Feedback, FeedbackKind, Reason, Role, Turn
 
 MODEL = "kibitz"
 UNSEEN = "(I can read text only; I have not seen what came with it.)\n\n"  # before an answer to a message with a picture
@@ -193,8 +194,9 @@ class CompletionRequest(Shape):
 class FeedbackRequest(Shape):
     """Feedback on a completion: `value` is true or false (or 1 or 0), a number in [-1, 1], or text.
 
-    Text is a comment if `metric_name` is "comment", and a correction if it is "demonstration". `episode_id`, in place of
-    `inference_id`, means the last answer in a conversation. With `dryrun` nothing is recorded.
+    Text is a comment if `metric_name` is "comment", a correction if it is "demonstration", and the value of a `Reason` if it
+    is "reason". With "pick", true means that a second answer is better, and false that the one which it replaces is.
+    `episode_id`, in place of `inference_id`, means the last answer in a conversation. With `dryrun` nothing is recorded.
     """
 
     inference_id: Annotated[Name, Field(validation_alias=AliasChoices("inference_id", "completion_id"))] = ""
@@ -208,19 +210,33 @@ class FeedbackRequest(Shape):
     def _check_meaning(self) -> "FeedbackRequest":
         if bool(self.inference_id) == bool(self.episode_id):
             raise ValueError("give either inference_id, the id of a completion, or episode_id")
-        textual = self.metric_name in ("comment", "demonstration")
+        textual = self.metric_name in ("comment", "demonstration", "reason")
         if isinstance(self.value, str) != textual:
-            raise ValueError("value must be text for comment and demonstration, and a boolean or a number for all else")
+            raise ValueError(
+                "value must be text for comment, demonstration and reason, and a boolean or a number for all else"
+            )
         if textual and not str(self.value).strip():
             raise ValueError("value is empty; say something")
+        if self.metric_name == "reason" and self.value not in list(Reason):
+            raise ValueError(f"value must be one of {', '.join(Reason)}; for other reasons send a comment")
+        if self.is_pick and self.value not in (0, 1):
+            raise ValueError("value of a pick must be true (the new answer is better) or false (the earlier one is)")
         if not isinstance(self.value, str) and not -1 <= self.value <= 1:
             raise ValueError("value must be in [-1, 1]")
         if isinstance(self.value, float) and self.value == 0:
             raise ValueError("value is 0.0, which is neither good nor bad and teaches nothing; for a dislike send false")
         return self
 
+    @property
+    def is_pick(self) -> bool:
+        """Whether it compares an answer with the one that it replaces."""
+        return self.metric_name == PICK
+
     def make_feedback(self, turn_id: str, user: str) -> Feedback:
-        """Return the feedback to record."""
+        """Return the feedback to record, if it is not a pick."""
+        if self.metric_name == "reason":
+            reason = Reason(str(self.value))
+            return Feedback(turn_id, user, FeedbackKind.COMMENT, reason.signal, text=str(reason))
         if isinstance(self.value, str):
             kind = FeedbackKind.COMMENT if self.metric_name == "comment" else FeedbackKind.CORRECTION
             return Feedback(turn_id, user, kind, signal=self.metric_name, text=self.value)

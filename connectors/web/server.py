@@ -29,7 +29,7 @@ from bot.chat.dialogue import ReplyOptions, render_answer
 from bot.config import WebConfig
 from bot.environment import http_url
 from bot.errors import ConfigError
-from bot.types import Conversation, Feedback, Message, Turn, new_id
+from bot.types import Conversation, Feedback, Message, Pick, Turn, new_id
 from connectors.access import TOO_FAST
 from connectors.base import Services, open_listener
 from connectors.web import metrics
@@ -239,8 +239,11 @@ class Web:
             turn = await self._find_own_turn(given.inference_id.removeprefix("chatcmpl-"), user)
         # Without a name, the opinion is the asker's: one of somebody who took no part would not count.
         author = _make_author_id(user, given.user) if given.user else turn.asker_id
-        feedback = given.make_feedback(turn.id, author)
         self._check_limit(self.access.may_judge, author, request, user)
+        if given.is_pick and not given.dryrun:
+            acts = await self.dialogue.record_pick(Pick(turn.id, author, bool(given.value)))
+            return JSONResponse({"feedback_id": acts[-1].id})
+        feedback = given.make_feedback(turn.id, author)
         if not given.dryrun:
             await self.dialogue.record_feedback(feedback)
         return JSONResponse({"feedback_id": feedback.id})

@@ -34,32 +34,37 @@ from learning.models.trainable import silence_libraries
 
 NOISE = 0.1  # the share of mistaken reactions
 SERVED_STEPS = (10, 20, 30, 40, 50, 100, 200)  # reactions after which served answers are judged
-WEIGHTS_STEPS = (20, 40, 50, 60, 80, 100)  # and single answers of the trained policy
+WEIGHTS_STEPS = (20, 50, 100)  # and single answers of the trained policy
+BATCH = 5  # reactions between two looks at the proof
 USUAL = 512  # of the latest candidates tell what answers are usually like
 REFIT_ALWAYS, REFIT_EVERY = 50, 5  # reactions up to which the head is refitted after each; afterwards after so many
 
 
 @dataclass(frozen=True)
 class FewCell:
-    """One series of reactions. `arm` is "served", "weights", or one of them with "placebo_" before it."""
+    """A part of the benchmark: with "served" as `arm` all served series of a seed, for these people and by lot; with
+    "weights" or "placebo_weights" one series.
+    """
 
     arm: str
-    users: str
+    users: tuple[str, ...]
     seed: int
 
     def describe(self) -> str:
         """Describe the cell to people who wait for it."""
-        return f"{self.arm} with {Path(self.users).stem}"
+        return f"{self.arm} with {' '.join(Path(one).stem for one in self.users)}"
 
 
 @dataclass(frozen=True)
 class FewPoint:
-    """The figures of a policy after a number of reactions. `candidates` is how many answers it may choose from.
+    """The figures of one series after a number of reactions. `candidates` is the most answers that it ever chose from.
 
-    `oracle` is the win rate of a choice among 8 by the chance that these people approve; well-formedness and perplexity are
-    measured for weights only.
+    `oracle` is the win rate of a choice among 8 by the chance that these people approve; well-formedness, perplexity and KL
+    (nats a token) are measured for weights only.
     """
 
+    arm: str
+    users: str
     reactions: int
     win_rate: float
     candidates: int
@@ -139,7 +144,7 @@ class Series:
 
 
 def run_cell(config: Config, base_model: str, cell: FewCell) -> Rows:
-    """Run one series, and return its points. Meant for a process of its own."""
+    """Run a cell, and return its points. Meant for a process of its own."""
     import torch
     from transformers import set_seed
 
@@ -147,41 +152,57 @@ def run_cell(config: Config, base_model: str, cell: FewCell) -> Rows:
     silence_libraries()
     set_seed(cell.seed)  # the adapter must not depend on what this process did before
     arena = Arena(config, base_model, cell.seed)
-    utility = find_utility(cell.users)
-    people = ReactingPeople(utility, NOISE, 1.0, random.Random(f"{cell.seed} {cell.users} {cell.arm}"))
-    series = Series(arena, people, FeatureExtractor(arena.embedder), cell.arm.startswith("placebo"))
-    run = run_weights if cell.arm.endswith("weights") else run_served
-    return [asdict(point) for point in run(series, utility)]
+    run = run_served if cell.arm == "served" else run_weights
+    return [asdict(point) for point in run(arena, cell)]
 
 
-def run_served(series: Series, utility: Utility) -> list[FewPoint]:
-    """Let people react to answers of the base model, and judge the chosen ones."""
-    arena, rng = series.arena, series.people.rng
+def run_served(arena: Arena, cell: FewCell) -> list[FewPoint]:
+    """Let people react to answers of the base model, and judge the chosen ones. All series have the same answers."""
+    rng = random.Random(f"{cell.seed} served")
     asked = [rng.choice(arena.said) for _ in range(SERVED_STEPS[-1])]
     offered = sample_candidates(arena, asked, rng.randrange(2**31))
     unseen = sample_candidates(arena, arena.prompts, rng.randrange(2**31))
-    oracle = _judge(arena, utility, unseen, [_choose_by_utility(utility, one) for one in unseen])
-    points = []
-    for step in SERVED_STEPS:
-        series.hear(offered[len(series.rated) : step])
-        chances = [series.choose(one, series.candidates) for one in unseen]
-        points.append(FewPoint(step, _judge(arena, utility, unseen, chances), series.most_used, oracle))
+    extractor, points = FeatureExtractor(arena.embedder), []
+    for users in cell.users:
+        utility = find_utility(users)
+        oracle = _judge(arena, utility, unseen, [_choose_by_utility(utility, one) for one in unseen])
+        for arm in ("served", "placebo_served"):
+            series = _begin(arena, utility, f"{cell.seed} {users} {arm}", extractor, is_placebo=arm != "served")
+            for step in SERVED_STEPS:
+                series.hear(offered[len(series.rated) : step])
+                chances = [series.choose(one, series.candidates) for one in unseen]
+                win_rate = _judge(arena, utility, unseen, chances)
+                points.append(FewPoint(arm, users, step, win_rate, series.most_used, oracle))
     return points
 
 
-def run_weights(series: Series, utility: Utility) -> list[FewPoint]:
-    """Let people react to chosen answers of a policy that is trained again and again, and judge its single answers."""
-    arena, rng, every = series.arena, series.people.rng, series.arena.config.learning.distil_every
-    points, end = [], RunEnd()
-    for number, step in enumerate(WEIGHTS_STEPS):
+def run_weights(arena: Arena, cell: FewCell) -> list[FewPoint]:
+    """Let people react to chosen answers of a policy that is trained again and again, and judge its single answers.
+
+    It is trained when the head is proven for the first time, and after every `learning.distil_every` reactions.
+    """
+    [users] = cell.users
+    utility, every = find_utility(users), arena.config.learning.distil_every
+    is_placebo = cell.arm != "weights"
+    series = _begin(arena, utility, f"{cell.seed} {users} {cell.arm}", FeatureExtractor(arena.embedder), is_placebo)
+    rng = series.people.rng
+    points, end, was_proven = [], RunEnd(), False
+    for step in range(BATCH, WEIGHTS_STEPS[-1] + 1, BATCH):
         asked = [rng.choice(arena.said) for _ in range(step - len(series.rated))]
         series.hear(sample_candidates(arena, asked, rng.randrange(2**31)))
-        if not step % every:
-            end = train_policy(arena, series.rated, arena.config.training.objective, number)
-        found = arena.judge_policy(step, utility, end)
-        measured = found.well_formed, found.perplexity_ratio, found.kl
-        points.append(FewPoint(step, found.win_rate, series.most_used, None, *measured))
+        is_new_proof = not was_proven and series.candidates == MANY
+        was_proven = was_proven or is_new_proof
+        if is_new_proof or not step % every:
+            end = train_policy(arena, series.rated, arena.config.training.objective, step)
+        if step in WEIGHTS_STEPS:
+            found = arena.judge_policy(step, utility, end)
+            measured = found.well_formed, found.perplexity_ratio, found.kl
+            points.append(FewPoint(cell.arm, users, step, found.win_rate, series.most_used, None, *measured))
     return points
+
+
+def _begin(arena: Arena, utility: Utility, seed: str, extractor: FeatureExtractor, is_placebo: bool) -> Series:
+    return Series(arena, ReactingPeople(utility, NOISE, 1.0, random.Random(seed)), extractor, is_placebo)
 
 
 def _choose_by_utility(utility: Utility, offered: Candidates) -> np.ndarray:

@@ -127,10 +127,13 @@ def _compute_arm_figures(rows: Sequence[Sequence[Point]]) -> dict[str, Any]:
     }
 
 
-def count_reactions_to(goal: float, curve: Sequence[float]) -> float | None:
-    """Return after how many reactions a mean win rate reaches `goal`, interpolated linearly, or None if it never does."""
+def count_reactions_to(goal: float, curve: Sequence[float], steps: Sequence[int] = STEPS) -> float | None:
+    """Return after how many reactions a mean win rate reaches `goal`, interpolated linearly, or None if it never does.
+
+    `curve` has the win rate after each number of `steps`.
+    """
     before, at = 0.5, 0
-    for rate, step in zip(curve, STEPS, strict=True):
+    for rate, step in zip(curve, steps, strict=True):
         if rate >= goal:
             return at + (step - at) * (goal - before) / (rate - before)
         before, at = float(rate), step

@@ -25,9 +25,10 @@ from learning.data.comparison import with_advantages
 from learning.data.experience import Experience
 from learning.data.selection import split_held_out
 from learning.judging.evaluation import Sample, batched_logprobs, generate, kl_to_base, perplexity, token_rows
+from learning.judging.metrics import TrainingMetrics
 from learning.models import toy
 from learning.models.trainable import as_base, copy_weights, load_for_training, restore_weights, silence_libraries
-from learning.training.distillation import is_proven, make_labels
+from learning.training.distillation import distil, is_proven
 from learning.training.drift import detect_drift
 from learning.training.teaching import train_with_guard
 
@@ -199,13 +200,17 @@ def train_policy(arena: Arena, found: Sequence[Experience], objective: str, numb
     rows = with_advantages(taught, arena.embedder, config.rewards, arena.seed)
     prompts = list(dict.fromkeys(one.prompt_ids for one in [*held_out, *taught]))
     before = copy_weights(arena.model)
-    told = config, arena.model, arena.tokenizer
-    prompts_taught = [*dict.fromkeys(one.prompt_ids for one in reversed(taught))]
-    has_labels = is_proven(config, found, arena.embedder)
-    labels = make_labels(*told, found, prompts_taught, arena.embedder) if has_labels else []
-    figures = train_with_guard(*told, rows, held_out, prompts, lambda *_: None, labels=labels)
-    if figures.stopped and not figures.kept:
+    told = arena.model, arena.tokenizer
+
+    def teach(settings: Config, rows: Sequence[Experience]) -> TrainingMetrics:
+        return train_with_guard(settings, *told, rows, held_out, prompts, lambda *_: None)
+
+    figures = teach(config, rows)
+    is_harmed = figures.stopped is not None and not figures.kept
+    if is_harmed:
         restore_weights(arena.model, before)  # in production the version would be rejected
+    elif is_proven(config, found, arena.embedder):
+        distil(config, *told, found, [*dict.fromkeys(one.prompt_ids for one in reversed(taught))], arena.embedder, teach)
     return RunEnd(figures.stopped is not None, change is not None)
 
 

@@ -18,7 +18,7 @@ from bot.chat.dialogue import DialogueManager, ReplyOptions
 from bot.chat.tracker import Context
 from bot.serving.policy import Policy
 from bot.serving.selection import SamplingPlan
-from bot.types import Candidate, Conversation, Message, Progress, Reply, Selection, new_id, now
+from bot.types import Candidate, Conversation, Message, Progress, Reply, Selection, Turn, new_id, now
 from learning.bench.swap import LENGTH
 from learning.models import toy
 
@@ -43,7 +43,7 @@ class FirstInAlphabet:
         """Return a plan with `most` answers."""
         return SamplingPlan(most)
 
-    async def choose(self, question: str, replies: Sequence[Reply]) -> Selection:
+    async def choose(self, replies: Sequence[Reply], rival: Turn | None = None) -> Selection:
         """Choose the answer that comes first in alphabetical order."""
         chosen = min(range(len(replies)), key=lambda row: replies[row].text)
         return Selection(head="alphabet", chosen=chosen, candidates=[Candidate(text=one.text) for one in replies])

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Self
 
 from pydantic import Field
 
-from bot.types import Record
+from bot.records import Record
 
 FILE = "manifest.json"
 

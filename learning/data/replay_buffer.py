@@ -15,12 +15,12 @@ from bot.config import Config
 from bot.memory.embedder import Embedder
 from bot.models.tokenizer import ChatTokenizer
 from bot.store.conversations import ConversationStore
-from bot.store.feedback import select_effective
+from bot.store.feedback import find_reasons, select_effective
 from bot.store.judged import JudgedTurn, find_judged_or_followed_turns, find_judged_turns, find_reconsidered_turns
 from bot.store.registry import PolicyRegistry
 from bot.store.teachers import find_feedback_that_taught, find_turns_that_taught
 from bot.store.users import Users
-from bot.types import Feedback, FeedbackKind, FollowUp, Message, Turn, now
+from bot.types import Feedback, FeedbackKind, FollowUp, Message, Reason, Turn, now
 from learning.data.comparison import pair_best_with_worst, with_advantages
 from learning.data.experience import Experience, Snapshot
 from learning.data.rewards import Reward, compute_reward
@@ -213,9 +213,10 @@ class ReplayBuffer:
                 continue
             wanted = [row.text for row in decision.counted_feedback if row.kind == FeedbackKind.CORRECTION and row.text]
             age, wish = reader.age.get(turn.policy_version, 0), wanted[-1] if wanted else None
+            ranks = tuple(row.id for row in voices.find_ranks(turn))
+            reasons = frozenset(self._find_reasons(turn, voices, decision))
             for one in self._make_experiences(turn, voices, earned, wish, age):
-                ranks = tuple(row.id for row in voices.find_ranks(turn))
-                one = replace(one, said_at=decision.find_said_at(turn), rank_ids=ranks)
+                one = replace(one, said_at=decision.find_said_at(turn), rank_ids=ranks, reasons=reasons)
                 found.rated.append(one)
                 if (reason := self._explain_too_long(one)) is not None:
                     found.dropped[reason] += 1
@@ -224,6 +225,13 @@ class ReplayBuffer:
         usable = [one for ranked in answers.values() for one in pair_best_with_worst(ranked)]
         found.training += usable
         return [one.turn_id for one in usable]
+
+    def _find_reasons(self, turn: Turn, voices: Voices, decision: Decision) -> set[Reason]:
+        """Return the reasons for disliking a turn of those people whose opinions make its reward."""
+        opinions = {} if decision.reward is None else decision.reward.opinions
+        people = {row.user_id for row in decision.counted_feedback}
+        asked = [one for one in people if voices.resolve_person(turn, one) in opinions]
+        return set().union(*(find_reasons(decision.counted_feedback, one) for one in asked))
 
     def decide(self, turn: Turn) -> Decision:
         """Decide what counts of the feedback on one turn, as a run that started now would."""

@@ -11,10 +11,11 @@ from pydantic import BaseModel, ConfigDict
 
 from bot import output_files
 from bot.config import PrivacyConfig
+from bot.records import Record
 from bot.store.conversations import ConversationStore, DialogueRecord
 from bot.store.registry import PolicyRegistry
 from bot.store.users import Users
-from bot.types import Conversation, Feedback, Message, Record, Role, Turn
+from bot.types import Conversation, Feedback, Message, Role, Turn
 from learning.data.replay_buffer import without_foreign_ids
 from learning.data.voices import Consent
 from learning.importers.recorded_files import RecordedRow

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
-from bot.types import Record
+from bot.records import Record
 from learning.judging.evaluation import Manner
 from learning.judging.gate import Evidence, VerdictMetrics
 from learning.judging.off_policy import Estimate
@@ -46,8 +46,7 @@ class TrainingMetrics(Record):
     """Figures of the steps of a run: their number, time (s) and losses.
 
     `stopped` is why the guard stopped the run, or None. `kept` is the step whose weights were kept. `checks` are the
-    guard's. TRL's figures are means over the last quarter of the steps. `labels` is the number of own answers that the
-    policy learned from, because a reward head judged them, and `labels_stopped` is why the guard stopped that, or None.
+    guard's. TRL's figures are means over the last quarter of the steps.
     """
 
     steps: int = 0
@@ -62,11 +61,16 @@ class TrainingMetrics(Record):
     stopped: str | None = None
     kept: int = 0
     checks: list[Check] = Field(default_factory=list)
+
+
+class DistillationMetrics(Record):
+    """The number of the policy's own answers that it learned from, and why the guard stopped that, or None."""
+
     labels: int = 0
     labels_stopped: str | None = None
 
 
-class RunMetrics(VerdictMetrics, TrainingMetrics, Estimate):
+class RunMetrics(VerdictMetrics, TrainingMetrics, DistillationMetrics, Estimate):
     """Metrics that can be read of every run.
 
     `taken_back` has the turns that taught an earlier version and whose opinions were retracted since. `steps_share_of_run`

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bot.types import Record
+from bot.records import Record
 from learning.data.experience import Experience
 from learning.judging.evaluation import Sample
 from learning.judging.reward_model import AnyRewardModel

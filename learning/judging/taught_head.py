@@ -6,12 +6,14 @@ Its name is the hash of its content. `learning.rollout.heads` has the files.
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
+from bot.types import Reason
 from learning.data.experience import Experience
 from learning.data.feature_space import AnswerText, FeatureExtractor, FeatureSpace
 from learning.data.selection import cap_people
@@ -19,7 +21,11 @@ from learning.judging.best_of_n import LEAST_OF_A_KIND, LEAST_REACTIONS
 from learning.judging.reward_head import RewardHead
 
 NEWEST = 512  # judged answers that a head is fitted to, at most
-PROOF_STEP = 10  # reactions between two looks at the e-value, when a proof in the past is looked for
+# A proof in the past is looked for after each of so many reactions, then after every so many.
+LOOKS_ALWAYS, LOOKS_EVERY = 64, 8
+REASON_WEIGHT = 0.5  # of the answer that a reason asks for, beside the disliked one
+# What each reason asks for, in standard deviations of features. The other reasons ask for nothing that a feature names.
+WANTED_SHIFTS: dict[Reason, dict[str, float]] = {Reason.TOO_LONG: {"length": -1.0, "sentences": -1.0}}
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,17 @@ class TaughtHead:
     def predict(self, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the mean and standard deviation (n,) of the log odds that answers with raw features (n × raw) are liked."""
         return self.head.predict(self.space.place(raw))
+
+    def compute_doubts(self, raw: np.ndarray, of_rival: np.ndarray, seed: int, draws: int = 64) -> np.ndarray:
+        """Return how unsure it is whether people like each answer better than a rival (n,), from 0 to 1 for a toss-up.
+
+        Each draw from the posterior has an opinion. Houlsby et al. (2011), "Bayesian Active Learning for Classification and
+        Preference Learning", arXiv:1112.5745, ask for the pair on which such draws disagree most.
+        """
+        rng, places = np.random.default_rng(seed), self.space.place(np.concatenate([raw, of_rival]))
+        drawn = np.array([self.head.draw(places, rng) for _ in range(draws)])
+        better = (drawn[:, :-1] > drawn[:, -1:]).mean(0)
+        return 4 * better * (1 - better)
 
     def explain(self, raw: np.ndarray, row: int, most: int = 3) -> dict[str, float]:
         """Return the features that move one of the answers most against the mean of all of them, in log odds."""
@@ -66,7 +83,17 @@ def fit_head(
     if len(judged) < LEAST_REACTIONS or min(liked.sum(), (~liked).sum()) < LEAST_OF_A_KIND:
         return None
     raw, space = _place(judged, usual, extractor)
-    head = RewardHead.fit(space.place(raw), liked, _weigh(judged, cap), space.group_sizes)
+    places, weights = space.place(raw), _weigh(judged, cap)
+    head = RewardHead.fit(places, liked, weights, space.group_sizes)
+    shifted, behind = _shift_by_reasons(judged, places, space.names)
+    if behind:
+        # What would be liked is no reaction, so it is no evidence that the head is right.
+        told = (
+            np.vstack([places, shifted]),
+            np.r_[liked, [True] * len(behind)],
+            np.r_[weights, REASON_WEIGHT * weights[behind]],
+        )
+        head = replace(RewardHead.fit(*told, space.group_sizes), e_value=head.e_value)
     teachers = tuple(sorted({person for one in judged for person in one.opinion_holders}))
     return TaughtHead(head, space, teachers)
 
@@ -83,10 +110,26 @@ def find_peak_e_value(rated: Sequence[Experience], extractor: FeatureExtractor, 
     raw, space = _place(judged, (), extractor)
     places, weights = space.place(raw), _weigh(judged, cap)
     liked = np.array([one.reward > 0 for one in judged])
-    ends = [*range(LEAST_REACTIONS, len(judged), PROOF_STEP), len(judged)]
+    ends = [*range(LEAST_REACTIONS, len(judged) + 1)]
+    ends = [end for end in ends if end <= LOOKS_ALWAYS or not end % LOOKS_EVERY or end == len(judged)]
     enough = [end for end in ends if min(liked[:end].sum(), (~liked[:end]).sum()) >= LEAST_OF_A_KIND]
     found = (RewardHead.fit(places[:end], liked[:end], weights[:end], space.group_sizes).e_value for end in enough)
     return max(found, default=0.0)
+
+
+def _shift_by_reasons(
+    judged: Sequence[Experience], places: np.ndarray, names: Sequence[str]
+) -> tuple[np.ndarray, list[int]]:
+    """Return the places of answers that would be better by the reasons that people gave (n × features), and the numbers of
+    the disliked answers behind them.
+    """
+    shifted, behind = [], []
+    for row, one in enumerate(judged):
+        for reason in sorted(WANTED_SHIFTS.keys() & one.reasons) if one.reward < 0 else ():
+            away = [WANTED_SHIFTS[reason].get(name, 0.0) for name in names]
+            shifted.append(places[row] + away)
+            behind.append(row)
+    return np.array(shifted).reshape(-1, len(names)), behind
 
 
 def describe_answer(one: Experience) -> AnswerText:
@@ -100,7 +143,8 @@ def _place(
     """Return the raw features of judged answers, and the space fitted to them and to the `usual` ones."""
     raw = extractor.extract([describe_answer(one) for one in judged])
     others = [extractor.extract(usual)] if usual else []
-    return raw, FeatureSpace.fit(np.concatenate([raw, *others]))
+    with threadpool_limits(1, "blas"):  # beside a busy vLLM two threads wait for each other: 3 s in place of 0.03 s
+        return raw, FeatureSpace.fit(np.concatenate([raw, *others]))
 
 
 def _weigh(judged: Sequence[Experience], cap: float) -> np.ndarray:

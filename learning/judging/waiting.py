@@ -19,11 +19,12 @@ from bot.memory.embedder import Embedder, make_embedder
 from bot.models.tokenizer import ChatTokenizer
 from bot.output import interruptible
 from bot.output_files import write_text
+from bot.records import Record
 from bot.store.conversations import ConversationStore
 from bot.store.database import Database
 from bot.store.registry import PolicyRegistry
 from bot.store.weights import discard_weights
-from bot.types import Metrics, PolicyState, PolicyVersion, Progress, Record, now
+from bot.types import Metrics, PolicyState, PolicyVersion, Progress, now
 from bot.wording import count_noun
 from learning.data.experience import Experience
 from learning.data.manifest import read_since

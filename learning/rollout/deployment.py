@@ -28,11 +28,12 @@ from bot.errors import (
     VerdictOutdated,
     quote_first_line,
 )
+from bot.records import Record
 from bot.serving.policy import Policy
 from bot.store.registry import PolicyRegistry
 from bot.store.weights import discard_weights
 from bot.supervision import Health, supervise
-from bot.types import Metrics, PolicyState, PolicyVersion, Record
+from bot.types import Metrics, PolicyState, PolicyVersion
 from learning.judging import probe
 from learning.models.version_files import find_faults, find_weights_folder, fingerprint, is_whole
 

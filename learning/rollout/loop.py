@@ -37,12 +37,17 @@ class OnlineLearner:
         config: Config,
         announce: Announce = lambda text: None,
         progress: Progress = lambda stage, done, total: None,
+        is_head_proven: Callable[[], bool] = lambda: False,
     ):
+        """`is_head_proven` tells whether the reward head is proven, so that a run learns from its labels. The first proof
+        starts a run at once.
+        """
         self.store = store
         self.deployment = deployment
         self.config = config
         self.announce = announce
         self.progress = progress
+        self.is_head_proven = is_head_proven
         self._learned: int | None = None  # reactions that earlier runs learned from
         self._purged = 0
         self._failures = 0  # failed tries to judge the waiting version
@@ -54,13 +59,16 @@ class OnlineLearner:
         await supervise("learning", self._learn_if_enough, health or Health(self.announce), every)
 
     async def _learn_if_enough(self) -> None:
-        said, purged, paused = await self.store.database.call(self._read_counts)
+        said, purged, paused, has_labels = await self.store.database.call(self._read_counts)
         if self._learned is None:
             self._learned, self._purged = await self._count_learned(), purged
         # Purged versions take what they learned with them: learn again from all that is left.
         self._learned = min(said, self._learned) if purged == self._purged else 0
         self._purged = purged
-        if paused or await self.judge_waiting() or said - self._learned < self.config.learning.distil_every:
+        if paused or await self.judge_waiting():
+            return
+        is_enough = said - self._learned >= self.config.learning.distil_every
+        if not is_enough and not (said > self._learned and self.is_head_proven() and not has_labels):
             return
         self._learned = said
         self.announce(f"training on {count_noun(said, 'reaction')}")
@@ -137,10 +145,13 @@ class OnlineLearner:
         verdict = "waits for more reactions" if outcome.waits else "rejected"
         self.announce(f"{outcome.policy} {verdict}: {'; '.join(outcome.reasons)}")
 
-    def _read_counts(self) -> tuple[int, int, bool]:
-        """Return the number of reactions, the number of purged versions, and whether learning is paused."""
+    def _read_counts(self) -> tuple[int, int, bool, bool]:
+        """Return the number of reactions, the number of purged versions, whether learning is paused, and whether the newest
+        version learned from labels of a reward head.
+        """
         registry = self.deployment.registry
-        return self.store.count_reactions(), registry.count(PolicyState.PURGED), registry.is_learning_paused()
+        counts = self.store.count_reactions(), registry.count(PolicyState.PURGED), registry.is_learning_paused()
+        return *counts, registry.get_newest().metrics.labels > 0
 
     async def _count_learned(self) -> int:
         """Count the reactions that the last run began with, so that a restart does not train on them again.

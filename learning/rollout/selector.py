@@ -16,7 +16,7 @@ from bot.memory.embedder import Embedder
 from bot.serving.selection import SamplingPlan
 from bot.store.forgetting import remove_heads
 from bot.store.registry import PolicyRegistry
-from bot.types import Candidate, Reply, Selection
+from bot.types import Candidate, Reply, Selection, Turn
 from learning.data.experience import Experience
 from learning.data.feature_space import AnswerText, FeatureExtractor
 from learning.data.replay_buffer import ReplayBuffer
@@ -24,6 +24,7 @@ from learning.judging.best_of_n import (
     FEW_E_VALUE,
     LEAST_OF_A_KIND,
     LEAST_REACTIONS,
+    MANY_E_VALUE,
     PLAIN_SHARE,
     Approval,
     compute_chances,
@@ -59,6 +60,12 @@ class HeadSelector:
         self._state = _State(why="the reward head is not fitted yet")
         self._is_outdated = asyncio.Event()
         self._forgotten = 0  # times that something was forgotten
+        self._is_current = asyncio.Event()
+
+    @property
+    def head(self) -> TaughtHead | None:
+        """The head that chooses answers, or None."""
+        return self._state.head
 
     def plan(self, asker_id: str, most: int) -> SamplingPlan:
         """Return how many answers to sample, from 1 to `most`."""
@@ -71,16 +78,21 @@ class HeadSelector:
             return SamplingPlan(is_plain=True)
         return SamplingPlan(count_candidates(state.head.head.e_value, most))
 
-    async def choose(self, question: str, replies: Sequence[Reply]) -> Selection:
-        """Choose one of the replies, the likelier the better the head's pessimistic score of it is."""
+    async def choose(self, replies: Sequence[Reply], rival: Turn | None = None) -> Selection:
+        """Choose one of the replies, the likelier the better the head's pessimistic score of it is.
+
+        Beside a `rival` that people compare with it, choose the one on which draws from the head's posterior disagree most.
+        """
         head = self._state.head
         if head is None:  # it was forgotten meanwhile
             return Selection(candidates=[_describe(one) for one in replies], why=self._state.why)
-        texts = [AnswerText(one.text, one.finish_reason == "stop", _mean(one.logprobs)) for one in replies]
-        raw = await asyncio.to_thread(self._extractor.extract, texts)
+        texts = [describe_text(one) for one in replies]
+        raw = await asyncio.to_thread(self._extractor.extract, texts if rival is None else [*texts, describe_text(rival)])
         self._usual.extend(texts)
+        raw, of_rival = raw[: len(texts)], raw[len(texts) :]
         scores = compute_scores(*head.predict(raw))
-        chances = compute_chances(scores)
+        doubts = scores if rival is None else head.compute_doubts(raw, of_rival, self._rng.randrange(2**32))
+        chances = compute_chances(doubts)
         chosen = self._rng.choices(range(len(replies)), chances.tolist())[0]
         rows = zip(replies, scores, chances, head.space.place(raw), strict=True)
         candidates = [
@@ -95,9 +107,19 @@ class HeadSelector:
         ]
         return Selection(head=head.name, chosen=chosen, candidates=candidates, moved=head.explain(raw, chosen))
 
+    def is_proven(self) -> bool:
+        """Whether the head may choose from the most answers, and label others."""
+        head = self._state.head
+        return head is not None and head.head.e_value >= MANY_E_VALUE
+
     def notice_feedback(self) -> None:
         """Have the head fitted again."""
+        self._is_current.clear()
         self._is_outdated.set()
+
+    async def wait_until_current(self) -> None:
+        """Wait until the head is fitted to all feedback so far. While learning is paused, wait until it goes on."""
+        await self._is_current.wait()
 
     async def run(self) -> None:
         """Fit the head now and after each reaction, forever."""
@@ -116,6 +138,8 @@ class HeadSelector:
                 self._state = state
             else:  # it was fitted to what was forgotten meanwhile
                 self.forget()
+            if not self._is_outdated.is_set():
+                self._is_current.set()
 
     def forget(self) -> None:
         """Drop all that was fitted to anybody's texts and reactions, also from the disk, and fit again."""
@@ -124,7 +148,7 @@ class HeadSelector:
         self._usual.clear()
         self._extractor.forget()
         remove_heads(self._heads)
-        self._is_outdated.set()
+        self.notice_feedback()
 
     def _is_paused(self) -> bool:
         return PolicyRegistry(self._buffer.store.database).is_learning_paused()
@@ -142,6 +166,11 @@ class HeadSelector:
             return _State(why=f"chosen answers were liked less than plain ones ({told})")
         save_head(head, self._heads)
         return _State(head, only_for=frozenset(_find_circle(rated, head.teachers)))
+
+
+def describe_text(said: Reply | Turn) -> AnswerText:
+    """Return an answer as the head sees it."""
+    return AnswerText(said.text, said.finish_reason == "stop", _mean(said.logprobs or ()))
 
 
 def _find_circle(rated: Sequence[Experience], teachers: Sequence[str]) -> set[str]:

@@ -8,7 +8,7 @@ baseline: Ahmadian et al. (2024), "Back to Basics: Revisiting REINFORCE-Style Op
 It depends neither on a database nor on a server.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,16 +20,24 @@ from learning.data.experience import Experience
 from learning.data.feature_space import AnswerText, FeatureExtractor
 from learning.judging.best_of_n import MANY_E_VALUE
 from learning.judging.evaluation import batched_logprobs, generate, token_rows
+from learning.judging.metrics import DistillationMetrics, TrainingMetrics
 from learning.judging.taught_head import find_peak_e_value, fit_head
+from learning.models.trainable import copy_weights, restore_weights
 
 if TYPE_CHECKING:
     from learning.models.trainable import Model
 
 ANSWERS = 8  # to each prompt
-STEPS = 15
+ROUNDS = 2  # in one run: answers of the policy as it is now teach more than further steps on older ones
+STEPS = 10  # in a round
 BATCH_SIZE = 64
+# Labels are many and agree with each other, so the steps are larger, and less of them is taken back, than with reactions.
+RATE = 4.0  # times training.learning_rate
+SIZE = 0.5  # standard deviation of the advantages
+LARGEST_SCALE = 6.0  # of differences between probabilities
+ANCHOR = 0.2  # times training.anchor
+DECAY = 0.25  # times training.weight_decay
 LEAST_ADVANTAGE = 0.01  # of the most different answers; Adam would make whole steps of rounding
-RATE = 4.0  # times the learning rate: labels are many and agree with each other, so the steps may be larger
 
 
 def is_proven(config: Config, taught: Sequence[Experience], embedder: Embedder | None) -> bool:
@@ -39,12 +47,12 @@ def is_proven(config: Config, taught: Sequence[Experience], embedder: Embedder |
     return find_peak_e_value(taught, FeatureExtractor(embedder), config.rewards.person_cap) >= MANY_E_VALUE
 
 
-def make_labels(
+def label_answers(
     config: Config,
     model: "Model",
     tokenizer: ChatTokenizer,
     taught: Sequence[Experience],
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[tuple[int, ...]],
     embedder: Embedder | None,
 ) -> list[Experience]:
     """Have a model answer prompts, and return its answers with the advantages that a reward head gives them.
@@ -65,9 +73,11 @@ def make_labels(
         return []
     mean, _ = head.predict(extractor.extract(texts))
     chances = (1 / (1 + np.exp(-mean))).reshape(-1, ANSWERS)
-    advantages = 2 * (chances - chances.mean(1, keepdims=True))
+    advantages = chances - chances.mean(1, keepdims=True)
     if np.abs(advantages).max() < LEAST_ADVANTAGE:
         return []
+    # Of the same size in each round, so that the penalty does not outweigh them when answers become alike.
+    advantages *= min(SIZE / float(advantages.std()), LARGEST_SCALE)
     return [
         Experience(
             turn_id="",
@@ -84,8 +94,38 @@ def make_labels(
     ]
 
 
+def distil(
+    config: Config,
+    model: "Model",
+    tokenizer: ChatTokenizer,
+    taught: Sequence[Experience],
+    prompts: Sequence[tuple[int, ...]],
+    embedder: Embedder | None,
+    train: Callable[[Config, Sequence[Experience]], TrainingMetrics],
+) -> DistillationMetrics:
+    """Train a model in ROUNDS rounds, each on fresh answers of its own that a reward head judged.
+
+    The head is fitted to the judged answers `taught` (oldest first), which `is_proven` accepted. `train` trains the model
+    in place, as the config says. A round that the guard stops is the last; if no check passed, it is taken back.
+    """
+    labels, stopped = 0, None
+    for number in range(ROUNDS):
+        settings = config.model_copy(update={"seed": config.seed + number, "training": choose_training(config.training)})
+        answers = label_answers(settings, model, tokenizer, taught, prompts, embedder)
+        if not answers:
+            break
+        before = copy_weights(model)
+        trained = train(settings, answers)
+        labels, stopped = labels + len(answers), trained.stopped
+        if stopped:
+            if not trained.kept:
+                restore_weights(model, before)
+            break
+    return DistillationMetrics(labels=labels, labels_stopped=stopped)
+
+
 def choose_training(training: TrainingConfig) -> TrainingConfig:
     """Return the settings of the steps on labelled answers."""
-    steps = {"objective": "pg", "batch_size": BATCH_SIZE, "max_steps": STEPS}
+    steps = {"objective": "pg", "batch_size": BATCH_SIZE, "max_steps": STEPS, "anchor": ANCHOR * training.anchor}
     rates = {name: RATE * getattr(training, name) for name in ("learning_rate", "full_learning_rate")}
-    return training.model_copy(update=steps | rates)
+    return training.model_copy(update=steps | rates | {"weight_decay": DECAY * training.weight_decay})

@@ -34,7 +34,6 @@ def train_in_processes(
     held_out: Sequence[Experience],
     prompts: Sequence[Sequence[int]],
     progress: Progress,
-    labels: Sequence[Experience] = (),
 ) -> TrainingMetrics:
     """Train as `teaching.train_with_guard` does, in `training.processes` processes. Raises their KibitzErrors."""
     from learning.models.trainable import load_state, save
@@ -45,7 +44,7 @@ def train_in_processes(
     with tempfile.TemporaryDirectory(dir=policies, suffix=".unfinished") as place:
         job = Path(place)
         save(model, job / "start")
-        (job / "job").write_bytes(pickle.dumps((config.without_secrets(), base_model, training, held_out, prompts, labels)))
+        (job / "job").write_bytes(pickle.dumps((config.without_secrets(), base_model, training, held_out, prompts)))
         _run_processes(job, config.training.processes, progress)
         told = json.loads((job / "result.json").read_text())
         if "error" in told:
@@ -92,7 +91,7 @@ def _run_worker(job: Path) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     tempfile.tempdir = str(job)  # temporary files are deleted with the job
-    config, base_model, training, held_out, prompts, labels = pickle.loads((job / "job").read_bytes())
+    config, base_model, training, held_out, prompts = pickle.loads((job / "job").read_bytes())
     model = load_for_training(config.policy, config.serving, config.training, base_model, str(job / "start"))
 
     def report(stage: str, done: int, total: int) -> None:
@@ -102,7 +101,7 @@ def _run_worker(job: Path) -> None:
 
     try:
         tokenizer = ChatTokenizer(base_model, config.policy.template_args)
-        told = train_with_guard(config, model, tokenizer, training, held_out, prompts, report, labels=labels).as_json()
+        told = train_with_guard(config, model, tokenizer, training, held_out, prompts, report).as_json()
     except KibitzError as error:
         told = {"error": str(error), "is_nothing": isinstance(error, NothingToLearn)}
     if is_first_process():

@@ -7,10 +7,12 @@ It reads the database and writes one directory under `policies/`, whose manifest
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from bot.config import Config
 from bot.data_directory import lock_directory
@@ -32,17 +34,20 @@ from learning.judging.evaluation import Sample, kl_to_base, summarize_samples
 from learning.judging.evidence import Measurement, compare_with_live, measure_model, sample_answers
 from learning.judging.gate import HEADROOM, Soundness, Verdict, judge
 from learning.judging.judgement import Judgement
-from learning.judging.metrics import AllMetrics, TrainingMetrics
+from learning.judging.metrics import AllMetrics, DistillationMetrics, TrainingMetrics
 from learning.judging.off_policy import Answers, Estimate, estimate_worth
 from learning.judging.report import write_samples
 from learning.judging.reward_model import make_reward_model
 from learning.judging.waiting import reject_unjudged
 from learning.models.trainable import as_base, cast_for_serving, find_not_finite, make_trainable, save
 from learning.models.version_files import find_faults, fingerprint, remove_unfinished
-from learning.training.distillation import make_labels
+from learning.training.distillation import distil
 from learning.training.lesson import Lesson, make_manifest, prepare_lesson
 from learning.training.processes import train_in_processes
 from learning.training.teaching import train_with_guard
+
+if TYPE_CHECKING:
+    from learning.models.trainable import Model
 
 ENOUGH_SAMPLES = 64  # samples that suffice for the share of well-formed answers, and for the KL
 
@@ -66,6 +71,7 @@ class TrainingResult:
     """The figures of the training steps, and the measurements of the trained model."""
 
     figures: TrainingMetrics
+    distilled: DistillationMetrics
     faults: list[str]  # reasons to reject it whatever the feedback
     base_samples: list[Sample]
     after: Measurement
@@ -159,13 +165,9 @@ class Run:
             base_samples = said if lesson.live.is_base else sample_answers(*told, first)
             prefixes = probe.sample_prefixes(model, self.tokenizer, config.policy.max_tokens, config.seed)
         of_parent = probe.measure(model, prefixes)
-        labels = self._make_labels(lesson, model)
-        rows = lesson.snapshot.training, lesson.snapshot.held_out, [one.prompt_ids for one in lesson.asked], self.progress
-        if config.training.processes > 1:
-            figures = train_in_processes(config, model, parent.base_model, *rows, labels)
-        else:
-            earlier = said if lesson.live == parent else ()
-            figures = train_with_guard(config, model, self.tokenizer, *rows, earlier, labels)
+        figures = self._teach(lesson, model, config, lesson.snapshot.training, said if lesson.live == parent else ())
+        is_harmed = figures.stopped is not None and not figures.kept
+        distilled = DistillationMetrics() if is_harmed else self._distil(lesson, model)
         self.progress("measuring", 0, 1)
         cast_for_serving(model)
         after = measure_model(*told, lesson.judged, lesson.asked)
@@ -173,18 +175,33 @@ class Run:
         save(model, directory)
         write_samples(directory, [one.question for one in lesson.asked], said, after.samples)
         written = probe.write(directory, prefixes, probe.measure(model, prefixes), of_parent, config.policy.temperature)
-        found = [f"training only harmed the policy: {figures.stopped}"] if figures.stopped and not figures.kept else []
+        found = [f"training only harmed the policy: {figures.stopped}"] if is_harmed else []
         found += find_faults(directory, parent.base_model, config.serving.max_lora_rank)
         found += [f"{name}: not finite" for name in find_not_finite(model)]
-        return TrainingResult(figures, found, base_samples, after, kl, probe.compute_distances(written))
+        return TrainingResult(figures, distilled, found, base_samples, after, kl, probe.compute_distances(written))
 
-    def _make_labels(self, lesson: Lesson, model: Any) -> list[Experience]:
-        """Have the model answer prompts that it may be trained on, and a proven reward head judge its answers."""
+    def _distil(self, lesson: Lesson, model: "Model") -> DistillationMetrics:
+        """Train the model on answers of its own that a reward head judges, if the head is proven."""
         if not lesson.for_head:
-            return []
+            return DistillationMetrics()
         self.progress("answering prompts, for the reward head to judge", 0, 1)
         prompts = [*dict.fromkeys(one.prompt_ids for one in reversed(lesson.snapshot.training))]
-        return make_labels(self.thinking, model, self.tokenizer, lesson.for_head, prompts, self.embedder)
+        told = self.tokenizer, lesson.for_head, prompts, self.embedder
+        return distil(self.thinking, model, *told, partial(self._teach, lesson, model))
+
+    def _teach(
+        self,
+        lesson: Lesson,
+        model: "Model",
+        config: Config,
+        rows: Sequence[Experience],
+        earlier: Sequence[Sample] = (),
+    ) -> TrainingMetrics:
+        """Train the model on rows, in one process or in several. `earlier` are samples of it, if there are any."""
+        watched = lesson.snapshot.held_out, [one.prompt_ids for one in lesson.asked], self.progress
+        if config.training.processes > 1:
+            return train_in_processes(config, model, lesson.parent.base_model, rows, *watched)
+        return train_with_guard(config, model, self.tokenizer, rows, *watched, earlier)
 
     def _judge(self, lesson: Lesson, trained: TrainingResult) -> tuple[Verdict, AllMetrics]:
         """Judge the trained model by the feedback. Returns the verdict, and all figures of the run."""
@@ -216,7 +233,7 @@ class Run:
             waits_for=min(verdict.answers_wanted, config.learning.wait_reactions) if self.may_wait else 0,
             steps_share_of_run=trained.figures.step_seconds / (time.monotonic() - self.began),
         )
-        return verdict, metrics | verdict.figures | trained.figures | estimate
+        return verdict, metrics | verdict.figures | trained.figures | trained.distilled | estimate
 
     def _estimate(self, lesson: Lesson, after: Measurement) -> Estimate:
         """Estimate with a reward model what people would think of the answers before and after."""

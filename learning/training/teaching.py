@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.stats import sem
 
-from bot.config import Config, TrainingConfig
+from bot.config import Config
 from bot.errors import TrainingError
 from bot.models.tokenizer import ChatTokenizer
 from bot.types import Progress
@@ -42,18 +42,13 @@ def train_with_guard(
     prompts: Sequence[Sequence[int]],
     progress: Progress,
     earlier: Sequence[Sample] = (),
-    labels: Sequence[Experience] = (),
 ) -> TrainingMetrics:
     """Train a model in place, watched by a Guard on held-out answers and on samples for the first of `prompts`.
 
-    If a reward head labelled some of the policy's own answers, it learns from these `labels` first. Then it learns from what
-    people said. `earlier` are samples of the untrained model, if there are any. Raises TrainingError if its
-    log-probabilities become NaN.
+    `earlier` are samples of the untrained model, if there are any. Raises TrainingError if its log-probabilities become NaN.
     """
     from transformers import set_seed
 
-    from learning.models.trainable import copy_weights, restore_weights
-    from learning.training.distillation import choose_training
     from learning.training.guard import Guard, Limits
     from learning.training.objectives import train
 
@@ -85,16 +80,7 @@ def train_with_guard(
                 liked_error=float(sem((now - start[0])[: len(liked)])) if len(liked) > 1 else 0.0,
             )
 
-    def teach(rows: Sequence[Experience], settings: TrainingConfig) -> TrainingMetrics:
-        guard = Guard(health, Limits(config.gate.kl_budget, config.gate.well_formed, config.policy.temperature))
-        trained = train(model, tokenizer.hf, rows, settings, config.seed, progress, [guard])
-        return trained | TrainingMetrics(stopped=guard.stopped, kept=guard.kept, checks=guard.checks)
-
     set_seed(config.seed)
-    if not labels:
-        return teach(training, config.training)
-    before = copy_weights(model)
-    on_labels = teach(labels, choose_training(config.training))
-    if on_labels.stopped and not on_labels.kept:
-        restore_weights(model, before)
-    return teach(training, config.training) | TrainingMetrics(labels=len(labels), labels_stopped=on_labels.stopped)
+    guard = Guard(health, Limits(config.gate.kl_budget, config.gate.well_formed, config.policy.temperature))
+    trained = train(model, tokenizer.hf, training, config.training, config.seed, progress, [guard])
+    return trained | TrainingMetrics(stopped=guard.stopped, kept=guard.kept, checks=guard.checks)

@@ -13,21 +13,23 @@ from test_opinions import answers  # noqa: F401 (a fixture)
 
 from bot import app
 from bot.errors import DataError, ForgottenError
+from bot.store.conversations import ConversationStore
 from bot.store.database import Database
+from bot.store.feedback import not_retracted
 from bot.store.forgetting import forget_person
 from bot.store.registry import PolicyRegistry
 from bot.types import Message, SamplingParams, Turn, new_id
 from connectors.access import Access
 from connectors.answers import SORRY
 from connectors.commands import COMMANDS, Asker, Commands
-from connectors.terminal import PLATFORM, Terminal
+from connectors.terminal import PLATFORM, WHICH, Terminal
 
 
 class Screen:
     """What a person sees of one answer."""
 
     def __init__(self, broken: bool = False):
-        self.turn_id, self.grew, self.told, self.broken = new_id(), [], [], broken
+        self.turn_id, self.grew, self.told, self.broken, self.asks_for_pick = new_id(), [], [], broken, False
 
     async def show_partial(self, text: str) -> None:
         self.grew.append(text)
@@ -161,3 +163,39 @@ async def test_privacy_in_the_terminal_takes_on_and_off_in_any_case_and_says_wha
     refused, allowed = said[0], said[1]
     assert refused != allowed
     assert said[2:] == ["Say one of status, on, off.", allowed, allowed, refused, refused]
+
+
+async def test_in_the_terminal_people_pick_the_better_answer_and_say_why_one_is_bad(config, tokenizer, monkeypatch, capsys):
+    disliked, again = "disapproval (terminal)", "regenerate (regenerate)"
+    steps = [  # what is typed, how the reply begins, and what then stands of what was said about each answer
+        ("hello", "kibitz: Hey there!", []),
+        ("/better this", "sorry, that did not work: there is nothing to pick", []),
+        ("/bad t L", "noted (policy-0)\n", [{disliked, "tone", "too long"}]),
+        ("/bad tu", "noted (policy-0)\n", [{disliked, "tone", "unsafe"}]),
+        ("/bad", "noted (policy-0)\n", [{disliked, "tone", "unsafe"}]),
+        ("/bad rude", "noted (policy-0), but not why: say it in letters (l too long, ", [{disliked, "tone", "unsafe"}]),
+        ("/undo", "taken back\n", [set()]),
+        ("/regenerate", f"kibitz: Hey there!\n{WHICH}\n", [{again}]),
+        ("/better", "Say one of earlier, this.", [{again}]),
+        ("/better this", "noted (policy-0)\n", [{again, "disapproval (pick)"}, {"approval (pick)"}]),
+        ("/better Earlier", "noted (policy-0)\n", [{again, "approval (pick)"}, {"disapproval (pick)"}]),
+        ("/undo", "taken back\n", [{again}, set()]),
+    ]
+    found: list[tuple[str, list[set[str]]]] = []
+
+    def lines(_: Terminal) -> Iterator[str]:
+        database = Database(config.database_url, config.data)
+        store = ConversationStore(database)
+        for typed, *_ in steps:
+            yield f"{typed}\n"
+            turns = store.find_turns_with_feedback()
+            said = [not_retracted(store.read_feedback_on([turn.id])[turn.id]) for turn in turns]
+            rows = [{row.text or f"{row.kind} ({row.signal})" for row in given} for given in said]
+            found.append((capsys.readouterr().out.removeprefix(f"you: {typed}\n"), rows))
+        database.close()
+
+    await talk_in_the_terminal(config, tokenizer, monkeypatch, lines)
+    assert len(found) == len(steps)
+    for (typed, told, standing), (text, rows) in zip(steps, found, strict=True):
+        assert text.startswith(told), typed
+        assert rows == standing, typed

@@ -32,10 +32,11 @@ from bot.config import Config
 from bot.errors import RegistryError
 from bot.memory.embedder import Embedder
 from bot.models.tokenizer import ChatTokenizer
+from bot.records import Record
 from bot.store import words
 from bot.store.forgetting import SAMPLES_FILE, UNFINISHED_SUFFIX
 from bot.store.tables import embeddings, messages, metadata
-from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, Record, Turn, new_id, now
+from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, Turn, new_id, now
 from learning.data.selection import is_held_out, question_key
 from learning.importers.kibitz_export import export
 from learning.judging import probe, report

@@ -1,6 +1,6 @@
 """The same life on every platform: what people did is what the database says in the end.
 
-A random walk of people who write, react, take back, ask again, edit and delete, on several places at once, with the
+A random walk of people who write, react, take back, ask again, pick, edit and delete, on several places at once, with the
 process restarted in the middle while they go on; beside it a model of what that must come to.
 """
 
@@ -17,10 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bot.chat.dialogue import MAX_MESSAGE_CHARACTERS, render_answer
-from bot.store.feedback import select_effective
+from bot.store.feedback import not_retracted, select_effective
+from bot.store.picks import PICK
 from bot.types import FeedbackKind, Turn
 from connectors.local.benchmark import wait_for_answers
 from connectors.local.platforms import PEOPLE, PLATFORMS, DiscordPlatform, Platform, SeenAnswer, SlackPlatform, WebPlatform
+from learning.data.rewards import compute_reward
 
 OPINION = {FeedbackKind.APPROVAL: True, FeedbackKind.DISAPPROVAL: False}
 WORDS = ["hello", "i can't sleep", "good night", "tell me a joke", "what should i eat"]
@@ -33,6 +35,7 @@ class Answer:
     id: str
     opinions: dict[str, bool] = field(default_factory=dict)  # person -> likes
     unwanted: set[str] = field(default_factory=set)  # who asked again
+    picks: dict[str, bool] = field(default_factory=dict)  # person -> whether they find it better than the one before
 
 
 @dataclass
@@ -51,6 +54,7 @@ class Life:
 
     def __init__(self, platform: Platform, direct: bool, seed: str):
         self.platform, self.place, self.rng = platform, platform.place(direct), random.Random(seed)
+        self.picking, self.presses = random.Random(f"picks {seed}"), 0
         self.questions: list[Question] = []
         self.seen: set[str] = set()
 
@@ -65,6 +69,7 @@ class Life:
 
     async def step(self) -> None:
         await self.rng.choice([self.say, self.react, self.react, self.react, self.again, self.edit, self.delete])()
+        await self.pick()
 
     async def say(self) -> None:
         await self.ask()
@@ -99,6 +104,25 @@ class Life:
             await self.platform.regenerate(user, self.shown(last))
             await self.answered()
 
+    async def pick(self) -> None:
+        """Somebody says whether a second answer is better, thinks otherwise, or takes that back, if there is one."""
+        user = self.picking.choice(sorted(PEOPLE))
+        second = [
+            answer
+            for question in self.alive()
+            for answer in question.answers[1:]
+            if user in answer.picks or not any(user in one.picks for one in question.answers)  # in one pair of a question
+        ]
+        if second:
+            answer, prefers_new = self.picking.choice(second), self.picking.random() < 0.5
+            self.presses += 1
+            if answer.picks.get(user) is prefers_new:
+                del answer.picks[user]
+                await self.platform.take_pick_back(user, self.shown(answer), prefers_new)
+            else:
+                answer.picks[user] = prefers_new
+                await self.platform.pick(user, self.shown(answer), prefers_new)
+
     async def edit(self) -> None:
         if self.platform.name != "web" and self.questions and not self.questions[-1].deleted:
             question = self.questions[-1]
@@ -128,6 +152,8 @@ class Life:
         call, store = live.database.call, live.store
         assert len(self.platform.answers(self.place)) == len(self.seen)
         for question in self.questions:
+            picked: dict[str, dict[str, bool]] = defaultdict(dict)  # turn -> person -> whether they find it the better one
+            expected: dict[str, dict[str, bool]] = defaultdict(dict)
             for answer in question.answers:
                 turn_id = await self.platform.find_turn_id(self.shown(answer))
                 turn = await call(store.find_turn, turn_id)
@@ -138,10 +164,18 @@ class Life:
                 assert render_answer(turn).strip() == self.shown(answer).text.strip()
                 assert (await call(store.read_message, turn.message_id)).text == question.text
                 assert name_of(self.platform, turn.asker_id) == question.user
-                said = select_effective((await call(store.read_feedback_on, [turn_id])).get(turn_id, []))
+                everything = (await call(store.read_feedback_on, [turn_id])).get(turn_id, [])
+                for row in not_retracted(everything):
+                    if row.signal == PICK:
+                        assert name_of(self.platform, row.user_id) not in picked[turn_id]  # not both
+                        picked[turn_id][name_of(self.platform, row.user_id)] = OPINION[row.kind]
+                for user, prefers_new in answer.picks.items():
+                    expected[turn_id][user], expected[turn.replaces or ""][user] = prefers_new, not prefers_new
+                said = select_effective(row for row in everything if row.signal != PICK)
                 rows = [(name_of(self.platform, row.user_id), row.kind) for row in said]
                 assert {user: OPINION[kind] for user, kind in rows if kind in OPINION} == answer.opinions
                 assert {user for user, kind in rows if kind == FeedbackKind.REGENERATE} == answer.unwanted
+            assert picked == expected
 
     async def eventually_fits(self, live) -> None:
         for _ in range(3000):
@@ -190,10 +224,48 @@ async def test_what_people_did_is_what_the_database_says_also_after_a_restart(li
         await platform.restart(meanwhile)
         await everywhere(Life.answered)
         await everywhere(lambda life: life.eventually_fits(live))
+    assert sum(life.presses for life in lives) > 0, "nobody picked"
     last = lives[0].questions[-1].answers[-1]
     last.opinions["ann"] = not last.opinions.get("ann", False)
     with pytest.raises(AssertionError):
         await lives[0].fits(live)  # the control: one opinion that nobody gave is noticed
+    await platform.stop()
+
+
+@pytest.mark.parametrize("name", sorted(PLATFORMS))
+async def test_a_pick_after_a_regeneration_is_two_acts_on_every_platform(live, name):
+    platform = PLATFORMS[name](shared(live))
+    await platform.start()
+    place = platform.place(direct=True)
+    await platform.say(place, "ann", "hello")
+    [first] = await wait_for_answers(platform, place, 1)
+    await platform.regenerate("ann", first)
+    answers = await wait_for_answers(platform, place, 2)
+    second = next(one for one in answers if one.id != first.id)
+    turns = [await stored(live, platform, one) for one in (first, second)]
+
+    async def stands(*expected: set[FeedbackKind]) -> None:
+        """What Ann said and did not take back comes to this, on the first and on the second answer."""
+
+        def found() -> tuple[set[FeedbackKind], ...]:
+            said = live.store.read_feedback_on([turn.id for turn in turns])
+            return tuple({row.kind for row in not_retracted(said.get(turn.id, []))} for turn in turns)
+
+        await until(lambda: found() == expected)
+
+    again = FeedbackKind.REGENERATE
+    assert turns[1].replaces == turns[0].id
+    await stands({again}, set())
+    await platform.pick("ann", second, prefers_new=True)
+    await stands({again, FeedbackKind.DISAPPROVAL}, {FeedbackKind.APPROVAL})
+    acts = [row for rows in live.store.read_feedback_on([turn.id for turn in turns]).values() for row in rows]
+    assert [(row.signal, name_of(platform, row.user_id)) for row in acts if row.kind != again] == [(PICK, "ann")] * 2
+    await platform.pick("ann", second, prefers_new=False)
+    await stands({again, FeedbackKind.APPROVAL}, {FeedbackKind.DISAPPROVAL})
+    reward = compute_reward(live.store.read_feedback_on([turns[0].id])[turns[0].id], turns[0].asker_id, live.config.rewards)
+    assert reward.value == 0.5, "the first was better after all"
+    await platform.take_pick_back("ann", second, prefers_new=False)
+    await stands({again}, set())  # the control
     await platform.stop()
 
 

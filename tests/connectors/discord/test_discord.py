@@ -10,6 +10,7 @@ from conftest import PATIENT, explained, shared, until
 
 from bot.config import AccessConfig, DiscordConfig
 from bot.errors import ConfigError, ConnectorError
+from bot.store.feedback import not_retracted
 from bot.types import FeedbackKind
 from connectors.access import TOO_FAST
 from connectors.answers import BUSY
@@ -18,6 +19,7 @@ from connectors.discord.connector import LIMIT, Discord
 from connectors.discord.token import read_token
 from connectors.local.discord import LocalDiscord
 from connectors.local.discord_state import BOT, GUILD, TOKEN, VIEW_CHANNEL
+from connectors.picks import PICKS
 from learning.data.rewards import compute_reward
 
 ANN, BOB = 11, 12
@@ -186,9 +188,27 @@ async def test_buttons_say_what_people_think_and_ask_why(live, platform, bot):
     modal = await platform.press(BOB, number, "down")
     await eventually(live, bot, answer, {str(BOB): -1.0})
     assert modal["type"] == 9
-    await platform.submit(BOB, number, modal["data"], "It was rude.")
-    said = (await turn_of(live, bot, answer)).feedback
-    assert [row.text for row in said if row.kind == FeedbackKind.COMMENT] == ["It was rude."]
+    await platform.submit(BOB, number, modal["data"], "It was rude.", ticked=["tone", "too long"])
+    assert await reasons_of(live, bot, answer) == ["It was rude.", "tone", "too long"]
+    await platform.press(BOB, number, "down")  # takes it back
+    modal = await platform.press(BOB, number, "down")
+    assert sorted(ticked(modal)) == ["tone", "too long"]
+    await platform.submit(BOB, number, modal["data"], "", ticked=["tone", "unsafe"])
+    assert await reasons_of(live, bot, answer) == ["It was rude.", "tone", "unsafe"]
+    other = await platform.press(ANN, number, "down")
+    assert ticked(other) == [], "the control: nobody else is shown what Bob ticked"
+    await eventually(live, bot, answer, {str(ANN): -1.0, str(BOB): -1.0})  # Ann says nothing more
+
+
+async def reasons_of(live, bot, answer) -> list[str]:
+    said = not_retracted((await turn_of(live, bot, answer)).feedback)
+    return sorted(row.text for row in said if row.kind == FeedbackKind.COMMENT)
+
+
+def ticked(modal: dict) -> list[str]:
+    boxes = modal["data"]["components"][0]["component"]
+    assert boxes["type"] == 22, "a checkbox group"
+    return [option["value"] for option in boxes["options"] if option.get("default")]
 
 
 async def test_what_takes_long_is_seen_to_be_typed_and_where_that_fails_the_answer_comes_all_the_same(
@@ -256,6 +276,22 @@ async def test_an_answer_is_regenerated_by_its_button(live, platform, bot):
     before, after = await turn_of(live, bot, first), await turn_of(live, bot, second)
     assert after.turn.replaces == before.turn.id
     assert [row.kind for row in before.feedback] == [FeedbackKind.REGENERATE]
+    assert platform.buttons(int(second["id"])) == [*platform.buttons(int(first["id"])), *PICKS]
+    rows = platform.messages[int(second["id"])]["components"]
+    assert [one["label"] for one in rows[1]["components"]] == list(PICKS.values())
+
+
+async def test_after_an_edited_question_nobody_is_asked_which_answer_is_better(live, platform, bot):
+    """The two answer different words."""
+    channel = platform.channel()
+    question = await platform.say(channel, ANN, "hello")
+    first = await answered(platform, channel)
+    await platform.edit(question, "good night")
+    message_id = (await turn_of(live, bot, first)).turn.message_id
+    await until(lambda: live.store.read_message(message_id).text == "good night")
+    await platform.press(ANN, int(first["id"]), "again")
+    second = await answered(platform, channel, 2)
+    assert platform.buttons(int(second["id"])) == platform.buttons(int(first["id"]))
 
 
 async def test_a_button_of_an_answer_that_another_process_gave_works(live, platform):

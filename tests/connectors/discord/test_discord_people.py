@@ -14,13 +14,15 @@ from fake_vllm import FakeVllm
 
 from bot import app as kibitz
 from bot.config import AccessConfig, DiscordConfig, load
-from bot.store.feedback import select_effective
+from bot.store.feedback import not_retracted, select_effective
+from bot.store.picks import PICK
 from connectors.access import TOO_FAST
-from connectors.answers import SORRY
+from connectors.answers import NOT_ADMITTED, NOT_RECORDED, NOTED, SORRY, TAKEN_BACK
 from connectors.discord import reconciliation
 from connectors.discord.connector import Discord
 from connectors.local.discord import LocalDiscord
 from connectors.local.discord_state import BOT, OWN_ROLE, TOKEN
+from connectors.picks import EARLIER, NEWER
 from connectors.reading import NOTHING_SAID
 
 ANN, BOB, MALLORY = 11, 12, 13
@@ -348,6 +350,35 @@ async def test_who_was_denied_meanwhile_takes_back_with_the_button_and_gives_not
         assert (await platform.press(MALLORY, number, "up"))["data"]["content"] == "Taken back."
         assert (await platform.press(MALLORY, number, "up"))["data"]["content"] == "You may not do that here."
         assert await opinions(running, bot, answer) == set()
+
+
+async def test_a_pick_is_changed_and_taken_back_by_its_buttons_also_after_a_restart(running, platform):
+    channel = platform.channel()
+
+    async def picked() -> list[list[tuple[str, str]]]:
+        said = [not_retracted((await explained(running, bot.answers, one["id"])).feedback) for one in (first, second)]
+        return [[(row.user_id, str(row.kind)) for row in rows if row.signal == PICK] for rows in said]
+
+    async def press(user: int, act: str) -> str:
+        return (await platform.press(user, int(second["id"]), act))["data"]["content"]
+
+    async with started(running, platform) as bot:
+        await platform.say(channel, ANN, "hello")
+        first = await answered(platform, channel)
+        await platform.press(ANN, int(first["id"]), "again")
+        second = await answered(platform, channel, 2)
+        assert await press(MALLORY, NEWER) == NOTED
+    async with started(running, platform, access=AccessConfig(deny_users=[str(MALLORY)], opinions_per_minute=2)) as bot:
+        assert await picked() == [[(str(MALLORY), "disapproval")], [(str(MALLORY), "approval")]]
+        assert await press(MALLORY, EARLIER) == NOT_ADMITTED
+        assert await press(MALLORY, NEWER) == TAKEN_BACK
+        assert await press(MALLORY, NEWER) == NOT_ADMITTED
+        assert await picked() == [[], []]
+        for act in (NEWER, EARLIER):
+            assert await press(ANN, act) == NOTED
+        assert await picked() == [[(str(ANN), "approval")], [(str(ANN), "disapproval")]]
+        assert await press(ANN, EARLIER) == NOT_RECORDED  # a pick is one opinion of the limit
+        assert await picked() == [[(str(ANN), "approval")], [(str(ANN), "disapproval")]]
 
 
 async def test_a_button_says_when_an_opinion_is_not_recorded(running, platform):

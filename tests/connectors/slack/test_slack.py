@@ -15,12 +15,14 @@ from slack_sdk.signature import SignatureVerifier
 
 from bot.config import AccessConfig, SlackConfig
 from bot.errors import ConfigError, ConnectorError
+from bot.store.feedback import not_retracted
+from bot.store.picks import PICK
 from bot.types import FeedbackKind
-from connectors.answers import BUSY, NOT_RECORDED, SORRY
+from connectors.answers import BUSY, NOT_ADMITTED, NOT_RECORDED, NOTED, SORRY, TAKEN_BACK
 from connectors.local.slack import LocalSlack
 from connectors.local.slack_state import APP_TOKEN, BOT, BOT_TOKEN, NUMBERS
+from connectors.picks import PICKS
 from connectors.slack.connector import GREETING, Secrets, Slack
-from connectors.slack.interactions import NOT_ADMITTED, NOTED
 from connectors.slack.messages import neutralize_mentions
 from learning.data.rewards import compute_reward
 
@@ -317,11 +319,74 @@ async def test_after_a_thumb_down_people_may_say_why(live, platform, bot):
     answer = await answered(platform, place)
     await platform.click(BOB, answer, "down")
     view = await asyncio.wait_for(platform.views.get(), 300)
-    await platform.submit(BOB, view, "It was rude.")
+    assert await opinions(live, bot, answer) == {BOB: -1.0}
     await platform.submit(BOB, view, "  ")  # skipped
-    said = (await told(live, bot, answer)).feedback
-    kinds = [(row.kind, row.text) for row in said]
-    assert kinds == [(FeedbackKind.DISAPPROVAL, None), (FeedbackKind.COMMENT, "It was rude.")]
+    await platform.submit(BOB, view, "It was rude.", ["tone", "too long"], "V-first")
+    assert await reasons_of(live, bot, answer) == ["It was rude.", "tone", "too long"]
+    await platform.click(BOB, answer, "down")
+    view = await asyncio.wait_for(platform.views.get(), 300)
+    assert sorted(one["value"] for one in view["blocks"][0]["element"]["initial_options"]) == ["tone", "too long"]
+    await platform.submit(BOB, view, "", ["tone"])
+    assert await reasons_of(live, bot, answer) == ["It was rude.", "tone"]
+    await platform.submit(BOB, view, "It was rude.", ["tone", "too long"], "V-first")  # delivered again, late
+    assert await reasons_of(live, bot, answer) == ["It was rude.", "tone"]
+    await platform.submit(BOB, view, "", ["tone", "unsafe"])
+    assert await reasons_of(live, bot, answer) == ["It was rude.", "tone", "unsafe"], "the control: a new one counts"
+    assert await opinions(live, bot, answer) == {BOB: -1.0}
+
+
+async def reasons_of(live, bot, answer) -> list[str]:
+    said = not_retracted((await told(live, bot, answer)).feedback)
+    return sorted(row.text for row in said if row.kind == FeedbackKind.COMMENT)
+
+
+async def test_reasons_over_the_limit_stay_in_the_open_modal(live, platform):
+    bot, running = await connected(live, platform, AccessConfig(messages_per_minute=100_000, opinions_per_minute=2))
+    place = channel()
+    await platform.say(place, ANN, "hello")
+    answer = await answered(platform, place)
+    await platform.click(BOB, answer, "down")
+    view = await asyncio.wait_for(platform.views.get(), 300)
+    assert "payload" not in await platform.submit(BOB, view, "It was rude.", ["tone", "wrong"])  # one opinion in all
+    acked = await platform.submit(BOB, view, "", ["unsafe"])
+    assert acked["payload"] == {"response_action": "errors", "errors": {"reasons": NOT_RECORDED}}
+    assert await reasons_of(live, bot, answer) == ["It was rude.", "tone", "wrong"]
+    await closed(bot, running)
+
+
+async def test_a_second_answer_asks_which_is_better_and_the_same_button_takes_it_back(live, platform):
+    bot, running = await connected(live, platform, AccessConfig(deny_users=["UEVE"], messages_per_minute=100_000))
+    place = channel()
+    await platform.say(place, ANN, "hello")
+    first = await answered(platform, place)
+    await platform.click(ANN, first, "again")
+    second = await answered(platform, place, 2)
+
+    def buttons(message: dict) -> dict[str, str]:
+        return {one["action_id"]: one["text"]["text"] for one in message["blocks"][-1]["elements"]}
+
+    assert list(buttons(first)) == ["again"]
+    assert buttons(second) == buttons(first) | PICKS
+
+    async def picked() -> list[set[tuple[str, str]]]:
+        said = [not_retracted((await told(live, bot, one)).feedback) for one in (first, second)]
+        return [{(row.user_id, str(row.kind)) for row in rows if row.signal == PICK} for rows in said]
+
+    for user, act, expected in (
+        (BOB, "newer", [{(BOB, "disapproval")}, {(BOB, "approval")}]),
+        (BOB, "earlier", [{(BOB, "approval")}, {(BOB, "disapproval")}]),
+        ("UEVE", "earlier", [{(BOB, "approval")}, {(BOB, "disapproval")}]),
+        (BOB, "earlier", [set(), set()]),
+    ):
+        await platform.click(user, second, act)
+        assert await picked() == expected, act
+    assert sorted(await whispered(platform, 4)) == sorted([(BOB, NOTED)] * 2 + [(BOB, TAKEN_BACK), ("UEVE", NOT_ADMITTED)])
+    platform.repeats = 2  # of each press
+    await platform.click(BOB, second, "newer")
+    assert await picked() == [{(BOB, "disapproval")}, {(BOB, "approval")}], (
+        "a press that is delivered again is no second one"
+    )
+    await closed(bot, running)
 
 
 async def whispered(platform: LocalSlack, count: int) -> list[tuple[str, str]]:

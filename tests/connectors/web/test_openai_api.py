@@ -5,8 +5,9 @@ import json
 import pytest
 
 from bot.errors import DataError
-from bot.types import FeedbackKind
+from bot.types import FeedbackKind, Reason
 from connectors.web.openai_api import UNSEEN, CompletionRequest, FeedbackRequest, parse
+from connectors.web.server import PAGE
 
 USER = {"role": "user", "content": "hello"}
 PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
@@ -151,6 +152,14 @@ def test_what_a_field_of_several_types_breaks_is_told_and_no_name_of_a_library(f
 def test_a_value_of_feedback_that_is_neither_a_number_nor_a_text_is_told(value, shown):
     with pytest.raises(DataError, match=f"^value: must be true, false, a number or a text, not {shown}$"):
         parse(FeedbackRequest, json.dumps({"inference_id": "x", "value": value}).encode())
+
+
+def test_each_reason_is_taken_and_the_page_shows_them_all():
+    for reason in Reason:
+        body = json.dumps({"inference_id": "x", "metric_name": "reason", "value": reason}).encode()
+        given = parse(FeedbackRequest, body).make_feedback("x", "ann")
+        assert (given.kind, given.signal, given.text) == (FeedbackKind.COMMENT, reason.signal, reason)
+    assert json.dumps(list(Reason)) in PAGE.read_text()
 
 
 def test_a_stop_may_be_one_text_or_a_list_of_texts():

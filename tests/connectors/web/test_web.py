@@ -368,15 +368,17 @@ async def test_a_person_chats_on_the_page(live, url, tmp_path, request):
     assert after["turns"] - before["turns"] == 3
     last = said["ids"][-1]
     kinds = [row.kind for row in (await live.dialogue.explain(last)).feedback]
-    assert kinds == [FeedbackKind.APPROVAL, FeedbackKind.APPROVAL, FeedbackKind.DISAPPROVAL, FeedbackKind.CORRECTION]
+    thumbs = [FeedbackKind.APPROVAL, FeedbackKind.APPROVAL, FeedbackKind.DISAPPROVAL]
+    assert kinds == [FeedbackKind.APPROVAL, *thumbs, FeedbackKind.COMMENT, FeedbackKind.CORRECTION]
     told = await live.dialogue.explain(last)
     assert compute_reward(told.feedback, told.turn.asker_id, live.config.rewards).value == -1.0
-    assert [row.text for row in told.feedback][-1] == "Sleep well!"
+    assert [row.text for row in told.feedback][-2:] == ["too long", "Sleep well!"]
+    assert told.feedback[0].signal == "pick"
     assert said["shown"] == "Sleep well!"
 
 
 def a_visit(url: str, tmp_path: Path, pictures: Path) -> dict:
-    """Two questions, one regenerated answer, 👍, its removal, 👎 and a correction, by hand, in headless Chromium."""
+    """Two questions, one regenerated answer, a pick, 👍, its removal, 👎 with a reason, a correction, in Chromium."""
     from selenium import webdriver
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
@@ -414,6 +416,8 @@ def a_visit(url: str, tmp_path: Path, pictures: Path) -> dict:
             answered(count)
         press(answered(2)[1], "answer again")
         last = answered(3)[2]
+        press(last, "this answer is better")
+        pressed(last, "this answer is better", "true")
         press(last, "good answer")
         pressed(last, "good answer", "true")
         assert browser.save_screenshot(str(pictures / "chat-page.png"))
@@ -421,6 +425,9 @@ def a_visit(url: str, tmp_path: Path, pictures: Path) -> dict:
         pressed(last, "good answer", "false")
         press(last, "bad answer")
         pressed(last, "bad answer", "true")
+        box = last.find_element(By.CSS_SELECTOR, ".why input[type=checkbox]")
+        box.click()
+        wait.until(lambda _: box.is_enabled())
         press(last, "say what it should have been")
         box = last.find_element(By.TAG_NAME, "textarea")
         box.clear()

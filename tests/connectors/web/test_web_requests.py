@@ -30,6 +30,7 @@ from bot.serving.readiness import Readiness, make_checks
 from bot.store import tables
 from bot.store.conversations import ConversationStore
 from bot.store.deliveries import Deliveries
+from bot.store.feedback import not_retracted
 from bot.store.forgetting import forget_person
 from bot.store.registry import PolicyRegistry
 from bot.store.users import Users
@@ -439,3 +440,46 @@ async def test_feedback_on_an_episode_is_on_its_last_answer(server):
         given = server.store.find_feedback(answer.json()["feedback_id"])
         assert given.turn_id == server.turn(wanted["id"]).id
     assert (await server.http.post("/v1/feedback", json={"episode_id": "none", "value": True})).status_code == 404
+
+
+async def test_a_pick_is_two_acts_that_are_taken_back_as_one_and_each_reason_is_its_own(server):
+    first = await server.client.chat.completions.create(model="kibitz", messages=HELLO)
+    second = await server.chat(*HELLO, regenerates=first.id)
+
+    async def give(metric: str, value: object, on: str = second["id"], status: int = 200) -> dict:
+        body = {"inference_id": on, "metric_name": metric, "value": value}
+        answer = await server.http.post("/v1/feedback", json=body)
+        assert answer.status_code == status, answer.text
+        return answer.json()
+
+    def said() -> list[set[str]]:
+        rows = [
+            server.store.read_feedback_on([turn])[turn] for turn in (server.turn(first.id).id, server.turn(second["id"]).id)
+        ]
+        return [{row.text or f"{row.kind} ({row.signal})" for row in not_retracted(given)} for given in rows]
+
+    again = "regenerate (regenerate)"
+    this = await give("pick", True)
+    assert said() == [{again, "disapproval (pick)"}, {"approval (pick)"}]
+    assert await give("pick", True) == this, "the same pick again changes nothing"
+    earlier = await give("pick", 0)
+    assert said() == [{again, "approval (pick)"}, {"disapproval (pick)"}]
+    gone = await server.http.delete(f"/v1/feedback/{this['feedback_id']}")
+    assert gone.status_code == 404, "it was replaced"
+    assert (await server.http.delete(f"/v1/feedback/{earlier['feedback_id']}")).status_code == 200
+    assert said() == [{again}, set()]
+
+    given = [await give("reason", reason) for reason in ("too long", "tone")]
+    assert said()[1] == {"too long", "tone"}
+    await server.http.delete(f"/v1/feedback/{given[0]['feedback_id']}")
+    assert said()[1] == {"tone"}
+
+    for refused in (
+        {"metric": "pick", "value": 0.5},
+        {"metric": "reason", "value": "ugly"},
+        {"metric": "reason", "value": True},
+    ):
+        assert "value" in (await give(**refused, status=400))["error"]["message"]
+    told = await give("pick", True, on=first.id, status=400)
+    assert "there is nothing to pick" in told["error"]["message"]
+    assert said() == [{again}, {"tone"}], "the control: what was refused is not recorded"

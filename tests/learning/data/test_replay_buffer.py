@@ -9,8 +9,10 @@ from bot.chat.dialogue import INTERRUPTED
 from bot.config import load
 from bot.memory.followups import KINDS
 from bot.serving.policy import STOPPED
+from bot.store.picks import record_pick, retract_pick
 from bot.store.tables import followups
-from bot.types import Candidate, Conversation, Feedback, FeedbackKind, Message, Selection, new_id
+from bot.types import Candidate, Conversation, Feedback, FeedbackKind, Message, Pick, Selection, new_id
+from connectors.reasons import make_acts
 from learning.data.replay_buffer import ReplayBuffer
 
 
@@ -172,6 +174,35 @@ def test_a_pick_of_somebody_who_took_no_part_ranks_nothing(store, tokenizer):
         store.add_feedback(Feedback(turn.id, "asker", FeedbackKind.RANK, value=rank))
     found = snapshot(store, tokenizer)
     assert [one.turn_id for one in [*found.training, *found.held_out] if one.rejected_ids] == [second.id], "the control"
+
+
+@pytest.mark.parametrize("prefers_new", [True, False])
+def test_a_pick_after_a_regeneration_gives_a_pair_of_one_person_and_one_prompt(store, tokenizer, prefers_new):
+    first = answered(store, tokenizer, "a", "Hey!")
+    second = replace(first, id=new_id(), reply_id=new_id(), text="No.", replaces=first.id)
+    second = replace(second, completion_ids=tuple(tokenizer.completion_ids("No.")))
+    store.add_turn(second)
+    given = [Feedback(first.id, "asker", FeedbackKind.REGENERATE, "regenerate")]
+    store.add_feedback(given[0])
+    config = load(learning={"held_out": 1e-9})
+
+    def drawn() -> list:
+        return sorted(snapshot(store, tokenizer, config).training, key=lambda one: one.turn_id != first.id)
+
+    assert [(one.turn_id, one.reward, one.rejected_ids) for one in drawn()] == [(first.id, -0.5, None)]
+    record_pick(store, Pick(second.id, "asker", not prefers_new))  # another one is picked later
+    given += record_pick(store, Pick(second.id, "asker", prefers_new))
+    for act in make_acts(set(), ["wrong", "too long"], first.id, "asker"):
+        store.add_feedback(act)  # reasons have no worth
+    rewards = [one.reward for one in drawn()]
+    assert rewards == ([-1.0, 1.0] if prefers_new else [0.5, -1.0]), "a pick of the first outweighs that another was wanted"
+    better, worse = (second, first) if prefers_new else (first, second)
+    [pair] = [one for one in drawn() if one.rejected_ids is not None]
+    assert (pair.turn_id, pair.completion_ids, pair.rejected_ids) == (better.id, better.completion_ids, worse.completion_ids)
+    assert (pair.prompt_ids, pair.opinion_holders) == (first.prompt_ids, ("asker",))
+    assert sorted(pair.feedback_ids) == sorted(one.id for one in given), "the two acts, and the regeneration"
+    retract_pick(store, Pick(second.id, "asker", prefers_new))
+    assert [(one.turn_id, one.reward, one.rejected_ids) for one in drawn()] == [(first.id, -0.5, None)], "the control"
 
 
 def test_who_ranked_answers_that_are_compared_taught_the_run(store, tokenizer):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from bot.types import Reason
 from learning.data.experience import Experience
 from learning.data.feature_space import AnswerText, FeatureExtractor
 from learning.judging.best_of_n import FEW_E_VALUE, LEAST_OF_A_KIND, LEAST_REACTIONS, MANY_E_VALUE
@@ -119,3 +120,16 @@ def test_a_head_reads_the_newest_answers_alone(extractor, monkeypatch):
     assert found.name == fit_head(judge(30), (), extractor, CAP).name
     assert "long ago" not in found.teachers
     assert isinstance(found, TaughtHead)
+
+
+def test_a_reason_moves_what_it_names_at_once_and_proves_nothing(extractor):
+    rng = random.Random(0)
+    said = [replace(one, reward=rng.choice([1.0, -1.0])) for one in judge(24)]
+    reasoned = [replace(one, reasons=frozenset({Reason.TOO_LONG, Reason.TONE})) for one in said]
+    without, with_reasons = (fit_head(given, (), extractor, CAP) for given in (said, reasoned))
+    assert with_reasons.head.e_value == without.head.e_value
+    raw = extractor.extract([AnswerText("Hello."), AnswerText("Hello. " + "And then there is more to say. " * 6)])
+    short_is_better = [head.predict(raw)[0] @ [1, -1] for head in (without, with_reasons)]
+    assert short_is_better[1] > short_is_better[0] + 0.5
+    toned = [replace(one, reasons=frozenset({Reason.TONE})) for one in said]
+    assert fit_head(toned, (), extractor, CAP).as_json() == without.as_json(), "the control: it names no feature"

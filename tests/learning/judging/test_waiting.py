@@ -11,11 +11,12 @@ from conftest import answered, react, succeeded
 from bot.chat.texts import describe_status
 from bot.config import Config
 from bot.errors import RegistryError, TrainingError
+from bot.records import Record
 from bot.store.conversations import ConversationStore
 from bot.store.forgetting import forget_person
 from bot.store.registry import BASE, PolicyRegistry
 from bot.store.weights import ADAPTER_FILES
-from bot.types import Feedback, FeedbackKind, Metrics, PolicyState, PolicyVersion, Record, Turn, now
+from bot.types import Feedback, FeedbackKind, Metrics, PolicyState, PolicyVersion, Turn, now
 from learning.bench import swap
 from learning.data.replay_buffer import ReplayBuffer
 from learning.data.selection import is_held_out, question_key

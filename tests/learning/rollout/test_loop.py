@@ -19,7 +19,7 @@ from bot.serving.policy import Policy
 from bot.serving.vllm_server import VllmServer
 from bot.store.registry import BASE
 from bot.types import Conversation, Feedback, FeedbackKind, Message, PolicyState, new_id
-from learning.bench import overhead, simulated_people, simulation, swap
+from learning.bench import overhead, simulated_people, simulation, simulation_figures, swap
 from learning.judging.evaluation import answer_logprobs
 from learning.judging.probe import mean_distance
 from learning.models import toy
@@ -403,15 +403,23 @@ async def test_a_simulation_judges_every_version_beside_a_frozen_control(live):
     people = simulated_people.People(simulated_people.emoji, reaction_rate=1.0, noise=0.0, seed=0)
     shown: list[simulation.CurveRow] = []
     asked = simulated_people.read_prompts(is_toy=True)
-    play = simulation.Simulation(live.dialogue, live.policy, learner, people, asked, lambda *_: None)
+    parts = live.dialogue, live.policy, learner, live.selector
+    play = simulation.Simulation(*parts, people, asked, lambda *_: None)
     rows = await play.run(rounds=1, messages=64, samples=1, show=shown.append)
     assert rows == shown
-    figures = simulation.compute_figures(play, "toy")
+    figures = simulation_figures.compute_figures(play, "toy")
     assert figures["reactions"] >= 64
     assert figures["promoted"] == figures["versions"] - 1
     assert figures["refused_by_probe"] == 0
     assert not figures["promoted"] or figures["probe_distance"] < figures["probe_from_parent"] / 2
-    for name, most in (("first_utility", 1), ("last_utility", 1), ("frozen_utility", 1), ("utility_gain", 2)):
+    for name, most in (
+        ("first_utility", 1),
+        ("last_utility", 1),
+        ("frozen_utility", 1),
+        ("utility_gain", 2),
+        ("last_served_utility", 1),
+        ("served_gain", 2),
+    ):
         assert -most <= figures[f"{name}_low"] <= figures[name] <= figures[f"{name}_high"] <= most
 
 

@@ -6,7 +6,7 @@ import random
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -119,7 +119,7 @@ async def test_what_people_like_is_chosen_and_all_that_it_was_chosen_from_is_tol
     stage.judge(32)
     await stage.fit()
     texts = ["Hey there!", "Hey there! 👋", "Good evening.", "Hey there!"]
-    found = [await stage.selector.choose("hello", [reply(text) for text in texts]) for _ in range(40)]
+    found = [await stage.selector.choose([reply(text) for text in texts]) for _ in range(40)]
     one = found[0]
     assert np.mean([selection.chosen == 1 for selection in found]) > 0.9
     assert [candidate.text for candidate in one.candidates] == texts
@@ -141,7 +141,7 @@ async def test_a_choice_without_log_probabilities_or_between_equal_answers_is_on
     stage.judge(32)
     await stage.fit()
     replies = [Reply("Hey! 👋", BASE, (1,), (), (), "length", SamplingParams(), 1.0)] * 4
-    found = [await stage.selector.choose("hello", replies) for _ in range(80)]
+    found = [await stage.selector.choose(replies) for _ in range(80)]
     assert {candidate.chance for one in found for candidate in one.candidates} == {0.25}
     assert {one.chosen for one in found} == {0, 1, 2, 3}
     assert {(one.mean_logprob, one.is_finished) for one in found[0].candidates} == {(None, False)}
@@ -185,7 +185,7 @@ async def test_what_is_forgotten_is_in_no_head_and_the_next_one_is_fitted_withou
     assert stage.plan() == SamplingPlan(why="something was forgotten, and the reward head is fitted again")
     assert stage.selector._extractor._known == {}
     assert not stage.selector._usual
-    none = await stage.selector.choose("hello", [reply("Hey!"), reply("Hey! 👋")])
+    none = await stage.selector.choose([reply("Hey!"), reply("Hey! 👋")])
     assert (none.chosen, none.head, [one.chance for one in none.candidates]) == (0, "", [0.0, 0.0])
     assert (await stage.fit()).count == MANY
     after = stage.selector._state.head
@@ -327,8 +327,21 @@ async def test_choices_and_fits_at_the_same_time_do_not_disturb_each_other(stage
     other.start()
     try:
         replies = [reply(f"Hey {number}!") for number in range(8)]
-        found = await asyncio.gather(*(stage.selector.choose("hello", replies) for _ in range(40)), stage.fit())
+        found = await asyncio.gather(*(stage.selector.choose(replies) for _ in range(40)), stage.fit())
     finally:
         stop.set()
         other.join()
     assert all(one.is_selected for one in found[:-1])
+
+
+async def test_beside_a_rival_the_answer_is_chosen_that_the_comparison_tells_most_about(stage):
+    [(rival, _), *_] = stage.judge(32)
+    await stage.fit()
+    rival = replace(rival, text="Hey there!")
+    # Sure to be better, sure to be as good, and anybody's guess: nobody judged a list.
+    replies = [reply("Hey there! 👋"), reply("Hey there!", -0.5), reply("- Hey\n- there!")]
+    found = [await stage.selector.choose(replies, rival) for _ in range(40)]
+    assert np.mean([one.chosen == 2 for one in found]) > 0.6
+    assert sum(candidate.chance for candidate in found[0].candidates) == pytest.approx(1)
+    alone = [await stage.selector.choose(replies) for _ in range(40)]
+    assert np.mean([one.chosen == 0 for one in alone]) > 0.9, "the control"

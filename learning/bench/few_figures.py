@@ -1,0 +1,109 @@
+"""FewFigures: the cells of ``kibitz bench learning --slice few``, their figures and their picture.
+
+Win rates are means over series, with 95% bootstrap intervals over them.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bot.config import Config
+from bot.types import Progress
+from learning.bench import few, jobs
+from learning.bench.few import FewCell, FewPoint
+from learning.bench.grid import PEOPLE_KINDS, SEEDS, count_reactions_to
+from learning.judging.statistics import mean_interval
+
+SLICE = "few"
+SERIES_OF_WEIGHTS = 10  # of each kind of people in turn, and half as many by lot: each takes most of a minute
+REPORTED = {"served": (20, 50, 200), "weights": (50, 100), "placebo_served": (20, 50, 200), "placebo_weights": (50,)}
+COLOURS = {"served": "tab:green", "weights": "tab:blue", "placebo_served": "black", "placebo_weights": "tab:gray"}
+
+
+def choose_cells(users: str | None, seed: int) -> list[FewCell]:
+    """Return the cells, for the built-in kinds of people or for one sort of `users`, with seeds from `seed` on."""
+    kinds = PEOPLE_KINDS if users is None else (users,)
+    served = [FewCell("served", kinds, seed + number) for number in range(SEEDS)]
+    count = SERIES_OF_WEIGHTS if users is None else SEEDS
+    arms = [("weights", number) for number in range(count)] + [("placebo_weights", number) for number in range(SEEDS)]
+    return [*[FewCell(arm, (kinds[number % len(kinds)],), seed + number) for arm, number in arms], *served]
+
+
+def run_cells(
+    config: Config, base_model: str, wanted: Sequence[FewCell], kept: Path, progress: Progress
+) -> list[list[FewPoint]]:
+    """Run cells, each in a process of its own, and return the points of each series."""
+    found: dict[tuple[Any, ...], list[FewPoint]] = {}
+    for cell, rows in jobs.run_cells(few.run_cell, config, base_model, wanted, kept, progress).items():
+        for row in rows:
+            found.setdefault((row["arm"], row["users"], cell.seed), []).append(FewPoint(**row))
+    return [*found.values()]
+
+
+def compute_figures(series: Sequence[Sequence[FewPoint]]) -> dict[str, Any]:
+    """Compute the figures of all series."""
+    made: dict[str, Any] = {}
+    for arm, steps in REPORTED.items():
+        for step in steps:
+            made |= _describe(f"{arm}_win_rate_{step}", [one.win_rate for one in _find(series, arm, step)])
+    last = REPORTED["served"][-1]
+    made |= _describe("oracle_win_rate", [one.oracle for one in _find(series, "served", last) if one.oracle is not None])
+    switched_on = [float(one.candidates > 1) for one in _find(series, "placebo_served", last)]
+    made |= _describe("placebo_switched_on_200", switched_on)
+    for arm in ("served", "weights"):
+        curves = _find_curves(series, arm)
+        mean = [float(np.mean([one.win_rate for one in column])) for column in zip(*curves, strict=True)]
+        counts = [one.reactions for one in curves[0]] if curves else []
+        made[f"{arm}_reactions_to_80"] = count_reactions_to(0.8, mean, counts)
+    trained = _find(series, "weights", REPORTED["weights"][-1])
+    for name in ("well_formed", "perplexity_ratio"):
+        made |= _describe(name, [getattr(one, name) for one in trained])
+    for arm, step in (("served", 20), ("served", 50), ("weights", 100)):
+        for users in dict.fromkeys(one.users for one in _find(series, arm, step)):
+            rates = [one.win_rate for one in _find(series, arm, step) if one.users == users]
+            made[f"{arm}_win_rate_{step}_{Path(users).stem}"] = float(np.mean(rates))
+    return made
+
+
+def plot(series: Sequence[Sequence[FewPoint]], path: Path) -> None:
+    """Plot win rates over version 0 against reactions, one line for each arm, with intervals over series."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.6), layout="constrained")
+    for arm, colour in COLOURS.items():
+        curves = _find_curves(series, arm)
+        if not curves:
+            continue
+        reactions = [0, *(one.reactions for one in curves[0])]
+        wins = np.array([[0.5, *(one.win_rate for one in points)] for points in curves])
+        spread = np.array([mean_interval(column.tolist(), seed=0) for column in wins.T])
+        style = "--" if arm.startswith("placebo") else "-"
+        label = arm.replace("_", ", ").replace("placebo", "reactions by lot")
+        axes.plot(reactions, spread[:, 0], style, marker="o", markersize=3, label=label, color=colour)
+        axes.fill_between(reactions, spread[:, 1], spread[:, 2], color=colour, alpha=0.12, linewidth=0)
+    axes.axhline(0.8, color="tab:gray", linewidth=0.6, linestyle=":")
+    axes.set(xlabel="reactions", ylabel="win rate over version 0, held-out prompts", ylim=(0.2, 1.02))
+    axes.set_title("10% of the reactions are mistaken; mean and 95% interval over series", fontsize=10)
+    axes.legend(loc="lower right", frameon=False, fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _find(series: Sequence[Sequence[FewPoint]], arm: str, step: int) -> list[FewPoint]:
+    return [one for points in series for one in points if one.arm == arm and one.reactions == step]
+
+
+def _find_curves(series: Sequence[Sequence[FewPoint]], arm: str) -> list[Sequence[FewPoint]]:
+    return [points for points in series if points[0].arm == arm]
+
+
+def _describe(name: str, values: Sequence[float]) -> dict[str, float | None]:
+    """Return a mean with its interval, each None without values."""
+    found = mean_interval(values, seed=0) if values else (None, None, None)
+    return dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
