@@ -118,7 +118,7 @@ class RewardsConfig(Section):
 class RewardModelConfig(Section):
     """The model that judges answers without feedback, for reports."""
 
-    kind: Literal["embedding", "lm"] = "embedding"
+    kind: Literal["embedding", "head", "lm"] = "embedding"
 
 
 class PrivacyConfig(Section):

@@ -6,7 +6,7 @@ opinions and draws the conclusions. It does not depend on a database or a server
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from bot.config import PolicyConfig, RewardsConfig
@@ -54,6 +54,20 @@ def measure_model(
     """Measure a model on the `judged` answers and on the prompts of `asked`."""
     logprobs = batched_logprobs(model, token_rows(judged))
     return Measurement(logprobs, sample_answers(policy, seed, model, tokenizer, asked))
+
+
+def with_mean_logprobs(model: Any, answers: Sequence[Experience], longest: int) -> list[Experience]:
+    """Return the answers with the mean log-probability (nats per token) under a model, unless one was recorded.
+
+    It stays None for answers that have more than `longest` tokens with their prompt.
+    """
+    missing = [row for row, one in enumerate(answers) if one.mean_logprob is None and one.length <= longest]
+    missing.sort(key=lambda row: answers[row].length)  # so that little of a batch is padding
+    measured = means(batched_logprobs(model, token_rows([answers[row] for row in missing])))
+    found = [*answers]
+    for row, value in zip(missing, measured, strict=True):
+        found[row] = replace(answers[row], mean_logprob=value)
+    return found
 
 
 def compare_with_live(

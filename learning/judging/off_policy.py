@@ -90,7 +90,13 @@ def estimate_worth(
     def worth(policy: Answers) -> np.ndarray:
         answers = [policy.own[one.prompt_ids] for one in judged]
         own = [
-            replace(one, answer=sample.text, completion_ids=sample.completion_ids)
+            replace(
+                one,
+                answer=sample.text,
+                completion_ids=sample.completion_ids,
+                is_finished=sample.is_finished,
+                mean_logprob=None,
+            )
             for one, sample in zip(judged, answers, strict=True)
         ]
         weights = importance_weights([policy.logprobs[row] for row in rows], judged)

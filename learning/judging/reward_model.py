@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from bot.config import RewardModelConfig, TrainingConfig
+from bot.config import Config
 from bot.memory.embedder import Embedder
 from learning.data.experience import Experience
 from learning.judging.reward_scores import ScoredAnswers, calibrate_scores, has_enough
@@ -21,7 +21,7 @@ TYPICAL = 4.0  # logarithm of a typical answer's number of words
 
 
 class AnyRewardModel(Protocol):
-    """The protocol of both kinds of reward model."""
+    """The protocol of all kinds of reward model."""
 
     def fit(self, rated: Sequence[Experience]) -> ScoredAnswers | None:
         """Fit to rated answers. Return their out-of-fold scores, or None if there are too few answers."""
@@ -72,15 +72,19 @@ class RewardModel:
         return np.hstack([said, asked * said, near, length, length**2])
 
 
-def make_reward_model(
-    reward_model: RewardModelConfig, training: TrainingConfig, seed: int, embedder: Embedder | None, base_model: str
-) -> AnyRewardModel | None:
+def make_reward_model(config: Config, embedder: Embedder | None, base_model: str) -> AnyRewardModel | None:
     """Make the kind of `reward_model.kind`. Return None if that kind needs an embedder and there is none."""
-    if reward_model.kind == "lm":
-        from learning.judging.lm_reward_model import LmRewardModel
+    match config.reward_model.kind:
+        case "lm":
+            from learning.judging.lm_reward_model import LmRewardModel
 
-        return LmRewardModel(base_model, training, seed)
-    return None if embedder is None else RewardModel(embedder, seed)
+            return LmRewardModel(base_model, config.training, config.seed)
+        case "head":
+            from learning.judging.head_reward_model import HeadRewardModel
+
+            return HeadRewardModel(embedder, config.rewards.person_cap, config.seed)
+        case _:
+            return None if embedder is None else RewardModel(embedder, config.seed)
 
 
 def _log_loss(scores: np.ndarray, liked: np.ndarray) -> float:

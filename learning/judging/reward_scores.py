@@ -14,8 +14,13 @@ MIN_PER_KIND = 20  # liked, and disliked, answers that a reward model needs
 
 @dataclass(frozen=True)
 class ScoredAnswers:
-    """Predicted chances of a like, opinions, units and lengths of answers (n,). The model did not see the answers' units."""
+    """Scores, predicted chances of a like, opinions, units and lengths of answers (n,).
 
+    The model did not see the answers' units. Scores are for ranking: the calibration differs between folds, so chances rank
+    answers of different folds worse.
+    """
+
+    scores: np.ndarray
     chances: np.ndarray
     liked: np.ndarray
     units: list[str]
@@ -37,7 +42,7 @@ def calibrate_scores(scores: np.ndarray, rated: Sequence[Experience], folds: Any
     platt = LogisticRegression(C=1e6)
     chances = cross_val_predict(platt, scores[:, None], liked, groups=units, cv=folds, method="predict_proba")[:, 1]
     words = np.array([len(one.answer.split()) for one in rated])
-    return ScoredAnswers(chances, liked, units, words), platt.fit(scores[:, None], liked)
+    return ScoredAnswers(scores, chances, liked, units, words), platt.fit(scores[:, None], liked)
 
 
 @dataclass(frozen=True)
@@ -66,10 +71,10 @@ def score(judged: ScoredAnswers, seed: int, draws: int = 2000) -> Scores:
     for _ in range(draws):
         pick = np.concatenate([rows[unit] for unit in rng.choice(list(rows), len(rows))])
         if 0 < judged.liked[pick].sum() < len(pick):
-            drawn.append(roc_auc_score(judged.liked[pick], judged.chances[pick]))
+            drawn.append(roc_auc_score(judged.liked[pick], judged.scores[pick]))
     low, high = np.quantile(drawn, [0.025, 0.975])
     return Scores(
-        reward_model_auc=float(roc_auc_score(judged.liked, judged.chances)),
+        reward_model_auc=float(roc_auc_score(judged.liked, judged.scores)),
         reward_model_auc_low=float(low),
         reward_model_auc_high=float(high),
         length_alone_auc=float(roc_auc_score(judged.liked, judged.words)),

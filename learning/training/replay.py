@@ -17,17 +17,17 @@ import numpy as np
 from bot.config import Config
 from bot.errors import NothingToLearn
 from bot.memory.embedder import make_embedder
-from bot.models.tokenizer import ChatTokenizer
 from bot.store.conversations import ConversationStore
 from bot.types import Progress
-from learning.data.experience import Snapshot
-from learning.data.replay_buffer import ReplayBuffer
+from learning.data.experience import Experience
 from learning.importers.recording import Recording, format_counts
 from learning.judging.evaluation import Manner
 from learning.judging.gate import Evidence, margin
+from learning.judging.head_comparison import compare_head
 from learning.judging.reward_model import make_reward_model
 from learning.judging.reward_scores import score
 from learning.judging.statistics import accuracy, unit_bootstrap
+from learning.judging.taught_head import NEWEST
 from learning.training.run import train_version
 
 
@@ -57,20 +57,20 @@ def replay(
         outcome = train_version(config, progress, space=recording.space)
     except NothingToLearn as error:
         raise NothingToLearn(f"{error} ({format_counts(read)}){_describe_left_out(recording)}") from error
-    dropped = dict(recording.dropped) | outcome.dropped
-    silent = recording.answer_count - outcome.turns
+    snapshot = outcome.snapshot
+    dropped = {**recording.dropped, **snapshot.dropped}
+    silent = recording.answer_count - snapshot.turns
     if silent:
         dropped["answer without any feedback"] = silent
-    snapshot = ReplayBuffer(store, ChatTokenizer(base_model, config.policy.template_args), config).snapshot(recording.space)
     return {
         **read,
         "format": recording.format,
         "scale": recording.scale_summary,
         "dropped": dropped,
         "dropped_first": {reason: place for reason, (place, _) in recording.first_dropped.items()},
-        "trained_on": outcome.training,
-        "held_out": outcome.held_out,
-        "without_logprobs": outcome.without_logprobs,
+        "trained_on": len(snapshot.trained_on),
+        "held_out": len(snapshot.held_out),
+        "without_logprobs": snapshot.without_logprobs,
         **_compute_held_out_figures(outcome.figures.evidence, [one.unit for one in snapshot.judged], config.seed),
         "kl": outcome.figures.kl,
         "well_formed": outcome.figures.well_formed,
@@ -82,7 +82,7 @@ def replay(
         "policy": outcome.policy,
         "passed": outcome.passed,
         "reasons": outcome.reasons,
-        **_measure_reward_model(snapshot, config, base_model),
+        **_measure_reward_models(snapshot.rated, config, base_model),
         "manifest_sha256": outcome.manifest_sha256,
         "adapter_sha256": outcome.adapter_sha256,
     }
@@ -93,12 +93,14 @@ def _describe_left_out(recording: Recording) -> str:
     return "".join(f"; left out: {recording.explain(reason)}" for reason in recording.first_dropped)
 
 
-def _measure_reward_model(snapshot: Snapshot, config: Config, base_model: str) -> dict[str, Any]:
-    """Return a reward model's scores on rated answers in conversations that it was not trained on."""
+def _measure_reward_models(judged: Sequence[Experience], config: Config, base_model: str) -> dict[str, Any]:
+    """Return the scores of the config's reward model, and the reward head's, on conversations that they did not see."""
     embedder = make_embedder(config.dialogue, config.data)
-    model = make_reward_model(config.reward_model, config.training, config.seed, embedder, base_model)
-    judged = None if model is None else model.fit(snapshot.rated)
-    return {"reward_model_auc": None} if judged is None else asdict(score(judged, config.seed))
+    model = make_reward_model(config, embedder, base_model)
+    scored = None if model is None else model.fit(judged)
+    found = {"reward_model_auc": None} if scored is None else asdict(score(scored, config.seed))
+    compared = compare_head(judged[-NEWEST:], embedder, config.rewards.person_cap, config.seed)
+    return found | ({"head_auc": None} if compared is None else asdict(compared))
 
 
 def _manner(answers: Manner, when: str) -> dict[str, float]:

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,18 +26,25 @@ from bot.store.forgetting import SAMPLES_FILE, UNFINISHED_SUFFIX
 from bot.store.registry import PolicyRegistry
 from bot.store.weights import discard_weights
 from bot.types import Metrics, PolicyState, PolicyVersion, Progress
-from learning.data.experience import Experience
+from learning.data.experience import Experience, Snapshot
 from learning.data.manifest import Manifest
 from learning.data.replay_buffer import ReplayBuffer
 from learning.judging import probe
 from learning.judging.evaluation import Sample, kl_to_base, summarize_samples
-from learning.judging.evidence import Measurement, compare_with_live, measure_model, sample_answers
+from learning.judging.evidence import (
+    Measurement,
+    compare_with_live,
+    measure_model,
+    sample_answers,
+    with_mean_logprobs,
+)
 from learning.judging.gate import HEADROOM, Soundness, Verdict, judge
 from learning.judging.judgement import Judgement
 from learning.judging.metrics import AllMetrics, DistillationMetrics, TrainingMetrics
 from learning.judging.off_policy import Answers, Estimate, estimate_worth
 from learning.judging.report import write_samples
 from learning.judging.reward_model import make_reward_model
+from learning.judging.taught_head import NEWEST
 from learning.judging.waiting import reject_unjudged
 from learning.models.trainable import as_base, cast_for_serving, find_not_finite, make_trainable, save
 from learning.models.version_files import find_faults, fingerprint, remove_unfinished
@@ -54,16 +61,16 @@ ENOUGH_SAMPLES = 64  # samples that suffice for the share of well-formed answers
 
 @dataclass(frozen=True)
 class Outcome(Judgement):
-    """The outcome of a run: the version, its verdict (or that it waits for one), and figures for a report."""
+    """The outcome of a run: the version, its verdict (or that it waits for one), and figures for a report.
+
+    After a run on an import, the `rated` answers of the snapshot are those that people judged, without corrections. The
+    newest have their mean log-probability under the base model.
+    """
 
     figures: AllMetrics
     manifest_sha256: str
     adapter_sha256: str
-    turns: int
-    training: int
-    held_out: int
-    dropped: dict[str, int]
-    without_logprobs: int
+    snapshot: Snapshot
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,7 @@ class TrainingResult:
 
     figures: TrainingMetrics
     distilled: DistillationMetrics
+    rated: list[Experience]
     faults: list[str]  # reasons to reject it whatever the feedback
     base_samples: list[Sample]
     after: Measurement
@@ -115,7 +123,7 @@ class Run:
         self.progress("reading feedback", 0, 1)
         buffer = ReplayBuffer(self.store, self.tokenizer, self.config, self.embedder)
         lesson = prepare_lesson(self.thinking, self.registry, buffer, self.space, self.progress)
-        snapshot, manifest = lesson.snapshot, make_manifest(self.config, lesson)
+        manifest = make_manifest(self.config, lesson)
         version = self.registry.reserve(lesson.parent)
         settings = self.config.without_secrets().model_dump()
         run_id = self.registry.begin_run(version.name, settings, manifest.sha256, lesson.feedback_ids, lesson.followup_ids)
@@ -139,11 +147,7 @@ class Run:
             figures=metrics,
             manifest_sha256=manifest.sha256,
             adapter_sha256=adapter_sha256,
-            turns=snapshot.turns,
-            training=len(snapshot.trained_on),
-            held_out=len(snapshot.held_out),
-            dropped=dict(snapshot.dropped),
-            without_logprobs=snapshot.without_logprobs,
+            snapshot=replace(lesson.snapshot, rated=trained.rated),
         )
 
     def _remove_abandoned(self) -> None:
@@ -163,6 +167,7 @@ class Run:
         with as_base(model):
             first = lesson.asked[:ENOUGH_SAMPLES]
             base_samples = said if lesson.live.is_base else sample_answers(*told, first)
+            rated = self._measure_rated(model, lesson.snapshot.rated)
             prefixes = probe.sample_prefixes(model, self.tokenizer, config.policy.max_tokens, config.seed)
         of_parent = probe.measure(model, prefixes)
         figures = self._teach(lesson, model, config, lesson.snapshot.training, said if lesson.live == parent else ())
@@ -178,7 +183,16 @@ class Run:
         found = [f"training only harmed the policy: {figures.stopped}"] if is_harmed else []
         found += find_faults(directory, parent.base_model, config.serving.max_lora_rank)
         found += [f"{name}: not finite" for name in find_not_finite(model)]
-        return TrainingResult(figures, distilled, found, base_samples, after, kl, probe.compute_distances(written))
+        return TrainingResult(figures, distilled, rated, found, base_samples, after, kl, probe.compute_distances(written))
+
+    def _measure_rated(self, base: "Model", rated: list[Experience]) -> list[Experience]:
+        """Return the judged answers of an import, the newest ones with their log-probabilities, which it does not tell."""
+        if self.space is None:
+            return rated
+        self.progress("reading rated answers", 0, 1)
+        judged = [one for one in rated if not one.is_correction]
+        longest = self.thinking.policy.context_tokens + self.thinking.policy.max_tokens
+        return [*judged[:-NEWEST], *with_mean_logprobs(base, judged[-NEWEST:], longest)]
 
     def _distil(self, lesson: Lesson, model: "Model") -> DistillationMetrics:
         """Train the model on answers of its own that a reward head judges, if the head is proven."""
@@ -238,7 +252,7 @@ class Run:
     def _estimate(self, lesson: Lesson, after: Measurement) -> Estimate:
         """Estimate with a reward model what people would think of the answers before and after."""
         config, base_model = self.config, lesson.parent.base_model
-        judge_of = make_reward_model(config.reward_model, config.training, config.seed, self.embedder, base_model)
+        judge_of = make_reward_model(config, self.embedder, base_model)
         if judge_of is None or lesson.live != lesson.parent:
             return Estimate()
         prompts = [one.prompt_ids for one in lesson.asked]

@@ -173,6 +173,7 @@ def test_a_replay_twice_gives_the_same_manifest_and_the_same_bytes(tmp_path, dem
     assert one["trained_on"] + one["held_out"] == one["without_logprobs"] == 48
     assert one["held_out_accuracy_after"] >= one["held_out_accuracy_before"]
     assert one["held_out_margin_after"] > one["held_out_margin_before"]
+    assert (one["head_auc"], one["length_and_logprob_auc"], one["length_alone_auc"]) == (1.0, 1.0, 0.0)
     assert len(one["manifest_sha256"]) == len(one["adapter_sha256"]) == 64
     listed = here("policies", "--config", tmp_path / "one" / "config.toml").stdout
     assert "policy-0" in listed

@@ -24,11 +24,11 @@ def quiet(*_) -> None:
 
 
 def test_a_report_says_what_was_learned_and_why_the_rest_was_not(trained):
-    outcome, version = trained.outcome, trained.version
+    read, version = trained.outcome.snapshot, trained.version
     found = report.collect(version, "passed")
-    assert found.trained_on == outcome.training
-    assert found.held_out == outcome.held_out
-    assert sum(found.left_out.values()) == outcome.turns - outcome.training - outcome.held_out
+    assert found.trained_on == len(read.trained_on)
+    assert found.held_out == len(read.held_out)
+    assert sum(found.left_out.values()) == read.turns - len(read.trained_on) - len(read.held_out)
     assert len(found.loss) == 6
     assert [check.step for check in found.checks] == [0, 2, 4, 6]
     assert found.checks[0].gained == (0.0, 0.0, 0.0), "nothing has been learned yet"

@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from sklearn.model_selection import GroupKFold
 
 from bot.config import TrainingConfig
 from learning.data.experience import Experience
 from learning.judging.lm_reward_model import LmRewardModel, make_pairs
 from learning.judging.reward_model import RewardModel
-from learning.judging.reward_scores import ScoredAnswers, score
-from learning.judging.statistics import calibration
+from learning.judging.reward_scores import ScoredAnswers, calibrate_scores, score
+from learning.judging.statistics import accuracy, calibration
 from learning.models import toy
 
 ABOUT = {
@@ -62,8 +63,20 @@ def test_too_few_answers_of_a_kind_are_not_judged(embedder):
     assert RewardModel(embedder, seed=0).fit(rated(lambda about, rng: rng.random() < 0.05)) is None
 
 
+def test_folds_with_different_shares_of_liked_answers_do_not_change_how_a_model_ranks_them():
+    ranked, calibrated = [], []
+    for seed in range(12):
+        found, rng = rated(lambda about, rng: rng.random() < 0.5, seed), np.random.default_rng(seed)
+        judged, _ = calibrate_scores(rng.normal(size=len(found)), found, GroupKFold(5, shuffle=True, random_state=seed))
+        ranked.append(score(judged, seed=0, draws=10).reward_model_auc)
+        calibrated.append(accuracy(judged.chances, np.where(judged.liked, 1, -1)))
+    assert np.mean(ranked) == pytest.approx(0.5, abs=0.04)
+    assert np.mean(calibrated) < 0.46, "the control: by their chances, answers of such folds are ranked the wrong way round"
+
+
 def test_the_calibration_curve_names_each_bin():
     judged = ScoredAnswers(
+        scores=np.array([-3.0, -2.0, -2.0, 4.0]),
         chances=np.array([0.05, 0.15, 0.15, 1.0]),
         liked=np.array([False, True, False, True]),
         units=list("abcd"),

@@ -73,7 +73,7 @@ def test_a_run_registers_a_candidate_with_all_that_explains_it(small, store, reg
     assert outcome.figures.margin_gain_low > 0
     assert outcome.figures.gain_low > 0
     taught = registry.list_runs()[0]
-    assert taught["n"] == outcome.training
+    assert taught["n"] == len(outcome.snapshot.trained_on)
     assert taught["outcome"] == "passed"
 
 
