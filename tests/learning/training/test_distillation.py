@@ -11,12 +11,12 @@ from bot.config import Config, load
 from learning.bench import simulated_people
 from learning.data.experience import Experience
 from learning.judging.evaluation import Sample, generate
+from learning.judging.metrics import DistillationMetrics, TrainingMetrics
 from learning.models import toy
 from learning.models.trainable import copy_weights, load_for_training, restore_weights
 from learning.training import distillation
-from learning.training.distillation import ANSWERS, choose_training, is_proven, make_labels
+from learning.training.distillation import ANSWERS, ROUNDS, choose_training, distil, is_proven, label_answers
 from learning.training.objectives import train
-from learning.training.teaching import train_with_guard
 
 PROMPTS = 24
 
@@ -64,7 +64,7 @@ def said(tokenizer) -> list[tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def labels(model, settings, tokenizer, said) -> list[Experience]:
-    return make_labels(settings, model, tokenizer, judge(30), said, None)
+    return label_answers(settings, model, tokenizer, judge(30), said, None)
 
 
 def measure_utility(model, tokenizer) -> float:
@@ -99,11 +99,11 @@ def test_a_label_compares_an_answer_with_the_others_to_its_prompt(labels, said):
 
 def test_the_same_seed_gives_the_same_labels_and_another_seed_others(model, settings, tokenizer, said, labels):
     told = model, tokenizer, judge(30), said[:4], None
-    once, again, other = (make_labels(settings.model_copy(update={"seed": seed}), *told) for seed in (0, 0, 1))
+    once, again, other = (label_answers(settings.model_copy(update={"seed": seed}), *told) for seed in (0, 0, 1))
     assert again == once
     assert [one.completion_ids for one in other] != [one.completion_ids for one in once]
     fewer = settings.model_copy(update={"learning": settings.learning.model_copy(update={"distil_prompts": 2})})
-    assert len(make_labels(fewer, *told)) == 2 * ANSWERS
+    assert len(label_answers(fewer, *told)) == 2 * ANSWERS
 
 
 def test_labels_move_the_policys_own_answers_to_the_taste_and_shuffled_ones_do_not(fresh, settings, tokenizer, labels):
@@ -127,35 +127,30 @@ def test_answers_that_are_all_alike_have_no_labels(model, settings, tokenizer, s
         return [Sample(tuple(prompt), ids, "Hey there! 👋", is_finished=True) for prompt in prompts]
 
     monkeypatch.setattr(distillation, "generate", say_the_same)
-    assert make_labels(settings, model, tokenizer, judge(30), said[:2], None) == []
-    assert make_labels(settings, model, tokenizer, judge(8), said[:2], None) == [], "nor does a head that is none"
+    assert label_answers(settings, model, tokenizer, judge(30), said[:2], None) == []
+    assert label_answers(settings, model, tokenizer, judge(8), said[:2], None) == [], "nor does a head that is none"
 
 
-@pytest.mark.parametrize("is_harmful", [False, True], ids=["as it should", "with labels that do harm"])
-def test_a_run_learns_from_labels_first_and_drops_what_they_did_if_they_harm(
-    fresh, settings, tokenizer, labels, monkeypatch, is_harmful
-):
-    rows = [replace(one, advantage=one.reward, prompt_ids=labels[0].prompt_ids) for one in judge(16)]
-    rows = [replace(one, completion_ids=tuple(tokenizer.completion_ids(one.answer))) for one in rows]
-    start, taught = copy_weights(fresh), []
+@pytest.mark.parametrize("harm", [None, "kept", "undone"])
+def test_each_round_has_fresh_answers_and_one_that_harms_is_the_last(fresh, settings, tokenizer, said, harm):
+    start, rounds, answers = copy_weights(fresh), [], []
 
-    def train_and_note(model, tokenizer, rows, settings, seed, progress, callbacks):
-        moved = max(float((value - start[name]).abs().max()) for name, value in copy_weights(model).items())
-        taught.append((settings.objective, len(rows), moved > 0))
-        if is_harmful and len(taught) == 1:
-            monkeypatch.setattr(callbacks[0], "find_fault", lambda first, now: "it harms")
-        return train(model, tokenizer, rows, settings, seed, progress, callbacks)
+    def has_moved() -> bool:
+        return any(bool((value != start[name]).any()) for name, value in copy_weights(fresh).items())
 
-    monkeypatch.setattr("learning.training.objectives.train", train_and_note)
-    short = settings.model_copy(update={"training": settings.training.model_copy(update={"max_steps": 2})})
-    monkeypatch.setattr(distillation, "STEPS", 3)
-    figures = train_with_guard(
-        *(short, fresh, tokenizer, rows, [], [labels[0].prompt_ids], lambda *_: None), labels=labels[: 8 * ANSWERS]
-    )
-    assert taught == [("pg", 8 * ANSWERS, False), (short.training.objective, 16, not is_harmful)]
-    assert figures.labels == 8 * ANSWERS
-    assert figures.labels_stopped == ("it harms; stopped after 1 of 3 steps" if is_harmful else None)
-    assert figures.steps == 2
-    taught.clear()
-    assert train_with_guard(short, fresh, tokenizer, rows, [], [labels[0].prompt_ids], lambda *_: None).labels == 0
-    assert [objective for objective, *_ in taught] == [short.training.objective], "the control"
+    def teach(config: Config, rows: list[Experience]) -> TrainingMetrics:
+        rounds.append((config.training.objective, len(rows), has_moved()))
+        answers.append([one.completion_ids for one in rows])
+        short = config.training.model_copy(update={"max_steps": 3})
+        figures = train(fresh, tokenizer.hf, rows, short, config.seed, lambda *_: None)
+        return figures | TrainingMetrics(stopped="it harms" if harm else None, kept=int(harm == "kept"))
+
+    fewer = settings.model_copy(update={"learning": settings.learning.model_copy(update={"distil_prompts": 2})})
+    found = distil(fewer, fresh, tokenizer, judge(30), said, None, teach)
+    size = 2 * ANSWERS
+    assert rounds == [("pg", size, number > 0) for number in range(1 if harm else ROUNDS)]
+    assert found == DistillationMetrics(labels=size * len(rounds), labels_stopped="it harms" if harm else None)
+    assert has_moved() == (harm != "undone")
+    if not harm:
+        assert answers[0] != answers[1]
+    assert distil(fewer, fresh, tokenizer, judge(8), said, None, teach) == DistillationMetrics(labels=0, labels_stopped=None)

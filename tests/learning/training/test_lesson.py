@@ -13,10 +13,11 @@ from learning.data.explanation import explain
 from learning.data.manifest import read_manifest
 from learning.data.replay_buffer import ReplayBuffer
 from learning.data.selection import is_held_out, question_key
-from learning.training.distillation import ANSWERS
+from learning.training.distillation import ANSWERS, ROUNDS
 from learning.training.run import train_version
 
 PROMPTS = 4
+LABELS = PROMPTS * ANSWERS * ROUNDS
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_with_a_proven_head_a_run_learns_from_labels_and_from_all_who_taught_the
         outcome = train_version(teaching, quiet)
     version, is_labelled = registry.get(outcome.policy), case == "proven"
     manifest = read_manifest(Path(version.path))
-    assert outcome.figures.labels == version.metrics.labels == (PROMPTS * ANSWERS if is_labelled else 0)
+    assert outcome.figures.labels == version.metrics.labels == (LABELS if is_labelled else 0)
     assert turn.id in {row.turn_id for row in manifest.held_out}
     assert (turn.id in {row.turn_id for row in manifest.head_rows}) == is_labelled
     assert manifest.distil_prompts == (PROMPTS if is_labelled else 0)
@@ -82,7 +83,7 @@ def test_a_run_on_an_import_has_no_labels(teaching, store, registry, tokenizer):
         imported, everything = train_version(teaching, quiet, space="file"), train_version(teaching, quiet)
     assert imported.figures.labels == 0
     assert read_manifest(Path(registry.get(imported.policy).path)).head_rows == []
-    assert everything.figures.labels == PROMPTS * ANSWERS, "the control"
+    assert everything.figures.labels == LABELS, "the control"
 
 
 def test_the_same_feedback_gives_the_same_manifest_and_other_labels_another(teaching, store, registry, tokenizer):
