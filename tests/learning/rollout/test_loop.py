@@ -29,7 +29,8 @@ from learning.rollout.loop import OnlineLearner
 
 async def say(live, text: str, person: str = "ann", **details) -> object:
     place = await live.dialogue.open(Conversation("test", new_id()))
-    return await live.dialogue.respond(Message(place.id, person, text, **details), ReplyOptions(seed=1))
+    # Single answers: people dislike hardly any that a reward head chose, and the gate needs those too.
+    return await live.dialogue.respond(Message(place.id, person, text, **details), ReplyOptions(seed=1, candidates=1))
 
 
 async def version_of(live, source: Path, seed: int, kind: str = "lora") -> str:
