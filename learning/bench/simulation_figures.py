@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,9 @@ def describe_changes(played: Simulation) -> str:
         chosen = "the reward head never chose among several answers"
     else:
         chosen = f"first change after {count_noun(first, 'reaction')}: the reward head chooses among several answers"
+        # it may lose its evidence again
+        steady = [*takewhile(lambda row: row.candidates > 1, reversed(played.rows))]
+        chosen += f" (in each row from {steady[-1].reactions} on)" if steady else " (not in the last row)"
     live = next((row for row in played.rows if row.version != played.rows[0].version), None)
     if live is None:
         trained = "no trained version went live"
@@ -73,7 +77,7 @@ def describe_changes(played: Simulation) -> str:
 def make_table(rows: Sequence[CurveRow]) -> Table:
     """Make a table of the rows of a simulation. "from" has the number of candidates of served answers."""
     names = ("version", "reactions", "served (95%)", "from", "weights (95%)", "frozen", "approval", "KL")
-    found = Table(*names, "well-formed", "ended", title="true utility on held-out prompts", padding=0)
+    found = Table(*names, "well-\nformed", "ended", title="true utility on held-out prompts", padding=0)
     for row in rows:
         found.add_row(
             row.version,
@@ -124,8 +128,8 @@ def plot(played: Simulation, path: Path, title: str) -> None:
     seen: set[str] = set()
     for row in rows:
         if row.version not in seen:
-            place = {"xytext": (0, -12), "textcoords": "offset points", "ha": "center", "fontsize": 8, "color": "tab:blue"}
-            axes.annotate(row.version, (row.reactions, row.low), **place)
+            place = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "fontsize": 8, "color": "tab:blue"}
+            axes.annotate(row.version, (row.reactions, row.high), **place)
             seen.add(row.version)
     axes.set(xlabel="reactions so far", ylabel="true utility on held-out prompts", ylim=(-1.05, 1.05), title=title)
     axes.legend(loc="lower right", frameon=False)

@@ -108,7 +108,9 @@ async def test_served_answers_and_weights_are_judged_apart_and_the_first_choice_
     assert set(figures["curve"][0]) == {one.name for one in fields(CurveRow)}
     assert {row["served"] for row in play.samples} == {LIKED} != {row["after"] for row in play.samples}
     shown = simulation_figures.describe_changes(play)
-    assert shown.startswith(f"first change after {count} reactions: the reward head chooses among several answers; then the")
+    assert shown.startswith(
+        f"first change after {count} reactions: the reward head chooses among several answers (in each row from 20"
+    )
     assert "no trained version went live" in shown
     console = Console(width=120)
     with console.capture() as printed:
