@@ -27,9 +27,16 @@ from learning.bench.learning import Arena, ReactingPeople, RunEnd, make_experien
 from learning.bench.simulated_people import Utility, find_utility
 from learning.data.experience import Experience
 from learning.data.feature_space import AnswerText, FeatureExtractor
-from learning.judging.best_of_n import MANY, PLAIN_SHARE, compute_chances, compute_scores, count_candidates
+from learning.judging.best_of_n import (
+    MANY,
+    PLAIN_SHARE,
+    compute_chances,
+    compute_scores,
+    count_candidates,
+    is_harmful,
+)
 from learning.judging.evaluation import Sample, batched_logprobs, token_rows
-from learning.judging.taught_head import TaughtHead, fit_head
+from learning.judging.taught_head import TaughtHead, count_approval, fit_head
 from learning.models.trainable import silence_libraries
 
 NOISE = 0.1  # the share of mistaken reactions
@@ -114,7 +121,10 @@ class Series:
     @property
     def candidates(self) -> int:
         """From how many answers the head may choose."""
-        return 1 if self.head is None else count_candidates(self.head.head.e_value, MANY)
+        chosen, plain = (count_approval(one for one in self.rated if one.is_selected == kind) for kind in (True, False))
+        if self.head is None or is_harmful(chosen, plain):
+            return 1
+        return count_candidates(self.head.peak_e_value, MANY)
 
     def hear(self, offered: Sequence[Candidates]) -> None:
         """Let people react to one answer to each prompt."""
@@ -130,10 +140,12 @@ class Series:
         likes = rng.random() < 0.5 if self.is_placebo else self.people.give_opinion(offered.prompt, sample.text)
         said = make_experience(self.arena, offered.prompt, sample, bool(likes), rng)
         # importance weights know plain samples only
-        self.rated.append(replace(said, is_finished=text.is_finished, mean_logprob=text.mean_logprob))
+        said = replace(said, is_finished=text.is_finished, mean_logprob=text.mean_logprob, is_selected=count > 1)
+        self.rated.append(said)
         self.usual = [*self.usual, *offered.texts[:count]][-USUAL:]
         if len(self.rated) <= REFIT_ALWAYS or not len(self.rated) % REFIT_EVERY:
-            self.head = fit_head(self.rated, self.usual, self.extractor, cap=1.0)
+            peak = 0.0 if self.head is None else self.head.peak_e_value
+            self.head = fit_head(self.rated, self.usual, self.extractor, cap=1.0, earlier_peak=peak)
 
     def choose(self, offered: Candidates, count: int) -> np.ndarray:
         """Return the probability (count,) that each of the first `count` answers is chosen."""

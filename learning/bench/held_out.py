@@ -95,7 +95,7 @@ class HeldOutJudge:
             return ServedAnswers(single.utilities, single.first, candidates=1)
         await self.selector.wait_until_current()
         head = self.selector.head
-        count = 1 if head is None else count_candidates(head.head.e_value, self.dialogue.sampler.candidates)
+        count = 1 if head is None else count_candidates(head.peak_e_value, self.dialogue.sampler.candidates)
         if head is None or count == 1:
             return ServedAnswers(single.utilities, single.first, candidates=1)
         utilities, likeliest = {}, {}

@@ -5,7 +5,7 @@ Its name is the hash of its content. `learning.rollout.heads` has the files.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,7 @@ from bot.types import Reason
 from learning.data.experience import Experience
 from learning.data.feature_space import AnswerText, FeatureExtractor, FeatureSpace
 from learning.data.selection import cap_people
-from learning.judging.best_of_n import LEAST_OF_A_KIND, LEAST_REACTIONS
+from learning.judging.best_of_n import LEAST_OF_A_KIND, LEAST_REACTIONS, Approval
 from learning.judging.reward_head import RewardHead
 
 NEWEST = 512  # judged answers that a head is fitted to, at most
@@ -30,11 +30,15 @@ WANTED_SHIFTS: dict[Reason, dict[str, float]] = {Reason.TOO_LONG: {"length": -1.
 
 @dataclass(frozen=True)
 class TaughtHead:
-    """A fitted head. `teachers` are the people whose opinions it was fitted to."""
+    """A fitted head. `teachers` are the people whose opinions it was fitted to.
+
+    `peak_e_value` is the highest e-value that it or one of the heads before it had.
+    """
 
     head: RewardHead
     space: FeatureSpace
     teachers: tuple[str, ...]
+    peak_e_value: float
 
     @cached_property
     def name(self) -> str:
@@ -67,16 +71,26 @@ class TaughtHead:
 
     def as_json(self) -> dict[str, Any]:
         """Return the head as JSON values, without its name."""
-        return {"head": self.head.as_json(), "space": self.space.as_json(), "teachers": [*self.teachers]}
+        return {
+            "head": self.head.as_json(),
+            "space": self.space.as_json(),
+            "teachers": [*self.teachers],
+            "peak_e_value": self.peak_e_value,
+        }
 
 
 def fit_head(
-    rated: Sequence[Experience], usual: Sequence[AnswerText], extractor: FeatureExtractor, cap: float
+    rated: Sequence[Experience],
+    usual: Sequence[AnswerText],
+    extractor: FeatureExtractor,
+    cap: float,
+    earlier_peak: float = 0.0,
 ) -> TaughtHead | None:
     """Fit a head to the newest of the `rated` answers (oldest first), corrections apart.
 
     `usual` are other answers of the policy, which nobody judged; they tell what its answers are usually like. No person
-    counts for more than a share `cap`. Returns None if there are too few reactions, or none of one kind.
+    counts for more than a share `cap`. `earlier_peak` is the highest e-value so far. Returns None
+    if there are too few reactions, or none of one kind.
     """
     judged = [one for one in rated if not one.is_correction][-NEWEST:]
     liked = np.array([one.reward > 0 for one in judged])
@@ -95,7 +109,7 @@ def fit_head(
         )
         head = replace(RewardHead.fit(*told, space.group_sizes), e_value=head.e_value)
     teachers = tuple(sorted({person for one in judged for person in one.opinion_holders}))
-    return TaughtHead(head, space, teachers)
+    return TaughtHead(head, space, teachers, max(earlier_peak, head.e_value))
 
 
 def find_peak_e_value(rated: Sequence[Experience], extractor: FeatureExtractor, cap: float) -> float:
@@ -115,6 +129,13 @@ def find_peak_e_value(rated: Sequence[Experience], extractor: FeatureExtractor, 
     enough = [end for end in ends if min(liked[:end].sum(), (~liked[:end]).sum()) >= LEAST_OF_A_KIND]
     found = (RewardHead.fit(places[:end], liked[:end], weights[:end], space.group_sizes).e_value for end in enough)
     return max(found, default=0.0)
+
+
+def count_approval(rated: Iterable[Experience]) -> Approval:
+    """Count the liked and the disliked answers, corrections apart."""
+    judged = [one for one in rated if not one.is_correction]
+    liked = sum(one.reward > 0 for one in judged)
+    return Approval(liked, len(judged) - liked)
 
 
 def _shift_by_reasons(

@@ -24,7 +24,7 @@ KEPT = 16  # newest files; turns keep what older heads did with them
 
 @dataclass(frozen=True)
 class HeadFile:
-    """A head in a file: its name, when it was written, how many people taught it, and its e-value."""
+    """A head in a file: its name, when it was written, how many people taught it, and its highest e-value."""
 
     name: str
     written_at: datetime
@@ -60,7 +60,7 @@ def read_head(file: Path) -> TaughtHead:
     try:
         values: dict[str, Any] = json.loads(file.read_text())
         parts = RewardHead.from_json(values["head"]), FeatureSpace.from_json(values["space"])
-        found = TaughtHead(*parts, tuple(values["teachers"]))
+        found = TaughtHead(*parts, tuple(values["teachers"]), float(values["peak_e_value"]))
     except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
         raise DataError(f"{file}: is no reward head ({type(error).__name__}); delete it, a new one is fitted") from error
     if found.name != file.stem:
@@ -74,7 +74,7 @@ def list_heads(directory: Path) -> Iterator[HeadFile | DataError]:
         try:
             head = read_head(file)
             written = datetime.fromtimestamp(file.stat().st_mtime, UTC)
-            yield HeadFile(head.name, written, len(head.teachers), head.head.e_value)
+            yield HeadFile(head.name, written, len(head.teachers), head.peak_e_value)
         except DataError as error:
             yield error
 

@@ -7,7 +7,7 @@ plain samples. When chosen answers are liked less than plain ones, it stops choo
 import asyncio
 import random
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,13 +26,12 @@ from learning.judging.best_of_n import (
     LEAST_REACTIONS,
     MANY_E_VALUE,
     PLAIN_SHARE,
-    Approval,
     compute_chances,
     compute_scores,
     count_candidates,
     is_harmful,
 )
-from learning.judging.taught_head import NEWEST, TaughtHead, fit_head
+from learning.judging.taught_head import NEWEST, TaughtHead, count_approval, find_peak_e_value, fit_head
 from learning.rollout.heads import locate_heads, save_head
 
 USUAL = 512  # of the latest candidates tell what answers are usually like
@@ -59,6 +58,8 @@ class HeadSelector:
         self._usual: deque[AnswerText] = deque(maxlen=USUAL)
         self._state = _State(why="the reward head is not fitted yet")
         self._is_outdated = asyncio.Event()
+        self._peak = 0.0  # the highest e-value so far
+        self._said: set[str] | None = None  # the ids of the feedback that the head was fitted to
         self._forgotten = 0  # times that something was forgotten
         self._is_current = asyncio.Event()
 
@@ -76,7 +77,7 @@ class HeadSelector:
             return SamplingPlan(why="one person alone taught the reward head, so it chooses for that person only")
         if self._rng.random() < PLAIN_SHARE:
             return SamplingPlan(is_plain=True)
-        return SamplingPlan(count_candidates(state.head.head.e_value, most))
+        return SamplingPlan(count_candidates(state.head.peak_e_value, most))
 
     async def choose(self, replies: Sequence[Reply], rival: Turn | None = None) -> Selection:
         """Choose one of the replies, the likelier the better the head's pessimistic score of it is.
@@ -110,7 +111,7 @@ class HeadSelector:
     def is_proven(self) -> bool:
         """Whether the head may choose from the most answers, and label others."""
         head = self._state.head
-        return head is not None and head.head.e_value >= MANY_E_VALUE
+        return head is not None and head.peak_e_value >= MANY_E_VALUE
 
     def notice_feedback(self) -> None:
         """Have the head fitted again."""
@@ -144,6 +145,7 @@ class HeadSelector:
     def forget(self) -> None:
         """Drop all that was fitted to anybody's texts and reactions, also from the disk, and fit again."""
         self._forgotten += 1
+        self._said = None
         self._state = _State(why="something was forgotten, and the reward head is fitted again")
         self._usual.clear()
         self._extractor.forget()
@@ -154,13 +156,20 @@ class HeadSelector:
         return PolicyRegistry(self._buffer.store.database).is_learning_paused()
 
     def _fit_and_save(self, rated: Sequence[Experience], usual: Sequence[AnswerText]) -> _State:
-        head = fit_head(rated, usual, self._extractor, self._buffer.config.rewards.person_cap)
+        how = self._extractor, self._buffer.config.rewards.person_cap
+        said = {one for experience in rated for one in experience.feedback_ids}
+        is_known = self._said is not None and self._said <= said  # not at the start, nor when an opinion was taken back
+        if not is_known and len(rated) < NEWEST:
+            self._peak = find_peak_e_value(rated, *how)
+        self._said = said
+        head = fit_head(rated, usual, *how, self._peak)
         if head is None:
             needed = f"{LEAST_REACTIONS} reactions with {LEAST_OF_A_KIND} of each kind are needed"
             return _State(why=f"too few reactions for a reward head ({len(rated)}; {needed})")
-        if head.head.e_value < FEW_E_VALUE:
-            return _State(why=f"the reward head is not sure (e-value {head.head.e_value:.2g}, needed {FEW_E_VALUE:g})")
-        chosen, plain = (_count_approval(one for one in rated if one.is_selected == kind) for kind in (True, False))
+        self._peak = head.peak_e_value
+        if head.peak_e_value < FEW_E_VALUE:
+            return _State(why=f"the reward head is not sure (e-value {head.peak_e_value:.2g}, needed {FEW_E_VALUE:g})")
+        chosen, plain = (count_approval(one for one in rated if one.is_selected == kind) for kind in (True, False))
         if is_harmful(chosen, plain):
             told = f"{chosen.liked} of {chosen.total}, against {plain.liked} of {plain.total}"
             return _State(why=f"chosen answers were liked less than plain ones ({told})")
@@ -179,12 +188,6 @@ def _find_circle(rated: Sequence[Experience], teachers: Sequence[str]) -> set[st
         return set()
     askers = {one.asker for one in rated}  # a web user's id differs from the id that the person counts as
     return {*teachers} | (askers if len(askers) == 1 else set())
-
-
-def _count_approval(rated: Iterable[Experience]) -> Approval:
-    judged = [one for one in rated if not one.is_correction]
-    liked = sum(one.reward > 0 for one in judged)
-    return Approval(liked, len(judged) - liked)
 
 
 def _describe(reply: Reply) -> Candidate:
