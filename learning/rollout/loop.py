@@ -59,7 +59,7 @@ class OnlineLearner:
         await supervise("learning", self._learn_if_enough, health or Health(self.announce), every)
 
     async def _learn_if_enough(self) -> None:
-        said, purged, paused, has_labels = await self.store.database.call(self._read_counts)
+        said, purged, paused = await self.store.database.call(self._read_counts)
         if self._learned is None:
             self._learned, self._purged = await self._count_learned(), purged
         # Purged versions take what they learned with them: learn again from all that is left.
@@ -68,7 +68,7 @@ class OnlineLearner:
         if paused or await self.judge_waiting():
             return
         is_enough = said - self._learned >= self.config.learning.distil_every
-        if not is_enough and not (said > self._learned and self.is_head_proven() and not has_labels):
+        if not is_enough and not (said > self._learned and await self._is_proof_new()):
             return
         self._learned = said
         self.announce(f"training on {count_noun(said, 'reaction')}")
@@ -145,13 +145,16 @@ class OnlineLearner:
         verdict = "waits for more reactions" if outcome.waits else "rejected"
         self.announce(f"{outcome.policy} {verdict}: {'; '.join(outcome.reasons)}")
 
-    def _read_counts(self) -> tuple[int, int, bool, bool]:
-        """Return the number of reactions, the number of purged versions, whether learning is paused, and whether the newest
-        version learned from labels of a reward head.
-        """
+    async def _is_proof_new(self) -> bool:
+        """Whether the reward head is proven, and the newest version did not learn from its labels."""
+        if not self.is_head_proven():
+            return False
+        return not (await self.store.database.call(self.deployment.registry.get_newest)).metrics.labels
+
+    def _read_counts(self) -> tuple[int, int, bool]:
+        """Return the number of reactions, the number of purged versions, and whether learning is paused."""
         registry = self.deployment.registry
-        counts = self.store.count_reactions(), registry.count(PolicyState.PURGED), registry.is_learning_paused()
-        return *counts, registry.get_newest().metrics.labels > 0
+        return self.store.count_reactions(), registry.count(PolicyState.PURGED), registry.is_learning_paused()
 
     async def _count_learned(self) -> int:
         """Count the reactions that the last run began with, so that a restart does not train on them again.

@@ -21,7 +21,7 @@ from bot.store.forgetting import forget_message, forget_person
 from bot.store.registry import BASE
 from bot.store.users import Users
 from bot.supervision import Health, supervise
-from bot.types import Candidate, Conversation, Feedback, Reply, SamplingParams, Selection, Turn
+from bot.types import Candidate, Conversation, Feedback, Reply, SamplingParams, Selection, Turn, new_id, now
 from learning.data.replay_buffer import ReplayBuffer
 from learning.judging.best_of_n import FEW, MANY
 from learning.judging.taught_head import fit_head
@@ -345,3 +345,15 @@ async def test_beside_a_rival_the_answer_is_chosen_that_the_comparison_tells_mos
     assert sum(candidate.chance for candidate in found[0].candidates) == pytest.approx(1)
     alone = [await stage.selector.choose(replies) for _ in range(40)]
     assert np.mean([one.chosen == 0 for one in alone]) > 0.9, "the control"
+
+
+async def test_what_was_proven_goes_on_choosing_until_those_reactions_are_taken_back(stage):
+    proof = stage.judge(32)
+    assert await stage.fit() == SamplingPlan(MANY)
+    stage.judge(80, seed=1, is_by_lot=True)
+    assert await stage.fit() == SamplingPlan(MANY)
+    head = stage.selector.head
+    assert head.head.e_value < head.peak_e_value, "the control: it proves less by now"
+    for _, given in proof:
+        stage.store.add_feedback(replace(given, id=new_id(), event_id=None, at=now(), retracts=True))
+    assert (await stage.fit()).why.startswith("the reward head is not sure (e-value ")

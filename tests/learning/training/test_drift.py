@@ -99,13 +99,13 @@ def test_what_people_said_before_they_came_to_want_the_opposite_counts_no_more(s
     second = train_version(small, lambda stage, done, total: told.append(stage))
     assert registry.get(second.policy).parent == BASE
     assert second.passed, second.reasons
-    gone = second.dropped["older than the detected change of opinions"]
+    gone = second.snapshot.dropped["older than the detected change of opinions"]
     assert 52 <= gone <= 76, "those 64, give or take where it began"
     assert any("came to want the opposite" in stage for stage in told)
     registry.promote(second.policy)
     third = train_version(small, quiet)
     assert registry.get(third.policy).parent == second.policy
-    assert third.dropped["older than the detected change of opinions"] == gone, "it stays so"
+    assert third.snapshot.dropped["older than the detected change of opinions"] == gone, "it stays so"
 
 
 def test_a_run_is_told_where_only_new_opinions_of_one_kind_are_left(small, store, registry, tokenizer):

@@ -162,7 +162,6 @@ def test_each_so_many_th_run_begins_at_the_base_again(small, store, registry, to
     ("kind", "objective"),
     [
         ("lora", "kto"),
-        pytest.param("lora", "bco", marks=pytest.mark.slow),
         pytest.param("full", "mixed", marks=pytest.mark.slow),
     ],
 )
