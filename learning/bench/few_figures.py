@@ -17,7 +17,6 @@ from learning.bench.grid import PEOPLE_KINDS, SEEDS, count_reactions_to
 from learning.judging.statistics import mean_interval
 
 SLICE = "few"
-SERIES_OF_WEIGHTS = 10  # of each kind of people in turn, and half as many by lot: each takes most of a minute
 REPORTED = {"served": (20, 50, 200), "weights": (50, 100), "placebo_served": (20, 50, 200), "placebo_weights": (50,)}
 COLOURS = {"served": "tab:green", "weights": "tab:blue", "placebo_served": "black", "placebo_weights": "tab:gray"}
 
@@ -26,9 +25,13 @@ def choose_cells(users: str | None, seed: int) -> list[FewCell]:
     """Return the cells, for the built-in kinds of people or for one sort of `users`, with seeds from `seed` on."""
     kinds = PEOPLE_KINDS if users is None else (users,)
     served = [FewCell("served", kinds, seed + number) for number in range(SEEDS)]
-    count = SERIES_OF_WEIGHTS if users is None else SEEDS
-    arms = [("weights", number) for number in range(count)] + [("placebo_weights", number) for number in range(SEEDS)]
-    return [*[FewCell(arm, (kinds[number % len(kinds)],), seed + number) for arm, number in arms], *served]
+    # A series of weights takes a minute or two, so each kind has one, with a seed of its own.
+    trained = [
+        FewCell(arm, (kinds[number % len(kinds)],), seed + number)
+        for arm in ("weights", "placebo_weights")
+        for number in range(SEEDS)
+    ]
+    return [*served, *trained]
 
 
 def run_cells(
