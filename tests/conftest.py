@@ -105,9 +105,12 @@ def tokenizer(demo_model: str) -> ChatTokenizer:
 
 
 @pytest.fixture(scope="session")
-def embedder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedder]:
-    """Yield the default embedding model."""
-    found = Embedder("all-MiniLM-L6-v2", tmp_path_factory.getbasetemp())
+def embedder() -> Iterator[Embedder]:
+    """Yield the default embedding model. It is converted in half a minute, and kept as the demo policy is."""
+    found = Embedder("all-MiniLM-L6-v2", CACHE)
+    CACHE.mkdir(exist_ok=True)
+    with FileLock(CACHE / "embedder.lock"):  # one of two processes converts it
+        found.encode(["ready"])
     yield found
     found.close()
 

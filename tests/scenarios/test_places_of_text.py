@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sqlalchemy as sa
-from conftest import until
+from conftest import CACHE, until
 from fake_vllm import FakeVllm
 from longest_answer import LongestAnswer
 from one_weight import EXCLAIMS, STATES, learn_in_an_instant
@@ -189,10 +189,9 @@ async def talking(config: Config, tokenizer: ChatTokenizer) -> AsyncIterator[Tal
 
 
 @pytest.fixture
-def teaching(config: Config, embedder: Embedder, tmp_path_factory: pytest.TempPathFactory) -> Config:
+def teaching(config: Config, embedder: Embedder) -> Config:
     """A config under which few opinions are evidence enough; the embedding model lies where kibitz keeps it."""
-    embedder.encode(["it is made by now"])
-    shutil.copytree(tmp_path_factory.getbasetemp() / "embedders", config.data / "embedders")
+    shutil.copytree(CACHE / "embedders", config.data / "embedders")
     # Without labels held-out opinions teach no version, so that one stays.
     learning = config.learning.model_copy(update={"held_out": 0.5, "detect_drift": False, "distil_prompts": 0})
     gate = config.gate.model_copy(update={"confidence": 0.6, "samples": 100})
