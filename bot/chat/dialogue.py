@@ -252,6 +252,7 @@ class DialogueManager:
         """Commit a pick as `bot.store.picks.record_pick` does, and return its acts. Raises DataError as it does."""
         with working_on(turn=pick.turn_id):
             acts = await self.store.database.call(record_pick, self.store, pick)
+            self.sampler.notice_feedback()
             log.debug("stored the pick of the %s answer", "new" if pick.prefers_new else "earlier")
         return acts
 
@@ -259,6 +260,7 @@ class DialogueManager:
         """Take back a person's pick between a turn and the answer that it replaces. Return False if there is none."""
         with working_on(turn=pick.turn_id):
             is_new = await self.store.database.call(retract_pick, self.store, pick)
+            self.sampler.notice_feedback()
             log.debug("took back the pick%s", "" if is_new else ", of which there is none")
         return is_new
 

@@ -17,7 +17,7 @@ from bot.memory.recall import Recall, load_retrieval_weights
 from bot.memory.scope import Memory
 from bot.serving.policy import STOPPED, Policy
 from bot.serving.selection import SamplingPlan
-from bot.types import Conversation, Feedback, FeedbackKind, Message, Selection, Turn, new_id
+from bot.types import Conversation, Feedback, FeedbackKind, Message, Pick, Selection, Turn, new_id
 
 HERE = Conversation("test", "lobby")
 TEXTS = ["Hey there!", "Good morning to you all.", "Hello."]
@@ -201,3 +201,13 @@ async def test_a_regenerated_answer_is_chosen_too_and_feedback_is_noticed_once(t
     talk.selector.error = ZeroDivisionError("a bug")
     assert await talk.dialogue.record_feedback(Feedback(first.id, "bob", FeedbackKind.APPROVAL))
     assert len(warnings(caplog)) == 1, "the feedback is stored all the same"
+
+
+async def test_a_pick_and_its_retraction_are_noticed_as_other_feedback_is(talk):
+    first = await talk.ask()
+    again = await talk.dialogue.regenerate(first.id, "ann")
+    noticed = talk.selector.noticed
+    await talk.dialogue.record_pick(Pick(again.id, "ann", prefers_new=True))
+    assert talk.selector.noticed == noticed + 1
+    assert await talk.dialogue.retract_pick(Pick(again.id, "ann", prefers_new=True))
+    assert talk.selector.noticed == noticed + 2
