@@ -53,14 +53,13 @@ def label_answers(
     tokenizer: ChatTokenizer,
     taught: Sequence[Experience],
     prompts: Sequence[tuple[int, ...]],
-    embedder: Embedder | None,
+    extractor: FeatureExtractor,
 ) -> list[Experience]:
     """Have a model answer prompts, and return its answers with the advantages that a reward head gives them.
 
     The head is fitted to the judged answers `taught` (oldest first), which `is_proven` accepted. Returns nothing if the
     answers to each prompt are all alike to it.
     """
-    extractor = FeatureExtractor(embedder)
     asked = [prompt for prompt in prompts[: config.learning.distil_prompts] for _ in range(ANSWERS)]
     samples = generate(model, tokenizer, asked, config.policy.max_tokens, config.seed, config.policy.truncation)
     logprobs = [tuple(row.tolist()) for row in batched_logprobs(model, token_rows(samples))]
@@ -108,10 +107,11 @@ def distil(
     The head is fitted to the judged answers `taught` (oldest first), which `is_proven` accepted. `train` trains the model
     in place, as the config says. A round that the guard stops is the last; if no check passed, it is taken back.
     """
+    extractor = FeatureExtractor(embedder)  # one, so that no judged answer is embedded again in each round
     labels, stopped = 0, None
     for number in range(ROUNDS):
         settings = config.model_copy(update={"seed": config.seed + number, "training": choose_training(config.training)})
-        answers = label_answers(settings, model, tokenizer, taught, prompts, embedder)
+        answers = label_answers(settings, model, tokenizer, taught, prompts, extractor)
         if not answers:
             break
         before = copy_weights(model)

@@ -10,6 +10,7 @@ import pytest
 from bot.config import Config, load
 from learning.bench import simulated_people
 from learning.data.experience import Experience
+from learning.data.feature_space import FeatureExtractor
 from learning.judging.evaluation import Sample, generate
 from learning.judging.metrics import DistillationMetrics, TrainingMetrics
 from learning.models import toy
@@ -64,7 +65,7 @@ def said(tokenizer) -> list[tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def labels(model, settings, tokenizer, said) -> list[Experience]:
-    return label_answers(settings, model, tokenizer, judge(30), said, None)
+    return label_answers(settings, model, tokenizer, judge(30), said, FeatureExtractor(None))
 
 
 def measure_utility(model, tokenizer) -> float:
@@ -98,7 +99,7 @@ def test_a_label_compares_an_answer_with_the_others_to_its_prompt(labels, said):
 
 
 def test_the_same_seed_gives_the_same_labels_and_another_seed_others(model, settings, tokenizer, said, labels):
-    told = model, tokenizer, judge(30), said[:4], None
+    told = model, tokenizer, judge(30), said[:4], FeatureExtractor(None)
     once, again, other = (label_answers(settings.model_copy(update={"seed": seed}), *told) for seed in (0, 0, 1))
     assert again == once
     assert [one.completion_ids for one in other] != [one.completion_ids for one in once]
@@ -127,8 +128,10 @@ def test_answers_that_are_all_alike_have_no_labels(model, settings, tokenizer, s
         return [Sample(tuple(prompt), ids, "Hey there! 👋", is_finished=True) for prompt in prompts]
 
     monkeypatch.setattr(distillation, "generate", say_the_same)
-    assert label_answers(settings, model, tokenizer, judge(30), said[:2], None) == []
-    assert label_answers(settings, model, tokenizer, judge(8), said[:2], None) == [], "nor does a head that is none"
+    assert label_answers(settings, model, tokenizer, judge(30), said[:2], FeatureExtractor(None)) == []
+    assert label_answers(settings, model, tokenizer, judge(8), said[:2], FeatureExtractor(None)) == [], (
+        "nor does a head that is none"
+    )
 
 
 @pytest.mark.parametrize("harm", [None, "kept", "undone"])
