@@ -32,7 +32,6 @@ import pytest
 import pytest_asyncio
 import sqlalchemy as sa
 import standing_vllm
-import torch
 import typer
 from alembic import command
 from alembic.config import Config as AlembicConfig
@@ -90,13 +89,8 @@ def demo_model() -> str:
 def find_demo_model() -> str:
     """Return the directory of the demo policy. Make the policy if there is none."""
     CACHE.mkdir(exist_ok=True)
-    with FileLock(CACHE / "demo.lock"):  # one of two processes makes it, on all cores; the other waits
-        usual = torch.get_num_threads()
-        torch.set_num_threads(os.cpu_count() or 1)
-        try:
-            return prepare_model(load(data_dir=str(CACHE), policy={"model": "toy"}))[1]
-        finally:
-            torch.set_num_threads(usual)
+    with FileLock(CACHE / "demo.lock"):  # one of two processes makes it; the other waits as soon as it needs it
+        return prepare_model(load(data_dir=str(CACHE), policy={"model": "toy"}))[1]
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,7 @@ from bot.output import announce, check_writable, console, print_figures, progres
 from bot.types import Progress
 from connectors.access import Access
 from learning.training.choice import prepare_model
+from learning.training.pretrain import is_toy
 
 
 def run_benchmark(
@@ -175,7 +176,7 @@ def bench_learning(
         str,
         typer.Option(
             "--slice",
-            help="few (reward head) or ci (objectives): minutes on two cores; rates, regimes or full: hours.",
+            help="few, hacking (reward head) or ci (objectives): minutes on two cores; rates, regimes or full: hours.",
         ),
     ] = "full",
     arms: Annotated[str | None, typer.Option(help="Objectives and controls, separated by commas. Default: all.")] = None,
@@ -184,25 +185,21 @@ def bench_learning(
     plot: PlotFile = None,
 ) -> None:
     """Measure what each objective learns from simulated reactions, against a frozen and a placebo control."""
-    from learning.bench import few_figures, grid, simulated_people
+    from learning.bench import grid, simulated_people
+    from learning.bench.slices import find_slice
 
     check_writable(json_file, plot)
     if users is not None:
         simulated_people.find_utility(users)  # raises before anything runs
-    is_few, kept = part == few_figures.SLICE, config.data / "bench" / f"learning-{part}.jsonl"
-    if is_few and arms is not None:
-        raise ConfigError(f"option --arms has value '{arms}', and --slice few has its own arms; leave --arms out")
-    cells = [] if is_few else grid.choose_cells(part, users, arms, config.seed)
+    chosen = find_slice(part, users, arms, config, is_toy(config.policy.model))
+    kept = config.data / "bench" / f"learning-{part}.jsonl"
     config, base = prepare_model(config, purpose=Purpose.TRAIN)
     with progress_bar() as progress:
-        if is_few:
-            series = few_figures.run_cells(config, base, few_figures.choose_cells(users, config.seed), kept, progress)
-        else:
-            points = grid.run_cells(config, base, cells, kept, progress)
-    figures = few_figures.compute_figures(series) if is_few else grid.compute_figures(points, config.training.objective)
+        found = chosen.run(config, base, kept, progress)
+    figures = chosen.compute_figures(found)
     print_figures(figures)
     if plot is not None:
-        few_figures.plot(series, plot) if is_few else grid.plot(points, plot)
+        chosen.plot(found, plot)
         console.print(f"plot: {plot}")
     setup = {"slice": part, "arms": arms, "users": users, "seeds": grid.SEEDS, "seed": config.seed}
     setup["model"] = config.policy.model

@@ -9,7 +9,8 @@ answers are chosen by it as in production (`learning.judging.best_of_n`).
 - *placebo*: the same with reactions that are drawn by lot.
 
 Prompts by which answers are judged are never said by people. All win rates are those of the people's true utility over
-version 0's answers to the same prompts, without ties.
+version 0's answers to the same prompts, without ties. To models other than the toy people say everyday things in each of two
+languages; they react to fewer answers, because each takes longer.
 
 Run: ``kibitz bench learning --slice few``.
 """
@@ -23,8 +24,8 @@ import numpy as np
 
 from bot.config import Config
 from learning.bench.jobs import Rows
-from learning.bench.learning import Arena, ReactingPeople, RunEnd, make_experience, train_policy
-from learning.bench.simulated_people import Utility, find_utility
+from learning.bench.learning import Arena, ReactingPeople, RunEnd, make_experience, prepare_process, train_policy
+from learning.bench.simulated_people import Utility, find_utility, read_prompts
 from learning.data.experience import Experience
 from learning.data.feature_space import AnswerText, FeatureExtractor
 from learning.judging.best_of_n import (
@@ -37,11 +38,9 @@ from learning.judging.best_of_n import (
 )
 from learning.judging.evaluation import Sample, batched_logprobs, token_rows
 from learning.judging.taught_head import TaughtHead, count_approval, fit_head
-from learning.models.trainable import silence_libraries
+from learning.training.pretrain import is_toy
 
 NOISE = 0.1  # the share of mistaken reactions
-SERVED_STEPS = (10, 20, 30, 40, 50, 100, 200)  # reactions after which served answers are judged
-WEIGHTS_STEPS = (20, 50, 100)  # and single answers of the trained policy
 BATCH = 5  # reactions between two looks at the proof
 USUAL = 512  # of the latest candidates tell what answers are usually like
 REFIT_ALWAYS, REFIT_EVERY = 50, 5  # reactions up to which the head is refitted after each; afterwards after so many
@@ -50,16 +49,19 @@ REFIT_ALWAYS, REFIT_EVERY = 50, 5  # reactions up to which the head is refitted 
 @dataclass(frozen=True)
 class FewCell:
     """A part of the benchmark: with "served" as `arm` all served series of a seed, for these people and by lot; with
-    "weights" or "placebo_weights" one series.
+    "weights" or "placebo_weights" one series. Answers are judged after each number of reactions in `steps`.
     """
 
     arm: str
     users: tuple[str, ...]
     seed: int
+    steps: tuple[int, ...]
+    language: str = ""
 
     def describe(self) -> str:
         """Describe the cell to people who wait for it."""
-        return f"{self.arm} with {' '.join(Path(one).stem for one in self.users)}"
+        people = " ".join(Path(one).stem for one in self.users)
+        return f"{self.arm} with {people}" + (f" in {self.language}" if self.language else "")
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class FewPoint:
     """The figures of one series after a number of reactions. `candidates` is the most answers that it ever chose from.
 
     `oracle` is the win rate of a choice among 8 by the chance that these people approve; well-formedness, perplexity and KL
-    (nats a token) are measured for weights only.
+    (nats a token) are measured for weights only. `language` is empty for the toy's people.
     """
 
     arm: str
@@ -79,6 +81,7 @@ class FewPoint:
     well_formed: float | None = None
     perplexity_ratio: float | None = None
     kl: float | None = None
+    language: str = ""
 
 
 @dataclass(frozen=True)
@@ -157,21 +160,16 @@ class Series:
 
 def run_cell(config: Config, base_model: str, cell: FewCell) -> Rows:
     """Run a cell, and return its points. Meant for a process of its own."""
-    import torch
-    from transformers import set_seed
-
-    torch.set_num_threads(1)
-    silence_libraries()
-    set_seed(cell.seed)  # the adapter must not depend on what this process did before
-    arena = Arena(config, base_model, cell.seed)
+    prepare_process(cell.seed)
+    arena = Arena(config, base_model, cell.seed, read_prompts(is_toy(base_model), cell.language))
     run = run_served if cell.arm == "served" else run_weights
-    return [asdict(point) for point in run(arena, cell)]
+    return [asdict(replace(point, language=cell.language)) for point in run(arena, cell)]
 
 
 def run_served(arena: Arena, cell: FewCell) -> list[FewPoint]:
     """Let people react to answers of the base model, and judge the chosen ones. All series have the same answers."""
     rng = random.Random(f"{cell.seed} served")
-    asked = [rng.choice(arena.said) for _ in range(SERVED_STEPS[-1])]
+    asked = [rng.choice(arena.said) for _ in range(cell.steps[-1])]
     offered = sample_candidates(arena, asked, rng.randrange(2**31))
     unseen = sample_candidates(arena, arena.prompts, rng.randrange(2**31))
     extractor, points = FeatureExtractor(arena.embedder), []
@@ -180,7 +178,7 @@ def run_served(arena: Arena, cell: FewCell) -> list[FewPoint]:
         oracle = _judge(arena, utility, unseen, [_choose_by_utility(utility, one) for one in unseen])
         for arm in ("served", "placebo_served"):
             series = _begin(arena, utility, f"{cell.seed} {users} {arm}", extractor, is_placebo=arm != "served")
-            for step in SERVED_STEPS:
+            for step in cell.steps:
                 series.hear(offered[len(series.rated) : step])
                 chances = [series.choose(one, series.candidates) for one in unseen]
                 win_rate = _judge(arena, utility, unseen, chances)
@@ -199,14 +197,14 @@ def run_weights(arena: Arena, cell: FewCell) -> list[FewPoint]:
     series = _begin(arena, utility, f"{cell.seed} {users} {cell.arm}", FeatureExtractor(arena.embedder), is_placebo)
     rng = series.people.rng
     points, end, was_proven = [], RunEnd(), False
-    for step in range(BATCH, WEIGHTS_STEPS[-1] + 1, BATCH):
+    for step in range(BATCH, cell.steps[-1] + 1, BATCH):
         asked = [rng.choice(arena.said) for _ in range(step - len(series.rated))]
         series.hear(sample_candidates(arena, asked, rng.randrange(2**31)))
         is_new_proof = not was_proven and series.candidates == MANY
         was_proven = was_proven or is_new_proof
         if is_new_proof or not step % every:
             end = train_policy(arena, series.rated, arena.config.training.objective, step)
-        if step in WEIGHTS_STEPS:
+        if step in cell.steps:
             found = arena.judge_policy(step, utility, end)
             measured = found.well_formed, found.perplexity_ratio, found.kl
             points.append(FewPoint(cell.arm, users, step, found.win_rate, series.most_used, None, *measured))

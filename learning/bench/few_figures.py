@@ -4,6 +4,7 @@ Win rates are means over series, with 95% bootstrap intervals over them.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,40 @@ from bot.types import Progress
 from learning.bench import few, jobs
 from learning.bench.few import FewCell, FewPoint
 from learning.bench.grid import PEOPLE_KINDS, SEEDS, count_reactions_to
+from learning.bench.simulated_people import LANGUAGES, choose_defaults
 from learning.judging.statistics import mean_interval
 
-SLICE = "few"
 REPORTED = {"served": (20, 50, 200), "weights": (50, 100), "placebo_served": (20, 50, 200), "placebo_weights": (50,)}
 COLOURS = {"served": "tab:green", "weights": "tab:blue", "placebo_served": "black", "placebo_weights": "tab:gray"}
 
 
-def choose_cells(users: str | None, seed: int) -> list[FewCell]:
+@dataclass(frozen=True)
+class Size:
+    """The built-in kinds of people, their languages, and the numbers of reactions after which answers are judged."""
+
+    kinds: tuple[str, ...]
+    languages: tuple[str, ...]
+    served: tuple[int, ...]
+    weights: tuple[int, ...]
+
+
+def choose_size(is_toy: bool) -> Size:
+    """Return the size for the toy policy (12 minutes on two cores), or for any other model (an hour without a GPU)."""
+    if is_toy:
+        return Size(PEOPLE_KINDS, ("",), (10, 20, 30, 40, 50, 100, 200), (20, 50, 100))
+    return Size((choose_defaults(is_toy=False).users,), LANGUAGES, (10, 20, 30, 40, 50), (20, 50))
+
+
+def choose_cells(size: Size, users: str | None, seed: int) -> list[FewCell]:
     """Return the cells, for the built-in kinds of people or for one sort of `users`, with seeds from `seed` on."""
-    kinds = PEOPLE_KINDS if users is None else (users,)
-    served = [FewCell("served", kinds, seed + number) for number in range(SEEDS)]
-    # A series of weights takes a minute or two, so each kind has one, with a seed of its own.
+    kinds = size.kinds if users is None else (users,)
+    numbers = [(number, language) for number in range(SEEDS) for language in size.languages]
+    served = [FewCell("served", kinds, seed + number, size.served, language) for number, language in numbers]
+    # A series of weights takes minutes, so each kind has one, with a seed of its own.
     trained = [
-        FewCell(arm, (kinds[number % len(kinds)],), seed + number)
+        FewCell(arm, (kinds[number % len(kinds)],), seed + number, size.weights, language)
         for arm in ("weights", "placebo_weights")
-        for number in range(SEEDS)
+        for number, language in numbers
     ]
     return [*served, *trained]
 
@@ -41,7 +60,7 @@ def run_cells(
     found: dict[tuple[Any, ...], list[FewPoint]] = {}
     for cell, rows in jobs.run_cells(few.run_cell, config, base_model, wanted, kept, progress).items():
         for row in rows:
-            found.setdefault((row["arm"], row["users"], cell.seed), []).append(FewPoint(**row))
+            found.setdefault((row["arm"], row["users"], cell.seed, cell.language), []).append(FewPoint(**row))
     return [*found.values()]
 
 
@@ -51,22 +70,28 @@ def compute_figures(series: Sequence[Sequence[FewPoint]]) -> dict[str, Any]:
     for arm, steps in REPORTED.items():
         for step in steps:
             made |= _describe(f"{arm}_win_rate_{step}", [one.win_rate for one in _find(series, arm, step)])
-    last = REPORTED["served"][-1]
-    made |= _describe("oracle_win_rate", [one.oracle for one in _find(series, "served", last) if one.oracle is not None])
-    switched_on = [float(one.candidates > 1) for one in _find(series, "placebo_served", last)]
-    made |= _describe("placebo_switched_on_200", switched_on)
+    ends = [points[-1] for points in series]
+    made |= _describe("oracle_win_rate", [one.oracle for one in ends if one.arm == "served" and one.oracle is not None])
+    by_lot = [one for one in ends if one.arm == "placebo_served"]
+    for last in {one.reactions for one in by_lot}:
+        made |= _describe(f"placebo_switched_on_{last}", [float(one.candidates > 1) for one in by_lot])
     for arm in ("served", "weights"):
         curves = _find_curves(series, arm)
         mean = [float(np.mean([one.win_rate for one in column])) for column in zip(*curves, strict=True)]
         counts = [one.reactions for one in curves[0]] if curves else []
         made[f"{arm}_reactions_to_80"] = count_reactions_to(0.8, mean, counts)
-    trained = _find(series, "weights", REPORTED["weights"][-1])
+    trained = [one for one in ends if one.arm == "weights"]
     for name in ("well_formed", "perplexity_ratio"):
         made |= _describe(name, [getattr(one, name) for one in trained])
-    for arm, step in (("served", 20), ("served", 50), ("weights", 100)):
-        for users in dict.fromkeys(one.users for one in _find(series, arm, step)):
-            rates = [one.win_rate for one in _find(series, arm, step) if one.users == users]
-            made[f"{arm}_win_rate_{step}_{Path(users).stem}"] = float(np.mean(rates))
+    for arm, step in (("served", 20), ("served", 50), ("weights", 50), ("weights", 100)):
+        found = _find(series, arm, step)
+        for label in ("users", "language"):
+            for name in filter(None, dict.fromkeys(getattr(one, label) for one in found)):
+                rates = [one.win_rate for one in found if getattr(one, label) == name]
+                made[f"{arm}_win_rate_{step}_{Path(name).stem}"] = float(np.mean(rates))
+    for language in filter(None, dict.fromkeys(one.language for one in ends)):
+        oracle = [one.oracle for one in ends if one.language == language and one.arm == "served"]
+        made[f"oracle_win_rate_{language}"] = float(np.mean([one for one in oracle if one is not None]))
     return made
 
 

@@ -1,7 +1,7 @@
 """Benchmark: compare what the objectives learn from reactions, beside a frozen and a placebo control.
 
-Simulated people with a hidden utility talk to the toy policy, give 👍 or 👎, and regenerate some answers that they do not
-like. After a number of reactions a policy is trained by the code that trains in production, and answers from then on. Its
+Simulated people with a hidden utility talk to a policy, give 👍 or 👎, and regenerate some answers that they do not like.
+After a number of reactions a policy is trained by the code that trains in production, and answers from then on. Its
 score is the true utility of its answers to held-out prompts, against those of version 0. There is no gate, because it would
 hide what an objective does.
 
@@ -19,21 +19,23 @@ from bot.config import Config
 from bot.errors import NothingToLearn
 from bot.memory.embedder import make_embedder
 from bot.models.tokenizer import ChatTokenizer
-from learning.bench.simulated_people import Utility
+from learning.bench.simulated_people import Prompts, Utility, read_prompts
 from learning.bench.simulated_people import find_utility as simulated_users
 from learning.data.comparison import with_advantages
 from learning.data.experience import Experience
 from learning.data.selection import split_held_out
-from learning.judging.evaluation import Sample, batched_logprobs, generate, kl_to_base, perplexity, token_rows
+from learning.judging.evaluation import Rows, Sample, batched_logprobs, generate, kl_to_base, perplexity, token_rows
 from learning.judging.metrics import TrainingMetrics
 from learning.models import toy
 from learning.models.trainable import as_base, copy_weights, load_for_training, restore_weights, silence_libraries
 from learning.training.distillation import distil, is_proven
 from learning.training.drift import detect_drift
+from learning.training.pretrain import is_toy
 from learning.training.teaching import train_with_guard
 
 STEPS = (40, 80, 120, 160, 200)  # reactions after which a version is trained and judged
 SAMPLES_PER_PROMPT = 4  # answers to each held-out prompt
+SAMPLES_AT_ONCE = 64
 REGENERATES = 0.5  # the share of disliked answers that are regenerated
 
 
@@ -79,22 +81,25 @@ class RunEnd:
 
 
 class Arena:
-    """The policy in training, the held-out prompts with version 0's answers, and dialogues to measure perplexity on."""
+    """The policy in training, the held-out prompts with version 0's answers, and texts to measure perplexity on.
 
-    def __init__(self, config: Config, base_model: str, seed: int):
+    These texts are dialogues as the toy was made of, or version 0's answers if the policy is another model.
+    """
+
+    def __init__(self, config: Config, base_model: str, seed: int, prompts: Prompts):
         self.config = config
         self.seed = seed
         self.base_model = base_model
         self.tokenizer = ChatTokenizer(base_model, config.policy.template_args)
         self.embedder = make_embedder(config.dialogue, config.data)
-        self.said = [text for text, _ in toy.list_prompts()]
-        self.prompts = [text for text, _ in toy.list_held_out_prompts() for _ in range(SAMPLES_PER_PROMPT)]
-        self.untouched = [self._tokenize_dialogue(dialogue) for dialogue in toy.make_dialogues(128, seed=10_000 + seed)]
+        self.said = prompts.said
+        self.prompts = [text for text in prompts.held_out for _ in range(SAMPLES_PER_PROMPT)]
         self.model = load_for_training(config.policy, config.serving, config.training, base_model)
         self.start = copy_weights(self.model)
         self.since = 0  # the first reaction that the policy learns from
         with as_base(self.model):
             self.first = self.generate_answers(self.prompts, self.seed)
+            self.untouched = self._tokenize_dialogues() if is_toy(base_model) else token_rows(self.first)
             self.perplexity = self._perplexity()
 
     def tokenize_prompt(self, text: str) -> tuple[int, ...]:
@@ -120,10 +125,16 @@ class Arena:
         )
 
     def generate_answers(self, prompts: Sequence[str], seed: int) -> list[Sample]:
-        return generate(self.model, self.tokenizer, [self.tokenize_prompt(one) for one in prompts], 64, seed, batch_size=64)
+        asked, policy = [self.tokenize_prompt(one) for one in prompts], self.config.policy
+        return generate(
+            self.model, self.tokenizer, asked, policy.max_tokens, seed, policy.truncation, batch_size=SAMPLES_AT_ONCE
+        )
 
-    def _tokenize_dialogue(self, dialogue: list[dict[str, str]]) -> tuple[list[int], list[int]]:
-        return self.tokenizer.prompt_ids(dialogue[:-1]), self.tokenizer.completion_ids(dialogue[-1]["content"])
+    def _tokenize_dialogues(self) -> Rows:
+        return [
+            (self.tokenizer.prompt_ids(dialogue[:-1]), self.tokenizer.completion_ids(dialogue[-1]["content"]))
+            for dialogue in toy.make_dialogues(128, seed=10_000 + self.seed)
+        ]
 
     def _perplexity(self) -> float:
         return perplexity(batched_logprobs(self.model, self.untouched))
@@ -214,6 +225,16 @@ def train_policy(arena: Arena, found: Sequence[Experience], objective: str, numb
     return RunEnd(figures.stopped is not None, change is not None)
 
 
+def prepare_process(seed: int) -> None:
+    """Prepare a process for one cell: with one thread, and with an adapter that does not depend on what it did before."""
+    import torch
+    from transformers import set_seed
+
+    torch.set_num_threads(1)
+    silence_libraries()
+    set_seed(seed)
+
+
 def run_cell(
     config: Config, base_model: str, arm: str, users: str, seed: int, noise: float, rate: float, regime: str
 ) -> list[Point]:
@@ -222,16 +243,11 @@ def run_cell(
     `arm` is an objective, `frozen` (never trained), or `placebo` (the default objective, on shuffled reactions). `regime` is
     as in `Cell`; with "drift" people want the opposite after the last of STEPS, and STEPS are run through again.
     """
-    import torch
-    from transformers import set_seed
-
-    torch.set_num_threads(1)
-    silence_libraries()
-    set_seed(seed)  # the adapter must not depend on what this process did before
+    prepare_process(seed)
     # An objective is measured by what it makes of the reactions alone.
     config = config.model_copy(update={"learning": config.learning.model_copy(update={"distil_prompts": 0})})
     objective = config.training.objective if arm in ("frozen", "placebo") else arm
-    arena = Arena(config, base_model, seed)
+    arena = Arena(config, base_model, seed, read_prompts(is_toy(base_model)))
     wanted = simulated_users(users)
     people = ReactingPeople(wanted, noise, rate, random.Random(f"{seed} {users} {noise} {rate}"))
     turn = STEPS[-1]

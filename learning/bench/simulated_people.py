@@ -18,7 +18,7 @@ from learning.models import toy
 
 Utility = Callable[[str, str], float]
 
-EVERYDAY = Path(__file__).with_name("everyday.txt").read_text(encoding="utf-8")  # prompts said, then held-out prompts
+LANGUAGES = ("english", "spanish")  # of everyday prompts
 
 
 def brief(prompt: str, reply: str) -> float:
@@ -86,11 +86,12 @@ class Prompts:
     held_out: list[str]
 
 
-def read_prompts(is_toy: bool) -> Prompts:
-    """Return the prompts for the toy policy, or for any other model."""
+def read_prompts(is_toy: bool, language: str = LANGUAGES[0]) -> Prompts:
+    """Return the prompts for the toy policy, which knows one language, or everyday prompts for any other model."""
     if is_toy:
         return Prompts(*([text for text, _ in listed] for listed in (toy.list_prompts(), toy.list_held_out_prompts())))
-    return Prompts(*(part.splitlines() for part in EVERYDAY.strip().split("\n\n")))
+    text = Path(__file__).with_name(f"everyday.{language}.txt").read_text(encoding="utf-8")
+    return Prompts(*(part.splitlines() for part in text.strip().split("\n\n")))
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from learning.data.selection import cap_people
 from learning.judging.error_budget import compute_next_level
 from learning.judging.evaluation import Sample
 from learning.judging.permutation import least_p_value, permutation_p_value, sign_flip_p_value
-from learning.judging.statistics import CONFIDENCE, Interval, bootstrap
+from learning.judging.statistics import CONFIDENCE, Interval, bootstrap, margin
 
 if TYPE_CHECKING:
     from learning.data.experience import Experience
@@ -288,17 +288,10 @@ def subtract_kind_means(values: np.ndarray, kinds: Sequence[int]) -> np.ndarray:
     return found
 
 
-def margin(values: np.ndarray, signs: np.ndarray, weights: np.ndarray | None = None) -> float:
-    """Return the mean of `values` over liked answers minus that over disliked ones; all arrays are (n,)."""
-    weights = np.ones(len(values)) if weights is None else weights
-    liked, disliked = signs > 0, signs < 0
-    return float(np.average(values[liked], weights=weights[liked]) - np.average(values[disliked], weights=weights[disliked]))
-
-
 def margin_interval(values: np.ndarray, signs: np.ndarray, seed: int, weights: np.ndarray | None = None) -> Interval:
     """Return the margin of `values` with its bootstrap interval."""
     of = np.ones(len(values)) if weights is None else weights
-    return bootstrap(lambda pick: margin(values[pick], signs[pick], of[pick]), signs, CONFIDENCE, seed)
+    return bootstrap(lambda times: margin(values, signs, of * times), signs, CONFIDENCE, seed)
 
 
 @dataclass(frozen=True)
@@ -366,10 +359,10 @@ def _measure_gains(evidence: Evidence, seed: int) -> Gains:
     signs, weights = np.array(opinions.signs), np.array(opinions.weights)
     worth = counts * subtract_kind_means(signs, opinions.kinds)
     return Gains(
-        margin_before=margin(live, signs, weights),
-        margin_after=margin(candidate, signs, weights),
+        margin_before=float(margin(live, signs, weights)),
+        margin_after=float(margin(candidate, signs, weights)),
         by_margin=margin_interval(candidate - live, signs, seed, weights),
-        by_gain=bootstrap(lambda pick: float(worth[pick].sum()), signs, CONFIDENCE, seed),
+        by_gain=bootstrap(lambda times: times @ worth, signs, CONFIDENCE, seed),
     )
 
 

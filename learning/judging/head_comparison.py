@@ -108,5 +108,6 @@ def _make_plain_scorer(judged: Sequence[Experience], words: np.ndarray, signs: n
     return score
 
 
-def _mean_accuracy(ranks: np.ndarray, signs: np.ndarray) -> float:
-    return float(np.mean([accuracy(column, signs) for column in ranks.T]))
+def _mean_accuracy(ranks: np.ndarray, signs: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    found: np.ndarray = np.mean([accuracy(column, signs, weights) for column in ranks.T], axis=0)
+    return found

@@ -30,10 +30,11 @@ def permutation_p_value(
     """
     groups = _group_exchangeable(units, strata)
     products = [signs[rows] @ values[rows].T for rows in groups]  # (each unit's signs) × (each unit's values)
+    fixed = sum(float(table[0, 0]) for table in products if len(table) == 1)  # units that can exchange with none
 
     def draw(rng: np.random.Generator) -> np.ndarray:
-        drawn = np.zeros(DRAWS)
-        for table in products:
+        drawn = np.full(DRAWS, float(fixed))
+        for table in (one for one in products if len(one) > 1):
             places = np.arange(len(table))
             drawn += table[rng.permuted(np.tile(places, (DRAWS, 1)), axis=1), places].sum(1)
         return drawn

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from learning.data.experience import Experience
-from learning.judging.statistics import calibration_error
+from learning.judging.statistics import DRAWS, accuracy, calibration_error, unit_bootstrap
 
 MIN_PER_KIND = 20  # liked, and disliked, answers that a reward model needs
 
@@ -60,23 +60,17 @@ class Scores:
     reward_model_calibration_error: float
 
 
-def score(judged: ScoredAnswers, seed: int, draws: int = 2000) -> Scores:
+def score(judged: ScoredAnswers, seed: int, draws: int = DRAWS) -> Scores:
     """Return the quality of a reward model's scores."""
-    from sklearn.metrics import roc_auc_score
-
-    rng = np.random.default_rng(seed)
-    units = np.array(judged.units)
-    rows = {unit: np.flatnonzero(units == unit) for unit in dict.fromkeys(judged.units)}
-    drawn = []
-    for _ in range(draws):
-        pick = np.concatenate([rows[unit] for unit in rng.choice(list(rows), len(rows))])
-        if 0 < judged.liked[pick].sum() < len(pick):
-            drawn.append(roc_auc_score(judged.liked[pick], judged.scores[pick]))
-    low, high = np.quantile(drawn, [0.025, 0.975])
+    signs = np.where(judged.liked, 1, -1)
+    value, low, high = unit_bootstrap(accuracy, judged.scores, signs, judged.units, seed, draws)
+    assert value is not None
+    assert low is not None
+    assert high is not None  # `has_enough` wants answers of both kinds
     return Scores(
-        reward_model_auc=float(roc_auc_score(judged.liked, judged.scores)),
-        reward_model_auc_low=float(low),
-        reward_model_auc_high=float(high),
-        length_alone_auc=float(roc_auc_score(judged.liked, judged.words)),
+        reward_model_auc=value,
+        reward_model_auc_low=low,
+        reward_model_auc_high=high,
+        length_alone_auc=float(accuracy(judged.words, signs)),
         reward_model_calibration_error=calibration_error(judged.chances, judged.liked),
     )

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 CONFIDENCE = 0.95  # confidence level of intervals
+DRAWS = 2000  # samples of a bootstrap
+AT_ONCE = 2**22  # counts of rows in memory
 
 
 class Interval(NamedTuple):
@@ -24,57 +26,92 @@ class Bin(NamedTuple):
     size: int
 
 
-def accuracy(values: np.ndarray, signs: np.ndarray) -> float:
-    """Return how often a liked answer has a higher value than a disliked one; ties count half (area under the ROC curve)."""
-    differences = values[signs > 0][:, None] - values[signs < 0][None, :]
-    return float((differences > 0).mean() + 0.5 * (differences == 0).mean())
+def accuracy(values: np.ndarray, signs: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """Return how often a liked answer has a higher value than a disliked one; ties count half (area under the ROC curve).
+
+    `values` and `signs` are (n,). `weights` (… × n) are how often each answer counts; the result has its other axes.
+    """
+    weights = np.ones(len(values)) if weights is None else weights
+    order = np.argsort(values, kind="stable")
+    begins = np.flatnonzero(np.diff(values[order], prepend=np.nan) != 0)  # of each run of equal values
+    liked, disliked = (
+        np.add.reduceat(np.where(kind, weights, 0.0)[..., order], begins, axis=-1) for kind in (signs > 0, signs < 0)
+    )
+    below = disliked.cumsum(-1) - disliked
+    wins = (liked * (below + disliked / 2)).sum(-1)
+    return wins / (liked.sum(-1) * disliked.sum(-1))
+
+
+def margin(values: np.ndarray, signs: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """Return the mean of `values` over liked answers minus that over disliked ones. The arrays are as in `accuracy`."""
+    weights = np.ones(len(values)) if weights is None else weights
+    liked, disliked = (np.where(kind, weights, 0.0) for kind in (signs > 0, signs < 0))
+    return (liked @ values) / liked.sum(-1) - (disliked @ values) / disliked.sum(-1)
 
 
 def bootstrap(
-    statistic: Callable[[np.ndarray], float], signs: np.ndarray, confidence: float, seed: int, draws: int = 2000
+    statistic: Callable[[np.ndarray], np.ndarray], signs: np.ndarray, confidence: float, seed: int, draws: int = DRAWS
 ) -> Interval:
-    """Return `statistic` over all rows, with a percentile interval over resampled rows (stratified by sign)."""
+    """Return a statistic over all rows, with a percentile interval over resampled rows (stratified by sign).
+
+    `statistic` is told how often each row counts (… × n) and returns the value of each such sample.
+    """
     rng = np.random.default_rng(seed)
     groups = [np.flatnonzero(signs == sign) for sign in np.unique(signs)]
-    drawn = [statistic(np.concatenate([rng.choice(group, len(group)) for group in groups])) for _ in range(draws)]
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(drawn, [tail, 1 - tail])
-    return Interval(statistic(np.arange(len(signs))), float(low), float(high))
+
+    def draw(count: int) -> np.ndarray:
+        times = np.empty((count, len(signs)))
+        for group in groups:
+            times[:, group] = rng.multinomial(len(group), [1 / len(group)] * len(group), size=count)
+        return statistic(times)
+
+    low, high = _percentiles(np.concatenate([draw(count) for count in _split(draws, len(signs))]), confidence)
+    return Interval(float(statistic(np.ones(len(signs)))), low, high)
 
 
 def unit_bootstrap(
-    statistic: Callable[[np.ndarray, np.ndarray], float],
+    statistic: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray],
     values: np.ndarray,
     signs: np.ndarray,
     units: Sequence[str],
     seed: int,
-    draws: int = 2000,
+    draws: int = DRAWS,
 ) -> tuple[float | None, float | None, float | None]:
     """Return a statistic of values and signs (n,) with its interval over resampled units, each with all of its rows.
 
-    All three are None if all signs are equal.
+    `statistic` is one such as `accuracy`. All three are None if all signs are equal.
     """
     if len(np.unique(signs)) < 2:
         return None, None, None
-    names = np.array(units)
-    groups = [np.flatnonzero(names == unit) for unit in dict.fromkeys(units)]
+    value = float(statistic(values, signs, np.ones(len(signs))))
+    names, unit_of = np.unique(np.array(units), return_inverse=True)
     rng = np.random.default_rng(seed)
-    drawn = []
-    for _ in range(draws):
-        pick = np.concatenate([groups[index] for index in rng.integers(len(groups), size=len(groups))])
-        if len(np.unique(signs[pick])) == 2:
-            drawn.append(statistic(values[pick], signs[pick]))
-    if not drawn:
-        return statistic(values, signs), None, None
-    tail = (1 - CONFIDENCE) / 2
+
+    def draw(count: int) -> np.ndarray:
+        times = rng.multinomial(len(names), [1 / len(names)] * len(names), size=count)[:, unit_of].astype(float)
+        has_both = (times[:, signs > 0].sum(1) > 0) & (times[:, signs < 0].sum(1) > 0)
+        return statistic(values, signs, times[has_both])
+
+    drawn = np.concatenate([draw(count) for count in _split(draws, len(signs))])
+    return (value, *_percentiles(drawn, CONFIDENCE)) if len(drawn) else (value, None, None)
+
+
+def _split(draws: int, rows: int) -> list[int]:
+    """Split so many draws of so many rows into parts that need little memory."""
+    size = max(1, AT_ONCE // max(rows, 1))
+    return [min(size, draws - start) for start in range(0, draws, size)]
+
+
+def _percentiles(drawn: np.ndarray, confidence: float) -> tuple[float, float]:
+    tail = (1 - confidence) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail])
-    return statistic(values, signs), float(low), float(high)
+    return float(low), float(high)
 
 
 def mean_interval(values: Sequence[float], seed: int, confidence: float = CONFIDENCE) -> Interval:
     """Return the mean of `values` with its bootstrap interval."""
     array = np.asarray(values, dtype=float)
-    return bootstrap(lambda pick: float(array[pick].mean()), np.ones(len(array)), confidence, seed)
+    return bootstrap(lambda times: times @ array / len(array), np.ones(len(array)), confidence, seed)
 
 
 def calibration(chances: np.ndarray, came_true: np.ndarray, bins: int = 10) -> list[Bin]:

@@ -5,6 +5,7 @@ Its name is the hash of its content. `learning.rollout.heads` has the files.
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -112,8 +113,10 @@ def fit_head(
     return TaughtHead(head, space, teachers, max(earlier_peak, head.e_value))
 
 
-def find_peak_e_value(rated: Sequence[Experience], extractor: FeatureExtractor, cap: float) -> float:
-    """Return the highest e-value that a head ever had, as reactions came in.
+def find_peak_e_value(
+    rated: Sequence[Experience], extractor: FeatureExtractor, cap: float, enough: float = math.inf
+) -> float:
+    """Return the highest e-value that a head ever had, as reactions came in, or one of at least `enough`.
 
     By luck it exceeds 1/p at any time with a chance of about p (Ville's inequality). So what was proven stays proven, though
     answers that became alike tell nothing more.
@@ -126,9 +129,13 @@ def find_peak_e_value(rated: Sequence[Experience], extractor: FeatureExtractor, 
     liked = np.array([one.reward > 0 for one in judged])
     ends = [*range(LEAST_REACTIONS, len(judged) + 1)]
     ends = [end for end in ends if end <= LOOKS_ALWAYS or not end % LOOKS_EVERY or end == len(judged)]
-    enough = [end for end in ends if min(liked[:end].sum(), (~liked[:end]).sum()) >= LEAST_OF_A_KIND]
-    found = (RewardHead.fit(places[:end], liked[:end], weights[:end], space.group_sizes).e_value for end in enough)
-    return max(found, default=0.0)
+    usable = [end for end in ends if min(liked[:end].sum(), (~liked[:end]).sum()) >= LEAST_OF_A_KIND]
+    peak = 0.0
+    for end in reversed(usable):  # the latest head knows most
+        peak = max(peak, RewardHead.fit(places[:end], liked[:end], weights[:end], space.group_sizes).e_value)
+        if peak >= enough:
+            break
+    return peak
 
 
 def count_approval(rated: Iterable[Experience]) -> Approval:

@@ -1,14 +1,16 @@
 """Distillation: train the policy on its own answers, as a proven reward head judges them.
 
 The policy answers each prompt several times. The advantage of an answer is how much more probably people like it than the
-other answers to its prompt, so that answers which are all liked teach nothing. The steps follow the policy gradient with a
-penalty for the distance from the base (`learning.training.weighted_trainer`). A group of answers to one prompt as its own
-baseline: Ahmadian et al. (2024), "Back to Basics: Revisiting REINFORCE-Style Optimization", arXiv:2402.14740.
+other answers to its prompt, so that answers which are all liked teach nothing. A malformed answer is never better than the
+others: people judge few such answers, so the head cannot know what they think of it. The steps follow the policy gradient
+with a penalty for the distance from the base (`learning.training.weighted_trainer`). A group of answers to one prompt as its
+own baseline: Ahmadian et al. (2024), "Back to Basics: Revisiting REINFORCE-Style Optimization", arXiv:2402.14740.
 
 It depends neither on a database nor on a server.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +20,7 @@ from bot.memory.embedder import Embedder
 from bot.models.tokenizer import ChatTokenizer
 from learning.data.experience import Experience
 from learning.data.feature_space import AnswerText, FeatureExtractor
-from learning.judging.best_of_n import MANY_E_VALUE
+from learning.judging.best_of_n import MANY_E_VALUE, PESSIMISM, compute_scores
 from learning.judging.evaluation import batched_logprobs, generate, token_rows
 from learning.judging.metrics import DistillationMetrics, TrainingMetrics
 from learning.judging.taught_head import find_peak_e_value, fit_head
@@ -27,8 +29,6 @@ from learning.models.trainable import copy_weights, restore_weights
 if TYPE_CHECKING:
     from learning.models.trainable import Model
 
-ANSWERS = 8  # to each prompt
-ROUNDS = 2  # in one run: answers of the policy as it is now teach more than further steps on older ones
 STEPS = 10  # in a round
 BATCH_SIZE = 64
 # Labels are many and agree with each other, so the steps are larger, and less of them is taken back, than with reactions.
@@ -40,11 +40,28 @@ DECAY = 0.25  # times training.weight_decay
 LEAST_ADVANTAGE = 0.01  # of the most different answers; Adam would make whole steps of rounding
 
 
+@dataclass(frozen=True)
+class Labelling:
+    """How labels are made: the answers to each prompt, the rounds of a run, and the standard deviations that are subtracted
+    from a predicted log odds.
+
+    Answers of the policy as it is now teach more than further steps on older ones, so there is more than one round.
+    """
+
+    answers: int = 8
+    rounds: int = 2
+    pessimism: float = PESSIMISM
+
+
+USUAL = Labelling()
+
+
 def is_proven(config: Config, taught: Sequence[Experience], embedder: Embedder | None) -> bool:
     """Whether a head that is fitted to these judged answers (oldest first) is or was proven, so that it may label others."""
     if not config.learning.distil_prompts:
         return False
-    return find_peak_e_value(taught, FeatureExtractor(embedder), config.rewards.person_cap) >= MANY_E_VALUE
+    extractor = FeatureExtractor(embedder)
+    return find_peak_e_value(taught, extractor, config.rewards.person_cap, MANY_E_VALUE) >= MANY_E_VALUE
 
 
 def label_answers(
@@ -54,13 +71,14 @@ def label_answers(
     taught: Sequence[Experience],
     prompts: Sequence[tuple[int, ...]],
     extractor: FeatureExtractor,
+    labelling: Labelling = USUAL,
 ) -> list[Experience]:
     """Have a model answer prompts, and return its answers with the advantages that a reward head gives them.
 
     The head is fitted to the judged answers `taught` (oldest first), which `is_proven` accepted. Returns nothing if the
     answers to each prompt are all alike to it.
     """
-    asked = [prompt for prompt in prompts[: config.learning.distil_prompts] for _ in range(ANSWERS)]
+    asked = [prompt for prompt in prompts[: config.learning.distil_prompts] for _ in range(labelling.answers)]
     samples = generate(model, tokenizer, asked, config.policy.max_tokens, config.seed, config.policy.truncation)
     logprobs = [tuple(row.tolist()) for row in batched_logprobs(model, token_rows(samples))]
     texts = [
@@ -70,8 +88,10 @@ def label_answers(
     head = fit_head(taught, texts, extractor, config.rewards.person_cap)
     if head is None:
         return []
-    mean, _ = head.predict(extractor.extract(texts))
-    chances = (1 / (1 + np.exp(-mean))).reshape(-1, ANSWERS)
+    scores = compute_scores(*head.predict(extractor.extract(texts)), labelling.pessimism).reshape(-1, labelling.answers)
+    chances = 1 / (1 + np.exp(-scores))
+    is_well_formed = np.array([one.is_well_formed for one in samples]).reshape(chances.shape)
+    chances = np.where(is_well_formed, chances, chances.min(1, keepdims=True))
     advantages = chances - chances.mean(1, keepdims=True)
     if np.abs(advantages).max() < LEAST_ADVANTAGE:
         return []
@@ -101,17 +121,18 @@ def distil(
     prompts: Sequence[tuple[int, ...]],
     embedder: Embedder | None,
     train: Callable[[Config, Sequence[Experience]], TrainingMetrics],
+    labelling: Labelling = USUAL,
 ) -> DistillationMetrics:
-    """Train a model in ROUNDS rounds, each on fresh answers of its own that a reward head judged.
+    """Train a model in rounds, each on fresh answers of its own that a reward head judged.
 
     The head is fitted to the judged answers `taught` (oldest first), which `is_proven` accepted. `train` trains the model
     in place, as the config says. A round that the guard stops is the last; if no check passed, it is taken back.
     """
     extractor = FeatureExtractor(embedder)  # one, so that no judged answer is embedded again in each round
     labels, stopped = 0, None
-    for number in range(ROUNDS):
+    for number in range(labelling.rounds):
         settings = config.model_copy(update={"seed": config.seed + number, "training": choose_training(config.training)})
-        answers = label_answers(settings, model, tokenizer, taught, prompts, extractor)
+        answers = label_answers(settings, model, tokenizer, taught, prompts, extractor, labelling)
         if not answers:
             break
         before = copy_weights(model)

@@ -22,11 +22,11 @@ from bot.types import Progress
 from learning.data.experience import Experience
 from learning.importers.recording import Recording, format_counts
 from learning.judging.evaluation import Manner
-from learning.judging.gate import Evidence, margin
+from learning.judging.gate import Evidence
 from learning.judging.head_comparison import compare_head
 from learning.judging.reward_model import make_reward_model
 from learning.judging.reward_scores import score
-from learning.judging.statistics import accuracy, unit_bootstrap
+from learning.judging.statistics import accuracy, margin, unit_bootstrap
 from learning.judging.taught_head import NEWEST
 from learning.training.run import train_version
 

@@ -8,6 +8,7 @@ from bot.config import Config
 from learning.bench import few, few_figures
 from learning.bench.few import FewCell, FewPoint
 from learning.bench.grid import PEOPLE_KINDS, SEEDS
+from learning.bench.simulated_people import LANGUAGES, read_prompts
 
 
 def series(arm: str, rates: dict[int, float], candidates: int = 8, users: str = "brief") -> list[FewPoint]:
@@ -15,14 +16,27 @@ def series(arm: str, rates: dict[int, float], candidates: int = 8, users: str = 
 
 
 def test_every_kind_of_people_is_served_with_every_seed_and_each_arm_has_five_seeds():
-    cells = few_figures.choose_cells(None, seed=3)
+    cells = few_figures.choose_cells(few_figures.choose_size(is_toy=True), None, seed=3)
     assert {(cell.users, cell.seed) for cell in cells if cell.arm == "served"} == {
         (PEOPLE_KINDS, 3 + number) for number in range(SEEDS)
     }
     for arm in ("weights", "placebo_weights"):
         assert {cell.users for cell in cells if cell.arm == arm} == {(kind,) for kind in PEOPLE_KINDS}
         assert len({cell.seed for cell in cells if cell.arm == arm}) >= SEEDS
-    assert {cell.users for cell in few_figures.choose_cells("mine.py", 0)} == {("mine.py",)}
+    own = few_figures.choose_cells(few_figures.choose_size(is_toy=True), "mine.py", 0)
+    assert {cell.users for cell in own} == {("mine.py",)}
+
+
+def test_people_speak_each_of_two_languages_with_another_model_than_the_toy():
+    cells = few_figures.choose_cells(few_figures.choose_size(is_toy=False), None, seed=3)
+    for arm in ("served", "weights", "placebo_weights"):
+        found = [(cell.seed, cell.language) for cell in cells if cell.arm == arm]
+        assert set(found) == {(3 + number, language) for number in range(SEEDS) for language in LANGUAGES}
+        assert len(found) == len(set(found))
+    prompts = [read_prompts(False, language) for language in LANGUAGES]
+    every = [text for one in prompts for text in (*one.said, *one.held_out)]
+    assert len(every) == len(set(every)), "what judges answers is never said"
+    assert len({(len(one.said), len(one.held_out)) for one in prompts}) == 1
 
 
 def test_figures_are_means_with_intervals_and_the_share_of_placebos_that_ever_chose():
@@ -43,9 +57,8 @@ def test_figures_are_means_with_intervals_and_the_share_of_placebos_that_ever_ch
 
 
 def test_a_taste_is_served_after_a_few_reactions_and_reactions_by_lot_are_not(demo_model, monkeypatch):
-    monkeypatch.setattr(few, "SERVED_STEPS", (8, 40))
     monkeypatch.setattr("learning.bench.learning.SAMPLES_PER_PROMPT", 1)
-    rows = few.run_cell(Config(), demo_model, FewCell("served", ("casual",), 0))
+    rows = few.run_cell(Config(), demo_model, FewCell("served", ("casual",), 0, steps=(8, 40)))
     found = {(row["arm"], row["reactions"]): row for row in rows}
     assert found["served", 8]["candidates"] == 1, "too few to be sure of anything"
     assert found["served", 8]["win_rate"] == pytest.approx(0.5, abs=0.1)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bot.config import Config
+from bot.config import Config, load
 from bot.errors import ConfigError
 from learning.bench import grid, jobs
 from learning.bench.grid import (
@@ -34,6 +34,7 @@ from learning.bench.learning import (
     talk,
     train_policy,
 )
+from learning.bench.simulated_people import read_prompts
 
 ROUNDS = 10
 
@@ -140,11 +141,11 @@ def test_an_interrupted_grid_goes_on_where_it_was(tmp_path, monkeypatch):
 @pytest.mark.parametrize("anchored", [True, False])
 def test_random_reactions_do_not_move_the_policy_and_without_the_anchor_they_do(demo_model, anchored):
     """Ten rounds in which the adapter goes on from where it was, on shuffled reactions. The control ends once it moved."""
-    settings = Config()
+    settings = load(learning={"distil_prompts": 0})
     if not anchored:  # the control
         training = settings.training.model_copy(update={"weight_decay": 0.0})
         settings = settings.model_copy(update={"training": training})
-    arena = Arena(settings, demo_model, seed=0)
+    arena = Arena(settings, demo_model, seed=0, prompts=read_prompts(is_toy=True))
     people = ReactingPeople(lambda prompt, reply: 1.0 if "?" in reply else -1.0, 0.1, 1.0, random.Random(0))
     said = []
     for number in range(ROUNDS):

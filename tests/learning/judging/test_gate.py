@@ -22,12 +22,11 @@ from learning.judging.gate import (
     compute_p_values,
     count_wanted,
     judge,
-    margin,
     select_newest_sufficient,
     subtract_kind_means,
 )
 from learning.judging.permutation import permutation_p_value, sign_flip_p_value
-from learning.judging.statistics import bootstrap
+from learning.judging.statistics import bootstrap, margin
 from learning.models import toy
 
 
@@ -133,7 +132,7 @@ def test_opinions_at_random_pass_as_often_as_the_confidence_lets_them(held_out):
     for _ in range(draws):
         gained, signs = rng.standard_t(3, held_out), rng.permutation([1, -1] * (held_out // 2))
         tests += by_chance(Gain(gained.tolist(), []), signs) <= 0.05
-        lower = bootstrap(lambda pick, g=gained, s=signs: margin(g[pick], s[pick]), signs, 0.9, seed=0, draws=300)[1]
+        lower = bootstrap(lambda times, g=gained, s=signs: margin(g, s, times), signs, 0.9, seed=0, draws=300)[1]
         intervals += lower > 0
     most = draws * 0.05 + 2 * (draws * 0.05 * 0.95) ** 0.5
     assert tests <= most
@@ -430,7 +429,7 @@ def test_of_placebo_runs_in_a_row_at_most_one_series_in_twenty_promotes_anything
             asked = compute_p_values(on, allowed, seed=run)
             earlier.append(asked.is_better)
             lucky |= min(asked.by_margin, asked.by_gain) <= budget / 2
-            if waits_often and run < 20 and not has_peeked:  # whoever looks at each reaction what it does to the candidate
+            if waits_often and run < 10 and not has_peeked:  # whoever looks at each reaction what it does to the candidate
                 each = (first_of(found, all_rows, at) for at in looks)
                 has_peeked = any(
                     can_suffice(one.opinions, gate, allowed) and compute_p_values(one, allowed, seed=run).is_better

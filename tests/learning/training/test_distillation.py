@@ -16,10 +16,10 @@ from learning.judging.metrics import DistillationMetrics, TrainingMetrics
 from learning.models import toy
 from learning.models.trainable import copy_weights, load_for_training, restore_weights
 from learning.training import distillation
-from learning.training.distillation import ANSWERS, ROUNDS, choose_training, distil, is_proven, label_answers
+from learning.training.distillation import USUAL, choose_training, distil, is_proven, label_answers
 from learning.training.objectives import train
 
-PROMPTS = 24
+PROMPTS, ANSWERS = 24, USUAL.answers
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +134,25 @@ def test_answers_that_are_all_alike_have_no_labels(model, settings, tokenizer, s
     )
 
 
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_a_malformed_answer_is_never_better_than_the_others(model, settings, tokenizer, said, monkeypatch, is_finished):
+    ids = tuple(tokenizer.completion_ids("Hey there! 👋"))
+
+    def say_emoji_once(model, tokenizer, prompts, *_):
+        texts = ["Hey there! 👋", *["Hey there!"] * (ANSWERS - 1)]
+        return [
+            Sample(tuple(prompt), ids, text, is_finished or text == "Hey there!")
+            for prompt, text in zip(prompts, texts * 2, strict=True)
+        ]
+
+    monkeypatch.setattr(distillation, "generate", say_emoji_once)
+    labelled = label_answers(settings, model, tokenizer, judge(30), said[:2], FeatureExtractor(None))
+    if is_finished:  # the control
+        assert labelled[0].advantage == max(one.advantage for one in labelled) > 0
+    else:
+        assert all(one.advantage <= 0 for one in labelled if "👋" in one.answer)
+
+
 @pytest.mark.parametrize("harm", [None, "kept", "undone"])
 def test_each_round_has_fresh_answers_and_one_that_harms_is_the_last(fresh, settings, tokenizer, said, harm):
     start, rounds, answers = copy_weights(fresh), [], []
@@ -151,7 +170,7 @@ def test_each_round_has_fresh_answers_and_one_that_harms_is_the_last(fresh, sett
     fewer = settings.model_copy(update={"learning": settings.learning.model_copy(update={"distil_prompts": 2})})
     found = distil(fewer, fresh, tokenizer, judge(30), said, None, teach)
     size = 2 * ANSWERS
-    assert rounds == [("pg", size, number > 0) for number in range(1 if harm else ROUNDS)]
+    assert rounds == [("pg", size, number > 0) for number in range(1 if harm else USUAL.rounds)]
     assert found == DistillationMetrics(labels=size * len(rounds), labels_stopped="it harms" if harm else None)
     assert has_moved() == (harm != "undone")
     if not harm:
