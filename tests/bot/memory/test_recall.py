@@ -4,6 +4,7 @@ import json
 import random
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from bot.chat.dialogue import clean_text
 from bot.chat.tracker import StateTracker
 from bot.config import DialogueConfig, PrivacyConfig
 from bot.errors import ConfigError, DataError
+from bot.memory import embedder as embedders
 from bot.memory.embedder import Embedder
 from bot.memory.index import Entry, ScopeIndex
 from bot.memory.recall import OVERLAP, Recall, load_retrieval_weights
@@ -274,6 +276,42 @@ async def test_an_embedder_that_is_not_there_names_the_key_and_the_fix(tmp_path)
     missing.close()
 
 
+@pytest.fixture
+def exported(tmp_path, monkeypatch) -> list[Path]:
+    """The files that were exported. The user's cache is `tmp_path / "cache"`."""
+    found: list[Path] = []
+
+    def export(name: str, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        for made in (file, file.with_suffix(".json")):
+            made.write_text(name)
+        found.append(file)
+
+    monkeypatch.setattr(embedders, "_export", export)
+    monkeypatch.setenv("KIBITZ_CACHE", str(tmp_path / "cache"))
+    return found
+
+
+def test_the_packaged_model_is_exported_once_for_each_user_and_another_once_for_each_data_directory(tmp_path, exported):
+    one, two = tmp_path / "one", tmp_path / "two"
+    found = {embedders._find_or_export(embedders.BUNDLED, data) for data in (one, two, one)}
+    assert len(exported) == len(found) == 1
+    assert exported[0].parent == tmp_path / "cache"
+    exported.clear()
+    assert [embedders._find_or_export("own/model", data).parent for data in (one, two, one)] == [
+        data / "embedders" for data in (one, two, one)
+    ]
+    assert len(exported) == 2
+
+
+def test_where_the_users_cache_cannot_be_written_to_the_model_lies_in_the_data_directory(tmp_path, exported):
+    (tmp_path / "cache").write_text("a file")
+    data = tmp_path / "data"
+    for _ in range(2):
+        assert embedders._find_or_export(embedders.BUNDLED, data).parent == data / "embedders"
+    assert len(exported) == 1
+
+
 def test_the_small_model_means_what_the_whole_one_means(embedder):
     near, far = embedder.encode(["which birds does she have?", "the tax form is due"]) @ embedder.encode([FACT])[0]
     assert near > far + 0.2
@@ -283,7 +321,7 @@ def test_the_small_model_means_what_the_whole_one_means(embedder):
 
 async def test_the_benchmark_of_recall_counts_what_is_found_and_says_what_it_cannot_use(embedder, tmp_path):
     def another() -> Embedder:  # the benchmark closes its own
-        return Embedder(embedder.name, embedder._file.parent.parent)
+        return Embedder(embedder.name, embedder._data)
 
     file = tmp_path / "asked.jsonl"
     made = make_dialogue(3, turns=120)

@@ -70,7 +70,8 @@ async def test_a_training_process_finds_the_database_and_its_password_is_in_noth
     """The server lets us in without a password; whether one is given to it makes no difference."""
     url = sa.make_url(postgresql()).set(password="hunter2").render_as_string(hide_password=False)
     policy, training, gate = {"model": demo_model}, {"max_steps": 6}, {"samples": 12}
-    config = load(data_dir=str(tmp_path), policy=policy, training=training, gate=gate, database={"url": url})
+    settings = {"policy": policy, "training": training, "gate": gate, "learning": {"distil_prompts": 0}}
+    config = load(data_dir=str(tmp_path), database={"url": url}, **settings)
     database = Database(config.database_url, config.data)
     database.upgrade()
     PolicyRegistry(database).ensure_base(demo_model)

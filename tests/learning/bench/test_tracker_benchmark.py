@@ -26,7 +26,7 @@ async def test_the_benchmark_of_the_tracker_asks_one_conversation_a_mention_and_
             Memory, "find_visible", lambda self, place, ids: ConversationStore(self.database).find_messages(ids)
         )
     told: list[tuple[str, int, int]] = []
-    own = Embedder(embedder.name, embedder._file.parent.parent)  # the benchmark closes its own
+    own = Embedder(embedder.name, embedder._data)  # the benchmark closes its own
     figures = await tracker.measure(own, tokenizer, load_retrieval_weights(), ["1e3", "2k"], lambda *one: told.append(one))
     assert (figures.pop("leaks") > 0) == (scope == "wide")
     assert set(figures) == {

@@ -13,11 +13,11 @@ from learning.data.explanation import explain
 from learning.data.manifest import read_manifest
 from learning.data.replay_buffer import ReplayBuffer
 from learning.data.selection import is_held_out, question_key
-from learning.training.distillation import ANSWERS, ROUNDS
+from learning.training.distillation import USUAL
 from learning.training.run import train_version
 
 PROMPTS = 4
-LABELS = PROMPTS * ANSWERS * ROUNDS
+LABELS = PROMPTS * USUAL.answers * USUAL.rounds
 
 
 @pytest.fixture
