@@ -226,7 +226,7 @@ def generate(
     truncation: SamplingParams = UNTRUNCATED,
     batch_size: int | None = None,
 ) -> list[Sample]:
-    """Sample one answer to each prompt, in batches padded on the left.
+    """Sample one answer to each prompt, in batches. Rows are padded before what differs between them.
 
     The model's own temperature applies, which `learning.models.trainable` puts into its logits. `truncation`
     (`PolicyConfig.truncation`) cuts unlikely tokens.
@@ -258,6 +258,7 @@ def _generate(
     import torch
 
     from learning.models.batching import count_samples_at_once
+    from learning.models.prefix import read_prefix
 
     ends, pad = tokenizer.end_ids, pad_id(tokenizer.hf)
     samples: dict[int, Sample] = {}
@@ -268,12 +269,15 @@ def _generate(
         rows = order[start : start + batch_size]
         batch = [prompts[row] for row in rows]
         width = max(map(len, batch))
-        ids = torch.tensor([[pad] * (width - len(row)) + [*row] for row in batch], device=model.device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=model.device)
         with torch.no_grad(), as_served(model):
+            past, common = read_prefix(model, batch)
+            padded = [(row[:common], [pad] * (width - len(row)), row[common:]) for row in batch]
+            ids = torch.tensor([[*first, *gap, *rest] for first, gap, rest in padded], device=model.device)
+            mask = torch.tensor([[1] * common + [0] * len(gap) + [1] * len(rest) for _, gap, rest in padded])
             out = model.generate(
                 input_ids=ids,
-                attention_mask=mask,
+                attention_mask=mask.to(model.device),
+                past_key_values=past,
                 max_new_tokens=max_tokens,
                 pad_token_id=pad,
                 eos_token_id=sorted(ends),

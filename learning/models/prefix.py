@@ -2,15 +2,17 @@
 
 Every prompt begins with the persona and examples of the chat template; for the built-in model they are two thirds of all
 tokens. Keys and values of the prefix are computed for one row and shared by all, and gradients flow through them. Tokens,
-positions and the loss are the same, but a step is cheaper.
+positions and the loss are the same, but a step is cheaper, and so are samples.
 """
 
 import functools
+from collections.abc import Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import Cache, PreTrainedModel
 
 LEAST = 16  # tokens of a prefix that are worth a second pass, at least
 KNOWN = {"input_ids", "attention_mask", "use_cache"}  # with any other argument, rows are read in full
@@ -48,6 +50,23 @@ def share_prefixes(model: "PreTrainedModel") -> None:
         return found
 
     decoder.forward = forward
+
+
+def read_prefix(model: "PreTrainedModel", prompts: Sequence[Sequence[int]]) -> "tuple[Cache | None, int]":
+    """Read the common prefix of prompts once, for answers to be generated to all of them.
+
+    Returns its keys and values, one row for each prompt, and its number of tokens; (None, 0) if it is too short, or if the
+    model is one that `share_prefixes` leaves alone.
+    """
+    import torch
+
+    columns = zip(*(one[:-1] for one in prompts), strict=False)  # generation needs a token to begin with
+    common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    if len(prompts) < 2 or common < LEAST or not _has_full_attention(model.config.get_text_config()):
+        return None, 0
+    once = model(input_ids=torch.tensor([[*prompts[0][:common]]], device=model.device), use_cache=True, logits_to_keep=1)
+    once.past_key_values.batch_repeat_interleave(len(prompts))
+    return once.past_key_values, common
 
 
 def count_common_tokens(ids: "torch.Tensor", mask: "torch.Tensor | None") -> int:

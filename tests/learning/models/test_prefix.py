@@ -4,7 +4,8 @@ import pytest
 import torch
 import transformers
 
-from learning.judging.evaluation import batched_logprobs, pad_batch
+from learning.judging.evaluation import batched_logprobs, generate_greedily, pad_batch
+from learning.models import prefix
 from learning.models.prefix import LEAST, count_common_tokens, share_prefixes
 
 TINY = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -49,6 +50,22 @@ def test_log_probabilities_and_gradients_are_the_same_and_fewer_tokens_are_read(
     assert sum(passes) == len(BEGINNING) + len(ROWS) * (longest - len(BEGINNING))
     assert torch.allclose(gradient(model, mask), slopes, atol=1e-4)
     assert not torch.allclose(gradient(model, mask.roll(1, 1)), slopes, atol=1e-2), "the control"
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Mistral", "Phi3", "Olmo2"])
+def test_answers_are_the_same_and_the_prefix_is_read_once(family, tokenizer, monkeypatch):
+    model = model_of(family, **({"sliding_window": None} if family in ("Mistral", "Phi3") else {}))
+    prompts = [prompt for prompt, _ in ROWS]
+    passes = read(model)
+    found = generate_greedily(model, tokenizer, prompts, 6)
+    assert passes[0] == len(BEGINNING)
+    assert passes[1] == len(ROWS) * max(len(prompt) - len(BEGINNING) for prompt in prompts)
+    monkeypatch.setattr(prefix, "LEAST", 1000)  # the control
+    passes.clear()
+    assert generate_greedily(model, tokenizer, prompts, 6) == found
+    assert passes[0] == len(ROWS) * max(map(len, prompts))
+    alone = [generate_greedily(model, tokenizer, [prompt], 6)[0] for prompt in prompts]
+    assert alone == found, "nor does padding change an answer"
 
 
 @pytest.mark.parametrize(
