@@ -5,6 +5,7 @@ Win rates are means over series, with 95% bootstrap intervals over them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,13 @@ COLOURS = {"served": "tab:green", "weights": "tab:blue", "placebo_served": "blac
 
 @dataclass(frozen=True)
 class Size:
-    """The built-in kinds of people, their languages, and the numbers of reactions after which answers are judged."""
+    """The built-in kinds of people, their languages, the arms that train, and the numbers of reactions after which served
+    answers and single ones are judged.
+    """
 
     kinds: tuple[str, ...]
     languages: tuple[str, ...]
+    trained: tuple[str, ...]
     served: tuple[int, ...]
     weights: tuple[int, ...]
 
@@ -35,20 +39,23 @@ class Size:
 def choose_size(is_toy: bool) -> Size:
     """Return the size for the toy policy (12 minutes on two cores), or for any other model (an hour without a GPU)."""
     if is_toy:
-        return Size(PEOPLE_KINDS, ("",), (10, 20, 30, 40, 50, 100, 200), (20, 50, 100))
-    return Size((choose_defaults(is_toy=False).users,), LANGUAGES, (10, 20, 30, 40, 50), (20, 50))
+        return Size(PEOPLE_KINDS, ("",), ("weights", "placebo_weights"), (10, 20, 30, 40, 50, 100, 200), (20, 50, 100))
+    return Size((choose_defaults(is_toy=False).users,), LANGUAGES, ("weights",), (10, 20, 30, 40, 50), (20, 50))
 
 
 def choose_cells(size: Size, users: str | None, seed: int) -> list[FewCell]:
     """Return the cells, for the built-in kinds of people or for one sort of `users`, with seeds from `seed` on."""
     kinds = size.kinds if users is None else (users,)
-    numbers = [(number, language) for number in range(SEEDS) for language in size.languages]
-    served = [FewCell("served", kinds, seed + number, size.served, language) for number, language in numbers]
-    # A series of weights takes minutes, so each kind has one, with a seed of its own.
+    served = [
+        FewCell("served", kinds, seed + number, size.served, language)
+        for number in range(SEEDS)
+        for language in size.languages
+    ]
+    # A series of weights takes minutes, so each seed has one, with one kind of people and one language.
+    people = cycle((kind, language) for kind in kinds for language in size.languages)
+    each = [(seed + number, *one) for number, one in zip(range(SEEDS), people, strict=False)]
     trained = [
-        FewCell(arm, (kinds[number % len(kinds)],), seed + number, size.weights, language)
-        for arm in ("weights", "placebo_weights")
-        for number, language in numbers
+        FewCell(arm, (kind,), number, size.weights, language) for arm in size.trained for number, kind, language in each
     ]
     return [*served, *trained]
 

@@ -27,8 +27,8 @@ class Manifest(Record):
     """The base model, parent, settings, trained and held-out rows of a run, and the count of rows left out by reason.
 
     If a reward head labelled the policy's own answers, `head_rows` are those that it was fitted to, and `distil_prompts` is
-    how many prompts were answered, at most. `sha256` is the hash of the rest. A manifest has no time, path or version
-    number, so equal runs have equal manifests.
+    how many prompts were answered in a round, at most. `sha256` is the hash of the rest. A manifest has no time, path or
+    version number, so equal runs have equal manifests.
     """
 
     base_sha256: str = ""

@@ -1,10 +1,12 @@
 """Distillation: train the policy on its own answers, as a proven reward head judges them.
 
 The policy answers each prompt several times. The advantage of an answer is how much more probably people like it than the
-other answers to its prompt, so that answers which are all liked teach nothing. A malformed answer is never better than the
-others: people judge few such answers, so the head cannot know what they think of it. The steps follow the policy gradient
-with a penalty for the distance from the base (`learning.training.weighted_trainer`). A group of answers to one prompt as its
-own baseline: Ahmadian et al. (2024), "Back to Basics: Revisiting REINFORCE-Style Optimization", arXiv:2402.14740.
+other answers to its prompt, so that answers which are all liked teach nothing. An answer that is malformed, or that the base
+would hardly give, counts as disliked: people judge few such answers, so the head cannot know what they think of it.
+
+The steps follow the policy gradient with a penalty for the distance from the base (`learning.training.weighted_trainer`). A
+group of answers to one prompt as its own baseline: Ahmadian et al. (2024), "Back to Basics: Revisiting REINFORCE-Style
+Optimization", arXiv:2402.14740.
 
 It depends neither on a database nor on a server.
 """
@@ -19,17 +21,17 @@ from bot.config import Config, TrainingConfig
 from bot.memory.embedder import Embedder
 from bot.models.tokenizer import ChatTokenizer
 from learning.data.experience import Experience
-from learning.data.feature_space import AnswerText, FeatureExtractor
+from learning.data.feature_space import LIMIT, AnswerText, FeatureExtractor
 from learning.judging.best_of_n import MANY_E_VALUE, PESSIMISM, compute_scores
-from learning.judging.evaluation import batched_logprobs, generate, token_rows
+from learning.judging.evaluation import Sample, batched_logprobs, generate, token_rows
 from learning.judging.metrics import DistillationMetrics, TrainingMetrics
 from learning.judging.taught_head import find_peak_e_value, fit_head
-from learning.models.trainable import copy_weights, restore_weights
+from learning.models.trainable import as_base, copy_weights, restore_weights
 
 if TYPE_CHECKING:
     from learning.models.trainable import Model
 
-STEPS = 10  # in a round
+STEPS = 5  # in a round
 BATCH_SIZE = 64
 # Labels are many and agree with each other, so the steps are larger, and less of them is taken back, than with reactions.
 RATE = 4.0  # times training.learning_rate
@@ -37,6 +39,7 @@ SIZE = 0.5  # standard deviation of the advantages
 LARGEST_SCALE = 6.0  # of differences between probabilities
 ANCHOR = 0.2  # times training.anchor
 DECAY = 0.25  # times training.weight_decay
+NORMAL = 1.4826  # standard deviations of a normal distribution in its median absolute deviation
 LEAST_ADVANTAGE = 0.01  # of the most different answers; Adam would make whole steps of rounding
 
 
@@ -49,7 +52,7 @@ class Labelling:
     """
 
     answers: int = 8
-    rounds: int = 2
+    rounds: int = 4
     pessimism: float = PESSIMISM
 
 
@@ -90,8 +93,8 @@ def label_answers(
         return []
     scores = compute_scores(*head.predict(extractor.extract(texts)), labelling.pessimism).reshape(-1, labelling.answers)
     chances = 1 / (1 + np.exp(-scores))
-    is_well_formed = np.array([one.is_well_formed for one in samples]).reshape(chances.shape)
-    chances = np.where(is_well_formed, chances, chances.min(1, keepdims=True))
+    is_sound = np.array([one.is_well_formed for one in samples]) & _are_usual(model, samples)
+    chances = np.where(is_sound.reshape(chances.shape), chances, 0.0)
     advantages = chances - chances.mean(1, keepdims=True)
     if np.abs(advantages).max() < LEAST_ADVANTAGE:
         return []
@@ -113,6 +116,19 @@ def label_answers(
     ]
 
 
+def _rotate(prompts: Sequence[tuple[int, ...]], by: int) -> Sequence[tuple[int, ...]]:
+    start = by % len(prompts) if prompts else 0
+    return [*prompts[start:], *prompts[:start]]
+
+
+def _are_usual(model: "Model", samples: Sequence[Sample]) -> np.ndarray:
+    """Return whether the base gives each answer (n,) about as large a mean log-probability as it gives most of them."""
+    with as_base(model):
+        found = np.array([float(row.mean()) if len(row) else 0.0 for row in batched_logprobs(model, token_rows(samples))])
+    away = found - np.median(found)
+    return away >= -LIMIT * NORMAL * np.median(np.abs(away))
+
+
 def distil(
     config: Config,
     model: "Model",
@@ -132,7 +148,8 @@ def distil(
     labels, stopped = 0, None
     for number in range(labelling.rounds):
         settings = config.model_copy(update={"seed": config.seed + number, "training": choose_training(config.training)})
-        answers = label_answers(settings, model, tokenizer, taught, prompts, extractor, labelling)
+        asked = _rotate(prompts, number * config.learning.distil_prompts)  # other prompts than in the round before
+        answers = label_answers(settings, model, tokenizer, taught, asked, extractor, labelling)
         if not answers:
             break
         before = copy_weights(model)

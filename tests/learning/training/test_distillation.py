@@ -134,23 +134,24 @@ def test_answers_that_are_all_alike_have_no_labels(model, settings, tokenizer, s
     )
 
 
-@pytest.mark.parametrize("is_finished", [False, True])
-def test_a_malformed_answer_is_never_better_than_the_others(model, settings, tokenizer, said, monkeypatch, is_finished):
-    ids = tuple(tokenizer.completion_ids("Hey there! 👋"))
+@pytest.mark.parametrize("spoilt", ["", "unfinished", "unlikely"])
+def test_a_malformed_answer_and_one_that_the_base_would_hardly_give_count_as_disliked(
+    model, settings, tokenizer, said, monkeypatch, spoilt
+):
+    plain, lively = "Hey there!", "Hey there! 👋"
 
     def say_emoji_once(model, tokenizer, prompts, *_):
-        texts = ["Hey there! 👋", *["Hey there!"] * (ANSWERS - 1)]
-        return [
-            Sample(tuple(prompt), ids, text, is_finished or text == "Hey there!")
-            for prompt, text in zip(prompts, texts * 2, strict=True)
-        ]
+        found = []
+        for number, prompt in enumerate(prompts):
+            text = plain if number % ANSWERS else lively
+            ids = tuple(tokenizer.completion_ids(text))
+            ids = ids[::-1] if spoilt == "unlikely" and text == lively else ids
+            found.append(Sample(tuple(prompt), ids, text, is_finished=spoilt != "unfinished" or text == plain))
+        return found
 
     monkeypatch.setattr(distillation, "generate", say_emoji_once)
     labelled = label_answers(settings, model, tokenizer, judge(30), said[:2], FeatureExtractor(None))
-    if is_finished:  # the control
-        assert labelled[0].advantage == max(one.advantage for one in labelled) > 0
-    else:
-        assert all(one.advantage <= 0 for one in labelled if "👋" in one.answer)
+    assert any(one.advantage > 0 for one in labelled if one.answer == lively) == (not spoilt)
 
 
 @pytest.mark.parametrize("harm", [None, "kept", "undone"])
