@@ -7,7 +7,6 @@ conclusions. The probe checks that vLLM serves the same policy. It does not depe
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -198,18 +197,6 @@ def kl_to_base(model: Any, samples: Sequence[Sample]) -> float:
                 total += float((logps.exp() * (logps - other.float().log_softmax(-1))).sum())
                 tokens += len(mine)
     return total / max(tokens, 1)
-
-
-@contextmanager
-def preserve_random_state() -> Iterator[None]:
-    """Restore torch's random state afterwards, so that sampling inside does not change later draws."""
-    import torch
-
-    state = torch.random.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.random.set_rng_state(state)
 
 
 def pad_id(tokenizer: Any) -> int:

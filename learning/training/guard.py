@@ -19,6 +19,7 @@ from learning.models.ranks import broadcast_from_first
 from learning.models.trainable import copy_weights, restore_weights
 
 CHECKS = 3  # per run
+STEPS_BETWEEN_CHECKS = 2  # at least; a check costs as much as several steps, so a shorter run is checked once
 LUCK = 0.05  # significance level: a limit counts as passed only beyond chance
 # Nats a token that held-out liked answers may lose against the start of the run, at temperature 1. A lower temperature
 # sharpens the distribution, so that the same step costs proportionally more.
@@ -40,12 +41,13 @@ class Limits:
 
 
 def choose_check_steps(steps: int) -> set[int]:
-    """Return the steps after which a run is checked: at each third, so always after the last."""
-    return {-(-steps * part // CHECKS) for part in range(1, CHECKS + 1)}
+    """Return the steps after which a run is checked: at each third, or of a very short run only after the last."""
+    checks = CHECKS if steps >= CHECKS * STEPS_BETWEEN_CHECKS else 1
+    return {-(-steps * part // checks) for part in range(1, checks + 1)}
 
 
 class Guard(TrainerCallback):
-    """Checks a model at the start of a run and CHECKS times in it. `stopped` is the reason if the run was stopped."""
+    """Checks a model at the start of a run and after some of its steps. `stopped` is the reason if the run was stopped."""
 
     def __init__(self, measure: Callable[[], Health], limits: Limits):
         self.measure = measure
@@ -63,7 +65,7 @@ class Guard(TrainerCallback):
         self._good = copy_weights(model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Check after each third of the run. If a check fails, restore the last good weights and stop."""
+        """Check after some steps (`choose_check_steps`). If a check fails, restore the last good weights and stop."""
         if state.global_step not in choose_check_steps(state.max_steps):
             return
         assert self.first is not None

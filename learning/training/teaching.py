@@ -21,7 +21,6 @@ from learning.judging.evaluation import (
     kl_to_base,
     means,
     next_logprobs,
-    preserve_random_state,
     token_rows,
 )
 from learning.judging.gate import margin_interval
@@ -47,6 +46,7 @@ def train_with_guard(
 
     `earlier` are samples of the untrained model, if there are any. Raises TrainingError if its log-probabilities become NaN.
     """
+    import torch
     from transformers import set_seed
 
     from learning.training.guard import Guard, Limits
@@ -58,7 +58,7 @@ def train_with_guard(
     start: list[np.ndarray] = []  # log-probabilities of the watched answers at the start (nats a token)
 
     def health() -> Health:
-        with preserve_random_state():
+        with torch.random.fork_rng(devices):  # sampling here must not change the draws of the run
             told = batched_logprobs(model, watched)
             if not all(row.isfinite().all() for row in (*told, *next_logprobs(model, prompts[:WATCHED]))):
                 # such a policy can be neither sampled nor measured
@@ -80,6 +80,7 @@ def train_with_guard(
                 liked_error=float(sem((now - start[0])[: len(liked)])) if len(liked) > 1 else 0.0,
             )
 
+    devices = [model.device] if model.device.type == "cuda" else []
     set_seed(config.seed)
     guard = Guard(health, Limits(config.gate.kl_budget, config.gate.well_formed, config.policy.temperature))
     trained = train(model, tokenizer.hf, training, config.training, config.seed, progress, [guard])
