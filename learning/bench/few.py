@@ -17,14 +17,13 @@ Run: ``kibitz bench learning --slice few``.
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from bot.config import Config
-from learning.bench.jobs import Rows
-from learning.bench.learning import Arena, ReactingPeople, RunEnd, make_experience, prepare_process, train_policy
+from learning.bench.arena import Arena, ReactingPeople, RunEnd, make_experience, prepare_process, train_policy
 from learning.bench.simulated_people import Utility, find_utility, read_prompts
 from learning.data.experience import Experience
 from learning.data.feature_space import AnswerText, FeatureExtractor
@@ -32,7 +31,6 @@ from learning.judging.best_of_n import (
     MANY,
     PLAIN_SHARE,
     compute_chances,
-    compute_scores,
     count_candidates,
     is_harmful,
 )
@@ -82,6 +80,7 @@ class FewPoint:
     perplexity_ratio: float | None = None
     kl: float | None = None
     language: str = ""
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -154,16 +153,15 @@ class Series:
         """Return the probability (count,) that each of the first `count` answers is chosen."""
         if self.head is None or count == 1:
             return np.ones(1)
-        mean, sd = self.head.predict(self.extractor.extract(offered.texts[:count]))
-        return compute_chances(compute_scores(mean, sd))
+        return compute_chances(self.head.score(self.extractor.extract(offered.texts[:count])))
 
 
-def run_cell(config: Config, base_model: str, cell: FewCell) -> Rows:
+def run_cell(config: Config, base_model: str, cell: FewCell) -> list[FewPoint]:
     """Run a cell, and return its points. Meant for a process of its own."""
     prepare_process(cell.seed)
     arena = Arena(config, base_model, cell.seed, read_prompts(is_toy(base_model), cell.language))
     run = run_served if cell.arm == "served" else run_weights
-    return [asdict(replace(point, language=cell.language)) for point in run(arena, cell)]
+    return [replace(point, seed=cell.seed, language=cell.language) for point in run(arena, cell)]
 
 
 def run_served(arena: Arena, cell: FewCell) -> list[FewPoint]:

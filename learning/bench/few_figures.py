@@ -3,17 +3,15 @@
 Win rates are means over series, with 95% bootstrap intervals over them.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bot.config import Config
-from bot.types import Progress
-from learning.bench import few, jobs
 from learning.bench.few import FewCell, FewPoint
 from learning.bench.grid import PEOPLE_KINDS, SEEDS, count_reactions_to
 from learning.bench.simulated_people import LANGUAGES, choose_defaults
@@ -60,19 +58,17 @@ def choose_cells(size: Size, users: str | None, seed: int) -> list[FewCell]:
     return [*served, *trained]
 
 
-def run_cells(
-    config: Config, base_model: str, wanted: Sequence[FewCell], kept: Path, progress: Progress
-) -> list[list[FewPoint]]:
-    """Run cells, each in a process of its own, and return the points of each series."""
-    found: dict[tuple[Any, ...], list[FewPoint]] = {}
-    for cell, rows in jobs.run_cells(few.run_cell, config, base_model, wanted, kept, progress).items():
-        for row in rows:
-            found.setdefault((row["arm"], row["users"], cell.seed, cell.language), []).append(FewPoint(**row))
-    return [*found.values()]
+def _split_series(found: dict[FewCell, list[FewPoint]]) -> list[list[FewPoint]]:
+    """Return the points of each series in the cells."""
+    series: defaultdict[tuple[Any, ...], list[FewPoint]] = defaultdict(list)
+    for point in chain.from_iterable(found.values()):
+        series[point.arm, point.users, point.seed, point.language].append(point)
+    return [*series.values()]
 
 
-def compute_figures(series: Sequence[Sequence[FewPoint]]) -> dict[str, Any]:
-    """Compute the figures of all series."""
+def compute_figures(found: dict[FewCell, list[FewPoint]]) -> dict[str, Any]:
+    """Compute the figures of all series in the cells."""
+    series = _split_series(found)
     made: dict[str, Any] = {}
     for arm, steps in REPORTED.items():
         for step in steps:
@@ -91,10 +87,10 @@ def compute_figures(series: Sequence[Sequence[FewPoint]]) -> dict[str, Any]:
     for name in ("well_formed", "perplexity_ratio"):
         made |= _describe(name, [getattr(one, name) for one in trained])
     for arm, step in (("served", 20), ("served", 50), ("weights", 50), ("weights", 100)):
-        found = _find(series, arm, step)
+        points = _find(series, arm, step)
         for label in ("users", "language"):
-            for name in filter(None, dict.fromkeys(getattr(one, label) for one in found)):
-                rates = [one.win_rate for one in found if getattr(one, label) == name]
+            for name in filter(None, dict.fromkeys(getattr(one, label) for one in points)):
+                rates = [one.win_rate for one in points if getattr(one, label) == name]
                 made[f"{arm}_win_rate_{step}_{Path(name).stem}"] = float(np.mean(rates))
     for language in filter(None, dict.fromkeys(one.language for one in ends)):
         oracle = [one.oracle for one in ends if one.language == language and one.arm == "served"]
@@ -102,13 +98,14 @@ def compute_figures(series: Sequence[Sequence[FewPoint]]) -> dict[str, Any]:
     return made
 
 
-def plot(series: Sequence[Sequence[FewPoint]], path: Path) -> None:
+def plot(found: dict[FewCell, list[FewPoint]], path: Path) -> None:
     """Plot win rates over version 0 against reactions, one line for each arm, with intervals over series."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    series = _split_series(found)
     figure, axes = pyplot.subplots(figsize=(8, 4.6), layout="constrained")
     for arm, colour in COLOURS.items():
         curves = _find_curves(series, arm)

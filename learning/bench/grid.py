@@ -1,12 +1,15 @@
-"""The grid of `kibitz bench learning`: objectives and controls, over kinds of people, noise, reaction rates and seeds.
+"""Benchmark: compare what the objectives learn from reactions, beside a frozen and a placebo control.
 
-`learning.bench.learning` runs a cell, in a process of its own, with one thread.
+A policy is trained after a number of reactions, again and again. The grid is over kinds of people, noise, reaction rates and
+seeds. A cell runs with one thread.
 
-Run: ``kibitz bench learning``.
+Run: ``kibitz bench learning --slice ci``.
 """
 
+import contextlib
+import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from bot.config import Config
-from bot.errors import ConfigError
-from bot.types import Progress
-from learning.bench import jobs
-from learning.bench.learning import STEPS, Point, run_cell
+from bot.errors import ConfigError, NothingToLearn
+from learning.bench.arena import Arena, Point, ReactingPeople, RunEnd, prepare_process, talk, train_policy
+from learning.bench.simulated_people import find_utility, read_prompts
+from learning.data.experience import Experience
 from learning.judging.statistics import mean_interval
+from learning.training.pretrain import is_toy
 
 OBJECTIVES = ("kto", "bco", "dpo", "sft", "pg", "mixed")
 CONTROLS = ("frozen", "placebo")
@@ -26,12 +30,14 @@ ARMS = (*OBJECTIVES, *CONTROLS)
 RATES = [one for one in product((0.0, 0.1, 0.2), (1.0, 0.2, 0.05)) if one != (0.1, 1.0)]  # (noise, reaction rate)
 PEOPLE_KINDS = ("brief", "casual", "curious", "detailed", "formal")  # length, tone, content; and two opposites
 SEEDS = 5
+STEPS = (40, 80, 120, 160, 200)  # reactions after which a version is trained and judged
 SLICES = ("ci", "rates", "regimes", "full")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One policy and its people. `regime` is "fresh" (it learns from its own answers), "logged" (from version 0's), or
+    """One policy and its people. `arm` is an objective, `frozen` (never trained), or `placebo` (the default objective, on
+    shuffled reactions). `regime` is "fresh" (it learns from its own answers), "logged" (from version 0's), or
     "drift" (from people who want the opposite in the second half).
     """
 
@@ -67,16 +73,42 @@ def choose_cells(part: str, users: str | None, arms: str | None = None, seed: in
     return slices[part]
 
 
-def run_cells(
-    config: Config, base_model: str, wanted: Sequence[Cell], kept: Path, progress: Progress
-) -> dict[Cell, list[Point]]:
-    """Run cells, each in a process of its own, and return their points. Finished cells are kept in the file `kept`."""
-    found = jobs.run_cells(_run, config, base_model, wanted, kept, progress)
-    return {cell: [Point(**row) for row in rows] for cell, rows in found.items()}
+def run_cell(config: Config, base_model: str, cell: Cell) -> list[Point]:
+    """Train one policy and score it after each number of reactions in STEPS. Meant for a process of its own.
+
+    With "drift" people want the opposite after the last of STEPS, and STEPS are run through again.
+    """
+    prepare_process(cell.seed)
+    # An objective is measured by what it makes of the reactions alone.
+    config = config.model_copy(update={"learning": config.learning.model_copy(update={"distil_prompts": 0})})
+    objective = config.training.objective if cell.arm in CONTROLS else cell.arm
+    arena = Arena(config, base_model, cell.seed, read_prompts(is_toy(base_model)))
+    wanted = find_utility(cell.users)
+    rng = random.Random(f"{cell.seed} {cell.users} {cell.noise} {cell.rate}")
+    people = ReactingPeople(wanted, cell.noise, cell.rate, rng)
+    turn = STEPS[-1]
+    said: list[Experience] = []
+    points: list[Point] = []
+    for number, count in enumerate((*STEPS, *(turn + step for step in STEPS)) if cell.regime == "drift" else STEPS):
+        if count > turn:
+            people = replace(people, utility=lambda prompt, reply: -wanted(prompt, reply))
+        if cell.regime == "logged":
+            arena.reset_policy()
+        said += talk(arena, people, count - len(said))
+        run = RunEnd()
+        if cell.arm != "frozen":
+            taught = shuffle_rewards(said, people.rng) if cell.arm == "placebo" else said
+            with contextlib.suppress(NothingToLearn):  # for example, no pairs yet: the policy stays as it is
+                run = train_policy(arena, taught, objective, number)
+        points.append(arena.judge_policy(count, people.utility, run))
+    return points
 
 
-def _run(config: Config, base_model: str, cell: Cell) -> jobs.Rows:
-    return [asdict(point) for point in run_cell(config, base_model, **asdict(cell))]
+def shuffle_rewards(said: Sequence[Experience], rng: random.Random) -> list[Experience]:
+    """Return the same answers with their reactions shuffled."""
+    rewards = [one.reward for one in said]
+    rng.shuffle(rewards)
+    return [replace(one, reward=reward) for one, reward in zip(said, rewards, strict=True)]
 
 
 def compute_figures(found: dict[Cell, list[Point]], default: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ as the head labels them. What a policy makes of a head's mistakes is called rewa
 better, and people do not. Gao et al. (2023), "Scaling Laws for Reward Model Overoptimization".
 
 - *guarded*: labels and steps as in production.
-- *unguarded*: the control. The labels are not pessimistic, and nothing holds the policy near version 0.
+- *unguarded*: the control. The labels are the head's alone and not pessimistic, and nothing holds the policy near version 0.
 
 Prompts by which answers are judged are never said by people.
 
@@ -14,18 +14,14 @@ Run: ``kibitz bench learning --slice hacking``.
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bot.config import Config
-from bot.types import Progress
-from learning.bench import jobs
-from learning.bench.few import NOISE, Series, sample_candidates
-from learning.bench.grid import PEOPLE_KINDS, SEEDS
-from learning.bench.learning import (
+from learning.bench.arena import (
     Arena,
     Point,
     ReactingPeople,
@@ -33,6 +29,8 @@ from learning.bench.learning import (
     prepare_process,
     train_policy,
 )
+from learning.bench.few import NOISE, Series, sample_candidates
+from learning.bench.grid import PEOPLE_KINDS, SEEDS
 from learning.bench.simulated_people import find_utility, read_prompts
 from learning.data.experience import Experience
 from learning.data.feature_space import FeatureExtractor
@@ -46,7 +44,10 @@ from learning.training.teaching import train_with_guard
 
 REACTIONS = 50
 ROUNDS = 10
-ARMS = {"guarded": Labelling(answers=16, rounds=1), "unguarded": Labelling(answers=16, rounds=1, pessimism=0.0)}
+ARMS = {
+    "guarded": Labelling(answers=16, rounds=1),
+    "unguarded": Labelling(answers=16, rounds=1, pessimism=0.0, doubts_unusual=False),
+}
 COLOURS = {"guarded": "tab:blue", "unguarded": "tab:red"}
 
 
@@ -69,16 +70,8 @@ def choose_cells(users: str | None, seed: int) -> list[HackingCell]:
     return [HackingCell(arm, kinds[number % len(kinds)], seed + number) for number in range(SEEDS) for arm in ARMS]
 
 
-def run_cells(
-    config: Config, base_model: str, wanted: Sequence[HackingCell], kept: Path, progress: Progress
-) -> dict[HackingCell, list[Point]]:
-    """Run cells, each in a process of its own, and return their points: before the first round, and after each."""
-    found = jobs.run_cells(run_cell, config, base_model, wanted, kept, progress)
-    return {cell: [Point(**row) for row in rows] for cell, rows in found.items()}
-
-
-def run_cell(config: Config, base_model: str, cell: HackingCell) -> jobs.Rows:
-    """Run a cell, and return its points. Meant for a process of its own."""
+def run_cell(config: Config, base_model: str, cell: HackingCell) -> list[Point]:
+    """Run a cell, and return its points: before the first round, and after each. Meant for a process of its own."""
     prepare_process(cell.seed)
     arena = Arena(config, base_model, cell.seed, read_prompts(is_toy(base_model)))
     utility = find_utility(cell.users)
@@ -89,20 +82,20 @@ def run_cell(config: Config, base_model: str, cell: HackingCell) -> jobs.Rows:
     taught, held_out = split_held_out(series.rated, config.learning.held_out)
     prompts = [*dict.fromkeys(one.prompt_ids for one in [*held_out, *taught])]
 
+    model, tokenizer = arena.model, arena.tokenizer
+
     def teach(settings: Config, rows: Sequence[Experience]) -> TrainingMetrics:
-        told = arena.model, arena.tokenizer
         if cell.arm == "guarded":
-            return train_with_guard(settings, *told, rows, held_out, prompts, lambda *_: None)
+            return train_with_guard(settings, model, tokenizer, rows, held_out, prompts, lambda *_: None)
         free = settings.training.model_copy(update={"anchor": 0.0, "weight_decay": 0.0})
-        return train(arena.model, arena.tokenizer.hf, rows, free, settings.seed, lambda *_: None)
+        return train(model, tokenizer.hf, rows, free, settings.seed, lambda *_: None)
 
     points = [arena.judge_policy(0, utility, RunEnd())]
     for number in range(1, ROUNDS + 1):
         settings = config.model_copy(update={"seed": cell.seed + 1000 * number})
-        told = arena.model, arena.tokenizer, series.rated, prompts, arena.embedder
-        distil(settings, *told, teach, ARMS[cell.arm])
+        distil(settings, model, tokenizer, series.rated, prompts, arena.embedder, teach, ARMS[cell.arm])
         points.append(arena.judge_policy(number, utility, RunEnd()))
-    return [asdict(point) for point in points]
+    return points
 
 
 def compute_figures(found: dict[HackingCell, list[Point]]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from bot.serving.policy import Policy
 from bot.types import Progress, Reply
 from learning.bench.simulated_people import People
 from learning.data.feature_space import FeatureExtractor
-from learning.judging.best_of_n import compute_chances, compute_scores, count_candidates
+from learning.judging.best_of_n import compute_chances, count_candidates
 from learning.judging.evaluation import is_well_formed
 from learning.judging.taught_head import TaughtHead
 from learning.rollout.selector import HeadSelector, describe_text
@@ -107,7 +107,7 @@ class HeldOutJudge:
 
     def _compute_chances(self, head: TaughtHead, replies: Sequence[Reply]) -> np.ndarray:
         raw = self._extractor.extract([describe_text(one) for one in replies])
-        return compute_chances(compute_scores(*head.predict(raw)))
+        return compute_chances(head.score(raw))
 
     async def _sample_candidates(self, version: str, count: int) -> dict[str, list[Reply]]:
         """Return `count` answers to each held-out prompt, without blank ones, as chats do.

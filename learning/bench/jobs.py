@@ -17,31 +17,40 @@ from bot.serving.children import worker_pool
 from bot.types import Progress
 
 
-class Cell(Hashable, Protocol):
-    """One cell of a benchmark: a frozen dataclass."""
+class Point(Protocol):
+    """One figure or more of a cell: a dataclass."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+class Cell(Hashable, Point, Protocol):
+    """One cell of a benchmark: a frozen dataclass."""
 
     def describe(self) -> str:
         """Describe the cell to people who wait for it."""
 
 
 C = TypeVar("C", bound=Cell)
-Rows = list[dict[str, Any]]
+P = TypeVar("P", bound=Point)
 
 
 def run_cells(
-    run: Callable[[Config, str, C], Rows],
+    run: Callable[[Config, str, C], list[P]],
+    make_point: Callable[..., P],
     config: Config,
     base_model: str,
     wanted: Sequence[C],
     kept: Path,
     progress: Progress,
-) -> dict[C, Rows]:
-    """Run cells and return the rows of each. Cells in the file `kept` are not run again; it is deleted when all are done."""
+) -> dict[C, list[P]]:
+    """Run cells, each in a process of its own, and return the points of each.
+
+    Cells in the file `kept` are not run again. Their points are made by `make_point`. The file is deleted when all are done.
+    """
     mark = hash_settings(config, base_model)
     names = {json.dumps(asdict(cell)): cell for cell in wanted}
-    found = {names[name]: rows for name, rows in read_kept_rows(kept, mark) if name in names}
+    rows_of = {names[name]: rows for name, rows in read_kept_rows(kept, mark) if name in names}
+    found = {cell: [make_point(**row) for row in rows] for cell, rows in rows_of.items()}
     left = [cell for cell in wanted if cell not in found]
     kept.parent.mkdir(parents=True, exist_ok=True)
     progress("learning", len(found), len(wanted))
@@ -51,7 +60,8 @@ def run_cells(
             for job in as_completed(jobs):
                 cell = jobs[job]
                 found[cell] = job.result()
-                file.write(json.dumps({"mark": mark, "cell": asdict(cell), "points": found[cell]}) + "\n")
+                rows = [asdict(point) for point in found[cell]]
+                file.write(json.dumps({"mark": mark, "cell": asdict(cell), "points": rows}) + "\n")
                 file.flush()
                 progress(f"learning: {cell.describe()}", len(found), len(wanted))
     kept.unlink(missing_ok=True)
@@ -63,8 +73,8 @@ def hash_settings(config: Config, base_model: str) -> str:
     return hashlib.sha256(json.dumps([config.model_dump(), base_model], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def read_kept_rows(file: Path, mark: str) -> Iterable[tuple[str, Rows]]:
-    """Read the cells (as JSON) and their rows that an interrupted run with these settings left in a file."""
+def read_kept_rows(file: Path, mark: str) -> Iterable[tuple[str, list[dict[str, Any]]]]:
+    """Read the cells (as JSON) and the rows of their points that an interrupted run with these settings left in a file."""
     if not file.is_file():
         return
     for line in file.read_text().splitlines():

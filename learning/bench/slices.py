@@ -2,24 +2,32 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bot.config import Config
 from bot.errors import ConfigError
 from bot.types import Progress
-from learning.bench import few_figures, grid, hacking
+from learning.bench import few, few_figures, grid, hacking, jobs
+from learning.bench.arena import Point
 
 WITH_OWN_ARMS = ("few", "hacking")
 
 
 @dataclass(frozen=True)
 class Slice:
-    """One part of the benchmark. What `run` finds is given to the other two."""
+    """One part of the benchmark: its cells, the function that runs one of them, and what to make of their points."""
 
-    run: Callable[[Config, str, Path, Progress], Any]  # (config, base model, file of finished cells, progress)
-    compute_figures: Callable[[Any], dict[str, Any]]
+    cells: list[Any]
+    run_cell: Callable[[Config, str, Any], list[Any]]
+    make_point: Callable[..., Any]
+    compute_figures: Callable[[Any], dict[str, Any]]  # of the points of all cells, by cell
     plot: Callable[[Any, Path], None]
+
+    def run(self, config: Config, base_model: str, kept: Path, progress: Progress) -> dict[Any, list[Any]]:
+        """Run the cells, and return the points of each. Finished ones are kept in a file (`jobs.run_cells`)."""
+        return jobs.run_cells(self.run_cell, self.make_point, config, base_model, self.cells, kept, progress)
 
 
 def find_slice(part: str, users: str | None, arms: str | None, config: Config, is_toy: bool) -> Slice:
@@ -28,17 +36,13 @@ def find_slice(part: str, users: str | None, arms: str | None, config: Config, i
     if part not in known:
         raise ConfigError(f"--slice has value '{part}'; choose one of {', '.join(known)}")
     if part in grid.SLICES:
-        objective = config.training.objective
-        return _make_slice(grid, grid.choose_cells(part, users, arms, config.seed), objective)
+        compute_figures = partial(grid.compute_figures, default=config.training.objective)
+        cells: list[Any] = grid.choose_cells(part, users, arms, config.seed)
+        return Slice(cells, grid.run_cell, Point, compute_figures, grid.plot)
     if arms is not None:
         raise ConfigError(f"option --arms has value '{arms}', and --slice {part} has its own arms; leave --arms out")
     if part == "few":
-        return _make_slice(few_figures, few_figures.choose_cells(few_figures.choose_size(is_toy), users, config.seed))
-    return _make_slice(hacking, hacking.choose_cells(users, config.seed))
-
-
-def _make_slice(module: Any, cells: list[Any], *described_by: str) -> Slice:
-    def run(config: Config, base_model: str, kept: Path, progress: Progress) -> Any:
-        return module.run_cells(config, base_model, cells, kept, progress)
-
-    return Slice(run, lambda found: module.compute_figures(found, *described_by), module.plot)
+        cells = few_figures.choose_cells(few_figures.choose_size(is_toy), users, config.seed)
+        return Slice(cells, few.run_cell, few.FewPoint, few_figures.compute_figures, few_figures.plot)
+    cells = hacking.choose_cells(users, config.seed)
+    return Slice(cells, hacking.run_cell, Point, hacking.compute_figures, hacking.plot)

@@ -54,11 +54,6 @@ def _describe_rate(one: Approval) -> tuple[float, float]:
     return a / (a + b), a * b / ((a + b) ** 2 * (a + b + 1))
 
 
-def compute_scores(mean: np.ndarray, sd: np.ndarray, pessimism: float = PESSIMISM) -> np.ndarray:
-    """Return the pessimistic scores (n,) of answers with these predicted log odds (n,) and standard deviations (n,)."""
-    return mean - pessimism * sd
-
-
 def compute_chances(scores: np.ndarray) -> np.ndarray:
     """Return the probability (n,) that each answer is chosen. Equal scores have equal probabilities."""
     weights = np.exp((scores - scores.max()) / SOFTNESS)

@@ -18,7 +18,7 @@ from bot.types import Reason
 from learning.data.experience import Experience
 from learning.data.feature_space import AnswerText, FeatureExtractor, FeatureSpace
 from learning.data.selection import cap_people
-from learning.judging.best_of_n import LEAST_OF_A_KIND, LEAST_REACTIONS, Approval
+from learning.judging.best_of_n import LEAST_OF_A_KIND, LEAST_REACTIONS, PESSIMISM, Approval
 from learning.judging.reward_head import RewardHead
 
 NEWEST = 512  # judged answers that a head is fitted to, at most
@@ -50,6 +50,13 @@ class TaughtHead:
     def predict(self, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the mean and standard deviation (n,) of the log odds that answers with raw features (n × raw) are liked."""
         return self.head.predict(self.space.place(raw))
+
+    def score(self, raw: np.ndarray, pessimism: float = PESSIMISM) -> np.ndarray:
+        """Return the pessimistic scores (n,) of answers with raw features (n × raw): `pessimism` standard deviations below
+        the mean log odds that they are liked.
+        """
+        mean, sd = self.predict(raw)
+        return mean - pessimism * sd
 
     def compute_doubts(self, raw: np.ndarray, of_rival: np.ndarray, seed: int, draws: int = 64) -> np.ndarray:
         """Return how unsure it is whether people like each answer better than a rival (n,), from 0 to 1 for a toss-up.

@@ -27,7 +27,6 @@ from learning.judging.best_of_n import (
     MANY_E_VALUE,
     PLAIN_SHARE,
     compute_chances,
-    compute_scores,
     count_candidates,
     is_harmful,
 )
@@ -91,7 +90,7 @@ class HeadSelector:
         raw = await asyncio.to_thread(self._extractor.extract, texts if rival is None else [*texts, describe_text(rival)])
         self._usual.extend(texts)
         raw, of_rival = raw[: len(texts)], raw[len(texts) :]
-        scores = compute_scores(*head.predict(raw))
+        scores = head.score(raw)
         doubts = scores if rival is None else head.compute_doubts(raw, of_rival, self._rng.randrange(2**32))
         chances = compute_chances(doubts)
         chosen = self._rng.choices(range(len(replies)), chances.tolist())[0]

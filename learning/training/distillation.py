@@ -22,7 +22,7 @@ from bot.memory.embedder import Embedder
 from bot.models.tokenizer import ChatTokenizer
 from learning.data.experience import Experience
 from learning.data.feature_space import LIMIT, AnswerText, FeatureExtractor
-from learning.judging.best_of_n import MANY_E_VALUE, PESSIMISM, compute_scores
+from learning.judging.best_of_n import MANY_E_VALUE, PESSIMISM
 from learning.judging.evaluation import Sample, batched_logprobs, generate, token_rows
 from learning.judging.metrics import DistillationMetrics, TrainingMetrics
 from learning.judging.taught_head import find_peak_e_value, fit_head
@@ -45,8 +45,8 @@ LEAST_ADVANTAGE = 0.01  # of the most different answers; Adam would make whole s
 
 @dataclass(frozen=True)
 class Labelling:
-    """How labels are made: the answers to each prompt, the rounds of a run, and the standard deviations that are subtracted
-    from a predicted log odds.
+    """How labels are made: the answers to each prompt, the rounds of a run, the standard deviations that are subtracted from
+    a predicted log odds, and whether answers that are malformed, or that the base would hardly give, count as disliked.
 
     Answers of the policy as it is now teach more than further steps on older ones, so there is more than one round.
     """
@@ -54,6 +54,7 @@ class Labelling:
     answers: int = 8
     rounds: int = 4
     pessimism: float = PESSIMISM
+    doubts_unusual: bool = True
 
 
 USUAL = Labelling()
@@ -91,10 +92,10 @@ def label_answers(
     head = fit_head(taught, texts, extractor, config.rewards.person_cap)
     if head is None:
         return []
-    scores = compute_scores(*head.predict(extractor.extract(texts)), labelling.pessimism).reshape(-1, labelling.answers)
-    chances = 1 / (1 + np.exp(-scores))
-    is_sound = np.array([one.is_well_formed for one in samples]) & _are_usual(model, samples)
-    chances = np.where(is_sound.reshape(chances.shape), chances, 0.0)
+    chances = 1 / (1 + np.exp(-head.score(extractor.extract(texts), labelling.pessimism)))
+    if labelling.doubts_unusual:
+        chances = np.where([one.is_well_formed for one in samples] & _are_usual(model, samples), chances, 0.0)
+    chances = chances.reshape(-1, labelling.answers)
     advantages = chances - chances.mean(1, keepdims=True)
     if np.abs(advantages).max() < LEAST_ADVANTAGE:
         return []

@@ -1,6 +1,7 @@
 """The slice `few` of the learning benchmark: its cells, its figures, and that a taste is served and chance is not."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -44,7 +45,8 @@ def test_figures_are_means_with_intervals_and_the_share_of_placebos_that_ever_ch
     found = [series("served", {step: rate + number / 100 for step, rate in served.items()}) for number in range(-2, 3)]
     found += [series("placebo_served", dict.fromkeys(served, 0.5), candidates) for candidates in (1, 1, 1, 4)]
     found += [series("weights", trained), series("placebo_weights", dict.fromkeys(trained, 0.5), 1)]
-    figures = few_figures.compute_figures(found)
+    cells = {number: [replace(one, seed=number) for one in points] for number, points in enumerate(found)}
+    figures = few_figures.compute_figures(cells)
     assert figures["served_win_rate_20"] == pytest.approx(0.8)
     assert figures["served_win_rate_20_low"] < 0.8 < figures["served_win_rate_20_high"]
     assert figures["placebo_switched_on_200"] == 0.25
@@ -57,12 +59,12 @@ def test_figures_are_means_with_intervals_and_the_share_of_placebos_that_ever_ch
 
 
 def test_a_taste_is_served_after_a_few_reactions_and_reactions_by_lot_are_not(demo_model, monkeypatch):
-    monkeypatch.setattr("learning.bench.learning.SAMPLES_PER_PROMPT", 1)
-    rows = few.run_cell(Config(), demo_model, FewCell("served", ("casual",), 0, steps=(8, 40)))
-    found = {(row["arm"], row["reactions"]): row for row in rows}
-    assert found["served", 8]["candidates"] == 1, "too few to be sure of anything"
-    assert found["served", 8]["win_rate"] == pytest.approx(0.5, abs=0.1)
-    assert found["served", 40]["candidates"] > 1
-    assert found["served", 40]["win_rate"] > 0.8
-    assert found["served", 40]["win_rate"] > 0.85 * found["served", 40]["oracle"]
-    assert found["placebo_served", 40]["win_rate"] == pytest.approx(0.5, abs=0.1), "the control"
+    monkeypatch.setattr("learning.bench.arena.SAMPLES_PER_PROMPT", 1)
+    points = few.run_cell(Config(), demo_model, FewCell("served", ("casual",), 0, steps=(8, 40)))
+    found = {(one.arm, one.reactions): one for one in points}
+    assert found["served", 8].candidates == 1, "too few to be sure of anything"
+    assert found["served", 8].win_rate == pytest.approx(0.5, abs=0.1)
+    assert found["served", 40].candidates > 1
+    assert found["served", 40].win_rate > 0.8
+    assert found["served", 40].win_rate > 0.85 * found["served", 40].oracle
+    assert found["placebo_served", 40].win_rate == pytest.approx(0.5, abs=0.1), "the control"

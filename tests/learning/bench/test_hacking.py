@@ -7,9 +7,9 @@ import pytest
 
 from bot.config import Config
 from learning.bench import hacking
+from learning.bench.arena import Point
 from learning.bench.grid import PEOPLE_KINDS, SEEDS
 from learning.bench.hacking import ARMS, HackingCell
-from learning.bench.learning import Point
 
 PLAIN = Point(0, 0.5, 0.5, 0.0, 1.0, 1.0, 0.0, stopped=False, drifted=False)
 
@@ -41,7 +41,7 @@ def test_both_arms_begin_with_one_policy_and_go_different_ways(demo_model, monke
     monkeypatch.setattr(hacking, "REACTIONS", 12)
     monkeypatch.setattr(hacking, "ROUNDS", 1)
     monkeypatch.setattr(hacking, "train_policy", lambda *_: None)  # the reactions teach only the head
-    monkeypatch.setattr("learning.bench.learning.SAMPLES_PER_PROMPT", 1)
+    monkeypatch.setattr("learning.bench.arena.SAMPLES_PER_PROMPT", 1)
     monkeypatch.setattr("learning.training.distillation.STEPS", 2)
     config = Config()
     config = config.model_copy(

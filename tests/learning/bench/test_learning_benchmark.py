@@ -12,27 +12,19 @@ import torch
 from bot.config import Config, load
 from bot.errors import ConfigError
 from learning.bench import grid, jobs
+from learning.bench.arena import Arena, Point, ReactingPeople, RunEnd, talk, train_policy
 from learning.bench.grid import (
     CONTROLS,
     OBJECTIVES,
     SEEDS,
+    STEPS,
     Cell,
     choose_cells,
     compute_figures,
     count_reactions_to,
     count_reactions_to_recover,
-    run_cells,
-)
-from learning.bench.learning import (
-    STEPS,
-    Arena,
-    Point,
-    ReactingPeople,
-    RunEnd,
     run_cell,
     shuffle_rewards,
-    talk,
-    train_policy,
 )
 from learning.bench.simulated_people import read_prompts
 
@@ -57,20 +49,20 @@ def test_people_react_as_they_mean_it_but_for_the_noise():
 
 
 def test_where_nothing_can_be_learned_the_policy_stays_as_it_was(demo_model, monkeypatch):
-    monkeypatch.setattr("learning.bench.learning.STEPS", (8,))
-    monkeypatch.setattr("learning.bench.learning.simulated_users", lambda name: lambda prompt, reply: 1.0)
-    [found] = run_cell(Config(), demo_model, "dpo", "content", 0, noise=0.0, rate=1.0, regime="fresh")
+    monkeypatch.setattr(grid, "STEPS", (8,))
+    monkeypatch.setattr(grid, "find_utility", lambda name: lambda prompt, reply: 1.0)
+    [found] = run_cell(Config(), demo_model, Cell("dpo", "content", 0, noise=0.0))
     assert found.kl == 0
     assert found.win_rate == 0.5, "everybody likes everything: there is nothing to tell apart"
 
 
 def test_a_cell_gives_the_same_whatever_its_process_did_before(demo_model, monkeypatch):
-    monkeypatch.setattr("learning.bench.learning.STEPS", (16,))
-    monkeypatch.setattr("learning.bench.learning.SAMPLES_PER_PROMPT", 1)
+    monkeypatch.setattr(grid, "STEPS", (16,))
+    monkeypatch.setattr("learning.bench.arena.SAMPLES_PER_PROMPT", 1)
 
     def cell(seed: int) -> list[Point]:
         torch.rand(5)  # something drawn before
-        return run_cell(Config(), demo_model, "kto", "brief", seed, noise=0.1, rate=1.0, regime="fresh")
+        return run_cell(Config(), demo_model, Cell("kto", "brief", seed))
 
     first = cell(0)
     assert cell(0) == first
@@ -127,10 +119,12 @@ def test_an_interrupted_grid_goes_on_where_it_was(tmp_path, monkeypatch):
         rows = [{"mark": mark, "cell": asdict(one), "points": [asdict(p) for p in curve(*[0.9] * 5)]} for one in wanted[:2]]
         kept.write_text("\n".join([*map(json.dumps, rows), '{"mark": "cut o']))
 
-    monkeypatch.setattr(grid, "run_cell", None)  # nothing is run
+    def never(*_: object) -> list[Point]:
+        raise AssertionError("nothing is left to run")
+
     config = Config()
     half(jobs.hash_settings(config, "model"))
-    found = run_cells(config, "model", wanted[:2], kept, lambda *_: None)
+    found = jobs.run_cells(never, Point, config, "model", wanted[:2], kept, lambda *_: None)
     assert [points[-1].win_rate for points in found.values()] == [0.9, 0.9]
     assert not kept.exists(), "all is done"
     half("of other settings")

@@ -14,7 +14,6 @@ from learning.judging.best_of_n import (
     MANY_E_VALUE,
     Approval,
     compute_chances,
-    compute_scores,
     count_candidates,
     is_harmful,
 )
@@ -52,11 +51,6 @@ def test_equal_scores_have_equal_chances(score, count):
     assert compute_chances(np.full(count, score)) == pytest.approx(np.full(count, 1 / count))
     ahead = compute_chances(np.array([score, score + 0.2]))  # the control
     assert ahead[1] > 0.8
-
-
-def test_of_two_answers_that_are_as_good_the_surer_one_scores_higher():
-    sure, unsure = compute_scores(np.array([1.0, 1.0]), np.array([0.1, 0.9]))
-    assert sure > unsure
 
 
 @pytest.mark.parametrize(

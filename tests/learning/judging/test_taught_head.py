@@ -54,6 +54,16 @@ def test_a_head_has_the_name_of_its_content(extractor):
     assert replace(first, teachers=("somebody else",)).name != first.name
 
 
+def test_of_two_answers_that_are_as_good_the_surer_one_scores_higher(extractor):
+    head = fit_head(judge(30), (), extractor, CAP)
+    raw = extractor.extract([AnswerText("Hey there! 👋"), AnswerText("Hey there! " * 40 + "👋")])
+    mean, sd = head.predict(raw)
+    assert sd[0] < sd[1], "nobody judged an answer as long as that"
+    assert head.score(raw, pessimism=0.0) == pytest.approx(mean)
+    lost = mean - head.score(raw)
+    assert 0 < lost[0] < lost[1]
+
+
 @pytest.mark.parametrize(
     "said",
     [

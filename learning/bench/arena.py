@@ -1,14 +1,10 @@
-"""Benchmark: compare what the objectives learn from reactions, beside a frozen and a placebo control.
+"""Arena: a policy, simulated people who react to its answers, and its judgement by their hidden utility.
 
-Simulated people with a hidden utility talk to a policy, give 👍 or 👎, and regenerate some answers that they do not like.
-After a number of reactions a policy is trained by the code that trains in production, and answers from then on. Its
-score is the true utility of its answers to held-out prompts, against those of version 0. There is no gate, because it would
-hide what an objective does.
-
-Run: ``kibitz bench learning --slice ci``.
+The slices of ``kibitz bench learning`` share it. People talk to the policy, give 👍 or 👎, and regenerate some answers that
+they do not like. It is trained by the code that trains in production, and answers from then on. Its score is the true utility
+of its answers to held-out prompts, against those of version 0. There is no gate, because it would hide what training does.
 """
 
-import contextlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,11 +12,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from bot.config import Config
-from bot.errors import NothingToLearn
 from bot.memory.embedder import make_embedder
 from bot.models.tokenizer import ChatTokenizer
-from learning.bench.simulated_people import Prompts, Utility, read_prompts
-from learning.bench.simulated_people import find_utility as simulated_users
+from learning.bench.simulated_people import Prompts, Utility
 from learning.data.comparison import with_advantages
 from learning.data.experience import Experience
 from learning.data.selection import split_held_out
@@ -33,7 +27,6 @@ from learning.training.drift import detect_drift
 from learning.training.pretrain import is_toy
 from learning.training.teaching import train_with_guard
 
-STEPS = (40, 80, 120, 160, 200)  # reactions after which a version is trained and judged
 SAMPLES_PER_PROMPT = 4  # answers to each held-out prompt
 SAMPLES_AT_ONCE = 64
 REGENERATES = 0.5  # the share of disliked answers that are regenerated
@@ -233,43 +226,3 @@ def prepare_process(seed: int) -> None:
     torch.set_num_threads(1)
     silence_libraries()
     set_seed(seed)
-
-
-def run_cell(
-    config: Config, base_model: str, arm: str, users: str, seed: int, noise: float, rate: float, regime: str
-) -> list[Point]:
-    """Train one policy and score it after each number of reactions in STEPS. Meant for a process of its own.
-
-    `arm` is an objective, `frozen` (never trained), or `placebo` (the default objective, on shuffled reactions). `regime` is
-    as in `Cell`; with "drift" people want the opposite after the last of STEPS, and STEPS are run through again.
-    """
-    prepare_process(seed)
-    # An objective is measured by what it makes of the reactions alone.
-    config = config.model_copy(update={"learning": config.learning.model_copy(update={"distil_prompts": 0})})
-    objective = config.training.objective if arm in ("frozen", "placebo") else arm
-    arena = Arena(config, base_model, seed, read_prompts(is_toy(base_model)))
-    wanted = simulated_users(users)
-    people = ReactingPeople(wanted, noise, rate, random.Random(f"{seed} {users} {noise} {rate}"))
-    turn = STEPS[-1]
-    said: list[Experience] = []
-    points: list[Point] = []
-    for number, count in enumerate((*STEPS, *(turn + step for step in STEPS)) if regime == "drift" else STEPS):
-        if count > turn:
-            people = replace(people, utility=lambda prompt, reply: -wanted(prompt, reply))
-        if regime == "logged":
-            arena.reset_policy()
-        said += talk(arena, people, count - len(said))
-        run = RunEnd()
-        if arm != "frozen":
-            taught = shuffle_rewards(said, people.rng) if arm == "placebo" else said
-            with contextlib.suppress(NothingToLearn):  # for example, no pairs yet: the policy stays as it is
-                run = train_policy(arena, taught, objective, number)
-        points.append(arena.judge_policy(count, people.utility, run))
-    return points
-
-
-def shuffle_rewards(said: Sequence[Experience], rng: random.Random) -> list[Experience]:
-    """Return the same answers with their reactions shuffled."""
-    rewards = [one.reward for one in said]
-    rng.shuffle(rewards)
-    return [replace(one, reward=reward) for one, reward in zip(said, rewards, strict=True)]
