@@ -2,7 +2,8 @@
 
 The slices of ``kibitz bench learning`` share it. People talk to the policy, give 👍 or 👎, and regenerate some answers that
 they do not like. It is trained by the code that trains in production, and answers from then on. Its score is the true
-utility of its answers to held-out prompts, against those of version 0. There is no gate, because it would hide what training does.
+utility of its answers to held-out prompts, against those of version 0. There is no gate, because it would hide
+what training does.
 """
 
 import random
