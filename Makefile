@@ -75,9 +75,9 @@ demo: setup  ## simulated people teach the toy policy; then a word with the chat
 chat: setup  ## talk with the built-in chat model, and teach it
 	@$(BIN)/kibitz chat --data-dir $(CHAT)
 
-# Two processes: one for the tests that share the vLLM, one for the rest. With three, each makes its own trained versions.
+# Three processes on two cores, because they often wait: one for the tests that share the vLLM, two for the rest.
 test: setup  ## run the tests, but for those marked slow; TESTS= runs all
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m '$(TESTS)'
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 3 --dist loadgroup -m '$(TESTS)'
 
 test-slow:  ## run the tests marked slow
 	@$(MAKE) --no-print-directory test TESTS=slow

@@ -1,6 +1,6 @@
 """Fixtures and helpers of the tests: the demo policy, one real vLLM for the whole run, and one trained version.
 
-`make test` runs two processes. One runs all tests that use vLLM, so that there is one vLLM. The other runs the rest.
+`make test` runs three processes. One runs all tests that use vLLM, so that there is one vLLM. The others run the rest.
 """
 
 import asyncio
@@ -89,7 +89,7 @@ def demo_model() -> str:
 def find_demo_model() -> str:
     """Return the directory of the demo policy. Make the policy if there is none."""
     CACHE.mkdir(exist_ok=True)
-    with FileLock(CACHE / "demo.lock"):  # one of two processes makes it; the other waits as soon as it needs it
+    with FileLock(CACHE / "demo.lock"):  # one process makes it; the others wait as soon as they need it
         return prepare_model(load(data_dir=str(CACHE), policy={"model": "toy"}))[1]
 
 
@@ -150,7 +150,7 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist must find these marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run all tests that use the one vLLM in one process, also with `-n 2`, and the long scenarios without it first."""
+    """Run all tests that use the one vLLM in one process, also with `-n 3`, and the long scenarios without it first."""
 
     def uses_vllm(item: pytest.Item) -> bool:
         return "live" in getattr(item, "fixturenames", ())

