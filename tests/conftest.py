@@ -150,12 +150,20 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist must find these marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run all tests that use the one vLLM in one process, also with `-n 3`, and the long scenarios without it first."""
+    """Run all tests that use the one vLLM in one process, also with `-n 3`. The other processes begin with the tests that do
+    not need the toy policy, which one process makes meanwhile, and end with the short ones.
+    """
 
     def uses_vllm(item: pytest.Item) -> bool:
         return "live" in getattr(item, "fixturenames", ())
 
-    items.sort(key=lambda item: uses_vllm(item) or "scenarios" not in item.path.parts)
+    def find_turn(item: pytest.Item) -> int:
+        if not {"live", "demo_model"} & set(getattr(item, "fixturenames", ())):
+            return 0
+        is_long = "scenarios" in item.path.parts or item.get_closest_marker("slow") is not None
+        return 1 if is_long and not uses_vllm(item) else 2
+
+    items.sort(key=find_turn)
     for item in items:
         if uses_vllm(item):
             item.add_marker(pytest.mark.xdist_group("vLLM"))
