@@ -430,7 +430,8 @@ def test_of_placebo_runs_in_a_row_at_most_one_series_in_twenty_promotes_anything
             asked = compute_p_values(on, allowed, seed=run)
             earlier.append(asked.is_better)
             lucky |= min(asked.by_margin, asked.by_gain) <= budget / 2
-            if waits_often and run < 20 and not has_peeked and peeked <= most:  # whoever looks at each reaction what it does to the candidate
+            # whoever looks at each reaction what it does to the candidate; until that has shown its point
+            if waits_often and run < 20 and not has_peeked and peeked <= most:
                 each = (first_of(found, all_rows, at) for at in looks)
                 has_peeked = any(
                     can_suffice(one.opinions, gate, allowed) and compute_p_values(one, allowed, seed=run).is_better
