@@ -40,7 +40,7 @@ CONFIG_KEYS = {
     "--max-lora-rank": "serving.max_lora_rank",
 }
 # vLLM computes in the process of its engine. "uni", the name for it, is ignored on CPUs, because vLLM cannot set the number
-# of threads there; we set it (`VllmServer._environment`). A process less starts a quarter sooner and saves half a gigabyte.
+# of threads there; we set it (`VllmServer._environment`). A process less starts a quarter sooner and saves 0.7 GB.
 IN_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 READ_AT_ONCE = 2048  # the least number of tokens that vLLM on CPUs reads at once
 
