@@ -17,13 +17,13 @@ from bot.serving.children import worker_pool
 from bot.types import Progress
 
 
-class Point(Protocol):
-    """One figure or more of a cell: a dataclass."""
+class Dataclass(Protocol):
+    """Any dataclass."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
-class Cell(Hashable, Point, Protocol):
+class Cell(Hashable, Dataclass, Protocol):
     """One cell of a benchmark: a frozen dataclass."""
 
     def describe(self) -> str:
@@ -31,7 +31,7 @@ class Cell(Hashable, Point, Protocol):
 
 
 C = TypeVar("C", bound=Cell)
-P = TypeVar("P", bound=Point)
+P = TypeVar("P", bound=Dataclass)
 
 
 def run_cells(
