@@ -1,6 +1,7 @@
 """The typer application, the options that commands share, and the config that they build."""
 
 import functools
+import importlib.metadata
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,21 @@ app = typer.Typer(
 )
 bench = typer.Typer(no_args_is_help=True, help="Run a benchmark.")
 app.add_typer(bench, name="bench")
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"kibitz {importlib.metadata.version('kibitz')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _take_common_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def path_option(*names: str, help: str, parser: Callable[[str], Path] = environment.read_path) -> Any:

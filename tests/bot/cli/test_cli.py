@@ -5,6 +5,7 @@ Most run in this process, by the function that the console script calls; `kibitz
 
 import asyncio
 import contextlib
+import importlib.metadata
 import json
 import os
 import shlex
@@ -62,6 +63,12 @@ def test_mistakes_in_the_config_and_on_the_command_line(tmp_path, demo_model, he
     assert "bar|json" in here("train", "--help").stdout
     refused(here("dance"), "No such command")
     refused(kibitz("dance"), "No such command")  # the same at the console
+
+
+def test_the_version_is_that_of_the_installed_package(here):
+    done = here("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"kibitz {importlib.metadata.version('kibitz')}\n", "")
+    refused(here("--versoin"), "No such option: --versoin")
 
 
 def test_users_of_a_file_must_give_a_number_between_minus_one_and_one(tmp_path, demo_model, here):
