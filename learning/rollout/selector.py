@@ -127,10 +127,8 @@ class HeadSelector:
         while True:
             await self._is_outdated.wait()
             self._is_outdated.clear()
-            while await self._buffer.store.database.call(self._is_paused):
-                if self._state.head is None:
-                    self._state = _State(why="learning is paused, so the reward head is not fitted")
-                await asyncio.sleep(PAUSE_SECONDS)
+            if await self._buffer.store.database.call(self._is_paused):
+                await self._stay_as_it_is()
             forgotten = self._forgotten
             rated = await self._buffer.store.database.call(self._buffer.read_rated, NEWEST)
             state = await asyncio.to_thread(self._fit_and_save, rated, list(self._usual))
@@ -140,6 +138,25 @@ class HeadSelector:
                 self.forget()
             if not self._is_outdated.is_set():
                 self._is_current.set()
+
+    async def _stay_as_it_is(self) -> None:
+        """Wait until learning goes on. Meanwhile drop the head as soon as the opinion of one of its teachers counts no more,
+        for example because they withdrew their consent.
+        """
+        database = self._buffer.store.database
+        self._is_outdated.set()  # for the first look
+        while await database.call(self._is_paused):
+            if self._is_outdated.is_set():
+                self._is_outdated.clear()
+                if self._state.head is None:
+                    self._state = _State(why="learning is paused, so the reward head is not fitted")
+                elif not await database.call(self._counts_each_teacher, self._state.head):
+                    self._state = _State(why="learning is paused, and a teacher of the reward head counts no more")
+            await asyncio.sleep(PAUSE_SECONDS)
+
+    def _counts_each_teacher(self, head: TaughtHead) -> bool:
+        rated = self._buffer.read_rated(NEWEST)
+        return {*head.teachers} <= {person for one in rated for person in one.opinion_holders}
 
     def forget(self) -> None:
         """Drop all that was fitted to anybody's texts and reactions, also from the disk, and fit again."""

@@ -290,6 +290,30 @@ async def test_a_pause_of_learning_keeps_the_head_as_it_is_and_its_end_has_it_fi
     task.cancel()
 
 
+@pytest.mark.parametrize("withdraws", [True, False], ids=["withdrawn", "the control"])
+async def test_a_teacher_who_withdraws_while_learning_is_paused_teaches_no_more(
+    stage, registry, monkeypatch, config, withdraws
+):
+    monkeypatch.setattr(selector_module, "PAUSE_SECONDS", 0.01)
+    stage.judge(32)
+    task = asyncio.create_task(stage.selector.run())
+    await until(lambda: stage.selector.head)
+    assert "cleo" in stage.selector.head.teachers
+    registry.toggle_learning()
+    Users(stage.store.database, config.privacy).record_consent("test", "cleo", consent=not withdraws)
+    stage.selector.notice_feedback()
+    if withdraws:
+        await until(lambda: stage.selector.head is None)
+        assert stage.plan().why == "learning is paused, and a teacher of the reward head counts no more"
+        registry.toggle_learning()
+        await until(lambda: stage.selector.head)
+        assert "cleo" not in stage.selector.head.teachers
+    else:
+        await asyncio.sleep(0.2)
+        assert stage.plan().count == MANY
+    task.cancel()
+
+
 @contextlib.asynccontextmanager
 async def supervised(stage: Stage) -> AsyncIterator[Health]:
     health = Health([].append)
