@@ -5,6 +5,7 @@ Such a model needs no further checks. They import torch, which takes seconds and
 
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 
 FILE = "sha256.json"
@@ -31,6 +32,12 @@ def has_written_files(directory: Path) -> bool:
 
 
 def compute_hash(file: Path) -> str:
-    """Return the SHA-256 of a file, in hex digits."""
+    """Return the SHA-256 of a file, in hex digits. A file is read again only if it changed meanwhile."""
+    found = file.stat()
+    return _read_hash(file, found.st_ino, found.st_size, found.st_ctime_ns)
+
+
+@cache
+def _read_hash(file: Path, *version: int) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

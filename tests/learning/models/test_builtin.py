@@ -1,6 +1,5 @@
 """The built-in chat model: converted once for each user, checked by hash, and speaking as kibitz."""
 
-import hashlib
 import json
 import os
 import resource
@@ -15,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bot.config import DEFAULT_PERSONA, load
 from bot.errors import ConfigError
-from bot.models import hashes
+from bot.models.hashes import write_hashes
 from bot.models.tokenizer import ChatTokenizer
 from learning.models import builtin
 from learning.training.choice import prepare_model
@@ -40,7 +39,7 @@ def quick_cache(tmp_path, monkeypatch):
     def convert(source, place, progress):
         place.mkdir(parents=True)
         (place / "model.safetensors").write_text("weights")
-        (place / hashes.FILE).write_text(json.dumps({"model.safetensors": hashlib.sha256(b"weights").hexdigest()}))
+        write_hashes(place)
 
     monkeypatch.setenv("KIBITZ_CACHE", str(tmp_path))
     monkeypatch.setattr(builtin, "_convert", convert)
@@ -89,7 +88,6 @@ OLD = f"{builtin.NAME}-0123456789ab"
 IN_USE = """
 import sys
 from pathlib import Path
-from bot.models import hashes
 from learning.models import builtin
 builtin.locate_model = lambda: Path(sys.argv[1])
 builtin.find_or_convert(print, print)
