@@ -12,8 +12,9 @@ import httpx
 import pytest
 from conftest import until
 
+from bot import app
 from bot.chat.dialogue import DialogueManager, ReplyOptions
-from bot.config import TrainingConfig
+from bot.config import PrivacyConfig, TrainingConfig
 from bot.errors import DataError, ReplyInterrupted, ServerAsleep, ServingError, VerdictOutdated
 from bot.serving.policy import Policy
 from bot.serving.vllm_server import VllmServer
@@ -94,15 +95,20 @@ async def test_feedback_on_a_turn_that_is_not_there_is_refused(live):
 
 
 async def test_reactions_train_a_version_that_answers_next_and_is_taken_back(live):
-    """The loop, once: DialogueManager -> feedback -> TRL -> gate -> probe -> swap -> the next answer -> rollback."""
+    """The loop, once: DialogueManager -> feedback -> TRL -> gate -> probe -> swap -> the next answer -> rollback.
+
+    Others spoke with this kibitz in other tests, and had other tastes. Only the people of this test consent.
+    """
     rng = random.Random(0)
+    config = live.config.model_copy(update={"privacy": PrivacyConfig(consent="asked")})
+    people = [f"person{number}" for number in range(8)]
+    for person in people:
+        await app.make_desk(live).manage_consent("test", person, "on")
 
     together = asyncio.Semaphore(32)  # more prompts than vLLM reads in one step end its CPU engine, where they have seeds
 
     async def one(number: int) -> None:
-        person = (
-            f"person{number % 8}"  # not one alone: others spoke with this kibitz in other tests, and nobody counts too much
-        )
+        person = people[number % len(people)]
         async with together:
             turn = await say(live, rng.choice(toy.list_prompts())[0], person)
         kind = FeedbackKind.APPROVAL if simulated_people.emoji("", turn.text) > 0 else FeedbackKind.DISAPPROVAL
@@ -113,7 +119,7 @@ async def test_reactions_train_a_version_that_answers_next_and_is_taken_back(liv
     await asyncio.gather(*(one(number) for number in range(192)))
     before = await say(live, "hello")
     learner = OnlineLearner(
-        live.store, live.deployment, live.config, told.append, lambda stage, done, total: stages.append(stage)
+        live.store, live.deployment, config, told.append, lambda stage, done, total: stages.append(stage)
     )
     outcome = await learner.learn_once()
     assert outcome.passed, outcome.reasons
