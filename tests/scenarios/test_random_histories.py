@@ -431,8 +431,7 @@ class Histories(RuleBasedStateMachine):
     @invariant()
     def law_4_every_reply_knows_what_made_it(self) -> None:
         """Turns stay as they were given (what they must name is checked when they are: `_note`). Exactness: test_loop."""
-        for turn_id, turn in self.ledger.turns.items():
-            assert self.kibitz.store.find_turn(turn_id) == turn
+        assert {turn.id: turn for turn in self.kibitz.store.read_turns(self.ledger.turns)} == self.ledger.turns
 
     @invariant()
     def law_5_nothing_serves_before_it_is_proven(self) -> None:
