@@ -249,6 +249,7 @@ def fine_tune(
 
     from learning.models.batching import fit_to_machine, machine_arguments
     from learning.models.reporter import report_progress
+    from learning.training.objectives import scoring_answers_alone
 
     rows = [_tokenize_dialogue(tokenizer, dialogue) for dialogue in dialogues]
     longest = min(1024, max(len(row["input_ids"]) for row in rows))
@@ -270,7 +271,8 @@ def fine_tune(
         processing_class=tokenizer.hf,
     )
     report_progress(trainer, "pretrain", progress)
-    trainer.train()
+    with scoring_answers_alone():
+        trainer.train()
 
 
 def _split_before_first_answer(row: dict[str, list[int]]) -> tuple[list[int], list[int]]:

@@ -4,6 +4,7 @@ The references are computed once, before the first step. `learning.training.obje
 rows they get.
 """
 
+import random
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -26,7 +27,15 @@ SHIFT_DECAY = 0.9  # for each step: BCO's means reach back about ten steps, a th
 
 
 class AnchoredTrainer(Trainer):
-    """A TRL trainer whose reference is the base model, not the policy at the start of the run."""
+    """A TRL trainer whose reference is the base model, not the policy at the start of the run.
+
+    It reads the rows (by number) in a given `order`, each as often as it is there. References are computed once for a row.
+    """
+
+    order: Sequence[int]
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sequence[int]:
+        return self.order
 
     def anchor_to_base(self) -> AbstractContextManager[Any]:
         """Make the model the base model for the block, and delete TRL's own reference, a copy of a continued adapter."""
@@ -45,17 +54,16 @@ class _WeightedCollator(DataCollatorForUnpairedPreference):
 
 
 class TokenKTOTrainer(AnchoredTrainer, KTOTrainer):
-    """KTOTrainer on rows of `prompt_ids`, `completion_ids`, `label` and `weight`, which are read in the given order.
+    """KTOTrainer on rows of `prompt_ids`, `completion_ids`, `label` and `weight`.
 
-    The KL term pairs each prompt with the answer of its neighbour in the batch, so it depends on that order.
+    The KL term pairs each prompt with the answer of another row, in the whole run with the same one.
     """
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: KTOConfig, name: str) -> Dataset:
-        def rotated(batch: dict[str, list]) -> dict[str, list]:
-            completions = batch["completion_ids"]
-            return {"KL_completion_ids": [completions[-1], *completions[:-1]]}
-
-        return dataset.map(rotated, batched=True, batch_size=args.per_device_train_batch_size)
+        shuffled = random.Random(args.seed).sample(range(len(dataset)), len(dataset))
+        other = dict(zip(shuffled, [*shuffled[1:], *shuffled[:1]], strict=True))
+        completions = dataset["completion_ids"]
+        return dataset.add_column("KL_completion_ids", [completions[other[row]] for row in range(len(dataset))])
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         weight, liked = inputs.pop("weight"), inputs["label"].bool()
@@ -104,15 +112,10 @@ class TokenBCOTrainer(AnchoredTrainer, KTOTrainer):
 
 
 class TokenDPOTrainer(AnchoredTrainer, DPOTrainer):
-    """DPOTrainer on rows of `prompt_ids`, `chosen_ids` and `rejected_ids`, read in a given `order`."""
-
-    order: Sequence[int]
+    """DPOTrainer on rows of `prompt_ids`, `chosen_ids` and `rejected_ids`."""
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: DPOConfig, name: str) -> Dataset:
         return dataset
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sequence[int]:
-        return self.order
 
 
 def kto_examples(rows: Sequence[Experience]) -> list[dict[str, Any]]:
@@ -159,13 +162,15 @@ def make_kto_trainer(
         precompute_ref_log_probs=True,
         remove_unused_columns=False,
     )
-    return made(
+    trainer = made(
         model=model,
         args=settings,
-        train_dataset=Dataset.from_list(kto_examples([rows[row] for row in order])),
+        train_dataset=Dataset.from_list(kto_examples(rows)),
         processing_class=tokenizer,
         data_collator=_WeightedCollator(pad_token_id=pad_id(tokenizer)),
     )
+    trainer.order = order
+    return trainer
 
 
 def make_dpo_trainer(

@@ -145,7 +145,7 @@ def test_random_reactions_do_not_move_the_policy_and_without_the_anchor_they_do(
     for number in range(ROUNDS):
         said += talk(arena, people, 24)
         train_policy(arena, shuffle_rewards(said, people.rng), "kto", number)
-        if anchored and number < ROUNDS - 1:
+        if number < ROUNDS - 1 and (anchored or number % 2 == 0):
             continue
         found = arena.judge_policy(len(said), people.utility, run=RunEnd())
         is_held = found.kl < settings.gate.kl_budget and found.perplexity_ratio < 1.05
