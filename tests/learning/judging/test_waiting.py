@@ -143,7 +143,8 @@ def test_looks_that_cannot_suffice_spend_nothing_and_end_with_the_limit(waiting)
         react(waiting.store, turn, approves=True)
     for turn in waiting.say(2, "not judged"):
         react(waiting.store, turn, approves=True, user="who never wrote there")
-    assert waiting.judge().passed, "at the limit what could suffice must do"
+    assert not waiting.judge().waits
+    assert waiting.registry.get(waiting.version.name).metrics.had_enough_evidence, "at the limit what could suffice must do"
 
 
 def test_at_the_limit_too_little_is_rejected_and_spends_nothing(waiting):
