@@ -245,6 +245,7 @@ def _generate(
     import torch
 
     from learning.models.batching import count_samples_at_once
+    from learning.models.generation import generate_rows
     from learning.models.prefix import read_prefix
 
     ends, pad = tokenizer.end_ids, pad_id(tokenizer.hf)
@@ -261,16 +262,9 @@ def _generate(
             padded = [(row[:common], [pad] * (width - len(row)), row[common:]) for row in batch]
             ids = torch.tensor([[*first, *gap, *rest] for first, gap, rest in padded], device=model.device)
             mask = torch.tensor([[1] * common + [0] * len(gap) + [1] * len(rest) for _, gap, rest in padded])
-            out = model.generate(
-                input_ids=ids,
-                attention_mask=mask.to(model.device),
-                past_key_values=past,
-                max_new_tokens=max_tokens,
-                pad_token_id=pad,
-                eos_token_id=sorted(ends),
-                **choice,
-            )
-        for row, prompt, said in zip(rows, batch, out[:, width:].tolist(), strict=True):
+            settings = {"pad_token_id": pad, "eos_token_id": sorted(ends), **choice}
+            found = generate_rows(model, ids, mask.to(model.device), past, max_tokens, settings)
+        for row, prompt, said in zip(rows, batch, found, strict=True):
             end = next((place for place, token in enumerate(said, 1) if token in ends), None)
             text = tokenizer.decode_answer(said[:end])
             samples[row] = Sample(tuple(prompt), tuple(said[:end]), text, is_finished=end is not None)

@@ -26,7 +26,7 @@ def share_prefixes(model: "PreTrainedModel") -> None:
     """
     import torch
 
-    if not _has_full_attention(model.config.get_text_config()):
+    if not has_full_attention(model.config.get_text_config()):
         return
     decoder = model.get_decoder()
     plain = decoder.forward
@@ -62,7 +62,7 @@ def read_prefix(model: "PreTrainedModel", prompts: Sequence[Sequence[int]]) -> "
 
     columns = zip(*(one[:-1] for one in prompts), strict=False)  # generation needs a token to begin with
     common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-    if len(prompts) < 2 or common < LEAST or not _has_full_attention(model.config.get_text_config()):
+    if len(prompts) < 2 or common < LEAST or not has_full_attention(model.config.get_text_config()):
         return None, 0
     once = model(input_ids=torch.tensor([[*prompts[0][:common]]], device=model.device), use_cache=True, logits_to_keep=1)
     once.past_key_values.batch_repeat_interleave(len(prompts))
@@ -79,7 +79,7 @@ def count_common_tokens(ids: "torch.Tensor", mask: "torch.Tensor | None") -> int
     return min(int(alike.long().cumprod(0).sum()), ids.shape[1] - 1)
 
 
-def _has_full_attention(settings: Any) -> bool:
+def has_full_attention(settings: Any) -> bool:
     kinds = set(getattr(settings, "layer_types", None) or ["full_attention"])
     rope = (getattr(settings, "rope_parameters", None) or {}).get("rope_type")
     grows = rope in ("dynamic", "longrope")  # positions depend on a row's length, so a prefix alone reads differently

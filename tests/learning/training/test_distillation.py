@@ -70,7 +70,7 @@ def labels(model, settings, tokenizer, said) -> list[Experience]:
 
 def measure_utility(model, tokenizer) -> float:
     """The share of answers to held-out prompts that people would like."""
-    prompts = spell(tokenizer, toy.list_held_out_prompts()) * 2
+    prompts = spell(tokenizer, toy.list_held_out_prompts()) * 8
     answers = generate(model, tokenizer, prompts, 48, seed=7)
     return float(np.mean([simulated_people.emoji("", one.text) > 0 for one in answers]))
 

@@ -51,7 +51,7 @@ def with_training(config: Config, **changes) -> Config:
 
 
 def test_a_run_registers_a_candidate_with_all_that_explains_it(small, store, registry, tokenizer):
-    converse(store, tokenizer, likes_emoji=True)
+    converse(store, tokenizer, likes_emoji=True, count=96)
     stages = []
     outcome = train_version(small, lambda stage, done, total: stages.append((stage, done, total)))
     version = registry.get(outcome.policy)
