@@ -151,7 +151,7 @@ def make_training_arguments(
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,
         "weight_decay": config.weight_decay if config.weights == "lora" else 0.0,
-        "train_sampling_strategy": "sequential",
+        "train_sampling_strategy": "sequential",  # TRL's KTO insists on it; our trainers have an `order`
         "seed": seed,
         **machine_arguments(fit or BatchFit(compute_batch_share(batch_size), 1, False)),
     }

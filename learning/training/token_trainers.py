@@ -26,16 +26,17 @@ from learning.models.trainable import as_base
 SHIFT_DECAY = 0.9  # for each step: BCO's means reach back about ten steps, a third of a run
 
 
-class AnchoredTrainer(Trainer):
-    """A TRL trainer whose reference is the base model, not the policy at the start of the run.
-
-    It reads the rows (by number) in a given `order`, each as often as it is there. References are computed once for a row.
-    """
+class OrderedTrainer(Trainer):
+    """A trainer that reads its rows (by number) in a given `order`, each as often as it is there."""
 
     order: Sequence[int]
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sequence[int]:
         return self.order
+
+
+class AnchoredTrainer(OrderedTrainer):
+    """A TRL trainer whose reference is the base model, not the policy at the start of the run. It is computed once a row."""
 
     def anchor_to_base(self) -> AbstractContextManager[Any]:
         """Make the model the base model for the block, and delete TRL's own reference, a copy of a continued adapter."""

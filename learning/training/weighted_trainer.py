@@ -27,21 +27,18 @@ from learning.data.experience import Experience
 from learning.data.selection import group_by_length
 from learning.judging.evaluation import batched_logprobs, pad_id, token_rows
 from learning.models.trainable import as_base
+from learning.training.token_trainers import OrderedTrainer
 
 CUT = 2.0  # the largest importance weight
 TERMS = ("imitate", "reinforce", "prospect", "prefer")
 
 
-class WeightedTrainer(SFTTrainer):
+class WeightedTrainer(OrderedTrainer, SFTTrainer):
     """SFTTrainer on rows of token ids, labels and the inputs of their loss terms (`_make_examples`)."""
 
     terms: TrainingConfig
     usual_length: float
-    order: Sequence[int]
     loss_is_scaled_for_ga = False  # the loss of a part of a batch is its own mean: `num_items_in_batch` is ignored
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sequence[int]:
-        return self.order
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
         """Return the mean over rows of the loss term and the KL penalty."""
