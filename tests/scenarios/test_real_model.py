@@ -90,11 +90,11 @@ async def test_a_version_is_proven_in_bfloat16_and_a_swapped_one_is_caught(real,
 
 async def test_swaps_under_load_mix_nothing_and_rounding_is_not_taken_for_a_mix(real, tmp_path, monkeypatch):
     monkeypatch.setattr(swap, "PROMPTS", 2)  # each is asked one at a time of each version, for what it says alone
-    monkeypatch.setattr(swap, "LENGTH", 8)
+    monkeypatch.setattr(swap, "LENGTH", 16)
     sources = [tmp_path / "one", tmp_path / "two"]
     for seed, source in enumerate(sources):
         await asyncio.to_thread(swap.save_random_version, real.config, real.registry.get_base().base_model, source, seed)
     tokenizer = real.dialogue.tracker.tokenizer
-    figures = await swap.measure_swaps(real.deployment, tokenizer, sources, 2, 4, 2, lambda *_: None)
+    figures = await swap.measure_swaps(real.deployment, tokenizer, sources, 2, 4, 4, lambda *_: None)
     assert (figures["swaps"], figures["failed"], figures["mixed"]) == (2, 0, 0)
     assert 0 < figures["rounding_nats"] < figures["versions_apart_nats"] / 2

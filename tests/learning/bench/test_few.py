@@ -61,7 +61,7 @@ def test_figures_are_means_with_intervals_and_the_share_of_placebos_that_ever_ch
 
 def test_a_taste_is_served_after_a_few_reactions_and_reactions_by_lot_are_not(demo_model, monkeypatch):
     monkeypatch.setattr("learning.bench.arena.SAMPLES_PER_PROMPT", 1)
-    cell = FewCell("served", ("casual", "formal", "brief", "curious"), 0, steps=(8, 40))
+    cell = FewCell("served", ("casual", "brief", "curious"), 0, steps=(8, 40))
     points = few.run_cell(Config(), demo_model, cell)
     found = {(one.arm, one.reactions): one for one in points if one.users == "casual"}
     assert found["served", 8].candidates == 1, "too few to be sure of anything"

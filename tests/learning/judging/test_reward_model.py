@@ -101,9 +101,8 @@ def words_of(tokenizer, likes, count: int = 288, seed: int = 0) -> list[Experien
 
 
 @pytest.mark.slow
-def test_the_base_model_with_a_head_learns_what_people_like_and_nothing_from_chance(demo_model, tokenizer, monkeypatch):
-    monkeypatch.setattr("learning.judging.lm_reward_model.STEPS", 24)
-    model = LmRewardModel(demo_model, TrainingConfig(learning_rate=0.004), seed=0)
+def test_the_base_model_with_a_head_learns_what_people_like_and_nothing_from_chance(demo_model, tokenizer):
+    model = LmRewardModel(demo_model, TrainingConfig(), seed=0)
     judged = model.fit(words_of(tokenizer, lambda style, rng: style.emoji))
     assert score(judged, seed=0).reward_model_auc_low > 0.7
     plain, lively = (
@@ -111,7 +110,7 @@ def test_the_base_model_with_a_head_learns_what_people_like_and_nothing_from_cha
         for emoji in (False, True)
     )
     assert 1 > model.predict_chances(lively).mean() > model.predict_chances(plain).mean() > 0
-    chance = LmRewardModel(demo_model, TrainingConfig(learning_rate=0.004), seed=0).fit(
+    chance = LmRewardModel(demo_model, TrainingConfig(), seed=0).fit(
         words_of(tokenizer, lambda style, rng: rng.random() < 0.5)
     )
     control = score(chance, seed=0)

@@ -64,8 +64,10 @@ class Waiting:
         asked = (f"{name} {number}" for number in range(count))
         return [answered(self.store, self.tokenizer, *both) for both in zip(asked, made, strict=True)]
 
-    def like(self, turns: list[Turn], sign: int = 1) -> None:
-        """People like the half of these answers that the version makes likelier than the base (or less likely)."""
+    def like(self, turns: list[Turn], sign: int = 1, *, dislikes: bool = True) -> None:
+        """People like the half of these answers that the version makes likelier than the base (or less likely), and dislike
+        the rest, or say nothing of it.
+        """
         rows = [(turn.prompt_ids, turn.completion_ids) for turn in turns]
         base = self.registry.get_base().base_model
         models = (
@@ -75,7 +77,8 @@ class Waiting:
         gained = [sign * (new - old) for old, new in zip(before, after, strict=True)]
         middle = sorted(gained)[len(gained) // 2]
         for turn, value in zip(turns, gained, strict=True):
-            react(self.store, turn, approves=value >= middle)
+            if dislikes or value >= middle:
+                react(self.store, turn, approves=value >= middle)
 
     def judge(self):
         return judge_waiting(self.config, quiet)
@@ -139,12 +142,10 @@ def test_looks_that_cannot_suffice_spend_nothing_and_end_with_the_limit(waiting)
     assert waiting.has_weights
     text = describe_status(waiting.store, waiting.registry, waiting.config.data)
     assert f"{found.name} waits for about {found.awaited_reactions - 8} more reactions before it is judged" in text
-    for turn in waiting.say(16, "liked by all"):
-        react(waiting.store, turn, approves=True)
+    waiting.like(waiting.say(32, "liked by all"), dislikes=False)
     for turn in waiting.say(2, "not judged"):
         react(waiting.store, turn, approves=True, user="who never wrote there")
-    assert not waiting.judge().waits
-    assert waiting.registry.get(waiting.version.name).metrics.had_enough_evidence, "at the limit what could suffice must do"
+    assert waiting.judge().passed, "at the limit what could suffice must do"
 
 
 def test_at_the_limit_too_little_is_rejected_and_spends_nothing(waiting):

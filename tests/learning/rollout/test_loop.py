@@ -209,9 +209,9 @@ async def test_swaps_under_load_fail_and_mix_nothing(live, tokenizer, tmp_path, 
     sources = [tmp_path / "one", tmp_path / "two"]
     for seed, source in enumerate(sources):
         await version_of(live, source, seed, kind)
-    figures = await swap.measure_swaps(live.deployment, tokenizer, sources, 2, 64, 8, lambda *_: None)
+    figures = await swap.measure_swaps(live.deployment, tokenizer, sources, 2, 96, 8, lambda *_: None)
     assert (figures["swaps"], figures["failed"], figures["mixed"]) == (2, 0, 0)
-    assert figures["requests"] >= 64
+    assert figures["requests"] >= 96
 
 
 async def test_adapters_and_whole_weights_make_way_for_each_other(live, tmp_path):
