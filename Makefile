@@ -14,6 +14,7 @@ CHAT ?= chat-data
 # Which tests `make test` runs, by their marks; TESTS= runs all.
 TESTS ?= not slow
 BIN = .venv/bin
+PIP = pip>=26,<27
 # pip would compile all files on one core; make setup does it on all.
 PIP_INSTALL = $(BIN)/pip install --quiet --no-compile
 COMPILE = $(BIN)/python -m compileall -q -q -j 0 -x /tests/ .venv/lib
@@ -37,6 +38,8 @@ $(READY): pyproject.toml
 		|| { echo "kibitz needs Python 3.11 or newer; name one with make PYTHON=..."; exit 2; }
 	@echo "setting up .venv with the $(EXTRA) extra"
 	$(PYTHON) -m venv .venv
+	@# The pip that comes with Python may be years old, and take minutes to choose versions.
+	@$(PIP_INSTALL) --upgrade '$(PIP)'
 	@if [ $(EXTRA) = cpu ]; then $(MAKE) --no-print-directory torch-cpu; fi
 	@# What is there already is compiled while pip finds the rest.
 	@$(COMPILE) & $(PIP_INSTALL) -e '.[$(EXTRA)$(DEV)]'; status=$$?; wait; exit $$status

@@ -89,7 +89,7 @@ def demo_model() -> str:
 def find_demo_model() -> str:
     """Return the directory of the demo policy. Make the policy if there is none."""
     CACHE.mkdir(exist_ok=True)
-    with FileLock(CACHE / "demo.lock"):  # one process makes it; the others wait as soon as they need it
+    with FileLock(CACHE / "demo.lock"):  # one process makes it; the others wait when they need it
         return prepare_model(load(data_dir=str(CACHE), policy={"model": "toy"}))[1]
 
 
@@ -148,10 +148,23 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     return 0
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session: pytest.Session) -> Iterator[None]:
+    """Make the demo policy in a process of its own beside the first tests, which do not need it, if several processes run."""
+    if not session.config.getoption("numprocesses", None):
+        return (yield)
+    making = subprocess.Popen([sys.executable, "-c", "import conftest; conftest.find_demo_model()"], cwd=CACHE.parent)
+    try:
+        return (yield)
+    finally:
+        making.terminate()
+        making.wait()
+
+
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist must find these marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run all tests that use the one vLLM in one process, also with `-n 3`. The other processes begin with the tests that do
-    not need the toy policy, which one process makes meanwhile, and end with the short ones.
+    not need the toy policy, which is made meanwhile, and end with the short ones.
     """
 
     def uses_vllm(item: pytest.Item) -> bool:

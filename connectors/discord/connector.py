@@ -301,6 +301,12 @@ class _Client(discord.Client):
         self.connector = connector
         tolerate_bad_messages(self)
 
+    async def close(self) -> None:
+        """Close the connection, and end discord.py's wait for further servers, which it leaves behind to fail later."""
+        if (waiting := self._connection._ready_task) is not None:
+            waiting.cancel()
+        await super().close()
+
     async def setup_hook(self) -> None:
         self.add_dynamic_items(Button)
         tree = discord.app_commands.CommandTree(self)

@@ -657,6 +657,16 @@ async def test_an_answer_that_a_moderator_deletes_while_it_grows_is_stopped_and_
         await answered(platform, channel)
 
 
+async def test_a_bot_that_stops_while_it_waits_for_servers_leaves_nothing_waiting(running, platform):
+    def waiting() -> list[str]:
+        return [name for task in asyncio.all_tasks() if "_delay_ready" in (name := repr(task.get_coro()))]
+
+    async with started(running, platform):
+        await until(waiting)
+    await asyncio.sleep(0)
+    assert not waiting()
+
+
 async def test_edits_of_a_message_are_read_as_it_was(running, platform):
     channel = platform.channel()
     async with connected(running, platform) as bot:
