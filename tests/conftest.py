@@ -150,10 +150,11 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtestloop(session: pytest.Session) -> Iterator[None]:
-    """Make the demo policy in a process of its own beside the first tests, which do not need it, if several processes run."""
+    """If tests run in several processes, make the demo policy in one more, beside the first tests, which do not need it."""
     if not session.config.getoption("numprocesses", None):
         return (yield)
-    making = subprocess.Popen([sys.executable, "-c", "import conftest; conftest.find_demo_model()"], cwd=CACHE.parent)
+    here = {"PYTHONPATH": str(CACHE.parent)}
+    making = subprocess.Popen([sys.executable, "-c", "import conftest; conftest.find_demo_model()"], env=os.environ | here)
     try:
         return (yield)
     finally:
