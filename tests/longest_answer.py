@@ -24,7 +24,7 @@ class LongestAnswer:
         self.plans.append((asker_id, most))
         return self.planned or SamplingPlan(most)
 
-    async def choose(self, replies: Sequence[Reply], rival: Turn | None = None) -> Selection:
+    async def choose(self, replies: Sequence[Reply], rival: Turn | None = None, asker_id: str = "") -> Selection:
         self.choices.append((None if rival is None else rival.id, [one.text for one in replies]))
         if self.error is not None:
             raise self.error

@@ -57,7 +57,7 @@ class AnswerSampler:
                 reply = await self.policy.reply(prompt_ids, on_text=on_text, stop=stop, **limits)
                 self._note_refusal(plan.count, error)  # only now: it may have refused the prompt
                 return reply, Selection(why=IS_REFUSED)
-            reply, selection = await self._choose(replies, rival)
+            reply, selection = await self._choose(replies, rival, asker_id)
             await hand_over(reply.text, on_text)
             return reply, selection
         reply = await self.policy.reply(prompt_ids, on_text=on_text, stop=stop, **limits)
@@ -84,7 +84,7 @@ class AnswerSampler:
             return SamplingPlan(why=f"the selector has no plan ({type(error).__name__})")
         return replace(plan, count=min(plan.count, most))
 
-    async def _choose(self, replies: Sequence[Reply], rival: Turn | None) -> tuple[Reply, Selection]:
+    async def _choose(self, replies: Sequence[Reply], rival: Turn | None, asker_id: str) -> tuple[Reply, Selection]:
         """Return one of the replies, and how it was chosen. Blank ones are not chosen from."""
         usable = [one for one in replies if one.text.strip()]
         first = (usable or replies)[0]
@@ -95,7 +95,7 @@ class AnswerSampler:
         assert self.selector is not None
         try:
             async with asyncio.timeout(CHOICE_SECONDS):
-                selection = await self.selector.choose(usable, rival)
+                selection = await self.selector.choose(usable, rival, asker_id)
             if len(selection.candidates) != len(usable):
                 raise ValueError(f"{len(selection.candidates)} candidates for {len(usable)} answers")
             return usable[selection.chosen], selection

@@ -176,7 +176,7 @@ def bench_learning(
         str,
         typer.Option(
             "--slice",
-            help="few, hacking (reward head) or ci (objectives): minutes on two cores; rates, regimes or full: hours.",
+            help="few, corrections, hacking or ci (objectives): minutes on two cores; rates, regimes or full: hours.",
         ),
     ] = "full",
     arms: Annotated[str | None, typer.Option(help="Objectives and controls, separated by commas. Default: all.")] = None,

@@ -29,8 +29,9 @@ class Selector(Protocol):
     def plan(self, asker_id: str, most: int) -> SamplingPlan:
         """Return how many answers to sample, from 1 to `most`. It is called for each message, and must do no I/O."""
 
-    async def choose(self, replies: Sequence[Reply], rival: Turn | None = None) -> Selection:
-        """Choose one of at least two replies. The selection's candidates are the replies, in their order.
+    async def choose(self, replies: Sequence[Reply], rival: Turn | None = None, asker_id: str = "") -> Selection:
+        """Choose one of at least two replies, for the asker if given. The selection's candidates are the replies, in their
+        order.
 
         People will compare the chosen one with the `rival`, if given: then choose one of which that comparison tells most.
         """

@@ -7,8 +7,9 @@ what training does.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from learning.judging.evaluation import Rows, Sample, batched_logprobs, generate
 from learning.judging.metrics import TrainingMetrics
 from learning.models import toy
 from learning.models.trainable import as_base, copy_weights, load_for_training, restore_weights, silence_libraries
+from learning.training.demonstrations import prefer_to_own_answers
 from learning.training.distillation import distil, is_proven
 from learning.training.drift import detect_drift
 from learning.training.pretrain import is_toy
@@ -31,6 +33,7 @@ from learning.training.teaching import train_with_guard
 SAMPLES_PER_PROMPT = 4  # answers to each held-out prompt
 SAMPLES_AT_ONCE = 64
 REGENERATES = 0.5  # the share of disliked answers that are regenerated
+MakeFurther = Callable[[Config, Any, ChatTokenizer, Sequence[Experience]], list[Experience]]
 
 
 @dataclass(frozen=True)
@@ -187,8 +190,17 @@ def with_logprobs(arena: Arena, found: Sequence[Experience]) -> list[Experience]
     return [replace(one, logprobs=tuple(row.tolist())) for one, row in zip(found, logprobs, strict=True)]
 
 
-def train_policy(arena: Arena, found: Sequence[Experience], objective: str, number: int) -> RunEnd:
-    """Train once on experiences, with selection, drift detection and guard as in production."""
+def train_policy(
+    arena: Arena,
+    found: Sequence[Experience],
+    objective: str,
+    number: int,
+    make_further: MakeFurther = prefer_to_own_answers,
+) -> RunEnd:
+    """Train once on experiences, with selection, drift detection and guard as in production.
+
+    `make_further` makes further rows of the corrections among them.
+    """
     found = found[arena.since :]
     config = arena.config
     judges = config.policy, config.serving, config.rewards
@@ -210,7 +222,7 @@ def train_policy(arena: Arena, found: Sequence[Experience], objective: str, numb
     def teach(settings: Config, rows: Sequence[Experience]) -> TrainingMetrics:
         return train_with_guard(settings, *told, rows, held_out, prompts, lambda *_: None)
 
-    figures = teach(config, rows)
+    figures = teach(config, [*make_further(config, *told, rows), *rows])
     is_harmed = figures.stopped is not None and not figures.kept
     if is_harmed:
         restore_weights(arena.model, before)  # in production the version would be rejected

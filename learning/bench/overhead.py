@@ -43,7 +43,7 @@ class FirstInAlphabet:
         """Return a plan with `most` answers."""
         return SamplingPlan(most)
 
-    async def choose(self, replies: Sequence[Reply], rival: Turn | None = None) -> Selection:
+    async def choose(self, replies: Sequence[Reply], rival: Turn | None = None, asker_id: str = "") -> Selection:
         """Choose the answer that comes first in alphabetical order."""
         chosen = min(range(len(replies)), key=lambda row: replies[row].text)
         return Selection(head="alphabet", chosen=chosen, candidates=[Candidate(text=one.text) for one in replies])

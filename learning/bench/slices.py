@@ -9,10 +9,10 @@ from typing import Any
 from bot.config import Config
 from bot.errors import ConfigError
 from bot.types import Progress
-from learning.bench import few, few_figures, grid, hacking, jobs
+from learning.bench import corrections, few, few_figures, grid, hacking, jobs
 from learning.bench.arena import Point
 
-WITH_OWN_ARMS = ("few", "hacking")
+WITH_OWN_ARMS = ("few", "corrections", "hacking")
 
 
 @dataclass(frozen=True)
@@ -44,5 +44,8 @@ def find_slice(part: str, users: str | None, arms: str | None, config: Config, i
     if part == "few":
         cells = few_figures.choose_cells(few_figures.choose_size(is_toy), users, config.seed)
         return Slice(cells, few.run_cell, few.FewPoint, few_figures.compute_figures, few_figures.plot)
+    if part == "corrections":
+        cells = corrections.choose_cells(users, config.seed)
+        return Slice(cells, corrections.run_cell, Point, corrections.compute_figures, corrections.plot)
     cells = hacking.choose_cells(users, config.seed)
     return Slice(cells, hacking.run_cell, Point, hacking.compute_figures, hacking.plot)

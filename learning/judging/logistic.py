@@ -25,33 +25,36 @@ class Posteriors:
     log_evidence: np.ndarray
 
 
-def fit_posteriors(inputs: np.ndarray, liked: np.ndarray, weights: np.ndarray, prior_sd: float) -> Posteriors:
+def fit_posteriors(
+    inputs: np.ndarray, liked: np.ndarray, weights: np.ndarray, prior_sd: float, offset: np.ndarray | float = 0.0
+) -> Posteriors:
     """Fit k regressions to n outcomes.
 
     `inputs` is (k, n, features) and may have no features; `liked` (n,) has 0 and 1; `weights` (n,) say how much each outcome
-    counts. `prior_sd` is the prior standard deviation of each feature's coefficient, in log odds.
+    counts. `prior_sd` is the prior standard deviation of each feature's coefficient, in log odds. `offset` (n,) are log odds
+    that are known already, and which the regressions add to.
     """
     count, rows, features = inputs.shape
     design = np.concatenate([np.ones((count, rows, 1)), inputs], axis=2)
     precision = np.array([INTERCEPT_SD**-2] + [prior_sd**-2] * features)
     means = np.zeros((count, features + 1))
     for _ in range(STEPS):
-        chances = _compute_chances(design, means)
+        chances = _compute_chances(design, means, offset)
         gradient = ((weights * (liked - chances))[:, None] @ design)[:, 0] - precision * means
         step = np.linalg.solve(_compute_hessians(design, chances, weights, precision), gradient[..., None])[..., 0]
         means += np.clip(step, -4, 4)  # far from the maximum a whole step may overshoot
         if np.abs(step).max(initial=0.0) < CLOSE:
             break
-    logits = (design @ means[..., None])[..., 0]
-    hessians = _compute_hessians(design, _compute_chances(design, means), weights, precision)
+    logits = (design @ means[..., None])[..., 0] + offset
+    hessians = _compute_hessians(design, _compute_chances(design, means, offset), weights, precision)
     likelihood = (weights * (liked * logits - np.logaddexp(0, logits))).sum(1)
     penalty = 0.5 * (precision * means**2).sum(1)
     occam = 0.5 * (np.log(precision).sum() - np.linalg.slogdet(hessians)[1])
     return Posteriors(means, np.linalg.inv(hessians), likelihood - penalty + occam)
 
 
-def _compute_chances(design: np.ndarray, means: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-(design @ means[..., None])[..., 0]))
+def _compute_chances(design: np.ndarray, means: np.ndarray, offset: np.ndarray | float) -> np.ndarray:
+    return 1 / (1 + np.exp(-(design @ means[..., None])[..., 0] - offset))
 
 
 def _compute_hessians(design: np.ndarray, chances: np.ndarray, weights: np.ndarray, precision: np.ndarray) -> np.ndarray:

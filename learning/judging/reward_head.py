@@ -47,22 +47,32 @@ class RewardHead:
     e_value: float
 
     @classmethod
-    def fit(cls, places: np.ndarray, liked: np.ndarray, weights: np.ndarray, groups: Sequence[int]) -> "RewardHead":
+    def fit(
+        cls,
+        places: np.ndarray,
+        liked: np.ndarray,
+        weights: np.ndarray,
+        groups: Sequence[int],
+        offset: np.ndarray | float = 0.0,
+        priors: Sequence[float] = SHARES,
+    ) -> "RewardHead":
         """Fit a head to the reactions to n answers.
 
         `places` is (n × features), in groups of the sizes `groups`; `liked` (n,) has 0 and 1; `weights` (n,), in (0, 1].
+        The head adds to the log odds `offset` (n,). `priors` are the prior probabilities of single features, of pairs and of
+        groups.
         """
         liked = liked.astype(float)
         found: list[tuple[tuple[int, ...], np.ndarray, np.ndarray, float]] = []
-        for share, subsets in zip(SHARES, _list_subsets(groups, np.ptp(places, axis=0) > 0), strict=True):
+        for share, subsets in zip(priors, _list_subsets(groups, np.ptp(places, axis=0) > 0), strict=True):
             total = sum(len(same) for same in subsets)
-            for same in subsets if total else ():
+            for same in subsets if total and share else ():
                 columns = np.array(same, dtype=int)
                 prior_sd = PRIOR_SD / max(1, columns.shape[1] - 1) ** 0.5
-                fitted = fit_posteriors(places.T[columns].transpose(0, 2, 1), liked, weights, prior_sd)
+                fitted = fit_posteriors(places.T[columns].transpose(0, 2, 1), liked, weights, prior_sd, offset)
                 evidence = fitted.log_evidence + np.log(share / total)
                 found += zip(same, fitted.means, fitted.covariances, evidence, strict=True)
-        constant = _fit_constant(liked, weights).log_evidence[0]
+        constant = _fit_constant(liked, weights, offset).log_evidence[0]
         evidence = np.array([one[3] for one in found])
         best = evidence.max()
         shares = np.exp(evidence - best)
@@ -115,8 +125,8 @@ class RewardHead:
         return cls(tuple(sets), values["e_value"])
 
 
-def _fit_constant(liked: np.ndarray, weights: np.ndarray) -> Posteriors:
-    return fit_posteriors(np.zeros((1, len(liked), 0)), liked, weights, 1.0)
+def _fit_constant(liked: np.ndarray, weights: np.ndarray, offset: np.ndarray | float) -> Posteriors:
+    return fit_posteriors(np.zeros((1, len(liked), 0)), liked, weights, 1.0, offset)
 
 
 def _list_subsets(groups: Sequence[int], varies: np.ndarray) -> Iterator[list[list[tuple[int, ...]]]]:

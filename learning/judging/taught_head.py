@@ -6,8 +6,9 @@ Its name is the hash of its content. `learning.rollout.heads` has the files.
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +19,7 @@ from bot.types import Reason
 from learning.data.experience import Experience
 from learning.data.feature_space import AnswerText, FeatureExtractor, FeatureSpace
 from learning.data.selection import cap_people
-from learning.judging.best_of_n import LEAST_OF_A_KIND, LEAST_REACTIONS, PESSIMISM, Approval
+from learning.judging.best_of_n import FEW_E_VALUE, LEAST_OF_A_KIND, LEAST_REACTIONS, PESSIMISM, Approval
 from learning.judging.reward_head import RewardHead
 
 NEWEST = 512  # judged answers that a head is fitted to, at most
@@ -27,19 +28,22 @@ LOOKS_ALWAYS, LOOKS_EVERY = 64, 8
 REASON_WEIGHT = 0.5  # of the answer that a reason asks for, beside the disliked one
 # What each reason asks for, in standard deviations of features. The other reasons ask for nothing that a feature names.
 WANTED_SHIFTS: dict[Reason, dict[str, float]] = {Reason.TOO_LONG: {"length": -1.0, "sentences": -1.0}}
+ONE_EACH = (1.0, 0.0, 0.0)  # a person's own head has regressions on single features alone: it learns from few reactions
 
 
 @dataclass(frozen=True)
 class TaughtHead:
-    """A fitted head. `teachers` are the people whose opinions it was fitted to.
+    """A fitted head, which everybody shares. `teachers` are the people whose opinions it was fitted to.
 
-    `peak_e_value` is the highest e-value that it or one of the heads before it had.
+    `peak_e_value` is the highest e-value that it or one of the heads before it had. `own` are the heads of people whose
+    taste differs from everybody's, by person: each adds to the log odds of the shared one.
     """
 
     head: RewardHead
     space: FeatureSpace
     teachers: tuple[str, ...]
     peak_e_value: float
+    own: Mapping[str, RewardHead] = field(default_factory=dict)
 
     @cached_property
     def name(self) -> str:
@@ -47,33 +51,50 @@ class TaughtHead:
         content = json.dumps(self.as_json(), sort_keys=True)
         return f"head-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
-    def predict(self, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the mean and standard deviation (n,) of the log odds that answers with raw features (n × raw) are liked."""
-        return self.head.predict(self.space.place(raw))
+    def find_e_value(self, person: str = "") -> float:
+        """Return the evidence that it tells what everybody likes, or what a person likes."""
+        return max(self.peak_e_value, self.own[person].e_value if person in self.own else 0.0)
 
-    def score(self, raw: np.ndarray, pessimism: float = PESSIMISM) -> np.ndarray:
-        """Return the pessimistic scores (n,) of answers with raw features (n × raw): `pessimism` standard deviations below
-        the mean log odds that they are liked.
+    def predict(self, raw: np.ndarray, person: str = "") -> tuple[np.ndarray, np.ndarray]:
+        """Return the mean and standard deviation (n,) of the log odds that answers with raw features (n × raw) are liked, by
+        everybody or by a person.
         """
-        mean, sd = self.predict(raw)
+        places = self.space.place(raw)
+        means, sds = zip(*(one.predict(places) for one in self._find_heads(person)), strict=True)
+        return np.sum(means, axis=0), np.sqrt(np.sum(np.square(sds), axis=0))
+
+    def score(self, raw: np.ndarray, pessimism: float = PESSIMISM, person: str = "") -> np.ndarray:
+        """Return the pessimistic scores (n,) of answers with raw features (n × raw): `pessimism` standard deviations below
+        the mean log odds that they are liked, by everybody or by a person.
+        """
+        mean, sd = self.predict(raw, person)
         return mean - pessimism * sd
 
-    def compute_doubts(self, raw: np.ndarray, of_rival: np.ndarray, seed: int, draws: int = 64) -> np.ndarray:
-        """Return how unsure it is whether people like each answer better than a rival (n,), from 0 to 1 for a toss-up.
+    def compute_doubts(
+        self, raw: np.ndarray, of_rival: np.ndarray, seed: int, person: str = "", draws: int = 64
+    ) -> np.ndarray:
+        """Return how unsure it is whether people, or a person, like each answer better than a rival (n,), from 0 to 1 for a
+        toss-up.
 
         Each draw from the posterior has an opinion. Houlsby et al. (2011), "Bayesian Active Learning for Classification and
         Preference Learning", arXiv:1112.5745, ask for the pair on which such draws disagree most.
         """
         rng, places = np.random.default_rng(seed), self.space.place(np.concatenate([raw, of_rival]))
-        drawn = np.array([self.head.draw(places, rng) for _ in range(draws)])
+        heads = self._find_heads(person)
+        drawn = np.array([sum(one.draw(places, rng) for one in heads) for _ in range(draws)])
         better = (drawn[:, :-1] > drawn[:, -1:]).mean(0)
         return 4 * better * (1 - better)
 
-    def explain(self, raw: np.ndarray, row: int, most: int = 3) -> dict[str, float]:
-        """Return the features that move one of the answers most against the mean of all of them, in log odds."""
+    def explain(self, raw: np.ndarray, row: int, person: str = "", most: int = 3) -> dict[str, float]:
+        """Return the features that move one of the answers most against the mean of all of them, in log odds, for everybody
+        or for a person.
+        """
         places = self.space.place(raw)
         away = places[row] - places.mean(0)
-        moved = {self.space.names[one]: value * float(away[one]) for one, value in self.head.coefficients.items()}
+        moved: dict[str, float] = defaultdict(float)
+        for head in self._find_heads(person):
+            for one, value in head.coefficients.items():
+                moved[self.space.names[one]] += value * float(away[one])
         largest = sorted(moved, key=lambda name: -abs(moved[name]))[:most]
         return {name: moved[name] for name in largest if abs(moved[name]) >= 0.05}
 
@@ -84,7 +105,11 @@ class TaughtHead:
             "space": self.space.as_json(),
             "teachers": [*self.teachers],
             "peak_e_value": self.peak_e_value,
+            "own": {person: head.as_json() for person, head in sorted(self.own.items())},
         }
+
+    def _find_heads(self, person: str) -> list[RewardHead]:
+        return [self.head, *([self.own[person]] if person in self.own else [])]
 
 
 def fit_head(
@@ -116,8 +141,34 @@ def fit_head(
             np.r_[weights, REASON_WEIGHT * weights[behind]],
         )
         head = replace(RewardHead.fit(*told, space.group_sizes), e_value=head.e_value)
-    teachers = tuple(sorted({person for one in judged for person in one.opinion_holders}))
-    return TaughtHead(head, space, teachers, max(earlier_peak, head.e_value))
+    own = _fit_own(judged, places, weights, head, space.group_sizes)
+    return TaughtHead(head, space, find_teachers(judged), max(earlier_peak, head.e_value), own)
+
+
+def find_teachers(judged: Sequence[Experience]) -> tuple[str, ...]:
+    """Return the people whose opinions answers have, sorted."""
+    return tuple(sorted({person for one in judged for person in one.opinion_holders}))
+
+
+def _fit_own(
+    judged: Sequence[Experience], places: np.ndarray, weights: np.ndarray, shared: RewardHead, groups: Sequence[int]
+) -> dict[str, RewardHead]:
+    """Fit a head of their own to the opinions of each person for whom it explains them better than the shared one alone.
+
+    The evidence for it is an e-value too, against the shared head with another rate of approval. The shared head has learned
+    from the same opinions, so there is the less left to explain. If one person taught it alone, it is theirs already.
+    """
+    found: dict[str, RewardHead] = {}
+    people = find_teachers(judged)
+    for person in people if len(people) > 1 else ():
+        rows = [row for row, one in enumerate(judged) if person in one.opinion_holders]
+        liked = np.array([judged[row].reward > 0 for row in rows])
+        if len(rows) >= LEAST_REACTIONS and min(liked.sum(), (~liked).sum()) >= LEAST_OF_A_KIND:
+            offset, _ = shared.predict(places[rows])
+            head = RewardHead.fit(places[rows], liked, weights[rows], groups, offset, ONE_EACH)
+            if head.e_value >= FEW_E_VALUE:
+                found[person] = head
+    return found
 
 
 def find_peak_e_value(

@@ -60,7 +60,8 @@ def read_head(file: Path) -> TaughtHead:
     try:
         values: dict[str, Any] = json.loads(file.read_text())
         parts = RewardHead.from_json(values["head"]), FeatureSpace.from_json(values["space"])
-        found = TaughtHead(*parts, tuple(values["teachers"]), float(values["peak_e_value"]))
+        own = {person: RewardHead.from_json(one) for person, one in values.get("own", {}).items()}
+        found = TaughtHead(*parts, tuple(values["teachers"]), float(values["peak_e_value"]), own)
     except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
         raise DataError(f"{file}: is no reward head ({type(error).__name__}); delete it, a new one is fitted") from error
     if found.name != file.stem:

@@ -6,8 +6,8 @@ plain samples. When chosen answers are liked less than plain ones, it stops choo
 
 import asyncio
 import random
-from collections import deque
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -44,6 +44,7 @@ class _State:
     head: TaughtHead | None = None
     why: str = ""
     only_for: frozenset[str] = field(default_factory=frozenset)  # askers; everybody if it is empty
+    people: Mapping[str, str] = field(default_factory=dict)  # whom an asker counts as
 
 
 class HeadSelector:
@@ -74,12 +75,13 @@ class HeadSelector:
             return SamplingPlan(why=state.why)
         if state.only_for and asker_id not in state.only_for:
             return SamplingPlan(why="one person alone taught the reward head, so it chooses for that person only")
-        if self._rng.random() < PLAIN_SHARE:
-            return SamplingPlan(is_plain=True)
-        return SamplingPlan(count_candidates(state.head.peak_e_value, most))
+        count = count_candidates(state.head.find_e_value(state.people.get(asker_id, asker_id)), most)
+        if count == 1:
+            return SamplingPlan(why="the reward head is sure of other people's taste only")
+        return SamplingPlan(is_plain=True) if self._rng.random() < PLAIN_SHARE else SamplingPlan(count)
 
-    async def choose(self, replies: Sequence[Reply], rival: Turn | None = None) -> Selection:
-        """Choose one of the replies, the likelier the better the head's pessimistic score of it is.
+    async def choose(self, replies: Sequence[Reply], rival: Turn | None = None, asker_id: str = "") -> Selection:
+        """Choose one of the replies, the likelier the better the head's pessimistic score of it is, for the asker if given.
 
         Beside a `rival` that people compare with it, choose the one on which draws from the head's posterior disagree most.
         """
@@ -90,8 +92,9 @@ class HeadSelector:
         raw = await asyncio.to_thread(self._extractor.extract, texts if rival is None else [*texts, describe_text(rival)])
         self._usual.extend(texts)
         raw, of_rival = raw[: len(texts)], raw[len(texts) :]
-        scores = head.score(raw)
-        doubts = scores if rival is None else head.compute_doubts(raw, of_rival, self._rng.randrange(2**32))
+        person = self._state.people.get(asker_id, asker_id)
+        scores = head.score(raw, person=person)
+        doubts = scores if rival is None else head.compute_doubts(raw, of_rival, self._rng.randrange(2**32), person)
         chances = compute_chances(doubts)
         chosen = self._rng.choices(range(len(replies)), chances.tolist())[0]
         rows = zip(replies, scores, chances, head.space.place(raw), strict=True)
@@ -105,7 +108,7 @@ class HeadSelector:
             )
             for one, score, chance, place in rows
         ]
-        return Selection(head=head.name, chosen=chosen, candidates=candidates, moved=head.explain(raw, chosen))
+        return Selection(head=head.name, chosen=chosen, candidates=candidates, moved=head.explain(raw, chosen, person))
 
     def is_proven(self) -> bool:
         """Whether the head may choose from the most answers, and label others."""
@@ -183,14 +186,14 @@ class HeadSelector:
             needed = f"{LEAST_REACTIONS} reactions with {LEAST_OF_A_KIND} of each kind are needed"
             return _State(why=f"too few reactions for a reward head ({len(rated)}; {needed})")
         self._peak = head.peak_e_value
-        if head.peak_e_value < FEW_E_VALUE:
+        if head.peak_e_value < FEW_E_VALUE and not head.own:
             return _State(why=f"the reward head is not sure (e-value {head.peak_e_value:.2g}, needed {FEW_E_VALUE:g})")
         chosen, plain = (count_approval(one for one in rated if one.is_selected == kind) for kind in (True, False))
         if is_harmful(chosen, plain):
             told = f"{chosen.liked} of {chosen.total}, against {plain.liked} of {plain.total}"
             return _State(why=f"chosen answers were liked less than plain ones ({told})")
         save_head(head, self._heads)
-        return _State(head, only_for=frozenset(_find_circle(rated, head.teachers)))
+        return _State(head, only_for=frozenset(_find_circle(rated, head.teachers)), people=_find_people(rated))
 
 
 def describe_text(said: Reply | Turn) -> AnswerText:
@@ -204,6 +207,14 @@ def _find_circle(rated: Sequence[Experience], teachers: Sequence[str]) -> set[st
         return set()
     askers = {one.asker for one in rated}  # a web user's id differs from the id that the person counts as
     return {*teachers} | (askers if len(askers) == 1 else set())
+
+
+def _find_people(rated: Sequence[Experience]) -> dict[str, str]:
+    """Return whom askers count as, if they have another id: a web user whose answers nobody else judged."""
+    judges: dict[str, set[str]] = defaultdict(set)
+    for one in rated:
+        judges[one.asker] |= {*one.opinion_holders}
+    return {asker: next(iter(people)) for asker, people in judges.items() if len(people) == 1 and asker not in people}
 
 
 def _describe(reply: Reply) -> Candidate:

@@ -151,6 +151,7 @@ def make_manifest(config: Config, lesson: Lesson) -> Manifest:
         held_out=[experience.make_manifest_row() for experience in snapshot.held_out],
         head_rows=[experience.make_manifest_row() for experience in lesson.for_head],
         distil_prompts=config.learning.distil_prompts if lesson.for_head else 0,
+        own_answers=config.learning.own_answers if any(one.is_correction for one in snapshot.training) else 0,
         dropped=dict(sorted(snapshot.dropped.items())),
     )
     return manifest.sign()

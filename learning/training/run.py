@@ -48,6 +48,7 @@ from learning.judging.taught_head import NEWEST
 from learning.judging.waiting import reject_unjudged
 from learning.models.trainable import as_base, cast_for_serving, find_not_finite, make_trainable, save
 from learning.models.version_files import find_faults, fingerprint, remove_unfinished
+from learning.training.demonstrations import prefer_to_own_answers
 from learning.training.distillation import distil
 from learning.training.lesson import Lesson, make_manifest, prepare_lesson
 from learning.training.processes import train_in_processes
@@ -170,7 +171,9 @@ class Run:
             rated = self._measure_rated(model, lesson.snapshot.rated)
             prefixes = probe.sample_prefixes(model, self.tokenizer, config.policy.max_tokens, config.seed)
         of_parent = probe.measure(model, prefixes)
-        figures = self._teach(lesson, model, config, lesson.snapshot.training, said if lesson.live == parent else ())
+        rows = lesson.snapshot.training
+        rows = [*prefer_to_own_answers(config, model, self.tokenizer, rows), *rows]  # the first are left out first
+        figures = self._teach(lesson, model, config, rows, said if lesson.live == parent else ())
         is_harmed = figures.stopped is not None and not figures.kept
         distilled = DistillationMetrics() if is_harmed else self._distil(lesson, model)
         self.progress("measuring", 0, 1)

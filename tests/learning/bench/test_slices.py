@@ -7,7 +7,9 @@ from bot.errors import ConfigError
 from learning.bench.slices import find_slice
 
 
-@pytest.mark.parametrize(("part", "arms"), [("few", None), ("hacking", None), ("ci", None), ("full", "kto,frozen")])
+@pytest.mark.parametrize(
+    ("part", "arms"), [("few", None), ("corrections", None), ("hacking", None), ("ci", None), ("full", "kto,frozen")]
+)
 def test_every_slice_is_found(part, arms):
     assert callable(find_slice(part, None, arms, Config(), is_toy=True).run)
 
@@ -15,7 +17,7 @@ def test_every_slice_is_found(part, arms):
 @pytest.mark.parametrize(
     ("part", "arms", "wanted"),
     [
-        ("many", None, "--slice has value 'many'; choose one of few, hacking, ci, rates, regimes, full"),
+        ("many", None, "--slice has value 'many'; choose one of few, corrections, hacking, ci, rates, regimes, full"),
         ("few", "kto", "--slice few has its own arms; leave --arms out"),
         ("hacking", "kto", "--slice hacking has its own arms; leave --arms out"),
         ("ci", "ppo", "--arms has value 'ppo'"),

@@ -47,6 +47,45 @@ def test_a_head_says_which_feature_moved_an_answer(extractor):
     assert head.explain(raw[:1], 0) == {}, "beside itself alone an answer is as usual"
 
 
+def divide(rated: list[Experience], contrary: tuple[str, ...]) -> list[Experience]:
+    """Have some people like what the others dislike."""
+    return [replace(one, reward=-one.reward) if {*one.opinion_holders} & {*contrary} else one for one in rated]
+
+
+def test_people_of_opposite_tastes_each_have_a_head_of_their_own(extractor):
+    rated = divide(judge(60, people=2), ("person 1",))
+    head = fit_head(rated, (), extractor, CAP)
+    assert head.peak_e_value < FEW_E_VALUE, "together they want nothing"
+    assert set(head.own) == {"person 0", "person 1"}
+    assert min(map(head.find_e_value, head.own)) > MANY_E_VALUE
+    assert head.find_e_value() == head.find_e_value("somebody else") == head.peak_e_value
+    raw = extractor.extract([AnswerText("Hey there! 👋"), AnswerText("Hey there!")])
+    likes, contrary = (head.score(raw, person=one) for one in ("person 0", "person 1"))
+    assert likes[0] > likes[1]
+    assert contrary[0] < contrary[1]
+    assert head.explain(raw, 0, "person 0")["emoji"] > 0 > head.explain(raw, 0, "person 1")["emoji"]
+    assert head.compute_doubts(raw[:1], raw[1:], 0, "person 0")[0] < head.compute_doubts(raw[:1], raw[1:], 0)[0]
+    assert head.predict(raw, "somebody else")[0] == pytest.approx(head.predict(raw)[0])
+
+
+def test_one_of_another_taste_than_the_rest_has_a_head_of_their_own(extractor):
+    head = fit_head(divide(judge(100), ("person 3",)), (), extractor, CAP)
+    assert set(head.own) == {"person 3"}, "the others' taste is the shared one"
+    raw = extractor.extract([AnswerText("Hey there! 👋"), AnswerText("Hey there!")])
+    shared, own = head.score(raw), head.score(raw, person="person 3")
+    assert shared[0] > shared[1]
+    assert own[0] < own[1]
+
+
+def test_who_likes_what_all_like_or_reacts_by_lot_has_no_head_of_their_own(extractor):
+    assert fit_head(judge(100), (), extractor, CAP).own == {}
+    found = [fit_head(judge(100, seed, is_by_lot=True), (), extractor, CAP) for seed in range(12)]
+    assert sum(len(one.own) for one in found) <= 0.1 * 12 * 5
+    few = divide(judge(5 * (LEAST_REACTIONS - 1)), ("person 3",))
+    assert fit_head(few, (), extractor, CAP).own == {}
+    assert fit_head(judge(30, people=1), (), extractor, CAP).own == {}, "the shared head is theirs"
+
+
 def test_a_head_has_the_name_of_its_content(extractor):
     first, same, other = (fit_head(judge(30, seed), (), extractor, CAP) for seed in (0, 0, 1))
     assert first.name == same.name != other.name

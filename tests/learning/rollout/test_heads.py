@@ -25,7 +25,7 @@ WORD = "zyxquon"
 
 
 def make_head(extractor: FeatureExtractor, seed: int = 0) -> TaughtHead:
-    """Fit a head to the reactions of two people who like answers with an emoji."""
+    """Fit a head to the reactions of two people who like answers with an emoji, and give one of them it as their own."""
     rng = random.Random(seed)
     said = []
     for number in range(30):
@@ -34,7 +34,7 @@ def make_head(extractor: FeatureExtractor, seed: int = 0) -> TaughtHead:
         said.append(replace(one, answer=f"{WORD} {toy.compose_answer(rng.choice(toy.INTENTS), style)}"))
     found = fit_head(said, (), extractor, 1.0)
     assert found is not None
-    return found
+    return replace(found, own={"ann": found.head})
 
 
 @pytest.fixture(params=[True, False], ids=["with an embedder", "without an embedder"])
@@ -50,6 +50,8 @@ def test_a_head_is_read_as_it_was_written_and_predicts_the_same(head, tmp_path):
     assert (again.name, again.teachers) == (head.name, ("ann", "bob"))
     places = np.random.default_rng(0).normal(size=(5, len(head.space.names)))
     assert (again.head.predict(places)[0] == head.head.predict(places)[0]).all()
+    assert set(again.own) == {"ann"}
+    assert (again.own["ann"].predict(places)[0] == head.own["ann"].predict(places)[0]).all()
     [listed] = list_heads(directory)
     assert listed == HeadFile(head.name, listed.written_at, 2, head.head.e_value)
     written = file.stat()

@@ -42,8 +42,10 @@ class Stage:
     store: object
     tokenizer: object
 
-    def judge(self, count: int, people=PEOPLE, *, seed=0, is_by_lot=False, **details) -> list[tuple[Turn, Feedback]]:
-        """Let people judge answers. They like those with an emoji, or react by lot."""
+    def judge(
+        self, count: int, people=PEOPLE, *, contrary=(), seed=0, is_by_lot=False, **details
+    ) -> list[tuple[Turn, Feedback]]:
+        """Let people judge answers. They like those with an emoji (contrary ones: without), or react by lot."""
         rng = random.Random(seed)
         found = []
         for number in range(count):
@@ -52,7 +54,7 @@ class Stage:
             person = people[number % len(people)]
             answer = toy.compose_answer(intent, style)
             turn = answered(self.store, self.tokenizer, f"{prompt} {number}", answer, author=person, **details)
-            likes = rng.random() < 0.5 if is_by_lot else style.emoji
+            likes = rng.random() < 0.5 if is_by_lot else style.emoji != (person in contrary)
             found.append((turn, react(self.store, turn, likes, person)))
         return found
 
@@ -104,6 +106,18 @@ async def test_reactions_by_lot_let_it_choose_nothing(stage):
     assert plan.count == 1
     assert plan.why.startswith("the reward head is not sure (e-value ")
     assert stage.files == [], "only a head that chooses is kept"
+
+
+async def test_people_of_opposite_tastes_are_each_given_what_they_like(stage):
+    stage.judge(64, people=("ann", "bob"), contrary=("bob",))
+    await stage.fit()
+    plans = {person: stage.plan(person) for person in ("ann", "bob", "cleo")}
+    assert plans["ann"].count == plans["bob"].count == MANY
+    assert plans["cleo"] == SamplingPlan(why="the reward head is sure of other people's taste only")
+    replies = [reply("Hey there!"), reply("Hey there! 👋")]
+    for person, wanted in (("ann", 1), ("bob", 0)):
+        found = [(await stage.selector.choose(replies, asker_id=person)).chosen for _ in range(40)]
+        assert np.mean(np.array(found) == wanted) > 0.9
 
 
 async def test_a_tenth_of_the_answers_stays_plain(stage):
