@@ -1,4 +1,4 @@
-"""Find the turns with feedback by their ids, so that callers read only the ones they need.
+"""Find the turns with feedback, or without any, by their ids, so that callers read only the ones they need.
 
 The functions are synchronous; call them through `Database.call`.
 """
@@ -38,6 +38,14 @@ def _find_turns(database: Database, condition: sa.ColumnElement[bool], space: st
         query = query.join(conversations).where(conversations.c.space == space)
     with database.read() as connection:
         return [JudgedTurn(row.id, row.message_id) for row in connection.execute(query.order_by(turns.c.id))]
+
+
+def find_unjudged_turns(database: Database, newest: int, except_on: str) -> list[str]:
+    """Return the newest turns with neither feedback nor a follow-up, except those on one platform, newest first."""
+    query = sa.select(turns.c.id).join(conversations).where(~_HAS_FEEDBACK, ~_HAS_FOLLOWUP)
+    query = query.where(conversations.c.platform != except_on).order_by(turns.c.id.desc()).limit(newest)
+    with database.read() as connection:
+        return list(connection.execute(query).scalars())
 
 
 def find_reconsidered_turns(database: Database) -> set[str]:

@@ -20,7 +20,7 @@ from bot.errors import RegistryError, VerdictOutdated
 from bot.store.database import Database
 from bot.store.fingerprint import fingerprint_model
 from bot.store.lineage import check_same_base, find_bases, find_last_live, find_rollback_target, is_same_base
-from bot.store.sources import find_people_behind
+from bot.store.sources import find_people_behind, hold_turns
 from bot.store.tables import policies, run_feedback, run_followups, run_teachers, runs, switches
 from bot.store.versions import Versions
 from bot.store.weights import discard_weights
@@ -30,6 +30,7 @@ S = PolicyState
 MAY_SERVE = {S.CANDIDATE, S.WAITING, S.CANARY, S.LIVE, S.RETIRED}
 BASE = "policy-0"  # the first base model; later ones have names of their own
 LEARNING_PAUSED = "learning paused"  # the name of a switch
+DELETED = "some training data of {} was deleted meanwhile; the next run learns from the rest"
 DEPLOY_PREFIX = "deploy "  # the name of a switch is this with a version's name
 _BASES = sa.select(policies).where(policies.c.parent.is_(None)).order_by(policies.c.number.desc())  # the newest first
 _WITHOUT_METRICS = sa.select(*(column for column in policies.c if column.name != "metrics")).order_by(policies.c.number)
@@ -262,18 +263,22 @@ class PolicyRegistry:
         manifest_sha256: str,
         feedback: Sequence[str],
         followups: Sequence[str] = (),
+        asked: Sequence[str] = (),
     ) -> str:
-        """Record a run with the feedback and the follow-up messages that it learns from. Return its id.
+        """Record a run with the feedback and the follow-up messages that it learns from, and the turns whose questions it
+        `asked` again. Return its id.
 
         Its teachers are recorded too, to outlive their messages. Raises RegistryError if any data was deleted meanwhile.
         """
         run_id = new_id()
         with self.database.read() as connection:  # takes long, so it must not hold the write lock
-            people = find_people_behind(connection, feedback, followups)
+            people = find_people_behind(connection, feedback, followups, asked)
         run = {"id": run_id, "policy": policy, "config": config, "manifest_sha256": manifest_sha256}
         try:
             with self.database.begin() as connection:
                 connection.execute(runs.insert(), run | {"outcome": "training", "started_at": now()})
+                if hold_turns(connection, asked) != set(asked):
+                    raise RegistryError(DELETED.format(policy))
                 for table, rows in (
                     (run_feedback, [{"feedback_id": one} for one in sorted(set(feedback))]),
                     (run_followups, [{"message_id": one} for one in sorted(set(followups))]),
@@ -282,9 +287,7 @@ class PolicyRegistry:
                     if rows:
                         connection.execute(table.insert(), [{"run_id": run_id, **row} for row in rows])
         except IntegrityError as error:
-            raise RegistryError(
-                f"some training data of {policy} was deleted meanwhile; the next run learns from the rest"
-            ) from error
+            raise RegistryError(DELETED.format(policy)) from error
         return run_id
 
     def end_run(self, run_id: str, outcome: str) -> None:

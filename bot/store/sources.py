@@ -68,10 +68,16 @@ def keep_origins(connection: sa.Connection, turn_ids: Iterable[str]) -> None:
         connection.execute(origins.insert(), rows)
 
 
-def find_people_behind(connection: sa.Connection, feedback_ids: Iterable[str], followup_ids: Iterable[str]) -> set[Person]:
-    """Return the authors of this feedback, of these follow-ups, and of the sources of the answers that they judge."""
+def find_people_behind(
+    connection: sa.Connection, feedback_ids: Iterable[str], followup_ids: Iterable[str], turn_ids: Iterable[str] = ()
+) -> set[Person]:
+    """Return the authors of this feedback, of these follow-ups, and of the sources of the answers that they judge or that
+    `turn_ids` name.
+    """
     people: set[Person] = set()
     judged: dict[str, str] = {}  # the platform of each turn
+    for some in chunks(turn_ids):
+        judged |= {row.id: row.platform for row in connection.execute(_PLATFORMS.where(turns.c.id.in_(some)))}
     for query, column, ids in ((_OPINIONS, feedback.c.id, feedback_ids), (_FOLLOWUPS, followups.c.message_id, followup_ids)):
         for some in chunks(ids):
             for turn_id, platform, person in connection.execute(query.where(column.in_(some))):
@@ -81,7 +87,15 @@ def find_people_behind(connection: sa.Connection, feedback_ids: Iterable[str], f
     return people | {(judged[turn_id], one) for turn_id, those in behind.items() for one in those}
 
 
+def hold_turns(connection: sa.Connection, turn_ids: Iterable[str]) -> set[str]:
+    """Return which of these turns are still stored. None of those is deleted before the transaction ends."""
+    query = sa.select(turns.c.id).with_for_update(read=True, key_share=True)
+    rows = (connection.execute(query.where(turns.c.id.in_(ids))) for ids in chunks(turn_ids))
+    return {one for found in rows for one in found.scalars()}
+
+
 _INSERT = sources.insert()
+_PLATFORMS = sa.select(turns.c.id, conversations.c.platform).join(conversations)
 _OPINIONS = (
     sa.select(turns.c.id, conversations.c.platform, feedback.c.user_id)
     .join(turns, turns.c.id == feedback.c.turn_id)

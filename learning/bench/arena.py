@@ -196,10 +196,12 @@ def train_policy(
     objective: str,
     number: int,
     make_further: MakeFurther = prefer_to_own_answers,
+    unjudged: Sequence[tuple[int, ...]] = (),
 ) -> RunEnd:
     """Train once on experiences, with selection, drift detection and guard as in production.
 
-    `make_further` makes further rows of the corrections among them.
+    `make_further` makes further rows of the corrections among them. `unjudged` are prompts whose answers nobody judged,
+    newest first.
     """
     found = found[arena.since :]
     config = arena.config
@@ -227,7 +229,8 @@ def train_policy(
     if is_harmed:
         restore_weights(arena.model, before)  # in production the version would be rejected
     elif is_proven(config, found, arena.embedder):
-        distil(config, *told, found, [*dict.fromkeys(one.prompt_ids for one in reversed(taught))], arena.embedder, teach)
+        asked = [*dict.fromkeys([*(one.prompt_ids for one in reversed(taught)), *unjudged])]
+        distil(config, *told, found, asked, arena.embedder, teach)
     return RunEnd(figures.stopped is not None, change is not None)
 
 

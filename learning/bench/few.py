@@ -3,11 +3,13 @@
 Simulated people with a hidden utility react to one answer after the other. A reward head is fitted after each reaction, and
 answers are chosen by it as in production (`learning.judging.best_of_n`).
 
-- *served*: the base model's answers, chosen from at most 8. The plain tenth is left out of the figures.
+- *served*: the base model's answers, chosen from at most 8 (or `serving.candidates`, if it is less). The plain tenth is left
+  out of the figures.
 - *weights*: every `learning.distil_every` reactions a version is trained as in production, without the gate. Its figures are
   those of single answers.
 - *placebo*: the same with reactions that are drawn by lot.
 
+Beside each answer that they react to, people say a few things that nobody judges; a run may answer these again.
 Prompts by which answers are judged are never said by people. All win rates are those of the people's true utility over
 version 0's answers to the same prompts, without ties. To models other than the toy people say everyday things in each of two
 languages; they react to fewer answers, because each takes longer.
@@ -29,6 +31,7 @@ from learning.data.experience import Experience
 from learning.data.feature_space import AnswerText, FeatureExtractor
 from learning.judging.best_of_n import (
     MANY,
+    MANY_E_VALUE,
     PLAIN_SHARE,
     compute_chances,
     count_candidates,
@@ -40,6 +43,7 @@ from learning.training.pretrain import is_toy
 
 NOISE = 0.1  # the share of mistaken reactions
 BATCH = 5  # reactions between two looks at the proof
+UNJUDGED = 3  # things said beside each reaction
 USUAL = 512  # of the latest candidates tell what answers are usually like
 REFIT_ALWAYS, REFIT_EVERY = 50, 5  # reactions up to which the head is refitted after each; afterwards after so many
 
@@ -66,8 +70,8 @@ class FewCell:
 class FewPoint:
     """The figures of one series after a number of reactions. `candidates` is the most answers that it ever chose from.
 
-    `oracle` is the win rate of a choice among 8 by the chance that these people approve; well-formedness, perplexity and KL
-    (nats a token) are measured for weights only. `language` is empty for the toy's people.
+    `oracle` is the win rate of a choice among as many by the chance that these people approve; well-formedness, perplexity
+    and KL (nats a token) are measured for weights only. `language` is empty for the toy's people.
     """
 
     arm: str
@@ -93,16 +97,17 @@ class Candidates:
 
 
 def sample_candidates(arena: Arena, prompts: Sequence[str], seed: int) -> list[Candidates]:
-    """Have the current policy answer each prompt MANY times."""
-    samples = arena.generate_answers([prompt for prompt in prompts for _ in range(MANY)], seed)
+    """Have the current policy answer each prompt as often as there may be answers to choose from."""
+    most = _count_most(arena)
+    samples = arena.generate_answers([prompt for prompt in prompts for _ in range(most)], seed)
     logprobs = batched_logprobs(arena.model, token_rows(samples))
     texts = [
         AnswerText(one.text, one.is_finished, float(row.mean()) if len(row) else None)
         for one, row in zip(samples, logprobs, strict=True)
     ]
-    starts = range(0, len(samples), MANY)
+    starts = range(0, len(samples), most)
     return [
-        Candidates(prompt, samples[start : start + MANY], texts[start : start + MANY])
+        Candidates(prompt, samples[start : start + most], texts[start : start + most])
         for prompt, start in zip(prompts, starts, strict=True)
     ]
 
@@ -126,7 +131,12 @@ class Series:
         chosen, plain = (count_approval(one for one in self.rated if one.is_selected == kind) for kind in (True, False))
         if self.head is None or is_harmful(chosen, plain):
             return 1
-        return count_candidates(self.head.peak_e_value, MANY)
+        return count_candidates(self.head.peak_e_value, _count_most(self.arena))
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether the head may label answers."""
+        return self.head is not None and self.head.peak_e_value >= MANY_E_VALUE
 
     def hear(self, offered: Sequence[Candidates]) -> None:
         """Let people react to one answer to each prompt."""
@@ -193,20 +203,27 @@ def run_weights(arena: Arena, cell: FewCell) -> list[FewPoint]:
     utility, every = find_utility(users), arena.config.learning.distil_every
     is_placebo = cell.arm != "weights"
     series = _begin(arena, utility, f"{cell.seed} {users} {cell.arm}", FeatureExtractor(arena.embedder), is_placebo)
-    rng = series.people.rng
+    rng, silent = series.people.rng, random.Random(f"{cell.seed} {users} unjudged")
     points, end, was_proven = [], RunEnd(), False
+    unjudged: list[tuple[int, ...]] = []
     for step in range(BATCH, cell.steps[-1] + 1, BATCH):
         asked = [rng.choice(arena.said) for _ in range(step - len(series.rated))]
         series.hear(sample_candidates(arena, asked, rng.randrange(2**31)))
-        is_new_proof = not was_proven and series.candidates == MANY
+        unjudged += [arena.tokenize_prompt(silent.choice(arena.said)) for _ in range(UNJUDGED * BATCH)]
+        is_new_proof = not was_proven and series.is_proven
         was_proven = was_proven or is_new_proof
         if is_new_proof or not step % every:
-            end = train_policy(arena, series.rated, arena.config.training.objective, step)
+            end = train_policy(arena, series.rated, arena.config.training.objective, step, unjudged=unjudged[::-1])
         if step in cell.steps:
             found = arena.judge_policy(step, utility, end)
             measured = found.well_formed, found.perplexity_ratio, found.kl
             points.append(FewPoint(cell.arm, users, step, found.win_rate, series.most_used, None, *measured))
     return points
+
+
+def _count_most(arena: Arena) -> int:
+    """Count the answers that may be chosen from, at most."""
+    return min(MANY, arena.config.serving.candidates)
 
 
 def _begin(arena: Arena, utility: Utility, seed: str, extractor: FeatureExtractor, is_placebo: bool) -> Series:

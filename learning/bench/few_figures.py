@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from bot.accelerator import has_gpu
 from learning.bench.few import FewCell, FewPoint
 from learning.bench.grid import PEOPLE_KINDS, SEEDS, count_reactions_to
 from learning.bench.simulated_people import LANGUAGES, choose_defaults
@@ -23,22 +24,30 @@ COLOURS = {"served": "tab:green", "weights": "tab:blue", "placebo_served": "blac
 
 @dataclass(frozen=True)
 class Size:
-    """The built-in kinds of people, their languages, the arms that train, and the numbers of reactions after which served
-    answers and single ones are judged.
+    """The built-in kinds of people, their languages, the arms that train, the series in each of them, and the numbers of
+    reactions after which served answers and single ones are judged.
     """
 
     kinds: tuple[str, ...]
     languages: tuple[str, ...]
     trained: tuple[str, ...]
+    trained_series: int
     served: tuple[int, ...]
     weights: tuple[int, ...]
 
 
 def choose_size(is_toy: bool) -> Size:
-    """Return the size for the toy policy (12 minutes on two cores), or for any other model (an hour without a GPU)."""
+    """Return the size for the toy policy (12 minutes on two cores), or for any other model.
+
+    Without a GPU another model takes almost an hour, with one series of weights in each language.
+    """
     if is_toy:
-        return Size(PEOPLE_KINDS, ("",), ("weights", "placebo_weights"), (10, 20, 30, 40, 50, 100, 200), (20, 50, 100))
-    return Size((choose_defaults(is_toy=False).users,), LANGUAGES, ("weights",), (10, 20, 30, 40, 50), (20, 50))
+        return Size(
+            PEOPLE_KINDS, ("",), ("weights", "placebo_weights"), SEEDS, (10, 20, 30, 40, 50, 100, 200), (20, 50, 100)
+        )
+    users = choose_defaults(is_toy=False).users
+    series = SEEDS if has_gpu() else len(LANGUAGES)
+    return Size((users,), LANGUAGES, ("weights",), series, (10, 20, 30, 40, 50), (20, 50))
 
 
 def choose_cells(size: Size, users: str | None, seed: int) -> list[FewCell]:
@@ -49,13 +58,13 @@ def choose_cells(size: Size, users: str | None, seed: int) -> list[FewCell]:
         for number in range(SEEDS)
         for language in size.languages
     ]
-    # A series of weights takes minutes, so each seed has one, with one kind of people and one language.
+    # A series of weights takes minutes, so each seed has one at most, with one kind of people and one language.
     people = cycle((kind, language) for kind in kinds for language in size.languages)
-    each = [(seed + number, *one) for number, one in zip(range(SEEDS), people, strict=False)]
+    each = [(seed + number, *one) for number, one in zip(range(size.trained_series), people, strict=False)]
     trained = [
         FewCell(arm, (kind,), number, size.weights, language) for arm in size.trained for number, kind, language in each
     ]
-    return [*served, *trained]
+    return [*trained, *served]  # the longest first, so that no process is left alone with them
 
 
 def _split_series(found: dict[FewCell, list[FewPoint]]) -> list[list[FewPoint]]:

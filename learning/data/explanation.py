@@ -29,7 +29,7 @@ class TrainingUse:
 
     `advantage` is None if the version's files are gone. `smoothing` is the share of the advantage that was predicted from
     similar answers (`rewards.smoothing`). If `is_for_head`, the run did not train on the turn, but fitted a reward head to
-    it.
+    it. If `is_question_only`, the policy answered its question again for such a head.
     """
 
     policy: str
@@ -37,11 +37,14 @@ class TrainingUse:
     weight: float = 1.0
     smoothing: float = 0.0
     is_for_head: bool = False
+    is_question_only: bool = False
 
     def describe(self) -> str:
         """Describe the use in one line for people."""
         if self.advantage is None:
             return f"used by {self.policy}, whose files are gone"
+        if self.is_question_only:
+            return f"used by {self.policy}: it answered the question again, and a reward head judged the answers"
         if self.is_for_head:
             return f"used by {self.policy}: it taught the reward head that judged the policy's own answers"
         meaning = ""
@@ -121,13 +124,15 @@ def explain(turn_id: str, buffer: ReplayBuffer, registry: PolicyRegistry) -> Tur
     shown = sorted(((score, one) for one, score in turn.remembered.items() if one in there), reverse=True)
     followups = [decision.followup.message_id] if decision.followup is not None else []
     taught = set(find_taught_versions(registry.database, [row.id for row, _ in decision.feedback], followups))
-    used = [(name, path) for name, path in registry.find_directories().items() if name in taught]
+    versions = list(registry.find_directories().items())
+    used = [(name, path) for name, path in versions if name in taught]
+    asked = [use for name, path in versions[-MAX_RUNS:] for use in _find_questions(name, Path(path), turn_id)]
     return TurnExplanation(
         turn=turn,
         question=store.read_message(turn.message_id),
         remembered=[(there[one], score) for score, one in shown],
         decision=decision,
-        uses=[one for name, path in used[-MAX_RUNS:] for one in _find_uses(name, Path(path), turn_id)],
+        uses=[one for name, path in used[-MAX_RUNS:] for one in _find_uses(name, Path(path), turn_id)] + asked,
         earlier_use_count=len(used[:-MAX_RUNS]),
         is_outdated=turn_id < read_since(Path(registry.get_live().path)),
     )
@@ -142,6 +147,12 @@ def _find_uses(policy: str, directory: Path, turn_id: str) -> list[TrainingUse]:
     found = [TrainingUse(policy, row.advantage, row.weight, smoothing) for row in manifest.rows if row.turn_id == turn_id]
     of_head = [TrainingUse(policy, 0.0, is_for_head=True) for row in manifest.head_rows if row.turn_id == turn_id]
     return found or of_head
+
+
+def _find_questions(policy: str, directory: Path, turn_id: str) -> list[TrainingUse]:
+    manifest = read_manifest(directory)
+    is_there = manifest is not None and turn_id in manifest.unjudged
+    return [TrainingUse(policy, 0.0, is_question_only=True)] if is_there else []
 
 
 def _describe_sampling(turn: Turn) -> list[str]:

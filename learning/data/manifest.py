@@ -27,7 +27,8 @@ class Manifest(Record):
     """The base model, parent, settings, trained and held-out rows of a run, and the count of rows left out by reason.
 
     If a reward head labelled the policy's own answers, `head_rows` are those that it was fitted to, and `distil_prompts` is
-    how many prompts were answered in a round, at most. `own_answers` is how many answers of the policy, and of its base,
+    how many prompts were answered in a round, at most; `unjudged` are the turns whose questions were answered though nobody
+    judged their answers. `own_answers` is how many answers of the policy, and of its base,
     each correction was preferred to; it is 0 without corrections. `sha256` is the hash of the rest. A manifest has no time,
     path or version number, so equal runs have equal manifests.
     """
@@ -43,6 +44,7 @@ class Manifest(Record):
     held_out: list[Row] = Field(default_factory=list)
     head_rows: list[Row] = Field(default_factory=list)
     distil_prompts: int = 0
+    unjudged: list[str] = Field(default_factory=list)
     own_answers: int = 0
     dropped: dict[str, int] = Field(default_factory=dict)
     sha256: str = ""

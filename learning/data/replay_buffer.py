@@ -16,7 +16,13 @@ from bot.memory.embedder import Embedder
 from bot.models.tokenizer import ChatTokenizer
 from bot.store.conversations import ConversationStore
 from bot.store.feedback import find_reasons, select_effective
-from bot.store.judged import JudgedTurn, find_judged_or_followed_turns, find_judged_turns, find_reconsidered_turns
+from bot.store.judged import (
+    JudgedTurn,
+    find_judged_or_followed_turns,
+    find_judged_turns,
+    find_reconsidered_turns,
+    find_unjudged_turns,
+)
 from bot.store.registry import PolicyRegistry
 from bot.store.teachers import find_feedback_that_taught, find_turns_that_taught
 from bot.store.users import Users
@@ -34,7 +40,7 @@ from learning.data.selection import (
     select_for_training,
     split_held_out,
 )
-from learning.data.voices import Voices
+from learning.data.voices import IMPORT_PLATFORM, Voices
 
 PAGE = 256  # turns in one read
 
@@ -72,6 +78,14 @@ class KnownVersions:
 
     foreign: set[str]
     age: dict[str, int]
+
+
+@dataclass(frozen=True)
+class UnjudgedPrompt:
+    """A prompt whose answer nobody judged: its turn, and its token ids."""
+
+    turn_id: str
+    prompt_ids: tuple[int, ...]
 
 
 def without_foreign_ids(turn: Turn, foreign: set[str]) -> Turn:
@@ -146,6 +160,26 @@ class ReplayBuffer:
         for start in range(0, len(judged), PAGE):
             self._read_into(judged[start : start + PAGE], reader, found)
         return found.rated
+
+    def find_unjudged(self, most: int) -> list[UnjudgedPrompt]:
+        """Return the newest prompts, `most` at most, whose answers nobody judged, newest first.
+
+        None is held out, and all whose words they contain consent.
+        """
+        ids = find_unjudged_turns(self.store.database, 2 * most, IMPORT_PLATFORM)
+        turns = self.store.read_turns(ids)
+        voices = Voices(self.store, self.users, turns, self.config.web)
+        foreign, found = PolicyRegistry(self.store.database).find_foreign(), dict[tuple[int, ...], UnjudgedPrompt]()
+        for turn in reversed(turns):
+            unit = voices.find_unit(turn)
+            if is_held_out(unit, self.config.learning.held_out) or not voices.consent.may_teach(turn):
+                continue
+            turn = without_foreign_ids(turn, foreign)
+            prompt, completion = self._find_ids(turn)
+            is_short = len(prompt) + len(completion) <= self.config.training.max_length
+            if is_short and (turn.completion_ids is None or self._has_own_ids(turn, completion)):
+                found.setdefault(prompt, UnjudgedPrompt(turn.id, prompt))
+        return [*found.values()][:most]
 
     def _find_judged(self, space: str | None = None) -> list[JudgedTurn]:
         find = find_judged_or_followed_turns if self.config.rewards.followup > 0 else find_judged_turns
@@ -287,11 +321,7 @@ class ReplayBuffer:
     def _make_experiences(
         self, turn: Turn, voices: Voices, earned: Reward, correction: str | None, age: int
     ) -> Iterator[Experience]:
-        if turn.prompt_ids is None or turn.completion_ids is None:
-            prompt = tuple(self.tokenizer.prompt_ids(self._read_prompt_chat(turn)))
-            completion = tuple(self.tokenizer.completion_ids(self.tokenizer.neutralise(turn.text)))
-        else:
-            prompt, completion = turn.prompt_ids, turn.completion_ids
+        prompt, completion = self._find_ids(turn)
         is_sampled = not (turn.is_selected or turn.sampling.is_truncated) and age <= self.config.learning.max_age
         first = Experience(
             turn_id=turn.id,
@@ -326,6 +356,13 @@ class ReplayBuffer:
                 mean_logprob=None,
                 is_finished=True,
             )
+
+    def _find_ids(self, turn: Turn) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the token ids of a turn's prompt and answer: the recorded ones, or else those of their texts."""
+        if turn.prompt_ids is not None and turn.completion_ids is not None:
+            return turn.prompt_ids, turn.completion_ids
+        prompt = tuple(self.tokenizer.prompt_ids(self._read_prompt_chat(turn)))
+        return prompt, tuple(self.tokenizer.completion_ids(self.tokenizer.neutralise(turn.text)))
 
     def _read_prompt_chat(self, turn: Turn) -> list[dict[str, str]]:
         """Return the chat messages that led to a turn: those that the policy was shown, or else the chain of replies."""

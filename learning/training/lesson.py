@@ -11,13 +11,13 @@ from bot.types import PolicyVersion, Progress
 from bot.wording import count_noun
 from learning.data.experience import Experience, Snapshot
 from learning.data.manifest import Manifest, read_since
-from learning.data.replay_buffer import ReplayBuffer
+from learning.data.replay_buffer import ReplayBuffer, UnjudgedPrompt
 from learning.judging.evidence import Measurement, choose_prompts, measure_model
 from learning.judging.gate import HEADROOM, compute_allowed_p, select_newest_sufficient
 from learning.judging.waiting import read_earlier_verdicts
 from learning.models.trainable import load_served, silence_libraries
 from learning.models.version_files import fingerprint, is_whole
-from learning.training.distillation import is_proven
+from learning.training.distillation import USUAL, is_proven
 from learning.training.drift import detect_drift
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Lesson:
     `parent` is the version to continue and `model` its model. `snapshot` holds the feedback since the turn `since` ("" for
     all). The gate scores the `judged` answers and samples the `asked` prompts; `before` is the live version's measurement of
     both. `earlier` are the gate's earlier verdicts. A reward head is fitted to the answers `for_head`; there are none unless
-    it is or was proven.
+    it is or was proven. The policy answers the `unjudged` prompts for it, beside those that people judged.
     """
 
     parent: PolicyVersion
@@ -46,6 +46,13 @@ class Lesson:
     asked: list[Experience]
     earlier: list[bool]
     for_head: list[Experience]
+    unjudged: list[UnjudgedPrompt]
+
+    @property
+    def prompts(self) -> list[tuple[int, ...]]:
+        """The prompts that the policy answers for the reward head: the newest that were judged, then the others."""
+        judged = [one.prompt_ids for one in reversed(self.snapshot.training)]
+        return [*dict.fromkeys([*judged, *(one.prompt_ids for one in self.unjudged)])]
 
     @property
     def feedback_ids(self) -> list[str]:
@@ -105,7 +112,8 @@ def prepare_lesson(
     # MANY_E_VALUE at most; docs/architecture.md, "Few reactions", counts that beside the gate's own errors.
     said = [] if space is not None else [one for one in snapshot.training_and_held_out if not one.is_correction]
     for_head = said if is_proven(config, said, buffer.embedder) else []
-    return Lesson(parent, model, snapshot, since, live, before, judged, asked, earlier, for_head)
+    unjudged = buffer.find_unjudged(USUAL.rounds * config.learning.distil_prompts) if for_head else []
+    return Lesson(parent, model, snapshot, since, live, before, judged, asked, earlier, for_head, unjudged)
 
 
 def _choose_parent(
@@ -151,6 +159,7 @@ def make_manifest(config: Config, lesson: Lesson) -> Manifest:
         held_out=[experience.make_manifest_row() for experience in snapshot.held_out],
         head_rows=[experience.make_manifest_row() for experience in lesson.for_head],
         distil_prompts=config.learning.distil_prompts if lesson.for_head else 0,
+        unjudged=[one.turn_id for one in lesson.unjudged],
         own_answers=config.learning.own_answers if any(one.is_correction for one in snapshot.training) else 0,
         dropped=dict(sorted(snapshot.dropped.items())),
     )

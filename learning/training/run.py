@@ -127,7 +127,8 @@ class Run:
         manifest = make_manifest(self.config, lesson)
         version = self.registry.reserve(lesson.parent)
         settings = self.config.without_secrets().model_dump()
-        run_id = self.registry.begin_run(version.name, settings, manifest.sha256, lesson.feedback_ids, lesson.followup_ids)
+        behind = lesson.feedback_ids, lesson.followup_ids, [one.turn_id for one in lesson.unjudged]
+        run_id = self.registry.begin_run(version.name, settings, manifest.sha256, *behind)
         unfinished = Path(version.path + UNFINISHED_SUFFIX)
         try:
             unfinished.mkdir(parents=True)
@@ -202,8 +203,7 @@ class Run:
         if not lesson.for_head:
             return DistillationMetrics()
         self.progress("answering prompts, for the reward head to judge", 0, 1)
-        prompts = [*dict.fromkeys(one.prompt_ids for one in reversed(lesson.snapshot.training))]
-        told = self.tokenizer, lesson.for_head, prompts, self.embedder
+        told = self.tokenizer, lesson.for_head, lesson.prompts, self.embedder
         return distil(self.thinking, model, *told, partial(self._teach, lesson, model))
 
     def _teach(

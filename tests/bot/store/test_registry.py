@@ -438,6 +438,22 @@ async def test_what_a_forgotten_person_taught_is_learned_anew_also_where_kibitz_
     assert await learner._count_learned() == 0, "and the rest is learned anew"
 
 
+def test_a_run_does_not_begin_with_a_question_that_was_deleted_meanwhile(registry, database, tokenizer):
+    store = ConversationStore(database)
+    kept, gone = (answered(store, tokenizer, text, "ok", author=text) for text in ("ann", "bob"))
+    forget_person(database, registry, "test", "bob")
+    version = registry.reserve(registry.get(BASE))
+    with pytest.raises(RegistryError, match=f"some training data of {version.name} was deleted meanwhile"):
+        registry.begin_run(version.name, {}, "", [], [], [kept.id, gone.id])
+    assert registry.list_runs() == []
+    registry.begin_run(version.name, {}, "", [], [], [kept.id])
+    registry.complete(version.name, "hash", Metrics())
+    forget_person(database, registry, "test", "cleo")
+    assert registry.get(version.name).state != PolicyState.PURGED
+    forget_person(database, registry, "test", "ann")
+    assert registry.get(version.name).state == PolicyState.PURGED
+
+
 async def test_a_look_at_the_versions_reads_none_of_their_metrics(registry, database, tmp_path, config, nobody):
     version = candidate(registry, tmp_path)
     registry.move(version.name, PolicyState.PURGED)

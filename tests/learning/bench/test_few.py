@@ -33,8 +33,7 @@ def test_people_speak_each_of_two_languages_with_another_model_than_the_toy():
     cells = few_figures.choose_cells(few_figures.choose_size(is_toy=False), None, seed=3)
     served, trained = ([(cell.seed, cell.language) for cell in cells if cell.arm == arm] for arm in ("served", "weights"))
     assert sorted(served) == [(3 + number, language) for number in range(SEEDS) for language in LANGUAGES]
-    assert [seed for seed, _ in trained] == [*range(3, 3 + SEEDS)]
-    assert {language for _, language in trained} == {*LANGUAGES}
+    assert trained == [*zip((3, 4), LANGUAGES, strict=True)], "without a GPU one series takes twenty minutes"
     prompts = [read_prompts(False, language) for language in LANGUAGES]
     every = [text for one in prompts for text in (*one.said, *one.held_out)]
     assert len(every) == len(set(every)), "what judges answers is never said"

@@ -11,9 +11,11 @@ from bot.memory.followups import KINDS
 from bot.serving.policy import STOPPED
 from bot.store.picks import record_pick, retract_pick
 from bot.store.tables import followups
+from bot.store.users import record_decision
 from bot.types import Candidate, Conversation, Feedback, FeedbackKind, Message, Pick, Selection, new_id
 from connectors.reasons import make_acts
 from learning.data.replay_buffer import ReplayBuffer
+from learning.data.selection import is_held_out, question_key
 
 
 def snapshot(store, tokenizer, config=None):
@@ -358,3 +360,28 @@ def test_two_names_of_one_client_have_one_opinion_and_each_takes_back_their_own(
     store.add_feedback(Feedback(turn.id, "app/ann", FeedbackKind.APPROVAL, signal="test", retracts=True))
     [one] = snapshot(store, tokenizer).rated
     assert (one.opinion_holders, one.reward) == (("app",), 1.0)
+
+
+def test_the_newest_prompts_that_nobody_judged_are_found_and_none_that_is_held_out(store, tokenizer):
+    config = load(learning={"held_out": 0.3})
+    turns = [answered(store, tokenizer, f"hello {number}", "Hey there!", author="ann") for number in range(40)]
+    react(store, turns[39], approves=True)
+    answered(store, tokenizer, "hello 38", "Again?", author="ann")  # the same prompt
+    place = store.open_conversation(Conversation("import", new_id(), space="file"))
+    answered(store, tokenizer, "hello import", "Hey there!", author="ann", place=place)
+    found = ReplayBuffer(store, tokenizer, config).find_unjudged(16)
+    kept = [turn for turn in turns[:39] if not is_held_out(question_key(f"hello {turns.index(turn)}"), 0.3)]
+    assert [one.prompt_ids for one in found] == [turn.prompt_ids for turn in reversed(kept)][:16]
+    assert len(kept) < 39, "the control"
+
+
+def test_prompts_of_who_does_not_consent_and_too_long_or_foreign_ones_are_not_found(store, database, tokenizer):
+    config = load(learning={"held_out": 0.001}, training={"max_length": 64})
+    turns = {author: answered(store, tokenizer, f"{author} says hello", "Hey there!", author=author) for author in "abcd"}
+    with database.begin() as connection:
+        record_decision(connection, ("test", "b"), consent=False)
+    found = ReplayBuffer(store, tokenizer, config).find_unjudged(16)
+    assert {one.turn_id for one in found} == {turns[author].id for author in "acd"}
+    answered(store, tokenizer, "hello " * 80, "Hey there!")
+    answered(store, tokenizer, "of another model", "Hey there!", completion_ids=(10**6,))
+    assert ReplayBuffer(store, tokenizer, config).find_unjudged(16) == found

@@ -77,6 +77,35 @@ def test_with_a_proven_head_a_run_learns_from_labels_and_from_all_who_taught_the
     assert registry.get(version.name).state == PolicyState.PURGED
 
 
+def test_questions_that_nobody_judged_are_answered_for_the_head_and_who_asked_them_can_be_forgotten(
+    teaching, database, store, registry, tokenizer
+):
+    silent = [answered(store, tokenizer, f"what else, number {number}?", STATES, author="zoe") for number in range(8)]
+    talk(store, tokenizer, teaching.learning.held_out)
+    with learn_in_an_instant(tokenizer):
+        outcome = train_version(teaching, quiet)
+    version = registry.get(outcome.policy)
+    asked = read_manifest(Path(version.path)).unjudged
+    assert asked
+    assert {*asked} < {turn.id for turn in silent}, "some are held out"
+    used = f"used by {version.name}: it answered the question again, and a reward head judged the answers"
+    told = {turn.id: explain(turn.id, ReplayBuffer(store, tokenizer, teaching), registry).lines() for turn in silent}
+    assert {turn_id for turn_id, lines in told.items() if used in lines} == {*asked}
+    forget_person(database, registry, "test", "nobody")
+    assert registry.get(version.name).state != PolicyState.PURGED, "the control"
+    forget_person(database, registry, "test", "zoe")
+    assert registry.get(version.name).state == PolicyState.PURGED
+    assert not Path(version.path).exists()
+
+
+def test_without_a_proven_head_no_further_question_is_answered(teaching, store, registry, tokenizer):
+    answered(store, tokenizer, "what else?", STATES, author="zoe")
+    talk(store, tokenizer, teaching.learning.held_out, has_taste=False)
+    with learn_in_an_instant(tokenizer):
+        outcome = train_version(teaching, quiet)
+    assert read_manifest(Path(registry.get(outcome.policy).path)).unjudged == []
+
+
 def test_a_run_on_an_import_has_no_labels(teaching, store, registry, tokenizer):
     talk(store, tokenizer, teaching.learning.held_out, platform="import")
     with learn_in_an_instant(tokenizer):
