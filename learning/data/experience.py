@@ -18,14 +18,14 @@ class Experience:
 
     `unit` decides whether it is held out: an imported conversation, or the words of the question. `question_id` is the
     message that it answers; other answers may have the same. `opinion_holders` are the people whose opinions make the
-    reward; `followup_id` is the follow-up that counts too. `logprobs` (nats, one per completion token) were recorded
-    at sampling; they are None for a text that was not sampled so (imported, a person's correction, a truncated
-    distribution, chosen from several answers). `is_selected` tells that it was chosen so. `mean_logprob` (nats per
-    token) is None if no log-probabilities were recorded, or if it is a correction. `is_finished`: the answer ended by
-    itself. `reasons` are those that people gave for disliking it. `rejected_ids` is an answer to the same prompt that
-    people liked less. `feedback_ids` are the feedback behind the reward; a paired answer also has the feedback and the
-    ranks (`rank_ids`) of both answers. `said_at` is the time of the first of it. `advantage` (in [-2, 2]) is set by
-    `with_advantages`; `weight` (in (0, 1]) is lower for people who say more than their share.
+    reward, `asker_voice` is whom the asker counts as among them; `followup_id` is the follow-up that counts too. `logprobs`
+    (nats, one per completion token) were recorded at sampling; they are None for a text that was not sampled so (imported, a
+    person's correction, a truncated distribution, chosen from several answers). `is_selected` tells that it was chosen so.
+    `mean_logprob` (nats per token) is None if no log-probabilities were recorded, or if it is a correction. `is_finished`:
+    the answer ended by itself. `reasons` are those that people gave for disliking it. `rejected_ids` is an answer to the
+    same prompt that people liked less. `feedback_ids` are the feedback behind the reward; a paired answer also has the
+    feedback and the ranks (`rank_ids`) of both answers. `said_at` is the time of the first of it. `advantage` (in [-2, 2])
+    is set by `with_advantages`; `weight` (in (0, 1]) is lower for people who say more than their share.
     """
 
     turn_id: str
@@ -37,6 +37,7 @@ class Experience:
     feedback_ids: tuple[str, ...]
     followup_id: str | None = None
     asker: str = ""
+    asker_voice: str = ""
     opinion_holders: tuple[str, ...] = ()
     question: str = ""
     answer: str = ""

@@ -333,6 +333,7 @@ class ReplayBuffer:
             feedback_ids=earned.feedback_ids,
             followup_id=earned.followup_id,
             asker=turn.asker_id,
+            asker_voice=voices.resolve_person(turn, turn.asker_id),
             opinion_holders=tuple(earned.opinions),
             question=voices.questions[turn.message_id],
             question_id=turn.message_id,

@@ -6,7 +6,7 @@ plain samples. When chosen answers are liked less than plain ones, it stops choo
 
 import asyncio
 import random
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -193,7 +193,11 @@ class HeadSelector:
             told = f"{chosen.liked} of {chosen.total}, against {plain.liked} of {plain.total}"
             return _State(why=f"chosen answers were liked less than plain ones ({told})")
         save_head(head, self._heads)
-        return _State(head, only_for=frozenset(_find_circle(rated, head.teachers)), people=_find_people(rated))
+        return _State(
+            head,
+            only_for=frozenset(_find_circle(rated, head.teachers)),
+            people={one.asker: one.asker_voice for one in rated},
+        )
 
 
 def describe_text(said: Reply | Turn) -> AnswerText:
@@ -207,14 +211,6 @@ def _find_circle(rated: Sequence[Experience], teachers: Sequence[str]) -> set[st
         return set()
     askers = {one.asker for one in rated}  # a web user's id differs from the id that the person counts as
     return {*teachers} | (askers if len(askers) == 1 else set())
-
-
-def _find_people(rated: Sequence[Experience]) -> dict[str, str]:
-    """Return whom askers count as, if they have another id: a web user whose answers nobody else judged."""
-    judges: dict[str, set[str]] = defaultdict(set)
-    for one in rated:
-        judges[one.asker] |= {*one.opinion_holders}
-    return {asker: next(iter(people)) for asker, people in judges.items() if len(people) == 1 and asker not in people}
 
 
 def _describe(reply: Reply) -> Candidate:

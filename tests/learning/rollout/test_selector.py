@@ -120,6 +120,27 @@ async def test_people_of_opposite_tastes_are_each_given_what_they_like(stage):
         assert np.mean(np.array(found) == wanted) > 0.9
 
 
+async def test_a_web_user_has_a_taste_of_their_own_and_who_asks_has_not_that_of_who_judges(stage):
+    stage.judge(24, people=("ann",), contrary=("ann",))
+    stage.judge(96, people=("bob", "cleo", "dora"))
+    place = stage.store.open_conversation(Conversation("web", new_id(), space="app"))
+    stage.judge(24, people=("app/cleo",), contrary=("app/cleo",), place=place)
+    for number in range(8):  # zed asks in a room where only ann judges
+        room = stage.store.open_conversation(Conversation("test", new_id()))
+        turn = answered(stage.store, stage.tokenizer, f"zed {number}", "Hey!", author="zed", place=room)
+        answered(stage.store, stage.tokenizer, "here", "Hey!", author="ann", place=room)
+        react(stage.store, turn, True, "ann")
+    await stage.fit()
+    assert {*stage.selector.head.own} == {"ann", "app"}
+    replies = [reply("Hey there!"), reply("Hey there! 👋")]
+    everybody = (await stage.selector.choose(replies)).candidates
+    for person, prefers_emoji in (("ann", False), ("app/cleo", False), ("bob", True)):
+        scores = [one.score for one in (await stage.selector.choose(replies, asker_id=person)).candidates]
+        assert (scores[1] > scores[0]) == prefers_emoji
+    zed = (await stage.selector.choose(replies, asker_id="zed")).candidates
+    assert [one.score for one in zed] == [one.score for one in everybody]
+
+
 async def test_a_tenth_of_the_answers_stays_plain(stage):
     stage.judge(32)
     assert not stage.selector.plan("ann", MANY).is_plain, "not before it is sure"
