@@ -131,7 +131,7 @@ async def test_a_web_user_has_a_taste_of_their_own_and_who_asks_has_not_that_of_
         answered(stage.store, stage.tokenizer, "here", "Hey!", author="ann", place=room)
         react(stage.store, turn, True, "ann")
     await stage.fit()
-    assert {*stage.selector.head.own} == {"ann", "app"}
+    assert {"ann", "app"} <= {*stage.selector.head.own}
     replies = [reply("Hey there!"), reply("Hey there! 👋")]
     everybody = (await stage.selector.choose(replies)).candidates
     for person, prefers_emoji in (("ann", False), ("app/cleo", False), ("bob", True)):
