@@ -52,7 +52,7 @@ class Labelling:
     """
 
     answers: int = 8
-    rounds: int = 4
+    rounds: int = 3
     pessimism: float = PESSIMISM
     doubts_unusual: bool = True
 
