@@ -72,7 +72,7 @@ SIZE_TABLE = (
 # minutes, not hours; and people choose from fewer answers, so that they need not wait for seconds.
 CPU_DEFAULTS: dict[str, dict[str, Any]] = {
     "training": {"max_length": 512},
-    "learning": {"distil_prompts": 12, "own_answers": 2},
+    "learning": {"distil_prompts": 8, "own_answers": 2},
     "serving": {"candidates": 4},
 }
 # A replay reads whole recorded conversations, which share no beginnings: it takes fewer steps and samples to save time.

@@ -31,7 +31,8 @@ from learning.models.trainable import as_base, copy_weights, restore_weights
 if TYPE_CHECKING:
     from learning.models.trainable import Model
 
-STEPS = 5  # in a round
+STEPS = 5  # in a round, at most
+EPOCHS = 2  # over the labels of a round, at most
 BATCH_SIZE = 64
 # Labels are many and agree with each other, so the steps are larger, and less of them is taken back, than with reactions.
 RATE = 4.0  # times training.learning_rate
@@ -165,6 +166,7 @@ def distil(
 
 def choose_training(training: TrainingConfig) -> TrainingConfig:
     """Return the settings of the steps on labelled answers."""
-    steps = {"objective": "pg", "batch_size": BATCH_SIZE, "max_steps": STEPS, "anchor": ANCHOR * training.anchor}
+    steps: dict[str, object] = {"objective": "pg", "batch_size": BATCH_SIZE, "epochs": EPOCHS, "max_steps": STEPS}
     rates = {name: RATE * getattr(training, name) for name in ("learning_rate", "full_learning_rate")}
-    return training.model_copy(update=steps | rates | {"weight_decay": DECAY * training.weight_decay})
+    holds = {"anchor": ANCHOR * training.anchor, "weight_decay": DECAY * training.weight_decay}
+    return training.model_copy(update=steps | rates | holds)
