@@ -7,6 +7,7 @@ import typer
 from bot.app import run, running
 from bot.cli.options import JsonFile, PlotFile, command
 from bot.config import Config
+from bot.models.purpose import Purpose
 from bot.output import announce, check_writable, console, progress_bar, write_json
 from bot.store.stores import open_stores
 from learning.rollout.loop import OnlineLearner
@@ -40,7 +41,7 @@ def simulate(
     database, _, _ = open_stores(config)
     simulation.check_only_simulated(database)
     database.close()
-    config, base = prepare_model(config)
+    config, base = prepare_model(config, purpose=Purpose.SIMULATE)
     played: list[simulation.Simulation] = []
 
     async def main() -> None:

@@ -40,21 +40,21 @@ LEAST_DISK = GIB // 4  # bytes, for the database, logs and the embedding model
 
 
 def check_model(config: Config, model: str, purpose: Purpose = Purpose.SERVE) -> MemoryPlan | None:
-    """Check that a model can be trained on this machine and, for Purpose.SERVE, served. Call `check_files` first.
+    """Check that a model can be trained on this machine and, if `purpose` says so, served. Call `check_files` first.
 
     Returns the plan for the GPU's memory, or None if there is nothing to share. Raises ConfigError for the first fault.
     """
     shape = read_shape(model)
     check_architecture(config.policy, config.serving, model)
     check_weights(config.policy, model)
-    if config.learning.enabled or purpose != Purpose.SERVE:
+    if config.learning.enabled or not purpose.is_served:
         check_temperature(config.policy, model)
     tokenizer = check_tokenizer(config.policy, model, shape)
     served = config.model_copy(update={"policy": tokenizer.with_thought_tokens(config.policy)})
     check_context(served.policy, shape)
     check_disk(config.policy, config.training, config.data, shape)
     check_download(config.policy, model, shape)
-    return check_memory(served, model, shape) if purpose == Purpose.SERVE else None
+    return check_memory(served, model, shape) if purpose.is_served else None
 
 
 def raise_if_refused(name: str, error: Exception) -> None:

@@ -75,8 +75,9 @@ CPU_DEFAULTS: dict[str, dict[str, Any]] = {
     "learning": {"distil_prompts": 8, "own_answers": 2},
     "serving": {"candidates": 4},
 }
-# A replay reads whole recorded conversations, which share no beginnings: it takes fewer steps and samples to save time.
-CPU_REPLAY_DEFAULTS: dict[str, dict[str, Any]] = {"training": {"max_steps": 24}, "gate": {"samples": 96}}
+# A replay reads whole recorded conversations, which share no beginnings, and people who are simulated need no version for
+# long: both take fewer steps and samples to save time.
+CPU_SHORT_DEFAULTS: dict[str, dict[str, Any]] = {"training": {"max_steps": 24}, "gate": {"samples": 96}}
 
 
 def find_defaults(shape: ModelShape) -> SizeDefaults:
@@ -87,7 +88,7 @@ def find_defaults(shape: ModelShape) -> SizeDefaults:
 def apply_size_defaults(config: Config, model: str, purpose: Purpose = Purpose.SERVE) -> Config:
     """Return the config with the defaults for a model's size and family in the keys that nobody set.
 
-    Without a GPU an offline replay is shorter than a run beside the chat.
+    Without a GPU the runs of a replay or a simulation are shorter than those beside the chat.
     """
     wanted = _values(find_defaults(read_shape(model)), purpose)
     return config.model_copy(update={name: getattr(config, name).fill(values) for name, values in wanted.items()})
@@ -125,6 +126,7 @@ def _values(row: SizeDefaults, purpose: Purpose) -> dict[str, dict[str, Any]]:
         "gate": {"kl_budget": row.kl_budget},
     }
     if not has_gpu() and row is not SIZE_TABLE[0]:
-        for section, values in (*CPU_DEFAULTS.items(), *(CPU_REPLAY_DEFAULTS.items() if purpose == Purpose.REPLAY else ())):
+        is_short = purpose in (Purpose.REPLAY, Purpose.SIMULATE)
+        for section, values in (*CPU_DEFAULTS.items(), *(CPU_SHORT_DEFAULTS.items() if is_short else ())):
             found[section] = found.get(section, {}) | values
     return found

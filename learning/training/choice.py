@@ -44,7 +44,7 @@ def resolve_model(config: Config, tell: Announce = announce, purpose: Purpose = 
 def prepare_model(config: Config, tell: Announce = announce, purpose: Purpose = Purpose.SERVE) -> tuple[Config, str]:
     """Resolve and check the base model. As `resolve_model`, with vLLM's share of the GPU memory in the config.
 
-    Raises ConfigError if the model cannot be trained on this machine or, for Purpose.SERVE, not be served.
+    Raises ConfigError if the model cannot be trained on this machine or, if `purpose` says so, not be served.
     """
     found, model = resolve_model(config, tell, purpose)
     check_extra_args(config.serving, config.policy)

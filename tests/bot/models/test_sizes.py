@@ -76,15 +76,18 @@ def test_larger_models_take_smaller_steps_and_what_is_set_is_left_alone(tmp_path
     assert "set by you: training.learning_rate, gate.kl_budget)" in describe_sizes(applied, str(tmp_path), asked)
 
 
-def test_without_a_gpu_a_replay_is_shorter_than_a_run_beside_the_chat(tmp_path, monkeypatch):
+@pytest.mark.parametrize("purpose", [Purpose.REPLAY, Purpose.SIMULATE])
+def test_without_a_gpu_the_runs_of_a_replay_or_simulation_are_shorter_than_those_beside_the_chat(
+    tmp_path, monkeypatch, purpose
+):
     (tmp_path / "config.json").write_text(json.dumps(settings("SmolLM2-135M")))
     asked = load(gate={"samples": 48})
     for has_gpu, steps, samples in ((False, 24, 96), (True, 36, 192)):
         monkeypatch.setattr("bot.models.sizes.has_gpu", lambda found=has_gpu: found)
-        found = apply_size_defaults(load(), str(tmp_path), Purpose.REPLAY)
+        found = apply_size_defaults(load(), str(tmp_path), purpose)
         assert (found.training.max_steps, found.gate.samples) == (steps, samples)
         assert apply_size_defaults(load(), str(tmp_path)).training.max_steps == 36
-        assert apply_size_defaults(asked, str(tmp_path), Purpose.REPLAY).gate.samples == 48
+        assert apply_size_defaults(asked, str(tmp_path), purpose).gate.samples == 48
 
 
 def test_what_is_filled_in_stays_when_the_config_goes_to_a_child(tmp_path):
