@@ -39,7 +39,7 @@ class Size:
 def choose_size(is_toy: bool) -> Size:
     """Return the size for the toy policy (12 minutes on two cores), or for any other model.
 
-    Without a GPU another model takes about an hour with one series of weights in each language, which is too few for a claim.
+    Without a GPU another model takes about an hour, with one series of weights in each language: too few for a claim.
     """
     if is_toy:
         return Size(
