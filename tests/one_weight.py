@@ -24,7 +24,7 @@ from learning.judging import evidence, waiting
 from learning.judging.evaluation import Rows, Sample
 from learning.judging.metrics import TrainingMetrics
 from learning.judging.probe import ProbeLogprobs
-from learning.training import distillation, lesson, run
+from learning.training import demonstrations, distillation, lesson, run
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
 VOCABULARY = 16  # tokens that a probe looks at
@@ -123,7 +123,8 @@ def learn_in_an_instant(tokenizer: ChatTokenizer) -> Iterator[pytest.MonkeyPatch
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, stand_in in stand_ins.items():
-            places = [module for module in (lesson, run, evidence, waiting, distillation) if hasattr(module, name)]
+            users = lesson, run, evidence, waiting, distillation, demonstrations
+            places = [module for module in users if hasattr(module, name)]
             assert places, f"nothing uses {name} any more"
             for module in places:
                 patch.setattr(module, name, stand_in)
