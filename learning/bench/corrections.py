@@ -23,10 +23,10 @@ import numpy as np
 from bot.config import Config
 from bot.models.tokenizer import ChatTokenizer
 from learning.bench.arena import Arena, MakeFurther, Point, make_experience, prepare_process, train_policy
+from learning.bench.curves import describe_mean, draw_means
 from learning.bench.grid import PEOPLE_KINDS, SEEDS
 from learning.bench.simulated_people import Utility, find_utility, read_prompts
 from learning.data.experience import Experience
-from learning.judging.statistics import mean_interval
 from learning.models.trainable import as_base
 from learning.training.demonstrations import prefer_to_own_answers
 from learning.training.pretrain import is_toy
@@ -114,8 +114,7 @@ def compute_figures(found: dict[CorrectionsCell, list[Point]]) -> dict[str, Any]
         for name in ("well_formed", "perplexity_ratio", "kl"):
             described[name] = [getattr(points[-1], name) for points in rows]
         for name, values in described.items():
-            interval = mean_interval(values, seed=0)
-            made |= dict(zip((f"{arm}_{name}{part}" for part in ("", "_low", "_high")), interval, strict=True))
+            made |= describe_mean(f"{arm}_{name}", values)
     return made
 
 
@@ -129,10 +128,7 @@ def plot(found: dict[CorrectionsCell, list[Point]], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 4.6), layout="constrained")
     for arm, colour in COLOURS.items():
         curves = np.array([[0.5, *(one.win_rate for one in points)] for cell, points in found.items() if cell.arm == arm])
-        spread = np.array([mean_interval(column.tolist(), seed=0) for column in curves.T])
-        counts = (0, *COUNTS)
-        axes.plot(counts, spread[:, 0], marker="o", markersize=3, label=arm.replace("_", " "), color=colour)
-        axes.fill_between(counts, spread[:, 1], spread[:, 2], color=colour, alpha=0.12, linewidth=0)
+        draw_means(axes, (0, *COUNTS), curves, label=arm.replace("_", " "), color=colour)
     axes.set(xlabel="corrections", ylabel="win rate over version 0, held-out prompts", ylim=(0.2, 1.02))
     axes.set_title("mean and 95% interval over series", fontsize=10)
     axes.legend(loc="lower right", frameon=False, fontsize=8)

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from bot.accelerator import has_gpu
+from learning.bench.curves import describe_mean, draw_means
 from learning.bench.few import FewCell, FewPoint
 from learning.bench.grid import PEOPLE_KINDS, SEEDS, count_reactions_to
 from learning.bench.simulated_people import LANGUAGES, choose_defaults
-from learning.judging.statistics import mean_interval
 
 REPORTED = {"served": (20, 50, 200), "weights": (50, 100), "placebo_served": (20, 50, 200), "placebo_weights": (50,)}
 COLOURS = {"served": "tab:green", "weights": "tab:blue", "placebo_served": "black", "placebo_weights": "tab:gray"}
@@ -81,12 +81,12 @@ def compute_figures(found: dict[FewCell, list[FewPoint]]) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for arm, steps in REPORTED.items():
         for step in steps:
-            made |= _describe(f"{arm}_win_rate_{step}", [one.win_rate for one in _find(series, arm, step)])
+            made |= describe_mean(f"{arm}_win_rate_{step}", [one.win_rate for one in _find(series, arm, step)])
     ends = [points[-1] for points in series]
-    made |= _describe("oracle_win_rate", [one.oracle for one in ends if one.arm == "served" and one.oracle is not None])
+    made |= describe_mean("oracle_win_rate", [one.oracle for one in ends if one.arm == "served" and one.oracle is not None])
     by_lot = [one for one in ends if one.arm == "placebo_served"]
     for last in {one.reactions for one in by_lot}:
-        made |= _describe(f"placebo_switched_on_{last}", [float(one.candidates > 1) for one in by_lot])
+        made |= describe_mean(f"placebo_switched_on_{last}", [float(one.candidates > 1) for one in by_lot])
     for arm in ("served", "weights"):
         curves = _find_curves(series, arm)
         mean = [float(np.mean([one.win_rate for one in column])) for column in zip(*curves, strict=True)]
@@ -94,7 +94,7 @@ def compute_figures(found: dict[FewCell, list[FewPoint]]) -> dict[str, Any]:
         made[f"{arm}_reactions_to_80"] = count_reactions_to(0.8, mean, counts)
     trained = [one for one in ends if one.arm == "weights"]
     for name in ("well_formed", "perplexity_ratio"):
-        made |= _describe(name, [getattr(one, name) for one in trained])
+        made |= describe_mean(name, [getattr(one, name) for one in trained])
     for arm, step in (("served", 20), ("served", 50), ("weights", 50), ("weights", 100)):
         points = _find(series, arm, step)
         for label in ("users", "language"):
@@ -122,11 +122,9 @@ def plot(found: dict[FewCell, list[FewPoint]], path: Path) -> None:
             continue
         reactions = [0, *(one.reactions for one in curves[0])]
         wins = np.array([[0.5, *(one.win_rate for one in points)] for points in curves])
-        spread = np.array([mean_interval(column.tolist(), seed=0) for column in wins.T])
         style = "--" if arm.startswith("placebo") else "-"
         label = arm.replace("_", ", ").replace("placebo", "reactions by lot")
-        axes.plot(reactions, spread[:, 0], style, marker="o", markersize=3, label=label, color=colour)
-        axes.fill_between(reactions, spread[:, 1], spread[:, 2], color=colour, alpha=0.12, linewidth=0)
+        draw_means(axes, reactions, wins, style, label=label, color=colour)
     axes.axhline(0.8, color="tab:gray", linewidth=0.6, linestyle=":")
     axes.set(xlabel="reactions", ylabel="win rate over version 0, held-out prompts", ylim=(0.2, 1.02))
     axes.set_title("10% of the reactions are mistaken; mean and 95% interval over series", fontsize=10)
@@ -142,9 +140,3 @@ def _find(series: Sequence[Sequence[FewPoint]], arm: str, step: int) -> list[Few
 
 def _find_curves(series: Sequence[Sequence[FewPoint]], arm: str) -> list[Sequence[FewPoint]]:
     return [points for points in series if points[0].arm == arm]
-
-
-def _describe(name: str, values: Sequence[float]) -> dict[str, float | None]:
-    """Return a mean with its interval, each None without values."""
-    found = mean_interval(values, seed=0) if values else (None, None, None)
-    return dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))

@@ -29,6 +29,7 @@ from learning.bench.arena import (
     prepare_process,
     train_policy,
 )
+from learning.bench.curves import describe_mean, draw_means
 from learning.bench.few import NOISE, Series, sample_candidates
 from learning.bench.grid import PEOPLE_KINDS, SEEDS
 from learning.bench.simulated_people import find_utility, read_prompts
@@ -36,7 +37,6 @@ from learning.data.experience import Experience
 from learning.data.feature_space import FeatureExtractor
 from learning.data.selection import split_held_out
 from learning.judging.metrics import TrainingMetrics
-from learning.judging.statistics import mean_interval
 from learning.training.distillation import Labelling, distil
 from learning.training.objectives import train
 from learning.training.pretrain import is_toy
@@ -118,8 +118,7 @@ def compute_figures(found: dict[HackingCell, list[Point]]) -> dict[str, Any]:
         for name in ("win_rate", "well_formed", "perplexity_ratio", "kl"):
             described[name] = np.array([getattr(points[-1], name) for points in rows])
         for name, values in described.items():
-            interval = mean_interval(values.tolist(), seed=0)
-            made |= dict(zip((f"{arm}_{name}{part}" for part in ("", "_low", "_high")), interval, strict=True))
+            made |= describe_mean(f"{arm}_{name}", values.tolist())
     return made
 
 
@@ -133,10 +132,7 @@ def plot(found: dict[HackingCell, list[Point]], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 4.6), layout="constrained")
     for arm, colour in COLOURS.items():
         curves = np.array([[one.utility for one in points] for cell, points in found.items() if cell.arm == arm])
-        spread = np.array([mean_interval(column.tolist(), seed=0) for column in curves.T])
-        rounds = range(len(spread))
-        axes.plot(rounds, spread[:, 0], marker="o", markersize=3, label=arm, color=colour)
-        axes.fill_between(rounds, spread[:, 1], spread[:, 2], color=colour, alpha=0.12, linewidth=0)
+        draw_means(axes, range(curves.shape[1]), curves, label=arm, color=colour)
     axes.set(xlabel="rounds of labels by one head", ylabel="true utility, held-out prompts", ylim=(-1.05, 1.05))
     axes.set_title(f"a head of {REACTIONS} reactions, no new ones; mean and 95% interval over series", fontsize=10)
     axes.legend(loc="lower right", frameon=False, fontsize=8)
