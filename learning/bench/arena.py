@@ -25,7 +25,7 @@ from learning.judging.metrics import TrainingMetrics
 from learning.models import toy
 from learning.models.trainable import as_base, copy_weights, load_for_training, restore_weights, silence_libraries
 from learning.training.demonstrations import prefer_to_own_answers
-from learning.training.distillation import distil, is_proven
+from learning.training.distillation import distil, is_proven, order_prompts
 from learning.training.drift import detect_drift
 from learning.training.pretrain import is_toy
 from learning.training.teaching import train_with_guard
@@ -229,8 +229,7 @@ def train_policy(
     if is_harmed:
         restore_weights(arena.model, before)  # in production the version would be rejected
     elif is_proven(config, found, arena.embedder):
-        asked = [*dict.fromkeys([*(one.prompt_ids for one in reversed(taught)), *unjudged])]
-        distil(config, *told, found, asked, arena.embedder, teach)
+        distil(config, *told, found, order_prompts(taught, unjudged), arena.embedder, teach)
     return RunEnd(figures.stopped is not None, change is not None)
 
 

@@ -28,9 +28,9 @@ class Manifest(Record):
 
     If a reward head labelled the policy's own answers, `head_rows` are those that it was fitted to, and `distil_prompts` is
     how many prompts were answered in a round, at most; `unjudged` are the turns whose questions were answered though nobody
-    judged their answers. `own_answers` is how many answers of the policy, and of its base,
-    each correction was preferred to; it is 0 without corrections. `sha256` is the hash of the rest. A manifest has no time,
-    path or version number, so equal runs have equal manifests.
+    judged their answers. `own_answers` is how many answers of the policy, and of its base, each correction was preferred to;
+    it is 0 without corrections. `sha256` is the hash of the rest. A manifest has no time, path or version number, so equal
+    runs have equal manifests.
     """
 
     base_sha256: str = ""

@@ -118,6 +118,11 @@ def label_answers(
     ]
 
 
+def order_prompts(judged: Sequence[Experience], unjudged: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Return the prompts to answer: those of `judged` answers (oldest first), the newest first, then the `unjudged` ones."""
+    return [*dict.fromkeys([*(one.prompt_ids for one in reversed(judged)), *unjudged])]
+
+
 def _rotate(prompts: Sequence[tuple[int, ...]], by: int) -> Sequence[tuple[int, ...]]:
     start = by % len(prompts) if prompts else 0
     return [*prompts[start:], *prompts[:start]]

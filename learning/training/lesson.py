@@ -17,7 +17,7 @@ from learning.judging.gate import HEADROOM, compute_allowed_p, select_newest_suf
 from learning.judging.waiting import read_earlier_verdicts
 from learning.models.trainable import load_served, silence_libraries
 from learning.models.version_files import fingerprint, is_whole
-from learning.training.distillation import USUAL, is_proven
+from learning.training.distillation import USUAL, is_proven, order_prompts
 from learning.training.drift import detect_drift
 
 if TYPE_CHECKING:
@@ -51,8 +51,7 @@ class Lesson:
     @property
     def prompts(self) -> list[tuple[int, ...]]:
         """The prompts that the policy answers for the reward head: the newest that were judged, then the others."""
-        judged = [one.prompt_ids for one in reversed(self.snapshot.training)]
-        return [*dict.fromkeys([*judged, *(one.prompt_ids for one in self.unjudged)])]
+        return order_prompts(self.snapshot.training, [one.prompt_ids for one in self.unjudged])
 
     @property
     def feedback_ids(self) -> list[str]:
