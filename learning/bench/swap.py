@@ -36,6 +36,7 @@ Prompt = tuple[int, ...]
 LENGTH = 32  # tokens of each answer, so that all sides do the same work
 PROMPTS = 24  # different prompts under load
 UNLISTED = 10.0  # nats, the distance of a token that is not among a version's likeliest: rounding cannot cause that
+BLOCK = 128  # tokens of a block of vLLM's prefix cache on a CPU; on a GPU it is smaller
 STALL = 5.0  # an answer is stalled if it takes this many times as long as the same answer without swaps
 
 
@@ -286,9 +287,15 @@ def _compute_median_seconds(answers: Sequence[TimedAnswer]) -> dict[Prompt, floa
 
 
 def make_long_prompts(tokenizer: ChatTokenizer, count: int) -> list[Prompt]:
-    """Make prompts longer than a block of vLLM's prefix cache (128 tokens on a CPU), so that a stale cache is noticed."""
-    texts = ["please listen. " * 60 + text for text, _ in toy.list_held_out_prompts()[:count]]
-    return [tuple(tokenizer.prompt_ids([{"role": "user", "content": text}])) for text in texts]
+    """Make prompts a little longer than a block of vLLM's prefix cache, so that a stale cache is noticed."""
+
+    def tokenize(text: str) -> Prompt:
+        return tuple(tokenizer.prompt_ids([{"role": "user", "content": text}]))
+
+    filler = "please listen. "
+    while len(tokenize(filler)) <= BLOCK:
+        filler += "please listen. "
+    return [tokenize(filler + text) for text, _ in toy.list_held_out_prompts()[:count]]
 
 
 def _tokens(answers: Sequence[TimedAnswer]) -> int:

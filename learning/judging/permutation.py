@@ -28,18 +28,18 @@ def permutation_p_value(
     Rows of the same unit (`units`, (n,)) keep their signs together. Two units may exchange their signs if they have the same
     stratum (`strata`, (n,)) and the same number of rows. The p-value is precise enough to be compared with `level`.
     """
-    groups = _group_exchangeable(units, strata)
-    products = [signs[rows] @ values[rows].T for rows in groups]  # (each unit's signs) × (each unit's values)
-    fixed = sum(float(table[0, 0]) for table in products if len(table) == 1)  # units that can exchange with none
+    groups = [(signs[rows], values[rows].ravel()) for rows in _group_exchangeable(units, strata)]
+    movable = [one for one in groups if len(one[0]) > 1]
+    fixed = sum(float(given.ravel() @ moved) for given, moved in groups if len(given) == 1)  # they can exchange with none
 
     def draw(rng: np.random.Generator) -> np.ndarray:
         drawn = np.full(DRAWS, float(fixed))
-        for table in (one for one in products if len(one) > 1):
-            places = np.arange(len(table))
-            drawn += table[rng.permuted(np.tile(places, (DRAWS, 1)), axis=1), places].sum(1)
+        for given, moved in movable:
+            order = rng.permuted(np.tile(np.arange(len(given)), (DRAWS, 1)), axis=1)
+            drawn += given[order].reshape(DRAWS, -1) @ moved
         return drawn
 
-    return _p_value(sum(float(np.trace(table)) for table in products), draw, seed, level)
+    return _p_value(float(signs @ values), draw, seed, level)
 
 
 def sign_flip_p_value(values: np.ndarray, seed: int, level: float = ENOUGH_AS_LARGE / DRAWS) -> float:

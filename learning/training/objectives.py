@@ -14,10 +14,12 @@ and the policy would drift away from its base.
 - `sft`, `pg`, `mixed`: the terms of `learning.training.weighted_trainer`.
 """
 
+import gc
 import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -70,6 +72,13 @@ class BaseWeightDecay(TrainerCallback):
         draw_to_base(model, share * self.config.learning_rate * self.config.weight_decay)
 
 
+@cache
+def _freeze_loaded() -> None:
+    """Keep what is loaded out of garbage collection, which accelerate asks for before and after each training."""
+    gc.collect()
+    gc.freeze()
+
+
 def train(
     model: Any,
     tokenizer: Any,
@@ -98,6 +107,7 @@ def train(
     fit = fit_to_machine(model, config, compute_batch_share(batch_size), max(map(_count_tokens, usable)))
     if fit.accumulation_steps > 1 or fit.gradient_checkpointing:
         progress(f"memory: {describe_fit(fit)}", 0, 1)
+    _freeze_loaded()
     while True:
         try:
             with scoring_answers_alone():
