@@ -135,6 +135,7 @@ class LearningConfig(Section):
     # "min_reactions" is its older name
     distil_every: Positive = Field(default=20, validation_alias=AliasChoices("distil_every", "min_reactions"))
     distil_prompts: Annotated[int, Field(ge=0)] = 20
+    distil_rate: Annotated[float, Field(gt=0)] = 4.0
     own_answers: Annotated[int, Field(ge=0, le=16)] = 4
     check_seconds: Annotated[float, Field(gt=0)] = 5.0
     wait_reactions: Annotated[int, Field(ge=0)] = 24

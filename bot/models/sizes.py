@@ -77,7 +77,11 @@ CPU_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 # A replay reads whole recorded conversations, which share no beginnings, and people who are simulated need no version for
 # long: both take fewer steps and samples to save time.
-CPU_SHORT_DEFAULTS: dict[str, dict[str, Any]] = {"training": {"max_steps": 24}, "gate": {"samples": 96}}
+CPU_SHORT_DEFAULTS: dict[str, dict[str, Any]] = {
+    "training": {"max_steps": 24},
+    "learning": {"distil_prompts": 4},
+    "gate": {"samples": 96},
+}
 
 
 def find_defaults(shape: ModelShape) -> SizeDefaults:
@@ -115,6 +119,7 @@ def describe_sizes(config: Config, model: str, asked: Config | None = None) -> s
 
 
 def _values(row: SizeDefaults, purpose: Purpose) -> dict[str, dict[str, Any]]:
+    is_toy = row is SIZE_TABLE[0]
     found: dict[str, dict[str, Any]] = {
         "training": {
             "learning_rate": row.learning_rate,
@@ -124,8 +129,9 @@ def _values(row: SizeDefaults, purpose: Purpose) -> dict[str, dict[str, Any]]:
         },
         "rewards": {"smoothing": row.smoothing},
         "gate": {"kl_budget": row.kl_budget},
+        "learning": {"distil_rate": 4.0 if is_toy else 2.0},
     }
-    if not has_gpu() and row is not SIZE_TABLE[0]:
+    if not has_gpu() and not is_toy:
         is_short = purpose in (Purpose.REPLAY, Purpose.SIMULATE)
         for section, values in (*CPU_DEFAULTS.items(), *(CPU_SHORT_DEFAULTS.items() if is_short else ())):
             found[section] = found.get(section, {}) | values

@@ -34,26 +34,29 @@ if TYPE_CHECKING:
 STEPS = 5  # in a round, at most
 EPOCHS = 2  # over the labels of a round, at most
 BATCH_SIZE = 64
-# Labels are many and agree with each other, so the steps are larger, and less of them is taken back, than with reactions.
-RATE = 4.0  # times training.learning_rate
+# Labels are many and agree with each other, so the steps are larger (`learning.distil_rate`), and less of them is taken
+# back, than with reactions.
 SIZE = 0.5  # standard deviation of the advantages
 LARGEST_SCALE = 6.0  # of differences between probabilities
 ANCHOR = 0.2  # times training.anchor
 DECAY = 0.25  # times training.weight_decay
+NEAR = 0.1  # times gate.kl_budget: nearer to the base there are more rounds, and further from it a larger penalty
 NORMAL = 1.4826  # standard deviations of a normal distribution in its median absolute deviation
 LEAST_ADVANTAGE = 0.01  # of the most different answers; Adam would make whole steps of rounding
 
 
 @dataclass(frozen=True)
 class Labelling:
-    """How labels are made: the answers to each prompt, the rounds of a run, the standard deviations that are subtracted from
-    a predicted log odds, and whether answers that are malformed, or that the base would hardly give, count as disliked.
+    """How labels are made: the answers to each prompt, the least and the most rounds of a run, the standard deviations that
+    are subtracted from a predicted log odds, and whether answers that are malformed, or that the base would hardly give,
+    count as disliked.
 
     Answers of the policy as it is now teach more than further steps on older ones, so there is more than one round.
     """
 
     answers: int = 8
-    rounds: int = 3
+    least_rounds: int = 2
+    rounds: int = 5
     pessimism: float = PESSIMISM
     doubts_unusual: bool = True
 
@@ -149,29 +152,57 @@ def distil(
     """Train a model in rounds, each on fresh answers of its own that a reward head judged.
 
     The head is fitted to the judged answers `taught` (oldest first), which `is_proven` accepted. `train` trains the model
-    in place, as the config says. A round that the guard stops is the last; if no check passed, it is taken back.
+    in place, as the config says. A round that the guard stops is the last.
+
+    How far a round moves the policy depends on the taste. So the distance from the base decides how many rounds there are,
+    and how large the penalty for it is, as in Ziegler et al. (2019), "Fine-Tuning Language Models from Human Preferences",
+    arXiv:1909.08593.
     """
     extractor = FeatureExtractor(embedder)  # one, so that no judged answer is embedded again in each round
-    labels, stopped = 0, None
+    labels, rate, hold = 0, config.learning.distil_rate, 1.0
     for number in range(labelling.rounds):
-        settings = config.model_copy(update={"seed": config.seed + number, "training": choose_training(config.training)})
+        settings = config.model_copy(update={"seed": config.seed + number})
         asked = _rotate(prompts, number * config.learning.distil_prompts)  # other prompts than in the round before
         answers = label_answers(settings, model, tokenizer, taught, asked, extractor, labelling)
         if not answers:
             break
-        before = copy_weights(model)
-        trained = train(settings, answers)
-        labels, stopped = labels + len(answers), trained.stopped
-        if stopped:
-            if not trained.kept:
-                restore_weights(model, before)
+        labels += len(answers)
+        trained, rate = _train_on_labels(settings, model, answers, train, rate, hold)
+        if trained.stopped:
+            return DistillationMetrics(labels=labels, labels_stopped=trained.stopped)
+        kl = trained.checks[-1].kl if trained.checks else 0.0  # without a guard nobody measured it
+        hold = max(1.0, kl / (NEAR * config.gate.kl_budget))
+        if hold > 1 and number + 1 >= labelling.least_rounds:
             break
-    return DistillationMetrics(labels=labels, labels_stopped=stopped)
+    return DistillationMetrics(labels=labels)
 
 
-def choose_training(training: TrainingConfig) -> TrainingConfig:
-    """Return the settings of the steps on labelled answers."""
+def _train_on_labels(
+    config: Config,
+    model: "Model",
+    answers: Sequence[Experience],
+    train: Callable[[Config, Sequence[Experience]], TrainingMetrics],
+    rate: float,
+    hold: float,
+) -> tuple[TrainingMetrics, float]:
+    """Train a model on labelled answers with the settings of `choose_training`, or at a lower `rate` if the guard takes the
+    steps back. Returns the figures and the last rate.
+    """
+    before = copy_weights(model)
+    for lowered in (rate, rate / 2, rate / 4):
+        settings = config.model_copy(update={"training": choose_training(config.training, lowered, hold)})
+        trained = train(settings, answers)
+        if trained.stopped is None or trained.kept:
+            break
+        restore_weights(model, before)
+    return trained, lowered
+
+
+def choose_training(training: TrainingConfig, rate: float, hold: float = 1.0) -> TrainingConfig:
+    """Return the settings of the steps on labelled answers. `rate` is a factor of the learning rate, and `hold` one of the
+    penalty for the distance from the base.
+    """
     steps: dict[str, object] = {"objective": "pg", "batch_size": BATCH_SIZE, "epochs": EPOCHS, "max_steps": STEPS}
-    rates = {name: RATE * getattr(training, name) for name in ("learning_rate", "full_learning_rate")}
-    holds = {"anchor": ANCHOR * training.anchor, "weight_decay": DECAY * training.weight_decay}
+    rates = {name: rate * getattr(training, name) for name in ("learning_rate", "full_learning_rate")}
+    holds = {"anchor": hold * ANCHOR * training.anchor, "weight_decay": DECAY * training.weight_decay}
     return training.model_copy(update=steps | rates | holds)

@@ -86,6 +86,7 @@ def test_without_a_gpu_the_runs_of_a_replay_or_simulation_are_shorter_than_those
         monkeypatch.setattr("bot.models.sizes.has_gpu", lambda found=has_gpu: found)
         found = apply_size_defaults(load(), str(tmp_path), purpose)
         assert (found.training.max_steps, found.gate.samples) == (steps, samples)
+        assert found.learning.distil_prompts == (20 if has_gpu else 4)
         assert apply_size_defaults(load(), str(tmp_path)).training.max_steps == 36
         assert apply_size_defaults(asked, str(tmp_path), purpose).gate.samples == 48
 

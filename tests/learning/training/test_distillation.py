@@ -12,7 +12,7 @@ from learning.bench import simulated_people
 from learning.data.experience import Experience
 from learning.data.feature_space import FeatureExtractor
 from learning.judging.evaluation import Sample, generate
-from learning.judging.metrics import DistillationMetrics, TrainingMetrics
+from learning.judging.metrics import Check, DistillationMetrics, TrainingMetrics
 from learning.models import toy
 from learning.models.trainable import copy_weights, load_for_training, restore_weights
 from learning.training import distillation
@@ -24,7 +24,7 @@ PROMPTS, ANSWERS = 24, USUAL.answers
 
 @pytest.fixture(scope="module")
 def settings(demo_model) -> Config:
-    return load(policy={"model": demo_model}, learning={"distil_prompts": PROMPTS}, gate={"samples": 8})
+    return load(policy={"model": demo_model}, learning={"distil_prompts": PROMPTS, "distil_rate": 4.0}, gate={"samples": 8})
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +111,9 @@ def test_labels_move_the_policys_own_answers_to_the_taste_and_shuffled_ones_do_n
     start, before = copy_weights(fresh), measure_utility(fresh, tokenizer)
     shuffled = random.Random(0).sample([one.advantage for one in labels], len(labels))
     by_lot = [replace(one, advantage=advantage) for one, advantage in zip(labels, shuffled, strict=True)]
-    after = {}
+    steps, after = choose_training(settings.training, settings.learning.distil_rate), {}
     for name, rows in {"taught": labels, "by lot": by_lot}.items():
-        figures = train(fresh, tokenizer.hf, rows, choose_training(settings.training), 0, lambda *_: None)
+        figures = train(fresh, tokenizer.hf, rows, steps, 0, lambda *_: None)
         assert 0 < figures.steps <= distillation.STEPS
         after[name] = measure_utility(fresh, tokenizer)
         restore_weights(fresh, start)
@@ -154,26 +154,46 @@ def test_a_malformed_answer_and_one_that_the_base_would_hardly_give_count_as_dis
     assert any(one.advantage > 0 for one in labelled if one.answer == lively) == (not spoilt)
 
 
-@pytest.mark.parametrize("harm", [None, "kept", "undone"])
-def test_each_round_has_fresh_answers_and_one_that_harms_is_the_last(fresh, settings, tokenizer, said, harm):
-    start, rounds, answers = copy_weights(fresh), [], []
+@pytest.mark.parametrize(("kl", "harm"), [(0.0, None), (0.2, None), (0.0, "kept"), (0.0, "undone"), (0.0, "undone once")])
+def test_the_distance_from_the_base_decides_how_many_rounds_there_are_and_one_that_harms_is_the_last(
+    fresh, settings, tokenizer, said, kl, harm
+):
+    start, answers, rates, holds, moved = copy_weights(fresh), [], [], [], []
 
     def has_moved() -> bool:
         return any(bool((value != start[name]).any()) for name, value in copy_weights(fresh).items())
 
     def teach(config: Config, rows: list[Experience]) -> TrainingMetrics:
-        rounds.append((config.training.objective, len(rows), has_moved()))
+        assert config.training.objective == "pg"
         answers.append([one.completion_ids for one in rows])
+        rates.append(config.training.learning_rate / settings.training.learning_rate)
+        holds.append(config.training.anchor / (distillation.ANCHOR * settings.training.anchor))
+        moved.append(has_moved())
         short = config.training.model_copy(update={"max_steps": 3})
         figures = train(fresh, tokenizer.hf, rows, short, config.seed, lambda *_: None)
-        return figures | TrainingMetrics(stopped="it harms" if harm else None, kept=int(harm == "kept"))
+        harms = harm in ("kept", "undone") or (harm == "undone once" and len(rates) == 1)
+        told = Check(liked=None, kl=kl, well_formed=1, samples=1, gained=None, step=3)
+        return figures | TrainingMetrics(stopped="it harms" if harms else None, kept=int(harm == "kept"), checks=[told])
 
     fewer = settings.model_copy(update={"learning": settings.learning.model_copy(update={"distil_prompts": 2})})
     found = distil(fewer, fresh, tokenizer, judge(30), said, None, teach)
-    size = 2 * ANSWERS
-    assert rounds == [("pg", size, number > 0) for number in range(1 if harm else USUAL.rounds)]
-    assert found == DistillationMetrics(labels=size * len(rounds), labels_stopped="it harms" if harm else None)
+    size, stopped = 2 * ANSWERS, "it harms" if harm in ("kept", "undone") else None
+    match harm:
+        case "kept":
+            assert rates == [4.0]
+        case "undone":  # the same answers again, at lower rates
+            assert rates == [4.0, 2.0, 1.0]
+            assert answers[0] == answers[1] == answers[2]
+            assert moved == [False] * 3
+        case "undone once":
+            assert rates == [4.0, *[2.0] * USUAL.rounds]
+            assert answers[0] == answers[1] != answers[2]
+        case _:
+            assert rates == [4.0] * (USUAL.least_rounds if kl else USUAL.rounds)
+            assert answers[0] != answers[1]
+            assert moved == [False, *[True] * (len(rates) - 1)]
+    assert holds == pytest.approx([1.0, kl / (distillation.NEAR * settings.gate.kl_budget)] if kl else [1.0] * len(rates))
+    rounds = len({tuple(map(tuple, one)) for one in map(tuple, answers)})
+    assert found == DistillationMetrics(labels=size * rounds, labels_stopped=stopped)
     assert has_moved() == (harm != "undone")
-    if not harm:
-        assert answers[0] != answers[1]
     assert distil(fewer, fresh, tokenizer, judge(8), said, None, teach) == DistillationMetrics(labels=0, labels_stopped=None)
