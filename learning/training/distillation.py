@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 STEPS = 5  # in a round, at most
 EPOCHS = 2  # over the labels of a round, at most
 BATCH_SIZE = 64
-# Labels are many and agree with each other, so the steps are larger (`learning.distil_rate`), and less of them is taken
-# back, than with reactions.
 SIZE = 0.5  # standard deviation of the advantages
 LARGEST_SCALE = 6.0  # of differences between probabilities
 ANCHOR = 0.2  # times training.anchor
@@ -201,6 +199,8 @@ def _train_on_labels(
 def choose_training(training: TrainingConfig, rate: float, hold: float = 1.0) -> TrainingConfig:
     """Return the settings of the steps on labelled answers. `rate` is a factor of the learning rate, and `hold` one of the
     penalty for the distance from the base.
+
+    Labels are many and agree with each other, so the steps are larger than with reactions, and less of them is taken back.
     """
     steps: dict[str, object] = {"objective": "pg", "batch_size": BATCH_SIZE, "epochs": EPOCHS, "max_steps": STEPS}
     rates = {name: rate * getattr(training, name) for name in ("learning_rate", "full_learning_rate")}
