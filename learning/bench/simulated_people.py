@@ -116,7 +116,7 @@ class SimulationDefaults:
 
 def choose_defaults(is_toy: bool) -> SimulationDefaults:
     """Return the defaults for the toy policy, or for any other model (about 15 minutes on two cores without a GPU)."""
-    return SimulationDefaults("lively", 6, 240, 0.3) if is_toy else SimulationDefaults("sociable", 1, 288, 1.0)
+    return SimulationDefaults("lively", 5, 240, 0.3) if is_toy else SimulationDefaults("sociable", 1, 288, 1.0)
 
 
 def find_utility(name: str) -> Utility:
