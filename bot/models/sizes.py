@@ -25,6 +25,7 @@ class SizeDefaults:
     max_steps: int
     kl_budget: float
     smoothing: float
+    distil_rate: float
     reason: str
 
 
@@ -33,36 +34,36 @@ class SizeDefaults:
 # is mostly noise. Memory limits how many answers are read at once (bot/models/memory_budget.py), not how many make a step.
 # All but the toy policy smooth rewards over similar answers: in free English one reaction says almost nothing about the
 # words of one answer. Without smoothing the built-in model improved or broke by the chance of the drawn reactions
-# (docs/experiments.md).
+# (docs/experiments.md). Labels move a real model further than the toy in as many steps, so that these are half as large.
 SIZE_TABLE = (
     SizeDefaults(
         max_billions=0.02, family="", learning_rate=1e-3, lora_rank=16, batch_size=16, max_steps=30,
-        kl_budget=0.5, smoothing=0.0,
+        kl_budget=0.5, smoothing=0.0, distil_rate=4.0,
         reason="measured on the toy policy (docs/experiments.md); its answers are short and its weights few",
     ),
     SizeDefaults(
         max_billions=0.2, family="llama", learning_rate=5e-4, lora_rank=16, batch_size=16, max_steps=36,
-        kl_budget=0.5, smoothing=0.9,
+        kl_budget=0.5, smoothing=0.9, distil_rate=2.0,
         reason="SmolLM2-135M: measured (docs/experiments.md)",
     ),
     SizeDefaults(
         max_billions=0.4, family="", learning_rate=3e-4, lora_rank=16, batch_size=16, max_steps=30,
-        kl_budget=0.5, smoothing=0.9,
+        kl_budget=0.5, smoothing=0.9, distil_rate=2.0,
         reason="as for SmolLM2-135M, the only measured model of this size",
     ),
     SizeDefaults(
         max_billions=2.5, family="", learning_rate=2e-4, lora_rank=16, batch_size=16, max_steps=30,
-        kl_budget=0.2, smoothing=0.9,
+        kl_budget=0.2, smoothing=0.9, distil_rate=2.0,
         reason="the usual LoRA rate for chat models; 0.2 nats per token are some twenty per answer, which is a lot",
     ),
     SizeDefaults(
         max_billions=10, family="", learning_rate=1e-4, lora_rank=16, batch_size=16, max_steps=30,
-        kl_budget=0.2, smoothing=0.9,
+        kl_budget=0.2, smoothing=0.9, distil_rate=2.0,
         reason="in wide layers each step changes the output more, so that half the rate moves a policy as far",
     ),
     SizeDefaults(
         max_billions=float("inf"), family="", learning_rate=5e-5, lora_rank=16, batch_size=16, max_steps=30,
-        kl_budget=0.2, smoothing=0.9,
+        kl_budget=0.2, smoothing=0.9, distil_rate=2.0,
         reason="wider still: half the rate again",
     ),
 )  # fmt: skip
@@ -119,7 +120,6 @@ def describe_sizes(config: Config, model: str, asked: Config | None = None) -> s
 
 
 def _values(row: SizeDefaults, purpose: Purpose) -> dict[str, dict[str, Any]]:
-    is_toy = row is SIZE_TABLE[0]
     found: dict[str, dict[str, Any]] = {
         "training": {
             "learning_rate": row.learning_rate,
@@ -129,9 +129,9 @@ def _values(row: SizeDefaults, purpose: Purpose) -> dict[str, dict[str, Any]]:
         },
         "rewards": {"smoothing": row.smoothing},
         "gate": {"kl_budget": row.kl_budget},
-        "learning": {"distil_rate": 4.0 if is_toy else 2.0},
+        "learning": {"distil_rate": row.distil_rate},
     }
-    if not has_gpu() and not is_toy:
+    if not has_gpu() and row is not SIZE_TABLE[0]:
         is_short = purpose in (Purpose.REPLAY, Purpose.SIMULATE)
         for section, values in (*CPU_DEFAULTS.items(), *(CPU_SHORT_DEFAULTS.items() if is_short else ())):
             found[section] = found.get(section, {}) | values

@@ -225,8 +225,7 @@ def train_policy(
         return train_with_guard(settings, *told, rows, held_out, prompts, lambda *_: None)
 
     figures = teach(config, [*make_further(config, *told, rows), *rows])
-    is_harmed = figures.stopped is not None and not figures.kept
-    if is_harmed:
+    if figures.is_harmed:
         restore_weights(arena.model, before)  # in production the version would be rejected
     elif is_proven(config, found, arena.embedder):
         distil(config, *told, found, order_prompts(taught, unjudged), arena.embedder, teach)

@@ -45,8 +45,8 @@ from learning.training.teaching import train_with_guard
 REACTIONS = 50
 ROUNDS = 10
 ARMS = {
-    "guarded": Labelling(answers=16, least_rounds=1, rounds=1),
-    "unguarded": Labelling(answers=16, least_rounds=1, rounds=1, pessimism=0.0, doubts_unusual=False),
+    "guarded": Labelling(answers=16, rounds=1),
+    "unguarded": Labelling(answers=16, rounds=1, pessimism=0.0, doubts_unusual=False),
 }
 COLOURS = {"guarded": "tab:blue", "unguarded": "tab:red"}
 

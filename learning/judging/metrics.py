@@ -62,6 +62,11 @@ class TrainingMetrics(Record):
     kept: int = 0
     checks: list[Check] = Field(default_factory=list)
 
+    @property
+    def is_harmed(self) -> bool:
+        """Whether training only harmed the policy: the guard stopped it before any check passed."""
+        return self.stopped is not None and not self.kept
+
 
 class DistillationMetrics(Record):
     """The number of the policy's own answers that it learned from, and why the guard stopped that, or None."""

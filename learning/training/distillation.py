@@ -31,6 +31,7 @@ from learning.models.trainable import as_base, copy_weights, restore_weights
 if TYPE_CHECKING:
     from learning.models.trainable import Model
 
+LEAST_ROUNDS = 2  # of a run
 STEPS = 5  # in a round, at most
 EPOCHS = 2  # over the labels of a round, at most
 BATCH_SIZE = 64
@@ -45,15 +46,13 @@ LEAST_ADVANTAGE = 0.01  # of the most different answers; Adam would make whole s
 
 @dataclass(frozen=True)
 class Labelling:
-    """How labels are made: the answers to each prompt, the least and the most rounds of a run, the standard deviations that
-    are subtracted from a predicted log odds, and whether answers that are malformed, or that the base would hardly give,
-    count as disliked.
+    """How labels are made: the answers to each prompt, the most rounds of a run, the standard deviations that are subtracted
+    from a predicted log odds, and whether answers that are malformed, or that the base would hardly give, count as disliked.
 
     Answers of the policy as it is now teach more than further steps on older ones, so there is more than one round.
     """
 
     answers: int = 8
-    least_rounds: int = 2
     rounds: int = 5
     pessimism: float = PESSIMISM
     doubts_unusual: bool = True
@@ -170,7 +169,7 @@ def distil(
             return DistillationMetrics(labels=labels, labels_stopped=trained.stopped)
         kl = trained.checks[-1].kl if trained.checks else 0.0  # without a guard nobody measured it
         hold = max(1.0, kl / (NEAR * config.gate.kl_budget))
-        if hold > 1 and number + 1 >= labelling.least_rounds:
+        if hold > 1 and number + 1 >= LEAST_ROUNDS:
             break
     return DistillationMetrics(labels=labels)
 
@@ -190,7 +189,7 @@ def _train_on_labels(
     for lowered in (rate, rate / 2, rate / 4):
         settings = config.model_copy(update={"training": choose_training(config.training, lowered, hold)})
         trained = train(settings, answers)
-        if trained.stopped is None or trained.kept:
+        if not trained.is_harmed:
             break
         restore_weights(model, before)
     return trained, lowered

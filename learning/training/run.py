@@ -175,8 +175,7 @@ class Run:
         rows = lesson.snapshot.training
         rows = [*prefer_to_own_answers(config, model, self.tokenizer, rows), *rows]  # the first are left out first
         figures = self._teach(lesson, model, config, rows, said if lesson.live == parent else ())
-        is_harmed = figures.stopped is not None and not figures.kept
-        distilled = DistillationMetrics() if is_harmed else self._distil(lesson, model)
+        distilled = DistillationMetrics() if figures.is_harmed else self._distil(lesson, model)
         self.progress("measuring", 0, 1)
         cast_for_serving(model)
         after = measure_model(*told, lesson.judged, lesson.asked)
@@ -184,7 +183,7 @@ class Run:
         save(model, directory)
         write_samples(directory, [one.question for one in lesson.asked], said, after.samples)
         written = probe.write(directory, prefixes, probe.measure(model, prefixes), of_parent, config.policy.temperature)
-        found = [f"training only harmed the policy: {figures.stopped}"] if is_harmed else []
+        found = [f"training only harmed the policy: {figures.stopped}"] if figures.is_harmed else []
         found += find_faults(directory, parent.base_model, config.serving.max_lora_rank)
         found += [f"{name}: not finite" for name in find_not_finite(model)]
         return TrainingResult(figures, distilled, rated, found, base_samples, after, kl, probe.compute_distances(written))

@@ -189,7 +189,7 @@ def test_the_distance_from_the_base_decides_how_many_rounds_there_are_and_one_th
             assert rates == [4.0, *[2.0] * USUAL.rounds]
             assert answers[0] == answers[1] != answers[2]
         case _:
-            assert rates == [4.0] * (USUAL.least_rounds if kl else USUAL.rounds)
+            assert rates == [4.0] * (distillation.LEAST_ROUNDS if kl else USUAL.rounds)
             assert answers[0] != answers[1]
             assert moved == [False, *[True] * (len(rates) - 1)]
     assert holds == pytest.approx([1.0, kl / (distillation.NEAR * settings.gate.kl_budget)] if kl else [1.0] * len(rates))
